@@ -1,0 +1,121 @@
+package nvme
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+)
+
+const (
+	// DiscoveryNQN is the well-known name of discovery subsystems.
+	DiscoveryNQN = "nqn.2014-08.org.nvmexpress.discovery"
+	// NQNUUIDPrefix begins names made from a UUID.
+	NQNUUIDPrefix = "nqn.2014-08.org.nvmexpress:uuid:"
+	// MaxNQNLength is the longest NQN in bytes, without the terminating NUL.
+	MaxNQNLength = 223
+
+	nqnFieldSize = 256
+)
+
+// ErrInvalidNQN is wrapped by every error of [ValidateNQN].
+var ErrInvalidNQN = errors.New("invalid nqn")
+
+// ValidateNQN checks that s may be sent as a qualified name (Base, "NVMe
+// Qualified Names"): 1 to 223 bytes of UTF-8 without NUL. It does not insist on
+// the "nqn.yyyy-mm.domain" form: kernel and targets accept names without it,
+// and people use them. See [WellFormedNQN].
+func ValidateNQN(s string) error {
+	switch {
+	case s == "":
+		return fmt.Errorf("%w: empty", ErrInvalidNQN)
+	case len(s) > MaxNQNLength:
+		return fmt.Errorf("%w: %d bytes exceed %d", ErrInvalidNQN, len(s), MaxNQNLength)
+	case strings.IndexByte(s, 0) >= 0:
+		return fmt.Errorf("%w: contains a NUL", ErrInvalidNQN)
+	case !utf8.ValidString(s):
+		return fmt.Errorf("%w: not UTF-8", ErrInvalidNQN)
+	}
+	return nil
+}
+
+// WellFormedNQN reports whether s is valid and has the form
+// "nqn.yyyy-mm.reverse.domain", optionally with ":" and an owner's string.
+func WellFormedNQN(s string) bool {
+	const form = "nqn.dddd-dd."
+	if ValidateNQN(s) != nil || len(s) <= len(form) {
+		return false
+	}
+	for i := range len(form) {
+		if form[i] == 'd' {
+			if s[i] < '0' || s[i] > '9' {
+				return false
+			}
+		} else if s[i] != form[i] {
+			return false
+		}
+	}
+	return s[len(form)] != ':'
+}
+
+// UUIDNQN returns the NQN made from a UUID.
+func UUIDNQN(id UUID) string { return NQNUUIDPrefix + id.String() }
+
+// putNQN writes an NQN and zeroes into a 256 byte field.
+func putNQN(b []byte, nqn string) error {
+	if err := ValidateNQN(nqn); err != nil {
+		return err
+	}
+	n := copy(b[:nqnFieldSize], nqn)
+	clear(b[n:nqnFieldSize])
+	return nil
+}
+
+// UUID is a UUID in the order of its text form, as host identifiers and
+// namespace descriptors carry it.
+type UUID [16]byte
+
+// NewUUID returns a random (version 4) UUID.
+func NewUUID() UUID {
+	var u UUID
+	rand.Read(u[:]) // never fails
+	u[6] = u[6]&0x0F | 0x40
+	u[8] = u[8]&0x3F | 0x80
+	return u
+}
+
+// ParseUUID reads the 36 character form, in either case.
+func ParseUUID(s string) (UUID, error) {
+	var u UUID
+	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
+		return UUID{}, fmt.Errorf("parse uuid %q: not of the form 8-4-4-4-12", s)
+	}
+	digits := s[0:8] + s[9:13] + s[14:18] + s[19:23] + s[24:36]
+	if _, err := hex.Decode(u[:], []byte(digits)); err != nil {
+		return UUID{}, fmt.Errorf("parse uuid %q: not hexadecimal", s)
+	}
+	return u, nil
+}
+
+// IsZero reports whether every byte is 0, which means that there is none.
+func (u UUID) IsZero() bool { return u == UUID{} }
+
+// String gives the 36 character form in lower case.
+func (u UUID) String() string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[0:4], u[4:6], u[6:8], u[8:10], u[10:16])
+}
+
+// MarshalText gives the form of String.
+func (u UUID) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
+
+// UnmarshalText accepts what [ParseUUID] accepts.
+func (u *UUID) UnmarshalText(b []byte) error {
+	v, err := ParseUUID(string(b))
+	if err != nil {
+		return err
+	}
+	*u = v
+	return nil
+}

@@ -1,0 +1,153 @@
+package nvme
+
+import "fmt"
+
+// SGLSize is the size of an SGL descriptor in bytes.
+const SGLSize = 16
+
+// MaxKeyedLength is the longest transfer that one keyed descriptor can name:
+// its length field has 24 bits.
+const MaxKeyedLength = 1<<24 - 1
+
+// SGLType is the last byte of a descriptor: type in the high nibble, subtype
+// in the low one.
+type SGLType uint8
+
+// Descriptor types used on RDMA.
+const (
+	// SGLInCapsule is a data block at an offset within the capsule.
+	SGLInCapsule SGLType = 0x01
+	// SGLKeyed is remote memory named by address, length and key.
+	SGLKeyed SGLType = 0x40
+	// SGLKeyedInvalidate is SGLKeyed whose key the controller must invalidate
+	// with the response, by RDMA SEND WITH INVALIDATE.
+	SGLKeyedInvalidate SGLType = 0x4F
+)
+
+// String names the type.
+func (t SGLType) String() string {
+	switch t {
+	case SGLInCapsule:
+		return "in capsule"
+	case SGLKeyed:
+		return "keyed"
+	case SGLKeyedInvalidate:
+		return "keyed, invalidate"
+	}
+	return fmt.Sprintf("sgl type %02xh", uint8(t))
+}
+
+// SGL is one descriptor (Base, "Scatter Gather List").
+//
+//	keyed:      0 address   8 length (24 bits)   11 key   15 type
+//	in capsule: 0 offset    8 length (32 bits)   12 zero  15 type
+type SGL [SGLSize]byte
+
+// KeyedSGL returns a descriptor of length bytes of remote memory. It panics if
+// length exceeds MaxKeyedLength.
+func KeyedSGL(addr uint64, length, key uint32, invalidate bool) SGL {
+	var s SGL
+	le.PutUint64(s[0:8], addr)
+	le.PutUint64(s[8:16], keyedWord(length, key, invalidate))
+	return s
+}
+
+// InCapsuleSGL returns a descriptor of length bytes in the capsule, offset
+// bytes after the start of its data area.
+func InCapsuleSGL(offset uint64, length uint32) SGL {
+	var s SGL
+	le.PutUint64(s[0:8], offset)
+	le.PutUint64(s[8:16], inCapsuleWord(length))
+	return s
+}
+
+// NoDataSGL returns the descriptor of a command that moves no data: a keyed
+// one of length 0. RDMA controllers refuse any other.
+func NoDataSGL() SGL { return KeyedSGL(0, 0, 0, false) }
+
+func keyedWord(length, key uint32, invalidate bool) uint64 {
+	if length > MaxKeyedLength {
+		panic("nvme: keyed sgl longer than 24 bits")
+	}
+	w := uint64(length) | uint64(key)<<24 | uint64(SGLKeyed)<<56
+	if invalidate {
+		w |= uint64(SGLKeyedInvalidate) << 56
+	}
+	return w
+}
+
+func inCapsuleWord(length uint32) uint64 {
+	return uint64(length) | uint64(SGLInCapsule)<<56
+}
+
+// Type returns the type and subtype.
+func (s SGL) Type() SGLType { return SGLType(s[15]) }
+
+// Keyed decodes a keyed descriptor. ok is false for any other type. A command
+// without data gives length 0.
+func (s SGL) Keyed() (addr uint64, length, key uint32, invalidate, ok bool) {
+	return decodeKeyed(le.Uint64(s[0:8]), le.Uint64(s[8:16]))
+}
+
+// InCapsule decodes a descriptor of in-capsule data. ok is false for any other
+// type.
+func (s SGL) InCapsule() (offset uint64, length uint32, ok bool) {
+	return le.Uint64(s[0:8]), le.Uint32(s[8:12]), s.Type() == SGLInCapsule
+}
+
+// String describes the descriptor. The key is left out: it is a capability.
+func (s SGL) String() string {
+	if addr, length, _, _, ok := s.Keyed(); ok {
+		if addr == 0 && length == 0 {
+			return "no data"
+		}
+		return fmt.Sprintf("%v %#x+%d", s.Type(), addr, length)
+	}
+	if offset, length, ok := s.InCapsule(); ok {
+		return fmt.Sprintf("%v %d+%d", s.Type(), offset, length)
+	}
+	return s.Type().String()
+}
+
+func decodeKeyed(lo, hi uint64) (addr uint64, length, key uint32, invalidate, ok bool) {
+	t := SGLType(hi >> 56)
+	return lo, uint32(hi & MaxKeyedLength), uint32(hi >> 24), t == SGLKeyedInvalidate, t == SGLKeyed || t == SGLKeyedInvalidate
+}
+
+// SGL returns the data descriptor of the command, bytes 24 to 39.
+func (c *Command) SGL() SGL { return SGL(c[24:40]) }
+
+// SetSGL sets the data descriptor.
+func (c *Command) SetSGL(s SGL) { *(*SGL)(c[24:40]) = s }
+
+// SetKeyedSGL makes length bytes of memory at addr the command's data. With
+// invalidate the controller must invalidate key in its response; that is
+// only right for a key which can be invalidated remotely, a fast registration
+// or a memory window. It panics if length exceeds MaxKeyedLength.
+func (c *Command) SetKeyedSGL(addr uint64, length uint32, key uint32, invalidate bool) {
+	le.PutUint64(c[24:32], addr)
+	le.PutUint64(c[32:40], keyedWord(length, key, invalidate))
+}
+
+// SetInCapsuleSGL makes length bytes that follow the command in its capsule
+// the command's data. offset counts from the controller's ICDOFF.
+func (c *Command) SetInCapsuleSGL(offset uint64, length uint32) {
+	le.PutUint64(c[24:32], offset)
+	le.PutUint64(c[32:40], inCapsuleWord(length))
+}
+
+// SetNoData says that the command moves no data.
+func (c *Command) SetNoData() {
+	le.PutUint64(c[24:32], 0)
+	le.PutUint64(c[32:40], uint64(SGLKeyed)<<56)
+}
+
+// KeyedSGL decodes the command's data descriptor as [SGL.Keyed] does.
+func (c *Command) KeyedSGL() (addr uint64, length, key uint32, invalidate, ok bool) {
+	return decodeKeyed(le.Uint64(c[24:32]), le.Uint64(c[32:40]))
+}
+
+// InCapsuleSGL decodes the command's data descriptor as [SGL.InCapsule] does.
+func (c *Command) InCapsuleSGL() (offset uint64, length uint32, ok bool) {
+	return le.Uint64(c[24:32]), le.Uint32(c[32:36]), SGLType(c[39]) == SGLInCapsule
+}
