@@ -1,7 +1,5 @@
 package poller
 
-import "ublk-nvmeof/internal/uring"
-
 // Readiness is a Source's answer to Arm.
 type Readiness uint8
 
@@ -34,10 +32,8 @@ type Watcher interface {
 }
 
 // Handler takes the completions of the submission queue entries that it put
-// into Loop.Ring with user data from Loop.UserData.
+// into the loop's ring with the user data base of Loop.Handle.
 type Handler interface {
 	// Complete gets the low 48 bits of the user data and the result.
 	Complete(data uint64, res int32, flags uint32)
 }
-
-var _ = uring.Version // the ring is internal/uring.Ring
