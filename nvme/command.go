@@ -230,7 +230,8 @@ func (c *Command) SetCDW14(v uint32) { le.PutUint32(c[56:60], v) }
 func (c *Command) SetCDW15(v uint32) { le.PutUint32(c[60:64], v) }
 
 // IsWrite reports whether the command moves data, if it moves any, from host
-// to controller: bit 0 of the opcode, or of the Fabrics command type. Direction 11b (both ways) is not used by any command here.
+// to controller: bit 0 of the opcode, or of the Fabrics command type. No
+// command here moves data both ways.
 func IsWrite(c *Command) bool {
 	if c.Opcode() == OpFabrics {
 		return c[4]&1 != 0
