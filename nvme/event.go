@@ -71,14 +71,14 @@ const (
 // the host wants to hear (CDW11 of FeatureAsyncEvent). Bits 0-7 of the latter
 // are the critical warnings of [SMARTLog].
 const (
-	AENNamespace   = 1 << 8
-	AENFirmware    = 1 << 9
-	AENTelemetry   = 1 << 10
-	AENANA         = 1 << 11
-	AENPredictable = 1 << 12
-	AENLBAStatus   = 1 << 13
-	AENEndurance   = 1 << 14
-	AENDiscovery   = 1 << 31
+	AENNamespaceAttribute = 1 << 8
+	AENFirmwareActivation = 1 << 9
+	AENTelemetry          = 1 << 10
+	AENANAChange          = 1 << 11
+	AENPredictableLatency = 1 << 12
+	AENLBAStatus          = 1 << 13
+	AENEnduranceGroup     = 1 << 14
+	AENDiscoveryChange    = 1 << 31
 )
 
 // Type returns the type of the event.
