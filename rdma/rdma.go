@@ -245,12 +245,12 @@ type WCStatus uint8
 
 // Outcomes that callers tell apart; String knows all.
 const (
-	WCSuccess              WCStatus = 0
-	WCLocalProt            WCStatus = 4
-	WCFlushErr             WCStatus = 5
-	WCRemoteAccessWCStatus          = 10
-	WCRetryExc             WCStatus = 12
-	WCRNRRetryExc          WCStatus = 13
+	WCSuccess      WCStatus = 0
+	WCLocalProt    WCStatus = 4
+	WCFlushErr     WCStatus = 5
+	WCRemoteAccess WCStatus = 10
+	WCRetryExc     WCStatus = 12
+	WCRNRRetryExc  WCStatus = 13
 )
 
 var wcNames = [...]string{

@@ -1,0 +1,77 @@
+// Package hostmem maps memory off the Go heap, for the kernel or an RDMA device
+// to read and write: it does not move, the garbage collector does not scan it,
+// and a child process does not inherit it.
+//
+// Memory stays mapped until Unmap. Never give pages of it back by
+// madvise(MADV_DONTNEED) while they are registered: the device would keep the
+// old pages and the process would get new ones.
+//
+// Everything may be called from any goroutine.
+package hostmem
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// hugePage is the size of a transparent huge page that madvise helps with on
+// the architectures of interest.
+const hugePage = 2 << 20
+
+// Map maps length bytes > 0, rounded up to whole pages, zeroed and populated.
+// The slice has the rounded length; give exactly it to Unmap. Errors wrap the
+// errno, unix.ENOMEM above all.
+func Map(length int) ([]byte, error) {
+	if length <= 0 {
+		return nil, fmt.Errorf("map %d bytes: %w", length, unix.EINVAL)
+	}
+	page := os.Getpagesize()
+	size := (length + page - 1) / page * page
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("map %d bytes: %w", size, err)
+	}
+	if size >= hugePage {
+		// Only a hint, and EINVAL on a kernel without transparent huge pages.
+		_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+	}
+	// After a fork, copy-on-write could leave the parent with the copy and the
+	// device with the original page.
+	if err := unix.Madvise(b, unix.MADV_DONTFORK); err != nil {
+		return nil, errors.Join(fmt.Errorf("keep %d bytes from children: %w", size, err), Unmap(b))
+	}
+	if err := populate(b, page); err != nil {
+		return nil, errors.Join(fmt.Errorf("populate %d bytes: %w", size, err), Unmap(b))
+	}
+	return b, nil
+}
+
+// populate gets all pages now, so that no fault comes on the data path.
+func populate(b []byte, page int) error {
+	err := unix.Madvise(b, unix.MADV_POPULATE_WRITE)
+	if !errors.Is(err, unix.EINVAL) { // Linux before 5.14 does not know it
+		return err
+	}
+	for i := 0; i < len(b); i += page {
+		b[i] = 0
+	}
+	return nil
+}
+
+// Unmap gives back what Map returned. Nobody may touch it any more, and no
+// device may have it registered.
+func Unmap(b []byte) error {
+	if err := unix.Munmap(b); err != nil {
+		return fmt.Errorf("unmap %d bytes: %w", len(b), err)
+	}
+	return nil
+}
+
+// Addr is the address of the first byte.
+func Addr(b []byte) uint64 {
+	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
+}

@@ -1,0 +1,84 @@
+package hostmem
+
+import (
+	"errors"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestMap(t *testing.T) {
+	page := os.Getpagesize()
+	for _, c := range []struct{ ask, got int }{
+		{1, page}, {page, page}, {page + 1, 2 * page}, {hugePage + 1, hugePage + page},
+	} {
+		b, err := Map(c.ask)
+		if err != nil {
+			t.Fatalf("map %d: %v", c.ask, err)
+		}
+		if len(b) != c.got || Addr(b)%uint64(page) != 0 {
+			t.Errorf("map %d: %d bytes at %#x, want %d bytes, page aligned", c.ask, len(b), Addr(b), c.got)
+		}
+		if slices.ContainsFunc(b, func(v byte) bool { return v != 0 }) {
+			t.Errorf("map %d: not zeroed", c.ask)
+		}
+		rss, flags := smaps(t, Addr(b))
+		if rss < c.got {
+			t.Errorf("map %d: %d bytes resident, want %d", c.ask, rss, c.got)
+		}
+		if !slices.Contains(flags, "dc") {
+			t.Errorf("map %d: flags %v lack dc (do not copy on fork)", c.ask, flags)
+		}
+		b[0], b[len(b)-1] = 1, 2
+		if err := Unmap(b); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestMapErrors(t *testing.T) {
+	for _, n := range []int{0, -1} {
+		if _, err := Map(n); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("map %d: %v, want EINVAL", n, err)
+		}
+	}
+	if _, err := Map(1 << 50); !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("map 1 PiB: %v, want ENOMEM", err)
+	}
+}
+
+// smaps is what the kernel says of the mapping that contains addr: resident
+// bytes and VmFlags.
+func smaps(t *testing.T, addr uint64) (rss int, flags []string) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := false
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if lo, hi, ok := strings.Cut(f[0], "-"); ok {
+			l, errL := strconv.ParseUint(lo, 16, 64)
+			h, errH := strconv.ParseUint(hi, 16, 64)
+			in = errL == nil && errH == nil && l <= addr && addr < h
+			continue
+		}
+		switch {
+		case in && f[0] == "Rss:":
+			kb, err := strconv.Atoi(f[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			rss = kb << 10
+		case in && f[0] == "VmFlags:":
+			return rss, f[1:]
+		}
+	}
+	t.Fatalf("no mapping contains %#x", addr)
+	return 0, nil
+}

@@ -1,0 +1,114 @@
+//go:build linux && cgo && !noverbs
+
+package verbs
+
+// #include "shim.h"
+import "C"
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// waiter waits for a library's event descriptor in Go's network poller. It
+// holds a duplicate: the library closes its own.
+type waiter struct {
+	file *os.File
+	raw  syscall.RawConn
+}
+
+func newWaiter(fd C.int, name string) (*waiter, error) {
+	if err := unix.SetNonblock(int(fd), true); err != nil {
+		return nil, fmt.Errorf("%s: set non-blocking: %w", name, err)
+	}
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: duplicate: %w", name, err)
+	}
+	file := os.NewFile(uintptr(dup), name)
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return &waiter{file: file, raw: raw}, nil
+}
+
+// next calls get, which returns an errno, until that is not EAGAIN, and sleeps
+// in between. After close it returns os.ErrClosed.
+func (w *waiter) next(get func() C.int) error {
+	var got C.int
+	err := w.raw.Read(func(uintptr) bool {
+		got = get()
+		return unix.Errno(got) != unix.EAGAIN
+	})
+	if err == nil && got != 0 {
+		err = unix.Errno(got)
+	}
+	return err
+}
+
+// close makes a next that waits, and every later one, return.
+func (w *waiter) close() error { return w.file.Close() }
+
+// cmEvent is one event of the connection manager.
+type cmEvent struct {
+	id      *C.struct_rdma_cm_id // of a connect request, the new one
+	kind    uint32               // enum rdma_cm_event_type
+	status  int
+	private []byte
+}
+
+// String is the name that the library gives the event.
+func (e cmEvent) String() string {
+	return C.GoString(C.rdma_event_str(e.kind))
+}
+
+// err is what the event says of a step that it ended, nil for success.
+func (e cmEvent) err() error {
+	switch {
+	case e.status < 0:
+		return fmt.Errorf("%s: %w", e, unix.Errno(-e.status))
+	case e.status > 0:
+		return fmt.Errorf("%s: status %d", e, e.status)
+	}
+	return nil
+}
+
+// channel is an event channel of the connection manager.
+type channel struct {
+	c *C.struct_rdma_event_channel
+	w *waiter
+}
+
+func newChannel() (*channel, error) {
+	c, err := C.rdma_create_event_channel()
+	if c == nil {
+		return nil, missing("open rdma_cm", err)
+	}
+	w, err := newWaiter(c.fd, "rdma_cm")
+	if err != nil {
+		C.rdma_destroy_event_channel(c)
+		return nil, err
+	}
+	return &channel{c: c, w: w}, nil
+}
+
+// next waits for an event. It is acknowledged already, so that destroying the
+// ID never waits for us.
+func (ch *channel) next() (cmEvent, error) {
+	var ev C.struct_cm_event
+	if err := ch.w.next(func() C.int { return C.next_cm_event(ch.c, &ev) }); err != nil {
+		return cmEvent{}, fmt.Errorf("read rdma_cm event: %w", err)
+	}
+	got := cmEvent{id: ev.id, kind: uint32(ev._type), status: int(ev.status)}
+	for _, b := range ev.private_data[:ev.private_len] {
+		got.private = append(got.private, byte(b))
+	}
+	return got, nil
+}
+
+// destroy frees the channel after its waiter was closed and its IDs destroyed.
+func (ch *channel) destroy() { C.rdma_destroy_event_channel(ch.c) }

@@ -1,0 +1,137 @@
+//go:build linux && cgo && !noverbs
+
+package verbs
+
+/*
+#cgo noescape poll_cq
+#cgo nocallback poll_cq
+#cgo noescape arm_cq
+#cgo nocallback arm_cq
+#cgo noescape ack_cq
+#cgo nocallback ack_cq
+#include "shim.h"
+*/
+import "C"
+
+import (
+	"fmt"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// The C struct that poll_cq fills is rdma.WC.
+var (
+	_ [unsafe.Sizeof(C.struct_wc{})]byte                   = [unsafe.Sizeof(rdma.WC{})]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.id)]byte              = [unsafe.Offsetof(rdma.WC{}.ID)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.bytes)]byte           = [unsafe.Offsetof(rdma.WC{}.Bytes)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.qp_num)]byte          = [unsafe.Offsetof(rdma.WC{}.QPNum)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.invalidated_key)]byte = [unsafe.Offsetof(rdma.WC{}.InvalidatedKey)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.vendor)]byte          = [unsafe.Offsetof(rdma.WC{}.Vendor)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.status)]byte          = [unsafe.Offsetof(rdma.WC{}.Status)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.flags)]byte           = [unsafe.Offsetof(rdma.WC{}.Flags)]byte{}
+	_ [unsafe.Offsetof(C.struct_wc{}.recv)]byte            = [unsafe.Offsetof(rdma.WC{}.Recv)]byte{}
+)
+
+// cq is a completion queue, with a completion channel of its own or none.
+type cq struct {
+	device  *device
+	c       *C.struct_ibv_cq
+	channel *C.struct_ibv_comp_channel // nil without events
+	fd      int
+	mu      sync.Mutex // guards closed
+	closed  bool
+}
+
+// CreateCQ implements rdma.Device.
+func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error) {
+	q := &cq{device: d, fd: -1}
+	if events {
+		channel, err := C.ibv_create_comp_channel(d.c)
+		if channel == nil {
+			return nil, missing("create completion channel on "+d.attr.Name, err)
+		}
+		q.channel, q.fd = channel, int(channel.fd)
+		if err := prepareFD(q.fd); err != nil {
+			C.ibv_destroy_comp_channel(channel)
+			return nil, fmt.Errorf("create completion channel on %s: %w", d.attr.Name, err)
+		}
+	}
+	vector %= d.attr.CompVectors
+	c, err := C.ibv_create_cq(d.c, C.int(entries), nil, q.channel, C.int(vector))
+	if c == nil {
+		if q.channel != nil {
+			C.ibv_destroy_comp_channel(q.channel)
+		}
+		return nil, missing(fmt.Sprintf("create completion queue of %d entries on %s", entries, d.attr.Name), err)
+	}
+	q.c = c
+	d.get()
+	return q, nil
+}
+
+func prepareFD(fd int) error {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC)
+	return err
+}
+
+// Poll implements rdma.CQ.
+func (q *cq) Poll(wcs []rdma.WC) (int, error) {
+	if len(wcs) == 0 {
+		return 0, nil
+	}
+	n := C.poll_cq(q.c, (*C.struct_wc)(unsafe.Pointer(&wcs[0])), C.int(len(wcs)))
+	if n < 0 {
+		return 0, fmt.Errorf("poll completion queue: %w", unix.Errno(-n))
+	}
+	return int(n), nil
+}
+
+// Arm implements rdma.CQ.
+func (q *cq) Arm() error {
+	if q.channel == nil {
+		return errNoEvents
+	}
+	if errno := C.arm_cq(q.c); errno != 0 {
+		return fmt.Errorf("arm completion queue: %w", unix.Errno(errno))
+	}
+	return nil
+}
+
+var errNoEvents = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
+
+// FD implements rdma.CQ.
+func (q *cq) FD() int { return q.fd }
+
+// Ack implements rdma.CQ.
+func (q *cq) Ack(n int) {
+	if n > 0 {
+		C.ack_cq(q.c, C.uint(n))
+	}
+}
+
+// Close implements rdma.CQ. Events that nobody read do not matter; for those
+// that were read it waits until they are acknowledged. It fails while a QP uses
+// the queue.
+func (q *cq) Close() error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return nil
+	}
+	if err := destroyed("completion queue", C.ibv_destroy_cq(q.c)); err != nil {
+		return err
+	}
+	q.closed = true
+	defer q.device.put()
+	if q.channel == nil {
+		return nil
+	}
+	return destroyed("completion channel", C.ibv_destroy_comp_channel(q.channel))
+}

@@ -1,0 +1,161 @@
+//go:build linux && cgo && !noverbs
+
+package verbs
+
+// #include "shim.h"
+import "C"
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// device is an open RDMA device. librdmacm opens each device once per process;
+// all IDs share it, and we keep it as long as an ID, a PD or a CQ refers to it.
+type device struct {
+	provider *Provider
+	c        *C.struct_ibv_context
+	attr     rdma.DeviceAttr
+	initRead int // RDMA READs per QP that we can have outstanding
+
+	hold   *C.struct_rdma_cm_id // keeps c open, see hold_device; may be nil
+	refs   int                  // guarded by provider.mu
+	events *waiter              // asynchronous events
+	done   chan struct{}        // closed when readEvents has returned
+
+	mu  sync.Mutex // guards ids; taken before an id's own
+	ids map[*cmID]struct{}
+}
+
+// device takes a reference to the device of a resolved ID.
+func (p *Provider) device(cid *C.struct_rdma_cm_id) (*device, error) {
+	if cid.verbs == nil {
+		return nil, rdma.ErrNoDevice
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := p.devices[cid.verbs]; d != nil {
+		d.refs++
+		return d, nil
+	}
+	d, err := p.open(cid)
+	if err != nil {
+		return nil, fmt.Errorf("open device %s: %w", C.GoString(C.ibv_get_device_name(cid.verbs.device)), err)
+	}
+	p.devices[d.c] = d
+	return d, nil
+}
+
+func (p *Provider) open(cid *C.struct_rdma_cm_id) (*device, error) {
+	d := &device{provider: p, c: cid.verbs, refs: 1, done: make(chan struct{}), ids: make(map[*cmID]struct{})}
+	var attr C.struct_ibv_device_attr
+	if errno := C.ibv_query_device(d.c, &attr); errno != 0 {
+		return nil, fmt.Errorf("query attributes: %w", unix.Errno(errno))
+	}
+	d.attr = rdma.DeviceAttr{
+		Name:            C.GoString(C.ibv_get_device_name(d.c.device)),
+		MaxQPWR:         int(attr.max_qp_wr),
+		MaxSGE:          int(attr.max_sge),
+		MaxCQE:          int(attr.max_cqe),
+		MaxMR:           int(attr.max_mr),
+		MaxMRSize:       uint64(attr.max_mr_size),
+		MaxQPReadAtomic: int(attr.max_qp_rd_atom),
+		CompVectors:     max(1, int(d.c.num_comp_vectors)),
+		MemoryWindows:   attr.device_cap_flags&(C.IBV_DEVICE_MEM_WINDOW_TYPE_2A|C.IBV_DEVICE_MEM_WINDOW_TYPE_2B) != 0,
+	}
+	d.initRead = int(attr.max_qp_init_rd_atom)
+	events, err := newWaiter(d.c.async_fd, "asynchronous events")
+	if err != nil {
+		return nil, err
+	}
+	d.events = events
+	d.hold = C.hold_device(cid)
+	go d.readEvents()
+	return d, nil
+}
+
+func (d *device) get() {
+	d.provider.mu.Lock()
+	d.refs++
+	d.provider.mu.Unlock()
+}
+
+// put gives a reference back; the last one stops the reading of events and
+// lets librdmacm close the device.
+func (d *device) put() {
+	d.provider.mu.Lock()
+	defer d.provider.mu.Unlock()
+	if d.refs--; d.refs > 0 {
+		return
+	}
+	delete(d.provider.devices, d.c)
+	_ = d.events.close() // the duplicate of a descriptor, nothing can be lost
+	<-d.done
+	if d.hold != nil {
+		C.rdma_destroy_id(d.hold)
+	}
+}
+
+// Attr implements rdma.Device.
+func (d *device) Attr() rdma.DeviceAttr { return d.attr }
+
+// watch routes the device's asynchronous events to an ID, unwatch ends that.
+func (d *device) watch(id *cmID) {
+	d.mu.Lock()
+	d.ids[id] = struct{}{}
+	d.mu.Unlock()
+}
+
+func (d *device) unwatch(id *cmID) {
+	d.mu.Lock()
+	delete(d.ids, id)
+	d.mu.Unlock()
+}
+
+func (d *device) readEvents() {
+	defer close(d.done)
+	for {
+		var ev C.struct_async_event
+		err := d.events.next(func() C.int { return C.next_async_event(d.c, &ev) })
+		if errors.Is(err, os.ErrClosed) {
+			return
+		}
+		d.mu.Lock()
+		for id := range d.ids {
+			if err != nil {
+				id.report(rdma.EventDeviceRemoved, "asynchronous events: "+err.Error())
+			} else {
+				id.async(&ev)
+			}
+		}
+		d.mu.Unlock()
+		if err != nil {
+			return // the descriptor is dead, and with it the device
+		}
+	}
+}
+
+// AllocPD implements rdma.Device.
+func (d *device) AllocPD() (rdma.PD, error) {
+	c, err := C.ibv_alloc_pd(d.c)
+	if c == nil {
+		return nil, missing("allocate protection domain on "+d.attr.Name, err)
+	}
+	d.get()
+	return &pd{device: d, c: c}, nil
+}
+
+// destroyed is the error of destroying an object. EIO says that the device has
+// been removed, and the object with it.
+func destroyed(what string, errno C.int) error {
+	if errno == 0 || unix.Errno(errno) == unix.EIO {
+		return nil
+	}
+	return fmt.Errorf("destroy %s: %w", what, unix.Errno(errno))
+}

@@ -1,0 +1,132 @@
+//go:build linux && cgo && !noverbs
+
+package verbs
+
+// #include "shim.h"
+import "C"
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"ublk-nvmeof/rdma"
+)
+
+// listener reads connect requests on a goroutine of its own, one ahead of
+// Accept; the others wait in the kernel, as many as the backlog allows.
+type listener struct {
+	provider *Provider
+	channel  *channel
+	c        *C.struct_rdma_cm_id
+	addr     netip.AddrPort
+	requests chan *cmID
+	stop     chan struct{} // closed by Close
+	done     chan struct{} // closed when read has returned
+	once     sync.Once
+	closeErr error
+}
+
+// Listen implements rdma.Provider.
+func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
+	l, err := p.listen(addr, backlog)
+	if err != nil {
+		return nil, &rdma.StepError{Step: "listen on", Peer: addr, Err: err}
+	}
+	return l, nil
+}
+
+func (p *Provider) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+	s, err := newSockaddr(addr)
+	if err != nil {
+		return nil, err
+	}
+	ch, err := newChannel()
+	if err != nil {
+		return nil, err
+	}
+	var c *C.struct_rdma_cm_id
+	if ret, err := C.rdma_create_id(ch.c, &c, nil, C.RDMA_PS_TCP); ret != 0 {
+		err = errors.Join(missing("create ID", err), ch.w.close())
+		ch.destroy()
+		return nil, err
+	}
+	if err := bindListen(c, s, backlog); err != nil {
+		err = errors.Join(err, ch.w.close(), destroyID(c))
+		ch.destroy()
+		return nil, err
+	}
+	l := &listener{
+		provider: p, channel: ch, c: c,
+		addr:     addrPort(C.rdma_get_local_addr(c)),
+		requests: make(chan *cmID),
+		stop:     make(chan struct{}),
+		done:     make(chan struct{}),
+	}
+	go l.read()
+	return l, nil
+}
+
+func bindListen(c *C.struct_rdma_cm_id, s *sockaddr, backlog int) error {
+	if ret, err := C.rdma_bind_addr(c, s.c()); ret != 0 {
+		return fmt.Errorf("bind: %w", cmErrno(err))
+	}
+	if ret, err := C.rdma_listen(c, C.int(backlog)); ret != 0 {
+		return cmErrno(err)
+	}
+	return nil
+}
+
+// read takes requests until Close. A request that cannot be made into an ID is
+// refused by its end.
+func (l *listener) read() {
+	defer close(l.done)
+	for {
+		ev, err := l.channel.next()
+		if err != nil {
+			return
+		}
+		if ev.kind != C.RDMA_CM_EVENT_CONNECT_REQUEST {
+			continue // a device that came or went; the requests go on
+		}
+		id, err := l.provider.acceptID(ev)
+		if err != nil {
+			continue
+		}
+		select {
+		case l.requests <- id:
+		case <-l.stop:
+			_ = id.Close() // refuses the request
+			return
+		}
+	}
+}
+
+// Addr implements rdma.Listener.
+func (l *listener) Addr() netip.AddrPort { return l.addr }
+
+// Accept implements rdma.Listener; any number of goroutines may wait in it.
+func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
+	select {
+	case id := <-l.requests:
+		return id, nil
+	case <-ctx.Done():
+		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: ctx.Err()}
+	case <-l.done:
+		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: rdma.ErrClosed}
+	}
+}
+
+// Close implements rdma.Listener. Requests that nobody accepted are refused.
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		close(l.stop)
+		err := l.channel.w.close()
+		<-l.done
+		l.closeErr = errors.Join(err, destroyID(l.c))
+		l.channel.destroy()
+	})
+	return l.closeErr
+}

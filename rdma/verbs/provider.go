@@ -1,0 +1,106 @@
+//go:build linux && cgo && !noverbs
+
+package verbs
+
+/*
+#cgo LDFLAGS: -lrdmacm -libverbs
+#include "shim.h"
+*/
+import "C"
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// Provider makes connections through librdmacm. Its methods may be called from
+// any goroutine.
+type Provider struct {
+	mu      sync.Mutex                        // guards devices
+	devices map[*C.struct_ibv_context]*device // those with references
+}
+
+// New checks that the connection manager and at least one RDMA device can be
+// reached. The error names the first thing that is missing.
+func New() (*Provider, error) {
+	C.allow_destroy_after_removal()
+	if err := probe(); err != nil {
+		return nil, fmt.Errorf("verbs: %w", err)
+	}
+	return &Provider{devices: make(map[*C.struct_ibv_context]*device)}, nil
+}
+
+// probe opens the connection manager once. This is also the moment when
+// librdmacm initialises itself, which it does not guard well against several
+// threads.
+func probe() error {
+	var n C.int
+	list, err := C.ibv_get_device_list(&n)
+	if list == nil {
+		return missing("list RDMA devices", err)
+	}
+	C.ibv_free_device_list(list)
+	if n == 0 {
+		return fmt.Errorf("no RDMA device with a node in /dev/infiniband (is ib_uverbs loaded?): %w", rdma.ErrNoDevice)
+	}
+	channel, err := C.rdma_create_event_channel()
+	if channel == nil {
+		return missing("open /dev/infiniband/rdma_cm (is rdma_ucm loaded?)", err)
+	}
+	C.rdma_destroy_event_channel(channel)
+	return nil
+}
+
+// missing gives the error of a library call that may have left errno alone.
+func missing(what string, err error) error {
+	if err == nil {
+		err = rdma.ErrNoDevice
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// Name implements rdma.Provider.
+func (*Provider) Name() string { return "verbs" }
+
+// Resolve implements rdma.Provider.
+func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (rdma.ID, error) {
+	id, err := p.newID()
+	if err != nil {
+		return nil, &rdma.StepError{Step: "open connection to", Peer: remote, Err: err}
+	}
+	id.remote = remote
+	if step, err := id.resolve(ctx, local, remote, tos); err != nil {
+		return nil, &rdma.StepError{Step: step, Peer: remote, Err: errors.Join(err, id.Close())}
+	}
+	return id, nil
+}
+
+// slack is by how much the kernel's own timers outlast the context, so that it
+// is the context's error that callers see.
+const slack = time.Second
+
+// timeoutMS is the context's remaining time for the kernel.
+func timeoutMS(ctx context.Context) C.int {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return math.MaxInt32
+	}
+	return C.int(min(max(0, time.Until(deadline))+slack, math.MaxInt32*time.Millisecond).Milliseconds())
+}
+
+// cmErrno is the error of a connection manager call or event.
+func cmErrno(err error) error {
+	if errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("%w (%w)", rdma.ErrNoDevice, err)
+	}
+	return err
+}

@@ -1,0 +1,268 @@
+//go:build linux && cgo && !noverbs
+
+#include "shim.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+// Work requests are chained on the stack, this many per call of the driver.
+// rdma_rxe makes one system call per chain, hardware rings one doorbell.
+enum { CHUNK = 64 };
+
+static int opcode(uint8_t op)
+{
+	switch (op) {
+	case OP_SEND:
+		return IBV_WR_SEND;
+	case OP_SEND_INVALIDATE:
+		return IBV_WR_SEND_WITH_INV;
+	case OP_WRITE:
+		return IBV_WR_RDMA_WRITE;
+	case OP_READ:
+		return IBV_WR_RDMA_READ;
+	}
+	return -1;
+}
+
+struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
+{
+	struct ibv_send_wr chain[CHUNK], *bad;
+	struct posted done = {0, 0};
+
+	while (done.taken < n) {
+		int len = n - done.taken < CHUNK ? n - done.taken : CHUNK;
+
+		for (int i = 0; i < len; i++) {
+			const struct send_wr *wr = &wrs[done.taken + i];
+			int op = opcode(wr->op);
+
+			if (op < 0 || wr->num_sge > 2) {
+				done.err = EINVAL;
+				len = i; // post what stands before it
+				break;
+			}
+			chain[i].wr_id = wr->id;
+			chain[i].next = &chain[i + 1];
+			chain[i].sg_list = (struct ibv_sge *)wr->sge;
+			chain[i].num_sge = wr->num_sge;
+			chain[i].opcode = op;
+			chain[i].send_flags = wr->signaled ? IBV_SEND_SIGNALED : 0;
+			chain[i].invalidate_rkey = wr->rkey; // read with OP_SEND_INVALIDATE only
+			chain[i].wr.rdma.remote_addr = wr->remote_addr;
+			chain[i].wr.rdma.rkey = wr->rkey;
+		}
+		if (len == 0)
+			return done;
+		chain[len - 1].next = NULL;
+
+		int err = ibv_post_send(qp, chain, &bad);
+		if (err) {
+			done.taken += (int)(bad - chain);
+			done.err = err < 0 ? -err : err;
+			return done;
+		}
+		done.taken += len;
+		if (done.err)
+			return done;
+	}
+	return done;
+}
+
+struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n)
+{
+	struct ibv_recv_wr chain[CHUNK], *bad;
+	struct posted done = {0, 0};
+
+	while (done.taken < n) {
+		int len = n - done.taken < CHUNK ? n - done.taken : CHUNK;
+
+		for (int i = 0; i < len; i++) {
+			const struct recv_wr *wr = &wrs[done.taken + i];
+
+			chain[i].wr_id = wr->id;
+			chain[i].next = &chain[i + 1];
+			chain[i].sg_list = (struct ibv_sge *)&wr->sge;
+			chain[i].num_sge = 1;
+		}
+		chain[len - 1].next = NULL;
+
+		int err = ibv_post_recv(qp, chain, &bad);
+		if (err) {
+			done.taken += (int)(bad - chain);
+			done.err = err < 0 ? -err : err;
+			return done;
+		}
+		done.taken += len;
+	}
+	return done;
+}
+
+int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n)
+{
+	struct ibv_wc got[CHUNK];
+	int done = 0;
+
+	while (done < n) {
+		int want = n - done < CHUNK ? n - done : CHUNK;
+		int len = ibv_poll_cq(cq, want, got);
+
+		if (len < 0)
+			return done ? done : -EIO;
+		for (int i = 0; i < len; i++) {
+			struct wc *wc = &wcs[done + i];
+
+			wc->id = got[i].wr_id;
+			wc->status = (uint8_t)got[i].status;
+			wc->qp_num = got[i].qp_num;
+			wc->vendor = got[i].vendor_err;
+			// Of a failed work request the library fills in no more.
+			int ok = got[i].status == IBV_WC_SUCCESS;
+			int inv = ok && (got[i].wc_flags & IBV_WC_WITH_INV);
+			wc->recv = ok && (got[i].opcode & IBV_WC_RECV);
+			wc->bytes = wc->recv ? got[i].byte_len : 0;
+			wc->flags = inv ? 1 : 0;
+			wc->invalidated_key = inv ? got[i].invalidated_rkey : 0;
+		}
+		done += len;
+		if (len < want)
+			break;
+	}
+	return done;
+}
+
+int arm_cq(struct ibv_cq *cq)
+{
+	int err = ibv_req_notify_cq(cq, 0);
+
+	return err < 0 ? -err : err;
+}
+
+void ack_cq(struct ibv_cq *cq, unsigned int n)
+{
+	ibv_ack_cq_events(cq, n);
+}
+
+int next_cm_event(struct rdma_event_channel *channel, struct cm_event *out)
+{
+	struct rdma_cm_event *event;
+
+	if (rdma_get_cm_event(channel, &event))
+		return errno ? errno : EIO;
+	out->id = event->id;
+	out->type = event->event;
+	out->status = event->status;
+	out->private_len = 0;
+	switch (event->event) {
+	case RDMA_CM_EVENT_CONNECT_REQUEST:
+	case RDMA_CM_EVENT_CONNECT_RESPONSE:
+	case RDMA_CM_EVENT_ESTABLISHED:
+	case RDMA_CM_EVENT_REJECTED:
+		if (event->param.conn.private_data) {
+			out->private_len = event->param.conn.private_data_len;
+			memcpy(out->private_data, event->param.conn.private_data, out->private_len);
+		}
+		break;
+	default:
+		break;
+	}
+	rdma_ack_cm_event(event);
+	return 0;
+}
+
+int next_async_event(struct ibv_context *context, struct async_event *out)
+{
+	struct ibv_async_event event;
+
+	errno = 0;
+	if (ibv_get_async_event(context, &event))
+		return errno ? errno : EIO;
+	memset(out, 0, sizeof *out);
+	out->type = event.event_type;
+	switch (event.event_type) {
+	case IBV_EVENT_QP_FATAL:
+	case IBV_EVENT_QP_REQ_ERR:
+	case IBV_EVENT_QP_ACCESS_ERR:
+	case IBV_EVENT_COMM_EST:
+	case IBV_EVENT_SQ_DRAINED:
+	case IBV_EVENT_PATH_MIG:
+	case IBV_EVENT_PATH_MIG_ERR:
+	case IBV_EVENT_QP_LAST_WQE_REACHED:
+		out->qp = event.element.qp;
+		break;
+	case IBV_EVENT_CQ_ERR:
+		out->cq = event.element.cq;
+		break;
+	case IBV_EVENT_PORT_ACTIVE:
+	case IBV_EVENT_PORT_ERR:
+		out->port = event.element.port_num;
+		break;
+	default:
+		break;
+	}
+	ibv_ack_async_event(&event);
+	return 0;
+}
+
+static struct rdma_conn_param conn_param(const struct conn *conn)
+{
+	return (struct rdma_conn_param){
+		.private_data = conn->private_data,
+		.private_data_len = conn->private_len,
+		.responder_resources = conn->responder_resources,
+		.initiator_depth = conn->initiator_depth,
+		.flow_control = conn->flow_control,
+		.retry_count = conn->retry_count,
+		.rnr_retry_count = conn->rnr_retry_count,
+	};
+}
+
+int cm_connect(struct rdma_cm_id *id, const struct conn *conn)
+{
+	struct rdma_conn_param param = conn_param(conn);
+
+	return rdma_connect(id, &param) ? errno : 0;
+}
+
+int cm_accept(struct rdma_cm_id *id, const struct conn *conn)
+{
+	struct rdma_conn_param param = conn_param(conn);
+
+	return rdma_accept(id, &param) ? errno : 0;
+}
+
+// A macro in the library's header.
+struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access)
+{
+	return ibv_reg_mr(pd, addr, length, access);
+}
+
+// After a device was removed, destroying its objects fails with EIO and leaks
+// the library's half of them, unless this variable stands when the library is
+// first used.
+void allow_destroy_after_removal(void)
+{
+	setenv("RDMAV_ALLOW_DISASSOC_DESTROY", "1", 0);
+}
+
+// librdmacm closes the context of a removed device when the last ID on it goes,
+// while protection domains, queues and memory regions may still stand on it.
+// One more ID, bound to the same address and never used, keeps the context.
+// NULL when the address leads to another device now.
+struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
+{
+	struct sockaddr_storage addr = id->route.addr.src_storage;
+	struct rdma_cm_id *hold;
+
+	if (addr.ss_family == AF_INET6)
+		((struct sockaddr_in6 *)&addr)->sin6_port = 0;
+	else
+		((struct sockaddr_in *)&addr)->sin_port = 0;
+	if (rdma_create_id(NULL, &hold, NULL, RDMA_PS_TCP))
+		return NULL;
+	if (rdma_bind_addr(hold, (struct sockaddr *)&addr) || hold->verbs != id->verbs) {
+		rdma_destroy_id(hold);
+		return NULL;
+	}
+	return hold;
+}

@@ -1,0 +1,102 @@
+// C side of the provider: what Go calls through cgo. The structs that are
+// shared with Go have the layouts of rdma.SendWR, rdma.RecvWR and rdma.WC; the
+// Go side compares them at compile time.
+#ifndef VERBS_SHIM_H
+#define VERBS_SHIM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <infiniband/verbs.h>
+#include <rdma/rdma_cma.h>
+
+// rdma.SendOp
+enum send_op { OP_SEND = 1, OP_SEND_INVALIDATE, OP_WRITE, OP_READ };
+
+// rdma.SendWR
+struct send_wr {
+	uint64_t id;
+	uint64_t remote_addr;
+	uint32_t rkey;
+	uint8_t op;
+	uint8_t signaled;
+	uint8_t num_sge;
+	uint8_t pad;
+	struct ibv_sge sge[2];
+};
+
+// rdma.RecvWR
+struct recv_wr {
+	uint64_t id;
+	struct ibv_sge sge;
+};
+
+// rdma.WC
+struct wc {
+	uint64_t id;
+	uint32_t bytes;
+	uint32_t qp_num;
+	uint32_t invalidated_key;
+	uint32_t vendor;
+	uint8_t status;
+	uint8_t flags;
+	uint8_t recv;
+	uint8_t pad[5];
+};
+
+_Static_assert(sizeof(struct send_wr) == 56, "size of rdma.SendWR");
+_Static_assert(offsetof(struct send_wr, sge) == 24, "offset of rdma.SendWR.SGE");
+_Static_assert(sizeof(struct recv_wr) == 24, "size of rdma.RecvWR");
+_Static_assert(sizeof(struct wc) == 32, "size of rdma.WC");
+
+// What became of a batch: how many work requests were taken, and an errno.
+struct posted {
+	int taken;
+	int err;
+};
+
+struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n);
+struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n);
+int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n); // completions, or -errno
+int arm_cq(struct ibv_cq *cq);                         // 0 or errno
+void ack_cq(struct ibv_cq *cq, unsigned int n);
+
+// A connection manager event, copied so that it can be acknowledged at once.
+struct cm_event {
+	struct rdma_cm_id *id;
+	int type;
+	int status;
+	uint8_t private_len;
+	uint8_t private_data[256];
+};
+
+// An asynchronous event of a device; qp, cq and port as far as it has them.
+struct async_event {
+	int type;
+	int port;
+	struct ibv_qp *qp;
+	struct ibv_cq *cq;
+};
+
+int next_cm_event(struct rdma_event_channel *channel, struct cm_event *out); // 0 or errno
+int next_async_event(struct ibv_context *context, struct async_event *out);  // 0 or errno
+
+// rdma_conn_param without pointers.
+struct conn {
+	uint8_t responder_resources;
+	uint8_t initiator_depth;
+	uint8_t flow_control;
+	uint8_t retry_count;
+	uint8_t rnr_retry_count;
+	uint8_t private_len;
+	uint8_t private_data[256];
+};
+
+int cm_connect(struct rdma_cm_id *id, const struct conn *conn); // 0 or errno
+int cm_accept(struct rdma_cm_id *id, const struct conn *conn);  // 0 or errno
+
+struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access);
+void allow_destroy_after_removal(void);
+struct rdma_cm_id *hold_device(struct rdma_cm_id *id);
+
+#endif
