@@ -1,0 +1,95 @@
+package initiator
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+)
+
+// Limits and defaults, those of Linux' nvme-rdma (drivers/nvme/host/fabrics.h).
+const (
+	MinQueueSize     = 16
+	MaxQueueSize     = 1024
+	DefaultQueueSize = 128
+	DefaultKeepAlive = 5 * time.Second
+
+	defaultConnectTimeout = 10 * time.Second
+	defaultAdminTimeout   = 60 * time.Second
+	defaultIOTimeout      = 30 * time.Second
+	defaultPollMaxBytes   = 16 << 10
+
+	adminDepth = 32 // NVME_AQ_DEPTH; nvmet takes no more
+)
+
+// Config says what to connect to, and how. Fields without a remark are
+// required.
+type Config struct {
+	Provider rdma.Provider
+	Address  netip.AddrPort
+	Source   netip.Addr // local address; zero: the route's
+	SubNQN   string
+	HostNQN  string
+	HostID   nvme.UUID
+
+	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
+	// threads to serve it, at least Queues.Loops() of them.
+	Queues poller.Request
+	Loops  []*poller.Loop
+
+	QueueSize     int           // entries per I/O queue, 16..1024; 0: 128. The target may lower it
+	KeepAlive     time.Duration // 0: 5 s
+	TOS           uint8         // type of service; 0: unset
+	DisableSQFlow bool          // ask the target to do without SQ flow control
+	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
+
+	ConnectTimeout time.Duration // per address or route resolution and per connection; 0: 10 s
+	AdminTimeout   time.Duration // per admin command; 0: 60 s
+	IOTimeout      time.Duration // per I/O command; 0: 30 s
+
+	Log *slog.Logger // nil: nothing is logged
+}
+
+func (c *Config) setDefaults() error {
+	switch {
+	case c.Provider == nil:
+		return errors.New("config: no RDMA provider")
+	case !c.Address.IsValid() || c.Address.Port() == 0:
+		return errors.New("config: no target address")
+	case len(c.Loops) < c.Queues.Loops():
+		return fmt.Errorf("config: %d loops for queues that need %d", len(c.Loops), c.Queues.Loops())
+	case c.Queues.IO < 1 || c.Queues.Write < 0 || c.Queues.Poll < 0:
+		return fmt.Errorf("config: queues %+v: at least one I/O queue, none negative", c.Queues)
+	case c.QueueSize != 0 && (c.QueueSize < MinQueueSize || c.QueueSize > MaxQueueSize):
+		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, MinQueueSize, MaxQueueSize)
+	case c.KeepAlive < 0:
+		return fmt.Errorf("config: keep alive timeout %v is negative", c.KeepAlive)
+	}
+	if err := nvme.ValidateNQN(c.SubNQN); err != nil {
+		return fmt.Errorf("config: subsystem NQN: %w", err)
+	}
+	if err := nvme.ValidateNQN(c.HostNQN); err != nil {
+		return fmt.Errorf("config: host NQN: %w", err)
+	}
+	setDefault(&c.QueueSize, DefaultQueueSize)
+	setDefault(&c.KeepAlive, DefaultKeepAlive)
+	setDefault(&c.PollMaxBytes, defaultPollMaxBytes)
+	setDefault(&c.ConnectTimeout, defaultConnectTimeout)
+	setDefault(&c.AdminTimeout, defaultAdminTimeout)
+	setDefault(&c.IOTimeout, defaultIOTimeout)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func setDefault[T int | time.Duration](field *T, value T) {
+	if *field == 0 {
+		*field = value
+	}
+}

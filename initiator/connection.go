@@ -1,0 +1,161 @@
+package initiator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"ublk-nvmeof/cq"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/sq"
+)
+
+// connection is one RDMA connection with the NVMe queues on it: an admin queue
+// or an I/O queue.
+type connection struct {
+	qid uint16
+	id  rdma.ID
+	qp  rdma.QP
+	sq  *sq.Queue
+	cq  *cq.Queue
+}
+
+// queueParam is what makes the connections of an association differ.
+type queueParam struct {
+	qid    uint16
+	depth  int
+	cntlid uint16 // for I/O queues
+	events bool   // with a completion channel
+	vector int
+}
+
+// dial resolves the target and makes the queues and the QP, without a word to
+// the target yet.
+func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err error) {
+	tos := -1
+	if c.cfg.TOS != 0 {
+		tos = int(c.cfg.TOS)
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	conn := &connection{qid: p.qid}
+	defer func() {
+		if err != nil {
+			conn.close()
+		}
+	}()
+	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, c.cfg.Address, tos); err != nil {
+		return nil, err
+	}
+	dev := conn.id.Device()
+	if err = c.useDevice(dev); err != nil {
+		return nil, err
+	}
+	if conn.sq, err = sq.New(dev, c.pd, sq.Config{Depth: p.depth, Vector: p.vector}); err != nil {
+		return nil, err
+	}
+	if conn.cq, err = cq.New(dev, c.pd, cq.Config{Depth: p.depth, Vector: p.vector, Events: p.events}); err != nil {
+		return nil, err
+	}
+	sge := 2
+	if p.qid == 0 {
+		sge = 1
+	}
+	conn.qp, err = conn.id.CreateQP(c.pd, rdma.QPConfig{
+		SendCQ: conn.sq.CQ(), RecvCQ: conn.cq.CQ(),
+		MaxSendWR: conn.sq.Slots(), MaxRecvWR: conn.cq.Depth(),
+		MaxSendSGE: sge, MaxRecvSGE: 1,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create queue pair: %w", err)
+	}
+	conn.sq.Bind(conn.qp)
+	conn.cq.Bind(conn.qp)
+	return conn, conn.cq.Fill()
+}
+
+// establish connects the QP, naming the queue in the private data.
+func (c *Controller) establish(ctx context.Context, conn *connection, p queueParam) error {
+	req := nvme.RDMARequest{QID: p.qid, HRQSize: uint16(p.depth), HSQSize: uint16(p.depth - 1), CNTLID: p.cntlid}
+	private := req.Marshal()
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.ConnectTimeout)
+	defer cancel()
+	_, err := conn.id.Connect(ctx, rdma.ConnParam{
+		PrivateData:        private[:],
+		ResponderResources: uint8(min(conn.id.Device().Attr().MaxQPReadAtomic, 255)),
+		RetryCount:         7,
+		RNRRetryCount:      7,
+		FlowControl:        true,
+	})
+	var rej *rdma.RejectError
+	if errors.As(err, &rej) && rej.Reason == rdma.RejectConsumer {
+		if r, perr := nvme.ParseRDMAReject(rej.Private); perr == nil {
+			return fmt.Errorf("%w: %v", err, r.Status)
+		}
+	}
+	return err
+}
+
+// call runs one command on a connection that nobody else uses yet. Its data, if
+// any, is named by key.
+func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Completion, error) {
+	slot, capsule, ok := conn.sq.Get()
+	if !ok {
+		return nvme.Completion{}, errors.New("submission queue is full")
+	}
+	*capsule = *cmd
+	conn.sq.Push(slot, rdma.SGE{})
+	if _, err := conn.sq.Flush(); err != nil {
+		return nvme.Completion{}, err
+	}
+	// A queue without a completion channel can only be looked at, and setting
+	// up is no place where a millisecond counts.
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		events, err := conn.cq.Poll()
+		switch {
+		case err != nil:
+			return nvme.Completion{}, err
+		case len(events) > 1:
+			return nvme.Completion{}, fmt.Errorf("%d responses to one command", len(events))
+		case len(events) == 1:
+			done := events[0].Completion
+			if got, ok := conn.sq.Match(done.CID()); !ok || got != slot {
+				return nvme.Completion{}, fmt.Errorf("response to command id %#x, which is not outstanding", done.CID())
+			}
+			conn.sq.Answer(slot)
+			return done, nil
+		}
+		select {
+		case <-tick.C:
+		case ev := <-conn.id.Events():
+			return nvme.Completion{}, fmt.Errorf("connection lost: %v", ev.Type)
+		case <-ctx.Done():
+			return nvme.Completion{}, ctx.Err()
+		}
+	}
+}
+
+// close ends the connection and frees everything of it. Until it returns the
+// target may touch memory that it was given a key of.
+func (conn *connection) close() error {
+	var errs []error
+	if conn.qp != nil {
+		// The error state comes first: disconnecting alone leaves a moment in
+		// which the target can still write.
+		errs = append(errs, conn.qp.Fail())
+	}
+	if conn.id != nil {
+		errs = append(errs, conn.id.Close())
+	}
+	if conn.cq != nil {
+		errs = append(errs, conn.cq.Close())
+	}
+	if conn.sq != nil {
+		errs = append(errs, conn.sq.Close())
+	}
+	return errors.Join(errs...)
+}

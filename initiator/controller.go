@@ -1,0 +1,415 @@
+package initiator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+)
+
+// State is where a controller stands in its life.
+type State uint8
+
+// States, with Linux' names (enum nvme_ctrl_state).
+const (
+	StateUnset    State = iota
+	StateNew            // made, never connected
+	StateLive           // I/O goes to the target
+	StateDeleting       // Close was called
+	StateDead           // the association was lost; I/O fails
+)
+
+var stateNames = [...]string{"unset", "new", "live", "deleting", "dead"}
+
+func (s State) String() string {
+	if int(s) < len(stateNames) {
+		return stateNames[s]
+	}
+	return fmt.Sprintf("state %d", s)
+}
+
+// Controller is an NVMe controller of a subsystem, as its host sees it.
+type Controller struct {
+	cfg     Config
+	pollMax uint32
+	lanes   []*lane
+	clock   atomic.Uint32 // seconds; what lanes stamp commands with
+
+	dev rdma.Device // of every connection; set by the first
+	pd  rdma.PD
+
+	failed  chan error    // the first reason why the association is lost
+	stop    chan struct{} // Close was called
+	stopped chan struct{} // supervise has ended
+	dead    chan struct{} // closed in StateDead
+
+	mu         sync.Mutex // guards what follows
+	state      State
+	reason     error
+	assoc      *association
+	namespaces []*Namespace
+}
+
+// Connect connects to a subsystem and identifies its namespaces. ctx bounds the
+// whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
+// *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
+// error.
+func Connect(ctx context.Context, cfg Config) (*Controller, error) {
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
+	}
+	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
+	c := &Controller{
+		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew,
+		failed: make(chan error, 1), stop: make(chan struct{}), stopped: make(chan struct{}), dead: make(chan struct{}),
+	}
+	for i, loop := range cfg.Loops {
+		c.lanes = append(c.lanes, &lane{ctrl: c, loop: loop, index: i})
+	}
+	a, err := c.associate(ctx)
+	if err != nil {
+		c.freePD()
+		return nil, err
+	}
+	if err := c.scan(ctx, a); err != nil {
+		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.freePD())
+	}
+	for _, l := range c.lanes {
+		if err := l.loop.Call(func() { l.loop.Attach(l) }); err != nil {
+			return nil, errors.Join(err, c.detachLanes(), a.close(), c.freePD())
+		}
+	}
+	if err := c.attach(a); err != nil {
+		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.freePD())
+	}
+	go c.supervise(a)
+	return c, nil
+}
+
+// useDevice makes the protection domain with the first connection, and insists
+// that every other goes through the same device: memory is registered there.
+func (c *Controller) useDevice(dev rdma.Device) error {
+	if c.pd != nil {
+		if c.dev != dev {
+			return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, c.dev.Attr().Name)
+		}
+		return nil
+	}
+	pd, err := dev.AllocPD()
+	if err != nil {
+		return fmt.Errorf("allocate protection domain: %w", err)
+	}
+	c.dev, c.pd = dev, pd
+	return nil
+}
+
+func (c *Controller) freePD() error {
+	if c.pd == nil {
+		return nil
+	}
+	return c.pd.Close()
+}
+
+// attach gives each lane its part of the association. All of them let go of
+// the one before already.
+func (c *Controller) attach(a *association) error {
+	m := poller.Map(a.plan, len(c.lanes))
+	for _, l := range c.lanes {
+		var own []*pair
+		var route [nClasses]*pair
+		for i, p := range a.pairs {
+			if m.Owner[i] == l.index {
+				own = append(own, p)
+			}
+		}
+		for class, qid := range m.Queue[l.index] {
+			route[class] = a.pairs[qid-1]
+		}
+		var err error
+		if e := l.loop.Call(func() {
+			for _, p := range own {
+				if fd := p.cq.FD(); fd >= 0 && err == nil {
+					err = l.loop.Watch(fd, p)
+				}
+			}
+			l.connect(own, route)
+		}); e != nil {
+			err = e
+		}
+		if err != nil {
+			return fmt.Errorf("attach queues to loop %d: %w", l.index, err)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.state, c.assoc = StateLive, a
+	return nil
+}
+
+// release takes an association from the lanes and ends it. The requests that
+// were in flight wait in their lanes afterwards, and no adapter touches their
+// buffers any more.
+func (c *Controller) release(a *association) error {
+	var errs []error
+	for _, l := range c.lanes {
+		errs = append(errs, l.loop.Call(l.disconnect))
+	}
+	for _, p := range a.pairs {
+		if fd := p.cq.FD(); fd >= 0 {
+			errs = append(errs, p.lane.loop.Unwatch(fd))
+		}
+		p.ack()
+	}
+	errs = append(errs, a.close())
+	for _, p := range a.pairs {
+		errs = append(errs, p.lane.loop.Call(func() { p.lane.recover(p) }))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Controller) detachLanes() error {
+	var errs []error
+	for _, l := range c.lanes {
+		errs = append(errs, l.loop.Call(func() { l.loop.Detach(l) }))
+	}
+	return errors.Join(errs...)
+}
+
+// fail tells the controller that its association is lost. Only the first reason
+// counts. Any goroutine.
+func (c *Controller) fail(err error) {
+	select {
+	case c.failed <- err:
+	default:
+	}
+}
+
+// supervise keeps the controller alive and decides when it is not.
+func (c *Controller) supervise(a *association) {
+	defer close(c.stopped)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var helpers sync.WaitGroup
+	helpers.Go(func() { c.keepAlive(ctx, a) })
+	helpers.Go(func() { c.listen(ctx, a) })
+	second := time.NewTicker(time.Second)
+	defer second.Stop()
+	for {
+		select {
+		case <-second.C:
+			c.clock.Add(1)
+			c.checkTimeouts()
+			continue
+		case err := <-c.failed:
+			c.die(err)
+			cancel()
+			c.cfg.Log.Error("controller is dead", "reason", err)
+			if err := c.release(a); err != nil {
+				c.cfg.Log.Warn("end association", "error", err)
+			}
+			for _, l := range c.lanes {
+				l.loop.Call(l.die)
+			}
+			<-c.stop
+		case <-c.stop:
+		}
+		cancel()
+		helpers.Wait()
+		return
+	}
+}
+
+func (c *Controller) die(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.state, c.reason, c.assoc = StateDead, err, nil
+	close(c.dead)
+}
+
+// checkTimeouts fails the association when a command was not answered in time.
+// Lanes without a command in flight are not disturbed.
+func (c *Controller) checkTimeouts() {
+	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
+	now := c.clock.Load()
+	for _, l := range c.lanes {
+		if l.submitted.Load() == l.completed.Load() {
+			continue
+		}
+		l.loop.Call(func() {
+			for _, p := range l.pairs {
+				if r := p.expired(now, limit); r != nil {
+					p.fail(fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, c.cfg.IOTimeout))
+				}
+			}
+		})
+	}
+}
+
+// keepAlive sends Keep Alive commands. The controller counts any command as a
+// sign of life only if it says so (TBKAS), and then counts in intervals, which
+// costs up to one more.
+func (c *Controller) keepAlive(ctx context.Context, a *association) {
+	period := c.cfg.KeepAlive / 2
+	if a.identify.TBKAS() {
+		period /= 2
+	}
+	tick := time.NewTicker(period)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		var cmd nvme.Command
+		cmd.SetKeepAlive()
+		limit, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
+		_, err := a.admin.exec(limit, &cmd, nil, nil)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			c.fail(fmt.Errorf("keep alive: %w", err))
+			return
+		}
+	}
+}
+
+// listen keeps one Asynchronous Event Request with the controller.
+func (c *Controller) listen(ctx context.Context, a *association) {
+	for {
+		var cmd nvme.Command
+		cmd.SetAsyncEvent()
+		done, err := a.admin.exec(ctx, &cmd, nil, nil)
+		if err != nil {
+			if ctx.Err() == nil && errors.As(err, new(nvme.Status)) {
+				c.cfg.Log.Warn("target refused an asynchronous event request", "error", err)
+			}
+			return
+		}
+		ev := nvme.AsyncEvent(done.DW0())
+		c.cfg.Log.Info("asynchronous event", "event", ev.String())
+		if page := ev.LogPage(); page != 0 {
+			// Reading the page re-enables the event.
+			if err := c.readLog(ctx, a, page); err != nil && ctx.Err() == nil {
+				c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
+			}
+		}
+	}
+}
+
+func (c *Controller) readLog(ctx context.Context, a *association, page uint8) error {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
+	defer cancel()
+	var cmd nvme.Command
+	var out [adminPage]byte
+	cmd.SetGetLogPage(page, nvme.NSIDAll, adminPage, 0, false)
+	_, err := a.admin.exec(ctx, &cmd, nil, out[:])
+	return err
+}
+
+// retryDelay is how long the target asked to wait with a retry, by one of the
+// delays it announced.
+func (c *Controller) retryDelay(crd uint8) time.Duration {
+	if crd == 0 {
+		return 0
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.assoc == nil {
+		return 0
+	}
+	return time.Duration(c.assoc.identify.CRDT(crd)) * 100 * time.Millisecond
+}
+
+// reportStatus logs a request that fails for good.
+func (c *Controller) reportStatus(r *request, s nvme.Status) {
+	c.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
+		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "retries", r.tries)
+}
+
+// Namespaces are the namespaces that were there when the controller connected.
+func (c *Controller) Namespaces() []*Namespace { return c.namespaces }
+
+// Done is closed when the controller is dead; Err then says why.
+func (c *Controller) Done() <-chan struct{} { return c.dead }
+
+// Err is why the controller is dead, or nil.
+func (c *Controller) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason
+}
+
+// Close leaves the subsystem in order: I/O queues, shutdown notification, admin
+// queue, each step bounded by ctx or sooner. The queues of the namespaces must
+// be idle, and closed before.
+func (c *Controller) Close(ctx context.Context) error {
+	c.mu.Lock()
+	a := c.assoc
+	c.assoc = nil
+	if c.state != StateDead {
+		c.state = StateDeleting
+	}
+	c.mu.Unlock()
+	close(c.stop)
+	<-c.stopped
+	var errs []error
+	if a != nil {
+		if err := a.shutdown(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("shut down controller: %w", err))
+		}
+		errs = append(errs, c.release(a))
+	}
+	errs = append(errs, c.detachLanes(), c.freePD())
+	return errors.Join(errs...)
+}
+
+// Info is what a controller can tell about itself.
+type Info struct {
+	State     State
+	Reason    error
+	CNTLID    uint16
+	Version   nvme.Version
+	Model     string
+	Serial    string
+	Firmware  string
+	QueueSize int         // entries per I/O queue in use
+	Plan      poller.Plan // requested and granted queues per class
+	Device    string      // RDMA device
+	InCapsule int         // bytes of data that travel with a command; 0 = none
+	SQFlow    bool        // SQ flow control is on
+	Lanes     []LaneStats
+}
+
+// LaneStats are counters of one loop.
+type LaneStats struct {
+	Submitted, Completed uint64 // requests
+	HandedOver           uint64 // requests that another loop's queue pair served
+	Retried              uint64 // commands sent again after an error status
+}
+
+// Info is a snapshot.
+func (c *Controller) Info() Info {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := Info{State: c.state, Reason: c.reason, Device: c.dev.Attr().Name}
+	if a := c.assoc; a != nil {
+		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
+		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
+		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+	}
+	for _, l := range c.lanes {
+		i.Lanes = append(i.Lanes, LaneStats{
+			Submitted: l.submitted.Load(), Completed: l.completed.Load(),
+			HandedOver: l.handedOver.Load(), Retried: l.retried.Load(),
+		})
+	}
+	return i
+}
