@@ -175,7 +175,7 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 // it lies.
 func (q *Queue) Push(slot uint16, data rdma.SGE) {
 	at := int(slot) * capsuleSize
-	nvme.CommandAt(q.slab[at : at+capsuleSize]).SetCID(uint16(q.gen[slot])<<slotBits | slot)
+	nvme.CommandAt(q.slab[at : at+capsuleSize]).SetCID(q.commandID(slot))
 
 	n := len(q.batch)
 	q.batch = q.batch[:n+1]
@@ -199,6 +199,8 @@ func (q *Queue) Push(slot uint16, data rdma.SGE) {
 	q.next++
 }
 
+func (q *Queue) commandID(slot uint16) uint16 { return uint16(q.gen[slot])<<slotBits | slot }
+
 // Flush posts the batch, in one call, and says how many commands that were.
 func (q *Queue) Flush() (int, error) {
 	if len(q.batch) == 0 {
@@ -216,7 +218,7 @@ func (q *Queue) Flush() (int, error) {
 // names no slot, or a command that is not outstanding.
 func (q *Queue) Match(cid uint16) (slot uint16, ok bool) {
 	slot = cid & slotMask
-	if int(slot) >= len(q.state) || q.state[slot]&(slotFree|slotAnswered) != 0 || uint16(q.gen[slot]&0xF) != cid>>slotBits {
+	if int(slot) >= len(q.state) || q.state[slot]&(slotFree|slotAnswered) != 0 || q.commandID(slot) != cid {
 		return 0, false
 	}
 	return slot, true

@@ -1,0 +1,162 @@
+package cq
+
+import (
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+)
+
+// adapter receives what the test puts into its buffers.
+type adapter struct {
+	bytes  []byte
+	posted []rdma.RecvWR
+	done   []rdma.WC
+}
+
+const base = 0x10000
+
+func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
+func (a *adapter) AllocPD() (rdma.PD, error)                { return a, nil }
+func (a *adapter) CreateCQ(int, bool, int) (rdma.CQ, error) { return a, nil }
+func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
+	a.bytes = make([]byte, n)
+	return region{a}, nil
+}
+func (a *adapter) Close() error                        { return nil }
+func (a *adapter) Num() uint32                         { return 1 }
+func (a *adapter) PostSend([]rdma.SendWR) (int, error) { return 0, nil }
+func (a *adapter) Fail() error                         { return nil }
+func (a *adapter) Arm() error                          { return nil }
+func (a *adapter) FD() int                             { return -1 }
+func (a *adapter) Ack(int)                             {}
+func (a *adapter) PostRecv(wrs []rdma.RecvWR) (int, error) {
+	a.posted = append(a.posted, wrs...)
+	return len(wrs), nil
+}
+
+func (a *adapter) Poll(wcs []rdma.WC) (int, error) {
+	n := copy(wcs, a.done)
+	a.done = a.done[:copy(a.done, a.done[n:])]
+	return n, nil
+}
+
+type region struct{ *adapter }
+
+func (r region) Bytes() []byte { return r.bytes }
+func (r region) Addr() uint64  { return base }
+func (r region) LKey() uint32  { return 7 }
+func (r region) RKey() uint32  { return 8 }
+
+// respond puts a response with a command id into the oldest posted buffer.
+func (a *adapter) respond(cid uint16) {
+	wr := a.posted[0]
+	a.posted = a.posted[:copy(a.posted, a.posted[1:])]
+	at := wr.SGE.Addr - base
+	nvme.CompletionAt(a.bytes[at:at+cqeSize]).Set(uint64(cid)*3, 0, cid, 0)
+	a.done = append(a.done, rdma.WC{ID: wr.ID, Bytes: wr.SGE.Length, Recv: true})
+}
+
+func newQueue(t testing.TB, depth int) (*Queue, *adapter) {
+	t.Helper()
+	a := &adapter{}
+	q, err := New(a, a, Config{Depth: depth})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q.Bind(a)
+	if err := q.Fill(); err != nil {
+		t.Fatal(err)
+	}
+	return q, a
+}
+
+// TestEveryResponseInOrder sends more responses than there are buffers, in
+// bursts of every size up to the depth.
+func TestEveryResponseInOrder(t *testing.T) {
+	const depth = 100
+	q, a := newQueue(t, depth)
+	next, want := uint16(0), uint16(0)
+	for burst := 1; burst <= depth; burst++ {
+		for range burst {
+			a.respond(next)
+			next++
+		}
+		for want != next {
+			events, err := q.Poll()
+			if err != nil || len(events) == 0 {
+				t.Fatalf("burst %d: %d events, %v", burst, len(events), err)
+			}
+			for _, e := range events {
+				if e.Completion.CID() != want || e.Completion.Result() != uint64(want)*3 {
+					t.Fatalf("response %v, want command %d", e.Completion, want)
+				}
+				want++
+			}
+		}
+		if len(a.posted) != depth {
+			t.Fatalf("%d of %d buffers posted", len(a.posted), depth)
+		}
+	}
+}
+
+func TestBadCompletions(t *testing.T) {
+	for name, c := range map[string]struct {
+		wc   rdma.WC
+		want string
+	}{
+		"flushed":       {rdma.WC{ID: 1, Status: rdma.WCFlushErr}, "flushed"},
+		"short":         {rdma.WC{ID: 1, Bytes: 15}, "15 bytes"},
+		"unknown":       {rdma.WC{ID: 16, Bytes: 16}, "buffer 16 of 16"},
+		"unknown, huge": {rdma.WC{ID: 1 << 63, Bytes: 16}, "of 16"},
+	} {
+		q, a := newQueue(t, 16)
+		a.respond(5)
+		a.done = append(a.done, c.wc)
+		events, err := q.Poll()
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if len(events) != 1 || events[0].Completion.CID() != 5 {
+			t.Errorf("%s: the response before it was lost", name)
+		}
+	}
+}
+
+func TestInvalidatedKey(t *testing.T) {
+	q, a := newQueue(t, 16)
+	a.respond(1)
+	a.done[0].Flags, a.done[0].InvalidatedKey = rdma.WCWithInvalidate, 0xABCD
+	events, err := q.Poll()
+	if err != nil || !events[0].Invalidated || events[0].InvalidatedKey != 0xABCD {
+		t.Fatalf("%+v, %v", events, err)
+	}
+}
+
+func TestNoAllocations(t *testing.T) {
+	q, a := newQueue(t, 128)
+	n := testing.AllocsPerRun(1000, func() {
+		for i := range uint16(64) {
+			a.respond(i)
+		}
+		if ev, _ := q.Poll(); len(ev) != 64 {
+			t.Fatal("missing responses")
+		}
+	})
+	if n != 0 {
+		t.Fatalf("%v allocations per batch", n)
+	}
+}
+
+func BenchmarkPoll(b *testing.B) {
+	q, a := newQueue(b, 128)
+	b.ReportAllocs()
+	for b.Loop() {
+		for i := range uint16(32) {
+			a.respond(i)
+		}
+		q.Poll()
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*32), "ns/response")
+}

@@ -1,0 +1,291 @@
+package sq
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"ublk-nvmeof/rdma"
+)
+
+// adapter is a device whose sends complete when the test says so.
+type adapter struct {
+	posted []rdma.SendWR
+	done   []rdma.WC
+	memory
+}
+
+type memory struct{ bytes []byte }
+
+func (m *memory) Bytes() []byte { return m.bytes }
+func (m *memory) Addr() uint64  { return 0x10000 }
+func (m *memory) LKey() uint32  { return 7 }
+func (m *memory) RKey() uint32  { return 8 }
+func (m *memory) Close() error  { return nil }
+
+func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
+func (a *adapter) AllocPD() (rdma.PD, error)                { return a, nil }
+func (a *adapter) CreateCQ(int, bool, int) (rdma.CQ, error) { return a, nil }
+func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
+	a.bytes = make([]byte, n)
+	return &a.memory, nil
+}
+func (a *adapter) Num() uint32                         { return 1 }
+func (a *adapter) PostRecv([]rdma.RecvWR) (int, error) { return 0, nil }
+func (a *adapter) Fail() error                         { return nil }
+func (a *adapter) Arm() error                          { return nil }
+func (a *adapter) FD() int                             { return -1 }
+func (a *adapter) Ack(int)                             {}
+func (a *adapter) PostSend(wrs []rdma.SendWR) (int, error) {
+	a.posted = append(a.posted, wrs...)
+	return len(wrs), nil
+}
+
+func (a *adapter) Poll(wcs []rdma.WC) (int, error) {
+	n := copy(wcs, a.done)
+	a.done = a.done[:copy(a.done, a.done[n:])]
+	return n, nil
+}
+
+// complete ends the oldest n sends, in order, as an adapter does: only the
+// signaled ones are reported.
+func (a *adapter) complete(n int) {
+	for _, wr := range a.posted[:n] {
+		if wr.Signaled {
+			a.done = append(a.done, rdma.WC{ID: wr.ID})
+		}
+	}
+	a.posted = a.posted[:copy(a.posted, a.posted[n:])]
+}
+
+func newQueue(t testing.TB, depth int) (*Queue, *adapter) {
+	t.Helper()
+	a := &adapter{posted: make([]rdma.SendWR, 0, 8192), done: make([]rdma.WC, 0, 8192)}
+	q, err := New(a, a, Config{Depth: depth})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q.Bind(a)
+	return q, a
+}
+
+func TestDepthBounds(t *testing.T) {
+	for _, depth := range []int{-1, 0, 1, MaxDepth + 1} {
+		if _, err := New(&adapter{}, &adapter{}, Config{Depth: depth}); err == nil {
+			t.Errorf("depth %d: no error", depth)
+		}
+	}
+}
+
+// TestNeverMoreThanDepth takes as many slots as there are: one less than the
+// depth, and as many again only after as many answers.
+func TestNeverMoreThanDepth(t *testing.T) {
+	q, _ := newQueue(t, 16)
+	var slots []uint16
+	for {
+		slot, _, ok := q.Get()
+		if !ok {
+			break
+		}
+		q.Push(slot, rdma.SGE{})
+		slots = append(slots, slot)
+	}
+	if len(slots) != 15 {
+		t.Fatalf("%d commands outstanding at depth 16", len(slots))
+	}
+	q.Answer(slots[3])
+	if _, _, ok := q.Get(); !ok {
+		t.Fatal("no slot after an answer")
+	}
+	if _, _, ok := q.Get(); ok {
+		t.Fatal("a slot more than was answered")
+	}
+}
+
+// TestStaleResponses has ids that must not match anything.
+func TestStaleResponses(t *testing.T) {
+	q, a := newQueue(t, 16)
+	slot, _, _ := q.Get()
+	q.Push(slot, rdma.SGE{})
+	if _, err := q.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	cid := q.commandID(slot)
+	for name, id := range map[string]uint16{
+		"a free slot":            cid&^slotMask | (slot+1)&slotMask,
+		"a slot beyond the slab": cid&^slotMask | slotMask,
+		"another generation":     cid ^ 1<<slotBits,
+	} {
+		if _, ok := q.Match(id); ok {
+			t.Errorf("%s matches", name)
+		}
+	}
+	if got, ok := q.Match(cid); !ok || got != slot {
+		t.Fatalf("match %#x: %d, %v", cid, got, ok)
+	}
+	q.Answer(slot)
+	if _, ok := q.Match(cid); ok {
+		t.Error("a second response matches before the send completed")
+	}
+	// Take slots until the same one comes back: its id has changed.
+	for range 200 {
+		a.complete(len(a.posted))
+		if _, err := q.Reap(make([]uint16, q.Slots())); err != nil {
+			t.Fatal(err)
+		}
+		s, _, ok := q.Get()
+		if !ok {
+			t.Fatal("no slot")
+		}
+		q.Push(s, rdma.SGE{})
+		if s == slot {
+			if _, ok := q.Match(cid); ok {
+				t.Fatal("the id of the command before matches the next one")
+			}
+			return
+		}
+		if _, err := q.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		q.Answer(s)
+	}
+	t.Fatal("the slot never came back")
+}
+
+// TestDataIsHeldUntilSent: an answered command with data in its capsule is done
+// only when its send is.
+func TestDataIsHeldUntilSent(t *testing.T) {
+	q, a := newQueue(t, 16)
+	slot, _, _ := q.Get()
+	q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+	q.Flush()
+	if wr := a.posted[0]; !wr.Signaled || wr.NumSGE != 2 || wr.SGE[1].Length != 512 {
+		t.Fatalf("posted %+v", wr)
+	}
+	if q.Answer(slot) {
+		t.Fatal("done before the send completed")
+	}
+	done := make([]uint16, q.Slots())
+	if n, _ := q.Reap(done); n != 0 || q.Held() != 1 {
+		t.Fatalf("reaped %d, held %d", n, q.Held())
+	}
+	a.complete(1)
+	if n, _ := q.Reap(done); n != 1 || done[0] != slot || q.Held() != 0 {
+		t.Fatalf("reaped %d (%d), held %d", n, done[0], q.Held())
+	}
+}
+
+// TestRandomOrder drives a queue with answers and send completions in random
+// order, and checks against a model that no slot is given out while its capsule
+// may still be sent, and that the queue never runs dry.
+func TestRandomOrder(t *testing.T) {
+	for seed := range uint64(50) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		q, a := newQueue(t, 2+rng.IntN(40))
+		inUse := map[uint16]bool{} // by the controller or the adapter
+		answered := map[uint16]bool{}
+		var open []uint16 // not answered
+		var sends []uint16
+		done := make([]uint16, q.Slots())
+		for step := 0; step < 4000; step++ {
+			switch rng.IntN(3) {
+			case 0:
+				slot, _, ok := q.Get()
+				if !ok && len(open) < q.depth-1 && len(a.posted) == 0 && q.Pending() == 0 {
+					// Every send is complete; knowing it has to be enough.
+					if _, err := q.Reap(done); err != nil {
+						t.Fatal(err)
+					}
+					if slot, _, ok = q.Get(); !ok {
+						t.Fatalf("seed %d: dry with %d of %d open", seed, len(open), q.depth-1)
+					}
+					for s := range answered {
+						delete(inUse, s)
+						delete(answered, s)
+					}
+				}
+				if !ok {
+					continue
+				}
+				if inUse[slot] {
+					t.Fatalf("seed %d: slot %d given out while in use", seed, slot)
+				}
+				inUse[slot] = true
+				var data rdma.SGE
+				if rng.IntN(4) == 0 {
+					data.Length = 512
+				}
+				q.Push(slot, data)
+				open = append(open, slot)
+				sends = append(sends, slot)
+			case 1:
+				if _, err := q.Flush(); err != nil {
+					t.Fatal(err)
+				}
+				if len(open) == 0 {
+					continue
+				}
+				i := rng.IntN(len(open))
+				q.Answer(open[i])
+				answered[open[i]] = true
+				open = append(open[:i], open[i+1:]...)
+			case 2:
+				n := rng.IntN(len(a.posted) + 1)
+				a.complete(n)
+				sends = sends[n:]
+				if _, err := q.Reap(done); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for s := range answered {
+				if !slices.Contains(sends, s) {
+					delete(inUse, s)
+					delete(answered, s)
+				}
+			}
+		}
+	}
+}
+
+func roundTrip(q *Queue, a *adapter, done []uint16, n int) {
+	var slots [32]uint16
+	for i := range n {
+		slot, cmd, _ := q.Get()
+		cmd.SetRead(1, uint64(i), 8, false)
+		cmd.SetKeyedSGL(0x1000, 4096, 1, false)
+		q.Push(slot, rdma.SGE{})
+		slots[i] = slot
+	}
+	q.Flush()
+	for _, s := range slots[:n] {
+		if m, ok := q.Match(q.commandID(s)); ok {
+			q.Answer(m)
+		}
+	}
+	a.complete(len(a.posted))
+	if q.Scarce() {
+		q.Reap(done)
+	}
+}
+
+func TestNoAllocations(t *testing.T) {
+	q, a := newQueue(t, 128)
+	done := make([]uint16, q.Slots())
+	if n := testing.AllocsPerRun(1000, func() { roundTrip(q, a, done, 32) }); n != 0 {
+		t.Fatalf("%v allocations per batch of 32 commands", n)
+	}
+}
+
+func BenchmarkSubmitAnswer(b *testing.B) {
+	for name, n := range map[string]int{"QD1": 1, "QD32": 32} {
+		b.Run(name, func(b *testing.B) {
+			q, a := newQueue(b, 128)
+			done := make([]uint16, q.Slots())
+			b.ReportAllocs()
+			for b.Loop() {
+				roundTrip(q, a, done, n)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/command")
+		})
+	}
+}
