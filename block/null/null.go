@@ -1,0 +1,88 @@
+// Package null is a block back end that does nothing, at once: every request
+// succeeds, reads give whatever is in the buffer. With it a front end is
+// measured alone.
+package null
+
+import (
+	"errors"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
+)
+
+// Config describes a Device. Zero fields of the geometry get defaults: 250 GiB,
+// blocks of 512 bytes, 1 MiB per request; nothing else is set.
+type Config struct {
+	Geometry block.Geometry
+}
+
+// Device is a block.Device; every loop may open a queue.
+type Device struct{ geometry block.Geometry }
+
+// New makes a Device. The error is that of Geometry.Validate.
+func New(cfg Config) (*Device, error) {
+	g := cfg.Geometry
+	if g.Sectors == 0 {
+		g.Sectors = 250 << 30 >> block.SectorShift
+	}
+	if g.LogicalBlock == 0 {
+		g.LogicalBlock = 512
+	}
+	if g.PhysicalBlock == 0 {
+		g.PhysicalBlock = g.LogicalBlock
+	}
+	if g.MaxIO == 0 {
+		g.MaxIO = 1 << 20
+	}
+	return &Device{geometry: g}, g.Validate()
+}
+
+// Geometry is that of Config, completed.
+func (d *Device) Geometry() block.Geometry { return d.geometry }
+
+// OpenQueue makes a queue; it fails for want of memory only.
+func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
+	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
+	if err != nil {
+		return nil, err
+	}
+	return &queue{mem: mem, size: cfg.MaxIO, tags: make([]uint16, 0, cfg.Depth)}, nil
+}
+
+// queue completes requests in the order of their submission.
+type queue struct {
+	mem  []byte
+	size int
+	tags []uint16 // submitted; those from next on are not reaped
+	next int
+}
+
+func (q *queue) Buffer(tag uint16) []byte {
+	off := int(tag) * q.size
+	return q.mem[off : off+q.size : off+q.size]
+}
+
+func (q *queue) Submit(reqs []block.Request) {
+	for i := range reqs {
+		q.tags = append(q.tags, reqs[i].Tag)
+	}
+}
+
+func (q *queue) Reap(done []block.Result) int {
+	n := min(len(done), len(q.tags)-q.next)
+	for i, tag := range q.tags[q.next : q.next+n] {
+		done[i] = block.Result{Tag: tag}
+	}
+	q.next += n
+	if q.next == len(q.tags) {
+		q.tags, q.next = q.tags[:0], 0
+	}
+	return n
+}
+
+func (q *queue) Close() error {
+	if q.next < len(q.tags) {
+		return errors.New("close null queue: requests are in flight")
+	}
+	return hostmem.Unmap(q.mem)
+}

@@ -1,0 +1,150 @@
+// Package ram is a block back end whose data is in this process's memory: the
+// reference for front ends, which must get back what they wrote. Requests are
+// done at once, on the loop that submits them.
+//
+// Requests of several queues to the same sectors at the same time mix, as on
+// a disk.
+package ram
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
+)
+
+// Config describes a Device. Zero fields of the geometry get defaults: 64 MiB,
+// blocks of 512 bytes, 1 MiB per request, discard and write zeroes of any
+// size. A discarded range reads as zeroes.
+type Config struct {
+	Geometry block.Geometry
+}
+
+// Device is a block.Device over memory; every loop may open a queue.
+type Device struct {
+	geometry block.Geometry
+	mem      []byte
+}
+
+// maxRange is the largest discard or write zeroes, in sectors: 1 GiB.
+const maxRange = 1 << 30 >> block.SectorShift
+
+// New makes a Device of zeroes, all of whose memory is allocated. Errors are
+// those of Geometry.Validate, and want of memory.
+func New(cfg Config) (*Device, error) {
+	g := cfg.Geometry
+	if g.Sectors == 0 {
+		g.Sectors = 64 << 20 >> block.SectorShift
+	}
+	if g.LogicalBlock == 0 {
+		g.LogicalBlock = 512
+	}
+	if g.PhysicalBlock == 0 {
+		g.PhysicalBlock = g.LogicalBlock
+	}
+	if g.MaxIO == 0 {
+		g.MaxIO = 1 << 20
+	}
+	if g.MaxDiscardSectors == 0 {
+		g.MaxDiscardSectors = maxRange
+	}
+	if g.MaxZeroesSectors == 0 {
+		g.MaxZeroesSectors = maxRange
+	}
+	if err := g.Validate(); err != nil {
+		return nil, err
+	}
+	mem, err := hostmem.Map(int(g.Sectors << block.SectorShift))
+	if err != nil {
+		return nil, fmt.Errorf("make ram device: %w", err)
+	}
+	return &Device{geometry: g, mem: mem}, nil
+}
+
+// Close gives the memory back. No queue may be open.
+func (d *Device) Close() error { return hostmem.Unmap(d.mem) }
+
+// Geometry is that of Config, completed.
+func (d *Device) Geometry() block.Geometry { return d.geometry }
+
+// OpenQueue makes a queue; it fails for want of memory only.
+func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
+	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
+	if err != nil {
+		return nil, err
+	}
+	return &queue{dev: d, mem: mem, size: cfg.MaxIO, done: make([]block.Result, 0, cfg.Depth)}, nil
+}
+
+// queue completes requests in the order of their submission.
+type queue struct {
+	dev  *Device
+	mem  []byte
+	size int
+	done []block.Result // those from next on are not reaped
+	next int
+}
+
+func (q *queue) Buffer(tag uint16) []byte {
+	off := int(tag) * q.size
+	return q.mem[off : off+q.size : off+q.size]
+}
+
+func (q *queue) Submit(reqs []block.Request) {
+	for i := range reqs {
+		r := &reqs[i]
+		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(q.serve(r))})
+	}
+}
+
+// serve carries a request out. Errors are those of a disk: EIO beyond the end,
+// EROFS for changes of a read-only one.
+func (q *queue) serve(r *block.Request) unix.Errno {
+	if r.Op == block.OpFlush {
+		return 0
+	}
+	d := q.dev
+	if r.Sector > d.geometry.Sectors || uint64(r.Sectors) > d.geometry.Sectors-r.Sector {
+		return unix.EIO
+	}
+	data := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
+	if r.Op != block.OpRead && d.geometry.ReadOnly {
+		return unix.EROFS
+	}
+	switch r.Op {
+	case block.OpRead, block.OpWrite:
+		if len(data) > q.size {
+			return unix.EIO
+		}
+		buf := q.Buffer(r.Tag)[:len(data)]
+		if r.Op == block.OpRead {
+			copy(buf, data)
+		} else {
+			copy(data, buf)
+		}
+	case block.OpDiscard, block.OpWriteZeroes:
+		clear(data)
+	default:
+		return unix.EOPNOTSUPP
+	}
+	return 0
+}
+
+func (q *queue) Reap(done []block.Result) int {
+	n := copy(done, q.done[q.next:])
+	q.next += n
+	if q.next == len(q.done) {
+		q.done, q.next = q.done[:0], 0
+	}
+	return n
+}
+
+func (q *queue) Close() error {
+	if q.next < len(q.done) {
+		return errors.New("close ram queue: requests are in flight")
+	}
+	return hostmem.Unmap(q.mem)
+}
