@@ -1,0 +1,244 @@
+#!/bin/bash
+# A laboratory inside the VM: a software RDMA device and a real NVMe-oF target,
+# the kernel's nvmet-rdma over rdma_rxe, with namespaces in memory (null_blk).
+#
+#	. e2e/lab.sh; lab_target ns=2 bs=4096      as a library for bash
+#	e2e/lab.sh target ns=2 bs=4096             as a command; the scenarios
+#	                                           call it by the name "lab"
+#
+#	rxe [MTU]             rxe0 over eth0, the interface's MTU in bytes (default: as it is)
+#	target [KEY=VALUE]…   a subsystem, its namespaces and its port; see lab_target
+#	grant N [NQN]         at most N I/O queues from now on; makes every host reconnect
+#	readonly NSID [NQN]   write protect a namespace
+#	count                 count from zero what arrives at the target
+#	counts                print the commands as lines "qid opcode number", opcode in hex
+#	bios                  print the block requests that they became, as lines "kind number":
+#	                      R read, W write, D discard, FF flush; after the kind: F = FUA, S = sync
+#	target-down [NQN]     remove the subsystem, its port and its namespaces
+#	clean                 kernel initiators disconnected, targets removed
+#
+# State is only in the kernel, so that commands of one shell see those of another.
+
+LAB_NQN=nqn.2026-01.org.example:lab
+LAB_ADDR=10.0.2.15
+LAB_PORT=4420
+
+lab_nvmet=/sys/kernel/config/nvmet
+lab_nullb=/sys/kernel/config/nullb
+lab_trace=/sys/kernel/tracing/events
+
+lab_fail() {
+	echo "lab: $*" >&2
+	return 1
+}
+
+# lab_set FILE VALUE writes an attribute and names it if the kernel refuses.
+lab_set() {
+	{ printf '%s\n' "$2" >"$1"; } 2>/dev/null || lab_fail "$1: kernel refuses '$2'"
+}
+
+lab_rxe() {
+	if [ -n "${1:-}" ]; then
+		ip link set eth0 mtu "$1" || return
+	fi
+	modprobe -a rdma_rxe rdma_ucm || return
+	[ -e /sys/class/infiniband/rxe0 ] || rdma link add rxe0 type rxe netdev eth0 || return
+	grep -qs ACTIVE /sys/class/infiniband/rxe0/ports/1/state || lab_fail "rxe0 is not active"
+}
+
+# lab_target KEY=VALUE…
+#
+#	nqn=NQN         name of the subsystem
+#	addr=ADDR       port's address, svc=PORT its service
+#	ns=N            number of namespaces (1)
+#	size=N          of each, in MiB (256)
+#	bs=N            logical block size in bytes, 512 or 4096 (512)
+#	cache=N         volatile write cache of N MiB (0 = none)
+#	discard=0|1     (1)
+#	hosts=LIST      comma-separated host NQNs that may connect (any)
+#	qid_max=N       at most N I/O queues per host
+#	inline=N        in-capsule data in bytes
+#	queue_size=N    entries of a queue
+#	mdts=N          largest transfer, 4 KiB << N
+lab_target() {
+	local nqn=$LAB_NQN addr=$LAB_ADDR svc=$LAB_PORT ns=1 size=256 bs=512 cache=0 discard=1
+	local hosts=any qid_max='' inline='' queue_size='' mdts='' arg
+	for arg in "$@"; do
+		case $arg in
+		nqn=* | addr=* | svc=* | ns=* | size=* | bs=* | cache=* | discard=* | hosts=* | \
+			qid_max=* | inline=* | queue_size=* | mdts=*) local "${arg?}" ;;
+		*) lab_fail "target: unknown argument '$arg'" || return ;;
+		esac
+	done
+	lab_rxe || return
+	modprobe -a nvmet-rdma || return
+	# Not "modprobe null_blk" alone: that makes a device of its own.
+	[ -d $lab_nullb ] || modprobe null_blk nr_devices=0 || return
+
+	local subsys=$lab_nvmet/subsystems/$nqn i host
+	mkdir "$subsys" || return
+	if [ "$hosts" = any ]; then
+		lab_set "$subsys/attr_allow_any_host" 1 || return
+	else
+		for host in ${hosts//,/ }; do
+			[ -d "$lab_nvmet/hosts/$host" ] || mkdir "$lab_nvmet/hosts/$host" || return
+			ln -s "$lab_nvmet/hosts/$host" "$subsys/allowed_hosts/$host" || return
+		done
+	fi
+	[ -z "$qid_max" ] || lab_set "$subsys/attr_qid_max" "$qid_max" || return
+	for ((i = 1; i <= ns; i++)); do
+		lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" || return
+	done
+
+	local port=1
+	while [ -d "$lab_nvmet/ports/$port" ]; do port=$((port + 1)); done
+	port=$lab_nvmet/ports/$port
+	mkdir "$port" || return
+	lab_set "$port/addr_trtype" rdma || return
+	lab_set "$port/addr_adrfam" ipv4 || return
+	lab_set "$port/addr_traddr" "$addr" || return
+	lab_set "$port/addr_trsvcid" "$svc" || return
+	[ -z "$inline" ] || lab_set "$port/param_inline_data_size" "$inline" || return
+	[ -z "$queue_size" ] || lab_set "$port/param_max_queue_size" "$queue_size" || return
+	[ -z "$mdts" ] || lab_set "$port/param_mdts" "$mdts" || return
+	ln -s "$subsys" "$port/subsystems/$nqn" || return
+}
+
+# lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD
+lab_namespace() {
+	local i=0 dir
+	while [ -d "$lab_nullb/nullb$i" ]; do i=$((i + 1)); done
+	dir=$lab_nullb/nullb$i
+	mkdir "$dir" || return
+	lab_set "$dir/memory_backed" 1 || return
+	lab_set "$dir/size" "$3" || return
+	lab_set "$dir/blocksize" "$4" || return
+	lab_set "$dir/cache_size" "$5" || return
+	lab_set "$dir/discard" "$6" || return
+	lab_set "$dir/irqmode" 0 || return
+	lab_set "$dir/submit_queues" "$(nproc)" || return
+	lab_set "$dir/power" 1 || return
+	mkdir "$1/namespaces/$2" || return
+	# Older kernels count the devices instead of taking the directory's name.
+	[ -b "/dev/nullb$i" ] || i=$(cat "$dir/index")
+	lab_set "$1/namespaces/$2/device_path" "/dev/nullb$i" || return
+	lab_set "$1/namespaces/$2/enable" 1 || return
+}
+
+lab_grant() {
+	lab_set "$lab_nvmet/subsystems/${2:-$LAB_NQN}/attr_qid_max" "$1"
+}
+
+# Only a host can write protect a namespace (Set Features 84h); the target keeps
+# it until the namespace is removed.
+lab_readonly() {
+	local nqn=${2:-$LAB_NQN} port dev status
+	port=$(lab_ports "$nqn" | head -n 1)
+	[ -n "$port" ] || lab_fail "readonly: no port carries $nqn" || return
+	modprobe nvme-rdma || return
+	dev=$(nvme connect -t rdma -a "$(cat "$port/addr_traddr")" -s "$(cat "$port/addr_trsvcid")" \
+		-n "$nqn" -i 1 -o json | sed -n 's/.*"device" *: *"\([^"]*\)".*/\1/p') || return
+	[ -n "$dev" ] || lab_fail "readonly: connect $nqn" || return
+	nvme set-feature "/dev/$dev" -n "$1" -f 0x84 -v 1 >/dev/null
+	status=$?
+	nvme disconnect -d "$dev" >/dev/null
+	return $status
+}
+
+# lab_ports NQN prints the ports that carry a subsystem.
+lab_ports() {
+	local link
+	for link in "$lab_nvmet"/ports/*/subsystems/"$1"; do
+		[ -L "$link" ] && dirname "$(dirname "$link")"
+	done
+}
+
+# Counting stays on once it was started, and is only set to zero: each switch of
+# a trace point patches the kernel's code, which emulation on several threads
+# rarely, but sometimes, does not survive.
+lab_count() {
+	lab_hist "$lab_trace/nvmet/nvmet_req_init/trigger" qid,opcode
+	lab_hist "$lab_trace/block/block_rq_issue/trigger" dev,rwbs
+}
+
+# lab_hist TRIGGER KEYS starts a histogram, or empties it. Appending matters: a
+# file opened for overwriting loses the triggers it has.
+lab_hist() {
+	local clear=
+	grep -q "^hist:keys=$2:" "$1" && clear=:clear
+	{ echo "hist:keys=$2$clear" >>"$1"; } 2>/dev/null || lab_fail "$1: kernel refuses a histogram of $2"
+}
+
+lab_counts() {
+	local qid opcode number
+	# { qid:          1, opcode:          2 } hitcount:        100
+	sed -n 's/^{ qid: *\([0-9]*\), opcode: *\([0-9]*\) } hitcount: *\([0-9]*\).*/\1 \2 \3/p' \
+		$lab_trace/nvmet/nvmet_req_init/hist | sort -n | while read -r qid opcode number; do
+		printf '%d %02x %d\n' "$qid" "$opcode" "$number"
+	done
+}
+
+lab_bios() {
+	local file major minor
+	for file in /sys/block/nullb*/dev; do
+		IFS=: read -r major minor <"$file"
+		sed -n "s/^{ dev: *$(((major << 20) | minor)), rwbs: *\([A-Z]*\) *} hitcount: *\([0-9]*\).*/\1 \2/p" \
+			$lab_trace/block/block_rq_issue/hist
+	done | awk '{ n[$1] += $2 } END { for (k in n) print k, n[k] }' | sort
+}
+
+lab_target_down() {
+	local nqn=${1:-$LAB_NQN} subsys port ns path dir host
+	subsys=$lab_nvmet/subsystems/$nqn
+	[ -d "$subsys" ] || return 0
+	for port in $(lab_ports "$nqn"); do
+		rm "$port/subsystems/$nqn" || return
+		[ -n "$(ls -A "$port/subsystems")" ] || rmdir "$port" || return
+	done
+	for ns in "$subsys"/namespaces/*/; do
+		[ -d "$ns" ] || continue
+		path=$(cat "$ns/device_path")
+		lab_set "$ns/enable" 0 || return
+		rmdir "$ns" || return
+		for dir in "$lab_nullb"/*/; do
+			if [ "/dev/$(basename "$dir")" = "$path" ] || { [ "$(cat "$dir/power")" = 1 ] &&
+				[ ! -b "/dev/$(basename "$dir")" ] && [ "/dev/nullb$(cat "$dir/index")" = "$path" ]; }; then
+				lab_set "$dir/power" 0 || return
+				rmdir "$dir" || return
+			fi
+		done
+	done
+	for host in "$subsys"/allowed_hosts/*; do
+		[ -L "$host" ] || continue
+		rm "$host" || return
+		rmdir "$lab_nvmet/hosts/$(basename "$host")" 2>/dev/null # fails while another subsystem allows it
+	done
+	rmdir "$subsys"
+}
+
+lab_clean() {
+	local subsys status=0
+	if [ -e /dev/nvme-fabrics ]; then
+		nvme disconnect-all || status=1
+	fi
+	for subsys in "$lab_nvmet"/subsystems/*/; do
+		[ -d "$subsys" ] || continue
+		lab_target_down "$(basename "$subsys")" || status=1
+	done
+	return $status
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+	set -u
+	verb=${1:-}
+	case $verb in
+	rxe | target | grant | readonly | count | counts | bios | target-down | clean)
+		shift
+		"lab_${verb//-/_}" "$@"
+		;;
+	*)
+		sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
+		exit 2
+		;;
+	esac
+fi
