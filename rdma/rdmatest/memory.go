@@ -1,0 +1,117 @@
+package rdmatest
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/rdma"
+)
+
+// protectionDomain implements rdma.PD.
+type protectionDomain struct {
+	device *device
+	users  int // QPs and MRs
+	closed bool
+}
+
+// AllocMR implements rdma.PD.
+func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
+	mem, err := hostmem.Map(length)
+	if err != nil {
+		return nil, fmt.Errorf("allocate memory region: %w", err)
+	}
+	f := p.device.endpoint.fabric
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if access&rdma.AccessRemoteWrite != 0 {
+		access |= rdma.AccessLocalWrite
+	}
+	f.nextKey += 2
+	m := &memoryRegion{pd: p, mem: mem, addr: hostmem.Addr(mem), access: access, lkey: f.nextKey, rkey: f.nextKey + 1}
+	f.mrs[m.lkey], f.mrs[m.rkey] = m, m
+	f.objects.MRs++
+	p.users++
+	return m, nil
+}
+
+// Close implements rdma.PD.
+func (p *protectionDomain) Close() error {
+	f := p.device.endpoint.fabric
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case p.closed:
+		return nil
+	case p.users > 0:
+		return busy("protection domain")
+	}
+	p.closed = true
+	f.objects.PDs--
+	return nil
+}
+
+// memoryRegion implements rdma.MR.
+type memoryRegion struct {
+	pd         *protectionDomain
+	mem        []byte
+	addr       uint64
+	access     rdma.Access
+	lkey, rkey uint32
+	closed     bool
+}
+
+// Bytes implements rdma.MR.
+func (m *memoryRegion) Bytes() []byte { return m.mem }
+
+// Addr implements rdma.MR.
+func (m *memoryRegion) Addr() uint64 { return m.addr }
+
+// LKey implements rdma.MR.
+func (m *memoryRegion) LKey() uint32 { return m.lkey }
+
+// RKey implements rdma.MR.
+func (m *memoryRegion) RKey() uint32 { return m.rkey }
+
+// Close implements rdma.MR.
+func (m *memoryRegion) Close() error {
+	f := m.pd.device.endpoint.fabric
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m.closed {
+		return nil
+	}
+	m.closed = true
+	delete(f.mrs, m.lkey)
+	delete(f.mrs, m.rkey)
+	m.pd.users--
+	f.objects.MRs--
+	return hostmem.Unmap(m.mem)
+}
+
+// piece is the memory that a key names, or nil where key, domain, rights or
+// bounds do not fit. The key must be of the right kind.
+func (f *Fabric) piece(p *protectionDomain, key uint32, remote bool, addr uint64, length uint32, need rdma.Access) []byte {
+	m := f.mrs[key]
+	if m == nil || m.pd != p || (key == m.rkey) != remote || m.access&need != need {
+		return nil
+	}
+	off, size := addr-m.addr, uint64(len(m.mem)) // off is huge if addr is too low
+	if off > size || uint64(length) > size-off {
+		return nil
+	}
+	return m.mem[off : off+uint64(length)]
+}
+
+// invalidate ends a remote key of the domain.
+func (f *Fabric) invalidate(p *protectionDomain, key uint32) bool {
+	m := f.mrs[key]
+	if m == nil || m.pd != p || key != m.rkey {
+		return false
+	}
+	delete(f.mrs, key)
+	return true
+}
+
+var errTooLarge = fmt.Errorf("exceeds the device's limit: %w", unix.EINVAL)

@@ -1,0 +1,343 @@
+package rdmatest
+
+import (
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// qpState is the state of a queue pair, as far as it matters here.
+type qpState uint8
+
+const (
+	qpInit  qpState = iota + 1 // takes receives
+	qpReady                    // connected
+	qpError                    // flushes
+)
+
+// queuePair implements rdma.QP. Positions count up for ever:
+// sendFree ≤ sendNext ≤ sendTail, and sendTail - sendFree ≤ len(sendQ).
+type queuePair struct {
+	id             *connID
+	pd             *protectionDomain
+	sendCQ, recvCQ *completionQueue
+	num            uint32
+	state          qpState
+	maxSendSGE     int
+
+	sendQ    []sendEntry
+	sendTail int // next to post
+	sendNext int // next to carry out
+	sendFree int // oldest whose slot is not free
+
+	recvQ    []rdma.RecvWR
+	recvTail int
+	recvNext int
+	recvFree int
+
+	initDepth int // RDMA READs that we may have outstanding: 0 = none at all
+	respRes   int // RDMA READs that the peer may have outstanding
+
+	timer     *time.Timer // calls onTimer; made when first needed
+	destroyed bool
+}
+
+// sendEntry is a send work request and the time before which it is on its way.
+type sendEntry struct {
+	wr  rdma.SendWR
+	due time.Time
+}
+
+func (q *queuePair) fabric() *Fabric { return q.id.endpoint.fabric }
+
+// Num implements rdma.QP.
+func (q *queuePair) Num() uint32 { return q.num }
+
+// Errors of the posting calls, made beforehand as these may be hot.
+var (
+	errSendState = fmt.Errorf("post send: queue pair is not connected: %w", unix.EINVAL)
+	errSendFull  = fmt.Errorf("post send: queue is full: %w", unix.ENOMEM)
+	errSendWR    = fmt.Errorf("post send: invalid work request: %w", unix.EINVAL)
+	errRecvFull  = fmt.Errorf("post receive: queue is full: %w", unix.ENOMEM)
+	errDestroyed = fmt.Errorf("post: queue pair is destroyed: %w", rdma.ErrClosed)
+)
+
+// PostSend implements rdma.QP.
+func (q *queuePair) PostSend(wrs []rdma.SendWR) (int, error) {
+	f := q.fabric()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case q.destroyed:
+		return 0, errDestroyed
+	case q.state == qpInit:
+		return 0, errSendState
+	}
+	n, err := 0, error(nil)
+	for ; n < len(wrs); n++ {
+		wr := &wrs[n]
+		if wr.Op < rdma.Send || wr.Op > rdma.Read || int(wr.NumSGE) > min(q.maxSendSGE, len(wr.SGE)) {
+			err = errSendWR
+			break
+		}
+		if q.sendTail-q.sendFree == len(q.sendQ) {
+			err = errSendFull
+			break
+		}
+		e := &q.sendQ[q.sendTail%len(q.sendQ)]
+		e.wr, e.due = *wr, time.Time{}
+		if f.delay > 0 {
+			e.due = time.Now().Add(f.delay)
+		}
+		q.sendTail++
+	}
+	q.progress()
+	return n, err
+}
+
+// PostRecv implements rdma.QP.
+func (q *queuePair) PostRecv(wrs []rdma.RecvWR) (int, error) {
+	f := q.fabric()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if q.destroyed {
+		return 0, errDestroyed
+	}
+	n, err := 0, error(nil)
+	for ; n < len(wrs); n++ {
+		if q.recvTail-q.recvFree == len(q.recvQ) {
+			err = errRecvFull
+			break
+		}
+		q.recvQ[q.recvTail%len(q.recvQ)] = wrs[n]
+		q.recvTail++
+	}
+	if q.state == qpError {
+		q.flush()
+	} else if p := q.id.peer; p != nil && p.qp != nil {
+		p.qp.progress() // it may have waited for a receive
+	}
+	return n, err
+}
+
+// Fail implements rdma.QP.
+func (q *queuePair) Fail() error {
+	f := q.fabric()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !q.destroyed {
+		q.fail()
+	}
+	return nil
+}
+
+// fail moves to the error state. The lock is held, here and below.
+func (q *queuePair) fail() {
+	q.state = qpError
+	q.flush()
+	// What the peer has outstanding to us gets no answer any more.
+	if p := q.id.peer; p != nil && p.qp != nil && p.qp.state == qpReady {
+		p.qp.progress()
+	}
+}
+
+// flush completes everything outstanding.
+func (q *queuePair) flush() {
+	for ; q.sendNext < q.sendTail; q.sendNext++ {
+		q.completeSend(q.sendNext, rdma.WCFlushErr)
+	}
+	for ; q.recvNext < q.recvTail; q.recvNext++ {
+		q.completeRecv(rdma.WC{Status: rdma.WCFlushErr})
+	}
+}
+
+func (q *queuePair) completeSend(pos int, status rdma.WCStatus) {
+	wr := &q.sendQ[pos%len(q.sendQ)].wr
+	if status == rdma.WCSuccess && !wr.Signaled {
+		return
+	}
+	q.sendCQ.push(completion{wc: rdma.WC{ID: wr.ID, QPNum: q.num, Status: status}, qp: q, free: pos + 1})
+}
+
+// completeRecv completes the receive at recvNext, without moving on.
+func (q *queuePair) completeRecv(wc rdma.WC) {
+	wc.ID, wc.QPNum, wc.Recv = q.recvQ[q.recvNext%len(q.recvQ)].ID, q.num, wc.Status == rdma.WCSuccess
+	q.recvCQ.push(completion{wc: wc, qp: q, free: q.recvNext + 1, recv: true})
+}
+
+// progress carries out work requests in order as far as possible.
+func (q *queuePair) progress() {
+	if q.destroyed || q.state == qpInit {
+		return
+	}
+	if q.state == qpError {
+		q.flush()
+		return
+	}
+	for q.state == qpReady && q.sendNext < q.sendTail {
+		e := &q.sendQ[q.sendNext%len(q.sendQ)]
+		if !q.mayPass(e) {
+			return
+		}
+		status, done := q.execute(&e.wr)
+		if !done {
+			return
+		}
+		q.completeSend(q.sendNext, status)
+		q.sendNext++
+		if status != rdma.WCSuccess {
+			q.fail()
+		}
+	}
+}
+
+// mayPass says whether faults let a work request through. If only its time has
+// not come, progress will be called again when it has.
+func (q *queuePair) mayPass(e *sendEntry) bool {
+	if !q.id.cut && (q.id.endpoint.silent || q.id.peer != nil && q.id.peer.endpoint.silent) {
+		return false
+	}
+	if e.due.IsZero() {
+		return true
+	}
+	wait := time.Until(e.due)
+	if wait <= 0 {
+		return true
+	}
+	if q.timer == nil {
+		q.timer = time.AfterFunc(wait, q.onTimer)
+	} else {
+		q.timer.Reset(wait)
+	}
+	return false
+}
+
+func (q *queuePair) onTimer() {
+	f := q.fabric()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	q.progress()
+}
+
+// Statuses that only the fabric makes; rdma names those that users branch on.
+const (
+	wcLocalLength   rdma.WCStatus = 1
+	wcLocalOp       rdma.WCStatus = 2
+	wcRemoteInvalid rdma.WCStatus = 9
+	wcRemoteOp      rdma.WCStatus = 11
+)
+
+// execute carries out one work request, or says that it has to wait. An error
+// that the responder found fails the responder as well.
+func (q *queuePair) execute(wr *rdma.SendWR) (status rdma.WCStatus, done bool) {
+	f := q.fabric()
+	need := rdma.Access(0)
+	if wr.Op == rdma.Read {
+		need = rdma.AccessLocalWrite
+	}
+	var local [2][]byte
+	total := uint64(0)
+	for i, s := range wr.SGE[:wr.NumSGE] {
+		if s.Length == 0 {
+			continue
+		}
+		if local[i] = f.piece(q.pd, s.LKey, false, s.Addr, s.Length, need); local[i] == nil {
+			return rdma.WCLocalProt, true
+		}
+		total += uint64(s.Length)
+	}
+	if wr.Op == rdma.Read && q.initDepth == 0 {
+		return wcLocalOp, true
+	}
+	peer := q.id.peer
+	if q.id.cut || peer == nil || peer.qp == nil || peer.qp.state != qpReady {
+		return rdma.WCRetryExc, true
+	}
+	p := peer.qp
+	switch wr.Op {
+	case rdma.Send, rdma.SendInvalidate:
+		status, done = p.receive(wr, &local, total)
+	case rdma.Write:
+		status, done = p.serve(wr, &local, total, rdma.AccessRemoteWrite), true
+	case rdma.Read:
+		status, done = p.serve(wr, &local, total, rdma.AccessRemoteRead), true
+	}
+	if done && status != rdma.WCSuccess {
+		p.fail()
+	}
+	return status, done
+}
+
+// receive takes a SEND of the peer.
+func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) (status rdma.WCStatus, done bool) {
+	if q.recvNext == q.recvTail {
+		return 0, false
+	}
+	f := q.fabric()
+	into := q.recvQ[q.recvNext%len(q.recvQ)].SGE
+	var wc rdma.WC
+	status = rdma.WCSuccess
+	var to []byte
+	if into.Length > 0 {
+		to = f.piece(q.pd, into.LKey, false, into.Addr, into.Length, rdma.AccessLocalWrite)
+	}
+	switch {
+	case total > uint64(into.Length):
+		wc.Status, status = wcLocalLength, wcRemoteInvalid
+	case into.Length > 0 && to == nil:
+		wc.Status, status = rdma.WCLocalProt, wcRemoteOp
+	case wr.Op == rdma.SendInvalidate && !f.invalidate(q.pd, wr.RKey):
+		wc.Status, status = wcLocalOp, rdma.WCRemoteAccess
+	case wr.Op == rdma.SendInvalidate:
+		wc.Flags, wc.InvalidatedKey = rdma.WCWithInvalidate, wr.RKey
+	}
+	if status == rdma.WCSuccess {
+		wc.Bytes = uint32(total)
+		for _, b := range from {
+			to = to[copy(to, b):]
+		}
+	}
+	q.completeRecv(wc)
+	q.recvNext++
+	return status, true
+}
+
+// serve carries out the peer's RDMA READ or WRITE in our memory.
+func (q *queuePair) serve(wr *rdma.SendWR, local *[2][]byte, total uint64, need rdma.Access) rdma.WCStatus {
+	if need == rdma.AccessRemoteRead && q.respRes == 0 {
+		return wcRemoteInvalid
+	}
+	if total == 0 {
+		return rdma.WCSuccess
+	}
+	mem := q.fabric().piece(q.pd, wr.RKey, true, wr.RemoteAddr, uint32(total), need)
+	if mem == nil {
+		return rdma.WCRemoteAccess
+	}
+	for _, b := range local {
+		if need == rdma.AccessRemoteRead {
+			copy(b, mem)
+		} else {
+			copy(mem, b)
+		}
+		mem = mem[len(b):]
+	}
+	return rdma.WCSuccess
+}
+
+// destroy ends the queue pair. Completions of what was flushed stay in the
+// completion queues.
+func (q *queuePair) destroy() {
+	q.fail()
+	q.destroyed = true
+	if q.timer != nil {
+		q.timer.Stop()
+	}
+	q.sendCQ.users--
+	q.recvCQ.users--
+	q.pd.users--
+	q.fabric().objects.QPs--
+}
