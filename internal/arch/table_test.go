@@ -1,0 +1,77 @@
+package arch
+
+const module = "ublk-nvmeof"
+
+// Modules from outside that some packages may import.
+const (
+	sys      = "golang.org/x/sys"
+	cobra    = "github.com/spf13/cobra"
+	pflag    = "github.com/spf13/pflag"
+	kmod     = "github.com/pmorjan/kmod"
+	rdmamap  = "github.com/Mellanox/rdmamap"
+	humanize = "github.com/dustin/go-humanize"
+)
+
+// row says what a package may import: packages of this module by their path
+// below its root, and modules from outside (with all their packages). Test
+// files of the package may import testing too; nothing keeps them from being a
+// host to the target that they test, but sq and cq stay apart even there.
+type row struct {
+	may     []string
+	testing []string
+}
+
+// table is the architecture. Packages that are listed need not exist.
+var table = map[string]row{
+	// What a specification says, and the seams.
+	"nvme":  {},
+	"block": {},
+	"rdma":  {},
+
+	// The data path.
+	"sq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"cq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"poller":              {may: []string{"internal/uring", sys}},
+	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "target"}},
+	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
+
+	// RDMA providers, and the suite that all of them pass.
+	"rdma/verbs":    {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/roce":     {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/rdmatest": {may: []string{"rdma", "internal/hostmem", sys}},
+
+	// Front ends. They never see RDMA.
+	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
+	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
+
+	// Back ends that need no target.
+	"block/null":      {may: []string{"block", "internal/hostmem", sys}, testing: []string{"block/blocktest"}},
+	"block/ram":       {may: []string{"block", "internal/hostmem", sys}, testing: []string{"block/blocktest"}},
+	"block/blocktest": {may: []string{"block"}},
+
+	// The target never sees the host's code, which it tests.
+	"target": {may: []string{"nvme", "block", "rdma"}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+
+	"internal/uring":   {may: []string{sys}},
+	"internal/hostmem": {may: []string{sys}},
+	"internal/arch":    {},
+
+	// The command. Only it, and bench, see a command line library, module
+	// loading, and sizes for humans.
+	"cmd/ublk-nvmeof": {may: []string{
+		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/server",
+		"cmd/ublk-nvmeof/internal/state", "ublk", cobra, pflag, sys,
+	}},
+	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nvme", "rdma", "ublk"}},
+	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", humanize, pflag}},
+	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", humanize}},
+	"cmd/ublk-nvmeof/internal/server": {may: []string{
+		"block", "initiator", "nvme", "poller", "rdma", "rdma/verbs", "ublk", sys,
+		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/state",
+	}},
+	"cmd/ublk-nvmeof/internal/state": {may: []string{"cmd/ublk-nvmeof/internal/options", sys}},
+}
