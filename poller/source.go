@@ -21,14 +21,32 @@ type Source interface {
 	// it did; 0 lets the loop think of sleeping.
 	Poll() int
 	// Arm is asked before the loop sleeps. It requests events for whatever may
-	// arrive from now on.
+	// arrive from now on. The loop polls every source once more between Arm
+	// and its sleep, so a source need not look again by itself.
 	Arm() Readiness
+}
+
+// Flight is a Source that knows what it waits for. While InFlight is true, the
+// loop may poll for a bounded time before it arms the sources: where an answer
+// usually comes soon, that saves the event, the sleep and the wake-up.
+type Flight interface {
+	Source
+	// InFlight says that an answer is due, as of a completion queue whose
+	// queue pairs have commands outstanding.
+	InFlight() bool
 }
 
 // Watcher hears of a file descriptor: n events of 8 bytes each were read from
 // it (an RDMA completion channel, an eventfd).
 type Watcher interface {
 	Event(n int)
+}
+
+// Failer is a Watcher that wants to know when its file can no longer be read,
+// as when an RDMA device goes away (EIO). No event follows.
+type Failer interface {
+	Watcher
+	Failed(err error)
 }
 
 // Handler takes the completions of the submission queue entries that it put

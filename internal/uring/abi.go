@@ -1,6 +1,7 @@
 package uring
 
 import (
+	"encoding/binary"
 	"structs"
 	"unsafe"
 )
@@ -82,9 +83,18 @@ type CQE struct {
 	Flags    uint32
 }
 
-// BufID is the id of the provided buffer that the CQE fills; valid if Flags
-// has CQEBuffer.
-func (c *CQE) BufID() uint16 { return uint16(c.Flags >> 16) }
+// BufID is the id of the provided buffer that a CQE with these flags fills;
+// valid if they have CQEBuffer.
+func BufID(flags uint32) uint16 { return uint16(flags >> 16) }
+
+// PollMask is poll32_events, SQE.OpFlags of OpPollAdd, of a mask of POLLIN etc.
+// The kernel wants its halves swapped on a big-endian machine.
+func PollMask(events uint32) uint32 {
+	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
+		return events<<16 | events>>16
+	}
+	return events
+}
 
 // IORING_SETUP_*.
 const (

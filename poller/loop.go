@@ -1,0 +1,591 @@
+package poller
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/cpu"
+
+	"ublk-nvmeof/internal/uring"
+)
+
+// ErrStopped says that the loop has ended, so that nothing can be done on it.
+var ErrStopped = errors.New("loop stopped")
+
+// Config describes a Loop. The zero value is usable.
+type Config struct {
+	// Name is for errors and the thread's name, of which the kernel keeps 15
+	// bytes; "" is "loop".
+	Name string
+	// CPUs are the CPUs that the thread may run on; nil leaves it where the
+	// process may run.
+	CPUs []int
+	// Entries is the size of the ring's submission queue; 0 is 512. Its
+	// completion queue is 4 times as large.
+	Entries int
+	// Spin is how many polls without result are made, while something is in
+	// flight, before the loop waits in the kernel; 0 is 2048, negative is none.
+	Spin int
+
+	pollAdd bool // watch as a kernel without READ_MULTISHOT would
+}
+
+const (
+	defaultEntries = 512
+	cqPerSQ        = 4
+	defaultSpin    = 2048
+
+	// dispatchBudget bounds the completions of one pass, so that sources get
+	// their turn.
+	dispatchBudget = 256
+
+	// boundedWait keeps the scheduler's P. It is longer than the gaps in
+	// traffic and shorter than what the scheduler would miss the P for.
+	boundedWait = 2 * time.Millisecond
+	// backoffMin and backoffMax bound the waits between polls for something
+	// that makes no event and did not come within the spin.
+	backoffMin = 50 * time.Microsecond
+	backoffMax = 200 * time.Microsecond
+
+	// maxHandlers is the size of the handler table. Slots are used in turn, so
+	// that a late completion meets an empty one.
+	maxHandlers = 1 << 10
+
+	dataBits = 48
+	dataMask = 1<<dataBits - 1
+)
+
+// Loop is a goroutine locked to a thread, with one ring, that serves sources,
+// watchers and handlers. See the package documentation.
+type Loop struct {
+	cfg  Config
+	done chan struct{}
+	err  error // why it ended; written before done is closed
+	tid  int   // of the thread; written before New returns
+	wake int   // eventfd; closed when waking is 0 after the end
+
+	// Shared with other goroutines.
+	_       cpu.CacheLinePad
+	asleep  atomic.Bool  // the loop is about to wait: Wake has to write
+	queued  atomic.Bool  // calls is not empty
+	waking  atomic.Int32 // goroutines that may write to wake
+	wakes   atomic.Uint64
+	mu      sync.Mutex // guards calls
+	calls   []*call
+	_       cpu.CacheLinePad
+	publics publicStats
+	_       cpu.CacheLinePad
+
+	// The loop's own.
+	ring     *uring.Ring
+	bufs     *uring.BufRing // nil: no READ_MULTISHOT
+	quarter  int            // of the submission queue
+	sources  []Source
+	flights  []Flight // those of sources that are
+	handlers [maxHandlers]Handler
+	last     int // slot given out last
+	handled  int // handlers, without watches
+	watches  []*watch
+	stats    Stats
+	spinner  spinner
+	backoff  time.Duration
+	stopping bool
+	sink     uring.SQE // takes commands after the ring failed
+	readBuf  [watchBufferSize]byte
+	failure  error // the ring's; ends the loop
+}
+
+// call is a function to run on the loop.
+type call struct {
+	fn   func()
+	done chan struct{}
+}
+
+// New starts a loop and returns when it runs. Any goroutine.
+//
+// The error is that of making the ring (see uring.New), or of the affinity:
+// EINVAL if none of the CPUs is usable.
+func New(cfg Config) (*Loop, error) {
+	if cfg.Name == "" {
+		cfg.Name = "loop"
+	}
+	if cfg.Entries == 0 {
+		cfg.Entries = defaultEntries
+	}
+	if cfg.Spin == 0 {
+		cfg.Spin = defaultSpin
+	}
+	l := &Loop{cfg: cfg, done: make(chan struct{}), wake: -1, backoff: backoffMin}
+	l.spinner = spinner{limit: max(0, cfg.Spin), credit: spinStart}
+	up := make(chan error, 1)
+	go onThread(func() { l.main(up) })
+	if err := <-up; err != nil {
+		<-l.done
+		return nil, fmt.Errorf("start %s: %w", cfg.Name, err)
+	}
+	return l, nil
+}
+
+// main is the goroutine's life, on its own thread.
+func (l *Loop) main(up chan<- error) {
+	ended := errors.New("a function called on it ended the goroutine")
+	defer func() { l.finish(ended) }()
+	if err := l.setUp(); err != nil {
+		ended = err
+		up <- err
+		return
+	}
+	up <- nil
+	for l.failure == nil && !l.over() {
+		if l.pass() == 0 {
+			l.idle()
+		}
+	}
+	ended = l.failure
+}
+
+// setUp makes everything that the loop needs.
+func (l *Loop) setUp() error {
+	l.tid = threadID()
+	nameThread(l.cfg.Name)
+	if err := l.SetAffinity(l.cfg.CPUs); err != nil {
+		return err
+	}
+	var err error
+	l.ring, err = uring.New(uring.Config{
+		Entries: uint32(l.cfg.Entries), CQEntries: uint32(cqPerSQ * l.cfg.Entries), Loop: true,
+	})
+	if err != nil {
+		return err
+	}
+	l.quarter = l.ring.Entries() / 4
+	if l.ring.Supports(uring.OpReadMultishot) && !l.cfg.pollAdd {
+		if l.bufs, err = l.ring.RegisterBufRing(watchGroup, watchBuffers, watchBufferSize); err != nil {
+			return err
+		}
+	}
+	if l.wake, err = newEventfd(); err != nil {
+		return fmt.Errorf("make eventfd: %w", err)
+	}
+	return l.Watch(l.wake, awake{})
+}
+
+// awake hears of Wake; that the loop left its sleep is all it wants.
+type awake struct{}
+
+func (awake) Event(int) {}
+
+// finish ends the loop on its thread: whoever waits for it is let go when
+// nothing of it is left.
+func (l *Loop) finish(err error) {
+	if err != nil {
+		l.err = fmt.Errorf("%s: %w", l.cfg.Name, err)
+	}
+	if l.ring != nil {
+		if err := l.ring.Close(); err != nil && l.err == nil {
+			l.err = fmt.Errorf("%s: %w", l.cfg.Name, err)
+		}
+	}
+	l.asleep.Store(false)
+	closeEventfd(l.wake, &l.waking)
+	l.publics.publish(&l.stats)
+	close(l.done)
+}
+
+// over says that a stopping loop has nothing left to serve. Watches go last,
+// because handlers may need their events to finish.
+func (l *Loop) over() bool {
+	if !l.stopping || l.handled > 0 {
+		return false
+	}
+	for _, w := range slices.Clone(l.watches) { // cancel may remove one
+		l.cancel(w)
+	}
+	return len(l.watches) == 0
+}
+
+// Done is closed when the loop has ended. Any goroutine.
+func (l *Loop) Done() <-chan struct{} { return l.done }
+
+// Err says why the loop ended: nil while it runs, and after Stop. Any
+// goroutine.
+func (l *Loop) Err() error {
+	select {
+	case <-l.done:
+		return l.err
+	default:
+		return nil
+	}
+}
+
+// Stop lets the loop run until no Handler is left (Unhandle), ends the
+// remaining watches and then the thread, and closes the ring. It returns when
+// all that is done, with Err. Any goroutine but the loop; it may be called
+// again.
+func (l *Loop) Stop() error {
+	// ErrStopped says that the loop has ended already.
+	_ = l.Call(func() { l.stopping = true })
+	<-l.done
+	return l.err
+}
+
+// Call runs fn on the loop and waits for it; ErrStopped says that fn did not
+// run, or not to its end. Any goroutine but the loop, which would wait for
+// itself.
+func (l *Loop) Call(fn func()) error {
+	c := &call{fn: fn, done: make(chan struct{})}
+	l.mu.Lock()
+	l.calls = append(l.calls, c)
+	l.queued.Store(true)
+	l.mu.Unlock()
+	l.Wake()
+	select {
+	case <-c.done:
+		return nil
+	case <-l.done:
+	}
+	select {
+	case <-c.done:
+		return nil
+	default:
+		return fmt.Errorf("call on %s: %w", l.cfg.Name, ErrStopped)
+	}
+}
+
+// runCalls runs the functions that Call has queued.
+func (l *Loop) runCalls() int {
+	l.mu.Lock()
+	calls := l.calls
+	l.calls = nil
+	l.queued.Store(false)
+	l.mu.Unlock()
+	for _, c := range calls {
+		c.fn()
+		close(c.done)
+	}
+	return len(calls)
+}
+
+// Wake makes the loop poll its sources soon: what the caller has published
+// before Wake, a Poll after it will see. It costs an atomic load while the
+// loop is awake, and a write to an eventfd when it sleeps. Any goroutine; after
+// the end it does nothing.
+func (l *Loop) Wake() {
+	// The loop sets asleep and then polls; the caller published and now reads
+	// asleep. One of the two sees the other.
+	if !l.asleep.Load() {
+		return
+	}
+	l.waking.Add(1)
+	if l.asleep.CompareAndSwap(true, false) {
+		l.wakes.Add(1)
+		signalEventfd(l.wake)
+	}
+	l.waking.Add(-1)
+}
+
+// Attach adds a source; sources are polled in the order in which they were
+// attached. Loop only; a source may attach others.
+func (l *Loop) Attach(s Source) {
+	l.sources = append(l.sources, s)
+	if f, ok := s.(Flight); ok {
+		l.flights = append(l.flights, f)
+	}
+}
+
+// Detach removes a source, which is not polled again. Loop only; a source may
+// detach itself.
+func (l *Loop) Detach(s Source) {
+	l.sources = slices.DeleteFunc(l.sources, func(have Source) bool { return have == s })
+	l.flights = slices.DeleteFunc(l.flights, func(have Flight) bool { return have == s })
+}
+
+// Handle makes h the handler of commands with user data base | data, data
+// below 2^48. It panics when a loop has more than a thousand handlers and
+// watches. Loop only.
+func (l *Loop) Handle(h Handler) (base uint64) {
+	base, ok := l.slot(h)
+	if !ok {
+		panic(fmt.Sprintf("poller: %s has %d handlers", l.cfg.Name, maxHandlers))
+	}
+	l.handled++
+	return base
+}
+
+// Unhandle ends a Handle. Completions of commands that are still pending are
+// dropped, and the commands themselves cancelled when the loop stops. Loop
+// only.
+func (l *Loop) Unhandle(base uint64) {
+	l.release(base)
+	l.handled--
+}
+
+// slot gives out an entry of the handler table; entry 0 is the loop's own.
+func (l *Loop) slot(h Handler) (base uint64, ok bool) {
+	for range maxHandlers {
+		l.last = (l.last + 1) % maxHandlers
+		if l.last != 0 && l.handlers[l.last] == nil {
+			l.handlers[l.last] = h
+			return uint64(l.last) << dataBits, true
+		}
+	}
+	return 0, false
+}
+
+func (l *Loop) release(base uint64) { l.handlers[base>>dataBits] = nil }
+
+// Ring is the loop's ring. Loop only. What is put into it is submitted by the
+// loop; buffer group 65535 is taken.
+func (l *Loop) Ring() *uring.Ring { return l.ring }
+
+// SQE is a free submission entry, zeroed and queued, to be filled in before the
+// next call of the loop's methods. If the queue is full, what is in it is
+// submitted first. Loop only.
+func (l *Loop) SQE() *uring.SQE {
+	for {
+		if s := l.ring.SQE(); s != nil {
+			return s
+		}
+		l.submit()
+		if l.failure != nil {
+			l.sink = uring.SQE{}
+			return &l.sink
+		}
+	}
+}
+
+// Step makes one pass and submits what is due, but does not wait. It says
+// whether the pass found something to do. Loop only: tests drive a loop by it,
+// within Call.
+func (l *Loop) Step() bool {
+	if l.pass() > 0 {
+		return true
+	}
+	if l.ring.Pending() > 0 || l.ring.TaskRun() {
+		l.submit()
+	}
+	return false
+}
+
+// pass dispatches completions, polls the sources, runs calls, and says how
+// many things it did. After a pass that found nothing, what is pending is left
+// to the wait that follows.
+func (l *Loop) pass() int {
+	left := l.ring.Pending() > 0
+	n := l.dispatch()
+	n += l.poll()
+	if l.queued.Load() {
+		n += l.runCalls()
+	}
+	l.stats.Passes++
+	if n == 0 {
+		return 0
+	}
+	l.backoff = backoffMin
+	if left || l.ring.Pending() > l.quarter || l.ring.TaskRun() {
+		l.submit()
+	}
+	if l.stats.Passes%256 == 0 { // a busy loop shows its counters too
+		l.publics.publish(&l.stats)
+	}
+	return n
+}
+
+// dispatch hands completions to their handlers.
+func (l *Loop) dispatch() int {
+	n := 0
+	for ; n < dispatchBudget; n++ {
+		c := l.ring.Next()
+		if c == nil {
+			break
+		}
+		slot, data, res, flags := c.UserData>>dataBits, c.UserData&dataMask, c.Res, c.Flags
+		l.ring.Seen()
+		if slot == 0 {
+			continue // a cancellation's
+		}
+		if slot >= maxHandlers || l.handlers[slot] == nil {
+			l.stats.Strays++
+			continue
+		}
+		l.handlers[slot].Complete(data, res, flags)
+	}
+	l.stats.CQEs += uint64(n)
+	return n
+}
+
+// poll polls every source once. A source may attach and detach sources
+// meanwhile.
+func (l *Loop) poll() int {
+	n := 0
+	for i := 0; i < len(l.sources); i++ {
+		n += l.sources[i].Poll()
+	}
+	return n
+}
+
+// submit enters the kernel without waiting.
+func (l *Loop) submit() {
+	l.stats.Enters++
+	l.check(l.ring.Submit())
+}
+
+// check ends the loop if the ring cannot be used any more.
+func (l *Loop) check(err error) {
+	if err != nil && l.failure == nil {
+		l.failure = err
+	}
+}
+
+// idle follows a pass that found nothing: it polls on where that is likely to
+// pay, else arms the sources and waits in the kernel.
+func (l *Loop) idle() {
+	if l.inFlight() && l.spinner.worth() {
+		found := l.spin()
+		l.spinner.record(found)
+		if found {
+			return
+		}
+	}
+	l.asleep.Store(true)
+	switch l.arm() {
+	case Sleep:
+		if !l.anything() {
+			l.sleep()
+		}
+	case Spin:
+		l.asleep.Store(false)
+		l.await()
+	}
+	l.asleep.Store(false)
+}
+
+// inFlight says whether a source expects an answer soon.
+func (l *Loop) inFlight() bool {
+	for _, f := range l.flights {
+		if f.InFlight() {
+			return true
+		}
+	}
+	return false
+}
+
+// arm asks all sources whether the loop may sleep.
+func (l *Loop) arm() Readiness {
+	all := Sleep
+	for i := 0; i < len(l.sources); i++ {
+		switch l.sources[i].Arm() {
+		case Sleep:
+		case Spin:
+			all = Spin
+		default:
+			return Again
+		}
+	}
+	return all
+}
+
+// anything is the last look before a wait, after asleep was set and the
+// sources were armed: what came before that made no event.
+func (l *Loop) anything() bool {
+	if l.ring.CQReady() || l.queued.Load() || l.poll() > 0 {
+		l.backoff = backoffMin
+		return true
+	}
+	return false
+}
+
+// sleep waits until a completion comes: bounded at first, which costs little
+// when it comes soon, then giving the scheduler's P away.
+func (l *Loop) sleep() {
+	l.wait(boundedWait)
+	if l.failure != nil || l.ring.CQReady() {
+		return
+	}
+	l.stats.Enters++
+	l.stats.BlockingWaits++
+	l.publics.publish(&l.stats)
+	l.check(l.ring.WaitBlocking())
+}
+
+// wait submits and waits for a completion, not longer than the bound.
+func (l *Loop) wait(bound time.Duration) {
+	l.stats.Enters++
+	l.stats.Waits++
+	l.publics.publish(&l.stats)
+	l.check(l.ring.Wait(bound))
+}
+
+// await polls for something that makes no event: as fast as can be until the
+// spin is used up, then at intervals, for as long as a source asks for it.
+func (l *Loop) await() {
+	if l.backoff == backoffMin && l.spin() {
+		return
+	}
+	l.asleep.Store(true)
+	if l.anything() {
+		return
+	}
+	l.wait(l.backoff)
+	l.backoff = min(2*l.backoff, backoffMax)
+}
+
+// spin polls up to the limit, reading shared memory only, and says whether
+// something turned up.
+func (l *Loop) spin() bool {
+	if l.ring.Pending() > 0 {
+		l.submit()
+	}
+	for range l.spinner.limit {
+		l.stats.Spins++
+		if l.ring.TaskRun() {
+			l.submit()
+			return true
+		}
+		if l.anything() {
+			return true
+		}
+	}
+	return false
+}
+
+// spinner decides whether to spin for an answer that would make an event. It
+// does as long as that pays: a hit earns what two misses cost; without credit
+// it tries once in a while.
+type spinner struct {
+	limit  int // polls of a spin; 0: never spin
+	credit int
+	denied int // since the last try
+}
+
+const (
+	spinStart  = 4  // credit of a new loop
+	spinCredit = 16 // most credit
+	spinRetry  = 64 // a try every so many sleeps without credit
+)
+
+func (s *spinner) worth() bool {
+	if s.limit == 0 {
+		return false
+	}
+	if s.credit > 0 {
+		return true
+	}
+	if s.denied++; s.denied < spinRetry {
+		return false
+	}
+	s.denied = 0
+	return true
+}
+
+func (s *spinner) record(hit bool) {
+	if hit {
+		s.credit = min(s.credit+2, spinCredit)
+	} else {
+		s.credit = max(s.credit-1, 0)
+	}
+}

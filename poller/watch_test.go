@@ -1,0 +1,353 @@
+package poller
+
+import (
+	"errors"
+	"io"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/uring"
+)
+
+// counter is a Watcher made of a function.
+type counter func(n int)
+
+func (c counter) Event(n int) { c(n) }
+
+// failing is a Failer that sends what it hears.
+type failing struct {
+	events chan int
+	failed chan error
+}
+
+func (f *failing) Event(n int)      { f.events <- n }
+func (f *failing) Failed(err error) { f.failed <- err }
+
+// eachWatch runs a test with READ_MULTISHOT and with POLL_ADD.
+func eachWatch(t *testing.T, test func(t *testing.T, l *Loop)) {
+	for _, kind := range []struct {
+		name string
+		cfg  Config
+	}{{"read", Config{}}, {"poll", Config{pollAdd: true}}} {
+		t.Run(kind.name, func(t *testing.T) {
+			l := newLoop(t, kind.cfg)
+			on(t, l, func() {
+				if !kind.cfg.pollAdd && !l.Ring().Supports(uring.OpReadMultishot) {
+					requireOrSkip(t, "read-multishot", "the kernel has no READ_MULTISHOT (Linux 6.7)")
+				}
+			})
+			test(t, l)
+		})
+	}
+}
+
+func requireOrSkip(t *testing.T, capability, why string) {
+	t.Helper()
+	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), capability) {
+		t.Fatalf("required %s: %s", capability, why)
+	}
+	t.Skip(why)
+}
+
+func eventfd(t testing.TB) int {
+	t.Helper()
+	fd, err := newEventfd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	return fd
+}
+
+// pipe is a pipe that keeps the bounds of writes, as an RDMA completion channel
+// keeps those of events. The test closes w.
+func pipe(t testing.TB) (r, w int) {
+	t.Helper()
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_DIRECT); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fds[0]) })
+	return fds[0], fds[1]
+}
+
+func write(t testing.TB, fd, events int) {
+	t.Helper()
+	n, err := unix.Write(fd, make([]byte, events*eventSize))
+	if err != nil || n != events*eventSize {
+		t.Fatalf("wrote %d: %v", n, err)
+	}
+}
+
+func watchOn(t testing.TB, l *Loop, fd int, w Watcher) {
+	t.Helper()
+	on(t, l, func() {
+		if err := l.Watch(fd, w); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestWatchEventfd(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		efd := eventfd(t)
+		signalEventfd(efd) // there before the watch
+		events := make(chan int, 1)
+		watchOn(t, l, efd, counter(func(n int) { events <- n }))
+		for range 200 {
+			if n := <-events; n != 1 {
+				t.Fatalf("%d events of one count", n)
+			}
+			signalEventfd(efd)
+		}
+		<-events
+		if err := l.Unwatch(efd); err != nil {
+			t.Fatal(err)
+		}
+		signalEventfd(efd)
+		on(t, l, func() {})
+		if len(events) != 0 {
+			t.Fatal("an event after Unwatch")
+		}
+		if err := l.Unwatch(efd); !errors.Is(err, unix.ENOENT) {
+			t.Fatalf("second Unwatch: %v", err)
+		}
+	})
+}
+
+// TestWatchMany: more events at once than there are buffers (ENOBUFS).
+func TestWatchMany(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		r, w := pipe(t)
+		defer func() { _ = unix.Close(w) }()
+		got := 0
+		watchOn(t, l, r, counter(func(n int) { got += n }))
+		sent := 0
+		for range 20 {
+			// The loop is held in a call, so that all events are there at once,
+			// 15 packets of a pipe at least.
+			on(t, l, func() {
+				for i := range 15 {
+					write(t, w, i%8+1)
+					sent += i%8 + 1
+				}
+			})
+		}
+		if err := l.Unwatch(r); err != nil {
+			t.Fatal(err)
+		}
+		if got != sent {
+			t.Fatalf("%d events of %d", got, sent)
+		}
+	})
+}
+
+// TestWatchNoBuffers: the read ends for want of buffers, and goes on.
+func TestWatchNoBuffers(t *testing.T) {
+	l := newLoop(t, Config{})
+	on(t, l, func() {
+		if l.bufs == nil {
+			requireOrSkip(t, "read-multishot", "the kernel has no READ_MULTISHOT (Linux 6.7)")
+		}
+	})
+	// A socket holds more packets than there are buffers.
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = unix.Close(fds[0]), unix.Close(fds[1]) }()
+	sent, got := 0, 0
+	for ; ; sent++ {
+		if _, err := unix.Write(fds[1], make([]byte, eventSize)); err != nil {
+			break
+		}
+	}
+	if sent <= watchBuffers {
+		t.Fatalf("a socket takes %d packets only", sent)
+	}
+	done := make(chan struct{})
+	watchOn(t, l, fds[0], counter(func(n int) {
+		if got += n; got == sent {
+			close(done)
+		}
+	}))
+	<-done
+	if err := l.Unwatch(fds[0]); err != nil {
+		t.Fatal(err)
+	}
+	if f := l.Snapshot().WatchFailures; f != 0 {
+		t.Fatalf("%d failures", f)
+	}
+}
+
+// TestUnwatchLast: what was written before Unwatch is delivered, then the file
+// is free: the writer hears that its only reader closed.
+func TestUnwatchLast(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		for i := range 300 {
+			var fds [2]int
+			if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_DIRECT); err != nil {
+				t.Fatal(err)
+			}
+			got := 0
+			watchOn(t, l, fds[0], counter(func(n int) { got += n }))
+			for range i % 4 {
+				write(t, fds[1], 1)
+			}
+			if err := l.Unwatch(fds[0]); err != nil {
+				t.Fatal(err)
+			}
+			if got != i%4 {
+				t.Fatalf("round %d: %d events of %d", i, got, i%4)
+			}
+			_ = unix.Close(fds[0])
+			if _, err := unix.Write(fds[1], one); err != unix.EPIPE {
+				t.Fatalf("round %d: something holds the file: %v", i, err)
+			}
+			_ = unix.Close(fds[1])
+		}
+		on(t, l, func() {
+			if len(l.watches) != 1 { // the loop's own
+				t.Errorf("%d watches left", len(l.watches))
+			}
+		})
+	})
+}
+
+// TestUnwatchRace: writers and Unwatch at the same time, no event twice or of
+// nothing.
+func TestUnwatchRace(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		for range 100 {
+			r, w := pipe(t)
+			got, sent := 0, 0
+			watchOn(t, l, r, counter(func(n int) { got += n }))
+			wrote := make(chan struct{})
+			go func() {
+				defer close(wrote)
+				for range 10 {
+					if _, err := unix.Write(w, one); err == nil {
+						sent++
+					}
+					runtime.Gosched()
+				}
+			}()
+			if err := l.Unwatch(r); err != nil {
+				t.Fatal(err)
+			}
+			<-wrote
+			rest := 0
+			for buf := make([]byte, 64); ; rest++ {
+				if n, err := unix.Read(r, buf); n <= 0 || err != nil {
+					break
+				}
+			}
+			if got+rest != sent {
+				t.Fatalf("%d events delivered and %d left of %d", got, rest, sent)
+			}
+			_ = unix.Close(w)
+		}
+	})
+}
+
+func TestWatchErrors(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		efd := eventfd(t)
+		watchOn(t, l, efd, counter(func(int) {}))
+		blocking, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = unix.Close(blocking) }()
+		on(t, l, func() {
+			for _, c := range []struct {
+				fd   int
+				want error
+			}{{-1, unix.EBADF}, {1 << 20, unix.EBADF}, {efd, unix.EEXIST}, {blocking, unix.EINVAL}} {
+				if err := l.Watch(c.fd, awake{}); !errors.Is(err, c.want) {
+					t.Errorf("watch file %d: %v, want %v", c.fd, err, c.want)
+				}
+			}
+		})
+	})
+}
+
+// TestWatchEnd: the other end of a pipe goes away, and the watch stays to be
+// unwatched.
+func TestWatchEnd(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		r, w := pipe(t)
+		f := &failing{events: make(chan int, 3), failed: make(chan error, 1)}
+		write(t, w, 1)
+		watchOn(t, l, r, f)
+		<-f.events
+		_ = unix.Close(w)
+		if err := <-f.failed; !errors.Is(err, io.EOF) {
+			t.Fatalf("failed: %v", err)
+		}
+		on(t, l, func() {})
+		asleep(t, l, l.Snapshot().BlockingWaits+1)
+		if n := l.Snapshot().WatchFailures; n != 1 {
+			t.Errorf("%d failures", n)
+		}
+		if err := l.Unwatch(r); err != nil {
+			t.Fatal(err)
+		}
+		if len(f.events) != 0 || len(f.failed) != 0 {
+			t.Error("heard more after the end")
+		}
+	})
+}
+
+// TestWatchUnreadable: a file that the ring cannot read.
+func TestWatchUnreadable(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		r, w := pipe(t)
+		defer func() { _ = unix.Close(w) }()
+		f := &failing{events: make(chan int, 3), failed: make(chan error, 1)}
+		if !l.cfg.pollAdd {
+			_ = r
+			watchOn(t, l, w, f) // not open for reading
+			if err := <-f.failed; !errors.Is(err, unix.EBADF) {
+				t.Fatalf("failed: %v", err)
+			}
+			if err := l.Unwatch(w); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// TestWatchCancelled: someone cancels all commands of the ring, and the watch
+// goes on.
+func TestWatchCancelled(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		efd := eventfd(t)
+		events := make(chan int, 1)
+		watchOn(t, l, efd, counter(func(n int) { events <- n }))
+		for range 20 {
+			cancelled := make(chan int32, 1)
+			on(t, l, func() {
+				var base uint64
+				base = l.Handle(handler(func(_ uint64, res int32, _ uint32) {
+					l.Unhandle(base)
+					cancelled <- res
+				}))
+				s := l.SQE()
+				s.Opcode, s.OpFlags, s.UserData = uring.OpAsyncCancel, uring.CancelAny|uring.CancelAll, base
+			})
+			if n := <-cancelled; n < 1 {
+				t.Fatalf("cancelled %d", n)
+			}
+			signalEventfd(efd)
+			if n := <-events; n != 1 {
+				t.Fatalf("%d events", n)
+			}
+		}
+	})
+}
