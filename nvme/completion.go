@@ -65,5 +65,5 @@ func (c *Completion) Set(result uint64, sqHead, cid uint16, s Status) {
 
 // String describes the completion for logs.
 func (c *Completion) String() string {
-	return fmt.Sprintf("cid %04xh result %#x sqhead %d: %v", c.CID(), c.Result(), c.SQHead(), c.Status())
+	return fmt.Sprintf("cid %04xh result %#x sqhead %d: %v", c.CID(), c.Result(), c.SQHead(), c.Status().String())
 }
