@@ -1,0 +1,206 @@
+package ublk
+
+import (
+	"structs"
+	"unsafe"
+)
+
+// The structures and numbers of include/uapi/linux/ublk_cmd.h.
+
+// command is an ioctl-encoded opcode: of the control device, or of a queue.
+type command uint32
+
+const (
+	iocWrite = 1 << 30
+	iocRead  = 2 << 30
+
+	ctrl   = uint32(unsafe.Sizeof(ctrlCmd{}))<<16 | 'u'<<8
+	ctrlR  = command(iocRead | ctrl)
+	ctrlRW = command(iocRead | iocWrite | ctrl)
+	ioRW   = command(iocRead | iocWrite | uint32(unsafe.Sizeof(ioCmd{}))<<16 | 'u'<<8)
+)
+
+// Control commands, with the first kernel that has them in this encoding.
+const (
+	getQueueAffinity command = ctrlR | 0x01  // 6.4
+	getDevInfo       command = ctrlR | 0x02  // 6.4
+	addDev           command = ctrlRW | 0x04 // 6.4
+	delDev           command = ctrlRW | 0x05 // 6.4
+	startDev         command = ctrlRW | 0x06 // 6.4
+	stopDev          command = ctrlRW | 0x07 // 6.4
+	setParams        command = ctrlRW | 0x08 // 6.4
+	getFeatures      command = ctrlR | 0x13  // 6.5
+	tryStopDev       command = ctrlRW | 0x17 // 7.0
+)
+
+// Queue commands.
+const (
+	fetchReq          command = ioRW | 0x20
+	commitAndFetchReq command = ioRW | 0x21
+)
+
+var commandNames = map[command]string{
+	getQueueAffinity: "GET_QUEUE_AFFINITY", getDevInfo: "GET_DEV_INFO", addDev: "ADD_DEV", delDev: "DEL_DEV",
+	startDev: "START_DEV", stopDev: "STOP_DEV", setParams: "SET_PARAMS", getFeatures: "GET_FEATURES",
+	tryStopDev: "TRY_STOP_DEV", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
+}
+
+func (c command) String() string { return commandNames[c] }
+
+const (
+	// anyID in ADD_DEV asks for the next free device number.
+	anyID = ^uint32(0)
+	// noQueue is the queue number of all commands; GET_QUEUE_AFFINITY has it
+	// in data.
+	noQueue = ^uint16(0)
+	// maxDepth is UBLK_MAX_QUEUE_DEPTH. Descriptors are mapped as if every
+	// queue had as many.
+	maxDepth = 4096
+	// maxQueues is UBLK_MAX_NR_QUEUES.
+	maxQueues = 4096
+	// maxID is above all minor numbers, MINORBITS of include/linux/kdev_t.h.
+	maxID = 1 << 20
+)
+
+// ctrlCmd is struct ublksrv_ctrl_cmd, the command area of a control entry.
+type ctrlCmd struct {
+	_          structs.HostLayout
+	devID      uint32
+	queueID    uint16
+	len        uint16 // of the buffer at addr
+	addr       uint64
+	data       uint64
+	devPathLen uint16 // unprivileged devices only
+	_          uint16
+	_          uint32
+}
+
+// devInfo is struct ublksrv_ctrl_dev_info.
+type devInfo struct {
+	_             structs.HostLayout
+	nrHWQueues    uint16
+	queueDepth    uint16
+	state         uint16
+	ioDescSize    uint16 // 7.3; padding before
+	maxIOBufBytes uint32
+	devID         uint32
+	pid           int32
+	_             uint32
+	flags         uint64
+	serverFlags   uint64 // the server's own, kept by the driver: cookie
+	ownerUID      uint32
+	ownerGID      uint32
+	_             [2]uint64
+}
+
+// params is struct ublk_params as far as it is used; the driver takes the
+// first len bytes of its own, longer one.
+type params struct {
+	_       structs.HostLayout
+	len     uint32
+	types   uint32
+	basic   paramBasic
+	discard paramDiscard
+}
+
+// params.types, UBLK_PARAM_TYPE_*.
+const (
+	paramTypeBasic   = 1 << 0
+	paramTypeDiscard = 1 << 1
+)
+
+// paramBasic is struct ublk_param_basic.
+type paramBasic struct {
+	_                  structs.HostLayout
+	attrs              uint32
+	logicalBlockShift  uint8
+	physicalBlockShift uint8
+	ioOptShift         uint8
+	ioMinShift         uint8
+	maxSectors         uint32
+	chunkSectors       uint32
+	devSectors         uint64
+	virtBoundaryMask   uint64
+}
+
+// paramBasic.attrs, UBLK_ATTR_*.
+const (
+	attrReadOnly      = 1 << 0
+	attrVolatileCache = 1 << 2
+	attrFUA           = 1 << 3
+)
+
+// paramDiscard is struct ublk_param_discard.
+type paramDiscard struct {
+	_                structs.HostLayout
+	alignment        uint32
+	granularity      uint32
+	maxSectors       uint32
+	maxZeroesSectors uint32
+	maxSegments      uint16
+	_                uint16
+}
+
+// ioCmd is struct ublksrv_io_cmd, the command area of a queue entry.
+type ioCmd struct {
+	_      structs.HostLayout
+	queue  uint16
+	tag    uint16
+	result int32
+	addr   uint64 // of the tag's buffer
+}
+
+// ioDesc is struct ublksrv_io_desc: a request, as the driver describes it in
+// memory that it shares with the server.
+type ioDesc struct {
+	_           structs.HostLayout
+	opFlags     uint32
+	nrSectors   uint32
+	startSector uint64 // always in units of 512 bytes
+	addr        uint64
+}
+
+// ioDesc.opFlags: the operation is in the low 8 bits, UBLK_IO_OP_*, above are
+// UBLK_IO_F_*.
+const (
+	opMask        = 0xff
+	opRead        = 0
+	opWrite       = 1
+	opFlush       = 2
+	opDiscard     = 3
+	opWriteZeroes = 5
+	flagFUA       = 1 << 13
+	flagNoUnmap   = 1 << 15
+)
+
+// Sizes and offsets, checked when compiling.
+var (
+	_ [32]byte = [unsafe.Sizeof(ctrlCmd{})]byte{}
+	_ [4]byte  = [unsafe.Offsetof(ctrlCmd{}.queueID)]byte{}
+	_ [6]byte  = [unsafe.Offsetof(ctrlCmd{}.len)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(ctrlCmd{}.addr)]byte{}
+	_ [16]byte = [unsafe.Offsetof(ctrlCmd{}.data)]byte{}
+	_ [24]byte = [unsafe.Offsetof(ctrlCmd{}.devPathLen)]byte{}
+	_ [64]byte = [unsafe.Sizeof(devInfo{})]byte{}
+	_ [4]byte  = [unsafe.Offsetof(devInfo{}.state)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(devInfo{}.maxIOBufBytes)]byte{}
+	_ [12]byte = [unsafe.Offsetof(devInfo{}.devID)]byte{}
+	_ [16]byte = [unsafe.Offsetof(devInfo{}.pid)]byte{}
+	_ [24]byte = [unsafe.Offsetof(devInfo{}.flags)]byte{}
+	_ [32]byte = [unsafe.Offsetof(devInfo{}.serverFlags)]byte{}
+	_ [40]byte = [unsafe.Offsetof(devInfo{}.ownerUID)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(params{}.basic)]byte{}
+	_ [40]byte = [unsafe.Offsetof(params{}.discard)]byte{}
+	_ [32]byte = [unsafe.Sizeof(paramBasic{})]byte{}
+	_ [4]byte  = [unsafe.Offsetof(paramBasic{}.logicalBlockShift)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(paramBasic{}.maxSectors)]byte{}
+	_ [16]byte = [unsafe.Offsetof(paramBasic{}.devSectors)]byte{}
+	_ [20]byte = [unsafe.Sizeof(paramDiscard{})]byte{}
+	_ [8]byte  = [unsafe.Offsetof(paramDiscard{}.maxSectors)]byte{}
+	_ [16]byte = [unsafe.Sizeof(ioCmd{})]byte{}
+	_ [4]byte  = [unsafe.Offsetof(ioCmd{}.result)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(ioCmd{}.addr)]byte{}
+	_ [24]byte = [unsafe.Sizeof(ioDesc{})]byte{}
+	_ [4]byte  = [unsafe.Offsetof(ioDesc{}.nrSectors)]byte{}
+	_ [8]byte  = [unsafe.Offsetof(ioDesc{}.startSector)]byte{}
+)

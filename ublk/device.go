@@ -1,0 +1,619 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/poller"
+)
+
+// Config says what Start serves, and how.
+type Config struct {
+	// ID is the device number N of /dev/ublkbN; -1 is the next free one.
+	ID int
+	// Device is the back end.
+	Device block.Device
+	// Loops serve the hardware queues: queue i is Loops[i]'s. There are as
+	// many queues as loops, or as CPUs if those are fewer. Several devices may
+	// share the loops. They run until after Stop.
+	Loops []*poller.Loop
+	// Depth is the number of requests in flight per queue, 1..4096; 0 is 128.
+	Depth int
+	// MaxIO is the size of each request's buffer, in bytes; it is rounded down
+	// to pages and clamped to the geometry's MaxIO. 0 is 256 KiB. The back end
+	// allocates Loops × Depth × MaxIO.
+	MaxIO int
+	// Recovery is what happens to the device when this process dies.
+	Recovery RecoveryPolicy
+	// KeepAffinity leaves the loops on the CPUs where they are. Otherwise each
+	// loop is pinned to one of the CPUs whose requests its queue gets. The
+	// second device on the same loops wants it set: its queues have the same
+	// CPUs anyway.
+	KeepAffinity bool
+	// Log hears of changes of state; nil is nobody.
+	Log *slog.Logger
+}
+
+// Bounds on what takes no context of the caller's, and retries.
+const (
+	undoTimeout   = 10 * time.Second       // Start's undoing, and the clearing up of a device that ended by itself
+	openBackoff   = 50 * time.Millisecond  // longest pause between two attempts to open ublkcN
+	busyPatience  = 500 * time.Millisecond // what a short-lived opener, such as udev's, gets
+	busyBackoff   = 20 * time.Millisecond
+	defaultDepth  = 128
+	defaultMaxIO  = 256 << 10
+	maxIOBufBytes = 1 << 30
+)
+
+// setDefaults checks the configuration and completes it.
+func (c *Config) setDefaults() error {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Depth == 0 {
+		c.Depth = defaultDepth
+	}
+	if c.MaxIO == 0 {
+		c.MaxIO = defaultMaxIO
+	}
+	switch {
+	case c.ID < -1 || c.ID >= maxID:
+		return fmt.Errorf("device number %d is not in -1..%d", c.ID, maxID-1)
+	case c.Device == nil:
+		return errors.New("no block device to serve")
+	case len(c.Loops) == 0 || len(c.Loops) > maxQueues:
+		return fmt.Errorf("%d loops are not in 1..%d", len(c.Loops), maxQueues)
+	case c.Depth < 1 || c.Depth > maxDepth:
+		return fmt.Errorf("depth %d is not in 1..%d", c.Depth, maxDepth)
+	case c.MaxIO < os.Getpagesize() || c.MaxIO > maxIOBufBytes:
+		return fmt.Errorf("largest request of %d bytes is not in %d..%d", c.MaxIO, os.Getpagesize(), maxIOBufBytes)
+	case c.Recovery > RecoveryFail:
+		return fmt.Errorf("recovery policy %d is unknown", c.Recovery)
+	}
+	return nil
+}
+
+// Device is a ublk device that this process serves. Its methods may be called
+// from any goroutine but the loops'.
+type Device struct {
+	log  *slog.Logger
+	info Info // as granted
+	// turn holds a token while nobody starts, stops or clears up. It guards
+	// what follows, down to the next comment.
+	turn   chan struct{}
+	ctl    *control // nil once all is done
+	added  bool     // the driver has the device
+	char   int      // descriptor of ublkcN, or -1
+	serves []*serving
+	asked  bool // Stop was asked for; the end is no surprise
+
+	broken chan struct{} // closed when the device cannot go on: cause
+	once   sync.Once     // of broken
+	cause  error         // written before broken is closed
+
+	done chan struct{} // closed when the device is over
+	err  error         // written before done is closed
+}
+
+// serving is a queue with its loop and its memory.
+type serving struct {
+	*queue
+	loop  *poller.Loop
+	ended chan struct{} // closed by the loop: the driver and the back end hold nothing
+	descs []byte        // mapping; nil when the memory is given back
+
+	// Loop only.
+	base    uint64 // of poller.Loop.Handle
+	begun   bool   // the loop serves the queue
+	retired bool   // it never will
+}
+
+// Start adds a ublk device, serves it from cfg.Device on cfg.Loops, and starts
+// it: when it returns, the block device is there. On an error it undoes what
+// it did; a device that it did not add, it does not touch.
+//
+// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrIDTaken,
+// errors.ErrUnsupported if the driver lacks what Recovery needs, ctx' error, and
+// what the back end and the system say. The undoing has a deadline of its own.
+func Start(ctx context.Context, cfg Config) (*Device, error) {
+	d := &Device{
+		turn: make(chan struct{}, 1), char: -1, broken: make(chan struct{}), done: make(chan struct{}),
+	}
+	if err := d.start(ctx, cfg); err != nil {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		if undone := d.clear(undo); undone != nil {
+			err = errors.Join(err, fmt.Errorf("undo: %w", undone))
+		}
+		return nil, fmt.Errorf("start ublk device: %w", err)
+	}
+	d.log.Info("ublk device started", "device", d.Path(), "queues", d.info.Queues, "depth", d.info.Depth,
+		"max_io", d.info.MaxIO, "features", d.info.Features.String())
+	d.turn <- struct{}{}
+	go d.watch()
+	return d, nil
+}
+
+func (d *Device) start(ctx context.Context, cfg Config) error {
+	if err := cfg.setDefaults(); err != nil {
+		return err
+	}
+	d.log = cfg.Log
+	geometry := cfg.Device.Geometry()
+	if err := geometry.Validate(); err != nil {
+		return err
+	}
+	var err error
+	if d.ctl, err = openControl(); err != nil {
+		return err
+	}
+	known, err := d.ctl.features(ctx)
+	if err != nil {
+		return err
+	}
+	if err := d.add(ctx, cfg, geometry, known); err != nil {
+		return err
+	}
+	p := paramsOf(geometry, uint32(d.info.MaxIO))
+	if err := d.command(ctx, call{cmd: setParams, buf: bytesOf(&p)}); err != nil {
+		return err
+	}
+	if d.char, err = openChar(ctx, d.info.ID); err != nil {
+		return err
+	}
+	if err := d.begin(ctx, cfg); err != nil {
+		return err
+	}
+	// START_DEV waits for the fetches of all queues, and its partition scan
+	// for I/O: the loops serve meanwhile. If one fails, it would wait in vain.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-d.broken:
+			cancel(d.cause)
+		case <-ctx.Done():
+		}
+	}()
+	return d.command(ctx, call{cmd: startDev, data: uint64(os.Getpid())})
+}
+
+// command is a control command about this device.
+func (d *Device) command(ctx context.Context, k call) error {
+	k.id = uint32(d.info.ID)
+	return d.ctl.do(ctx, k)
+}
+
+// add makes the device, and takes over what the driver granted.
+func (d *Device) add(ctx context.Context, cfg Config, g block.Geometry, known Features) error {
+	want := IoctlEncode | cfg.Recovery.features()
+	if !known.Has(want) {
+		return fmt.Errorf("the ublk driver lacks %v: %w", want&^known, errors.ErrUnsupported)
+	}
+	page := os.Getpagesize()
+	raw := devInfo{
+		nrHWQueues: uint16(len(cfg.Loops)), queueDepth: uint16(cfg.Depth),
+		maxIOBufBytes: uint32(min(cfg.MaxIO, int(g.MaxIO)) / page * page),
+		devID:         uint32(int32(cfg.ID)), // -1 is anyID
+		flags:         uint64(want), serverFlags: newCookie(),
+	}
+	err := d.ctl.do(ctx, call{cmd: addDev, id: raw.devID, buf: bytesOf(&raw)})
+	switch {
+	case errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("%w: %s: %w", ErrIDTaken, blockPath(cfg.ID), err)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: %w", ErrPermission, err)
+	case err != nil:
+		return err
+	}
+	d.added, d.info = true, infoOf(&raw)
+	d.log = d.log.With("ublk", d.info.ID)
+	switch i := d.info; {
+	case !i.Features.Has(want):
+		return fmt.Errorf("the ublk driver did not grant %v: %w", want&^i.Features, errors.ErrUnsupported)
+	case i.Queues < 1 || i.Queues > len(cfg.Loops) || i.Depth < 1 || i.Depth > maxDepth || i.MaxIO < page:
+		return fmt.Errorf("the ublk driver granted %d queues of depth %d and %d bytes", i.Queues, i.Depth, i.MaxIO)
+	}
+	return nil
+}
+
+// openChar opens ublkcN, which udev may have to make yet (ENOENT) or be looking
+// at (EBUSY).
+func openChar(ctx context.Context, id int) (int, error) {
+	path, pause := charPath(id), time.Millisecond
+	for {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err == nil {
+			return fd, nil
+		}
+		err = fmt.Errorf("open %s: %w", path, err)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EBUSY):
+			return -1, err
+		}
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, openBackoff)
+		case <-ctx.Done():
+			return -1, fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		}
+	}
+}
+
+// begin opens the queues and fetches their tags.
+func (d *Device) begin(ctx context.Context, cfg Config) error {
+	for i := range d.info.Queues {
+		s, err := d.open(i, cfg)
+		if err != nil {
+			return err
+		}
+		d.serves = append(d.serves, s)
+	}
+	if !cfg.KeepAffinity {
+		if err := d.pin(ctx); err != nil {
+			return err
+		}
+	}
+	for i, s := range d.serves {
+		if err := onLoop(ctx, s.loop, func() error { return s.begin(d.char) }); err != nil {
+			return fmt.Errorf("fetch requests of queue %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// open makes queue i.
+func (d *Device) open(i int, cfg Config) (*serving, error) {
+	mem, descs, err := mapDescs(d.char, i, d.info.Depth)
+	if err != nil {
+		return nil, err
+	}
+	back, err := cfg.Device.OpenQueue(i, block.QueueConfig{Depth: d.info.Depth, MaxIO: d.info.MaxIO})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open queue %d of the back end: %w", i, err), unix.Munmap(mem))
+	}
+	s := &serving{loop: cfg.Loops[i], ended: make(chan struct{}), descs: mem}
+	s.queue = newQueue(i, descs, back, d.info.MaxIO, func() { close(s.ended) }, d.fail)
+	return s, nil
+}
+
+// begin serves the queue. Loop only.
+func (s *serving) begin(char int) error {
+	if s.retired {
+		return context.Canceled
+	}
+	s.begun = true
+	s.base = s.loop.Handle(s.queue)
+	s.loop.Attach(s.queue)
+	s.queue.start(s.loop, char, s.base)
+	return s.loop.Ring().Submit()
+}
+
+// retire ends a queue that was never served, and keeps it from being served
+// late. Loop only.
+func (s *serving) retire() {
+	if !s.begun && !s.retired {
+		s.retired = true
+		close(s.ended)
+	}
+}
+
+// finish takes the queue from the loop and gives its memory back, after it
+// ended. Loop only.
+func (s *serving) finish() error {
+	if s.begun {
+		s.loop.Detach(s.queue)
+		s.loop.Unhandle(s.base)
+		s.begun, s.retired = false, true
+	}
+	return s.free()
+}
+
+// free gives the queue's memory back: on the loop, or when the loop is no more.
+func (s *serving) free() error {
+	if s.descs == nil {
+		return nil
+	}
+	if s.inflight > 0 {
+		// The loop died. What the back end may write to stays.
+		return fmt.Errorf("queue %d: the back end holds %d requests", s.index, s.inflight)
+	}
+	err := errors.Join(s.back.Close(), unix.Munmap(s.descs))
+	s.descs = nil
+	return err
+}
+
+// onLoop runs fn on a loop and waits for it, or for ctx; then fn may run later.
+func onLoop(ctx context.Context, l *poller.Loop, fn func() error) error {
+	result := make(chan error, 1)
+	go func() {
+		var err error
+		if stopped := l.Call(func() { err = fn() }); stopped != nil {
+			err = stopped
+		}
+		result <- err
+	}()
+	select {
+	case err := <-result:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// fail notes why the device cannot go on. The first cause stays.
+func (d *Device) fail(err error) {
+	d.once.Do(func() {
+		d.cause = err
+		close(d.broken)
+	})
+}
+
+// Stop ends the device in order: no new request, requests in flight done, the
+// block device gone, memory and number given back.
+//
+// Without force a device in use is left alone, with ErrBusy. The driver looks
+// for openers itself (Linux 7.0); before that, see claim for what is found. An
+// opener that goes away within half a second, as udev's do, is waited for.
+//
+// With force users get I/O errors. In either case requests in flight are
+// waited for, so a back end that does not answer has to fail its requests
+// first.
+//
+// When ctx is done Stop gives up, with an error that names the step; whatever
+// it asked of the driver may still happen. It can be called again, and goes on
+// where it was. Stop of a device that is over returns nil.
+func (d *Device) Stop(ctx context.Context, force bool) error {
+	if err := d.stop(ctx, force); err != nil {
+		return fmt.Errorf("stop %s: %w", d.Path(), err)
+	}
+	<-d.done
+	return nil
+}
+
+func (d *Device) stop(ctx context.Context, force bool) error {
+	select {
+	case <-d.turn:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { d.turn <- struct{}{} }()
+	if d.ctl == nil {
+		return nil
+	}
+	asked := d.asked
+	d.asked = true
+	if !force {
+		if err := d.stopUnused(ctx); err != nil {
+			d.asked = asked
+			return err
+		}
+	}
+	return d.clear(ctx)
+}
+
+// stopUnused stops the disk unless somebody uses it.
+func (d *Device) stopUnused(ctx context.Context) error {
+	patience := time.After(busyPatience)
+	for {
+		err := d.tryStop(ctx)
+		if !errors.Is(err, ErrBusy) {
+			return err
+		}
+		select {
+		case <-time.After(busyBackoff):
+		case <-patience:
+			return err
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func (d *Device) tryStop(ctx context.Context) error {
+	if d.info.Features.Has(SafeStop) {
+		err := d.command(ctx, call{cmd: tryStopDev})
+		switch {
+		case errors.Is(err, unix.EBUSY):
+			return fmt.Errorf("%w: %w", ErrBusy, err)
+		case errors.Is(err, unix.ENODEV):
+			return nil // no disk, nobody to use it
+		}
+		return err
+	}
+	fd, err := claim(d.info.ID)
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return nil // no disk
+	case err != nil:
+		return err
+	}
+	return errors.Join(d.command(ctx, call{cmd: stopDev}), unix.Close(fd))
+}
+
+// clear undoes what start did, in reverse, from wherever things stand. The
+// order matters: see the package documentation. The caller has the turn.
+func (d *Device) clear(ctx context.Context) error {
+	if d.ctl == nil {
+		return nil
+	}
+	if d.char >= 0 {
+		// The driver keeps the number while we have ublkcN open, so this is
+		// our device.
+		if err := d.command(ctx, call{cmd: stopDev}); err != nil && !errors.Is(err, unix.ENODEV) {
+			return err
+		}
+		if err := d.finish(ctx); err != nil {
+			return err
+		}
+		err := unix.Close(d.char)
+		d.char = -1
+		if err != nil {
+			return fmt.Errorf("close %s: %w", charPath(d.info.ID), err)
+		}
+	}
+	if d.added {
+		if err := d.delete(ctx); err != nil {
+			return err
+		}
+		d.added = false
+	}
+	err := d.ctl.close()
+	d.ctl = nil
+	return err
+}
+
+// finish waits for the end of all queues and gives their memory back.
+func (d *Device) finish(ctx context.Context) error {
+	for _, s := range d.serves {
+		err := onLoop(ctx, s.loop, func() error { s.retire(); return nil })
+		if err != nil && !s.dead() {
+			return fmt.Errorf("end queue %d: %w", s.index, err)
+		}
+	}
+	for _, s := range d.serves {
+		select {
+		case <-s.ended:
+		case <-s.loop.Done():
+		case <-ctx.Done():
+			return fmt.Errorf("wait for queue %d: %w", s.index, context.Cause(ctx))
+		}
+	}
+	var errs []error
+	for _, s := range d.serves {
+		err := onLoop(ctx, s.loop, s.finish)
+		if s.dead() {
+			err = s.free()
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("end queue %d: %w", s.index, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dead says whether the queue's loop has ended.
+func (s *serving) dead() bool {
+	select {
+	case <-s.loop.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// delete removes the device, unless it is gone or its number has passed to
+// somebody else's. DEL_DEV waits until every reference to ublkcN is gone; when
+// ctx ends that wait, the driver removes the device all the same, later.
+func (d *Device) delete(ctx context.Context) error {
+	now, err := d.ctl.info(ctx, d.info.ID)
+	switch {
+	case errors.Is(err, ErrNoDevice):
+		return nil
+	case err != nil:
+		return err
+	case now.Cookie != d.info.Cookie:
+		return nil
+	}
+	if err := d.command(ctx, call{cmd: delDev}); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	return nil
+}
+
+// watch waits for the end of the device, and clears up if nobody else does.
+func (d *Device) watch() {
+	defer close(d.done)
+	var queues sync.WaitGroup
+	for _, s := range d.serves {
+		queues.Go(func() {
+			select {
+			case <-s.ended:
+			case <-s.loop.Done():
+				d.fail(fmt.Errorf("loop of queue %d ended: %w", s.index, s.loop.Err()))
+			}
+		})
+	}
+	idle := make(chan struct{})
+	go func() {
+		queues.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-d.broken:
+	}
+
+	<-d.turn
+	defer func() { d.turn <- struct{}{} }()
+	if d.ctl == nil { // Stop did it
+		<-idle
+		d.log.Info("ublk device stopped")
+		return
+	}
+	if !d.asked {
+		d.err = ErrStopped
+		select {
+		case <-d.broken:
+			d.err = d.cause
+		default:
+		}
+		d.log.Error("ublk device ended", "err", d.err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
+	defer cancel()
+	if err := d.clear(ctx); err != nil {
+		d.err = errors.Join(d.err, fmt.Errorf("clear up %s: %w", d.Path(), err))
+		d.log.Error("ublk device not cleared up", "err", err)
+		return
+	}
+	<-idle
+}
+
+// ID is the device number N of ublkbN.
+func (d *Device) ID() int { return d.info.ID }
+
+// Path is the block device's node. Partitions are beside it.
+func (d *Device) Path() string { return d.info.Path() }
+
+// Info is what the driver granted when the device was added. State and PID are
+// those of that moment; Get asks again.
+func (d *Device) Info() Info { return d.info }
+
+// Features are the granted features.
+func (d *Device) Features() Features { return d.info.Features }
+
+// Done is closed when the device is over: stopped, or ended by itself, and
+// cleared up as far as was possible.
+func (d *Device) Done() <-chan struct{} { return d.done }
+
+// Err says why the device ended, once Done is closed: nil after Stop;
+// ErrStopped if somebody else stopped or deleted it; the error of a queue or a
+// loop. Before, it is nil.
+func (d *Device) Err() error {
+	select {
+	case <-d.done:
+		return d.err
+	default:
+		return nil
+	}
+}
+
+// Snapshot is what the queues have counted, to the last batch of each.
+func (d *Device) Snapshot() Stats {
+	s := Stats{Queues: make([]QueueStats, len(d.serves))}
+	for i, q := range d.serves {
+		s.Queues[i] = q.snapshot()
+	}
+	return s
+}

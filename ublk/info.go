@@ -1,0 +1,176 @@
+package ublk
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// State is what a device is doing.
+type State uint16
+
+// States, UBLK_S_DEV_*.
+const (
+	Dead     State = iota // no disk: added and not started, stopped, or its server died
+	Live                  // served
+	Quiesced              // no server; I/O waits for the next one
+	FailIO                // no server; I/O fails
+)
+
+var stateNames = [...]string{"dead", "live", "quiesced", "fail-io"}
+
+func (s State) String() string {
+	if int(s) < len(stateNames) {
+		return stateNames[s]
+	}
+	return fmt.Sprintf("state %d", uint16(s))
+}
+
+// Info is what the driver says of a device.
+type Info struct {
+	ID       int
+	State    State
+	Queues   int
+	Depth    int    // tags per queue
+	MaxIO    int    // bytes
+	PID      int    // of the server; ≤ 0 if there is none
+	UID, GID uint32 // who added it
+	Features Features
+	// Cookie is the number that the server gave the device when it added it;
+	// see Ours.
+	Cookie uint64
+}
+
+// Path is the block device's node.
+func (i Info) Path() string { return blockPath(i.ID) }
+
+// Ours says whether this package added the device, in this or in another
+// process: the upper half of its Cookie is ours, the lower half is random, so
+// that a device is told from another that got its number later.
+func (i Info) Ours() bool { return i.Cookie>>32 == cookieMagic }
+
+const cookieMagic = 0x4e564d65 // "NVMe"
+
+func newCookie() uint64 { return cookieMagic<<32 | uint64(rand.Uint32()) }
+
+func blockPath(id int) string { return "/dev/ublkb" + strconv.Itoa(id) }
+func charPath(id int) string  { return "/dev/ublkc" + strconv.Itoa(id) }
+
+func infoOf(d *devInfo) Info {
+	return Info{
+		ID: int(d.devID), State: State(d.state), Queues: int(d.nrHWQueues), Depth: int(d.queueDepth),
+		MaxIO: int(d.maxIOBufBytes), PID: int(d.pid), UID: d.ownerUID, GID: d.ownerGID,
+		Features: Features(d.flags), Cookie: d.serverFlags,
+	}
+}
+
+// Available says why the driver cannot be used: ErrNoDriver, ErrPermission, or
+// another error; nil if it can.
+func Available() error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	return c.close()
+}
+
+// GetFeatures asks the driver what it knows. A driver that cannot tell (before
+// Linux 6.5) is ErrNoDriver.
+func GetFeatures(ctx context.Context) (Features, error) {
+	c, err := openControl()
+	if err != nil {
+		return 0, err
+	}
+	f, err := c.features(ctx)
+	return f, errors.Join(err, c.close())
+}
+
+// Get is what the driver says of device id; ErrNoDevice if there is none.
+func Get(ctx context.Context, id int) (Info, error) {
+	c, err := openControl()
+	if err != nil {
+		return Info{}, err
+	}
+	i, err := c.info(ctx, id)
+	return i, errors.Join(err, c.close())
+}
+
+// List is what the driver says of all devices of this host, whoever added
+// them, in the order of their numbers.
+func List(ctx context.Context) ([]Info, error) {
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	l, err := c.list(ctx)
+	return l, errors.Join(err, c.close())
+}
+
+// classPath has an entry ublkcN for each device.
+const classPath = "/sys/class/ublk-char"
+
+func (c *control) list(ctx context.Context) ([]Info, error) {
+	entries, err := os.ReadDir(classPath)
+	if err != nil {
+		return nil, fmt.Errorf("list ublk devices: %w", err)
+	}
+	var infos []Info
+	for _, e := range entries {
+		name, ok := strings.CutPrefix(e.Name(), "ublkc")
+		id, err := strconv.Atoi(name)
+		if !ok || err != nil {
+			continue
+		}
+		i, err := c.info(ctx, id)
+		if errors.Is(err, ErrNoDevice) {
+			continue // gone meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		infos = append(infos, i)
+	}
+	slices.SortFunc(infos, func(a, b Info) int { return cmp.Compare(a.ID, b.ID) })
+	return infos, nil
+}
+
+func (c *control) features(ctx context.Context) (Features, error) {
+	var b [8]byte
+	err := c.do(ctx, call{cmd: getFeatures, id: anyID, buf: b[:]})
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+		return 0, fmt.Errorf("%w of Linux 6.5 or newer: %w", ErrNoDriver, err)
+	}
+	return Features(binary.NativeEndian.Uint64(b[:])), err
+}
+
+func (c *control) info(ctx context.Context, id int) (Info, error) {
+	d, err := c.rawInfo(ctx, id)
+	return infoOf(&d), err
+}
+
+func (c *control) rawInfo(ctx context.Context, id int) (devInfo, error) {
+	var d devInfo
+	err := c.do(ctx, call{cmd: getDevInfo, id: uint32(id), buf: bytesOf(&d)})
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return d, fmt.Errorf("ublk device %d: %w: %w", id, ErrNoDevice, err)
+	case err != nil:
+		return d, fmt.Errorf("ublk device %d: %w", id, err)
+	}
+	return d, nil
+}
+
+// bytesOf is the memory of an ABI structure.
+func bytesOf[T any](v *T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v))
+}

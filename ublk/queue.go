@@ -1,0 +1,245 @@
+package ublk
+
+import (
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/uring"
+	"ublk-nvmeof/poller"
+)
+
+// reapBatch is how many results are taken from the back end at once.
+const reapBatch = 64
+
+// submitter is the part of poller.Loop that the data path uses.
+type submitter interface {
+	SQE() *uring.SQE // never nil
+}
+
+// queue is one hardware queue: it serves the driver's requests from a
+// block.Queue. It is the poller.Source and poller.Handler of one loop, and
+// everything here is used on that loop only, but where it says otherwise.
+//
+// A tag is in one of three hands: the driver's (a FETCH or COMMIT_AND_FETCH of
+// it is pending), the back end's (from Submit to Reap), or, between Complete
+// and Poll of one pass, in reqs.
+type queue struct {
+	ring  submitter
+	back  block.Queue
+	descs []ioDesc  // shared with the driver, by tag; valid while we hold the tag
+	entry uring.SQE // what all COMMIT_AND_FETCH entries have in common
+	index uint16    // its number
+	limit uint32    // sectors of the largest read or write
+	addrs []uint64  // of the tags' buffers
+
+	reqs  []block.Request // taken from the driver in this pass; capacity is the depth
+	done  [reapBatch]block.Result
+	moves []move // by tag: what the request is
+
+	fetching int  // tags in the driver's hand
+	inflight int  // tags in the back end's hand
+	ending   bool // a tag came back for good: the driver is stopping
+	over     bool // ended was called
+
+	// Called on the loop: ended once, when the driver has given all tags back
+	// and the back end holds none; failed when a command was refused.
+	ended  func()
+	failed func(error)
+
+	counters
+}
+
+// move is what the result of a tag in flight is counted as.
+type move struct {
+	bytes uint32 // the driver's result of success
+	op    block.Op
+}
+
+// opOf are the operations by UBLK_IO_OP_*; what is not there is refused.
+var opOf = [opMask + 1]block.Op{
+	opRead: block.OpRead, opWrite: block.OpWrite, opFlush: block.OpFlush,
+	opDiscard: block.OpDiscard, opWriteZeroes: block.OpWriteZeroes,
+}
+
+// counterOf are the counters by block.Op.
+var counterOf = [...]counter{
+	block.OpRead: nReads, block.OpWrite: nWrites, block.OpFlush: nFlushes,
+	block.OpDiscard: nDiscards, block.OpWriteZeroes: nWriteZeroes,
+}
+
+// newQueue prepares queue number index over its descriptors and back end.
+func newQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended func(), failed func(error)) *queue {
+	q := &queue{
+		back: back, descs: descs, index: uint16(index), limit: uint32(maxIO >> block.SectorShift),
+		ended: ended, failed: failed,
+		addrs: make([]uint64, len(descs)), moves: make([]move, len(descs)), reqs: make([]block.Request, 0, len(descs)),
+	}
+	for tag := range q.addrs {
+		q.addrs[tag] = hostmem.Addr(back.Buffer(uint16(tag)))
+	}
+	return q
+}
+
+// start fetches all tags: char is the descriptor of ublkcN, base is
+// poller.Loop.Handle's.
+func (q *queue) start(ring submitter, char int, base uint64) {
+	q.ring = ring
+	q.entry = uring.SQE{Opcode: uring.OpURingCmd, FD: int32(char), UserData: base}
+	q.entry.SetCmdOp(uint32(fetchReq))
+	for tag := range q.addrs {
+		q.give(uint16(tag), 0)
+	}
+	q.entry.SetCmdOp(uint32(commitAndFetchReq))
+}
+
+// give hands a tag to the driver, with the result of the request that it
+// carried: bytes of a read or write, 0 of others, or a negative errno.
+func (q *queue) give(tag uint16, result int32) {
+	s := q.ring.SQE()
+	*s = q.entry
+	s.UserData |= uint64(tag)
+	*(*ioCmd)(unsafe.Pointer(&s.Cmd)) = ioCmd{queue: q.index, tag: tag, result: result, addr: q.addrs[tag]}
+	q.fetching++
+}
+
+// Complete takes a tag from the driver; see poller.Handler.
+func (q *queue) Complete(data uint64, res int32, _ uint32) {
+	tag := uint16(data)
+	q.fetching--
+	if res != 0 {
+		q.aborted(tag, res)
+		return
+	}
+	d := &q.descs[tag]
+	flags, sectors := d.opFlags, d.nrSectors
+	op := opOf[flags&opMask]
+	m := move{op: op}
+	switch op {
+	case block.OpRead, block.OpWrite:
+		if sectors > q.limit {
+			q.refuse(tag, unix.EIO)
+			return
+		}
+		m.bytes = sectors << block.SectorShift
+	case block.OpUnset:
+		q.refuse(tag, unix.EOPNOTSUPP)
+		return
+	}
+	q.moves[tag] = m
+	q.reqs = append(q.reqs, block.Request{
+		Sector: d.startSector, Sectors: sectors, Tag: tag, Op: op, Flags: flagsOf(flags),
+	})
+}
+
+// flagsOf translates UBLK_IO_F_* flags.
+func flagsOf(f uint32) block.Flags {
+	return block.Flags(f/flagFUA&1)*block.FUA | block.Flags(f/flagNoUnmap&1)*block.NoUnmap
+}
+
+// Poll hands the new requests to the back end and the back end's results to the
+// driver; see poller.Source.
+func (q *queue) Poll() int {
+	n := len(q.reqs)
+	if n > 0 {
+		q.inflight += n
+		q.back.Submit(q.reqs)
+		q.reqs = q.reqs[:0]
+		q.now[nBatches]++
+	}
+	for q.inflight > 0 {
+		k := q.back.Reap(q.done[:])
+		for i := range q.done[:k] {
+			r := &q.done[i]
+			q.commit(r.Tag, q.moves[r.Tag], r.Errno)
+		}
+		q.inflight -= k
+		n += k
+		if k < len(q.done) {
+			break
+		}
+	}
+	if n > 0 {
+		q.publish()
+		q.end()
+	}
+	return n
+}
+
+// Arm has nothing to request: the driver's commands complete by themselves;
+// see poller.Source.
+func (q *queue) Arm() poller.Readiness {
+	if len(q.reqs) > 0 {
+		return poller.Again
+	}
+	return poller.Sleep
+}
+
+// commit ends a request that the back end is done with.
+func (q *queue) commit(tag uint16, m move, errno uint16) {
+	q.now[counterOf[m.op]]++
+	switch {
+	case errno != 0:
+		q.now[nErrors]++
+		if unix.Errno(errno) == unix.EAGAIN {
+			// io_uring clients would try again for ever.
+			errno = uint16(unix.EIO)
+		}
+		q.give(tag, -int32(errno))
+		return
+	case m.op == block.OpRead:
+		q.now[nReadBytes] += uint64(m.bytes)
+	case m.op == block.OpWrite:
+		q.now[nWrittenBytes] += uint64(m.bytes)
+	}
+	q.give(tag, int32(m.bytes))
+}
+
+// refuse ends a request that the back end cannot be asked for.
+func (q *queue) refuse(tag uint16, errno unix.Errno) {
+	q.now[nErrors]++
+	q.publish()
+	q.give(tag, -int32(errno))
+}
+
+// aborted takes a tag that the driver gave back without a request.
+func (q *queue) aborted(tag uint16, res int32) {
+	q.ending = true
+	if errno := unix.Errno(-res); errno != unix.ENODEV {
+		q.failed(fmt.Errorf("serve queue %d tag %d: %w", q.index, tag, errno))
+	}
+	q.end()
+}
+
+// end reports the end when there is nothing left to wait for. Requests that
+// the back end still holds are committed all the same, by the only command
+// there is: the driver gives that tag back too.
+func (q *queue) end() {
+	if !q.ending || q.over || q.fetching+q.inflight+len(q.reqs) > 0 {
+		return
+	}
+	q.over = true
+	q.ended()
+}
+
+// descBytes is the size of a queue's descriptors as they are mapped, for the
+// given depth.
+func descBytes(depth int) int {
+	page := os.Getpagesize()
+	return (depth*int(unsafe.Sizeof(ioDesc{})) + page - 1) / page * page
+}
+
+// mapDescs maps the descriptors of queue number index from ublkcN. The driver
+// lays queues out as if each had the maximal depth.
+func mapDescs(fd, index, depth int) (mem []byte, descs []ioDesc, err error) {
+	mem, err = unix.Mmap(fd, int64(index)*int64(descBytes(maxDepth)), descBytes(depth),
+		unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, nil, fmt.Errorf("map descriptors of queue %d: %w", index, err)
+	}
+	return mem, unsafe.Slice((*ioDesc)(unsafe.Pointer(&mem[0])), depth), nil
+}

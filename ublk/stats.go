@@ -1,0 +1,86 @@
+package ublk
+
+import (
+	"sync/atomic"
+
+	"golang.org/x/sys/cpu"
+)
+
+// QueueStats count what one hardware queue did since the device was started.
+type QueueStats struct {
+	Reads, Writes           uint64 // completed requests, failed ones too
+	ReadBytes, WrittenBytes uint64 // of those that succeeded
+	Flushes                 uint64
+	Discards                uint64
+	WriteZeroes             uint64
+	Errors                  uint64 // requests that ended with an errno
+	Batches                 uint64 // calls of block.Queue.Submit
+}
+
+// Stats are the counters of a device.
+type Stats struct {
+	Queues []QueueStats
+}
+
+// Total is the sum over all queues.
+func (s Stats) Total() QueueStats {
+	var t QueueStats
+	for _, q := range s.Queues {
+		t.Reads += q.Reads
+		t.Writes += q.Writes
+		t.ReadBytes += q.ReadBytes
+		t.WrittenBytes += q.WrittenBytes
+		t.Flushes += q.Flushes
+		t.Discards += q.Discards
+		t.WriteZeroes += q.WriteZeroes
+		t.Errors += q.Errors
+		t.Batches += q.Batches
+	}
+	return t
+}
+
+// counter numbers the counters of a queue.
+type counter int
+
+const (
+	nReads counter = iota
+	nWrites
+	nReadBytes
+	nWrittenBytes
+	nFlushes
+	nDiscards
+	nWriteZeroes
+	nErrors
+	nBatches
+	nCounters
+)
+
+// counters are written by the loop, into now, and shown to others once per
+// batch, in seen: a plain addition per request, and an atomic store per counter
+// that the batch moved.
+type counters struct {
+	now  [nCounters]uint64
+	_    cpu.CacheLinePad
+	seen [nCounters]atomic.Uint64
+	_    cpu.CacheLinePad
+}
+
+// publish shows the counters. Loop only.
+func (c *counters) publish() {
+	for i := range c.now {
+		if c.seen[i].Load() != c.now[i] {
+			c.seen[i].Store(c.now[i])
+		}
+	}
+}
+
+// snapshot is what publish showed. Any goroutine may call it.
+func (c *counters) snapshot() QueueStats {
+	return QueueStats{
+		Reads: c.seen[nReads].Load(), Writes: c.seen[nWrites].Load(),
+		ReadBytes: c.seen[nReadBytes].Load(), WrittenBytes: c.seen[nWrittenBytes].Load(),
+		Flushes: c.seen[nFlushes].Load(), Discards: c.seen[nDiscards].Load(),
+		WriteZeroes: c.seen[nWriteZeroes].Load(), Errors: c.seen[nErrors].Load(),
+		Batches: c.seen[nBatches].Load(),
+	}
+}
