@@ -116,7 +116,7 @@ func connectError(done nvme.Completion, err error) error {
 		return err
 	}
 	if s.Code() == nvme.StatusConnectInvalidParam {
-		return fmt.Errorf("%w (%v)", ConnectStatus(s), nvme.ConnectInvalidParam(done.DW0()))
+		return fmt.Errorf("%w (%w)", ConnectStatus(s), ConnectParam(done.DW0()))
 	}
 	return ConnectStatus(s)
 }
@@ -125,6 +125,24 @@ func connectError(done nvme.Completion, err error) error {
 type ConnectStatus nvme.Status
 
 func (s ConnectStatus) Error() string { return "target refused: " + nvme.Status(s).FabricsString() }
+
+// ConnectParam names the field that the target refused. It comes with a
+// ConnectStatus of StatusConnectInvalidParam.
+type ConnectParam nvme.ConnectInvalidParam
+
+func (p ConnectParam) Error() string { return nvme.ConnectInvalidParam(p).String() }
+
+// IsSubNQN says that the target does not know the subsystem.
+func (p ConnectParam) IsSubNQN() bool { return p.in(256) }
+
+// IsHostNQN says that the target does not like the host's name.
+func (p ConnectParam) IsHostNQN() bool { return p.in(512) }
+
+// in says whether p points into the name at byte offset of the Connect data.
+func (p ConnectParam) in(offset uint16) bool {
+	q := nvme.ConnectInvalidParam(p)
+	return q.InData() && q.Offset() >= offset && q.Offset() < offset+256
+}
 
 // enable brings the controller from whatever it was to ready.
 func (c *Controller) enable(ctx context.Context, a *association) error {

@@ -347,6 +347,12 @@ func (c *Controller) Err() error {
 	return c.reason
 }
 
+// Abort gives the association up for good, for a front end that has to end
+// while the target does not answer: the controller dies of reason, and every
+// request, held, in flight or to come, fails as soon as the target can no longer
+// touch its buffer. Close is still due. Any goroutine.
+func (c *Controller) Abort(reason error) { c.fail(reason) }
+
 // Close leaves the subsystem in order: I/O queues, shutdown notification, admin
 // queue, each step bounded by ctx or sooner. The queues of the namespaces must
 // be idle, and closed before.

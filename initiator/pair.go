@@ -222,7 +222,7 @@ func (p *pair) arm() poller.Readiness {
 		return poller.Sleep
 	}
 	p.armed = true
-	return poller.Again // poll once more: something may have come before
+	return poller.Sleep // the loop polls once more before it does
 }
 
 // Event implements poller.Watcher.
