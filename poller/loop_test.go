@@ -52,10 +52,12 @@ func eventually(t testing.TB, what string, cond func() bool) {
 	}
 }
 
-// asleep waits until the loop is in its n-th blocking wait.
-func asleep(t testing.TB, l *Loop, n uint64) Stats {
+// settle waits until the loop has fallen asleep and returns its counters.
+func settle(t testing.TB, l *Loop) Stats {
 	t.Helper()
-	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits >= n })
+	var n uint64
+	on(t, l, func() { n = l.stats.BlockingWaits })
+	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits > n })
 	return l.Snapshot()
 }
 
@@ -492,7 +494,7 @@ func TestEnterPolicy(t *testing.T) {
 		l.Detach(busy)
 	})
 	// Idle: one enter submits and waits.
-	start := asleep(t, l, 1)
+	start := settle(t, l)
 	done := make(chan struct{})
 	on(t, l, func() {
 		l.Unhandle(base)
@@ -500,8 +502,10 @@ func TestEnterPolicy(t *testing.T) {
 		l.SQE().UserData = base
 	})
 	<-done
-	if got := asleep(t, l, start.BlockingWaits+1); got.Enters > start.Enters+4 {
-		// wait with the command, then bounded and blocking wait; one more of each by the call
+	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits > start.BlockingWaits })
+	// One that submits the command and waits for it, then a bounded and a
+	// blocking wait.
+	if got := l.Snapshot(); got.Enters != start.Enters+3 {
 		t.Errorf("%d enters for one command", got.Enters-start.Enters)
 	}
 	on(t, l, func() { l.Unhandle(base) })
@@ -516,11 +520,11 @@ func TestIdle(t *testing.T) {
 		idle.Attach(&source{poll: func() int { polls++; return 0 }})
 		idle.Attach(&flight{})
 	})
-	before := asleep(t, idle, 2) // the first may be that before the call
+	before := settle(t, idle)
 	for range 2000 {
 		on(t, busy, func() {})
 	}
-	asleep(t, busy, 1)
+	settle(t, busy)
 	if after := idle.Snapshot(); after != before {
 		t.Fatalf("an idle loop worked: %+v, before %+v", after, before)
 	}
@@ -565,7 +569,7 @@ func TestSpin(t *testing.T) {
 	}
 	ready.Store(true) // and no Wake
 	eventually(t, "the source's work is found", got.Load)
-	asleep(t, l, s.BlockingWaits+1)
+	settle(t, l)
 	on(t, l, func() { l.Detach(src) })
 }
 

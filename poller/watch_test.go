@@ -290,9 +290,7 @@ func TestWatchEnd(t *testing.T) {
 		if err := <-f.failed; !errors.Is(err, io.EOF) {
 			t.Fatalf("failed: %v", err)
 		}
-		on(t, l, func() {})
-		asleep(t, l, l.Snapshot().BlockingWaits+1)
-		if n := l.Snapshot().WatchFailures; n != 1 {
+		if n := settle(t, l).WatchFailures; n != 1 {
 			t.Errorf("%d failures", n)
 		}
 		if err := l.Unwatch(r); err != nil {
