@@ -182,14 +182,18 @@ func (q *queuePair) progress() {
 		if !q.mayPass(e) {
 			return
 		}
-		status, done := q.execute(&e.wr)
-		if !done {
+		peer := q.id.peer
+		status, at := q.execute(&e.wr)
+		if at == nowhere {
 			return
 		}
 		q.completeSend(q.sendNext, status)
 		q.sendNext++
 		if status != rdma.WCSuccess {
 			q.fail()
+			if at == responder {
+				peer.qp.fail()
+			}
 		}
 	}
 }
@@ -230,10 +234,17 @@ const (
 	wcRemoteOp      rdma.WCStatus = 11
 )
 
-// execute carries out one work request, or says that it has to wait. An error
-// that the responder found fails the responder as well.
-func (q *queuePair) execute(wr *rdma.SendWR) (status rdma.WCStatus, done bool) {
-	f := q.fabric()
+// where says which side found out how a work request ended.
+type where uint8
+
+const (
+	nowhere   where = iota // it has to wait
+	requester              // its own side
+	responder              // the other side, which fails as well if it was an error
+)
+
+// execute carries out one work request.
+func (q *queuePair) execute(wr *rdma.SendWR) (rdma.WCStatus, where) {
 	need := rdma.Access(0)
 	if wr.Op == rdma.Read {
 		need = rdma.AccessLocalWrite
@@ -244,43 +255,38 @@ func (q *queuePair) execute(wr *rdma.SendWR) (status rdma.WCStatus, done bool) {
 		if s.Length == 0 {
 			continue
 		}
-		if local[i] = f.piece(q.pd, s.LKey, false, s.Addr, s.Length, need); local[i] == nil {
-			return rdma.WCLocalProt, true
+		if local[i] = q.fabric().piece(q.pd, s.LKey, false, s.Addr, s.Length, need); local[i] == nil {
+			return rdma.WCLocalProt, requester
 		}
 		total += uint64(s.Length)
 	}
 	if wr.Op == rdma.Read && q.initDepth == 0 {
-		return wcLocalOp, true
+		return wcLocalOp, requester
 	}
 	peer := q.id.peer
 	if q.id.cut || peer == nil || peer.qp == nil || peer.qp.state != qpReady {
-		return rdma.WCRetryExc, true
+		return rdma.WCRetryExc, requester
 	}
-	p := peer.qp
-	switch wr.Op {
-	case rdma.Send, rdma.SendInvalidate:
-		status, done = p.receive(wr, &local, total)
+	switch p := peer.qp; wr.Op {
 	case rdma.Write:
-		status, done = p.serve(wr, &local, total, rdma.AccessRemoteWrite), true
+		return p.serve(wr, &local, total, rdma.AccessRemoteWrite), responder
 	case rdma.Read:
-		status, done = p.serve(wr, &local, total, rdma.AccessRemoteRead), true
+		return p.serve(wr, &local, total, rdma.AccessRemoteRead), responder
+	default:
+		if p.recvNext == p.recvTail {
+			return 0, nowhere
+		}
+		return p.receive(wr, &local, total), responder
 	}
-	if done && status != rdma.WCSuccess {
-		p.fail()
-	}
-	return status, done
 }
 
-// receive takes a SEND of the peer.
-func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) (status rdma.WCStatus, done bool) {
-	if q.recvNext == q.recvTail {
-		return 0, false
-	}
+// receive takes a SEND of the peer; there is a receive for it.
+func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) rdma.WCStatus {
 	f := q.fabric()
 	into := q.recvQ[q.recvNext%len(q.recvQ)].SGE
 	var wc rdma.WC
-	status = rdma.WCSuccess
 	var to []byte
+	status := rdma.WCSuccess
 	if into.Length > 0 {
 		to = f.piece(q.pd, into.LKey, false, into.Addr, into.Length, rdma.AccessLocalWrite)
 	}
@@ -302,7 +308,7 @@ func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) (sta
 	}
 	q.completeRecv(wc)
 	q.recvNext++
-	return status, true
+	return status
 }
 
 // serve carries out the peer's RDMA READ or WRITE in our memory.

@@ -1,0 +1,428 @@
+package rdmatest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// Setup is what Run gets to test.
+type Setup struct {
+	Active  rdma.Provider // connects
+	Passive rdma.Provider // listens; may be the same
+	// Listen is an address of Passive that Active reaches.
+	Listen netip.Addr
+	// Silent is an address that Active has a route to and gets no answer from.
+	// The zero Addr leaves out the test that needs it.
+	Silent netip.Addr
+	// Invalidate says that SEND with invalidate ends the remote key of an
+	// ordinary memory region.
+	Invalidate bool
+}
+
+// Run is the conformance suite of rdma.Provider. It calls setup once for each
+// of its subtests; setup may register cleanups.
+func Run(t *testing.T, setup func(t *testing.T) Setup) {
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, Setup)
+	}{
+		{"Device", testDevice},
+		{"Memory", testMemory},
+		{"PrivateData", testPrivateData},
+		{"PrivateDataTooLong", testPrivateDataTooLong},
+		{"Addresses", testAddresses},
+		{"Reject", testReject},
+		{"NobodyListens", testNobodyListens},
+		{"ConnectDeadline", testConnectDeadline},
+		{"ConnectCanceled", testConnectCanceled},
+		{"ConnectClosed", testConnectClosed},
+		{"ResolveDeadline", testResolveDeadline},
+		{"AcceptGivenUp", testAcceptGivenUp},
+		{"RequestDropped", testRequestDropped},
+		{"ListenerDeadline", testListenerDeadline},
+		{"ListenerClose", testListenerClose},
+		{"ListenerInUse", testListenerInUse},
+		{"TwoListeners", testTwoListeners},
+		{"Disconnect", testDisconnect},
+		{"CloseDisconnects", testCloseDisconnects},
+		{"CloseTwice", testCloseTwice},
+		{"Send", testSend},
+		{"SendBeforeReceive", testSendBeforeReceive},
+		{"SendTooLong", testSendTooLong},
+		{"Batch", testBatch},
+		{"QueueFull", testQueueFull},
+		{"TwoElements", testTwoElements},
+		{"WriteRead", testWriteRead},
+		{"Invalidate", testInvalidate},
+		{"RemoteAccess", testRemoteAccess},
+		{"LocalKey", testLocalKey},
+		{"FailFlushes", testFailFlushes},
+		{"FailUnconnected", testFailUnconnected},
+		{"EventDescriptor", testEventDescriptor},
+		{"EventWhenArmed", testEventWhenArmed},
+		{"EventPingPong", testEventPingPong},
+		{"EventUnread", testEventUnread},
+		{"PollOnly", testPollOnly},
+		{"ManyQueuePairs", testManyQueuePairs},
+		{"Leaks", testLeaks},
+		{"Allocations", testAllocations},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.test(t, setup(t)) })
+	}
+}
+
+// patience bounds every wait for something that must happen.
+const patience = 30 * time.Second
+
+// within is a context that ends in time for a failing test to say why.
+func within(t *testing.T, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// closer closes something at the end of the test and minds the error.
+func closer(t *testing.T, c interface{ Close() error }) {
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+}
+
+// config shapes one side of a connection. The zero value is a connection with
+// 16 work requests per queue and a region of 1 MiB that the peer may use.
+type config struct {
+	depth  int
+	cqe    int // 0 = enough for depth
+	memory int
+	access rdma.Access
+	events bool
+}
+
+func (c config) withDefaults() config {
+	if c.depth == 0 {
+		c.depth = 16
+	}
+	if c.cqe == 0 {
+		c.cqe = 2 * c.depth
+	}
+	if c.memory == 0 {
+		c.memory = 1 << 20
+	}
+	if c.access == 0 {
+		c.access = rdma.AccessLocalWrite | rdma.AccessRemoteRead | rdma.AccessRemoteWrite
+	}
+	return c
+}
+
+// side is one side of a connection with what belongs to it.
+type side struct {
+	t      testing.TB
+	id     rdma.ID
+	pd     rdma.PD
+	sendCQ rdma.CQ
+	recvCQ rdma.CQ
+	mr     rdma.MR
+	qp     rdma.QP
+	wcs    [64]rdma.WC
+}
+
+// newSide gives a resolved or requested ID its resources.
+func newSide(t *testing.T, id rdma.ID, cfg config) *side {
+	t.Helper()
+	s, err := makeSide(id, cfg)
+	s.t = t
+	t.Cleanup(func() {
+		if err := s.close(); err != nil {
+			t.Errorf("close side: %v", err)
+		}
+	})
+	check(t, err)
+	return s
+}
+
+// makeSide is newSide for goroutines other than the test's. The side has to be
+// closed even after an error.
+func makeSide(id rdma.ID, cfg config) (*side, error) {
+	cfg = cfg.withDefaults()
+	s := &side{id: id}
+	var err error
+	if s.pd, err = id.Device().AllocPD(); err != nil {
+		return s, err
+	}
+	if s.mr, err = s.pd.AllocMR(cfg.memory, cfg.access); err != nil {
+		return s, err
+	}
+	if s.sendCQ, err = id.Device().CreateCQ(cfg.cqe, cfg.events, 0); err != nil {
+		return s, err
+	}
+	if s.recvCQ, err = id.Device().CreateCQ(cfg.cqe, cfg.events, 1); err != nil {
+		return s, err
+	}
+	s.qp, err = id.CreateQP(s.pd, rdma.QPConfig{
+		SendCQ: s.sendCQ, RecvCQ: s.recvCQ,
+		MaxSendWR: cfg.depth, MaxRecvWR: cfg.depth, MaxSendSGE: 2, MaxRecvSGE: 1,
+	})
+	return s, err
+}
+
+// close closes everything in the order that package rdma asks for.
+func (s *side) close() error {
+	errs := []error{s.id.Close()}
+	if s.sendCQ != nil {
+		errs = append(errs, s.sendCQ.Close())
+	}
+	if s.recvCQ != nil {
+		errs = append(errs, s.recvCQ.Close())
+	}
+	if s.mr != nil {
+		errs = append(errs, s.mr.Close())
+	}
+	if s.pd != nil {
+		errs = append(errs, s.pd.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// sge names a piece of the side's region.
+func (s *side) sge(off, length int) rdma.SGE {
+	return rdma.SGE{Addr: s.mr.Addr() + uint64(off), Length: uint32(length), LKey: s.mr.LKey()}
+}
+
+func (s *side) sendWR(id uint64, off, length int) rdma.SendWR {
+	return rdma.SendWR{ID: id, Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{s.sge(off, length)}}
+}
+
+// remoteWR is an RDMA READ or WRITE between a piece of our region and one of
+// the same length of the peer's.
+func (s *side) remoteWR(id uint64, op rdma.SendOp, off, length int, peer *side, peerOff int) rdma.SendWR {
+	wr := s.sendWR(id, off, length)
+	wr.Op, wr.RemoteAddr, wr.RKey = op, peer.mr.Addr()+uint64(peerOff), peer.mr.RKey()
+	return wr
+}
+
+func (s *side) postSend(wrs ...rdma.SendWR) {
+	s.t.Helper()
+	if n, err := s.qp.PostSend(wrs); err != nil || n != len(wrs) {
+		s.t.Fatalf("posted %d of %d sends: %v", n, len(wrs), err)
+	}
+}
+
+func (s *side) postRecv(id uint64, off, length int) {
+	s.t.Helper()
+	if n, err := s.qp.PostRecv([]rdma.RecvWR{{ID: id, SGE: s.sge(off, length)}}); err != nil || n != 1 {
+		s.t.Fatalf("posted %d of 1 receives: %v", n, err)
+	}
+}
+
+var errTooFew = errors.New("completions that were expected did not come")
+
+// collect polls for exactly n completions.
+func (s *side) collect(cq rdma.CQ, n int) ([]rdma.WC, error) {
+	var got []rdma.WC
+	for deadline := time.Now().Add(patience); len(got) < n; {
+		k, err := cq.Poll(s.wcs[:min(n-len(got), len(s.wcs))])
+		if err != nil {
+			return got, err
+		}
+		got = append(got, s.wcs[:k]...)
+		if k > 0 {
+			continue
+		}
+		if time.Now().After(deadline) {
+			return got, fmt.Errorf("%d of %d: %w", len(got), n, errTooFew)
+		}
+		runtime.Gosched()
+	}
+	return got, nil
+}
+
+func (s *side) wait(cq rdma.CQ, n int) []rdma.WC {
+	s.t.Helper()
+	got, err := s.collect(cq, n)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return got
+}
+
+// expect waits for one completion, which must be this one and a success.
+func (s *side) expect(cq rdma.CQ, id uint64) error {
+	wcs, err := s.collect(cq, 1)
+	if err != nil {
+		return err
+	}
+	if wc := wcs[0]; wc.Status != rdma.WCSuccess || wc.ID != id || wc.QPNum != s.qp.Num() {
+		return fmt.Errorf("completion of %d on QP %d: %s, want success of %d on QP %d", wc.ID, wc.QPNum, wc.Status, id, s.qp.Num())
+	}
+	return nil
+}
+
+// waitOK is expect, and returns the completion.
+func (s *side) waitOK(cq rdma.CQ, id uint64) rdma.WC {
+	s.t.Helper()
+	if err := s.expect(cq, id); err != nil {
+		s.t.Fatal(err)
+	}
+	return s.wcs[0]
+}
+
+// none checks that a completion queue is empty.
+func (s *side) none(cq rdma.CQ) {
+	s.t.Helper()
+	if n, err := cq.Poll(s.wcs[:]); n != 0 || err != nil {
+		s.t.Fatalf("%d unexpected completions, first %+v, error %v", n, s.wcs[0], err)
+	}
+}
+
+// readEvent takes one event from a CQ; false if there is none.
+func readEvent(t testing.TB, cq rdma.CQ) bool {
+	t.Helper()
+	var buf [8]byte
+	n, err := unix.Read(cq.FD(), buf[:])
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		return false
+	case err != nil || n != len(buf):
+		t.Fatalf("read event: %d bytes, %v", n, err)
+	}
+	return true
+}
+
+// waitEvent sleeps until there is an event, takes it and acknowledges it.
+func waitEvent(t testing.TB, cq rdma.CQ) {
+	t.Helper()
+	fds := []unix.PollFd{{Fd: int32(cq.FD()), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, int(patience.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			t.Fatalf("no event: %v", err)
+		}
+		break
+	}
+	if !readEvent(t, cq) {
+		t.Fatal("poll said readable, read found no event")
+	}
+	cq.Ack(1)
+}
+
+// connParam suits all tests: READs both ways, retries for ever.
+func connParam(private []byte) rdma.ConnParam {
+	return rdma.ConnParam{
+		PrivateData: private, ResponderResources: 4, InitiatorDepth: 4,
+		RetryCount: 7, RNRRetryCount: 7, FlowControl: true,
+	}
+}
+
+// listen makes a listener that the test closes.
+func listen(t *testing.T, s Setup) rdma.Listener {
+	t.Helper()
+	l, err := s.Passive.Listen(netip.AddrPortFrom(s.Listen, 0), 16)
+	check(t, err)
+	closer(t, l)
+	return l
+}
+
+// resolve makes an ID towards a listener that the test closes.
+func resolve(t *testing.T, s Setup, to netip.AddrPort) rdma.ID {
+	t.Helper()
+	id, err := s.Active.Resolve(within(t, patience), netip.Addr{}, to, -1)
+	check(t, err)
+	closer(t, id)
+	return id
+}
+
+// connected is what Connect returns.
+type connected struct {
+	private []byte
+	err     error
+}
+
+// goConnect connects on a goroutine.
+func goConnect(ctx context.Context, id rdma.ID, private []byte) <-chan connected {
+	done := make(chan connected, 1)
+	go func() {
+		private, err := id.Connect(ctx, connParam(private))
+		done <- connected{private, err}
+	}()
+	return done
+}
+
+// connect makes a connection through l.
+func connect(t *testing.T, s Setup, l rdma.Listener, cfg config) (active, passive *side) {
+	t.Helper()
+	active = newSide(t, resolve(t, s, l.Addr()), cfg)
+	done := goConnect(within(t, patience), active.id, nil)
+	id, err := l.Accept(within(t, patience))
+	check(t, err)
+	passive = newSide(t, id, cfg)
+	check(t, id.Accept(within(t, patience), connParam(nil)))
+	check(t, (<-done).err)
+	return active, passive
+}
+
+// pair makes a connection.
+func pair(t *testing.T, s Setup, cfg config) (active, passive *side) {
+	t.Helper()
+	return connect(t, s, listen(t, s), cfg)
+}
+
+// waitEventType waits for the next connection event, which must be of this type.
+func waitEventType(t *testing.T, id rdma.ID, want rdma.EventType) {
+	t.Helper()
+	select {
+	case ev := <-id.Events():
+		if ev.Type != want {
+			t.Fatalf("event %q (%s), want %q", ev.Type, ev.Detail, want)
+		}
+	case <-within(t, patience).Done():
+		t.Fatalf("no event, want %q", want)
+	}
+}
+
+// pattern fills b with bytes that depend on seed and position.
+func pattern(b []byte, seed int) {
+	for i := range b {
+		b[i] = byte(i*7 + i>>8 + seed*31 + 1)
+	}
+}
+
+// checkPattern checks what pattern wrote.
+func checkPattern(b []byte, seed int) error {
+	want := make([]byte, len(b))
+	pattern(want, seed)
+	for i := range b {
+		if b[i] != want[i] {
+			return fmt.Errorf("%d bytes differ from pattern %d, first at %d: %#x, want %#x", len(b), seed, i, b[i], want[i])
+		}
+	}
+	return nil
+}
+
+func wantPattern(t testing.TB, b []byte, seed int) {
+	t.Helper()
+	if err := checkPattern(b, seed); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,245 @@
+package rdmatest
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+func testEventDescriptor(t *testing.T, s Setup) {
+	dev := resolve(t, s, listen(t, s).Addr()).Device()
+	cq, err := dev.CreateCQ(16, true, 1<<20) // any vector will do
+	check(t, err)
+	closer(t, cq)
+	status, err := unix.FcntlInt(uintptr(cq.FD()), unix.F_GETFL, 0)
+	check(t, err)
+	flags, err := unix.FcntlInt(uintptr(cq.FD()), unix.F_GETFD, 0)
+	check(t, err)
+	if status&unix.O_NONBLOCK == 0 || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("descriptor is non-blocking: %v, close-on-exec: %v", status&unix.O_NONBLOCK != 0, flags&unix.FD_CLOEXEC != 0)
+	}
+	cq.Ack(0)
+
+	silent, err := dev.CreateCQ(16, false, 0)
+	check(t, err)
+	closer(t, silent)
+	if silent.FD() != -1 || silent.Arm() == nil {
+		t.Errorf("without events: descriptor %d, armed: %v", silent.FD(), silent.Arm() == nil)
+	}
+}
+
+func testEventWhenArmed(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{events: true})
+	for i := range 3 { // the queue can be armed again and again
+		check(t, p.recvCQ.Arm())
+		if readEvent(t, p.recvCQ) {
+			t.Fatal("event without a completion")
+		}
+		p.postRecv(1, 0, 8)
+		p.postRecv(2, 0, 8)
+		a.postSend(a.sendWR(3, 0, 8))
+		a.waitOK(a.sendCQ, 3)
+		waitEvent(t, p.recvCQ)
+		p.waitOK(p.recvCQ, 1)
+
+		// Nobody armed it again.
+		a.postSend(a.sendWR(4, 0, 8))
+		a.waitOK(a.sendCQ, 4)
+		p.waitOK(p.recvCQ, 2)
+		if readEvent(t, p.recvCQ) {
+			t.Fatalf("round %d: event of a queue that was not armed", i)
+		}
+	}
+	if readEvent(t, p.sendCQ) || readEvent(t, a.sendCQ) {
+		t.Error("event of another queue")
+	}
+}
+
+// next sleeps for the next completion the way that package rdma's hazard 3
+// asks for.
+func (s *side) next(cq rdma.CQ, id uint64) {
+	s.t.Helper()
+	for armed := false; ; {
+		n, err := cq.Poll(s.wcs[:1])
+		switch {
+		case err != nil:
+			s.t.Fatal(err)
+		case n == 1 && (s.wcs[0].ID != id || s.wcs[0].Status != rdma.WCSuccess):
+			s.t.Fatalf("completion %+v, want success of %d", s.wcs[0], id)
+		case n == 1:
+			return
+		case armed:
+			waitEvent(s.t, cq)
+			armed = false
+		default:
+			if err := cq.Arm(); err != nil {
+				s.t.Fatal(err)
+			}
+			armed = true
+		}
+	}
+}
+
+// testEventPingPong finds lost wake-ups: both sides sleep for every message.
+func testEventPingPong(t *testing.T, s Setup) {
+	const messages = 300
+	a, p := pair(t, s, config{events: true})
+	p.postRecv(1, 0, 8)
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered) // also when Fatal ends the goroutine; then the main one gets no answer
+		for range messages {
+			p.next(p.recvCQ, 1)
+			p.postRecv(1, 0, 8)
+			p.postSend(p.sendWR(2, 64, 8))
+			p.next(p.sendCQ, 2)
+		}
+	}()
+	for range messages {
+		a.postRecv(3, 0, 8)
+		a.postSend(a.sendWR(4, 64, 8))
+		a.next(a.sendCQ, 4)
+		a.next(a.recvCQ, 3)
+	}
+	<-answered
+}
+
+func testEventUnread(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{events: true})
+	check(t, p.recvCQ.Arm())
+	check(t, a.sendCQ.Arm())
+	p.postRecv(1, 0, 8)
+	a.postSend(a.sendWR(2, 0, 8))
+	p.waitOK(p.recvCQ, 1)
+	a.waitOK(a.sendCQ, 2)
+	start := time.Now()
+	check(t, errors.Join(a.close(), p.close()))
+	timely(t, "close with unread events", start)
+}
+
+func testPollOnly(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{})
+	for range 100 {
+		a.transfer(p)
+	}
+}
+
+func testLeaks(t *testing.T, s Setup) {
+	l := listen(t, s)
+	cycle := func() {
+		id, err := s.Active.Resolve(within(t, patience), netip.Addr{}, l.Addr(), -1)
+		check(t, err)
+		a, err := makeSide(id, config{events: true})
+		a.t = t
+		check(t, err)
+		done := goConnect(within(t, patience), id, nil)
+		passive, err := l.Accept(within(t, patience))
+		check(t, err)
+		p, err := makeSide(passive, config{events: true})
+		p.t = t
+		check(t, err)
+		check(t, passive.Accept(within(t, patience), connParam(nil)))
+		check(t, (<-done).err)
+		a.transfer(p)
+		check(t, errors.Join(a.close(), p.close()))
+
+		// One that is refused, one that gives up, and a second listener.
+		id, err = s.Active.Resolve(within(t, patience), netip.Addr{}, l.Addr(), -1)
+		check(t, err)
+		a, err = makeSide(id, config{})
+		check(t, err)
+		done = goConnect(within(t, patience), id, nil)
+		passive, err = l.Accept(within(t, patience))
+		check(t, err)
+		check(t, errors.Join(passive.Reject(nil), passive.Close()))
+		if (<-done).err == nil {
+			t.Error("refused, and yet connected")
+		}
+		check(t, a.close())
+		second, err := s.Passive.Listen(netip.AddrPortFrom(s.Listen, 0), 1)
+		check(t, err)
+		check(t, second.Close())
+	}
+	cycle() // what is made once and kept
+	fds, routines := openFDs(t), runtime.NumGoroutine()
+	for range 5 {
+		cycle()
+	}
+	// Goroutines that the test started may need a moment to go.
+	for deadline := time.Now().Add(patience); runtime.NumGoroutine() > routines && time.Now().Before(deadline); {
+		runtime.Gosched()
+	}
+	if n := runtime.NumGoroutine(); n > routines {
+		t.Errorf("%d goroutines, were %d", n, routines)
+	}
+	if now := openFDs(t); len(now) > len(fds) {
+		t.Errorf("%d open descriptors, were %d: %s", len(now), len(fds), strings.Join(now, " "))
+	}
+}
+
+// openFDs lists the open descriptors by what they lead to.
+func openFDs(t *testing.T) []string {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	check(t, err)
+	var open []string
+	for _, e := range entries {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
+			open = append(open, to)
+		}
+	}
+	return open
+}
+
+func testAllocations(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{events: true})
+	recv := []rdma.RecvWR{{ID: 1, SGE: p.sge(0, 64)}}
+	send := []rdma.SendWR{a.remoteWR(2, rdma.Write, 0, 64, p, 0), a.sendWR(3, 0, 64)}
+	send[0].Signaled = false
+	wcs := make([]rdma.WC, 4)
+	event := make([]byte, 8)
+	failed := ""
+	poll := func(cq rdma.CQ) {
+		for range 100_000_000 {
+			if n, err := cq.Poll(wcs); err != nil || n > 1 || n == 1 && wcs[0].Status != rdma.WCSuccess {
+				failed = "Poll"
+			} else if n == 1 {
+				return
+			}
+		}
+		failed = "no completion"
+	}
+	once := func() {
+		if p.recvCQ.Arm() != nil {
+			failed = "Arm"
+		}
+		if n, err := p.qp.PostRecv(recv); n != 1 || err != nil {
+			failed = "PostRecv"
+		}
+		if n, err := a.qp.PostSend(send); n != 2 || err != nil {
+			failed = "PostSend"
+		}
+		poll(a.sendCQ)
+		poll(p.recvCQ)
+		for {
+			if _, err := unix.Read(p.recvCQ.FD(), event); err == nil {
+				break
+			}
+		}
+		p.recvCQ.Ack(1)
+	}
+	if n := testing.AllocsPerRun(100, once); n != 0 {
+		t.Errorf("%v allocations per message", n)
+	}
+	if failed != "" {
+		t.Errorf("%s failed", failed)
+	}
+}
