@@ -1,0 +1,132 @@
+package exit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/ublk"
+)
+
+// classify finds the code of an error by what is in its chain, the most
+// specific first: a step's deadline is a timeout only if the step does not say
+// more.
+func classify(err error) Code {
+	for _, s := range []struct {
+		err  error
+		code Code
+	}{
+		{ublk.ErrNoDriver, NoUblk},
+		{ublk.ErrPermission, Permission},
+		{ublk.ErrIDTaken, DeviceTaken},
+		{ublk.ErrNoDevice, NotFound},
+		{ublk.ErrBusy, Busy},
+		{rdma.ErrNoDevice, NoRDMA},
+		{rdma.ErrUnsupported, NoRDMA},
+		{initiator.ErrNoQueues, Negotiation},
+	} {
+		if errors.Is(err, s.err) {
+			return s.code
+		}
+	}
+	var (
+		reject  *rdma.RejectError
+		step    *rdma.StepError
+		refused initiator.ConnectStatus
+		status  nvme.Status
+	)
+	switch {
+	case errors.As(err, &reject):
+		return Rejected
+	case errors.As(err, &refused):
+		return refusal(err, nvme.Status(refused))
+	case errors.As(err, &status):
+		return Negotiation
+	case errors.As(err, &step):
+		return stepCode(step)
+	case isTimeout(err):
+		return Timeout
+	case errors.Is(err, fs.ErrPermission):
+		return Permission
+	}
+	return Other
+}
+
+// refusal tells an unknown subsystem from a host that is not admitted.
+func refusal(err error, s nvme.Status) Code {
+	switch s.Code() {
+	case nvme.StatusConnectInvalidHost:
+		return HostNotAllowed
+	case nvme.StatusConnectInvalidParam:
+		var p initiator.ConnectParam
+		switch {
+		case !errors.As(err, &p):
+		case p.IsSubNQN():
+			return UnknownSubsys
+		case p.IsHostNQN():
+			return HostNotAllowed
+		}
+	}
+	return Negotiation
+}
+
+// stepCode classifies a step of the RDMA connection manager. Resolving fails
+// because of addresses and routes, in whatever way; what comes later fails
+// because somebody does not answer.
+func stepCode(e *rdma.StepError) Code {
+	switch {
+	case strings.HasPrefix(e.Step, "resolve"):
+		return Unreachable
+	case isTimeout(e.Err):
+		return Timeout
+	case errors.Is(e.Err, syscall.EHOSTUNREACH), errors.Is(e.Err, syscall.ENETUNREACH):
+		return Unreachable
+	case errors.Is(e.Err, syscall.ECONNREFUSED):
+		return Rejected
+	case errors.Is(e.Err, fs.ErrPermission):
+		return Permission
+	}
+	return Other
+}
+
+func isTimeout(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) ||
+		errors.Is(err, syscall.ETIMEDOUT)
+}
+
+// Connecting explains why a host could not connect: in words for its cause,
+// then what the layers below said.
+func Connecting(peer, subsystem, host string, err error) *Error {
+	code := Of(err)
+	var words string
+	switch code {
+	case NoRDMA:
+		words = fmt.Sprintf("no RDMA device leads to %s", peer)
+	case Unreachable:
+		words = fmt.Sprintf("%s cannot be reached", peer)
+	case Rejected:
+		words = fmt.Sprintf("%s rejected the connection", peer)
+		var r *rdma.RejectError
+		if errors.As(err, &r) && r.Reason == rdma.RejectInvalidServiceID {
+			words = fmt.Sprintf("nobody listens at %s", peer)
+		}
+	case UnknownSubsys:
+		words = fmt.Sprintf("%s has no subsystem %s", peer, subsystem)
+	case HostNotAllowed:
+		words = fmt.Sprintf("subsystem %s at %s does not admit host %s", subsystem, peer, host)
+	case Timeout:
+		words = fmt.Sprintf("no answer from %s in time", peer)
+	case Negotiation:
+		words = fmt.Sprintf("cannot agree with subsystem %s at %s", subsystem, peer)
+	default:
+		words = fmt.Sprintf("connect to %s at %s", subsystem, peer)
+	}
+	return Errorf(code, "%s (%v)", words, err)
+}

@@ -1,0 +1,71 @@
+// Package exit says how the command ends: one exit code per cause, and the one
+// line that explains it. The table here is what --help prints.
+package exit
+
+import (
+	"fmt"
+	"strings"
+	"text/tabwriter"
+)
+
+// Code is a process's exit code.
+type Code int
+
+// Exit codes. Numbers are a contract with scripts: they do not change.
+const (
+	OK             Code = 0
+	Other          Code = 1
+	Usage          Code = 2
+	Permission     Code = 3
+	NoUblk         Code = 4
+	NoRDMA         Code = 5
+	Unreachable    Code = 6
+	Rejected       Code = 7
+	UnknownSubsys  Code = 8
+	HostNotAllowed Code = 9
+	Timeout        Code = 10
+	Negotiation    Code = 11
+	DeviceTaken    Code = 12
+	AlreadyServed  Code = 13
+	Busy           Code = 14
+	NotFound       Code = 15
+	nCodes              = 16
+)
+
+var meanings = [nCodes]string{
+	OK:             "done",
+	Other:          "another failure; the message says which",
+	Usage:          "wrong flag, value or argument; nothing was done",
+	Permission:     "no permission: root, or CAP_SYS_ADMIN and access to the device nodes, is needed",
+	NoUblk:         "the ublk driver is not there and could not be loaded",
+	NoRDMA:         "no RDMA device leads to the target, or its modules are missing",
+	Unreachable:    "the address is unknown, or no route leads to it",
+	Rejected:       "nobody listens at the address, or the connection was rejected",
+	UnknownSubsys:  "the target has no such subsystem",
+	HostNotAllowed: "the subsystem does not admit this host",
+	Timeout:        "no answer in time",
+	Negotiation:    "host and target could not agree, for example because no I/O queue was granted",
+	DeviceTaken:    "the device number is taken",
+	AlreadyServed:  "already connected",
+	Busy:           "the device is in use",
+	NotFound:       "no such device, controller or namespace",
+}
+
+// String is the meaning of the code.
+func (c Code) String() string {
+	if c >= 0 && c < nCodes {
+		return meanings[c]
+	}
+	return fmt.Sprintf("exit code %d", int(c))
+}
+
+// Table is all codes with their meanings, one a line, for --help.
+func Table() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	for c := range nCodes {
+		fmt.Fprintf(w, "%d\t  %s\n", int(c), Code(c))
+	}
+	w.Flush()
+	return strings.TrimRight(b.String(), "\n")
+}

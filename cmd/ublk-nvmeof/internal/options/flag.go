@@ -1,0 +1,273 @@
+package options
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/pflag"
+)
+
+// flagValue is a flag whose value is checked when it is set, so that a wrong one is
+// reported with its flag, and nothing else has happened.
+type flagValue[T any] struct {
+	dst    *T
+	parse  func(string) (T, error)
+	format func(T) string
+	kind   string // what --help calls a value
+	want   string // what is accepted
+}
+
+// String implements pflag.Value.
+func (v *flagValue[T]) String() string {
+	if v.dst == nil {
+		return ""
+	}
+	return v.format(*v.dst)
+}
+
+// Type implements pflag.Value.
+func (v *flagValue[T]) Type() string { return v.kind }
+
+// Set implements pflag.Value.
+func (v *flagValue[T]) Set(s string) error {
+	x, err := v.parse(s)
+	if err != nil {
+		return &rejected{want: v.want, why: err}
+	}
+	*v.dst = x
+	return nil
+}
+
+// Want says what the flag accepts.
+func (v *flagValue[T]) Want() string { return v.want }
+
+// rejected is the cause of a wrong value.
+type rejected struct {
+	want string
+	why  error
+}
+
+func (r *rejected) Error() string {
+	if r.why == errUnwanted {
+		return "want " + r.want
+	}
+	return fmt.Sprintf("%v; want %s", r.why, r.want)
+}
+
+// errUnwanted is for values about which there is nothing to say but what would
+// have been right.
+var errUnwanted = errors.New("not wanted")
+
+// FlagError is the one line about a command line that does not parse: the flag,
+// the value, and what is accepted.
+func FlagError(err error) error {
+	var invalid *pflag.InvalidValueError
+	var missing *pflag.ValueRequiredError
+	switch {
+	case errors.As(err, &invalid):
+		return fmt.Errorf("%s %q: %v", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
+	case errors.As(err, &missing):
+		return fmt.Errorf("%s: no value is given; want %s", flagName(missing.GetFlag()), wanted(missing.GetFlag()))
+	}
+	return err
+}
+
+func flagName(f *pflag.Flag) string {
+	if f.Shorthand != "" {
+		return "-" + f.Shorthand + "/--" + f.Name
+	}
+	return "--" + f.Name
+}
+
+func cause(e *pflag.InvalidValueError) error {
+	if r := (*rejected)(nil); errors.As(e.Unwrap(), &r) {
+		return r
+	}
+	return errors.New("want " + wanted(e.GetFlag()))
+}
+
+func wanted(f *pflag.Flag) string {
+	if w, ok := f.Value.(interface{ Want() string }); ok {
+		return w.Want()
+	}
+	switch f.Value.Type() {
+	case "bool":
+		return "true or false"
+	case "count":
+		return "no value"
+	}
+	return "a " + f.Value.Type()
+}
+
+// number is a whole number lo..hi.
+func number[T int | int64 | uint8 | uint16 | uint32](dst *T, lo, hi int64, what string) *flagValue[T] {
+	return &flagValue[T]{
+		dst: dst,
+		parse: func(s string) (T, error) {
+			n, err := strconv.ParseInt(s, 10, 64)
+			if err != nil || n < lo || n > hi {
+				return 0, errUnwanted
+			}
+			return T(n), nil
+		},
+		format: func(n T) string { return strconv.FormatInt(int64(n), 10) },
+		kind:   "number",
+		want:   fmt.Sprintf("%s, %d to %d", what, lo, hi),
+	}
+}
+
+// seconds is a whole number of seconds lo..hi, as nvme-cli's timeouts are.
+func seconds(dst *time.Duration, lo, hi int64, want string) *flagValue[time.Duration] {
+	return &flagValue[time.Duration]{
+		dst: dst,
+		parse: func(s string) (time.Duration, error) {
+			n, err := strconv.ParseInt(s, 10, 64)
+			if err != nil || n < lo || n > hi {
+				return 0, errUnwanted
+			}
+			return time.Duration(n) * time.Second, nil
+		},
+		format: func(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) },
+		kind:   "seconds",
+		want:   want,
+	}
+}
+
+// duration is a Go duration or a whole number of seconds.
+func duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
+	return &flagValue[time.Duration]{
+		dst: dst,
+		parse: func(s string) (time.Duration, error) {
+			d, err := time.ParseDuration(s)
+			if n, nerr := strconv.ParseInt(s, 10, 32); nerr == nil {
+				d, err = time.Duration(n)*time.Second, nil
+			}
+			if err != nil || d < lo || d > hi {
+				return 0, errUnwanted
+			}
+			return d, nil
+		},
+		format: time.Duration.String,
+		kind:   "duration",
+		want:   fmt.Sprintf("seconds, or a time like 1m30s, %v to %v", lo, hi),
+	}
+}
+
+// size is a number of bytes, a multiple of unit in lo..hi.
+func size(dst *int, unit, lo, hi int) *flagValue[int] {
+	want := fmt.Sprintf("a size like 64KiB, %s to %s", ibytes(lo), ibytes(hi))
+	return &flagValue[int]{
+		dst: dst,
+		parse: func(s string) (int, error) {
+			n, err := humanize.ParseBytes(s)
+			switch {
+			case err != nil || strings.Contains(s, ","):
+				return 0, errUnwanted
+			case n < uint64(lo) || n > uint64(hi):
+				return 0, fmt.Errorf("that is %d bytes", n)
+			case n%uint64(unit) != 0:
+				return 0, fmt.Errorf("%d bytes are no multiple of %d", n, unit)
+			}
+			return int(n), nil
+		},
+		format: ibytes,
+		kind:   "size",
+		want:   want,
+	}
+}
+
+// ibytes writes a size so that size reads the same again.
+func ibytes(n int) string {
+	switch {
+	case n >= humanize.MiByte && n%humanize.MiByte == 0:
+		return fmt.Sprintf("%dMiB", n/humanize.MiByte)
+	case n >= humanize.KiByte && n%humanize.KiByte == 0:
+		return fmt.Sprintf("%dKiB", n/humanize.KiByte)
+	}
+	return fmt.Sprintf("%dB", n)
+}
+
+// oneOf is one of some words.
+func oneOf(dst *string, words ...string) *flagValue[string] {
+	return &flagValue[string]{
+		dst: dst,
+		parse: func(s string) (string, error) {
+			if !slices.Contains(words, s) {
+				return "", errUnwanted
+			}
+			return s, nil
+		},
+		format: func(s string) string { return s },
+		kind:   strings.Join(words, "|"),
+		want:   orList(words),
+	}
+}
+
+func orList(words []string) string {
+	if len(words) == 1 {
+		return words[0]
+	}
+	last := len(words) - 1
+	return strings.Join(words[:last], ", ") + " or " + words[last]
+}
+
+// text is a string that check accepts.
+func text(dst *string, kind, want string, check func(string) error) *flagValue[string] {
+	return &flagValue[string]{
+		dst: dst,
+		parse: func(s string) (string, error) {
+			return s, check(s)
+		},
+		format: func(s string) string { return s },
+		kind:   kind,
+		want:   want,
+	}
+}
+
+// numbers collects whole numbers lo..hi, from repeated flags and from lists
+// with commas.
+type numbers struct {
+	dst    *[]uint32
+	lo, hi uint32
+	what   string
+}
+
+func (v *numbers) String() string {
+	if v.dst == nil {
+		return ""
+	}
+	return strings.Join(v.GetSlice(), ",")
+}
+
+// GetSlice gives the numbers as texts.
+func (v *numbers) GetSlice() []string {
+	var out []string
+	for _, n := range *v.dst {
+		out = append(out, strconv.FormatUint(uint64(n), 10))
+	}
+	return out
+}
+
+func (v *numbers) Type() string { return "numbers" }
+
+func (v *numbers) Want() string {
+	return fmt.Sprintf("%s, %d to %d, several by commas or by repeating the flag", v.what, v.lo, v.hi)
+}
+
+func (v *numbers) Set(s string) error {
+	for word := range strings.SplitSeq(s, ",") {
+		n, err := strconv.ParseUint(word, 10, 32)
+		if err != nil || uint32(n) < v.lo || uint32(n) > v.hi {
+			return &rejected{want: v.Want(), why: errUnwanted}
+		}
+		if !slices.Contains(*v.dst, uint32(n)) {
+			*v.dst = append(*v.dst, uint32(n))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,111 @@
+package options
+
+import (
+	"errors"
+	"io/fs"
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/nvme"
+)
+
+const (
+	idFlag   = "11111111-1111-1111-1111-111111111111"
+	idEnv    = "22222222-2222-2222-2222-222222222222"
+	idFile   = "33333333-3333-3333-3333-333333333333"
+	idNQN    = "44444444-4444-4444-4444-444444444444"
+	idDMI    = "55555555-5555-5555-5555-555555555555"
+	idRandom = "66666666-6666-6666-6666-666666666666"
+
+	nqnFile = "/etc/nvme/hostnqn"
+	dmiFile = "/sys/class/dmi/id/product_uuid"
+)
+
+// nowhere is a host that nobody named.
+var nowhere = Sources{
+	LookupEnv: func(string) (string, bool) { return "", false },
+	ReadFile:  func(string) ([]byte, error) { return nil, fs.ErrNotExist },
+	NewUUID: func() nvme.UUID {
+		id, err := nvme.ParseUUID(idRandom)
+		if err != nil {
+			panic(err)
+		}
+		return id
+	},
+}
+
+func sources(env, files map[string]string) Sources {
+	s := nowhere
+	s.LookupEnv = func(k string) (string, bool) {
+		v, ok := env[k]
+		return v, ok
+	}
+	s.ReadFile = func(name string) ([]byte, error) {
+		if text, ok := files[name]; ok {
+			return []byte(text), nil
+		}
+		return nil, fs.ErrNotExist
+	}
+	return s
+}
+
+type vars = map[string]string
+
+func TestIdentityPrecedence(t *testing.T) {
+	all := vars{nqnFile: "nqn.file\n", "/etc/nvme/hostid": idFile + "\n", dmiFile: strings.ToUpper(idDMI) + "\n"}
+	env := vars{"LIBNVME_HOSTNQN": "nqn.env", "LIBNVME_HOSTID": idEnv}
+	uuidNQN := nvme.NQNUUIDPrefix + idNQN
+	for _, tt := range []struct {
+		name            string
+		nqn, id         string
+		env, files      vars
+		wantNQN, wantID string
+	}{
+		{"flags over all", "nqn.flag", idFlag, env, all, "nqn.flag", idFlag},
+		{"environment over files", "", "", env, all, "nqn.env", idEnv},
+		{"files", "", "", nil, all, "nqn.file", idFile},
+		{"flag for one only", "nqn.flag", "", nil, all, "nqn.flag", idFile},
+		{"empty environment hides the files", "", "", vars{"LIBNVME_HOSTNQN": "", "LIBNVME_HOSTID": ""}, all,
+			nvme.NQNUUIDPrefix + idDMI, idDMI},
+		{"id of the name", uuidNQN, "", nil, vars{dmiFile: idDMI}, uuidNQN, idNQN},
+		{"id of the name in the file", "", "", nil, vars{nqnFile: uuidNQN, dmiFile: idDMI}, uuidNQN, idNQN},
+		{"name without an id", "nqn.plain", "", nil, vars{dmiFile: idDMI}, "nqn.plain", idDMI},
+		{"name with half an id", "nqn.x:uuid:123", "", nil, vars{dmiFile: idDMI}, "nqn.x:uuid:123", idDMI},
+		{"machine", "", "", nil, vars{dmiFile: idDMI}, nvme.NQNUUIDPrefix + idDMI, idDMI},
+		{"machine without firmware", "", "", nil, vars{"/proc/device-tree/ibm,partition-uuid": idDMI + "\x00"}, nvme.NQNUUIDPrefix + idDMI, idDMI},
+		{"firmware that says nothing", "", "", nil, vars{dmiFile: "ffffffff-ffff-ffff-ffff-ffffffffffff"}, nvme.NQNUUIDPrefix + idRandom, idRandom},
+		{"firmware that says zero", "", "", nil, vars{dmiFile: "00000000-0000-0000-0000-000000000000"}, nvme.NQNUUIDPrefix + idRandom, idRandom},
+		{"nothing at all", "", "", nil, nil, nvme.NQNUUIDPrefix + idRandom, idRandom},
+		{"id only", "", idFlag, nil, nil, nvme.NQNUUIDPrefix + idFlag, idFlag},
+		{"empty files", "", "", nil, vars{nqnFile: "\n", "/etc/nvme/hostid": ""}, nvme.NQNUUIDPrefix + idRandom, idRandom},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			nqn, id, err := identity(tt.nqn, tt.id, sources(tt.env, tt.files))
+			if err != nil || nqn != tt.wantNQN || id.String() != tt.wantID {
+				t.Errorf("got %s %s, %v; want %s %s", nqn, id, err, tt.wantNQN, tt.wantID)
+			}
+		})
+	}
+}
+
+func TestIdentityErrorsNameTheirSource(t *testing.T) {
+	long := strings.Repeat("x", 224)
+	for _, tt := range []struct {
+		env, files vars
+		want       string
+	}{
+		{vars{"LIBNVME_HOSTNQN": long}, nil, `$LIBNVME_HOSTNQN "x`},
+		{nil, vars{nqnFile: long}, nqnFile + ` "x`},
+		{vars{"LIBNVME_HOSTID": "a"}, nil, `$LIBNVME_HOSTID "a": want a UUID`},
+		{nil, vars{"/etc/nvme/hostid": "b\n"}, `/etc/nvme/hostid "b": want a UUID`},
+	} {
+		if _, _, err := identity("", "", sources(tt.env, tt.files)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%v, want %q", err, tt.want)
+		}
+	}
+	s := nowhere
+	s.ReadFile = func(string) ([]byte, error) { return nil, fs.ErrPermission }
+	if _, _, err := identity("", "", s); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("%v, want a permission error", err)
+	}
+}

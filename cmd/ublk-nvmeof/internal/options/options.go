@@ -1,0 +1,266 @@
+// Package options is what an operator may say about a connection: the flags of
+// connect, their checks and defaults, and the identity of this host.
+package options
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+)
+
+// Limits and defaults that are not the initiator's.
+const (
+	maxQueues           = 65535
+	maxTransfer         = 1 << 20
+	defaultMaxIO        = 256 << 10
+	defaultPollMax      = 16 << 10
+	defaultPort         = 4420
+	defaultTimeout      = time.Minute
+	defaultReconnect    = 10 * time.Second
+	defaultLoss         = 600 * time.Second
+	maxDevice           = 1<<20 - 1
+	maxNSID             = 0xFFFFFFFE
+	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
+)
+
+// Forever is a controller loss timeout that never ends.
+const Forever = -1 * time.Second
+
+// AutoDevice lets the driver choose the number of the ublk device.
+const AutoDevice = -1
+
+// Connect is what to connect to, and how. The names of the JSON fields are those
+// of the flags.
+type Connect struct {
+	Transport  string     `json:"transport"`
+	Address    string     `json:"traddr"` // numeric or a host name, as given
+	Port       uint16     `json:"trsvcid"`
+	NQN        string     `json:"nqn"`
+	SourceAddr netip.Addr `json:"host_traddr,omitzero"`
+
+	HostNQN string    `json:"hostnqn"`
+	HostID  nvme.UUID `json:"hostid"`
+
+	Queues        poller.Request `json:"-"`
+	QueueSize     int            `json:"queue_size"`
+	KeepAlive     time.Duration  `json:"-"`
+	Reconnect     time.Duration  `json:"-"` // delay between two attempts
+	Loss          time.Duration  `json:"-"` // < 0: for ever
+	Duplicate     bool           `json:"duplicate_connect"`
+	TOS           uint8          `json:"tos"`
+	DisableSQFlow bool           `json:"disable_sqflow"`
+
+	MaxIO       int           `json:"max_io_size"`
+	PollMax     int           `json:"poll_max_size"`
+	Device      int           `json:"device_id"` // AutoDevice, or of the first namespace
+	NSIDs       []uint32      `json:"namespaces"`
+	Provider    string        `json:"provider"`
+	LoadModules string        `json:"load_modules"`
+	Timeout     time.Duration `json:"-"`
+
+	hostID string // as given by the flag
+}
+
+// Default is what holds without any flag.
+func Default() *Connect {
+	return &Connect{
+		Transport: "rdma", Port: defaultPort,
+		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
+		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss,
+		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
+		Provider: "auto", LoadModules: "auto", Timeout: defaultTimeout,
+	}
+}
+
+// AddFlags defines the flags of connect. Names, short forms, units and defaults
+// of the first block are nvme-cli's.
+func (c *Connect) AddFlags(f *pflag.FlagSet) {
+	f.SortFlags = false
+	f.VarP(oneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
+	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
+		"traddr", "a", "address of the target (required)")
+	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
+	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
+		"nqn", "n", "NQN of the subsystem (required)")
+	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: the route's)")
+	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
+		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or made from the host id)")
+	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
+		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, or the machine's)")
+	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
+		"I/O queues; those for reads if there are write queues (default: one per online CPU, which is also the most)")
+	f.Lookup("nr-io-queues").DefValue = "" // it is in the text
+	f.VarP(number(&c.Queues.Write, 0, maxQueues, "a number"), "nr-write-queues", "W", "queues for everything but reads")
+	f.VarP(number(&c.Queues.Poll, 0, maxQueues, "a number"), "nr-poll-queues", "P", "queues that are polled without interrupts")
+	f.VarP(number(&c.QueueSize, initiator.MinQueueSize, initiator.MaxQueueSize, "a number"), "queue-size", "Q", "entries per I/O queue")
+	f.VarP(seconds(&c.KeepAlive, 0, maxKeepAliveSeconds, fmt.Sprintf("seconds, 0 (which is %d) to %d", initiator.DefaultKeepAlive/time.Second, maxKeepAliveSeconds)),
+		"keep-alive-tmo", "k", "keep alive timeout")
+	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to reconnect")
+	f.VarP(seconds(&c.Loss, -1<<31, 1<<31-1, "seconds, or a negative number for no limit"), "ctrl-loss-tmo", "l",
+		"time after which a lost controller is given up")
+	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is connected to the subsystem at this address")
+	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 leaves it to the system")
+	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to do without submission queue flow control")
+
+	page := os.Getpagesize()
+	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "largest request; each queue has queue-size buffers of it")
+	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN for the first namespace, N+1 for the second, … (default: free ones)")
+	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
+	f.Var(oneOf(&c.Provider, "auto", "verbs"), "provider", "how to do RDMA")
+	f.Var(oneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
+	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
+}
+
+// Complete checks what no single flag can, and finds the identity of the host.
+func (c *Connect) Complete(from Sources) error {
+	switch {
+	case c.Address == "":
+		return errors.New("-a/--traddr: no value is given; want the address of the target")
+	case c.NQN == "":
+		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
+	}
+	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
+		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)
+	}
+	if c.KeepAlive == 0 {
+		c.KeepAlive = initiator.DefaultKeepAlive
+	}
+	if c.Loss < 0 {
+		c.Loss = Forever
+	}
+	if c.Device != AutoDevice && len(c.NSIDs) > 0 && c.Device+len(c.NSIDs)-1 > maxDevice {
+		return fmt.Errorf("--device-id \"%d\": want a number that leaves %d numbers up to %d", c.Device, len(c.NSIDs), maxDevice)
+	}
+	var err error
+	c.HostNQN, c.HostID, err = identity(c.HostNQN, c.hostID, from)
+	return err
+}
+
+// Resolve finds the numeric address of the target.
+func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(c.Address); err == nil {
+		return netip.AddrPortFrom(a.Unmap(), c.Port), nil
+	}
+	network := "ip"
+	switch {
+	case !c.SourceAddr.IsValid():
+	case c.SourceAddr.Is4():
+		network = "ip4"
+	default:
+		network = "ip6"
+	}
+	found, err := net.DefaultResolver.LookupNetIP(ctx, network, c.Address)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("resolve %s: %w", c.Address, err)
+	}
+	return netip.AddrPortFrom(found[0].Unmap(), c.Port), nil
+}
+
+// Args writes the flags of f that were set as arguments again.
+func Args(f *pflag.FlagSet) []string {
+	var args []string
+	f.Visit(func(flag *pflag.Flag) {
+		args = append(args, "--"+flag.Name+"="+flag.Value.String())
+	})
+	return args
+}
+
+func checkAddress(s string) error {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return checkUnicast(a)
+	}
+	if !hostName(s) {
+		return errUnwanted
+	}
+	return nil
+}
+
+func checkUnicast(a netip.Addr) error {
+	switch a := a.Unmap(); {
+	case a.IsUnspecified():
+		return errors.New("the unspecified address is nobody's")
+	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return errors.New("a multicast or broadcast address is nobody's")
+	}
+	return nil
+}
+
+// hostName says whether s may be a host name: labels of letters, digits and
+// hyphens, the last one not of digits only, which would be a mistyped address.
+func hostName(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	var label string
+	for label = range strings.SplitSeq(s, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for _, r := range label {
+			if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_') {
+				return false
+			}
+		}
+	}
+	return strings.Trim(label, "0123456789") != ""
+}
+
+func checkSubsystem(s string) error {
+	if s == nvme.DiscoveryNQN {
+		return errors.New("a discovery subsystem has no namespaces")
+	}
+	return nvme.ValidateNQN(s)
+}
+
+func checkUUID(s string) error {
+	if id, err := nvme.ParseUUID(s); err != nil || id.IsZero() {
+		return errUnwanted
+	}
+	return nil
+}
+
+func sourceAddr(dst *netip.Addr) *flagValue[netip.Addr] {
+	return &flagValue[netip.Addr]{
+		dst: dst,
+		parse: func(s string) (netip.Addr, error) {
+			a, err := netip.ParseAddr(s)
+			if err != nil {
+				return a, errUnwanted
+			}
+			return a.Unmap(), checkUnicast(a)
+		},
+		format: func(a netip.Addr) string {
+			if !a.IsValid() {
+				return ""
+			}
+			return a.String()
+		},
+		kind: "address", want: "an IPv4 or IPv6 address (with %zone) of this host",
+	}
+}
+
+func deviceID(dst *int) *flagValue[int] {
+	v := number(dst, 0, maxDevice, "a number")
+	plain := v.format
+	v.format = func(n int) string {
+		if n == AutoDevice {
+			return ""
+		}
+		return plain(n)
+	}
+	return v
+}

@@ -1,0 +1,219 @@
+package options
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+)
+
+// parse reads a command line as connect does.
+func parse(t *testing.T, args ...string) (*Connect, *pflag.FlagSet, error) {
+	t.Helper()
+	c := Default()
+	f := pflag.NewFlagSet("connect", pflag.ContinueOnError)
+	c.AddFlags(f)
+	if err := f.Parse(args); err != nil {
+		return c, f, FlagError(err)
+	}
+	return c, f, nil
+}
+
+// Every flag with values that it must not accept. The message names the flag
+// and the value and says what is accepted, in one line.
+func TestWrongValues(t *testing.T) {
+	long := strings.Repeat("x", 224)
+	for _, tt := range []struct {
+		flag   string // as in messages
+		values []string
+		want   string // what is accepted
+	}{
+		{"-t/--transport", []string{"tcp", "", "RDMA"}, "want rdma"},
+		{"-a/--traddr", []string{"", "10.0.2.300", "1.2.3", "fe80::zz", "10.0.2.15:4420", "a b", "-x", "x..y", "host:1"},
+			"want an IPv4 or IPv6 address (with %zone) or a host name"},
+		{"-a/--traddr", []string{"0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"}, "is nobody's; want an IPv4"},
+		{"-s/--trsvcid", []string{"0", "65536", "-1", "x", "", "4420.0", "0x10"}, "want a port, 1 to 65535"},
+		{"-n/--nqn", []string{"", long, "a\x00b", "\xff"}, "want the name of an I/O subsystem, 1 to 223 bytes"},
+		{"-n/--nqn", []string{nvme.DiscoveryNQN}, "a discovery subsystem has no namespaces; want"},
+		{"-w/--host-traddr", []string{"", "host", "10.0.2", "::", "224.0.0.1"}, "want an IPv4 or IPv6 address (with %zone) of this host"},
+		{"-q/--hostnqn", []string{"", long}, "want a name of 1 to 223 bytes"},
+		{"-I/--hostid", []string{"", "x", "12345678-1234-1234-1234-123456789ab", "00000000-0000-0000-0000-000000000000"}, "want a UUID like"},
+		{"-i/--nr-io-queues", []string{"0", "-1", "65536", "x", "", "1.5"}, "want a number, 1 to 65535"},
+		{"-W/--nr-write-queues", []string{"-1", "65536", "x", ""}, "want a number, 0 to 65535"},
+		{"-P/--nr-poll-queues", []string{"-1", "65536", "x", ""}, "want a number, 0 to 65535"},
+		{"-Q/--queue-size", []string{"15", "1025", "0", "-1", "x", "128k", ""}, "want a number, 16 to 1024"},
+		{"-k/--keep-alive-tmo", []string{"-1", "4294967", "x", "5s", ""}, "want seconds, 0 (which is 5) to 4294966"},
+		{"-c/--reconnect-delay", []string{"0", "-1", "x", "10s", ""}, "want seconds, 1 or more"},
+		{"-l/--ctrl-loss-tmo", []string{"x", "", "1.5", "off"}, "want seconds, or a negative number for no limit"},
+		{"-D/--duplicate-connect", []string{"maybe"}, "want true or false"},
+		{"-T/--tos", []string{"-1", "256", "x", ""}, "want a number, 0 to 255"},
+		{"-d/--disable-sqflow", []string{"2"}, "want true or false"},
+		{"--max-io-size", []string{"", "x", "-4KiB", "4 parsecs", "1,024KiB"}, "want a size like 64KiB, 4KiB to 1MiB"},
+		{"--max-io-size", []string{"0", "2MiB", "1GiB", "512"}, "bytes; want a size like 64KiB, 4KiB to 1MiB"},
+		{"--max-io-size", []string{"128k", "1M", "5000"}, "are no multiple of 4096; want a size"},
+		{"--poll-max-size", []string{"0", "511", "2MiB"}, "bytes; want a size like 64KiB, 512B to 1MiB"},
+		{"--device-id", []string{"-1", "-2", "1048576", "x", "", "ublkb0"}, "want a number, 0 to 1048575"},
+		{"--namespace", []string{"0", "4294967295", "x", "", "1,", "1,,2", "-1"}, "want namespace ids, 1 to 4294967294, several"},
+		{"--provider", []string{"roce", "", "tcp"}, "want auto or verbs"},
+		{"--load-modules", []string{"always", ""}, "want auto or never"},
+		{"--timeout", []string{"0", "-1", "x", "", "61m", "999ms"}, "want seconds, or a time like 1m30s, 1s to 1h0m0s"},
+	} {
+		name := tt.flag[strings.Index(tt.flag, "--")+2:]
+		for _, value := range tt.values {
+			_, _, err := parse(t, "--"+name+"="+value)
+			if err == nil {
+				t.Errorf("--%s=%q was accepted", name, value)
+				continue
+			}
+			got := err.Error()
+			if !strings.HasPrefix(got, tt.flag+" ") || !strings.Contains(got, tt.want) || strings.Contains(got, "\n") {
+				t.Errorf("--%s=%q: message %q, want %s …%q", name, value, got, tt.flag, tt.want)
+			}
+		}
+	}
+}
+
+// No flag is missing from TestWrongValues.
+func TestEveryFlagIsTested(t *testing.T) {
+	src, err := os.ReadFile("options_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, f, _ := parse(t)
+	f.VisitAll(func(flag *pflag.Flag) {
+		if !strings.Contains(string(src), `{"`+flagName(flag)+`", []string{`) {
+			t.Errorf("%s has no wrong values in TestWrongValues", flagName(flag))
+		}
+	})
+}
+
+func TestOtherUsageErrors(t *testing.T) {
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"--queue-size"}, "-Q/--queue-size: no value is given; want a number, 16 to 1024"},
+		{[]string{"-a"}, "-a/--traddr: no value is given; want an IPv4"},
+		{[]string{"--hdr-digest"}, "unknown flag: --hdr-digest"},
+		{[]string{"-g"}, "unknown shorthand flag"},
+	} {
+		if _, _, err := parse(t, tt.args...); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
+		}
+	}
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"-n", "nqn.a"}, "-a/--traddr: no value is given"},
+		{[]string{"-a", "10.0.2.15"}, "-n/--nqn: no value is given"},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "-w", "fe80::1"}, `-w/--host-traddr "fe80::1": want an address of the family`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--device-id", "1048575", "--namespace", "1,2"}, `--device-id "1048575": want`},
+	} {
+		c, _, err := parse(t, tt.args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Complete(nowhere); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
+		}
+	}
+}
+
+func TestShortAndLongFlags(t *testing.T) {
+	want := Default()
+	want.Address, want.NQN, want.Port = "fe80::1%eth0", "nqn.x", 4421
+	want.SourceAddr = netip.MustParseAddr("fe80::2")
+	want.HostNQN, want.hostID = "nqn.h", "12345678-1234-1234-1234-123456789abc"
+	want.Queues = poller.Request{IO: 2, Write: 1, Poll: 3}
+	want.QueueSize, want.KeepAlive, want.Reconnect, want.Loss = 16, 7*time.Second, 3*time.Second, -1*time.Second
+	want.Duplicate, want.TOS, want.DisableSQFlow = true, 46, true
+	for _, args := range [][]string{
+		{"-t", "rdma", "-a", "fe80::1%eth0", "-s", "4421", "-n", "nqn.x", "-w", "fe80::2", "-q", "nqn.h",
+			"-I", "12345678-1234-1234-1234-123456789abc", "-i", "2", "-W", "1", "-P", "3", "-Q", "16", "-k", "7",
+			"-c", "3", "-l", "-1", "-D", "-T", "46", "-d"},
+		{"--transport=rdma", "--traddr=fe80::1%eth0", "--trsvcid=4421", "--nqn=nqn.x", "--host-traddr=fe80::2", "--hostnqn=nqn.h",
+			"--hostid=12345678-1234-1234-1234-123456789abc", "--nr-io-queues=2", "--nr-write-queues=1", "--nr-poll-queues=3",
+			"--queue-size=16", "--keep-alive-tmo=7", "--reconnect-delay=3", "--ctrl-loss-tmo=-1", "--duplicate-connect",
+			"--tos=46", "--disable-sqflow"},
+	} {
+		got, _, err := parse(t, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%q:\ngot  %+v\nwant %+v", args, got, want)
+		}
+	}
+}
+
+// The defaults are those of nvme-rdma.
+func TestDefaults(t *testing.T) {
+	c, _, err := parse(t, "-a", "target-1.example", "-n", "n", "-k", "0", "-l", "-7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Complete(nowhere); err != nil {
+		t.Fatal(err)
+	}
+	if c.Port != 4420 || c.QueueSize != 128 || c.KeepAlive != 5*time.Second || c.Reconnect != 10*time.Second ||
+		c.Loss != Forever || c.Queues != (poller.Request{IO: runtime.NumCPU()}) || c.MaxIO != 256<<10 ||
+		c.PollMax != 16<<10 || c.Device != AutoDevice || c.Transport != "rdma" || c.TOS != 0 {
+		t.Errorf("%+v", c)
+	}
+	if d := Default(); d.Loss != 600*time.Second {
+		t.Errorf("ctrl-loss-tmo %v", d.Loss)
+	}
+}
+
+// What Args writes reads the same, so that a server can be started with it.
+func TestArgs(t *testing.T) {
+	want, f, err := parse(t, "-a", "10.0.2.15", "-n", "nqn.with space,comma", "-i3", "-D", "-l", "-1", "--max-io-size", "1MiB",
+		"--poll-max-size", "6001", "--namespace", "3,1", "--namespace", "7", "--timeout", "90", "-T0", "--device-id=4", "-w", "10.0.2.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := Args(f)
+	got, _, err := parse(t, args...)
+	if err != nil {
+		t.Fatalf("%q: %v", args, err)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%q:\ngot  %+v\nwant %+v", args, got, want)
+	}
+	if !slices.Equal(got.NSIDs, []uint32{3, 1, 7}) || got.PollMax != 6001 || got.Timeout != 90*time.Second {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	for address, want := range map[string]string{
+		"10.0.2.15":        "10.0.2.15:4420",
+		"::ffff:10.0.2.15": "10.0.2.15:4420",
+		"fe80::1%eth0":     "[fe80::1%eth0]:4420",
+	} {
+		c := Default()
+		c.Address = address
+		got, err := c.Resolve(context.Background())
+		if err != nil || got.String() != want {
+			t.Errorf("%s: %v, %v, want %s", address, got, err, want)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	c := Default()
+	c.Address = "name.invalid"
+	if got, err := c.Resolve(ctx); err == nil {
+		t.Errorf("an unknown name resolves to %v", got)
+	}
+}
