@@ -83,7 +83,9 @@ func guestMain() {
 			unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 		}
 	}
-	select {} // the host ends the machine
+	for {
+		unix.Pause() // the host ends the machine
+	}
 }
 
 // guestSetup1 does what needs the initramfs: modules, control port.

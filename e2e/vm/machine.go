@@ -22,7 +22,7 @@ import (
 
 const (
 	bootAttempts = 3                // about one emulated boot in some dozens dies before init
-	initLimit    = 30 * time.Second // from QEMU's start to the first word of the guest; usual: 2 to 5 s
+	initLimit    = 60 * time.Second // from QEMU's start to the first word of the guest; usual: 2 to 5 s
 	readyLimit   = 60 * time.Second // from there to the command's start; usual: 1 s
 	dumpTime     = 5 * time.Second  // for the guest to print its blocked tasks after a timeout
 	tailLines    = 80               // of the console, shown when the VM fails

@@ -1,0 +1,116 @@
+// Package e2e runs the built program against the kernel's NVMe-oF target, in the
+// VM. The scenarios are the txtar files under testdata; README.md says how to
+// write one.
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// scenarioLimit is the longest time for one script.
+const scenarioLimit = 5 * time.Minute
+
+// Where things are; the tests run in the directory of this file.
+var (
+	e2eDir = must(os.Getwd())
+	root   = filepath.Dir(e2eDir)
+	build  = filepath.Join(root, "build")
+)
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func TestMain(m *testing.M) {
+	if os.Getenv("UN_VM") == "" {
+		fmt.Fprintln(os.Stderr, "e2e: these tests change the machine's devices and run in the VM only: make test-vm")
+		os.Exit(1)
+	}
+	// "lab" for the scripts, beside the program itself.
+	bin := must(os.MkdirTemp("", "e2e-bin"))
+	if err := os.Symlink(filepath.Join(e2eDir, "lab.sh"), filepath.Join(bin, "lab")); err != nil {
+		panic(err)
+	}
+	os.Setenv("PATH", strings.Join([]string{bin, build, os.Getenv("PATH")}, ":"))
+	os.Exit(m.Run())
+}
+
+// TestScenarios runs every script under testdata, one after the other.
+func TestScenarios(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("find scripts: %d found, %v", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			leavesNothing(t)
+			testscript.RunT(scriptT{t}, testscript.Params{
+				Files:               []string{filepath.Join(e2eDir, file)},
+				Deadline:            time.Now().Add(scenarioLimit),
+				Cmds:                commands,
+				RequireExplicitExec: true,
+				Setup: func(env *testscript.Env) error {
+					env.Setenv("ADDR", "10.0.2.15")
+					env.Setenv("NQN", "nqn.2026-01.org.example:lab")
+					env.Setenv("ROOT", root)
+					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
+					return nil
+				},
+			})
+		})
+	}
+}
+
+// scriptT runs a script within its test, not beside others, and takes a skip for
+// what it is here: a test that did not test.
+type scriptT struct{ *testing.T }
+
+func (scriptT) Parallel()                            {}
+func (s scriptT) Run(_ string, f func(testscript.T)) { f(s) }
+func (s scriptT) Skip(args ...any)                   { s.Fatal(append([]any{"skip:"}, args...)...) }
+func (scriptT) Verbose() bool                        { return testing.Verbose() }
+
+// TestPackages runs the tests of the packages that need a kernel with ublk, RDMA
+// or root. UN_PACKAGES lists them by their directories; make test-vm has built
+// each as build/test/DIRECTORY.test.
+func TestPackages(t *testing.T) {
+	dirs := strings.Fields(os.Getenv("UN_PACKAGES"))
+	if len(dirs) == 0 {
+		t.Fatal("UN_PACKAGES names no package")
+	}
+	for _, args := range [][]string{{"lab", "rxe"}, {"modprobe", "ublk_drv"}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	for _, dir := range dirs {
+		t.Run(dir, func(t *testing.T) {
+			leavesNothing(t)
+			cmd := exec.Command(filepath.Join(build, "test", dir+".test"), "-test.v", "-test.timeout=5m", "-test.count=1")
+			cmd.Dir = filepath.Join(root, dir)
+			cmd.Env = append(os.Environ(), "UN_REQUIRE=root,ublk,rxe")
+			out, err := cmd.CombinedOutput()
+			switch {
+			case err != nil:
+				t.Fatalf("%v\n%s", err, out)
+			case bytes.Contains(out, []byte("--- SKIP")):
+				t.Fatalf("a test was skipped\n%s", out)
+			case !bytes.Contains(out, []byte("--- PASS")):
+				t.Fatalf("no test was run\n%s", out)
+			}
+			t.Logf("%d tests passed", bytes.Count(out, []byte("--- PASS")))
+		})
+	}
+}

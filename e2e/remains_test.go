@@ -1,0 +1,184 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// settleTime is what the kernel and a leaving process get to finish.
+const settleTime = 3 * time.Second
+
+// leavesNothing makes the test fail if, at its end, something is there that was
+// not there now, or if the kernel complained in between. What remains is cleared
+// away as far as possible, so that the next test has a chance.
+func leavesNothing(t *testing.T) {
+	t.Helper()
+	before := remains(t)
+	log := openKernelLog(t)
+	t.Cleanup(func() {
+		left := remaining(t, before)
+		for end := time.Now().Add(settleTime); len(left) > 0 && time.Now().Before(end); left = remaining(t, before) {
+			time.Sleep(50 * time.Millisecond)
+		}
+		messages, complaints := log.read(t)
+		for _, what := range left {
+			t.Errorf("left behind: %s", what)
+		}
+		for _, line := range complaints {
+			t.Errorf("kernel: %s", line)
+		}
+		if t.Failed() {
+			t.Logf("kernel messages:\n%s", strings.Join(messages, "\n"))
+			clearAway(t, before)
+		}
+	})
+}
+
+func remaining(t *testing.T, before []string) []string {
+	return slices.DeleteFunc(remains(t), func(what string) bool { return slices.Contains(before, what) })
+}
+
+// remains lists what a finished scenario must not leave, one line each.
+func remains(t *testing.T) []string {
+	t.Helper()
+	var found []string
+	for _, pattern := range []string{
+		"/dev/ublk[bc]*",
+		"/run/ublk-nvmeof/*",
+		"/sys/block/nbd*/pid",
+		"/sys/class/nvme/nvme*",
+		"/sys/kernel/config/nvmet/subsystems/*",
+		"/sys/kernel/config/nvmet/ports/*",
+		"/sys/kernel/config/nullb/nullb*",
+	} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, names...)
+	}
+	for pid, name := range processes(t) {
+		if name == "ublk-nvmeof" {
+			found = append(found, fmt.Sprintf("process %d %s", pid, name))
+		}
+	}
+	return append(found, mounts(t)...)
+}
+
+// processes maps ids to names; a zombie has ended and does not count.
+func processes(t *testing.T) map[int]string {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := map[int]string{}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // ended since
+		}
+		// pid (name) state …
+		_, rest, _ := strings.Cut(string(text), "(")
+		i := strings.LastIndex(rest, ") ")
+		if i < 0 || strings.HasPrefix(rest[i+2:], "Z") {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
+			names[pid] = rest[:i]
+		}
+	}
+	return names
+}
+
+func mounts(t *testing.T) []string {
+	t.Helper()
+	text, err := os.ReadFile("/proc/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); len(f) > 1 {
+			found = append(found, "mount "+f[1])
+		}
+	}
+	return found
+}
+
+// clearAway is for after a failure only.
+func clearAway(t *testing.T, before []string) {
+	for _, what := range remaining(t, before) {
+		kind, rest, _ := strings.Cut(what, " ")
+		switch kind {
+		case "mount":
+			_ = unix.Unmount(rest, unix.MNT_DETACH)
+		case "process":
+			id, _, _ := strings.Cut(rest, " ")
+			if pid, err := strconv.Atoi(id); err == nil {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			}
+		}
+	}
+	if out, err := exec.Command("lab", "clean").CombinedOutput(); err != nil {
+		t.Logf("lab clean: %v\n%s", err, out)
+	}
+}
+
+// complaint matches the kernel's messages that no test may cause.
+var complaint = regexp.MustCompile(`\b(BUG|WARNING|Oops|KASAN|UBSAN)\b|Call Trace:|cut here|general protection|` +
+	`unable to handle|blocked for more than|lockup|detected stall|refcount_t:|list_(add|del) corruption`)
+
+// kernelLog reads the kernel's messages from where it was opened.
+type kernelLog int
+
+func openKernelLog(t *testing.T) kernelLog {
+	t.Helper()
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatalf("open /dev/kmsg: %v", err)
+	}
+	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
+		t.Fatalf("seek /dev/kmsg: %v", err)
+	}
+	return kernelLog(fd)
+}
+
+// read returns all messages, and those among them that are complaints, and closes
+// the log.
+func (k kernelLog) read(t *testing.T) (messages, complaints []string) {
+	t.Helper()
+	defer unix.Close(int(k))
+	buf := make([]byte, 8192) // one record at a time, at most 8 KiB
+	for {
+		n, err := unix.Read(int(k), buf)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return messages, complaints
+		case errors.Is(err, unix.EPIPE): // records were overwritten; the rest follows
+			complaints = append(complaints, "messages lost")
+			continue
+		case err != nil:
+			t.Errorf("read /dev/kmsg: %v", err)
+			return messages, complaints
+		}
+		// level,sequence,time,flags;text, then lines that begin with a blank
+		record, _, _ := strings.Cut(string(buf[:n]), "\n")
+		_, line, _ := strings.Cut(record, ";")
+		messages = append(messages, line)
+		if complaint.MatchString(line) {
+			complaints = append(complaints, line)
+		}
+	}
+}
