@@ -80,7 +80,7 @@ type scriptT struct{ *testing.T }
 func (scriptT) Parallel()                            {}
 func (s scriptT) Run(_ string, f func(testscript.T)) { f(s) }
 func (s scriptT) Skip(args ...any)                   { s.Fatal(append([]any{"skip:"}, args...)...) }
-func (scriptT) Verbose() bool                        { return testing.Verbose() }
+func (scriptT) Verbose() bool                        { return false } // the phases, and all of what failed
 
 // TestPackages runs the tests of the packages that need a kernel with ublk, RDMA
 // or root. UN_PACKAGES lists them by their directories; make test-vm has built

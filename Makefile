@@ -1,0 +1,71 @@
+# Needs Go and, for all but lint and clean, a Debian machine: e2e/setup installs
+# what is missing there (as root).
+#
+#	make build      build/ublk-nvmeof, and build/vm, the VM runner
+#	make test       all tests: test-unit, then test-vm
+#	make test-unit  format, vet, unit tests, also with the race detector
+#	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
+#	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests
+#	make demo       a block device over NVMe/RDMA from end to end, in a VM
+#	make bench      the comparison with the kernel's own initiator; BENCH=flags
+#	make lint       golangci-lint
+#	make clean      all but the kernels in build/cache
+
+KERNELS ?= 6.12 7.3
+KERNEL  ?= $(lastword $(KERNELS))
+RUN     ?= .
+BENCH   ?=
+
+GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+# Packages whose tests ask for capabilities that only the VM is sure to have.
+VM_PACKAGES = $(patsubst ./%,%,$(sort $(dir $(shell \
+	grep -rl --include='*_test.go' --exclude-dir=e2e --exclude-dir=build UN_REQUIRE .))))
+
+SHELL = /bin/bash
+.SHELLFLAGS = -euo pipefail -c
+.NOTPARALLEL:
+
+.PHONY: build test test-unit test-vm demo bench lint clean setup vm
+
+build: setup vm
+	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
+
+vm:
+	go -C e2e build -o ../build/vm ./vm
+
+setup:
+	e2e/setup
+
+test: test-unit test-vm
+
+test-unit: setup
+	unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt would change:" $$unformatted; exit 1; }
+	go vet ./...
+	go -C e2e vet ./...
+	go test -shuffle=on ./...
+	go test -race -shuffle=on ./...
+	go -C e2e test ./vm
+
+# One boot per kernel. The limits: go test's for the tests, the VM's a little
+# later for what does not even react to the first.
+test-vm: build
+	rm -rf build/test
+	for p in $(VM_PACKAGES:/=); do go test -c -o build/test/$$p.test ./$$p; done
+	for k in $(KERNELS); do \
+		UN_PACKAGES="$(VM_PACKAGES:/=)" go -C e2e test -v -count=1 -timeout=12m -run '$(RUN)' \
+			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 13m --out $(CURDIR)/build/log/$$k" . ; \
+	done
+
+demo: build
+	build/vm --kernel $(KERNEL) --mtu 4200 --timeout 5m -- e2e/demo.sh
+
+bench: build
+	go run ./bench $(BENCH)
+
+lint:
+	$(GOLANGCI) run ./...
+	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
+
+clean:
+	rm -rf build/ublk-nvmeof build/vm build/test build/log
