@@ -117,8 +117,8 @@ type call struct {
 }
 
 // do carries out a command and returns when it is done or soon after ctx is.
-// Errors name the command and wrap the errno or ctx' error; in the latter case
-// the command may still have its effect.
+// Errors name the command and wrap the errno, ctx' error, or both, if ctx ended
+// the command; with ctx' error alone the command may still have its effect.
 func (c *control) do(ctx context.Context, k call) error {
 	select {
 	case <-c.turn:
@@ -133,8 +133,10 @@ func (c *control) do(ctx context.Context, k call) error {
 	if err != nil {
 		return fmt.Errorf("%v: %w", k.cmd, err)
 	}
-	if res < 0 {
-		return fmt.Errorf("%v: %w", k.cmd, unix.Errno(-res))
+	if errno := unix.Errno(-res); res < 0 && ctx.Err() != nil && (errno == unix.EINTR || errno == unix.ECANCELED) {
+		return fmt.Errorf("%v: %w: %w", k.cmd, context.Cause(ctx), errno)
+	} else if res < 0 {
+		return fmt.Errorf("%v: %w", k.cmd, errno)
 	}
 	copy(k.buf, c.buf)
 	return nil

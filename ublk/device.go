@@ -118,7 +118,9 @@ type serving struct {
 
 // Start adds a ublk device, serves it from cfg.Device on cfg.Loops, and starts
 // it: when it returns, the block device is there. On an error it undoes what
-// it did; a device that it did not add, it does not touch.
+// it did; a device that it did not add, it does not touch. Where the undoing
+// hangs, on requests that the back end does not answer, the error says so, and
+// it is done when they are answered; until then the loops cannot stop.
 //
 // Errors (errors.Is): ErrNoDriver, ErrPermission, ErrIDTaken,
 // errors.ErrUnsupported if the driver lacks what Recovery needs, ctx' error, and
@@ -132,6 +134,7 @@ func Start(ctx context.Context, cfg Config) (*Device, error) {
 		defer cancel()
 		if undone := d.clear(undo); undone != nil {
 			err = errors.Join(err, fmt.Errorf("undo: %w", undone))
+			go d.linger()
 		}
 		return nil, fmt.Errorf("start ublk device: %w", err)
 	}
@@ -366,13 +369,15 @@ func (d *Device) fail(err error) {
 // for openers itself (Linux 7.0); before that, see claim for what is found. An
 // opener that goes away within half a second, as udev's do, is waited for.
 //
-// With force users get I/O errors. In either case requests in flight are
+// With force users get I/O errors, and the device number is free only when the
+// last of them has closed the block device. In either case requests in flight are
 // waited for, so a back end that does not answer has to fail its requests
 // first.
 //
 // When ctx is done Stop gives up, with an error that names the step; whatever
-// it asked of the driver may still happen. It can be called again, and goes on
-// where it was. Stop of a device that is over returns nil.
+// it asked of the driver may still happen, and once it has, the device is
+// cleared up in the background. It can be called again. Stop of a device that
+// is over returns nil.
 func (d *Device) Stop(ctx context.Context, force bool) error {
 	if err := d.stop(ctx, force); err != nil {
 		return fmt.Errorf("stop %s: %w", d.Path(), err)
@@ -513,8 +518,7 @@ func (s *serving) dead() bool {
 }
 
 // delete removes the device, unless it is gone or its number has passed to
-// somebody else's. DEL_DEV waits until every reference to ublkcN is gone; when
-// ctx ends that wait, the driver removes the device all the same, later.
+// somebody else's.
 func (d *Device) delete(ctx context.Context) error {
 	now, err := d.ctl.info(ctx, d.info.ID)
 	switch {
@@ -525,15 +529,15 @@ func (d *Device) delete(ctx context.Context) error {
 	case now.Cookie != d.info.Cookie:
 		return nil
 	}
-	if err := d.command(ctx, call{cmd: delDev}); err != nil && !errors.Is(err, unix.ENODEV) {
-		return err
+	free, err := d.ctl.delete(ctx, d.info.ID)
+	if err == nil && !free {
+		d.log.Warn("ublk device number stays in use until the last user closes the block device", "device", d.Path())
 	}
-	return nil
+	return err
 }
 
 // watch waits for the end of the device, and clears up if nobody else does.
 func (d *Device) watch() {
-	defer close(d.done)
 	var queues sync.WaitGroup
 	for _, s := range d.serves {
 		queues.Go(func() {
@@ -557,8 +561,8 @@ func (d *Device) watch() {
 	<-d.turn
 	defer func() { d.turn <- struct{}{} }()
 	if d.ctl == nil { // Stop did it
-		<-idle
 		d.log.Info("ublk device stopped")
+		close(d.done)
 		return
 	}
 	if !d.asked {
@@ -572,12 +576,24 @@ func (d *Device) watch() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
-	if err := d.clear(ctx); err != nil {
+	err := d.clear(ctx)
+	if err != nil {
 		d.err = errors.Join(d.err, fmt.Errorf("clear up %s: %w", d.Path(), err))
+	}
+	close(d.done)
+	if err != nil {
+		d.linger()
+	}
+}
+
+// linger clears up for as long as it takes. The caller has the turn.
+func (d *Device) linger() {
+	d.log.Error("ublk device hangs", "device", d.Path())
+	if err := d.clear(context.Background()); err != nil {
 		d.log.Error("ublk device not cleared up", "err", err)
 		return
 	}
-	<-idle
+	d.log.Info("ublk device cleared up")
 }
 
 // ID is the device number N of ublkbN.

@@ -14,6 +14,8 @@ var (
 	ErrIDTaken = errors.New("ublk device number is taken")
 	// ErrNoDevice: no device with this number exists.
 	ErrNoDevice = errors.New("no such ublk device")
+	// ErrNotOurs: another program added the device.
+	ErrNotOurs = errors.New("ublk device is not ours")
 	// ErrBusy: the device is in use.
 	ErrBusy = errors.New("ublk device is in use")
 	// ErrStopped: somebody else stopped or deleted the device.

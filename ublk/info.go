@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -114,6 +115,66 @@ func List(ctx context.Context) ([]Info, error) {
 	}
 	l, err := c.list(ctx)
 	return l, errors.Join(err, c.close())
+}
+
+// Remove deletes a device of ours whose server died: info is what List or Get
+// said of it. It touches nothing else: ErrNotOurs if somebody else's program
+// added the device, or if it is another one by now; ErrBusy if it is served,
+// about to be, or waits for a server; ErrNoDevice if it is gone.
+//
+// A server that has added its device and not opened it cannot be seen: do not
+// call Remove while one is starting.
+func Remove(ctx context.Context, info Info) error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	return errors.Join(c.remove(ctx, info), c.close())
+}
+
+func (c *control) remove(ctx context.Context, info Info) error {
+	now, err := c.info(ctx, info.ID)
+	switch {
+	case err != nil:
+		return err
+	case !now.Ours() || now.Cookie != info.Cookie:
+		return fmt.Errorf("remove ublk device %d: %w", info.ID, ErrNotOurs)
+	case now.State != Dead:
+		return fmt.Errorf("remove ublk device %d: %w: it is %v", info.ID, ErrBusy, now.State)
+	}
+	// Only one process can have ublkcN open: its server.
+	fd, err := unix.Open(charPath(info.ID), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("remove ublk device %d: %w: it has a server", info.ID, ErrBusy)
+	case err == nil:
+		_ = unix.Close(fd)
+	}
+	if _, err := c.delete(ctx, info.ID); err != nil {
+		return fmt.Errorf("remove ublk device %d: %w", info.ID, err)
+	}
+	return nil
+}
+
+// deletePatience is how long DEL_DEV may wait for users of the block device.
+const deletePatience = time.Second
+
+// delete removes a device. DEL_DEV removes it and then waits until its number
+// is free, that is, until all files of its server are gone and all openers of
+// its disk; that wait is ended after a while (as DEL_DEV_ASYNC would at once),
+// and the driver does the rest when the last opener has gone. free says that
+// this has happened.
+func (c *control) delete(ctx context.Context, id int) (free bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, deletePatience)
+	defer cancel()
+	switch err := c.do(ctx, call{cmd: delDev, id: uint32(id)}); {
+	case err == nil, errors.Is(err, unix.ENODEV):
+		return true, nil
+	case errors.Is(err, unix.EINTR): // it was in that wait
+		return false, nil
+	default:
+		return false, err
+	}
 }
 
 // classPath has an entry ublkcN for each device.
