@@ -1,0 +1,88 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"syscall"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+)
+
+// Client talks to the server behind a socket, one request per call.
+type Client struct{ http http.Client }
+
+// NewClient does not connect yet.
+func NewClient(socket string) *Client {
+	return &Client{http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		},
+	}}}
+}
+
+// Gone says that err means that there is no server behind the socket.
+func Gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// Status asks for the status.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	err := c.do(ctx, http.MethodGet, "/v1/status", nil, &s)
+	if err == nil && s.SchemaVersion != SchemaVersion {
+		err = fmt.Errorf("get status: schema version %d is not %d", s.SchemaVersion, SchemaVersion)
+	}
+	return s, err
+}
+
+// Disconnect has the server end everything, and returns when that is done. The
+// error is an *exit.Error if the server refused.
+func (c *Client) Disconnect(ctx context.Context, force bool) error {
+	return c.do(ctx, http.MethodPost, "/v1/disconnect", disconnectRequest{force}, nil)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
+	var text []byte
+	if body != nil {
+		var err error
+		if text, err = json.Marshal(body); err != nil {
+			return fmt.Errorf("%s %s: %w", method, path, err)
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://server"+path, bytes.NewReader(text))
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return fmt.Errorf("ask server: %w", err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return fmt.Errorf("ask server: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var e exit.Error
+		if err := json.Unmarshal(answer, &e); err != nil || e.Code == exit.OK {
+			return fmt.Errorf("ask server: %s", resp.Status)
+		}
+		return &e
+	}
+	if result == nil {
+		return nil
+	}
+	if err := json.Unmarshal(answer, result); err != nil {
+		return fmt.Errorf("ask server: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,83 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+)
+
+// Controlled is what a socket controls.
+type Controlled interface {
+	Status() Status
+	// Disconnect ends everything, and returns when it has ended. Without
+	// force, a device in use makes it fail, with exit.Busy, and nothing has
+	// changed.
+	Disconnect(ctx context.Context, force bool) error
+}
+
+type disconnectRequest struct {
+	Force bool `json:"force"`
+}
+
+// Bounds on what a client may keep busy.
+const (
+	headerTimeout = 5 * time.Second
+	maxBody       = 4096
+)
+
+// Listen makes the socket, for root only.
+func Listen(path string) (net.Listener, error) {
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("make control socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("make control socket: %w", err), l.Close())
+	}
+	return l, nil
+}
+
+// NewServer answers requests for c. Serve it on what Listen gave; Shutdown it to
+// let the last answers out.
+func NewServer(c Controlled, log *slog.Logger) *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+		answer(w, http.StatusOK, c.Status())
+	})
+	mux.HandleFunc("POST /v1/disconnect", func(w http.ResponseWriter, r *http.Request) {
+		var req disconnectRequest
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
+			answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "disconnect: %v", err))
+			return
+		}
+		// The client may give up, ending must not.
+		err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force)
+		switch e := exit.From(err); {
+		case e == nil:
+			answer(w, http.StatusOK, struct{}{})
+		case e.Code == exit.Busy:
+			answer(w, http.StatusConflict, e)
+		default:
+			answer(w, http.StatusInternalServerError, e)
+		}
+	})
+	return &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: headerTimeout,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+}
+
+func answer(w http.ResponseWriter, code int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(body) // the client is gone: nobody to tell
+}

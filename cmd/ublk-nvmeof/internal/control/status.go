@@ -1,0 +1,117 @@
+// Package control is how a server and the command talk: HTTP and JSON over the
+// server's unix socket.
+//
+//	GET  /v1/status                      → 200 Status
+//	POST /v1/disconnect {"force": true}  → 200 once all is ended, or an exit.Error:
+//	                                       409 if a device is in use, else 500
+package control
+
+// SchemaVersion is that of Status.
+const SchemaVersion = 1
+
+// Status is what a server says of itself. Sizes are in bytes, times in seconds.
+type Status struct {
+	SchemaVersion int    `json:"schema_version"`
+	Name          string `json:"name"`
+	PID           int    `json:"pid"`
+
+	Transport  string `json:"transport"`
+	TrAddr     string `json:"traddr"`
+	TrSvcID    string `json:"trsvcid"`
+	HostTrAddr string `json:"host_traddr,omitempty"`
+	NQN        string `json:"subsysnqn"`
+	HostNQN    string `json:"hostnqn"`
+	HostID     string `json:"hostid"`
+
+	State  string `json:"state"`            // live, dead, …; "lost" of a server that is no more
+	Reason string `json:"reason,omitempty"` // why it is not live
+
+	CNTLID   uint16 `json:"cntlid"`
+	Version  string `json:"nvme_version"`
+	Model    string `json:"model"`
+	Serial   string `json:"serial"`
+	Firmware string `json:"firmware_rev"`
+
+	Provider   string `json:"provider"`
+	RDMADevice string `json:"rdma_device"`
+	// Memory says how the target gets at I/O memory: "registered" is one key for
+	// a whole slab of buffers, for as long as the device lives.
+	Memory    string `json:"memory_mode"`
+	InCapsule int    `json:"in_capsule_bytes"`
+	SQFlow    bool   `json:"sq_flow_control"`
+	QueueSize int    `json:"queue_size"`
+	Queues    Queues `json:"queues"`
+
+	KeepAlive int `json:"keep_alive_tmo"`
+	Reconnect int `json:"reconnect_delay"`
+	Loss      int `json:"ctrl_loss_tmo"` // -1: for ever
+	TOS       int `json:"tos"`           // 0: unset
+	PollMax   int `json:"poll_max_size"`
+
+	BufferBytes int      `json:"buffer_bytes"` // I/O memory of all devices
+	Devices     []Device `json:"devices"`
+	Lanes       []Lane   `json:"lanes"`
+}
+
+// Queues are the I/O queues: how many were asked for and granted, and what
+// became of each class.
+type Queues struct {
+	Requested int   `json:"requested"`
+	Granted   int   `json:"granted"`
+	Read      Class `json:"read"`
+	Default   Class `json:"default"`
+	Poll      Class `json:"poll"`
+}
+
+// Class is a class of queues. Mapped is the class whose queues serve its
+// requests: its own name, or "default".
+type Class struct {
+	Requested int    `json:"requested"`
+	Granted   int    `json:"granted"`
+	Mapped    string `json:"mapped"`
+}
+
+// Device is a block device that the server serves.
+type Device struct {
+	Device      string `json:"device"` // ublkb0
+	NSID        uint32 `json:"nsid"`
+	UUID        string `json:"uuid,omitempty"`
+	Size        uint64 `json:"size"`
+	BlockSize   uint32 `json:"block_size"`
+	ReadOnly    bool   `json:"read_only"`
+	WriteCache  bool   `json:"write_cache"`
+	Queues      int    `json:"queues"`
+	QueueDepth  int    `json:"queue_depth"`
+	MaxIO       int    `json:"max_io_size"`
+	BufferBytes int    `json:"buffer_bytes"`
+	Counters    IO     `json:"counters"`
+}
+
+// Path is the block device's node.
+func (d Device) Path() string { return "/dev/" + d.Device }
+
+// IO counts completed requests.
+type IO struct {
+	Reads        uint64 `json:"reads"`
+	Writes       uint64 `json:"writes"`
+	ReadBytes    uint64 `json:"read_bytes"`
+	WrittenBytes uint64 `json:"written_bytes"`
+	Flushes      uint64 `json:"flushes"`
+	Discards     uint64 `json:"discards"`
+	WriteZeroes  uint64 `json:"write_zeroes"`
+	Errors       uint64 `json:"errors"`
+	Batches      uint64 `json:"batches"`
+}
+
+// Lane counts what one loop did: for the NVMe side, and in system calls.
+type Lane struct {
+	Submitted     uint64 `json:"submitted"`
+	Completed     uint64 `json:"completed"`
+	HandedOver    uint64 `json:"handed_over"` // requests that another loop's queue served
+	Retried       uint64 `json:"retried"`
+	Passes        uint64 `json:"passes"`
+	Enters        uint64 `json:"enters"` // io_uring_enter calls
+	Waits         uint64 `json:"waits"`
+	BlockingWaits uint64 `json:"blocking_waits"`
+	Spins         uint64 `json:"spins"`
+}

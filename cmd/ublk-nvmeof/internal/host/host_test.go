@@ -1,0 +1,87 @@
+package host
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestNotify(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "")
+	if err := Notify("READY=1"); err != nil {
+		t.Errorf("without a service manager: %v", err)
+	}
+	dir, err := os.MkdirTemp("", "notify") // t.TempDir may be longer than a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	for _, name := range []string{filepath.Join(dir, "s"), "@" + filepath.Base(dir)} {
+		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("NOTIFY_SOCKET", name)
+		if err := Notify("READY=1"); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 100)
+		n, err := l.Read(b)
+		if err != nil || string(b[:n]) != "READY=1" {
+			t.Errorf("%s: %q, %v", name, b[:n], err)
+		}
+		l.Close()
+		if err := Notify("STOPPING=1"); err == nil {
+			t.Errorf("%s: nobody listens, no error", name)
+		}
+	}
+}
+
+func TestModulePresent(t *testing.T) {
+	dir := t.TempDir()
+	m := Module{"m", filepath.Join(dir, "node*")}
+	if m.Present() {
+		t.Error("present without a node")
+	}
+	if err := os.WriteFile(filepath.Join(dir, "node0"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !m.Present() {
+		t.Error("absent with a node")
+	}
+}
+
+func TestLoadUnknownModule(t *testing.T) {
+	err := Module{Name: "no_such_module"}.Load()
+	if err == nil || !strings.HasPrefix(err.Error(), "load module no_such_module: ") {
+		t.Error(err)
+	}
+}
+
+func TestRouteTo(t *testing.T) {
+	r, err := RouteTo(netip.MustParseAddrPort("127.0.0.1:4420"), netip.Addr{})
+	if err != nil || r.Netdev != "lo" || r.RDMA != "" {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if r, err := RouteTo(netip.MustParseAddrPort("127.0.0.1:4420"), netip.MustParseAddr("192.0.2.77")); err == nil {
+		t.Errorf("a source address that is not ours: %+v", r)
+	}
+}
+
+func TestSetName(t *testing.T) {
+	before, err := os.ReadFile("/proc/self/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer SetName(strings.TrimSpace(string(before)))
+	if err := SetName("ublk-nvmeof"); err != nil {
+		t.Fatal(err)
+	}
+	after, err := os.ReadFile("/proc/self/comm")
+	if err != nil || string(after) != "ublk-nvmeof\n" {
+		t.Errorf("%q, %v", after, err)
+	}
+}

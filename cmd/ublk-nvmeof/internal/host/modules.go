@@ -1,0 +1,68 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/pmorjan/kmod"
+	"golang.org/x/sys/unix"
+)
+
+// Module is a kernel module with the device nodes that show that it is there,
+// loaded or built in.
+type Module struct {
+	Name string
+	node string // pattern
+}
+
+// The modules that serving needs. The RDMA device's own driver is not among
+// them: which one that is, is the operator's choice.
+var (
+	UblkDrv  = Module{"ublk_drv", "/dev/ublk-control"}
+	RDMAUCM  = Module{"rdma_ucm", "/dev/infiniband/rdma_cm"}
+	IBUverbs = Module{"ib_uverbs", "/dev/infiniband/uverbs*"}
+)
+
+// Present says whether the module's device node is there.
+func (m Module) Present() bool {
+	nodes, err := filepath.Glob(m.node)
+	return err == nil && len(nodes) > 0
+}
+
+// Load loads the module and those that it depends on. It is no error if it is
+// there already.
+func (m Module) Load() error {
+	k, err := kmod.New(kmod.SetInitFunc(initModule))
+	if err != nil {
+		return fmt.Errorf("load module %s: %w", m.Name, err)
+	}
+	if err := k.Load(m.Name, "", 0); err != nil {
+		if errors.Is(err, kmod.ErrModuleNotFound) {
+			return fmt.Errorf("load module %s: this kernel has no such module", m.Name)
+		}
+		return fmt.Errorf("load module %s: %w", m.Name, err)
+	}
+	return nil
+}
+
+// initModule has the kernel load a file. Distributions compress their modules,
+// and kmod neither unpacks them nor, left to itself, tells the kernel to do it
+// (CONFIG_MODULE_DECOMPRESS), not for the dependencies.
+func initModule(path, params string, flags int) error {
+	switch filepath.Ext(path) {
+	case ".gz", ".xz", ".zst":
+		flags |= unix.MODULE_INIT_COMPRESSED_FILE
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = unix.FinitModule(int(f.Fd()), params, flags)
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,65 @@
+package host
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/Mellanox/rdmamap"
+)
+
+// Route is the network device through which a target is reached.
+type Route struct {
+	Netdev string
+	RDMA   string // RDMA device on it; empty if there is none
+}
+
+// RouteTo asks the routing table; nothing is sent.
+func RouteTo(remote netip.AddrPort, source netip.Addr) (Route, error) {
+	var local *net.UDPAddr
+	if source.IsValid() {
+		local = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
+	}
+	c, err := net.DialUDP("udp", local, net.UDPAddrFromAddrPort(remote))
+	if err != nil {
+		return Route{}, err
+	}
+	defer c.Close()
+	addr, ok := netip.AddrFromSlice(c.LocalAddr().(*net.UDPAddr).IP)
+	if !ok {
+		return Route{}, fmt.Errorf("route to %s: no source address", remote)
+	}
+	netdev, err := owner(addr.Unmap())
+	if err != nil {
+		return Route{}, err
+	}
+	// The library means "there is none" by an error as well as by an empty
+	// name, and has no other errors that matter here.
+	dev, _ := rdmamap.GetRdmaDeviceForNetdevice(netdev)
+	return Route{Netdev: netdev, RDMA: dev}, nil
+}
+
+// RDMADevices are the RDMA devices of this host, if any.
+func RDMADevices() []string { return rdmamap.GetRdmaDeviceList() }
+
+// owner is the network device that has an address.
+func owner(addr netip.Addr) (string, error) {
+	devs, err := net.Interfaces()
+	if err != nil {
+		return "", fmt.Errorf("list network devices: %w", err)
+	}
+	for _, dev := range devs {
+		addrs, err := dev.Addrs()
+		if err != nil {
+			continue // gone since
+		}
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok {
+				if own, ok := netip.AddrFromSlice(n.IP); ok && own.Unmap() == addr {
+					return dev.Name, nil
+				}
+			}
+		}
+	}
+	return "", fmt.Errorf("no network device has the address %s", addr)
+}
