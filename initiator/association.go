@@ -238,6 +238,9 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 	defer cancel()
 	asked := c.cfg.Queues.Total()
 	granted, err := a.admin.setFeature(ctx, nvme.FeatureNumberOfQueues, nvme.NumberOfQueues(asked))
+	if s := nvme.Status(0); errors.As(err, &s) {
+		return fmt.Errorf("%w: %w", ErrNoQueues, s)
+	}
 	if err != nil {
 		return err
 	}

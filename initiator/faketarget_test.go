@@ -1,0 +1,436 @@
+package initiator
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/rdmatest"
+)
+
+// fakeTarget is as much of a target as the tests of this package need: one
+// subsystem with namespaces in memory, and knobs to misbehave. It answers one
+// command at a time per connection.
+type fakeTarget struct {
+	t        testing.TB
+	provider *rdmatest.Provider
+	listener rdma.Listener
+	pd       rdma.PD
+	disk     rdma.MR // every namespace is the same memory
+	quit     chan struct{}
+	running  sync.WaitGroup
+
+	// Knobs, set before the host connects or atomically.
+	grant      atomic.Int32 // I/O queues
+	inCapsule  int
+	maxEntries int
+	lbads      uint8
+	namespaces []uint32
+	connect    func(nvme.ConnectParams, *nvme.ConnectData) nvme.Status
+	intercept  func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) // bool: answer with the status, do nothing else
+	tamper     func(qid uint16, c *nvme.Completion) bool               // false: do not answer
+
+	mu       sync.Mutex // guards what follows
+	commands map[nvme.Opcode]int
+	byQueue  map[uint16]int
+	cc       nvme.CC
+	shutdown bool
+}
+
+const fakeNQN = "nqn.2026-01.org.example:fake"
+
+var (
+	targetAddr = netip.MustParseAddr("192.0.2.1")
+	hostAddr   = netip.MustParseAddr("192.0.2.2")
+)
+
+func newFakeTarget(t testing.TB, fabric *rdmatest.Fabric, size int) *fakeTarget {
+	t.Helper()
+	f := &fakeTarget{
+		t: t, provider: fabric.Provider(targetAddr), quit: make(chan struct{}),
+		inCapsule: 4096, maxEntries: 128, lbads: 9, namespaces: []uint32{1},
+		commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
+	}
+	f.grant.Store(128)
+	var err error
+	if f.listener, err = f.provider.Listen(netip.AddrPortFrom(targetAddr, 4420), 16); err != nil {
+		t.Fatal(err)
+	}
+	// The device is reached through an ID; ask for one that leads to ourselves.
+	id, err := f.provider.Resolve(context.Background(), netip.Addr{}, netip.AddrPortFrom(targetAddr, 4420), -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.pd, err = id.Device().AllocPD(); err != nil {
+		t.Fatal(err)
+	}
+	id.Close()
+	if f.disk, err = f.pd.AllocMR(size, rdma.AccessLocalWrite); err != nil {
+		t.Fatal(err)
+	}
+	f.running.Go(f.accept)
+	t.Cleanup(func() {
+		close(f.quit)
+		f.listener.Close()
+		f.running.Wait()
+		f.disk.Close()
+		f.pd.Close()
+	})
+	return f
+}
+
+func (f *fakeTarget) accept() {
+	for {
+		id, err := f.listener.Accept(context.Background())
+		if err != nil {
+			return
+		}
+		f.running.Go(func() {
+			c, err := f.open(id)
+			if err != nil {
+				f.t.Errorf("fake target: %v", err)
+				id.Close()
+				return
+			}
+			c.serve()
+		})
+	}
+}
+
+// fakeConn is one connection of a fake target.
+type fakeConn struct {
+	f          *fakeTarget
+	id         rdma.ID
+	qp         rdma.QP
+	recv, send rdma.CQ
+	in, out    rdma.MR
+	depth      int
+	capsule    int
+	qid        uint16
+	head       uint16
+
+	// Arguments of calls through interfaces, which would be allocated each time.
+	wrs  [1]rdma.SendWR
+	rwrs [1]rdma.RecvWR
+	wcs  [1]rdma.WC
+	cmd  nvme.Command
+	done nvme.Completion
+}
+
+func (f *fakeTarget) open(id rdma.ID) (*fakeConn, error) {
+	req, err := nvme.ParseRDMARequest(id.PrivateData())
+	if err != nil {
+		return nil, err
+	}
+	c := &fakeConn{f: f, id: id, depth: int(req.HSQSize) + 1, capsule: 64, qid: req.QID}
+	if req.QID > 0 {
+		c.capsule += f.inCapsule
+	}
+	dev := id.Device()
+	if c.in, err = f.pd.AllocMR(c.depth*c.capsule, rdma.AccessLocalWrite); err != nil {
+		return nil, err
+	}
+	if c.out, err = f.pd.AllocMR(4096+c.depth*16, rdma.AccessLocalWrite); err != nil {
+		return nil, err
+	}
+	if c.recv, err = dev.CreateCQ(c.depth+1, true, 0); err != nil {
+		return nil, err
+	}
+	if c.send, err = dev.CreateCQ(4*c.depth, false, 0); err != nil {
+		return nil, err
+	}
+	c.qp, err = id.CreateQP(f.pd, rdma.QPConfig{SendCQ: c.send, RecvCQ: c.recv, MaxSendWR: 3 * c.depth, MaxRecvWR: c.depth, MaxSendSGE: 1, MaxRecvSGE: 1})
+	if err != nil {
+		return nil, err
+	}
+	for i := range c.depth {
+		if err := c.receive(uint64(i)); err != nil {
+			return nil, err
+		}
+	}
+	accept := nvme.RDMAAccept{CRQSize: uint16(c.depth)}.Marshal()
+	return c, id.Accept(context.Background(), rdma.ConnParam{PrivateData: accept[:], ResponderResources: 16, InitiatorDepth: 16})
+}
+
+func (c *fakeConn) receive(i uint64) error {
+	c.rwrs[0] = rdma.RecvWR{ID: i, SGE: rdma.SGE{
+		Addr: c.in.Addr() + i*uint64(c.capsule), Length: uint32(c.capsule), LKey: c.in.LKey(),
+	}}
+	_, err := c.qp.PostRecv(c.rwrs[:])
+	return err
+}
+
+func (c *fakeConn) serve() {
+	defer func() {
+		c.qp.Fail()
+		c.id.Close()
+		c.recv.Close()
+		c.send.Close()
+		c.in.Close()
+		c.out.Close()
+	}()
+	event := make([]byte, 8)
+	fds := []unix.PollFd{{Fd: int32(c.recv.FD()), Events: unix.POLLIN}}
+	for {
+		n, err := c.recv.Poll(c.wcs[:])
+		if err != nil {
+			return
+		}
+		if n == 0 {
+			select {
+			case <-c.f.quit:
+				return
+			case <-c.id.Events():
+				return
+			default:
+			}
+			c.recv.Arm()
+			if n, _ = c.recv.Poll(c.wcs[:]); n == 0 {
+				unix.Poll(fds, 10)
+				if m, _ := unix.Read(c.recv.FD(), event); m == 8 {
+					c.recv.Ack(1)
+				}
+				continue
+			}
+		}
+		wc := c.wcs[0]
+		if wc.Status != rdma.WCSuccess {
+			return
+		}
+		at := int(wc.ID) * c.capsule
+		if err := c.command(wc.ID, c.in.Bytes()[at:at+int(wc.Bytes)]); err != nil {
+			return
+		}
+	}
+}
+
+func (c *fakeConn) command(buffer uint64, capsule []byte) error {
+	c.cmd = *nvme.CommandAt(capsule)
+	cmd, done := &c.cmd, &c.done
+	c.head = (c.head + 1) % uint16(c.depth)
+	result, status := uint64(0), nvme.StatusSuccess
+	answered := false
+	c.f.mu.Lock()
+	if c.qid > 0 && cmd.Opcode() != nvme.OpFabrics {
+		c.f.commands[cmd.Opcode()]++
+		c.f.byQueue[c.qid]++
+	}
+	c.f.mu.Unlock()
+	if c.f.intercept != nil {
+		status, answered = c.f.intercept(c.qid, cmd)
+	}
+	if !answered {
+		var err error
+		if result, status, err = c.execute(cmd, capsule[64:]); err != nil {
+			return err
+		}
+	}
+	if status == noAnswer {
+		return c.receive(buffer)
+	}
+	done.Set(result, c.head, cmd.CID(), status)
+	if c.f.tamper != nil && !c.f.tamper(c.qid, done) {
+		return c.receive(buffer)
+	}
+	if err := c.receive(buffer); err != nil {
+		return err
+	}
+	copy(c.out.Bytes()[4096:], done[:])
+	_, err := c.transfer(rdma.SendWR{Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{{Addr: c.out.Addr() + 4096, Length: 16, LKey: c.out.LKey()}}})
+	return err
+}
+
+const noAnswer nvme.Status = 0x7FFF
+
+// transfer posts one work request and waits for it.
+func (c *fakeConn) transfer(wr rdma.SendWR) (nvme.Status, error) {
+	c.wrs[0] = wr
+	if _, err := c.qp.PostSend(c.wrs[:]); err != nil {
+		return 0, err
+	}
+	for {
+		n, err := c.send.Poll(c.wcs[:])
+		if err != nil {
+			return 0, err
+		}
+		if n == 1 {
+			if c.wcs[0].Status != rdma.WCSuccess {
+				return 0, fmt.Errorf("transfer: %v", c.wcs[0].Status)
+			}
+			return nvme.StatusSuccess, nil
+		}
+		select {
+		case <-c.f.quit:
+			return 0, rdma.ErrClosed
+		default:
+			runtime.Gosched()
+		}
+	}
+}
+
+// move copies between local registered memory and the host's, as the command's
+// SGL says.
+func (c *fakeConn) move(cmd *nvme.Command, inline []byte, local []byte, addr uint64, lkey uint32) (nvme.Status, error) {
+	if _, length, ok := cmd.InCapsuleSGL(); ok {
+		if int(length) != len(local) || len(inline) < len(local) {
+			return nvme.StatusInvalidField | nvme.StatusDNR, nil
+		}
+		copy(local, inline)
+		return nvme.StatusSuccess, nil
+	}
+	remote, length, key, _, ok := cmd.KeyedSGL()
+	if !ok || int(length) != len(local) {
+		return nvme.StatusInvalidField | nvme.StatusDNR, nil
+	}
+	if len(local) == 0 {
+		return nvme.StatusSuccess, nil
+	}
+	op := rdma.Write
+	if nvme.IsWrite(cmd) {
+		op = rdma.Read
+	}
+	return c.transfer(rdma.SendWR{Op: op, Signaled: true, RemoteAddr: remote, RKey: key, NumSGE: 1, SGE: [2]rdma.SGE{{Addr: addr, Length: uint32(len(local)), LKey: lkey}}})
+}
+
+// page moves an admin page.
+func (c *fakeConn) movePage(cmd *nvme.Command, inline []byte, n int) (nvme.Status, error) {
+	return c.move(cmd, inline, c.out.Bytes()[:n], c.out.Addr(), c.out.LKey())
+}
+
+func (c *fakeConn) execute(cmd *nvme.Command, inline []byte) (uint64, nvme.Status, error) {
+	switch {
+	case cmd.Opcode() == nvme.OpFabrics:
+		return c.fabrics(cmd, inline)
+	case c.qid == 0:
+		return c.admin(cmd, inline)
+	}
+	disk := c.f.disk.Bytes()
+	switch cmd.Opcode() {
+	case nvme.OpRead, nvme.OpWrite:
+		from := cmd.SLBA() << c.f.lbads
+		to := from + uint64(cmd.NLB())<<c.f.lbads
+		if to > uint64(len(disk)) {
+			return 0, nvme.StatusLBAOutOfRange | nvme.StatusDNR, nil
+		}
+		s, err := c.move(cmd, inline, disk[from:to], c.f.disk.Addr()+from, c.f.disk.LKey())
+		return 0, s, err
+	case nvme.OpDSM:
+		s, err := c.movePage(cmd, inline, 4096)
+		if err == nil && s.OK() {
+			_, nlb, slba := nvme.DSMRange(c.out.Bytes())
+			clear(disk[slba<<c.f.lbads:][:uint64(nlb)<<c.f.lbads])
+		}
+		return 0, s, err
+	case nvme.OpWriteZeroes:
+		clear(disk[cmd.SLBA()<<c.f.lbads:][:uint64(cmd.NLB())<<c.f.lbads])
+		return 0, nvme.StatusSuccess, nil
+	case nvme.OpFlush:
+		return 0, nvme.StatusSuccess, nil
+	}
+	return 0, nvme.StatusInvalidOpcode | nvme.StatusDNR, nil
+}
+
+func (c *fakeConn) fabrics(cmd *nvme.Command, inline []byte) (uint64, nvme.Status, error) {
+	switch cmd.FCType() {
+	case nvme.FabricsConnect:
+		s, err := c.movePage(cmd, inline, nvme.ConnectDataSize)
+		if err != nil || !s.OK() {
+			return 0, s, err
+		}
+		data := nvme.ConnectDataAt(c.out.Bytes())
+		if c.f.connect != nil {
+			if s := c.f.connect(cmd.ConnectParams(), data); !s.OK() {
+				return 0, s, nil
+			}
+		}
+		if data.SubNQN() != fakeNQN {
+			return uint64(nvme.NewConnectInvalidParam(256, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
+		}
+		return uint64(nvme.NewConnectResult(1, false)), nvme.StatusSuccess, nil
+	case nvme.FabricsPropertyGet:
+		offset, _, _ := cmd.Property()
+		c.f.mu.Lock()
+		defer c.f.mu.Unlock()
+		switch offset {
+		case nvme.PropCAP:
+			return uint64(nvme.NewCap(uint16(c.f.maxEntries-1), 15, 1)), nvme.StatusSuccess, nil
+		case nvme.PropVS:
+			return uint64(nvme.NewVersion(2, 1, 0)), nvme.StatusSuccess, nil
+		case nvme.PropCSTS:
+			shst := uint8(0)
+			if c.f.shutdown {
+				shst = 2
+			}
+			return uint64(nvme.NewCSTS(c.f.cc.EN(), false, shst)), nvme.StatusSuccess, nil
+		}
+		return 0, nvme.StatusInvalidField | nvme.StatusDNR, nil
+	case nvme.FabricsPropertySet:
+		c.f.mu.Lock()
+		defer c.f.mu.Unlock()
+		c.f.cc = nvme.CC(cmd.PropertyValue())
+		c.f.shutdown = c.f.cc.SHN() != 0
+		return 0, nvme.StatusSuccess, nil
+	}
+	return 0, nvme.StatusInvalidOpcode | nvme.StatusDNR, nil
+}
+
+func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status, error) {
+	switch cmd.Opcode() {
+	case nvme.AdminIdentify:
+		page := c.out.Bytes()[:4096]
+		clear(page)
+		switch cmd.CNS() {
+		case nvme.CNSController:
+			id := nvme.IdentifyControllerAt(page)
+			id.SetCNTLID(1)
+			id.SetKAS(10)
+			id.SetSGLS(nvme.SGLSKeyed | nvme.SGLSOffset)
+			id.SetIOCCSZ(uint32(64+c.f.inCapsule) / 16)
+			id.SetIORCSZ(1)
+			id.SetONCS(nvme.ONCSDSM | nvme.ONCSWriteZeroes)
+			id.SetVWC(nvme.VWCPresent)
+			id.SetMDTS(8)
+			id.SetMN("fake")
+		case nvme.CNSNamespace:
+			ns := nvme.IdentifyNamespaceAt(page)
+			blocks := uint64(len(c.f.disk.Bytes())) >> c.f.lbads
+			ns.SetNSZE(blocks)
+			ns.SetNCAP(blocks)
+			ns.SetLBAFormat(0, nvme.LBAFormat{LBADS: c.f.lbads})
+		case nvme.CNSActiveNSList:
+			var ids []uint32
+			for _, id := range c.f.namespaces {
+				if id > cmd.NSID() {
+					ids = append(ids, id)
+				}
+			}
+			nvme.ActiveNSListAt(page).Set(ids)
+		case nvme.CNSNamespaceDescriptors, nvme.CNSControllerCSI:
+		default:
+			return 0, nvme.StatusInvalidField | nvme.StatusDNR, nil
+		}
+		s, err := c.movePage(cmd, inline, 4096)
+		return 0, s, err
+	case nvme.AdminSetFeatures:
+		if cmd.FeatureID() == nvme.FeatureNumberOfQueues {
+			if n := int(c.f.grant.Load()); n > 0 {
+				return uint64(nvme.NumberOfQueues(n)), nvme.StatusSuccess, nil
+			}
+			return 0, nvme.StatusInternal, nil
+		}
+		return 0, nvme.StatusSuccess, nil
+	case nvme.AdminAsyncEvent:
+		return 0, noAnswer, nil
+	case nvme.AdminKeepAlive:
+		return 0, nvme.StatusSuccess, nil
+	}
+	return 0, nvme.StatusInvalidOpcode | nvme.StatusDNR, nil
+}

@@ -1,0 +1,244 @@
+package initiator
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/poller"
+)
+
+// frontEnd is a front end for tests: on each loop a source that writes and
+// reads its own stripe of a device at random and knows what every block has to
+// read.
+type frontEnd struct {
+	t    testing.TB
+	jobs []*job
+}
+
+// job is a front end's part on one loop. Its fields are the loop's.
+type job struct {
+	loop    *poller.Loop
+	queue   block.Queue
+	rng     *rand.Rand
+	first   uint64   // sector of the stripe
+	content []uint32 // generation per block of the stripe; 0 = zeroes
+	busy    []bool   // blocks under a request
+	tags    []tagState
+	free    []uint16
+	batch   []block.Request
+	results []block.Result
+	left    int // requests to start
+	flying  int
+	err     error
+	ended   bool
+	done    chan struct{} // closed when ended is set
+	errnos  atomic.Int64  // results with an errno, where allowed
+	allow   bool
+	lbs     int // bytes
+	maxIO   int
+}
+
+type tagState struct {
+	op     block.Op
+	at, n  int // blocks of the stripe
+	genera uint32
+}
+
+// newFrontEnd opens a queue of the device on every loop.
+func newFrontEnd(t testing.TB, dev block.Device, loops []*poller.Loop, depth, maxIO int, seed uint64) *frontEnd {
+	t.Helper()
+	f := &frontEnd{t: t}
+	g := dev.Geometry()
+	stripe := g.Sectors / uint64(len(loops)) / 8 * 8
+	for i, l := range loops {
+		q, err := dev.OpenQueue(i, block.QueueConfig{Depth: depth, MaxIO: maxIO})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lbs := int(g.LogicalBlock)
+		blocks := min(int(stripe)*512/lbs, 4096)
+		j := &job{
+			loop: l, queue: q, rng: rand.New(rand.NewPCG(seed, uint64(i))), first: uint64(i) * stripe,
+			content: make([]uint32, blocks), busy: make([]bool, blocks),
+			tags: make([]tagState, depth), batch: make([]block.Request, 0, depth), results: make([]block.Result, depth),
+			lbs: lbs, maxIO: maxIO,
+		}
+		for tag := range depth {
+			j.free = append(j.free, uint16(tag))
+		}
+		f.jobs = append(f.jobs, j)
+	}
+	return f
+}
+
+// run has every job do n requests, and waits for them.
+func (f *frontEnd) run(n int) {
+	f.t.Helper()
+	for _, err := range f.try(n) {
+		f.t.Error(err)
+	}
+}
+
+func (f *frontEnd) try(n int) (errs []error) {
+	f.start(n)
+	return f.wait(30 * time.Second)
+}
+
+func (f *frontEnd) start(n int) {
+	for _, j := range f.jobs {
+		j.done = make(chan struct{})
+		if err := j.loop.Call(func() { j.left, j.err, j.ended = n, nil, false; j.loop.Attach(j) }); err != nil {
+			f.t.Fatal(err)
+		}
+	}
+}
+
+func (f *frontEnd) wait(limit time.Duration) (errs []error) {
+	timeout := time.After(limit)
+	for i, j := range f.jobs {
+		select {
+		case <-j.done:
+		case <-timeout:
+			j.loop.Call(func() {
+				q := j.queue.(*queue)
+				errs = append(errs, fmt.Errorf("job %d did not end: %d to start, %d in flight, %s", i, j.left, j.flying, q.lane.describe()))
+			})
+			continue
+		}
+		j.loop.Call(func() {
+			j.loop.Detach(j)
+			if j.err != nil {
+				errs = append(errs, fmt.Errorf("job %d: %w", i, j.err))
+			}
+		})
+	}
+	return errs
+}
+
+func (f *frontEnd) close() {
+	f.t.Helper()
+	for _, j := range f.jobs {
+		if err := j.queue.Close(); err != nil {
+			f.t.Error(err)
+		}
+	}
+}
+
+// Poll implements poller.Source.
+func (j *job) Poll() int {
+	n := j.queue.Reap(j.results)
+	for _, r := range j.results[:n] {
+		j.finish(r)
+	}
+	j.batch = j.batch[:0]
+	for j.left > 0 && len(j.free) > 0 && j.prepare() {
+		j.left--
+	}
+	if len(j.batch) > 0 {
+		j.queue.Submit(j.batch)
+	}
+	if j.left == 0 && j.flying == 0 && !j.ended {
+		j.ended = true
+		close(j.done)
+	}
+	return n + len(j.batch)
+}
+
+// Arm implements poller.Source.
+func (j *job) Arm() poller.Readiness { return poller.Sleep }
+
+func (j *job) prepare() bool {
+	size := 1 + j.rng.IntN(min(j.maxIO/j.lbs, len(j.content)/4))
+	at := j.rng.IntN(len(j.content) - size)
+	for i := at; i < at+size; i++ {
+		if j.busy[i] {
+			return j.flying == 0 || len(j.batch) == 0 && j.flying < 2
+		}
+	}
+	tag := j.free[len(j.free)-1]
+	j.free = j.free[:len(j.free)-1]
+	perBlock := j.lbs / 512
+	r := block.Request{Tag: tag, Sector: j.first + uint64(at*perBlock), Sectors: uint32(size * perBlock)}
+	s := &j.tags[tag]
+	*s = tagState{at: at, n: size}
+	switch k := j.rng.IntN(20); {
+	case k < 9:
+		r.Op = block.OpWrite
+		s.genera = j.rng.Uint32() | 1
+		buf := j.queue.Buffer(tag)
+		for i := range size {
+			binary.LittleEndian.PutUint32(buf[i*j.lbs:], s.genera)
+			binary.LittleEndian.PutUint32(buf[i*j.lbs+4:], uint32(at+i))
+			binary.LittleEndian.PutUint32(buf[(i+1)*j.lbs-4:], s.genera)
+		}
+		if k == 0 {
+			r.Flags = block.FUA
+		}
+	case k < 17:
+		r.Op = block.OpRead
+		clear(j.queue.Buffer(tag)[:size*j.lbs])
+	case k < 18:
+		r.Op = block.OpDiscard
+	case k < 19:
+		r.Op = block.OpWriteZeroes
+	default:
+		r.Op, r.Sector, r.Sectors = block.OpFlush, 0, 0
+		s.n = 0
+	}
+	s.op = r.Op
+	for i := at; i < at+s.n; i++ {
+		j.busy[i] = true
+	}
+	j.flying++
+	j.batch = append(j.batch, r)
+	return true
+}
+
+func (j *job) finish(r block.Result) {
+	s := &j.tags[r.Tag]
+	j.free = append(j.free, r.Tag)
+	j.flying--
+	for i := s.at; i < s.at+s.n; i++ {
+		j.busy[i] = false
+	}
+	if r.Errno != 0 {
+		j.errnos.Add(1)
+		if j.err == nil && !j.allow {
+			j.err = fmt.Errorf("%v of block %d+%d: errno %d", s.op, s.at, s.n, r.Errno)
+		}
+		return
+	}
+	buf := j.queue.Buffer(r.Tag)
+	for i := range s.n {
+		switch s.op {
+		case block.OpWrite:
+			j.content[s.at+i] = s.genera
+		case block.OpDiscard, block.OpWriteZeroes:
+			j.content[s.at+i] = 0
+		case block.OpRead:
+			want, where := j.content[s.at+i], uint32(s.at+i)
+			if want == 0 {
+				where = 0
+			}
+			b := buf[i*j.lbs : (i+1)*j.lbs]
+			if got := binary.LittleEndian.Uint32(b); (got != want || binary.LittleEndian.Uint32(b[4:]) != where || binary.LittleEndian.Uint32(b[j.lbs-4:]) != want) && j.err == nil {
+				j.err = fmt.Errorf("block %d reads %#x of block %d, want %#x", s.at+i, got, binary.LittleEndian.Uint32(b[4:]), want)
+			}
+		}
+	}
+}
+
+// describe is what a test needs to see of a lane that hangs.
+func (l *lane) describe() string {
+	s := fmt.Sprintf("inbox %v held %v", l.inbox.Load() != nil, l.held.head != nil)
+	for _, p := range l.pairs {
+		s += fmt.Sprintf(", queue %d: %d outstanding, %d held, %d pending, waiting %v, armed %v, lost %v",
+			p.qid, p.sq.Outstanding(), p.sq.Held(), p.sq.Pending(), p.waiting.head != nil, p.armed, p.lost)
+	}
+	return s
+}

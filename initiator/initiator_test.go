@@ -1,0 +1,410 @@
+package initiator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/rdmatest"
+)
+
+func newLoops(t testing.TB, n int) []*poller.Loop {
+	t.Helper()
+	var loops []*poller.Loop
+	for i := range n {
+		l, err := poller.New(poller.Config{Name: fmt.Sprintf("test-%d", i)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Stop() })
+		loops = append(loops, l)
+	}
+	return loops
+}
+
+func testConfig(p rdma.Provider, loops []*poller.Loop, q poller.Request) Config {
+	return Config{
+		Provider: p, Address: netip.AddrPortFrom(targetAddr, 4420), SubNQN: fakeNQN,
+		HostNQN: "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-0000-0000-000000000001", HostID: nvme.NewUUID(),
+		Queues: q, Loops: loops,
+		AdminTimeout: 2 * time.Second, IOTimeout: 2 * time.Second, ConnectTimeout: 2 * time.Second,
+	}
+}
+
+func connect(t testing.TB, cfg Config) *Controller {
+	t.Helper()
+	c, err := Connect(context.Background(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func closeController(t testing.TB, c *Controller) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := c.Close(ctx); err != nil {
+		t.Errorf("close: %v", err)
+	}
+}
+
+// TestVerifyEverySplit runs verified I/O on controllers of all sorts of
+// requests and grants: fewer queues than loops, classes without queues.
+func TestVerifyEverySplit(t *testing.T) {
+	cpus := runtime.NumCPU()
+	for _, q := range []poller.Request{{IO: 1}, {IO: 2}, {IO: 2, Write: 2}, {IO: 2, Poll: 2}, {IO: 2, Write: 1, Poll: 1}, {IO: 1, Write: 1, Poll: 1}, {IO: 2, Write: 2, Poll: 2}} {
+		q = q.Clip(cpus)
+		for grant := 1; grant <= q.Total(); grant++ {
+			t.Run(fmt.Sprintf("%d-%d-%d granted %d", q.IO, q.Write, q.Poll, grant), func(t *testing.T) {
+				fabric := rdmatest.NewFabric()
+				target := newFakeTarget(t, fabric, 4<<20)
+				target.grant.Store(int32(grant))
+				loops := newLoops(t, q.Loops())
+				c := connect(t, testConfig(fabric.Provider(hostAddr), loops, q))
+				if got := c.Info().Plan; got != poller.Split(q, grant) {
+					t.Errorf("plan %v", got)
+				}
+				f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 64<<10, 1)
+				f.run(1500)
+				f.close()
+				closeController(t, c)
+				target.mu.Lock()
+				defer target.mu.Unlock()
+				for qid := 1; qid <= grant; qid++ {
+					if target.byQueue[uint16(qid)] == 0 {
+						t.Errorf("queue %d of %d was not used: %v", qid, grant, target.byQueue)
+					}
+				}
+				if !target.shutdown {
+					t.Error("no shutdown notification arrived")
+				}
+			})
+		}
+	}
+}
+
+// TestVariants are targets of other shapes.
+func TestVariants(t *testing.T) {
+	for name, set := range map[string]func(*fakeTarget, *Config){
+		"no in-capsule data":    func(f *fakeTarget, _ *Config) { f.inCapsule = 0 },
+		"big capsules":          func(f *fakeTarget, _ *Config) { f.inCapsule = 16384 },
+		"4096 byte blocks":      func(f *fakeTarget, _ *Config) { f.lbads = 12 },
+		"queue size 16":         func(_ *fakeTarget, c *Config) { c.QueueSize = 16 },
+		"target with 8 entries": func(f *fakeTarget, _ *Config) { f.maxEntries = 8 },
+		"sq flow control off":   func(_ *fakeTarget, c *Config) { c.DisableSQFlow = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			fabric := rdmatest.NewFabric()
+			target := newFakeTarget(t, fabric, 4<<20)
+			loops := newLoops(t, 1)
+			cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+			set(target, &cfg)
+			c := connect(t, cfg)
+			f := newFrontEnd(t, c.Namespaces()[0], loops, 64, 128<<10, 2)
+			f.run(3000)
+			f.close()
+			closeController(t, c)
+		})
+	}
+}
+
+// TestDelayedFabric lets work requests take effect later than they are posted,
+// which finds buffers that are reused too early.
+func TestDelayedFabric(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 4<<20)
+	fabric.SetDelay(200 * time.Microsecond)
+	loops := newLoops(t, min(2, runtime.NumCPU()))
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: len(loops), Write: 1}))
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 64<<10, 3)
+	f.run(300)
+	f.close()
+	closeController(t, c)
+}
+
+// TestTwoNamespaces serves both at once on the same loops and queue pairs.
+func TestTwoNamespaces(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 4<<20)
+	target.namespaces = []uint32{1, 7}
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	ns := c.Namespaces()
+	if len(ns) != 2 || ns[0].NSID() != 1 || ns[1].NSID() != 7 {
+		t.Fatalf("namespaces %v", ns)
+	}
+	// The fake's namespaces are the same memory, so the second one only reads.
+	a := newFrontEnd(t, ns[0], loops, 128, 4096, 4)
+	q, err := ns[1].OpenQueue(0, block.QueueConfig{Depth: 128, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.start(2000)
+	var results [128]block.Result
+	for range 20 {
+		reqs := make([]block.Request, 128)
+		for i := range reqs {
+			reqs[i] = block.Request{Op: block.OpRead, Tag: uint16(i), Sector: uint64(i * 8), Sectors: 8}
+		}
+		loops[0].Call(func() { q.Submit(reqs) })
+		for got := 0; got < len(reqs); {
+			n := 0
+			loops[0].Call(func() { n = q.Reap(results[:]) })
+			for _, r := range results[:n] {
+				if r.Errno != 0 {
+					t.Fatalf("read: errno %d", r.Errno)
+				}
+			}
+			got += n
+		}
+	}
+	for _, err := range a.wait(30 * time.Second) {
+		t.Error(err)
+	}
+	q.Close()
+	a.close()
+	closeController(t, c)
+}
+
+// TestRefusals checks that each step that can fail says which one it was.
+func TestRefusals(t *testing.T) {
+	for name, c := range map[string]struct {
+		set  func(*fakeTarget, *Config)
+		want []string
+		as   any
+	}{
+		"unknown subsystem": {func(_ *fakeTarget, c *Config) { c.SubNQN = "nqn.2026-01.org.example:other" }, []string{"connect admin queue", "subsystem nqn"}, new(ConnectStatus)},
+		"host not allowed": {func(f *fakeTarget, _ *Config) {
+			f.connect = func(nvme.ConnectParams, *nvme.ConnectData) nvme.Status {
+				return nvme.StatusConnectInvalidHost | nvme.StatusDNR
+			}
+		}, []string{"connect admin queue", "host"}, new(ConnectStatus)},
+		"I/O queue refused": {func(f *fakeTarget, _ *Config) {
+			f.connect = func(p nvme.ConnectParams, _ *nvme.ConnectData) nvme.Status {
+				if p.QID == 2 {
+					return nvme.StatusConnectControllerBusy
+				}
+				return nvme.StatusSuccess
+			}
+		}, []string{"connect I/O queues", "queue 2", "busy"}, new(ConnectStatus)},
+		"no queue granted": {func(f *fakeTarget, _ *Config) { f.grant.Store(0) }, []string{"negotiate I/O queues", "no I/O queues"}, nil},
+		"nobody listens":   {func(_ *fakeTarget, c *Config) { c.Address = netip.AddrPortFrom(targetAddr, 4421) }, []string{"connect admin queue", "nobody listens"}, new(*rdma.RejectError)},
+		"silent command": {func(f *fakeTarget, c *Config) {
+			c.AdminTimeout = 200 * time.Millisecond
+			f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+				return noAnswer, cmd.Opcode() == nvme.AdminIdentify
+			}
+		}, []string{"identify controller", "deadline"}, nil},
+		"bad queue size": {func(_ *fakeTarget, c *Config) { c.QueueSize = 15 }, []string{"queue size 15", "16..1024"}, nil},
+		"bad host NQN":   {func(_ *fakeTarget, c *Config) { c.HostNQN = "" }, []string{"host NQN"}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fabric := rdmatest.NewFabric()
+			target := newFakeTarget(t, fabric, 1<<20)
+			loops := newLoops(t, min(2, runtime.NumCPU()))
+			cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: len(loops)})
+			c.set(target, &cfg)
+			ctl, err := Connect(context.Background(), cfg)
+			if err == nil {
+				closeController(t, ctl)
+				t.Fatal("connected")
+			}
+			for _, w := range c.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("error %q does not say %q", err, w)
+				}
+			}
+			switch as := c.as.(type) {
+			case *ConnectStatus:
+				if !errors.As(err, as) {
+					t.Errorf("error %v holds no %T", err, *as)
+				}
+			case **rdma.RejectError:
+				if !errors.As(err, as) {
+					t.Errorf("error %v holds no %T", err, *as)
+				}
+			}
+		})
+	}
+}
+
+// TestErrorStatus: a status without Do Not Retry is retried, at most five
+// times; one with it fails at once, with the block layer's errno for it.
+func TestErrorStatus(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	failures := map[uint64]int{8: 3, 16: 100, 24: 1} // by LBA
+	status := map[uint64]nvme.Status{8: nvme.StatusInternal, 16: nvme.StatusInternal, 24: nvme.StatusCapacityExceeded | nvme.StatusDNR}
+	seen := map[uint64]int{}
+	target.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+		if qid == 0 || cmd.Opcode() != nvme.OpWrite {
+			return 0, false
+		}
+		seen[cmd.SLBA()]++
+		if failures[cmd.SLBA()] > 0 {
+			failures[cmd.SLBA()]--
+			return status[cmd.SLBA()], true
+		}
+		return 0, false
+	}
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	for _, want := range []struct {
+		sector uint64
+		errno  unix.Errno
+		tries  int
+	}{{0, 0, 1}, {8, 0, 4}, {16, unix.EIO, 6}, {24, unix.ENOSPC, 1}} {
+		got := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sector: want.sector, Sectors: 8})
+		if unix.Errno(got) != want.errno || seen[want.sector] != want.tries {
+			t.Errorf("sector %d: errno %v after %d tries, want %v after %d", want.sector, unix.Errno(got), seen[want.sector], want.errno, want.tries)
+		}
+	}
+	closeController(t, c)
+}
+
+// single does one request and gives its errno.
+func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request) uint16 {
+	t.Helper()
+	q, err := dev.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 65536})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	if err := loop.Call(func() { q.Submit([]block.Request{r}) }); err != nil {
+		t.Fatal(err)
+	}
+	var done [1]block.Result
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		n := 0
+		loop.Call(func() { n = q.Reap(done[:]) })
+		if n == 1 {
+			return done[0].Errno
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("request did not end")
+		}
+	}
+}
+
+// TestRequestsThatMustNotBeSent are refused without a word to the target, above
+// all those that would let it reach beyond a buffer.
+func TestRequestsThatMustNotBeSent(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	target.lbads = 12
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	for _, r := range []block.Request{
+		{Op: block.OpRead, Sectors: 136},                     // longer than the buffer
+		{Op: block.OpWrite, Sectors: 1 << 31},                // wraps in 32 bits
+		{Op: block.OpWrite, Sectors: 4},                      // half a block
+		{Op: block.OpRead, Sector: 4, Sectors: 8},            // between blocks
+		{Op: block.OpRead},                                   // nothing
+		{Op: block.OpDiscard},                                // nothing
+		{Op: block.OpUnset, Sectors: 8},                      // no operation
+		{Op: block.OpWriteZeroes + 1, Sector: 0, Sectors: 8}, // unknown
+	} {
+		if got := single(t, loops[0], c.Namespaces()[0], r); got == 0 {
+			t.Errorf("%+v succeeded", r)
+		}
+	}
+	if len(target.commands) != 0 {
+		t.Errorf("the target saw %v", target.commands)
+	}
+	closeController(t, c)
+}
+
+// TestHostileResponses: whatever a target answers, the association ends with a
+// reason, and every request with an error.
+func TestHostileResponses(t *testing.T) {
+	for name, c := range map[string]struct {
+		tamper func(*nvme.Completion) bool
+		want   string
+	}{
+		"id of no slot":     {func(c *nvme.Completion) bool { c.SetCID(c.CID() | 0x0FFF); return true }, "not outstanding"},
+		"wrong generation":  {func(c *nvme.Completion) bool { c.SetCID(c.CID() ^ 0x1000); return true }, "not outstanding"},
+		"another slot":      {func(c *nvme.Completion) bool { c.SetCID(c.CID()&0xF000 | (c.CID()+5)&0x0FFF); return true }, "not outstanding"},
+		"head beyond queue": {func(c *nvme.Completion) bool { c.SetSQHead(4000); return true }, "submission queue head"},
+		"no answer":         {func(c *nvme.Completion) bool { return false }, "not answered within"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fabric := rdmatest.NewFabric()
+			target := newFakeTarget(t, fabric, 1<<20)
+			var hostile atomic.Bool
+			target.tamper = func(qid uint16, done *nvme.Completion) bool {
+				return qid == 0 || !hostile.Load() || c.tamper(done)
+			}
+			loops := newLoops(t, 1)
+			ctl := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+			hostile.Store(true)
+			f := newFrontEnd(t, ctl.Namespaces()[0], loops, 8, 4096, 9)
+			f.jobs[0].allow = true
+			for _, err := range f.try(50) {
+				t.Error(err)
+			}
+			if f.jobs[0].errnos.Load() == 0 {
+				t.Error("no request failed")
+			}
+			<-ctl.Done()
+			if err := ctl.Err(); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("reason %v, want %q", err, c.want)
+			}
+			f.close()
+			closeController(t, ctl)
+		})
+	}
+}
+
+// TestNoAllocations: a batch of reads and writes, from Submit to Reap, with
+// everything between on the loop.
+func TestNoAllocations(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1, Write: 1, Poll: 1}.Clip(runtime.NumCPU())))
+	q, err := c.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 32, MaxIO: 65536})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reqs := make([]block.Request, 32)
+	for i := range reqs {
+		reqs[i] = block.Request{Op: block.OpRead + block.Op(i%2), Tag: uint16(i), Sector: uint64(i) * 64, Sectors: 8}
+		if i%4 >= 2 {
+			reqs[i].Sectors = 64 // not in a capsule, not polled
+		}
+	}
+	results := make([]block.Result, 32)
+	var allocs float64
+	err = loops[0].Call(func() {
+		l := c.lanes[0]
+		allocs = testing.AllocsPerRun(100, func() {
+			q.Submit(reqs)
+			for got := 0; got < len(reqs); {
+				l.Poll()
+				got += q.Reap(results)
+			}
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// This counts the fake target too, which allocates nothing either.
+	if allocs != 0 {
+		t.Errorf("%v allocations per batch of 32 requests", allocs)
+	}
+	q.Close()
+	closeController(t, c)
+}

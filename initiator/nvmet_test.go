@@ -1,0 +1,45 @@
+package initiator
+
+import (
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/verbs"
+)
+
+// TestNvmet runs verified I/O against a real target over libibverbs. UN_TARGET
+// names it as ADDR:PORT,NQN; what is on its namespaces is overwritten.
+func TestNvmet(t *testing.T) {
+	addr, nqn, ok := strings.Cut(os.Getenv("UN_TARGET"), ",")
+	if !ok {
+		if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "target") {
+			t.Fatal("UN_TARGET is not set")
+		}
+		t.Skip("UN_TARGET is not set")
+	}
+	provider, err := verbs.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range []poller.Request{{IO: 1}, {IO: 2, Write: 1, Poll: 1}, {IO: 2, Write: 2, Poll: 2}} {
+		q = q.Clip(runtime.NumCPU())
+		loops := newLoops(t, q.Loops())
+		cfg := testConfig(provider, loops, q)
+		cfg.Address, cfg.SubNQN = netip.MustParseAddrPort(addr), nqn
+		cfg.AdminTimeout, cfg.IOTimeout = 0, 0
+		c := connect(t, cfg)
+		t.Logf("%v: %v", q, c.Info().Plan)
+		for _, ns := range c.Namespaces() {
+			t.Logf("namespace %d: %+v", ns.NSID(), ns.Geometry())
+			f := newFrontEnd(t, ns, loops, 64, 256<<10, 5)
+			f.run(2000)
+			f.close()
+		}
+		closeController(t, c)
+	}
+}
