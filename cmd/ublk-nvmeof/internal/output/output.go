@@ -1,0 +1,303 @@
+// Package output writes what the command says: tables for people, JSON for
+// programs. Names in JSON are nvme-cli's where it has one; schema_version is
+// ours.
+package output
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+)
+
+// SchemaVersion is that of the JSON written here.
+const SchemaVersion = 1
+
+// Formats of --output-format.
+const (
+	Normal = "normal"
+	JSON   = "json"
+)
+
+// none stands for what is not known.
+const none = "-"
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+type connected struct {
+	Device        string         `json:"device"`
+	Devices       []string       `json:"devices"`
+	Controller    string         `json:"controller"`
+	NQN           string         `json:"subsysnqn"`
+	Address       string         `json:"address"`
+	Queues        control.Queues `json:"queues"`
+	SchemaVersion int            `json:"schema_version"`
+}
+
+// Connected says which devices a new connection has. verbose adds the queues.
+func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
+	out := connected{
+		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s), Queues: s.Queues, SchemaVersion: SchemaVersion,
+	}
+	var paths []string
+	for _, d := range s.Devices {
+		out.Devices = append(out.Devices, d.Device)
+		paths = append(paths, d.Path())
+	}
+	if format == JSON {
+		if len(out.Devices) > 0 {
+			out.Device = out.Devices[0]
+		}
+		return writeJSON(w, out)
+	}
+	if _, err := fmt.Fprintf(w, "connected %s at %s: %s\n", s.NQN, endpoint(s), strings.Join(paths, " ")); err != nil {
+		return err
+	}
+	if !verbose {
+		return nil
+	}
+	return classTable(w, s.Queues)
+}
+
+// classTable is what was asked for, what was granted, and who serves a class
+// that got nothing.
+func classTable(out io.Writer, q control.Queues) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "class\trequested\tgranted\tmapped")
+	for _, c := range classes(q) {
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\n", c.name, c.Requested, c.Granted, c.Mapped)
+	}
+	fmt.Fprintf(w, "total\t%d\t%d\n", q.Requested, q.Granted)
+	return w.Flush()
+}
+
+type class struct {
+	name string
+	control.Class
+}
+
+func classes(q control.Queues) []class {
+	return []class{{"read", q.Read}, {"default", q.Default}, {"poll", q.Poll}}
+}
+
+// summary is the queues on one line: requested/granted per class, with the
+// class that serves it instead, if it got none. Classes that nobody asked for
+// are left out.
+func summary(q control.Queues) string {
+	var parts []string
+	for _, c := range classes(q) {
+		if c.Requested == 0 && c.Granted == 0 {
+			continue
+		}
+		p := fmt.Sprintf("%s %d/%d", c.name, c.Requested, c.Granted)
+		if c.Mapped != c.name {
+			p += "→" + c.Mapped
+		}
+		parts = append(parts, p)
+	}
+	if len(parts) == 0 {
+		return none
+	}
+	return strings.Join(parts, ", ")
+}
+
+// Address is a target's address as nvme-cli writes it.
+func Address(s control.Status) string {
+	a := "traddr=" + s.TrAddr + ",trsvcid=" + s.TrSvcID
+	if s.HostTrAddr != "" {
+		a += ",host_traddr=" + s.HostTrAddr
+	}
+	return a
+}
+
+func endpoint(s control.Status) string {
+	if strings.Contains(s.TrAddr, ":") {
+		return "[" + s.TrAddr + "]:" + s.TrSvcID
+	}
+	return s.TrAddr + ":" + s.TrSvcID
+}
+
+// listed is a device in the list, nvme-cli's fields first.
+type listed struct {
+	NameSpace    uint32
+	DevicePath   string
+	Firmware     string
+	ModelNumber  string
+	SerialNumber string
+	MaximumLBA   uint64
+	PhysicalSize uint64
+	SectorSize   uint32
+	SubsystemNQN string
+	Transport    string
+	Address      string
+	State        string
+	Controller   string
+}
+
+type list struct {
+	SchemaVersion int `json:"schema_version"`
+	Devices       []listed
+	Controllers   []control.Status `json:"controllers"`
+}
+
+// List shows servers and their devices. JSON has everything; verbose is for
+// people.
+func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
+	switch {
+	case format == JSON:
+		return listJSON(w, servers)
+	case verbose:
+		return listVerbose(w, servers)
+	}
+	return listTable(w, servers)
+}
+
+func listJSON(w io.Writer, servers []control.Status) error {
+	l := list{SchemaVersion: SchemaVersion, Devices: []listed{}, Controllers: []control.Status{}}
+	l.Controllers = append(l.Controllers, servers...)
+	for _, s := range servers {
+		for _, d := range s.Devices {
+			l.Devices = append(l.Devices, listed{
+				NameSpace: d.NSID, DevicePath: d.Path(), Firmware: s.Firmware, ModelNumber: s.Model, SerialNumber: s.Serial,
+				MaximumLBA: d.Size / uint64(max(d.BlockSize, 1)), PhysicalSize: d.Size, SectorSize: d.BlockSize,
+				SubsystemNQN: s.NQN, Transport: s.Transport, Address: Address(s), State: s.State, Controller: s.Name,
+			})
+		}
+	}
+	return writeJSON(w, l)
+}
+
+func listTable(out io.Writer, servers []control.Status) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "DEVICE\tNSID\tSIZE\tNQN\tADDRESS\tSTATE\tQUEUES (REQUESTED/GRANTED)")
+	for _, s := range servers {
+		rest := fmt.Sprintf("%s\t%s\t%s\t%s", s.NQN, endpoint(s), s.State, summary(s.Queues))
+		if len(s.Devices) == 0 {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", none, none, none, rest)
+		}
+		for _, d := range s.Devices {
+			fmt.Fprintf(w, "%s\t%d\t%s\t%s\n", d.Path(), d.NSID, size(d.Size), rest)
+		}
+	}
+	return w.Flush()
+}
+
+func size(n uint64) string {
+	if n == 0 {
+		return none
+	}
+	return humanize.IBytes(n)
+}
+
+func listVerbose(out io.Writer, servers []control.Status) error {
+	for i, s := range servers {
+		if i > 0 {
+			fmt.Fprintln(out)
+		}
+		fmt.Fprintf(out, "%s: %s\n", s.Name, s.NQN)
+		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+		row := func(name, format string, args ...any) {
+			fmt.Fprintf(w, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
+		}
+		state := s.State
+		if s.Reason != "" {
+			state += ": " + s.Reason
+		}
+		row("state", "%s", state)
+		source := ""
+		if s.HostTrAddr != "" {
+			source = " from " + s.HostTrAddr
+		}
+		row("address", "%s %s%s", s.Transport, endpoint(s), source)
+		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
+		row("process", "%d", s.PID)
+		if s.Model != "" {
+			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
+		}
+		if s.RDMADevice != "" {
+			row("rdma", "%s on %s, memory %s, in-capsule data %s, submission queue flow control %s",
+				s.Provider, s.RDMADevice, s.Memory, inCapsule(s.InCapsule), onOff(s.SQFlow))
+		}
+		if s.Queues.Requested > 0 {
+			row("queues", "%s, %d entries each", summary(s.Queues), s.QueueSize)
+			row("timeouts", "keep alive %s, reconnect delay %s, controller loss %s", seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss))
+			row("buffers", "%s", size(uint64(s.BufferBytes)))
+		}
+		for _, d := range s.Devices {
+			row(d.Path(), "%s", describe(d))
+			if d.Queues > 0 {
+				row("", "%s", counters(d.Counters))
+			}
+		}
+		for j, l := range s.Lanes {
+			row(fmt.Sprintf("loop %d", j), "%d submitted, %d completed, %d handed over, %d retried; %d passes, %d enters, %d waits, %d blocking, %d spins",
+				l.Submitted, l.Completed, l.HandedOver, l.Retried, l.Passes, l.Enters, l.Waits, l.BlockingWaits, l.Spins)
+		}
+		if err := w.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func describe(d control.Device) string {
+	parts := []string{fmt.Sprintf("namespace %d", d.NSID)}
+	if d.Size > 0 {
+		parts = append(parts, size(d.Size), fmt.Sprintf("blocks of %d", d.BlockSize),
+			fmt.Sprintf("%d queues of %d requests up to %s", d.Queues, d.QueueDepth, size(uint64(d.MaxIO))))
+	}
+	if d.ReadOnly {
+		parts = append(parts, "read-only")
+	}
+	if d.WriteCache {
+		parts = append(parts, "write cache")
+	}
+	if d.UUID != "" {
+		parts = append(parts, "uuid "+d.UUID)
+	}
+	return strings.Join(parts, ", ")
+}
+
+func counters(c control.IO) string {
+	return fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards, %d write zeroes, %d errors, %d batches",
+		c.Reads, humanize.IBytes(c.ReadBytes), c.Writes, humanize.IBytes(c.WrittenBytes), c.Flushes, c.Discards, c.WriteZeroes, c.Errors, c.Batches)
+}
+
+func seconds(n int) string {
+	if n < 0 {
+		return "never"
+	}
+	return (time.Duration(n) * time.Second).String()
+}
+
+func inCapsule(n int) string {
+	if n == 0 {
+		return "off"
+	}
+	return "up to " + humanize.IBytes(uint64(n))
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return none
+	}
+	return s
+}

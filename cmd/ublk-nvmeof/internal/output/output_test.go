@@ -1,0 +1,113 @@
+package output
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s:\ngot\n%s\nwant\n%s", name, got, want)
+	}
+}
+
+// live is a server whose target granted two queues of the four asked for.
+var live = control.Status{
+	SchemaVersion: 1, Name: "ctrl0", PID: 1234,
+	Transport: "rdma", TrAddr: "10.0.2.15", TrSvcID: "4420", HostTrAddr: "10.0.2.16",
+	NQN: "nqn.2026-01.org.example:lab", HostNQN: "nqn.2014-08.org.nvmexpress:uuid:11111111-1111-1111-1111-111111111111",
+	HostID: "11111111-1111-1111-1111-111111111111",
+	State:  "live", CNTLID: 1, Version: "2.1.0", Model: "Linux", Serial: "0123456789abcdef0123", Firmware: "6.12.95+",
+	Provider: "verbs", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 128,
+	Queues: control.Queues{
+		Requested: 4, Granted: 3,
+		Read:    control.Class{Requested: 2, Granted: 2, Mapped: "read"},
+		Default: control.Class{Requested: 1, Granted: 1, Mapped: "default"},
+		Poll:    control.Class{Requested: 1, Granted: 0, Mapped: "default"},
+	},
+	KeepAlive: 5, Reconnect: 10, Loss: 600, PollMax: 16384, BufferBytes: 128 << 20,
+	Devices: []control.Device{
+		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, BlockSize: 512,
+			WriteCache: true, Queues: 2, QueueDepth: 128, MaxIO: 256 << 10, BufferBytes: 64 << 20,
+			Counters: control.IO{Reads: 10, ReadBytes: 40960, Writes: 3, WrittenBytes: 1 << 20, Flushes: 1, Errors: 2, Batches: 9}},
+		{Device: "ublkb1", NSID: 7, Size: 5 << 40, BlockSize: 4096, ReadOnly: true, Queues: 2, QueueDepth: 128,
+			MaxIO: 256 << 10, BufferBytes: 64 << 20},
+	},
+	Lanes: []control.Lane{
+		{Submitted: 14, Completed: 14, HandedOver: 3, Retried: 1, Passes: 99, Enters: 20, Waits: 12, BlockingWaits: 5, Spins: 7},
+		{Submitted: 2, Completed: 2},
+	},
+}
+
+// plain is what connect gives without any wishes, over IPv6.
+var plain = control.Status{
+	SchemaVersion: 1, Name: "ctrl1", PID: 1300, Transport: "rdma", TrAddr: "fe80::1%eth0", TrSvcID: "4421",
+	NQN: "nqn.b", HostNQN: "nqn.h", HostID: "33333333-3333-3333-3333-333333333333",
+	State: "dead", Reason: "keep alive: deadline exceeded", Provider: "verbs", RDMADevice: "mlx5_0", Memory: "registered",
+	Model: "M", Serial: "S", Firmware: "F", Version: "1.4.0", QueueSize: 16,
+	Queues: control.Queues{Requested: 8, Granted: 8, Read: control.Class{Mapped: "default"},
+		Default: control.Class{Requested: 8, Granted: 8, Mapped: "default"}, Poll: control.Class{Mapped: "default"}},
+	KeepAlive: 5, Reconnect: 10, Loss: -1, BufferBytes: 4 << 20,
+	Devices: []control.Device{{Device: "ublkb2", NSID: 1, Size: 1 << 30, BlockSize: 512, Queues: 8, QueueDepth: 16, MaxIO: 32 << 10, BufferBytes: 4 << 20}},
+}
+
+// lost is a server that is no more: only what its state file says is known.
+var lost = control.Status{
+	SchemaVersion: 1, Name: "ctrl2", PID: 1400, Transport: "rdma", TrAddr: "10.0.2.17", TrSvcID: "4420", NQN: "nqn.c", HostNQN: "nqn.h",
+	State: "lost", Reason: "the server has died", Devices: []control.Device{{Device: "ublkb3", NSID: 1}},
+}
+
+// connecting has no devices yet.
+var connecting = control.Status{
+	SchemaVersion: 1, Name: "ctrl3", PID: 1500, Transport: "rdma", TrAddr: "10.0.2.18", TrSvcID: "4420", NQN: "nqn.d", HostNQN: "nqn.h",
+	State: "connecting",
+}
+
+func TestGolden(t *testing.T) {
+	all := []control.Status{live, plain, lost, connecting}
+	for _, tt := range []struct {
+		file  string
+		write func(*bytes.Buffer) error
+	}{
+		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, false) }},
+		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, true) }},
+		{"list.json", func(b *bytes.Buffer) error { return List(b, all, JSON, false) }},
+		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, Normal, false) }},
+		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, JSON, true) }},
+		{"connect.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, false) }},
+		{"connect-verbose.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, true) }},
+		{"connect.json", func(b *bytes.Buffer) error { return Connected(b, live, JSON, true) }},
+		{"connect-ipv6.txt", func(b *bytes.Buffer) error { return Connected(b, plain, Normal, false) }},
+	} {
+		t.Run(tt.file, func(t *testing.T) {
+			var b bytes.Buffer
+			if err := tt.write(&b); err != nil {
+				t.Fatal(err)
+			}
+			golden(t, tt.file, b.Bytes())
+			if strings.HasSuffix(tt.file, ".json") && !json.Valid(b.Bytes()) {
+				t.Error("not JSON")
+			}
+		})
+	}
+}
