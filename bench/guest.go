@@ -1,0 +1,424 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// guest runs a plan inside the VM and reports by events, one JSON line each.
+type guest struct {
+	plan  plan
+	out   *json.Encoder
+	clock clockHolder
+}
+
+// guestMain is the program in the VM; its argument is the plan.
+func guestMain(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: guest PLAN")
+	}
+	g := guest{out: json.NewEncoder(os.Stdout)}
+	if err := json.Unmarshal([]byte(args[0]), &g.plan); err != nil {
+		return fmt.Errorf("parse plan: %w", err)
+	}
+	g.clock.use = g.plan.HoldClock
+	g.clock.hold()
+	defer g.clock.release()
+	if err := g.prepare(ctx); err != nil {
+		return err
+	}
+	servers := make(map[string]*serverInfo)
+	for round := 1; round <= g.plan.Rounds; round++ {
+		if err := g.round(ctx, round, servers); err != nil {
+			return err
+		}
+	}
+	for _, name := range g.plan.Paths {
+		if s := servers[name]; s != nil {
+			if err := g.emit(event{Server: s}); err != nil {
+				return err
+			}
+		}
+	}
+	if g.plan.Idle > 0 {
+		if err := g.idle(ctx); err != nil {
+			return err
+		}
+	}
+	// Last, because switching trace points on may crash an emulated kernel.
+	if g.plan.Syscalls {
+		if err := g.syscalls(ctx); err != nil {
+			return err
+		}
+	}
+	return g.emit(event{Done: true})
+}
+
+func (g *guest) emit(e event) error { return g.out.Encode(e) }
+
+// fail reports what could not be measured; the rest goes on. Only the end of
+// the whole run is an error.
+func (g *guest) fail(ctx context.Context, path, where string, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return g.emit(event{Failure: &failure{Path: path, Where: where, Error: err.Error()}})
+}
+
+// prepare sets up the target and loads what the paths need.
+func (g *guest) prepare(ctx context.Context) error {
+	if _, err := command(ctx, g.plan.Lab, "target", "size="+strconv.Itoa(g.plan.SizeMiB)); err != nil {
+		return err
+	}
+	node, err := os.ReadFile("/sys/kernel/config/nvmet/subsystems/" + targetNQN + "/namespaces/1/device_path")
+	if err != nil {
+		return err
+	}
+	if err := fill(strings.TrimSpace(string(node)), g.plan.SizeMiB); err != nil {
+		return err
+	}
+	for _, name := range g.plan.Paths {
+		p, err := pathNamed(name)
+		if err != nil {
+			return err
+		}
+		if _, err := command(ctx, "modprobe", p.module); err != nil {
+			return err
+		}
+	}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return err
+	}
+	info := guestInfo{Kernel: unix.ByteSliceToString(uts.Release[:])}
+	if out, err := command(ctx, "fio", "--version"); err == nil {
+		info.Fio = strings.TrimSpace(string(out))
+	}
+	if out, err := command(ctx, "nvme", "version"); err == nil {
+		first, _, _ := strings.Cut(string(out), "\n")
+		info.Nvme = first
+	}
+	return g.emit(event{Guest: &info})
+}
+
+// fill writes the whole namespace, because null_blk keeps no page for what was
+// not written and would read it without a copy.
+func fill(node string, sizeMiB int) error {
+	f, err := os.OpenFile(node, os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("fill namespace: %w", err)
+	}
+	defer f.Close()
+	chunk := bytes.Repeat([]byte("ublk-nvmeof bench "), 1<<20/16)[:1<<20]
+	for range sizeMiB {
+		if _, err := f.Write(chunk); err != nil {
+			return fmt.Errorf("fill namespace: %w", err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("fill namespace: %w", err)
+	}
+	return nil
+}
+
+// connected is a path in use.
+type connected struct {
+	name string
+	*disk
+}
+
+// round connects all paths, runs each workload on each of them and disconnects.
+// The memory of the servers, which have served then, goes to servers.
+func (g *guest) round(ctx context.Context, round int, servers map[string]*serverInfo) error {
+	// Neighbours in time are what is compared; who comes first changes.
+	order := slices.Clone(g.plan.Paths)
+	first := (round - 1) % len(order)
+	order = append(order[first:], order[:first]...)
+
+	var disks []connected
+	defer func() {
+		for _, d := range disks {
+			if err := d.close(ctx); err != nil {
+				g.fail(ctx, d.name, "disconnect", err)
+			}
+		}
+	}()
+	for _, name := range order {
+		p, err := pathNamed(name)
+		if err != nil {
+			return err
+		}
+		d, err := p.connect(ctx, g.plan)
+		if err != nil {
+			if err := g.fail(ctx, name, "connect", err); err != nil {
+				return err
+			}
+			continue
+		}
+		disks = append(disks, connected{name, d})
+	}
+	for _, name := range g.plan.Workloads {
+		w, err := workloadNamed(name)
+		if err != nil {
+			return err
+		}
+		for i := range disks {
+			s, err := g.measure(ctx, w, disks, i)
+			if err != nil {
+				if err := g.fail(ctx, disks[i].name, name, err); err != nil {
+					return err
+				}
+				continue
+			}
+			s.Round = round
+			if err := g.emit(event{Sample: &s}); err != nil {
+				return err
+			}
+		}
+	}
+	for _, d := range disks {
+		if d.server == 0 {
+			continue
+		}
+		use, err := readTaskUse(d.server)
+		if err != nil {
+			return err
+		}
+		rss, err := residentMemory(d.server)
+		if err != nil {
+			return err
+		}
+		servers[d.name] = &serverInfo{Path: d.name, RSS: rss, Threads: len(use.threads)}
+	}
+	return nil
+}
+
+// snapshot is everything that a window is the difference of.
+type snapshot struct {
+	cpu     cpuUse
+	bytes   uint64    // of the disk under load
+	servers []taskUse // by disk
+}
+
+func take(disks []connected, loaded int) (snapshot, error) {
+	var s snapshot
+	var err error
+	for _, d := range disks {
+		u, err := readTaskUse(d.server)
+		if err != nil {
+			return s, fmt.Errorf("%s: %w", d.name, err)
+		}
+		s.servers = append(s.servers, u)
+	}
+	if s.bytes, err = transferred(disks[loaded].node); err != nil {
+		return s, err
+	}
+	s.cpu, err = readCPUUse()
+	return s, err
+}
+
+// measure runs a workload on one of the disks.
+func (g *guest) measure(ctx context.Context, w workload, disks []connected, loaded int) (sample, error) {
+	var from, to snapshot
+	res, err := g.fio(ctx, w, disks[loaded].node, func(ctx context.Context) error {
+		var err error
+		if from, err = take(disks, loaded); err != nil {
+			return err
+		}
+		if err := sleep(ctx, g.plan.Runtime*8/10); err != nil {
+			return err
+		}
+		to, err = take(disks, loaded)
+		return err
+	})
+	if err != nil {
+		return sample{}, err
+	}
+	ios := (to.bytes - from.bytes) / uint64(w.block)
+	s := sample{
+		Workload: w.name, Path: disks[loaded].name, IOs: res.ios, IOPS: res.iops, P50: res.p50, P99: res.p99,
+		CPUPerIO:      perIO(float64(busy(from.cpu, to.cpu, g.plan.CPUs)), ios),
+		SwitchesPerIO: perIO(float64(to.cpu.switches-from.cpu.switches), ios),
+	}
+	for i := range disks {
+		run := to.servers[i].run - from.servers[i].run
+		if i == loaded {
+			s.ServerPerIO = perIO(float64(run), ios)
+			s.SleepsPerIO = perIO(float64(to.servers[i].sleeps-from.servers[i].sleeps), ios)
+		} else {
+			s.IdlePercent += 100 * run.Seconds() / to.cpu.at.Sub(from.cpu.at).Seconds()
+		}
+	}
+	return s, nil
+}
+
+// fio runs a workload and calls window when its measured time has begun.
+func (g *guest) fio(ctx context.Context, w workload, node string, window func(context.Context) error) (fioResult, error) {
+	// A server that stops to answer must not hold up the others' measurement.
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout+g.plan.Ramp+g.plan.Runtime)
+	defer cancel()
+	before, err := transferred(node)
+	if err != nil {
+		return fioResult{}, err
+	}
+	cmd := exec.CommandContext(ctx, "fio", w.arguments(node, g.plan.CPUs, g.plan.Ramp, g.plan.Runtime)...)
+	var out, complaint bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		return fioResult{}, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+
+	watched := poll(ctx, func() (bool, error) {
+		select {
+		case err := <-ended:
+			ended <- err
+			return false, cmp.Or(err, errors.New("it ended before its first I/O"))
+		default:
+		}
+		now, err := transferred(node)
+		return now != before, err
+	})
+	// Nothing of what follows waits for the VM's host.
+	g.clock.release()
+	defer g.clock.hold()
+	if watched == nil {
+		watched = sleep(ctx, g.plan.Ramp+g.plan.Runtime/10)
+	}
+	if watched == nil {
+		watched = window(ctx)
+	}
+	if watched != nil {
+		cancel()
+	}
+	if err := <-ended; err != nil || watched != nil {
+		return fioResult{}, fmt.Errorf("fio: %w: %s", cmp.Or(watched, err), strings.TrimSpace(complaint.String()))
+	}
+	return parseFio(out.Bytes())
+}
+
+// idle watches each server while its device is up and unused.
+func (g *guest) idle(ctx context.Context) error {
+	names := slices.Clone(g.plan.Paths)
+	if slices.Contains(names, pathOurs) && !slices.Contains(names, pathOursPoll) {
+		names = append(names, pathOursPoll)
+	}
+	for _, name := range names {
+		err := g.alone(ctx, name, func(d *disk) error {
+			g.clock.release()
+			defer g.clock.hold()
+			// What belongs to starting is not idling.
+			if err := sleep(ctx, time.Second); err != nil {
+				return err
+			}
+			from, err := readTaskUse(d.server)
+			if err != nil {
+				return err
+			}
+			start := time.Now()
+			if err := sleep(ctx, g.plan.Idle); err != nil {
+				return err
+			}
+			to, err := readTaskUse(d.server)
+			if err != nil {
+				return err
+			}
+			percent := 100 * (to.run - from.run).Seconds() / time.Since(start).Seconds()
+			return g.emit(event{Server: &serverInfo{Path: name, IdlePercent: &percent}})
+		})
+		if err := g.passed(ctx, name, "idle", err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// syscalls counts each server's system calls under load.
+func (g *guest) syscalls(ctx context.Context) error {
+	w, err := workloadNamed(syscallLoad)
+	if err != nil {
+		return err
+	}
+	if err := traceSyscalls(); err != nil {
+		return g.fail(ctx, "", "system calls", err)
+	}
+	for _, name := range g.plan.Paths {
+		err := g.alone(ctx, name, func(d *disk) error {
+			use, err := readTaskUse(d.server)
+			if err != nil {
+				return err
+			}
+			var before, after map[int]uint64
+			var bytes [2]uint64
+			_, err = g.fio(ctx, w, d.node, func(ctx context.Context) error {
+				var err error
+				if bytes[0], err = transferred(d.node); err != nil {
+					return err
+				}
+				if before, err = readSyscalls(use.threads); err != nil {
+					return err
+				}
+				if err := sleep(ctx, g.plan.Runtime*8/10); err != nil {
+					return err
+				}
+				if bytes[1], err = transferred(d.node); err != nil {
+					return err
+				}
+				after, err = readSyscalls(use.threads)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			info := serverInfo{Path: name, SyscallLoad: w.name, SyscallsPerIO: make(map[string]float64)}
+			for number, n := range after {
+				if n -= before[number]; n > 0 {
+					info.SyscallsPerIO[syscallName(number)] = perIO(float64(n), (bytes[1]-bytes[0])/uint64(w.block))
+				}
+			}
+			return g.emit(event{Server: &info})
+		})
+		if err := g.passed(ctx, name, "system calls", err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// passed turns an error of one path into a reported failure.
+func (g *guest) passed(ctx context.Context, name, where string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return g.fail(ctx, name, where, err)
+}
+
+// alone connects a path that has a server, with no other beside it.
+func (g *guest) alone(ctx context.Context, name string, do func(*disk) error) error {
+	if name == pathKernel {
+		return nil
+	}
+	p, err := pathNamed(name)
+	if err != nil {
+		return err
+	}
+	d, err := p.connect(ctx, g.plan)
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(d), d.close(ctx))
+}

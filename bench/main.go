@@ -1,0 +1,174 @@
+// Bench measures the initiator against the kernel's, end to end: it boots one
+// VM per measuring mode and, inside it, runs fio in interleaved rounds on
+//
+//	kernel  nvme-rdma, by nvme connect
+//	ours    ublk-nvmeof connect
+//	null    our ublk front end over a back end that does nothing: the ceiling
+//
+// kernel and ours reach the same target, nvmet-rdma over rdma_rxe with a
+// memory-backed null_blk, in the same VM.
+//
+// # Modes
+//
+// icount is deterministic: virtual time follows executed instructions, on one
+// clock for all CPUs. It measures the instructions of the whole path, host and
+// target, and repeats agree within a few per cent whatever else the machine
+// does. It tells nothing of the latency of busy polling, because a spinning CPU
+// takes its time from the others.
+//
+// parallel emulates every CPU on a thread of its own (or runs under KVM, where
+// that works). It shows latency and polling, and is noisy: only the ratio of
+// neighbouring runs means something, over many rounds.
+//
+// # Rounds
+//
+// All paths are connected at the start of a round and disconnected at its end,
+// so that a lucky or unlucky placement of interrupts lasts for one round. Within
+// a round the paths take turns on each workload, in an order that rotates from
+// round to round. A path whose turn it is not is connected and idle; what its
+// server uses meanwhile is recorded and reported, so that it cannot burden the
+// others in secret.
+//
+// # Output
+//
+// A Markdown table, and every sample in the format of Go benchmarks for
+// benchstat. Both are kept in bench/results, with the samples and their
+// environment as JSON.
+//
+// The program is its own guest: the host part starts itself in the VM with the
+// arguments "guest" and "null".
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) > 0 {
+		switch args[0] {
+		case "guest":
+			return guestMain(ctx, args[1:])
+		case "null":
+			return nullMain(ctx, args[1:])
+		}
+	}
+	o, err := parseOptions(args)
+	if err != nil {
+		return err
+	}
+	return hostMain(ctx, o)
+}
+
+// options are the host's flags.
+type options struct {
+	kernel  string
+	modes   []string
+	label   string
+	mtu     int
+	memory  string
+	timeout time.Duration
+	command string // as the user gave it, for the record
+	plan    plan   // the same for all modes, but for Rounds
+	rounds  int    // 0 = the mode's default
+}
+
+// defaultRounds by mode: repeats of icount agree anyway.
+var defaultRounds = map[string]int{modeICount: 2, modeParallel: 7}
+
+const (
+	modeICount   = "icount"
+	modeParallel = "parallel"
+)
+
+func parseOptions(args []string) (options, error) {
+	o := options{command: strings.Join(args, " ")}
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.StringVar(&o.kernel, "kernel", "7.3", "kernel `series` to boot, one of the VM runner's")
+	mode := fs.String("mode", modeICount, "icount, parallel or both")
+	fs.IntVar(&o.rounds, "rounds", 0, "interleaved rounds; 0 = 2 for icount, 7 for parallel")
+	fs.DurationVar(&o.plan.Runtime, "runtime", 2*time.Second, "measured `time` of one fio run, on the guest's clock")
+	fs.DurationVar(&o.plan.Ramp, "ramp", time.Second, "`time` before it that does not count")
+	only := fs.String("only", "", "`workloads` to run, comma-separated; default all: "+strings.Join(workloadNames(), ","))
+	paths := fs.String("paths", "kernel,ours,null", "`paths` to run, comma-separated, of "+strings.Join(pathNames(), ","))
+	fs.StringVar(&o.label, "label", "", "`text` added to the names of the result files; without it, the day's last run stays")
+	fs.IntVar(&o.plan.CPUs, "cpus", 2, "virtual CPUs")
+	fs.IntVar(&o.plan.Queues, "queues", 2, "I/O queues of each path")
+	fs.IntVar(&o.plan.SizeMiB, "size", 256, "size of the namespace in `MiB`")
+	fs.DurationVar(&o.plan.Idle, "idle", 10*time.Second, "`time` over which idle servers are watched; 0 = not at all")
+	fs.BoolVar(&o.plan.Syscalls, "syscalls", true, "count the servers' system calls in a run of their own")
+	fs.IntVar(&o.mtu, "mtu", 4200, "MTU of the VM's network interface in `bytes`; 4200 makes it 4096 for RDMA")
+	fs.StringVar(&o.memory, "mem", "4G", "memory `size` of the VM")
+	fs.DurationVar(&o.timeout, "timeout", time.Hour, "longest `time` for one VM")
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	var err error
+	switch {
+	case fs.NArg() > 0:
+		return o, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	case *mode == "both":
+		o.modes = []string{modeICount, modeParallel}
+	case defaultRounds[*mode] > 0:
+		o.modes = []string{*mode}
+	default:
+		return o, fmt.Errorf("--mode %q: want icount, parallel or both", *mode)
+	}
+	switch {
+	case o.rounds < 0:
+		return o, fmt.Errorf("--rounds %d: want 0 or more", o.rounds)
+	case o.plan.Runtime < 100*time.Millisecond:
+		return o, fmt.Errorf("--runtime %v: want 100ms or more", o.plan.Runtime)
+	case o.plan.Ramp < 0 || o.plan.Idle < 0:
+		return o, errors.New("--ramp and --idle: want 0 or more")
+	case o.plan.CPUs < 1 || o.plan.Queues < 1:
+		return o, errors.New("--cpus and --queues: want 1 or more")
+	case o.plan.SizeMiB < 1:
+		return o, fmt.Errorf("--size %d: want 1 or more", o.plan.SizeMiB)
+	}
+	if o.plan.Workloads, err = choose("--only", *only, workloadNames()); err != nil {
+		return o, err
+	}
+	o.plan.Paths, err = choose("--paths", *paths, pathNames())
+	return o, err
+}
+
+// choose splits a list whose elements have to be among known; "" is all.
+func choose(name, list string, known []string) ([]string, error) {
+	if list == "" {
+		return known, nil
+	}
+	var chosen []string
+	for _, s := range strings.Split(list, ",") {
+		s = strings.TrimSpace(s)
+		found := false
+		for _, k := range known {
+			found = found || k == s
+		}
+		if !found {
+			return nil, fmt.Errorf("%s %q: want some of %s", name, s, strings.Join(known, ","))
+		}
+		chosen = append(chosen, s)
+	}
+	return chosen, nil
+}

@@ -1,0 +1,240 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/ublk"
+)
+
+// The target of e2e/lab.sh.
+const (
+	targetNQN     = "nqn.2026-01.org.example:lab"
+	targetAddress = "10.0.2.15"
+	targetService = "4420"
+)
+
+// stepTimeout bounds connecting, disconnecting and their like; in mode icount it
+// is virtual time.
+const stepTimeout = 60 * time.Second
+
+// disk is a connected path: a block device, and who serves it.
+type disk struct {
+	node   string // /dev/…
+	server int    // pid, 0 for the kernel
+	close  func(context.Context) error
+}
+
+// path is one way to a block device.
+type path struct {
+	name    string
+	module  string // that the kernel needs
+	connect func(context.Context, plan) (*disk, error)
+}
+
+// The paths by name; oursPoll is ours with poll queues besides.
+const (
+	pathKernel   = "kernel"
+	pathOurs     = "ours"
+	pathNull     = "null"
+	pathOursPoll = "ours-poll"
+)
+
+var paths = []path{
+	{pathKernel, "nvme-rdma", connectKernel},
+	{pathOurs, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectOurs(ctx, p) }},
+	{pathNull, "ublk_drv", connectNull},
+	{pathOursPoll, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
+		return connectOurs(ctx, p, "-P", strconv.Itoa(p.Queues))
+	}},
+}
+
+func pathNames() []string {
+	var names []string
+	for _, p := range paths {
+		names = append(names, p.name)
+	}
+	return names
+}
+
+func pathNamed(name string) (path, error) {
+	for _, p := range paths {
+		if p.name == name {
+			return p, nil
+		}
+	}
+	return path{}, fmt.Errorf("no path %q", name)
+}
+
+// pathComponent is a controller's part in the name of a disk that several
+// controllers may lead to: nvme0c1n1 is a path of nvme0n1.
+var pathComponent = regexp.MustCompile(`c\d+n`)
+
+func connectKernel(ctx context.Context, p plan) (*disk, error) {
+	out, err := command(ctx, "nvme", "connect", "-t", "rdma", "-a", targetAddress, "-s", targetService,
+		"-n", targetNQN, "-i", strconv.Itoa(p.Queues), "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var reply struct{ Device string }
+	if err := json.Unmarshal(out, &reply); err != nil || reply.Device == "" {
+		return nil, fmt.Errorf("nvme connect: no device in %q", out)
+	}
+	d := &disk{close: func(ctx context.Context) error {
+		_, err := command(ctx, "nvme", "disconnect", "-d", reply.Device)
+		return err
+	}}
+	// nvme-cli returns before the namespaces are scanned.
+	err = poll(ctx, func() (bool, error) {
+		found, err := filepath.Glob("/sys/class/nvme/" + reply.Device + "/nvme*n1")
+		if err != nil || len(found) == 0 {
+			return false, err
+		}
+		d.node = "/dev/" + pathComponent.ReplaceAllString(filepath.Base(found[0]), "n")
+		_, err = transferred(d.node)
+		return err == nil, nil
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("wait for the namespace of %s: %w", reply.Device, err), d.close(ctx))
+	}
+	return d, nil
+}
+
+var ublkNode = regexp.MustCompile(`/dev/ublkb(\d+)`)
+
+func connectOurs(ctx context.Context, p plan, more ...string) (*disk, error) {
+	out, err := command(ctx, p.Ours, append([]string{"connect", "-t", "rdma", "-a", targetAddress,
+		"-s", targetService, "-n", targetNQN, "-i", strconv.Itoa(p.Queues)}, more...)...)
+	if err != nil {
+		return nil, err
+	}
+	d, err := ublkDisk(ctx, out)
+	if err != nil {
+		return nil, fmt.Errorf("%s connect: %w", p.Ours, err)
+	}
+	d.close = func(ctx context.Context) error {
+		if _, err := command(ctx, p.Ours, "disconnect", "-n", targetNQN); err != nil {
+			return err
+		}
+		return gone(ctx, d.server)
+	}
+	return d, nil
+}
+
+func connectNull(ctx context.Context, p plan) (*disk, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self, "null", strconv.Itoa(p.Queues), strconv.Itoa(p.SizeMiB))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	line, err := bufio.NewReader(out).ReadBytes('\n')
+	if err != nil {
+		cmd.Process.Kill()
+		return nil, fmt.Errorf("start null server: %w", errors.Join(err, cmd.Wait()))
+	}
+	d, err := ublkDisk(ctx, line)
+	if err != nil {
+		cmd.Process.Kill()
+		return nil, fmt.Errorf("start null server: %w", errors.Join(err, cmd.Wait()))
+	}
+	d.close = func(context.Context) error {
+		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+			return err
+		}
+		return cmd.Wait()
+	}
+	return d, nil
+}
+
+// ublkDisk finds the first ublk device named in a server's output.
+func ublkDisk(ctx context.Context, out []byte) (*disk, error) {
+	m := ublkNode.FindSubmatch(out)
+	if m == nil {
+		return nil, fmt.Errorf("no device in %q", out)
+	}
+	id, err := strconv.Atoi(string(m[1]))
+	if err != nil {
+		return nil, err
+	}
+	info, err := ublk.Get(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return &disk{node: string(m[0]), server: info.PID}, nil
+}
+
+// command runs a program and gives its standard output; its standard error is
+// part of the error.
+func command(ctx context.Context, name string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	var complaint bytes.Buffer
+	cmd.Stderr = &complaint
+	cmd.WaitDelay = time.Second // a server left behind may hold the pipes
+	out, err := cmd.Output()
+	if err != nil {
+		what := filepath.Base(name)
+		if len(args) > 0 {
+			what += " " + args[0]
+		}
+		return nil, fmt.Errorf("%s: %w: %s", what, err, strings.TrimSpace(complaint.String()))
+	}
+	return out, nil
+}
+
+// gone waits for the end of a process that is not a child.
+func gone(ctx context.Context, pid int) error {
+	err := poll(ctx, func() (bool, error) { return unix.Kill(pid, 0) == unix.ESRCH, nil })
+	if err != nil {
+		return fmt.Errorf("wait for the end of process %d: %w", pid, err)
+	}
+	return nil
+}
+
+// poll asks until the answer is yes, at most for stepTimeout.
+func poll(ctx context.Context, done func() (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	for {
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		if err := sleep(ctx, 10*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// sleep lets time pass; measuring is its purpose.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
