@@ -22,7 +22,8 @@ its exit code. Works as a runner of tests, too:
 
 Inside the VM:
   - the host's whole file system, read-only, under a writable overlay in memory
-    that is forgotten when the VM ends; --out DIR stays writable for real
+    that is forgotten when the VM ends; --out DIR stays writable for real. Do not
+    rebuild what the VM is running.
   - the current directory, and the variables PATH, HOME, LANG, TERM, TZ, CI,
     GO* that steer a test binary, UN_*, and every --env NAME
   - UN_VM=1, UN_KERNEL=<the --kernel value>, UN_OUT=<the --out directory>
