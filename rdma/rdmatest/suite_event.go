@@ -38,54 +38,24 @@ func testEventDescriptor(t *testing.T, s Setup) {
 
 func testEventWhenArmed(t *testing.T, s Setup) {
 	a, p := pair(t, s, config{events: true})
-	for i := range 3 { // the queue can be armed again and again
+	for range 3 { // the queue can be armed again and again
 		check(t, p.recvCQ.Arm())
-		if readEvent(t, p.recvCQ) {
-			t.Fatal("event without a completion")
-		}
+		noEvent(t, p.recvCQ, "no completion")
 		p.postRecv(1, 0, 8)
 		p.postRecv(2, 0, 8)
 		a.postSend(a.sendWR(3, 0, 8))
 		a.waitOK(a.sendCQ, 3)
-		waitEvent(t, p.recvCQ)
+		check(t, waitEvent(p.recvCQ))
 		p.waitOK(p.recvCQ, 1)
 
 		// Nobody armed it again.
 		a.postSend(a.sendWR(4, 0, 8))
 		a.waitOK(a.sendCQ, 4)
 		p.waitOK(p.recvCQ, 2)
-		if readEvent(t, p.recvCQ) {
-			t.Fatalf("round %d: event of a queue that was not armed", i)
-		}
+		noEvent(t, p.recvCQ, "not armed")
 	}
-	if readEvent(t, p.sendCQ) || readEvent(t, a.sendCQ) {
-		t.Error("event of another queue")
-	}
-}
-
-// next sleeps for the next completion the way that package rdma's hazard 3
-// asks for.
-func (s *side) next(cq rdma.CQ, id uint64) {
-	s.t.Helper()
-	for armed := false; ; {
-		n, err := cq.Poll(s.wcs[:1])
-		switch {
-		case err != nil:
-			s.t.Fatal(err)
-		case n == 1 && (s.wcs[0].ID != id || s.wcs[0].Status != rdma.WCSuccess):
-			s.t.Fatalf("completion %+v, want success of %d", s.wcs[0], id)
-		case n == 1:
-			return
-		case armed:
-			waitEvent(s.t, cq)
-			armed = false
-		default:
-			if err := cq.Arm(); err != nil {
-				s.t.Fatal(err)
-			}
-			armed = true
-		}
-	}
+	noEvent(t, p.sendCQ, "another queue")
+	noEvent(t, a.sendCQ, "another queue")
 }
 
 // testEventPingPong finds lost wake-ups: both sides sleep for every message.
@@ -93,23 +63,35 @@ func testEventPingPong(t *testing.T, s Setup) {
 	const messages = 300
 	a, p := pair(t, s, config{events: true})
 	p.postRecv(1, 0, 8)
-	answered := make(chan struct{})
+	answered := make(chan error, 1)
 	go func() {
-		defer close(answered) // also when Fatal ends the goroutine; then the main one gets no answer
-		for range messages {
-			p.next(p.recvCQ, 1)
-			p.postRecv(1, 0, 8)
-			p.postSend(p.sendWR(2, 64, 8))
-			p.next(p.sendCQ, 2)
-		}
+		answered <- func() error {
+			for range messages {
+				if err := p.sleep(p.recvCQ, 1); err != nil {
+					return err
+				}
+				if _, err := p.qp.PostRecv([]rdma.RecvWR{{ID: 1, SGE: p.sge(0, 8)}}); err != nil {
+					return err
+				}
+				if _, err := p.qp.PostSend([]rdma.SendWR{p.sendWR(2, 64, 8)}); err != nil {
+					return err
+				}
+				if err := p.sleep(p.sendCQ, 2); err != nil {
+					return err
+				}
+			}
+			return nil
+		}()
 	}()
-	for range messages {
+	for i := range messages {
 		a.postRecv(3, 0, 8)
 		a.postSend(a.sendWR(4, 64, 8))
-		a.next(a.sendCQ, 4)
-		a.next(a.recvCQ, 3)
+		if err := errors.Join(a.sleep(a.sendCQ, 4), a.sleep(a.recvCQ, 3)); err != nil {
+			t.Errorf("message %d: %v", i, err)
+			break
+		}
 	}
-	<-answered
+	check(t, <-answered)
 }
 
 func testEventUnread(t *testing.T, s Setup) {
