@@ -157,6 +157,9 @@ func hostMain(args []string) (int, error) {
 			return exitVM, err
 		}
 	}
+	if err := takeSlot(cache); err != nil {
+		return exitVM, err
+	}
 	accel := o.accel
 	if accel == "auto" {
 		accel = "tcg"
