@@ -96,7 +96,7 @@ func (h handler) Complete(data uint64, res int32, flags uint32) { h(data, res, f
 func TestCall(t *testing.T) {
 	l := newLoop(t, Config{Name: "call"})
 	n := 0
-	for range 1000 {
+	for range 100 {
 		on(t, l, func() { n++ })
 	}
 	var wg sync.WaitGroup
@@ -110,7 +110,7 @@ func TestCall(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n != 2600 {
+	if n != 1700 {
 		t.Fatalf("%d calls ran", n)
 	}
 	if l.Err() != nil {
@@ -119,7 +119,7 @@ func TestCall(t *testing.T) {
 	if err := l.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Call(func() { n++ }); !errors.Is(err, ErrStopped) || n != 2600 {
+	if err := l.Call(func() { n++ }); !errors.Is(err, ErrStopped) || n != 1700 {
 		t.Fatalf("call after stop: %v, %d calls ran", err, n)
 	}
 	if err := l.Unwatch(0); err != nil {
@@ -249,13 +249,19 @@ func TestNotOnMainThread(t *testing.T) {
 // Wake meets the loop's falling asleep. Each producer waits for its item to be
 // taken, so a lost wake-up hangs it.
 func TestWake(t *testing.T) {
-	const producers, items = 3, 4000
+	const producers = 4
 	l := newLoop(t, Config{})
-	var published, taken [producers]atomic.Uint64
+	var published [producers]atomic.Uint64
+	var taken [producers]uint64
+	var acks [producers]chan struct{}
+	for i := range acks {
+		acks[i] = make(chan struct{}, 1)
+	}
 	src := &source{poll: func() (n int) {
 		for i := range published {
-			if p := published[i].Load(); p != taken[i].Load() {
-				taken[i].Store(p)
+			if p := published[i].Load(); p != taken[i] {
+				taken[i] = p
+				acks[i] <- struct{}{}
 				n++
 			}
 		}
@@ -265,12 +271,10 @@ func TestWake(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range producers {
 		wg.Go(func() {
-			for item := uint64(1); item <= items; item++ {
-				published[i].Store(item)
+			for range rounds() {
+				published[i].Add(1)
 				l.Wake()
-				for spin := 0; taken[i].Load() != item; spin++ {
-					runtime.Gosched()
-				}
+				<-acks[i]
 			}
 		})
 	}
@@ -281,11 +285,19 @@ func TestWake(t *testing.T) {
 	}
 }
 
+// rounds is how often a stress test does its thing.
+func rounds() uint64 {
+	if testing.Short() {
+		return 200
+	}
+	return 4000
+}
+
 // TestWakeBetweenLoops passes a ball.
 func TestWakeBetweenLoops(t *testing.T) {
 	a, b := newLoop(t, Config{Name: "a"}), newLoop(t, Config{Name: "b"})
-	const rounds = 4000
-	done := pingPong(t, a, b, func(n uint64) bool { return n < rounds })
+	most := rounds()
+	done := pingPong(t, a, b, func(n uint64) bool { return n < most })
 	<-done
 }
 
@@ -521,7 +533,7 @@ func TestIdle(t *testing.T) {
 		idle.Attach(&flight{})
 	})
 	before := settle(t, idle)
-	for range 2000 {
+	for range rounds() {
 		on(t, busy, func() {})
 	}
 	settle(t, busy)

@@ -36,22 +36,27 @@ func eachWatch(t *testing.T, test func(t *testing.T, l *Loop)) {
 	}{{"read", Config{}}, {"poll", Config{pollAdd: true}}} {
 		t.Run(kind.name, func(t *testing.T) {
 			l := newLoop(t, kind.cfg)
-			on(t, l, func() {
-				if !kind.cfg.pollAdd && !l.Ring().Supports(uring.OpReadMultishot) {
-					requireOrSkip(t, "read-multishot", "the kernel has no READ_MULTISHOT (Linux 6.7)")
-				}
-			})
+			if !kind.cfg.pollAdd {
+				requireReadMultishot(t, l)
+			}
 			test(t, l)
 		})
 	}
 }
 
-func requireOrSkip(t *testing.T, capability, why string) {
+// requireReadMultishot skips on a kernel without READ_MULTISHOT (before
+// Linux 6.7), unless UN_REQUIRE lists it.
+func requireReadMultishot(t *testing.T, l *Loop) {
 	t.Helper()
-	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), capability) {
-		t.Fatalf("required %s: %s", capability, why)
+	has := false
+	on(t, l, func() { has = l.bufs != nil })
+	if has {
+		return
 	}
-	t.Skip(why)
+	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "read-multishot") {
+		t.Fatal("required: READ_MULTISHOT")
+	}
+	t.Skip("the kernel has no READ_MULTISHOT")
 }
 
 func eventfd(t testing.TB) int {
@@ -150,11 +155,7 @@ func TestWatchMany(t *testing.T) {
 // TestWatchNoBuffers: the read ends for want of buffers, and goes on.
 func TestWatchNoBuffers(t *testing.T) {
 	l := newLoop(t, Config{})
-	on(t, l, func() {
-		if l.bufs == nil {
-			requireOrSkip(t, "read-multishot", "the kernel has no READ_MULTISHOT (Linux 6.7)")
-		}
-	})
+	requireReadMultishot(t, l)
 	// A socket holds more packets than there are buffers.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
