@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,6 +38,24 @@ func claim(id int) (fd int, err error) {
 		return -1, err
 	}
 	return fd, nil
+}
+
+// InUse is ErrBusy if somebody uses the block device, as far as claim can see;
+// nil if nobody does, or if the disk is gone. Stop without force looks itself.
+// This is for who has to know it of several devices before stopping the first.
+// Openers that are about to go, as udev's do, are waited for, for half a second.
+func (d *Device) InUse() error {
+	for patience := time.Now().Add(busyPatience); ; time.Sleep(busyBackoff) {
+		fd, err := claim(d.info.ID)
+		switch {
+		case err == nil:
+			return unix.Close(fd)
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+			return nil
+		case !errors.Is(err, ErrBusy) || time.Now().After(patience):
+			return fmt.Errorf("look for users of %s: %w", d.Path(), err)
+		}
+	}
 }
 
 // opener is the first process that has the device or a partition of it open,
