@@ -33,7 +33,8 @@ func (c *Completion) DW0() uint32 { return le.Uint32(c[0:4]) }
 func (c *Completion) SetDW0(v uint32) { le.PutUint32(c[0:4], v) }
 
 // SQHead returns the submission queue head: how far the controller has
-// consumed it. 0xFFFF means flow control is off.
+// consumed it. In the completion of a Connect, 0xFFFF says that flow control is
+// off, and from then on the field means nothing.
 func (c *Completion) SQHead() uint16 { return le.Uint16(c[8:10]) }
 
 // SetSQHead sets the submission queue head.

@@ -258,7 +258,7 @@ func (s Status) Err() error {
 	return s
 }
 
-// Error makes a status usable as an error.
+// Error makes a status usable as an error; it is what %v prints.
 func (s Status) Error() string { return "nvme status " + s.String() }
 
 // String gives the code in hex and in words, for example
