@@ -355,6 +355,6 @@ func RejectReason(code int) string {
 // Errors that callers branch on.
 var (
 	ErrClosed      = errors.New("rdma: closed")
-	ErrNoDevice    = errors.New("rdma: no RDMA device leads to the peer")
+	ErrNoDevice    = errors.New("rdma: no RDMA device")
 	ErrUnsupported = errors.New("rdma: not supported by the provider")
 )

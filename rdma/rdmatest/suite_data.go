@@ -409,7 +409,7 @@ func testManyQueuePairs(t *testing.T, s Setup) {
 }
 
 // rounds is how often runActive and runPassive talk.
-const rounds = 20
+const rounds = 10
 
 // runActive connects as number n, and then in each round writes a pattern into
 // the peer's memory, tells it by a SEND, waits for its answer and reads back.
@@ -429,7 +429,7 @@ func runActive(ctx context.Context, s Setup, addr netip.AddrPort, n int, passive
 	p := <-passive
 	const half = 1 << 19
 	for r := range rounds {
-		off, length := rand.IntN(half/2), 1+rand.IntN(half/2)
+		off, length := rand.IntN(half/2), 1+rand.IntN(64<<10)
 		pattern(a.mr.Bytes()[off:off+length], n+r)
 		binary.LittleEndian.PutUint64(a.mr.Bytes()[half:], uint64(off))
 		binary.LittleEndian.PutUint64(a.mr.Bytes()[half+8:], uint64(length))

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 
@@ -39,10 +40,17 @@ func New() (*Provider, error) {
 	return &Provider{devices: make(map[*C.struct_ibv_context]*device)}, nil
 }
 
-// probe opens the connection manager once. This is also the moment when
+// probe looks for what is needed, in the order in which it depends on each
+// other, and opens the connection manager once. This is also the moment when
 // librdmacm initialises itself, which it does not guard well against several
 // threads.
 func probe() error {
+	if _, err := os.Stat("/sys/class/infiniband_verbs"); err != nil {
+		return fmt.Errorf("kernel module ib_uverbs is not loaded: %w", err)
+	}
+	if _, err := os.Stat("/dev/infiniband/rdma_cm"); err != nil {
+		return fmt.Errorf("kernel module rdma_ucm is not loaded, or its node is not in this container: %w", err)
+	}
 	var n C.int
 	list, err := C.ibv_get_device_list(&n)
 	if list == nil {
@@ -50,11 +58,11 @@ func probe() error {
 	}
 	C.ibv_free_device_list(list)
 	if n == 0 {
-		return fmt.Errorf("no RDMA device with a node in /dev/infiniband (is ib_uverbs loaded?): %w", rdma.ErrNoDevice)
+		return rdma.ErrNoDevice
 	}
 	channel, err := C.rdma_create_event_channel()
 	if channel == nil {
-		return missing("open /dev/infiniband/rdma_cm (is rdma_ucm loaded?)", err)
+		return missing("open /dev/infiniband/rdma_cm", err)
 	}
 	C.rdma_destroy_event_channel(channel)
 	return nil

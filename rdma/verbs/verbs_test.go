@@ -5,10 +5,13 @@ package verbs
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
 )
 
 func TestSockaddr(t *testing.T) {
@@ -35,5 +38,23 @@ func TestSockaddr(t *testing.T) {
 	}
 	if _, err := newSockaddr(netip.MustParseAddrPort("[fe80::1%nosuchinterface]:1")); err == nil || !strings.Contains(err.Error(), "nosuchinterface") {
 		t.Errorf("unknown zone: %v", err)
+	}
+}
+
+func TestNewNamesWhatIsMissing(t *testing.T) {
+	_, err := New()
+	for _, c := range []struct{ path, word string }{
+		{"/sys/class/infiniband_verbs", "ib_uverbs"},
+		{"/dev/infiniband/rdma_cm", "rdma_ucm"},
+	} {
+		if _, missing := os.Stat(c.path); missing != nil {
+			if err == nil || !strings.Contains(err.Error(), c.word) {
+				t.Errorf("without %s: %v, want an error that names %s", c.path, err, c.word)
+			}
+			return
+		}
+	}
+	if err != nil && !errors.Is(err, rdma.ErrNoDevice) {
+		t.Error(err)
 	}
 }
