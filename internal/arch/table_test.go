@@ -32,7 +32,7 @@ var table = map[string]row{
 	"sq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"cq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"poller":              {may: []string{"internal/uring", sys}},
-	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "target"}},
+	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/verbs", "target"}},
 	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
 
 	// RDMA providers, and the suite that all of them pass.
@@ -51,6 +51,8 @@ var table = map[string]row{
 
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"nvme", "block", "rdma"}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+
+	"bench": {may: []string{"block", "block/null", "poller", "ublk", humanize, sys}},
 
 	"internal/uring":   {may: []string{sys}},
 	"internal/hostmem": {may: []string{sys}},

@@ -199,6 +199,31 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	return e, e.take(d)
 }
 
+// Clear removes the record of a dead server if reap says that nothing of it is
+// left, and says whether that is so. It is true, too, if there is no such record.
+func (d Dir) Clear(ctx context.Context, name string, reap func(context.Context, Record) bool) (bool, error) {
+	unlock, err := d.lock(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	r, err := d.read(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return true, nil
+	case err != nil:
+		return false, err
+	case r.Alive:
+		return false, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
+	case !reap(ctx, r):
+		return false, nil
+	}
+	return true, r.Remove()
+}
+
 // take makes the directory with the first free name. The caller has the lock.
 func (e *Entry) take(d Dir) error {
 	for n := 0; ; n++ {

@@ -147,6 +147,27 @@ func TestDeadServer(t *testing.T) {
 	}
 }
 
+func TestClear(t *testing.T) {
+	d := Dir(filepath.Join(t.TempDir(), "run"))
+	if ok, err := d.Clear(ctx, "ctrl0", nothingLeft); !ok || err != nil {
+		t.Errorf("nothing there: %v, %v", ok, err)
+	}
+	e := reserve(t, d, lab)
+	if ok, err := d.Clear(ctx, e.Name, nothingLeft); ok || err == nil {
+		t.Errorf("alive: %v, %v", ok, err)
+	}
+	e.Process = deadProcess(t)
+	if err := e.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := d.Clear(ctx, e.Name, func(context.Context, Record) bool { return false }); ok || err != nil || len(list(t, d)) != 1 {
+		t.Errorf("something left: %v, %v, %v", ok, err, list(t, d))
+	}
+	if ok, err := d.Clear(ctx, e.Name, nothingLeft); !ok || err != nil || len(list(t, d)) != 0 {
+		t.Errorf("nothing left: %v, %v, %v", ok, err, list(t, d))
+	}
+}
+
 // A process with the same number is not the same process.
 func TestProcess(t *testing.T) {
 	self, err := Self()

@@ -1,0 +1,135 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/verbs"
+	"ublk-nvmeof/ublk"
+)
+
+// controller is what the server needs of an initiator.Controller.
+type controller interface {
+	Info() initiator.Info
+	Done() <-chan struct{}
+	Err() error
+	Abort(reason error)
+	Close(ctx context.Context) error
+}
+
+// namespace is what the server needs of an initiator.Namespace.
+type namespace struct {
+	nsid   uint32
+	uuid   string
+	device block.Device
+}
+
+// device is what the server needs of a ublk.Device.
+type device interface {
+	Info() ublk.Info
+	InUse() error
+	Stop(ctx context.Context, force bool) error
+	Done() <-chan struct{}
+	Err() error
+	Snapshot() ublk.Stats
+}
+
+// backend makes what a server is composed of. Tests have one that needs neither
+// a driver nor a target.
+type backend struct {
+	load      func(host.Module) error // nil if the module is there
+	available func() error            // ublk
+	provider  func() (rdma.Provider, error)
+	prepare   func(loops int) error
+	loop      func(poller.Config) (*poller.Loop, error)
+	connect   func(context.Context, initiator.Config) (controller, []namespace, error)
+	start     func(context.Context, ublk.Config) (device, error)
+	get       func(ctx context.Context, id int) (ublk.Info, error)
+	remove    func(context.Context, ublk.Info) error
+}
+
+// real is the backend of a server.
+var real = backend{
+	load: func(m host.Module) error {
+		if m.Present() {
+			return nil
+		}
+		return m.Load()
+	},
+	available: ublk.Available,
+	provider:  func() (rdma.Provider, error) { return verbs.New() },
+	prepare:   host.Prepare,
+	loop:      poller.New,
+	connect: func(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {
+		c, err := initiator.Connect(ctx, cfg)
+		if err != nil {
+			return nil, nil, err
+		}
+		var found []namespace
+		for _, ns := range c.Namespaces() {
+			n := namespace{nsid: ns.NSID(), device: ns}
+			if id := ns.IDs().UUID; !id.IsZero() {
+				n.uuid = id.String()
+			}
+			found = append(found, n)
+		}
+		return c, found, nil
+	},
+	start: func(ctx context.Context, cfg ublk.Config) (device, error) {
+		// A nil *ublk.Device is not a nil device.
+		if d, err := ublk.Start(ctx, cfg); err == nil {
+			return d, nil
+		} else {
+			return nil, err
+		}
+	},
+	get:    ublk.Get,
+	remove: ublk.Remove,
+}
+
+// Clear takes away what a dead server left: its ublk devices, each only if it
+// still is the server's and nobody can use it any more, and its record. It
+// returns false if a device is still there, alive.
+func Clear(ctx context.Context, dir state.Dir, name string, log *slog.Logger) (bool, error) {
+	return dir.Clear(ctx, name, real.reap(log))
+}
+
+// reap is for state.Dir.
+func (b *backend) reap(log *slog.Logger) func(context.Context, state.Record) bool {
+	return func(ctx context.Context, r state.Record) bool {
+		for _, d := range r.Devices {
+			if gone, err := b.gone(ctx, d.ID, d.Cookie); !gone {
+				log.Warn("a dead server's device is still there", "server", r.Name, "device", d.Path(), "error", err)
+				return false
+			}
+		}
+		return true
+	}
+}
+
+// gone says whether nothing is left of a ublk device of a dead server, after
+// removing it if nobody can use it any more.
+func (b *backend) gone(ctx context.Context, id int, cookie uint64) (bool, error) {
+	info, err := b.get(ctx, id)
+	switch {
+	case errors.Is(err, ublk.ErrNoDevice), errors.Is(err, ublk.ErrNoDriver):
+		return true, nil
+	case err != nil:
+		return false, err
+	case info.Cookie != cookie:
+		return true, nil // somebody else's by now
+	case info.State != ublk.Dead:
+		return false, nil
+	}
+	if err := b.remove(ctx, info); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+		return false, err
+	}
+	return true, nil
+}

@@ -1,0 +1,200 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/ublk"
+)
+
+// pace bounds the steps of an end.
+type pace struct {
+	grace time.Duration // for requests in flight
+	abort time.Duration // for them to fail, after that
+	leave time.Duration // for the controller
+	loops time.Duration
+}
+
+var (
+	orderly = pace{grace: 10 * time.Second, abort: 3 * time.Second, leave: 5 * time.Second, loops: 2 * time.Second}
+	// hurried is within what disconnect --force promises, with time left for it
+	// to do the rest.
+	hurried = pace{grace: 1500 * time.Millisecond, abort: 600 * time.Millisecond, leave: 600 * time.Millisecond, loops: 300 * time.Millisecond}
+)
+
+// answerTime is for a control request to get its answer.
+const answerTime = time.Second
+
+// errEnding is why requests fail that do not come back in time.
+var errEnding = errors.New("the device ends and requests were not answered in time")
+
+// Disconnect implements control.Controlled.
+func (s *server) Disconnect(ctx context.Context, force bool) error {
+	s.cancel(exit.Errorf(exit.Other, "disconnected while connecting"))
+	p := orderly
+	if force {
+		p = hurried
+	}
+	return s.end(ctx, force, p)
+}
+
+// end takes everything apart, top down. Without force it fails with
+// ublk.ErrBusy if a device is in use, and nothing has changed. When it returns
+// another error, something is left that only the end of the process, or not
+// even that, takes away.
+func (s *server) end(ctx context.Context, force bool, p pace) error {
+	select {
+	case <-s.turn:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { s.turn <- struct{}{} }()
+	if s.over {
+		return nil
+	}
+	if !force {
+		if err := s.inUse(); err != nil {
+			return err
+		}
+	}
+	if err := s.endDevices(ctx, force, p); err != nil {
+		if !force && errors.Is(err, ublk.ErrBusy) {
+			return err
+		}
+		// What is below still serves what is left. Nobody waits for the rest.
+		s.finish()
+		return err
+	}
+	err := s.endController(ctx, p)
+	if lerr := s.endLoops(p); lerr != nil {
+		err = errors.Join(err, lerr)
+	}
+	s.finish()
+	return err
+}
+
+// finish lets run return. The caller has the turn.
+func (s *server) finish() {
+	s.over = true
+	close(s.ended)
+}
+
+// inUse is for several devices, so that not one is ended before another turns
+// out to be in use.
+func (s *server) inUse() error {
+	all := s.devices()
+	if len(all) < 2 {
+		return nil
+	}
+	for _, v := range all {
+		if err := v.dev.InUse(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// endDevices stops all devices. The ones that it could stop are off the record.
+func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
+	limit, cancel := context.WithTimeout(ctx, p.grace)
+	defer cancel()
+	release := s.hurry(cancel)
+	err := s.stopAll(limit, force)
+	release()
+	if err == nil || !force && errors.Is(err, ublk.ErrBusy) {
+		return err
+	}
+	if s.ctrl == nil {
+		return err
+	}
+	s.log.Warn("requests in flight are given up", "error", err)
+	s.ctrl.Abort(errEnding)
+	limit, cancel = context.WithTimeout(ctx, p.abort)
+	defer cancel()
+	return s.stopAll(limit, true)
+}
+
+// hurry cancels when there is no more patience, until the function that it
+// returns is called.
+func (s *server) hurry(cancel func()) (release func()) {
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-s.cfg.Hurry:
+			cancel()
+		case <-done:
+		}
+	}()
+	return func() { close(done) }
+}
+
+func (s *server) stopAll(ctx context.Context, force bool) error {
+	all := s.devices()
+	errs := make([]error, len(all))
+	var wg sync.WaitGroup
+	for i, v := range all {
+		wg.Go(func() { errs[i] = v.dev.Stop(ctx, force) })
+	}
+	wg.Wait()
+	var left []*serving
+	var records []state.Device
+	for i, v := range all {
+		if errs[i] != nil {
+			left = append(left, v)
+			info := v.dev.Info()
+			records = append(records, state.Device{ID: info.ID, Cookie: info.Cookie, NSID: v.nsid})
+		}
+	}
+	s.mu.Lock()
+	s.serving = left
+	s.mu.Unlock()
+	s.entry.Devices = records
+	return errors.Join(append(errs, s.entry.Save())...)
+}
+
+func (s *server) endController(ctx context.Context, p pace) error {
+	if s.ctrl == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.leave)
+	defer cancel()
+	if err := bounded(p.leave+p.abort, func() error { return s.ctrl.Close(ctx) }); err != nil {
+		// A target that does not answer must not keep anybody here.
+		s.log.Warn("leave the subsystem", "error", err)
+		if errors.Is(err, errStuck) {
+			return fmt.Errorf("leave the subsystem: %w", err)
+		}
+	}
+	return nil
+}
+
+func (s *server) endLoops(p pace) error {
+	var errs []error
+	for _, l := range s.loops {
+		if err := bounded(p.loops, l.Stop); err != nil && !errors.Is(err, poller.ErrStopped) {
+			errs = append(errs, fmt.Errorf("stop loops: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+var errStuck = errors.New("does not end in time")
+
+// bounded runs fn, but not for longer than limit. What runs longer ends with
+// the process.
+func bounded(limit time.Duration, fn func() error) error {
+	result := make(chan error, 1)
+	go func() { result <- fn() }()
+	select {
+	case err := <-result:
+		return err
+	case <-time.After(limit):
+		return errStuck
+	}
+}

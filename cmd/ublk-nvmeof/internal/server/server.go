@@ -1,0 +1,391 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/ublk"
+)
+
+// Config is what to serve, and who hears of it.
+type Config struct {
+	Options *options.Connect // complete
+	Args    []string         // flags that give Options again
+	Dir     state.Dir
+	Log     *slog.Logger
+	// Reserved is called once the server has its state directory, where it may
+	// keep a log. nil: nobody wants to know.
+	Reserved func(*state.Entry) error
+	// Ready is called once the devices are usable. An error ends the server.
+	Ready func(control.Status) error
+	// Hurry, when closed, shortens an end that is under way.
+	Hurry <-chan struct{}
+}
+
+// Run serves until ctx is done (which is an orderly end, and no error), a
+// control request ends it, or nothing is left to serve. Errors have an
+// exit.Code; whatever was made until then has been undone.
+func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, real) }
+
+// server is a running server. The goroutine of run builds it and takes it
+// apart, or a control request does the latter; turn keeps them apart.
+type server struct {
+	cfg    Config
+	opts   *options.Connect
+	log    *slog.Logger
+	back   backend
+	remote netip.AddrPort
+	entry  *state.Entry
+
+	cancel context.CancelCauseFunc // ends start
+	turn   chan struct{}           // holds a token while nobody starts or ends
+	over   bool                    // guarded by turn: everything has ended
+	ended  chan struct{}           // closed when over
+
+	mu       sync.Mutex // guards what follows
+	provider string
+	loops    []*poller.Loop
+	ctrl     controller
+	info     initiator.Info // when it was connected
+	serving  []*serving
+}
+
+// serving is a namespace with the device that makes it visible.
+type serving struct {
+	namespace
+	dev device
+}
+
+func run(ctx context.Context, cfg Config, back backend) error {
+	s := &server{
+		cfg: cfg, opts: cfg.Options, log: cfg.Log, back: back,
+		turn: make(chan struct{}, 1), ended: make(chan struct{}),
+	}
+	starting, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s.cancel = cancel
+	starting, stop := context.WithTimeout(starting, s.opts.Timeout)
+	defer stop()
+
+	if err := s.reserve(starting); err != nil {
+		return exit.From(err)
+	}
+	sock, err := s.listen()
+	if err != nil {
+		return exit.From(errors.Join(err, s.entry.Remove()))
+	}
+	err = s.start(starting)
+	s.turn <- struct{}{}
+	if err == nil {
+		err = s.announce()
+	}
+	if err == nil {
+		s.wait(ctx)
+	}
+	if nerr := host.Notify("STOPPING=1"); nerr != nil {
+		s.log.Warn("service manager not told", "error", nerr)
+	}
+	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); eerr != nil {
+		s.log.Error("ended with something left", "error", eerr)
+		if err == nil {
+			err = eerr
+		}
+	}
+	if err := sock.close(); err != nil {
+		s.log.Warn("close control socket", "error", err)
+	}
+	// What could not be ended stays on record.
+	if len(s.entry.Devices) == 0 {
+		if rerr := s.entry.Remove(); rerr != nil {
+			s.log.Error("remove state", "error", rerr)
+		}
+	}
+	if err != nil {
+		return exit.From(err)
+	}
+	return nil
+}
+
+// reserve finds the target's address and takes a name.
+func (s *server) reserve(ctx context.Context) error {
+	var err error
+	if s.remote, err = s.opts.Resolve(ctx); err != nil {
+		return exit.Errorf(exit.Unreachable, "%v", err)
+	}
+	target := state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
+	s.entry, err = s.cfg.Dir.Reserve(ctx, target, s.cfg.Args, s.opts.Duplicate, s.back.reap(s.log))
+	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
+		return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", err)
+	}
+	if err != nil {
+		return err
+	}
+	if s.cfg.Reserved != nil {
+		if err := s.cfg.Reserved(s.entry); err != nil {
+			return errors.Join(err, s.entry.Remove())
+		}
+	}
+	return nil
+}
+
+// socket is the control socket while it is served.
+type socket struct {
+	http   *http.Server
+	served chan error
+}
+
+func (s *server) listen() (*socket, error) {
+	l, err := control.Listen(s.entry.Socket())
+	if err != nil {
+		return nil, err
+	}
+	sock := &socket{control.NewServer(s, s.log), make(chan error, 1)}
+	go func(l net.Listener) { sock.served <- sock.http.Serve(l) }(l)
+	return sock, nil
+}
+
+// close lets answers that are being written out.
+func (k *socket) close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
+	defer cancel()
+	err := k.http.Shutdown(ctx)
+	if serr := <-k.served; !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
+	return err
+}
+
+// start makes everything, bottom up. What it made is in s, also when it fails.
+func (s *server) start(ctx context.Context) error {
+	if err := s.driver(); err != nil {
+		return err
+	}
+	cfg, err := s.initiatorConfig()
+	if err != nil {
+		return err
+	}
+	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider)
+	ctrl, found, err := s.back.connect(ctx, cfg)
+	if err != nil {
+		return s.explain(ctx, err)
+	}
+	s.mu.Lock()
+	s.ctrl, s.info = ctrl, ctrl.Info()
+	s.mu.Unlock()
+	s.log.Info("connected", "controller", s.info.CNTLID, "queues", s.info.Plan.String())
+	if found, err = s.choose(found); err != nil {
+		return err
+	}
+	return s.startDevices(ctx, found)
+}
+
+// driver makes sure that ublk can be used.
+func (s *server) driver() error {
+	var loading error
+	if s.opts.LoadModules == "auto" {
+		loading = s.back.load(host.UblkDrv)
+	}
+	err := s.back.available()
+	if errors.Is(err, ublk.ErrNoDriver) && loading != nil {
+		return fmt.Errorf("%w; %v", err, loading)
+	}
+	return err
+}
+
+func (s *server) initiatorConfig() (initiator.Config, error) {
+	var loading []error
+	if s.opts.LoadModules == "auto" {
+		for _, m := range []host.Module{host.IBUverbs, host.RDMAUCM} {
+			loading = append(loading, s.back.load(m))
+		}
+	}
+	provider, err := s.back.provider()
+	if exit.Of(err) == exit.Permission {
+		return initiator.Config{}, err
+	}
+	if err != nil {
+		return initiator.Config{}, s.noRDMA(errors.Join(append([]error{err}, loading...)...))
+	}
+	queues := s.opts.Queues.Clip(runtime.NumCPU())
+	if err := s.back.prepare(queues.Loops()); err != nil {
+		s.log.Warn("process is not as protected as it should be", "error", err)
+	}
+	if !host.IsIOFlusher() {
+		s.log.Warn("not marked as I/O flusher: swapping to this device may deadlock")
+	}
+	var loops []*poller.Loop
+	for i := range queues.Loops() {
+		l, err := s.back.loop(poller.Config{Name: fmt.Sprintf("nvmeof-loop-%d", i)})
+		if err != nil {
+			return initiator.Config{}, err
+		}
+		loops = append(loops, l)
+		s.mu.Lock()
+		s.loops = loops
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	s.provider = provider.Name()
+	s.mu.Unlock()
+	return initiator.Config{
+		Provider: provider, Address: s.remote, Source: s.opts.SourceAddr,
+		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
+		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
+		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
+		Log: s.log,
+	}, nil
+}
+
+// explain says in words why the target could not be connected to.
+func (s *server) explain(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
+		return cause // told to end
+	}
+	if exit.Of(err) == exit.NoRDMA {
+		return s.noRDMA(err)
+	}
+	return exit.Connecting(s.remote.String(), s.opts.NQN, s.opts.HostNQN, err)
+}
+
+// noRDMA says which network device would need an RDMA device.
+func (s *server) noRDMA(err error) error {
+	route, rerr := host.RouteTo(s.remote, s.opts.SourceAddr)
+	switch {
+	case rerr != nil:
+		return exit.Errorf(exit.NoRDMA, "no RDMA device leads to %s (%v; %v)", s.remote, rerr, err)
+	case route.RDMA != "":
+		return exit.Errorf(exit.NoRDMA, "RDMA device %s on %s, which leads to %s, cannot be used (%v)", route.RDMA, route.Netdev, s.remote, err)
+	}
+	have := "this host has none"
+	if all := host.RDMADevices(); len(all) > 0 {
+		have = "this host has " + strings.Join(all, ", ")
+	}
+	return exit.Errorf(exit.NoRDMA, "no RDMA device on %s, which leads to %s; %s (%v)", route.Netdev, s.remote, have, err)
+}
+
+// choose takes the namespaces that are wanted.
+func (s *server) choose(found []namespace) ([]namespace, error) {
+	if len(s.opts.NSIDs) == 0 {
+		if len(found) == 0 {
+			return nil, exit.Errorf(exit.NotFound, "subsystem %s has no namespace that can be used", s.opts.NQN)
+		}
+		return found, nil
+	}
+	var chosen []namespace
+	for _, id := range s.opts.NSIDs {
+		i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == id })
+		if i < 0 {
+			return nil, exit.Errorf(exit.NotFound, "--namespace \"%d\": subsystem %s has %s", id, s.opts.NQN, nsids(found))
+		}
+		chosen = append(chosen, found[i])
+	}
+	return chosen, nil
+}
+
+func nsids(found []namespace) string {
+	if len(found) == 0 {
+		return "no namespace that can be used"
+	}
+	var ids []string
+	for _, n := range found {
+		ids = append(ids, fmt.Sprint(n.nsid))
+	}
+	return "the namespaces " + strings.Join(ids, ", ")
+}
+
+// startDevices makes one device per namespace, all on the same loops. Each is
+// on record before the next one is made.
+func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
+	for i, ns := range chosen {
+		id := s.opts.Device
+		if id != options.AutoDevice {
+			id += i
+		}
+		d, err := s.back.start(ctx, ublk.Config{
+			ID: id, Device: ns.device, Loops: s.loops, Depth: s.info.QueueSize, MaxIO: s.opts.MaxIO,
+			Recovery: ublk.RecoveryNone, KeepAffinity: i > 0, Log: s.log,
+		})
+		if err != nil {
+			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
+		}
+		s.mu.Lock()
+		s.serving = append(s.serving, &serving{ns, d})
+		s.mu.Unlock()
+		s.entry.Devices = append(s.entry.Devices, state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid})
+		if err := s.entry.Save(); err != nil {
+			return err
+		}
+	}
+	s.entry.Phase = state.Live
+	return s.entry.Save()
+}
+
+// announce tells everybody that the devices are usable.
+func (s *server) announce() error {
+	if err := host.Notify("READY=1\nSTATUS=serving " + s.opts.NQN); err != nil {
+		s.log.Warn("service manager not told", "error", err)
+	}
+	if s.cfg.Ready == nil {
+		return nil
+	}
+	if err := s.cfg.Ready(s.Status()); err != nil {
+		return fmt.Errorf("report that the devices are usable: %w", err)
+	}
+	return nil
+}
+
+// wait returns when something ends the server.
+func (s *server) wait(ctx context.Context) {
+	gone := make(chan struct{})
+	var devices sync.WaitGroup
+	for _, v := range s.devices() {
+		devices.Go(func() {
+			<-v.dev.Done()
+			if err := v.dev.Err(); err != nil {
+				s.log.Error("device has ended", "device", v.dev.Info().Path(), "error", err)
+			}
+		})
+	}
+	go func() {
+		devices.Wait()
+		close(gone)
+	}()
+	lost := s.ctrl.Done()
+	for {
+		select {
+		case <-ctx.Done():
+			s.log.Info("told to end")
+		case <-s.ended:
+		case <-gone:
+			s.log.Info("no device is left")
+		case <-lost:
+			// The devices stay, their I/O fails, and the status says why.
+			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.ctrl.Err())
+			lost = nil
+			continue
+		}
+		return
+	}
+}
+
+func (s *server) devices() []*serving {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.serving)
+}

@@ -1,0 +1,111 @@
+package server
+
+import (
+	"os"
+	"strconv"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/poller"
+)
+
+// Status implements control.Controlled.
+func (s *server) Status() control.Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o := s.opts
+	out := control.Status{
+		SchemaVersion: control.SchemaVersion, Name: s.entry.Name, PID: os.Getpid(),
+		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
+		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
+		State: "connecting", Provider: s.provider, QueueSize: o.QueueSize,
+		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss),
+		TOS: int(o.TOS), PollMax: o.PollMax,
+		Devices: []control.Device{}, Lanes: []control.Lane{},
+	}
+	if o.SourceAddr.IsValid() {
+		out.HostTrAddr = o.SourceAddr.String()
+	}
+	if s.ctrl == nil {
+		return out
+	}
+	describeController(&out, s.ctrl.Info(), s.info)
+	for i, l := range s.loops {
+		if i < len(out.Lanes) {
+			addLoop(&out.Lanes[i], l.Snapshot())
+		}
+	}
+	for _, v := range s.serving {
+		if ended(v.dev) {
+			continue
+		}
+		d := describeDevice(v)
+		out.Devices = append(out.Devices, d)
+		out.BufferBytes += d.BufferBytes
+	}
+	return out
+}
+
+func ended(d device) bool {
+	select {
+	case <-d.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
+
+// describeController fills in what the controller says now; a dead one does not
+// know any more what it was when it was connected.
+func describeController(out *control.Status, now, connected initiator.Info) {
+	out.State = now.State.String()
+	if now.Reason != nil {
+		out.Reason = now.Reason.Error()
+	}
+	known := now
+	if now.Plan.Queues() == 0 {
+		known = connected
+	}
+	out.CNTLID, out.Version = known.CNTLID, known.Version.String()
+	out.Model, out.Serial, out.Firmware = known.Model, known.Serial, known.Firmware
+	out.RDMADevice, out.Memory = known.Device, "registered"
+	out.InCapsule, out.SQFlow, out.QueueSize = known.InCapsule, known.SQFlow, known.QueueSize
+	out.Queues = describeQueues(known.Plan)
+	for _, l := range now.Lanes {
+		out.Lanes = append(out.Lanes, control.Lane{
+			Submitted: l.Submitted, Completed: l.Completed, HandedOver: l.HandedOver, Retried: l.Retried,
+		})
+	}
+}
+
+func describeQueues(p poller.Plan) control.Queues {
+	class := func(c poller.Class) control.Class {
+		return control.Class{Requested: p.RequestedOf(c), Granted: p.Count[c], Mapped: p.Mapped(c).String()}
+	}
+	return control.Queues{
+		Requested: p.Requested.Total(), Granted: p.Granted,
+		Read: class(poller.Read), Default: class(poller.Default), Poll: class(poller.Poll),
+	}
+}
+
+func addLoop(out *control.Lane, s poller.Stats) {
+	out.Passes, out.Enters, out.Waits, out.BlockingWaits, out.Spins = s.Passes, s.Enters, s.Waits, s.BlockingWaits, s.Spins
+}
+
+func describeDevice(v *serving) control.Device {
+	g, info, total := v.device.Geometry(), v.dev.Info(), v.dev.Snapshot().Total()
+	return control.Device{
+		Device: "ublkb" + strconv.Itoa(info.ID), NSID: v.nsid, UUID: v.uuid,
+		Size: g.Sectors << 9, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
+		Queues: info.Queues, QueueDepth: info.Depth, MaxIO: info.MaxIO,
+		BufferBytes: info.Queues * info.Depth * info.MaxIO,
+		Counters: control.IO{
+			Reads: total.Reads, Writes: total.Writes, ReadBytes: total.ReadBytes, WrittenBytes: total.WrittenBytes,
+			Flushes: total.Flushes, Discards: total.Discards, WriteZeroes: total.WriteZeroes,
+			Errors: total.Errors, Batches: total.Batches,
+		},
+	}
+}
