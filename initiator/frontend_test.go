@@ -27,6 +27,7 @@ type job struct {
 	rng     *rand.Rand
 	first   uint64   // sector of the stripe
 	content []uint32 // generation per block of the stripe; 0 = zeroes
+	known   []bool   // whether content says what a block reads
 	busy    []bool   // blocks under a request
 	tags    []tagState
 	free    []uint16
@@ -64,7 +65,7 @@ func newFrontEnd(t testing.TB, dev block.Device, loops []*poller.Loop, depth, ma
 		blocks := min(int(stripe)*512/lbs, 4096)
 		j := &job{
 			loop: l, queue: q, rng: rand.New(rand.NewPCG(seed, uint64(i))), first: uint64(i) * stripe,
-			content: make([]uint32, blocks), busy: make([]bool, blocks),
+			content: make([]uint32, blocks), known: make([]bool, blocks), busy: make([]bool, blocks),
 			tags: make([]tagState, depth), batch: make([]block.Request, 0, depth), results: make([]block.Result, depth),
 			lbs: lbs, maxIO: maxIO,
 		}
@@ -221,10 +222,15 @@ func (j *job) finish(r block.Result) {
 	for i := range s.n {
 		switch s.op {
 		case block.OpWrite:
-			j.content[s.at+i] = s.genera
-		case block.OpDiscard, block.OpWriteZeroes:
-			j.content[s.at+i] = 0
+			j.content[s.at+i], j.known[s.at+i] = s.genera, true
+		case block.OpDiscard:
+			j.known[s.at+i] = false
+		case block.OpWriteZeroes:
+			j.content[s.at+i], j.known[s.at+i] = 0, true
 		case block.OpRead:
+			if !j.known[s.at+i] {
+				continue
+			}
 			want, where := j.content[s.at+i], uint32(s.at+i)
 			if want == 0 {
 				where = 0
