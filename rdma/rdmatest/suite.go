@@ -84,14 +84,14 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 const patience = 60 * time.Second
 
 // within is a context that ends in time for a failing test to say why.
-func within(t *testing.T, d time.Duration) context.Context {
+func within(t testing.TB, d time.Duration) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
 	return ctx
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -99,7 +99,7 @@ func check(t *testing.T, err error) {
 }
 
 // closer closes something at the end of the test and minds the error.
-func closer(t *testing.T, c interface{ Close() error }) {
+func closer(t testing.TB, c interface{ Close() error }) {
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			t.Errorf("close: %v", err)
@@ -146,7 +146,7 @@ type side struct {
 }
 
 // newSide gives a resolved or requested ID its resources.
-func newSide(t *testing.T, id rdma.ID, cfg config) *side {
+func newSide(t testing.TB, id rdma.ID, cfg config) *side {
 	t.Helper()
 	s, err := makeSide(id, cfg)
 	s.t = t
@@ -333,7 +333,7 @@ func readEvent(cq rdma.CQ) (bool, error) {
 }
 
 // noEvent checks that there is no event.
-func noEvent(t *testing.T, cq rdma.CQ, why string) {
+func noEvent(t testing.TB, cq rdma.CQ, why string) {
 	t.Helper()
 	if got, err := readEvent(cq); got || err != nil {
 		t.Fatalf("unexpected event: %s (error %v)", why, err)
@@ -371,7 +371,7 @@ func connParam(private []byte) rdma.ConnParam {
 }
 
 // listen makes a listener that the test closes.
-func listen(t *testing.T, s Setup) rdma.Listener {
+func listen(t testing.TB, s Setup) rdma.Listener {
 	t.Helper()
 	l, err := s.Passive.Listen(netip.AddrPortFrom(s.Listen, 0), 16)
 	check(t, err)
@@ -380,7 +380,7 @@ func listen(t *testing.T, s Setup) rdma.Listener {
 }
 
 // resolve makes an ID towards a listener that the test closes.
-func resolve(t *testing.T, s Setup, to netip.AddrPort) rdma.ID {
+func resolve(t testing.TB, s Setup, to netip.AddrPort) rdma.ID {
 	t.Helper()
 	id, err := s.Active.Resolve(within(t, patience), netip.Addr{}, to, -1)
 	check(t, err)
@@ -405,7 +405,7 @@ func goConnect(ctx context.Context, id rdma.ID, private []byte) <-chan connected
 }
 
 // connect makes a connection through l.
-func connect(t *testing.T, s Setup, l rdma.Listener, cfg config) (active, passive *side) {
+func connect(t testing.TB, s Setup, l rdma.Listener, cfg config) (active, passive *side) {
 	t.Helper()
 	active = newSide(t, resolve(t, s, l.Addr()), cfg)
 	done := goConnect(within(t, patience), active.id, nil)
@@ -418,13 +418,13 @@ func connect(t *testing.T, s Setup, l rdma.Listener, cfg config) (active, passiv
 }
 
 // pair makes a connection.
-func pair(t *testing.T, s Setup, cfg config) (active, passive *side) {
+func pair(t testing.TB, s Setup, cfg config) (active, passive *side) {
 	t.Helper()
 	return connect(t, s, listen(t, s), cfg)
 }
 
 // waitEventType waits for the next connection event, which must be of this type.
-func waitEventType(t *testing.T, id rdma.ID, want rdma.EventType) {
+func waitEventType(t testing.TB, id rdma.ID, want rdma.EventType) {
 	t.Helper()
 	select {
 	case ev := <-id.Events():

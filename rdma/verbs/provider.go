@@ -108,7 +108,7 @@ func timeoutMS(ctx context.Context) C.int {
 // cmErrno is the error of a connection manager call or event.
 func cmErrno(err error) error {
 	if errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("%w (%w)", rdma.ErrNoDevice, err)
+		return fmt.Errorf("%w leads there (%w)", rdma.ErrNoDevice, err)
 	}
 	return err
 }
