@@ -192,8 +192,8 @@ func ibytes(n int) string {
 	return fmt.Sprintf("%dB", n)
 }
 
-// oneOf is one of some words.
-func oneOf(dst *string, words ...string) *flagValue[string] {
+// OneOf is one of some words.
+func OneOf(dst *string, words ...string) *flagValue[string] {
 	return &flagValue[string]{
 		dst: dst,
 		parse: func(s string) (string, error) {

@@ -88,7 +88,7 @@ func Default() *Connect {
 // of the first block are nvme-cli's.
 func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
-	f.VarP(oneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
+	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
 	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
 		"traddr", "a", "address of the target (required)")
 	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
@@ -119,8 +119,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN for the first namespace, N+1 for the second, … (default: free ones)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
-	f.Var(oneOf(&c.Provider, "auto", "verbs"), "provider", "how to do RDMA")
-	f.Var(oneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
+	f.Var(OneOf(&c.Provider, "auto", "verbs"), "provider", "how to do RDMA")
+	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
 	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
 }
 
@@ -172,8 +172,11 @@ func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
 // Args writes the flags of f that were set as arguments again.
 func Args(f *pflag.FlagSet) []string {
 	var args []string
-	f.Visit(func(flag *pflag.Flag) {
-		args = append(args, "--"+flag.Name+"="+flag.Value.String())
+	// Visit would only see what f itself has parsed.
+	f.VisitAll(func(flag *pflag.Flag) {
+		if flag.Changed {
+			args = append(args, "--"+flag.Name+"="+flag.Value.String())
+		}
 	})
 	return args
 }

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+// connection is what connect and serve have in common.
+type connection struct {
+	runDir     dirFunc
+	opts       *options.Connect
+	shown      *pflag.FlagSet // the flags of opts
+	format     string
+	verbose    bool
+	foreground bool
+}
+
+func (c *connection) addFlags(cmd *cobra.Command) {
+	c.opts = options.Default()
+	c.shown = pflag.NewFlagSet("", pflag.ContinueOnError)
+	c.opts.AddFlags(c.shown)
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.AddFlagSet(c.shown)
+	f.BoolVar(&c.foreground, "foreground", false, "serve in this process, for a terminal or a service manager (Type=notify)")
+	formatFlag(f, &c.format)
+	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were asked for and granted, and log more")
+}
+
+// complete checks the flags as a whole.
+func (c *connection) complete() error { return usage(c.opts.Complete(options.Sources{})) }
+
+func (c *connection) show(w io.Writer, s control.Status) error {
+	return output.Connected(w, s, c.format, c.verbose)
+}
+
+func newConnect(runDir dirFunc) *cobra.Command {
+	c := &connection{runDir: runDir}
+	cmd := &cobra.Command{
+		Use:   "connect -a ADDRESS -n NQN",
+		Short: "Connect to a subsystem and make its namespaces block devices",
+		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
+their names. With --foreground the server is this process: it logs to standard
+error and ends with SIGTERM or SIGINT; a second signal does not wait for
+requests in flight.
+
+Values that are not accepted are refused before anything else happens. Sizes are
+like 64KiB (1024) or 64k (1000).`,
+		Args: cobra.NoArgs,
+		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
+	}
+	c.addFlags(cmd)
+	return cmd
+}
+
+// connect starts the server, or becomes it.
+func (c *connection) connect(cmd *cobra.Command) error {
+	if err := c.complete(); err != nil {
+		return err
+	}
+	dir, err := c.runDir()
+	if err != nil {
+		return err
+	}
+	// Serving works without it; the server says so.
+	_ = host.SetIOFlusher()
+	args := append([]string{programName, "serve", "--run-dir=" + string(dir)}, options.Args(c.shown)...)
+	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
+	path := self()
+	if c.foreground {
+		return fmt.Errorf("become the server: %w", unix.Exec(path, args, os.Environ()))
+	}
+	s, err := launch(path, args, c.opts.Timeout)
+	if err != nil {
+		return err
+	}
+	return c.show(cmd.OutOrStdout(), s)
+}
+
+func newServe(runDir dirFunc) *cobra.Command {
+	c := &connection{runDir: runDir}
+	reportFD := -1
+	cmd := &cobra.Command{
+		Use:    "serve",
+		Hidden: true,
+		Short:  "Be the server that connect starts",
+		Args:   cobra.NoArgs,
+	}
+	c.addFlags(cmd)
+	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
+	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if reportFD < 0 {
+			return foreground(cmd, args)
+		}
+		unix.CloseOnExec(reportFD)
+		r := &reporter{file: os.NewFile(uintptr(reportFD), "report")}
+		err := exit.From(c.serveBackground(r))
+		if err == nil {
+			return nil
+		}
+		if r.failed(err) == nil {
+			os.Exit(int(err.Code)) // connect says it; twice is too often
+		}
+		return err
+	}
+	return cmd
+}
+
+// serveForeground is connect --foreground, after it became the server.
+func (c *connection) serveForeground(cmd *cobra.Command) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.level(), ReplaceAttr: journalAttr}))
+	return c.serve(server.Config{
+		Log:   log,
+		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
+	}, endSignals)
+}
+
+// journalAttr leaves out the time where the journal notes it.
+func journalAttr(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
+		return slog.Attr{}
+	}
+	return a
+}
+
+// serveBackground is what connect starts. What is logged before there is a log
+// file goes to connect's standard error, as do panics.
+func (c *connection) serveBackground(r *reporter) error {
+	log := &logFile{}
+	return c.serve(server.Config{
+		Log:      slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
+		Reserved: func(e *state.Entry) error { return log.open(e.Log()) },
+		Ready:    r.ready,
+	}, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+}
+
+func (c *connection) level() slog.Level {
+	if c.verbose {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
+}
+
+// serve runs the server. The first signal ends it in order, the second does not
+// wait for requests in flight, the third does not wait for anything.
+func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
+	if err := host.SetName(programName); err != nil { // it is "exe" after executing self
+		cfg.Log.Warn("process not named", "error", err)
+	}
+	if err := c.complete(); err != nil {
+		return err
+	}
+	dir, err := c.runDir()
+	if err != nil {
+		return err
+	}
+	// A log that nobody reads any more is no reason to die.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := interruptible(signals...)
+	defer stop()
+	cfg.Options, cfg.Dir = c.opts, dir
+	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
+	hurry := make(chan struct{})
+	cfg.Hurry = hurry
+	go func() {
+		<-ctx.Done()
+		more := make(chan os.Signal, 2)
+		signal.Notify(more, signals...)
+		<-more
+		close(hurry)
+		<-more
+		os.Exit(int(exit.Other))
+	}()
+	return server.Run(ctx, cfg)
+}

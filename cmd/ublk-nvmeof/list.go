@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+// statusTime is what a server gets to say how it is.
+const statusTime = 2 * time.Second
+
+func newList(runDir dirFunc) *cobra.Command {
+	var format string
+	var verbose bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "Show servers and their devices",
+		Long: `Shows the devices of all servers, with how many queues of each class were
+requested and granted. "poll 1/0→default" says that one poll queue was asked
+for, none was granted, and the default queues serve its requests.
+
+A server that died is shown as lost, with the devices it left; the next connect
+or a disconnect clears them away. JSON has everything, with or without -v.`,
+		Args: cobra.NoArgs,
+		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
+			dir, err := runDir()
+			if err != nil {
+				return err
+			}
+			records, err := dir.List()
+			if err != nil {
+				return err
+			}
+			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), format, verbose)
+		}),
+	}
+	formatFlag(cmd.Flags(), &format)
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show everything about each server")
+	return cmd
+}
+
+// statuses asks all servers at the same time.
+func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
+	found := make([]control.Status, len(records))
+	var wg sync.WaitGroup
+	for i, r := range records {
+		if r.Err != nil {
+			complain("%s: list: %s: %v\n", programName, r.Name, r.Err)
+		}
+		wg.Go(func() { found[i] = statusOf(ctx, r) })
+	}
+	wg.Wait()
+	return found
+}
+
+// statusOf is what a server says, or what its record says in its place.
+func statusOf(ctx context.Context, r state.Record) control.Status {
+	ctx, cancel := context.WithTimeout(ctx, statusTime)
+	defer cancel()
+	s := control.Status{
+		SchemaVersion: control.SchemaVersion, Name: r.Name, PID: r.Process.PID,
+		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN,
+		Devices: []control.Device{}, Lanes: []control.Lane{},
+	}
+	if a := r.Target.Address; a.IsValid() {
+		s.TrAddr, s.TrSvcID = a.Addr().String(), strconv.Itoa(int(a.Port()))
+	}
+	for _, d := range r.Devices {
+		s.Devices = append(s.Devices, control.Device{Device: "ublkb" + strconv.Itoa(d.ID), NSID: d.NSID})
+	}
+	switch {
+	case r.Err != nil:
+		s.State, s.Reason = "unknown", r.Err.Error()
+	case !r.Alive:
+		s.State, s.Reason = "lost", fmt.Sprintf("the server, process %d, has died", r.Process.PID)
+	default:
+		live, err := control.NewClient(r.Socket()).Status(ctx)
+		if err == nil {
+			return live
+		}
+		s.State, s.Reason = "unknown", err.Error()
+	}
+	return s
+}

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+const programName = "ublk-nvmeof"
+
+const longHelp = `Serves the namespaces of an NVMe over RDMA subsystem as block devices
+/dev/ublkbN, from user space. One server process per subsystem does the work;
+connect starts it, disconnect ends it. Flags are those of nvme-cli 2.x, so far
+as they make sense here.`
+
+// execute runs a command line.
+func execute(args []string) error {
+	root := newRoot()
+	root.SetArgs(args)
+	err := root.Execute()
+	var known *exit.Error
+	if err == nil || errors.As(err, &known) {
+		return err
+	}
+	// What is not from a verb itself is from reading the command line.
+	return exit.Errorf(exit.Usage, "%v", err)
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:           programName,
+		Short:         "NVMe over RDMA block devices from user space",
+		Long:          longHelp + "\n\nExit codes:\n" + exit.Table(),
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return fmt.Errorf("no verb is given; see %s --help", programName)
+		},
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%s: %w", cmd.Name(), options.FlagError(err))
+	})
+	dir := string(state.DefaultDir)
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "where servers keep their state")
+	root.PersistentFlags().Lookup("run-dir").Hidden = true
+	runDir := func() (state.Dir, error) {
+		d, err := filepath.Abs(dir) // a server has its own working directory
+		return state.Dir(d), err
+	}
+	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newList(runDir), newVersion())
+	return root
+}
+
+// dirFunc gives the run directory once flags are parsed.
+type dirFunc func() (state.Dir, error)
+
+// verb makes a cobra function of one whose errors are not about the command
+// line, unless they say so. Messages begin with the verb's name.
+func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		e := exit.From(run(cmd, args))
+		if e == nil {
+			return nil
+		}
+		e.Message = name + ": " + e.Message
+		return e
+	}
+}
+
+// usage makes an error of a command line that parsed and makes no sense.
+func usage(err error) error {
+	if err == nil {
+		return nil
+	}
+	return exit.Errorf(exit.Usage, "%v", err)
+}
+
+// formatFlag adds --output-format.
+func formatFlag(f *pflag.FlagSet, dst *string) {
+	*dst = output.Normal
+	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "format of the output")
+}
+
+// interruptible is a context that ends with a signal, which is its cause.
+func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, signals...)
+	go func() {
+		if s, ok := <-c; ok {
+			cancel(exit.Errorf(exit.Other, "interrupted by %v", s))
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(c)
+		close(c)
+		cancel(nil)
+	}
+}
+
+// endSignals ask a program in a terminal to end.
+var endSignals = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}
