@@ -390,6 +390,9 @@ func (g *guest) syscalls(ctx context.Context) error {
 					info.SyscallsPerIO[syscallName(number)] = perIO(float64(n), (bytes[1]-bytes[0])/uint64(w.block))
 				}
 			}
+			if len(info.SyscallsPerIO) == 0 {
+				return fmt.Errorf("no system call of %d threads was seen", len(use.threads))
+			}
 			return g.emit(event{Server: &info})
 		})
 		if err := g.passed(ctx, name, "system calls", err); err != nil {
