@@ -23,6 +23,16 @@ type association struct {
 	plan     poller.Plan
 	pairs    []*pair
 	watching sync.WaitGroup // the goroutines that hear of each connection
+	lost     chan error     // the first reason why it is lost
+}
+
+// fail says that the association is lost. Only the first reason counts. Any
+// goroutine.
+func (a *association) fail(err error) {
+	select {
+	case a.lost <- err:
+	default:
+	}
 }
 
 // StepError says which step of setting up an association failed.
@@ -41,7 +51,7 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. What it returns is connected and idle: no lane knows of
 // it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{}
+	a = &association{lost: make(chan error, 1)}
 	defer func() {
 		if err != nil {
 			a.close()
@@ -75,10 +85,10 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	if err := c.establish(ctx, conn, p); err != nil {
 		return errors.Join(err, conn.close())
 	}
-	if a.admin, err = newAdmin(conn, c.pd, c.fail); err != nil {
+	if a.admin, err = newAdmin(conn, c.pd, a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
-	c.watch(a, conn)
+	a.watch(conn)
 
 	var data nvme.ConnectData
 	if err := c.fillConnect(&data, 0xFFFF); err != nil {
@@ -259,7 +269,7 @@ func (c *Controller) connectIO(ctx context.Context, a *association) error {
 			return fmt.Errorf("queue %d: %w", i+1, err)
 		}
 		a.pairs = append(a.pairs, p)
-		c.watch(a, p.connection)
+		a.watch(p.connection)
 	}
 	return nil
 }
@@ -285,9 +295,7 @@ func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
 		inCapsule = uint32(a.identify.InCapsuleBytes())
 	}
-	p := newPair(conn, class, inCapsule, flow)
-	p.lane = c.lanes[owner]
-	return p, nil
+	return newPair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
 }
 
 // connectCommand makes the connection an I/O queue, and says whether the
@@ -351,13 +359,13 @@ func (a *association) shutdown(ctx context.Context) error {
 	return a.waitStatus(ctx, limit, func(s nvme.CSTS) bool { return s.SHST() == 2 })
 }
 
-// watch hands what happens to a connection to the controller.
-func (c *Controller) watch(a *association, conn *connection) {
+// watch takes whatever happens to a connection for its loss.
+func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
-			c.fail(fmt.Errorf("queue %d: %v", conn.qid, ev.Type))
+			a.fail(fmt.Errorf("queue %d: %v", conn.qid, ev.Type))
 		}
 	}()
 }

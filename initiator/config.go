@@ -23,6 +23,8 @@ const (
 	defaultAdminTimeout   = 60 * time.Second
 	defaultIOTimeout      = 30 * time.Second
 	defaultPollMaxBytes   = 16 << 10
+	defaultReconnectDelay = 10 * time.Second
+	defaultCtrlLoss       = 600 * time.Second
 
 	adminDepth = 32 // NVME_AQ_DEPTH; nvmet takes no more
 )
@@ -52,6 +54,14 @@ type Config struct {
 	AdminTimeout   time.Duration // per admin command; 0: 60 s
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 
+	// When the association is lost, it is made again: at once, then every
+	// ReconnectDelay (0: 10 s), until CtrlLoss has passed (0: 600 s; negative:
+	// for ever). Requests wait meanwhile, and fail from FastIOFail on
+	// (0: only when the controller is given up).
+	ReconnectDelay time.Duration
+	CtrlLoss       time.Duration
+	FastIOFail     time.Duration
+
 	Log *slog.Logger // nil: nothing is logged
 }
 
@@ -69,6 +79,10 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, MinQueueSize, MaxQueueSize)
 	case c.KeepAlive < 0:
 		return fmt.Errorf("config: keep alive timeout %v is negative", c.KeepAlive)
+	case c.ReconnectDelay < 0:
+		return fmt.Errorf("config: reconnect delay %v is negative", c.ReconnectDelay)
+	case c.FastIOFail < 0:
+		return fmt.Errorf("config: fast I/O fail timeout %v is negative", c.FastIOFail)
 	}
 	if err := nvme.ValidateNQN(c.SubNQN); err != nil {
 		return fmt.Errorf("config: subsystem NQN: %w", err)
@@ -82,6 +96,8 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.ConnectTimeout, defaultConnectTimeout)
 	setDefault(&c.AdminTimeout, defaultAdminTimeout)
 	setDefault(&c.IOTimeout, defaultIOTimeout)
+	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
+	setDefault(&c.CtrlLoss, defaultCtrlLoss)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}

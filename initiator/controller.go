@@ -19,14 +19,15 @@ type State uint8
 
 // States, with Linux' names (enum nvme_ctrl_state).
 const (
-	StateUnset    State = iota
-	StateNew            // made, never connected
-	StateLive           // I/O goes to the target
-	StateDeleting       // Close was called
-	StateDead           // the association was lost; I/O fails
+	StateUnset      State = iota
+	StateNew              // made, never connected
+	StateLive             // I/O goes to the target
+	StateConnecting       // the association was lost and is being made again; I/O waits
+	StateDeleting         // Close was called
+	StateDead             // given up; I/O fails
 )
 
-var stateNames = [...]string{"unset", "new", "live", "deleting", "dead"}
+var stateNames = [...]string{"unset", "new", "live", "connecting", "deleting", "dead"}
 
 func (s State) String() string {
 	if int(s) < len(stateNames) {
@@ -45,14 +46,18 @@ type Controller struct {
 	dev rdma.Device // of every connection; set by the first
 	pd  rdma.PD
 
-	failed  chan error    // the first reason why the association is lost
-	stop    chan struct{} // Close was called
+	// life ends with Close (cause errClosed) or Abort (cause the caller's).
+	life    context.Context
+	end     context.CancelCauseFunc
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
 
 	mu         sync.Mutex // guards what follows
 	state      State
-	reason     error
+	since      time.Time // of the state
+	reason     error     // why it is not live, or was not the last time
+	losses     int       // associations lost
+	attempts   int       // to make one since the last was lost
 	assoc      *association
 	namespaces []*Namespace
 }
@@ -68,9 +73,10 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	c := &Controller{
-		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew,
-		failed: make(chan error, 1), stop: make(chan struct{}), stopped: make(chan struct{}), dead: make(chan struct{}),
+		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(),
+		stopped: make(chan struct{}), dead: make(chan struct{}),
 	}
+	c.life, c.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
 		c.lanes = append(c.lanes, &lane{ctrl: c, loop: loop, index: i})
 	}
@@ -79,7 +85,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 		c.freePD()
 		return nil, err
 	}
-	if err := c.scan(ctx, a); err != nil {
+	if c.namespaces, err = c.scan(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.freePD())
 	}
 	for _, l := range c.lanes {
@@ -150,7 +156,10 @@ func (c *Controller) attach(a *association) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.state, c.assoc = StateLive, a
+	if c.state != StateDeleting {
+		c.state, c.since = StateLive, time.Now()
+	}
+	c.assoc = a
 	return nil
 }
 
@@ -183,60 +192,142 @@ func (c *Controller) detachLanes() error {
 	return errors.Join(errs...)
 }
 
-// fail tells the controller that its association is lost. Only the first reason
-// counts. Any goroutine.
-func (c *Controller) fail(err error) {
-	select {
-	case c.failed <- err:
-	default:
+var errClosed = errors.New("controller was closed")
+
+// supervise keeps the controller alive: it serves one association after the
+// other, until Close or until none can be made any more.
+func (c *Controller) supervise(a *association) {
+	defer close(c.stopped)
+	for {
+		reason := c.serve(a)
+		if reason == errClosed {
+			return // Close goes on with the association
+		}
+		lost := time.Now()
+		c.lose(reason, lost)
+		c.cfg.Log.Warn("association lost", "reason", reason)
+		if err := c.release(a); err != nil {
+			c.cfg.Log.Warn("end association", "error", err)
+		}
+		var err error
+		if a, err = c.reconnect(lost); err != nil {
+			if err != errClosed {
+				c.die(err)
+			}
+			return
+		}
 	}
 }
 
-// supervise keeps the controller alive and decides when it is not.
-func (c *Controller) supervise(a *association) {
-	defer close(c.stopped)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
+// serve keeps an association alive, and returns why it does not any more.
+func (c *Controller) serve(a *association) error {
+	ctx, cancel := context.WithCancel(c.life)
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.keepAlive(ctx, a) })
 	helpers.Go(func() { c.listen(ctx, a) })
+	defer helpers.Wait()
+	defer cancel()
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
 	for {
 		select {
 		case <-second.C:
 			c.clock.Add(1)
-			c.checkTimeouts()
-			continue
-		case err := <-c.failed:
-			c.die(err)
-			cancel()
-			c.cfg.Log.Error("controller is dead", "reason", err)
-			if err := c.release(a); err != nil {
-				c.cfg.Log.Warn("end association", "error", err)
-			}
-			for _, l := range c.lanes {
-				l.loop.Call(l.die)
-			}
-			<-c.stop
-		case <-c.stop:
+			c.checkTimeouts(a)
+		case err := <-a.lost:
+			return err
+		case <-c.life.Done():
+			return context.Cause(c.life)
 		}
-		cancel()
-		helpers.Wait()
-		return
 	}
 }
 
-func (c *Controller) die(err error) {
+// reconnect makes the next association: at once, then at intervals. The error
+// is why the controller ends instead.
+func (c *Controller) reconnect(lost time.Time) (*association, error) {
+	ctx := c.life
+	giveUp := make(<-chan time.Time) // never
+	if c.cfg.CtrlLoss > 0 {
+		limited, cancel := context.WithDeadline(ctx, lost.Add(c.cfg.CtrlLoss))
+		defer cancel()
+		ctx, giveUp = limited, time.After(time.Until(lost.Add(c.cfg.CtrlLoss)))
+	}
+	if c.cfg.FastIOFail > 0 {
+		fast := time.AfterFunc(time.Until(lost.Add(c.cfg.FastIOFail)), c.failFast)
+		defer fast.Stop()
+	}
+	for {
+		if err := context.Cause(c.life); err != nil {
+			return nil, err
+		}
+		a, err := c.again(ctx)
+		if err == nil {
+			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
+			return a, nil
+		}
+		c.cfg.Log.Warn("reconnect", "error", err, "again_in", c.cfg.ReconnectDelay)
+		select {
+		case <-time.After(c.cfg.ReconnectDelay):
+		case <-giveUp:
+			return nil, fmt.Errorf("given up after %v: %w", c.cfg.CtrlLoss, err)
+		case <-c.life.Done():
+		}
+	}
+}
+
+// again makes one attempt.
+func (c *Controller) again(ctx context.Context) (*association, error) {
+	c.mu.Lock()
+	c.attempts++
+	c.mu.Unlock()
+	a, err := c.associate(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.rescan(ctx, a); err != nil {
+		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
+	}
+	if err := c.attach(a); err != nil {
+		return nil, errors.Join(err, c.release(a))
+	}
+	return a, nil
+}
+
+func (c *Controller) lose(reason error, when time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.state, c.reason, c.assoc = StateDead, err, nil
+	c.assoc, c.reason, c.attempts = nil, reason, 0
+	c.losses++
+	if c.state != StateDeleting {
+		c.state, c.since = StateConnecting, when
+	}
+}
+
+// failFast ends the patience of the requests that wait.
+func (c *Controller) failFast() {
+	for _, l := range c.lanes {
+		// A loop that has ended holds no requests.
+		_ = l.loop.Call(func() {
+			if l.route[poller.Default] == nil {
+				l.failFast()
+			}
+		})
+	}
+}
+
+// die gives the controller up.
+func (c *Controller) die(err error) {
+	c.cfg.Log.Error("controller is given up", "reason", err)
+	c.mu.Lock()
+	c.state, c.since, c.reason = StateDead, time.Now(), err
+	c.mu.Unlock()
 	close(c.dead)
+	c.failFast()
 }
 
 // checkTimeouts fails the association when a command was not answered in time.
 // Lanes without a command in flight are not disturbed.
-func (c *Controller) checkTimeouts() {
+func (c *Controller) checkTimeouts(a *association) {
 	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
 	now := c.clock.Load()
 	for _, l := range c.lanes {
@@ -275,7 +366,7 @@ func (c *Controller) keepAlive(ctx context.Context, a *association) {
 		_, err := a.admin.exec(limit, &cmd, nil, nil)
 		cancel()
 		if err != nil && ctx.Err() == nil {
-			c.fail(fmt.Errorf("keep alive: %w", err))
+			a.fail(fmt.Errorf("keep alive: %w", err))
 			return
 		}
 	}
@@ -314,20 +405,6 @@ func (c *Controller) readLog(ctx context.Context, a *association, page uint8) er
 	return err
 }
 
-// retryDelay is how long the target asked to wait with a retry, by one of the
-// delays it announced.
-func (c *Controller) retryDelay(crd uint8) time.Duration {
-	if crd == 0 {
-		return 0
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.assoc == nil {
-		return 0
-	}
-	return time.Duration(c.assoc.identify.CRDT(crd)) * 100 * time.Millisecond
-}
-
 // reportStatus logs a request that fails for good.
 func (c *Controller) reportStatus(r *request, s nvme.Status) {
 	c.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
@@ -344,6 +421,9 @@ func (c *Controller) Done() <-chan struct{} { return c.dead }
 func (c *Controller) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.state != StateDead {
+		return nil
+	}
 	return c.reason
 }
 
@@ -351,21 +431,23 @@ func (c *Controller) Err() error {
 // while the target does not answer: the controller dies of reason, and every
 // request, held, in flight or to come, fails as soon as the target can no longer
 // touch its buffer. Close is still due. Any goroutine.
-func (c *Controller) Abort(reason error) { c.fail(reason) }
+func (c *Controller) Abort(reason error) { c.end(reason) }
 
 // Close leaves the subsystem in order: I/O queues, shutdown notification, admin
 // queue, each step bounded by ctx or sooner. The queues of the namespaces must
 // be idle, and closed before.
 func (c *Controller) Close(ctx context.Context) error {
 	c.mu.Lock()
-	a := c.assoc
-	c.assoc = nil
 	if c.state != StateDead {
-		c.state = StateDeleting
+		c.state, c.since = StateDeleting, time.Now()
 	}
 	c.mu.Unlock()
-	close(c.stop)
+	c.end(errClosed)
 	<-c.stopped
+	c.mu.Lock()
+	a := c.assoc
+	c.assoc = nil
+	c.mu.Unlock()
 	var errs []error
 	if a != nil {
 		if err := a.shutdown(ctx); err != nil {
@@ -380,7 +462,10 @@ func (c *Controller) Close(ctx context.Context) error {
 // Info is what a controller can tell about itself.
 type Info struct {
 	State     State
-	Reason    error
+	Since     time.Time // when the state began
+	Reason    error     // why the association was lost the last time
+	Losses    int       // associations lost so far
+	Attempts  int       // to make one again, since then
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -405,7 +490,7 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Reason: c.reason, Device: c.dev.Attr().Name}
+	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.dev.Attr().Name}
 	if a := c.assoc; a != nil {
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()

@@ -42,6 +42,7 @@ type fakeTarget struct {
 	commands map[nvme.Opcode]int
 	byQueue  map[uint16]int
 	cc       nvme.CC
+	uuid     nvme.UUID // of every namespace
 	shutdown bool
 }
 
@@ -57,7 +58,7 @@ func newFakeTarget(t testing.TB, fabric *rdmatest.Fabric, size int) *fakeTarget 
 	f := &fakeTarget{
 		t: t, provider: fabric.Provider(targetAddr), quit: make(chan struct{}),
 		inCapsule: 4096, maxEntries: 128, lbads: 9, namespaces: []uint32{1},
-		commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
+		uuid: nvme.NewUUID(), commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
 	}
 	f.grant.Store(128)
 	var err error
@@ -101,6 +102,7 @@ func (f *fakeTarget) accept() {
 				return
 			}
 			c.serve()
+			c.close()
 		})
 	}
 }
@@ -156,8 +158,7 @@ func (f *fakeTarget) open(id rdma.ID) (*fakeConn, error) {
 			return nil, err
 		}
 	}
-	accept := nvme.RDMAAccept{CRQSize: uint16(c.depth)}.Marshal()
-	return c, id.Accept(context.Background(), rdma.ConnParam{PrivateData: accept[:], ResponderResources: 16, InitiatorDepth: 16})
+	return c, nil
 }
 
 func (c *fakeConn) receive(i uint64) error {
@@ -168,15 +169,20 @@ func (c *fakeConn) receive(i uint64) error {
 	return err
 }
 
+func (c *fakeConn) close() {
+	c.qp.Fail()
+	c.id.Close()
+	c.recv.Close()
+	c.send.Close()
+	c.in.Close()
+	c.out.Close()
+}
+
 func (c *fakeConn) serve() {
-	defer func() {
-		c.qp.Fail()
-		c.id.Close()
-		c.recv.Close()
-		c.send.Close()
-		c.in.Close()
-		c.out.Close()
-	}()
+	accept := nvme.RDMAAccept{CRQSize: uint16(c.depth)}.Marshal()
+	if err := c.id.Accept(context.Background(), rdma.ConnParam{PrivateData: accept[:], ResponderResources: 16, InitiatorDepth: 16}); err != nil {
+		return // the host gave up
+	}
 	event := make([]byte, 8)
 	fds := []unix.PollFd{{Fd: int32(c.recv.FD()), Events: unix.POLLIN}}
 	for {
@@ -413,7 +419,11 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 				}
 			}
 			nvme.ActiveNSListAt(page).Set(ids)
-		case nvme.CNSNamespaceDescriptors, nvme.CNSControllerCSI:
+		case nvme.CNSNamespaceDescriptors:
+			c.f.mu.Lock()
+			copy(page, nvme.NamespaceIDs{UUID: c.f.uuid}.AppendTo(nil))
+			c.f.mu.Unlock()
+		case nvme.CNSControllerCSI:
 		default:
 			return 0, nvme.StatusInvalidField | nvme.StatusDNR, nil
 		}

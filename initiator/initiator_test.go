@@ -328,7 +328,7 @@ func TestRequestsThatMustNotBeSent(t *testing.T) {
 }
 
 // TestHostileResponses: whatever a target answers, the association ends with a
-// reason, and every request with an error.
+// reason, and the requests that were in flight are sent again over the next.
 func TestHostileResponses(t *testing.T) {
 	for name, c := range map[string]struct {
 		tamper func(*nvme.Completion) bool
@@ -336,7 +336,7 @@ func TestHostileResponses(t *testing.T) {
 	}{
 		"id of no slot":     {func(c *nvme.Completion) bool { c.SetCID(c.CID() | 0x0FFF); return true }, "not outstanding"},
 		"wrong generation":  {func(c *nvme.Completion) bool { c.SetCID(c.CID() ^ 0x1000); return true }, "not outstanding"},
-		"another slot":      {func(c *nvme.Completion) bool { c.SetCID(c.CID()&0xF000 | (c.CID()+5)&0x0FFF); return true }, "not outstanding"},
+		"another slot":      {func(c *nvme.Completion) bool { c.SetCID(c.CID()&0xF000 | (c.CID()+9)&0x0FFF); return true }, "not outstanding"},
 		"head beyond queue": {func(c *nvme.Completion) bool { c.SetSQHead(4000); return true }, "submission queue head"},
 		"no answer":         {func(c *nvme.Completion) bool { return false }, "not answered within"},
 	} {
@@ -345,27 +345,184 @@ func TestHostileResponses(t *testing.T) {
 			target := newFakeTarget(t, fabric, 1<<20)
 			var hostile atomic.Bool
 			target.tamper = func(qid uint16, done *nvme.Completion) bool {
-				return qid == 0 || !hostile.Load() || c.tamper(done)
+				return qid == 0 || !hostile.Swap(false) || c.tamper(done)
 			}
 			loops := newLoops(t, 1)
 			ctl := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
 			hostile.Store(true)
 			f := newFrontEnd(t, ctl.Namespaces()[0], loops, 8, 4096, 9)
-			f.jobs[0].allow = true
-			for _, err := range f.try(50) {
-				t.Error(err)
-			}
-			if f.jobs[0].errnos.Load() == 0 {
-				t.Error("no request failed")
-			}
-			<-ctl.Done()
-			if err := ctl.Err(); err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("reason %v, want %q", err, c.want)
+			f.run(200)
+			i := ctl.Info()
+			if i.Losses != 1 || i.State != StateLive || i.Reason == nil || !strings.Contains(i.Reason.Error(), c.want) {
+				t.Errorf("state %v after %d losses, reason %v, want %q", i.State, i.Losses, i.Reason, c.want)
 			}
 			f.close()
 			closeController(t, ctl)
 		})
 	}
+}
+
+// TestRegrant changes the grant with I/O in every class under way: each
+// association has the plan of a fresh connect, and no request fails.
+func TestRegrant(t *testing.T) {
+	cpus := runtime.NumCPU()
+	for _, q := range []poller.Request{{IO: 2, Write: 2, Poll: 2}, {IO: 2, Write: 2}, {IO: 2, Poll: 2}} {
+		q = q.Clip(cpus)
+		t.Run(fmt.Sprintf("%d-%d-%d", q.IO, q.Write, q.Poll), func(t *testing.T) {
+			fabric := rdmatest.NewFabric()
+			target := newFakeTarget(t, fabric, 4<<20)
+			target.grant.Store(5)
+			loops := newLoops(t, q.Loops())
+			cfg := testConfig(fabric.Provider(hostAddr), loops, q)
+			cfg.ReconnectDelay = 20 * time.Millisecond
+			c := connect(t, cfg)
+			f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 64<<10, 6)
+			f.start(20000)
+			losses := 0
+			for _, grant := range []int{3, 8, 1, 4, 2, 0, 6, 1, 6} {
+				target.grant.Store(int32(grant))
+				fabric.KillAll(hostAddr)
+				losses++
+				if grant == 0 {
+					waitFor(t, "a refused attempt", func() bool { return c.Info().Attempts >= 2 })
+					continue
+				}
+				waitFor(t, "the next association", func() bool {
+					i := c.Info()
+					return i.State == StateLive && i.Plan == poller.Split(q, grant)
+				})
+			}
+			for _, err := range f.wait(time.Minute) {
+				t.Error(err)
+			}
+			f.close()
+			closeController(t, c)
+		})
+	}
+}
+
+// waitFor polls a condition that has no event of its own.
+func waitFor(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	limit := time.After(20 * time.Second)
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-limit:
+			t.Fatalf("%s did not come", what)
+		}
+	}
+}
+
+// TestOutage: requests wait while nobody listens, and finish when somebody does.
+func TestOutage(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	cfg.ReconnectDelay = 10 * time.Millisecond
+	c := connect(t, cfg)
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 4096, 7)
+	f.start(20000)
+	fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+	fabric.KillAll(hostAddr)
+	waitFor(t, "the third attempt", func() bool { return c.Info().Attempts >= 3 })
+	if i := c.Info(); i.State != StateConnecting {
+		t.Errorf("state %v", i.State)
+	}
+	fabric.SetRefuse(targetAddr, 0, nil)
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	closeController(t, c)
+}
+
+// TestGivenUp: after ctrl_loss_tmo the controller is dead and requests fail;
+// after fast_io_fail_tmo they fail, but the controller comes back.
+func TestGivenUp(t *testing.T) {
+	for name, fast := range map[string]bool{"ctrl_loss_tmo": false, "fast_io_fail_tmo": true} {
+		t.Run(name, func(t *testing.T) {
+			fabric := rdmatest.NewFabric()
+			newFakeTarget(t, fabric, 1<<20)
+			loops := newLoops(t, 1)
+			cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+			cfg.ReconnectDelay = 10 * time.Millisecond
+			if fast {
+				cfg.FastIOFail = 100 * time.Millisecond
+			} else {
+				cfg.CtrlLoss = 100 * time.Millisecond
+			}
+			c := connect(t, cfg)
+			fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+			fabric.KillAll(hostAddr)
+			read := block.Request{Op: block.OpRead, Sectors: 8}
+			if got := single(t, loops[0], c.Namespaces()[0], read); unix.Errno(got) != unix.ENOLINK {
+				t.Errorf("read: %v", unix.Errno(got))
+			}
+			if fast {
+				fabric.SetRefuse(targetAddr, 0, nil)
+				waitFor(t, "the next association", func() bool { return c.Info().State == StateLive })
+				if got := single(t, loops[0], c.Namespaces()[0], read); got != 0 {
+					t.Errorf("read after the outage: %v", unix.Errno(got))
+				}
+			} else {
+				<-c.Done()
+				if err := c.Err(); err == nil || !strings.Contains(err.Error(), "given up after 100ms") {
+					t.Errorf("reason %v", err)
+				}
+			}
+			closeController(t, c)
+		})
+	}
+}
+
+// TestAbort fails what waits for a target that does not come back.
+func TestAbort(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	fabric.SetSilent(targetAddr, true)
+	fabric.KillAll(hostAddr)
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 4096, 7)
+	f.jobs[0].allow = true
+	f.start(20)
+	reason := errors.New("not wanted any more")
+	c.Abort(reason)
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	<-c.Done()
+	if c.Err() != reason {
+		t.Errorf("reason %v", c.Err())
+	}
+	f.close()
+	closeController(t, c)
+}
+
+// TestNamespaceReplaced: a namespace that is another one after the outage is not
+// written to.
+func TestNamespaceReplaced(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	target.mu.Lock()
+	target.uuid[0]++
+	target.mu.Unlock()
+	fabric.KillAll(hostAddr)
+	waitFor(t, "the next association", func() bool { i := c.Info(); return i.State == StateLive && i.Losses == 1 })
+	write := block.Request{Op: block.OpWrite, Sectors: 8}
+	if got := single(t, loops[0], c.Namespaces()[0], write); unix.Errno(got) != unix.ENODEV {
+		t.Errorf("write: %v", unix.Errno(got))
+	}
+	if n := target.commands[nvme.OpWrite]; n != 0 {
+		t.Errorf("%d writes arrived", n)
+	}
+	closeController(t, c)
 }
 
 // TestNoAllocations: a batch of reads and writes, from Submit to Reap, with

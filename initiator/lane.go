@@ -67,7 +67,7 @@ type lane struct {
 	pairs []*pair         // those that this lane drives
 	route [nClasses]*pair // who serves a class; nil without an association
 	held  fifo            // requests that wait for an association
-	dead  bool            // there will be no association: requests fail
+	fast  bool            // without an association requests fail, and do not wait
 
 	_ cpu.CacheLinePad
 	// inbox is a stack of requests from other lanes: to be sent by a pair of
@@ -147,12 +147,14 @@ func (l *lane) receive() int {
 func (l *lane) dispatch(r *request) {
 	p := l.route[r.class]
 	switch {
+	case r.home.ns.gone.Load():
+		l.finish(r, uint16(unix.ENODEV))
 	case p != nil && p.lane == l:
 		p.start(r)
 	case p != nil:
 		l.handedOver.Store(l.handedOver.Load() + 1)
 		p.lane.send(r)
-	case l.dead:
+	case l.fast:
 		l.finish(r, uint16(unix.ENOLINK))
 	default:
 		l.held.push(r)
@@ -174,7 +176,12 @@ func (l *lane) finish(r *request, errno uint16) {
 // Other lanes may still be without theirs, so requests are only dispatched to
 // pairs of this lane or handed over to lanes that hold them until then.
 func (l *lane) connect(pairs []*pair, route [nClasses]*pair) {
-	l.pairs, l.route = pairs, route
+	l.pairs, l.route, l.fast = pairs, route, false
+	l.again()
+}
+
+// again dispatches what is held.
+func (l *lane) again() {
 	held := l.held.take()
 	for r := held.pop(); r != nil; r = held.pop() {
 		l.dispatch(r)
@@ -202,11 +209,8 @@ func (l *lane) recover(p *pair) {
 	}
 }
 
-// die fails everything that is held and everything that still comes.
-func (l *lane) die() {
-	l.dead = true
-	held := l.held.take()
-	for r := held.pop(); r != nil; r = held.pop() {
-		l.dispatch(r)
-	}
+// failFast fails what is held, and what comes until there is an association.
+func (l *lane) failFast() {
+	l.fast = true
+	l.again()
 }

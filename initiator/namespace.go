@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"sync/atomic"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/nvme"
@@ -22,6 +23,7 @@ type Namespace struct {
 	deallocateZeroes bool  // Write Zeroes may deallocate and still read zeroes
 	geometry         block.Geometry
 	ids              nvme.NamespaceIDs
+	gone             atomic.Bool // it is not what it was: requests fail
 }
 
 // NSID is the namespace id.
@@ -36,18 +38,18 @@ func (ns *Namespace) Geometry() block.Geometry { return ns.geometry }
 
 // scan identifies the active namespaces. One that cannot be used as a block
 // device is left out, and the log says why.
-func (c *Controller) scan(ctx context.Context, a *association) error {
+func (c *Controller) scan(ctx context.Context, a *association) ([]*Namespace, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
 	defer cancel()
 	var limits nvme.IdentifyControllerNVM
 	cmd := nvme.Command{}
 	cmd.SetIdentify(nvme.CNSControllerCSI, 0, nvme.CSINVM)
 	if _, err := a.admin.exec(ctx, &cmd, nil, limits[:]); err != nil && !errors.As(err, new(nvme.Status)) {
-		return fmt.Errorf("identify NVM limits: %w", err)
+		return nil, fmt.Errorf("identify NVM limits: %w", err)
 	}
 	ids, err := c.activeNamespaces(ctx, a)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var found []*Namespace
 	for _, id := range ids {
@@ -57,13 +59,46 @@ func (c *Controller) scan(ctx context.Context, a *association) error {
 		case errors.As(err, &unusable):
 			c.cfg.Log.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
 		case err != nil:
-			return fmt.Errorf("namespace %d: %w", id, err)
+			return nil, fmt.Errorf("namespace %d: %w", id, err)
 		default:
 			found = append(found, ns)
 		}
 	}
-	c.namespaces = found
+	return found, nil
+}
+
+// rescan looks whether the namespaces are still what they were. One that is not
+// fails its requests from now on: what they were meant for is gone, and what
+// stands in its place must not be written to.
+func (c *Controller) rescan(ctx context.Context, a *association) error {
+	found, err := c.scan(ctx, a)
+	if err != nil {
+		return err
+	}
+	now := make(map[uint32]*Namespace, len(found))
+	for _, ns := range found {
+		now[ns.id] = ns
+	}
+	for _, ns := range c.namespaces {
+		switch is := now[ns.id]; {
+		case is == nil:
+			ns.lose("it is not there any more")
+		case is.ids != ns.ids:
+			ns.lose("another namespace has its id")
+		case is.geometry.LogicalBlock != ns.geometry.LogicalBlock:
+			ns.lose("its block size changed")
+		case is.geometry.Sectors < ns.geometry.Sectors:
+			ns.lose("it shrank")
+		default:
+			ns.gone.Store(false)
+		}
+	}
 	return nil
+}
+
+func (ns *Namespace) lose(why string) {
+	ns.gone.Store(true)
+	ns.ctrl.cfg.Log.Error("namespace lost", "nsid", ns.id, "reason", why)
 }
 
 // activeNamespaces reads the list of active namespaces page by page.
@@ -149,16 +184,16 @@ func geometryOf(a *association, id *nvme.IdentifyNamespace, limits *nvme.Identif
 	if n := a.identify.MaxTransfer(a.cap.MPSMIN()); n > 0 {
 		g.MaxIO = uint32(min(n, maxTransfer))
 	}
-	atomic := uint32(1)
+	atomically := uint32(1) // blocks
 	if n := id.NAWUPF(); n > 0 && id.NSFEAT()&nvme.NSFEATAtomic != 0 {
-		atomic = uint32(n) + 1
+		atomically = uint32(n) + 1
 	}
 	if id.OPTPERF()&1 != 0 {
 		g.IOMin = lbs * (uint32(id.NPWG()) + 1)
-		atomic = min(atomic, uint32(id.NPWG())+1)
+		atomically = min(atomically, uint32(id.NPWG())+1)
 		g.IOOpt = lbs * (uint32(id.NOWS()) + 1)
 	}
-	g.PhysicalBlock = lbs * floorPow2(atomic)
+	g.PhysicalBlock = lbs * floorPow2(atomically)
 	if n := uint32(id.NOIOB()); n > 0 && n&(n-1) == 0 {
 		g.ChunkSectors = n * perBlock
 	}

@@ -20,6 +20,7 @@ const maxRetries = 5
 // lane's.
 type pair struct {
 	*connection
+	assoc *association
 	lane  *lane
 	class poller.Class
 
@@ -33,9 +34,9 @@ type pair struct {
 	unacked   int
 }
 
-func newPair(conn *connection, class poller.Class, inCapsule uint32, checkHead bool) *pair {
+func newPair(a *association, conn *connection, l *lane, class poller.Class, inCapsule uint32, checkHead bool) *pair {
 	return &pair{
-		connection: conn, class: class, inCapsule: inCapsule, checkHead: checkHead,
+		connection: conn, assoc: a, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
 		requests: make([]*request, conn.sq.Slots()),
 		reaped:   make([]uint16, conn.sq.Slots()),
 	}
@@ -175,7 +176,7 @@ func (p *pair) retry(slot uint16, r *request, status nvme.Status) {
 	// may still read it does not matter.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
-	delay := l.ctrl.retryDelay(status.CRD())
+	delay := time.Duration(p.assoc.identify.CRDT(status.CRD())) * 100 * time.Millisecond
 	if delay == 0 {
 		p.start(r)
 		return
@@ -241,11 +242,11 @@ func (p *pair) ack() {
 	}
 }
 
-// fail leaves the queue pair alone and has the controller recover.
+// fail leaves the queue pair alone and gives up the association.
 func (p *pair) fail(err error) {
 	if !p.lost {
 		p.lost = true
-		p.lane.ctrl.fail(fmt.Errorf("I/O queue %d: %w", p.qid, err))
+		p.assoc.fail(fmt.Errorf("I/O queue %d: %w", p.qid, err))
 	}
 }
 
