@@ -68,19 +68,19 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 			return err
 		}
 		// What is below still serves what is left. Nobody waits for the rest.
-		s.finish()
+		s.finish(err)
 		return err
 	}
-	err := s.endController(ctx, p)
-	if lerr := s.endLoops(p); lerr != nil {
-		err = errors.Join(err, lerr)
-	}
-	s.finish()
+	err := errors.Join(s.endController(ctx, p), s.endLoops(p))
+	s.finish(err)
 	return err
 }
 
 // finish lets run return. The caller has the turn.
-func (s *server) finish() {
+func (s *server) finish(left error) {
+	if left != nil {
+		s.log.Error("ended with something left", "error", left)
+	}
 	s.over = true
 	close(s.ended)
 }

@@ -101,11 +101,8 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	if nerr := host.Notify("STOPPING=1"); nerr != nil {
 		s.log.Warn("service manager not told", "error", nerr)
 	}
-	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); eerr != nil {
-		s.log.Error("ended with something left", "error", eerr)
-		if err == nil {
-			err = eerr
-		}
+	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {
+		err = eerr
 	}
 	if err := sock.close(); err != nil {
 		s.log.Warn("close control socket", "error", err)

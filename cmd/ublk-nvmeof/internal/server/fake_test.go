@@ -1,0 +1,274 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/ublk"
+)
+
+// world is a machine with a driver and a target that do as they are told, and
+// note in what order they are told what.
+type world struct {
+	mu     sync.Mutex // guards what follows
+	events []string
+
+	missing    []string // modules
+	loadErr    error
+	ublkErr    error
+	rdmaErr    error
+	connectErr error
+	nsids      []uint32
+	startErr   map[uint32]error // by namespace id
+	busy       map[int]bool     // by device id
+	stuck      map[int]bool     // Stop does not return until Abort
+	wedged     map[int]bool     // nor after it
+	left       map[int]ublk.Info
+	ctrl       *fakeController
+	devices    map[int]*fakeDevice
+	connected  initiator.Config
+	started    []ublk.Config
+	connecting chan struct{} // closed when connect is called; it then waits for its context
+}
+
+func newWorld() *world {
+	return &world{
+		nsids: []uint32{1}, startErr: map[uint32]error{}, busy: map[int]bool{}, stuck: map[int]bool{}, wedged: map[int]bool{},
+		left: map[int]ublk.Info{}, devices: map[int]*fakeDevice{},
+	}
+}
+
+func (w *world) note(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.events = append(w.events, fmt.Sprintf(format, args...))
+}
+
+func (w *world) happened() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.events)
+}
+
+func (w *world) backend() backend {
+	return backend{
+		load: func(m host.Module) error {
+			if slices.Contains(w.missing, m.Name) {
+				w.note("load %s", m.Name)
+				return w.loadErr
+			}
+			return nil
+		},
+		available: func() error { return w.ublkErr },
+		provider:  func() (rdma.Provider, error) { return fakeProvider{}, w.rdmaErr },
+		prepare:   func(int) error { return errors.New("not as root") },
+		loop: func(cfg poller.Config) (*poller.Loop, error) {
+			w.note("loop")
+			return poller.New(cfg)
+		},
+		connect: w.connect,
+		start:   w.start,
+		get: func(_ context.Context, id int) (ublk.Info, error) {
+			if i, ok := w.left[id]; ok {
+				return i, nil
+			}
+			return ublk.Info{}, ublk.ErrNoDevice
+		},
+		remove: func(_ context.Context, i ublk.Info) error {
+			w.note("remove %d", i.ID)
+			delete(w.left, i.ID)
+			return nil
+		},
+	}
+}
+
+type fakeProvider struct{}
+
+func (fakeProvider) Name() string { return "fake" }
+func (fakeProvider) Resolve(context.Context, netip.Addr, netip.AddrPort, int) (rdma.ID, error) {
+	return nil, rdma.ErrUnsupported
+}
+func (fakeProvider) Listen(netip.AddrPort, int) (rdma.Listener, error) {
+	return nil, rdma.ErrUnsupported
+}
+
+func (w *world) connect(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {
+	w.note("connect")
+	w.connected = cfg
+	if w.connecting != nil {
+		close(w.connecting)
+		<-ctx.Done()
+		return nil, nil, &initiator.StepError{Step: "connect admin queue", Err: ctx.Err()}
+	}
+	if w.connectErr != nil {
+		return nil, nil, w.connectErr
+	}
+	w.ctrl = &fakeController{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
+	var found []namespace
+	for _, id := range w.nsids {
+		found = append(found, namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{id}})
+	}
+	return w.ctrl, found, nil
+}
+
+type disk struct{ nsid uint32 }
+
+func (d disk) Geometry() block.Geometry {
+	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: 512, PhysicalBlock: 512, MaxIO: 1 << 20, VolatileCache: true}
+}
+func (disk) OpenQueue(int, block.QueueConfig) (block.Queue, error) { return nil, errors.ErrUnsupported }
+
+type fakeController struct {
+	world   *world
+	plan    poller.Plan
+	mu      sync.Mutex // guards reason
+	reason  error
+	done    chan struct{}
+	aborted chan struct{}
+	once    sync.Once
+	hang    bool // in Close
+}
+
+func (c *fakeController) Info() initiator.Info {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2}}}
+	if c.reason != nil {
+		i.State, i.Reason = initiator.StateDead, c.reason
+		return i
+	}
+	i.CNTLID, i.Version, i.Model, i.QueueSize, i.Plan, i.InCapsule, i.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
+	return i
+}
+
+func (c *fakeController) Done() <-chan struct{} { return c.done }
+
+func (c *fakeController) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason
+}
+
+func (c *fakeController) lose(err error) {
+	c.mu.Lock()
+	c.reason = err
+	c.mu.Unlock()
+	close(c.done)
+}
+
+func (c *fakeController) Abort(reason error) {
+	c.world.note("abort")
+	c.once.Do(func() { close(c.aborted) })
+}
+
+func (c *fakeController) Close(ctx context.Context) error {
+	c.world.note("close controller")
+	if c.hang {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	return nil
+}
+
+func (w *world) start(_ context.Context, cfg ublk.Config) (device, error) {
+	nsid := cfg.Device.(disk).nsid
+	if err := w.startErr[nsid]; err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := cfg.ID
+	if id < 0 {
+		id = len(w.started)
+	}
+	w.started = append(w.started, cfg)
+	w.events = append(w.events, fmt.Sprintf("start ublkb%d", id))
+	d := &fakeDevice{world: w, id: id, cfg: cfg, done: make(chan struct{})}
+	w.devices[id] = d
+	return d, nil
+}
+
+type fakeDevice struct {
+	world *world
+	id    int
+	cfg   ublk.Config
+	once  sync.Once
+	done  chan struct{}
+	err   error
+}
+
+func (d *fakeDevice) Info() ublk.Info {
+	return ublk.Info{ID: d.id, Queues: len(d.cfg.Loops), Depth: d.cfg.Depth, MaxIO: d.cfg.MaxIO, Cookie: uint64(1000 + d.id)}
+}
+
+func (d *fakeDevice) InUse() error {
+	if d.world.busy[d.id] {
+		return fmt.Errorf("look for users of ublkb%d: %w", d.id, ublk.ErrBusy)
+	}
+	return nil
+}
+
+func (d *fakeDevice) Stop(ctx context.Context, force bool) error {
+	if !force {
+		if err := d.InUse(); err != nil {
+			return err
+		}
+	}
+	if d.world.stuck[d.id] {
+		var aborted <-chan struct{}
+		if !d.world.wedged[d.id] {
+			aborted = d.world.ctrl.aborted
+		}
+		select {
+		case <-aborted:
+		case <-ctx.Done():
+			return fmt.Errorf("stop ublkb%d: %w", d.id, context.Cause(ctx))
+		}
+	}
+	d.end(nil)
+	return nil
+}
+
+func (d *fakeDevice) end(err error) {
+	d.once.Do(func() {
+		d.world.note("stop ublkb%d", d.id)
+		d.err = err
+		close(d.done)
+	})
+}
+
+func (d *fakeDevice) Done() <-chan struct{} { return d.done }
+
+func (d *fakeDevice) Err() error { return d.err }
+
+func (d *fakeDevice) Snapshot() ublk.Stats {
+	return ublk.Stats{Queues: []ublk.QueueStats{{Reads: 1, ReadBytes: 4096}, {Reads: 2, ReadBytes: 8192}}}
+}
+
+// leaves checks that nothing is left in the run directory.
+func leaves(t *testing.T, dir string, want ...string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	if !slices.Equal(names, want) {
+		t.Errorf("the run directory has %s, want %q", strings.Join(names, " "), want)
+	}
+}

@@ -1,0 +1,530 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/ublk"
+)
+
+const requireRing = "io_uring"
+
+// running is a server under test.
+type running struct {
+	t      *testing.T
+	world  *world
+	dir    string
+	socket string
+	stop   context.CancelFunc // as a signal does
+	hurry  chan struct{}
+	ready  chan control.Status
+	result chan error
+}
+
+func lab() *options.Connect {
+	o := options.Default()
+	o.Address, o.NQN, o.HostNQN, o.HostID = "127.0.0.1", "nqn.lab", "nqn.host", nvme.NewUUID()
+	o.Queues = poller.Request{IO: 1, Write: 1, Poll: 1}
+	o.Timeout = 20 * time.Second
+	return o
+}
+
+func runDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "run") // t.TempDir may be longer than a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// begin runs a server. Its end is waited for.
+func begin(t *testing.T, w *world, o *options.Connect, dir string) *running {
+	t.Helper()
+	needRings(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	r := &running{
+		t: t, world: w, dir: dir, stop: cancel, hurry: make(chan struct{}),
+		ready: make(chan control.Status, 1), result: make(chan error, 1),
+	}
+	reserved := make(chan string, 1)
+	cfg := Config{
+		Options: o, Args: []string{"--nqn=" + o.NQN}, Dir: state.Dir(dir), Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Reserved: func(e *state.Entry) error { reserved <- e.Socket(); return nil },
+		Ready:    func(s control.Status) error { r.ready <- s; return nil },
+		Hurry:    r.hurry,
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		r.result <- run(ctx, cfg, w.backend())
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
+	select {
+	case r.socket = <-reserved:
+	case <-ended:
+	}
+	return r
+}
+
+// needRings skips where io_uring may not be used: loops are real here.
+func needRings(t *testing.T) {
+	t.Helper()
+	l, err := poller.New(poller.Config{})
+	if err == nil {
+		err = l.Stop()
+	}
+	if err == nil {
+		return
+	}
+	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), requireRing) {
+		t.Fatal(err)
+	}
+	t.Skip(err)
+}
+
+func (r *running) waitReady() control.Status {
+	r.t.Helper()
+	select {
+	case s := <-r.ready:
+		return s
+	case err := <-r.result:
+		r.t.Fatalf("ended: %v", err)
+	}
+	panic("unreachable")
+}
+
+func (r *running) client() *control.Client { return control.NewClient(r.socket) }
+
+// wait returns what the server returned, and checks what happened after it was
+// ready.
+func (r *running) wait(want ...string) error {
+	r.t.Helper()
+	err := <-r.result
+	events := r.world.happened()
+	for i, e := range events {
+		if strings.HasPrefix(e, "start") {
+			events = events[i:]
+			break
+		}
+	}
+	events = slices.DeleteFunc(events, func(e string) bool { return strings.HasPrefix(e, "start") })
+	if !slices.Equal(events, want) {
+		r.t.Errorf("in the end: %q, want %q", events, want)
+	}
+	return err
+}
+
+func TestServe(t *testing.T) {
+	w := newWorld()
+	w.nsids = []uint32{1, 7}
+	o := lab()
+	o.QueueSize, o.MaxIO, o.TOS, o.DisableSQFlow = 32, 64<<10, 3, true
+	r := begin(t, w, o, runDir(t))
+	got := r.waitReady()
+
+	if !slices.Equal(w.happened(), []string{"loop", "connect", "start ublkb0", "start ublkb1"}) {
+		t.Errorf("order: %q", w.happened())
+	}
+	c := w.connected
+	if c.Address.String() != "127.0.0.1:4420" || c.SubNQN != o.NQN || c.HostNQN != o.HostNQN || c.HostID != o.HostID ||
+		c.Queues != o.Queues || len(c.Loops) != 1 || c.QueueSize != 32 || c.TOS != 3 || !c.DisableSQFlow ||
+		c.KeepAlive != 5*time.Second || c.PollMaxBytes != 16<<10 {
+		t.Errorf("initiator got %+v", c)
+	}
+	// The queue size that the target granted, not the one asked for; only the
+	// first device moves the loops.
+	for i, u := range w.started {
+		if u.ID != -1 || u.Depth != 64 || u.MaxIO != 64<<10 || u.Recovery != ublk.RecoveryNone || u.KeepAffinity != (i > 0) || len(u.Loops) != 1 {
+			t.Errorf("ublk got %+v", u)
+		}
+	}
+	want := control.Status{
+		SchemaVersion: 1, Name: "ctrl0", PID: os.Getpid(), Transport: "rdma", TrAddr: "127.0.0.1", TrSvcID: "4420",
+		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), State: "live", CNTLID: 5, Version: "2.1", Model: "M",
+		Provider: "fake", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
+		Queues: control.Queues{
+			Requested: 3, Granted: 2,
+			Read: control.Class{Requested: 1, Granted: 1, Mapped: "read"}, Default: control.Class{Requested: 1, Granted: 1, Mapped: "default"},
+			Poll: control.Class{Requested: 1, Granted: 0, Mapped: "default"},
+		},
+		KeepAlive: 5, Reconnect: 10, Loss: 600, TOS: 3, PollMax: 16 << 10, BufferBytes: 2 * 64 * 64 << 10,
+		Lanes: []control.Lane{{Submitted: 3, Completed: 2}},
+	}
+	for i, nsid := range w.nsids {
+		want.Devices = append(want.Devices, control.Device{
+			Device: fmt.Sprintf("ublkb%d", i), NSID: nsid, UUID: fmt.Sprintf("uuid-%d", nsid), Size: uint64(nsid) << 20, BlockSize: 512, WriteCache: true,
+			Queues: 1, QueueDepth: 64, MaxIO: 64 << 10, BufferBytes: 64 * 64 << 10, Counters: control.IO{Reads: 3, ReadBytes: 12288},
+		})
+	}
+	// The loops are real, and count for themselves.
+	ignoreLoops(&got)
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("status\n%+v, want\n%+v", got, want)
+	}
+	again, err := r.client().Status(t.Context())
+	ignoreLoops(&again)
+	if err != nil || !reflect.DeepEqual(again, want) {
+		t.Errorf("status by the socket: %v\n%+v", err, again)
+	}
+	records, err := state.Dir(r.dir).List()
+	if err != nil || len(records) != 1 || records[0].Phase != state.Live || !records[0].Alive ||
+		!slices.Equal(records[0].Devices, []state.Device{{ID: 0, Cookie: 1000, NSID: 1}, {ID: 1, Cookie: 1001, NSID: 7}}) {
+		t.Errorf("record: %+v, %v", records, err)
+	}
+
+	r.stop()
+	err = <-r.result
+	events := w.happened()[4:]
+	slices.Sort(events[:min(2, len(events))]) // devices stop at the same time
+	if err != nil || !slices.Equal(events, []string{"stop ublkb0", "stop ublkb1", "close controller"}) {
+		t.Errorf("in the end: %q, %v", events, err)
+	}
+	leaves(t, r.dir)
+}
+
+func ignoreLoops(s *control.Status) {
+	for i := range s.Lanes {
+		s.Lanes[i] = control.Lane{Submitted: s.Lanes[i].Submitted, Completed: s.Lanes[i].Completed}
+	}
+}
+
+// Whatever fails, what was made before is undone, and the code says the cause.
+func TestStartFails(t *testing.T) {
+	refused := func(s nvme.Status) error {
+		return &initiator.StepError{Step: "connect admin queue", Err: initiator.ConnectStatus(s)}
+	}
+	for _, tt := range []struct {
+		name string
+		set  func(*world, *options.Connect)
+		code exit.Code
+		text string // in the message
+		then []string
+	}{
+		{"address", func(_ *world, o *options.Connect) { o.Address = "name.invalid" }, exit.Unreachable, "name.invalid", nil},
+		{"no ublk", func(w *world, _ *options.Connect) {
+			w.ublkErr, w.missing, w.loadErr = ublk.ErrNoDriver, []string{"ublk_drv"}, errors.New("no such module")
+		}, exit.NoUblk, "no such module", []string{"load ublk_drv"}},
+		{"no ublk, not to be loaded", func(w *world, o *options.Connect) {
+			w.ublkErr, w.missing, o.LoadModules = ublk.ErrNoDriver, []string{"ublk_drv"}, "never"
+		}, exit.NoUblk, "no ublk driver", nil},
+		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
+		{"no RDMA at all", func(w *world, _ *options.Connect) {
+			w.rdmaErr, w.missing, w.loadErr = rdma.ErrNoDevice, []string{"rdma_ucm", "ib_uverbs"}, errors.New("no such module")
+		}, exit.NoRDMA, "no RDMA device on lo, which leads to 127.0.0.1:4420; ", []string{"load ib_uverbs", "load rdma_ucm"}},
+		{"no RDMA library", func(w *world, _ *options.Connect) { w.rdmaErr = syscall.ENOENT }, exit.NoRDMA, "no RDMA device on lo", nil},
+		{"RDMA not permitted", func(w *world, _ *options.Connect) { w.rdmaErr = syscall.EACCES }, exit.Permission, "permission denied", nil},
+		{"no RDMA on the way", func(w *world, _ *options.Connect) {
+			w.connectErr = &initiator.StepError{Step: "connect admin queue", Err: &rdma.StepError{Step: "resolve address", Err: rdma.ErrNoDevice}}
+		}, exit.NoRDMA, "no RDMA device on lo", []string{"loop", "connect"}},
+		{"nobody listens", func(w *world, _ *options.Connect) { w.connectErr = &rdma.RejectError{Reason: 8} }, exit.Rejected,
+			"nobody listens at 127.0.0.1:4420", []string{"loop", "connect"}},
+		{"host not allowed", func(w *world, _ *options.Connect) { w.connectErr = refused(nvme.StatusConnectInvalidHost) }, exit.HostNotAllowed,
+			"subsystem nqn.lab at 127.0.0.1:4420 does not admit host nqn.host", []string{"loop", "connect"}},
+		{"timeout", func(w *world, o *options.Connect) { w.connecting, o.Timeout = make(chan struct{}), 50*time.Millisecond }, exit.Timeout,
+			"no answer from 127.0.0.1:4420 in time", []string{"loop", "connect"}},
+		{"no namespace", func(w *world, _ *options.Connect) { w.nsids = nil }, exit.NotFound, "has no namespace", []string{"loop", "connect", "close controller"}},
+		{"not this namespace", func(w *world, o *options.Connect) { w.nsids, o.NSIDs = []uint32{1, 2}, []uint32{2, 3} }, exit.NotFound,
+			`--namespace "3": subsystem nqn.lab has the namespaces 1, 2`, []string{"loop", "connect", "close controller"}},
+		{"device taken", func(w *world, o *options.Connect) { o.Device, w.startErr[1] = 4, ublk.ErrIDTaken }, exit.DeviceTaken,
+			"namespace 1: ", []string{"loop", "connect", "close controller"}},
+		{"second device taken", func(w *world, o *options.Connect) {
+			w.nsids, o.Device, w.startErr[2] = []uint32{1, 2}, 4, ublk.ErrIDTaken
+		}, exit.DeviceTaken, "namespace 2: ", []string{"loop", "connect", "start ublkb4", "stop ublkb4", "close controller"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w, o, dir := newWorld(), lab(), runDir(t)
+			tt.set(w, o)
+			r := begin(t, w, o, dir)
+			err := <-r.result
+			if exit.Of(err) != tt.code || !strings.Contains(fmt.Sprint(err), tt.text) || strings.Contains(fmt.Sprint(err), "\n") {
+				t.Errorf("%v (%d), want code %d and %q", err, exit.Of(err), tt.code, tt.text)
+			}
+			if got := w.happened(); !slices.Equal(got, tt.then) {
+				t.Errorf("happened: %q, want %q", got, tt.then)
+			}
+			leaves(t, dir)
+		})
+	}
+}
+
+func TestChosenNamespaces(t *testing.T) {
+	w, o := newWorld(), lab()
+	w.nsids, o.NSIDs, o.Device = []uint32{1, 2, 3}, []uint32{3, 1}, 10
+	r := begin(t, w, o, runDir(t))
+	s := r.waitReady()
+	if len(s.Devices) != 2 || s.Devices[0].NSID != 3 || s.Devices[0].Device != "ublkb10" || s.Devices[1].NSID != 1 || s.Devices[1].Device != "ublkb11" {
+		t.Errorf("%+v", s.Devices)
+	}
+}
+
+func TestDuplicate(t *testing.T) {
+	dir := runDir(t)
+	first := begin(t, newWorld(), lab(), dir)
+	first.waitReady()
+	second := begin(t, newWorld(), lab(), dir)
+	if err := <-second.result; exit.Of(err) != exit.AlreadyServed {
+		t.Errorf("%v, want code %d", err, exit.AlreadyServed)
+	}
+	o := lab()
+	o.Duplicate = true
+	if s := begin(t, newWorld(), o, dir).waitReady(); s.Name != "ctrl1" {
+		t.Errorf("%s", s.Name)
+	}
+}
+
+func TestDisconnect(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	if err := r.client().Disconnect(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.wait("stop ublkb0", "close controller"); err != nil {
+		t.Error(err)
+	}
+	leaves(t, r.dir)
+}
+
+// One device in use is enough, and nothing has changed then.
+func TestDisconnectBusy(t *testing.T) {
+	for _, nsids := range [][]uint32{{1}, {1, 2}} {
+		w := newWorld()
+		w.nsids = nsids
+		w.busy[len(nsids)-1] = true
+		r := begin(t, w, lab(), runDir(t))
+		before := r.waitReady()
+		if err := r.client().Disconnect(t.Context(), false); exit.Of(err) != exit.Busy {
+			t.Fatalf("%v, want code %d", err, exit.Busy)
+		}
+		after, err := r.client().Status(t.Context())
+		if err != nil || after.State != "live" || len(after.Devices) != len(before.Devices) {
+			t.Errorf("afterwards: %+v, %v", after, err)
+		}
+		records, err := state.Dir(r.dir).List()
+		if err != nil || len(records[0].Devices) != len(nsids) {
+			t.Errorf("on record: %+v, %v", records, err)
+		}
+		if err := r.client().Disconnect(t.Context(), true); err != nil {
+			t.Errorf("by force: %v", err)
+		}
+		if err := <-r.result; err != nil {
+			t.Error(err)
+		}
+		leaves(t, r.dir)
+	}
+}
+
+// Requests that do not come back are given up: after a while by themselves, at
+// once on a second signal.
+func TestStuckRequests(t *testing.T) {
+	for name, end := range map[string]func(*running) error{
+		"signals": func(r *running) error {
+			r.stop()
+			close(r.hurry)
+			return nil
+		},
+		"force": func(r *running) error { return r.client().Disconnect(r.t.Context(), true) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld()
+			w.stuck[0] = true
+			r := begin(t, w, lab(), runDir(t))
+			r.waitReady()
+			if err := end(r); err != nil {
+				t.Error(err)
+			}
+			if err := r.wait("abort", "stop ublkb0", "close controller"); err != nil {
+				t.Error(err)
+			}
+			leaves(t, r.dir)
+		})
+	}
+}
+
+// A device that does not end at all does not keep the process. It stays on
+// record, so that the next server clears it away, and what it needs stays.
+func TestWedgedDevice(t *testing.T) {
+	w := newWorld()
+	w.nsids, w.stuck[1], w.wedged[1] = []uint32{1, 2}, true, true
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	if err := r.client().Disconnect(t.Context(), true); exit.Of(err) != exit.Timeout {
+		t.Errorf("%v, want code %d", err, exit.Timeout)
+	}
+	if err := r.wait("stop ublkb0", "abort"); err != nil {
+		t.Errorf("the end was asked for by somebody who was told: %v", err)
+	}
+	records, err := state.Dir(r.dir).List()
+	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{{ID: 1, Cookie: 1001, NSID: 2}}) {
+		t.Errorf("on record: %+v, %v", records, err)
+	}
+}
+
+// A target that does not answer does not keep the process either.
+func TestSilentTarget(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	w.ctrl.hang = true
+	if err := r.client().Disconnect(t.Context(), true); err != nil {
+		t.Error(err)
+	}
+	if err := r.wait("stop ublkb0", "close controller"); err != nil {
+		t.Error(err)
+	}
+	leaves(t, r.dir)
+}
+
+// When the controller is lost, the devices stay and the status says why.
+func TestLostController(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	w.ctrl.lose(errors.New("keep alive: rain"))
+	s, err := r.client().Status(t.Context())
+	if err != nil || s.State != "dead" || s.Reason != "keep alive: rain" || s.Model != "M" || s.Queues.Requested != 3 || len(s.Devices) != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	r.stop()
+	if err := r.wait("stop ublkb0", "close controller"); err != nil {
+		t.Error(err)
+	}
+}
+
+// A server without devices has nothing to do.
+func TestDevicesGone(t *testing.T) {
+	w := newWorld()
+	w.nsids = []uint32{1, 2}
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	w.devices[0].end(ublk.ErrStopped)
+	s, err := r.client().Status(t.Context())
+	if err != nil || len(s.Devices) != 1 || s.Devices[0].Device != "ublkb1" {
+		t.Errorf("%+v, %v", s.Devices, err)
+	}
+	w.devices[1].end(ublk.ErrStopped)
+	if err := r.wait("stop ublkb0", "stop ublkb1", "close controller"); err != nil {
+		t.Error(err)
+	}
+	leaves(t, r.dir)
+}
+
+func TestInterruptedWhileConnecting(t *testing.T) {
+	for name, interrupt := range map[string]func(*running) error{
+		"signal":     func(r *running) error { r.stop(); return nil },
+		"disconnect": func(r *running) error { return r.client().Disconnect(r.t.Context(), false) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld()
+			w.connecting = make(chan struct{})
+			r := begin(t, w, lab(), runDir(t))
+			<-w.connecting
+			s, err := r.client().Status(t.Context())
+			if err != nil || s.State != "connecting" {
+				t.Errorf("%+v, %v", s, err)
+			}
+			if err := interrupt(r); err != nil {
+				t.Error(err)
+			}
+			if err := <-r.result; exit.Of(err) != exit.Other {
+				t.Errorf("%v, want code %d", err, exit.Other)
+			}
+			leaves(t, r.dir)
+		})
+	}
+}
+
+// Whoever was to hear of the devices is gone: nobody else knows of them.
+func TestNobodyListens(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	needRings(t)
+	err := run(t.Context(), Config{
+		Options: lab(), Dir: state.Dir(dir), Log: slog.New(slog.DiscardHandler),
+		Ready: func(control.Status) error { return syscall.EPIPE },
+	}, w.backend())
+	if !strings.Contains(fmt.Sprint(err), "broken pipe") {
+		t.Error(err)
+	}
+	if got := w.happened(); got[len(got)-1] != "close controller" {
+		t.Errorf("%q", got)
+	}
+	leaves(t, dir)
+}
+
+// What dead servers left: devices that nobody can use go, others stay, and what
+// is somebody else's by now is not touched.
+func TestReap(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		left ublk.Info
+		gone bool
+		then []string
+	}{
+		{"dead", ublk.Info{ID: 3, Cookie: 9, State: ublk.Dead}, true, []string{"remove 3"}},
+		{"waits for a server", ublk.Info{ID: 3, Cookie: 9, State: ublk.Quiesced}, false, nil},
+		{"live", ublk.Info{ID: 3, Cookie: 9, State: ublk.Live}, false, nil},
+		{"somebody else's", ublk.Info{ID: 3, Cookie: 10, State: ublk.Dead}, true, nil},
+		{"no such device", ublk.Info{ID: 4}, true, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			w.left[tt.left.ID] = tt.left
+			b := w.backend()
+			r := state.Record{State: state.State{Devices: []state.Device{{ID: 3, Cookie: 9}}}}
+			if got := b.reap(slog.New(slog.DiscardHandler))(t.Context(), r); got != tt.gone {
+				t.Errorf("gone: %t", got)
+			}
+			if got := w.happened(); !slices.Equal(got, tt.then) {
+				t.Errorf("happened: %q, want %q", got, tt.then)
+			}
+		})
+	}
+	b := newWorld().backend()
+	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, ublk.ErrNoDriver }
+	if gone, err := b.gone(t.Context(), 3, 9); !gone || err != nil {
+		t.Errorf("without a driver there are no devices: %t, %v", gone, err)
+	}
+	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, syscall.EIO }
+	if gone, err := b.gone(t.Context(), 3, 9); gone || err == nil {
+		t.Errorf("an error is no proof: %t, %v", gone, err)
+	}
+}
+
+func TestSocketIsGoneBeforeTheState(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	if _, err := os.Stat(filepath.Join(r.dir, "ctrl0", "control.sock")); err != nil {
+		t.Error(err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	if _, err := r.client().Status(t.Context()); !control.Gone(err) {
+		t.Error(err)
+	}
+}
