@@ -122,6 +122,9 @@ func Address(s control.Status) string {
 }
 
 func endpoint(s control.Status) string {
+	if s.TrAddr == "" {
+		return none
+	}
 	if strings.Contains(s.TrAddr, ":") {
 		return "[" + s.TrAddr + "]:" + s.TrSvcID
 	}
@@ -182,7 +185,7 @@ func listTable(out io.Writer, servers []control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DEVICE\tNSID\tSIZE\tNQN\tADDRESS\tSTATE\tQUEUES (REQUESTED/GRANTED)")
 	for _, s := range servers {
-		rest := fmt.Sprintf("%s\t%s\t%s\t%s", s.NQN, endpoint(s), s.State, summary(s.Queues))
+		rest := fmt.Sprintf("%s\t%s\t%s\t%s", orNone(s.NQN), endpoint(s), s.State, summary(s.Queues))
 		if len(s.Devices) == 0 {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", none, none, none, rest)
 		}

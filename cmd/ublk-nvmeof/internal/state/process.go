@@ -27,17 +27,17 @@ var boot = sync.OnceValues(func() (string, error) {
 	return strings.TrimSpace(string(text)), err
 })
 
-// Self is the calling process.
-func Self() (Process, error) {
+// Of is the process that has a number now.
+func Of(pid int) (Process, error) {
 	b, err := boot()
 	if err != nil {
 		return Process{}, fmt.Errorf("identify this boot: %w", err)
 	}
-	start, _, err := stat(os.Getpid())
+	start, _, err := stat(pid)
 	if err != nil {
-		return Process{}, fmt.Errorf("identify this process: %w", err)
+		return Process{}, fmt.Errorf("identify process %d: %w", pid, err)
 	}
-	return Process{PID: os.Getpid(), Start: start, Boot: b}, nil
+	return Process{PID: pid, Start: start, Boot: b}, nil
 }
 
 // Alive says whether the process still runs. A zombie does not.

@@ -166,7 +166,7 @@ type Entry struct {
 // *DuplicateError. Records of dead servers are removed if reap, which gets each
 // of them, says that nothing of them is left.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool, reap func(context.Context, Record) bool) (*Entry, error) {
-	self, err := Self()
+	self, err := Of(os.Getpid())
 	if err != nil {
 		return nil, err
 	}

@@ -45,10 +45,8 @@ func deadProcess(t *testing.T) Process {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	p := Process{PID: cmd.Process.Pid}
-	p.Boot, _ = boot()
-	var err error
-	if p.Start, _, err = stat(p.PID); err != nil {
+	p, err := Of(cmd.Process.Pid)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if !p.Alive() {
@@ -170,7 +168,7 @@ func TestClear(t *testing.T) {
 
 // A process with the same number is not the same process.
 func TestProcess(t *testing.T) {
-	self, err := Self()
+	self, err := Of(os.Getpid())
 	if err != nil || !self.Alive() {
 		t.Fatalf("%+v, %v", self, err)
 	}
@@ -193,9 +191,10 @@ func TestKillAndWait(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	p := Process{PID: cmd.Process.Pid}
-	p.Boot, _ = boot()
-	p.Start, _, _ = stat(p.PID)
+	p, err := Of(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
 	h, err := p.Open()
 	if err != nil {
 		t.Fatal(err)

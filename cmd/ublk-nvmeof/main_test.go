@@ -1,0 +1,515 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+// TestMain lets the test be the program that it tests, because connect executes
+// its own file.
+func TestMain(m *testing.M) {
+	if os.Getenv("UBLK_NVMEOF_TEST_MAIN") != "" || len(os.Args) > 1 && os.Args[1] == "serve" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// program runs the program with args.
+func program(t *testing.T, args ...string) (stdout, stderr string, code exit.Code) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), self(), args...)
+	cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1")
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return out.String(), errs.String(), exit.Code(cmd.ProcessState.ExitCode())
+}
+
+// runDir is a run directory whose sockets have names that are short enough.
+func runDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "run")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func TestUsage(t *testing.T) {
+	dir := runDir(t)
+	for _, tt := range []struct {
+		args string
+		want string
+	}{
+		{"", "no verb is given; see ublk-nvmeof --help"},
+		{"attach", `unknown command "attach" for "ublk-nvmeof"`},
+		{"connect extra", `unknown command "extra"`},
+		{"connect -a 10.0.2.15 -n nqn.x -Q 8", `connect: -Q/--queue-size "8": want a number, 16 to 1024`},
+		{"connect -a 10.0.2.15 -n nqn.x -i 0", `connect: -i/--nr-io-queues "0": want a number, 1 to 65535`},
+		{"connect -a 10.0.2.15 -n nqn.x -o yaml", `connect: -o/--output-format "yaml": want normal or json`},
+		{"connect -a 10.0.2.15 -n nqn.x --foreground=si", `connect: --foreground "si": want true or false`},
+		{"connect -a 10.0.2.15 -n nqn.x --tls", "connect: unknown flag: --tls"},
+		{"connect -a 10.0.2.15", "connect: -n/--nqn: no value is given; want the name of the subsystem"},
+		{"connect -n nqn.x", "connect: -a/--traddr: no value is given; want the address of the target"},
+		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
+		{"disconnect", "disconnect: nothing is given; want -n NQN or -d DEVICE"},
+		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
+		{"list extra", `unknown command "extra"`},
+		{"list -o x", `list: -o/--output-format "x": want normal or json`},
+		{"version -o x", `version: -o/--output-format "x": want normal or json`},
+	} {
+		stdout, stderr, code := program(t, append([]string{"--run-dir=" + dir + "/none"}, strings.Fields(tt.args)...)...)
+		if code != exit.Usage || stdout != "" || !strings.HasPrefix(stderr, "ublk-nvmeof: ") ||
+			!strings.Contains(stderr, tt.want) || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: exit code %d, stdout %q, stderr %q, want %q", tt.args, code, stdout, stderr, tt.want)
+		}
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("something happened: %v", left)
+	}
+}
+
+func TestHelpHasTheExitCodes(t *testing.T) {
+	stdout, stderr, code := program(t, "--help")
+	if code != exit.OK || stderr != "" || !strings.Contains(stdout, exit.Table()) {
+		t.Errorf("exit code %d, stderr %q, stdout:\n%s", code, stderr, stdout)
+	}
+	for _, hidden := range []string{"\n  serve ", "run-dir"} {
+		if strings.Contains(stdout, hidden) {
+			t.Errorf("%q is shown", hidden)
+		}
+	}
+	for _, verb := range []string{"connect", "disconnect", "list", "version", "completion"} {
+		if !strings.Contains(stdout, "\n  "+verb+" ") {
+			t.Errorf("%s is missing", verb)
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	stdout, _, code := program(t, "version")
+	if code != exit.OK || !strings.HasPrefix(stdout, "ublk-nvmeof ") || !strings.Contains(stdout, " go1.") {
+		t.Errorf("exit code %d, %q", code, stdout)
+	}
+	stdout, _, code = program(t, "version", "-o", "json")
+	var b build
+	if err := json.Unmarshal([]byte(stdout), &b); err != nil || code != exit.OK || b.SchemaVersion != output.SchemaVersion || b.Version == "" {
+		t.Errorf("exit code %d, %q, %v", code, stdout, err)
+	}
+}
+
+// A server that fails hands its code and its line through connect. Here it
+// fails at the first thing it does, on every machine.
+func TestServerFailure(t *testing.T) {
+	file := filepath.Join(runDir(t), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, more := range []string{"--foreground=false", "--foreground"} {
+		stdout, stderr, code := program(t, "connect", "--run-dir", file, "-a", "127.0.0.1", "-n", "nqn.x", more)
+		if code != exit.Other || stdout != "" || strings.Count(stderr, "\n") != 1 ||
+			!strings.HasPrefix(stderr, "ublk-nvmeof: connect: make run directory: ") {
+			t.Errorf("%s: exit code %d, stdout %q, stderr %q", more, code, stdout, stderr)
+		}
+	}
+}
+
+// shell makes a server of a shell script.
+func shell(script string) (path string, args []string) {
+	return "/bin/sh", []string{"sh", "-c", script, "sh"}
+}
+
+func TestLaunch(t *testing.T) {
+	path, args := shell(`echo '{"status": {"name": "ctrl9"}}' >&3; exec 3>&-; exit 0`)
+	s, err := launch(path, args, time.Minute)
+	if err != nil || s.Name != "ctrl9" {
+		t.Errorf("%+v, %v", s, err)
+	}
+	path, args = shell(`echo '{"error": {"code": 8, "error": "no such subsystem"}}' >&3; exit 8`)
+	if _, err := launch(path, args, time.Minute); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
+		t.Errorf("%v", err)
+	}
+	for _, script := range []string{"exit 3", "kill -9 $$", "echo nonsense >&3"} {
+		path, args = shell(script)
+		if _, err := launch(path, args, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
+			t.Errorf("%s: %v", script, err)
+		}
+	}
+	if _, err := launch("/nonexistent", nil, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
+		t.Error(err)
+	}
+}
+
+// The server has a session of its own, nothing of the caller's but standard
+// error, and the root directory.
+func TestServerIsOnItsOwn(t *testing.T) {
+	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
+printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" >&3`)
+	s, err := launch(path, args, time.Minute)
+	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+func TestAwaitPassesASignalOn(t *testing.T) {
+	cmd := exec.Command("/bin/sh", "-c", `trap 'exit 0' TERM; echo up; while :; do sleep 0.02; done`)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	heard := make(chan report, 1)
+	go func() {
+		cmd.Wait()
+		heard <- report{Error: exit.Errorf(exit.Other, "interrupted")}
+	}()
+	m, err := await(ctx, heard, cmd.Process, time.Minute)
+	if err != nil || m.Error == nil || cmd.ProcessState.ExitCode() != 0 {
+		t.Errorf("%+v, %v, %v", m, err, cmd.ProcessState)
+	}
+}
+
+func TestAwaitKills(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime); exit.Of(err) != exit.Timeout {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Error("the server lives")
+	}
+}
+
+// PR_SET_IO_FLUSHER is only for root, and set before the server is executed so
+// that all its threads have it.
+func TestIOFlusherPassesToPrograms(t *testing.T) {
+	if err := host.SetIOFlusher(); err != nil {
+		if strings.Contains(os.Getenv("UN_REQUIRE"), "root") {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	// A shell's threads are one; the flags are those of the process that this
+	// thread starts.
+	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)
+	s, err := launch(path, args, time.Minute)
+	var flags uint64
+	if err == nil {
+		_, err = fmt.Sscan(s.Name, &flags)
+	}
+	const memallocNoIO = 0x80000 // PF_MEMALLOC_NOIO
+	if err != nil || flags&memallocNoIO == 0 {
+		t.Errorf("flags %#x, %v", flags, err)
+	}
+}
+
+func TestLogFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	// Standard output and error are replaced: not in this process.
+	script := exec.CommandContext(t.Context(), self(), "-test.run=^TestHelperLog$")
+	script.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_LOG="+path)
+	if out, err := script.CombinedOutput(); err != nil || !strings.Contains(string(out), "before") || strings.Contains(string(out), "after") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	now, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.Stat(path + ".1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now.Size() > logLimit+1000 || old.Size() > logLimit+1000 || old.Size() <= logLimit || now.Mode().Perm() != 0o600 {
+		t.Errorf("%v of %d bytes, before %d", now.Mode(), now.Size(), old.Size())
+	}
+	text, err := os.ReadFile(path)
+	if err != nil || !strings.HasSuffix(string(text), "panic: to the log\n") {
+		t.Errorf("%v: …%q", err, text[max(0, len(text)-100):])
+	}
+}
+
+// TestHelperLog is the process whose log TestLogFile looks at.
+func TestHelperLog(t *testing.T) {
+	path := os.Getenv("UBLK_NVMEOF_TEST_LOG")
+	if path == "" {
+		return // only a helper
+	}
+	l := &logFile{}
+	fmt.Fprintln(l, "before")
+	if err := l.open(path); err != nil {
+		t.Fatal(err)
+	}
+	line := "after " + strings.Repeat("x", 99) + "\n"
+	for range (logLimit + logLimit/2) / len(line) {
+		if _, err := io.WriteString(l, line); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Stderr.WriteString("panic: to the log\n")
+	os.Exit(0)
+}
+
+// fake is a server behind a control socket. It is this process as far as its
+// record says, unless the record says that it is dead.
+type fake struct {
+	mu    sync.Mutex // guards what follows
+	code  exit.Code
+	asked []bool
+	entry *state.Entry
+}
+
+func (f *fake) Status() control.Status {
+	return control.Status{
+		SchemaVersion: control.SchemaVersion, Name: f.entry.Name, PID: os.Getpid(), State: "live", NQN: f.entry.Target.NQN,
+		Transport: "rdma", TrAddr: "10.0.2.15", TrSvcID: "4420", Devices: []control.Device{{Device: "ublkb3", NSID: 1, Size: 1 << 20, BlockSize: 512}},
+	}
+}
+
+func (f *fake) Disconnect(_ context.Context, force bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked = append(f.asked, force)
+	if f.code != exit.OK {
+		return exit.Errorf(f.code, "told to fail")
+	}
+	return nil
+}
+
+// record puts a server into the run directory.
+func record(t *testing.T, dir, nqn string, p state.Process, devices ...state.Device) *state.Entry {
+	t.Helper()
+	target := state.Target{Address: netip.MustParseAddrPort("10.0.2.15:4420"), NQN: nqn, HostNQN: "nqn.host"}
+	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, true, func(context.Context, state.Record) bool { return false })
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Phase, e.Devices = state.Live, devices
+	if p.PID != 0 {
+		e.Process = p
+	}
+	if err := e.Save(); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func serveFake(t *testing.T, e *state.Entry) *fake {
+	t.Helper()
+	f := &fake{entry: e}
+	l, err := control.Listen(e.Socket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := control.NewServer(f, slog.New(slog.DiscardHandler))
+	joined := make(chan error, 1)
+	go func(l net.Listener) { joined <- s.Serve(l) }(l)
+	t.Cleanup(func() {
+		s.Close()
+		<-joined
+	})
+	return f
+}
+
+// process is another process, which records may name. kill ends it.
+func process(t *testing.T) (p state.Process, kill func()) {
+	t.Helper()
+	cmd := exec.Command("sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p, err := state.Of(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	kill = func() {
+		cmd.Process.Kill()
+		<-ended
+	}
+	t.Cleanup(kill)
+	return p, kill
+}
+
+func TestList(t *testing.T) {
+	dir := runDir(t)
+	serveFake(t, record(t, dir, "nqn.live", state.Process{}))
+	dead, kill := process(t)
+	kill()
+	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2})
+	record(t, dir, "nqn.silent", state.Process{}, state.Device{ID: 5, NSID: 3}) // no socket
+	bad := record(t, dir, "nqn.bad", state.Process{})
+	if err := os.WriteFile(filepath.Join(dir, bad.Name, "state.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, code := program(t, "list", "--run-dir", dir)
+	if code != exit.OK || !strings.HasPrefix(stderr, "ublk-nvmeof: list: ctrl3: read ") || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("exit code %d, stderr %q", code, stderr)
+	}
+	var rows [][]string
+	for line := range strings.Lines(stdout) {
+		rows = append(rows, strings.Fields(line))
+	}
+	if len(rows) != 5 ||
+		rows[1][0] != "/dev/ublkb3" || rows[1][6] != "live" ||
+		rows[2][0] != "/dev/ublkb4" || rows[2][1] != "2" || rows[2][5] != "lost" ||
+		rows[3][0] != "/dev/ublkb5" || rows[3][5] != "unknown" ||
+		rows[4][0] != "-" || rows[4][3] != "-" || rows[4][4] != "-" || rows[4][5] != "unknown" {
+		t.Errorf("%s", stdout)
+	}
+	stdout, _, _ = program(t, "list", "--run-dir", dir, "-o", "json")
+	var l struct {
+		SchemaVersion int `json:"schema_version"`
+		Devices       []struct{ DevicePath, State string }
+		Controllers   []control.Status
+	}
+	if err := json.Unmarshal([]byte(stdout), &l); err != nil || l.SchemaVersion != 1 || len(l.Devices) != 3 || len(l.Controllers) != 4 {
+		t.Errorf("%v\n%s", err, stdout)
+	}
+}
+
+func TestDisconnect(t *testing.T) {
+	dir := runDir(t)
+	run := func(args ...string) (string, string, exit.Code) {
+		t.Helper()
+		return program(t, append([]string{"disconnect", "--run-dir", dir}, args...)...)
+	}
+	if stdout, stderr, code := run("-n", "nqn.none"); code != exit.OK || stderr != "" || stdout != "NQN:nqn.none disconnected 0 controller(s)\n" {
+		t.Errorf("unknown NQN: exit code %d, %q %q", code, stdout, stderr)
+	}
+	for _, args := range [][]string{{"-d", "ublkb9"}, {"/dev/ublkb9"}, {"ublkb9"}, {"ctrl9"}} {
+		if stdout, stderr, code := run(args...); code != exit.NotFound || stdout != "" || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("unknown device %q: exit code %d, %q %q", args, code, stdout, stderr)
+		}
+	}
+}
+
+// Without force a server that refuses is left alone, and says why.
+func TestDisconnectBusy(t *testing.T) {
+	dir := runDir(t)
+	f := serveFake(t, record(t, dir, "nqn.a", state.Process{}, state.Device{ID: 3, NSID: 1}))
+	f.code = exit.Busy
+	for _, args := range [][]string{{"-n", "nqn.a"}, {"nqn.a"}, {"-d", "ublkb3"}, {"-d", "/dev/ublkb3"}, {"ublkb3"}, {"ctrl0"}} {
+		stdout, stderr, code := program(t, append([]string{"disconnect", "--run-dir", dir}, args...)...)
+		if code != exit.Busy || stdout != "NQN:nqn.a disconnected 0 controller(s)\n" ||
+			stderr != "ublk-nvmeof: disconnect: ctrl0: told to fail; --force ends it all the same\n" {
+			t.Errorf("%q: exit code %d, %q %q", args, code, stdout, stderr)
+		}
+	}
+	if len(f.asked) != 6 {
+		t.Errorf("asked %v", f.asked)
+	}
+}
+
+// A server that ends when it is asked.
+func TestDisconnectEnds(t *testing.T) {
+	for _, force := range []bool{false, true} {
+		dir := runDir(t)
+		p, kill := process(t)
+		e := record(t, dir, "nqn.a", p)
+		f := serveFake(t, e)
+		go func() {
+			// The fake cannot end the process that its record names; it has been
+			// asked when this has an effect.
+			for {
+				f.mu.Lock()
+				n := len(f.asked)
+				f.mu.Unlock()
+				if n > 0 {
+					kill()
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}()
+		stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "-n", "nqn.a", fmt.Sprintf("--force=%t", force))
+		if code != exit.OK || stdout != "NQN:nqn.a disconnected 1 controller(s)\n" || stderr != "" {
+			t.Errorf("force %t: exit code %d, %q %q", force, code, stdout, stderr)
+		}
+		if f.asked[0] != force {
+			t.Errorf("asked with force %t", f.asked[0])
+		}
+		if left, _ := os.ReadDir(dir); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+	}
+}
+
+// With force a server that does not answer is killed, and what it left is
+// cleared away.
+func TestDisconnectKills(t *testing.T) {
+	dir := runDir(t)
+	p, _ := process(t)
+	record(t, dir, "nqn.a", p)
+	stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "-n", "nqn.a", "--force")
+	if code != exit.OK || stdout != "NQN:nqn.a disconnected 1 controller(s)\n" || stderr != "" {
+		t.Errorf("exit code %d, %q %q", code, stdout, stderr)
+	}
+	if p.Alive() {
+		t.Error("the server lives")
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// A dead server is cleared away without asking.
+func TestDisconnectDead(t *testing.T) {
+	dir := runDir(t)
+	p, kill := process(t)
+	kill()
+	record(t, dir, "nqn.a", p)
+	if stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "nqn.a"); code != exit.OK || stderr != "" ||
+		stdout != "NQN:nqn.a disconnected 1 controller(s)\n" {
+		t.Errorf("exit code %d, %q %q", code, stdout, stderr)
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestIsDevice(t *testing.T) {
+	for s, want := range map[string]bool{
+		"/dev/ublkb0": true, "ublkb12": true, "ublkc3": true, "ctrl0": true, "/dev/ublkc3": true,
+		"nqn.2026-01.org.example:lab": false, "ublkb": false, "ublkbx": false, "ctrl": false, "ctrl-1": false, "": false, "sda": false,
+	} {
+		if isDevice(s) != want {
+			t.Errorf("%q: %t", s, !want)
+		}
+	}
+}
