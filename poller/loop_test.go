@@ -234,9 +234,25 @@ func TestThread(t *testing.T) {
 	}
 }
 
-// TestNotOnMainThread starts loops from many goroutines, some of which find
-// the main thread free.
+func init() { runtime.LockOSThread() } // so that TestMain has the main thread
+
+// fromMain is the thread of a loop's goroutine that started on the main thread.
+var fromMain int
+
+func TestMain(m *testing.M) {
+	tid := make(chan int)
+	onThread(func() { go func(own int) { tid <- own }(threadID()) })
+	fromMain = <-tid
+	runtime.UnlockOSThread()
+	os.Exit(m.Run())
+}
+
+// TestNotOnMainThread: no loop runs on the main thread, even if that is where
+// its goroutine starts.
 func TestNotOnMainThread(t *testing.T) {
+	if fromMain == os.Getpid() {
+		t.Fatal("from the main thread, a loop stays there")
+	}
 	for range 40 {
 		l := newLoop(t, Config{Entries: 8})
 		if l.tid == os.Getpid() {
@@ -282,6 +298,100 @@ func TestWake(t *testing.T) {
 	on(t, l, func() { l.Detach(src) })
 	if s := l.Snapshot(); s.Wakes == 0 {
 		t.Fatalf("no wake-up met a sleeping loop, so nothing was shown: %+v", s)
+	}
+}
+
+// TestWakeWindows publishes and wakes at each point where the loop has just
+// looked in vain: after every Poll that found nothing, in Arm, and before. The
+// loop waits meanwhile, so that no chance is needed to meet the window.
+func TestWakeWindows(t *testing.T) {
+	l := newLoop(t, Config{Spin: -1})
+	var published atomic.Uint64
+	var taken uint64
+	ask, told := make(chan struct{}), make(chan struct{})
+	most := rounds()
+	publish := func() { // once for each item taken
+		if p := published.Load(); p == taken && p < most {
+			ask <- struct{}{}
+			<-told
+		}
+	}
+	for _, window := range []string{"poll", "last poll", "arm", "in flight"} {
+		done := make(chan struct{})
+		f := &flight{inFlight: false}
+		f.poll = func() int {
+			if published.Load() != taken {
+				if taken++; taken == most {
+					close(done)
+				}
+				return 1
+			}
+			// The last look before a sleep is the one with asleep set.
+			if window == "poll" || window == "last poll" && l.asleep.Load() {
+				publish()
+			}
+			return 0
+		}
+		f.arm = func() Readiness {
+			if window == "arm" {
+				publish()
+			}
+			return Sleep
+		}
+		asked := &asking{flight: f, ask: func() {
+			if window == "in flight" {
+				publish()
+			}
+		}}
+		taken = 0
+		published.Store(0)
+		finished := make(chan struct{})
+		go func() {
+			defer close(finished)
+			for range most {
+				<-ask
+				published.Add(1)
+				l.Wake()
+				told <- struct{}{}
+			}
+		}()
+		on(t, l, func() { l.Attach(asked) })
+		<-done
+		<-finished
+		on(t, l, func() { l.Detach(asked) })
+	}
+}
+
+// asking is a flight that does something when asked whether it is one.
+type asking struct {
+	*flight
+	ask func()
+}
+
+func (a *asking) InFlight() bool { a.ask(); return false }
+
+// TestCallWindow queues a call after a pass has looked for calls and before
+// the loop is seen to fall asleep.
+func TestCallWindow(t *testing.T) {
+	l := newLoop(t, Config{Spin: -1})
+	const calls = 100
+	called := make(chan error)
+	asks := 0
+	on(t, l, func() {
+		l.Attach(&asking{flight: &flight{}, ask: func() {
+			if asks++; asks > calls {
+				return
+			}
+			go func() { called <- l.Call(func() {}) }()
+			for !l.queued.Load() {
+				runtime.Gosched()
+			}
+		}})
+	})
+	for range calls {
+		if err := <-called; err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -220,6 +220,31 @@ func TestUnwatchLast(t *testing.T) {
 	})
 }
 
+// TestUnwatchPending: an event that comes together with the cancellation, which
+// the kernel does first, is delivered.
+func TestUnwatchPending(t *testing.T) {
+	eachWatch(t, func(t *testing.T, l *Loop) {
+		for range 20 {
+			r, w := pipe(t)
+			got := 0
+			watchOn(t, l, r, counter(func(n int) { got += n }))
+			settle(t, l)
+			var a *watch
+			on(t, l, func() {
+				write(t, w, 1)
+				write(t, w, 2)
+				a = l.watched(r)
+				l.cancel(a)
+			})
+			<-a.gone
+			if got != 3 {
+				t.Fatalf("%d events of 3", got)
+			}
+			_ = unix.Close(w)
+		}
+	})
+}
+
 // TestUnwatchRace: writers and Unwatch at the same time, no event twice or of
 // nothing.
 func TestUnwatchRace(t *testing.T) {

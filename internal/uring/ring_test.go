@@ -133,6 +133,26 @@ func TestFullQueues(t *testing.T) {
 	}
 }
 
+// TestConsumedBeforeWait: an enter shows the kernel what was consumed, else it
+// would not wait.
+func TestConsumedBeforeWait(t *testing.T) {
+	r := newRing(t, Config{Loop: true})
+	nop(t, r, 1)
+	if err := r.Submit(); err != nil {
+		t.Fatal(err)
+	}
+	if r.Next() == nil {
+		t.Fatal("no completion")
+	}
+	r.Seen()
+	if err := r.Wait(0); err != nil {
+		t.Fatal(err)
+	}
+	if head := r.cq.khead.Load(); head != 1 {
+		t.Fatalf("the kernel's head is %d", head)
+	}
+}
+
 func TestWaitBound(t *testing.T) {
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
