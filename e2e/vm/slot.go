@@ -5,8 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // takeSlot waits until fewer VMs run on this cache than the machine has CPUs,
@@ -17,11 +18,11 @@ func takeSlot(cache string) error {
 	told := false
 	for {
 		for i := range runtime.NumCPU() {
-			f, err := os.OpenFile(filepath.Join(cache, fmt.Sprintf("slot%d.lock", i)), os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o644)
+			f, err := os.OpenFile(filepath.Join(cache, fmt.Sprintf("slot%d.lock", i)), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
 			if err != nil {
 				return fmt.Errorf("take a slot: %w", err)
 			}
-			if syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
 				heldSlot = f
 				return nil
 			}
