@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"runtime"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -166,8 +167,9 @@ func (c *control) run(ctx context.Context, k call) (res int32, err error) {
 		cmd.addr, cmd.len = hostmem.Addr(c.buf), uint16(len(k.buf))
 	}
 
-	defer c.bound(ctx)()
-	var deadline time.Time // of a command that was cancelled
+	var phase atomic.Int32
+	defer c.bound(ctx, &phase)()
+	cancelled := false
 	for {
 		if err := c.wait(); err != nil {
 			c.abandoned = true
@@ -176,22 +178,27 @@ func (c *control) run(ctx context.Context, k call) (res int32, err error) {
 		if res, ok := c.result(); ok {
 			return res, nil
 		}
-		switch {
-		case ctx.Err() == nil:
-		case deadline.IsZero():
-			deadline = time.Now().Add(cancelGrace)
-			s := c.ring.SQE()
-			s.Opcode, s.Addr, s.UserData = uring.OpAsyncCancel, c.seq, cancelData
-		case !time.Now().Before(deadline):
+		switch p := phase.Load(); {
+		case p == overdue:
 			c.abandoned = true
 			return 0, context.Cause(ctx)
+		case p == unwanted && !cancelled:
+			cancelled = true
+			s := c.ring.SQE()
+			s.Opcode, s.Addr, s.UserData = uring.OpAsyncCancel, c.seq, cancelData
 		}
 	}
 }
 
-// bound interrupts the wait when ctx is done, and again when the grace has
-// passed. The function that it returns ends that.
-func (c *control) bound(ctx context.Context) (end func()) {
+// Phases of a command that outlives its context.
+const (
+	unwanted = 1 // ctx is done: cancel it
+	overdue  = 2 // the grace has passed: leave it
+)
+
+// bound tells and interrupts the wait when ctx is done, and again when the
+// grace has passed. The function that it returns ends that.
+func (c *control) bound(ctx context.Context, phase *atomic.Int32) (end func()) {
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -200,9 +207,11 @@ func (c *control) bound(ctx context.Context) (end func()) {
 		case <-quit:
 			return
 		}
+		phase.Store(unwanted)
 		c.interrupt()
 		select {
 		case <-time.After(cancelGrace):
+			phase.Store(overdue)
 			c.interrupt()
 		case <-quit:
 		}

@@ -618,17 +618,18 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-// TestForce: users of a stopped device get errors, and do not hold it up.
+// TestForce: users of a stopped device get errors or, as its size is 0 now, the
+// end of file, and do not hold it up.
 func TestForce(t *testing.T) {
 	requireUblk(t)
 	d := start(t, Config{ID: -1, Device: newRAM(t, block.Geometry{}), Loops: newLoops(t, 2)})
 	fd := openDisk(t, d, unix.O_RDONLY|unix.O_DIRECT)
 	buf := directBuffer(t, 4096)
-	reading, failed := make(chan struct{}), make(chan error)
+	reading, ended := make(chan struct{}), make(chan struct{})
 	go func() {
+		defer close(ended)
 		for i := 0; ; i++ {
-			if _, err := unix.Pread(fd, buf, 0); err != nil {
-				failed <- err
+			if n, err := unix.Pread(fd, buf, 0); n <= 0 || err != nil {
 				return
 			}
 			if i == 100 {
@@ -640,7 +641,7 @@ func TestForce(t *testing.T) {
 	if err := d.Stop(testContext(t), true); err != nil {
 		t.Fatal(err)
 	}
-	<-failed // the reads do not go on
+	<-ended
 	_ = unix.Close(fd)
 	gone(t, d.ID())
 }
@@ -785,6 +786,33 @@ func TestNumberReused(t *testing.T) {
 	}
 	if err := c.do(ctx, call{cmd: delDev, id: 9}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestCloseOnExec: no child inherits what would keep the device alive.
+func TestCloseOnExec(t *testing.T) {
+	requireUblk(t)
+	inheritable := func() (fds []string) {
+		t.Helper()
+		files, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			fd, err := strconv.Atoi(f.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+				fds = append(fds, f.Name())
+			}
+		}
+		return fds
+	}
+	before := inheritable()
+	start(t, Config{ID: -1, Device: newNull(t, block.Geometry{}), Loops: newLoops(t, 1)})
+	if now := inheritable(); !slices.Equal(before, now) {
+		t.Errorf("children inherit %v, before %v", now, before)
 	}
 }
 
