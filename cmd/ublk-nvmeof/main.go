@@ -13,6 +13,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 
@@ -24,10 +25,13 @@ import (
 // the thread whose marks a started program inherits.
 func init() { runtime.LockOSThread() }
 
-func main() {
-	err := execute(os.Args[1:])
+func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }
+
+// run carries out a command line. An error is one line on errs, and a code.
+func run(args []string, out, errs io.Writer) exit.Code {
+	err := execute(args, out, errs)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "%s: %s\n", programName, exit.From(err))
+		fmt.Fprintf(errs, "%s: %s\n", programName, exit.From(err))
 	}
-	os.Exit(int(exit.Of(err)))
+	return exit.Of(err)
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -33,8 +34,16 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// program runs the program with args.
+// program runs the program with args, in this process.
 func program(t *testing.T, args ...string) (stdout, stderr string, code exit.Code) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = run(args, &out, &errs)
+	return out.String(), errs.String(), code
+}
+
+// execProgram runs the program with args in a process of its own.
+func execProgram(t *testing.T, args ...string) (stdout, stderr string, code exit.Code) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), self(), args...)
 	cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1")
@@ -129,7 +138,7 @@ func TestServerFailure(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, more := range []string{"--foreground=false", "--foreground"} {
-		stdout, stderr, code := program(t, "connect", "--run-dir", file, "-a", "127.0.0.1", "-n", "nqn.x", more)
+		stdout, stderr, code := execProgram(t, "connect", "--run-dir", file, "-a", "127.0.0.1", "-n", "nqn.x", more)
 		if code != exit.Other || stdout != "" || strings.Count(stderr, "\n") != 1 ||
 			!strings.HasPrefix(stderr, "ublk-nvmeof: connect: make run directory: ") {
 			t.Errorf("%s: exit code %d, stdout %q, stderr %q", more, code, stdout, stderr)
@@ -284,10 +293,24 @@ func TestHelperLog(t *testing.T) {
 // fake is a server behind a control socket. It is this process as far as its
 // record says, unless the record says that it is dead.
 type fake struct {
+	entry *state.Entry
+	first chan struct{} // closed when it is asked for the first time
+
 	mu    sync.Mutex // guards what follows
 	code  exit.Code
-	asked []bool
-	entry *state.Entry
+	asked []bool // with force or not
+}
+
+func (f *fake) refuse(c exit.Code) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.code = c
+}
+
+func (f *fake) askedFor() []bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.asked)
 }
 
 func (f *fake) Status() control.Status {
@@ -300,7 +323,9 @@ func (f *fake) Status() control.Status {
 func (f *fake) Disconnect(_ context.Context, force bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.asked = append(f.asked, force)
+	if f.asked = append(f.asked, force); len(f.asked) == 1 {
+		close(f.first)
+	}
 	if f.code != exit.OK {
 		return exit.Errorf(f.code, "told to fail")
 	}
@@ -327,7 +352,7 @@ func record(t *testing.T, dir, nqn string, p state.Process, devices ...state.Dev
 
 func serveFake(t *testing.T, e *state.Entry) *fake {
 	t.Helper()
-	f := &fake{entry: e}
+	f := &fake{entry: e, first: make(chan struct{})}
 	l, err := control.Listen(e.Socket())
 	if err != nil {
 		t.Fatal(err)
@@ -423,7 +448,7 @@ func TestDisconnect(t *testing.T) {
 func TestDisconnectBusy(t *testing.T) {
 	dir := runDir(t)
 	f := serveFake(t, record(t, dir, "nqn.a", state.Process{}, state.Device{ID: 3, NSID: 1}))
-	f.code = exit.Busy
+	f.refuse(exit.Busy)
 	for _, args := range [][]string{{"-n", "nqn.a"}, {"nqn.a"}, {"-d", "ublkb3"}, {"-d", "/dev/ublkb3"}, {"ublkb3"}, {"ctrl0"}} {
 		stdout, stderr, code := program(t, append([]string{"disconnect", "--run-dir", dir}, args...)...)
 		if code != exit.Busy || stdout != "NQN:nqn.a disconnected 0 controller(s)\n" ||
@@ -431,8 +456,8 @@ func TestDisconnectBusy(t *testing.T) {
 			t.Errorf("%q: exit code %d, %q %q", args, code, stdout, stderr)
 		}
 	}
-	if len(f.asked) != 6 {
-		t.Errorf("asked %v", f.asked)
+	if asked := f.askedFor(); len(asked) != 6 {
+		t.Errorf("asked %v", asked)
 	}
 }
 
@@ -444,25 +469,16 @@ func TestDisconnectEnds(t *testing.T) {
 		e := record(t, dir, "nqn.a", p)
 		f := serveFake(t, e)
 		go func() {
-			// The fake cannot end the process that its record names; it has been
-			// asked when this has an effect.
-			for {
-				f.mu.Lock()
-				n := len(f.asked)
-				f.mu.Unlock()
-				if n > 0 {
-					kill()
-					return
-				}
-				time.Sleep(time.Millisecond)
-			}
+			// The fake is not the process that its record names.
+			<-f.first
+			kill()
 		}()
 		stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "-n", "nqn.a", fmt.Sprintf("--force=%t", force))
 		if code != exit.OK || stdout != "NQN:nqn.a disconnected 1 controller(s)\n" || stderr != "" {
 			t.Errorf("force %t: exit code %d, %q %q", force, code, stdout, stderr)
 		}
-		if f.asked[0] != force {
-			t.Errorf("asked with force %t", f.asked[0])
+		if asked := f.askedFor(); !slices.Equal(asked, []bool{force}) {
+			t.Errorf("asked with force %t", asked)
 		}
 		if left, _ := os.ReadDir(dir); len(left) > 0 {
 			t.Errorf("left: %v", left)

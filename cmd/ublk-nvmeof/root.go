@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -26,9 +27,11 @@ connect starts it, disconnect ends it. Flags are those of nvme-cli 2.x, so far
 as they make sense here.`
 
 // execute runs a command line.
-func execute(args []string) error {
+func execute(args []string, out, errs io.Writer) error {
 	root := newRoot()
 	root.SetArgs(args)
+	root.SetOut(out)
+	root.SetErr(errs)
 	err := root.Execute()
 	var known *exit.Error
 	if err == nil || errors.As(err, &known) {

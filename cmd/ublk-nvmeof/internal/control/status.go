@@ -24,7 +24,12 @@ type Status struct {
 	HostID     string `json:"hostid"`
 
 	State  string `json:"state"`            // live, dead, …; "lost" of a server that is no more
-	Reason string `json:"reason,omitempty"` // why it is not live
+	Since  string `json:"since,omitempty"`  // when the state began, RFC 3339
+	Reason string `json:"reason,omitempty"` // why it is not live, or was not the last time
+	// Losses counts how often the association was lost, Attempts how often it was
+	// tried to make it again since then.
+	Losses   int `json:"losses"`
+	Attempts int `json:"attempts"`
 
 	CNTLID   uint16 `json:"cntlid"`
 	Version  string `json:"nvme_version"`
@@ -44,8 +49,9 @@ type Status struct {
 
 	KeepAlive int `json:"keep_alive_tmo"`
 	Reconnect int `json:"reconnect_delay"`
-	Loss      int `json:"ctrl_loss_tmo"` // -1: for ever
-	TOS       int `json:"tos"`           // 0: unset
+	Loss      int `json:"ctrl_loss_tmo"`    // -1: for ever
+	FastFail  int `json:"fast_io_fail_tmo"` // -1: off
+	TOS       int `json:"tos"`              // 0: unset
 	PollMax   int `json:"poll_max_size"`
 
 	BufferBytes int      `json:"buffer_bytes"` // I/O memory of all devices

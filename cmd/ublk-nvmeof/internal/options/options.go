@@ -38,6 +38,9 @@ const (
 // Forever is a controller loss timeout that never ends.
 const Forever = -1 * time.Second
 
+// Off is a fast I/O fail timeout that is not in use.
+const Off = -1 * time.Second
+
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
@@ -58,6 +61,7 @@ type Connect struct {
 	KeepAlive     time.Duration  `json:"-"`
 	Reconnect     time.Duration  `json:"-"` // delay between two attempts
 	Loss          time.Duration  `json:"-"` // < 0: for ever
+	FastIOFail    time.Duration  `json:"-"` // < 0: off
 	Duplicate     bool           `json:"duplicate_connect"`
 	TOS           uint8          `json:"tos"`
 	DisableSQFlow bool           `json:"disable_sqflow"`
@@ -78,7 +82,7 @@ func Default() *Connect {
 	return &Connect{
 		Transport: "rdma", Port: defaultPort,
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
-		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss,
+		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
 		Provider: "auto", LoadModules: "auto", Timeout: defaultTimeout,
 	}
@@ -110,6 +114,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to reconnect")
 	f.VarP(seconds(&c.Loss, -1<<31, 1<<31-1, "seconds, or a negative number for no limit"), "ctrl-loss-tmo", "l",
 		"time after which a lost controller is given up")
+	f.VarP(seconds(&c.FastIOFail, -1<<31, 1<<31-1, "seconds, or a negative number for never"), "fast-io-fail-tmo", "F",
+		"time after which requests of a lost controller fail instead of waiting")
 	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is connected to the subsystem at this address")
 	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 leaves it to the system")
 	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to do without submission queue flow control")
@@ -140,6 +146,9 @@ func (c *Connect) Complete(from Sources) error {
 	}
 	if c.Loss < 0 {
 		c.Loss = Forever
+	}
+	if c.FastIOFail < 0 {
+		c.FastIOFail = Off
 	}
 	if c.Device != AutoDevice && len(c.NSIDs) > 0 && c.Device+len(c.NSIDs)-1 > maxDevice {
 		return fmt.Errorf("--device-id \"%d\": want a number that leaves %d numbers up to %d", c.Device, len(c.NSIDs), maxDevice)

@@ -55,6 +55,7 @@ func TestWrongValues(t *testing.T) {
 		{"-k/--keep-alive-tmo", []string{"-1", "4294967", "x", "5s", ""}, "want seconds, 0 (which is 5) to 4294966"},
 		{"-c/--reconnect-delay", []string{"0", "-1", "x", "10s", ""}, "want seconds, 1 or more"},
 		{"-l/--ctrl-loss-tmo", []string{"x", "", "1.5", "off"}, "want seconds, or a negative number for no limit"},
+		{"-F/--fast-io-fail-tmo", []string{"x", "", "1.5", "off"}, "want seconds, or a negative number for never"},
 		{"-D/--duplicate-connect", []string{"maybe"}, "want true or false"},
 		{"-T/--tos", []string{"-1", "256", "x", ""}, "want a number, 0 to 255"},
 		{"-d/--disable-sqflow", []string{"2"}, "want true or false"},
@@ -136,15 +137,15 @@ func TestShortAndLongFlags(t *testing.T) {
 	want.SourceAddr = netip.MustParseAddr("fe80::2")
 	want.HostNQN, want.hostID = "nqn.h", "12345678-1234-1234-1234-123456789abc"
 	want.Queues = poller.Request{IO: 2, Write: 1, Poll: 3}
-	want.QueueSize, want.KeepAlive, want.Reconnect, want.Loss = 16, 7*time.Second, 3*time.Second, -1*time.Second
+	want.QueueSize, want.KeepAlive, want.Reconnect, want.Loss, want.FastIOFail = 16, 7*time.Second, 3*time.Second, -1*time.Second, 2*time.Second
 	want.Duplicate, want.TOS, want.DisableSQFlow = true, 46, true
 	for _, args := range [][]string{
 		{"-t", "rdma", "-a", "fe80::1%eth0", "-s", "4421", "-n", "nqn.x", "-w", "fe80::2", "-q", "nqn.h",
 			"-I", "12345678-1234-1234-1234-123456789abc", "-i", "2", "-W", "1", "-P", "3", "-Q", "16", "-k", "7",
-			"-c", "3", "-l", "-1", "-D", "-T", "46", "-d"},
+			"-c", "3", "-l", "-1", "-F", "2", "-D", "-T", "46", "-d"},
 		{"--transport=rdma", "--traddr=fe80::1%eth0", "--trsvcid=4421", "--nqn=nqn.x", "--host-traddr=fe80::2", "--hostnqn=nqn.h",
 			"--hostid=12345678-1234-1234-1234-123456789abc", "--nr-io-queues=2", "--nr-write-queues=1", "--nr-poll-queues=3",
-			"--queue-size=16", "--keep-alive-tmo=7", "--reconnect-delay=3", "--ctrl-loss-tmo=-1", "--duplicate-connect",
+			"--queue-size=16", "--keep-alive-tmo=7", "--reconnect-delay=3", "--ctrl-loss-tmo=-1", "--fast-io-fail-tmo=2", "--duplicate-connect",
 			"--tos=46", "--disable-sqflow"},
 	} {
 		got, _, err := parse(t, args...)
@@ -159,7 +160,7 @@ func TestShortAndLongFlags(t *testing.T) {
 
 // The defaults are those of nvme-rdma.
 func TestDefaults(t *testing.T) {
-	c, _, err := parse(t, "-a", "target-1.example", "-n", "n", "-k", "0", "-l", "-7")
+	c, _, err := parse(t, "-a", "target-1.example", "-n", "n", "-k", "0", "-l", "-7", "-F", "-3")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +168,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.Port != 4420 || c.QueueSize != 128 || c.KeepAlive != 5*time.Second || c.Reconnect != 10*time.Second ||
-		c.Loss != Forever || c.Queues != (poller.Request{IO: runtime.NumCPU()}) || c.MaxIO != 256<<10 ||
+		c.Loss != Forever || c.FastIOFail != Off || c.Queues != (poller.Request{IO: runtime.NumCPU()}) || c.MaxIO != 256<<10 ||
 		c.PollMax != 16<<10 || c.Device != AutoDevice || c.Transport != "rdma" || c.TOS != 0 {
 		t.Errorf("%+v", c)
 	}

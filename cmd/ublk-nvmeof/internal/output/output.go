@@ -213,11 +213,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row := func(name, format string, args ...any) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
 		}
-		state := s.State
-		if s.Reason != "" {
-			state += ": " + s.Reason
-		}
-		row("state", "%s", state)
+		row("state", "%s", condition(s))
 		source := ""
 		if s.HostTrAddr != "" {
 			source = " from " + s.HostTrAddr
@@ -234,7 +230,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		}
 		if s.Queues.Requested > 0 {
 			row("queues", "%s, %d entries each", summary(s.Queues), s.QueueSize)
-			row("timeouts", "keep alive %s, reconnect delay %s, controller loss %s", seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss))
+			row("timeouts", "keep alive %s, reconnect delay %s, controller loss %s, fast I/O fail %s",
+				seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss), seconds(s.FastFail))
 			row("buffers", "%s", size(uint64(s.BufferBytes)))
 		}
 		for _, d := range s.Devices {
@@ -252,6 +249,21 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		}
 	}
 	return nil
+}
+
+// condition is the state with its history.
+func condition(s control.Status) string {
+	text := s.State
+	if s.Since != "" {
+		text += " since " + s.Since
+	}
+	if s.Losses > 0 {
+		text += fmt.Sprintf(", lost %d times, %d attempts since then", s.Losses, s.Attempts)
+	}
+	if s.Reason != "" {
+		text += ": " + s.Reason
+	}
+	return text
 }
 
 func describe(d control.Device) string {

@@ -64,7 +64,7 @@ type server struct {
 	provider string
 	loops    []*poller.Loop
 	ctrl     controller
-	info     initiator.Info // when it was connected
+	info     initiator.Info // when it was last seen connected
 	serving  []*serving
 }
 
@@ -184,14 +184,15 @@ func (s *server) start(ctx context.Context) error {
 	if err != nil {
 		return s.explain(ctx, err)
 	}
+	info := ctrl.Info()
 	s.mu.Lock()
-	s.ctrl, s.info = ctrl, ctrl.Info()
+	s.ctrl, s.info = ctrl, info
 	s.mu.Unlock()
-	s.log.Info("connected", "controller", s.info.CNTLID, "queues", s.info.Plan.String())
+	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
 	if found, err = s.choose(found); err != nil {
 		return err
 	}
-	return s.startDevices(ctx, found)
+	return s.startDevices(ctx, found, info.QueueSize)
 }
 
 // driver makes sure that ublk can be used.
@@ -242,14 +243,18 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	s.mu.Lock()
 	s.provider = provider.Name()
 	s.mu.Unlock()
-	return initiator.Config{
+	cfg := initiator.Config{
 		Provider: provider, Address: s.remote, Source: s.opts.SourceAddr,
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		Log: s.log,
-	}, nil
+	}
+	if s.opts.FastIOFail != options.Off {
+		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
+	}
+	return cfg, nil
 }
 
 // explain says in words why the target could not be connected to.
@@ -311,14 +316,14 @@ func nsids(found []namespace) string {
 
 // startDevices makes one device per namespace, all on the same loops. Each is
 // on record before the next one is made.
-func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
+func (s *server) startDevices(ctx context.Context, chosen []namespace, depth int) error {
 	for i, ns := range chosen {
 		id := s.opts.Device
 		if id != options.AutoDevice {
 			id += i
 		}
 		d, err := s.back.start(ctx, ublk.Config{
-			ID: id, Device: ns.device, Loops: s.loops, Depth: s.info.QueueSize, MaxIO: s.opts.MaxIO,
+			ID: id, Device: ns.device, Loops: s.loops, Depth: depth, MaxIO: s.opts.MaxIO,
 			Recovery: ublk.RecoveryNone, KeepAffinity: i > 0, Log: s.log,
 		})
 		if err != nil {

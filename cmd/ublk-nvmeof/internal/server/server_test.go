@@ -151,7 +151,8 @@ func TestServe(t *testing.T) {
 	c := w.connected
 	if c.Address.String() != "127.0.0.1:4420" || c.SubNQN != o.NQN || c.HostNQN != o.HostNQN || c.HostID != o.HostID ||
 		c.Queues != o.Queues || len(c.Loops) != 1 || c.QueueSize != 32 || c.TOS != 3 || !c.DisableSQFlow ||
-		c.KeepAlive != 5*time.Second || c.PollMaxBytes != 16<<10 {
+		c.KeepAlive != 5*time.Second || c.PollMaxBytes != 16<<10 ||
+		c.ReconnectDelay != 10*time.Second || c.CtrlLoss != 600*time.Second || c.FastIOFail != 0 {
 		t.Errorf("initiator got %+v", c)
 	}
 	// The queue size that the target granted, not the one asked for; only the
@@ -170,7 +171,7 @@ func TestServe(t *testing.T) {
 			Read: control.Class{Requested: 1, Granted: 1, Mapped: "read"}, Default: control.Class{Requested: 1, Granted: 1, Mapped: "default"},
 			Poll: control.Class{Requested: 1, Granted: 0, Mapped: "default"},
 		},
-		KeepAlive: 5, Reconnect: 10, Loss: 600, TOS: 3, PollMax: 16 << 10, BufferBytes: 2 * 64 * 64 << 10,
+		KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, TOS: 3, PollMax: 16 << 10, BufferBytes: 2 * 64 * 64 << 10,
 		Lanes: []control.Lane{{Submitted: 3, Completed: 2}},
 	}
 	for i, nsid := range w.nsids {

@@ -20,7 +20,7 @@ func (s *server) Status() control.Status {
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
 		State: "connecting", Provider: s.provider, QueueSize: o.QueueSize,
-		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss),
+		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
 		Devices: []control.Device{}, Lanes: []control.Lane{},
 	}
@@ -30,7 +30,11 @@ func (s *server) Status() control.Status {
 	if s.ctrl == nil {
 		return out
 	}
-	describeController(&out, s.ctrl.Info(), s.info)
+	now := s.ctrl.Info()
+	if now.Plan.Queues() > 0 {
+		s.info = now
+	}
+	describeController(&out, now, s.info)
 	for i, l := range s.loops {
 		if i < len(out.Lanes) {
 			addLoop(&out.Lanes[i], l.Snapshot())
@@ -58,22 +62,21 @@ func ended(d device) bool {
 
 func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
 
-// describeController fills in what the controller says now; a dead one does not
-// know any more what it was when it was connected.
+// describeController fills in what the controller says now; one that is not
+// connected does not know what it was when it was.
 func describeController(out *control.Status, now, connected initiator.Info) {
-	out.State = now.State.String()
+	out.State, out.Losses, out.Attempts = now.State.String(), now.Losses, now.Attempts
+	if !now.Since.IsZero() {
+		out.Since = now.Since.UTC().Format(time.RFC3339)
+	}
 	if now.Reason != nil {
 		out.Reason = now.Reason.Error()
 	}
-	known := now
-	if now.Plan.Queues() == 0 {
-		known = connected
-	}
-	out.CNTLID, out.Version = known.CNTLID, known.Version.String()
-	out.Model, out.Serial, out.Firmware = known.Model, known.Serial, known.Firmware
-	out.RDMADevice, out.Memory = known.Device, "registered"
-	out.InCapsule, out.SQFlow, out.QueueSize = known.InCapsule, known.SQFlow, known.QueueSize
-	out.Queues = describeQueues(known.Plan)
+	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
+	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
+	out.RDMADevice, out.Memory = connected.Device, "registered"
+	out.InCapsule, out.SQFlow, out.QueueSize = connected.InCapsule, connected.SQFlow, connected.QueueSize
+	out.Queues = describeQueues(connected.Plan)
 	for _, l := range now.Lanes {
 		out.Lanes = append(out.Lanes, control.Lane{
 			Submitted: l.Submitted, Completed: l.Completed, HandedOver: l.HandedOver, Retried: l.Retried,
