@@ -9,14 +9,27 @@
 //
 // # One pass
 //
-// Step dispatches the ring's completions, then polls each Source once, in the
-// order in which they were attached. A pass that found something is followed
-// by another. A pass that found nothing arms the sources (Source.Arm) and, if
-// all agree to sleep, enters the kernel once: to submit what is pending and to
-// wait. The wait is a raw system call bounded to 2 ms, which keeps the
-// scheduler's P and costs no scheduler contact while traffic flows; when that
-// expires, one ordinary blocking call gives the P back, so an idle loop costs
-// nothing.
+// A pass dispatches the ring's completions, then polls each Source once, in the
+// order in which they were attached, then runs calls. A pass that found
+// something is followed by another; what it left in the submission queue is
+// submitted after one more pass, or when a quarter of the queue is filled, or
+// when completions wait for an enter.
+//
+// A pass that found nothing arms the sources (Source.Arm), polls them a last
+// time and, if all agree to sleep, enters the kernel once: to submit what is
+// pending and to wait. The wait is a raw system call bounded to 2 ms, which
+// keeps the scheduler's P and costs no scheduler contact while traffic flows;
+// when that expires, one ordinary blocking call gives the P back, so an idle
+// loop costs nothing.
+//
+// # Spinning
+//
+// A source whose work makes no event (a completion queue without a channel)
+// answers Spin while it expects some. The loop then polls on in shared memory,
+// Config.Spin times, and after that at intervals of 50 to 200 µs, so that a dead
+// target does not burn a CPU. A source that could sleep but expects an answer
+// soon (Flight) is polled as often before the loop arms it, as long as such
+// spins usually find something.
 //
 // # Concurrency
 //
@@ -24,10 +37,17 @@
 // only ("loop") or from any other ("any"). Source, Watcher and Handler methods
 // are called on the loop.
 //
+// Wake and the sleep are Dekker's handshake: the loop sets asleep and then
+// polls, the waker publishes and then reads asleep, so one sees the other. The
+// eventfd is written only if asleep was set, by the one who clears it.
+//
 // # Hazards
 //
 //  1. Nothing on the loop may block, allocate, or leave the goroutine: the end
 //     of the thread cancels every io_uring command that it has pending, and so
 //     kills the block device.
 //  2. Call from the loop itself deadlocks; on the loop, just do it.
+//  3. A loop with traffic keeps its P. GOMAXPROCS is to be at least the number
+//     of loops and 2, or other goroutines wait for a loop's pauses.
+//  4. Stop waits for the last Unhandle.
 package poller

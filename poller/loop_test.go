@@ -754,6 +754,91 @@ func TestFlight(t *testing.T) {
 	})
 }
 
+// TestTaskRun: completions that wait for an enter are fetched by a busy loop
+// and by a spinning one, which submits before it spins.
+func TestTaskRun(t *testing.T) {
+	const limit = 50
+	l := newLoop(t, Config{Spin: limit})
+	efd := eventfd(t)
+	on(t, l, func() {
+		events := 0
+		if err := l.Watch(efd, counter(func(n int) { events += n })); err != nil {
+			t.Error(err)
+		}
+		l.submit()
+
+		busy := &source{poll: func() int { return 1 }}
+		l.Attach(busy)
+		signalEventfd(efd)
+		before := l.stats.Enters
+		l.Step()
+		l.Step()
+		if n := l.stats.Enters - before; n != 1 || events != 1 {
+			t.Errorf("busy: %d enters, %d events", n, events)
+		}
+		l.Detach(busy)
+
+		polls := 0
+		f := &flight{inFlight: true}
+		f.poll = func() int {
+			if polls++; polls == 5 {
+				signalEventfd(efd)
+			}
+			return 0
+		}
+		l.Attach(f)
+		enters, spins := l.stats.Enters, l.stats.Spins
+		l.idle()
+		if e, s := l.stats.Enters-enters, l.stats.Spins-spins; e != 1 || s != 6 {
+			t.Errorf("spinning: %d enters after %d spins", e, s)
+		}
+		if l.Step(); events != 2 {
+			t.Errorf("spinning: %d events", events)
+		}
+
+		done := 0
+		base := l.Handle(handler(func(uint64, int32, uint32) { done++ }))
+		l.SQE().UserData = base
+		enters, spins = l.stats.Enters, l.stats.Spins
+		l.idle()
+		if e, s := l.stats.Enters-enters, l.stats.Spins-spins; e != 1 || s != 1 {
+			t.Errorf("pending before the spin: %d enters, %d spins", e, s)
+		}
+		if l.Step(); done != 1 {
+			t.Errorf("pending before the spin: %d completions", done)
+		}
+		l.Detach(f)
+		l.Unhandle(base)
+	})
+}
+
+// TestCloseEventfd: the descriptor is not closed under a goroutine that may be
+// about to write to it.
+func TestCloseEventfd(t *testing.T) {
+	fd, err := newEventfd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writers atomic.Int32
+	writers.Store(1)
+	closed := make(chan struct{})
+	go func() {
+		closeEventfd(fd, &writers)
+		close(closed)
+	}()
+	for range 1000 {
+		runtime.Gosched()
+	}
+	if _, err := unix.Write(fd, one); err != nil {
+		t.Fatalf("write before the last writer is gone: %v", err)
+	}
+	writers.Store(0)
+	<-closed
+	if _, err := unix.Write(fd, one); err != unix.EBADF {
+		t.Fatalf("write after close: %v", err)
+	}
+}
+
 // TestStopOrder: Stop waits for the handlers, and events are delivered until
 // they are done.
 func TestStopOrder(t *testing.T) {
