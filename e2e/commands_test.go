@@ -14,6 +14,7 @@ import (
 // commands are the scripts' own, beside those of testscript.
 var commands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"exits":   exits,
+	"until":   until,
 	"verify":  verify,
 	"waitfor": waitfor,
 }
@@ -37,6 +38,24 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
 	}
+}
+
+// until PATTERN command [argument …]: the command is run again and again until its
+// output matches, for 30 s at most.
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: until pattern command [argument ...]")
+	}
+	pattern, err := regexp.Compile("(?m)" + args[0])
+	ts.Check(err)
+	var out []byte
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
+		if out, err = exec.Command(args[1], args[2:]...).CombinedOutput(); err == nil && pattern.Match(out) {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	ts.Fatalf("no match for %s; last: %v\n%s", args[0], err, out)
 }
 
 // verify DEVICE [fio option …]: writes and reads at random, 512 bytes to 1 MiB,
