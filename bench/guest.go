@@ -247,6 +247,9 @@ func (g *guest) measure(ctx context.Context, w workload, disks []connected, load
 		return sample{}, err
 	}
 	ios := (to.bytes - from.bytes) / uint64(w.block)
+	if expected := res.iops * to.cpu.at.Sub(from.cpu.at).Seconds(); float64(ios) < expected/2 {
+		return sample{}, fmt.Errorf("%d I/Os within the measured time, of about %.0f", ios, expected)
+	}
 	s := sample{
 		Workload: w.name, Path: disks[loaded].name, IOs: res.ios, IOPS: res.iops, P50: res.p50, P99: res.p99,
 		CPUPerIO:      perIO(float64(busy(from.cpu, to.cpu, g.plan.CPUs)), ios),
@@ -263,6 +266,10 @@ func (g *guest) measure(ctx context.Context, w workload, disks []connected, load
 	}
 	return s, nil
 }
+
+// beginBytes is what has to be transferred before fio counts as running: more
+// than a partition scan reads.
+const beginBytes = 1 << 20
 
 // fio runs a workload and calls window when its measured time has begun.
 func (g *guest) fio(ctx context.Context, w workload, node string, window func(context.Context) error) (fioResult, error) {
@@ -291,7 +298,7 @@ func (g *guest) fio(ctx context.Context, w workload, node string, window func(co
 		default:
 		}
 		now, err := transferred(node)
-		return now != before, err
+		return now-before >= beginBytes, err
 	})
 	// Nothing of what follows waits for the VM's host.
 	g.clock.release()
