@@ -33,7 +33,6 @@ type Provider struct {
 // New checks that the connection manager and at least one RDMA device can be
 // reached. The error names the first thing that is missing.
 func New() (*Provider, error) {
-	C.allow_destroy_after_removal()
 	if err := probe(); err != nil {
 		return nil, fmt.Errorf("verbs: %w", err)
 	}

@@ -18,7 +18,7 @@ import (
 // rxeAddr is an IPv4 address of the network device under an rdma_rxe device, or
 // UN_RXE_ADDR. Without one the test is skipped, or fails when UN_REQUIRE asks
 // for rxe.
-func rxeAddr(t *testing.T) netip.Addr {
+func rxeAddr(t testing.TB) netip.Addr {
 	t.Helper()
 	if text := os.Getenv("UN_RXE_ADDR"); text != "" {
 		addr, err := netip.ParseAddr(text)
@@ -73,4 +73,13 @@ func silent(addr netip.Addr) netip.Addr {
 	b := addr.As4()
 	b[3] ^= 0x55
 	return netip.AddrFrom4(b)
+}
+
+func BenchmarkVerbs(b *testing.B) {
+	addr := rxeAddr(b)
+	p, err := New()
+	if err != nil {
+		b.Fatal(err)
+	}
+	rdmatest.Benchmark(b, rdmatest.Setup{Active: p, Passive: p, Listen: addr})
 }

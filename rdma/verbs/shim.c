@@ -3,6 +3,7 @@
 #include "shim.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -237,12 +238,20 @@ struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access)
 	return ibv_reg_mr(pd, addr, length, access);
 }
 
-// After a device was removed, destroying its objects fails with EIO and leaks
-// the library's half of them, unless this variable stands when the library is
-// first used.
-void allow_destroy_after_removal(void)
+// What the libraries need to find in the process before their first use, and
+// while there is only one thread.
+__attribute__((constructor)) static void prepare(void)
 {
+	// Destroying an object of a removed device fails with EIO and leaks the
+	// library's half of it, unless this stands in the environment. Go has its
+	// own copy of that, so children do not get it.
 	setenv("RDMAV_ALLOW_DISASSOC_DESTROY", "1", 0);
+#ifdef M_ARENA_MAX
+	// librdmacm before 44.12 sorts its devices by the difference of their
+	// addresses, cut to an int. With devices in several arenas it may lose a
+	// healthy device for ever when another one comes or goes.
+	mallopt(M_ARENA_MAX, 1);
+#endif
 }
 
 // librdmacm closes the context of a removed device when the last ID on it goes,

@@ -96,7 +96,6 @@ int cm_connect(struct rdma_cm_id *id, const struct conn *conn); // 0 or errno
 int cm_accept(struct rdma_cm_id *id, const struct conn *conn);  // 0 or errno
 
 struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access);
-void allow_destroy_after_removal(void);
 struct rdma_cm_id *hold_device(struct rdma_cm_id *id);
 
 #endif
