@@ -19,6 +19,12 @@ import (
 // scenarioLimit is the longest time for one script.
 const scenarioLimit = 5 * time.Minute
 
+// The target that lab.sh makes unless told otherwise.
+const (
+	labAddr = "10.0.2.15"
+	labNQN  = "nqn.2026-01.org.example:lab"
+)
+
 // Where things are; the tests run in the directory of this file.
 var (
 	e2eDir = must(os.Getwd())
@@ -62,8 +68,8 @@ func TestScenarios(t *testing.T) {
 				Cmds:                commands,
 				RequireExplicitExec: true,
 				Setup: func(env *testscript.Env) error {
-					env.Setenv("ADDR", "10.0.2.15")
-					env.Setenv("NQN", "nqn.2026-01.org.example:lab")
+					env.Setenv("ADDR", labAddr)
+					env.Setenv("NQN", labNQN)
 					env.Setenv("ROOT", root)
 					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
 					return nil
@@ -82,25 +88,36 @@ func (s scriptT) Run(_ string, f func(testscript.T)) { f(s) }
 func (s scriptT) Skip(args ...any)                   { s.Fatal(append([]any{"skip:"}, args...)...) }
 func (scriptT) Verbose() bool                        { return false } // the phases, and all of what failed
 
-// TestPackages runs the tests of the packages that need a kernel with ublk, RDMA
-// or root. UN_PACKAGES lists them by their directories; make test-vm has built
-// each as build/test/DIRECTORY.test.
+// capabilities are what the VM offers to the tests of packages: without one of
+// them a test fails instead of being skipped.
+const capabilities = "root,io_uring,read-multishot,ublk,rxe,target"
+
+// TestPackages runs the tests of the packages that need such a kernel. UN_PACKAGES
+// lists them by their directories; make test-vm has built each as
+// build/test/DIRECTORY.test. UN_TARGET is the address and the NQN of a target for
+// them.
 func TestPackages(t *testing.T) {
 	dirs := strings.Fields(os.Getenv("UN_PACKAGES"))
 	if len(dirs) == 0 {
 		t.Fatal("UN_PACKAGES names no package")
 	}
-	for _, args := range [][]string{{"lab", "rxe"}, {"modprobe", "ublk_drv"}} {
+	leavesNothing(t)
+	for _, args := range [][]string{{"lab", "target"}, {"modprobe", "ublk_drv"}} {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v\n%s", args, err, out)
 		}
 	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("lab", "clean").CombinedOutput(); err != nil {
+			t.Errorf("lab clean: %v\n%s", err, out)
+		}
+	})
 	for _, dir := range dirs {
 		t.Run(dir, func(t *testing.T) {
 			leavesNothing(t)
 			cmd := exec.Command(filepath.Join(build, "test", dir+".test"), "-test.v", "-test.timeout=5m", "-test.count=1")
 			cmd.Dir = filepath.Join(root, dir)
-			cmd.Env = append(os.Environ(), "UN_REQUIRE=root,ublk,rxe")
+			cmd.Env = append(os.Environ(), "UN_REQUIRE="+capabilities, "UN_TARGET="+labAddr+":4420,"+labNQN)
 			out, err := cmd.CombinedOutput()
 			switch {
 			case err != nil:
