@@ -8,6 +8,7 @@ import "C"
 import (
 	"fmt"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +17,9 @@ import (
 // waiter waits for a library's event descriptor in Go's network poller. It
 // holds a duplicate: the library closes its own.
 type waiter struct {
-	file *os.File
-	raw  syscall.RawConn
+	file   *os.File
+	raw    syscall.RawConn
+	closed atomic.Bool
 }
 
 func newWaiter(fd C.int, name string) (*waiter, error) {
@@ -44,14 +46,20 @@ func (w *waiter) next(get func() C.int) error {
 		got = get()
 		return unix.Errno(got) != unix.EAGAIN
 	})
-	if err == nil && got != 0 {
-		err = unix.Errno(got)
+	switch {
+	case w.closed.Load():
+		return os.ErrClosed
+	case err == nil && got != 0:
+		return unix.Errno(got)
 	}
 	return err
 }
 
 // close makes a next that waits, and every later one, return.
-func (w *waiter) close() error { return w.file.Close() }
+func (w *waiter) close() error {
+	w.closed.Store(true)
+	return w.file.Close()
+}
 
 // cmEvent is one event of the connection manager.
 type cmEvent struct {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -226,4 +227,45 @@ func TestMemoryLimit(t *testing.T) {
 	if err := <-done; !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), "RLIMIT_MEMLOCK") {
 		t.Errorf("register more than may be locked: %v", err)
 	}
+}
+
+func TestDescriptorsCloseOnExec(t *testing.T) {
+	addr := rxeAddr(t)
+	before := openFDs(t)
+	p, err := New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := connectPair(t, p, addr)
+	for fd, name := range openFDs(t) {
+		if before[fd] == name {
+			continue
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+			t.Errorf("descriptor %d (%s) would go to children", fd, name)
+		}
+	}
+	if err := errors.Join(a.close(), b.close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// openFDs maps descriptors to what they lead to.
+func openFDs(t *testing.T) map[int]string {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := make(map[int]string)
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
+			open[fd] = name
+		}
+	}
+	return open
 }

@@ -36,6 +36,7 @@ type cmID struct {
 	provider *Provider
 	channel  *channel
 	device   *device // set once resolved
+	local    netip.AddrPort
 	remote   netip.AddrPort
 	private  []byte
 
@@ -92,7 +93,7 @@ func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
 	}
 	id := p.startID(ch, ev.id)
 	id.private = ev.private
-	id.remote = addrPort(C.rdma_get_peer_addr(ev.id))
+	id.local, id.remote = addrPort(C.rdma_get_local_addr(ev.id)), addrPort(C.rdma_get_peer_addr(ev.id))
 	if id.device, err = p.device(ev.id); err != nil {
 		return nil, errors.Join(err, id.Close())
 	}
@@ -130,6 +131,7 @@ func (id *cmID) resolve(ctx context.Context, local netip.Addr, remote netip.Addr
 	if err := id.awaitStep(ctx, C.RDMA_CM_EVENT_ADDR_RESOLVED); err != nil {
 		return step, err
 	}
+	id.local = addrPort(C.rdma_get_local_addr(id.c))
 	if id.device, err = id.provider.device(id.c); err != nil {
 		return step, err
 	}
@@ -266,14 +268,7 @@ func (id *cmID) async(ev *C.struct_async_event) {
 func (id *cmID) Device() rdma.Device { return id.device }
 
 // LocalAddr implements rdma.ID.
-func (id *cmID) LocalAddr() netip.AddrPort {
-	id.mu.Lock()
-	defer id.mu.Unlock()
-	if id.closed {
-		return netip.AddrPort{}
-	}
-	return addrPort(C.rdma_get_local_addr(id.c))
-}
+func (id *cmID) LocalAddr() netip.AddrPort { return id.local }
 
 // RemoteAddr implements rdma.ID.
 func (id *cmID) RemoteAddr() netip.AddrPort { return id.remote }

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"sync"
 
 	"ublk-nvmeof/rdma"
@@ -22,11 +23,18 @@ type listener struct {
 	channel  *channel
 	c        *C.struct_rdma_cm_id
 	addr     netip.AddrPort
-	requests chan *cmID
+	requests chan request
 	stop     chan struct{} // closed by Close
 	done     chan struct{} // closed when read has returned
+	readErr  error         // why it did, valid after done
 	once     sync.Once
 	closeErr error
+}
+
+// request is a connect request, or why it could not be taken.
+type request struct {
+	id  *cmID
+	err error
 }
 
 // Listen implements rdma.Provider.
@@ -61,7 +69,7 @@ func (p *Provider) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 	l := &listener{
 		provider: p, channel: ch, c: c,
 		addr:     addrPort(C.rdma_get_local_addr(c)),
-		requests: make(chan *cmID),
+		requests: make(chan request),
 		stop:     make(chan struct{}),
 		done:     make(chan struct{}),
 	}
@@ -79,26 +87,30 @@ func bindListen(c *C.struct_rdma_cm_id, s *sockaddr, backlog int) error {
 	return nil
 }
 
-// read takes requests until Close. A request that cannot be made into an ID is
-// refused by its end.
+// read takes requests until Close.
 func (l *listener) read() {
 	defer close(l.done)
 	for {
 		ev, err := l.channel.next()
+		if errors.Is(err, os.ErrClosed) {
+			l.readErr = rdma.ErrClosed
+			return
+		}
 		if err != nil {
+			l.readErr = err
 			return
 		}
 		if ev.kind != C.RDMA_CM_EVENT_CONNECT_REQUEST {
 			continue // a device that came or went; the requests go on
 		}
 		id, err := l.provider.acceptID(ev)
-		if err != nil {
-			continue
-		}
 		select {
-		case l.requests <- id:
+		case l.requests <- request{id, err}:
 		case <-l.stop:
-			_ = id.Close() // refuses the request
+			if err == nil {
+				_ = id.Close() // refuses the request
+			}
+			l.readErr = rdma.ErrClosed
 			return
 		}
 	}
@@ -107,15 +119,20 @@ func (l *listener) read() {
 // Addr implements rdma.Listener.
 func (l *listener) Addr() netip.AddrPort { return l.addr }
 
-// Accept implements rdma.Listener; any number of goroutines may wait in it.
+// Accept implements rdma.Listener; any number of goroutines may wait in it. An
+// error that wraps neither the context's nor rdma.ErrClosed concerns the one
+// request that could not be taken, and was refused.
 func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 	select {
-	case id := <-l.requests:
-		return id, nil
+	case r := <-l.requests:
+		if r.err != nil {
+			return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: r.err}
+		}
+		return r.id, nil
 	case <-ctx.Done():
 		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: ctx.Err()}
 	case <-l.done:
-		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: rdma.ErrClosed}
+		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: l.readErr}
 	}
 }
 

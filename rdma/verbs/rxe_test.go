@@ -3,6 +3,7 @@
 package verbs
 
 import (
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -10,27 +11,19 @@ import (
 	"strings"
 	"testing"
 
-	"net"
-
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// rxeAddr is an IPv4 address of the network device under an rdma_rxe device, or
-// UN_RXE_ADDR. Without one the test is skipped, or fails when UN_REQUIRE asks
+// rxeAddrs are the addresses of the network devices under rdma_rxe devices,
+// IPv4 first. Without any the test is skipped, or fails when UN_REQUIRE asks
 // for rxe.
-func rxeAddr(t testing.TB) netip.Addr {
+func rxeAddrs(t testing.TB) []netip.Addr {
 	t.Helper()
-	if text := os.Getenv("UN_RXE_ADDR"); text != "" {
-		addr, err := netip.ParseAddr(text)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return addr
-	}
 	parents, err := filepath.Glob("/sys/class/infiniband/*/parent")
 	if err != nil {
 		t.Fatal(err)
 	}
+	var found []netip.Addr
 	for _, file := range parents {
 		name, err := os.ReadFile(file)
 		if err != nil {
@@ -45,20 +38,60 @@ func rxeAddr(t testing.TB) netip.Addr {
 			t.Fatal(err)
 		}
 		for _, a := range addrs {
-			if prefix, err := netip.ParsePrefix(a.String()); err == nil && prefix.Addr().Is4() {
-				return prefix.Addr()
+			prefix, err := netip.ParsePrefix(a.String())
+			if err != nil {
+				continue
 			}
+			addr := prefix.Addr()
+			if addr.IsLinkLocalUnicast() {
+				addr = addr.WithZone(iface.Name)
+			}
+			found = append(found, addr)
 		}
 	}
-	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "rxe") {
-		t.Fatal("no rdma_rxe device with an IPv4 address, and UN_REQUIRE asks for rxe")
+	slices.SortStableFunc(found, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+	if len(found) == 0 {
+		without(t, "no rdma_rxe device with an address")
 	}
-	t.Skip("no rdma_rxe device with an IPv4 address")
-	return netip.Addr{}
+	return found
 }
 
-func TestConformance(t *testing.T) {
-	addr := rxeAddr(t)
+// rxeAddr is the first of them, or UN_RXE_ADDR.
+func rxeAddr(t testing.TB) netip.Addr {
+	t.Helper()
+	if text := os.Getenv("UN_RXE_ADDR"); text != "" {
+		addr, err := netip.ParseAddr(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return addr
+	}
+	return rxeAddrs(t)[0]
+}
+
+// without ends a test that cannot run.
+func without(t testing.TB, reason string) {
+	t.Helper()
+	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "rxe") {
+		t.Fatalf("%s, and UN_REQUIRE asks for rxe", reason)
+	}
+	t.Skip(reason)
+}
+
+func TestConformance(t *testing.T) { conformance(t, rxeAddr(t)) }
+
+// TestConformanceIPv6 takes a link-local address, which needs its zone.
+func TestConformanceIPv6(t *testing.T) {
+	for _, addr := range rxeAddrs(t) {
+		if addr.Zone() != "" {
+			conformance(t, addr)
+			return
+		}
+	}
+	without(t, "no rdma_rxe device with a link-local IPv6 address")
+}
+
+func conformance(t *testing.T, addr netip.Addr) {
 	p, err := New()
 	if err != nil {
 		t.Fatal(err)
@@ -70,9 +103,10 @@ func TestConformance(t *testing.T) {
 
 // silent is an unlikely neighbour of addr.
 func silent(addr netip.Addr) netip.Addr {
-	b := addr.As4()
-	b[3] ^= 0x55
-	return netip.AddrFrom4(b)
+	b := addr.AsSlice()
+	b[len(b)-1] ^= 0x55
+	s, _ := netip.AddrFromSlice(b)
+	return s.WithZone(addr.Zone())
 }
 
 func BenchmarkVerbs(b *testing.B) {
