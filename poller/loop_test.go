@@ -625,15 +625,15 @@ func TestEnterPolicy(t *testing.T) {
 	})
 	<-done
 	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits > start.BlockingWaits })
-	// One that submits the command and waits for it, then a bounded and a
-	// blocking wait.
-	if got := l.Snapshot(); got.Enters != start.Enters+3 {
-		t.Errorf("%d enters for one command", got.Enters-start.Enters)
+	// The command went with a wait, not with an enter of its own.
+	submits := func(s Stats) uint64 { return s.Enters - s.Waits - s.BlockingWaits }
+	if got := l.Snapshot(); submits(got) != submits(start) {
+		t.Errorf("an idle loop submitted without waiting: %+v, before %+v", got, start)
 	}
 	on(t, l, func() { l.Unhandle(base) })
 }
 
-// TestIdle: a loop with nothing to do stays in one blocking wait while another
+// TestIdle: a loop with nothing to do stays in its blocking wait while another
 // loop works.
 func TestIdle(t *testing.T) {
 	idle, busy := newLoop(t, Config{Name: "idle"}), newLoop(t, Config{Name: "busy"})
@@ -647,11 +647,14 @@ func TestIdle(t *testing.T) {
 		on(t, busy, func() {})
 	}
 	settle(t, busy)
-	if after := idle.Snapshot(); after != before {
+	// The runtime may send a signal to a thread, which ends its wait.
+	const signals = 5
+	after := idle.Snapshot()
+	if after.CQEs != before.CQEs || after.Passes > before.Passes+signals || after.Enters > before.Enters+2*signals {
 		t.Fatalf("an idle loop worked: %+v, before %+v", after, before)
 	}
-	if before.Spins != 0 {
-		t.Fatalf("an idle loop spun: %+v", before)
+	if after.Spins != 0 {
+		t.Fatalf("an idle loop spun: %+v", after)
 	}
 }
 
