@@ -29,6 +29,9 @@ const (
 	startDev         command = ctrlRW | 0x06 // 6.4
 	stopDev          command = ctrlRW | 0x07 // 6.4
 	setParams        command = ctrlRW | 0x08 // 6.4
+	getParams        command = ctrlR | 0x09  // 6.4
+	startRecovery    command = ctrlRW | 0x10 // 6.4
+	endRecovery      command = ctrlRW | 0x11 // 6.4
 	getFeatures      command = ctrlR | 0x13  // 6.5
 	tryStopDev       command = ctrlRW | 0x17 // 7.0
 )
@@ -42,6 +45,7 @@ const (
 var commandNames = map[command]string{
 	getQueueAffinity: "GET_QUEUE_AFFINITY", getDevInfo: "GET_DEV_INFO", addDev: "ADD_DEV", delDev: "DEL_DEV",
 	startDev: "START_DEV", stopDev: "STOP_DEV", setParams: "SET_PARAMS", getFeatures: "GET_FEATURES",
+	getParams: "GET_PARAMS", startRecovery: "START_USER_RECOVERY", endRecovery: "END_USER_RECOVERY",
 	tryStopDev: "TRY_STOP_DEV", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
 }
 

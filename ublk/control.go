@@ -145,9 +145,12 @@ func (c *control) do(ctx context.Context, k call) error {
 
 // run submits a command and waits for its result.
 func (c *control) run(ctx context.Context, k call) (res int32, err error) {
-	// A command is cancelled when the thread that submitted it ends.
+	// A command is cancelled when the thread that submitted it ends, and a poll
+	// completes on the thread that submitted it only, not while that is stuck
+	// elsewhere in the kernel.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	defer c.unpoll()
 
 	if c.abandoned {
 		// The old buffer cannot be used again, nor be freed.
@@ -230,6 +233,16 @@ func (c *control) wait() error {
 		c.polling = true
 	}
 	return c.ring.WaitBlocking()
+}
+
+// unpoll ends the poll on wake.
+func (c *control) unpoll() {
+	if c.polling {
+		c.interrupt()
+	}
+	for c.polling && c.ring.WaitBlocking() == nil {
+		c.result()
+	}
 }
 
 // result consumes completions until that of the last command.

@@ -60,9 +60,7 @@ type serving struct {
 // errors.ErrUnsupported if the driver lacks what Recovery needs, ctx' error, and
 // what the back end and the system say. The undoing has a deadline of its own.
 func Start(ctx context.Context, cfg Config) (*Device, error) {
-	d := &Device{
-		turn: make(chan struct{}, 1), char: -1, broken: make(chan struct{}), done: make(chan struct{}),
-	}
+	d := newDevice()
 	if err := d.start(ctx, cfg); err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		defer cancel()
@@ -74,9 +72,20 @@ func Start(ctx context.Context, cfg Config) (*Device, error) {
 	}
 	d.log.Info("ublk device started", "device", d.Path(), "queues", d.info.Queues, "depth", d.info.Depth,
 		"max_io", d.info.MaxIO, "features", d.info.Features.String())
+	d.run()
+	return d, nil
+}
+
+func newDevice() *Device {
+	return &Device{
+		turn: make(chan struct{}, 1), char: -1, broken: make(chan struct{}), done: make(chan struct{}),
+	}
+}
+
+// run hands a device that is served to whoever stops it.
+func (d *Device) run() {
 	d.turn <- struct{}{}
 	go d.watch()
-	return d, nil
 }
 
 func (d *Device) start(ctx context.Context, cfg Config) error {
@@ -110,9 +119,16 @@ func (d *Device) start(ctx context.Context, cfg Config) error {
 		return err
 	}
 	// START_DEV waits for the fetches of all queues, and its partition scan
-	// for I/O: the loops serve meanwhile. If one fails, it would wait in vain.
+	// for I/O: the loops serve meanwhile.
+	ctx, cancel := d.untilBroken(ctx)
+	defer cancel()
+	return d.command(ctx, call{cmd: startDev, data: uint64(os.Getpid())})
+}
+
+// untilBroken ends with ctx, or when a loop fails: what waits for its fetches
+// would wait in vain.
+func (d *Device) untilBroken(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	go func() {
 		select {
 		case <-d.broken:
@@ -120,7 +136,7 @@ func (d *Device) start(ctx context.Context, cfg Config) error {
 		case <-ctx.Done():
 		}
 	}()
-	return d.command(ctx, call{cmd: startDev, data: uint64(os.Getpid())})
+	return ctx, func() { cancel(nil) }
 }
 
 // command is a control command about this device.

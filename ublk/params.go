@@ -11,6 +11,8 @@ import (
 // driver takes (ublk_validate_params).
 const maxShift = 28
 
+const paramsSize = uint32(unsafe.Sizeof(params{}))
+
 // paramsOf turns a geometry into the driver's parameters. maxIO is what ADD_DEV
 // granted, in bytes, a multiple of the page size.
 //
@@ -19,7 +21,7 @@ const maxShift = 28
 func paramsOf(g block.Geometry, maxIO uint32) params {
 	logical := shift(g.LogicalBlock)
 	p := params{
-		len:   uint32(unsafe.Sizeof(params{})),
+		len:   paramsSize,
 		types: paramTypeBasic,
 		basic: paramBasic{
 			logicalBlockShift:  logical,

@@ -789,6 +789,49 @@ func TestNumberReused(t *testing.T) {
 	}
 }
 
+// TestServingAllocatesNothing counts the whole process while it serves a device.
+func TestServingAllocatesNothing(t *testing.T) {
+	requireUblk(t)
+	d := start(t, Config{ID: -1, Device: newRAM(t, block.Geometry{}), Loops: newLoops(t, 1)})
+	fd, buf := openDisk(t, d, unix.O_RDWR|unix.O_DIRECT), directBuffer(t, 8192)
+	const rounds = 500
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for i := range int64(rounds) {
+		if _, err := unix.Pwrite(fd, buf, i<<13); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.Pread(fd, buf, i<<13); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.Mallocs - before.Mallocs; n >= rounds/10 { // the runtime has some of its own
+		t.Errorf("%d allocations for %d writes and reads", n, rounds)
+	}
+	if s := d.Snapshot().Total(); s.Reads < rounds || s.Writes < rounds {
+		t.Errorf("counted %+v", s)
+	}
+}
+
+// BenchmarkRead is a read of 4 KiB at depth 1 through the kernel, with the
+// number of io_uring_enter calls that it takes.
+func BenchmarkRead(b *testing.B) {
+	requireUblk(b)
+	loops := newLoops(b, 1)
+	d := start(b, Config{ID: -1, Device: newNull(b, block.Geometry{}), Loops: loops})
+	fd, buf := openDisk(b, d, unix.O_RDONLY|unix.O_DIRECT), directBuffer(b, 4096)
+	before := loops[0].Snapshot().Enters
+	n := 0
+	for b.Loop() {
+		if _, err := unix.Pread(fd, buf, 0); err != nil {
+			b.Fatal(err)
+		}
+		n++
+	}
+	b.ReportMetric(float64(loops[0].Snapshot().Enters-before)/float64(n), "enters/op")
+}
+
 // TestCloseOnExec: no child inherits what would keep the device alive.
 func TestCloseOnExec(t *testing.T) {
 	requireUblk(t)
@@ -976,13 +1019,18 @@ func TestStuckStart(t *testing.T) {
 	// The loop can stop, at the end of the test, only when the device is gone.
 }
 
-// TestHelperServe is not a test: it is the process that TestKilled kills.
+// TestHelperServe is not a test: it is the process that TestKilled and
+// TestRecover kill.
 func TestHelperServe(t *testing.T) {
-	if os.Getenv("UBLK_TEST_HELPER") == "" {
-		t.Skip("helper of TestKilled")
+	var policy RecoveryPolicy
+	switch os.Getenv("UBLK_TEST_HELPER") {
+	case "":
+		return
+	case "recoverable":
+		policy = RecoveryRequeue
 	}
 	loops := newLoops(t, 2)
-	d, err := Start(testContext(t), Config{ID: -1, Device: newRAM(t, block.Geometry{}), Loops: loops})
+	d, err := Start(testContext(t), Config{ID: -1, Device: newRAM(t, block.Geometry{}), Loops: loops, Recovery: policy})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1090,4 +1138,60 @@ func TestRecoveryFlags(t *testing.T) {
 		}
 		stop(t, d)
 	}
+}
+
+// TestRecover: the device of a killed server is served on, and no read failed.
+func TestRecover(t *testing.T) {
+	requireUblk(t)
+	ctx := testContext(t)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^TestHelperServe$")
+	cmd.Env = append(os.Environ(), "UBLK_TEST_HELPER=recoverable")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var id int
+	if _, err := fmt.Fscanf(out, "serving %d\n", &id); err != nil {
+		t.Fatal(err)
+	}
+	info, err := Get(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{Device: newNull(t, block.Geometry{}), Loops: newLoops(t, info.Queues)}
+	if _, err := Recover(ctx, info, cfg); !errors.Is(err, ErrBusy) {
+		t.Errorf("recover from a server that lives: %v", err)
+	}
+	reads := exec.CommandContext(ctx, "dd", "if="+info.Path(), "of=/dev/null", "bs=64k", "iflag=direct", "status=none")
+	if err := reads.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	small := cfg
+	small.Device = newNull(t, block.Geometry{Sectors: 8})
+	if _, err := Recover(ctx, info, small); err == nil || !strings.Contains(err.Error(), "8 sectors") {
+		t.Errorf("recover over a smaller back end: %v", err)
+	}
+	other := info
+	other.Cookie++
+	if _, err := Recover(ctx, other, cfg); !errors.Is(err, ErrNotOurs) {
+		t.Errorf("recover of another device: %v", err)
+	}
+	d, err := Recover(ctx, info, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := reads.Wait(); err != nil {
+		t.Errorf("read through the recovery: %v", err)
+	}
+	if s := d.Snapshot(); s.Queues[0].Reads+s.Queues[len(s.Queues)-1].Reads == 0 {
+		t.Error("nothing was read from the second server")
+	}
+	stop(t, d)
 }

@@ -1,0 +1,139 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+)
+
+// Recover serves a device of ours whose server died, in its place: the block
+// device never went away, and with RecoveryRequeue its users only waited. info
+// is what List or Get said of it; number of queues, depth, size of the buffers
+// and policy are the device's, not cfg's. Whatever the dead server had sent
+// must have no effect any more when Recover is called, because the driver sends
+// the requests that were in flight again.
+//
+// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if the device has a
+// server, ErrStopped if it does not wait for one, ErrNoDriver, ErrPermission,
+// ctx' error, and what the back end and the system say. After an error the
+// device waits on; if it had come as far as fetching requests, then only when
+// this process has ended.
+func Recover(ctx context.Context, info Info, cfg Config) (*Device, error) {
+	d := newDevice()
+	if err := d.recover(ctx, info, cfg); err != nil {
+		if d.ctl != nil && d.char < 0 {
+			err = errors.Join(err, d.ctl.close())
+		}
+		return nil, fmt.Errorf("recover ublk device %d: %w", info.ID, err)
+	}
+	d.log.Info("ublk device recovered", "device", d.Path(), "queues", d.info.Queues, "depth", d.info.Depth, "max_io", d.info.MaxIO)
+	d.run()
+	return d, nil
+}
+
+func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
+	cfg.ID, cfg.Depth, cfg.MaxIO = info.ID, info.Depth, info.MaxIO
+	if err := cfg.setDefaults(); err != nil {
+		return err
+	}
+	d.log = cfg.Log.With("ublk", info.ID)
+	if len(cfg.Loops) < info.Queues {
+		return fmt.Errorf("%d loops for a device of %d queues", len(cfg.Loops), info.Queues)
+	}
+	var err error
+	if d.ctl, err = openControl(); err != nil {
+		return err
+	}
+	d.info = info
+	if err := d.takeOver(ctx); err != nil {
+		return err
+	}
+	if err := d.compare(ctx, cfg.Device.Geometry()); err != nil {
+		return err
+	}
+	d.added = true
+	if d.char, err = openChar(ctx, info.ID); err != nil {
+		return err
+	}
+	if err := d.begin(ctx, cfg); err != nil {
+		return err
+	}
+	// As START_DEV, it waits for the fetches of all queues.
+	ctx, cancel := d.untilBroken(ctx)
+	defer cancel()
+	return d.command(ctx, call{cmd: endRecovery, data: uint64(os.Getpid())})
+}
+
+// takeOver waits until the driver has noticed that the server died, and begins
+// the recovery.
+func (d *Device) takeOver(ctx context.Context) error {
+	pause := time.Millisecond
+	for {
+		now, err := d.ctl.info(ctx, d.info.ID)
+		switch {
+		case err != nil:
+			return err
+		case !now.Ours() || now.Cookie != d.info.Cookie:
+			return ErrNotOurs
+		case now.State == Dead:
+			return fmt.Errorf("%w: nothing waits for a server", ErrStopped)
+		case now.State == Live && served(now.PID):
+			return fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
+		case now.State != Live:
+			// EBUSY: the dead server's files are not all closed yet.
+			if err = d.command(ctx, call{cmd: startRecovery}); !errors.Is(err, unix.EBUSY) {
+				return err
+			}
+		}
+		select {
+		case <-time.After(pause): // the driver makes no event of it
+			pause = min(2*pause, openBackoff)
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		}
+	}
+}
+
+// served says whether a process exists and is more than a zombie: one that
+// ended has closed its files, or is about to.
+func served(pid int) bool {
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return false
+	}
+	// "PID (NAME) STATE …", with anything in NAME.
+	for i := len(stat) - 1; i > 1; i-- {
+		if stat[i-2] == ')' {
+			return stat[i] != 'Z' && stat[i] != 'X'
+		}
+	}
+	return true
+}
+
+// compare makes sure that the back end can still be what the users of the
+// device have seen: what the driver was told cannot be changed any more.
+func (d *Device) compare(ctx context.Context, g block.Geometry) error {
+	if err := g.Validate(); err != nil {
+		return err
+	}
+	told := params{len: paramsSize}
+	if err := d.command(ctx, call{cmd: getParams, buf: bytesOf(&told)}); err != nil {
+		return err
+	}
+	switch now := paramsOf(g, uint32(d.info.MaxIO)); {
+	case now.basic.logicalBlockShift != told.basic.logicalBlockShift:
+		return fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.basic.logicalBlockShift)
+	case now.basic.devSectors < told.basic.devSectors:
+		return fmt.Errorf("back end has %d sectors, the device %d", now.basic.devSectors, told.basic.devSectors)
+	case uint32(d.info.MaxIO) > g.MaxIO:
+		return fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, d.info.MaxIO)
+	}
+	return nil
+}
