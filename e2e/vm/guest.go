@@ -78,13 +78,13 @@ func guestMain() {
 	if err != nil {
 		fmt.Println("vm:", err)
 		if port != nil {
-			writeFrame(port, frameFail, []byte(err.Error()))
+			_ = writeFrame(port, frameFail, []byte(err.Error()))
 		} else {
-			unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+			_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 		}
 	}
 	for {
-		unix.Pause() // the host ends the machine
+		_ = unix.Pause() // the host ends the machine
 	}
 }
 
@@ -138,7 +138,9 @@ func guestRun(port *os.File) error {
 	}
 	for _, nv := range c.Env {
 		if path, ok := strings.CutPrefix(nv, "PATH="); ok {
-			os.Setenv("PATH", path)
+			if err := os.Setenv("PATH", path); err != nil {
+				return err
+			}
 		}
 	}
 	if err := guestRoot(c); err != nil {
@@ -328,10 +330,14 @@ func reap(pid, done int) {
 		case err == unix.EINTR:
 		case err != nil: // no child left
 			return
-		case got == pid && status.Signaled():
-			unix.Write(done, strconv.AppendInt(nil, 128+int64(status.Signal()), 10))
 		case got == pid:
-			unix.Write(done, strconv.AppendInt(nil, int64(status.ExitStatus()), 10))
+			code := status.ExitStatus()
+			if status.Signaled() {
+				code = 128 + int(status.Signal())
+			}
+			if _, err := unix.Write(done, strconv.AppendInt(nil, int64(code), 10)); err != nil {
+				fmt.Println("vm: pass exit code on:", err)
+			}
 		}
 	}
 }
@@ -347,8 +353,12 @@ func obey(port io.Reader, pid int) {
 		case frameSignal:
 			unix.Kill(-pid, syscall.Signal(payload[0]))
 		case frameDump:
-			os.WriteFile("/proc/sys/kernel/printk", []byte("7"), 0)
-			os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
+			err := errors.Join(
+				os.WriteFile("/proc/sys/kernel/printk", []byte("7"), 0),
+				os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0))
+			if err != nil {
+				fmt.Println("vm: show blocked tasks:", err)
+			}
 		}
 	}
 }

@@ -67,7 +67,7 @@ func (m *machine) boot() (int, error) {
 	if err != nil {
 		return exitVM, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	initrd := filepath.Join(dir, "initramfs")
 	if err := m.writeInitramfs(initrd); err != nil {
 		return exitVM, err
@@ -108,10 +108,8 @@ func (m *machine) boot() (int, error) {
 				if m.timeout > 0 {
 					limit.Reset(m.timeout)
 				}
-			case frameStdout:
-				m.stdout.Write(f.payload)
-			case frameStderr:
-				m.stderr.Write(f.payload)
+			case frameStdout, frameStderr:
+				m.show(f)
 			case frameFail:
 				return exitVM, fmt.Errorf("guest: %s%s", f.payload, q.said())
 			case frameExit:
@@ -127,16 +125,28 @@ func (m *machine) boot() (int, error) {
 				return 128 + int(s.(syscall.Signal)), fmt.Errorf("ended by %v", s)
 			}
 			signalled = true
-			writeFrame(q.control, frameSignal, []byte{byte(s.(syscall.Signal))})
+			if err := writeFrame(q.control, frameSignal, []byte{byte(s.(syscall.Signal))}); err != nil {
+				return exitVM, err
+			}
 
 		case <-limit.C:
 			if !ready {
 				return exitVM, &bootError{"no sign of life in time" + q.said()}
 			}
-			writeFrame(q.control, frameDump, nil)
+			_ = writeFrame(q.control, frameDump, nil) // as far as it still listens
 			q.drain(m, dumpTime)
 			return exitTimeout, fmt.Errorf("command still running after --timeout %v%s", m.timeout, q.said())
 		}
+	}
+}
+
+// show passes output on. That nobody reads it is no reason to end the command.
+func (m *machine) show(f frame) {
+	switch f.kind {
+	case frameStdout:
+		_, _ = m.stdout.Write(f.payload)
+	case frameStderr:
+		_, _ = m.stderr.Write(f.payload)
 	}
 }
 
@@ -270,7 +280,7 @@ func startQEMU(args []string, console io.Writer) (*qemu, error) {
 	frames := make(chan frame)
 	q.frames = frames
 	q.readers.Go(func() {
-		io.Copy(io.MultiWriter(q.tail, console), consoleHost)
+		_, _ = io.Copy(io.MultiWriter(q.tail, console), consoleHost)
 		consoleHost.Close()
 	})
 	q.readers.Go(func() {
@@ -289,12 +299,12 @@ func startQEMU(args []string, console io.Writer) (*qemu, error) {
 // kill ends QEMU and waits for the readers. Nothing of the guest needs a
 // shutdown: what it may write, --out, is written through.
 func (q *qemu) kill() {
-	q.cmd.Process.Kill()
+	_ = q.cmd.Process.Kill() // or it has ended already
 	go func() {
 		for range q.frames { // lets the reader go
 		}
 	}()
-	q.cmd.Wait()
+	_ = q.cmd.Wait()
 	q.readers.Wait()
 	q.control.Close()
 }
@@ -308,12 +318,7 @@ func (q *qemu) drain(m *machine, d time.Duration) {
 			if !ok {
 				return
 			}
-			switch f.kind {
-			case frameStdout:
-				m.stdout.Write(f.payload)
-			case frameStderr:
-				m.stderr.Write(f.payload)
-			}
+			m.show(f)
 		case <-end:
 			return
 		}
@@ -393,6 +398,6 @@ func kvmWorks(cache string, k kernel) bool {
 	if code, err := m.boot(); err == nil && code == 0 {
 		answer = "yes"
 	}
-	os.WriteFile(memo, []byte(answer), 0o644)
+	_ = os.WriteFile(memo, []byte(answer), 0o644) // else the next run finds out again
 	return answer == "yes"
 }

@@ -157,9 +157,11 @@ func hostMain(args []string) (int, error) {
 			return exitVM, err
 		}
 	}
-	if err := takeSlot(cache); err != nil {
+	slot, err := takeSlot(cache)
+	if err != nil {
 		return exitVM, err
 	}
+	defer slot.Close()
 	accel := o.accel
 	if accel == "auto" {
 		accel = "tcg"

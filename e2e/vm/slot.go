@@ -11,20 +11,17 @@ import (
 )
 
 // takeSlot waits until fewer VMs run on this cache than the machine has CPUs,
-// and counts this one in until the process ends: emulated VMs that share a CPU
-// are so slow that what runs in them times out. The descriptor is not closed on
-// purpose, it holds the lock.
-func takeSlot(cache string) error {
-	told := false
-	for {
+// and counts this one in until the returned file is closed: emulated VMs that
+// share a CPU are so slow that what runs in them times out.
+func takeSlot(cache string) (*os.File, error) {
+	for told := false; ; {
 		for i := range runtime.NumCPU() {
-			f, err := os.OpenFile(filepath.Join(cache, fmt.Sprintf("slot%d.lock", i)), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
+			f, err := os.OpenFile(filepath.Join(cache, fmt.Sprintf("slot%d.lock", i)), os.O_CREATE|os.O_RDWR, 0o644)
 			if err != nil {
-				return fmt.Errorf("take a slot: %w", err)
+				return nil, fmt.Errorf("take a slot: %w", err)
 			}
 			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-				heldSlot = f
-				return nil
+				return f, nil
 			}
 			f.Close()
 		}
@@ -35,5 +32,3 @@ func takeSlot(cache string) error {
 		time.Sleep(200 * time.Millisecond) // a lock on any of several files makes no event
 	}
 }
-
-var heldSlot *os.File

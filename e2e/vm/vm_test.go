@@ -33,7 +33,7 @@ func TestFrames(t *testing.T) {
 			t.Fatalf("frame %d: kind %d, %d bytes, %v; want kind %d, %d bytes", i, kind, len(payload), err, want.kind, len(want.payload))
 		}
 	}
-	if _, _, err := readFrame(&b); err != io.EOF {
+	if _, _, err := readFrame(&b); !errors.Is(err, io.EOF) {
 		t.Errorf("after the last frame: %v, want EOF", err)
 	}
 	if _, _, err := readFrame(bytes.NewReader(whole[5:12])); !errors.Is(err, io.ErrUnexpectedEOF) {
