@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -46,10 +47,12 @@ func TestMain(m *testing.M) {
 	}
 	// "lab" for the scripts, beside the program itself.
 	bin := must(os.MkdirTemp("", "e2e-bin"))
-	if err := os.Symlink(filepath.Join(e2eDir, "lab.sh"), filepath.Join(bin, "lab")); err != nil {
+	err := errors.Join(
+		os.Symlink(filepath.Join(e2eDir, "lab.sh"), filepath.Join(bin, "lab")),
+		os.Setenv("PATH", strings.Join([]string{bin, build, os.Getenv("PATH")}, ":")))
+	if err != nil {
 		panic(err)
 	}
-	os.Setenv("PATH", strings.Join([]string{bin, build, os.Getenv("PATH")}, ":"))
 	os.Exit(m.Run())
 }
 
