@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,17 +20,21 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// Bounds on disconnecting one server. With --force all of them together are
-// below 5 s: asked, exited, killed, cleared.
+// Bounds on disconnecting one server in order. Its own bounds are shorter.
 const (
-	orderlyTime = 30 * time.Second // a server's own bounds are shorter
+	orderlyTime = 30 * time.Second
 	exitTime    = 5 * time.Second
+	clearTime   = 5 * time.Second
+	clearRetry  = 20 * time.Millisecond
+)
 
-	forcedTime = 3 * time.Second
-	forcedExit = 300 * time.Millisecond
-	killTime   = 300 * time.Millisecond
-	clearTime  = 1200 * time.Millisecond
-	clearRetry = 20 * time.Millisecond
+// What disconnect --force has done by when, after its beginning, for all servers
+// at the same time: it is back within 5 s whatever happens.
+const (
+	probedBy  = 1000 * time.Millisecond // a server that does not answer at all is killed
+	askedBy   = 3500 * time.Millisecond // so is one that does not end by itself
+	diedBy    = 4200 * time.Millisecond
+	clearedBy = 4800 * time.Millisecond
 )
 
 func newDisconnect(runDir dirFunc) *cobra.Command {
@@ -107,39 +112,77 @@ func isDevice(s string) bool {
 	return false
 }
 
-// disconnect ends what was named, as much as it can, and reports the first
-// thing that it could not.
+// wanted are the servers that a command line names: those of an NQN, or that of
+// a device.
+type wanted struct {
+	nqn     string
+	records []state.Record
+}
+
+// choose finds the servers, each once. The errors are about what is not there,
+// or cannot be read.
+func choose(records []state.Record, nqns, devices []string) (chosen []wanted, errs []error) {
+	taken := map[string]bool{}
+	take := func(w wanted, match func(state.Record) bool) wanted {
+		for _, r := range records {
+			if match(r) && !taken[r.Name] {
+				taken[r.Name] = true
+				w.records = append(w.records, r)
+			}
+		}
+		return w
+	}
+	for _, nqn := range nqns {
+		chosen = append(chosen, take(wanted{nqn: nqn}, func(r state.Record) bool { return r.Err == nil && r.Target.NQN == nqn }))
+	}
+	for _, name := range devices {
+		i := slices.IndexFunc(records, func(r state.Record) bool { return serves(r, name) })
+		switch {
+		case i < 0:
+			errs = append(errs, exit.Errorf(exit.NotFound, "%s: no server has such a device", name))
+		case records[i].Err != nil:
+			errs = append(errs, fmt.Errorf("%s: %w", name, records[i].Err))
+		case !taken[records[i].Name]:
+			chosen = append(chosen, take(wanted{nqn: records[i].Target.NQN}, func(r state.Record) bool { return r.Name == records[i].Name }))
+		}
+	}
+	return chosen, errs
+}
+
+// disconnect ends what was named, as much as it can, all at the same time, and
+// reports what it could not.
 func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force bool) error {
+	began := time.Now()
 	records, err := dir.List()
 	if err != nil {
 		return err
 	}
-	var errs []error
-	// each counts, per NQN, the servers that it ended.
-	each := func(nqn string, match func(state.Record) bool) {
+	chosen, errs := choose(records, nqns, devices)
+	results := make([][]error, len(chosen))
+	var wg sync.WaitGroup
+	for i, w := range chosen {
+		results[i] = make([]error, len(w.records))
+		for j, r := range w.records {
+			wg.Go(func() {
+				if force {
+					results[i][j] = endByForce(cmd.Context(), dir, r, began)
+				} else {
+					results[i][j] = end(cmd.Context(), dir, r)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	for i, w := range chosen {
 		n := 0
-		for _, r := range records {
-			if !match(r) {
+		for j, err := range results[i] {
+			if err == nil {
+				n++
 				continue
 			}
-			if err := end(cmd.Context(), dir, r, force); err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			n++
+			errs = append(errs, fmt.Errorf("%s: %w", w.records[j].Name, err))
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", nqn, n)
-	}
-	for _, nqn := range nqns {
-		each(nqn, func(r state.Record) bool { return r.Target.NQN == nqn })
-	}
-	for _, name := range devices {
-		i := slices.IndexFunc(records, func(r state.Record) bool { return serves(r, name) })
-		if i < 0 {
-			errs = append(errs, exit.Errorf(exit.NotFound, "%s: no server has such a device", name))
-			continue
-		}
-		each(records[i].Target.NQN, func(r state.Record) bool { return r.Name == records[i].Name })
+		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", w.nqn, n)
 	}
 	return errors.Join(errs...)
 }
@@ -153,74 +196,74 @@ func serves(r state.Record, name string) bool {
 	})
 }
 
-// end ends a server and returns when it has ended.
-func end(ctx context.Context, dir state.Dir, r state.Record, force bool) error {
-	err := endServer(ctx, r, force)
-	if err != nil {
-		return fmt.Errorf("%s: %w", r.Name, err)
-	}
-	if err := clearUp(ctx, dir, r); err != nil {
-		return fmt.Errorf("%s: %w", r.Name, err)
-	}
-	return nil
-}
-
-// endServer asks the server to end, and waits for it. With force it does not
-// ask twice.
-func endServer(ctx context.Context, r state.Record, force bool) error {
+// end ends a server in order, and returns when it has ended.
+func end(ctx context.Context, dir state.Dir, r state.Record) error {
 	p, err := r.Process.Open()
-	if errors.Is(err, os.ErrProcessDone) {
-		return nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, os.ErrProcessDone):
+		return clearUp(ctx, dir, r, time.Now().Add(clearTime))
+	case err != nil:
 		return err
 	}
 	defer p.Close()
-	limit, patience := orderlyTime, exitTime
-	if force {
-		limit, patience = forcedTime, forcedExit
-	}
-	asked, cancel := context.WithTimeout(ctx, limit)
-	err = control.NewClient(r.Socket()).Disconnect(asked, force)
-	cancel()
-	if err != nil && !force && p.Wait(expired) != nil {
-		if exit.Of(err) == exit.Busy {
-			return fmt.Errorf("%w; --force ends it all the same", err)
-		}
+	limit, cancel := context.WithTimeout(ctx, orderlyTime)
+	defer cancel()
+	err = control.NewClient(r.Socket()).Disconnect(limit, false)
+	switch {
+	case exit.Of(err) == exit.Busy:
+		return fmt.Errorf("%w; --force ends it all the same", err)
+	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
-	}
-	if wait(ctx, p, patience) == nil {
-		return nil
-	}
-	if !force {
+	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
 		return exit.Errorf(exit.Timeout, "process %d does not end", r.Process.PID)
 	}
-	if err := p.Kill(); err != nil {
-		return fmt.Errorf("kill process %d: %w", r.Process.PID, err)
-	}
-	if wait(ctx, p, killTime) != nil {
-		return exit.Errorf(exit.Timeout, "process %d does not die", r.Process.PID)
-	}
-	return nil
+	return clearUp(ctx, dir, r, time.Now().Add(clearTime))
 }
 
-// expired is for a look without waiting.
-var expired = func() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}()
+// endByForce ends a server whatever it does.
+func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.Time) error {
+	p, err := r.Process.Open()
+	switch {
+	case errors.Is(err, os.ErrProcessDone):
+		return clearUp(ctx, dir, r, began.Add(clearedBy))
+	case err != nil:
+		return err
+	}
+	defer p.Close()
+	if askByForce(ctx, r, began) != nil || waitUntil(ctx, p, began.Add(askedBy)) != nil {
+		if err := p.Kill(); err != nil {
+			return fmt.Errorf("kill process %d: %w", r.Process.PID, err)
+		}
+		if waitUntil(ctx, p, began.Add(diedBy)) != nil {
+			return exit.Errorf(exit.Timeout, "process %d was killed and has not died yet", r.Process.PID)
+		}
+	}
+	return clearUp(ctx, dir, r, began.Add(clearedBy))
+}
 
-func wait(ctx context.Context, p *state.Handle, limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+// askByForce asks a server to end, if it answers at all.
+func askByForce(ctx context.Context, r state.Record, began time.Time) error {
+	client := control.NewClient(r.Socket())
+	probe, cancel := context.WithDeadline(ctx, began.Add(probedBy))
+	defer cancel()
+	if _, err := client.Status(probe); err != nil {
+		return err
+	}
+	asked, cancel := context.WithDeadline(ctx, began.Add(askedBy))
+	defer cancel()
+	return client.Disconnect(asked, true)
+}
+
+func waitUntil(ctx context.Context, p *state.Handle, t time.Time) error {
+	ctx, cancel := context.WithDeadline(ctx, t)
 	defer cancel()
 	return p.Wait(ctx)
 }
 
 // clearUp takes away what the server left, if anything. The kernel may take a
 // moment after its end.
-func clearUp(ctx context.Context, dir state.Dir, r state.Record) error {
-	ctx, cancel := context.WithTimeout(ctx, clearTime)
+func clearUp(ctx context.Context, dir state.Dir, r state.Record, t time.Time) error {
+	ctx, cancel := context.WithDeadline(ctx, t)
 	defer cancel()
 	for {
 		done, err := server.Clear(ctx, dir, r.Name, slog.New(slog.DiscardHandler))
@@ -233,7 +276,7 @@ func clearUp(ctx context.Context, dir state.Dir, r state.Record) error {
 		select {
 		case <-time.After(clearRetry):
 		case <-ctx.Done():
-			return exit.Errorf(exit.Busy, "its devices are still there")
+			return exit.Errorf(exit.Busy, "the server is gone, its devices are still there")
 		}
 	}
 }

@@ -519,6 +519,46 @@ func TestDisconnectDead(t *testing.T) {
 	}
 }
 
+func TestChoose(t *testing.T) {
+	record := func(name, nqn string, ids ...int) state.Record {
+		r := state.Record{State: state.State{Name: name, Target: state.Target{NQN: nqn}}}
+		for _, id := range ids {
+			r.Devices = append(r.Devices, state.Device{ID: id})
+		}
+		return r
+	}
+	records := []state.Record{record("ctrl0", "a", 0), record("ctrl1", "a", 1, 2), record("ctrl2", "b", 30), {State: state.State{Name: "ctrl3"}, Err: os.ErrInvalid}}
+	for _, tt := range []struct {
+		nqns, devices []string
+		want          string // NQN:servers
+		missing       int
+	}{
+		{nil, nil, "", 0},
+		{[]string{"a"}, nil, "a:ctrl0,ctrl1", 0},
+		{[]string{"b", "c"}, nil, "b:ctrl2 c:", 0},
+		{nil, []string{"ublkb2"}, "a:ctrl1", 0},
+		{nil, []string{"/dev/ublkb30", "ctrl0"}, "b:ctrl2 a:ctrl0", 0},
+		{nil, []string{"ublkb3", "ublkb", "ctrl9"}, "", 3},
+		{[]string{"a"}, []string{"ublkb0", "ublkb1"}, "a:ctrl0,ctrl1", 0},
+		{nil, []string{"ublkb1", "ublkb2"}, "a:ctrl1", 0},
+		{nil, []string{"ctrl3"}, "", 1}, // its record cannot be read
+		{[]string{""}, nil, ":", 0},
+	} {
+		chosen, missing := choose(records, tt.nqns, tt.devices)
+		var got []string
+		for _, w := range chosen {
+			var names []string
+			for _, r := range w.records {
+				names = append(names, r.Name)
+			}
+			got = append(got, w.nqn+":"+strings.Join(names, ","))
+		}
+		if s := strings.Join(got, " "); s != tt.want || len(missing) != tt.missing {
+			t.Errorf("%q %q: %q, want %q; missing %v", tt.nqns, tt.devices, s, tt.want, missing)
+		}
+	}
+}
+
 func TestIsDevice(t *testing.T) {
 	for s, want := range map[string]bool{
 		"/dev/ublkb0": true, "ublkb12": true, "ublkc3": true, "ctrl0": true, "/dev/ublkc3": true,

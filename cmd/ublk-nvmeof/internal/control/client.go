@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"syscall"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -63,6 +64,9 @@ func (c *Client) do(ctx context.Context, method, path string, body, result any) 
 		return fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	resp, err := c.http.Do(req)
+	if u := (*url.Error)(nil); errors.As(err, &u) {
+		err = u.Err // the URL says nothing
+	}
 	if err != nil {
 		return fmt.Errorf("ask server: %w", err)
 	}

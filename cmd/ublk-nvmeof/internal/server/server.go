@@ -311,7 +311,7 @@ func nsids(found []namespace) string {
 	for _, n := range found {
 		ids = append(ids, fmt.Sprint(n.nsid))
 	}
-	return "the namespaces " + strings.Join(ids, ", ")
+	return "only " + strings.Join(ids, ", ")
 }
 
 // startDevices makes one device per namespace, all on the same loops. Each is
