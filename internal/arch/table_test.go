@@ -36,9 +36,10 @@ var table = map[string]row{
 	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
 
 	// RDMA providers, and the suite that all of them pass.
-	"rdma/verbs":    {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
-	"rdma/roce":     {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
-	"rdma/rdmatest": {may: []string{"rdma", "internal/hostmem", sys}},
+	"rdma/verbs":     {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/roce":      {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/roce/wire": {},
+	"rdma/rdmatest":  {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
 	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},

@@ -1,0 +1,296 @@
+package roce
+
+import (
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// The receiving side of the connection manager, on the receive loop.
+
+// requestExpiry is how long a request waits for Listener.Accept. The peer gave
+// up before.
+const requestExpiry = time.Minute
+
+// manage takes a message of the connection manager.
+func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return
+	}
+	// Messages other than REQ name the communication id that they are for, or
+	// at least their own. They must come from where its peer is.
+	var id *connID
+	switch m.Attribute() {
+	case wire.REQ:
+		p.onRequest(m, src, dst)
+		return
+	case wire.REJ:
+		if id = p.ids[m.Remote()]; m.Remote() == 0 {
+			id = p.byPeer[peerID{src.Addr(), m.Local()}]
+		}
+	case wire.DREP:
+		if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() {
+			p.farewellDone(f, "disconnected")
+		}
+		return
+	default:
+		id = p.ids[m.Remote()]
+	}
+	if id != nil && (id.path.remote.Addr() != src.Addr() || id.path.local.Addr() != dst) {
+		p.provider.counters.wrongAddress.Add(1)
+		return
+	}
+	switch m.Attribute() {
+	case wire.REP:
+		p.onReply(id, m, src, dst)
+	case wire.RTU:
+		if id != nil && id.state == idAccepting && id.peerComm == m.Local() {
+			p.establish(id)
+		}
+	case wire.REJ:
+		p.onReject(id, m)
+	case wire.DREQ:
+		p.onDisconnect(id, m, src, dst)
+	case wire.MRA:
+		if id != nil && (id.state == idConnecting || id.state == idAccepting) {
+			select {
+			case id.patient <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// refuseStranger sends a REJ to who has no ID here.
+func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, of uint8, reason uint16) {
+	r := wire.Reject{Of: of, Reason: reason}
+	a := wire.NewMAD(wire.REJ, m.TID(), 0, m.Local())
+	if of != 0 {
+		a = wire.NewMAD(wire.REJ, m.TID(), m.Remote(), m.Local())
+	}
+	r.Put(a)
+	p.sendMAD(p.back(src, dst), a)
+}
+
+// back is the path by which to answer. Messages go to the well-known port,
+// wherever they came from.
+func (p *port) back(src netip.AddrPort, dst netip.Addr) *path {
+	return newPath(p.sock, dst, netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port), -1)
+}
+
+// admit says whether one more request may be looked at.
+func (p *port) admit() bool {
+	now, rate := time.Now(), float64(p.provider.cfg.MaxRequestRate)
+	p.tokens = min(rate, p.tokens+now.Sub(p.refilled).Seconds()*rate)
+	p.refilled = now
+	if p.tokens < 1 {
+		return false
+	}
+	p.tokens--
+	return true
+}
+
+// onRequest takes a REQ.
+func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+	c := &p.provider.counters
+	c.requests.Add(1)
+	if id := p.byPeer[peerID{src.Addr(), m.Local()}]; id != nil {
+		switch id.state {
+		case idRequested:
+			p.sendMAD(id.path, wire.NewMAD(wire.MRA, m.TID(), id.comm, id.peerComm))
+		case idAccepting, idEstablished:
+			p.sendMAD(id.path, id.last)
+		}
+		return
+	}
+	if !p.admit() {
+		c.requestsDropped.Add(1)
+		return
+	}
+	r, ok := wire.ParseRequest(m)
+	if !ok {
+		p.refuseStranger(m, src, dst, 0, rejectUnsupported)
+		return
+	}
+	if r.Source != src.Addr() || r.Destination != dst {
+		c.wrongAddress.Add(1)
+		return
+	}
+	l := p.listeners[r.Port]
+	if l == nil || !l.addr.Addr().Unmap().IsUnspecified() && l.addr.Addr().Unmap() != dst {
+		p.refuseStranger(m, src, dst, 0, rdma.RejectInvalidServiceID)
+		return
+	}
+	l.expire(time.Now())
+	if p.halfOpen >= p.provider.cfg.MaxHalfOpen || len(l.requests) >= l.backlog {
+		c.requestsDropped.Add(1)
+		return // it will ask again
+	}
+	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
+		// The peer forgot that connection.
+		old.over()
+		old.say(answer{err: errGaveUp})
+		old.report(rdma.EventDisconnected, "the peer began anew")
+		delete(p.byQP, peerQP{r.GUID, r.QPN})
+		p.refuseStranger(m, src, dst, 0, rdma.RejectStaleConnection)
+		return
+	}
+	p.enqueue(l, &r, m, src, dst)
+}
+
+// enqueue makes an ID of a request and gives it to the listener.
+func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+	id := &connID{
+		port: p, path: p.back(src, dst), passive: true, state: idRequested,
+		local:  netip.AddrPortFrom(dst, r.Port),
+		remote: netip.AddrPortFrom(src.Addr(), r.SourcePort), private: r.Private[:],
+		peerComm: m.Local(), peerGUID: r.GUID, peerQPN: r.QPN, tid: m.TID(), request: *r, arrived: time.Now(),
+		closing: make(chan struct{}), patient: make(chan struct{}, 1),
+		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
+		events: make(chan rdma.Event, 16),
+	}
+	p.addID(id)
+	p.byPeer[peerID{src.Addr(), m.Local()}] = id
+	p.byQP[peerQP{r.GUID, r.QPN}] = id
+	p.halfOpen++
+	l.requests = append(l.requests, id)
+	l.signal()
+}
+
+// expire forgets requests that nobody accepted for too long. The port's lock is
+// held.
+func (l *listener) expire(now time.Time) {
+	p := l.port
+	for len(l.requests) > 0 && now.Sub(l.requests[0].arrived) > requestExpiry {
+		id := l.requests[0]
+		l.requests = l.requests[1:]
+		id.over()
+		id.closed = true
+		delete(p.ids, id.comm)
+		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
+		if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
+			delete(p.byQP, key)
+		}
+	}
+}
+
+// onReply takes a REP.
+func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+	switch {
+	case id == nil || id.passive:
+		p.refuseStranger(m, src, dst, 1, rejectInvalidCommID)
+	case id.state == idConnecting:
+		r := wire.ParseReply(m)
+		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
+		id.state = idEstablished
+		id.qp.ours.Store(r.GUID>>guidShift == guidMark)
+		id.qp.ready(connected{
+			dest: r.QPN, mtu: id.mtu, sendPSN: r.PSN, recvPSN: id.psn,
+			retries: id.param.RetryCount, notReadyRetries: r.RNRRetryCount,
+			readDepth:   int(min(id.param.InitiatorDepth, r.ResponderResources)),
+			readsServed: int(id.param.ResponderResources),
+		})
+		id.last = wire.NewMAD(wire.RTU, m.TID(), id.comm, id.peerComm)
+		p.sendMAD(id.path, id.last)
+		id.say(answer{private: r.Private[:]})
+	case id.state == idEstablished && id.peerComm == m.Local():
+		p.sendMAD(id.path, id.last)
+	case id.state == idOver:
+		p.refuseStranger(m, src, dst, 1, rejectTimeout)
+	}
+}
+
+// establish ends the passive side's handshake. The lock is held.
+func (p *port) establish(id *connID) {
+	id.state = idEstablished
+	id.say(answer{})
+}
+
+// established is establish for who does not hold the lock.
+func (p *port) established(id *connID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if id.state == idAccepting {
+		p.establish(id)
+	}
+}
+
+// onReject takes a REJ.
+func (p *port) onReject(id *connID, m *wire.MAD) {
+	if id == nil || id.peerComm != 0 && m.Local() != 0 && id.peerComm != m.Local() {
+		return
+	}
+	r := wire.ParseReject(m)
+	switch id.state {
+	case idConnecting:
+		err := &rdma.RejectError{Peer: id.remote, Reason: int(r.Reason)}
+		if r.Reason == rdma.RejectConsumer {
+			err.Private = r.Private[:]
+		}
+		id.over()
+		id.say(answer{err: err})
+	case idRequested:
+		id.over()
+	case idAccepting:
+		id.over()
+		id.say(answer{err: errGaveUp})
+	case idEstablished:
+		// The peer does not know the connection: our RTU or its REP was lost
+		// for good.
+		id.over()
+		id.report(rdma.EventDisconnected, "rejected: "+rdma.RejectReason(int(r.Reason)))
+	}
+}
+
+// onDisconnect takes a DREQ, which gets an answer in any case: the peer may not
+// know that we know.
+func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
+		return
+	}
+	p.sendMAD(p.back(src, dst), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
+	if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() && f.id.peerComm == m.Local() {
+		p.farewellDone(f, "both sides disconnected")
+	}
+	if id == nil {
+		return
+	}
+	switch id.state {
+	case idAccepting:
+		id.over()
+		id.say(answer{err: errGaveUp})
+	case idEstablished, idLeaving:
+		id.over()
+		id.report(rdma.EventDisconnected, "disconnect request of the peer")
+	}
+}
+
+// listen makes a listener; port 0 picks one.
+func (p *port) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, rdma.ErrClosed
+	}
+	number := addr.Port()
+	for number == 0 {
+		if n := ephemeral(); p.listeners[n] == nil {
+			number = n
+		}
+	}
+	if p.listeners[number] != nil {
+		return nil, unix.EADDRINUSE
+	}
+	l := &listener{
+		port: p, addr: netip.AddrPortFrom(addr.Addr(), number), backlog: backlog,
+		ready: make(chan struct{}, 1), closed: make(chan struct{}),
+	}
+	p.listeners[number] = l
+	return l, nil
+}

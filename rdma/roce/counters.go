@@ -1,0 +1,49 @@
+package roce
+
+import "sync/atomic"
+
+// Counters count since the provider was made.
+type Counters struct {
+	PacketsReceived uint64 // with a valid ICRC
+	PacketsSent     uint64 // of connections
+	Malformed       uint64 // dropped: no RoCEv2 packet
+	BadICRC         uint64 // dropped
+	UnknownQP       uint64 // dropped: no such queue pair
+	WrongAddress    uint64 // dropped: not from or to the queue pair's addresses
+	Duplicates      uint64 // requests that had been seen
+	OutOfSequence   uint64 // requests and responses after a gap
+	Retransmits     uint64 // packets sent again
+	Timeouts        uint64 // rounds of the retry timer without progress
+	Probes          uint64 // last packets sent again to ask for an acknowledgement
+	NAKsSent        uint64 // sequence errors
+	NAKsReceived    uint64
+	FatalNAKsSent   uint64 // a request was refused: rights, lengths, sequence of opcodes
+	FatalNAKs       uint64 // the same, received
+	RNRNAKsSent     uint64 // no receive was posted
+	RNRNAKs         uint64 // the same, received
+	Requests        uint64 // connect requests received, duplicates included
+	RequestsDropped uint64 // of those, over a limit
+}
+
+type counters struct {
+	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
+	duplicates, outOfSequence, retransmits, timeouts, probes,
+	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
+	requests, requestsDropped atomic.Uint64
+}
+
+// Snapshot reads the counters. It may be called from any goroutine.
+func (p *Provider) Snapshot() Counters {
+	c := &p.counters
+	return Counters{
+		PacketsReceived: c.packetsReceived.Load(), PacketsSent: c.packetsSent.Load(),
+		Malformed: c.malformed.Load(), BadICRC: c.badICRC.Load(),
+		UnknownQP: c.unknownQP.Load(), WrongAddress: c.wrongAddress.Load(),
+		Duplicates: c.duplicates.Load(), OutOfSequence: c.outOfSequence.Load(),
+		Retransmits: c.retransmits.Load(), Timeouts: c.timeouts.Load(), Probes: c.probes.Load(),
+		NAKsSent: c.naksSent.Load(), NAKsReceived: c.naksReceived.Load(),
+		FatalNAKsSent: c.fatalNAKsSent.Load(), FatalNAKs: c.fatalNAKs.Load(),
+		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
+		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
+	}
+}

@@ -1,0 +1,508 @@
+package roce
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// idState is the state of an ID.
+type idState uint8
+
+const (
+	idIdle        idState = iota + 1 // resolved
+	idConnecting                     // REQ sent
+	idRequested                      // REQ received
+	idAccepting                      // REP sent
+	idEstablished                    //
+	idLeaving                        // DREQ sent
+	idOver                           // refused, given up or disconnected
+)
+
+// connID implements rdma.ID.
+type connID struct {
+	port          *port
+	path          *path
+	mtu           int // payload bytes that the route takes; 0 = not known
+	local, remote netip.AddrPort
+	private       []byte
+	passive       bool
+	closing       chan struct{} // closed by Close
+
+	// Guarded by the port's lock.
+	state    idState
+	closed   bool
+	comm     uint32 // our communication id
+	peerComm uint32
+	peerGUID uint64
+	peerQPN  uint32
+	tid      uint64
+	qp       *pair
+	param    rdma.ConnParam // of Connect
+	psn      uint32         // the first that the peer sends
+	request  wire.Request   // on the passive side
+	last     *wire.MAD      // what to say again: our REP or RTU
+	arrived  time.Time      // of the request
+	patient  chan struct{}  // MRA: the peer needs time
+
+	answer    chan answer   // of Connect and Accept: one at most
+	heardPeer chan struct{} // a packet of the peer has come, which says as much as RTU
+
+	eventsMu     sync.Mutex // guards what follows
+	events       chan rdma.Event
+	eventsClosed bool
+	reported     bool // EventDisconnected
+}
+
+// answer is what became of a connect request.
+type answer struct {
+	private []byte
+	err     error
+}
+
+// newID makes an ID with a random communication id.
+func (p *port) newID(path *path) *connID {
+	id := &connID{
+		port: p, path: path, state: idIdle,
+		closing: make(chan struct{}), patient: make(chan struct{}, 1),
+		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
+		events: make(chan rdma.Event, 16),
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.addID(id)
+	return id
+}
+
+func (p *port) addID(id *connID) {
+	for {
+		id.comm = random32()
+		if id.comm != 0 && p.ids[id.comm] == nil && p.farewells[id.comm] == nil {
+			p.ids[id.comm] = id
+			return
+		}
+	}
+}
+
+// Device implements rdma.ID.
+func (id *connID) Device() rdma.Device { return &id.port.provider.device }
+
+// LocalAddr implements rdma.ID.
+func (id *connID) LocalAddr() netip.AddrPort { return id.local }
+
+// RemoteAddr implements rdma.ID.
+func (id *connID) RemoteAddr() netip.AddrPort { return id.remote }
+
+// PrivateData implements rdma.ID.
+func (id *connID) PrivateData() []byte { return id.private }
+
+// Events implements rdma.ID.
+func (id *connID) Events() <-chan rdma.Event { return id.events }
+
+func (id *connID) report(t rdma.EventType, detail string) {
+	id.eventsMu.Lock()
+	defer id.eventsMu.Unlock()
+	if id.eventsClosed || t == rdma.EventDisconnected && id.reported {
+		return
+	}
+	id.reported = id.reported || t == rdma.EventDisconnected
+	select {
+	case id.events <- rdma.Event{Type: t, Detail: detail}:
+	default:
+	}
+}
+
+// heard says that a packet of the peer has come.
+func (id *connID) heard() {
+	select {
+	case id.heardPeer <- struct{}{}:
+	default:
+	}
+}
+
+// say gives the answer to Connect or Accept.
+func (id *connID) say(a answer) {
+	select {
+	case id.answer <- a:
+	default:
+	}
+}
+
+// CreateQP implements rdma.ID.
+func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
+	fail := func(err error) (rdma.QP, error) { return nil, fmt.Errorf("create queue pair: %w", err) }
+	d, okPD := pd.(*domain)
+	send, okSend := cfg.SendCQ.(*queue)
+	recv, okRecv := cfg.RecvCQ.(*queue)
+	p := id.port
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case id.closed:
+		return fail(rdma.ErrClosed)
+	case id.qp != nil:
+		return fail(unix.EEXIST)
+	case !okPD || !okSend || !okRecv || d.device != &p.provider.device:
+		return fail(unix.EINVAL)
+	case cfg.MaxSendWR > maxQPWR || cfg.MaxRecvWR > maxQPWR || cfg.MaxSendSGE > maxSGE || cfg.MaxRecvSGE > maxSGE:
+		return fail(errTooLarge)
+	}
+	q := newPair(id, d, send, recv, cfg)
+	send.use()
+	recv.use()
+	d.mu.Lock()
+	d.users++
+	d.mu.Unlock()
+	p.addPair(q)
+	id.qp = q
+	return q, nil
+}
+
+func (id *connID) stepError(step string, err error) error {
+	return &rdma.StepError{Step: step, Peer: id.remote, Err: err}
+}
+
+func checkPrivate(private []byte, most int) error {
+	if len(private) > most {
+		return fmt.Errorf("%d bytes of private data, at most %d fit: %w", len(private), most, unix.EMSGSIZE)
+	}
+	return nil
+}
+
+// Messages of the connection manager are sent again after these times, and the
+// last of them from then on.
+var resendAfter = [...]time.Duration{500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second}
+
+const (
+	// resends bounds how often, for requests and their answers.
+	resends = 15
+	// farewells is the same for a DREQ.
+	farewellResends = 4
+)
+
+func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(resendAfter)-1)] }
+
+// exchange sends m until there is an answer.
+func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state idState) (answer, error) {
+	p := id.port
+	for tries := 0; ; tries++ {
+		p.mu.Lock()
+		if id.state == state && !id.closed {
+			p.sendMAD(id.path, m)
+		}
+		p.mu.Unlock()
+		if tries > resends {
+			return answer{}, id.stepError(step, unix.ETIMEDOUT)
+		}
+		timer := time.NewTimer(resendTime(tries))
+		select {
+		case a := <-id.answer:
+			timer.Stop()
+			return a, nil
+		case <-id.patient:
+			tries = -1
+			select { // the peer has it, and needs time
+			case a := <-id.answer:
+				timer.Stop()
+				return a, nil
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return answer{}, id.stepError(step, ctx.Err())
+			case <-id.closing:
+				timer.Stop()
+				return answer{}, id.stepError(step, rdma.ErrClosed)
+			}
+		case <-id.heardPeer:
+			timer.Stop()
+			if id.passive {
+				id.port.established(id)
+			}
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return answer{}, id.stepError(step, ctx.Err())
+		case <-id.closing:
+			timer.Stop()
+			return answer{}, id.stepError(step, rdma.ErrClosed)
+		}
+	}
+}
+
+// Connect implements rdma.ID. After an error only Close is of use.
+func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, error) {
+	const step = "connect"
+	if err := checkPrivate(param.PrivateData, wire.RequestPrivate); err != nil {
+		return nil, id.stepError(step, err)
+	}
+	p := id.port
+	p.mu.Lock()
+	switch {
+	case id.closed:
+		p.mu.Unlock()
+		return nil, id.stepError(step, rdma.ErrClosed)
+	case id.state != idIdle || id.passive || id.qp == nil:
+		p.mu.Unlock()
+		return nil, id.stepError(step, unix.EINVAL)
+	}
+	id.state, id.param, id.psn = idConnecting, param, random32()&0xffffff
+	id.tid = uint64(random32())<<32 | uint64(random32())
+	r := wire.Request{
+		Port: id.remote.Port(), GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
+		ResponderResources: min(param.ResponderResources, maxReadAtomic),
+		InitiatorDepth:     min(param.InitiatorDepth, maxReadAtomic),
+		AckTimeout:         ackTimeout, RetryCount: param.RetryCount, RNRRetryCount: param.RNRRetryCount,
+		FlowControl: param.FlowControl, MTU: id.mtu,
+		Source: id.local.Addr(), Destination: id.remote.Addr(), SourcePort: id.local.Port(),
+	}
+	copy(r.Private[:], param.PrivateData)
+	m := wire.NewMAD(wire.REQ, id.tid, id.comm, 0)
+	r.Put(m)
+	p.mu.Unlock()
+
+	a, err := id.exchange(ctx, step, m, idConnecting)
+	if err != nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		id.giveUp()
+		return nil, err
+	}
+	return a.private, a.err
+}
+
+// ackTimeout is the retry timer that we ask the peer for: 268 ms.
+const ackTimeout = 16
+
+// Reasons of REJ that package rdma does not name.
+const (
+	rejectTimeout        = 4
+	rejectUnsupported    = 5
+	rejectInvalidCommID  = 6
+	rejectInvalidPathMTU = 26
+)
+
+// giveUp ends a connect request or an answer; the lock is held.
+func (id *connID) giveUp() {
+	switch id.state {
+	case idConnecting, idAccepting:
+		id.reject(rejectTimeout, nil)
+	case idEstablished:
+		id.leave()
+	}
+	id.over()
+}
+
+// over ends what the ID stands for; the lock is held.
+func (id *connID) over() {
+	if id.state == idRequested {
+		id.port.halfOpen--
+	}
+	id.state = idOver
+	if id.qp != nil {
+		_ = id.qp.Fail() // never fails
+	}
+}
+
+// reject sends a REJ; the lock is held.
+func (id *connID) reject(reason uint16, private []byte) {
+	r := wire.Reject{Reason: reason}
+	switch {
+	case id.state == idAccepting:
+		r.Of = 2
+	case !id.passive && id.peerComm != 0:
+		r.Of = 1
+	}
+	copy(r.Private[:], private)
+	m := wire.NewMAD(wire.REJ, id.tid, id.comm, id.peerComm)
+	r.Put(m)
+	id.port.sendMAD(id.path, m)
+}
+
+// Accept implements rdma.ID.
+func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
+	const step = "accept"
+	if err := checkPrivate(param.PrivateData, wire.ReplyPrivate); err != nil {
+		return id.stepError(step, err)
+	}
+	_, mtu, routeErr := route(id.path.local.Addr(), id.path.remote)
+	m, err := id.accept(param, mtu, routeErr)
+	if err != nil {
+		return id.stepError(step, err)
+	}
+	a, err := id.exchange(ctx, step, m, idAccepting)
+	if err == nil && a.err != nil {
+		err = id.stepError(step, a.err)
+	}
+	if err != nil {
+		id.port.mu.Lock()
+		defer id.port.mu.Unlock()
+		id.giveUp()
+	}
+	return err
+}
+
+var errGaveUp = fmt.Errorf("the peer gave up: %w", unix.ECONNRESET)
+
+// accept makes the queue pair ready and gives the REP to send.
+func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.MAD, error) {
+	p, r := id.port, &id.request
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case id.closed:
+		return nil, rdma.ErrClosed
+	case !id.passive || id.qp == nil:
+		return nil, unix.EINVAL
+	case id.state == idOver:
+		return nil, errGaveUp
+	case id.state != idRequested:
+		return nil, unix.EINVAL
+	case routeErr != nil:
+		return nil, routeErr
+	case mtu < r.MTU:
+		// The requester names the MTU, and the answer has no place for another.
+		id.reject(rejectInvalidPathMTU, nil)
+		id.over()
+		return nil, fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
+	}
+	id.psn = random32() & 0xffffff
+	c := connected{
+		dest: r.QPN, mtu: r.MTU, sendPSN: r.PSN, recvPSN: id.psn,
+		retries: r.RetryCount, notReadyRetries: r.RNRRetryCount,
+		readDepth:   int(min(param.InitiatorDepth, r.ResponderResources, maxReadAtomic)),
+		readsServed: int(min(param.ResponderResources, maxReadAtomic)),
+	}
+	a := wire.Reply{
+		GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
+		ResponderResources: uint8(c.readsServed), InitiatorDepth: uint8(c.readDepth),
+		RNRRetryCount: param.RNRRetryCount, FlowControl: param.FlowControl,
+	}
+	copy(a.Private[:], param.PrivateData)
+	m := wire.NewMAD(wire.REP, id.tid, id.comm, id.peerComm)
+	a.Put(m)
+	p.halfOpen--
+	id.state, id.last = idAccepting, m
+	id.qp.ours.Store(id.peerGUID>>guidShift == guidMark)
+	id.qp.ready(c) // data may come before the RTU
+	return m, nil
+}
+
+// Reject implements rdma.ID.
+func (id *connID) Reject(private []byte) error {
+	if err := checkPrivate(private, wire.RejectPrivate); err != nil {
+		return id.stepError("reject", err)
+	}
+	p := id.port
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if id.closed || id.state != idRequested {
+		return id.stepError("reject", unix.EINVAL)
+	}
+	id.reject(rdma.RejectConsumer, private)
+	id.over()
+	return nil
+}
+
+// Disconnect implements rdma.ID.
+func (id *connID) Disconnect() error {
+	p := id.port
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case id.closed || id.state == idLeaving || id.state == idOver:
+		return nil
+	case id.state != idEstablished:
+		return id.stepError("disconnect", unix.EINVAL)
+	}
+	id.leave()
+	return nil
+}
+
+// farewell is a DREQ that has not been answered. It may outlive its ID.
+type farewell struct {
+	id    *connID
+	mad   *wire.MAD
+	tries int
+	timer *time.Timer
+}
+
+// leave sends a DREQ, again if need be; the lock is held.
+func (id *connID) leave() {
+	p := id.port
+	id.state = idLeaving
+	_ = id.qp.Fail() // never fails
+	m := wire.NewMAD(wire.DREQ, uint64(random32())<<32|uint64(random32()), id.comm, id.peerComm)
+	m.SetQPN(id.peerQPN)
+	f := &farewell{id: id, mad: m}
+	p.farewells[id.comm] = f
+	p.sendMAD(id.path, m)
+	f.timer = time.AfterFunc(resendTime(0), func() { p.repeatFarewell(f) })
+}
+
+func (p *port) repeatFarewell(f *farewell) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || p.farewells[f.id.comm] != f {
+		return
+	}
+	if f.tries++; f.tries == farewellResends {
+		p.farewellDone(f, "no answer to the disconnect request")
+		return
+	}
+	p.sendMAD(f.id.path, f.mad)
+	f.timer.Reset(resendTime(f.tries))
+}
+
+func (p *port) farewellDone(f *farewell, detail string) {
+	f.timer.Stop()
+	delete(p.farewells, f.id.comm)
+	f.id.state = idOver
+	f.id.report(rdma.EventDisconnected, detail)
+}
+
+// Close implements rdma.ID.
+func (id *connID) Close() error {
+	p := id.port
+	p.mu.Lock()
+	if id.closed {
+		p.mu.Unlock()
+		return nil
+	}
+	switch id.state {
+	case idRequested:
+		id.reject(rdma.RejectConsumer, nil)
+	case idConnecting, idAccepting:
+		id.reject(rejectTimeout, nil)
+	case idEstablished:
+		id.leave()
+	}
+	if id.state != idLeaving {
+		id.over()
+	}
+	id.closed = true
+	delete(p.ids, id.comm)
+	if id.passive {
+		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
+	}
+	if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
+		delete(p.byQP, key)
+	}
+	close(id.closing)
+	id.eventsMu.Lock() // before the answer to the farewell can come
+	id.eventsClosed = true
+	close(id.events)
+	id.eventsMu.Unlock()
+	q := id.qp
+	p.mu.Unlock()
+	if q != nil {
+		q.destroy()
+	}
+	return nil
+}

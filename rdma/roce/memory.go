@@ -1,0 +1,165 @@
+package roce
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/rdma"
+)
+
+// device implements rdma.Device. A provider has one.
+type device struct{ provider *Provider }
+
+// Limits of the device.
+const (
+	maxQPWR       = 4096
+	maxSGE        = 2
+	maxCQE        = 1 << 16
+	maxReadAtomic = 16
+)
+
+var errTooLarge = fmt.Errorf("exceeds the device's limit: %w", unix.EINVAL)
+
+// busy is the error of closing something that is in use.
+func busy(what string) error { return fmt.Errorf("destroy %s: %w", what, unix.EBUSY) }
+
+// Attr implements rdma.Device.
+func (d *device) Attr() rdma.DeviceAttr {
+	return rdma.DeviceAttr{
+		Name: "roce", MaxQPWR: maxQPWR, MaxSGE: maxSGE, MaxCQE: maxCQE, MaxMR: 1 << 16, MaxMRSize: 1 << 40,
+		MaxQPReadAtomic: maxReadAtomic, CompVectors: 1,
+	}
+}
+
+// AllocPD implements rdma.Device.
+func (d *device) AllocPD() (rdma.PD, error) {
+	return &domain{device: d, local: make(map[uint32]*region), remote: make(map[uint32]*region)}, nil
+}
+
+// domain implements rdma.PD. Whoever touches memory of one of its regions holds
+// mu for reading meanwhile, and looked the key up while doing so; so a key that
+// was taken out of the maps is out of use. It is the innermost lock.
+type domain struct {
+	device *device
+	mu     sync.RWMutex // guards what follows, and the memory of the regions
+	local  map[uint32]*region
+	remote map[uint32]*region
+	users  int // queue pairs and regions
+	closed bool
+}
+
+// AllocMR implements rdma.PD.
+func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
+	mem, err := hostmem.Map(length)
+	if err != nil {
+		return nil, fmt.Errorf("allocate memory region: %w", err)
+	}
+	if access&rdma.AccessRemoteWrite != 0 {
+		access |= rdma.AccessLocalWrite
+	}
+	m := &region{domain: d, mem: mem, addr: hostmem.Addr(mem), access: access}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", rdma.ErrClosed), hostmem.Unmap(mem))
+	}
+	m.lkey, m.rkey = newKey(d.local), newKey(d.remote)
+	d.local[m.lkey], d.remote[m.rkey] = m, m
+	d.users++
+	return m, nil
+}
+
+// newKey picks a random key that is not in use. The peer cannot guess it.
+func newKey(used map[uint32]*region) uint32 {
+	for {
+		if k := random32(); k != 0 && used[k] == nil {
+			return k
+		}
+	}
+}
+
+func random32() uint32 {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return binary.NativeEndian.Uint32(b[:])
+}
+
+// Close implements rdma.PD.
+func (d *domain) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.closed && d.users > 0 {
+		return busy("protection domain")
+	}
+	d.closed = true
+	return nil
+}
+
+// region implements rdma.MR.
+type region struct {
+	domain     *domain
+	mem        []byte
+	addr       uint64
+	access     rdma.Access
+	lkey, rkey uint32
+	closed     bool // guarded by the domain's lock
+}
+
+// Bytes implements rdma.MR.
+func (m *region) Bytes() []byte { return m.mem }
+
+// Addr implements rdma.MR.
+func (m *region) Addr() uint64 { return m.addr }
+
+// LKey implements rdma.MR.
+func (m *region) LKey() uint32 { return m.lkey }
+
+// RKey implements rdma.MR.
+func (m *region) RKey() uint32 { return m.rkey }
+
+// Close implements rdma.MR.
+func (m *region) Close() error {
+	m.domain.mu.Lock()
+	defer m.domain.mu.Unlock()
+	if m.closed {
+		return nil
+	}
+	m.closed = true
+	delete(m.domain.local, m.lkey)
+	if m.domain.remote[m.rkey] == m {
+		delete(m.domain.remote, m.rkey)
+	}
+	m.domain.users--
+	return hostmem.Unmap(m.mem)
+}
+
+// piece is the memory that a key names, or nil where key, rights or bounds do
+// not fit. The domain's lock is held, for as long as the memory is used.
+func piece(keys map[uint32]*region, key uint32, addr, length uint64, need rdma.Access) []byte {
+	m := keys[key]
+	if m == nil || m.access&need != need {
+		return nil
+	}
+	off, size := addr-m.addr, uint64(len(m.mem)) // off is huge if addr is too low
+	if off > size || length > size-off {
+		return nil
+	}
+	return m.mem[off : off+length]
+}
+
+// invalidate ends a remote key.
+func (d *domain) invalidate(key uint32) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.remote[key] == nil {
+		return false
+	}
+	delete(d.remote, key)
+	return true
+}

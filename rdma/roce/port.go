@@ -1,0 +1,252 @@
+package roce
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// port is a socket with all that uses it. Locks are taken in the order port.mu,
+// pair.mu, then all others.
+type port struct {
+	provider *Provider
+	sock     *socket
+	done     chan struct{} // closed at the end of the receive loop
+
+	dirty []*pair // of the receive loop: to settle after the batch
+
+	// tamper stands between socket and queue pairs; tests lose packets by it.
+	tamper func(packet []byte, deliver func([]byte))
+
+	pairsMu sync.RWMutex // guards pairs
+	pairs   map[uint32]*pair
+
+	mu        sync.Mutex // guards what follows, and the state of the IDs
+	closed    bool
+	listeners map[uint16]*listener
+	ids       map[uint32]*connID   // by our communication id
+	byPeer    map[peerID]*connID   // those that came by a request
+	byQP      map[peerQP]*connID   // connections and requests by the peer's queue pair
+	farewells map[uint32]*farewell // by our communication id
+	halfOpen  int                  // requests that have no answer
+	tokens    float64              // requests that may be taken now
+	refilled  time.Time            // when tokens was right
+	mads      uint32               // datagrams sent; their sequence numbers
+}
+
+// peerID is a communication id of a peer.
+type peerID struct {
+	addr netip.Addr
+	comm uint32
+}
+
+// peerQP is a queue pair of a peer.
+type peerQP struct {
+	guid uint64
+	qpn  uint32
+}
+
+func newPort(p *Provider, s *socket) *port {
+	return &port{
+		provider: p, sock: s, done: make(chan struct{}),
+		pairs: make(map[uint32]*pair), listeners: make(map[uint16]*listener),
+		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
+		farewells: make(map[uint32]*farewell),
+		tokens:    float64(p.cfg.MaxRequestRate), refilled: time.Now(),
+	}
+}
+
+// addPair gives a queue pair a random number that is free.
+func (p *port) addPair(q *pair) {
+	p.pairsMu.Lock()
+	defer p.pairsMu.Unlock()
+	for {
+		q.num = random32() & 0xffffff
+		if q.num >= 16 && p.pairs[q.num] == nil { // the first are special, to some
+			p.pairs[q.num] = q
+			return
+		}
+	}
+}
+
+func (p *port) removePair(q *pair) {
+	p.pairsMu.Lock()
+	defer p.pairsMu.Unlock()
+	delete(p.pairs, q.num)
+}
+
+// run is the receive loop.
+func (p *port) run() {
+	defer close(p.done)
+	for {
+		n, err := p.sock.receive(len(p.dirty) == 0)
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				p.broken(err)
+			}
+			return
+		}
+		for i := range n {
+			if a, ok := p.sock.arrived(i); ok {
+				p.datagrams(&a)
+			}
+		}
+		kept := p.dirty[:0]
+		for _, q := range p.dirty {
+			if q.settle() {
+				kept = append(kept, q)
+			} else {
+				q.dirty = false
+			}
+		}
+		clear(p.dirty[len(kept):])
+		p.dirty = kept
+	}
+}
+
+// broken says why nothing can be received any more, to all connections.
+func (p *port) broken(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, id := range p.ids {
+		if id.qp != nil {
+			_ = id.qp.Fail() // never fails
+		}
+		id.report(rdma.EventDeviceRemoved, err.Error())
+	}
+}
+
+// datagrams takes what UDP_GRO joined apart.
+func (p *port) datagrams(a *arrival) {
+	for i, data := 0, a.data; len(data) > 0; i++ {
+		n := min(a.segment, len(data))
+		packet := data[:n]
+		data = data[n:]
+		if p.tamper != nil {
+			p.tampered(*a, packet, i)
+			continue
+		}
+		p.packet(a, packet, i)
+	}
+}
+
+// tampered is packet through tamper. It has copies, so that without it nothing
+// escapes to the heap.
+func (p *port) tampered(a arrival, packet []byte, i int) {
+	p.tamper(packet, func(packet []byte) { p.packet(&a, packet, i) })
+}
+
+// maxID is the largest IPv4 identification in what we send.
+const maxID = batchPackets - 1
+
+// packet takes one packet, the i-th of its group.
+func (p *port) packet(a *arrival, packet []byte, i int) {
+	c := &p.provider.counters
+	h, payload, ok := wire.Parse(packet)
+	if !ok {
+		c.malformed.Add(1)
+		return
+	}
+	if h.DestQP == wire.CMQueuePair {
+		if _, ok := wire.Check(wire.Base(a.src, a.dst, len(packet)), packet, p.sock.v4, uint8(i)); !ok {
+			c.badICRC.Add(1)
+			return
+		}
+		m, ok := wire.ParseMAD(&h, packet, payload)
+		if !ok {
+			c.malformed.Add(1)
+			return
+		}
+		c.packetsReceived.Add(1)
+		p.manage(m, a.src, a.dst.Addr())
+		return
+	}
+	p.pairsMu.RLock()
+	q := p.pairs[h.DestQP]
+	p.pairsMu.RUnlock()
+	if q == nil {
+		c.unknownQP.Add(1)
+		return
+	}
+	if a.src.Addr() != q.path.remote.Addr() || a.dst.Addr() != q.path.local.Addr() {
+		c.wrongAddress.Add(1)
+		return
+	}
+	id, ok := wire.Check(q.recvBases.get(a.src, a.dst, len(packet)), packet, p.sock.v4, uint8(i))
+	if !ok || id > maxID && q.ours.Load() {
+		c.badICRC.Add(1)
+		return
+	}
+	c.packetsReceived.Add(1)
+	q.receive(&h, packet, payload)
+	if !q.dirty {
+		q.dirty = true
+		p.dirty = append(p.dirty, q)
+	}
+}
+
+// sendMAD sends one message of the connection manager.
+func (p *port) sendMAD(to *path, m *wire.MAD) {
+	p.mads++
+	b := m.Packet(p.mads & 0xffffff)
+	msg, base := plainMessage(to, b)
+	wire.PutICRC(b[len(b)-wire.ICRCLen:], wire.Update(wire.Header(base, b[:wire.BTHLen]), b[wire.BTHLen:len(b)-wire.ICRCLen]))
+	// What is lost will be sent again; the message fits in any MTU.
+	_ = p.sock.send(msg)
+}
+
+// plainMessage describes one datagram, and its ICRC's beginning.
+func plainMessage(to *path, b []byte) ([]message, uint32) {
+	msg := make([]message, 1)
+	iov := &unix.Iovec{Base: &b[0]}
+	iov.SetLen(len(b))
+	h := &msg[0].hdr
+	h.Name, h.Namelen = to.namePtr(), to.nameLen
+	h.Iov = iov
+	h.SetIovlen(1)
+	h.Control = &to.control[0]
+	h.SetControllen(to.controlLen)
+	return msg, wire.Base(to.local, to.remote, len(b))
+}
+
+// close ends the receive loop and everything else.
+func (p *port) close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil
+	}
+	var ids []*connID
+	for _, id := range p.ids {
+		ids = append(ids, id)
+	}
+	var listeners []*listener
+	for _, l := range p.listeners {
+		listeners = append(listeners, l)
+	}
+	p.mu.Unlock()
+	var errs []error
+	for _, l := range listeners {
+		errs = append(errs, l.Close())
+	}
+	for _, id := range ids {
+		errs = append(errs, id.Close())
+	}
+	p.mu.Lock()
+	p.closed = true
+	for _, f := range p.farewells {
+		f.timer.Stop()
+	}
+	clear(p.farewells)
+	p.mu.Unlock()
+	errs = append(errs, p.sock.close())
+	<-p.done
+	return errors.Join(errs...)
+}

@@ -1,0 +1,328 @@
+package roce
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// Config describes a Provider. The zero value serves all local addresses of
+// both families on the port of RoCEv2.
+type Config struct {
+	// Addrs are the local addresses, one socket each; none means the
+	// unspecified address of both families, of which one may be missing.
+	Addrs []netip.Addr
+	// Port is the UDP port, here and at the peers; 0 is 4791.
+	Port uint16
+	// NoOffload does without UDP_SEGMENT and UDP_GRO, which are otherwise used
+	// where the kernel has them. Set it where a network card numbers the
+	// segments that it makes in another way than the kernel does.
+	NoOffload bool
+	// MaxHalfOpen bounds the connect requests without an answer; 0 is 256.
+	MaxHalfOpen int
+	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
+	MaxRequestRate int
+}
+
+const (
+	defaultHalfOpen    = 256
+	defaultRequestRate = 1000
+)
+
+// Provider makes connections. Its methods may be called from any goroutine.
+type Provider struct {
+	cfg      Config
+	guid     uint64
+	device   device
+	counters counters
+	ports    []*port
+}
+
+var _ rdma.Provider = (*Provider)(nil)
+
+// The CA GUID that we name to peers: our mark and 40 random bits. A peer with
+// the mark numbers its packets as we do.
+const (
+	guidMark  = 0x02756e // locally administered
+	guidShift = 40
+)
+
+// New opens the sockets. The error says which could not be opened.
+func New(cfg Config) (*Provider, error) {
+	if cfg.Port == 0 {
+		cfg.Port = wire.Port
+	}
+	if cfg.MaxHalfOpen <= 0 {
+		cfg.MaxHalfOpen = defaultHalfOpen
+	}
+	if cfg.MaxRequestRate <= 0 {
+		cfg.MaxRequestRate = defaultRequestRate
+	}
+	p := &Provider{cfg: cfg, guid: guidMark<<guidShift | (uint64(random32())<<32|uint64(random32()))&(1<<guidShift-1)}
+	p.device.provider = p
+	addrs, optional := cfg.Addrs, false
+	if len(addrs) == 0 {
+		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
+	}
+	for _, a := range addrs {
+		err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port))
+		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
+			continue
+		}
+		if err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	if len(p.ports) == 0 {
+		return nil, fmt.Errorf("open RoCE socket: %w", unix.EAFNOSUPPORT)
+	}
+	return p, nil
+}
+
+func (p *Provider) open(addr netip.AddrPort) error {
+	s, err := openSocket(addr, p.cfg.NoOffload)
+	if err != nil {
+		return err
+	}
+	o := newPort(p, s)
+	p.ports = append(p.ports, o)
+	go o.run()
+	return nil
+}
+
+// Close closes the sockets and waits for the receive loops. All IDs and
+// listeners should have been closed before; what is left is cut off.
+func (p *Provider) Close() error {
+	var errs []error
+	for _, o := range p.ports {
+		errs = append(errs, o.close())
+	}
+	return errors.Join(errs...)
+}
+
+// Name implements rdma.Provider.
+func (*Provider) Name() string { return "roce" }
+
+// portFor is the port that sends from local.
+func (p *Provider) portFor(local netip.Addr) *port {
+	for _, o := range p.ports {
+		a := o.sock.local.Addr()
+		if a == local || a.IsUnspecified() && a.Is4() == local.Is4() {
+			return o
+		}
+	}
+	return nil
+}
+
+// Resolve implements rdma.Provider.
+func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (rdma.ID, error) {
+	fail := func(err error) (rdma.ID, error) {
+		return nil, &rdma.StepError{Step: "resolve address", Peer: remote, Err: err}
+	}
+	to := remote.Addr().Unmap()
+	if err := ctx.Err(); err != nil {
+		return fail(err)
+	}
+	if !to.IsValid() || to.IsUnspecified() || to.IsMulticast() {
+		return fail(unix.EINVAL)
+	}
+	local = local.Unmap()
+	if !local.IsValid() {
+		// A port with an address of its own sends from no other.
+		for _, o := range p.ports {
+			if a := o.sock.local.Addr(); a.Is4() == to.Is4() {
+				if local = a; a.IsUnspecified() {
+					local = netip.Addr{}
+				}
+				break
+			}
+		}
+	}
+	local, mtu, err := route(local, netip.AddrPortFrom(to, p.cfg.Port))
+	if err != nil {
+		return fail(err)
+	}
+	o := p.portFor(local)
+	if o == nil {
+		return fail(unix.EADDRNOTAVAIL)
+	}
+	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
+	id.mtu = mtu
+	id.local, id.remote = netip.AddrPortFrom(local, ephemeral()), netip.AddrPortFrom(to, remote.Port())
+	return id, nil
+}
+
+// ephemeral picks a port number that has no meaning but to differ.
+func ephemeral() uint16 { return 49152 + uint16(random32()%16384) }
+
+// route asks the kernel for the local address and the MTU of the way to remote.
+// It gives the payload of a RoCE packet.
+func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
+	network, level, option := "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU
+	if remote.Addr().Is4() {
+		network, level, option = "udp4", unix.IPPROTO_IP, unix.IP_MTU
+	}
+	var from *net.UDPAddr
+	if local.IsValid() {
+		if local.Is4() != remote.Addr().Is4() {
+			return local, 0, unix.EAFNOSUPPORT
+		}
+		from = net.UDPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	}
+	conn, err := net.DialUDP(network, from, net.UDPAddrFromAddrPort(remote))
+	if err != nil {
+		return local, 0, err
+	}
+	defer conn.Close() // nothing was sent, so nothing can be lost
+	local = conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return local, 0, err
+	}
+	mtu, err := getsockopt(raw, level, option)
+	if err != nil {
+		return local, 0, err
+	}
+	payload, ok := payloadMTU(mtu)
+	if !ok {
+		return local, 0, fmt.Errorf("MTU %d of the route is too small: %w", mtu, unix.EMSGSIZE)
+	}
+	return local, payload, nil
+}
+
+func getsockopt(raw syscall.RawConn, level, option int) (v int, err error) {
+	if cerr := raw.Control(func(fd uintptr) { v, err = unix.GetsockoptInt(int(fd), level, option) }); cerr != nil {
+		return 0, cerr
+	}
+	return v, err
+}
+
+// overhead is what a netdev's MTU must exceed that of RoCE by, as rdma_rxe
+// reckons it.
+const overhead = 80
+
+// payloadMTU is the largest MTU of RoCE that fits in a netdev's.
+func payloadMTU(mtu int) (int, bool) {
+	for payload := 4096; payload >= 256; payload /= 2 {
+		if mtu >= payload+overhead {
+			return payload, true
+		}
+	}
+	return 0, false
+}
+
+// Listen implements rdma.Provider.
+func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
+	fail := func(err error) (rdma.Listener, error) {
+		return nil, &rdma.StepError{Step: "listen on", Peer: addr, Err: err}
+	}
+	a := addr.Addr().Unmap()
+	var o *port
+	for _, c := range p.ports {
+		if l := c.sock.local.Addr(); l == a || a.Is4() == l.Is4() && (a.IsUnspecified() || l.IsUnspecified()) {
+			o = c
+			break
+		}
+	}
+	if o == nil {
+		return fail(unix.EADDRNOTAVAIL)
+	}
+	// The kernel knows whether it is an address of ours.
+	probe, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 0)))
+	if err != nil {
+		return fail(err)
+	}
+	if err := probe.Close(); err != nil {
+		return fail(err)
+	}
+	l, err := o.listen(netip.AddrPortFrom(addr.Addr(), addr.Port()), max(1, backlog))
+	if err != nil {
+		return fail(err)
+	}
+	return l, nil
+}
+
+// listener implements rdma.Listener.
+type listener struct {
+	port    *port
+	addr    netip.AddrPort
+	backlog int
+	ready   chan struct{} // has a token when requests may be waiting
+	closed  chan struct{}
+	once    sync.Once
+
+	requests []*connID // guarded by the port's lock
+}
+
+// Addr implements rdma.Listener.
+func (l *listener) Addr() netip.AddrPort { return l.addr }
+
+// Accept implements rdma.Listener.
+func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
+	fail := func(err error) (rdma.ID, error) {
+		return nil, &rdma.StepError{Step: "accept on", Peer: l.addr, Err: err}
+	}
+	for {
+		select {
+		case <-l.closed:
+			return fail(rdma.ErrClosed)
+		default:
+		}
+		if id := l.take(); id != nil {
+			return id, nil
+		}
+		select {
+		case <-l.ready:
+		case <-ctx.Done():
+			return fail(ctx.Err())
+		case <-l.closed:
+			return fail(rdma.ErrClosed)
+		}
+	}
+}
+
+// take gives the oldest request, or nil. It leaves a token for the next.
+func (l *listener) take() *connID {
+	l.port.mu.Lock()
+	defer l.port.mu.Unlock()
+	if len(l.requests) == 0 {
+		return nil
+	}
+	id := l.requests[0]
+	l.requests = l.requests[1:]
+	l.signal()
+	return id
+}
+
+func (l *listener) signal() {
+	select {
+	case l.ready <- struct{}{}:
+	default:
+	}
+}
+
+// Close implements rdma.Listener. Requests that nobody accepted are refused.
+func (l *listener) Close() error {
+	var errs []error
+	l.once.Do(func() {
+		l.port.mu.Lock()
+		close(l.closed)
+		delete(l.port.listeners, l.addr.Port())
+		waiting := l.requests
+		l.requests = nil
+		l.port.mu.Unlock()
+		for _, id := range waiting {
+			errs = append(errs, id.Close())
+		}
+	})
+	return errors.Join(errs...)
+}

@@ -1,0 +1,290 @@
+package roce
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// Statuses that package rdma does not name, since its users do not branch on
+// them (ibv_wc_status).
+const (
+	wcLocalLength   rdma.WCStatus = 1
+	wcLocalOp       rdma.WCStatus = 2
+	wcBadResponse   rdma.WCStatus = 7
+	wcRemoteInvalid rdma.WCStatus = 9
+	wcRemoteOp      rdma.WCStatus = 11
+)
+
+// pairState is the state of a queue pair.
+type pairState uint8
+
+const (
+	pairInit pairState = iota + 1 // takes receives
+	pairReady
+	pairFailed // flushes
+	pairDestroyed
+)
+
+// pair implements rdma.QP. It is a requester and a responder that share a path
+// and a lock. Sequence numbers are 64 bits wide here, of which the wire has the
+// low 24.
+type pair struct {
+	provider       *Provider
+	id             *connID
+	pd             *domain
+	sendCQ, recvCQ *queue
+	num            uint32
+	path           *path
+
+	// Of the receive loop.
+	recvBases baseCache
+	dirty     bool
+
+	ours atomic.Bool // the peer numbers its packets as we do
+
+	mu    sync.Mutex // guards what follows
+	state pairState
+	out   *batch
+	dest  uint32 // the peer's queue pair
+	mtu   int    // of the path: payload bytes per packet
+	fresh bool   // no packet of the peer has come
+
+	requester
+	responder
+}
+
+// Num implements rdma.QP.
+func (q *pair) Num() uint32 { return q.num }
+
+// newPair makes a queue pair in its initial state, which nobody can reach yet.
+func newPair(id *connID, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
+	q := &pair{
+		provider: id.port.provider, id: id, pd: pd, sendCQ: send, recvCQ: recv, path: id.path,
+		state: pairInit, out: &batch{path: id.path}, fresh: true,
+	}
+	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
+	q.recvQ = make([]rdma.RecvWR, max(1, cfg.MaxRecvWR))
+	return q
+}
+
+// Errors of the posting calls, made beforehand as these may be hot.
+var (
+	errSendState = fmt.Errorf("post send: queue pair is not connected: %w", unix.EINVAL)
+	errSendFull  = fmt.Errorf("post send: queue is full: %w", unix.ENOMEM)
+	errSendWR    = fmt.Errorf("post send: invalid work request: %w", unix.EINVAL)
+	errRecvFull  = fmt.Errorf("post receive: queue is full: %w", unix.ENOMEM)
+	errDestroyed = fmt.Errorf("post: queue pair is destroyed: %w", rdma.ErrClosed)
+)
+
+// PostSend implements rdma.QP.
+func (q *pair) PostSend(wrs []rdma.SendWR) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch q.state {
+	case pairDestroyed:
+		return 0, errDestroyed
+	case pairInit:
+		return 0, errSendState
+	}
+	n, err := 0, error(nil)
+	for ; n < len(wrs); n++ {
+		if err = q.enqueue(&wrs[n]); err != nil {
+			break
+		}
+	}
+	if q.state == pairFailed {
+		q.flush()
+		return n, err
+	}
+	q.transmit()
+	q.send()
+	return n, err
+}
+
+// PostRecv implements rdma.QP.
+func (q *pair) PostRecv(wrs []rdma.RecvWR) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.state == pairDestroyed {
+		return 0, errDestroyed
+	}
+	n := 0
+	for ; n < len(wrs) && q.recvTail-q.recvHead < uint64(len(q.recvQ)); n++ {
+		q.recvQ[q.recvTail%uint64(len(q.recvQ))] = wrs[n]
+		q.recvTail++
+	}
+	if q.state == pairFailed {
+		q.flush()
+	}
+	if n < len(wrs) {
+		return n, errRecvFull
+	}
+	return n, nil
+}
+
+// Fail implements rdma.QP.
+func (q *pair) Fail() error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.fail(rdma.WCFlushErr)
+	return nil
+}
+
+// fail moves to the error state. The oldest send work request completes with
+// status, all others as flushed. The lock is held, here and in everything
+// below.
+func (q *pair) fail(status rdma.WCStatus) {
+	if q.state >= pairFailed {
+		return
+	}
+	q.state = pairFailed
+	q.stopTimers()
+	q.reads.clear()
+	if q.head < q.tail && status != rdma.WCFlushErr {
+		q.completeSend(status)
+	}
+	q.flush()
+}
+
+// flush completes everything outstanding.
+func (q *pair) flush() {
+	for q.head < q.tail {
+		q.completeSend(rdma.WCFlushErr)
+	}
+	for q.recvHead < q.recvTail {
+		q.completeRecv(&rdma.WC{Status: rdma.WCFlushErr})
+	}
+}
+
+// destroy ends the queue pair for ever.
+func (q *pair) destroy() {
+	q.mu.Lock()
+	q.fail(rdma.WCFlushErr)
+	q.state = pairDestroyed
+	q.mu.Unlock()
+	q.id.port.removePair(q)
+	q.sendCQ.unuse()
+	q.recvCQ.unuse()
+	q.pd.mu.Lock()
+	q.pd.users--
+	q.pd.mu.Unlock()
+}
+
+// ready connects the queue pair. recvPSN is the first that the peer sends.
+func (q *pair) ready(c connected) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.state != pairInit {
+		return // failed before; it stays so
+	}
+	q.state = pairReady
+	q.dest, q.mtu = c.dest, c.mtu
+	q.requester.start(&c)
+	q.responder.start(&c)
+}
+
+// connected is what a queue pair needs to know of its connection.
+type connected struct {
+	dest             uint32
+	mtu              int
+	sendPSN, recvPSN uint32
+	retries          uint8 // of the retry timer
+	notReadyRetries  uint8 // after RNR NAKs, 7 = for ever
+	readDepth        int   // RDMA READs that we may have outstanding
+	readsServed      int   // RDMA READs that the peer may have outstanding
+}
+
+// Extended sequence numbers start above 0, so that they can go down a bit.
+func startPSN(psn uint32) uint64 { return 1<<24 | uint64(psn) }
+
+// extend gives the extended sequence number nearest to ref.
+func extend(psn uint32, ref uint64) uint64 {
+	return ref + uint64(int64(wire.PSNDiff(psn, uint32(ref&0xffffff))))
+}
+
+// packets is how many packets a message of n bytes takes.
+func (q *pair) packets(n uint32) uint64 {
+	return max(1, (uint64(n)+uint64(q.mtu)-1)/uint64(q.mtu))
+}
+
+// header starts the next packet of the batch.
+func (q *pair) header(op wire.Opcode, psn uint64, ackReq bool) []byte {
+	if q.out.full() {
+		q.send()
+	}
+	b := q.out.header()
+	h := wire.BTH{Op: op, AckReq: ackReq, PKey: wire.DefaultPKey, DestQP: q.dest, PSN: uint32(psn & 0xffffff)}
+	h.Put(b)
+	return b
+}
+
+// send sends what transmit and respond have put into the batch.
+func (q *pair) send() {
+	if q.out.packets == 0 {
+		return
+	}
+	q.provider.counters.packetsSent.Add(uint64(q.out.packets))
+	if q.out.flush() != nil {
+		// The path takes less than it did when the connection was made, and a
+		// connection cannot change its MTU.
+		q.tooLarge = true
+	}
+}
+
+// settle does what a batch of packets, or a timer, made due.
+// It says whether more is to be done at once.
+func (q *pair) settle() (more bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	more = q.respond()
+	q.transmit()
+	q.send()
+	if q.tooLarge {
+		q.fail(wcLocalOp)
+		more = false
+	}
+	return more
+}
+
+// receive takes a packet whose ICRC and addresses are right.
+func (q *pair) receive(h *wire.BTH, packet, payload []byte) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch q.state {
+	case pairReady:
+	case pairFailed:
+		q.refuseAgain(h)
+		return
+	default:
+		return
+	}
+	if q.fresh {
+		q.fresh = false
+		q.id.heard()
+	}
+	switch h.Op {
+	case wire.Acknowledge:
+		q.acknowledge(h, wire.ParseAETH(packet[wire.BTHLen:]))
+	case wire.ReadResponseFirst, wire.ReadResponseMid, wire.ReadResponseLast, wire.ReadResponseOnly:
+		q.readResponse(h, payload)
+	case wire.DatagramSendOnly:
+	default:
+		q.request(h, packet, payload)
+	}
+}
+
+// after makes a timer of the queue pair go off, once.
+func after(t **time.Timer, d time.Duration, f func()) {
+	if *t == nil {
+		*t = time.AfterFunc(d, f)
+	} else {
+		(*t).Reset(d)
+	}
+}

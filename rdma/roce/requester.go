@@ -1,0 +1,531 @@
+package roce
+
+import (
+	"time"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// Limits of the requester.
+const (
+	maxWindow = 128 // unacknowledged packets, as rdma_rxe keeps
+	minWindow = 8
+	readChunk = 64 // response packets that one READ request asks for
+	askEvery  = 32 // packets after which to ask for an acknowledgement anyway
+
+	minRetry = 100 * time.Millisecond
+	maxRetry = 2 * time.Second
+	// retryTicks is how often the timer looks for progress in one retry
+	// interval, so that sending need not read the clock.
+	retryTicks = 2
+)
+
+// sendEntry is a send work request under way.
+type sendEntry struct {
+	wr      rdma.SendWR
+	psn     uint64 // of its first packet; n of them, for a READ those of the response
+	n       uint64
+	length  uint32
+	invalid bool // its lengths make no sense
+}
+
+// requester is the sending half of a queue pair. Positions in sendQ and
+// sequence numbers count up for ever:
+//
+//	head ≤ cur ≤ tail        una ≤ nxt ≤ top ≤ end
+//
+// una lies in the work request at head, and nxt in the one at cur.
+type requester struct {
+	sendQ           []sendEntry
+	head, cur, tail uint64
+	una             uint64 // oldest not acknowledged
+	nxt             uint64 // next to send
+	top             uint64 // next never sent before
+	end             uint64 // next to give to a work request
+	asked           uint64 // all before it will be acknowledged without being asked again
+	ask             bool   // the next packet asks
+
+	window uint64
+	growth uint64 // acknowledged since the window grew
+	depth  int    // RDMA READ requests that may be outstanding
+	asking readEnds
+
+	retryLimit, notReadyLimit uint8
+	retries, notReady         uint8
+	gapOpen                   bool   // una was asked for again
+	gapHigh                   uint64 // what was seen beyond it since
+	tooLarge                  bool   // EMSGSIZE
+
+	timer, notReadyTimer *time.Timer
+	timing               bool // timer runs
+	waiting              bool // notReadyTimer runs
+	backoff              uint8
+	idleTicks            int
+	seen                 uint64 // una at the last tick
+	rtt                  time.Duration
+	sample               uint64 // acknowledgement of it ends the measurement; 0 = none runs
+	sampled              time.Time
+}
+
+// readEnds are where the outstanding READ requests end.
+type readEnds struct {
+	ends    [maxReadAtomic]uint64
+	head, n int
+}
+
+func (r *readEnds) push(end uint64) {
+	r.ends[(r.head+r.n)%len(r.ends)] = end
+	r.n++
+}
+
+func (r *readEnds) acked(una uint64) {
+	for r.n > 0 && r.ends[r.head] <= una {
+		r.head = (r.head + 1) % len(r.ends)
+		r.n--
+	}
+}
+
+func (r *requester) start(c *connected) {
+	psn := startPSN(c.sendPSN)
+	r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn
+	r.window = maxWindow
+	r.depth = min(c.readDepth, maxReadAtomic)
+	r.retryLimit, r.notReadyLimit = c.retries, c.notReadyRetries
+}
+
+func (r *requester) entry(pos uint64) *sendEntry { return &r.sendQ[pos%uint64(len(r.sendQ))] }
+
+// enqueue takes a work request.
+func (q *pair) enqueue(wr *rdma.SendWR) error {
+	switch {
+	case wr.Op < rdma.Send || wr.Op > rdma.Read || wr.NumSGE > maxSGE:
+		return errSendWR
+	case q.tail-q.head == uint64(len(q.sendQ)):
+		return errSendFull
+	}
+	e := q.entry(q.tail)
+	length := uint64(0)
+	for i := range wr.NumSGE {
+		length += uint64(wr.SGE[i].Length)
+	}
+	e.wr, e.length = *wr, uint32(length)
+	e.invalid = length > 1<<30 || wr.Op == rdma.Read && q.depth == 0
+	if e.invalid {
+		e.length = 0
+	}
+	q.tail++
+	if q.state == pairReady {
+		e.psn, e.n = q.end, q.packets(e.length)
+		q.end += e.n
+	}
+	return nil
+}
+
+// local is the memory of a work request; false if keys or bounds do not fit.
+// The domain's lock is held.
+func (q *pair) local(e *sendEntry) (mem [2][]byte, ok bool) {
+	need := rdma.Access(0)
+	if e.wr.Op == rdma.Read {
+		need = rdma.AccessLocalWrite
+	}
+	for i := range e.wr.NumSGE {
+		s := &e.wr.SGE[i]
+		if s.Length == 0 {
+			continue
+		}
+		if mem[i] = piece(q.pd.local, s.LKey, s.Addr, uint64(s.Length), need); mem[i] == nil {
+			return mem, false
+		}
+	}
+	return mem, true
+}
+
+// cut gives n bytes from off of memory in two pieces.
+func cut(mem *[2][]byte, off, n int) (first, second []byte) {
+	a := len(mem[0])
+	if off >= a {
+		return mem[1][off-a : off-a+n], nil
+	}
+	if off+n <= a {
+		return mem[0][off : off+n], nil
+	}
+	return mem[0][off:], mem[1][:off+n-a]
+}
+
+// transmit sends as much as window and READ depth allow.
+func (q *pair) transmit() {
+	if q.state != pairReady || q.waiting || q.cur == q.tail {
+		return
+	}
+	q.pd.mu.RLock()
+	status := q.transmitLocked()
+	q.send() // while the memory cannot go
+	q.pd.mu.RUnlock()
+	switch {
+	case q.tooLarge:
+		q.fail(wcLocalOp)
+	case status != rdma.WCSuccess:
+		q.fail(status)
+	case q.una < q.nxt && !q.timing:
+		q.timing, q.idleTicks, q.seen = true, 0, q.una
+		after(&q.timer, q.retryInterval()/retryTicks, q.tick)
+	}
+}
+
+// transmitLocked returns the status with which the oldest work request ends, if
+// nothing more can be sent for it.
+func (q *pair) transmitLocked() rdma.WCStatus {
+	var mem [2][]byte
+	memOf := ^uint64(0)
+	for q.cur < q.tail {
+		room := int64(q.una + q.window - q.nxt)
+		if room <= 0 || q.tooLarge {
+			break
+		}
+		e := q.entry(q.cur)
+		if memOf != q.cur {
+			var ok bool
+			if mem, ok = q.local(e); !ok || e.invalid {
+				// Those before it may still succeed.
+				switch {
+				case q.cur != q.head:
+					return rdma.WCSuccess
+				case e.invalid:
+					return wcLocalOp
+				}
+				return rdma.WCLocalProt
+			}
+			memOf = q.cur
+		}
+		if e.wr.Op == rdma.Read {
+			if !q.sendRead(e, uint64(room)) {
+				break
+			}
+		} else {
+			q.sendPacket(e, &mem, room == 1)
+		}
+		q.top = max(q.top, q.nxt)
+		if q.nxt == e.psn+e.n {
+			q.cur++
+		}
+	}
+	return rdma.WCSuccess
+}
+
+// sendRead asks for the next part of a READ; false if that has to wait.
+func (q *pair) sendRead(e *sendEntry, room uint64) bool {
+	i := q.nxt - e.psn
+	// A part that is asked for again must not reach beyond one that was asked
+	// for at first, so the ends are always the same.
+	n := min(e.n-i, readChunk-i%readChunk)
+	if q.asking.n == q.depth || room < n && q.nxt != q.una {
+		return false
+	}
+	off := uint32(i) * uint32(q.mtu)
+	b := q.header(wire.ReadRequest, q.nxt, true)
+	h := wire.RETH{
+		VA: e.wr.RemoteAddr + uint64(off), RKey: e.wr.RKey,
+		Length: uint32(min(uint64(e.length-off), n*uint64(q.mtu))),
+	}
+	h.Put(b[wire.BTHLen:])
+	q.out.add(wire.BTHLen+wire.RETHLen, nil, nil)
+	if q.nxt < q.top {
+		q.provider.counters.retransmits.Add(1)
+	}
+	q.nxt += n
+	q.asked = q.nxt
+	q.asking.push(q.nxt)
+	return true
+}
+
+// sendOps are the opcodes by operation and place in the message.
+var sendOps = [rdma.Read]struct{ first, middle, last, only wire.Opcode }{
+	rdma.Send:           {wire.SendFirst, wire.SendMiddle, wire.SendLast, wire.SendOnly},
+	rdma.SendInvalidate: {wire.SendFirst, wire.SendMiddle, wire.SendLastInv, wire.SendOnlyInv},
+	rdma.Write:          {wire.WriteFirst, wire.WriteMiddle, wire.WriteLast, wire.WriteOnly},
+}
+
+// sendPacket sends the next packet of a SEND or WRITE.
+func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool) {
+	i := q.nxt - e.psn
+	first, last := i == 0, i == e.n-1
+	op := sendOps[e.wr.Op].middle
+	switch {
+	case first && last:
+		op = sendOps[e.wr.Op].only
+	case first:
+		op = sendOps[e.wr.Op].first
+	case last:
+		op = sendOps[e.wr.Op].last
+	}
+	off := int(i) * q.mtu
+	n := min(q.mtu, int(e.length)-off)
+
+	ask := q.ask || lastOfWindow || last && e.wr.Signaled || q.nxt+1-q.asked >= min(askEvery, q.window/2)
+	b := q.header(op, q.nxt, ask)
+	headLen := op.HeaderLen()
+	switch {
+	case e.wr.Op == rdma.Write && first:
+		h := wire.RETH{VA: e.wr.RemoteAddr, RKey: e.wr.RKey, Length: e.length}
+		h.Put(b[wire.BTHLen:])
+	case e.wr.Op == rdma.SendInvalidate && last:
+		b[wire.BTHLen], b[wire.BTHLen+1], b[wire.BTHLen+2], b[wire.BTHLen+3] =
+			byte(e.wr.RKey>>24), byte(e.wr.RKey>>16), byte(e.wr.RKey>>8), byte(e.wr.RKey)
+	}
+	if n == 0 {
+		q.out.add(headLen, nil, nil)
+	} else {
+		a, c := cut(mem, off, n)
+		q.out.add(headLen, a, c)
+	}
+	if q.nxt < q.top && !q.ask {
+		q.provider.counters.retransmits.Add(1)
+	}
+	q.nxt++
+	if ask {
+		q.asked, q.ask = q.nxt, false
+	}
+}
+
+// completeSend ends the oldest work request.
+func (q *pair) completeSend(status rdma.WCStatus) {
+	e := q.entry(q.head)
+	q.head++
+	q.cur = max(q.cur, q.head)
+	if status != rdma.WCSuccess || e.wr.Signaled {
+		q.sendCQ.push(&rdma.WC{ID: e.wr.ID, QPNum: q.num, Status: status})
+	}
+}
+
+// progress moves una, which stays in the work request at head or ends it.
+func (q *pair) progress(una uint64) {
+	q.grow(una - q.una)
+	q.una = una
+	q.retries, q.notReady, q.gapOpen = 0, 0, false
+	q.asked = max(q.asked, una)
+	q.asking.acked(una)
+	if q.sample != 0 && una >= q.sample {
+		q.rtt = max(time.Since(q.sampled), q.rtt-q.rtt/8)
+		q.sample, q.backoff = 0, 0
+	}
+	if e := q.entry(q.head); una == e.psn+e.n {
+		q.completeSend(rdma.WCSuccess)
+	}
+	if q.nxt < una { // it was on its way already when we went back
+		q.nxt, q.cur = una, q.head
+	}
+}
+
+// grow opens the window again by one packet per window.
+func (q *pair) grow(n uint64) {
+	if q.window == maxWindow {
+		return
+	}
+	if q.growth += n; q.growth >= q.window {
+		q.window++
+		q.growth = 0
+	}
+}
+
+// ackedTo takes an acknowledgement of all before psn. It stops at a READ whose
+// responses did not come.
+func (q *pair) ackedTo(psn uint64) {
+	for q.una < psn && q.head < q.tail {
+		e := q.entry(q.head)
+		if e.wr.Op == rdma.Read {
+			return
+		}
+		q.progress(min(psn, e.psn+e.n))
+	}
+}
+
+// goBack starts again at una.
+func (q *pair) goBack() {
+	q.nxt, q.cur, q.asked, q.ask = q.una, q.head, q.una, false
+	q.asking = readEnds{}
+	q.sample = 0
+}
+
+// lost is goBack after a loss.
+func (q *pair) lost() {
+	q.goBack()
+	q.window, q.growth = max(minWindow, q.window/2), 0
+}
+
+// gap is called when psn was seen although una is missing. It goes back once
+// per gap, and once more each time that the peer has begun again and the
+// beginning was lost again.
+func (q *pair) gap(psn uint64, response bool) {
+	q.provider.counters.outOfSequence.Add(1)
+	if q.gapOpen && (psn > q.gapHigh || !response) {
+		q.gapHigh = max(q.gapHigh, psn)
+		return
+	}
+	q.lost()
+	q.gapOpen, q.gapHigh = true, psn
+}
+
+// acknowledge takes an ACK or NAK.
+func (q *pair) acknowledge(h *wire.BTH, a wire.AETH) {
+	psn := extend(h.PSN, q.una)
+	if psn+1 < q.una || psn >= q.top {
+		return // old, or never sent
+	}
+	c := &q.provider.counters
+	switch {
+	case a.Syndrome.IsACK():
+		if q.ackedTo(psn + 1); q.una < psn+1 {
+			q.gap(psn+1, false)
+		}
+		return
+	case a.Syndrome.IsNotReady():
+		c.rnrNAKs.Add(1)
+	default:
+		c.naksReceived.Add(1)
+	}
+	if psn < q.una {
+		return
+	}
+	q.ackedTo(psn)
+	switch {
+	case a.Syndrome >= wire.NAKInvalid && a.Syndrome <= wire.NAKRemoteOp:
+		c.fatalNAKs.Add(1)
+		status := wcRemoteInvalid
+		switch a.Syndrome {
+		case wire.NAKRemoteAccess:
+			status = rdma.WCRemoteAccess
+		case wire.NAKRemoteOp:
+			status = wcRemoteOp
+		}
+		q.fail(status)
+	case q.una != psn:
+		q.gap(psn, false)
+	case a.Syndrome == wire.NAKSequence:
+		q.lost()
+	case a.Syndrome.IsNotReady():
+		q.peerNotReady(uint8(a.Syndrome & 0x1f))
+	}
+}
+
+// notReadyMicros is what the timer codes of RNR NAKs mean (IBTA table 45).
+var notReadyMicros = [32]uint32{
+	655360, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920,
+	2560, 3840, 5120, 7680, 10240, 15360, 20480, 30720, 40960, 61440, 81920, 122880, 163840, 245760, 327680, 491520,
+}
+
+func (q *pair) peerNotReady(code uint8) {
+	if q.notReadyLimit != 7 {
+		if q.notReady == q.notReadyLimit {
+			q.fail(rdma.WCRNRRetryExc)
+			return
+		}
+		q.notReady++
+	}
+	q.goBack()
+	q.retries = 0
+	q.waiting = true
+	after(&q.notReadyTimer, time.Duration(notReadyMicros[code])*time.Microsecond, q.peerMayBeReady)
+}
+
+func (q *pair) peerMayBeReady() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.waiting = false
+	q.transmit()
+}
+
+// readResponse takes a part of what we READ.
+func (q *pair) readResponse(h *wire.BTH, payload []byte) {
+	psn := extend(h.PSN, q.una)
+	if psn < q.una || psn >= q.top {
+		return
+	}
+	if q.ackedTo(psn); q.una != psn {
+		q.gap(psn, true)
+		return
+	}
+	e := q.entry(q.head)
+	if q.head == q.tail || e.wr.Op != rdma.Read {
+		return
+	}
+	off := int(psn-e.psn) * q.mtu
+	if len(payload) != min(q.mtu, int(e.length)-off) {
+		q.fail(wcBadResponse)
+		return
+	}
+	q.pd.mu.RLock()
+	mem, ok := q.local(e)
+	if ok && len(payload) > 0 {
+		a, b := cut(&mem, off, len(payload))
+		copy(b, payload[copy(a, payload):])
+	}
+	q.pd.mu.RUnlock()
+	if !ok {
+		q.fail(rdma.WCLocalProt)
+		return
+	}
+	q.progress(psn + 1)
+}
+
+// retryInterval is how long to wait for progress.
+func (r *requester) retryInterval() time.Duration {
+	return min(max(minRetry, 4*r.rtt)<<r.backoff, maxRetry)
+}
+
+// tick looks for progress.
+func (q *pair) tick() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.state != pairReady || q.una == q.nxt && q.una == q.top && !q.waiting {
+		q.timing = false
+		return
+	}
+	defer func() {
+		if q.state == pairReady {
+			after(&q.timer, q.retryInterval()/retryTicks, q.tick)
+		}
+	}()
+	if q.seen != q.una || q.waiting {
+		q.seen, q.idleTicks = q.una, 0
+		if q.sample == 0 && q.asked > q.una {
+			q.sample, q.sampled = q.nxt, time.Now()
+		}
+		return
+	}
+	q.idleTicks++
+	c := &q.provider.counters
+	switch {
+	case q.asked < q.nxt && q.nxt > q.una:
+		// Nobody was asked to acknowledge the end of what was sent.
+		c.probes.Add(1)
+		if q.cur == q.tail || q.entry(q.cur).psn == q.nxt {
+			q.cur--
+		}
+		q.nxt--
+		q.ask = true
+		q.idleTicks = 0
+	case q.idleTicks < retryTicks:
+		return
+	case q.retries == q.retryLimit:
+		c.timeouts.Add(1)
+		q.fail(rdma.WCRetryExc)
+		return
+	default:
+		c.timeouts.Add(1)
+		q.retries++
+		q.backoff = min(q.backoff+1, 5)
+		q.idleTicks = 0
+		q.gapOpen = false
+		q.lost()
+	}
+	q.transmit()
+}
+
+func (r *requester) stopTimers() {
+	for _, t := range []*time.Timer{r.timer, r.notReadyTimer} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+}

@@ -1,0 +1,429 @@
+package roce
+
+import (
+	"encoding/binary"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// Limits of the responder.
+const (
+	// notReadyCode is the timer of the RNR NAKs that we send: 640 µs.
+	notReadyCode = 12
+	// settlePackets bounds the READ responses of one turn, so that a peer who
+	// reads much does not starve the others.
+	settlePackets = 256
+	maxMessage    = 1 << 30
+)
+
+// messageKind says in which message of several packets the peer is.
+type messageKind uint8
+
+const (
+	noMessage messageKind = iota
+	sendMessage
+	writeMessage
+)
+
+// responder is the receiving half of a queue pair.
+type responder struct {
+	recvQ              []rdma.RecvWR
+	recvHead, recvTail uint64
+
+	expected uint64 // sequence number
+	msn      uint32
+	served   int // RDMA READs that the peer may have outstanding
+	message  messageKind
+	offset   uint32    // of the next packet in the message
+	write    wire.RETH // of the message, if it is a WRITE
+
+	reads   readJobs
+	ackDue  bool
+	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
+	nakPSN  uint64
+	refused wire.Syndrome // the NAK that ended the connection
+	nakSent bool          // for the gap before expected
+	gapTop  uint64        // the last that was seen beyond it
+}
+
+// readJob is a READ of the peer that has to be answered.
+type readJob struct {
+	psn   uint64 // of the next response
+	left  wire.RETH
+	begun bool
+}
+
+// readJobs are in order of sequence numbers.
+type readJobs struct {
+	jobs [maxReadAtomic]readJob
+	n    int
+}
+
+func (r *readJobs) clear() { r.n = 0 }
+
+// insert puts a job in its place; false if there is no room.
+func (r *readJobs) insert(j readJob) bool {
+	if r.n == len(r.jobs) {
+		return false
+	}
+	i := r.n
+	for i > 0 && r.jobs[i-1].psn > j.psn {
+		r.jobs[i] = r.jobs[i-1]
+		i--
+	}
+	r.jobs[i] = j
+	r.n++
+	return true
+}
+
+// drop takes out jobs that begin in [from, to).
+func (r *readJobs) drop(from, to uint64) {
+	kept := 0
+	for _, j := range r.jobs[:r.n] {
+		if j.psn < from || j.psn >= to {
+			r.jobs[kept] = j
+			kept++
+		}
+	}
+	r.n = kept
+}
+
+func (r *responder) start(c *connected) {
+	r.expected = startPSN(c.recvPSN)
+	r.served = min(c.readsServed, maxReadAtomic)
+}
+
+// completeRecv ends the oldest receive.
+func (q *pair) completeRecv(wc *rdma.WC) {
+	wc.ID, wc.QPNum, wc.Recv = q.recvQ[q.recvHead%uint64(len(q.recvQ))].ID, q.num, true
+	q.recvHead++
+	q.recvCQ.push(wc)
+}
+
+// request takes a SEND, WRITE or READ request.
+func (q *pair) request(h *wire.BTH, packet, payload []byte) {
+	psn := extend(h.PSN, q.expected)
+	c := &q.provider.counters
+	switch {
+	case psn < q.expected:
+		c.duplicates.Add(1)
+		if h.Op == wire.ReadRequest {
+			q.readAgain(psn, wire.ParseRETH(packet[wire.BTHLen:]))
+		} else {
+			q.ackDue = true
+		}
+		return
+	case psn > q.expected:
+		c.outOfSequence.Add(1)
+		// One NAK per gap, and one more when the peer began again without
+		// success, which shows by the sequence going back.
+		if !q.nakSent || psn <= q.gapTop {
+			c.naksSent.Add(1)
+			q.nak, q.nakPSN, q.nakSent = wire.NAKSequence, q.expected, true
+		}
+		q.gapTop = psn
+		return
+	}
+	q.nakSent = false
+
+	switch h.Op {
+	case wire.SendFirst, wire.SendOnly, wire.SendOnlyImm, wire.SendOnlyInv:
+		if q.message != noMessage {
+			q.refuse(wire.NAKInvalid)
+			return
+		}
+		q.offset = 0
+		q.takeSend(h, packet, payload)
+	case wire.SendMiddle, wire.SendLast, wire.SendLastImm, wire.SendLastInv:
+		if q.message != sendMessage {
+			q.refuse(wire.NAKInvalid)
+			return
+		}
+		q.takeSend(h, packet, payload)
+	case wire.WriteFirst, wire.WriteOnly, wire.WriteOnlyImm:
+		if q.message != noMessage {
+			q.refuse(wire.NAKInvalid)
+			return
+		}
+		q.offset, q.write = 0, wire.ParseRETH(packet[wire.BTHLen:])
+		q.takeWrite(h, payload)
+	case wire.WriteMiddle, wire.WriteLast, wire.WriteLastImm:
+		if q.message != writeMessage {
+			q.refuse(wire.NAKInvalid)
+			return
+		}
+		q.takeWrite(h, payload)
+	case wire.ReadRequest:
+		q.takeRead(wire.ParseRETH(packet[wire.BTHLen:]), len(payload))
+	default:
+		q.refuse(wire.NAKInvalid)
+	}
+	if h.AckReq && q.state == pairReady && q.expected > psn {
+		q.ackDue = true
+	}
+}
+
+// place says where in its message a packet stands.
+func place(op wire.Opcode) (first, last bool) {
+	switch op {
+	case wire.SendFirst, wire.WriteFirst:
+		return true, false
+	case wire.SendMiddle, wire.WriteMiddle:
+		return false, false
+	case wire.SendLast, wire.SendLastImm, wire.SendLastInv, wire.WriteLast, wire.WriteLastImm:
+		return false, true
+	}
+	return true, true
+}
+
+// fits says whether a packet's payload has a length that its place allows.
+func (q *pair) fits(op wire.Opcode, n int) bool {
+	first, last := place(op)
+	switch {
+	case !last:
+		return n == q.mtu
+	case !first:
+		return n >= 1 && n <= q.mtu
+	}
+	return n <= q.mtu
+}
+
+// took accounts for a packet of a message.
+func (q *pair) took(kind messageKind, n int, last bool) {
+	q.expected++
+	q.message = kind
+	q.offset += uint32(n)
+	if last {
+		q.message = noMessage
+		q.msn++
+	}
+}
+
+// takeSend takes the next packet of a SEND.
+func (q *pair) takeSend(h *wire.BTH, packet, payload []byte) {
+	if !q.fits(h.Op, len(payload)) {
+		q.refuse(wire.NAKInvalid)
+		return
+	}
+	if q.recvHead == q.recvTail {
+		q.peerMustWait()
+		return
+	}
+	into := &q.recvQ[q.recvHead%uint64(len(q.recvQ))].SGE
+	if uint64(q.offset)+uint64(len(payload)) > uint64(into.Length) {
+		q.completeRecv(&rdma.WC{Status: wcLocalLength})
+		q.refuse(wire.NAKInvalid)
+		return
+	}
+	if len(payload) > 0 {
+		q.pd.mu.RLock()
+		mem := piece(q.pd.local, into.LKey, into.Addr, uint64(into.Length), rdma.AccessLocalWrite)
+		if mem != nil {
+			copy(mem[q.offset:], payload)
+		}
+		q.pd.mu.RUnlock()
+		if mem == nil {
+			q.completeRecv(&rdma.WC{Status: rdma.WCLocalProt})
+			q.refuse(wire.NAKRemoteOp)
+			return
+		}
+	}
+	_, last := place(h.Op)
+	wc := rdma.WC{Bytes: q.offset + uint32(len(payload))}
+	if h.Op == wire.SendLastInv || h.Op == wire.SendOnlyInv {
+		wc.Flags, wc.InvalidatedKey = rdma.WCWithInvalidate, binary.BigEndian.Uint32(packet[wire.BTHLen:])
+		if !q.pd.invalidate(wc.InvalidatedKey) {
+			q.completeRecv(&rdma.WC{Status: wcLocalOp})
+			q.refuse(wire.NAKRemoteAccess)
+			return
+		}
+	}
+	q.took(sendMessage, len(payload), last)
+	if last {
+		q.completeRecv(&wc)
+	}
+}
+
+// takeWrite takes the next packet of a WRITE.
+func (q *pair) takeWrite(h *wire.BTH, payload []byte) {
+	_, last := place(h.Op)
+	n := uint32(len(payload))
+	left := q.write.Length - q.offset
+	if !q.fits(h.Op, len(payload)) || q.write.Length > maxMessage || last && n != left || !last && n >= left {
+		q.refuse(wire.NAKInvalid)
+		return
+	}
+	immediate := h.Op == wire.WriteLastImm || h.Op == wire.WriteOnlyImm
+	if immediate && q.recvHead == q.recvTail {
+		q.peerMustWait()
+		return
+	}
+	if n > 0 {
+		// The whole message is checked with each packet: the key may be gone.
+		q.pd.mu.RLock()
+		mem := piece(q.pd.remote, q.write.RKey, q.write.VA, uint64(q.write.Length), rdma.AccessRemoteWrite)
+		if mem != nil {
+			copy(mem[q.offset:], payload)
+		}
+		q.pd.mu.RUnlock()
+		if mem == nil {
+			q.refuse(wire.NAKRemoteAccess)
+			return
+		}
+	}
+	q.took(writeMessage, len(payload), last)
+	if immediate {
+		q.completeRecv(&rdma.WC{Bytes: q.write.Length})
+	}
+}
+
+// readable says whether the peer may READ this.
+func (q *pair) readable(r *wire.RETH) bool {
+	if r.Length == 0 {
+		return true
+	}
+	q.pd.mu.RLock()
+	defer q.pd.mu.RUnlock()
+	return piece(q.pd.remote, r.RKey, r.VA, uint64(r.Length), rdma.AccessRemoteRead) != nil
+}
+
+// takeRead takes a READ request.
+func (q *pair) takeRead(r wire.RETH, payload int) {
+	switch {
+	case q.message != noMessage, payload != 0, r.Length > maxMessage, q.reads.n >= q.served:
+		q.refuse(wire.NAKInvalid)
+		return
+	case !q.readable(&r):
+		q.refuse(wire.NAKRemoteAccess)
+		return
+	}
+	q.reads.insert(readJob{psn: q.expected, left: r})
+	q.expected += q.packets(r.Length)
+	q.msn++
+}
+
+// readAgain takes a READ request, or the rest of one, that was seen before. The
+// key may have gone since.
+func (q *pair) readAgain(psn uint64, r wire.RETH) {
+	if r.Length > maxMessage || !q.readable(&r) {
+		q.refuse(wire.NAKRemoteAccess)
+		return
+	}
+	n := q.packets(r.Length)
+	if psn+n > q.expected || q.served == 0 {
+		return // not what was asked for before
+	}
+	q.reads.drop(psn, psn+n)
+	q.reads.insert(readJob{psn: psn, left: r})
+}
+
+// peerMustWait answers a message for which there is no receive.
+func (q *pair) peerMustWait() {
+	q.provider.counters.rnrNAKsSent.Add(1)
+	q.nak, q.nakPSN, q.nakSent, q.gapTop = wire.NAKNotReady|notReadyCode, q.expected, true, q.expected
+}
+
+// refuse ends the connection: the peer did what it must not.
+func (q *pair) refuse(s wire.Syndrome) {
+	q.provider.counters.fatalNAKsSent.Add(1)
+	q.nak, q.nakPSN, q.refused = s, q.expected, s
+	q.fail(rdma.WCFlushErr)
+	q.id.report(rdma.EventQPFatal, "a request of the peer was refused")
+}
+
+// refuseAgain repeats the last NAK, which may have been lost.
+func (q *pair) refuseAgain(h *wire.BTH) {
+	if q.refused != 0 && (h.Op <= wire.ReadRequest || h.Op == wire.SendLastInv || h.Op == wire.SendOnlyInv) &&
+		extend(h.PSN, q.nakPSN) >= q.nakPSN {
+		q.nak = q.refused
+	}
+}
+
+// respond sends READ responses and then one acknowledgement for all that came.
+// It says whether there is more to send.
+func (q *pair) respond() (more bool) {
+	if q.state != pairReady && q.state != pairFailed {
+		return false
+	}
+	if q.reads.n > 0 && !q.sendResponses() {
+		return true
+	}
+	switch {
+	case q.nak != 0:
+		q.sendAck(q.nak, q.nakPSN)
+	case q.ackDue && q.state == pairReady:
+		q.sendAck(wire.ACK, q.expected-1)
+	}
+	q.nak, q.ackDue = 0, false
+	return false
+}
+
+func (q *pair) sendAck(s wire.Syndrome, psn uint64) {
+	b := q.header(wire.Acknowledge, psn, false)
+	h := wire.AETH{Syndrome: s, MSN: q.msn}
+	h.Put(b[wire.BTHLen:])
+	q.out.add(wire.BTHLen+wire.AETHLen, nil, nil)
+}
+
+// sendResponses answers READs; false if some are left for the next turn.
+func (q *pair) sendResponses() bool {
+	q.pd.mu.RLock()
+	defer q.pd.mu.RUnlock()
+	defer q.send() // while the memory cannot go
+	budget := settlePackets
+	done := 0
+	for ; done < q.reads.n; done++ {
+		if !q.sendResponse(&q.reads.jobs[done], &budget) {
+			break
+		}
+		if q.state != pairReady {
+			return true
+		}
+	}
+	q.reads.n = copy(q.reads.jobs[:], q.reads.jobs[done:q.reads.n])
+	return q.reads.n == 0
+}
+
+// sendResponse answers one READ, within the budget; false if it is not done.
+func (q *pair) sendResponse(j *readJob, budget *int) bool {
+	var mem []byte
+	if j.left.Length > 0 {
+		if mem = piece(q.pd.remote, j.left.RKey, j.left.VA, uint64(j.left.Length), rdma.AccessRemoteRead); mem == nil {
+			q.refuse(wire.NAKRemoteAccess) // revoked in between
+			q.nakPSN = j.psn
+			return true
+		}
+	}
+	for {
+		if *budget == 0 {
+			return false
+		}
+		*budget--
+		n := min(q.mtu, len(mem))
+		last := n == len(mem)
+		op := wire.ReadResponseMid
+		switch {
+		case last && !j.begun:
+			op = wire.ReadResponseOnly
+		case last:
+			op = wire.ReadResponseLast
+		case !j.begun:
+			op = wire.ReadResponseFirst
+		}
+		b := q.header(op, j.psn, false)
+		if op != wire.ReadResponseMid {
+			h := wire.AETH{Syndrome: wire.ACK, MSN: q.msn}
+			h.Put(b[wire.BTHLen:])
+		}
+		q.out.add(op.HeaderLen(), mem[:n], nil)
+		j.begun = true
+		j.psn++
+		j.left.VA += uint64(n)
+		j.left.Length -= uint32(n)
+		mem = mem[n:]
+		if last {
+			return true
+		}
+	}
+}

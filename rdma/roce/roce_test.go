@@ -1,0 +1,102 @@
+package roce
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/rdma/rdmatest"
+)
+
+// Addresses and port of the tests. The port is none of RoCEv2, so that the
+// tests run beside a user of it.
+var (
+	hostAddr   = netip.MustParseAddr("127.0.0.1")
+	targetAddr = netip.MustParseAddr("127.0.0.2")
+)
+
+const testPort = 14791
+
+// open makes a provider for the length of a test and checks at its end that
+// nothing is left in it.
+func open(t testing.TB, cfg Config) *Provider {
+	t.Helper()
+	if cfg.Port == 0 {
+		cfg.Port = testPort
+	}
+	p, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, o := range p.ports {
+			o.mu.Lock()
+			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.pairs)+o.halfOpen != 0 {
+				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open",
+					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.pairs), o.halfOpen)
+			}
+			o.mu.Unlock()
+		}
+		if err := p.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return p
+}
+
+func openPair(t testing.TB) (host, target *Provider) {
+	return open(t, Config{Addrs: []netip.Addr{hostAddr}}), open(t, Config{Addrs: []netip.Addr{targetAddr}})
+}
+
+func TestConformance(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		cfg     Config
+		passive netip.Addr // the zero one: the same provider
+	}{
+		{"IPv4", Config{Addrs: []netip.Addr{hostAddr}}, targetAddr},
+		{"IPv4 without offload", Config{Addrs: []netip.Addr{hostAddr}, NoOffload: true}, targetAddr},
+		{"IPv6 with itself", Config{Addrs: []netip.Addr{netip.IPv6Loopback()}}, netip.Addr{}},
+		{"any address, with itself", Config{}, netip.Addr{}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if len(c.cfg.Addrs) > 0 && c.cfg.Addrs[0].Is6() {
+				needIPv6(t)
+			}
+			rdmatest.Run(t, func(t *testing.T) rdmatest.Setup {
+				s := rdmatest.Setup{Listen: hostAddr, Invalidate: true}
+				host := open(t, c.cfg)
+				s.Active, s.Passive = host, host
+				switch {
+				case c.passive.IsValid():
+					cfg := c.cfg
+					cfg.Addrs = []netip.Addr{c.passive}
+					s.Passive, s.Listen = open(t, cfg), c.passive
+				case len(c.cfg.Addrs) > 0:
+					s.Listen = c.cfg.Addrs[0]
+				}
+				return s
+			})
+		})
+	}
+}
+
+// needIPv6 skips where the loopback has no IPv6 address, unless UN_REQUIRE
+// lists ipv6.
+func needIPv6(t *testing.T) {
+	t.Helper()
+	c, err := net.ListenUDP("udp6", &net.UDPAddr{IP: net.IPv6loopback})
+	if err == nil {
+		err = c.Close()
+	}
+	switch {
+	case err == nil:
+	case slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "ipv6"):
+		t.Fatal(err)
+	default:
+		t.Skip(err)
+	}
+}

@@ -1,0 +1,306 @@
+package roce
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sizes of the socket layer.
+const (
+	recvMessages = 32       // datagrams, or groups of them, per recvmmsg
+	recvBytes    = 64 << 10 // the most that UDP_GRO joins
+	socketBuffer = 32 << 20 // asked for, both ways
+	controlLen   = 96       // room for IP(V6)_PKTINFO, IP_TOS and UDP_SEGMENT or UDP_GRO
+)
+
+// message is struct mmsghdr.
+type message struct {
+	hdr unix.Msghdr
+	len uint32
+	_   [4]byte
+}
+
+var _ [64]byte = [unsafe.Sizeof(message{})]byte{}
+
+// socket is one UDP socket, unconnected and with path MTU discovery on, which
+// makes the kernel send IPv4 packets with "don't fragment" and identification
+// 0, or k in the k-th segment of a UDP_SEGMENT message. Both are covered by
+// the ICRC.
+type socket struct {
+	conn  *net.UDPConn
+	raw   syscall.RawConn
+	fd    int
+	v4    bool
+	local netip.AddrPort // what it is bound to
+	gso   atomic.Bool    // UDP_SEGMENT works
+	gro   bool
+
+	// Of receive, which one goroutine calls.
+	buf   []byte
+	names [recvMessages]unix.RawSockaddrInet6
+	ctls  [recvMessages][controlLen]byte
+	iovs  [recvMessages]unix.Iovec
+	msgs  [recvMessages]message
+	block bool
+	got   int
+	err   error
+	read  func(fd uintptr) bool
+}
+
+// openSocket binds to an address, which may be the unspecified one of its family.
+func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
+	s := &socket{v4: local.Addr().Is4()}
+	network := "udp6"
+	if s.v4 {
+		network = "udp4"
+	}
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if cerr := c.Control(func(fd uintptr) { err = s.configure(int(fd), plain) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}}
+	pc, err := lc.ListenPacket(context.Background(), network, local.String())
+	if err != nil {
+		if errors.Is(err, unix.EADDRINUSE) {
+			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
+		}
+		return nil, fmt.Errorf("open RoCE socket: %w", err)
+	}
+	s.conn = pc.(*net.UDPConn)
+	a := s.conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	s.local = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+	if s.raw, err = s.conn.SyscallConn(); err != nil {
+		return nil, errors.Join(err, s.conn.Close())
+	}
+	if err := s.raw.Control(func(fd uintptr) { s.fd = int(fd) }); err != nil {
+		return nil, errors.Join(err, s.conn.Close())
+	}
+	s.buf = make([]byte, recvMessages*recvBytes)
+	for i := range s.msgs {
+		s.iovs[i].Base = &s.buf[i*recvBytes]
+		s.iovs[i].SetLen(recvBytes)
+		h := &s.msgs[i].hdr
+		h.Iov, h.Name, h.Control = &s.iovs[i], (*byte)(unsafe.Pointer(&s.names[i])), &s.ctls[i][0]
+		h.SetIovlen(1)
+	}
+	s.read = func(fd uintptr) bool {
+		s.got, s.err = s.recvmmsg(int(fd))
+		return s.got > 0 || s.err != nil || !s.block
+	}
+	return s, nil
+}
+
+// configure sets options before the bind. With plain, segmentation offload
+// stays off, as on a kernel without it.
+func (s *socket) configure(fd int, plain bool) error {
+	type option struct{ level, name, value int }
+	must := []option{
+		{unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO},
+		{unix.IPPROTO_IP, unix.IP_PKTINFO, 1},
+	}
+	if !s.v4 {
+		must = []option{
+			{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1},
+			{unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO},
+			{unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1},
+			{unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1}, // rdma_rxe sends no checksum
+		}
+	}
+	for _, o := range must {
+		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+			return fmt.Errorf("set socket option %d/%d: %w", o.level, o.name, err)
+		}
+	}
+	for _, o := range []option{
+		{unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer}, {unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer},
+		{unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer}, {unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer},
+	} {
+		_ = unix.SetsockoptInt(fd, o.level, o.name, o.value) // forcing needs CAP_NET_ADMIN; the rest is clipped
+	}
+	if !plain {
+		s.gso.Store(unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0) == nil)
+		s.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
+	}
+	return nil
+}
+
+func (s *socket) close() error { return s.conn.Close() }
+
+// receive gets datagrams; with block it waits for at least one. The messages
+// stay valid until the next call.
+func (s *socket) receive(block bool) (int, error) {
+	s.block = block
+	if err := s.raw.Read(s.read); err != nil {
+		return 0, err
+	}
+	return s.got, s.err
+}
+
+// The system calls are raw: none of them waits, and the scheduler need not know.
+
+func (s *socket) recvmmsg(fd int) (int, error) {
+	for i := range s.msgs {
+		h := &s.msgs[i].hdr
+		h.Namelen = unix.SizeofSockaddrInet6
+		h.SetControllen(controlLen)
+	}
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&s.msgs[0])), recvMessages,
+		unix.MSG_DONTWAIT, 0, 0)
+	switch errno {
+	case 0:
+		return int(n), nil
+	case unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
+		return 0, nil
+	}
+	return 0, os.NewSyscallError("recvmmsg", errno)
+}
+
+// arrival is what recvmmsg said of one message.
+type arrival struct {
+	src, dst netip.AddrPort
+	data     []byte
+	segment  int // bytes per datagram, of which the last may be shorter
+}
+
+// arrived describes message i; false for a message that makes no sense.
+func (s *socket) arrived(i int) (a arrival, ok bool) {
+	h, n := &s.msgs[i].hdr, int(s.msgs[i].len)
+	if h.Flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || n == 0 {
+		return a, false
+	}
+	a.data, a.segment = s.buf[i*recvBytes:i*recvBytes+n], n
+	a.src = addrOf(&s.names[i])
+	dst := s.local.Addr()
+	for c := s.ctls[i][:h.Controllen]; len(c) >= unix.SizeofCmsghdr; {
+		ch := (*unix.Cmsghdr)(unsafe.Pointer(&c[0]))
+		length := int(ch.Len)
+		if length < unix.SizeofCmsghdr || length > len(c) {
+			break
+		}
+		d := c[unix.SizeofCmsghdr:length]
+		switch {
+		case ch.Level == unix.IPPROTO_UDP && ch.Type == unix.UDP_GRO && len(d) >= 2:
+			// An int since it exists, of which some kernels fill 16 bits only.
+			a.segment = int(binary.NativeEndian.Uint16(d))
+		case ch.Level == unix.IPPROTO_IP && ch.Type == unix.IP_PKTINFO && len(d) >= unix.SizeofInet4Pktinfo:
+			dst = netip.AddrFrom4([4]byte(d[8:12]))
+		case ch.Level == unix.IPPROTO_IPV6 && ch.Type == unix.IPV6_PKTINFO && len(d) >= unix.SizeofInet6Pktinfo:
+			dst = netip.AddrFrom16([16]byte(d[:16]))
+		}
+		c = c[min(unix.CmsgSpace(length-unix.SizeofCmsghdr), len(c)):]
+	}
+	a.dst = netip.AddrPortFrom(dst, s.local.Port())
+	return a, a.segment > 0
+}
+
+// addrOf reads a socket address. The port stands in the same place in both
+// families.
+func addrOf(sa *unix.RawSockaddrInet6) netip.AddrPort {
+	port := sa.Port>>8 | sa.Port<<8
+	if sa.Family == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4((*unix.RawSockaddrInet4)(unsafe.Pointer(sa)).Addr), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), port)
+}
+
+// sockaddrOf is the other direction. It gives the length too.
+func sockaddrOf(a netip.AddrPort) (sa unix.RawSockaddrInet6, length uint32) {
+	port := a.Port()>>8 | a.Port()<<8
+	if a.Addr().Is4() {
+		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&sa)) = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: a.Addr().As4()}
+		return sa, unix.SizeofSockaddrInet4
+	}
+	return unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16()}, unix.SizeofSockaddrInet6
+}
+
+// path is where packets go: addresses and what a sendmsg needs for them.
+type path struct {
+	sock          *socket
+	local, remote netip.AddrPort
+	name          unix.RawSockaddrInet6
+	nameLen       uint32
+	control       [controlLen]byte // the source address and the type of service
+	controlLen    int
+}
+
+func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path {
+	p := &path{sock: s, local: netip.AddrPortFrom(local, s.local.Port()), remote: remote}
+	p.name, p.nameLen = sockaddrOf(remote)
+	if s.v4 {
+		var info [unix.SizeofInet4Pktinfo]byte
+		src := local.As4()
+		copy(info[4:8], src[:])
+		p.add(unix.IPPROTO_IP, unix.IP_PKTINFO, info[:])
+	} else {
+		var info [unix.SizeofInet6Pktinfo]byte
+		src := local.As16()
+		copy(info[:], src[:])
+		p.add(unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, info[:])
+	}
+	if tos >= 0 {
+		v := binary.NativeEndian.AppendUint32(nil, uint32(tos))
+		if s.v4 {
+			p.add(unix.IPPROTO_IP, unix.IP_TOS, v)
+		} else {
+			p.add(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, v)
+		}
+	}
+	return p
+}
+
+func (p *path) namePtr() *byte { return (*byte)(unsafe.Pointer(&p.name)) }
+
+func (p *path) add(level, kind int, data []byte) {
+	p.controlLen += putControl(p.control[p.controlLen:], level, kind, data)
+}
+
+// putControl writes a control message and gives its length.
+func putControl(b []byte, level, kind int, data []byte) int {
+	*(*unix.Cmsghdr)(unsafe.Pointer(&b[0])) = unix.Cmsghdr{
+		Len: uint64(unix.CmsgLen(len(data))), Level: int32(level), Type: int32(kind),
+	}
+	copy(b[unix.SizeofCmsghdr:], data)
+	return unix.CmsgSpace(len(data))
+}
+
+// sendTimeoutMs bounds the wait for room in the socket's buffer.
+const sendTimeoutMs = 20
+
+// send sends messages. What the network does not take is lost, as on the wire,
+// but for EMSGSIZE: the path's MTU is smaller than what was found at first.
+func (s *socket) send(msgs []message) error {
+	for waited := false; len(msgs) > 0; {
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
+			unix.MSG_DONTWAIT, 0, 0)
+		switch {
+		case errno == 0:
+			msgs, waited = msgs[n:], false
+		case errno == unix.EINTR:
+		case errno == unix.EAGAIN && !waited:
+			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, sendTimeoutMs)
+			waited = true
+		case errno == unix.EMSGSIZE:
+			return unix.EMSGSIZE
+		case (errno == unix.EIO || errno == unix.EINVAL) && s.gso.Load():
+			// The device cannot segment. The packets were numbered for it, so
+			// they are lost; what is sent from now on goes one by one.
+			s.gso.Store(false)
+			return nil
+		default:
+			msgs = msgs[1:]
+		}
+	}
+	return nil
+}

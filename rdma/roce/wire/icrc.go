@@ -1,0 +1,170 @@
+package wire
+
+import (
+	"encoding/binary"
+	"hash/crc32"
+	"math/bits"
+	"net/netip"
+)
+
+// The invariant CRC (IBTA 7.8.1, A17.3.3) is a CRC-32 over eight bytes of ones,
+// the IP and UDP headers and the packet, with the fields that routers may
+// change replaced by ones. It covers the identification field of IPv4, which
+// an ordinary UDP socket does not show to the receiver. A CRC is linear, so the
+// difference that the unknown field makes can be computed backwards from the
+// CRC that came with the packet: it is a valid packet if and only if the
+// result fits in the field's 16 bits.
+//
+// In IPv4 "don't fragment" is taken to be set and options to be absent.
+
+// onesState is what crc32.Update gives after eight bytes of ones.
+var onesState = crc32.Update(0, crc32.IEEETable, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+
+// maskedFECN stands for the fifth byte of a BTH.
+const maskedFECN = 0xff
+
+// Base is the CRC of the masked IP and UDP headers of a packet with length
+// bytes of UDP payload, ICRC included, with 0 in the identification field. Both
+// addresses must be of the same family, without IPv4 in IPv6.
+func Base(src, dst netip.AddrPort, length int) uint32 {
+	var b [48]byte
+	udp := b[20:28]
+	if src.Addr().Is4() {
+		b[0], b[1] = 0x45, 0xff
+		binary.BigEndian.PutUint16(b[2:], uint16(28+length))
+		b[6], b[8], b[9], b[10], b[11] = 0x40, 0xff, 17, 0xff, 0xff
+		s, d := src.Addr().As4(), dst.Addr().As4()
+		copy(b[12:], s[:])
+		copy(b[16:], d[:])
+	} else {
+		udp = b[40:48]
+		b[0], b[1], b[2], b[3] = 0x6f, 0xff, 0xff, 0xff
+		binary.BigEndian.PutUint16(b[4:], uint16(8+length))
+		b[6], b[7] = 17, 0xff
+		s, d := src.Addr().As16(), dst.Addr().As16()
+		copy(b[8:], s[:])
+		copy(b[24:], d[:])
+	}
+	binary.BigEndian.PutUint16(udp, src.Port())
+	binary.BigEndian.PutUint16(udp[2:], dst.Port())
+	binary.BigEndian.PutUint16(udp[4:], uint16(8+length))
+	udp[6], udp[7] = 0xff, 0xff
+	end := 28
+	if !src.Addr().Is4() {
+		end = 48
+	}
+	return crc32.Update(onesState, crc32.IEEETable, b[:end])
+}
+
+// MaxSmallID is the largest IPv4 identification that WithID knows.
+const MaxSmallID = 255
+
+// afterID is how many bytes of the IPv4 and UDP headers follow the
+// identification field.
+const afterID = 22
+
+// smallIDs are the differences that identifications make to Base.
+var smallIDs = func() (t [MaxSmallID + 1]uint32) {
+	for id := range t {
+		t[id] = feedZeros(uint32(bits.ReverseBytes16(uint16(id))), afterID+2)
+	}
+	return t
+}()
+
+// WithID gives the Base of IPv4 with another identification field.
+func WithID(base uint32, id uint8) uint32 { return base ^ smallIDs[id] }
+
+// Header continues a Base over the transport headers.
+func Header(base uint32, h []byte) uint32 {
+	fecn := h[4]
+	h[4] = maskedFECN
+	base = crc32.Update(base, crc32.IEEETable, h)
+	h[4] = fecn
+	return base
+}
+
+// Update continues over payload and padding.
+func Update(crc uint32, b []byte) uint32 { return crc32.Update(crc, crc32.IEEETable, b) }
+
+// PutICRC stores a finished CRC.
+func PutICRC(b []byte, crc uint32) { binary.LittleEndian.PutUint32(b, crc) }
+
+// Check verifies the CRC of a packet, which includes it. It gives the
+// identification field that the packet must have had if it came by IPv4; guess
+// is the likely one.
+func Check(base uint32, packet []byte, v4 bool, guess uint8) (id uint16, ok bool) {
+	end := len(packet) - ICRCLen
+	start := base
+	if v4 {
+		start = WithID(base, guess)
+	}
+	got := Update(Header(start, packet[:BTHLen]), packet[BTHLen:end])
+	delta := got ^ binary.LittleEndian.Uint32(packet[end:])
+	if delta == 0 {
+		return uint16(guess), true
+	}
+	if !v4 {
+		return 0, false
+	}
+	back := takeZeros(delta, afterID+2+end)
+	if back > 0xffff {
+		return 0, false
+	}
+	return bits.ReverseBytes16(uint16(back)) ^ uint16(guess), true
+}
+
+// feedZeros is the linear part of a CRC over n bytes of zeros.
+func feedZeros(s uint32, n int) uint32 {
+	for range n {
+		s = crc32.IEEETable[s&0xff] ^ s>>8
+	}
+	return s
+}
+
+// takeZeros undoes feedZeros, for 0 ≤ n < 1<<16.
+func takeZeros(s uint32, n int) uint32 {
+	for i := 0; n != 0; i, n = i+1, n>>1 {
+		if n&1 != 0 {
+			s = takes[i].apply(s)
+		}
+	}
+	return s
+}
+
+// linear is a linear map of 32-bit vectors over GF(2), by the bytes of its
+// argument.
+type linear [4][256]uint32
+
+func (l *linear) apply(s uint32) uint32 {
+	return l[0][s&0xff] ^ l[1][s>>8&0xff] ^ l[2][s>>16&0xff] ^ l[3][s>>24]
+}
+
+func makeLinear(f func(uint32) uint32) *linear {
+	var l linear
+	for i := range l {
+		for v := 1; v < 256; v++ {
+			if low := v & -v; low != v {
+				l[i][v] = l[i][low] ^ l[i][v^low]
+			} else {
+				l[i][v] = f(uint32(v) << (8 * i))
+			}
+		}
+	}
+	return &l
+}
+
+// takes are the maps that take away 1<<i zero bytes.
+var takes = func() (t [16]*linear) {
+	var byTop [256]uint32
+	for i, v := range crc32.IEEETable {
+		byTop[v>>24] = uint32(i)
+	}
+	t[0] = makeLinear(func(s uint32) uint32 {
+		i := byTop[s>>24]
+		return (s^crc32.IEEETable[i])<<8 | i
+	})
+	for i := range t[1:] {
+		t[i+1] = makeLinear(func(s uint32) uint32 { return t[i].apply(t[i].apply(s)) })
+	}
+	return t
+}()
