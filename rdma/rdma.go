@@ -20,11 +20,15 @@
 //
 //  1. After a QP left the ready state by error, its outstanding work requests
 //     complete with WCFlushErr in some order. Memory that the peer was given a
-//     key of may be written until QP.Fail has returned.
+//     key of may be written until QP.Fail has returned (rdma/verbs names an
+//     exception).
 //  2. A CQ event is one 8-byte read from CQ.FD. Whoever reads n of them calls
 //     Ack(n) before Close, or Close waits for ever.
 //  3. Arm before the last Poll, not after: a completion that comes between
 //     Poll and Arm makes no event.
+//  4. The slot of a send work request is free again when a completion of it or
+//     of a later one was polled: among any MaxSendWR work requests in a row,
+//     at least one has to be signaled.
 package rdma
 
 import (
@@ -55,7 +59,8 @@ type ID interface {
 	LocalAddr() netip.AddrPort
 	RemoteAddr() netip.AddrPort
 	// PrivateData is what came with the peer's connect request (on an accepted
-	// ID, before Accept), at most 56 bytes for the RC service.
+	// ID, before Accept), at most 56 bytes for the RC service. Here as in
+	// answers and rejects it may come padded with zeros.
 	PrivateData() []byte
 	// CreateQP makes the one reliable-connected QP of this ID.
 	CreateQP(pd PD, cfg QPConfig) (QP, error)
@@ -65,7 +70,7 @@ type ID interface {
 	// Accept answers a request that a Listener gave, and waits until the
 	// connection is established.
 	Accept(ctx context.Context, p ConnParam) error
-	// Reject refuses a request that a Listener gave.
+	// Reject refuses a request that a Listener gave, with at most 148 bytes.
 	Reject(private []byte) error
 	// Events gives what happens to an established connection. The channel is
 	// buffered, never blocks the provider (later events are dropped, the first
@@ -157,7 +162,7 @@ type Device interface {
 // Access are the rights on a memory region; local read is always given.
 type Access uint8
 
-// Access rights.
+// Access rights. AccessRemoteWrite includes AccessLocalWrite.
 const (
 	AccessLocalWrite Access = 1 << iota
 	AccessRemoteRead

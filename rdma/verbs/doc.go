@@ -11,12 +11,22 @@
 // The posting and polling calls make one cgo call per batch, without callbacks
 // into Go, and pass the caller's slices as they are.
 //
+// # Building
+//
+// Debian: libibverbs-dev and librdmacm-dev, version 44 or later.
+//
 // # Hazards
 //
 //  1. QP.Fail on hardware returns when the device has stopped. rdma_rxe only
 //     tells its worker: a packet that the worker is copying at that moment may
-//     still land. A receive that was posted and comes back flushed, or ID.Close,
-//     proves that it is over.
-//  2. Device removal: an adapter whose driver cannot detach from its users
-//     (rdma_rxe) disappears only when every object on it has been closed.
+//     still land. A receive that was posted before and has come back flushed
+//     proves that it is over, and so does ID.Close.
+//  2. rdma_rxe takes RetryCount 7 for "for ever": a peer that died without a
+//     word is noticed by the caller's own timeouts only.
+//  3. rdma_rxe does not notice a receive that is posted after QP.Fail, so that
+//     it may never come back.
+//  4. Device removal: librdmacm keeps a device open until the process ends or
+//     the device is gone. Where the driver cannot detach from its users
+//     (rdma_rxe before Linux 7), the removal of the device, and of the network
+//     device under it, waits for the process.
 package verbs

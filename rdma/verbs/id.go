@@ -49,6 +49,9 @@ type cmID struct {
 	established bool
 	events      chan rdma.Event
 	closed      bool
+
+	once     sync.Once // guards closeErr
+	closeErr error
 }
 
 // newID makes an unresolved ID.
@@ -419,16 +422,17 @@ func (id *cmID) Disconnect() error {
 	return nil
 }
 
-// Close implements rdma.ID. The order matters: no event may come to an ID that
-// is destroyed, and none that touches the queue pair after that is; an ID that
-// is still connected sends a disconnect request when it is destroyed.
+// Close implements rdma.ID. A second Close waits for the first.
 func (id *cmID) Close() error {
+	id.once.Do(func() { id.closeErr = id.end() })
+	return id.closeErr
+}
+
+// end is Close. The order matters: no event may come to an ID that is
+// destroyed, and none that touches the queue pair after that is; an ID that is
+// still connected sends a disconnect request when it is destroyed.
+func (id *cmID) end() error {
 	id.mu.Lock()
-	if id.closed {
-		id.mu.Unlock()
-		<-id.done
-		return nil
-	}
 	id.closed = true
 	close(id.events)
 	id.mu.Unlock()
