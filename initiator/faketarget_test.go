@@ -29,14 +29,15 @@ type fakeTarget struct {
 	running  sync.WaitGroup
 
 	// Knobs, set before the host connects or atomically.
-	grant      atomic.Int32 // I/O queues
-	inCapsule  int
-	maxEntries int
-	lbads      uint8
-	namespaces []uint32
-	connect    func(nvme.ConnectParams, *nvme.ConnectData) nvme.Status
-	intercept  func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) // bool: answer with the status, do nothing else
-	tamper     func(qid uint16, c *nvme.Completion) bool               // false: do not answer
+	grant        atomic.Int32 // I/O queues
+	inCapsule    int
+	maxEntries   int
+	lbads        uint8
+	writeThrough bool // the controller has a volatile cache, the namespaces do not use it
+	namespaces   []uint32
+	connect      func(nvme.ConnectParams, *nvme.ConnectData) nvme.Status
+	intercept    func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) // bool: answer with the status, do nothing else
+	tamper       func(qid uint16, c *nvme.Completion) bool               // false: do not answer
 
 	mu       sync.Mutex // guards what follows
 	commands map[nvme.Opcode]int
@@ -424,6 +425,10 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			copy(page, nvme.NamespaceIDs{UUID: c.f.uuid}.AppendTo(nil))
 			c.f.mu.Unlock()
 		case nvme.CNSControllerCSI:
+		case nvme.CNSNSIndependent:
+			if c.f.writeThrough {
+				nvme.IdentifyNSIndependentAt(page).SetNSFEAT(nvme.NSIndependentNoVWC)
+			}
 		default:
 			return 0, nvme.StatusInvalidField | nvme.StatusDNR, nil
 		}

@@ -241,6 +241,19 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// TestVolatileCache: a namespace may be without the cache that its controller has.
+func TestVolatileCache(t *testing.T) {
+	for _, writeThrough := range []bool{false, true} {
+		fabric := rdmatest.NewFabric()
+		newFakeTarget(t, fabric, 1<<20).writeThrough = writeThrough
+		c := connect(t, testConfig(fabric.Provider(hostAddr), newLoops(t, 1), poller.Request{IO: 1}))
+		if got := c.Namespaces()[0].Geometry().VolatileCache; got == writeThrough {
+			t.Errorf("write through %v: volatile cache %v", writeThrough, got)
+		}
+		closeController(t, c)
+	}
+}
+
 // TestErrorStatus: a status without Do Not Retry is retried, at most five
 // times; one with it fails at once, with the block layer's errno for it.
 func TestErrorStatus(t *testing.T) {

@@ -151,9 +151,29 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	if ns.geometry, err = geometryOf(a, &id0, limits); err != nil {
 		return nil, err
 	}
+	if err := c.identifyIndependent(ctx, a, ns); err != nil {
+		return nil, fmt.Errorf("properties of any command set: %w", err)
+	}
 	ns.sectorShift = uint8(bits.TrailingZeros32(ns.geometry.LogicalBlock >> block.SectorShift))
 	ns.deallocateZeroes = id0.WriteZeroesDEAC() && id0.DeallocatedRead() == nvme.DLFEATZeroes
 	return ns, nil
+}
+
+// identifyIndependent learns what newer controllers say of a namespace beside its
+// command set: that it has no volatile cache, whatever the controller has.
+func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns *Namespace) error {
+	if a.version < nvme.NewVersion(2, 0, 0) && !a.cap.CRIMS() {
+		return nil
+	}
+	var id nvme.IdentifyNSIndependent
+	err := a.admin.identify(ctx, nvme.CNSNSIndependent, ns.id, (*[adminPage]byte)(&id))
+	if errors.As(err, new(nvme.Status)) {
+		return nil // it does not say
+	}
+	if id.NSFEAT()&nvme.NSIndependentNoVWC != 0 {
+		ns.geometry.VolatileCache = false
+	}
+	return err
 }
 
 // geometryOf translates identify data as Linux' nvme_update_disk_info does.
