@@ -65,7 +65,6 @@ func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseco
 
 // fioResult is what is used of fio's report of one job group.
 type fioResult struct {
-	ios      uint64
 	iops     float64
 	p50, p99 float64 // nanoseconds, completion latency
 }
@@ -109,7 +108,7 @@ func parseFio(out []byte) (fioResult, error) {
 		return fioResult{}, fmt.Errorf("fio job %s: no I/O was done", job.Name)
 	}
 	return fioResult{
-		ios: d.IOs, iops: d.IOPS,
-		p50: d.Clat.Percentile["50.000000"], p99: d.Clat.Percentile["99.000000"],
+		iops: d.IOPS, p50: d.Clat.Percentile["50.000000"],
+		p99: d.Clat.Percentile["99.000000"],
 	}, nil
 }

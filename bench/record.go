@@ -34,14 +34,17 @@ type guestInfo struct {
 	Nvme   string `json:"nvme_cli"`
 }
 
-// sample is one run of fio. What is "per I/O" was counted in a window within
-// the measured time, so that fio's own start and end do not count.
+// sample is one run of fio. All but latencies was counted by the kernel in a
+// window within fio's measured time, so that fio's own start and end do not
+// count. fio's IOPS are kept beside: they add up those of its jobs, even if one
+// of them ran while another had ended.
 type sample struct {
 	Round    int     `json:"round"` // from 1
 	Workload string  `json:"workload"`
 	Path     string  `json:"path"`
 	IOs      uint64  `json:"ios"`
 	IOPS     float64 `json:"iops"`
+	FioIOPS  float64 `json:"fio_iops"`
 	P50      float64 `json:"p50_ns"` // completion latency
 	P99      float64 `json:"p99_ns"`
 

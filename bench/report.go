@@ -164,11 +164,11 @@ func (r result) cpuTable(b *strings.Builder, names []string) {
 		}
 		row(b, cells)
 	}
-	most := 0.0
+	var others []float64
 	for _, s := range r.Samples {
-		most = max(most, s.IdlePercent)
+		others = append(others, s.IdlePercent)
 	}
-	fmt.Fprintf(b, "\nServers whose turn it was not used at most %.2f %% of a CPU.\n\n", most)
+	fmt.Fprintf(b, "\nMeanwhile the servers whose turn it was not used, in %% of a CPU: %s.\n\n", format(spreadOf(others), ratio))
 }
 
 // serverTable is of the server processes.
