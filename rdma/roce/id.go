@@ -252,7 +252,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 		p.mu.Unlock()
 		return nil, id.stepError(step, unix.EINVAL)
 	}
-	id.state, id.param, id.psn = idConnecting, param, random32()&0xffffff
+	id.state, id.param, id.psn = idConnecting, param, p.provider.cfg.psn()&0xffffff
 	id.tid = uint64(random32())<<32 | uint64(random32())
 	r := wire.Request{
 		Port: id.remote.Port(), GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
@@ -372,7 +372,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 		id.over()
 		return nil, fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
 	}
-	id.psn = random32() & 0xffffff
+	id.psn = p.provider.cfg.psn() & 0xffffff
 	c := connected{
 		dest: r.QPN, mtu: r.MTU, sendPSN: r.PSN, recvPSN: id.psn,
 		retries: r.RetryCount, notReadyRetries: r.RNRRetryCount,

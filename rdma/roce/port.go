@@ -55,7 +55,7 @@ type peerQP struct {
 
 func newPort(p *Provider, s *socket) *port {
 	return &port{
-		provider: p, sock: s, done: make(chan struct{}),
+		provider: p, sock: s, done: make(chan struct{}), tamper: p.cfg.tamper,
 		pairs: make(map[uint32]*pair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
 		farewells: make(map[uint32]*farewell),

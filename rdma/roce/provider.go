@@ -31,6 +31,9 @@ type Config struct {
 	MaxHalfOpen int
 	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
 	MaxRequestRate int
+
+	tamper func(packet []byte, deliver func([]byte)) // see port
+	psn    func() uint32                             // picks the first sequence number; nil is random
 }
 
 const (
@@ -69,6 +72,9 @@ func New(cfg Config) (*Provider, error) {
 	}
 	p := &Provider{cfg: cfg, guid: guidMark<<guidShift | (uint64(random32())<<32|uint64(random32()))&(1<<guidShift-1)}
 	p.device.provider = p
+	if p.cfg.psn == nil {
+		p.cfg.psn = random32
+	}
 	addrs, optional := cfg.Addrs, false
 	if len(addrs) == 0 {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true

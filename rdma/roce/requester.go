@@ -307,7 +307,7 @@ func (q *pair) progress(una uint64) {
 	q.asking.acked(una)
 	if q.sample != 0 && una >= q.sample {
 		q.rtt = max(time.Since(q.sampled), q.rtt-q.rtt/8)
-		q.sample, q.backoff = 0, 0
+		q.sample = 0
 	}
 	if e := q.entry(q.head); una == e.psn+e.n {
 		q.completeSend(rdma.WCSuccess)
@@ -488,8 +488,9 @@ func (q *pair) tick() {
 	}()
 	if q.seen != q.una || q.waiting {
 		q.seen, q.idleTicks = q.una, 0
+		q.backoff -= min(q.backoff, 1)
 		if q.sample == 0 && q.asked > q.una {
-			q.sample, q.sampled = q.nxt, time.Now()
+			q.sample, q.sampled = q.asked, time.Now()
 		}
 		return
 	}

@@ -1,0 +1,377 @@
+package roce
+
+import (
+	"context"
+	"encoding/binary"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// intruder sends packets of its own making, with a valid ICRC.
+type intruder struct {
+	t    testing.TB
+	conn *net.UDPConn
+	from netip.AddrPort
+	to   netip.AddrPort
+}
+
+func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
+	t.Helper()
+	conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)))
+	check(t, err)
+	t.Cleanup(func() { check(t, conn.Close()) })
+	raw, err := conn.SyscallConn()
+	check(t, err)
+	s := &socket{v4: true}
+	var cerr error
+	check(t, raw.Control(func(fd uintptr) { cerr = s.configure(int(fd), true) })) // "don't fragment"
+	check(t, cerr)
+	return &intruder{t, conn, conn.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPortFrom(to, testPort)}
+}
+
+// seal gives a packet the ICRC that it has when it comes from the intruder.
+func (x *intruder) seal(b []byte) []byte {
+	end := len(b) - wire.ICRCLen
+	crc := wire.Update(wire.Header(wire.Base(x.from, x.to, len(b)), b[:wire.BTHLen]), b[wire.BTHLen:end])
+	wire.PutICRC(b[end:], crc)
+	return b
+}
+
+func (x *intruder) send(b []byte) {
+	x.t.Helper()
+	if _, err := x.conn.WriteToUDPAddrPort(b, x.to); err != nil {
+		x.t.Fatal(err)
+	}
+}
+
+// request makes the packet of a request.
+func request(op wire.Opcode, qpn uint32, psn uint64, r wire.RETH, payload []byte) []byte {
+	pad := -len(payload) & 3
+	h := wire.BTH{Op: op, Pad: uint8(pad), AckReq: true, PKey: wire.DefaultPKey, DestQP: qpn, PSN: uint32(psn & 0xffffff)}
+	b := make([]byte, op.HeaderLen()+len(payload)+pad+wire.ICRCLen)
+	h.Put(b)
+	if op.HeaderLen() >= wire.BTHLen+wire.RETHLen {
+		r.Put(b[wire.BTHLen:])
+	}
+	copy(b[op.HeaderLen():], payload)
+	return b
+}
+
+// expected is the sequence number that a queue pair waits for.
+func (e *end) expected() uint64 {
+	q := e.pair()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.responder.expected
+}
+
+// until waits for a condition of the counters.
+func until(t testing.TB, p *Provider, what string, ok func(Counters) bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !ok(p.Snapshot()); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %+v", what, p.Snapshot())
+		}
+	}
+}
+
+func TestStrangers(t *testing.T) {
+	host, target := openPair(t)
+	a, b := join(t, host, target, 64, 2*area, false)
+	qpn := b.qp.Num()
+	write := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 8}
+	payload := []byte("intruder")
+
+	// From another address, everything else right.
+	elsewhere := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
+	elsewhere.send(elsewhere.seal(request(wire.WriteOnly, qpn, b.expected(), write, payload)))
+	until(t, target, "wrong address", func(c Counters) bool { return c.WrongAddress == 1 })
+
+	// From the peer's address, but not quite right.
+	near := newIntruder(t, hostAddr, targetAddr)
+	near.send(near.seal(request(wire.WriteOnly, qpn^1, b.expected(), write, payload)))
+	until(t, target, "unknown queue pair", func(c Counters) bool { return c.UnknownQP == 1 })
+	bad := near.seal(request(wire.WriteOnly, qpn, b.expected(), write, payload))
+	bad[len(bad)-6] ^= 1
+	near.send(bad)
+	until(t, target, "bad ICRC", func(c Counters) bool { return c.BadICRC == 1 })
+	near.send(near.seal(request(wire.WriteOnly, qpn, b.expected()+1000, write, payload)))
+	until(t, target, "sequence", func(c Counters) bool { return c.OutOfSequence == 1 })
+	for _, spoil := range []func([]byte) []byte{
+		func(b []byte) []byte { return b[:3] },
+		func(b []byte) []byte { return b[:len(b)-4] },
+		func(b []byte) []byte { b[0] = 0xff; return b },
+		func(b []byte) []byte { b[1] |= 7; return b },
+		func(b []byte) []byte { b[2] = 0; return b },
+	} {
+		near.send(spoil(near.seal(request(wire.WriteOnly, qpn, b.expected(), write, nil))))
+	}
+	until(t, target, "malformed", func(c Counters) bool { return c.Malformed+c.BadICRC == 1+5 })
+	if string(b.mr.Bytes()[:8]) != string(make([]byte, 8)) {
+		t.Error("an intruder wrote")
+	}
+	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
+}
+
+// TestRefusals: what a peer must not do ends its connection, and no other.
+func TestRefusals(t *testing.T) {
+	host, target := openPair(t)
+	other, otherPeer := join(t, host, target, 64, 2*area, false)
+	near := newIntruder(t, hostAddr, targetAddr)
+	mtu := make([]byte, 4096)
+	for _, c := range []struct {
+		name    string
+		packets func(b *end) [][]byte
+	}{
+		{"wrong key", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey() ^ 1, Length: 4}, mtu[:4])}
+		}},
+		{"key of another domain", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: otherPeer.mr.Addr(), RKey: otherPeer.mr.RKey(), Length: 4}, mtu[:4])}
+		}},
+		{"out of bounds", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr() + uint64(len(b.mr.Bytes())) - 3, RKey: b.mr.RKey(), Length: 4}, mtu[:4])}
+		}},
+		{"address wraps around", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: ^uint64(1), RKey: b.mr.RKey(), Length: 4}, mtu[:4])}
+		}},
+		{"READ out of bounds", func(b *end) [][]byte {
+			return [][]byte{request(wire.ReadRequest, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr() - 1, RKey: b.mr.RKey(), Length: 4}, nil)}
+		}},
+		{"longer than it says", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 4}, mtu[:8])}
+		}},
+		{"huge", func(b *end) [][]byte {
+			return [][]byte{request(wire.WriteFirst, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 1 << 31}, mtu)}
+		}},
+		{"huge READ", func(b *end) [][]byte {
+			return [][]byte{request(wire.ReadRequest, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 1 << 31}, nil)}
+		}},
+		{"short first packet", func(b *end) [][]byte {
+			return [][]byte{request(wire.SendFirst, b.qp.Num(), b.expected(), wire.RETH{}, mtu[:100])}
+		}},
+		{"no first packet", func(b *end) [][]byte {
+			return [][]byte{request(wire.SendMiddle, b.qp.Num(), b.expected(), wire.RETH{}, mtu)}
+		}},
+		{"WRITE in a SEND", func(b *end) [][]byte {
+			b.recv(1, 0, 8192)
+			psn := b.expected()
+			return [][]byte{
+				request(wire.SendFirst, b.qp.Num(), psn, wire.RETH{}, mtu),
+				request(wire.WriteLast, b.qp.Num(), psn+1, wire.RETH{}, mtu[:4]),
+			}
+		}},
+		{"READ in a SEND", func(b *end) [][]byte {
+			b.recv(1, 0, 8192)
+			psn := b.expected()
+			return [][]byte{
+				request(wire.SendFirst, b.qp.Num(), psn, wire.RETH{}, mtu),
+				request(wire.ReadRequest, b.qp.Num(), psn+1, wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 4}, nil),
+			}
+		}},
+		{"SEND longer than the receive", func(b *end) [][]byte {
+			b.recv(1, 0, 4100)
+			psn := b.expected()
+			return [][]byte{
+				request(wire.SendFirst, b.qp.Num(), psn, wire.RETH{}, mtu),
+				request(wire.SendLast, b.qp.Num(), psn+1, wire.RETH{}, mtu[:8]),
+			}
+		}},
+		{"invalidates a key that is not there", func(b *end) [][]byte {
+			b.recv(1, 0, 8)
+			p := request(wire.SendOnlyInv, b.qp.Num(), b.expected(), wire.RETH{}, nil)
+			binary.BigEndian.PutUint32(p[wire.BTHLen:], otherPeer.mr.RKey())
+			return [][]byte{p}
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, b := join(t, host, target, 16, 8192, false)
+			before := target.Snapshot()
+			for _, p := range c.packets(b) {
+				near.send(near.seal(p))
+			}
+			until(t, target, "refused", func(c Counters) bool { return c.FatalNAKsSent == before.FatalNAKsSent+1 })
+			q := b.pair()
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			if q.state != pairFailed {
+				t.Error("the connection lives on")
+			}
+		})
+	}
+	exchange(t, other, otherPeer, 1, rand.New(rand.NewPCG(1, 2)))
+	check(t, otherPeer.id.Close())
+}
+
+// TestReadDepth: a READ more than granted is refused.
+func TestReadDepth(t *testing.T) {
+	host, target := openPair(t)
+	a, b := join(t, host, target, 64, 8<<20, false)
+	q := a.pair()
+	q.mu.Lock()
+	q.depth = maxReadAtomic // 8 were granted
+	q.mu.Unlock()
+	var wrs []rdma.SendWR
+	for i := range 16 {
+		wrs = append(wrs, a.wr(uint64(i), rdma.Read, i*4096, 4096, b, 0))
+	}
+	a.post(wrs...)
+	until(t, target, "refused", func(c Counters) bool { return c.FatalNAKsSent == 1 })
+	for {
+		if wc := wait(t, a.sendCQ); wc.Status != rdma.WCSuccess {
+			if wc.Status != wcRemoteInvalid {
+				t.Errorf("%s, want %s", wc.Status, wcRemoteInvalid)
+			}
+			return
+		}
+	}
+}
+
+// TestRequestFlood: connect requests of an intruder neither pile up nor disturb.
+func TestRequestFlood(t *testing.T) {
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 10, MaxRequestRate: 100})
+	a, b := join(t, host, target, 64, 2*area, false)
+	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1000)
+	check(t, err)
+	defer func() { check(t, l.Close()) }()
+	x := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
+	const flood = 2000
+	for i := range uint32(flood) {
+		r := wire.Request{Port: l.Addr().Port(), GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: targetAddr}
+		m := wire.NewMAD(wire.REQ, uint64(i), 1000+i, 0)
+		r.Put(m)
+		x.send(x.seal(m.Packet(i)))
+	}
+	until(t, target, "requests", func(c Counters) bool { return c.Requests == 1+flood })
+	o := target.ports[0]
+	o.mu.Lock()
+	open, ids := o.halfOpen, len(o.ids)
+	o.mu.Unlock()
+	if open != 10 || ids != 11 {
+		t.Errorf("%d half-open, %d IDs, want 10 and 11", open, ids)
+	}
+	if c := target.Snapshot(); c.RequestsDropped < flood-200 {
+		t.Errorf("%+v", c)
+	}
+	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
+}
+
+// TestStale: a peer that forgot its connection, and uses the queue pair again,
+// is told so, and the old connection ends.
+func TestStale(t *testing.T) {
+	host, target := openPair(t)
+	a, b := join(t, host, target, 16, 8192, false)
+	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1)
+	check(t, err)
+	defer func() { check(t, l.Close()) }()
+	x := newIntruder(t, hostAddr, targetAddr)
+	r := wire.Request{Port: l.Addr().Port(), GUID: host.guid, QPN: a.qp.Num(), MTU: 1024, Source: hostAddr, Destination: targetAddr}
+	m := wire.NewMAD(wire.REQ, 1, random32(), 0)
+	r.Put(m)
+	x.send(x.seal(m.Packet(1)))
+	select {
+	case ev := <-b.id.Events():
+		if ev.Type != rdma.EventDisconnected {
+			t.Errorf("event %v", ev)
+		}
+	case <-time.After(patience):
+		t.Fatal("no event")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if id, err := l.Accept(ctx); err == nil {
+		t.Error("the request was given out")
+		check(t, id.Close())
+	}
+}
+
+// TestRandomPackets throws packets with a valid ICRC at a connection, and checks
+// that another one is unharmed.
+func TestRandomPackets(t *testing.T) {
+	host, target := openPair(t)
+	a, b := join(t, host, target, 64, 2*area, false)
+	x := newIntruder(t, hostAddr, targetAddr)
+	rnd := rand.New(rand.NewPCG(8, 9))
+	for range 20 {
+		_, victim := join(t, host, target, 16, 1<<16, false)
+		for i := range 8 {
+			victim.recv(uint64(i), 0, 1<<16)
+		}
+		for range 100 {
+			op := wire.Opcode(rnd.IntN(0x18))
+			if op.HeaderLen() == 0 {
+				continue
+			}
+			n := []int{0, 4, 4096, rnd.IntN(5000)}[rnd.IntN(4)]
+			r := wire.RETH{VA: victim.mr.Addr() + uint64(rnd.IntN(1<<17)), RKey: victim.mr.RKey(), Length: uint32(rnd.IntN(1 << 14))}
+			p := request(op, victim.qp.Num(), victim.expected()+uint64(rnd.IntN(3))-uint64(rnd.IntN(2)), r, make([]byte, n))
+			x.send(x.seal(p))
+		}
+		mad := wire.NewMAD(wire.Attribute(0x10+rnd.IntN(7)), rnd.Uint64(), rnd.Uint32(), victim.id.(*connID).comm)
+		for range rnd.IntN(4) {
+			mad[24+8+rnd.IntN(wire.MADLen-32)] = byte(rnd.Uint32())
+		}
+		x.send(x.seal(mad.Packet(0)))
+	}
+	exchange(t, a, b, 2, rnd)
+}
+
+// FuzzReceive feeds a queue pair, without a network, with packets cut out of
+// the input.
+func FuzzReceive(f *testing.F) {
+	pid := os.Getpid() // fuzzing has several processes
+	addr := netip.AddrFrom4([4]byte{127, 1, byte(pid >> 8), byte(pid)})
+	host := open(f, Config{Addrs: []netip.Addr{addr}})
+	f.Add([]byte{0, 0, 0, 0})
+	f.Add([]byte{0x0a, 0, 4, 1, 0x04, 0, 9, 0, 0x0c, 0, 0, 3, 0x11, 0, 0, 0, 0x00, 16, 0, 0})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		id, err := host.Resolve(ctx, netip.Addr{}, netip.AddrPortFrom(addr, 1), -1)
+		check(t, err)
+		e := newEnd(t, id, 8, 1<<15, false)
+		q := e.pair()
+		q.ready(connected{dest: q.num, mtu: 1024, sendPSN: 5, recvPSN: 5, retries: 7, notReadyRetries: 7, readDepth: 2, readsServed: 2})
+		host.ports[0].removePair(q) // what it sends, to itself, is not for it
+		for i := range 4 {
+			e.recv(uint64(i), 0, 3000)
+		}
+		e.post(e.wr(1, rdma.Read, 0, 5000, e, 8192), e.wr(2, rdma.Send, 0, 3000, e, 0))
+		for len(in) >= 4 {
+			// Opcode, length in 32 bytes or fractions, distance of the sequence
+			// number, choice of address and key.
+			op, n, psn, how := wire.Opcode(in[0]), int(in[1])*32-int(in[2]>>6), 5+int(in[2]&15)-4, in[3]
+			in = in[4:]
+			if op.HeaderLen() == 0 || n < 0 {
+				continue
+			}
+			r := wire.RETH{VA: e.mr.Addr(), RKey: e.mr.RKey(), Length: uint32(n)}
+			if how&1 != 0 {
+				r.VA += 1<<15 - uint64(how>>4)*256
+			}
+			if how&2 != 0 {
+				r.RKey++
+			}
+			if how&4 != 0 {
+				r.Length = uint32(how) * 300
+			}
+			if how&8 != 0 {
+				psn = int(e.expected())
+			}
+			p := request(op, q.num, uint64(psn)&0xffffff, r, make([]byte, n))
+			if h, payload, ok := wire.Parse(p); ok {
+				q.receive(&h, p, payload)
+				q.settle()
+			}
+		}
+	})
+}
