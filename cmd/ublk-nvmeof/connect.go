@@ -171,6 +171,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err != nil {
 		return err
 	}
+	unix.Umask(0o022) // others may look
 	// A log that nobody reads any more is no reason to die.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)

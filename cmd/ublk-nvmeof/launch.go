@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -74,7 +76,7 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	defer r.Close()
 	cmd := exec.Cmd{
 		Path: path, Args: append(args, "--report-fd=3"), Dir: "/",
-		Stderr: os.Stderr, ExtraFiles: []*os.File{w},
+		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{w},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	err = cmd.Start()
@@ -106,6 +108,12 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 }
 
 var errDied = errors.New("it reported nothing")
+
+// withoutNotify keeps a server in the background from speaking for the service
+// that started it.
+func withoutNotify(env []string) []string {
+	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
+}
 
 // await waits for the report of a server. A signal is passed on, and a server
 // that does not come to an end is killed.

@@ -173,12 +173,13 @@ func TestLaunch(t *testing.T) {
 }
 
 // The server has a session of its own, nothing of the caller's but standard
-// error, and the root directory.
+// error, and the root directory. It does not speak for the caller's service.
 func TestServerIsOnItsOwn(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "/nonexistent")
 	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
-printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" >&3`)
+printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "serial": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
 	s, err := launch(path, args, time.Minute)
-	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" {
+	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" || s.Serial != "" {
 		t.Errorf("%+v, %v", s, err)
 	}
 }

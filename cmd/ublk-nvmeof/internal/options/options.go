@@ -44,35 +44,34 @@ const Off = -1 * time.Second
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
-// Connect is what to connect to, and how. The names of the JSON fields are those
-// of the flags.
+// Connect is what to connect to, and how.
 type Connect struct {
-	Transport  string     `json:"transport"`
-	Address    string     `json:"traddr"` // numeric or a host name, as given
-	Port       uint16     `json:"trsvcid"`
-	NQN        string     `json:"nqn"`
-	SourceAddr netip.Addr `json:"host_traddr,omitzero"`
+	Transport  string
+	Address    string // numeric or a host name, as given
+	Port       uint16
+	NQN        string
+	SourceAddr netip.Addr // zero: the route's
 
-	HostNQN string    `json:"hostnqn"`
-	HostID  nvme.UUID `json:"hostid"`
+	HostNQN string
+	HostID  nvme.UUID
 
-	Queues        poller.Request `json:"-"`
-	QueueSize     int            `json:"queue_size"`
-	KeepAlive     time.Duration  `json:"-"`
-	Reconnect     time.Duration  `json:"-"` // delay between two attempts
-	Loss          time.Duration  `json:"-"` // < 0: for ever
-	FastIOFail    time.Duration  `json:"-"` // < 0: off
-	Duplicate     bool           `json:"duplicate_connect"`
-	TOS           uint8          `json:"tos"`
-	DisableSQFlow bool           `json:"disable_sqflow"`
+	Queues        poller.Request
+	QueueSize     int
+	KeepAlive     time.Duration
+	Reconnect     time.Duration // delay between two attempts
+	Loss          time.Duration // < 0: for ever
+	FastIOFail    time.Duration // < 0: off
+	Duplicate     bool
+	TOS           uint8 // 0: unset
+	DisableSQFlow bool
 
-	MaxIO       int           `json:"max_io_size"`
-	PollMax     int           `json:"poll_max_size"`
-	Device      int           `json:"device_id"` // AutoDevice, or of the first namespace
-	NSIDs       []uint32      `json:"namespaces"`
-	Provider    string        `json:"provider"`
-	LoadModules string        `json:"load_modules"`
-	Timeout     time.Duration `json:"-"`
+	MaxIO       int
+	PollMax     int
+	Device      int      // AutoDevice, or of the first namespace
+	NSIDs       []uint32 // nil: all
+	Provider    string
+	LoadModules string
+	Timeout     time.Duration
 
 	hostID string // as given by the flag
 }
