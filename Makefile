@@ -18,8 +18,15 @@ BENCH   ?=
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-# Packages whose tests ask for capabilities that only the VM is sure to have.
-VM_PACKAGES = $(patsubst ./%,%,$(sort $(dir $(shell \
+# What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
+# a package's tests. A package whose tests name UN_REQUIRE has to be here.
+VM_TESTS = internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 ublk initiator:Nvmet \
+	cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
+# These are for a kernel without ublk; test-unit has run them.
+VM_SKIP = ^TestNoDriver$$
+
+VM_DIRS = $(foreach t,$(VM_TESTS),$(firstword $(subst :, ,$t)))
+UN_REQUIRE_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
 	grep -rl --include='*_test.go' --exclude-dir=e2e --exclude-dir=build UN_REQUIRE .))))
 
 SHELL = /bin/bash
@@ -50,10 +57,11 @@ test-unit: setup
 # One boot per kernel. The VM's limit is the one that counts: it shows what hangs.
 # go test's is for a runner that hangs itself.
 test-vm: build
+	missing="$(filter-out $(VM_DIRS),$(UN_REQUIRE_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test
-	for p in $(VM_PACKAGES:/=); do go test -c -o build/test/$$p.test ./$$p; done
+	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
 	for k in $(KERNELS); do \
-		UN_PACKAGES="$(VM_PACKAGES:/=)" go -C e2e test -v -count=1 -timeout=60m -run '$(RUN)' \
+		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' go -C e2e test -v -count=1 -timeout=60m -run '$(RUN)' \
 			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 20m --out $(CURDIR)/build/log/$$k" . ; \
 	done
 

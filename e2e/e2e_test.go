@@ -93,15 +93,16 @@ func (scriptT) Verbose() bool                        { return false } // the pha
 
 // capabilities are what the VM offers to the tests of packages: without one of
 // them a test fails instead of being skipped.
-const capabilities = "root,io_uring,read-multishot,ublk,rxe,target"
+const capabilities = "root,io_uring,read-multishot,ipv6,ublk,rxe,target"
 
-// TestPackages runs the tests of the packages that need such a kernel. UN_PACKAGES
-// lists them by their directories; make test-vm has built each as
-// build/test/DIRECTORY.test. UN_TARGET is the address and the NQN of a target for
-// them.
+// TestPackages runs the packages' own tests that need such a kernel. UN_PACKAGES
+// lists the packages by their directories, each with an optional :PATTERN of
+// tests, and UN_SKIP is the pattern of those that are not for the VM; make test-vm
+// has built each package as build/test/DIRECTORY.test. For the tests, UN_TARGET is
+// the address and the NQN of a target.
 func TestPackages(t *testing.T) {
-	dirs := strings.Fields(os.Getenv("UN_PACKAGES"))
-	if len(dirs) == 0 {
+	packages := strings.Fields(os.Getenv("UN_PACKAGES"))
+	if len(packages) == 0 {
 		t.Fatal("UN_PACKAGES names no package")
 	}
 	leavesNothing(t)
@@ -115,10 +116,12 @@ func TestPackages(t *testing.T) {
 			t.Errorf("lab clean: %v\n%s", err, out)
 		}
 	})
-	for _, dir := range dirs {
+	for _, p := range packages {
+		dir, pattern, _ := strings.Cut(p, ":")
 		t.Run(dir, func(t *testing.T) {
 			leavesNothing(t)
-			cmd := exec.Command(filepath.Join(build, "test", dir+".test"), "-test.v", "-test.timeout=5m", "-test.count=1")
+			cmd := exec.Command(filepath.Join(build, "test", dir+".test"), "-test.v",
+				"-test.timeout=5m", "-test.count=1", "-test.run="+pattern, "-test.skip="+os.Getenv("UN_SKIP"))
 			cmd.Dir = filepath.Join(root, dir)
 			cmd.Env = append(os.Environ(), "UN_REQUIRE="+capabilities, "UN_TARGET="+labAddr+":4420,"+labNQN)
 			out, err := cmd.CombinedOutput()

@@ -117,8 +117,10 @@ func mounts(t *testing.T) []string {
 	return found
 }
 
-// clearAway is for after a failure only.
+// clearAway is for after a failure only. A target that was there before stays, if
+// there is no other.
 func clearAway(t *testing.T, before []string) {
+	lab := false
 	for _, what := range remaining(t, before) {
 		kind, rest, _ := strings.Cut(what, " ")
 		switch kind {
@@ -129,10 +131,14 @@ func clearAway(t *testing.T, before []string) {
 			if pid, err := strconv.Atoi(id); err == nil {
 				_ = unix.Kill(pid, unix.SIGKILL)
 			}
+		default:
+			lab = true
 		}
 	}
-	if out, err := exec.Command("lab", "clean").CombinedOutput(); err != nil {
-		t.Logf("lab clean: %v\n%s", err, out)
+	if lab {
+		if out, err := exec.Command("lab", "clean").CombinedOutput(); err != nil {
+			t.Logf("lab clean: %v\n%s", err, out)
+		}
 	}
 }
 
