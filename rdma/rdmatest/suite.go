@@ -48,6 +48,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"ResolveDeadline", testResolveDeadline},
 		{"AcceptGivenUp", testAcceptGivenUp},
 		{"RequestDropped", testRequestDropped},
+		{"Churn", testChurn},
 		{"ListenerDeadline", testListenerDeadline},
 		{"ListenerClose", testListenerClose},
 		{"ListenerInUse", testListenerInUse},

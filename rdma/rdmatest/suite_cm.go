@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
@@ -241,6 +242,50 @@ func testRequestDropped(t *testing.T, s Setup) {
 	if got := <-done; !errors.As(got.err, &e) {
 		t.Errorf("error %v, want a RejectError", got.err)
 	}
+}
+
+// testChurn gives up at any moment of connecting, on both sides.
+func testChurn(t *testing.T, s Setup) {
+	l := listen(t, s)
+	ctx, stop := context.WithCancel(within(t, patience))
+	served := make(chan error, 1)
+	go func() {
+		served <- func() error {
+			for {
+				id, err := l.Accept(ctx)
+				if err != nil {
+					return nil // the end of the test
+				}
+				p, err := makeSide(id, config{memory: 4096})
+				if err == nil {
+					short, cancel := context.WithTimeout(ctx, rand.N(10*time.Millisecond))
+					_ = id.Accept(short, connParam(nil)) // may fail: the peer or we gave up
+					cancel()
+				}
+				if err := errors.Join(err, p.close()); err != nil {
+					return err
+				}
+			}
+		}()
+	}()
+	for range 40 {
+		short, cancel := context.WithTimeout(ctx, rand.N(20*time.Millisecond))
+		id, err := s.Active.Resolve(short, netip.Addr{}, l.Addr(), -1)
+		if err == nil {
+			a, err := makeSide(id, config{memory: 4096})
+			if err == nil {
+				_, _ = id.Connect(short, connParam(nil)) // may fail
+			}
+			if err := errors.Join(err, a.close()); err != nil {
+				t.Error(err)
+			}
+		}
+		cancel()
+	}
+	stop()
+	check(t, <-served)
+	a, p := connect(t, s, listen(t, s), config{})
+	a.transfer(p)
 }
 
 func testListenerDeadline(t *testing.T, s Setup) {
