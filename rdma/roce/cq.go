@@ -15,13 +15,14 @@ import (
 
 // queue implements rdma.CQ: a completion queue.
 type queue struct {
+	port atomic.Pointer[port] // of the first queue pair
 	ring []rdma.WC
 	fd   int           // eventfd, each read of which takes one event, or -1
 	tail atomic.Uint64 // next to push; written with mu held
 	head atomic.Uint64 // next to poll; written by the poller
 
-	mu      sync.Mutex // guards what follows, and pushing
-	armed   bool
+	mu      sync.Mutex  // guards what follows, and pushing
+	armed   atomic.Bool // written with mu held
 	overrun atomic.Bool // written with mu held
 	users   int         // queue pairs, once for each of their two queues
 	closed  bool
@@ -61,10 +62,20 @@ func (q *queue) push(wc *rdma.WC) {
 		q.ring[tail%uint64(len(q.ring))] = *wc
 		q.tail.Store(tail + 1)
 	}
-	if !q.armed || q.closed {
+	if !q.armed.Load() {
 		return
 	}
-	q.armed = false
+	q.armed.Store(false)
+	if p := q.port.Load(); p == nil || !p.postpone(q) {
+		q.signal()
+	}
+}
+
+// signal makes an event. The lock is held.
+func (q *queue) signal() {
+	if q.closed {
+		return
+	}
 	q.sent++
 	if _, err := unix.Write(q.fd, eventfdOne); err != nil {
 		panic("roce: write eventfd: " + err.Error()) // not even 2^64 events fill it
@@ -73,9 +84,21 @@ func (q *queue) push(wc *rdma.WC) {
 
 var errOverrun = errors.New("poll completion queue: it was overrun")
 
-// Poll implements rdma.CQ. After more completions than entries it reports the
-// overrun, always.
+// Poll implements rdma.CQ. Polling an empty queue that is not armed looks for
+// packets. After more completions than entries it reports the overrun, always.
 func (q *queue) Poll(wcs []rdma.WC) (int, error) {
+	n, err := q.take(wcs)
+	if n > 0 || err != nil || len(wcs) == 0 {
+		return n, err
+	}
+	if p := q.port.Load(); p != nil && !q.armed.Load() {
+		p.poll()
+		return q.take(wcs)
+	}
+	return 0, nil
+}
+
+func (q *queue) take(wcs []rdma.WC) (int, error) {
 	head, tail := q.head.Load(), q.tail.Load()
 	if q.overrun.Load() {
 		return 0, errOverrun
@@ -99,7 +122,7 @@ func (q *queue) Arm() error {
 		return errNoEvents
 	}
 	q.mu.Lock()
-	q.armed = true
+	q.armed.Store(true)
 	q.mu.Unlock()
 	return nil
 }
@@ -115,7 +138,8 @@ func (q *queue) Ack(n int) {
 	q.acks.Broadcast()
 }
 
-func (q *queue) use() {
+func (q *queue) use(p *port) {
+	q.port.CompareAndSwap(nil, p)
 	q.mu.Lock()
 	q.users++
 	q.mu.Unlock()

@@ -8,8 +8,10 @@
 // loop (a goroutine), the connection manager and the queue pairs. The receive
 // loop takes a batch of packets, lets each queue pair carry out what came for
 // it, and then lets those queue pairs send acknowledgements, READ responses and
-// what their window allows, once per batch. PostSend sends at once, on the
-// caller's goroutine. Package wire has the formats.
+// what their window allows, once per batch. Who polls an empty completion queue
+// does a turn of the loop himself: spinning does not depend on the scheduler.
+// PostSend sends at once, on the caller's goroutine. Package wire has the
+// formats.
 //
 // # Cost
 //

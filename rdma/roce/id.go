@@ -155,8 +155,8 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 		return fail(errTooLarge)
 	}
 	q := newPair(id, d, send, recv, cfg)
-	send.use()
-	recv.use()
+	send.use(p)
+	recv.use(p)
 	d.mu.Lock()
 	d.users++
 	d.mu.Unlock()

@@ -13,17 +13,23 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// port is a socket with all that uses it. Locks are taken in the order port.mu,
-// pair.mu, then all others.
+// port is a socket with all that uses it. Locks are taken in the order
+// port.recvMu, port.mu, pair.mu, then all others.
 type port struct {
 	provider *Provider
 	sock     *socket
 	done     chan struct{} // closed at the end of the receive loop
 
-	dirty []*pair // of the receive loop: to settle after the batch
+	recvMu sync.Mutex // the outermost lock; guards what follows, and receiving
+	dirty  []*pair    // to settle after the batch
+	shut   bool       // the socket is closed
 
 	// tamper stands between socket and queue pairs; tests lose packets by it.
 	tamper func(packet []byte, deliver func([]byte))
+
+	eventsMu   sync.Mutex // innermost; guards what follows
+	collecting bool       // packets are being taken
+	events     []*queue   // whose events wait until they are
 
 	pairsMu sync.RWMutex // guards pairs
 	pairs   map[uint32]*pair
@@ -85,30 +91,90 @@ func (p *port) removePair(q *pair) {
 // run is the receive loop.
 func (p *port) run() {
 	defer close(p.done)
+	var err error
+	ready := func(uintptr) bool {
+		var more bool
+		more, err = p.turn()
+		return more || err != nil
+	}
 	for {
-		n, err := p.sock.receive(len(p.dirty) == 0)
-		if err != nil {
-			if !errors.Is(err, net.ErrClosed) {
-				p.broken(err)
-			}
-			return
+		werr := p.sock.wait(ready)
+		if err = errors.Join(err, werr); err == nil {
+			continue
 		}
+		if !errors.Is(err, net.ErrClosed) {
+			p.broken(err)
+		}
+		return
+	}
+}
+
+// turn takes the packets that are there and lets their queue pairs answer. It
+// says whether there may be more to do.
+func (p *port) turn() (more bool, err error) {
+	p.recvMu.Lock()
+	defer p.recvMu.Unlock()
+	return p.turnLocked()
+}
+
+// poll is turn for who polls a completion queue in vain: it need not wait for
+// the receive loop to be scheduled. While the loop is at it there is no need.
+func (p *port) poll() {
+	if p.recvMu.TryLock() {
+		if !p.shut {
+			_, _ = p.turnLocked() // the loop will meet the error too
+		}
+		p.recvMu.Unlock()
+	}
+}
+
+func (p *port) turnLocked() (more bool, err error) {
+	n, err := p.sock.receive()
+	if n > 0 {
+		p.collect(true)
 		for i := range n {
 			if a, ok := p.sock.arrived(i); ok {
 				p.datagrams(&a)
 			}
 		}
-		kept := p.dirty[:0]
-		for _, q := range p.dirty {
-			if q.settle() {
-				kept = append(kept, q)
-			} else {
-				q.dirty = false
-			}
+		p.collect(false)
+		for _, q := range p.events {
+			q.mu.Lock()
+			q.signal()
+			q.mu.Unlock()
 		}
-		clear(p.dirty[len(kept):])
-		p.dirty = kept
+		clear(p.events)
+		p.events = p.events[:0]
 	}
+	kept := p.dirty[:0]
+	for _, q := range p.dirty {
+		if q.settle() {
+			kept = append(kept, q)
+		} else {
+			q.dirty = false
+		}
+	}
+	clear(p.dirty[len(kept):])
+	p.dirty = kept
+	return n > 0 || len(kept) > 0, err
+}
+
+// collect begins and ends the time in which events wait, so that who is woken
+// finds all completions of the batch. Afterwards events is the caller's.
+func (p *port) collect(on bool) {
+	p.eventsMu.Lock()
+	p.collecting = on
+	p.eventsMu.Unlock()
+}
+
+// postpone says whether the event of a queue will be made later.
+func (p *port) postpone(q *queue) bool {
+	p.eventsMu.Lock()
+	defer p.eventsMu.Unlock()
+	if p.collecting {
+		p.events = append(p.events, q)
+	}
+	return p.collecting
 }
 
 // broken says why nothing can be received any more, to all connections.
@@ -246,6 +312,9 @@ func (p *port) close() error {
 	}
 	clear(p.farewells)
 	p.mu.Unlock()
+	p.recvMu.Lock()
+	p.shut = true
+	p.recvMu.Unlock()
 	errs = append(errs, p.sock.close())
 	<-p.done
 	return errors.Join(errs...)

@@ -43,7 +43,7 @@ type pair struct {
 	num            uint32
 	path           *path
 
-	// Of the receive loop.
+	// Guarded by the port's recvMu.
 	recvBases baseCache
 	dirty     bool
 

@@ -45,16 +45,12 @@ type socket struct {
 	gso   atomic.Bool    // UDP_SEGMENT works
 	gro   bool
 
-	// Of receive, which one goroutine calls.
+	// Of receive; the caller sees to it that there is one call at a time.
 	buf   []byte
 	names [recvMessages]unix.RawSockaddrInet6
 	ctls  [recvMessages][controlLen]byte
 	iovs  [recvMessages]unix.Iovec
 	msgs  [recvMessages]message
-	block bool
-	got   int
-	err   error
-	read  func(fd uintptr) bool
 }
 
 // openSocket binds to an address, which may be the unspecified one of its family.
@@ -95,10 +91,6 @@ func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
 		h.Iov, h.Name, h.Control = &s.iovs[i], (*byte)(unsafe.Pointer(&s.names[i])), &s.ctls[i][0]
 		h.SetIovlen(1)
 	}
-	s.read = func(fd uintptr) bool {
-		s.got, s.err = s.recvmmsg(int(fd))
-		return s.got > 0 || s.err != nil || !s.block
-	}
 	return s, nil
 }
 
@@ -138,25 +130,19 @@ func (s *socket) configure(fd int, plain bool) error {
 
 func (s *socket) close() error { return s.conn.Close() }
 
-// receive gets datagrams; with block it waits for at least one. The messages
-// stay valid until the next call.
-func (s *socket) receive(block bool) (int, error) {
-	s.block = block
-	if err := s.raw.Read(s.read); err != nil {
-		return 0, err
-	}
-	return s.got, s.err
-}
+// wait calls ready whenever something may have arrived, until it says true.
+func (s *socket) wait(ready func(fd uintptr) bool) error { return s.raw.Read(ready) }
 
-// The system calls are raw: none of them waits, and the scheduler need not know.
-
-func (s *socket) recvmmsg(fd int) (int, error) {
+// receive gets the datagrams that are there, without waiting. The messages stay
+// valid until the next call. The system call is raw: the scheduler need not
+// know of what does not wait.
+func (s *socket) receive() (int, error) {
 	for i := range s.msgs {
 		h := &s.msgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(controlLen)
 	}
-	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&s.msgs[0])), recvMessages,
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.msgs[0])), recvMessages,
 		unix.MSG_DONTWAIT, 0, 0)
 	switch errno {
 	case 0:

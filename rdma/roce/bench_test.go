@@ -1,0 +1,287 @@
+package roce
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// The benchmarks do what a block device does: a request of 64 bytes, answered
+// with n bytes and a response of 16, depth at a time. Over RoCE the request is
+// a SEND, the data an RDMA WRITE and the response a SEND; all WRITEs of a batch
+// go before all SENDs. Over TCP the answers to one wake-up go in one writev,
+// which is the best that TCP can do.
+const (
+	requestLen  = 64
+	responseLen = 16
+)
+
+var shapes = []struct {
+	name        string
+	size, depth int
+}{{"4KiB-QD1", 4096, 1}, {"4KiB-QD32", 4096, 32}, {"128KiB-QD8", 128 << 10, 8}}
+
+func BenchmarkRead(b *testing.B) {
+	for _, s := range shapes {
+		b.Run(s.name+"/tcp", func(b *testing.B) { benchTCP(b, s.size, s.depth) })
+		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false) })
+		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true) })
+	}
+}
+
+// waiter waits for completions by polling or by events.
+type waiter struct {
+	cq    rdma.CQ
+	file  *os.File // on a copy of the descriptor; nil polls
+	event [8]byte
+}
+
+func newWaiter(b *testing.B, cq rdma.CQ) *waiter {
+	w := &waiter{cq: cq}
+	if cq.FD() >= 0 {
+		fd, err := unix.FcntlInt(uintptr(cq.FD()), unix.F_DUPFD_CLOEXEC, 0)
+		check(b, err)
+		w.file = os.NewFile(uintptr(fd), "completion channel")
+		b.Cleanup(func() { check(b, w.file.Close()) })
+	}
+	return w
+}
+
+var errStopped = errors.New("stopped")
+
+// wait gives at least one completion, or stops.
+func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
+	for armed := false; ; {
+		n, err := w.cq.Poll(wcs)
+		if n > 0 || err != nil {
+			return n, err
+		}
+		switch {
+		case stop.Load():
+			return 0, errStopped
+		case w.file == nil:
+		case !armed:
+			if err := w.cq.Arm(); err != nil {
+				return 0, err
+			}
+			armed = true
+		default:
+			if _, err := w.file.Read(w.event[:]); err != nil {
+				return 0, err
+			}
+			w.cq.Ack(1)
+			armed = false
+		}
+	}
+}
+
+// cpuTime is what the process has used, in user and kernel mode. It is steadier
+// than the clock on a machine with other work.
+func cpuTime(b *testing.B) time.Duration {
+	var u unix.Rusage
+	check(b, unix.Getrusage(unix.RUSAGE_SELF, &u))
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+func report(b *testing.B, cpu time.Duration) {
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "op/s")
+	b.ReportMetric(float64((cpuTime(b)-cpu).Nanoseconds())/float64(b.N), "cpu-ns/op")
+}
+
+func benchRoCE(b *testing.B, size, depth int, events bool) {
+	host, target := openPair(b)
+	const slack = 2
+	h, g := join(b, host, target, slack*2*depth+64, (depth+1)*size+1<<16, events)
+	data := depth * size // the capsules stand behind the data
+	requests, responses := data, data+depth*requestLen
+	recvs := make([]rdma.RecvWR, depth)
+	for i := range depth {
+		g.recv(uint64(i), requests+i*requestLen, requestLen)
+		h.recv(uint64(i), responses+i*responseLen, responseLen)
+	}
+	var stop atomic.Bool
+	done := make(chan error, 1)
+	base := h.mr.Addr()
+	rkey := h.mr.RKey()
+	go func() { done <- serveRoCE(b, g, size, depth, base, rkey, &stop) }()
+
+	w := newWaiter(b, h.recvCQ)
+	wcs := make([]rdma.WC, depth)
+	sends := make([]rdma.SendWR, 0, depth)
+	sent, got, unsignaled := 0, 0, 0
+	send := func(slot uint64) {
+		wr := rdma.SendWR{ID: slot, Op: rdma.Send, NumSGE: 1, SGE: [2]rdma.SGE{h.sge(requests+int(slot)*requestLen, requestLen)}}
+		if unsignaled++; unsignaled == max(1, depth/2) && depth > 1 || unsignaled == 8 {
+			wr.Signaled, unsignaled = true, 0
+		}
+		sends = append(sends, wr)
+		sent++
+	}
+	flush := func() {
+		if _, err := h.qp.PostSend(sends); err != nil {
+			b.Fatal(err)
+		}
+		sends = sends[:0]
+	}
+	b.SetBytes(int64(size))
+	b.ReportAllocs()
+	cpu := cpuTime(b)
+	b.ResetTimer()
+	for i := range min(depth, b.N) {
+		send(uint64(i))
+	}
+	flush()
+	trash := make([]rdma.WC, 64)
+	for got < b.N {
+		n, err := w.wait(wcs, &stop)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range n {
+			if wcs[i].Status != rdma.WCSuccess {
+				b.Fatal(wcs[i])
+			}
+			slot := wcs[i].ID
+			recvs[i] = rdma.RecvWR{ID: slot, SGE: h.sge(responses+int(slot)*responseLen, responseLen)}
+		}
+		if _, err := h.qp.PostRecv(recvs[:n]); err != nil {
+			b.Fatal(err)
+		}
+		got += n
+		for i := range n {
+			if sent < b.N {
+				// The response says which data came; the slot of the receive does.
+				send(binary.LittleEndian.Uint64(h.mr.Bytes()[responses+int(wcs[i].ID)*responseLen:]))
+			}
+		}
+		flush()
+		if _, err := h.sendCQ.(*queue).take(trash); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.StopTimer()
+	report(b, cpu)
+	stop.Store(true)
+	check(b, g.qp.Fail()) // wakes it
+	if err := <-done; err != nil {
+		b.Fatal(err)
+	}
+	c, d := host.Snapshot(), target.Snapshot()
+	if c.Timeouts+d.Timeouts+c.BadICRC+d.BadICRC > 0 {
+		b.Logf("host %+v\ntarget %+v", c, d)
+	}
+}
+
+// serveRoCE is the target.
+func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, stop *atomic.Bool) error {
+	w := newWaiter(b, g.recvCQ)
+	data := depth * size
+	requests, responses := data, data+depth*requestLen
+	wcs, trash := make([]rdma.WC, depth), make([]rdma.WC, 64)
+	recvs, sends := make([]rdma.RecvWR, depth), make([]rdma.SendWR, 2*depth)
+	unsignaled := 0
+	for {
+		n, err := w.wait(wcs, stop)
+		if err != nil || n > 0 && wcs[0].Status != rdma.WCSuccess {
+			if errors.Is(err, errStopped) || err == nil && stop.Load() {
+				return nil
+			}
+			return errors.Join(err, errors.New(wcs[0].Status.String()))
+		}
+		for i := range n {
+			slot := wcs[i].ID
+			recvs[i] = rdma.RecvWR{ID: slot, SGE: g.sge(requests+int(slot)*requestLen, requestLen)}
+			sends[i] = rdma.SendWR{Op: rdma.Write, NumSGE: 1, SGE: [2]rdma.SGE{g.sge(int(slot)*size, size)}, RemoteAddr: base + slot*uint64(size), RKey: rkey}
+			binary.LittleEndian.PutUint64(g.mr.Bytes()[responses+int(slot)*responseLen:], slot)
+			sends[n+i] = rdma.SendWR{Op: rdma.Send, NumSGE: 1, SGE: [2]rdma.SGE{g.sge(responses+int(slot)*responseLen, responseLen)}}
+			if unsignaled++; unsignaled == max(1, depth/2) && depth > 1 || unsignaled == 8 {
+				sends[n+i].Signaled, unsignaled = true, 0
+			}
+		}
+		if _, err := g.qp.PostRecv(recvs[:n]); err != nil {
+			return err
+		}
+		if _, err := g.qp.PostSend(sends[:2*n]); err != nil {
+			return err
+		}
+		if _, err := g.sendCQ.(*queue).take(trash); err != nil {
+			return err
+		}
+	}
+}
+
+func benchTCP(b *testing.B, size, depth int) {
+	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(targetAddr, 0)))
+	check(b, err)
+	done := make(chan error, 1)
+	go func() {
+		c, err := l.AcceptTCP()
+		if err != nil {
+			done <- err
+			return
+		}
+		defer c.Close() // the peer closed first
+		in, out := make([]byte, depth*requestLen), make([]byte, size+responseLen)
+		have := 0
+		for {
+			n, err := c.Read(in[have:])
+			if err != nil {
+				if errors.Is(err, io.EOF) {
+					err = nil
+				}
+				done <- err
+				return
+			}
+			have += n
+			var v net.Buffers
+			for ; have >= requestLen; have -= requestLen {
+				v = append(v, out)
+			}
+			if _, err := v.WriteTo(c); err != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	c, err := net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	check(b, err)
+	request := make([]byte, depth*requestLen)
+	in := make([]byte, depth*(size+responseLen))
+	b.SetBytes(int64(size))
+	b.ReportAllocs()
+	cpu := cpuTime(b)
+	b.ResetTimer()
+	sent, bytes := min(depth, b.N), 0
+	if _, err := c.Write(request[:sent*requestLen]); err != nil {
+		b.Fatal(err)
+	}
+	for got := 0; got < b.N; {
+		n, err := c.Read(in)
+		if err != nil {
+			b.Fatal(err)
+		}
+		bytes += n
+		k := bytes / (size + responseLen)
+		bytes -= k * (size + responseLen)
+		got += k
+		if k = min(k, b.N-sent); k > 0 {
+			sent += k
+			if _, err := c.Write(request[:k*requestLen]); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	b.StopTimer()
+	report(b, cpu)
+	check(b, errors.Join(c.Close(), <-done, l.Close()))
+}
