@@ -103,7 +103,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if id := p.byPeer[peerID{src.Addr(), m.Local()}]; id != nil {
 		switch id.state {
 		case idRequested:
-			p.sendMAD(id.path, wire.NewMAD(wire.MRA, m.TID(), id.comm, id.peerComm))
+			p.sendMAD(id.path, wire.NewMRA(m.TID(), id.comm, id.peerComm))
 		case idAccepting, idEstablished:
 			p.sendMAD(id.path, id.last)
 		}

@@ -252,6 +252,14 @@ func ParseReject(m *MAD) Reject {
 	return Reject{Of: b[8] >> 6, Reason: binary.BigEndian.Uint16(b[10:]), Private: [RejectPrivate]byte(b[84:])}
 }
 
+// NewMRA makes the message that says of a REQ that it came and that the answer
+// will take a while: another 4.3 s at least.
+func NewMRA(tid uint64, local, remote uint32) *MAD {
+	m := NewMAD(MRA, tid, local, remote)
+	m[body+9] = cmTimeouts << 3
+	return m
+}
+
 // SetQPN writes the queue pair of a DREQ, which is the receiver's.
 func (m *MAD) SetQPN(qpn uint32) { set24(m[body+8:], qpn) }
 
