@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -14,9 +15,11 @@ import (
 // commands are the scripts' own, beside those of testscript.
 var commands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"exits":   exits,
+	"refuses": refuses,
 	"until":   until,
 	"verify":  verify,
 	"waitfor": waitfor,
+	"within":  within,
 }
 
 // exits CODE command [argument …]: the command's exit code is CODE. Its output is
@@ -27,17 +30,60 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
-	err = ts.Exec(args[1], args[2:]...)
-	got := 0
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		got = exit.ExitCode()
-	} else {
-		ts.Check(err)
-	}
-	if got != want {
+	if got := exitCode(ts, args[1:]); got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
 	}
+}
+
+// exitCode runs a command.
+func exitCode(ts *testscript.TestScript, command []string) int {
+	err := ts.Exec(command[0], command[1:]...)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		return exit.ExitCode()
+	}
+	ts.Check(err)
+	return 0
+}
+
+// refuses CODE PATTERN command [argument …]: the command ends with that exit
+// code, says why in the one line on standard error, which matches the regular
+// expression, and leaves nothing behind.
+func refuses(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 3 {
+		ts.Fatalf("usage: refuses code pattern command [argument ...]")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	pattern, err := regexp.Compile(args[1])
+	ts.Check(err)
+	before := remains(ts)
+	if got := exitCode(ts, args[2:]); got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+	said := ts.ReadFile("stderr")
+	line, rest, complete := strings.Cut(said, "\n")
+	if !complete || rest != "" || !pattern.MatchString(line) {
+		ts.Fatalf("standard error is %q, want one line like %q", said, args[1])
+	}
+	if left := remaining(ts, before); len(left) > 0 {
+		ts.Fatalf("left behind: %q", left)
+	}
+}
+
+// within DURATION command [argument …]: the command succeeds, and not later.
+func within(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: within duration command [argument ...]")
+	}
+	limit, err := time.ParseDuration(args[0])
+	ts.Check(err)
+	start := time.Now()
+	ts.Check(ts.Exec(args[1], args[2:]...))
+	took := time.Since(start).Round(time.Millisecond)
+	if took > limit {
+		ts.Fatalf("took %v, want at most %v", took, limit)
+	}
+	ts.Logf("took %v", took)
 }
 
 // until PATTERN command [argument …]: the command is run again and again until its

@@ -14,8 +14,12 @@
 #	counts                print the commands as lines "qid opcode number", opcode in hex
 #	bios                  print the block requests that they became, as lines "kind number":
 #	                      R read, W write, D discard, FF flush; after the kind: F = FUA, S = sync
+#	wire                  two more RDMA devices with a cable between them; a target at
+#	                      10.0.3.2 is reached from 10.0.3.1 through it
+#	cut                   from now on nothing gets through that cable, and nobody is told
+#	mend                  no more
 #	target-down [NQN]     remove the subsystem, its port and its namespaces
-#	clean                 kernel initiators disconnected, targets removed
+#	clean                 kernel initiators disconnected, targets and the cable removed
 #
 # State is only in the kernel, so that commands of one shell see those of another.
 
@@ -187,6 +191,47 @@ lab_bios() {
 	done | awk '{ n[$1] += $2 } END { for (k in n) print k, n[k] }' | sort
 }
 
+# An address of one's own is reached without any network: rxe hands the packets
+# to itself. So that they go through the cable all the same, the routes to its
+# ends come before those to local addresses.
+lab_wire() {
+	local i
+	lab_rxe || return
+	modprobe veth || return
+	ip link add lab1 address 02:00:00:00:00:01 mtu "$(cat /sys/class/net/eth0/mtu)" type veth \
+		peer name lab2 address 02:00:00:00:00:02 mtu "$(cat /sys/class/net/eth0/mtu)" || return
+	ip rule add pref 30 lookup local || return
+	ip rule del pref 0 lookup local || return
+	for i in 1 2; do
+		ip addr add 10.0.3.$i/24 dev lab$i || return
+		ip link set lab$i up || return
+		sysctl -qw net.ipv4.conf.lab$i.accept_local=1 net.ipv4.conf.lab$i.rp_filter=0 || return
+		ip neigh add 10.0.3.$((3 - i)) lladdr 02:00:00:00:00:0$((3 - i)) nud permanent dev lab$i || return
+		ip route add 10.0.3.$((3 - i)) dev lab$i src 10.0.3.$i table $((300 + i)) || return
+		ip rule add pref $((20 + i)) iif lo to 10.0.3.$((3 - i)) lookup $((300 + i)) || return
+		rdma link add rxe$i type rxe netdev lab$i || return
+	done
+}
+
+lab_unwire() {
+	ip link del lab1 || return # and so lab2, and the RDMA devices
+	ip rule add pref 0 lookup local || return
+	ip rule del pref 21 || return
+	ip rule del pref 22 || return
+	ip rule del pref 30 || return
+	! nft list table inet lab >/dev/null 2>&1 || lab_mend
+}
+
+lab_cut() {
+	nft add table inet lab || return
+	nft add chain inet lab input '{ type filter hook input priority 0; }' || return
+	nft add rule inet lab input iifname '{ lab1, lab2 }' drop
+}
+
+lab_mend() {
+	nft delete table inet lab
+}
+
 lab_target_down() {
 	local nqn=${1:-$LAB_NQN} subsys port ns path dir host
 	subsys=$lab_nvmet/subsystems/$nqn
@@ -225,6 +270,9 @@ lab_clean() {
 		[ -d "$subsys" ] || continue
 		lab_target_down "$(basename "$subsys")" || status=1
 	done
+	if [ -e /sys/class/net/lab1 ]; then
+		lab_unwire || status=1
+	fi
 	return $status
 }
 
@@ -232,7 +280,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | count | counts | bios | target-down | clean)
+	rxe | target | grant | readonly | count | counts | bios | wire | cut | mend | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
 		;;

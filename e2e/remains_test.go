@@ -45,13 +45,17 @@ func leavesNothing(t *testing.T) {
 	})
 }
 
-func remaining(t *testing.T, before []string) []string {
+// fataler is a test or a script.
+type fataler interface {
+	Fatalf(format string, args ...any)
+}
+
+func remaining(t fataler, before []string) []string {
 	return slices.DeleteFunc(remains(t), func(what string) bool { return slices.Contains(before, what) })
 }
 
 // remains lists what a finished scenario must not leave, one line each.
-func remains(t *testing.T) []string {
-	t.Helper()
+func remains(t fataler) []string {
 	var found []string
 	for _, pattern := range []string{
 		"/dev/ublk[bc]*",
@@ -64,7 +68,7 @@ func remains(t *testing.T) []string {
 	} {
 		names, err := filepath.Glob(pattern)
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("%v", err)
 		}
 		found = append(found, names...)
 	}
@@ -77,11 +81,10 @@ func remains(t *testing.T) []string {
 }
 
 // processes maps ids to names; a zombie has ended and does not count.
-func processes(t *testing.T) map[int]string {
-	t.Helper()
+func processes(t fataler) map[int]string {
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v", err)
 	}
 	names := map[int]string{}
 	for _, file := range files {
@@ -102,11 +105,10 @@ func processes(t *testing.T) map[int]string {
 	return names
 }
 
-func mounts(t *testing.T) []string {
-	t.Helper()
+func mounts(t fataler) []string {
 	text, err := os.ReadFile("/proc/mounts")
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v", err)
 	}
 	var found []string
 	for line := range strings.Lines(string(text)) {
@@ -120,6 +122,9 @@ func mounts(t *testing.T) []string {
 // clearAway is for after a failure only. A target that was there before stays, if
 // there is no other.
 func clearAway(t *testing.T, before []string) {
+	if out, err := exec.Command("ublk-nvmeof", "disconnect", "--force", "-n", labNQN).CombinedOutput(); err != nil {
+		t.Logf("disconnect: %v\n%s", err, out)
+	}
 	lab := false
 	for _, what := range remaining(t, before) {
 		kind, rest, _ := strings.Cut(what, " ")
