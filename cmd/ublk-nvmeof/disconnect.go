@@ -31,10 +31,10 @@ const (
 // What disconnect --force has done by when, after its beginning, for all servers
 // at the same time: it is back within 5 s whatever happens.
 const (
-	probedBy  = 1000 * time.Millisecond // a server that does not answer at all is killed
-	askedBy   = 3500 * time.Millisecond // so is one that does not end by itself
-	diedBy    = 4200 * time.Millisecond
-	clearedBy = 4800 * time.Millisecond
+	probedBy  = 800 * time.Millisecond  // a server that does not answer at all is killed
+	askedBy   = 3000 * time.Millisecond // so is one that does not end by itself
+	diedBy    = 3700 * time.Millisecond
+	clearedBy = 4400 * time.Millisecond
 )
 
 func newDisconnect(runDir dirFunc) *cobra.Command {

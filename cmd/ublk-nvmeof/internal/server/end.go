@@ -25,7 +25,7 @@ var (
 	orderly = pace{grace: 10 * time.Second, abort: 3 * time.Second, leave: 5 * time.Second, loops: 2 * time.Second}
 	// hurried is within what disconnect --force promises, with time left for it
 	// to do the rest.
-	hurried = pace{grace: 1500 * time.Millisecond, abort: 600 * time.Millisecond, leave: 600 * time.Millisecond, loops: 300 * time.Millisecond}
+	hurried = pace{grace: 1200 * time.Millisecond, abort: 500 * time.Millisecond, leave: 500 * time.Millisecond, loops: 200 * time.Millisecond}
 )
 
 // answerTime is for a control request to get its answer.
