@@ -51,7 +51,7 @@ var table = map[string]row{
 	"block/blocktest": {may: []string{"block"}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"nvme", "block", "rdma"}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"nvme", "block", "rdma", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "poller", "ublk", humanize, sys}},
 

@@ -1,0 +1,244 @@
+package target
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"ublk-nvmeof/nvme"
+)
+
+const (
+	aerLimit         = 4                 // asynchronous event requests at a time
+	keepAliveUnit    = 10                // KAS, in 100 ms
+	discoveryTimeout = 120 * time.Second // of a discovery controller that asked for none
+	readyTimeout     = 15                // CAP.TO and CRTO, in 500 ms
+)
+
+// event is what an asynchronous event tells of.
+type event uint8
+
+const (
+	eventUnset event = iota
+	eventNamespace
+	eventANA
+	eventDiscovery
+	numEvents
+)
+
+// events are the AEN bit, the completion and the log page of each event.
+var events = [numEvents]struct {
+	enable uint32
+	dw0    nvme.AsyncEvent
+	log    uint8
+}{
+	eventNamespace: {nvme.AENNamespaceAttribute, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeNamespaceChanged, nvme.LogChangedNamespaces), nvme.LogChangedNamespaces},
+	eventANA:       {nvme.AENANAChange, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeANAChanged, nvme.LogANA), nvme.LogANA},
+	eventDiscovery: {nvme.AENDiscoveryChange, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeDiscoveryChanged, nvme.LogDiscovery), nvme.LogDiscovery},
+}
+
+// controller is what a host got by the Connect of its admin queue; it ends with
+// that queue.
+type controller struct {
+	subsystem *Subsystem
+	id        uint16
+	hostNQN   string
+	hostID    nvme.UUID
+
+	ready    atomic.Bool // CSTS.RDY, read by every command
+	alive    atomic.Bool // a command came since the keep alive timer was set
+	cacheOff atomic.Bool // the host turned the volatile write cache off
+
+	mu       sync.Mutex // guards what follows
+	queues   map[uint16]*queue
+	ended    bool
+	cc       nvme.CC
+	csts     nvme.CSTS
+	granted  int // I/O queues
+	kato     time.Duration
+	timer    *time.Timer     // of the keep alive
+	enabled  uint32          // AEN bits
+	masked   [numEvents]bool // told of and not read since
+	waiting  []event         // to be told, in order
+	requests []uint16        // command ids of asynchronous event requests
+	changed  []uint32        // namespaces, for log 04h
+}
+
+func newController(s *Subsystem, data *nvme.ConnectData) *controller {
+	c := &controller{
+		subsystem: s, hostNQN: data.HostNQN(), hostID: data.HostID(),
+		queues: map[uint16]*queue{}, granted: int(s.maxQueues.Load()),
+		enabled: nvme.AENNamespaceAttribute | nvme.AENANAChange,
+	}
+	if s.discovery {
+		c.enabled = nvme.AENDiscoveryChange
+	}
+	return c
+}
+
+// fail ends all connections of the controller.
+func (c *controller) fail(reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ended = true
+	c.stop()
+	for _, q := range c.queues {
+		q.kill(reason)
+	}
+}
+
+// stop ends readiness and keep alive; the lock is held.
+func (c *controller) stop() {
+	c.ready.Store(false)
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+}
+
+// join adds a queue; false if the controller ended or has one of that id.
+func (c *controller) join(q *queue) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended || c.queues[q.qid] != nil {
+		return false
+	}
+	c.queues[q.qid] = q
+	return true
+}
+
+// leave takes a queue away; with the admin queue the controller ends.
+func (c *controller) leave(q *queue) {
+	c.mu.Lock()
+	delete(c.queues, q.qid)
+	c.mu.Unlock()
+	if q.qid == 0 {
+		c.fail("admin queue ended")
+		c.subsystem.detach(c)
+	}
+}
+
+// configure is a write of CC.
+func (c *controller) configure(cc nvme.CC) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old := c.cc
+	c.cc = cc
+	switch {
+	case cc.EN() && !old.EN():
+		if cc.MPS() != 0 || cc.AMS() != 0 || cc.CSS() != nvme.CCSelectNVM && cc.CSS() != nvme.CCSelectAll ||
+			!c.subsystem.discovery && (cc.IOSQES() != 6 || cc.IOCQES() != 4) {
+			c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
+			break
+		}
+		c.csts = nvme.NewCSTS(true, false, nvme.ShutdownStatusNormal)
+		c.ready.Store(true)
+		c.setKeepAlive(c.kato)
+	case !cc.EN() && old.EN():
+		c.stop()
+		c.cc = 0
+		c.csts = nvme.NewCSTS(false, false, nvme.ShutdownStatusNormal)
+	}
+	switch {
+	case cc.SHN() != nvme.ShutdownNone && old.SHN() == nvme.ShutdownNone:
+		c.stop()
+		c.csts = nvme.NewCSTS(false, false, nvme.ShutdownStatusComplete)
+	case cc.SHN() == nvme.ShutdownNone && old.SHN() != nvme.ShutdownNone:
+		c.csts = nvme.NewCSTS(c.csts.RDY(), c.csts.CFS(), nvme.ShutdownStatusNormal)
+	}
+}
+
+// setKeepAlive sets the timeout and begins anew; the lock is held.
+func (c *controller) setKeepAlive(d time.Duration) {
+	c.kato = d
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	if d > 0 && !c.ended {
+		c.alive.Store(false)
+		c.timer = time.AfterFunc(d, c.expire)
+	}
+}
+
+// expire ends the controller unless a command came: traffic counts. A stalled
+// target does not expire either.
+func (c *controller) expire() {
+	c.mu.Lock()
+	if c.ended || c.kato == 0 {
+		c.mu.Unlock()
+		return
+	}
+	if c.alive.Swap(false) || c.subsystem.target.faults.stalled.Load() {
+		c.timer.Reset(c.kato)
+		c.mu.Unlock()
+		return
+	}
+	c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
+	c.mu.Unlock()
+	c.subsystem.target.cfg.Log.Warn("keep alive expired", "controller", c.id, "host", c.hostNQN)
+	c.fail("keep alive expired")
+}
+
+// notify tells the host of an event, unless it does not want to hear of it or
+// has not read the log since the last time.
+func (c *controller) notify(e event, nsid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e == eventNamespace && !slices.Contains(c.changed, nsid) {
+		c.changed = append(c.changed, nsid) // no more than MaxNamespaces, which the log holds
+	}
+	if c.enabled&events[e].enable == 0 || c.masked[e] {
+		return
+	}
+	c.masked[e] = true
+	c.waiting = append(c.waiting, e)
+	if admin := c.queues[0]; admin != nil {
+		admin.wake()
+	}
+}
+
+// request parks an asynchronous event request; false if there are too many.
+func (c *controller) request(cid uint16) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.requests) == aerLimit {
+		return false
+	}
+	c.requests = append(c.requests, cid)
+	return true
+}
+
+// next is an event to tell the host, and the request to tell it by.
+func (c *controller) next() (cid uint16, dw0 nvme.AsyncEvent, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.waiting) == 0 || len(c.requests) == 0 {
+		return 0, 0, false
+	}
+	cid, dw0 = c.requests[0], events[c.waiting[0]].dw0
+	c.requests, c.waiting = c.requests[1:], c.waiting[1:]
+	return cid, dw0, true
+}
+
+// unmask lets an event be told again: its log was read.
+func (c *controller) unmask(log uint8) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for e := range events {
+		if events[e].log == log && log != 0 {
+			c.masked[e] = false
+		}
+	}
+}
+
+// takeChanged is log page 04h; unless it is kept it begins anew.
+func (c *controller) takeChanged(keep bool) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	page := make([]byte, nvme.IdentifySize)
+	nvme.ChangedNSListAt(page).Set(c.changed)
+	if !keep {
+		c.changed = nil
+	}
+	return page
+}

@@ -1,0 +1,194 @@
+package target
+
+import (
+	"testing"
+
+	"ublk-nvmeof/nvme"
+)
+
+// arm sends an asynchronous event request with this id.
+func (h *hostQueue) arm(cid uint16) {
+	var cmd nvme.Command
+	cmd.SetAsyncEvent()
+	cmd.SetCID(cid)
+	h.send(&cmd, nil)
+}
+
+// event waits for an event.
+func (h *hostQueue) event(cid uint16, info uint8) {
+	h.t.Helper()
+	if !h.await() {
+		h.t.Fatal("connection ended")
+	}
+	if e := nvme.AsyncEvent(h.response.DW0()); h.response.CID() != cid || !h.response.Status().OK() || e.Type() != nvme.EventNotice || e.Info() != info {
+		h.t.Fatalf("response %v is no event %02xh", &h.response, info)
+	}
+}
+
+func TestEvents(t *testing.T) {
+	r, ram, ns := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	h := r.admin(testNQN)
+	for cid := range uint16(aerLimit) {
+		h.arm(cid)
+	}
+	h.arm(99)
+	if !h.await() || h.response.CID() != 99 || h.response.Status() != nvme.StatusAsyncEventLimitExceeded|dnr {
+		t.Fatalf("response %v", &h.response)
+	}
+	changed := func(want ...uint32) {
+		t.Helper()
+		ids, overflow := nvme.ChangedNSListAt(h.log(nvme.LogChangedNamespaces, nvme.IdentifySize)).NSIDs()
+		if overflow || len(ids) != len(want) {
+			t.Fatalf("changed %v, want %v", ids, want)
+		}
+		for i := range ids {
+			if ids[i] != want[i] {
+				t.Fatalf("changed %v, want %v", ids, want)
+			}
+		}
+	}
+	if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 5, Store: NewRAM(4096)}); err != nil {
+		t.Fatal(err)
+	}
+	h.event(0, nvme.NoticeNamespaceChanged)
+	ram.Resize(2 << 20)
+	ns.Revalidate() // not told again before the log is read, but listed in it
+	ns.Revalidate()
+	changed(5, 1)
+	changed()
+	if n := nvme.IdentifyNamespaceAt(h.identify(nvme.CNSNamespace, 1)).NSZE(); n != 4096 {
+		t.Errorf("%d blocks after the resize", n)
+	}
+	if err := r.subsys.RemoveNamespace(5); err != nil {
+		t.Fatal(err)
+	}
+	h.event(1, nvme.NoticeNamespaceChanged)
+	changed(5)
+	if _, err := r.subsys.ReplaceNamespace(NamespaceConfig{NSID: 1, Store: NewRAM(4096), BlockSize: 4096, ANAGroup: 7}); err != nil {
+		t.Fatal(err)
+	}
+	h.event(2, nvme.NoticeNamespaceChanged)
+	changed(1)
+
+	if err := r.subsys.SetANAState(7, nvme.ANANonOptimized); err != nil {
+		t.Fatal(err)
+	}
+	h.event(3, nvme.NoticeANAChanged)
+	log, err := nvme.ParseANALog(h.log(nvme.LogANA, 128))
+	if err != nil || log.NumGroups() != 1 || log.ChangeCount() != 1 {
+		t.Fatalf("ana log of %d groups, change %d: %v", log.NumGroups(), log.ChangeCount(), err)
+	}
+	for g := range log.Groups() {
+		if g.ID != 7 || g.State != nvme.ANANonOptimized || g.NumNSIDs() != 1 {
+			t.Errorf("ana group %+v", g)
+		}
+	}
+	// An event that comes without a request waits for one; one that the host
+	// does not want does not.
+	if err := r.subsys.SetANAState(7, nvme.ANAOptimized); err != nil {
+		t.Fatal(err)
+	}
+	h.arm(4)
+	h.event(4, nvme.NoticeANAChanged)
+	h.log(nvme.LogANA, 128)
+	var cmd nvme.Command
+	cmd.SetSetFeatures(nvme.FeatureAsyncEvent, nvme.AENNamespaceAttribute)
+	h.want(0, &cmd)
+	if err := r.subsys.SetANAState(7, nvme.ANAInaccessible); err != nil {
+		t.Fatal(err)
+	}
+	h.arm(5)
+	ns, err = r.subsys.AddNamespace(NamespaceConfig{Store: NewRAM(4096)})
+	if err != nil || ns.NSID() != 2 {
+		t.Fatalf("namespace %v %v", ns, err)
+	}
+	h.event(5, nvme.NoticeNamespaceChanged)
+}
+
+func TestLogPages(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN)
+	io := r.io(a, 1, 32)
+	var cmd nvme.Command
+	cmd.SetRead(1, 0, 1, false)
+	for range 3 {
+		io.want(0, io.keyed(&cmd, 512))
+	}
+	if s := nvme.SMARTLogAt(a.log(nvme.LogSMART, nvme.SMARTLogSize)); s.HostReads() != 3 || s.HostWrites() != 0 || s.DataUnitsRead() != 1 {
+		t.Errorf("%d reads, %d writes, %d units read", s.HostReads(), s.HostWrites(), s.DataUnitsRead())
+	}
+	if e := nvme.ErrorLogEntryAt(a.log(nvme.LogError, 64)); e.ErrorCount() != 0 {
+		t.Error("the error log has an entry")
+	}
+	for _, bad := range []struct {
+		lid         uint8
+		length, sgl int
+		offset      uint64
+		status      nvme.Status
+	}{
+		{nvme.LogSMART, 512, 1024, 0, nvme.StatusInvalidSGLDataLength},
+		{nvme.LogSMART, 512, 512, 516, nvme.StatusInvalidField},
+		{nvme.LogDiscovery, 512, 512, 0, nvme.StatusInvalidField},
+		{0x55, 512, 512, 0, nvme.StatusInvalidField},
+	} {
+		cmd.SetGetLogPage(bad.lid, 0, uint32(bad.length), bad.offset, false)
+		a.want(bad.status|dnr, a.keyed(&cmd, bad.sgl))
+	}
+	cmd.SetGetLogPage(nvme.LogSMART, 0, 512, 512, false)
+	a.want(0, a.keyed(&cmd, 512)) // at the end: zeroes
+}
+
+// TestKeepAlive lets a controller expire whose host is silent, and keeps one
+// whose host is not.
+func TestKeepAlive(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	start := func(kato uint32) *hostQueue {
+		h := r.mustDial(0, adminDepth)
+		cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, kato)
+		h.want(0, cmd)
+		h.setCC(nvme.NewCC(nvme.CCSelectNVM).WithEN(true))
+		return h
+	}
+	silent := start(20)
+	forever := start(0)
+	if silent.await() {
+		t.Errorf("response %v", &silent.response)
+	}
+	var cmd nvme.Command
+	cmd.SetKeepAlive()
+	forever.want(0, &cmd)
+	if s := r.target.Snapshot(); len(s.Controllers) > 1 && s.Connections > 2 {
+		t.Errorf("%d controllers, %d connections", len(s.Controllers), s.Connections)
+	}
+	// Any command counts: this one goes on far longer than the timeout.
+	busy := start(60_000)
+	cmd.SetSetFeatures(nvme.FeatureKeepAlive, 50)
+	busy.want(0, &cmd)
+	c := r.subsys.list()
+	for range 3 {
+		for _, c := range c {
+			c.alive.Store(true) // as a command does; expire must then wait on
+			c.expire()
+		}
+	}
+	cmd.SetKeepAlive()
+	busy.want(0, &cmd)
+}
+
+// TestAdminEndsController: with the admin queue all queues go.
+func TestAdminEndsController(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN)
+	io := r.io(a, 1, 32)
+	if err := a.id.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	if io.await() {
+		t.Errorf("response %v", &io.response)
+	}
+	b := r.admin(testNQN)
+	r.subsys.DropControllers()
+	if b.await() {
+		t.Errorf("response %v", &b.response)
+	}
+}

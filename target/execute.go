@@ -1,0 +1,148 @@
+package target
+
+import (
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+)
+
+const dnr = nvme.StatusDNR
+
+// begin begins a command. It reports false when something that the command
+// needs is in use; then it is to be called again.
+func (q *queue) begin(i int) bool {
+	r := &q.reqs[i]
+	s := q.describe(i)
+	if q.reserved == len(q.responses) || !r.inline && s.OK() && chunksFor(r.length) > q.nfree {
+		return false
+	}
+	faults := &q.target.faults
+	if faults.stalled.Load() {
+		return false
+	}
+	q.reserved++
+	if !r.judged {
+		r.judged = true
+		q.stats.commands[q.command(i).Opcode()].Add(1)
+		if rules := faults.rules.Load(); rules != nil && q.judge(i, *rules) {
+			return true
+		}
+	} else if r.rule != nil && q.strike(i) { // its delay is over
+		return true
+	}
+	if s.OK() {
+		q.execute(i)
+	} else {
+		q.respond(i, 0, s)
+	}
+	return true
+}
+
+const (
+	flagsFused = 0x03
+	flagsPSDT  = 0xC0
+)
+
+// describe takes the data descriptor of a command apart.
+func (q *queue) describe(i int) nvme.Status {
+	r, cmd := &q.reqs[i], q.command(i)
+	r.addr, r.length, r.key, r.invalidate, r.inline = 0, 0, 0, false, false
+	if cmd.Flags()&(flagsFused|flagsPSDT) != nvme.PSDTSGL {
+		return nvme.StatusInvalidField | dnr
+	}
+	if addr, length, key, invalidate, ok := cmd.KeyedSGL(); ok {
+		r.key, r.invalidate = key, invalidate && length > 0
+		if length > uint32(q.target.cfg.MaxTransfer) {
+			return nvme.StatusInvalidField | dnr
+		}
+		r.addr, r.length = addr, length
+		return nvme.StatusSuccess
+	}
+	offset, length, ok := cmd.InCapsuleSGL()
+	switch limit := uint64(q.inline); {
+	case !ok && nvme.SGLType(cmd[39])>>4 != nvme.SGLKeyed>>4 && nvme.SGLType(cmd[39])>>4 != nvme.SGLInCapsule>>4:
+		return nvme.StatusInvalidSGLType | dnr
+	case !ok || !nvme.IsWrite(cmd):
+		return nvme.StatusInvalidField | dnr
+	case offset > limit || uint64(length) > limit-offset:
+		return nvme.StatusInvalidSGLOffset | dnr
+	case uint64(r.bytes) < nvme.CommandSize+offset+uint64(length):
+		return nvme.StatusInvalidSGLDataLength | dnr
+	}
+	r.addr, r.length, r.inline = offset, length, true
+	return nvme.StatusSuccess
+}
+
+// execute carries a command out, as far as that needs no data of the host.
+func (q *queue) execute(i int) {
+	cmd := q.command(i)
+	switch {
+	case q.ctrl == nil:
+		if cmd.Opcode() != nvme.OpFabrics || cmd.FCType() != nvme.FabricsConnect {
+			q.respond(i, 0, nvme.StatusInvalidOpcode|dnr)
+		} else if q.reqs[i].length != nvme.ConnectDataSize {
+			q.respond(i, 0, nvme.StatusInvalidSGLDataLength|dnr)
+		} else {
+			q.fetch(i, nvme.ConnectDataSize)
+		}
+	case cmd.Opcode() == nvme.OpFabrics:
+		q.property(i)
+	case !q.ctrl.ready.Load():
+		q.respond(i, 0, nvme.StatusCommandSequence|dnr)
+	case q.qid == 0:
+		q.admin(i)
+	default:
+		q.io(i)
+	}
+}
+
+// fetch gets the first length bytes of a command's data, and finishes it with
+// them.
+func (q *queue) fetch(i int, length uint32) {
+	if q.reqs[i].inline {
+		q.finish(i)
+		return
+	}
+	q.reqs[i].chunks = q.take(chunksFor(length))
+	q.transfer(i, rdma.Read, length)
+}
+
+// finish carries a command out whose data is there.
+func (q *queue) finish(i int) {
+	if q.command(i).Opcode() == nvme.OpFabrics {
+		q.connect(i)
+		return
+	}
+	q.finishIO(i)
+}
+
+// inlineData is the in-capsule data of a command.
+func (q *queue) inlineData(i int) []byte {
+	r := &q.reqs[i]
+	return q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(r.addr):][:r.length]
+}
+
+// small is data that came for a command and that one chunk holds.
+func (q *queue) small(i int) []byte {
+	if q.reqs[i].inline {
+		return q.inlineData(i)
+	}
+	return q.bytes(q.reqs[i].chunks)
+}
+
+// reply answers a command with data, filled up with zeroes to the length that
+// the host wants, which must be the descriptor's.
+func (q *queue) reply(i int, data []byte, length uint64) {
+	r := &q.reqs[i]
+	if uint64(r.length) != length {
+		q.respond(i, 0, nvme.StatusInvalidSGLDataLength|dnr)
+		return
+	}
+	r.chunks = q.take(chunksFor(r.length))
+	for c := r.chunks; c != noChunk; c = q.next[c] {
+		n := copy(q.bytes(c), data)
+		clear(q.bytes(c)[n:])
+		data = data[n:]
+	}
+	q.transfer(i, rdma.Write, r.length)
+	q.respond(i, 0, nvme.StatusSuccess)
+}

@@ -1,0 +1,139 @@
+package target
+
+import (
+	"errors"
+	"math/bits"
+
+	"ublk-nvmeof/nvme"
+)
+
+// identify answers an Identify.
+func (q *queue) identify(i int) {
+	cmd, s := q.command(i), q.ctrl.subsystem
+	nsid, cns, csi := cmd.NSID(), cmd.CNS(), cmd.IdentifyCSI()
+	page := make([]byte, nvme.IdentifySize)
+	status := nvme.StatusSuccess
+	if s.discovery && cns != nvme.CNSController {
+		q.respond(i, 0, nvme.StatusInvalidField|dnr)
+		return
+	}
+	ns := s.namespace(nsid)
+	switch {
+	case cns == nvme.CNSController:
+		if err := q.identifyController(nvme.IdentifyControllerAt(page)); err != nil {
+			status = nvme.StatusInternal | dnr
+		}
+	case cns == nvme.CNSNamespace:
+		if nsid == nvme.NSIDAll || nsid == 0 {
+			status = nvme.StatusInvalidNamespace | dnr
+		} else if ns != nil { // or a page of zeroes
+			ns.identify(nvme.IdentifyNamespaceAt(page))
+		}
+	case cns == nvme.CNSActiveNSList, cns == nvme.CNSActiveNSListCSI && csi == nvme.CSINVM:
+		if nsid >= nvme.NSIDAll-1 {
+			status = nvme.StatusInvalidNamespace | dnr
+			break
+		}
+		nvme.ActiveNSListAt(page).Set(s.active(nsid))
+	case cns == nvme.CNSControllerCSI && csi == nvme.CSINVM: // zeroes: no limits beside MDTS
+	case cns == nvme.CNSCommandSets:
+		page[0] = 1 << nvme.CSINVM // the first combination, and the only one
+	case cns == nvme.CNSNamespaceDescriptors, cns == nvme.CNSNSIndependent, cns == nvme.CNSNamespaceCSI && csi == nvme.CSINVM:
+		if ns == nil {
+			status = nvme.StatusInvalidNamespace | dnr
+			break
+		}
+		switch cns {
+		case nvme.CNSNamespaceDescriptors:
+			ids := nvme.NamespaceIDs{UUID: ns.cfg.UUID, NGUID: ns.cfg.NGUID, CSI: nvme.CSINVM, HasCSI: true}
+			copy(page, ids.AppendTo(nil))
+		case nvme.CNSNSIndependent:
+			ns.identifyIndependent(nvme.IdentifyNSIndependentAt(page))
+		}
+	default:
+		status = nvme.StatusInvalidField | dnr
+	}
+	if !status.OK() {
+		q.respond(i, 0, status)
+		return
+	}
+	q.reply(i, page, nvme.IdentifySize)
+}
+
+// identifyController fills in Identify Controller. The error is a text that
+// does not fit, which the configuration excludes.
+func (q *queue) identifyController(id *nvme.IdentifyController) error {
+	c, s, cfg := q.ctrl, q.ctrl.subsystem, &q.target.cfg
+	err := errors.Join(id.SetSN(s.cfg.Serial), id.SetMN(s.cfg.Model), id.SetFR(firmware), id.SetSUBNQN(s.cfg.NQN))
+	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / minTransfer))))
+	id.SetCNTLID(c.id)
+	id.SetVER(version)
+	id.SetKAS(keepAliveUnit)
+	id.SetAERL(aerLimit - 1)
+	id.SetLPA(nvme.LPAExtended)
+	id.SetMAXCMD(uint16(cfg.QueueSize))
+	id.SetSGLS(1 | nvme.SGLSKeyed) // any alignment
+	if cfg.InCapsule > 0 && !s.discovery {
+		id.SetSGLS(1 | nvme.SGLSKeyed | nvme.SGLSOffset)
+	}
+	id.SetIORCSZ(nvme.CompletionSize / 16)
+	id.SetMSDBD(1)
+	if s.discovery {
+		id.SetCNTRLTYPE(nvme.ControllerTypeDiscovery)
+		id.SetOAES(nvme.AENDiscoveryChange)
+		id.SetIOCCSZ(nvme.CommandSize / 16)
+		return err
+	}
+	id.SetCNTRLTYPE(nvme.ControllerTypeIO)
+	id.SetCMIC(nvme.CMICMultiPort | nvme.CMICMultiController | nvme.CMICANA)
+	id.SetOAES(nvme.AENNamespaceAttribute | nvme.AENANAChange)
+	id.SetCTRATT(nvme.CTRATTHostID128 | nvme.CTRATTTBKAS)
+	id.SetACL(3)
+	id.SetANATT(10)
+	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
+	id.SetANAGRPMAX(MaxANAGroups)
+	id.SetNANAGRPID(MaxANAGroups)
+	id.SetSQES(0x66)
+	id.SetCQES(0x44)
+	id.SetNN(MaxNamespaces)
+	id.SetMNAN(MaxNamespaces)
+	id.SetONCS(nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes)
+	id.SetVWC(nvme.VWCPresent)
+	id[nwpc] = 1 // no write protect, write protect
+	id.SetIOCCSZ(uint32(nvme.CommandSize+cfg.InCapsule) / 16)
+	return err
+}
+
+// nwpc is the byte of Identify Controller with the write protections.
+const nwpc = 531
+
+const (
+	nsShared         = 1      // NMIC
+	nsWriteProtected = 1      // NSATTR
+	nsReady          = 1      // NSTAT
+	deacZeroes       = 1 << 3 // DLFEAT: Write Zeroes may deallocate
+)
+
+func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
+	blocks := n.blocks.Load()
+	id.SetNSZE(blocks)
+	id.SetNCAP(blocks)
+	id.SetNUSE(blocks)
+	id.SetNMIC(nsShared)
+	id.SetDLFEAT(nvme.DLFEATZeroes | deacZeroes)
+	id.SetANAGRPID(n.cfg.ANAGroup)
+	id.SetNGUID(n.cfg.NGUID)
+	id.SetLBAFormat(0, nvme.LBAFormat{LBADS: n.shift})
+	if n.readOnly.Load() {
+		id.SetNSATTR(nsWriteProtected)
+	}
+}
+
+func (n *Namespace) identifyIndependent(id *nvme.IdentifyNSIndependent) {
+	id.SetNMIC(nsShared)
+	id.SetANAGRPID(n.cfg.ANAGroup)
+	id.SetNSTAT(nsReady)
+	if n.readOnly.Load() {
+		id.SetNSATTR(nsWriteProtected)
+	}
+}

@@ -1,0 +1,126 @@
+package target
+
+import (
+	"errors"
+	"strconv"
+
+	"ublk-nvmeof/nvme"
+)
+
+const (
+	lspGroupsOnly = 1 << 8  // of the ANA log, in CDW10
+	offsetIndex   = 1 << 23 // CDW14: the offset counts entries
+)
+
+// logPage answers a Get Log Page.
+func (q *queue) logPage(i int) {
+	c, cmd := q.ctrl, q.command(i)
+	lid, length, offset, rae := cmd.LogPage()
+	if uint64(q.reqs[i].length) != length {
+		q.respond(i, 0, nvme.StatusInvalidSGLDataLength|dnr)
+		return
+	}
+	if offset%4 != 0 || cmd.CDW14()&offsetIndex != 0 {
+		q.respond(i, 0, nvme.StatusInvalidField|dnr)
+		return
+	}
+	log := q.log(lid, cmd, offset > 0)
+	if log == nil || offset > uint64(len(log)) {
+		q.respond(i, 0, nvme.StatusInvalidField|dnr)
+		return
+	}
+	if !rae {
+		c.unmask(lid)
+	}
+	q.reply(i, log[offset:], length)
+}
+
+// log is a whole log page, nil for one that does not exist. Reading from the
+// middle does not begin the list of changed namespaces anew.
+func (q *queue) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
+	c, s := q.ctrl, q.ctrl.subsystem
+	if s.discovery {
+		if lid != nvme.LogDiscovery {
+			return nil
+		}
+		log, err := q.discoveryLog()
+		if err != nil {
+			q.target.cfg.Log.Error("discovery log", "err", err)
+			return nil
+		}
+		return log
+	}
+	switch lid {
+	case nvme.LogError:
+		return make([]byte, nvme.ErrorLogEntrySize) // none
+	case nvme.LogSMART:
+		log := make([]byte, nvme.SMARTLogSize)
+		q.smart(nvme.SMARTLogAt(log))
+		return log
+	case nvme.LogChangedNamespaces:
+		return c.takeChanged(middle)
+	case nvme.LogANA:
+		return s.anaLog(cmd.CDW10()&lspGroupsOnly != 0)
+	}
+	return nil
+}
+
+// smart fills in the counts of this controller.
+func (q *queue) smart(log *nvme.SMARTLog) {
+	var reads, writes, read, written uint64
+	q.ctrl.mu.Lock()
+	for _, io := range q.ctrl.queues {
+		reads += io.stats.commands[nvme.OpRead].Load() * uint64(min(io.qid, 1))
+		writes += io.stats.commands[nvme.OpWrite].Load() * uint64(min(io.qid, 1))
+		read += io.stats.read.Load()
+		written += io.stats.written.Load()
+	}
+	q.ctrl.mu.Unlock()
+	const unit = 1000 * 512
+	log.SetTemperature(273 + 25)
+	log.SetAvailableSpare(100)
+	log.SetSpareThreshold(10)
+	log.SetDataUnitsRead((read + unit - 1) / unit)
+	log.SetDataUnitsWritten((written + unit - 1) / unit)
+	log.SetHostReads(reads)
+	log.SetHostWrites(writes)
+}
+
+// discoveryLog is log page 70h as the host of this queue sees it. Entries give
+// the address that the host came by, which is one that it can reach.
+func (q *queue) discoveryLog() ([]byte, error) {
+	subsystems, genctr := q.target.visible(q.ctrl.hostNQN)
+	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(len(subsystems)) + 1}.AppendTo(nil)
+	errs := []error{}
+	log, err := q.appendEntry(log, nvme.DiscoveryNQN, nvme.SubsystemCurrentDiscovery)
+	errs = append(errs, err)
+	for _, s := range subsystems {
+		log, err = q.appendEntry(log, s.cfg.NQN, nvme.SubsystemNVMe)
+		errs = append(errs, err)
+	}
+	return log, errors.Join(errs...)
+}
+
+func (q *queue) appendEntry(log []byte, nqn string, kind nvme.SubsystemType) ([]byte, error) {
+	addr := q.id.LocalAddr()
+	var e nvme.DiscoveryEntry
+	e.SetTRTYPE(nvme.TransportRDMA)
+	e.SetADRFAM(nvme.AddressIPv4)
+	if addr.Addr().Unmap().Is6() {
+		e.SetADRFAM(nvme.AddressIPv6)
+	}
+	e.SetSUBTYPE(kind)
+	e.SetTREQ(nvme.TREQNotSpecified | nvme.TREQDisableSQFlow)
+	e.SetPORTID(1)
+	e.SetCNTLID(nvme.CNTLIDDynamic)
+	e.SetASQSZ(adminDepth)
+	e.SetRDMAQPType(nvme.RDMAConnected)
+	e.SetRDMAProvider(nvme.RDMAProviderNotSpecified)
+	e.SetRDMACMS(nvme.RDMACM)
+	err := errors.Join(
+		e.SetTRADDR(addr.Addr().Unmap().WithZone("").String()),
+		e.SetTRSVCID(strconv.Itoa(int(q.target.Addr().Port()))),
+		e.SetSUBNQN(nqn),
+	)
+	return append(log, e[:]...), err
+}

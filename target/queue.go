@@ -1,0 +1,559 @@
+package target
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+)
+
+const (
+	chunkSize = 32 << 10 // bytes of one data buffer; a transfer takes as many as it needs
+	minChunks = DefaultMaxTransfer / chunkSize
+	maxChunks = 128
+	noChunk   = -1
+
+	pollBatch = 32
+)
+
+// Kinds of work requests, in the upper half of their id. The lower half is the
+// receive buffer, or the position in the ring of completions.
+const (
+	kindRecv  = uint64(iota+1) << 32
+	kindRead  // the last RDMA READ of a command
+	kindSend  // a completion
+	kindChunk // one of several RDMA READs or WRITEs; seen only when it fails
+	kindMask  = uint64(math.MaxUint32) << 32
+)
+
+// request is a command from its arrival to its answer. It belongs to the
+// receive buffer of the same index.
+type request struct {
+	bytes  uint32 // of the capsule
+	chunks int32  // first of those that it holds
+	ns     *Namespace
+
+	// Of the data descriptor.
+	addr       uint64
+	length     uint32
+	key        uint32
+	invalidate bool
+	inline     bool
+
+	// Of faults.
+	judged  bool // faults were looked at
+	rule    *rule
+	due     time.Time
+	corrupt Corruption
+}
+
+// response is a completion on its way.
+type response struct {
+	chunks int32 // to be freed when it was sent
+}
+
+// queue is one connection: an admin or I/O queue of a controller. All methods
+// are for the goroutine of run, except wake and kill.
+type queue struct {
+	target *Target
+	id     rdma.ID
+	qp     rdma.QP
+	cq     rdma.CQ
+	pd     rdma.PD
+	in     rdma.MR // capsules
+	out    rdma.MR // completions
+	data   rdma.MR // chunks
+
+	qid     uint16
+	depth   int // receive buffers
+	capsule int // bytes of each
+	inline  int // bytes of in-capsule data
+
+	ctrl   *controller // nil before Connect
+	stats  queueStats
+	size   uint16 // entries of the submission queue
+	head   uint16
+	noFlow bool // SQ flow control is off
+
+	reqs      []request
+	pending   []uint16 // ring of buffers whose command has not begun
+	first     int
+	count     int
+	delayed   []uint16
+	responses []response
+	posted    uint64  // completions sent
+	reserved  int     // completions sent and not confirmed, and commands that may send one
+	next      []int32 // of each chunk, the next one of its list
+	free      int32
+	nfree     int
+
+	sends []rdma.SendWR // to be posted
+	recvs []rdma.RecvWR
+	wcs   [pollBatch]rdma.WC
+	armed bool
+	fds   [2]unix.PollFd
+	event [8]byte
+	other []byte // what Compare compares with
+
+	stopped atomic.Bool
+	wakeMu  sync.Mutex // guards the eventfd against its end, and reason
+	wakeFD  int
+	reason  string
+}
+
+func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
+	q := &queue{target: t, id: id, qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1}
+	if q.qid > 0 {
+		q.inline = t.cfg.InCapsule
+		q.capsule += q.inline
+	}
+	if err := q.allocate(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open queue %d: %w", q.qid, err), q.release())
+	}
+	return q, nil
+}
+
+func (q *queue) allocate() error {
+	nchunks := min(max(minChunks, q.depth), maxChunks)
+	ring := 2*q.depth + aerLimit
+	q.reqs = make([]request, q.depth)
+	q.pending = make([]uint16, q.depth)
+	q.delayed = make([]uint16, 0, q.depth)
+	q.responses = make([]response, ring)
+	q.next = make([]int32, nchunks)
+	q.free = noChunk
+	for i := range q.next {
+		q.release1(int32(i))
+	}
+	// A chunk has one work request at most, a completion too.
+	maxSend := nchunks + ring
+	q.sends = make([]rdma.SendWR, 0, maxSend)
+	q.recvs = make([]rdma.RecvWR, 0, q.depth)
+
+	var err error
+	dev := q.id.Device()
+	if q.pd, err = dev.AllocPD(); err != nil {
+		return err
+	}
+	for _, m := range []struct {
+		mr   *rdma.MR
+		size int
+	}{{&q.in, q.depth * q.capsule}, {&q.out, ring * nvme.CompletionSize}, {&q.data, nchunks * chunkSize}} {
+		if *m.mr, err = q.pd.AllocMR(m.size, rdma.AccessLocalWrite); err != nil {
+			return err
+		}
+	}
+	if q.cq, err = dev.CreateCQ(q.depth+maxSend+1, true, int(q.qid)); err != nil {
+		return err
+	}
+	q.qp, err = q.id.CreateQP(q.pd, rdma.QPConfig{
+		SendCQ: q.cq, RecvCQ: q.cq, MaxSendWR: maxSend, MaxRecvWR: q.depth, MaxSendSGE: 1, MaxRecvSGE: 1,
+	})
+	if err != nil {
+		return err
+	}
+	for i := range q.reqs {
+		q.reqs[i].chunks = noChunk
+		q.receive(i)
+	}
+	if err := q.post(); err != nil {
+		return err
+	}
+	if q.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return os.NewSyscallError("eventfd", err)
+	}
+	q.fds = [2]unix.PollFd{{Fd: int32(q.cq.FD()), Events: unix.POLLIN}, {Fd: int32(q.wakeFD), Events: unix.POLLIN}}
+	return nil
+}
+
+// close ends the connection and frees everything.
+func (q *queue) close() error {
+	err := q.id.Close()
+	q.wakeMu.Lock()
+	defer q.wakeMu.Unlock()
+	unix.Close(q.wakeFD)
+	q.wakeFD = -1
+	return errors.Join(err, q.release())
+}
+
+// release frees what does not end with the ID; that must be closed, or have no
+// queue pair. What allocate did not come to is nil.
+func (q *queue) release() error {
+	if q.qp != nil {
+		if err := q.id.Close(); err != nil { // again, or because allocate failed late
+			return err
+		}
+	}
+	var errs []error
+	if q.cq != nil {
+		errs = append(errs, q.cq.Close())
+	}
+	for _, mr := range []rdma.MR{q.in, q.out, q.data} {
+		if mr != nil {
+			errs = append(errs, mr.Close())
+		}
+	}
+	if q.pd != nil {
+		errs = append(errs, q.pd.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// wake makes run look at what changed. It may be called from any goroutine, at
+// any time.
+func (q *queue) wake() {
+	q.wakeMu.Lock()
+	defer q.wakeMu.Unlock()
+	if q.wakeFD >= 0 {
+		unix.Write(q.wakeFD, eventfdOne) // fails only if 2^64-2 wakes are not read
+	}
+}
+
+var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
+
+// kill makes run return soon. It may be called from any goroutine, at any time.
+func (q *queue) kill(reason string) {
+	q.wakeMu.Lock()
+	if q.reason == "" {
+		q.reason = reason
+	}
+	q.wakeMu.Unlock()
+	q.stopped.Store(true)
+	q.wake()
+}
+
+func (q *queue) killed() error {
+	q.wakeMu.Lock()
+	defer q.wakeMu.Unlock()
+	return errors.New(q.reason)
+}
+
+// leave tells the controller that the queue is gone.
+func (q *queue) leave() {
+	if q.ctrl != nil {
+		q.ctrl.leave(q)
+	}
+}
+
+// run establishes the connection and serves it until it ends, and says why it
+// ended.
+func (q *queue) run(ctx context.Context) error {
+	accept := nvme.RDMAAccept{CRQSize: uint16(q.depth)}.Marshal()
+	ctx, cancel := context.WithTimeout(ctx, handshakeLimit)
+	defer cancel()
+	err := q.id.Accept(ctx, rdma.ConnParam{PrivateData: accept[:], InitiatorDepth: readDepth, RetryCount: 7, RNRRetryCount: 7, FlowControl: true})
+	if err != nil {
+		return err
+	}
+	handshake := time.AfterFunc(handshakeLimit, func() { q.kill("no Connect command came") })
+	defer handshake.Stop()
+	q.target.running.Go(q.watch)
+	for !q.stopped.Load() {
+		n, err := q.cq.Poll(q.wcs[:])
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			if n, err = q.wait(); err != nil {
+				return err
+			}
+		}
+		for i := range q.wcs[:n] {
+			if err := q.complete(&q.wcs[i]); err != nil {
+				return err
+			}
+		}
+		if err := q.work(); err != nil {
+			return err
+		}
+		if q.ctrl != nil && handshake != nil {
+			handshake.Stop()
+			handshake = nil
+		}
+	}
+	return q.killed()
+}
+
+// watch ends the queue when the connection ends.
+func (q *queue) watch() {
+	for ev := range q.id.Events() {
+		switch ev.Type {
+		case rdma.EventDisconnected, rdma.EventDeviceRemoved, rdma.EventQPFatal:
+			q.kill(ev.Type.String())
+		}
+	}
+}
+
+// wait sleeps until there is something to do, unless there are completions.
+func (q *queue) wait() (int, error) {
+	if !q.armed {
+		if err := q.cq.Arm(); err != nil {
+			return 0, err
+		}
+		q.armed = true
+		if n, err := q.cq.Poll(q.wcs[:]); n > 0 || err != nil {
+			return n, err
+		}
+	}
+	if _, err := unix.Poll(q.fds[:], q.timeout()); err != nil && err != unix.EINTR {
+		return 0, os.NewSyscallError("poll", err)
+	}
+	if n, _ := unix.Read(q.cq.FD(), q.event[:]); n == len(q.event) {
+		q.cq.Ack(1)
+		q.armed = false
+	}
+	unix.Read(q.wakeFD, q.event[:]) // empty or not
+	return 0, nil
+}
+
+// timeout is how long to sleep for delayed commands, in milliseconds.
+func (q *queue) timeout() int {
+	if len(q.delayed) == 0 {
+		return -1
+	}
+	least := time.Duration(math.MaxInt32) * time.Millisecond
+	for _, i := range q.delayed {
+		least = min(least, time.Until(q.reqs[i].due))
+	}
+	return int(max(0, least+time.Millisecond-1) / time.Millisecond)
+}
+
+// complete handles a work completion.
+func (q *queue) complete(wc *rdma.WC) error {
+	if wc.Status != rdma.WCSuccess {
+		return fmt.Errorf("work request failed: %v", wc.Status)
+	}
+	i := int(uint32(wc.ID))
+	switch wc.ID & kindMask {
+	case kindRecv:
+		if wc.Bytes < nvme.CommandSize {
+			return fmt.Errorf("capsule of %d bytes", wc.Bytes)
+		}
+		q.reqs[i].bytes = wc.Bytes
+		if q.ctrl != nil && !q.ctrl.alive.Load() {
+			q.ctrl.alive.Store(true)
+		}
+		q.enqueue(i)
+	case kindRead:
+		q.finish(i)
+	case kindSend:
+		r := &q.responses[i]
+		q.releaseChunks(r.chunks)
+		r.chunks = noChunk
+		q.reserved--
+	}
+	return nil
+}
+
+func (q *queue) enqueue(i int) {
+	q.pending[(q.first+q.count)%len(q.pending)] = uint16(i)
+	q.count++
+}
+
+// work begins what can begin, and posts what came of it.
+func (q *queue) work() error {
+	if len(q.delayed) > 0 {
+		q.wakeDelayed()
+	}
+	for q.count > 0 && !q.stopped.Load() {
+		if !q.begin(int(q.pending[q.first])) {
+			break
+		}
+		q.first = (q.first + 1) % len(q.pending)
+		q.count--
+	}
+	if q.qid == 0 && q.ctrl != nil {
+		q.sendEvents()
+	}
+	return q.post()
+}
+
+// wakeDelayed puts commands whose time has come back in the line.
+func (q *queue) wakeDelayed() {
+	now := time.Now()
+	kept := q.delayed[:0]
+	for _, i := range q.delayed {
+		if now.Before(q.reqs[i].due) {
+			kept = append(kept, i)
+			continue
+		}
+		q.reserved-- // begin takes it again
+		q.enqueue(int(i))
+	}
+	q.delayed = kept
+}
+
+// sendEvents answers asynchronous event requests.
+func (q *queue) sendEvents() {
+	for q.reserved < len(q.responses) {
+		cid, dw0, ok := q.ctrl.next()
+		if !ok {
+			return
+		}
+		q.reserved++
+		sge, at := q.completion(noChunk)
+		nvme.CompletionAt(q.out.Bytes()[at:]).Set(uint64(dw0), q.sqHead(), cid, nvme.StatusSuccess)
+		q.sends = append(q.sends, sge)
+	}
+}
+
+// post posts receives first, so that no answer gets to the host before there is
+// room for the command that it lets the host send.
+func (q *queue) post() error {
+	if len(q.recvs) > 0 {
+		if _, err := q.qp.PostRecv(q.recvs); err != nil {
+			return err
+		}
+		q.recvs = q.recvs[:0]
+	}
+	if len(q.sends) > 0 {
+		if _, err := q.qp.PostSend(q.sends); err != nil {
+			return err
+		}
+		q.sends = q.sends[:0]
+	}
+	return nil
+}
+
+// receive gives a buffer back to the queue pair.
+func (q *queue) receive(i int) {
+	q.recvs = append(q.recvs, rdma.RecvWR{ID: kindRecv | uint64(i), SGE: rdma.SGE{
+		Addr: q.in.Addr() + uint64(i*q.capsule), Length: uint32(q.capsule), LKey: q.in.LKey(),
+	}})
+}
+
+// command is the command in a receive buffer.
+func (q *queue) command(i int) *nvme.Command {
+	return nvme.CommandAt(q.in.Bytes()[i*q.capsule:])
+}
+
+// advance moves the submission queue head over one command.
+func (q *queue) advance() {
+	if q.size > 0 && !q.noFlow {
+		if q.head++; q.head >= q.size {
+			q.head = 0
+		}
+	}
+}
+
+// sqHead is what completions say of the submission queue.
+func (q *queue) sqHead() uint16 {
+	if q.noFlow {
+		return 0xFFFF
+	}
+	return q.head
+}
+
+// completion takes the next place in the ring of completions, at offset at of
+// q.out, and makes the SEND of it. It was reserved before.
+func (q *queue) completion(chunks int32) (wr rdma.SendWR, at int) {
+	pos := int(q.posted % uint64(len(q.responses)))
+	q.posted++
+	q.responses[pos].chunks = chunks
+	at = pos * nvme.CompletionSize
+	return rdma.SendWR{
+		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: true, NumSGE: 1,
+		SGE: [2]rdma.SGE{{Addr: q.out.Addr() + uint64(at), Length: nvme.CompletionSize, LKey: q.out.LKey()}},
+	}, at
+}
+
+// respond answers a command. Its chunks stay until the SEND is complete,
+// because RDMA WRITEs before it may read them.
+func (q *queue) respond(i int, result uint64, s nvme.Status) {
+	r := &q.reqs[i]
+	cmd := q.command(i)
+	if !s.OK() {
+		q.stats.errors.Add(1)
+	}
+	q.advance()
+	wr, at := q.completion(r.chunks)
+	done := nvme.CompletionAt(q.out.Bytes()[at:])
+	done.Set(result, q.sqHead(), cmd.CID(), s)
+	if r.invalidate {
+		wr.Op, wr.RKey = rdma.SendInvalidate, r.key
+	}
+	if r.corrupt != CorruptNone {
+		q.corrupt(r, &wr, done)
+	}
+	q.sends = append(q.sends, wr)
+	q.done(i)
+}
+
+// done forgets a command and gives its buffer back.
+func (q *queue) done(i int) {
+	q.reqs[i] = request{chunks: noChunk}
+	q.receive(i)
+}
+
+// drop ends a command without an answer.
+func (q *queue) drop(i int) {
+	q.advance()
+	q.releaseChunks(q.reqs[i].chunks)
+	q.reserved--
+	q.done(i)
+}
+
+// Chunks.
+
+func chunksFor(length uint32) int { return int((length + chunkSize - 1) / chunkSize) }
+
+// take makes a list of n chunks, of which there are enough.
+func (q *queue) take(n int) int32 {
+	list := int32(noChunk)
+	for range n {
+		c := q.free
+		q.free = q.next[c]
+		q.next[c] = list
+		list = c
+	}
+	q.nfree -= n
+	return list
+}
+
+func (q *queue) release1(c int32) {
+	q.next[c] = q.free
+	q.free = c
+	q.nfree++
+}
+
+func (q *queue) releaseChunks(list int32) {
+	for list != noChunk {
+		c := list
+		list = q.next[c]
+		q.release1(c)
+	}
+}
+
+// bytes is a chunk.
+func (q *queue) bytes(c int32) []byte {
+	return q.data.Bytes()[int(c)*chunkSize : (int(c)+1)*chunkSize]
+}
+
+// transfer makes the RDMA READs or WRITEs of length bytes of a command's data,
+// from or into its chunks.
+func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
+	r := &q.reqs[i]
+	addr := r.addr
+	for c := r.chunks; c != noChunk && length > 0; c = q.next[c] {
+		n := min(length, chunkSize)
+		wr := rdma.SendWR{
+			ID: kindChunk, Op: op, RemoteAddr: addr, RKey: r.key, NumSGE: 1,
+			SGE: [2]rdma.SGE{{Addr: q.data.Addr() + uint64(c)*chunkSize, Length: n, LKey: q.data.LKey()}},
+		}
+		addr += uint64(n)
+		if length -= n; length == 0 && op == rdma.Read {
+			wr.ID, wr.Signaled = kindRead|uint64(i), true
+		}
+		q.sends = append(q.sends, wr)
+	}
+}

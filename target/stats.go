@@ -1,0 +1,122 @@
+package target
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"sync/atomic"
+
+	"ublk-nvmeof/nvme"
+)
+
+// queueStats counts what a queue did; its goroutine writes, anyone reads.
+type queueStats struct {
+	commands [256]atomic.Uint64 // by opcode, when they begin
+	errors   atomic.Uint64
+	read     atomic.Uint64 // bytes
+	written  atomic.Uint64
+}
+
+// Counts are the counts of a queue or of several.
+type Counts struct {
+	Commands     map[nvme.Opcode]uint64 // begun, by opcode
+	Errors       uint64                 // answered with another status than success
+	BytesRead    uint64                 // of Read commands
+	BytesWritten uint64                 // of Write commands
+}
+
+func newCounts() Counts { return Counts{Commands: map[nvme.Opcode]uint64{}} }
+
+func (c Counts) clone() Counts {
+	c.Commands = maps.Clone(c.Commands)
+	return c
+}
+
+func (c *Counts) add(s *queueStats) {
+	for op := range s.commands {
+		if n := s.commands[op].Load(); n > 0 {
+			c.Commands[nvme.Opcode(op)] += n
+		}
+	}
+	c.Errors += s.errors.Load()
+	c.BytesRead += s.read.Load()
+	c.BytesWritten += s.written.Load()
+}
+
+// totals add up admin and I/O queues, whose opcodes mean different things.
+type totals struct{ admin, io Counts }
+
+func newTotals() totals { return totals{newCounts(), newCounts()} }
+
+func (t *totals) add(q *queue) {
+	if q.qid == 0 {
+		t.admin.add(&q.stats)
+	} else {
+		t.io.add(&q.stats)
+	}
+}
+
+// QueueStats are the counts of a queue.
+type QueueStats struct {
+	QID     uint16
+	Entries int // of the submission queue
+	Counts
+}
+
+// ControllerStats describe a controller.
+type ControllerStats struct {
+	CNTLID  uint16
+	SubNQN  string
+	HostNQN string
+	Queues  []QueueStats // by QID
+}
+
+// Snapshot is the state of a target at one moment, more or less: counts go on
+// while they are read.
+type Snapshot struct {
+	Controllers []ControllerStats
+	Admin, IO   Counts // of all queues since New, those that ended too
+	Connections int    // at this moment
+	Connects    uint64 // connect requests accepted
+	Rejects     uint64 // connect requests refused
+}
+
+// Snapshot takes a snapshot.
+func (t *Target) Snapshot() Snapshot {
+	t.mu.Lock()
+	sum := totals{t.past.admin.clone(), t.past.io.clone()}
+	for q := range t.queues {
+		sum.add(q)
+	}
+	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), Connects: t.connects, Rejects: t.rejects}
+	subsystems := []*Subsystem{t.discovery}
+	for _, s := range t.subsystems {
+		subsystems = append(subsystems, s)
+	}
+	t.mu.Unlock()
+	for _, s := range subsystems {
+		for _, c := range s.list() {
+			snap.Controllers = append(snap.Controllers, c.snapshot())
+		}
+	}
+	slices.SortFunc(snap.Controllers, func(a, b ControllerStats) int {
+		if a.SubNQN != b.SubNQN {
+			return cmp.Compare(a.SubNQN, b.SubNQN)
+		}
+		return cmp.Compare(a.CNTLID, b.CNTLID)
+	})
+	return snap
+}
+
+func (c *controller) snapshot() ControllerStats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := ControllerStats{CNTLID: c.id, SubNQN: c.subsystem.cfg.NQN, HostNQN: c.hostNQN}
+	for _, q := range c.queues {
+		s := QueueStats{QID: q.qid, Entries: int(q.size), Counts: newCounts()}
+		s.add(&q.stats)
+		out.Queues = append(out.Queues, s)
+	}
+	slices.SortFunc(out.Queues, func(a, b QueueStats) int { return cmp.Compare(a.QID, b.QID) })
+	return out
+}

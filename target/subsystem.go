@@ -1,0 +1,375 @@
+package target
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"ublk-nvmeof/nvme"
+)
+
+const (
+	defaultModel = "ublk-nvmeof target"
+	firmware     = "1"
+
+	// MaxNamespaces is the number of namespaces of a subsystem and the largest
+	// namespace id.
+	MaxNamespaces = 1024
+	// MaxANAGroups is the number of ANA groups of a subsystem and the largest
+	// group id.
+	MaxANAGroups = 32
+)
+
+// SubsystemConfig describes a Subsystem.
+type SubsystemConfig struct {
+	NQN        string   // required
+	Serial     string   // at most 20 bytes; empty: random
+	Model      string   // at most 40 bytes; empty: a name of this software
+	AllowAny   bool     // every host may connect
+	AllowHosts []string // NQNs of those that may, without AllowAny
+	MaxQueues  int      // I/O queues per controller, 1..65535; 0: 128. See SetMaxQueues
+}
+
+func (c *SubsystemConfig) setDefaults() error {
+	if err := nvme.ValidateNQN(c.NQN); err != nil {
+		return fmt.Errorf("subsystem: %w", err)
+	}
+	if c.Serial == "" {
+		var b [10]byte
+		_, _ = rand.Read(b[:]) // never fails
+		c.Serial = hex.EncodeToString(b[:])
+	}
+	if c.Model == "" {
+		c.Model = defaultModel
+	}
+	if c.MaxQueues == 0 {
+		c.MaxQueues = DefaultMaxQueues
+	}
+	switch {
+	case len(c.Serial) > 20:
+		return fmt.Errorf("subsystem: serial number of %d bytes, at most 20 fit", len(c.Serial))
+	case len(c.Model) > 40:
+		return fmt.Errorf("subsystem: model number of %d bytes, at most 40 fit", len(c.Model))
+	case c.MaxQueues < 1 || c.MaxQueues > nvme.MaxQueues:
+		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", c.MaxQueues, nvme.MaxQueues)
+	}
+	c.AllowHosts = slices.Clone(c.AllowHosts)
+	return nil
+}
+
+// Subsystem is an NVM subsystem.
+type Subsystem struct {
+	target    *Target
+	cfg       SubsystemConfig
+	discovery bool
+	maxQueues atomic.Int32
+	// namespaces is the table by namespace id less one, replaced as a whole.
+	namespaces atomic.Pointer[[]*Namespace]
+	// ana holds the states by group id less one, read on the I/O path.
+	ana [MaxANAGroups]atomic.Uint32
+
+	mu          sync.Mutex // guards what follows, and changes of what is above
+	controllers map[uint16]*controller
+	lastID      uint16
+	anaChanges  uint64
+	anaCounts   [MaxANAGroups]uint64
+}
+
+func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
+	s := &Subsystem{target: t, cfg: cfg, controllers: map[uint16]*controller{}}
+	s.maxQueues.Store(int32(cfg.MaxQueues))
+	s.namespaces.Store(&[]*Namespace{})
+	for i := range s.ana {
+		s.ana[i].Store(uint32(nvme.ANAOptimized))
+	}
+	return s
+}
+
+// NQN is the name of the subsystem.
+func (s *Subsystem) NQN() string { return s.cfg.NQN }
+
+// SetMaxQueues changes how many I/O queues (1..65535) a controller gets. Hosts
+// see it when they next ask, which is when they connect anew; queues that exist
+// stay. To have them connect anew, call DropControllers.
+func (s *Subsystem) SetMaxQueues(n int) error {
+	if n < 1 || n > nvme.MaxQueues {
+		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", n, nvme.MaxQueues)
+	}
+	s.maxQueues.Store(int32(n))
+	return nil
+}
+
+// DropControllers ends all connections to the subsystem.
+func (s *Subsystem) DropControllers() {
+	for _, c := range s.list() {
+		c.fail("controllers are dropped")
+	}
+}
+
+func (s *Subsystem) allows(host string) bool {
+	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
+}
+
+// list lists the controllers.
+func (s *Subsystem) list() []*controller {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.controllers))
+}
+
+// attach gives a new controller its id; false when none is left.
+func (s *Subsystem) attach(c *controller) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for range nvme.CNTLIDMax {
+		s.lastID = s.lastID%nvme.CNTLIDMax + 1
+		if s.controllers[s.lastID] == nil {
+			c.id = s.lastID
+			s.controllers[c.id] = c
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Subsystem) detach(c *controller) {
+	s.mu.Lock()
+	delete(s.controllers, c.id)
+	s.mu.Unlock()
+}
+
+func (s *Subsystem) controller(id uint16) *controller {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.controllers[id]
+}
+
+// notify tells every controller of an event.
+func (s *Subsystem) notify(e event, nsid uint32) {
+	for _, c := range s.list() {
+		c.notify(e, nsid)
+	}
+}
+
+// NamespaceConfig describes a Namespace.
+type NamespaceConfig struct {
+	NSID      uint32    // 1..MaxNamespaces; 0: the lowest that is free
+	Store     Store     // required; stays the caller's, in use until the target is closed
+	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512
+	UUID      nvme.UUID // zero: random
+	NGUID     [16]byte  // zero: none
+	ReadOnly  bool
+	ANAGroup  uint32 // 1..MaxANAGroups; 0: 1
+}
+
+// Namespace is a namespace of a Subsystem.
+type Namespace struct {
+	subsystem *Subsystem
+	cfg       NamespaceConfig
+	shift     uint8 // log2 of the block size
+	group     *atomic.Uint32
+	blocks    atomic.Uint64
+	readOnly  atomic.Bool
+}
+
+// NSID is the id of the namespace.
+func (n *Namespace) NSID() uint32 { return n.cfg.NSID }
+
+func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
+	if cfg.BlockSize == 0 {
+		cfg.BlockSize = 512
+	}
+	if cfg.UUID.IsZero() {
+		cfg.UUID = nvme.NewUUID()
+	}
+	if cfg.ANAGroup == 0 {
+		cfg.ANAGroup = 1
+	}
+	n := &Namespace{subsystem: s, cfg: cfg}
+	for 1<<n.shift < cfg.BlockSize {
+		n.shift++
+	}
+	switch {
+	case cfg.Store == nil:
+		return nil, errors.New("namespace: no store")
+	case cfg.BlockSize < 512 || cfg.BlockSize > 4096 || 1<<n.shift != cfg.BlockSize:
+		return nil, fmt.Errorf("namespace: blocks of %d bytes", cfg.BlockSize)
+	case cfg.NSID > MaxNamespaces:
+		return nil, fmt.Errorf("namespace: id %d is above %d", cfg.NSID, MaxNamespaces)
+	case cfg.ANAGroup > MaxANAGroups:
+		return nil, fmt.Errorf("namespace: ana group %d is above %d", cfg.ANAGroup, MaxANAGroups)
+	}
+	n.group = &s.ana[cfg.ANAGroup-1]
+	n.readOnly.Store(cfg.ReadOnly)
+	n.blocks.Store(uint64(max(0, cfg.Store.Size())) >> n.shift)
+	return n, nil
+}
+
+// AddNamespace adds a namespace and tells the hosts. Errors are of the
+// configuration, or an id that is taken.
+func (s *Subsystem) AddNamespace(cfg NamespaceConfig) (*Namespace, error) {
+	return s.setNamespace(cfg, false)
+}
+
+// ReplaceNamespace puts another namespace in the place of the one with the id
+// of cfg, and tells the hosts.
+func (s *Subsystem) ReplaceNamespace(cfg NamespaceConfig) (*Namespace, error) {
+	return s.setNamespace(cfg, true)
+}
+
+func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace, error) {
+	if s.discovery {
+		return nil, errors.New("namespace: the discovery subsystem has none")
+	}
+	s.mu.Lock()
+	table := slices.Clone(*s.namespaces.Load())
+	if cfg.NSID == 0 {
+		i := slices.Index(table, nil)
+		if i < 0 {
+			i = len(table)
+		}
+		cfg.NSID = uint32(i) + 1
+	}
+	n, err := s.newNamespace(cfg)
+	if err != nil {
+		s.mu.Unlock()
+		return nil, err
+	}
+	for len(table) < int(cfg.NSID) {
+		table = append(table, nil)
+	}
+	if slot := &table[cfg.NSID-1]; (*slot != nil) != replace {
+		s.mu.Unlock()
+		return nil, fmt.Errorf("namespace: id %d exists: %t", cfg.NSID, !replace)
+	} else {
+		*slot = n
+	}
+	s.namespaces.Store(&table)
+	s.mu.Unlock()
+	s.notify(eventNamespace, cfg.NSID)
+	return n, nil
+}
+
+// RemoveNamespace removes a namespace and tells the hosts. Commands that have
+// begun go on to use its store.
+func (s *Subsystem) RemoveNamespace(nsid uint32) error {
+	s.mu.Lock()
+	if s.namespace(nsid) == nil {
+		s.mu.Unlock()
+		return fmt.Errorf("namespace: no id %d", nsid)
+	}
+	table := slices.Clone(*s.namespaces.Load())
+	table[nsid-1] = nil
+	s.namespaces.Store(&table)
+	s.mu.Unlock()
+	s.notify(eventNamespace, nsid)
+	return nil
+}
+
+// namespace finds a namespace, nil if there is none.
+func (s *Subsystem) namespace(nsid uint32) *Namespace {
+	table := *s.namespaces.Load()
+	if i := nsid - 1; uint64(i) < uint64(len(table)) { // 0 wraps round
+		return table[i]
+	}
+	return nil
+}
+
+// active lists the ids of namespaces above nsid.
+func (s *Subsystem) active(nsid uint32) []uint32 {
+	var ids []uint32
+	for _, n := range *s.namespaces.Load() {
+		if n != nil && n.cfg.NSID > nsid {
+			ids = append(ids, n.cfg.NSID)
+		}
+	}
+	return ids
+}
+
+// Revalidate takes notice of the store's size, and tells the hosts if it
+// changed.
+func (n *Namespace) Revalidate() {
+	blocks := uint64(max(0, n.cfg.Store.Size())) >> n.shift
+	if n.blocks.Swap(blocks) != blocks {
+		n.subsystem.notify(eventNamespace, n.cfg.NSID)
+	}
+}
+
+// SetReadOnly protects the namespace from changes, or no longer, and tells the
+// hosts. It is what the write protection feature does.
+func (n *Namespace) SetReadOnly(on bool) {
+	if n.readOnly.Swap(on) != on {
+		n.subsystem.notify(eventNamespace, n.cfg.NSID)
+	}
+}
+
+// SetANAState sets the state of an ANA group (1..MaxANAGroups) on this target,
+// and tells the hosts. All groups begin optimized.
+func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
+	switch state {
+	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:
+	default:
+		return fmt.Errorf("subsystem: %v", state)
+	}
+	if group < 1 || group > MaxANAGroups {
+		return fmt.Errorf("subsystem: ana group %d is not 1..%d", group, MaxANAGroups)
+	}
+	s.mu.Lock()
+	changed := s.ana[group-1].Swap(uint32(state)) != uint32(state)
+	if changed {
+		s.anaChanges++
+		s.anaCounts[group-1] = s.anaChanges
+	}
+	s.mu.Unlock()
+	if changed {
+		s.notify(eventANA, 0)
+	}
+	return nil
+}
+
+// anaLog is log page 0Ch; without namespaces if only the groups are asked for.
+func (s *Subsystem) anaLog(groupsOnly bool) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var members [MaxANAGroups][]uint32
+	groups := 0
+	for _, n := range *s.namespaces.Load() {
+		if n == nil {
+			continue
+		}
+		m := &members[n.cfg.ANAGroup-1]
+		if *m == nil {
+			groups++
+		}
+		*m = append(*m, n.cfg.NSID)
+	}
+	log := nvme.AppendANAHeader(nil, s.anaChanges, uint16(groups))
+	for i, ids := range members {
+		if ids == nil {
+			continue
+		}
+		if groupsOnly {
+			ids = nil
+		}
+		log = nvme.AppendANAGroup(log, uint32(i)+1, s.anaCounts[i], nvme.ANAState(s.ana[i].Load()), ids...)
+	}
+	return log
+}
+
+// access is the status of a command to a namespace in this ANA state.
+func (n *Namespace) access() nvme.Status {
+	switch nvme.ANAState(n.group.Load()) {
+	case nvme.ANAInaccessible:
+		return nvme.StatusANAInaccessible
+	case nvme.ANAPersistentLoss:
+		return nvme.StatusANAPersistentLoss
+	case nvme.ANAChange:
+		return nvme.StatusANATransition
+	}
+	return nvme.StatusSuccess
+}
