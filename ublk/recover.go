@@ -137,3 +137,40 @@ func (d *Device) compare(ctx context.Context, g block.Geometry) error {
 	}
 	return nil
 }
+
+// Abandon deletes a device of ours that waits for a server and will not get
+// one: what its users wait for fails. Without force, a device that somebody
+// uses is left alone. info is what List or Get said of it.
+//
+// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if somebody uses it or if
+// it has a server.
+func Abandon(ctx context.Context, info Info, force bool) error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	return errors.Join(c.abandon(ctx, info, force), c.close())
+}
+
+func (c *control) abandon(ctx context.Context, info Info, force bool) error {
+	now, err := c.info(ctx, info.ID)
+	switch {
+	case err != nil:
+		return err
+	case !now.Ours() || now.Cookie != info.Cookie:
+		return fmt.Errorf("abandon ublk device %d: %w", info.ID, ErrNotOurs)
+	case now.State == Live:
+		return fmt.Errorf("abandon ublk device %d: %w: it is %v", info.ID, ErrBusy, now.State)
+	}
+	if !force {
+		fd, err := claim(info.ID)
+		if err != nil {
+			return fmt.Errorf("abandon ublk device %d: %w", info.ID, err)
+		}
+		defer unix.Close(fd)
+	}
+	if err := c.do(ctx, call{cmd: stopDev, id: uint32(info.ID)}); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("abandon ublk device %d: %w", info.ID, err)
+	}
+	return c.remove(ctx, now)
+}

@@ -1140,10 +1140,9 @@ func TestRecoveryFlags(t *testing.T) {
 	}
 }
 
-// TestRecover: the device of a killed server is served on, and no read failed.
-func TestRecover(t *testing.T) {
-	requireUblk(t)
-	ctx := testContext(t)
+// killable starts a server, whose device outlives it, in another process.
+func killable(t testing.TB, ctx context.Context) (info Info, kill func()) {
+	t.Helper()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^TestHelperServe$")
 	cmd.Env = append(os.Environ(), "UBLK_TEST_HELPER=recoverable")
 	out, err := cmd.StdoutPipe()
@@ -1157,10 +1156,23 @@ func TestRecover(t *testing.T) {
 	if _, err := fmt.Fscanf(out, "serving %d\n", &id); err != nil {
 		t.Fatal(err)
 	}
-	info, err := Get(ctx, id)
-	if err != nil {
+	if info, err = Get(ctx, id); err != nil {
 		t.Fatal(err)
 	}
+	return info, func() {
+		t.Helper()
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+	}
+}
+
+// TestRecover: the device of a killed server is served on, and no read failed.
+func TestRecover(t *testing.T) {
+	requireUblk(t)
+	ctx := testContext(t)
+	info, kill := killable(t, ctx)
 	cfg := Config{Device: newNull(t, block.Geometry{}), Loops: newLoops(t, info.Queues)}
 	if _, err := Recover(ctx, info, cfg); !errors.Is(err, ErrBusy) {
 		t.Errorf("recover from a server that lives: %v", err)
@@ -1169,10 +1181,7 @@ func TestRecover(t *testing.T) {
 	if err := reads.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = cmd.Wait()
+	kill()
 	small := cfg
 	small.Device = newNull(t, block.Geometry{Sectors: 8})
 	if _, err := Recover(ctx, info, small); err == nil || !strings.Contains(err.Error(), "8 sectors") {
@@ -1194,4 +1203,43 @@ func TestRecover(t *testing.T) {
 		t.Error("nothing was read from the second server")
 	}
 	stop(t, d)
+}
+
+// TestAbandon: a device that waits for a server can be given up, but not under
+// its users' feet unless they are to get errors.
+func TestAbandon(t *testing.T) {
+	requireUblk(t)
+	ctx := testContext(t)
+	info, kill := killable(t, ctx)
+	if err := Abandon(ctx, info, true); !errors.Is(err, ErrBusy) {
+		t.Errorf("abandon a device with a server: %v", err)
+	}
+	fd, err := unix.Open(info.Path(), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kill()
+	for now := info; now.State != Quiesced; { // the kernel notices in its own time
+		if now, err = Get(ctx, info.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Abandon(ctx, info, false); !errors.Is(err, ErrBusy) {
+		t.Errorf("abandon a device in use: %v", err)
+	}
+	read := make(chan error)
+	go func() {
+		_, err := unix.Pread(fd, directBuffer(t, 4096), 0)
+		read <- err
+	}()
+	if err := Abandon(ctx, info, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-read; err == nil {
+		t.Error("a read that waited succeeded")
+	}
+	if err := unix.Close(fd); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, info.ID)
 }

@@ -201,7 +201,7 @@ func end(ctx context.Context, dir state.Dir, r state.Record) error {
 	p, err := r.Process.Open()
 	switch {
 	case errors.Is(err, os.ErrProcessDone):
-		return clearUp(ctx, dir, r, time.Now().Add(clearTime))
+		return clearUp(ctx, dir, r, server.EndUnused, time.Now().Add(clearTime))
 	case err != nil:
 		return err
 	}
@@ -217,7 +217,7 @@ func end(ctx context.Context, dir state.Dir, r state.Record) error {
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
 		return exit.Errorf(exit.Timeout, "process %d does not end", r.Process.PID)
 	}
-	return clearUp(ctx, dir, r, time.Now().Add(clearTime))
+	return clearUp(ctx, dir, r, server.EndUnused, time.Now().Add(clearTime))
 }
 
 // endByForce ends a server whatever it does.
@@ -225,7 +225,7 @@ func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.T
 	p, err := r.Process.Open()
 	switch {
 	case errors.Is(err, os.ErrProcessDone):
-		return clearUp(ctx, dir, r, began.Add(clearedBy))
+		return clearUp(ctx, dir, r, server.EndAll, began.Add(clearedBy))
 	case err != nil:
 		return err
 	}
@@ -238,7 +238,7 @@ func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.T
 			return exit.Errorf(exit.Timeout, "process %d was killed and has not died yet", r.Process.PID)
 		}
 	}
-	return clearUp(ctx, dir, r, began.Add(clearedBy))
+	return clearUp(ctx, dir, r, server.EndAll, began.Add(clearedBy))
 }
 
 // askByForce asks a server to end, if it answers at all.
@@ -262,11 +262,11 @@ func waitUntil(ctx context.Context, p *state.Handle, t time.Time) error {
 
 // clearUp takes away what the server left, if anything. The kernel may take a
 // moment after its end.
-func clearUp(ctx context.Context, dir state.Dir, r state.Record, t time.Time) error {
+func clearUp(ctx context.Context, dir state.Dir, r state.Record, waiting server.Waiting, t time.Time) error {
 	ctx, cancel := context.WithDeadline(ctx, t)
 	defer cancel()
 	for {
-		done, err := server.Clear(ctx, dir, r.Name, slog.New(slog.DiscardHandler))
+		done, err := server.Clear(ctx, dir, r.Name, waiting, slog.New(slog.DiscardHandler))
 		switch {
 		case err != nil && ctx.Err() == nil:
 			return err
@@ -276,7 +276,7 @@ func clearUp(ctx context.Context, dir state.Dir, r state.Record, t time.Time) er
 		select {
 		case <-time.After(clearRetry):
 		case <-ctx.Done():
-			return exit.Errorf(exit.Busy, "the server is gone, its devices are still there")
+			return exit.Errorf(exit.Busy, "the server is gone, its devices are still there; --force ends them, recover serves them on")
 		}
 	}
 }

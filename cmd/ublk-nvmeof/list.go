@@ -27,8 +27,8 @@ func newList(runDir dirFunc) *cobra.Command {
 requested and granted. "poll 1/0→default" says that one poll queue was asked
 for, none was granted, and the default queues serve its requests.
 
-A server that died is shown as lost, with the devices it left; the next connect
-or a disconnect clears them away. JSON has everything, with or without -v.`,
+A server that died is shown as lost, with the devices it left: recover serves
+them on, disconnect takes them away. JSON has everything, with or without -v.`,
 		Args: cobra.NoArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

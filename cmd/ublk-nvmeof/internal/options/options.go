@@ -41,6 +41,13 @@ const Forever = -1 * time.Second
 // Off is a fast I/O fail timeout that is not in use.
 const Off = -1 * time.Second
 
+// What becomes of the devices when the server dies.
+const (
+	Requeue = "requeue"
+	Fail    = "fail"
+	Remove  = "remove"
+)
+
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
@@ -71,6 +78,7 @@ type Connect struct {
 	NSIDs       []uint32 // nil: all
 	Provider    string
 	LoadModules string
+	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
 
 	hostID string // as given by the flag
@@ -83,7 +91,7 @@ func Default() *Connect {
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
-		Provider: "auto", LoadModules: "auto", Timeout: defaultTimeout,
+		Provider: "auto", LoadModules: "auto", OnCrash: Requeue, Timeout: defaultTimeout,
 	}
 }
 
@@ -126,6 +134,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
 	f.Var(OneOf(&c.Provider, "auto", "verbs"), "provider", "how to do RDMA")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
+	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what becomes of the devices when the server dies: requests wait for recover, or fail until then, or the devices go away")
 	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
 }
 

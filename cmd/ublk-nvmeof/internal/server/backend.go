@@ -51,8 +51,10 @@ type backend struct {
 	loop      func(poller.Config) (*poller.Loop, error)
 	connect   func(context.Context, initiator.Config) (controller, []namespace, error)
 	start     func(context.Context, ublk.Config) (device, error)
+	recover   func(context.Context, ublk.Info, ublk.Config) (device, error)
 	get       func(ctx context.Context, id int) (ublk.Info, error)
 	remove    func(context.Context, ublk.Info) error
+	abandon   func(ctx context.Context, info ublk.Info, force bool) error
 }
 
 // real is the backend of a server.
@@ -90,23 +92,44 @@ var real = backend{
 			return nil, err
 		}
 	},
-	get:    ublk.Get,
-	remove: ublk.Remove,
+	recover: func(ctx context.Context, info ublk.Info, cfg ublk.Config) (device, error) {
+		if d, err := ublk.Recover(ctx, info, cfg); err == nil {
+			return d, nil
+		} else {
+			return nil, err
+		}
+	},
+	get:     ublk.Get,
+	remove:  ublk.Remove,
+	abandon: ublk.Abandon,
 }
 
+// Waiting is what Clear does about devices that wait for another server.
+type Waiting uint8
+
+// What to do about devices that wait.
+const (
+	Keep      Waiting = iota // nothing
+	EndUnused                // remove them, unless somebody uses them
+	EndAll                   // remove them; what waits for them fails
+)
+
 // Clear takes away what a dead server left: its ublk devices, each only if it
-// still is the server's and nobody can use it any more, and its record. It
-// returns false if a device is still there, alive.
-func Clear(ctx context.Context, dir state.Dir, name string, log *slog.Logger) (bool, error) {
-	return dir.Clear(ctx, name, real.reap(log))
+// still is the server's and nobody can use it any more, or as waiting says, and
+// its record. It returns false if a device is still there.
+func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log *slog.Logger) (bool, error) {
+	return dir.Clear(ctx, name, real.reap(log, waiting))
 }
 
 // reap is for state.Dir.
-func (b *backend) reap(log *slog.Logger) func(context.Context, state.Record) bool {
+func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, state.Record) bool {
 	return func(ctx context.Context, r state.Record) bool {
 		for _, d := range r.Devices {
-			if gone, err := b.gone(ctx, d.ID, d.Cookie); !gone {
+			gone, err := b.gone(ctx, d.ID, d.Cookie, waiting)
+			if err != nil {
 				log.Warn("a dead server's device is still there", "server", r.Name, "device", d.Path(), "error", err)
+			}
+			if !gone {
 				return false
 			}
 		}
@@ -115,8 +138,8 @@ func (b *backend) reap(log *slog.Logger) func(context.Context, state.Record) boo
 }
 
 // gone says whether nothing is left of a ublk device of a dead server, after
-// removing it if nobody can use it any more.
-func (b *backend) gone(ctx context.Context, id int, cookie uint64) (bool, error) {
+// removing it if that is wanted or if nobody can use it any more.
+func (b *backend) gone(ctx context.Context, id int, cookie uint64, waiting Waiting) (bool, error) {
 	info, err := b.get(ctx, id)
 	switch {
 	case errors.Is(err, ublk.ErrNoDevice), errors.Is(err, ublk.ErrNoDriver):
@@ -125,11 +148,12 @@ func (b *backend) gone(ctx context.Context, id int, cookie uint64) (bool, error)
 		return false, err
 	case info.Cookie != cookie:
 		return true, nil // somebody else's by now
-	case info.State != ublk.Dead:
+	case info.State == ublk.Dead:
+		err = b.remove(ctx, info)
+	case waiting == Keep || info.State == ublk.Live:
 		return false, nil
+	default:
+		err = b.abandon(ctx, info, waiting == EndAll)
 	}
-	if err := b.remove(ctx, info); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-		return false, err
-	}
-	return true, nil
+	return err == nil || errors.Is(err, ublk.ErrNoDevice), err
 }

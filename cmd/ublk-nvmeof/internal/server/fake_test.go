@@ -91,7 +91,27 @@ func (w *world) backend() backend {
 			delete(w.left, i.ID)
 			return nil
 		},
+		recover: w.recover,
+		abandon: func(_ context.Context, i ublk.Info, force bool) error {
+			w.note("abandon %d, force %t", i.ID, force)
+			if w.busy[i.ID] && !force {
+				return ublk.ErrBusy
+			}
+			delete(w.left, i.ID)
+			return nil
+		},
 	}
+}
+
+func (w *world) recover(_ context.Context, i ublk.Info, cfg ublk.Config) (device, error) {
+	if err := w.startErr[cfg.Device.(disk).nsid]; err != nil {
+		return nil, err
+	}
+	w.note("recover ublkb%d", i.ID)
+	cfg.Depth, cfg.MaxIO = i.Depth, i.MaxIO
+	d := &fakeDevice{world: w, id: i.ID, cfg: cfg, done: make(chan struct{})}
+	w.devices[i.ID] = d
+	return d, nil
 }
 
 type fakeProvider struct{}

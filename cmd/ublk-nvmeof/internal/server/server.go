@@ -54,6 +54,9 @@ type server struct {
 	back   backend
 	remote netip.AddrPort
 	entry  *state.Entry
+	// waiting are the devices of a dead server that this one takes over. Until
+	// all of them are served, nothing is ended: they wait on, for the next.
+	waiting []state.Device
 
 	cancel context.CancelCauseFunc // ends start
 	turn   chan struct{}           // holds a token while nobody starts or ends
@@ -90,9 +93,13 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	}
 	sock, err := s.listen()
 	if err != nil {
-		return exit.From(errors.Join(err, s.entry.Remove()))
+		return exit.From(errors.Join(err, s.forget()))
 	}
 	err = s.start(starting)
+	if err != nil && len(s.waiting) > 0 {
+		// The end of the process gives back what was taken over already.
+		return exit.From(errors.Join(err, sock.close()))
+	}
 	s.turn <- struct{}{}
 	if err == nil {
 		err = s.announce()
@@ -110,10 +117,8 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		s.log.Warn("close control socket", "error", err)
 	}
 	// What could not be ended stays on record.
-	if len(s.entry.Devices) == 0 {
-		if rerr := s.entry.Remove(); rerr != nil {
-			s.log.Error("remove state", "error", rerr)
-		}
+	if rerr := s.forget(); rerr != nil {
+		s.log.Error("remove state", "error", rerr)
 	}
 	if err != nil {
 		return exit.From(err)
@@ -128,19 +133,31 @@ func (s *server) reserve(ctx context.Context) error {
 		return exit.Errorf(exit.Unreachable, "%v", err)
 	}
 	target := state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
-	s.entry, err = s.cfg.Dir.Reserve(ctx, target, s.cfg.Args, s.opts.Duplicate, s.back.reap(s.log))
+	s.entry, err = s.cfg.Dir.Reserve(ctx, target, s.cfg.Args, s.opts.Duplicate, s.back.reap(s.log, Keep))
 	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
 		return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", err)
 	}
 	if err != nil {
 		return err
 	}
+	s.waiting = s.entry.Devices
+	if len(s.waiting) > 0 {
+		s.log.Info("takes over what a dead server left", "server", s.entry.Name, "devices", len(s.waiting))
+	}
 	if s.cfg.Reserved != nil {
 		if err := s.cfg.Reserved(s.entry); err != nil {
-			return errors.Join(err, s.entry.Remove())
+			return errors.Join(err, s.forget())
 		}
 	}
 	return nil
+}
+
+// forget removes the record, unless something on it is still there.
+func (s *server) forget() error {
+	if len(s.entry.Devices) > 0 {
+		return nil
+	}
+	return s.entry.Remove()
 }
 
 // socket is the control socket while it is served.
@@ -189,6 +206,9 @@ func (s *server) start(ctx context.Context) error {
 	s.ctrl, s.info = ctrl, info
 	s.mu.Unlock()
 	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
+	if len(s.waiting) > 0 {
+		return s.recoverDevices(ctx, found)
+	}
 	if found, err = s.choose(found); err != nil {
 		return err
 	}
@@ -324,14 +344,12 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace, depth int
 		}
 		d, err := s.back.start(ctx, ublk.Config{
 			ID: id, Device: ns.device, Loops: s.loops, Depth: depth, MaxIO: s.opts.MaxIO,
-			Recovery: ublk.RecoveryNone, KeepAffinity: i > 0, Log: s.log,
+			Recovery: policies[s.opts.OnCrash], KeepAffinity: i > 0, Log: s.log,
 		})
 		if err != nil {
 			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
 		}
-		s.mu.Lock()
-		s.serving = append(s.serving, &serving{ns, d})
-		s.mu.Unlock()
+		s.serve(ns, d)
 		s.entry.Devices = append(s.entry.Devices, state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid})
 		if err := s.entry.Save(); err != nil {
 			return err
@@ -339,6 +357,49 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace, depth int
 	}
 	s.entry.Phase = state.Live
 	return s.entry.Save()
+}
+
+var policies = map[string]ublk.RecoveryPolicy{
+	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
+}
+
+// recoverDevices serves the devices of a dead server on. Those that went away
+// with it are off the record.
+func (s *server) recoverDevices(ctx context.Context, found []namespace) error {
+	var there []state.Device
+	for i, w := range s.waiting {
+		gone, err := s.back.gone(ctx, w.ID, w.Cookie, Keep)
+		if err != nil {
+			return err
+		}
+		if gone {
+			s.log.Warn("device is gone", "device", w.Path(), "nsid", w.NSID)
+			continue
+		}
+		k := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == w.NSID })
+		if k < 0 {
+			return exit.Errorf(exit.NotFound, "%s: subsystem %s has %s, not namespace %d", w.Path(), s.opts.NQN, nsids(found), w.NSID)
+		}
+		info, err := s.back.get(ctx, w.ID)
+		if err != nil {
+			return err
+		}
+		d, err := s.back.recover(ctx, info, ublk.Config{Device: found[k].device, Loops: s.loops, KeepAffinity: i > 0, Log: s.log})
+		if err != nil {
+			return fmt.Errorf("namespace %d: %w", w.NSID, err)
+		}
+		s.serve(found[k], d)
+		there = append(there, w)
+	}
+	s.waiting = nil
+	s.entry.Devices, s.entry.Phase = there, state.Live
+	return s.entry.Save()
+}
+
+func (s *server) serve(ns namespace, d device) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.serving = append(s.serving, &serving{ns, d})
 }
 
 // announce tells everybody that the devices are usable.

@@ -158,7 +158,7 @@ func TestServe(t *testing.T) {
 	// The queue size that the target granted, not the one asked for; only the
 	// first device moves the loops.
 	for i, u := range w.started {
-		if u.ID != -1 || u.Depth != 64 || u.MaxIO != 64<<10 || u.Recovery != ublk.RecoveryNone || u.KeepAffinity != (i > 0) || len(u.Loops) != 1 {
+		if u.ID != -1 || u.Depth != 64 || u.MaxIO != 64<<10 || u.Recovery != ublk.RecoveryRequeue || u.KeepAffinity != (i > 0) || len(u.Loops) != 1 {
 			t.Errorf("ublk got %+v", u)
 		}
 	}
@@ -479,23 +479,31 @@ func TestNobodyListens(t *testing.T) {
 // is somebody else's by now is not touched.
 func TestReap(t *testing.T) {
 	for _, tt := range []struct {
-		name string
-		left ublk.Info
-		gone bool
-		then []string
+		name    string
+		left    ublk.Info
+		waiting Waiting
+		gone    bool
+		then    []string
 	}{
-		{"dead", ublk.Info{ID: 3, Cookie: 9, State: ublk.Dead}, true, []string{"remove 3"}},
-		{"waits for a server", ublk.Info{ID: 3, Cookie: 9, State: ublk.Quiesced}, false, nil},
-		{"live", ublk.Info{ID: 3, Cookie: 9, State: ublk.Live}, false, nil},
-		{"somebody else's", ublk.Info{ID: 3, Cookie: 10, State: ublk.Dead}, true, nil},
-		{"no such device", ublk.Info{ID: 4}, true, nil},
+		{"dead", ublk.Info{ID: 3, Cookie: 9, State: ublk.Dead}, Keep, true, []string{"remove 3"}},
+		{"waits for a server", ublk.Info{ID: 3, Cookie: 9, State: ublk.Quiesced}, Keep, false, nil},
+		{"waits in vain", ublk.Info{ID: 3, Cookie: 9, State: ublk.Quiesced}, EndUnused, true, []string{"abandon 3, force false"}},
+		{"waits in vain, in use", ublk.Info{ID: 5, Cookie: 9, State: ublk.Quiesced}, EndUnused, false, []string{"abandon 5, force false"}},
+		{"in use, by force", ublk.Info{ID: 5, Cookie: 9, State: ublk.FailIO}, EndAll, true, []string{"abandon 5, force true"}},
+		{"live", ublk.Info{ID: 3, Cookie: 9, State: ublk.Live}, EndAll, false, nil},
+		{"somebody else's", ublk.Info{ID: 3, Cookie: 10, State: ublk.Dead}, EndAll, true, nil},
+		{"no such device", ublk.Info{ID: 4}, EndAll, true, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld()
 			w.left[tt.left.ID] = tt.left
+			w.busy[5] = true
 			b := w.backend()
 			r := state.Record{State: state.State{Devices: []state.Device{{ID: 3, Cookie: 9}}}}
-			if got := b.reap(slog.New(slog.DiscardHandler))(t.Context(), r); got != tt.gone {
+			if tt.left.ID == 5 {
+				r.Devices[0].ID = 5
+			}
+			if got := b.reap(slog.New(slog.DiscardHandler), tt.waiting)(t.Context(), r); got != tt.gone {
 				t.Errorf("gone: %t", got)
 			}
 			if got := w.happened(); !slices.Equal(got, tt.then) {
@@ -505,11 +513,11 @@ func TestReap(t *testing.T) {
 	}
 	b := newWorld().backend()
 	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, ublk.ErrNoDriver }
-	if gone, err := b.gone(t.Context(), 3, 9); !gone || err != nil {
+	if gone, err := b.gone(t.Context(), 3, 9, Keep); !gone || err != nil {
 		t.Errorf("without a driver there are no devices: %t, %v", gone, err)
 	}
 	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, syscall.EIO }
-	if gone, err := b.gone(t.Context(), 3, 9); gone || err == nil {
+	if gone, err := b.gone(t.Context(), 3, 9, Keep); gone || err == nil {
 		t.Errorf("an error is no proof: %t, %v", gone, err)
 	}
 }
@@ -528,4 +536,99 @@ func TestSocketIsGoneBeforeTheState(t *testing.T) {
 	if _, err := r.client().Status(t.Context()); !control.Gone(err) {
 		t.Error(err)
 	}
+}
+
+// died leaves the record of a server that is no more, with devices that wait for
+// another, number 4 of namespace 1 and number 6 of namespace 2.
+func died(t *testing.T, w *world, o *options.Connect, dir string) {
+	t.Helper()
+	w.nsids = []uint32{1, 2}
+	remote, err := o.Resolve(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := state.Target{Address: remote, NQN: o.NQN, HostNQN: o.HostNQN}
+	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false, func(context.Context, state.Record) bool { return true })
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Process.Start++ // another process's
+	e.Devices = []state.Device{{ID: 4, Cookie: 1004, NSID: 1}, {ID: 6, Cookie: 1006, NSID: 2}}
+	if err := e.Save(); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range e.Devices {
+		w.left[d.ID] = ublk.Info{ID: d.ID, Cookie: d.Cookie, State: ublk.Quiesced, Queues: 1, Depth: 64, MaxIO: 65536}
+	}
+}
+
+func TestTakesOver(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	died(t, w, lab(), dir)
+	r := begin(t, w, lab(), dir)
+	s := r.waitReady()
+	if s.Name != "ctrl0" || len(s.Devices) != 2 || s.Devices[0].Device != "ublkb4" || s.Devices[1].Device != "ublkb6" {
+		t.Errorf("%+v", s)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	got := w.happened()
+	for _, want := range []string{"recover ublkb4", "recover ublkb6", "stop ublkb4", "stop ublkb6"} {
+		if !slices.Contains(got, want) {
+			t.Errorf("no %q in %q", want, got)
+		}
+	}
+	leaves(t, dir)
+}
+
+// A server that cannot take all over leaves all as it was, for the next.
+func TestTakeOverFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		set  func(*world)
+		want string
+	}{
+		"target":         {func(w *world) { w.connectErr = errors.New("no target") }, "no target"},
+		"namespace gone": {func(w *world) { w.nsids = []uint32{1} }, "not namespace 2"},
+		"second device":  {func(w *world) { w.startErr[2] = errors.New("no memory") }, "no memory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, dir := newWorld(), runDir(t)
+			died(t, w, lab(), dir)
+			c.set(w)
+			r := begin(t, w, lab(), dir)
+			if err := <-r.result; err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+			for _, e := range w.happened() {
+				if strings.HasPrefix(e, "stop") || strings.HasPrefix(e, "remove") || strings.HasPrefix(e, "abandon") {
+					t.Errorf("happened: %s", e)
+				}
+			}
+			records, err := state.Dir(dir).List()
+			if err != nil || len(records) != 1 || len(records[0].Devices) != 2 {
+				t.Errorf("left on record: %+v, %v", records, err)
+			}
+			for _, l := range r.world.devices {
+				l.end(nil)
+			}
+		})
+	}
+}
+
+// A device that went away with the server is no reason not to serve the others.
+func TestTakesOverWhatIsThere(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	died(t, w, lab(), dir)
+	delete(w.left, 4)
+	r := begin(t, w, lab(), dir)
+	if s := r.waitReady(); len(s.Devices) != 1 || s.Devices[0].Device != "ublkb6" {
+		t.Errorf("%+v", s)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	leaves(t, dir)
 }

@@ -163,8 +163,9 @@ type Entry struct {
 
 // Reserve takes a name for the calling process, which connects to target.
 // Unless duplicate is set, a live server with the same target is a
-// *DuplicateError. Records of dead servers are removed if reap, which gets each
-// of them, says that nothing of them is left.
+// *DuplicateError, and the record of a dead one whose devices are still there
+// passes to the caller, who finds them in the Entry. Records of dead servers are
+// removed if reap, which gets each of them, says that nothing of them is left.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool, reap func(context.Context, Record) bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -182,16 +183,28 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	if err != nil {
 		return nil, err
 	}
+	var heirless *Record
 	for _, r := range records {
 		switch {
 		case r.Err != nil:
 		case r.Alive && r.Target == target && !duplicate:
 			return nil, &DuplicateError{r}
-		case !r.Alive && reap(ctx, r):
+		case r.Alive:
+		case reap(ctx, r):
 			if err := r.Remove(); err != nil {
 				return nil, fmt.Errorf("remove what %s left: %w", r.Name, err)
 			}
+		case r.Target == target && !duplicate && heirless == nil:
+			heirless = &r
 		}
+	}
+	if heirless != nil {
+		e := &Entry{*heirless}
+		if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("remove a dead server's socket: %w", err)
+		}
+		e.Process, e.Phase, e.Args = self, Connecting, args
+		return e, e.Save()
 	}
 	e := &Entry{Record{State: State{
 		SchemaVersion: SchemaVersion, Process: self, Phase: Connecting, Target: target, Args: args,

@@ -114,8 +114,8 @@ func TestDuplicates(t *testing.T) {
 	}
 }
 
-// What a dead server left is in nobody's way, is shown, and goes when nothing
-// of it is left.
+// What a dead server left is shown, passes to the next server of the same
+// target, is in nobody else's way, and goes when nothing of it is left.
 func TestDeadServer(t *testing.T) {
 	d := Dir(t.TempDir())
 	e := reserve(t, d, lab)
@@ -128,18 +128,38 @@ func TestDeadServer(t *testing.T) {
 		t.Fatalf("%+v", got)
 	}
 	asked := 0
-	second, err := d.Reserve(ctx, lab, nil, false, func(_ context.Context, r Record) bool {
+	devicesLeft := func(_ context.Context, r Record) bool {
 		asked++
 		if r.Name != "ctrl0" || len(r.Devices) != 1 {
 			t.Errorf("asked about %+v", r)
 		}
 		return false
-	})
-	if err != nil || asked != 1 || second.Name != "ctrl1" {
-		t.Fatalf("%v, %v, asked %d times", second, err, asked)
 	}
 	other := lab
 	other.NQN = "nqn.other"
+	for i, c := range []struct {
+		target    Target
+		duplicate bool
+	}{{other, false}, {lab, true}} {
+		e, err := d.Reserve(ctx, c.target, nil, c.duplicate, devicesLeft)
+		if want := "ctrl1"; err != nil || asked != i+1 || e.Name != want || len(e.Devices) != 0 {
+			t.Fatalf("%v, %v, asked %d times, want %s", e, err, asked, want)
+		}
+		if err := e.Remove(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	heir, err := d.Reserve(ctx, lab, []string{"--x"}, false, devicesLeft)
+	if err != nil || heir.Name != "ctrl0" || len(heir.Devices) != 1 || heir.Phase != Connecting {
+		t.Fatalf("%+v, %v", heir, err)
+	}
+	if got := list(t, d); len(got) != 1 || !got[0].Alive || len(got[0].Devices) != 1 {
+		t.Fatalf("%+v", got)
+	}
+	heir.Process = deadProcess(t)
+	if err := heir.Save(); err != nil {
+		t.Fatal(err)
+	}
 	if third := reserve(t, d, other); third.Name != "ctrl0" {
 		t.Errorf("%s, want the name that is free again", third.Name)
 	}
