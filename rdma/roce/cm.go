@@ -146,16 +146,12 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 
 // enqueue makes an ID of a request and gives it to the listener.
 func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
-	id := &connID{
-		port: p, path: p.back(src, dst), passive: true, state: idRequested,
-		local:  netip.AddrPortFrom(dst, r.Port),
-		remote: netip.AddrPortFrom(src.Addr(), r.SourcePort), private: r.Private[:],
-		peerComm: m.Local(), peerGUID: r.GUID, peerQPN: r.QPN, tid: m.TID(), request: *r, arrived: time.Now(),
-		closing: make(chan struct{}), patient: make(chan struct{}, 1),
-		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
-		events: make(chan rdma.Event, 16),
-	}
-	p.addID(id)
+	id := p.newID(p.back(src, dst))
+	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
+	id.local = netip.AddrPortFrom(dst, r.Port)
+	id.remote = netip.AddrPortFrom(src.Addr(), r.SourcePort)
+	id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
+	id.request, id.private = *r, r.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
 	p.halfOpen++

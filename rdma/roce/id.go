@@ -67,7 +67,7 @@ type answer struct {
 	err     error
 }
 
-// newID makes an ID with a random communication id.
+// newID makes an ID with a random communication id. The lock is held.
 func (p *port) newID(path *path) *connID {
 	id := &connID{
 		port: p, path: path, state: idIdle,
@@ -75,18 +75,11 @@ func (p *port) newID(path *path) *connID {
 		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
 		events: make(chan rdma.Event, 16),
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.addID(id)
-	return id
-}
-
-func (p *port) addID(id *connID) {
 	for {
 		id.comm = random32()
 		if id.comm != 0 && p.ids[id.comm] == nil && p.farewells[id.comm] == nil {
 			p.ids[id.comm] = id
-			return
+			return id
 		}
 	}
 }
@@ -277,8 +270,8 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	return a.private, a.err
 }
 
-// ackTimeout is the retry timer that we ask the peer for: 268 ms.
-const ackTimeout = 16
+// ackTimeout is the retry timer that we ask the peer for: 537 ms, as Linux asks.
+const ackTimeout = 17
 
 // Reasons of REJ that package rdma does not name.
 const (

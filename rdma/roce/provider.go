@@ -141,6 +141,9 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if !to.IsValid() || to.IsUnspecified() || to.IsMulticast() {
 		return fail(unix.EINVAL)
 	}
+	if to.Is6() && to.IsLinkLocalUnicast() {
+		return fail(fmt.Errorf("IPv6 link-local address: %w", rdma.ErrUnsupported))
+	}
 	local = local.Unmap()
 	if !local.IsValid() {
 		// A port with an address of its own sends from no other.
@@ -160,6 +163,11 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	o := p.portFor(local)
 	if o == nil {
 		return fail(unix.EADDRNOTAVAIL)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return fail(rdma.ErrClosed)
 	}
 	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
 	id.mtu = mtu
