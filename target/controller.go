@@ -187,7 +187,7 @@ func (c *controller) notify(e event, nsid uint32) {
 	if e == eventNamespace && !slices.Contains(c.changed, nsid) {
 		c.changed = append(c.changed, nsid) // no more than MaxNamespaces, which the log holds
 	}
-	if c.enabled&events[e].enable == 0 || c.masked[e] {
+	if c.enabled&events[e].enable == 0 || c.masked[e] || slices.Contains(c.waiting, e) {
 		return
 	}
 	c.masked[e] = true

@@ -25,8 +25,8 @@
 //
 // Everything that a host can make the target hold is bounded: connections by
 // [Config.MaxConnections], and per queue the receive buffers, chunks and
-// completions, all allocated when it connects. A connection that sends no
-// Connect command is ended after 10 seconds.
+// completions, all allocated when it connects. A connection on which no Connect
+// command comes is ended after [Config.ConnectTimeout].
 //
 // # Concurrency
 //

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/nvme"
 )
@@ -213,4 +214,56 @@ func TestWrongKey(t *testing.T) {
 	}
 	good.want(0, good.keyed(&cmd, 4096))
 	a.property(nvme.PropCSTS, false) // the controller lives on
+}
+
+// TestDelayedFabric lets work requests take effect later than they are posted,
+// which finds buffers that are used again too early.
+func TestDelayedFabric(t *testing.T) {
+	r, ram, _ := newDisk(t, Config{}, 4<<20, NamespaceConfig{})
+	h := r.io(r.admin(testNQN), 1, 32)
+	r.fabric.SetDelay(200 * time.Microsecond)
+	const slots, size = 24, 40 << 10 // more than one chunk, and no whole number of them
+	rnd := rand.New(rand.NewPCG(3, 4))
+	round := func(build func(cmd *nvme.Command, slot int) []byte) {
+		t.Helper()
+		for _, slot := range rnd.Perm(slots) {
+			var cmd nvme.Command
+			inline := build(&cmd, slot)
+			if inline == nil {
+				cmd.SetKeyedSGL(h.data.Addr()+uint64(slot*size), size, h.data.RKey(), false)
+			}
+			cmd.SetCID(uint16(slot))
+			h.send(&cmd, inline)
+		}
+		for range slots {
+			if !h.await() || !h.response.Status().OK() {
+				t.Fatalf("response %v", &h.response)
+			}
+		}
+	}
+	for i := range 5 {
+		pattern(h.data.Bytes()[:slots*size], uint64(i))
+		want := bytes.Clone(h.data.Bytes()[:slots*size])
+		round(func(cmd *nvme.Command, slot int) []byte {
+			cmd.SetWrite(1, uint64(slot*size/512), size/512, false)
+			return nil
+		})
+		round(func(cmd *nvme.Command, slot int) []byte { // every other slot anew, in the capsule
+			at := want[slot*size:][:512]
+			if slot%2 == 0 {
+				pattern(at, uint64(100*i+slot))
+			}
+			cmd.SetWrite(1, uint64(slot*size/512), 1, false)
+			cmd.SetInCapsuleSGL(0, 512)
+			return at
+		})
+		clear(h.data.Bytes())
+		round(func(cmd *nvme.Command, slot int) []byte {
+			cmd.SetRead(1, uint64(slot*size/512), size/512, false)
+			return nil
+		})
+		if !bytes.Equal(want, h.data.Bytes()[:slots*size]) || !bytes.Equal(want, ram.data[:slots*size]) {
+			t.Fatalf("round %d: data is wrong", i)
+		}
+	}
 }

@@ -249,13 +249,13 @@ func (q *queue) leave() {
 // ended.
 func (q *queue) run(ctx context.Context) error {
 	accept := nvme.RDMAAccept{CRQSize: uint16(q.depth)}.Marshal()
-	ctx, cancel := context.WithTimeout(ctx, handshakeLimit)
+	ctx, cancel := context.WithTimeout(ctx, q.target.cfg.ConnectTimeout)
 	defer cancel()
 	err := q.id.Accept(ctx, rdma.ConnParam{PrivateData: accept[:], InitiatorDepth: readDepth, RetryCount: 7, RNRRetryCount: 7, FlowControl: true})
 	if err != nil {
 		return err
 	}
-	handshake := time.AfterFunc(handshakeLimit, func() { q.kill("no Connect command came") })
+	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, func() { q.kill("no Connect command came") })
 	defer handshake.Stop()
 	q.target.running.Go(q.watch)
 	for !q.stopped.Load() {

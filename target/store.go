@@ -6,6 +6,8 @@ import (
 	"io"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/nvme"
 )
 
@@ -15,8 +17,8 @@ import (
 // get registered memory and must not keep it.
 //
 // An error becomes the status of the command. One that wraps an [nvme.Status]
-// is answered with that status, as it is; any other with an internal error and
-// "do not retry".
+// is answered with that status, as it is; ENOSPC with "capacity exceeded", any
+// other with an internal error, both with "do not retry".
 type Store interface {
 	io.ReaderAt
 	io.WriterAt
@@ -36,8 +38,11 @@ func storeStatus(err error) nvme.Status {
 		return nvme.StatusSuccess
 	}
 	var s nvme.Status
-	if errors.As(err, &s) && !s.OK() {
+	switch {
+	case errors.As(err, &s) && !s.OK():
 		return s
+	case errors.Is(err, unix.ENOSPC):
+		return nvme.StatusCapacityExceeded | nvme.StatusDNR
 	}
 	return nvme.StatusInternal | nvme.StatusDNR
 }

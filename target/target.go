@@ -22,15 +22,15 @@ const (
 	DefaultMaxTransfer    = 1 << 20
 	DefaultMaxQueues      = 128
 	DefaultMaxConnections = 1024
+	DefaultConnectTimeout = 10 * time.Second
 
-	maxInCapsule   = 16384
-	minQueueSize   = 16
-	maxQueueSize   = 1024
-	adminDepth     = 32
-	minTransfer    = 4096
-	backlog        = 128
-	handshakeLimit = 10 * time.Second // from the connect request to the Connect command
-	readDepth      = 16               // RDMA READs outstanding per queue, clipped by the provider
+	maxInCapsule = 16384
+	minQueueSize = 16
+	maxQueueSize = 1024
+	adminDepth   = 32
+	minTransfer  = 4096
+	backlog      = 128
+	readDepth    = 16 // RDMA READs outstanding per queue, clipped by the provider
 )
 
 // Config describes a Target.
@@ -43,6 +43,10 @@ type Config struct {
 	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
 	MaxTransfer    int // bytes per command, a power of two from 4096 to 1 MiB (MDTS); 0: 1 MiB
 	MaxConnections int // connections at a time; 0: 1024
+
+	// ConnectTimeout is how long a host may take to establish a connection, and
+	// then to send the Connect command; 0: 10 s.
+	ConnectTimeout time.Duration
 }
 
 func (c *Config) setDefaults() error {
@@ -60,6 +64,9 @@ func (c *Config) setDefaults() error {
 			*f.field = f.value
 		}
 	}
+	if c.ConnectTimeout == 0 {
+		c.ConnectTimeout = DefaultConnectTimeout
+	}
 	c.InCapsule = max(0, c.InCapsule)
 	switch {
 	case c.InCapsule > maxInCapsule || c.InCapsule%16 != 0:
@@ -70,6 +77,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, minTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
 		return fmt.Errorf("config: %d connections", c.MaxConnections)
+	case c.ConnectTimeout < 0:
+		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -3,7 +3,10 @@ package target
 import (
 	"bytes"
 	"errors"
+	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
@@ -319,4 +322,65 @@ func TestDiscovery(t *testing.T) {
 	var flush nvme.Command
 	flush.SetAbort(0, 1)
 	h.want(nvme.StatusInvalidOpcode|dnr, &flush)
+}
+
+// TestConnectTimeout ends a connection that sends no Connect, and spares one
+// that does.
+func TestConnectTimeout(t *testing.T) {
+	r := newRig(t, Config{ConnectTimeout: 100 * time.Millisecond}, SubsystemConfig{})
+	silent := r.mustDial(0, adminDepth)
+	h := r.admin(testNQN)
+	if silent.await() {
+		t.Errorf("response %v", &silent.response)
+	}
+	second := r.mustDial(0, adminDepth)
+	if second.await() {
+		t.Errorf("response %v", &second.response)
+	}
+	h.property(nvme.PropCSTS, false) // has been connected for longer than the second was
+}
+
+func TestConfigErrors(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	for _, cfg := range []Config{
+		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000},
+		{MaxTransfer: 2 << 20}, {MaxConnections: -1}, {ConnectTimeout: -1},
+	} {
+		if cfg != (Config{}) {
+			cfg.Provider = r.fabric.Provider(targetAddr)
+		}
+		cfg.AddrPort = netip.AddrPortFrom(targetAddr, 0)
+		if bad, err := New(cfg); err == nil {
+			t.Errorf("%+v is accepted", cfg)
+			bad.Close()
+		}
+	}
+	for _, cfg := range []SubsystemConfig{
+		{}, {NQN: testNQN}, {NQN: nvme.DiscoveryNQN}, {NQN: "x", Serial: strings.Repeat("s", 21)},
+		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1},
+	} {
+		if _, err := r.target.AddSubsystem(cfg); err == nil {
+			t.Errorf("%+v is accepted", cfg)
+		}
+	}
+	ram := NewRAM(4096)
+	for _, cfg := range []NamespaceConfig{
+		{}, {Store: ram, BlockSize: 1000}, {Store: ram, BlockSize: 8192}, {Store: ram, NSID: MaxNamespaces + 1},
+		{Store: ram, ANAGroup: MaxANAGroups + 1},
+	} {
+		if _, err := r.subsys.AddNamespace(cfg); err == nil {
+			t.Errorf("%+v is accepted", cfg)
+		}
+	}
+	for name, err := range map[string]error{
+		"remove of no namespace": r.subsys.RemoveNamespace(1), "remove of no subsystem": r.target.RemoveSubsystem("x"),
+		"0 queues": r.subsys.SetMaxQueues(0), "group 0": r.subsys.SetANAState(0, nvme.ANAOptimized), "state 9": r.subsys.SetANAState(1, 9),
+	} {
+		if err == nil {
+			t.Errorf("%s succeeds", name)
+		}
+	}
+	if _, err := r.subsys.ReplaceNamespace(NamespaceConfig{NSID: 4, Store: ram}); err == nil {
+		t.Error("a namespace that is not there is replaced")
+	}
 }
