@@ -18,7 +18,9 @@ var (
 	targetAddr = netip.MustParseAddr("127.0.0.2")
 )
 
-const testPort = 14791
+// testPort is below the ephemeral ports, and of this process alone: tests of
+// several checkouts run at the same time.
+var testPort = uint16(10000 + os.Getpid()%20000)
 
 // open makes a provider for the length of a test and checks at its end that
 // nothing is left in it.
