@@ -46,8 +46,8 @@ func TestFaultDropAndDelay(t *testing.T) {
 	r, _, h := faulty(t)
 	f := r.target.Faults()
 	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpWriteZeroes}}, Drop: true})
-	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 30 * time.Millisecond, Status: nvme.StatusNamespaceNotReady, Count: 1})
-	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 30 * time.Millisecond})
+	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 500 * time.Millisecond, Status: nvme.StatusNamespaceNotReady, Count: 1})
+	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 500 * time.Millisecond})
 	var cmd nvme.Command
 	for range 20 { // dropped commands leave buffers and completions
 		cmd.SetWriteZeroes(1, 0, 1, false, false)
@@ -76,7 +76,7 @@ func TestFaultDropAndDelay(t *testing.T) {
 			t.Errorf("response %v", &h.response)
 		}
 	}
-	if d := time.Since(start); d < 30*time.Millisecond {
+	if d := time.Since(start); d < 500*time.Millisecond {
 		t.Errorf("answered after %v", d)
 	}
 }

@@ -60,3 +60,28 @@ func BenchmarkTarget(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkDepth16 keeps 16 commands in flight.
+func BenchmarkDepth16(b *testing.B) {
+	r, _, _ := newDisk(b, Config{}, 4<<20, NamespaceConfig{})
+	h := r.io(r.admin(testNQN), 1, 32)
+	for _, name := range []string{"read 4k", "write 4k", "read 128k", "write 128k"} {
+		b.Run(name, func(b *testing.B) {
+			var cmd nvme.Command
+			inline := hotCommands(h)[name](&cmd)
+			b.ReportAllocs()
+			flying := 0
+			for b.Loop() {
+				if flying == 16 {
+					h.await()
+					flying--
+				}
+				h.send(&cmd, inline)
+				flying++
+			}
+			for range flying {
+				h.await()
+			}
+		})
+	}
+}

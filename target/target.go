@@ -215,14 +215,14 @@ func (t *Target) serve(id rdma.ID) {
 		log.Warn("connection refused", "err", err)
 		reason := nvme.RDMARejectNoResources
 		errors.As(err, &reason)
+		t.mu.Lock()
+		t.rejects++
+		t.mu.Unlock()
 		private := nvme.RDMAReject{Status: reason}.Marshal()
 		if err := id.Reject(private[:]); err != nil {
 			log.Debug("reject failed", "err", err)
 		}
 		_ = id.Close() // nothing was established that could fail to end
-		t.mu.Lock()
-		t.rejects++
-		t.mu.Unlock()
 		return
 	}
 	err = q.run(t.ctx)

@@ -1,0 +1,36 @@
+package target_test
+
+import (
+	"fmt"
+	"net/netip"
+
+	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/target"
+)
+
+// A target on a fabric inside the process, for the tests of a host. Its I/O
+// queues are two until the test changes that.
+func Example() {
+	addr := netip.MustParseAddrPort("192.0.2.1:4420")
+	t, err := target.New(target.Config{
+		Provider: rdmatest.NewFabric().Provider(addr.Addr()),
+		AddrPort: addr,
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer t.Close()
+	s, err := t.AddSubsystem(target.SubsystemConfig{NQN: "nqn.2026-01.org.example:disk", AllowAny: true, MaxQueues: 2})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ns, err := s.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(64 << 20)})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(t.Addr(), s.NQN(), ns.NSID())
+	// Output: 192.0.2.1:4420 nqn.2026-01.org.example:disk 1
+}
