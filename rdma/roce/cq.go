@@ -20,6 +20,7 @@ type queue struct {
 	fd   int           // eventfd, each read of which takes one event, or -1
 	tail atomic.Uint64 // next to push; written with mu held
 	head atomic.Uint64 // next to poll; written by the poller
+	idle bool          // the last poll found nothing; the poller's
 
 	mu      sync.Mutex  // guards what follows, and pushing
 	armed   atomic.Bool // written with mu held
@@ -84,17 +85,22 @@ func (q *queue) signal() {
 
 var errOverrun = errors.New("poll completion queue: it was overrun")
 
-// Poll implements rdma.CQ. Polling an empty queue that is not armed looks for
-// packets. After more completions than entries it reports the overrun, always.
+// Poll implements rdma.CQ. Polling an empty queue for the second time looks for
+// packets, unless it is armed. After more completions than entries it reports
+// the overrun, always.
 func (q *queue) Poll(wcs []rdma.WC) (int, error) {
 	n, err := q.take(wcs)
 	if n > 0 || err != nil || len(wcs) == 0 {
+		q.idle = false
 		return n, err
 	}
-	if p := q.port.Load(); p != nil && !q.armed.Load() {
+	// Who polls once and then sleeps is woken by the receive loop, and need not
+	// pay for the system call.
+	if p := q.port.Load(); p != nil && q.idle && !q.armed.Load() {
 		p.poll()
 		return q.take(wcs)
 	}
+	q.idle = true
 	return 0, nil
 }
 

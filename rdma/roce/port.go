@@ -92,25 +92,21 @@ func (p *port) removePair(q *pair) {
 func (p *port) run() {
 	defer close(p.done)
 	var err error
-	ready := func(uintptr) bool {
-		var more bool
-		more, err = p.turn()
-		return more || err != nil
-	}
-	for {
-		werr := p.sock.wait(ready)
-		if err = errors.Join(err, werr); err == nil {
-			continue
+	werr := p.sock.wait(func(uintptr) bool {
+		for more := true; more; {
+			if more, err = p.turn(); err != nil {
+				return true
+			}
 		}
-		if !errors.Is(err, net.ErrClosed) {
-			p.broken(err)
-		}
-		return
+		return false
+	})
+	if err = errors.Join(err, werr); !errors.Is(err, net.ErrClosed) {
+		p.broken(err)
 	}
 }
 
 // turn takes the packets that are there and lets their queue pairs answer. It
-// says whether there may be more to do.
+// says whether there is more to do at once.
 func (p *port) turn() (more bool, err error) {
 	p.recvMu.Lock()
 	defer p.recvMu.Unlock()
@@ -156,7 +152,8 @@ func (p *port) turnLocked() (more bool, err error) {
 	}
 	clear(p.dirty[len(kept):])
 	p.dirty = kept
-	return n > 0 || len(kept) > 0, err
+	// Fewer messages than there was room for: there were no more.
+	return n == recvMessages || len(kept) > 0, err
 }
 
 // collect begins and ends the time in which events wait, so that who is woken

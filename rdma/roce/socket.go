@@ -130,7 +130,8 @@ func (s *socket) configure(fd int, plain bool) error {
 
 func (s *socket) close() error { return s.conn.Close() }
 
-// wait calls ready whenever something may have arrived, until it says true.
+// wait calls ready at first and whenever something has arrived since the socket
+// was last found empty, until it says true.
 func (s *socket) wait(ready func(fd uintptr) bool) error { return s.raw.Read(ready) }
 
 // receive gets the datagrams that are there, without waiting. The messages stay
