@@ -303,8 +303,10 @@ func TestWrap(t *testing.T) {
 			a, b := join(t, host, target, 64, 2*area, false)
 			exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 1)))
 			exchange(t, b, a, 1, rand.New(rand.NewPCG(1, 1)))
-			if c := host.Snapshot(); c.FatalNAKs != 0 || c.Timeouts != 0 {
-				t.Errorf("%+v", c)
+			// A timer that fires early on a loaded machine only costs time. A number
+			// that is compared wrong makes the peer object.
+			if h, g := host.Snapshot(), target.Snapshot(); h.FatalNAKs+h.NAKsReceived+g.FatalNAKs+g.NAKsReceived != 0 {
+				t.Errorf("%+v, %+v", h, g)
 			}
 		})
 	}
