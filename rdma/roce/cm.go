@@ -127,6 +127,11 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, 0, rdma.RejectInvalidServiceID)
 		return
 	}
+	if p.halfOpen >= p.provider.cfg.MaxHalfOpen {
+		for _, other := range p.listeners {
+			other.expire(time.Now())
+		}
+	}
 	l.expire(time.Now())
 	if p.halfOpen >= p.provider.cfg.MaxHalfOpen || len(l.requests) >= l.backlog {
 		c.requestsDropped.Add(1)

@@ -17,7 +17,7 @@ import (
 // implementation: the kernel's rdma_rxe, or a card. UN_RPING is the address and
 // port to listen on, of a network namespace without rdma_rxe. The client
 //
-//	rping -c -V -a ADDR -p PORT -C 20 -S 65536
+//	rping -c -V -a ADDR -p PORT -C 20 -S 60000
 //
 // tells where its data is; the server READs it, and WRITEs it back to where the
 // client tells next. The client compares.
