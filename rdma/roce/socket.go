@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"structs"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -23,8 +24,9 @@ const (
 	controlLen   = 96       // room for IP(V6)_PKTINFO, IP_TOS and UDP_SEGMENT or UDP_GRO
 )
 
-// message is struct mmsghdr.
+// message is struct mmsghdr of 64-bit Linux.
 type message struct {
+	_   structs.HostLayout
 	hdr unix.Msghdr
 	len uint32
 	_   [4]byte
@@ -255,9 +257,9 @@ func (p *path) add(level, kind int, data []byte) {
 
 // putControl writes a control message and gives its length.
 func putControl(b []byte, level, kind int, data []byte) int {
-	*(*unix.Cmsghdr)(unsafe.Pointer(&b[0])) = unix.Cmsghdr{
-		Len: uint64(unix.CmsgLen(len(data))), Level: int32(level), Type: int32(kind),
-	}
+	h := unix.Cmsghdr{Level: int32(level), Type: int32(kind)}
+	h.SetLen(unix.CmsgLen(len(data)))
+	*(*unix.Cmsghdr)(unsafe.Pointer(&b[0])) = h
 	copy(b[unix.SizeofCmsghdr:], data)
 	return unix.CmsgSpace(len(data))
 }
