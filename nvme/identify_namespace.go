@@ -30,7 +30,7 @@ const (
 	flbasHigh     = 0x60
 
 	nsattrWriteProtected = 1 << 0
-	nstatNotReady        = 1 << 0
+	nstatReady           = 1 << 0 // NRDY
 	nmicShared           = 1 << 0
 )
 
@@ -396,7 +396,7 @@ func IdentifyNSIndependentAt(b []byte) *IdentifyNSIndependent {
 }
 
 // Ready reports whether the namespace is ready for I/O.
-func (n *IdentifyNSIndependent) Ready() bool { return n.NSTAT()&nstatNotReady == 0 }
+func (n *IdentifyNSIndependent) Ready() bool { return n.NSTAT()&nstatReady != 0 }
 
 // WriteProtected reports whether writes are refused at present.
 func (n *IdentifyNSIndependent) WriteProtected() bool { return n.NSATTR()&nsattrWriteProtected != 0 }

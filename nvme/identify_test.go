@@ -200,12 +200,12 @@ func TestIdentifyNSIndependent(t *testing.T) {
 		{"NVMSETID", 10, 2}, {"ENDGID", 12, 2}, {"NSTAT", 14, 1},
 	})
 	n := new(IdentifyNSIndependent)
-	if !n.Ready() || n.WriteProtected() {
+	if n.Ready() || n.WriteProtected() {
 		t.Error("zero: ready, writable")
 	}
 	n.SetNSTAT(1)
 	n.SetNSATTR(1)
-	if n.Ready() || !n.WriteProtected() {
+	if !n.Ready() || !n.WriteProtected() {
 		t.Error("nstat bit 0 is not ready, nsattr bit 0 is write protected")
 	}
 }
