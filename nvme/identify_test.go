@@ -201,12 +201,12 @@ func TestIdentifyNSIndependent(t *testing.T) {
 	})
 	n := new(IdentifyNSIndependent)
 	if n.Ready() || n.WriteProtected() {
-		t.Error("zero: ready, writable")
+		t.Error("zero: not ready, writable")
 	}
 	n.SetNSTAT(1)
 	n.SetNSATTR(1)
 	if !n.Ready() || !n.WriteProtected() {
-		t.Error("nstat bit 0 is not ready, nsattr bit 0 is write protected")
+		t.Error("nstat bit 0 is ready, nsattr bit 0 is write protected")
 	}
 }
 
