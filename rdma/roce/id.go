@@ -185,45 +185,33 @@ func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(res
 // exchange sends m until there is an answer.
 func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state idState) (answer, error) {
 	p := id.port
-	for tries := 0; ; tries++ {
-		p.mu.Lock()
-		if id.state == state && !id.closed {
-			p.sendMAD(id.path, m)
-		}
-		p.mu.Unlock()
-		if tries > resends {
-			return answer{}, id.stepError(step, unix.ETIMEDOUT)
-		}
-		timer := time.NewTimer(resendTime(tries))
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for tries := 0; ; {
 		select {
-		case a := <-id.answer:
-			timer.Stop()
-			return a, nil
-		case <-id.patient:
-			tries = -1
-			select { // the peer has it, and needs time
-			case a := <-id.answer:
-				timer.Stop()
-				return a, nil
-			case <-timer.C:
-			case <-ctx.Done():
-				timer.Stop()
-				return answer{}, id.stepError(step, ctx.Err())
-			case <-id.closing:
-				timer.Stop()
-				return answer{}, id.stepError(step, rdma.ErrClosed)
-			}
-		case <-id.heardPeer:
-			timer.Stop()
-			if id.passive {
-				id.port.established(id)
-			}
 		case <-timer.C:
+			if tries > resends {
+				return answer{}, id.stepError(step, unix.ETIMEDOUT)
+			}
+			p.mu.Lock()
+			if id.state == state && !id.closed {
+				p.sendMAD(id.path, m)
+			}
+			p.mu.Unlock()
+			timer.Reset(resendTime(tries))
+			tries++
+		case <-id.patient: // the peer has it, and needs time
+			tries = len(resendAfter) - 1
+			timer.Reset(resendTime(tries))
+		case <-id.heardPeer:
+			if id.passive {
+				p.established(id)
+			}
+		case a := <-id.answer:
+			return a, nil
 		case <-ctx.Done():
-			timer.Stop()
 			return answer{}, id.stepError(step, ctx.Err())
 		case <-id.closing:
-			timer.Stop()
 			return answer{}, id.stepError(step, rdma.ErrClosed)
 		}
 	}
