@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/rdmatest"
 )
 
 // The benchmarks do what a block device does: a request of 64 bytes, answered
@@ -37,6 +38,12 @@ func BenchmarkRead(b *testing.B) {
 		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false) })
 		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true) })
 	}
+}
+
+// BenchmarkSuite is the one of all providers: it polls without sleep.
+func BenchmarkSuite(b *testing.B) {
+	host, target := openPair(b)
+	rdmatest.Benchmark(b, rdmatest.Setup{Active: host, Passive: target, Listen: targetAddr})
 }
 
 // waiter waits for completions by polling or by events.
