@@ -94,9 +94,9 @@ func (m *machine) boot() (int, error) {
 		case f, ok := <-q.frames:
 			if !ok {
 				if !ready {
-					return exitVM, &bootError{"the VM ended" + q.said()}
+					return exitVM, &bootError{"the VM ended" + q.ended()}
 				}
-				return exitVM, errors.New("the VM ended before the command" + q.said())
+				return exitVM, errors.New("the VM ended before the command" + q.ended())
 			}
 			switch f.kind {
 			case frameReady:
@@ -237,6 +237,7 @@ type qemu struct {
 	cmd     *exec.Cmd
 	control *os.File        // host's end of the control port
 	frames  <-chan frame    // from the guest; closed when QEMU has ended
+	lost    error           // why else frames was closed; valid after that
 	alive   <-chan struct{} // closed when the guest's init has spoken on the console
 	tail    *consoleTail
 	stderr  *bytes.Buffer // QEMU's own complaints
@@ -288,6 +289,9 @@ func startQEMU(args []string, console io.Writer) (*qemu, error) {
 		for {
 			kind, payload, err := readFrame(controlHost)
 			if err != nil {
+				if !errors.Is(err, io.EOF) {
+					q.lost = err
+				}
 				return
 			}
 			frames <- frame{kind, payload}
@@ -307,6 +311,21 @@ func (q *qemu) kill() {
 	_ = q.cmd.Wait()
 	q.readers.Wait()
 	q.control.Close()
+}
+
+// ended is how QEMU, which has closed the control port, ended, and what was said
+// before: "exit status 0" is a guest that reset itself, a signal is somebody's.
+func (q *qemu) ended() string {
+	// It is on its way out. If not, the port's end had another reason, and said
+	// ends it.
+	alarm := time.AfterFunc(2*time.Second, func() { _ = q.cmd.Process.Kill() })
+	_ = q.cmd.Wait()
+	alarm.Stop()
+	how := fmt.Sprintf(" (QEMU: %v)", q.cmd.ProcessState)
+	if q.lost != nil {
+		how += fmt.Sprintf(" (%v)", q.lost)
+	}
+	return how + q.said()
 }
 
 // drain passes output on for a while.

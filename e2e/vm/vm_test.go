@@ -228,8 +228,8 @@ func TestRunGivesUp(t *testing.T) {
 func TestRunCrashAfterReady(t *testing.T) {
 	m := fakeQEMU(t, `echo x >>$STATE; `+sayHello+sayReady+`echo "Oops: 0002" >&3; exit 0`)
 	code, err := m.run()
-	if code != exitVM || err == nil || !strings.Contains(err.Error(), "Oops: 0002") {
-		t.Errorf("exit code %d, %v; want %d and the console", code, err, exitVM)
+	if code != exitVM || err == nil || !strings.Contains(err.Error(), "Oops: 0002") || !strings.Contains(err.Error(), "exit status 0") {
+		t.Errorf("exit code %d, %v; want %d, how QEMU ended, and the console", code, err, exitVM)
 	}
 	if tries, _ := os.ReadFile(os.Getenv("STATE")); strings.Count(string(tries), "x") != 1 {
 		t.Error("the command was started twice")
