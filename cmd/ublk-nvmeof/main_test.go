@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -225,6 +226,8 @@ func TestAwaitKills(t *testing.T) {
 // PR_SET_IO_FLUSHER is only for root, and set before the server is executed so
 // that all its threads have it.
 func TestIOFlusherPassesToPrograms(t *testing.T) {
+	// The mark is the thread's, and main keeps to one. This one ends with the test.
+	runtime.LockOSThread()
 	if err := host.SetIOFlusher(); err != nil {
 		if strings.Contains(os.Getenv("UN_REQUIRE"), "root") {
 			t.Fatal(err)
