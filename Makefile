@@ -20,7 +20,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
 # a package's tests. A package whose tests name UN_REQUIRE has to be here.
-VM_TESTS = internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 ublk initiator:Nvmet \
+VM_TESTS = initiator:Nvmet internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
 # These are for a kernel without ublk; test-unit has run them.
 VM_SKIP = ^TestNoDriver$$

@@ -52,10 +52,7 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 		return err
 	}
 	d.info = info
-	if err := d.takeOver(ctx); err != nil {
-		return err
-	}
-	if err := d.compare(ctx, cfg.Device.Geometry()); err != nil {
+	if err := d.takeOver(ctx, cfg.Device.Geometry()); err != nil {
 		return err
 	}
 	d.added = true
@@ -72,8 +69,8 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 }
 
 // takeOver waits until the driver has noticed that the server died, and begins
-// the recovery.
-func (d *Device) takeOver(ctx context.Context) error {
+// the recovery if the back end can be what the device is.
+func (d *Device) takeOver(ctx context.Context, g block.Geometry) error {
 	pause := time.Millisecond
 	for {
 		now, err := d.ctl.info(ctx, d.info.ID)
@@ -87,8 +84,18 @@ func (d *Device) takeOver(ctx context.Context) error {
 		case now.State == Live && served(now.PID):
 			return fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
 		case now.State != Live:
-			// EBUSY: the dead server's files are not all closed yet.
-			if err = d.command(ctx, call{cmd: startRecovery}); !errors.Is(err, unix.EBUSY) {
+			if err := d.compare(ctx, g); err != nil {
+				return err
+			}
+			err = d.command(ctx, call{cmd: startRecovery})
+			switch {
+			case errors.Is(err, unix.EBUSY):
+				// The dead server's files are not all closed yet.
+			case errors.Is(err, unix.EINVAL) && now.Features.Has(UserRecovery):
+				// A server has begun a recovery and died before it fetched; older
+				// drivers (6.12) do not begin it twice.
+				return nil
+			default:
 				return err
 			}
 		}
