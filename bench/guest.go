@@ -205,63 +205,41 @@ func (g *guest) round(ctx context.Context, round int, servers map[string]*server
 	return nil
 }
 
-// snapshot is everything that a window is the difference of.
+// snapshot is the state at one moment of a load.
 type snapshot struct {
 	cpu     cpuUse
-	bytes   uint64    // of the disk under load
-	servers []taskUse // by disk
-}
-
-func take(disks []connected, loaded int) (snapshot, error) {
-	var s snapshot
-	var err error
-	for _, d := range disks {
-		u, err := readTaskUse(d.server)
-		if err != nil {
-			return s, fmt.Errorf("%s: %w", d.name, err)
-		}
-		s.servers = append(s.servers, u)
-	}
-	if s.bytes, err = transferred(disks[loaded].node); err != nil {
-		return s, err
-	}
-	s.cpu, err = readCPUUse()
-	return s, err
+	bytes   uint64         // of the disk under load, since it is there
+	servers []taskUse      // by disk
+	calls   map[int]uint64 // system calls; only when they are counted
 }
 
 // measure runs a workload on one of the disks.
 func (g *guest) measure(ctx context.Context, w workload, disks []connected, loaded int) (sample, error) {
-	var from, to snapshot
-	res, err := g.fio(ctx, w, disks[loaded].node, func(ctx context.Context) error {
-		var err error
-		if from, err = take(disks, loaded); err != nil {
-			return err
+	r, err := g.load(ctx, w, disks[loaded].node, func(s *snapshot) error {
+		for _, d := range disks {
+			u, err := readTaskUse(d.server)
+			if err != nil {
+				return fmt.Errorf("%s: %w", d.name, err)
+			}
+			s.servers = append(s.servers, u)
 		}
-		if err := sleep(ctx, g.plan.Runtime*8/10); err != nil {
-			return err
-		}
-		to, err = take(disks, loaded)
-		return err
+		return nil
 	})
 	if err != nil {
 		return sample{}, err
 	}
-	ios := (to.bytes - from.bytes) / uint64(w.block)
-	elapsed := to.cpu.at.Sub(from.cpu.at)
-	if ios == 0 {
-		return sample{}, errors.New("no I/O within the measured time")
-	}
+	from, to, elapsed := r.from, r.to, r.to.cpu.at.Sub(r.from.cpu.at)
 	s := sample{
-		Workload: w.name, Path: disks[loaded].name, P50: res.p50, P99: res.p99,
-		IOs: ios, IOPS: float64(ios) / elapsed.Seconds(), FioIOPS: res.iops,
-		CPUPerIO:      perIO(float64(busy(from.cpu, to.cpu, g.plan.CPUs)), ios),
-		SwitchesPerIO: perIO(float64(to.cpu.switches-from.cpu.switches), ios),
+		Workload: w.name, Path: disks[loaded].name, P50: r.fio.p50, P99: r.fio.p99,
+		IOs: r.ios, IOPS: float64(r.ios) / elapsed.Seconds(), FioIOPS: r.fio.iops,
+		CPUPerIO:      perIO(float64(busy(from.cpu, to.cpu, g.plan.CPUs)), r.ios),
+		SwitchesPerIO: perIO(float64(to.cpu.switches-from.cpu.switches), r.ios),
 	}
 	for i := range disks {
 		run := to.servers[i].run - from.servers[i].run
 		if i == loaded {
-			s.ServerPerIO = perIO(float64(run), ios)
-			s.SleepsPerIO = perIO(float64(to.servers[i].sleeps-from.servers[i].sleeps), ios)
+			s.ServerPerIO = perIO(float64(run), r.ios)
+			s.SleepsPerIO = perIO(float64(to.servers[i].sleeps-from.servers[i].sleeps), r.ios)
 		} else {
 			s.IdlePercent += 100 * run.Seconds() / elapsed.Seconds()
 		}
@@ -269,55 +247,134 @@ func (g *guest) measure(ctx context.Context, w workload, disks []connected, load
 	return s, nil
 }
 
-// beginBytes is what has to be transferred before fio counts as running: more
-// than a partition scan reads.
-const beginBytes = 1 << 20
+const (
+	// beginBytes is what has to be transferred before fio counts as running:
+	// more than a partition scan reads.
+	beginBytes = 1 << 20
+	// loadAttempts is how often a load is run if it could not be watched.
+	loadAttempts = 3
+)
 
-// fio runs a workload and calls window when its measured time has begun.
-func (g *guest) fio(ctx context.Context, w workload, node string, window func(context.Context) error) (fioResult, error) {
+// errUnwatched is a load that was over before enough of it was seen. In mode
+// icount QEMU now and then lets a CPU stand still for a second, and the watcher
+// with it.
+var errUnwatched = errors.New("the load could not be watched for long enough")
+
+// loadResult is a load that was watched from one snapshot to another.
+type loadResult struct {
+	fio      fioResult
+	from, to snapshot
+	ios      uint64 // between them
+}
+
+// load runs a workload on a disk. Meanwhile it takes snapshots, with what take
+// adds to them, and picks two that are far apart in the measured time.
+func (g *guest) load(ctx context.Context, w workload, node string, take func(*snapshot) error) (loadResult, error) {
+	for attempt := 1; ; attempt++ {
+		res, shots, err := g.fio(ctx, w, node, take)
+		if err != nil {
+			return loadResult{}, err
+		}
+		if to := window(shots, g.plan.Runtime); to > 0 {
+			return loadResult{res, shots[0], shots[to], (shots[to].bytes - shots[0].bytes) / uint64(w.block)}, nil
+		}
+		if attempt == loadAttempts {
+			return loadResult{}, errUnwatched
+		}
+	}
+}
+
+// window picks the snapshot, by index, that a load is measured to, from the
+// first one on: the last one before nine tenths of the time are over after which
+// there was still more to come. It is 0 if that is less than a quarter of the
+// time.
+func window(shots []snapshot, runtime time.Duration) (to int) {
+	for i := 1; i+1 < len(shots); i++ {
+		if shots[i].cpu.at.Sub(shots[0].cpu.at) <= runtime*9/10 && shots[i+1].bytes > shots[i].bytes {
+			to = i
+		}
+	}
+	if to > 0 && shots[to].cpu.at.Sub(shots[0].cpu.at) < runtime/4 {
+		return 0
+	}
+	return to
+}
+
+// fio runs a workload, and takes snapshots from the end of the ramp on.
+func (g *guest) fio(ctx context.Context, w workload, node string, take func(*snapshot) error) (fioResult, []snapshot, error) {
 	// A server that stops to answer must not hold up the others' measurement.
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout+g.plan.Ramp+g.plan.Runtime)
 	defer cancel()
 	before, err := transferred(node)
 	if err != nil {
-		return fioResult{}, err
+		return fioResult{}, nil, err
 	}
 	cmd := exec.CommandContext(ctx, "fio", w.arguments(node, g.plan.CPUs, g.plan.Ramp, g.plan.Runtime)...)
 	var out, complaint bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &complaint
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
-		return fioResult{}, err
+		return fioResult{}, nil, err
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	over := make(chan struct{})
+	var ended error // written before over is closed
+	go func() {
+		defer close(over)
+		ended = cmd.Wait()
+	}()
 
+	var shots []snapshot
 	watched := poll(ctx, func() (bool, error) {
 		select {
-		case err := <-ended:
-			ended <- err
-			return false, cmp.Or(err, errors.New("it ended before its first I/O"))
+		case <-over:
+			return false, errors.New("it ended before its first I/O")
 		default:
 		}
 		now, err := transferred(node)
 		return now-before >= beginBytes, err
 	})
-	// Nothing of what follows waits for the VM's host.
-	g.clock.release()
-	defer g.clock.hold()
 	if watched == nil {
-		watched = sleep(ctx, g.plan.Ramp+g.plan.Runtime/10)
-	}
-	if watched == nil {
-		watched = window(ctx)
+		// Nothing of what follows waits for the VM's host.
+		g.clock.release()
+		shots, watched = g.watch(node, take, over)
+		g.clock.hold()
 	}
 	if watched != nil {
 		cancel()
 	}
-	if err := <-ended; err != nil || watched != nil {
-		return fioResult{}, fmt.Errorf("fio: %w: %s", cmp.Or(watched, err), strings.TrimSpace(complaint.String()))
+	<-over
+	if ended != nil || watched != nil {
+		return fioResult{}, nil, fmt.Errorf("fio: %w: %s", cmp.Or(watched, ended), strings.TrimSpace(complaint.String()))
 	}
-	return parseFio(out.Bytes())
+	res, err := parseFio(out.Bytes())
+	return res, shots, err
+}
+
+// watch takes snapshots until a load that has just begun is over.
+func (g *guest) watch(node string, take func(*snapshot) error, over <-chan struct{}) ([]snapshot, error) {
+	var shots []snapshot
+	next := time.NewTimer(g.plan.Ramp)
+	defer next.Stop()
+	for {
+		select {
+		case <-over:
+			return shots, nil
+		case <-next.C:
+		}
+		var s snapshot
+		if err := take(&s); err != nil {
+			return nil, err
+		}
+		var err error
+		if s.bytes, err = transferred(node); err != nil {
+			return nil, err
+		}
+		if s.cpu, err = readCPUUse(); err != nil {
+			return nil, err
+		}
+		shots = append(shots, s)
+		next.Reset(g.plan.Runtime / 10)
+	}
 }
 
 // idle watches each server while its device is up and unused.
@@ -371,32 +428,18 @@ func (g *guest) syscalls(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			var before, after map[int]uint64
-			var bytes [2]uint64
-			_, err = g.fio(ctx, w, d.node, func(ctx context.Context) error {
+			r, err := g.load(ctx, w, d.node, func(s *snapshot) error {
 				var err error
-				if bytes[0], err = transferred(d.node); err != nil {
-					return err
-				}
-				if before, err = readSyscalls(use.threads); err != nil {
-					return err
-				}
-				if err := sleep(ctx, g.plan.Runtime*8/10); err != nil {
-					return err
-				}
-				if bytes[1], err = transferred(d.node); err != nil {
-					return err
-				}
-				after, err = readSyscalls(use.threads)
+				s.calls, err = readSyscalls(use.threads)
 				return err
 			})
 			if err != nil {
 				return err
 			}
 			info := serverInfo{Path: name, SyscallLoad: w.name, SyscallsPerIO: make(map[string]float64)}
-			for number, n := range after {
-				if n -= before[number]; n > 0 {
-					info.SyscallsPerIO[syscallName(number)] = perIO(float64(n), (bytes[1]-bytes[0])/uint64(w.block))
+			for number, n := range r.to.calls {
+				if n -= r.from.calls[number]; n > 0 {
+					info.SyscallsPerIO[syscallName(number)] = perIO(float64(n), r.ios)
 				}
 			}
 			if len(info.SyscallsPerIO) == 0 {
