@@ -35,7 +35,7 @@ func (c *clockHolder) hold() {
 		runtime.LockOSThread() // which ends with the goroutine
 		leap := unix.NsecToTimespec(int64(heldLeap))
 		for !stop.Load() {
-			unix.Nanosleep(&leap, nil) // cut short by a signal, it is called again
+			_ = unix.Nanosleep(&leap, nil) // cut short by a signal, it is called again
 		}
 	}()
 }

@@ -141,7 +141,7 @@ type connected struct {
 
 // round connects all paths, runs each workload on each of them and disconnects.
 // The memory of the servers, which have served then, goes to servers.
-func (g *guest) round(ctx context.Context, round int, servers map[string]*serverInfo) error {
+func (g *guest) round(ctx context.Context, round int, servers map[string]*serverInfo) (err error) {
 	// Neighbours in time are what is compared; who comes first changes.
 	order := slices.Clone(g.plan.Paths)
 	first := (round - 1) % len(order)
@@ -150,8 +150,8 @@ func (g *guest) round(ctx context.Context, round int, servers map[string]*server
 	var disks []connected
 	defer func() {
 		for _, d := range disks {
-			if err := d.close(ctx); err != nil {
-				g.fail(ctx, d.name, "disconnect", err)
+			if cerr := d.close(ctx); cerr != nil {
+				err = errors.Join(err, g.fail(ctx, d.name, "disconnect", cerr))
 			}
 		}
 	}()

@@ -150,13 +150,11 @@ func connectNull(ctx context.Context, p plan) (*disk, error) {
 	}
 	line, err := bufio.NewReader(out).ReadBytes('\n')
 	if err != nil {
-		cmd.Process.Kill()
 		return nil, fmt.Errorf("start null server: %w", errors.Join(err, cmd.Wait()))
 	}
 	d, err := ublkDisk(ctx, line)
 	if err != nil {
-		cmd.Process.Kill()
-		return nil, fmt.Errorf("start null server: %w", errors.Join(err, cmd.Wait()))
+		return nil, fmt.Errorf("start null server: %w", errors.Join(err, cmd.Process.Kill(), cmd.Wait()))
 	}
 	d.close = func(context.Context) error {
 		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
