@@ -205,7 +205,7 @@ func (o options) environment(mode string) environment {
 	return environment{
 		Date: time.Now().UTC().Truncate(time.Second), Mode: mode, Series: o.kernel, Label: o.label,
 		Commit: commit(), Command: o.command, Go: runtime.Version(),
-		QEMU: firstLine("qemu-system-x86_64", "--version"), Host: hostCPU(), MTU: o.mtu, Plan: o.plan,
+		QEMU: firstLine("qemu-system-x86_64", "--version"), Host: hostCPU(), MTU: o.mtu, Plan: o.plan.anywhere(),
 	}
 }
 

@@ -18,6 +18,12 @@ type plan struct {
 	Lab          string // absolute path of e2e/lab.sh
 }
 
+// anywhere is the plan without what is of one checkout, for the record.
+func (p plan) anywhere() plan {
+	p.Ours, p.Lab = "", ""
+	return p
+}
+
 // event is one line of the guest's output; one of the fields is set.
 type event struct {
 	Guest   *guestInfo  `json:"guest,omitempty"`
