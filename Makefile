@@ -20,8 +20,12 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
 # a package's tests. A package whose tests name UN_REQUIRE has to be here.
-VM_TESTS = initiator:Nvmet internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 ublk \
+VM_TESTS = initiator:Nvmet internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 \
+	ublk:Test(GetFeatures|StartStop|Geometry|DataPerQueue|Verify|Filesystem|Discard|Cache|ReadOnly|Errnos|Busy|IDTaken) \
 	cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
+# Of ublk, the tests that leave a server or a back end stuck on purpose are not here:
+# one of them was seen to hang on 7.3, which is open. The scenarios force, terminate
+# and crash do such things with the whole program.
 # TestNoDriver is for a kernel without ublk. Sixteen queue pairs of rdma/roce on an
 # emulated machine starve each other until their retry counters end: a limit of
 # rdma/roce that is known and open. test-unit runs both.
