@@ -59,7 +59,10 @@
 //     for ever. Commands name ublkcN by its descriptor.
 //  10. No descriptor is inherited by a child, which would keep the device alive.
 //     (TestCloseOnExec)
-//  11. The end of a loop's thread is the end of the device. (TestDeadLoop)
+//  11. The end of a loop's thread is the end of the device. In Linux 7 the
+//     requests that this thread had taken hang, and Stop with them, until the
+//     threads of the other loops end, too: whoever loses a loop ends the process.
+//     (TestDeadLoop)
 //  12. A request may be committed only when nobody can write to its buffer any
 //     more: a target that is late would write into the tag's next request. That is
 //     the back end's to know, so Stop waits for what is in flight, and a back end

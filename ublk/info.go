@@ -165,15 +165,20 @@ const deletePatience = time.Second
 // and the driver does the rest when the last opener has gone. free says that
 // this has happened.
 func (c *control) delete(ctx context.Context, id int) (free bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, deletePatience)
-	defer cancel()
-	switch err := c.do(ctx, call{cmd: delDev, id: uint32(id)}); {
-	case err == nil, errors.Is(err, unix.ENODEV):
-		return true, nil
-	case errors.Is(err, unix.EINTR): // it was in that wait
-		return false, nil
-	default:
-		return false, err
+	for patience := deletePatience; ; patience *= 2 {
+		bound, cancel := context.WithTimeout(ctx, patience)
+		err := c.do(bound, call{cmd: delDev, id: uint32(id)})
+		cancel()
+		switch {
+		case err == nil, errors.Is(err, unix.ENODEV):
+			return true, nil
+		case errors.Is(err, unix.EINTR): // it was in that wait
+			return false, nil
+		case ctx.Err() != nil, !errors.Is(err, context.DeadlineExceeded):
+			return false, err
+		}
+		// It was not that far: the machine is slow, or another device is
+		// being deleted.
 	}
 }
 

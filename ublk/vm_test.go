@@ -1082,6 +1082,23 @@ func TestKilled(t *testing.T) {
 	}
 }
 
+// scanned waits until the kernel has looked for partitions.
+func scanned(t testing.TB, d *Device) {
+	t.Helper()
+	fd := openDisk(t, d, unix.O_RDONLY)
+	for ctx := testContext(t); ; {
+		// It takes its turn behind the scan, and is refused before it.
+		err := unix.IoctlSetInt(fd, unix.BLKRRPART, 0)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("scan %s for partitions: %v", d.Path(), err)
+		}
+	}
+	_ = unix.Close(fd)
+}
+
 // TestDeadLoop: the end of a loop's thread is the end of the device.
 func TestDeadLoop(t *testing.T) {
 	requireUblk(t)
@@ -1097,6 +1114,7 @@ func TestDeadLoop(t *testing.T) {
 	if len(d.Snapshot().Queues) < 2 {
 		t.Fatal("needs two CPUs")
 	}
+	scanned(t, d) // a request on the dead loop would hang
 	go func() { _ = l.Call(runtime.Goexit) }()
 	select {
 	case <-d.Done():
