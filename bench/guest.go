@@ -373,7 +373,7 @@ func (g *guest) watch(node string, take func(*snapshot) error, over <-chan struc
 			return nil, err
 		}
 		shots = append(shots, s)
-		next.Reset(g.plan.Runtime / 10)
+		next.Reset(g.plan.Runtime / 5) // a snapshot costs the others some milliseconds
 	}
 }
 

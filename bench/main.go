@@ -14,7 +14,9 @@
 // clock for all CPUs. It measures the instructions of the whole path, host and
 // target, and repeats agree within a few per cent whatever else the machine
 // does. It tells nothing of the latency of busy polling, because a spinning CPU
-// takes its time from the others.
+// takes its time from the others. And QEMU sometimes lets one of the CPUs stand
+// still for up to a second while another works: what is charged to processes and
+// CPUs is rough, the throughput is not.
 //
 // parallel emulates every CPU on a thread of its own (or runs under KVM, where
 // that works). It shows latency and polling, and is noisy: only the ratio of

@@ -168,7 +168,11 @@ func (r result) cpuTable(b *strings.Builder, names []string) {
 	for _, s := range r.Samples {
 		others = append(others, s.IdlePercent)
 	}
-	fmt.Fprintf(b, "\nMeanwhile the servers whose turn it was not used, in %% of a CPU: %s.\n\n", format(spreadOf(others), ratio))
+	fmt.Fprintf(b, "\nMeanwhile the servers whose turn it was not used, in %% of a CPU: %s.", format(spreadOf(others), ratio))
+	if r.Env.Mode == modeICount {
+		b.WriteString(" (QEMU sometimes lets a CPU stand still, which is charged to whom it happens.)")
+	}
+	b.WriteString("\n\n")
 }
 
 // serverTable is of the server processes.
