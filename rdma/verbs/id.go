@@ -27,6 +27,12 @@ const (
 	maxRejectPrivate  = 148
 )
 
+// neighbourMS is how long the kernel may wait for a neighbour to answer before it is
+// asked again. It looks when one answers, and when the time is over: an answer
+// that comes while it looks because of another goes unseen until then (addr.c,
+// netevent_callback against process_one_req).
+const neighbourMS = 1000
+
 // cmID is a connection identifier.
 //
 // read runs on a goroutine of its own from newID to Close. It hands the answers
@@ -128,11 +134,17 @@ func (id *cmID) resolve(ctx context.Context, local netip.Addr, remote netip.Addr
 			return step, fmt.Errorf("set type of service %d: %w", tos, err)
 		}
 	}
-	if ret, err := C.rdma_resolve_addr(id.c, src, dst.c(), timeoutMS(ctx)); ret != 0 {
-		return step, cmErrno(err)
-	}
-	if err := id.awaitStep(ctx, C.RDMA_CM_EVENT_ADDR_RESOLVED); err != nil {
-		return step, err
+	for {
+		if ret, err := C.rdma_resolve_addr(id.c, src, dst.c(), min(timeoutMS(ctx), neighbourMS)); ret != 0 {
+			return step, cmErrno(err)
+		}
+		err := id.awaitStep(ctx, C.RDMA_CM_EVENT_ADDR_RESOLVED)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.ETIMEDOUT) || ctx.Err() != nil {
+			return step, err
+		}
 	}
 	id.local = addrPort(C.rdma_get_local_addr(id.c))
 	if id.device, err = id.provider.device(id.c); err != nil {
