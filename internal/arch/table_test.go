@@ -72,7 +72,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nvme", "poller", "rdma", "rdma/verbs", "ublk", sys,
+		"block", "initiator", "nvme", "poller", "rdma", "rdma/roce", "rdma/verbs", "ublk", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/state",
 	}},

@@ -68,21 +68,28 @@ func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 }
 
 // refuseStranger sends a REJ to who has no ID here.
-func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, of uint8, reason uint16) {
+func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
 	r := wire.Reject{Of: of, Reason: reason}
 	a := wire.NewMAD(wire.REJ, m.TID(), 0, m.Local())
 	if of != 0 {
 		a = wire.NewMAD(wire.REJ, m.TID(), m.Remote(), m.Local())
 	}
 	r.Put(a)
-	p.sendMAD(p.back(src, dst), a)
+	p.sendMAD(p.back(src, dst, guid), a)
 }
 
 // back is the path by which to answer. Messages go to the well-known port,
-// wherever they came from.
-func (p *port) back(src netip.AddrPort, dst netip.Addr) *path {
-	return newPath(p.sock, dst, netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port), -1)
+// wherever they came from, but for peers that are ours: they send from where
+// they receive (Config.OnDemand). guid is the peer's, 0 if it did not say.
+func (p *port) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
+	if !ours(guid) {
+		src = netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
+	}
+	return newPath(p.sock, dst, src, -1)
 }
+
+// ours says whether a CA GUID has our mark.
+func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
 // admit says whether one more request may be looked at.
 func (p *port) admit() bool {
@@ -115,7 +122,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 	r, ok := wire.ParseRequest(m)
 	if !ok {
-		p.refuseStranger(m, src, dst, 0, rejectUnsupported)
+		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
 		return
 	}
 	if r.Source != src.Addr() || r.Destination != dst {
@@ -124,7 +131,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 	l := p.listeners[r.Port]
 	if l == nil || !l.addr.Addr().Unmap().IsUnspecified() && l.addr.Addr().Unmap() != dst {
-		p.refuseStranger(m, src, dst, 0, rdma.RejectInvalidServiceID)
+		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
 		return
 	}
 	if p.halfOpen >= p.provider.cfg.MaxHalfOpen {
@@ -143,7 +150,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		old.say(answer{err: errGaveUp})
 		old.report(rdma.EventDisconnected, "the peer began anew")
 		delete(p.byQP, peerQP{r.GUID, r.QPN})
-		p.refuseStranger(m, src, dst, 0, rdma.RejectStaleConnection)
+		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
 	p.enqueue(l, &r, m, src, dst)
@@ -151,7 +158,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 
 // enqueue makes an ID of a request and gives it to the listener.
 func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
-	id := p.newID(p.back(src, dst))
+	id := p.newID(p.back(src, dst, r.GUID))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
 	id.local = netip.AddrPortFrom(dst, r.Port)
 	id.remote = netip.AddrPortFrom(src.Addr(), r.SourcePort)
@@ -185,12 +192,12 @@ func (l *listener) expire(now time.Time) {
 func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
-		p.refuseStranger(m, src, dst, 1, rejectInvalidCommID)
+		p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
 	case id.state == idConnecting:
 		r := wire.ParseReply(m)
 		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
 		id.state = idEstablished
-		id.qp.ours.Store(r.GUID>>guidShift == guidMark)
+		id.qp.ours.Store(ours(r.GUID))
 		id.qp.ready(connected{
 			dest: r.QPN, mtu: id.mtu, sendPSN: r.PSN, recvPSN: id.psn,
 			retries: id.param.RetryCount, notReadyRetries: r.RNRRetryCount,
@@ -203,7 +210,7 @@ func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Ad
 	case id.state == idEstablished && id.peerComm == m.Local():
 		p.sendMAD(id.path, id.last)
 	case id.state == idOver:
-		p.refuseStranger(m, src, dst, 1, rejectTimeout)
+		p.refuseStranger(m, src, dst, 0, 1, rejectTimeout)
 	}
 }
 
@@ -255,7 +262,11 @@ func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst net
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
 	}
-	p.sendMAD(p.back(src, dst), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
+	to := p.back(src, dst, 0)
+	if id != nil {
+		to = id.path
+	}
+	p.sendMAD(to, wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
 	if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}

@@ -4,7 +4,7 @@
 //
 // # Structure
 //
-// A Provider has one port per local address. A port has the socket, one receive
+// A Provider has one port per local address, or one for all. A port has the socket, one receive
 // loop (a goroutine), the connection manager and the queue pairs. The receive
 // loop takes a batch of packets, lets each queue pair carry out what came for
 // it, and then lets those queue pairs send acknowledgements, READ responses and
@@ -30,7 +30,10 @@
 //     also covers the IPv4 identification, which a UDP socket does not show;
 //     it is recovered from the ICRC itself, which leaves 16 of the 32 bits as
 //     a check (26 between two of our own). IPv6 keeps all 32.
-//  3. In one network namespace with rdma_rxe the port is taken.
+//  3. In one network namespace with rdma_rxe the port is taken. A host without
+//     the port (Config.OnDemand) can only talk to a target of this package,
+//     which knows its own by the GUID in their messages and answers to the
+//     port that they sent from.
 //  4. A path that takes smaller packets than its MTU promised fails the
 //     connection (RDMA has no fragmentation).
 //  5. A protection domain's keys may be used, and ended by SEND with

@@ -2,7 +2,9 @@ package roce
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -191,7 +193,7 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 		select {
 		case <-timer.C:
 			if tries > resends {
-				return answer{}, id.stepError(step, unix.ETIMEDOUT)
+				return answer{}, id.stepError(step, id.unheard(unix.ETIMEDOUT))
 			}
 			p.mu.Lock()
 			if id.state == state && !id.closed {
@@ -199,7 +201,9 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 			}
 			p.mu.Unlock()
 			timer.Reset(resendTime(tries))
-			tries++
+			if tries++; tries == 2 && !id.passive && id.nobodyThere() {
+				return answer{}, id.stepError(step, unix.ECONNREFUSED)
+			}
 		case <-id.patient: // the peer has it, and needs time
 			tries = len(resendAfter) - 1
 			timer.Reset(resendTime(tries))
@@ -210,11 +214,41 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 		case a := <-id.answer:
 			return a, nil
 		case <-ctx.Done():
-			return answer{}, id.stepError(step, ctx.Err())
+			return answer{}, id.stepError(step, id.unheard(ctx.Err()))
 		case <-id.closing:
 			return answer{}, id.stepError(step, rdma.ErrClosed)
 		}
 	}
+}
+
+// unheard adds to the error of a request without answer what may be the reason.
+func (id *connID) unheard(err error) error {
+	own := id.path.local
+	if id.passive || own.Port() == id.path.remote.Port() || own.Addr() == id.path.remote.Addr() || id.path.remote.Addr().IsLoopback() {
+		return err
+	}
+	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, id.path.remote.Port(), own.Addr())
+}
+
+// probeTime bounds the wait for an ICMP message.
+const probeTime = 100 * time.Millisecond
+
+// nobodyThere says whether the peer's host answers that nobody has the port of
+// RoCEv2. The socket of connections cannot tell: it is not connected.
+func (id *connID) nobodyThere() bool {
+	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.path.local.Addr(), 0)), net.UDPAddrFromAddrPort(id.path.remote))
+	if err != nil {
+		return false
+	}
+	defer c.Close() // nothing to lose
+	if err := c.SetDeadline(time.Now().Add(probeTime)); err != nil {
+		return false
+	}
+	if _, _, err := c.WriteMsgUDP(nil, nil, nil); err != nil { // an empty datagram, which everybody ignores
+		return errors.Is(err, unix.ECONNREFUSED)
+	}
+	_, err = c.Read(make([]byte, 1))
+	return errors.Is(err, unix.ECONNREFUSED)
 }
 
 // Connect implements rdma.ID. After an error only Close is of use.
@@ -370,7 +404,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 	a.Put(m)
 	p.halfOpen--
 	id.state, id.last = idAccepting, m
-	id.qp.ours.Store(id.peerGUID>>guidShift == guidMark)
+	id.qp.ours.Store(ours(id.peerGUID))
 	id.qp.ready(c) // data may come before the RTU
 	return m, nil
 }

@@ -69,12 +69,18 @@ var param = rdma.ConnParam{ResponderResources: 8, InitiatorDepth: 8, RetryCount:
 // join connects two providers.
 func join(t testing.TB, host, target *Provider, depth, memory int, events bool) (a, b *end) {
 	t.Helper()
+	return joinVia(t, host, netip.Addr{}, target, depth, memory, events)
+}
+
+// joinVia is join with a source address.
+func joinVia(t testing.TB, host *Provider, local netip.Addr, target *Provider, depth, memory int, events bool) (a, b *end) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	l, err := target.Listen(netip.AddrPortFrom(target.ports[0].sock.local.Addr(), 0), 16)
 	check(t, err)
 	defer func() { check(t, l.Close()) }()
-	id, err := host.Resolve(ctx, netip.Addr{}, l.Addr(), -1)
+	id, err := host.Resolve(ctx, local, l.Addr(), -1)
 	check(t, err)
 	a = newEnd(t, id, depth, memory, events)
 	done := make(chan error, 1)

@@ -21,6 +21,13 @@ type Config struct {
 	// Addrs are the local addresses, one socket each; none means the
 	// unspecified address of both families, of which one may be missing.
 	Addrs []netip.Addr
+	// OnDemand opens no socket before Resolve needs one, and then one on the
+	// local address of the route, for hosts: several, and a target, can then
+	// share a machine. One of them gets the port of RoCEv2. The others, and all
+	// that resolve an address of this machine, which belongs to the target
+	// there, get a port that only a target of this package answers to. Addrs
+	// has to be empty.
+	OnDemand bool
 	// Port is the UDP port, here and at the peers; 0 is 4791.
 	Port uint16
 	// NoOffload does without UDP_SEGMENT and UDP_GRO, which are otherwise used
@@ -47,7 +54,10 @@ type Provider struct {
 	guid     uint64
 	device   device
 	counters counters
-	ports    []*port
+
+	mu     sync.Mutex // guards what follows
+	ports  []*port
+	closed bool
 }
 
 var _ rdma.Provider = (*Provider)(nil)
@@ -75,12 +85,18 @@ func New(cfg Config) (*Provider, error) {
 	if p.cfg.psn == nil {
 		p.cfg.psn = random32
 	}
+	if cfg.OnDemand {
+		if len(cfg.Addrs) > 0 {
+			return nil, fmt.Errorf("open RoCE socket: addresses, and on demand: %w", unix.EINVAL)
+		}
+		return p, nil
+	}
 	addrs, optional := cfg.Addrs, false
 	if len(addrs) == 0 {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
 	}
 	for _, a := range addrs {
-		err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port))
+		_, err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port))
 		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 			continue
 		}
@@ -94,22 +110,27 @@ func New(cfg Config) (*Provider, error) {
 	return p, nil
 }
 
-func (p *Provider) open(addr netip.AddrPort) error {
+// open adds a port. The lock is held, or nobody knows the provider yet.
+func (p *Provider) open(addr netip.AddrPort) (*port, error) {
 	s, err := openSocket(addr, p.cfg.NoOffload)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	o := newPort(p, s)
 	p.ports = append(p.ports, o)
 	go o.run()
-	return nil
+	return o, nil
 }
 
 // Close closes the sockets and waits for the receive loops. All IDs and
 // listeners should have been closed before; what is left is cut off.
 func (p *Provider) Close() error {
+	p.mu.Lock()
+	ports := p.ports
+	p.closed = true
+	p.mu.Unlock()
 	var errs []error
-	for _, o := range p.ports {
+	for _, o := range ports {
 		errs = append(errs, o.close())
 	}
 	return errors.Join(errs...)
@@ -118,15 +139,29 @@ func (p *Provider) Close() error {
 // Name implements rdma.Provider.
 func (*Provider) Name() string { return "roce" }
 
-// portFor is the port that sends from local.
-func (p *Provider) portFor(local netip.Addr) *port {
+// portFor is the port that sends from local to remote.
+func (p *Provider) portFor(local, remote netip.Addr) (*port, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, o := range p.ports {
 		a := o.sock.local.Addr()
 		if a == local || a.IsUnspecified() && a.Is4() == local.Is4() {
-			return o
+			return o, nil
 		}
 	}
-	return nil
+	switch {
+	case p.closed:
+		return nil, rdma.ErrClosed
+	case !p.cfg.OnDemand:
+		return nil, unix.EADDRNOTAVAIL
+	}
+	if !remote.IsLoopback() && local != remote {
+		o, err := p.open(netip.AddrPortFrom(local, p.cfg.Port))
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return o, err
+		}
+	}
+	return p.open(netip.AddrPortFrom(local, 0))
 }
 
 // Resolve implements rdma.Provider.
@@ -147,22 +182,15 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	local = local.Unmap()
 	if !local.IsValid() {
 		// A port with an address of its own sends from no other.
-		for _, o := range p.ports {
-			if a := o.sock.local.Addr(); a.Is4() == to.Is4() {
-				if local = a; a.IsUnspecified() {
-					local = netip.Addr{}
-				}
-				break
-			}
-		}
+		local = p.onlyAddr(to.Is4())
 	}
 	local, mtu, err := route(local, netip.AddrPortFrom(to, p.cfg.Port))
 	if err != nil {
 		return fail(err)
 	}
-	o := p.portFor(local)
-	if o == nil {
-		return fail(unix.EADDRNOTAVAIL)
+	o, err := p.portFor(local, to)
+	if err != nil {
+		return fail(err)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -173,6 +201,22 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	id.mtu = mtu
 	id.local, id.remote = netip.AddrPortFrom(local, ephemeral()), netip.AddrPortFrom(to, remote.Port())
 	return id, nil
+}
+
+// onlyAddr is the address that the first socket of a family is bound to; the
+// zero one if it is not bound to one, or the route may choose.
+func (p *Provider) onlyAddr(v4 bool) netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, o := range p.ports {
+		if a := o.sock.local.Addr(); a.Is4() == v4 && !p.cfg.OnDemand {
+			if a.IsUnspecified() {
+				break
+			}
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // ephemeral picks a port number that has no meaning but to differ.
@@ -241,7 +285,10 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	}
 	a := addr.Addr().Unmap()
 	var o *port
-	for _, c := range p.ports {
+	p.mu.Lock()
+	ports := p.ports
+	p.mu.Unlock()
+	for _, c := range ports {
 		if l := c.sock.local.Addr(); l == a || a.Is4() == l.Is4() && (a.IsUnspecified() || l.IsUnspecified()) {
 			o = c
 			break

@@ -37,8 +37,10 @@ type Status struct {
 	Serial   string `json:"serial"`
 	Firmware string `json:"firmware_rev"`
 
-	Provider   string `json:"provider"`
-	RDMADevice string `json:"rdma_device"`
+	Provider string `json:"provider"`
+	// ProviderReason says why it is this provider.
+	ProviderReason string `json:"provider_reason,omitempty"`
+	RDMADevice     string `json:"rdma_device"`
 	// Memory says how the target gets at I/O memory: "registered" is one key for
 	// a whole slab of buffers, for as long as the device lives.
 	Memory    string `json:"memory_mode"`

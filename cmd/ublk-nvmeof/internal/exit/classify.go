@@ -114,7 +114,7 @@ func Connecting(peer, subsystem, host string, err error) *Error {
 	case Rejected:
 		words = fmt.Sprintf("%s rejected the connection", peer)
 		var r *rdma.RejectError
-		if errors.As(err, &r) && r.Reason == rdma.RejectInvalidServiceID {
+		if errors.As(err, &r) && r.Reason == rdma.RejectInvalidServiceID || errors.Is(err, syscall.ECONNREFUSED) {
 			words = fmt.Sprintf("nobody listens at %s", peer)
 		}
 	case UnknownSubsys:

@@ -48,6 +48,13 @@ const (
 	Remove  = "remove"
 )
 
+// Providers of --provider.
+const (
+	AutoProvider = "auto"
+	Verbs        = "verbs"
+	RoCE         = "roce"
+)
+
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
@@ -91,7 +98,7 @@ func Default() *Connect {
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
-		Provider: "auto", LoadModules: "auto", OnCrash: Requeue, Timeout: defaultTimeout,
+		Provider: AutoProvider, LoadModules: "auto", OnCrash: Requeue, Timeout: defaultTimeout,
 	}
 }
 
@@ -132,7 +139,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN for the first namespace, N+1 for the second, … (default: free ones)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
-	f.Var(OneOf(&c.Provider, "auto", "verbs"), "provider", "how to do RDMA")
+	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
 	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what becomes of the devices when the server dies: requests wait for recover, or fail until then, or the devices go away")
 	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")

@@ -65,7 +65,7 @@ func TestWrongValues(t *testing.T) {
 		{"--poll-max-size", []string{"0", "511", "2MiB"}, "bytes; want a size like 64KiB, 512B to 1MiB"},
 		{"--device-id", []string{"-1", "-2", "1048576", "x", "", "ublkb0"}, "want a number, 0 to 1048575"},
 		{"--namespace", []string{"0", "4294967295", "x", "", "1,", "1,,2", "-1"}, "want namespace ids, 1 to 4294967294, several"},
-		{"--provider", []string{"roce", "", "tcp"}, "want auto or verbs"},
+		{"--provider", []string{"rxe", "", "tcp"}, "want auto, verbs or roce"},
 		{"--on-crash", []string{"wait", ""}, "want requeue, fail or remove"},
 		{"--load-modules", []string{"always", ""}, "want auto or never"},
 		{"--timeout", []string{"0", "-1", "x", "", "61m", "999ms"}, "want seconds, or a time like 1m30s, 1s to 1h0m0s"},

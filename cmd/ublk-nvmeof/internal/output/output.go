@@ -41,6 +41,8 @@ type connected struct {
 	Controller    string         `json:"controller"`
 	NQN           string         `json:"subsysnqn"`
 	Address       string         `json:"address"`
+	Provider      string         `json:"provider"`
+	Reason        string         `json:"provider_reason,omitempty"`
 	Queues        control.Queues `json:"queues"`
 	SchemaVersion int            `json:"schema_version"`
 }
@@ -48,7 +50,8 @@ type connected struct {
 // Connected says which devices a new connection has. verbose adds the queues.
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
 	out := connected{
-		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s), Queues: s.Queues, SchemaVersion: SchemaVersion,
+		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
+		Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
 	}
 	var paths []string
 	for _, d := range s.Devices {
@@ -67,7 +70,18 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	if !verbose {
 		return nil
 	}
+	if _, err := fmt.Fprintf(w, "provider %s\n", provider(s)); err != nil {
+		return err
+	}
 	return classTable(w, s.Queues)
+}
+
+// provider is the provider and why it is this one.
+func provider(s control.Status) string {
+	if s.ProviderReason == "" {
+		return orNone(s.Provider)
+	}
+	return s.Provider + " (" + s.ProviderReason + ")"
 }
 
 // classTable is what was asked for, what was granted, and who serves a class
@@ -224,9 +238,12 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		if s.Model != "" {
 			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
+		if s.Provider != "" {
+			row("provider", "%s", provider(s))
+		}
 		if s.RDMADevice != "" {
-			row("rdma", "%s on %s, memory %s, in-capsule data %s, submission queue flow control %s",
-				s.Provider, s.RDMADevice, s.Memory, inCapsule(s.InCapsule), onOff(s.SQFlow))
+			row("rdma", "device %s, memory %s, in-capsule data %s, submission queue flow control %s",
+				s.RDMADevice, s.Memory, inCapsule(s.InCapsule), onOff(s.SQFlow))
 		}
 		if s.Queues.Requested > 0 {
 			row("queues", "%s, %d entries each", summary(s.Queues), s.QueueSize)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
@@ -11,7 +12,6 @@ import (
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
-	"ublk-nvmeof/rdma/verbs"
 	"ublk-nvmeof/ublk"
 )
 
@@ -46,7 +46,8 @@ type device interface {
 type backend struct {
 	load      func(host.Module) error // nil if the module is there
 	available func() error            // ublk
-	provider  func() (rdma.Provider, error)
+	route     func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
+	provider  func(name string) (rdma.Provider, error)
 	prepare   func(loops int) error
 	loop      func(poller.Config) (*poller.Loop, error)
 	connect   func(context.Context, initiator.Config) (controller, []namespace, error)
@@ -66,7 +67,8 @@ var real = backend{
 		return m.Load()
 	},
 	available: ublk.Available,
-	provider:  func() (rdma.Provider, error) { return verbs.New() },
+	route:     host.RouteTo,
+	provider:  openProvider,
 	prepare:   host.Prepare,
 	loop:      poller.New,
 	connect: func(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {

@@ -72,6 +72,9 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 		return err
 	}
 	err := errors.Join(s.endController(ctx, p), s.endLoops(p))
+	if err == nil {
+		err = bounded(p.loops, s.closeProvider)
+	}
 	s.finish(err)
 	return err
 }

@@ -13,6 +13,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -28,7 +29,10 @@ type world struct {
 	missing    []string // modules
 	loadErr    error
 	ublkErr    error
-	rdmaErr    error
+	rdmaErr    error    // of verbs
+	provider   []string // those that were tried
+	route      host.Route
+	routeErr   error
 	connectErr error
 	nsids      []uint32
 	startErr   map[uint32]error // by namespace id
@@ -45,6 +49,7 @@ type world struct {
 
 func newWorld() *world {
 	return &world{
+		route: host.Route{Netdev: "lo", RDMA: "rxe0"},
 		nsids: []uint32{1}, startErr: map[uint32]error{}, busy: map[int]bool{}, stuck: map[int]bool{}, wedged: map[int]bool{},
 		left: map[int]ublk.Info{}, devices: map[int]*fakeDevice{},
 	}
@@ -72,8 +77,15 @@ func (w *world) backend() backend {
 			return nil
 		},
 		available: func() error { return w.ublkErr },
-		provider:  func() (rdma.Provider, error) { return fakeProvider{}, w.rdmaErr },
-		prepare:   func(int) error { return errors.New("not as root") },
+		route:     func(netip.AddrPort, netip.Addr) (host.Route, error) { return w.route, w.routeErr },
+		provider: func(name string) (rdma.Provider, error) {
+			w.provider = append(w.provider, name)
+			if name == options.RoCE {
+				return &fakeRoCE{fakeProvider{name}, w}, nil
+			}
+			return fakeProvider{name}, w.rdmaErr
+		},
+		prepare: func(int) error { return errors.New("not as root") },
 		loop: func(cfg poller.Config) (*poller.Loop, error) {
 			w.note("loop")
 			return poller.New(cfg)
@@ -114,14 +126,25 @@ func (w *world) recover(_ context.Context, i ublk.Info, cfg ublk.Config) (device
 	return d, nil
 }
 
-type fakeProvider struct{}
+type fakeProvider struct{ name string }
 
-func (fakeProvider) Name() string { return "fake" }
+func (p fakeProvider) Name() string { return p.name }
 func (fakeProvider) Resolve(context.Context, netip.Addr, netip.AddrPort, int) (rdma.ID, error) {
 	return nil, rdma.ErrUnsupported
 }
 func (fakeProvider) Listen(netip.AddrPort, int) (rdma.Listener, error) {
 	return nil, rdma.ErrUnsupported
+}
+
+// fakeRoCE has to be closed.
+type fakeRoCE struct {
+	fakeProvider
+	world *world
+}
+
+func (p *fakeRoCE) Close() error {
+	p.world.note("close provider")
+	return nil
 }
 
 func (w *world) connect(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -65,10 +66,13 @@ type server struct {
 
 	mu       sync.Mutex // guards what follows
 	provider string
-	loops    []*poller.Loop
-	ctrl     controller
-	info     initiator.Info // when it was last seen connected
-	serving  []*serving
+	// providerReason says why it is this one.
+	providerReason string
+	closer         io.Closer // the provider, if it has to be closed
+	loops          []*poller.Loop
+	ctrl           controller
+	info           initiator.Info // when it was last seen connected
+	serving        []*serving
 }
 
 // serving is a namespace with the device that makes it visible.
@@ -196,7 +200,7 @@ func (s *server) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider)
+	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider, "because", s.providerReason)
 	ctrl, found, err := s.back.connect(ctx, cfg)
 	if err != nil {
 		return s.explain(ctx, err)
@@ -229,18 +233,9 @@ func (s *server) driver() error {
 }
 
 func (s *server) initiatorConfig() (initiator.Config, error) {
-	var loading []error
-	if s.opts.LoadModules == "auto" {
-		for _, m := range []host.Module{host.IBUverbs, host.RDMAUCM} {
-			loading = append(loading, s.back.load(m))
-		}
-	}
-	provider, err := s.back.provider()
-	if exit.Of(err) == exit.Permission {
-		return initiator.Config{}, err
-	}
+	provider, err := s.chooseProvider()
 	if err != nil {
-		return initiator.Config{}, s.noRDMA(errors.Join(append([]error{err}, loading...)...))
+		return initiator.Config{}, err
 	}
 	queues := s.opts.Queues.Clip(runtime.NumCPU())
 	if err := s.back.prepare(queues.Loops()); err != nil {
@@ -260,9 +255,6 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		s.loops = loops
 		s.mu.Unlock()
 	}
-	s.mu.Lock()
-	s.provider = provider.Name()
-	s.mu.Unlock()
 	cfg := initiator.Config{
 		Provider: provider, Address: s.remote, Source: s.opts.SourceAddr,
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
@@ -286,22 +278,6 @@ func (s *server) explain(ctx context.Context, err error) error {
 		return s.noRDMA(err)
 	}
 	return exit.Connecting(s.remote.String(), s.opts.NQN, s.opts.HostNQN, err)
-}
-
-// noRDMA says which network device would need an RDMA device.
-func (s *server) noRDMA(err error) error {
-	route, rerr := host.RouteTo(s.remote, s.opts.SourceAddr)
-	switch {
-	case rerr != nil:
-		return exit.Errorf(exit.NoRDMA, "no RDMA device leads to %s (%v; %v)", s.remote, rerr, err)
-	case route.RDMA != "":
-		return exit.Errorf(exit.NoRDMA, "RDMA device %s on %s, which leads to %s, cannot be used (%v)", route.RDMA, route.Netdev, s.remote, err)
-	}
-	have := "this host has none"
-	if all := host.RDMADevices(); len(all) > 0 {
-		have = "this host has " + strings.Join(all, ", ")
-	}
-	return exit.Errorf(exit.NoRDMA, "no RDMA device on %s, which leads to %s; %s (%v)", route.Netdev, s.remote, have, err)
 }
 
 // choose takes the namespaces that are wanted.

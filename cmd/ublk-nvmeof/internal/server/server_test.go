@@ -165,7 +165,7 @@ func TestServe(t *testing.T) {
 	want := control.Status{
 		SchemaVersion: 1, Name: "ctrl0", PID: os.Getpid(), Transport: "rdma", TrAddr: "127.0.0.1", TrSvcID: "4420",
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), State: "live", CNTLID: 5, Version: "2.1", Model: "M",
-		Provider: "fake", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
+		Provider: "verbs", ProviderReason: "RDMA device rxe0 is on lo, which leads to 127.0.0.1", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
 		Queues: control.Queues{
 			Requested: 3, Granted: 2,
 			Read: control.Class{Requested: 1, Granted: 1, Mapped: "read"}, Default: control.Class{Requested: 1, Granted: 1, Mapped: "default"},
@@ -232,12 +232,17 @@ func TestStartFails(t *testing.T) {
 			w.ublkErr, w.missing, o.LoadModules = ublk.ErrNoDriver, []string{"ublk_drv"}, "never"
 		}, exit.NoUblk, "no ublk driver", nil},
 		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
-		{"no RDMA at all", func(w *world, _ *options.Connect) {
+		{"no RDMA at all", func(w *world, o *options.Connect) {
+			w.route.RDMA, o.Provider = "", options.Verbs
 			w.rdmaErr, w.missing, w.loadErr = rdma.ErrNoDevice, []string{"rdma_ucm", "ib_uverbs"}, errors.New("no such module")
 		}, exit.NoRDMA, "no RDMA device on lo, which leads to 127.0.0.1:4420; ", []string{"load ib_uverbs", "load rdma_ucm"}},
-		{"no RDMA library", func(w *world, _ *options.Connect) { w.rdmaErr = syscall.ENOENT }, exit.NoRDMA, "no RDMA device on lo", nil},
+		{"no RDMA library", func(w *world, _ *options.Connect) { w.rdmaErr = syscall.ENOENT }, exit.NoRDMA,
+			"RDMA device rxe0 on lo, which leads to 127.0.0.1:4420, cannot be used", nil},
+		{"no verbs in the build", func(w *world, o *options.Connect) { w.rdmaErr, o.Provider = rdma.ErrUnsupported, options.Verbs }, exit.NoRDMA,
+			"this build has no verbs; want --provider roce", nil},
 		{"RDMA not permitted", func(w *world, _ *options.Connect) { w.rdmaErr = syscall.EACCES }, exit.Permission, "permission denied", nil},
-		{"no RDMA on the way", func(w *world, _ *options.Connect) {
+		{"no RDMA on the way", func(w *world, o *options.Connect) {
+			w.route.RDMA, o.Provider = "", options.Verbs
 			w.connectErr = &initiator.StepError{Step: "connect admin queue", Err: &rdma.StepError{Step: "resolve address", Err: rdma.ErrNoDevice}}
 		}, exit.NoRDMA, "no RDMA device on lo", []string{"loop", "connect"}},
 		{"nobody listens", func(w *world, _ *options.Connect) { w.connectErr = &rdma.RejectError{Reason: 8} }, exit.Rejected,
@@ -268,6 +273,46 @@ func TestStartFails(t *testing.T) {
 			}
 			leaves(t, dir)
 		})
+	}
+}
+
+// Which provider --provider means, and what is said about it.
+func TestProvider(t *testing.T) {
+	for _, tt := range []struct {
+		flag, rdmaDev string
+		noVerbs       bool
+		want          []string // tried
+		reason        string
+		loads         bool
+	}{
+		{options.AutoProvider, "rxe0", false, []string{"verbs"}, "RDMA device rxe0 is on lo, which leads to 127.0.0.1", true},
+		{options.AutoProvider, "", false, []string{"roce"}, "no RDMA device is on lo, which leads to 127.0.0.1", false},
+		{options.AutoProvider, "rxe0", true, []string{"verbs", "roce"}, "RDMA device rxe0 is on lo, which leads to 127.0.0.1, but this build has no verbs", true},
+		{options.RoCE, "rxe0", false, []string{"roce"}, "asked for", false},
+		{options.Verbs, "", false, []string{"verbs"}, "asked for", true},
+	} {
+		w, o := newWorld(), lab()
+		o.Provider, w.route.RDMA, w.missing = tt.flag, tt.rdmaDev, []string{"rdma_ucm", "ib_uverbs"}
+		if tt.noVerbs {
+			w.rdmaErr = rdma.ErrUnsupported
+		}
+		r := begin(t, w, o, runDir(t))
+		s := r.waitReady()
+		last := tt.want[len(tt.want)-1]
+		if !slices.Equal(w.provider, tt.want) || s.Provider != last || s.ProviderReason != tt.reason {
+			t.Errorf("%+v: tried %q, %s, %s", tt, w.provider, s.Provider, s.ProviderReason)
+		}
+		if loaded := slices.Contains(w.happened(), "load ib_uverbs"); loaded != tt.loads {
+			t.Errorf("%+v: modules loaded: %t", tt, loaded)
+		}
+		r.stop()
+		then := []string{"stop ublkb0", "close controller"}
+		if last == "roce" {
+			then = append(then, "close provider")
+		}
+		if err := r.wait(then...); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -1,0 +1,95 @@
+package roce
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+)
+
+// TestOnDemand: hosts and their target share an address, because what is asked
+// from a port of its own is answered there.
+func TestOnDemand(t *testing.T) {
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
+	for range 2 {
+		host := open(t, Config{OnDemand: true})
+		a, b := joinVia(t, host, targetAddr, target, 16, 1<<16, false)
+		if got := a.pair().path.local; got.Addr() != targetAddr || got.Port() == testPort {
+			t.Errorf("sends from %v", got)
+		}
+		b.recv(1, 0, 8)
+		a.post(a.wr(2, rdma.Send, 0, 8, b, 0))
+		b.ok(b.recvCQ, 1)
+		a.ok(a.sendCQ, 2)
+		check(t, b.id.Disconnect())
+		if ev := <-a.id.Events(); ev.Type != rdma.EventDisconnected {
+			t.Errorf("event %v", ev)
+		}
+		id, err := host.Resolve(t.Context(), targetAddr, netip.AddrPortFrom(targetAddr, 1), -1)
+		check(t, err)
+		check(t, id.Close())
+		if n := len(host.ports); n != 1 {
+			t.Errorf("%d sockets on one address", n)
+		}
+	}
+}
+
+// TestOnDemandRefused: a port that nobody listens on is refused to who asks from
+// a port of its own, too.
+func TestOnDemandRefused(t *testing.T) {
+	open(t, Config{Addrs: []netip.Addr{targetAddr}})
+	host := open(t, Config{OnDemand: true})
+	id, err := host.Resolve(t.Context(), targetAddr, netip.AddrPortFrom(targetAddr, 4420), -1)
+	check(t, err)
+	e := newEnd(t, id, 16, 4096, false)
+	var reject *rdma.RejectError
+	if _, err := e.id.Connect(t.Context(), param); !errors.As(err, &reject) || reject.Reason != rdma.RejectInvalidServiceID {
+		t.Error(err)
+	}
+}
+
+// TestNobodyThere: without anybody on the port of RoCEv2 a connect request ends
+// early.
+func TestNobodyThere(t *testing.T) {
+	host := open(t, Config{OnDemand: true})
+	id, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(targetAddr, 4420), -1)
+	check(t, err)
+	e := newEnd(t, id, 16, 4096, false)
+	var step *rdma.StepError
+	if _, err := e.id.Connect(t.Context(), param); !errors.Is(err, unix.ECONNREFUSED) || !errors.As(err, &step) {
+		t.Error(err)
+	}
+}
+
+// TestPortTaken: a host that did not get the port of RoCEv2 says so when nobody
+// answers.
+func TestPortTaken(t *testing.T) {
+	host := open(t, Config{OnDemand: true})
+	id, err := host.Resolve(t.Context(), hostAddr, netip.AddrPortFrom(targetAddr, 4420), -1)
+	check(t, err)
+	e := newEnd(t, id, 16, 4096, false)
+	// As if the target were on another machine, which loses everything.
+	far := e.id.(*connID)
+	far.path.remote = netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), testPort)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := far.Connect(ctx, param); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "another user has port") {
+		t.Error(err)
+	}
+}
+
+func TestOnDemandConfig(t *testing.T) {
+	if _, err := New(Config{OnDemand: true, Addrs: []netip.Addr{hostAddr}}); !errors.Is(err, unix.EINVAL) {
+		t.Error(err)
+	}
+	host := open(t, Config{OnDemand: true})
+	check(t, host.Close())
+	if _, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(targetAddr, 1), -1); !errors.Is(err, rdma.ErrClosed) {
+		t.Error(err)
+	}
+}
