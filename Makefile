@@ -20,12 +20,8 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
 # a package's tests. A package whose tests name UN_REQUIRE has to be here.
-VM_TESTS = initiator:Nvmet internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 \
-	ublk:Test(GetFeatures|StartStop|Geometry|DataPerQueue|Verify|Filesystem|Discard|Cache|ReadOnly|Errnos|Busy|IDTaken) \
+VM_TESTS = initiator:Nvmet internal/uring poller rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
-# Of ublk, the tests that leave a server or a back end stuck on purpose are not here:
-# one of them was seen to hang on 7.3, which is open. The scenarios force, terminate
-# and crash do such things with the whole program.
 # TestNoDriver is for a kernel without ublk. Sixteen queue pairs of rdma/roce on an
 # emulated machine starve each other until their retry counters end: a limit of
 # rdma/roce that is known and open. test-unit runs both.
@@ -60,16 +56,20 @@ test-unit: setup
 	go test -race -shuffle=on ./...
 	go -C e2e test ./vm
 
-# One boot per kernel. The VM's limit is the one that counts: it shows what hangs.
-# go test's is for a runner that hangs itself.
+# One boot per kernel, all at once: much of what is tested is waiting. The VM's
+# limit is the one that counts: it shows what hangs. go test's is for a runner that
+# hangs itself.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(UN_REQUIRE_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
-	for k in $(KERNELS); do \
-		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' go -C e2e test -v -count=1 -timeout=60m -run '$(RUN)' \
-			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 20m --out $(CURDIR)/build/log/$$k" . ; \
-	done
+	go -C e2e test -c -o ../build/test/e2e.test .
+	pids=; for k in $(KERNELS); do \
+		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' build/vm --kernel $$k --timeout 20m --out build/log/$$k -- \
+			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' '$(RUN)' \
+			> >(sed -u "s/^/$$k: /") 2>&1 & \
+		pids+=" $$!"; \
+	done; failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 
 demo: build
 	build/vm --kernel $(KERNEL) --mtu 4200 --timeout 5m -- e2e/demo.sh

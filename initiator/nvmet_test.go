@@ -1,13 +1,14 @@
 package initiator
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"runtime"
-	"slices"
 	"strings"
 	"testing"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma/verbs"
 )
@@ -17,10 +18,7 @@ import (
 func TestNvmet(t *testing.T) {
 	addr, nqn, ok := strings.Cut(os.Getenv("UN_TARGET"), ",")
 	if !ok {
-		if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "target") {
-			t.Fatal("UN_TARGET is not set")
-		}
-		t.Skip("UN_TARGET is not set")
+		testenv.Need(t, "target", errors.New("UN_TARGET is not set"))
 	}
 	provider, err := verbs.New()
 	if err != nil {

@@ -3,14 +3,12 @@ package poller
 import (
 	"errors"
 	"io"
-	"os"
 	"runtime"
-	"slices"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/internal/uring"
 )
 
@@ -50,13 +48,9 @@ func requireReadMultishot(t *testing.T, l *Loop) {
 	t.Helper()
 	has := false
 	on(t, l, func() { has = l.bufs != nil })
-	if has {
-		return
+	if !has {
+		testenv.Need(t, "read-multishot", errors.New("the kernel has no READ_MULTISHOT"))
 	}
-	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "read-multishot") {
-		t.Fatal("required: READ_MULTISHOT")
-	}
-	t.Skip("the kernel has no READ_MULTISHOT")
 }
 
 func eventfd(t testing.TB) int {

@@ -24,6 +24,7 @@ import (
 	"ublk-nvmeof/block/null"
 	"ublk-nvmeof/block/ram"
 	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/poller"
 )
 
@@ -49,26 +50,15 @@ var loadModule = sync.OnceFunc(func() {
 func requireUblk(t testing.TB) {
 	t.Helper()
 	loadModule()
-	require(t, "ublk", Available())
+	testenv.Need(t, "ublk", Available())
 }
 
 // requireTool is the path of a program.
 func requireTool(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
-	require(t, "ublk", err)
+	testenv.Need(t, "ublk", err)
 	return path
-}
-
-func require(t testing.TB, capability string, err error) {
-	t.Helper()
-	switch {
-	case err == nil:
-	case slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), capability):
-		t.Fatalf("required: %v", err)
-	default:
-		t.Skip(err)
-	}
 }
 
 // newLoops makes n loops that end with the test, and fail it if they do not.

@@ -24,6 +24,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // TestMain lets the test be the program that it tests, because connect executes
@@ -228,12 +229,7 @@ func TestAwaitKills(t *testing.T) {
 func TestIOFlusherPassesToPrograms(t *testing.T) {
 	// The mark is the thread's, and main keeps to one. This one ends with the test.
 	runtime.LockOSThread()
-	if err := host.SetIOFlusher(); err != nil {
-		if strings.Contains(os.Getenv("UN_REQUIRE"), "root") {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
+	testenv.Need(t, "root", host.SetIOFlusher())
 	// A shell's threads are one; the flags are those of the process that this
 	// thread starts.
 	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)

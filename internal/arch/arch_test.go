@@ -114,7 +114,7 @@ func importsOf(root fs.FS, name string) ([]string, error) {
 func allowed(dir, imp string, r row, test bool) bool {
 	may := r.may
 	if test {
-		may = slices.Concat(r.may, r.testing, []string{dir})
+		may = slices.Concat(r.may, r.testing, []string{dir, testenv})
 	}
 	if own, ok := strings.CutPrefix(imp, module+"/"); ok {
 		return slices.Contains(may, own)

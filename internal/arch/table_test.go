@@ -2,6 +2,9 @@ package arch
 
 const module = "ublk-nvmeof"
 
+// testenv is for the tests of every package.
+const testenv = "internal/testenv"
+
 // Modules from outside that some packages may import.
 const (
 	sys      = "golang.org/x/sys"
@@ -58,6 +61,7 @@ var table = map[string]row{
 	"internal/uring":   {may: []string{sys}},
 	"internal/hostmem": {may: []string{sys}},
 	"internal/arch":    {},
+	testenv:            {},
 
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.

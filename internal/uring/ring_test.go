@@ -5,13 +5,14 @@ import (
 	"errors"
 	"os"
 	"runtime"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/testenv"
 )
 
 // newRing makes a ring on the test's own thread and closes it at the end.
@@ -241,10 +242,7 @@ func TestOtherThread(t *testing.T) {
 func TestReadMultishot(t *testing.T) {
 	r := newRing(t, Config{Loop: true})
 	if !r.Supports(OpReadMultishot) {
-		if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "read-multishot") {
-			t.Fatal("required: READ_MULTISHOT")
-		}
-		t.Skip("the kernel has no READ_MULTISHOT (Linux 6.7)")
+		testenv.Need(t, "read-multishot", errors.New("the kernel has no READ_MULTISHOT (Linux 6.7)"))
 	}
 	b, err := r.RegisterBufRing(1, 4, 8)
 	if err != nil {

@@ -5,11 +5,10 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"os"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma"
 )
 
@@ -23,12 +22,7 @@ import (
 // client tells next. The client compares.
 func TestRping(t *testing.T) {
 	at, err := netip.ParseAddrPort(os.Getenv("UN_RPING"))
-	if err != nil {
-		if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "rping") {
-			t.Fatal(err)
-		}
-		t.Skip("UN_RPING names no address")
-	}
+	testenv.Need(t, "rping", err)
 	p, err := New(Config{Addrs: []netip.Addr{at.Addr()}})
 	check(t, err)
 	defer func() { check(t, p.Close()) }()

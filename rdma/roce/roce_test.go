@@ -4,10 +4,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
-	"strings"
 	"testing"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
@@ -94,11 +93,5 @@ func needIPv6(t *testing.T) {
 	if err == nil {
 		err = c.Close()
 	}
-	switch {
-	case err == nil:
-	case slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "ipv6"):
-		t.Fatal(err)
-	default:
-		t.Skip(err)
-	}
+	testenv.Need(t, "ipv6", err)
 }

@@ -3,6 +3,7 @@
 package verbs
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
@@ -72,10 +74,7 @@ func rxeAddr(t testing.TB) netip.Addr {
 // without ends a test that cannot run.
 func without(t testing.TB, reason string) {
 	t.Helper()
-	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), "rxe") {
-		t.Fatalf("%s, and UN_REQUIRE asks for rxe", reason)
-	}
-	t.Skip(reason)
+	testenv.Need(t, "rxe", errors.New(reason))
 }
 
 func TestConformance(t *testing.T) { conformance(t, rxeAddr(t)) }

@@ -19,6 +19,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -96,13 +97,7 @@ func needRings(t *testing.T) {
 	if err == nil {
 		err = l.Stop()
 	}
-	if err == nil {
-		return
-	}
-	if slices.Contains(strings.Split(os.Getenv("UN_REQUIRE"), ","), requireRing) {
-		t.Fatal(err)
-	}
-	t.Skip(err)
+	testenv.Need(t, requireRing, err)
 }
 
 func (r *running) waitReady() control.Status {
