@@ -23,6 +23,9 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
+// Supported says whether this build can have a provider.
+const Supported = true
+
 // Provider makes connections through librdmacm. Its methods may be called from
 // any goroutine.
 type Provider struct {

@@ -10,6 +10,9 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
+// Supported says whether this build can have a provider.
+const Supported = false
+
 // Provider cannot be made in this build.
 type Provider struct{}
 

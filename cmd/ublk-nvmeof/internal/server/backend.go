@@ -8,6 +8,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
@@ -68,7 +69,7 @@ var real = backend{
 	},
 	available: ublk.Available,
 	route:     host.RouteTo,
-	provider:  openProvider,
+	provider:  provider.ForHost,
 	prepare:   host.Prepare,
 	loop:      poller.New,
 	connect: func(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {

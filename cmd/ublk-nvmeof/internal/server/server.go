@@ -20,6 +20,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
@@ -65,14 +66,12 @@ type server struct {
 	ended  chan struct{}           // closed when over
 
 	mu       sync.Mutex // guards what follows
-	provider string
-	// providerReason says why it is this one.
-	providerReason string
-	closer         io.Closer // the provider, if it has to be closed
-	loops          []*poller.Loop
-	ctrl           controller
-	info           initiator.Info // when it was last seen connected
-	serving        []*serving
+	provider provider.Choice
+	closer   io.Closer // the provider, if it has to be closed
+	loops    []*poller.Loop
+	ctrl     controller
+	info     initiator.Info // when it was last seen connected
+	serving  []*serving
 }
 
 // serving is a namespace with the device that makes it visible.
@@ -200,7 +199,7 @@ func (s *server) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider, "because", s.providerReason)
+	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
 	ctrl, found, err := s.back.connect(ctx, cfg)
 	if err != nil {
 		return s.explain(ctx, err)
@@ -233,7 +232,7 @@ func (s *server) driver() error {
 }
 
 func (s *server) initiatorConfig() (initiator.Config, error) {
-	provider, err := s.chooseProvider()
+	rdmaProvider, err := s.chooseProvider()
 	if err != nil {
 		return initiator.Config{}, err
 	}
@@ -256,7 +255,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		s.mu.Unlock()
 	}
 	cfg := initiator.Config{
-		Provider: provider, Address: s.remote, Source: s.opts.SourceAddr,
+		Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr,
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,

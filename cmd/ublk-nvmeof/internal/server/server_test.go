@@ -275,22 +275,17 @@ func TestStartFails(t *testing.T) {
 func TestProvider(t *testing.T) {
 	for _, tt := range []struct {
 		flag, rdmaDev string
-		noVerbs       bool
 		want          []string // tried
 		reason        string
 		loads         bool
 	}{
-		{options.AutoProvider, "rxe0", false, []string{"verbs"}, "RDMA device rxe0 is on lo, which leads to 127.0.0.1", true},
-		{options.AutoProvider, "", false, []string{"roce"}, "no RDMA device is on lo, which leads to 127.0.0.1", false},
-		{options.AutoProvider, "rxe0", true, []string{"verbs", "roce"}, "RDMA device rxe0 is on lo, which leads to 127.0.0.1, but this build has no verbs", true},
-		{options.RoCE, "rxe0", false, []string{"roce"}, "asked for", false},
-		{options.Verbs, "", false, []string{"verbs"}, "asked for", true},
+		{options.AutoProvider, "rxe0", []string{"verbs"}, "RDMA device rxe0 is on lo, which leads to 127.0.0.1", true},
+		{options.AutoProvider, "", []string{"roce"}, "no RDMA device is on lo, which leads to 127.0.0.1", false},
+		{options.RoCE, "rxe0", []string{"roce"}, "asked for", false},
+		{options.Verbs, "", []string{"verbs"}, "asked for", true},
 	} {
 		w, o := newWorld(), lab()
 		o.Provider, w.route.RDMA, w.missing = tt.flag, tt.rdmaDev, []string{"rdma_ucm", "ib_uverbs"}
-		if tt.noVerbs {
-			w.rdmaErr = rdma.ErrUnsupported
-		}
 		r := begin(t, w, o, runDir(t))
 		s := r.waitReady()
 		last := tt.want[len(tt.want)-1]

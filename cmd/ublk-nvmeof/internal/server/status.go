@@ -19,7 +19,7 @@ func (s *server) Status() control.Status {
 		SchemaVersion: control.SchemaVersion, Name: s.entry.Name, PID: os.Getpid(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
-		State: "connecting", Provider: s.provider, ProviderReason: s.providerReason, QueueSize: o.QueueSize,
+		State: "connecting", Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
 		Devices: []control.Device{}, Lanes: []control.Lane{},

@@ -1,0 +1,66 @@
+// Package provider chooses how RDMA is done: with an RDMA device, by
+// rdma/verbs, or without one, by rdma/roce.
+package provider
+
+import (
+	"fmt"
+	"net/netip"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce"
+	"ublk-nvmeof/rdma/verbs"
+)
+
+// Choice is the name of a provider and why it is this one.
+type Choice struct{ Name, Reason string }
+
+// Choose is what --provider means for a host and the address of its target, or
+// for a target and its own address, given the route there.
+func Choose(flag string, addr netip.Addr, route host.Route, err error) Choice {
+	return choose(flag, addr, route, err, verbs.Supported, len(host.RDMADevices()) > 0)
+}
+
+func choose(flag string, addr netip.Addr, route host.Route, err error, supported, devices bool) Choice {
+	switch {
+	case flag != options.AutoProvider:
+		return Choice{flag, "asked for"}
+	case err != nil && devices && supported:
+		return Choice{options.Verbs, fmt.Sprintf("this host has RDMA devices, and no route leads to %s", addr)}
+	case err != nil:
+		return Choice{options.RoCE, fmt.Sprintf("no RDMA device leads to %s", addr)}
+	case route.RDMA == "":
+		return Choice{options.RoCE, fmt.Sprintf("no RDMA device is on %s, which leads to %s", route.Netdev, addr)}
+	}
+	c := Choice{options.Verbs, fmt.Sprintf("RDMA device %s is on %s, which leads to %s", route.RDMA, route.Netdev, addr)}
+	if !supported {
+		return Choice{options.RoCE, c.Reason + ", but this build has no verbs"}
+	}
+	return c
+}
+
+// ForHost opens a provider that connects. One that is an io.Closer has to be
+// closed.
+func ForHost(name string) (rdma.Provider, error) { return open(name, roce.Config{OnDemand: true}) }
+
+// ForTarget opens a provider that listens on addr.
+func ForTarget(name string, addr netip.Addr) (rdma.Provider, error) {
+	return open(name, roce.Config{Addrs: []netip.Addr{addr}})
+}
+
+func open(name string, cfg roce.Config) (rdma.Provider, error) {
+	// A nil *Provider is not a nil rdma.Provider.
+	if name == options.RoCE {
+		p, err := roce.New(cfg)
+		if err != nil {
+			return nil, err
+		}
+		return p, nil
+	}
+	p, err := verbs.New()
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
