@@ -300,6 +300,9 @@ func (n *Namespace) Revalidate() {
 	}
 }
 
+// ReadOnly says whether the namespace is protected from changes.
+func (n *Namespace) ReadOnly() bool { return n.readOnly.Load() }
+
 // SetReadOnly protects the namespace from changes, or no longer, and tells the
 // hosts. It is what the write protection feature does.
 func (n *Namespace) SetReadOnly(on bool) {

@@ -4,6 +4,7 @@
 //	connect     starts a server for a subsystem and returns when its devices are usable
 //	disconnect  ends servers
 //	list        shows servers and their devices
+//	target      is a target, for tests and demonstrations
 //	version     says which build this is
 //
 // connect marks its main thread as an I/O flusher and then starts the server, or

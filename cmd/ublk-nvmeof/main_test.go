@@ -90,6 +90,19 @@ func TestUsage(t *testing.T) {
 		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
 		{"list extra", `unknown command "extra"`},
 		{"list -o x", `list: -o/--output-format "x": want normal or json`},
+		{"target", "target: -n/--nqn: no value is given; want the name of a subsystem"},
+		{"target --namespace ram=1MiB", `--namespace is about the subsystem of the --nqn before it`},
+		{"target -n nqn.x --namespace ram=none", `target: --namespace "ram=none": "none": want a size like 64MiB; want ram=SIZE`},
+		{"target -n nqn.x --in-capsule-size 5", `target: --in-capsule-size "5": that is 5 bytes; want 0, or a size like 64KiB`},
+		{"target -n nqn.x --max-io-size 12KiB", `target: --max-io-size "12KiB": want a power of two`},
+		{"target -n nqn.x --max-queues 0", `target: --max-queues "0": want a number, 1 to 65535`},
+		{"target -n nqn.x --fault opcode=read", `target: --fault "opcode=read": it does nothing; want delay=TIME`},
+		{"target grant x", `target grant: queues "x": want a number, 1 to 65535`},
+		{"target fault drop,opcode=identify", `target fault: fault "drop,opcode=identify": opcode "identify" is unknown; want a number or compare`},
+		{"target namespace read-only 1 yes", `target namespace read-only: "yes": want on or off`},
+		{"target ana 1 bad", `target ana: ANA state "bad": want change, inaccessible`},
+		{"target reject 10", `target reject: status "10": want a number, 1 to 9`},
+		{"target refuse 0", `target refuse: status="0": want a number, 1 to 2047`},
 		{"version -o x", `version: -o/--output-format "x": want normal or json`},
 	} {
 		stdout, stderr, code := program(t, append([]string{"--run-dir=" + dir + "/none"}, strings.Fields(tt.args)...)...)
@@ -113,7 +126,7 @@ func TestHelpHasTheExitCodes(t *testing.T) {
 			t.Errorf("%q is shown", hidden)
 		}
 	}
-	for _, verb := range []string{"connect", "disconnect", "list", "version", "completion"} {
+	for _, verb := range []string{"connect", "disconnect", "list", "target", "version", "completion"} {
 		if !strings.Contains(stdout, "\n  "+verb+" ") {
 			t.Errorf("%s is missing", verb)
 		}

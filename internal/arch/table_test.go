@@ -68,13 +68,13 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof": {may: []string{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "ublk", cobra, pflag, sys,
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
 	}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", humanize, pflag}},
-	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", humanize}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", "target", humanize, pflag}},
+	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nvme", "poller", "rdma", "ublk", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
@@ -84,9 +84,9 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
 	}},
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
-		"nvme", "rdma", "target", humanize, sys,
+		"nvme", "rdma", "target", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-	}},
+	}, testing: []string{"initiator", "poller", "rdma/roce"}},
 	"cmd/ublk-nvmeof/internal/state": {may: []string{"cmd/ublk-nvmeof/internal/options", sys}},
 }

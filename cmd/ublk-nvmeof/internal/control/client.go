@@ -38,7 +38,7 @@ func Gone(err error) bool {
 // Status asks for the status.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
-	err := c.do(ctx, http.MethodGet, "/v1/status", nil, &s)
+	err := c.Do(ctx, http.MethodGet, "/v1/status", nil, &s)
 	if err == nil && s.SchemaVersion != SchemaVersion {
 		err = fmt.Errorf("get status: schema version %d is not %d", s.SchemaVersion, SchemaVersion)
 	}
@@ -48,10 +48,12 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 // Disconnect has the server end everything, and returns when that is done. The
 // error is an *exit.Error if the server refused.
 func (c *Client) Disconnect(ctx context.Context, force bool) error {
-	return c.do(ctx, http.MethodPost, "/v1/disconnect", disconnectRequest{force}, nil)
+	return c.Do(ctx, http.MethodPost, "/v1/disconnect", disconnectRequest{force}, nil)
 }
 
-func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
+// Do sends body, if any, as JSON and reads the answer into result, if that is not
+// nil. The error is an *exit.Error if the server refused.
+func (c *Client) Do(ctx context.Context, method, path string, body, result any) error {
 	var text []byte
 	if body != nil {
 		var err error

@@ -50,23 +50,23 @@ func Listen(path string) (net.Listener, error) {
 func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, http.StatusOK, c.Status())
+		Answer(w, http.StatusOK, c.Status())
 	})
 	mux.HandleFunc("POST /v1/disconnect", func(w http.ResponseWriter, r *http.Request) {
 		var req disconnectRequest
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
-			answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "disconnect: %v", err))
+			Answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "disconnect: %v", err))
 			return
 		}
 		// The client may give up, ending must not.
 		err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force)
 		switch e := exit.From(err); {
 		case e == nil:
-			answer(w, http.StatusOK, struct{}{})
+			Answer(w, http.StatusOK, struct{}{})
 		case e.Code == exit.Busy:
-			answer(w, http.StatusConflict, e)
+			Answer(w, http.StatusConflict, e)
 		default:
-			answer(w, http.StatusInternalServerError, e)
+			Answer(w, http.StatusInternalServerError, e)
 		}
 	})
 	return &http.Server{
@@ -76,7 +76,8 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	}
 }
 
-func answer(w http.ResponseWriter, code int, body any) {
+// Answer writes body as JSON.
+func Answer(w http.ResponseWriter, code int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(body) // the client is gone: nobody to tell

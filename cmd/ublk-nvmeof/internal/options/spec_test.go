@@ -1,0 +1,74 @@
+package options
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/target"
+)
+
+func TestParseNamespace(t *testing.T) {
+	for _, text := range []string{
+		"ram=1048576B", "file=/a/b,nsid=3,block-size=4096B,read-only,ana-group=2,uuid=12345678-1234-1234-1234-123456789abc", "device=/dev/null",
+	} {
+		n, err := ParseNamespace(text)
+		if err != nil || n.String() != text {
+			t.Errorf("%s: %v, %s", text, err, n)
+		}
+	}
+	for text, want := range map[string]string{
+		"":                        "it begins with what holds the data",
+		"nsid=1":                  "it begins with what holds the data",
+		"file=":                   "it begins with what holds the data",
+		"ram=x":                   "want a size",
+		"ram=0":                   "want a size",
+		"ram=1MiB,nsid=0":         "want a number, 1 to 1024",
+		"ram=1MiB,block-size=8K":  "want 512, 1KiB, 2KiB or 4KiB",
+		"ram=1MiB,ana-group=33":   "want a number, 1 to 32",
+		"ram=1MiB,uuid=1":         "want a UUID",
+		"ram=1MiB,read-only=true": `"read-only" means nothing`,
+		"ram=1MiB,ram=1MiB":       `"ram" means nothing`,
+	} {
+		if _, err := ParseNamespace(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}
+
+func TestParseFault(t *testing.T) {
+	for text, want := range map[string]target.Fault{
+		"delay=10ms": {Delay: 10 * time.Millisecond},
+		"drop,admin,opcode=keep-alive,opcode=0x6,skip=1,count=2": {
+			Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminKeepAlive, nvme.AdminIdentify}}, Skip: 1, Count: 2, Drop: true},
+		"opcode=read,qid=2,nsid=3,disconnect": {Match: target.Match{QID: 2, NSID: 3, Opcodes: []nvme.Opcode{nvme.OpRead}}, Disconnect: true},
+		"dnr,status=0x281":                    {Status: 0x281 | nvme.StatusDNR},
+		"status=6":                            {Status: nvme.StatusInternal},
+		"corrupt=sqhead":                      {Corrupt: target.CorruptSQHead},
+	} {
+		got, err := ParseFault(text)
+		if err != nil || got.Delay != want.Delay || got.Drop != want.Drop || got.Disconnect != want.Disconnect || got.Status != want.Status ||
+			got.Corrupt != want.Corrupt || got.Skip != want.Skip || got.Count != want.Count || got.Admin != want.Admin || got.QID != want.QID ||
+			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) {
+			t.Errorf("%s: %+v, %v", text, got, err)
+		}
+	}
+	for text, want := range map[string]string{
+		"":                      `"" means nothing`,
+		"opcode=read":           "it does nothing",
+		"drop,opcode=identify":  "want a number or compare, discard",
+		"drop,opcode=0x100":     "want a number or compare",
+		"delay=1":               "want a time",
+		"status=0":              "want a number, 1 to 2047",
+		"corrupt=all":           "want id, duplicate, short",
+		"drop,count=0":          "want a number",
+		"drop,qid=65536":        "want a number, 1 to 65535",
+		"stall":                 `"stall" means nothing`,
+		"drop,admin,opcode=dsm": "want a number or abort",
+	} {
+		if _, err := ParseFault(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}

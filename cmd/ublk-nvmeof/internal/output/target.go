@@ -1,0 +1,92 @@
+package output
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/dustin/go-humanize"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
+)
+
+type targets struct {
+	SchemaVersion int                   `json:"schema_version"`
+	Targets       []targetserver.Status `json:"targets"`
+}
+
+// Targets shows targets and what they serve. JSON has everything; verbose is for
+// people.
+func Targets(out io.Writer, all []targetserver.Status, format string, verbose bool) error {
+	if format == JSON {
+		return writeJSON(out, targets{SchemaVersion, all})
+	}
+	for _, t := range all {
+		address := t.TrAddr + ":" + t.TrSvcID
+		if strings.Contains(t.TrAddr, ":") {
+			address = "[" + t.TrAddr + "]:" + t.TrSvcID
+		}
+		fmt.Fprintf(out, "%s: %s at %s, process %d (%s)\n", t.Name, t.Provider, address, t.PID, t.ProviderReason)
+		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+		for _, s := range t.Subsystems {
+			hosts := "any host"
+			if len(s.AllowHosts) > 0 {
+				hosts = "host " + strings.Join(s.AllowHosts, ", ")
+			}
+			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", s.NQN, hosts, s.MaxQueues)
+			for _, n := range s.Namespaces {
+				mode := "read-write"
+				if n.ReadOnly {
+					mode = "read-only"
+				}
+				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s\n", n.NSID, n.Data, humanize.IBytes(uint64(n.Size)), n.BlockSize, mode)
+			}
+		}
+		if verbose {
+			describeTarget(w, t)
+		}
+		if err := w.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// describeTarget is who is connected, what is wrong on purpose, and what was done.
+func describeTarget(w io.Writer, t targetserver.Status) {
+	for _, s := range t.Subsystems {
+		for _, group := range sortedKeys(s.ANA) {
+			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], s.NQN)
+		}
+	}
+	for _, c := range t.Controllers {
+		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues\n", c.CNTLID, c.HostNQN, c.NQN, c.Queues)
+	}
+	f := t.Faults
+	for _, row := range [][2]string{
+		{"grant", f.Grant}, {"reject", f.Reject}, {"refuse", f.Refuse}, {"stall", map[bool]string{true: "on"}[f.Stalled]},
+	} {
+		if row[1] != "" {
+			fmt.Fprintf(w, "  %s\t%s\n", row[0], row[1])
+		}
+	}
+	for _, c := range f.Commands {
+		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
+	}
+	fmt.Fprintf(w, "  connections\t%d, %d accepted, %d rejected\n", t.Connections, t.Connects, t.Rejects)
+	fmt.Fprintf(w, "  commands\t%d reads (%s), %d writes (%s), %d errors\n",
+		t.Reads, humanize.IBytes(t.ReadBytes), t.Writes, humanize.IBytes(t.WriteBytes), t.Errors)
+}
+
+// sortedKeys sorts numbers as numbers.
+func sortedKeys(m map[string]string) []string {
+	var keys []string
+	for i := range 33 {
+		if key := strconv.Itoa(i); m[key] != "" {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}

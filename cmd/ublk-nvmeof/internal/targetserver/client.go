@@ -1,0 +1,69 @@
+package targetserver
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+)
+
+// Client talks to a target.
+//
+//	GET  /v1/status            → 200 Status
+//	POST /v1/grant … /v1/stop  → 200 Done once it has happened, or an exit.Error
+type Client struct{ client *control.Client }
+
+// NewClient does not connect yet.
+func NewClient(socket string) *Client { return &Client{control.NewClient(socket)} }
+
+// Status asks for the status.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	err := c.client.Do(ctx, http.MethodGet, "/v1/status", nil, &s)
+	if err == nil && s.SchemaVersion != SchemaVersion {
+		err = fmt.Errorf("get status: schema version %d is not %d", s.SchemaVersion, SchemaVersion)
+	}
+	return s, err
+}
+
+// paths of the requests.
+func path(request any) string {
+	switch request.(type) {
+	case GrantRequest:
+		return "/v1/grant"
+	case DropRequest:
+		return "/v1/drop"
+	case StallRequest:
+		return "/v1/stall"
+	case FaultRequest:
+		return "/v1/fault"
+	case UnfaultRequest:
+		return "/v1/unfault"
+	case RejectRequest:
+		return "/v1/reject"
+	case RefuseRequest:
+		return "/v1/refuse"
+	case ANARequest:
+		return "/v1/ana"
+	case AddRequest:
+		return "/v1/namespace/add"
+	case RemoveRequest:
+		return "/v1/namespace/remove"
+	case ResizeRequest:
+		return "/v1/namespace/resize"
+	case ReadOnlyRequest:
+		return "/v1/namespace/read-only"
+	case StopRequest:
+		return "/v1/stop"
+	}
+	panic(fmt.Sprintf("no path for %T", request))
+}
+
+// Do carries out one of the requests. An error is an *exit.Error if the target
+// refused.
+func (c *Client) Do(ctx context.Context, request any) (Done, error) {
+	var d Done
+	err := c.client.Do(ctx, http.MethodPost, path(request), request, &d)
+	return d, err
+}

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
+)
+
+// targetDir is where targets keep their sockets: they need not be root's.
+func targetDir(runDir dirFunc, changed bool) (string, error) {
+	if os.Geteuid() == 0 || changed {
+		d, err := runDir()
+		return string(d), err
+	}
+	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
+		return filepath.Join(d, programName), nil
+	}
+	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(os.Geteuid())), nil
+}
+
+// exporter is the target verb.
+type exporter struct {
+	runDir     dirFunc
+	opts       *options.Target
+	format     string
+	verbose    bool
+	background bool
+	readyFD    int
+}
+
+func newTarget(runDir dirFunc) *cobra.Command {
+	x := &exporter{runDir: runDir, opts: options.DefaultTarget(), readyFD: -1}
+	cmd := &cobra.Command{
+		Use:   "target -n NQN --namespace ram=SIZE",
+		Short: "Be an NVMe over RDMA target, for tests and demonstrations",
+		Long: `Serves namespaces in memory, in files or on block devices to hosts, in this process:
+with an RDMA device, or without one to hosts that speak RoCEv2, which this
+program's connect --provider roce does on every machine. It needs no module and,
+without a device, no privilege. SIGTERM or SIGINT ends it.
+
+The verbs below change it while it runs, and make it misbehave. They mean the only
+target that runs, unless --target says which one. Hosts are told of changes as the
+specification says; a new limit of queues they see when they connect anew.`,
+		Args: cobra.NoArgs,
+		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
+	}
+	f := cmd.Flags()
+	x.opts.AddFlags(f)
+	f.BoolVar(&x.background, "background", false, "return once hosts may connect, and leave the target running")
+	formatFlag(f, &x.format)
+	f.BoolVarP(&x.verbose, "verbose", "v", false, "log more")
+	f.IntVar(&x.readyFD, "ready-fd", -1, "where target --background waits for the first words")
+	f.Lookup("ready-fd").Hidden = true
+	cmd.AddCommand(targetVerbs(runDir)...)
+	return cmd
+}
+
+func (x *exporter) run(cmd *cobra.Command) error {
+	if err := usage(x.opts.Complete()); err != nil {
+		return err
+	}
+	dir, err := targetDir(x.runDir, cmd.Flags().Changed("run-dir"))
+	if err != nil {
+		return err
+	}
+	if x.background {
+		return startTarget(cmd, dir)
+	}
+	if x.readyFD >= 0 {
+		unix.CloseOnExec(x.readyFD)
+	}
+	level := slog.LevelInfo
+	if x.verbose {
+		level = slog.LevelDebug
+	}
+	log := &logFile{}
+	cfg := targetserver.Config{
+		Options: x.opts, RunDir: dir,
+		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: level, ReplaceAttr: journalAttr})),
+	}
+	if x.readyFD < 0 {
+		cfg.Ready = func(s targetserver.Status) error {
+			return output.Targets(cmd.OutOrStdout(), []targetserver.Status{s}, x.format, false)
+		}
+	} else {
+		ready := os.NewFile(uintptr(x.readyFD), "ready")
+		cfg.Ready = func(s targetserver.Status) error {
+			err := output.Targets(ready, []targetserver.Status{s}, x.format, false)
+			err = errors.Join(err, ready.Close())
+			if err == nil {
+				err = log.open(filepath.Join(dir, s.Name, "log"))
+			}
+			return err
+		}
+	}
+	ctx, stop := interruptible(endSignals...)
+	defer stop()
+	return targetserver.Run(ctx, cfg)
+}
+
+// startTarget runs the same command line in a session of its own, and returns
+// when the target is ready. What goes wrong before that, the target says itself.
+func startTarget(cmd *cobra.Command, dir string) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("start target: %w", err)
+	}
+	defer r.Close()
+	args := append([]string{programName}, os.Args[1:]...)
+	c := exec.Cmd{
+		Path: self(), Args: append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"),
+		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{w},
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	err = c.Start()
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("start target: %w", err)
+	}
+	n, err := io.Copy(cmd.OutOrStdout(), r)
+	if n > 0 && err == nil {
+		return c.Process.Release()
+	}
+	if werr := c.Wait(); c.ProcessState.ExitCode() > 0 {
+		return exit.Errorf(exit.Code(c.ProcessState.ExitCode()), "it did not start")
+	} else {
+		return fmt.Errorf("start target: %w", errors.Join(err, werr))
+	}
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
+)
+
+// loopback is an address of this process alone: others may test at the same time.
+func loopback() string {
+	pid := os.Getpid()
+	return fmt.Sprintf("127.%d.%d.%d", 1+pid>>16&0x7f, pid>>8&0xff, 1+pid%250)
+}
+
+// TestTarget is a target in the background and everything that changes it.
+func TestTarget(t *testing.T) {
+	dir := runDir(t)
+	un := func(args ...string) (string, string, exit.Code) {
+		t.Helper()
+		return execProgram(t, append([]string{"--run-dir", dir, "target"}, args...)...)
+	}
+	ok := func(args ...string) string {
+		t.Helper()
+		out, errs, code := un(args...)
+		if code != exit.OK || errs != "" {
+			t.Errorf("%q: exit code %d, %s", args, code, errs)
+		}
+		return out
+	}
+	if out := ok("list"); out != "" {
+		t.Errorf("at first there is %q", out)
+	}
+	if _, errs, code := un("stall", "on"); code != exit.NotFound || !strings.Contains(errs, "no target runs") {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
+	out := ok("-a", loopback(), "--provider", "roce", "--background", "-n", "nqn.a", "--namespace", "ram=64MiB", "--max-queues", "3",
+		"-n", "nqn.b", "--allow-host", "nqn.h", "--namespace", "ram=1MiB,nsid=7,block-size=4KiB,read-only", "--fault", "delay=1ms,count=1")
+	defer un("stop")
+	if !strings.Contains(out, "target0: roce at "+loopback()+":4420") {
+		t.Errorf("ready: %s", out)
+	}
+	status := func() targetserver.Status {
+		t.Helper()
+		var s struct{ Targets []targetserver.Status }
+		if err := json.Unmarshal([]byte(ok("list", "-o", "json")), &s); err != nil || len(s.Targets) != 1 {
+			t.Fatalf("%v, %+v", err, s)
+		}
+		return s.Targets[0]
+	}
+	s := status()
+	if len(s.Subsystems) != 2 || s.Subsystems[0].MaxQueues != 3 || s.Subsystems[1].AllowHosts[0] != "nqn.h" ||
+		s.Subsystems[1].Namespaces[0] != (targetserver.NamespaceStatus{NSID: 7, Data: "ram", Size: 1 << 20, BlockSize: 4096, ReadOnly: true}) ||
+		len(s.Faults.Commands) != 1 || s.Provider != "roce" || s.ProviderReason != "asked for" {
+		t.Errorf("%+v", s)
+	}
+	// The second target on the address.
+	if _, errs, code := un("-a", loopback(), "-n", "nqn.c", "--provider", "roce"); code == exit.OK || !strings.Contains(errs, "address already in use") {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
+
+	ok("grant", "2", "-n", "nqn.a")
+	ok("grant", "none")
+	if got := ok("fault", "opcode=write,status=0x6,dnr"); got != "fault 2\n" {
+		t.Errorf("%q", got)
+	}
+	ok("clear", "1")
+	ok("stall", "on")
+	ok("reject", "6")
+	ok("refuse", "0x182", "--dnr")
+	ok("ana", "1", "inaccessible", "-n", "nqn.a")
+	if got := ok("namespace", "add", "ram=2MiB", "-n", "nqn.b"); got != "namespace 1\n" {
+		t.Errorf("%q", got)
+	}
+	ok("namespace", "remove", "7", "-n", "nqn.b")
+	ok("namespace", "resize", "1", "128MiB", "-n", "nqn.a")
+	ok("namespace", "read-only", "1", "on", "-n", "nqn.a")
+	ok("drop")
+	s = status()
+	a, b := s.Subsystems[0], s.Subsystems[1]
+	if a.MaxQueues != 2 || a.ANA["1"] != "inaccessible" || len(a.Namespaces) != 1 || a.Namespaces[0].Size != 128<<20 || !a.Namespaces[0].ReadOnly ||
+		len(b.Namespaces) != 1 || b.Namespaces[0].NSID != 1 {
+		t.Errorf("%+v", s.Subsystems)
+	}
+	if f := s.Faults; f.Grant != "none" || !f.Stalled || f.Reject != "no resources" || !strings.HasPrefix(f.Refuse, "182h") ||
+		len(f.Commands) != 1 || f.Commands[0].ID != 2 {
+		t.Errorf("%+v", f)
+	}
+	for _, tt := range []struct {
+		args, want string
+		code       exit.Code
+	}{
+		{"namespace add ram=1MiB", "there are 2 subsystems; want --nqn", exit.Usage},
+		{"namespace add file=/nonexistent -n nqn.a", "no such file", exit.NotFound},
+		{"namespace remove 9 -n nqn.a", "subsystem nqn.a has no namespace 9", exit.NotFound},
+		{"grant 5 -n nqn.x", "no subsystem nqn.x", exit.NotFound},
+		{"clear 9", "no fault 9", exit.NotFound},
+		{"drop --qid 1 -n nqn.a", "want --nqn or --qid", exit.Usage},
+		{"ana 33 change -n nqn.a", "ana group 33", exit.Usage},
+		{"stall on --target target9", "no target target9 runs; there is target0", exit.NotFound},
+	} {
+		if _, errs, code := un(strings.Fields(tt.args)...); code != tt.code || !strings.Contains(errs, tt.want) {
+			t.Errorf("%s: exit code %d, %s", tt.args, code, errs)
+		}
+	}
+	ok("clear")
+	if f := status().Faults; f.Grant != "" || f.Stalled || f.Reject != "" || f.Refuse != "" || len(f.Commands) != 0 {
+		t.Errorf("%+v", f)
+	}
+	for _, want := range []string{"namespace 1", "ana group 1", "connections", "commands"} {
+		if out := ok("list", "-v"); !strings.Contains(out, want) {
+			t.Errorf("no %q in %s", want, out)
+		}
+	}
+	ok("stop")
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
