@@ -674,7 +674,7 @@ func TestIDTaken(t *testing.T) {
 // TestCycles: nothing accumulates, and nothing hangs.
 func TestCycles(t *testing.T) {
 	requireUblk(t)
-	cycles := 200
+	cycles := 60
 	if testing.Short() {
 		cycles = 10
 	}
