@@ -12,20 +12,18 @@ import (
 
 // Bounds on a server with a device that nobody uses. It keeps the controller alive
 // and looks for requests that time out, and that is all. The first bound is the same
-// on every machine. An emulated CPU takes some ten times as long for the same.
+// on every machine. The second is not for an emulated CPU, whose speed depends on who
+// else uses the machine: bench measures it there, on a clock of instructions.
 const (
-	idleSwitches        = 50.0 // context switches a second
-	idlePercent         = 0.5  // of a CPU
-	idlePercentEmulated = 10 * idlePercent
+	idleSwitches = 50.0 // context switches a second
+	idlePercent  = 0.5  // of a CPU
 )
 
 // TestIdle measures what a server costs that has nothing to do.
 func TestIdle(t *testing.T) {
 	const period = 10 * time.Second
-	most := idlePercent
-	if cpu, err := os.ReadFile("/proc/cpuinfo"); err != nil || strings.Contains(string(cpu), "QEMU TCG") {
-		most = idlePercentEmulated
-	}
+	cpu, err := os.ReadFile("/proc/cpuinfo")
+	emulated := err != nil || strings.Contains(string(cpu), "QEMU TCG")
 	leavesNothing(t)
 	run(t, "lab", "rxe", labMTU)
 	run(t, "lab", "target", "size=64")
@@ -50,8 +48,8 @@ func TestIdle(t *testing.T) {
 			percent := 100 * float64(cpuTicks(t, pid)-ticks) / userHZ / seconds
 			rate := float64(contextSwitches(t, pid)-switches) / seconds
 			t.Logf("%.1f %% of a CPU, %.0f context switches a second; resident with 2 queues of 128 requests of 1 MiB: %s", percent, rate, resident(t, pid))
-			if percent > most {
-				t.Errorf("an idle server takes %.1f %% of a CPU, want at most %.1f", percent, most)
+			if !emulated && percent > idlePercent {
+				t.Errorf("an idle server takes %.1f %% of a CPU, want at most %.1f", percent, idlePercent)
 			}
 			if rate > idleSwitches {
 				t.Errorf("an idle server does %.0f context switches a second, want at most %.0f", rate, idleSwitches)
