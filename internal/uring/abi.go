@@ -16,6 +16,8 @@ const (
 	OpNop           Op = 0
 	OpPollAdd       Op = 6  // 5.1; multishot 5.13
 	OpPollRemove    Op = 7  // 5.1
+	OpSendMsg       Op = 9  // 5.3
+	OpRecvMsg       Op = 10 // 5.3
 	OpTimeout       Op = 11 // 5.4
 	OpAsyncCancel   Op = 14 // 5.5; by file descriptor 5.19
 	OpRead          Op = 22 // 5.6

@@ -1,0 +1,475 @@
+package nbd
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/block/null"
+	"ublk-nvmeof/poller"
+)
+
+// TestRequests asks for everything, right and wrong, on one connection after the
+// other, which nothing of it may end.
+func TestRequests(t *testing.T) {
+	const depth, maxIO = 16, 16 << 10
+	const most = depth / 2 * maxIO
+	s, path := newServer(t, Config{
+		Depth: depth, MaxIO: maxIO,
+		Exports: []Export{
+			{Name: "rw", Device: newRAM(t, block.Geometry{Sectors: 2048, LogicalBlock: 1024, VolatileCache: true, MaxDiscardSectors: 10, MaxZeroesSectors: 10})},
+			{Name: "ro", Device: newRAM(t, block.Geometry{Sectors: 2048}), ReadOnly: true},
+			{Name: "plain", Device: must(null.New(null.Config{Geometry: block.Geometry{Sectors: 2048}}))},
+		},
+	})
+	const size = 1 << 20
+	for _, structured := range []bool{false, true} {
+		rw, ro, plain := connect(t, path, "rw", structured), connect(t, path, "ro", structured), connect(t, path, "plain", structured)
+		df := code(codeInval)
+		if structured {
+			df = 0
+		}
+		for i, tt := range []struct {
+			name string
+			c    *client
+			r    request
+			want code
+		}{
+			{"write", rw, request{kind: cmdWrite, offset: 1024, length: 2048}, 0},
+			{"write of the largest size", rw, request{kind: cmdWrite, offset: 3072, length: most}, 0},
+			{"write to the end", rw, request{kind: cmdWrite, offset: size - 1024, length: 1024}, 0},
+			{"FUA", rw, request{kind: cmdWrite, flags: cmdFlagFUA, length: 1024}, 0},
+			{"write beyond the end", rw, request{kind: cmdWrite, offset: size - 1024, length: 2048}, codeNoSpace},
+			{"write far beyond", rw, request{kind: cmdWrite, offset: ^uint64(0) - 1023, length: 1024}, codeNoSpace},
+			{"write too large", rw, request{kind: cmdWrite, length: most + 1024}, codeInval},
+			{"write not aligned", rw, request{kind: cmdWrite, offset: 512, length: 1024}, codeInval},
+			{"write of half a block", rw, request{kind: cmdWrite, length: 512}, codeInval},
+			{"write of nothing", rw, request{kind: cmdWrite}, codeInval},
+			{"write with unknown flag", rw, request{kind: cmdWrite, flags: 1 << 9, length: 1024}, codeInval},
+			{"write to read-only", ro, request{kind: cmdWrite, length: 1024}, codePerm},
+			{"read", rw, request{kind: cmdRead, length: 4096}, 0},
+			{"read of the largest size", rw, request{kind: cmdRead, offset: size - most, length: most}, 0},
+			{"read of read-only", ro, request{kind: cmdRead, offset: 512, length: 512}, 0},
+			{"read beyond the end", rw, request{kind: cmdRead, offset: size, length: 1024}, codeInval},
+			{"read over the end of the address space", rw, request{kind: cmdRead, offset: ^uint64(0) - 1023, length: 2048}, codeInval},
+			{"read too large", rw, request{kind: cmdRead, length: most + 1024}, codeInval},
+			{"read of 4 GiB", rw, request{kind: cmdRead, length: ^uint32(1023)}, codeInval},
+			{"read not aligned", rw, request{kind: cmdRead, offset: 1, length: 1024}, codeInval},
+			{"read in one chunk", rw, request{kind: cmdRead, flags: cmdFlagDF, length: 1024}, df},
+			{"flush", rw, request{kind: cmdFlush}, 0},
+			{"flush of read-only", ro, request{kind: cmdFlush}, 0},
+			{"flush of a range", rw, request{kind: cmdFlush, length: 1024}, codeInval},
+			{"trim", rw, request{kind: cmdTrim, offset: 4096, length: 64 << 10}, 0},
+			{"trim with FUA", rw, request{kind: cmdTrim, flags: cmdFlagFUA, length: 1024}, 0},
+			{"trim beyond the end", rw, request{kind: cmdTrim, offset: size, length: 1024}, codeInval},
+			{"trim of read-only", ro, request{kind: cmdTrim, length: 1024}, codePerm},
+			{"trim that is not offered", plain, request{kind: cmdTrim, length: 1024}, codeInval},
+			{"zeroes", rw, request{kind: cmdZeroes, flags: cmdFlagNoHole | cmdFlagFUA, length: size}, 0},
+			{"zeroes beyond the end", rw, request{kind: cmdZeroes, offset: 1024, length: size}, codeNoSpace},
+			{"zeroes that are not offered", plain, request{kind: cmdZeroes, length: 1024}, codeInval},
+			{"fast zeroes", rw, request{kind: cmdZeroes, flags: 1 << 4, length: 1024}, codeInval},
+			{"cache", rw, request{kind: 5, length: 1024}, codeInval},
+			{"block status", rw, request{kind: 7, length: 1024}, codeInval},
+			{"unknown kind", rw, request{kind: 1000, length: 1024}, codeInval},
+		} {
+			tt.r.cookie = uint64(i) << 40
+			var data []byte
+			if tt.r.kind == cmdWrite {
+				data = make([]byte, tt.r.length)
+			}
+			tt.c.ask(tt.r, data)
+			got := code(0)
+			switch {
+			case !structured || tt.r.kind != cmdRead:
+				if got = tt.c.simple(tt.r.cookie); got == 0 && tt.r.kind == cmdRead {
+					tt.c.read(int(tt.r.length))
+				}
+			default:
+				kind, data := tt.c.chunk(tt.r.cookie)
+				switch {
+				case kind == chunkError:
+					got = code(binary.BigEndian.Uint32(data))
+				case kind != chunkOffsetData || binary.BigEndian.Uint64(data) != tt.r.offset || len(data) != 8+int(tt.r.length):
+					t.Errorf("%s: chunk %d with %d bytes", tt.name, kind, len(data))
+				}
+			}
+			if got != tt.want {
+				t.Errorf("%s: error %d, want %d", tt.name, got, tt.want)
+			}
+		}
+		for _, c := range []*client{rw, ro, plain} {
+			c.ask(request{kind: cmdDisc}, nil)
+			c.closed()
+		}
+	}
+	want := Stats{Reads: 16, Writes: 22, Flushes: 4, Trims: 6, WriteZeroes: 6}
+	got := s.Snapshot("rw")
+	if got.Reads != want.Reads || got.Writes != want.Writes || got.Flushes != want.Flushes || got.Trims != want.Trims || got.WriteZeroes != want.WriteZeroes {
+		t.Errorf("counted %+v, want %+v", got, want)
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// TestBadRequest is what ends a connection.
+func TestBadRequest(t *testing.T) {
+	_, path := newServer(t, Config{Exports: twoExports(t)})
+	t.Run("magic", func(t *testing.T) {
+		c := connect(t, path, "", false)
+		c.ask(request{magic: 1}, nil)
+		c.closed()
+	})
+	t.Run("write of 4 GiB", func(t *testing.T) {
+		c := connect(t, path, "", false)
+		c.ask(request{kind: cmdWrite, cookie: 7, length: ^uint32(0)}, nil)
+		if e := c.simple(7); e != codeNoSpace && e != codeInval {
+			t.Errorf("error %d", e)
+		}
+		c.closed()
+	})
+}
+
+// TestData has several connections write and read all over a device at the same time,
+// in requests of all sizes, in pieces of all sizes.
+func TestData(t *testing.T) {
+	for name, g := range map[string]block.Geometry{
+		"plain":  {Sectors: 16384},
+		"blocks": {Sectors: 16384, LogicalBlock: 4096, VolatileCache: true},
+		"chunks": {Sectors: 16384, ChunkSectors: 24},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, path := newServer(t, Config{Depth: 16, MaxIO: 8 << 10, Exports: []Export{{Device: newRAM(t, g)}}})
+			done := make(chan struct{})
+			const clients = 4
+			for i := range clients {
+				go func() {
+					defer func() { done <- struct{}{} }()
+					scribble(connect(t, path, "", i%2 == 0), uint64(i), uint64(i)*(8<<20/clients), 8<<20/clients, max(512, int(g.LogicalBlock)))
+				}()
+			}
+			for range clients {
+				<-done
+			}
+		})
+	}
+}
+
+// scribble writes and reads a part of the device, several requests at a time.
+func scribble(c *client, seed, from, size uint64, unit int) {
+	r := rand.New(rand.NewPCG(seed, 0))
+	content := make([]byte, size)
+	structured := seed%2 == 0
+	for range 60 {
+		for range 1 + r.IntN(8) {
+			length := unit * (1 + r.IntN(24<<10/unit))
+			at := r.IntN((len(content)-length)/unit) * unit
+			data := content[at : at+length]
+			for i := range data {
+				data[i] = byte(r.Uint32())
+			}
+			out := append(requestBytes(request{magic: magicRequest, kind: cmdWrite, cookie: 9, offset: from + uint64(at), length: uint32(length)}), data...)
+			for len(out) > 0 {
+				k := 1 + r.IntN(len(out))
+				c.send(out[:k])
+				out = out[k:]
+			}
+			if e := c.simple(9); e != 0 {
+				c.t.Errorf("write: error %d", e)
+			}
+		}
+		// Reads may overlap: all at once.
+		type span struct{ at, length int }
+		spans := map[uint64]span{}
+		var reads []byte
+		for i := range uint64(1 + r.IntN(20)) {
+			length := unit * (1 + r.IntN(24<<10/unit))
+			s := span{r.IntN((len(content)-length)/unit) * unit, length}
+			spans[i] = s
+			reads = append(reads, requestBytes(request{magic: magicRequest, kind: cmdRead, cookie: i, offset: from + uint64(s.at), length: uint32(s.length)})...)
+		}
+		c.send(reads)
+		for len(spans) > 0 {
+			var cookie uint64
+			if structured {
+				b := c.read(dataHeader)
+				cookie = binary.BigEndian.Uint64(b[8:])
+			} else {
+				b := c.read(simpleSize)
+				cookie = binary.BigEndian.Uint64(b[8:])
+			}
+			s, ok := spans[cookie]
+			if !ok {
+				c.t.Errorf("reply to %d", cookie)
+				return
+			}
+			delete(spans, cookie)
+			if !bytes.Equal(c.read(s.length), content[s.at:s.at+s.length]) {
+				c.t.Errorf("other data at %d", s.at)
+				return
+			}
+		}
+	}
+}
+
+// gate is a device whose requests stay with it while it is shut.
+type gate struct {
+	block.Device
+	shut   atomic.Bool
+	inside atomic.Int32
+	errno  atomic.Uint32 // of the results
+	loops  []*poller.Loop
+}
+
+func (g *gate) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
+	q, err := g.Device.OpenQueue(i, cfg)
+	return &gatedQueue{q, g}, err
+}
+
+func (g *gate) open() {
+	g.shut.Store(false)
+	for _, l := range g.loops {
+		l.Wake()
+	}
+}
+
+type gatedQueue struct {
+	block.Queue
+	gate *gate
+}
+
+func (q *gatedQueue) Submit(reqs []block.Request) {
+	q.gate.inside.Add(int32(len(reqs)))
+	q.Queue.Submit(reqs)
+}
+
+func (q *gatedQueue) Reap(done []block.Result) int {
+	if q.gate.shut.Load() {
+		return 0
+	}
+	n := q.Queue.Reap(done)
+	q.gate.inside.Add(-int32(n))
+	for i := range done[:n] {
+		done[i].Errno |= uint16(q.gate.errno.Load())
+	}
+	return n
+}
+
+func newGate(t testing.TB, g block.Geometry) *gate {
+	return &gate{Device: newRAM(t, g), loops: newLoops(t, 2)}
+}
+
+// await waits for a condition that another thread brings about.
+func await(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !cond(); {
+		if time.Now().After(end) {
+			t.Fatalf("%s does not come about", what)
+		}
+		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event
+	}
+}
+
+// TestDisconnectMidRequest takes clients away at every stage of a request. The
+// server's own clean-up checks that no tag is lost.
+func TestDisconnectMidRequest(t *testing.T) {
+	g := newGate(t, block.Geometry{})
+	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, Depth: 16})
+	gone := func() { await(t, "end of all connections", func() bool { return slices.Max(s.Connections()) == 0 }) }
+	write := request{magic: magicRequest, kind: cmdWrite, length: 600 << 10}
+	for name, b := range map[string][]byte{
+		"between requests": nil,
+		"in a header":      requestBytes(write)[:20],
+		"before the data":  requestBytes(write),
+		"in the data":      append(requestBytes(write), make([]byte, 300<<10)...),
+		"in refused data":  append(requestBytes(request{magic: magicRequest, kind: cmdWrite, offset: 1, length: 2048}), make([]byte, 1000)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := connect(t, path, "", false)
+			c.send(b)
+			_ = c.Close()
+			gone()
+		})
+	}
+	t.Run("in flight", func(t *testing.T) {
+		g.shut.Store(true)
+		c := connect(t, path, "", false)
+		for range 8 {
+			c.ask(request{kind: cmdRead, length: 4096}, nil)
+		}
+		await(t, "8 requests", func() bool { return g.inside.Load() == 8 })
+		_ = c.Close()
+		g.open()
+		gone()
+	})
+	t.Run("in a reply", func(t *testing.T) {
+		c := connect(t, path, "", false)
+		for range 100 {
+			c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
+		}
+		c.read(1 << 20)
+		_ = c.Close()
+		gone()
+	})
+	t.Run("a request to disconnect is answered last", func(t *testing.T) {
+		g.shut.Store(true)
+		c := connect(t, path, "", false)
+		c.ask(request{kind: cmdRead, length: 512}, nil)
+		c.ask(request{kind: cmdDisc}, nil)
+		await(t, "the request", func() bool { return g.inside.Load() == 1 })
+		g.open()
+		if e := c.simple(0); e != 0 {
+			t.Errorf("error %d", e)
+		}
+		c.read(512)
+		c.closed()
+		gone()
+	})
+}
+
+// TestManyRequests sends more than there are tags, from more connections than one.
+func TestManyRequests(t *testing.T) {
+	g := newGate(t, block.Geometry{})
+	g.shut.Store(true)
+	loops := g.loops[:1]
+	_, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: loops, Depth: 16, MaxIO: 4096})
+	var clients []*client
+	const requests = 100
+	for range 4 {
+		c := connect(t, path, "", false)
+		var b []byte
+		for i := range uint64(requests) {
+			b = append(b, requestBytes(request{magic: magicRequest, kind: cmdRead, cookie: i, length: uint32(4096 * (1 + i%8))})...)
+		}
+		c.send(b)
+		clients = append(clients, c)
+	}
+	await(t, "as many requests as there are tags", func() bool { return g.inside.Load() >= 9 })
+	g.open()
+	var readers sync.WaitGroup
+	for _, c := range clients {
+		readers.Go(func() {
+			for range requests {
+				b := c.read(simpleSize)
+				c.read(int(4096 * (1 + binary.BigEndian.Uint64(b[8:])%8)))
+			}
+		})
+	}
+	readers.Wait()
+}
+
+// TestErrors passes errors of the back end on, in the protocol's numbers.
+func TestErrors(t *testing.T) {
+	g := newGate(t, block.Geometry{VolatileCache: true})
+	_, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxIO: 4096})
+	c := connect(t, path, "", true)
+	for errno, want := range map[unix.Errno]code{
+		unix.EIO: codeIO, unix.ENOLINK: codeIO, unix.ENOSPC: codeNoSpace, unix.EROFS: codePerm, unix.EINVAL: codeInval,
+		unix.EOPNOTSUPP: codeNotSupp, unix.ENOMEM: codeNoMem, unix.ESHUTDOWN: codeShutdown, unix.EAGAIN: codeIO,
+	} {
+		g.errno.Store(uint32(errno))
+		for _, r := range []request{
+			{kind: cmdWrite, length: 16384}, {kind: cmdFlush}, {kind: cmdTrim, length: 4096}, {kind: cmdZeroes, flags: cmdFlagFUA, length: 4096},
+		} {
+			c.ask(r, make([]byte, r.length)[:map[bool]uint32{true: r.length}[r.kind == cmdWrite]])
+			if got := c.simple(0); got != want {
+				t.Errorf("%v: request %d has error %d, want %d", errno, r.kind, got, want)
+			}
+		}
+		c.ask(request{kind: cmdRead, length: 16384}, nil)
+		if kind, data := c.chunk(0); kind != chunkError || code(binary.BigEndian.Uint32(data)) != want {
+			t.Errorf("%v: chunk %d, %x", errno, kind, data)
+		}
+	}
+}
+
+// TestStop ends servers that have something to do.
+func TestStop(t *testing.T) {
+	t.Run("in use", func(t *testing.T) {
+		s, path := newServer(t, Config{Exports: twoExports(t)})
+		connect(t, path, "", false)
+		dial(t, path).read(18) // a client that has not chosen yet does not count
+		if err := s.Stop(testContext(t), false); !errors.Is(err, ErrBusy) {
+			t.Fatal(err)
+		}
+		connect(t, path, "", false)
+		if err := s.Stop(testContext(t), true); err != nil {
+			t.Error(err)
+		}
+		if err := s.Stop(testContext(t), false); err != nil {
+			t.Errorf("again: %v", err)
+		}
+	})
+	t.Run("in flight", func(t *testing.T) {
+		g := newGate(t, block.Geometry{})
+		g.shut.Store(true)
+		s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops})
+		c := connect(t, path, "", false)
+		c.ask(request{kind: cmdRead, cookie: 3, length: 512}, nil)
+		await(t, "the request", func() bool { return g.inside.Load() == 1 })
+		stopped := make(chan error)
+		go func() { stopped <- s.Stop(testContext(t), true) }()
+		<-s.stopped
+		g.open()
+		if e := c.simple(3); e != 0 {
+			t.Errorf("error %d", e)
+		}
+		c.read(512)
+		c.closed()
+		if err := <-stopped; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("stuck", func(t *testing.T) {
+		g := newGate(t, block.Geometry{})
+		g.shut.Store(true)
+		s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops})
+		c := connect(t, path, "", false)
+		c.ask(request{kind: cmdRead, length: 512}, nil)
+		await(t, "the request", func() bool { return g.inside.Load() == 1 })
+		ctx, cancel := context.WithCancel(testContext(t))
+		cancel()
+		if err := s.Stop(ctx, true); err == nil {
+			t.Error("stopped with a request at the back end")
+		}
+		g.open()
+	})
+	t.Run("unread replies", func(t *testing.T) {
+		s, path := newServer(t, Config{Exports: twoExports(t)})
+		c := connect(t, path, "", false)
+		for range 100 {
+			c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
+		}
+		c.read(1)
+		ctx, cancel := context.WithCancel(testContext(t))
+		cancel()
+		if err := s.Stop(ctx, true); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.Copy(io.Discard, c)
+	})
+}
+
+// TestSpread has loops share the connections.
+func TestSpread(t *testing.T) {
+	s, path := newServer(t, Config{Exports: twoExports(t)})
+	for range 4 {
+		connect(t, path, "", false)
+	}
+	await(t, "two connections on each loop", func() bool { return slices.Equal(s.Connections(), []int{2, 2}) })
+}

@@ -1,0 +1,260 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+)
+
+// Bounds on what a client may say before it has chosen an export.
+const (
+	maxOptions    = 256
+	maxOptionData = 16 << 10 // a name and lots of information requests
+	maxTooBig     = 1 << 20  // read, and refused; more ends the connection
+)
+
+var (
+	errAborted = errors.New("client ended the negotiation")
+	errNoTLS   = errors.New("client wants to go without TLS")
+)
+
+// negotiation is a connection before the transmission phase.
+type negotiation struct {
+	srv        *Server
+	conn       net.Conn // *tls.Conn after STARTTLS
+	noZeroes   bool
+	fixed      bool
+	structured bool
+	data       []byte
+}
+
+// negotiate lets a client choose an export. The connection it goes on with may be
+// another one: TLS.
+func (s *Server) negotiate(conn net.Conn) (*negotiation, offer, error) {
+	n := &negotiation{srv: s, conn: conn}
+	o, err := n.run()
+	return n, o, err
+}
+
+func (n *negotiation) run() (offer, error) {
+	hello := binary.BigEndian.AppendUint64(nil, magicHello)
+	hello = binary.BigEndian.AppendUint64(hello, magicOption)
+	hello = binary.BigEndian.AppendUint16(hello, handshakeKnown)
+	if _, err := n.conn.Write(hello); err != nil {
+		return offer{}, err
+	}
+	var word [4]byte
+	if _, err := io.ReadFull(n.conn, word[:]); err != nil {
+		return offer{}, fmt.Errorf("read client flags: %w", err)
+	}
+	flags := binary.BigEndian.Uint32(word[:])
+	if flags&^handshakeKnown != 0 {
+		return offer{}, fmt.Errorf("client flags %#x are unknown", flags)
+	}
+	n.fixed, n.noZeroes = flags&handshakeFixed != 0, flags&handshakeNoZeroes != 0
+	for range maxOptions {
+		opt, err := n.readOption()
+		if err != nil {
+			return offer{}, err
+		}
+		o, chosen, err := n.do(opt)
+		if err != nil || chosen {
+			return o, err
+		}
+	}
+	return offer{}, errors.New("client sent too many options")
+}
+
+// errTooBig is an option whose data was read and dropped.
+var errTooBig = errors.New("option data is too long")
+
+// readOption reads an option, and its data into n.data, which is nil if there were
+// too many.
+func (n *negotiation) readOption() (option, error) {
+	var head [16]byte
+	if _, err := io.ReadFull(n.conn, head[:]); err != nil {
+		return 0, fmt.Errorf("read option: %w", err)
+	}
+	if binary.BigEndian.Uint64(head[:]) != magicOption {
+		return 0, errors.New("option has a wrong magic number")
+	}
+	opt, length := option(binary.BigEndian.Uint32(head[8:])), binary.BigEndian.Uint32(head[12:])
+	switch {
+	case length > maxTooBig, length > maxOptionData && opt == optExportName:
+		return opt, fmt.Errorf("option %d: %w", opt, errTooBig)
+	case length > maxOptionData:
+		n.data = nil
+		_, err := io.CopyN(io.Discard, n.conn, int64(length))
+		return opt, err
+	}
+	n.data = make([]byte, length)
+	if _, err := io.ReadFull(n.conn, n.data); err != nil {
+		return opt, fmt.Errorf("read data of option %d: %w", opt, err)
+	}
+	return opt, nil
+}
+
+// do carries an option out. chosen says that the transmission phase follows.
+func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
+	if !n.fixed && opt != optExportName {
+		return o, false, fmt.Errorf("option %d of a client that is not fixed newstyle", opt)
+	}
+	_, secure := n.conn.(*tls.Conn)
+	switch {
+	case n.data == nil:
+		return o, false, n.reply(opt, repErrTooBig, nil)
+	case opt == optAbort:
+		_ = n.reply(opt, repAck, nil) // it may be gone
+		return o, false, errAborted
+	case opt == optStartTLS:
+		return o, false, n.startTLS(secure)
+	case n.srv.cfg.RequireTLS && !secure && opt == optExportName:
+		return o, false, errNoTLS
+	case n.srv.cfg.RequireTLS && !secure:
+		return o, false, n.refuse(opt, repErrTLSReqd, "this server requires TLS")
+	}
+	switch opt {
+	case optExportName:
+		o, err = n.exportName()
+		return o, err == nil, err
+	case optGo, optInfo:
+		o, chosen, err = n.info(opt)
+		return o, chosen && opt == optGo, err
+	case optList:
+		return o, false, n.list()
+	case optStructuredReply:
+		if len(n.data) > 0 {
+			return o, false, n.refuse(opt, repErrInvalid, "the option takes no data")
+		}
+		n.structured = true
+		return o, false, n.reply(opt, repAck, nil)
+	}
+	return o, false, n.refuse(opt, repErrUnsup, "the option is not supported")
+}
+
+// exportName is the old way to choose, which cannot be refused but by hanging up.
+func (n *negotiation) exportName() (offer, error) {
+	i := n.srv.export(string(n.data))
+	if i < 0 {
+		return offer{}, fmt.Errorf("no export %q", n.data)
+	}
+	o := n.srv.offer(i, n.structured)
+	b := binary.BigEndian.AppendUint64(nil, o.size)
+	b = binary.BigEndian.AppendUint16(b, o.flags)
+	if !n.noZeroes {
+		b = append(b, make([]byte, 124)...)
+	}
+	_, err := n.conn.Write(b)
+	return o, err
+}
+
+// info answers INFO and GO. found says that it was a success.
+func (n *negotiation) info(opt option) (o offer, found bool, err error) {
+	name, asked, ok := parseInfo(n.data)
+	if !ok {
+		return o, false, n.refuse(opt, repErrInvalid, "the request is malformed")
+	}
+	i := n.srv.export(name)
+	if i < 0 {
+		return o, false, n.refuse(opt, repErrUnknown, "no such export")
+	}
+	o = n.srv.offer(i, n.structured)
+	be := binary.BigEndian
+	export := be.AppendUint16(nil, uint16(infoExport))
+	export = be.AppendUint64(export, o.size)
+	export = be.AppendUint16(export, o.flags)
+	sizes := be.AppendUint16(nil, uint16(infoBlockSize))
+	sizes = be.AppendUint32(sizes, o.minBlock)
+	sizes = be.AppendUint32(sizes, o.preferred)
+	sizes = be.AppendUint32(sizes, o.maxRequest)
+	infos := [][]byte{export, sizes}
+	e := n.srv.cfg.Exports[i]
+	if asked[infoName] {
+		infos = append(infos, append(be.AppendUint16(nil, uint16(infoName)), e.Name...))
+	}
+	if asked[infoDescription] {
+		infos = append(infos, append(be.AppendUint16(nil, uint16(infoDescription)), e.Description...))
+	}
+	for _, info := range infos {
+		if err := n.reply(opt, repInfo, info); err != nil {
+			return o, false, err
+		}
+	}
+	return o, true, n.reply(opt, repAck, nil)
+}
+
+// parseInfo reads the data of INFO and GO: a name, and what the client asks about.
+func parseInfo(data []byte) (name string, asked map[infoType]bool, ok bool) {
+	be := binary.BigEndian
+	if len(data) < 4 {
+		return "", nil, false
+	}
+	length := be.Uint32(data)
+	data = data[4:]
+	if length > maxName || uint64(len(data)) < uint64(length)+2 {
+		return "", nil, false
+	}
+	name, data = string(data[:length]), data[length:]
+	count := int(be.Uint16(data))
+	data = data[2:]
+	if len(data) != 2*count {
+		return "", nil, false
+	}
+	asked = map[infoType]bool{}
+	for ; len(data) > 0; data = data[2:] {
+		asked[infoType(be.Uint16(data))] = true
+	}
+	return name, asked, true
+}
+
+func (n *negotiation) list() error {
+	if len(n.data) > 0 {
+		return n.refuse(optList, repErrInvalid, "the option takes no data")
+	}
+	for _, e := range n.srv.cfg.Exports {
+		b := binary.BigEndian.AppendUint32(nil, uint32(len(e.Name)))
+		b = append(append(b, e.Name...), e.Description...)
+		if err := n.reply(optList, repServer, b); err != nil {
+			return err
+		}
+	}
+	return n.reply(optList, repAck, nil)
+}
+
+// startTLS goes on within TLS, where nothing holds that was said before.
+func (n *negotiation) startTLS(secure bool) error {
+	switch {
+	case len(n.data) > 0:
+		return n.refuse(optStartTLS, repErrInvalid, "the option takes no data")
+	case secure:
+		return n.refuse(optStartTLS, repErrInvalid, "TLS is in use")
+	case n.srv.cfg.TLS == nil:
+		return n.refuse(optStartTLS, repErrPolicy, "this server has no TLS")
+	}
+	if err := n.reply(optStartTLS, repAck, nil); err != nil {
+		return err
+	}
+	conn := tls.Server(n.conn, n.srv.cfg.TLS)
+	if err := conn.Handshake(); err != nil {
+		return fmt.Errorf("TLS handshake: %w", err)
+	}
+	n.conn, n.structured = conn, false
+	return nil
+}
+
+func (n *negotiation) refuse(opt option, rep optionReply, why string) error {
+	return n.reply(opt, rep, []byte(why))
+}
+
+func (n *negotiation) reply(opt option, rep optionReply, data []byte) error {
+	be := binary.BigEndian
+	b := be.AppendUint64(make([]byte, 0, 20+len(data)), magicOptionReply)
+	b = be.AppendUint32(b, uint32(opt))
+	b = be.AppendUint32(b, uint32(rep))
+	b = be.AppendUint32(b, uint32(len(data)))
+	_, err := n.conn.Write(append(b, data...))
+	return err
+}

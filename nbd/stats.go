@@ -1,0 +1,80 @@
+package nbd
+
+import (
+	"sync/atomic"
+
+	"golang.org/x/sys/cpu"
+)
+
+// Stats count what was done on an export since the server was made.
+type Stats struct {
+	Reads, Writes           uint64 // requests, failed and refused ones too
+	ReadBytes, WrittenBytes uint64 // of those that succeeded
+	Flushes                 uint64
+	Trims                   uint64
+	WriteZeroes             uint64
+	Errors                  uint64 // requests that were answered with an error
+	Batches                 uint64 // calls of block.Queue.Submit
+}
+
+func (s *Stats) add(t Stats) {
+	s.Reads += t.Reads
+	s.Writes += t.Writes
+	s.ReadBytes += t.ReadBytes
+	s.WrittenBytes += t.WrittenBytes
+	s.Flushes += t.Flushes
+	s.Trims += t.Trims
+	s.WriteZeroes += t.WriteZeroes
+	s.Errors += t.Errors
+	s.Batches += t.Batches
+}
+
+// counter numbers the counters of a queue.
+type counter int
+
+const (
+	nUnknown counter = iota // requests of no known kind; they are errors as well
+	nReads
+	nWrites
+	nReadBytes
+	nWrittenBytes
+	nFlushes
+	nTrims
+	nZeroes
+	nErrors
+	nBatches
+	nCounters
+)
+
+// counterOf are the counters by command.
+var counterOf = [...]counter{
+	cmdRead: nReads, cmdWrite: nWrites, cmdFlush: nFlushes, cmdTrim: nTrims, cmdZeroes: nZeroes,
+}
+
+// counters are written by the loop, into now, and shown to others once per batch, in
+// seen.
+type counters struct {
+	now  [nCounters]uint64
+	_    cpu.CacheLinePad
+	seen [nCounters]atomic.Uint64
+	_    cpu.CacheLinePad
+}
+
+// publish shows the counters. Loop only.
+func (c *counters) publish() {
+	for i := range c.now {
+		if c.seen[i].Load() != c.now[i] {
+			c.seen[i].Store(c.now[i])
+		}
+	}
+}
+
+// snapshot is what publish showed. Any goroutine may call it.
+func (c *counters) snapshot() Stats {
+	return Stats{
+		Reads: c.seen[nReads].Load(), Writes: c.seen[nWrites].Load(),
+		ReadBytes: c.seen[nReadBytes].Load(), WrittenBytes: c.seen[nWrittenBytes].Load(),
+		Flushes: c.seen[nFlushes].Load(), Trims: c.seen[nTrims].Load(), WriteZeroes: c.seen[nZeroes].Load(),
+		Errors: c.seen[nErrors].Load(), Batches: c.seen[nBatches].Load(),
+	}
+}
