@@ -49,21 +49,23 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, c.cfg.Address, tos); err != nil {
 		return nil, err
 	}
+	// The admin queue is the first of an association.
 	dev := conn.id.Device()
-	if err = c.useDevice(dev); err != nil {
+	if err = c.mem.use(dev, p.qid == 0); err != nil {
 		return nil, err
 	}
-	if conn.sq, err = sq.New(dev, c.pd, sq.Config{Depth: p.depth, Vector: p.vector}); err != nil {
+	pd := c.mem.domain()
+	if conn.sq, err = sq.New(dev, pd, sq.Config{Depth: p.depth, Vector: p.vector}); err != nil {
 		return nil, err
 	}
-	if conn.cq, err = cq.New(dev, c.pd, cq.Config{Depth: p.depth, Vector: p.vector, Events: p.events}); err != nil {
+	if conn.cq, err = cq.New(dev, pd, cq.Config{Depth: p.depth, Vector: p.vector, Events: p.events}); err != nil {
 		return nil, err
 	}
 	sge := 2
 	if p.qid == 0 {
 		sge = 1
 	}
-	conn.qp, err = conn.id.CreateQP(c.pd, rdma.QPConfig{
+	conn.qp, err = conn.id.CreateQP(pd, rdma.QPConfig{
 		SendCQ: conn.sq.CQ(), RecvCQ: conn.cq.CQ(),
 		MaxSendWR: conn.sq.Slots(), MaxRecvWR: conn.cq.Depth(),
 		MaxSendSGE: sge, MaxRecvSGE: 1,

@@ -11,7 +11,6 @@ import (
 
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
-	"ublk-nvmeof/rdma"
 )
 
 // State is where a controller stands in its life.
@@ -43,8 +42,7 @@ type Controller struct {
 	lanes   []*lane
 	clock   atomic.Uint32 // seconds; what lanes stamp commands with
 
-	dev rdma.Device // of every connection; set by the first
-	pd  rdma.PD
+	mem memory
 
 	// life ends with Close (cause errClosed) or Abort (cause the caller's).
 	life    context.Context
@@ -82,46 +80,22 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	}
 	a, err := c.associate(ctx)
 	if err != nil {
-		c.freePD()
+		c.mem.close()
 		return nil, err
 	}
 	if c.namespaces, err = c.scan(ctx, a); err != nil {
-		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.freePD())
+		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
 	}
 	for _, l := range c.lanes {
 		if err := l.loop.Call(func() { l.loop.Attach(l) }); err != nil {
-			return nil, errors.Join(err, c.detachLanes(), a.close(), c.freePD())
+			return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
 		}
 	}
 	if err := c.attach(a); err != nil {
-		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.freePD())
+		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.mem.close())
 	}
 	go c.supervise(a)
 	return c, nil
-}
-
-// useDevice makes the protection domain with the first connection, and insists
-// that every other goes through the same device: memory is registered there.
-func (c *Controller) useDevice(dev rdma.Device) error {
-	if c.pd != nil {
-		if c.dev != dev {
-			return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, c.dev.Attr().Name)
-		}
-		return nil
-	}
-	pd, err := dev.AllocPD()
-	if err != nil {
-		return fmt.Errorf("allocate protection domain: %w", err)
-	}
-	c.dev, c.pd = dev, pd
-	return nil
-}
-
-func (c *Controller) freePD() error {
-	if c.pd == nil {
-		return nil
-	}
-	return c.pd.Close()
 }
 
 // attach gives each lane its part of the association. All of them let go of
@@ -455,7 +429,7 @@ func (c *Controller) Close(ctx context.Context) error {
 		}
 		errs = append(errs, c.release(a))
 	}
-	errs = append(errs, c.detachLanes(), c.freePD())
+	errs = append(errs, c.detachLanes(), c.mem.close())
 	return errors.Join(errs...)
 }
 
@@ -490,7 +464,7 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.dev.Attr().Name}
+	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device()}
 	if a := c.assoc; a != nil {
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()

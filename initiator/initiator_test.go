@@ -429,6 +429,31 @@ func waitFor(t testing.TB, what string, cond func() bool) {
 	}
 }
 
+// TestDeviceReplaced: with another RDMA device on the way, the association is
+// made there, the buffers are registered there, and nothing stays on the old one.
+func TestDeviceReplaced(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	q := poller.Request{IO: 2, Write: 1, Poll: 1}.Clip(runtime.NumCPU())
+	loops := newLoops(t, q.Loops())
+	cfg := testConfig(fabric.Provider(hostAddr), loops, q)
+	cfg.ReconnectDelay = 10 * time.Millisecond
+	before := fabric.Objects()
+	c := connect(t, cfg)
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 64<<10, 7)
+	f.start(20000)
+	for n := range 3 {
+		fabric.ReplaceDevice(hostAddr)
+		waitFor(t, "the next association", func() bool { i := c.Info(); return i.State == StateLive && i.Losses == n+1 })
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	closeController(t, c)
+	waitFor(t, "the end of the target's connections", func() bool { return fabric.Objects() == before })
+}
+
 // TestOutage: requests wait while nobody listens, and finish when somebody does.
 func TestOutage(t *testing.T) {
 	fabric := rdmatest.NewFabric()

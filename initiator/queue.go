@@ -18,7 +18,7 @@ type queue struct {
 	mr       rdma.MR
 	slab     []byte
 	base     uint64
-	rkey     uint32
+	rkey     uint32 // keys change with the device, between associations
 	lkey     uint32
 	maxIO    int
 	requests []request // by tag
@@ -35,14 +35,9 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	case cfg.MaxIO < unix.Getpagesize() || cfg.MaxIO%unix.Getpagesize() != 0:
 		return nil, fmt.Errorf("open queue %d: maximum I/O of %d bytes is no multiple of the page size", i, cfg.MaxIO)
 	}
-	mr, err := ns.ctrl.pd.AllocMR(cfg.Depth*cfg.MaxIO, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
-	if err != nil {
+	q := &queue{lane: ns.ctrl.lanes[i], ns: ns, maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth)}
+	if err := ns.ctrl.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
-	}
-	q := &queue{
-		lane: ns.ctrl.lanes[i], ns: ns,
-		mr: mr, slab: mr.Bytes(), base: mr.Addr(), rkey: mr.RKey(), lkey: mr.LKey(),
-		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth),
 	}
 	for i := range q.requests {
 		q.requests[i].home = q
@@ -118,7 +113,7 @@ func (q *queue) Reap(done []block.Result) int {
 }
 
 // Close implements block.Queue.
-func (q *queue) Close() error { return q.mr.Close() }
+func (q *queue) Close() error { return q.ns.ctrl.mem.shut(q) }
 
 // classOf is the queue class of a request: ublk passes no hint that an
 // application polls, so size decides what is polled.

@@ -174,6 +174,11 @@ type PD interface {
 	// AllocMR maps length bytes (rounded up to pages), populates and
 	// registers them.
 	AllocMR(length int, access Access) (MR, error)
+	// MoveMR registers a region of another domain of this provider here
+	// instead, perhaps on another device: the same memory at the same address
+	// with the same rights, and new keys. Nothing may use the region meanwhile.
+	// On an error it is where it was.
+	MoveMR(mr MR) error
 	Close() error
 }
 

@@ -192,6 +192,20 @@ func (f *Fabric) KillAll(addr netip.Addr) {
 	}
 }
 
+// ReplaceDevice takes the device of an endpoint away, with every connection on
+// it, and gives it another one.
+func (f *Fabric) ReplaceDevice(addr netip.Addr) {
+	f.at(addr, func(e *endpoint) {
+		for id := range e.ids {
+			id.report(rdma.EventDeviceRemoved, "device replaced")
+			if id.connected {
+				id.disconnect()
+			}
+		}
+		e.device = &device{endpoint: e}
+	})
+}
+
 // Cut breaks a connection without an event: outstanding and later sends
 // complete with WCRetryExc, as after a cable was pulled.
 func (f *Fabric) Cut(id rdma.ID) {

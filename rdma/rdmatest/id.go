@@ -21,6 +21,7 @@ const (
 // connID implements rdma.ID.
 type connID struct {
 	endpoint      *endpoint
+	device        *device
 	local, remote netip.AddrPort
 	private       []byte
 	closing       chan struct{} // closed by Close
@@ -51,7 +52,7 @@ type answer struct {
 // newID makes an ID; the lock is held.
 func (e *endpoint) newID(local, remote netip.AddrPort) *connID {
 	id := &connID{
-		endpoint: e, local: local, remote: remote,
+		endpoint: e, device: e.device, local: local, remote: remote,
 		closing: make(chan struct{}),
 		events:  make(chan rdma.Event, 16),
 		answer:  make(chan answer, 1),
@@ -62,7 +63,7 @@ func (e *endpoint) newID(local, remote netip.AddrPort) *connID {
 }
 
 // Device implements rdma.ID.
-func (c *connID) Device() rdma.Device { return c.endpoint.device }
+func (c *connID) Device() rdma.Device { return c.device }
 
 // LocalAddr implements rdma.ID.
 func (c *connID) LocalAddr() netip.AddrPort { return c.local }
@@ -90,7 +91,7 @@ func (c *connID) CreateQP(domain rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 		return fail(rdma.ErrClosed)
 	case c.qp != nil:
 		return fail(unix.EEXIST)
-	case !okPD || !okSend || !okRecv || pd.device != c.endpoint.device || send.endpoint != c.endpoint || recv.endpoint != c.endpoint:
+	case !okPD || !okSend || !okRecv || pd.device != c.device || send.endpoint != c.endpoint || recv.endpoint != c.endpoint:
 		return fail(unix.EINVAL)
 	case cfg.MaxSendWR > maxQPWR || cfg.MaxRecvWR > maxQPWR || cfg.MaxSendSGE > maxSGE || cfg.MaxRecvSGE > maxSGE:
 		return fail(errTooLarge)

@@ -36,6 +36,28 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	return m, nil
 }
 
+// MoveMR implements rdma.PD.
+func (p *protectionDomain) MoveMR(region rdma.MR) error {
+	m, ok := region.(*memoryRegion)
+	if !ok {
+		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+	}
+	f := p.device.endpoint.fabric
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m.closed {
+		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
+	}
+	delete(f.mrs, m.lkey)
+	delete(f.mrs, m.rkey)
+	m.pd.users--
+	f.nextKey += 2
+	m.pd, m.lkey, m.rkey = p, f.nextKey, f.nextKey+1
+	f.mrs[m.lkey], f.mrs[m.rkey] = m, m
+	p.users++
+	return nil
+}
+
 // Close implements rdma.PD.
 func (p *protectionDomain) Close() error {
 	f := p.device.endpoint.fabric

@@ -63,6 +63,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"QueueFull", testQueueFull},
 		{"TwoElements", testTwoElements},
 		{"WriteRead", testWriteRead},
+		{"MoveMR", testMoveMR},
 		{"Invalidate", testInvalidate},
 		{"RemoteAccess", testRemoteAccess},
 		{"LocalKey", testLocalKey},

@@ -221,6 +221,31 @@ func testWriteRead(t *testing.T, s Setup) {
 	}
 }
 
+// testMoveMR moves a region that was allocated in a domain of its own into that
+// of a connection: it keeps its memory, and the peer reaches it by its new key.
+func testMoveMR(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{})
+	other, err := p.id.Device().AllocPD()
+	check(t, err)
+	mr, err := other.AllocMR(8192, rdma.AccessRemoteWrite)
+	check(t, err)
+	closer(t, mr)
+	pattern(mr.Bytes(), 1)
+	addr := mr.Addr()
+	check(t, p.pd.MoveMR(mr))
+	check(t, other.Close()) // nothing of the region is left there
+	if mr.Addr() != addr {
+		t.Errorf("region is at %#x, was at %#x", mr.Addr(), addr)
+	}
+	wantPattern(t, mr.Bytes(), 1)
+	pattern(a.mr.Bytes()[:4096], 2)
+	wr := a.remoteWR(1, rdma.Write, 0, 4096, p, 0)
+	wr.RemoteAddr, wr.RKey = mr.Addr()+4096, mr.RKey()
+	a.postSend(wr)
+	a.waitOK(a.sendCQ, 1)
+	wantPattern(t, mr.Bytes()[4096:], 2)
+}
+
 func testInvalidate(t *testing.T, s Setup) {
 	if !s.Invalidate {
 		return

@@ -75,6 +75,39 @@ func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	return m, nil
 }
 
+// MoveMR implements rdma.PD.
+func (d *domain) MoveMR(mr rdma.MR) error {
+	m, ok := mr.(*region)
+	if !ok {
+		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+	}
+	if err := m.leave(); err != nil {
+		return fmt.Errorf("move memory region: %w", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m.domain = d
+	m.lkey, m.rkey = newKey(d.local), newKey(d.remote)
+	d.local[m.lkey], d.remote[m.rkey] = m, m
+	d.users++
+	return nil
+}
+
+// leave takes a region out of its domain: its keys name nothing any more.
+func (m *region) leave() error {
+	m.domain.mu.Lock()
+	defer m.domain.mu.Unlock()
+	if m.closed {
+		return rdma.ErrClosed
+	}
+	delete(m.domain.local, m.lkey)
+	if m.domain.remote[m.rkey] == m {
+		delete(m.domain.remote, m.rkey)
+	}
+	m.domain.users--
+	return nil
+}
+
 // newKey picks a random key that is not in use. The peer cannot guess it.
 func newKey(used map[uint32]*region) uint32 {
 	for {

@@ -35,7 +35,30 @@ func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	if c == nil {
 		return nil, errors.Join(registerError(len(mem), err), hostmem.Unmap(mem))
 	}
-	return &mr{c: c, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
+	return &mr{c: c, access: access, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
+}
+
+// MoveMR implements rdma.PD. The old registration ends after the new one was
+// made, or ended with its device.
+func (p *pd) MoveMR(region rdma.MR) error {
+	m, ok := region.(*mr)
+	if !ok {
+		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
+	}
+	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(m.mem)), C.size_t(len(m.mem)), accessFlags(m.access))
+	if c == nil {
+		return registerError(len(m.mem), err)
+	}
+	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
+		return errors.Join(err, destroyed("memory region", C.ibv_dereg_mr(c)))
+	}
+	m.c, m.lkey, m.rkey = c, uint32(c.lkey), uint32(c.rkey)
+	return nil
 }
 
 func accessFlags(a rdma.Access) C.int {
@@ -81,6 +104,7 @@ func (p *pd) Close() error {
 // mr is a memory region.
 type mr struct {
 	c          *C.struct_ibv_mr
+	access     rdma.Access
 	mem        []byte
 	addr       uint64
 	lkey, rkey uint32

@@ -1,0 +1,118 @@
+package initiator
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"ublk-nvmeof/rdma"
+)
+
+// memory is what a controller has registered: the domain of its connections, and
+// the buffers of all queues in it. They are on one device, which another one may
+// replace between two associations; the buffers then stay where they are, with
+// new keys. Methods may be called from any goroutine.
+type memory struct {
+	mu     sync.Mutex // guards what follows
+	dev    rdma.Device
+	pd     rdma.PD
+	queues map[*queue]rdma.PD // open queues, and where their buffers are registered
+	old    []rdma.PD          // of devices that are used no more, with something in them
+}
+
+// use makes dev the device. With move it may be another than before, and no
+// pair of any lane may exist.
+func (m *memory) use(dev rdma.Device, move bool) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.dev == dev:
+	case m.dev != nil && !move:
+		return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, m.dev.Attr().Name)
+	default:
+		pd, err := dev.AllocPD()
+		if err != nil {
+			return fmt.Errorf("allocate protection domain: %w", err)
+		}
+		if m.pd != nil {
+			m.old = append(m.old, m.pd)
+		}
+		m.dev, m.pd = dev, pd
+	}
+	return m.gather()
+}
+
+// gather moves the buffers that are not in the domain yet. What an earlier
+// attempt could not move is moved by a later one.
+func (m *memory) gather() error {
+	for q, pd := range m.queues {
+		if pd == m.pd {
+			continue
+		}
+		if err := m.pd.MoveMR(q.mr); err != nil {
+			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), m.dev.Attr().Name, err)
+		}
+		q.rkey, q.lkey = q.mr.RKey(), q.mr.LKey()
+		m.queues[q] = m.pd
+	}
+	for len(m.old) > 0 {
+		if err := m.old[0].Close(); err != nil {
+			return fmt.Errorf("free protection domain: %w", err)
+		}
+		m.old = m.old[1:]
+	}
+	return nil
+}
+
+// domain is where connections and their memory belong.
+func (m *memory) domain() rdma.PD {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.pd
+}
+
+// device is the name of the device.
+func (m *memory) device() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.dev.Attr().Name
+}
+
+// open registers the buffers of a queue, size bytes.
+func (m *memory) open(q *queue, size int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	mr, err := m.pd.AllocMR(size, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	if err != nil {
+		return err
+	}
+	q.mr, q.slab, q.base, q.rkey, q.lkey = mr, mr.Bytes(), mr.Addr(), mr.RKey(), mr.LKey()
+	if m.queues == nil {
+		m.queues = make(map[*queue]rdma.PD)
+	}
+	m.queues[q] = m.pd
+	return nil
+}
+
+// shut gives the buffers of a queue back.
+func (m *memory) shut(q *queue) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.queues, q)
+	return q.mr.Close()
+}
+
+// close frees the domain; no connection and no queue may be open.
+func (m *memory) close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	if m.pd != nil {
+		errs = append(errs, m.pd.Close())
+	}
+	for _, pd := range m.old {
+		errs = append(errs, pd.Close())
+	}
+	m.old = nil
+	return errors.Join(errs...)
+}
