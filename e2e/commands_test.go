@@ -1,12 +1,14 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -15,6 +17,7 @@ import (
 // commands are the scripts' own, beside those of testscript.
 var commands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"exits":   exits,
+	"longest": longest,
 	"refuses": refuses,
 	"until":   until,
 	"verify":  verify,
@@ -68,6 +71,43 @@ func refuses(ts *testscript.TestScript, neg bool, args []string) {
 	if left := remaining(ts, before); len(left) > 0 {
 		ts.Fatalf("left behind: %q", left)
 	}
+}
+
+// longest DURATION FILE: no I/O of a fio run failed or took longer, by its JSON
+// output.
+func longest(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: longest duration file")
+	}
+	limit, err := time.ParseDuration(args[0])
+	ts.Check(err)
+	type direction struct {
+		Latency struct {
+			Max int64 `json:"max"`
+		} `json:"clat_ns"`
+		Requests int `json:"total_ios"`
+	}
+	var out struct {
+		Jobs []struct {
+			Error       int `json:"error"`
+			Read, Write direction
+		}
+	}
+	text := ts.ReadFile(args[1])
+	ts.Check(json.Unmarshal([]byte(text[strings.Index(text, "{"):]), &out))
+	var took time.Duration
+	n := 0
+	for _, j := range out.Jobs {
+		if j.Error != 0 {
+			ts.Fatalf("fio: %v", syscall.Errno(j.Error))
+		}
+		took = max(took, time.Duration(j.Read.Latency.Max), time.Duration(j.Write.Latency.Max))
+		n += j.Read.Requests + j.Write.Requests
+	}
+	if n == 0 || took > limit {
+		ts.Fatalf("longest of %d requests took %v, want at most %v", n, took, limit)
+	}
+	ts.Logf("longest of %d requests took %v", n, took.Round(time.Millisecond))
 }
 
 // within DURATION command [argument …]: the command succeeds, and not later.

@@ -9,6 +9,7 @@ import (
 
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
 )
 
 // association is one admin connection with the I/O queue pairs that belong to
@@ -147,6 +148,12 @@ func (p ConnectParam) IsSubNQN() bool { return p.in(256) }
 
 // IsHostNQN says that the target does not like the host's name.
 func (p ConnectParam) IsHostNQN() bool { return p.in(512) }
+
+// IsCNTLID says that the target has no such controller of this host.
+func (p ConnectParam) IsCNTLID() bool {
+	q := nvme.ConnectInvalidParam(p)
+	return q.InData() && q.Offset() == 16
+}
 
 // in says whether p points into the name at byte offset of the Connect data.
 func (p ConnectParam) in(offset uint16) bool {
@@ -287,10 +294,12 @@ func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16
 	if err := c.establish(ctx, conn, q); err != nil {
 		return nil, errors.Join(err, conn.close())
 	}
-	flow, err := c.connectCommand(ctx, a, conn, q)
+	page := <-a.admin.buffers
+	flow, err := c.connectCommand(ctx, conn, q, a.admin.mr, page*adminPage)
 	if err != nil {
 		return nil, errors.Join(err, conn.close())
 	}
+	a.admin.buffers <- page
 	inCapsule := uint32(0)
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
 		inCapsule = uint32(a.identify.InCapsuleBytes())
@@ -299,26 +308,22 @@ func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16
 }
 
 // connectCommand makes the connection an I/O queue, and says whether the
-// target does SQ flow control.
-func (c *Controller) connectCommand(ctx context.Context, a *association, conn *connection, q queueParam) (bool, error) {
+// target does SQ flow control. The command's data are at an offset of mr.
+func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.IOTimeout)
 	defer cancel()
-	page := <-a.admin.buffers
-	buf := a.admin.mr.Bytes()[page*adminPage:][:adminPage]
-	data := nvme.ConnectDataAt(buf)
+	data := nvme.ConnectDataAt(mr.Bytes()[at:])
 	*data = nvme.ConnectData{}
-	if err := c.fillConnect(data, a.cntlid); err != nil {
+	if err := c.fillConnect(data, q.cntlid); err != nil {
 		return false, err
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(q.qid, uint16(q.depth-1), 0, c.cfg.DisableSQFlow)
-	addr, n := a.admin.mr.Addr()+uint64(page*adminPage), uint32(nvme.ConnectDataSize)
-	cmd.SetKeyedSGL(addr, n, a.admin.mr.RKey(), false)
+	cmd.SetKeyedSGL(mr.Addr()+uint64(at), nvme.ConnectDataSize, mr.RKey(), false)
 	done, err := conn.call(ctx, &cmd)
 	if err != nil {
 		return false, err
 	}
-	a.admin.buffers <- page
 	if s := done.Status(); !s.OK() {
 		return false, connectError(done, s)
 	}

@@ -62,6 +62,12 @@ type Config struct {
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
+	// Associated hears the controller id of each association before anything is
+	// sent over it. Then the target has ended the ones before, and only a process
+	// that takes over from this one has to care for it (Controller.Outlive). It
+	// must not call back. nil: nobody.
+	Associated func(cntlid uint16)
+
 	Log *slog.Logger // nil: nothing is logged
 }
 

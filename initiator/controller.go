@@ -91,6 +91,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 			return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
 		}
 	}
+	c.announce(a)
 	if err := c.attach(a); err != nil {
 		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.mem.close())
 	}
@@ -184,7 +185,7 @@ func (c *Controller) supervise(a *association) {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
 		var err error
-		if a, err = c.reconnect(lost); err != nil {
+		if a, err = c.reconnect(lost, a.cntlid, time.Now().Add(c.patience())); err != nil {
 			if err != errClosed {
 				c.die(err)
 			}
@@ -216,9 +217,10 @@ func (c *Controller) serve(a *association) error {
 	}
 }
 
-// reconnect makes the next association: at once, then at intervals. The error
-// is why the controller ends instead.
-func (c *Controller) reconnect(lost time.Time) (*association, error) {
+// reconnect makes the next association: at once, then at intervals. The target
+// has ended controller old by the time until. The error is why the controller
+// ends instead.
+func (c *Controller) reconnect(lost time.Time, old uint16, until time.Time) (*association, error) {
 	ctx := c.life
 	giveUp := make(<-chan time.Time) // never
 	if c.cfg.CtrlLoss > 0 {
@@ -234,7 +236,7 @@ func (c *Controller) reconnect(lost time.Time) (*association, error) {
 		if err := context.Cause(c.life); err != nil {
 			return nil, err
 		}
-		a, err := c.again(ctx)
+		a, err := c.again(ctx, old, until)
 		if err == nil {
 			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
 			return a, nil
@@ -250,7 +252,7 @@ func (c *Controller) reconnect(lost time.Time) (*association, error) {
 }
 
 // again makes one attempt.
-func (c *Controller) again(ctx context.Context) (*association, error) {
+func (c *Controller) again(ctx context.Context, old uint16, until time.Time) (*association, error) {
 	c.mu.Lock()
 	c.attempts++
 	c.mu.Unlock()
@@ -261,10 +263,22 @@ func (c *Controller) again(ctx context.Context) (*association, error) {
 	if err := c.rescan(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
+	if err := c.fence(ctx, a, old, until); err != nil {
+		return nil, errors.Join(err, a.close())
+	}
+	c.announce(a)
 	if err := c.attach(a); err != nil {
 		return nil, errors.Join(err, c.release(a))
 	}
 	return a, nil
+}
+
+// announce tells whoever keeps a record of it that commands are about to be sent
+// over an association.
+func (c *Controller) announce(a *association) {
+	if c.cfg.Associated != nil {
+		c.cfg.Associated(a.cntlid)
+	}
 }
 
 func (c *Controller) lose(reason error, when time.Time) {

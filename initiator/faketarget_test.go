@@ -45,6 +45,10 @@ type fakeTarget struct {
 	cc       nvme.CC
 	uuid     nvme.UUID // of every namespace
 	shutdown bool
+	lastID   uint16
+	queues   map[uint16]int // connections of each controller
+	asked    map[uint16]int // I/O queues that were asked for, of each controller
+	immortal bool           // controllers never end
 }
 
 const fakeNQN = "nqn.2026-01.org.example:fake"
@@ -60,6 +64,7 @@ func newFakeTarget(t testing.TB, fabric *rdmatest.Fabric, size int) *fakeTarget 
 		t: t, provider: fabric.Provider(targetAddr), quit: make(chan struct{}),
 		inCapsule: 4096, maxEntries: 128, lbads: 9, namespaces: []uint32{1},
 		uuid: nvme.NewUUID(), commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
+		queues: map[uint16]int{}, asked: map[uint16]int{},
 	}
 	f.grant.Store(128)
 	var err error
@@ -118,6 +123,7 @@ type fakeConn struct {
 	depth      int
 	capsule    int
 	qid        uint16
+	cntlid     uint16
 	head       uint16
 
 	// Arguments of calls through interfaces, which would be allocated each time.
@@ -171,6 +177,11 @@ func (c *fakeConn) receive(i uint64) error {
 }
 
 func (c *fakeConn) close() {
+	c.f.mu.Lock()
+	if !c.f.immortal {
+		c.f.queues[c.cntlid]--
+	}
+	c.f.mu.Unlock()
 	c.qp.Fail()
 	c.id.Close()
 	c.recv.Close()
@@ -361,7 +372,18 @@ func (c *fakeConn) fabrics(cmd *nvme.Command, inline []byte) (uint64, nvme.Statu
 		if data.SubNQN() != fakeNQN {
 			return uint64(nvme.NewConnectInvalidParam(256, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
 		}
-		return uint64(nvme.NewConnectResult(1, false)), nvme.StatusSuccess, nil
+		c.f.mu.Lock()
+		defer c.f.mu.Unlock()
+		if c.qid == 0 {
+			c.f.lastID++
+			c.cntlid = c.f.lastID
+		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] == 0 {
+			return uint64(nvme.NewConnectInvalidParam(16, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
+		} else {
+			c.cntlid = data.CNTLID()
+		}
+		c.f.queues[c.cntlid]++
+		return uint64(nvme.NewConnectResult(c.cntlid, false)), nvme.StatusSuccess, nil
 	case nvme.FabricsPropertyGet:
 		offset, _, _ := cmd.Property()
 		c.f.mu.Lock()
@@ -397,7 +419,7 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 		switch cmd.CNS() {
 		case nvme.CNSController:
 			id := nvme.IdentifyControllerAt(page)
-			id.SetCNTLID(1)
+			id.SetCNTLID(c.cntlid)
 			id.SetKAS(10)
 			id.SetSGLS(nvme.SGLSKeyed | nvme.SGLSOffset)
 			id.SetIOCCSZ(uint32(64+c.f.inCapsule) / 16)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -289,13 +290,16 @@ func TestErrorStatus(t *testing.T) {
 }
 
 // single does one request and gives its errno.
-func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request) uint16 {
+func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request, data ...string) uint16 {
 	t.Helper()
 	q, err := dev.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 65536})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close()
+	for _, text := range data {
+		copy(q.Buffer(0), text)
+	}
 	if err := loop.Call(func() { q.Submit([]block.Request{r}) }); err != nil {
 		t.Fatal(err)
 	}
@@ -441,7 +445,7 @@ func TestDeviceReplaced(t *testing.T) {
 	before := fabric.Objects()
 	c := connect(t, cfg)
 	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 64<<10, 7)
-	f.start(20000)
+	f.start(3000)
 	for n := range 3 {
 		fabric.ReplaceDevice(hostAddr)
 		waitFor(t, "the next association", func() bool { i := c.Info(); return i.State == StateLive && i.Losses == n+1 })
@@ -476,6 +480,108 @@ func TestOutage(t *testing.T) {
 	}
 	f.close()
 	closeController(t, c)
+}
+
+// TestOldWrite: a write that the target still works on when its association is
+// lost does not land over a newer one. It is sent again only when the target has
+// ended the old controller.
+func TestOldWrite(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	late, began := make(chan struct{}), make(chan struct{})
+	var first sync.Once
+	target.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+		if qid > 0 && cmd.Opcode() == nvme.OpWrite {
+			first.Do(func() {
+				close(began)
+				<-late
+				copy(target.disk.Bytes(), "old")
+			})
+		}
+		return 0, false
+	}
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	cfg.ReconnectDelay = 10 * time.Millisecond
+	c := connect(t, cfg)
+	old := c.Info().CNTLID
+	asked := func() int {
+		target.mu.Lock()
+		defer target.mu.Unlock()
+		return target.asked[old]
+	}
+	queues := asked()
+
+	write := func(text string) <-chan uint16 {
+		done := make(chan uint16, 1)
+		go func() {
+			done <- single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}, text)
+		}()
+		return done
+	}
+	done := write("old")
+	<-began
+	fabric.KillAll(hostAddr)
+	waitFor(t, "the third question for the old controller", func() bool { return asked() >= queues+3 })
+	target.mu.Lock()
+	if n := target.commands[nvme.OpWrite]; n != 1 || c.Info().State != StateConnecting {
+		t.Errorf("%d writes arrived in state %v while the first was under way", n, c.Info().State)
+	}
+	target.mu.Unlock()
+	close(late)
+	for _, errno := range []uint16{<-done, <-write("new")} {
+		if errno != 0 {
+			t.Errorf("write: %v", unix.Errno(errno))
+		}
+	}
+	closeController(t, c)
+	if got := string(target.disk.Bytes()[:3]); got != "new" {
+		t.Errorf("the disk has the %q write", got)
+	}
+}
+
+// TestOldControllerStays: a target that does not end a controller within the
+// time that it has for that is not waited for.
+func TestOldControllerStays(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	target.immortal = true
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	cfg.KeepAlive = 100 * time.Millisecond
+	c := connect(t, cfg)
+	began := time.Now()
+	fabric.KillAll(hostAddr)
+	if got := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpRead, Sectors: 8}); got != 0 {
+		t.Errorf("read: %v", unix.Errno(got))
+	}
+	if took := time.Since(began); took < time.Second {
+		t.Errorf("read after %v, and the old controller is there", took)
+	}
+	closeController(t, c)
+}
+
+// TestOutlive: a controller waits for the end of another host process' one.
+func TestOutlive(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 2)
+	cfg := testConfig(fabric.Provider(hostAddr), loops[:1], poller.Request{IO: 1})
+	first := connect(t, cfg)
+	cfg.Loops = loops[1:]
+	second := connect(t, cfg)
+	gone := make(chan error, 1)
+	go func() { gone <- second.Outlive(t.Context(), first.Info().CNTLID) }()
+	select {
+	case err := <-gone:
+		t.Fatalf("not waited: %v", err)
+	case <-time.After(5 * fencePause):
+	}
+	closeController(t, first)
+	if err := <-gone; err != nil {
+		t.Error(err)
+	}
+	closeController(t, second)
 }
 
 // TestGivenUp: after ctrl_loss_tmo the controller is dead and requests fail;
