@@ -20,8 +20,8 @@
 #	mend                  no more
 #	down WHAT             an outage of the target at the end of the cable, and its end: the
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
-#	                      the host's RDMA device, or the link (its network interface), or
-#	                      the packets to, from or both ways (UDP port 4791)
+#	                      the host's RDMA device, or the packets to it, from it or both
+#	                      ways (UDP port 4791)
 #	target-down [NQN]     remove the subsystem, its port and its namespaces
 #	clean                 kernel initiators disconnected, targets and the cable removed
 #
@@ -210,17 +210,11 @@ lab_wire() {
 		ip addr add 10.0.3.$i/24 dev lab$i || return
 		ip link set lab$i up || return
 		sysctl -qw net.ipv4.conf.lab$i.accept_local=1 net.ipv4.conf.lab$i.rp_filter=0 || return
-		lab_route $i || return
+		ip neigh add 10.0.3.$((3 - i)) lladdr 02:00:00:00:00:0$((3 - i)) nud permanent dev lab$i || return
+		ip route add 10.0.3.$((3 - i)) dev lab$i src 10.0.3.$i table $((300 + i)) || return
 		ip rule add pref $((20 + i)) iif lo to 10.0.3.$((3 - i)) lookup $((300 + i)) || return
 		rdma link add rxe$i type rxe netdev lab$i || return
 	done
-}
-
-# lab_route I lets the I-th end of the cable reach the other. It is lost when the
-# interface goes down.
-lab_route() {
-	ip neigh replace 10.0.3.$((3 - $1)) lladdr 02:00:00:00:00:0$((3 - $1)) nud permanent dev lab$1 || return
-	ip route replace 10.0.3.$((3 - $1)) dev lab$1 src 10.0.3.$1 table $((300 + $1))
 }
 
 lab_unwire() {
@@ -249,6 +243,8 @@ lab_loses() {
 	nft add rule inet lab input iifname "{ $1 }" udp dport 4791 drop
 }
 
+# Not the network interface: rxe's QP 1 never sends again after a packet that could
+# not be sent, neither here nor at the target.
 lab_down() {
 	local port spare=$lab_nvmet/subsystems/$LAB_NQN-spare
 	port=$(lab_ports "$LAB_NQN" | head -n 1)
@@ -258,10 +254,6 @@ lab_down() {
 		mkdir "$spare" && ln -s "$spare" "$port/subsystems/" && rm "$port/subsystems/$LAB_NQN"
 		;;
 	device) rdma link delete rxe1 ;;
-	link)
-		# Without any route there, packets would find the way without a cable.
-		ip route replace unreachable 10.0.3.2 table 301 && ip link set lab1 down
-		;;
 	to) lab_loses lab2 ;;
 	from) lab_loses lab1 ;;
 	both) lab_loses lab1,lab2 ;;
@@ -280,7 +272,6 @@ lab_up() {
 		done
 		;;
 	device) rdma link add rxe1 type rxe netdev lab1 ;;
-	link) ip link set lab1 up && ip route flush table 301 && lab_route 1 ;;
 	to | from | both) lab_mend ;;
 	*) lab_fail "up: unknown '$1'" ;;
 	esac

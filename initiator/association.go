@@ -364,12 +364,16 @@ func (a *association) shutdown(ctx context.Context) error {
 	return a.waitStatus(ctx, limit, func(s nvme.CSTS) bool { return s.SHST() == 2 })
 }
 
-// watch takes whatever happens to a connection for its loss.
+// watch takes what happens to a connection for its loss, but for a port that is
+// down: adapters send again when it is back, and keep alive tells if it is not.
 func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
+			if ev.Type == rdma.EventPortDown {
+				continue
+			}
 			a.fail(fmt.Errorf("queue %d: %v", conn.qid, ev.Type))
 		}
 	}()

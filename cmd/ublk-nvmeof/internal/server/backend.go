@@ -21,6 +21,7 @@ type controller interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
 	Err() error
+	Outlive(ctx context.Context, cntlids ...uint16) error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }

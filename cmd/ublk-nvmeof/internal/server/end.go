@@ -157,8 +157,8 @@ func (s *server) stopAll(ctx context.Context, force bool) error {
 	s.mu.Lock()
 	s.serving = left
 	s.mu.Unlock()
-	s.entry.Devices = records
-	return errors.Join(append(errs, s.entry.Save())...)
+	errs = append(errs, s.record(func(r *state.State) { r.Devices = records }))
+	return errors.Join(errs...)
 }
 
 func (s *server) endController(ctx context.Context, p pace) error {

@@ -158,6 +158,7 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config) (controller, 
 	if w.connectErr != nil {
 		return nil, nil, w.connectErr
 	}
+	cfg.Associated(5)
 	w.ctrl = &fakeController{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
 	var found []namespace
 	for _, id := range w.nsids {
@@ -209,6 +210,11 @@ func (c *fakeController) lose(err error) {
 	c.reason = err
 	c.mu.Unlock()
 	close(c.done)
+}
+
+func (c *fakeController) Outlive(_ context.Context, cntlids ...uint16) error {
+	c.world.note("outlive %v", cntlids)
+	return nil
 }
 
 func (c *fakeController) Abort(reason error) {

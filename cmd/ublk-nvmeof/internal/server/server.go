@@ -60,6 +60,10 @@ type server struct {
 	// all of them are served, nothing is ended: they wait on, for the next.
 	waiting []state.Device
 
+	recording sync.Mutex // guards what follows, and the entry's state while controllers and devices come and go
+	// before are the controllers of dead servers at the target, until they have ended.
+	before []uint16
+
 	cancel context.CancelCauseFunc // ends start
 	turn   chan struct{}           // holds a token while nobody starts or ends
 	over   bool                    // guarded by turn: everything has ended
@@ -143,7 +147,7 @@ func (s *server) reserve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.waiting = s.entry.Devices
+	s.waiting, s.before = s.entry.Devices, s.entry.Controllers
 	if len(s.waiting) > 0 {
 		s.log.Info("takes over what a dead server left", "server", s.entry.Name, "devices", len(s.waiting))
 	}
@@ -161,6 +165,33 @@ func (s *server) forget() error {
 		return nil
 	}
 	return s.entry.Remove()
+}
+
+// record changes what is on record of the server. Any goroutine.
+func (s *server) record(change func(*state.State)) error {
+	s.recording.Lock()
+	defer s.recording.Unlock()
+	change(&s.entry.State)
+	return s.entry.Save()
+}
+
+// associated notes a controller that is about to get commands, for whoever takes
+// over from this server.
+func (s *server) associated(cntlid uint16) {
+	err := s.record(func(r *state.State) { r.Controllers = append(slices.Clone(s.before), cntlid) })
+	if err != nil {
+		s.log.Error("controller is not on record", "error", err)
+	}
+}
+
+// outlive waits for the end of what dead servers have at the target.
+func (s *server) outlive(ctx context.Context) error {
+	if err := s.ctrl.Outlive(ctx, s.before...); err != nil {
+		return fmt.Errorf("wait for the end of the dead server's controller: %w", err)
+	}
+	return s.record(func(r *state.State) {
+		r.Controllers, s.before = r.Controllers[len(s.before):], nil
+	})
 }
 
 // socket is the control socket while it is served.
@@ -210,6 +241,9 @@ func (s *server) start(ctx context.Context) error {
 	s.mu.Unlock()
 	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
 	if len(s.waiting) > 0 {
+		if err := s.outlive(ctx); err != nil {
+			return err
+		}
 		return s.recoverDevices(ctx, found)
 	}
 	if found, err = s.choose(found); err != nil {
@@ -260,7 +294,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
-		Log: s.log,
+		Associated: s.associated, Log: s.log,
 	}
 	if s.opts.FastIOFail != options.Off {
 		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
@@ -325,13 +359,12 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace, depth int
 			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
 		}
 		s.serve(ns, d)
-		s.entry.Devices = append(s.entry.Devices, state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid})
-		if err := s.entry.Save(); err != nil {
+		added := state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid}
+		if err := s.record(func(r *state.State) { r.Devices = append(r.Devices, added) }); err != nil {
 			return err
 		}
 	}
-	s.entry.Phase = state.Live
-	return s.entry.Save()
+	return s.record(func(r *state.State) { r.Phase = state.Live })
 }
 
 var policies = map[string]ublk.RecoveryPolicy{
@@ -367,8 +400,7 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) error {
 		there = append(there, w)
 	}
 	s.waiting = nil
-	s.entry.Devices, s.entry.Phase = there, state.Live
-	return s.entry.Save()
+	return s.record(func(r *state.State) { r.Devices, r.Phase = there, state.Live })
 }
 
 func (s *server) serve(ns namespace, d device) {

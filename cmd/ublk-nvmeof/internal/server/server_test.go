@@ -589,6 +589,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 	}
 	e.Process.Start++ // another process's
 	e.Devices = []state.Device{{ID: 4, Cookie: 1004, NSID: 1}, {ID: 6, Cookie: 1006, NSID: 2}}
+	e.Controllers = []uint16{3, 4}
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
 	}
@@ -605,17 +606,33 @@ func TestTakesOver(t *testing.T) {
 	if s.Name != "ctrl0" || len(s.Devices) != 2 || s.Devices[0].Device != "ublkb4" || s.Devices[1].Device != "ublkb6" {
 		t.Errorf("%+v", s)
 	}
+	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {
+		t.Errorf("controllers %v on record", got)
+	}
 	r.stop()
 	if err := <-r.result; err != nil {
 		t.Error(err)
 	}
 	got := w.happened()
+	if i, j := slices.Index(got, "outlive [3 4]"), slices.Index(got, "recover ublkb4"); i < 0 || i > j {
+		t.Errorf("the old controllers were not waited for before: %q", got)
+	}
 	for _, want := range []string{"recover ublkb4", "recover ublkb6", "stop ublkb4", "stop ublkb6"} {
 		if !slices.Contains(got, want) {
 			t.Errorf("no %q in %q", want, got)
 		}
 	}
 	leaves(t, dir)
+}
+
+// onRecord are the controllers of the one server on record.
+func onRecord(t *testing.T, dir string) []uint16 {
+	t.Helper()
+	records, err := state.Dir(dir).List()
+	if err != nil || len(records) != 1 {
+		t.Fatalf("%d records, %v", len(records), err)
+	}
+	return records[0].Controllers
 }
 
 // A server that cannot take all over leaves all as it was, for the next.
@@ -635,6 +652,9 @@ func TestTakeOverFails(t *testing.T) {
 			r := begin(t, w, lab(), dir)
 			if err := <-r.result; err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want %q", err, c.want)
+			}
+			if got := onRecord(t, dir); name == "target" && !slices.Equal(got, []uint16{3, 4}) {
+				t.Errorf("controllers %v on record, and those of the dead server may have commands", got)
 			}
 			for _, e := range w.happened() {
 				if strings.HasPrefix(e, "stop") || strings.HasPrefix(e, "remove") || strings.HasPrefix(e, "abandon") {

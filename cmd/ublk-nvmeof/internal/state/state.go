@@ -75,6 +75,9 @@ type State struct {
 	Target        Target   `json:"target"`
 	Args          []string `json:"args"` // flags that give the same connection again
 	Devices       []Device `json:"devices"`
+	// Controllers are the ids of the controllers at the target that may still
+	// work on commands of this server, or of those before it.
+	Controllers []uint16 `json:"controllers"`
 }
 
 // Dir is a run directory.
