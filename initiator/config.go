@@ -68,6 +68,10 @@ type Config struct {
 	// must not call back. nil: nobody.
 	Associated func(cntlid uint16)
 
+	// Changed hears what happens to namespaces once Connect has returned. It must
+	// neither block nor call back. nil: nobody.
+	Changed func(ns *Namespace, what Change)
+
 	Log *slog.Logger // nil: nothing is logged
 }
 

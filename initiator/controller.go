@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -380,6 +381,15 @@ func (c *Controller) listen(ctx context.Context, a *association) {
 				c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
 			}
 		}
+		switch {
+		case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
+			a.fail(errors.New("controller reports a persistent internal error"))
+			return
+		case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
+			if err := c.rescan(ctx, a); err != nil && ctx.Err() == nil {
+				c.cfg.Log.Warn("look for namespaces", "error", err)
+			}
+		}
 	}
 }
 
@@ -399,8 +409,13 @@ func (c *Controller) reportStatus(r *request, s nvme.Status) {
 		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "retries", r.tries)
 }
 
-// Namespaces are the namespaces that were there when the controller connected.
-func (c *Controller) Namespaces() []*Namespace { return c.namespaces }
+// Namespaces are the namespaces that were seen since the controller connected,
+// also those that are gone.
+func (c *Controller) Namespaces() []*Namespace {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.namespaces)
+}
 
 // Done is closed when the controller is dead; Err then says why.
 func (c *Controller) Done() <-chan struct{} { return c.dead }

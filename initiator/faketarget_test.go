@@ -44,6 +44,9 @@ type fakeTarget struct {
 	byQueue  map[uint16]int
 	cc       nvme.CC
 	uuid     nvme.UUID // of every namespace
+	blocks   uint64    // of every namespace, if not what the disk has
+	readOnly bool
+	events   []nvme.AsyncEvent // to be sent
 	shutdown bool
 	lastID   uint16
 	queues   map[uint16]int // connections of each controller
@@ -124,6 +127,8 @@ type fakeConn struct {
 	capsule    int
 	qid        uint16
 	cntlid     uint16
+	listens    bool   // an Asynchronous Event Request is open
+	listener   uint16 // its command id
 	head       uint16
 
 	// Arguments of calls through interfaces, which would be allocated each time.
@@ -210,6 +215,9 @@ func (c *fakeConn) serve() {
 				return
 			default:
 			}
+			if err := c.event(); err != nil {
+				return
+			}
 			c.recv.Arm()
 			if n, _ = c.recv.Poll(c.wcs[:]); n == 0 {
 				unix.Poll(fds, 10)
@@ -261,7 +269,33 @@ func (c *fakeConn) command(buffer uint64, capsule []byte) error {
 	if err := c.receive(buffer); err != nil {
 		return err
 	}
-	copy(c.out.Bytes()[4096:], done[:])
+	return c.respond()
+}
+
+// event answers an open Asynchronous Event Request if there is something to say.
+func (c *fakeConn) event() error {
+	c.f.mu.Lock()
+	if !c.listens || len(c.f.events) == 0 {
+		c.f.mu.Unlock()
+		return nil
+	}
+	ev := c.f.events[0]
+	c.f.events, c.listens = c.f.events[1:], false
+	c.f.mu.Unlock()
+	c.done.Set(uint64(ev), c.head, c.listener, nvme.StatusSuccess)
+	return c.respond()
+}
+
+// change changes something about the namespaces, and says so.
+func (f *fakeTarget) change(fn func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	fn()
+	f.events = append(f.events, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeNamespaceChanged, 4))
+}
+
+func (c *fakeConn) respond() error {
+	copy(c.out.Bytes()[4096:], c.done[:])
 	_, err := c.transfer(rdma.SendWR{Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{{Addr: c.out.Addr() + 4096, Length: 16, LKey: c.out.LKey()}}})
 	return err
 }
@@ -427,20 +461,33 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			id.SetONCS(nvme.ONCSDSM | nvme.ONCSWriteZeroes)
 			id.SetVWC(nvme.VWCPresent)
 			id.SetMDTS(8)
+			id.SetOAES(nvme.AENNamespaceAttribute)
 			id.SetMN("fake")
 		case nvme.CNSNamespace:
 			ns := nvme.IdentifyNamespaceAt(page)
 			blocks := uint64(len(c.f.disk.Bytes())) >> c.f.lbads
+			c.f.mu.Lock()
+			if c.f.blocks > 0 {
+				blocks = c.f.blocks
+			}
+			if c.f.readOnly {
+				ns.SetNSATTR(1)
+			}
+			c.f.mu.Unlock()
 			ns.SetNSZE(blocks)
 			ns.SetNCAP(blocks)
+			c.f.mu.Lock()
 			ns.SetLBAFormat(0, nvme.LBAFormat{LBADS: c.f.lbads})
+			c.f.mu.Unlock()
 		case nvme.CNSActiveNSList:
 			var ids []uint32
+			c.f.mu.Lock()
 			for _, id := range c.f.namespaces {
 				if id > cmd.NSID() {
 					ids = append(ids, id)
 				}
 			}
+			c.f.mu.Unlock()
 			nvme.ActiveNSListAt(page).Set(ids)
 		case nvme.CNSNamespaceDescriptors:
 			c.f.mu.Lock()
@@ -465,7 +512,12 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 		}
 		return 0, nvme.StatusSuccess, nil
 	case nvme.AdminAsyncEvent:
+		c.listens, c.listener = true, cmd.CID()
 		return 0, noAnswer, nil
+	case nvme.AdminGetLogPage:
+		clear(c.out.Bytes()[:4096])
+		s, err := c.movePage(cmd, inline, 4096)
+		return 0, s, err
 	case nvme.AdminKeepAlive:
 		return 0, nvme.StatusSuccess, nil
 	}

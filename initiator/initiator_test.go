@@ -669,6 +669,62 @@ func TestNamespaceReplaced(t *testing.T) {
 	closeController(t, c)
 }
 
+// TestNamespaceEvents: what a target says to have changed is known, and heard of.
+func TestNamespaceEvents(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	heard := make(chan string, 16)
+	cfg.Changed = func(ns *Namespace, what Change) { heard <- fmt.Sprintf("%d %v", ns.NSID(), what) }
+	c := connect(t, cfg)
+	ns := c.Namespaces()[0]
+	write := block.Request{Op: block.OpWrite, Sectors: 8}
+	for _, step := range []struct {
+		change func()
+		heard  string
+		errno  unix.Errno // of a write to namespace 1
+	}{
+		{func() { target.namespaces = []uint32{1, 7} }, "7 added", 0},
+		{func() { target.namespaces = []uint32{7} }, "1 removed", unix.ENODEV},
+		{func() { target.namespaces = []uint32{1, 7} }, "1 added", 0},
+		{func() { target.namespaces = []uint32{1} }, "7 removed", 0},
+		{func() { target.blocks = 1000 }, "1 resized", 0},
+		{func() { target.readOnly = true }, "1 write protection changed", 0},
+		{func() { target.lbads, target.blocks = 12, 1 }, "1 removed", unix.ENODEV}, // and a new one is in its place
+	} {
+		target.change(step.change)
+		select {
+		case got := <-heard:
+			if got != step.heard {
+				t.Errorf("heard %q, want %q", got, step.heard)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: not heard", step.heard)
+		}
+		if got := single(t, loops[0], ns, write); unix.Errno(got) != step.errno {
+			t.Errorf("write after %q: %v", step.heard, unix.Errno(got))
+		}
+	}
+	if got := <-heard; got != "1 added" {
+		t.Errorf("heard %q of the namespace with another block size", got)
+	}
+	if g := ns.Geometry(); g.Sectors != 1000 || !g.ReadOnly || g.LogicalBlock != 512 {
+		t.Errorf("%+v", g)
+	}
+	// The same while nobody is there to be told.
+	all := c.Namespaces()
+	ns = all[len(all)-1]
+	target.mu.Lock()
+	target.blocks = 100
+	target.mu.Unlock()
+	fabric.KillAll(hostAddr)
+	if got := <-heard; got != "1 resized" || ns.Geometry().Sectors != 800 {
+		t.Errorf("heard %q after the outage, %d sectors", got, ns.Geometry().Sectors)
+	}
+	closeController(t, c)
+}
+
 // TestNoAllocations: a batch of reads and writes, from Submit to Reap, with
 // everything between on the loop.
 func TestNoAllocations(t *testing.T) {

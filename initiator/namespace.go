@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"sync"
 	"sync/atomic"
 
 	"ublk-nvmeof/block"
@@ -21,9 +22,11 @@ type Namespace struct {
 	id               uint32
 	sectorShift      uint8 // log2 of 512-byte sectors per logical block
 	deallocateZeroes bool  // Write Zeroes may deallocate and still read zeroes
-	geometry         block.Geometry
 	ids              nvme.NamespaceIDs
 	gone             atomic.Bool // it is not what it was: requests fail
+
+	mu       sync.Mutex // guards what follows
+	geometry block.Geometry
 }
 
 // NSID is the namespace id.
@@ -33,8 +36,40 @@ func (ns *Namespace) NSID() uint32 { return ns.id }
 // them.
 func (ns *Namespace) IDs() nvme.NamespaceIDs { return ns.ids }
 
-// Geometry implements block.Device.
-func (ns *Namespace) Geometry() block.Geometry { return ns.geometry }
+// Geometry implements block.Device. Size and write protection are those of the
+// last look.
+func (ns *Namespace) Geometry() block.Geometry {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	return ns.geometry
+}
+
+func (ns *Namespace) setGeometry(g block.Geometry) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.geometry = g
+}
+
+// Change is what happened to a namespace.
+type Change uint8
+
+// Changes.
+const (
+	ChangeUnset     Change = iota
+	Added                  // it is new, or it is back
+	Removed                // it is not there any more, or not what it was: requests fail with ENODEV
+	Resized                // Geometry has the new size
+	WriteProtection        // Geometry says whether it may be written to now
+)
+
+var changeNames = [...]string{"unset", "added", "removed", "resized", "write protection changed"}
+
+func (c Change) String() string {
+	if int(c) < len(changeNames) {
+		return changeNames[c]
+	}
+	return fmt.Sprintf("change %d", c)
+}
 
 // scan identifies the active namespaces. One that cannot be used as a block
 // device is left out, and the log says why.
@@ -58,6 +93,8 @@ func (c *Controller) scan(ctx context.Context, a *association) ([]*Namespace, er
 		switch {
 		case errors.As(err, &unusable):
 			c.cfg.Log.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
+		case errors.Is(err, nvme.StatusInvalidNamespace), errors.Is(err, nvme.StatusInvalidNamespace|nvme.StatusDNR):
+			// Removed since it was listed.
 		case err != nil:
 			return nil, fmt.Errorf("namespace %d: %w", id, err)
 		default:
@@ -67,9 +104,23 @@ func (c *Controller) scan(ctx context.Context, a *association) ([]*Namespace, er
 	return found, nil
 }
 
-// rescan looks whether the namespaces are still what they were. One that is not
-// fails its requests from now on: what they were meant for is gone, and what
-// stands in its place must not be written to.
+// is says whether two looks were at the same namespace, in a state that a user of
+// the first may go on with. The error says why not.
+func (ns *Namespace) is(now *Namespace) error {
+	switch was := ns.Geometry(); {
+	case now == nil:
+		return errors.New("it is not there any more")
+	case ns.ids != now.ids:
+		return errors.New("another namespace has its id")
+	case was.LogicalBlock != now.geometry.LogicalBlock:
+		return fmt.Errorf("its block size was %d and is %d", was.LogicalBlock, now.geometry.LogicalBlock)
+	}
+	return nil
+}
+
+// rescan looks what the namespaces are now. Requests for one that is not what it
+// was fail from now on: what they were meant for is gone, and what stands in its
+// place must not be written to.
 func (c *Controller) rescan(ctx context.Context, a *association) error {
 	found, err := c.scan(ctx, a)
 	if err != nil {
@@ -79,26 +130,53 @@ func (c *Controller) rescan(ctx context.Context, a *association) error {
 	for _, ns := range found {
 		now[ns.id] = ns
 	}
-	for _, ns := range c.namespaces {
-		switch is := now[ns.id]; {
-		case is == nil:
-			ns.lose("it is not there any more")
-		case is.ids != ns.ids:
-			ns.lose("another namespace has its id")
-		case is.geometry.LogicalBlock != ns.geometry.LogicalBlock:
-			ns.lose("its block size changed")
-		case is.geometry.Sectors < ns.geometry.Sectors:
-			ns.lose("it shrank")
-		default:
-			ns.gone.Store(false)
+	all := c.Namespaces()
+	for _, ns := range all {
+		is := now[ns.id]
+		if err := ns.is(is); err != nil {
+			if !ns.gone.Swap(true) {
+				c.changed(ns, Removed, err.Error())
+			}
+			continue
+		}
+		delete(now, ns.id)
+		c.update(ns, is.geometry)
+	}
+	for _, ns := range found {
+		if now[ns.id] == ns {
+			all = append(all, ns)
+			c.changed(ns, Added, "it is new")
 		}
 	}
+	c.mu.Lock()
+	c.namespaces = all
+	c.mu.Unlock()
 	return nil
 }
 
-func (ns *Namespace) lose(why string) {
-	ns.gone.Store(true)
-	ns.ctrl.cfg.Log.Error("namespace lost", "nsid", ns.id, "reason", why)
+// update takes over what may change of a namespace that is still the same.
+func (c *Controller) update(ns *Namespace, now block.Geometry) {
+	was := ns.Geometry()
+	next := was
+	next.Sectors, next.ReadOnly = now.Sectors, now.ReadOnly
+	ns.setGeometry(next)
+	if ns.gone.Swap(false) {
+		c.changed(ns, Added, "it is back")
+	}
+	if was.Sectors != now.Sectors {
+		c.changed(ns, Resized, fmt.Sprintf("from %d to %d sectors", was.Sectors, now.Sectors))
+	}
+	if was.ReadOnly != now.ReadOnly {
+		c.changed(ns, WriteProtection, fmt.Sprintf("read-only %t", now.ReadOnly))
+	}
+}
+
+// changed tells whoever wants to know.
+func (c *Controller) changed(ns *Namespace, what Change, detail string) {
+	c.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail)
+	if c.cfg.Changed != nil {
+		c.cfg.Changed(ns, what)
+	}
 }
 
 // activeNamespaces reads the list of active namespaces page by page.

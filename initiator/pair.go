@@ -16,6 +16,10 @@ import (
 // without Do Not Retry (nvme_core.max_retries).
 const maxRetries = 5
 
+// pathRetryDelay is the time until a command is sent again that failed for a
+// reason on the way to the namespace.
+const pathRetryDelay = 200 * time.Millisecond
+
 // pair is an I/O queue pair on the lane that drives it. All of it is the
 // lane's.
 type pair struct {
@@ -177,6 +181,10 @@ func (p *pair) retry(slot uint16, r *request, status nvme.Status) {
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
 	delay := time.Duration(p.assoc.identify.CRDT(status.CRD())) * 100 * time.Millisecond
+	if delay == 0 && status.IsPathError() {
+		// Of a namespace that is about to go, too; the event may take a moment.
+		delay = pathRetryDelay
+	}
 	if delay == 0 {
 		p.start(r)
 		return
@@ -267,6 +275,9 @@ func (p *pair) expired(now, limit uint32) *request {
 // errnoOf keeps what the block layer must never see away from it: EAGAIN makes
 // io_uring clients retry for ever.
 func errnoOf(s nvme.Status) uint16 {
+	if s.Code() == nvme.StatusInvalidNamespace {
+		return uint16(unix.ENODEV) // as for a namespace that is known to be gone
+	}
 	e := s.Errno()
 	if e == 0 || e == int(unix.EAGAIN) {
 		e = int(unix.EIO)
