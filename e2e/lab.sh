@@ -10,6 +10,9 @@
 #	target [KEY=VALUE]…   a subsystem, its namespaces and its port; see lab_target
 #	grant N [NQN]         at most N I/O queues from now on; makes every host reconnect
 #	readonly NSID [NQN]   write protect a namespace
+#	file NSID MiB         one more namespace, on a file, which can be resized
+#	resize NSID MiB       resize it
+#	enable NSID 0|1       take a namespace away, and give it back
 #	count                 count from zero what arrives at the target
 #	counts                print the commands as lines "qid opcode number", opcode in hex
 #	bios                  print the block requests that they became, as lines "kind number":
@@ -153,6 +156,23 @@ lab_readonly() {
 	return $status
 }
 
+lab_file() {
+	local ns=$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1 file=/run/lab-$1.img
+	truncate -s "$2M" "$file" && mkdir "$ns" || return
+	lab_set "$ns/buffered_io" 1 || return
+	lab_set "$ns/device_path" "$file" || return
+	lab_set "$ns/enable" 1
+}
+
+lab_resize() {
+	truncate -s "$2M" "/run/lab-$1.img" || return
+	lab_set "$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1/revalidate_size" 1
+}
+
+lab_enable() {
+	lab_set "$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1/enable" "$2"
+}
+
 # lab_ports NQN prints the ports that carry a subsystem.
 lab_ports() {
 	local link
@@ -290,6 +310,7 @@ lab_target_down() {
 		path=$(cat "$ns/device_path")
 		lab_set "$ns/enable" 0 || return
 		rmdir "$ns" || return
+		case $path in /run/lab-*.img) rm "$path" || return ;; esac
 		for dir in "$lab_nullb"/*/; do
 			if [ "/dev/$(basename "$dir")" = "$path" ] || { [ "$(cat "$dir/power")" = 1 ] &&
 				[ ! -b "/dev/$(basename "$dir")" ] && [ "/dev/nullb$(cat "$dir/index")" = "$path" ]; }; then
@@ -325,7 +346,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | count | counts | bios | wire | cut | mend | down | up | target-down | clean)
+	rxe | target | grant | readonly | file | resize | enable | count | counts | bios | wire | cut | mend | down | up | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
 		;;

@@ -33,6 +33,8 @@ const (
 	startRecovery    command = ctrlRW | 0x10 // 6.4
 	endRecovery      command = ctrlRW | 0x11 // 6.4
 	getFeatures      command = ctrlR | 0x13  // 6.5
+	updateSize       command = ctrlRW | 0x15 // 6.16
+	quiesceDev       command = ctrlRW | 0x16 // 6.16
 	tryStopDev       command = ctrlRW | 0x17 // 7.0
 )
 
@@ -46,7 +48,7 @@ var commandNames = map[command]string{
 	getQueueAffinity: "GET_QUEUE_AFFINITY", getDevInfo: "GET_DEV_INFO", addDev: "ADD_DEV", delDev: "DEL_DEV",
 	startDev: "START_DEV", stopDev: "STOP_DEV", setParams: "SET_PARAMS", getFeatures: "GET_FEATURES",
 	getParams: "GET_PARAMS", startRecovery: "START_USER_RECOVERY", endRecovery: "END_USER_RECOVERY",
-	tryStopDev: "TRY_STOP_DEV", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
+	updateSize: "UPDATE_SIZE", quiesceDev: "QUIESCE_DEV", tryStopDev: "TRY_STOP_DEV", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
 }
 
 func (c command) String() string { return commandNames[c] }

@@ -17,7 +17,7 @@ import (
 func TestOpcodes(t *testing.T) {
 	for cmd, want := range map[command]uint32{
 		addDev: 0xc0207504, setParams: 0xc0207508, startDev: 0xc0207506, stopDev: 0xc0207507, delDev: 0xc0207505,
-		getDevInfo: 0x80207502, getQueueAffinity: 0x80207501, getFeatures: 0x80207513, tryStopDev: 0xc0207517,
+		getDevInfo: 0x80207502, getQueueAffinity: 0x80207501, getFeatures: 0x80207513, updateSize: 0xc0207515, quiesceDev: 0xc0207516, tryStopDev: 0xc0207517,
 		fetchReq: 0xc0107520, commitAndFetchReq: 0xc0107521,
 	} {
 		if uint32(cmd) != want || cmd.String() == "" {

@@ -156,7 +156,7 @@ func (d *Device) add(ctx context.Context, cfg Config, g block.Geometry, known Fe
 		nrHWQueues: uint16(len(cfg.Loops)), queueDepth: uint16(cfg.Depth),
 		maxIOBufBytes: uint32(min(cfg.MaxIO, int(g.MaxIO)) / page * page),
 		devID:         uint32(int32(cfg.ID)), // -1 is anyID
-		flags:         uint64(want), serverFlags: newCookie(),
+		flags:         uint64(want | known&cfg.Recovery.optional()), serverFlags: newCookie(),
 	}
 	err := d.ctl.do(ctx, call{cmd: addDev, id: raw.devID, buf: bytesOf(&raw)})
 	switch {

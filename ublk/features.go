@@ -68,6 +68,14 @@ const (
 	RecoveryFail
 )
 
+// optional are the flags that are wanted where the driver has them.
+func (p RecoveryPolicy) optional() Features {
+	if p.features().Has(UserRecovery) {
+		return UpdateSize | Quiesce // the latter is refused without recovery
+	}
+	return UpdateSize
+}
+
 // features are the flags that a policy needs.
 func (p RecoveryPolicy) features() Features {
 	switch p {

@@ -52,7 +52,9 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 		return err
 	}
 	d.info = info
-	if err := d.takeOver(ctx, cfg.Device.Geometry()); err != nil {
+	geometry := cfg.Device.Geometry()
+	sectors, err := d.takeOver(ctx, geometry)
+	if err != nil {
 		return err
 	}
 	d.added = true
@@ -65,27 +67,39 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 	// As START_DEV, it waits for the fetches of all queues.
 	ctx, cancel := d.untilBroken(ctx)
 	defer cancel()
-	return d.command(ctx, call{cmd: endRecovery, data: uint64(os.Getpid())})
+	if err := d.command(ctx, call{cmd: endRecovery, data: uint64(os.Getpid())}); err != nil {
+		return err
+	}
+	if sectors == geometry.Sectors {
+		return nil
+	}
+	// It was resized while nobody served it. I/O beyond its end fails anyway.
+	if err := d.resize(ctx, geometry.Sectors); err != nil {
+		d.log.Warn("size of the device is not that of its back end", "device", d.Path(), "sectors", sectors, "back_end", geometry.Sectors, "err", err)
+	}
+	return nil
 }
 
 // takeOver waits until the driver has noticed that the server died, and begins
-// the recovery if the back end can be what the device is.
-func (d *Device) takeOver(ctx context.Context, g block.Geometry) error {
+// the recovery if the back end can be what the device is. It returns the size of
+// the device.
+func (d *Device) takeOver(ctx context.Context, g block.Geometry) (sectors uint64, err error) {
 	pause := time.Millisecond
 	for {
-		now, err := d.ctl.info(ctx, d.info.ID)
+		var now Info
+		now, err = d.ctl.info(ctx, d.info.ID)
 		switch {
 		case err != nil:
-			return err
+			return 0, err
 		case !now.Ours() || now.Cookie != d.info.Cookie:
-			return ErrNotOurs
+			return 0, ErrNotOurs
 		case now.State == Dead:
-			return fmt.Errorf("%w: nothing waits for a server", ErrStopped)
+			return 0, fmt.Errorf("%w: nothing waits for a server", ErrStopped)
 		case now.State == Live && served(now.PID):
-			return fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
+			return 0, fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
 		case now.State != Live:
-			if err := d.compare(ctx, g); err != nil {
-				return err
+			if sectors, err = d.compare(ctx, g); err != nil {
+				return 0, err
 			}
 			err = d.command(ctx, call{cmd: startRecovery})
 			switch {
@@ -94,16 +108,16 @@ func (d *Device) takeOver(ctx context.Context, g block.Geometry) error {
 			case errors.Is(err, unix.EINVAL) && now.Features.Has(UserRecovery):
 				// A server has begun a recovery and died before it fetched; older
 				// drivers (6.12) do not begin it twice.
-				return nil
+				return sectors, nil
 			default:
-				return err
+				return sectors, err
 			}
 		}
 		select {
 		case <-time.After(pause): // the driver makes no event of it
 			pause = min(2*pause, openBackoff)
 		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), err)
+			return 0, errors.Join(context.Cause(ctx), err)
 		}
 	}
 }
@@ -125,24 +139,23 @@ func served(pid int) bool {
 }
 
 // compare makes sure that the back end can still be what the users of the
-// device have seen: what the driver was told cannot be changed any more.
-func (d *Device) compare(ctx context.Context, g block.Geometry) error {
+// device have seen: what the driver was told cannot be changed any more, but for
+// the size, which is returned.
+func (d *Device) compare(ctx context.Context, g block.Geometry) (sectors uint64, err error) {
 	if err := g.Validate(); err != nil {
-		return err
+		return 0, err
 	}
 	told := params{len: paramsSize}
 	if err := d.command(ctx, call{cmd: getParams, buf: bytesOf(&told)}); err != nil {
-		return err
+		return 0, err
 	}
 	switch now := paramsOf(g, uint32(d.info.MaxIO)); {
 	case now.basic.logicalBlockShift != told.basic.logicalBlockShift:
-		return fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.basic.logicalBlockShift)
-	case now.basic.devSectors < told.basic.devSectors:
-		return fmt.Errorf("back end has %d sectors, the device %d", now.basic.devSectors, told.basic.devSectors)
+		return 0, fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.basic.logicalBlockShift)
 	case uint32(d.info.MaxIO) > g.MaxIO:
-		return fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, d.info.MaxIO)
+		return 0, fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, d.info.MaxIO)
 	}
-	return nil
+	return told.basic.devSectors, nil
 }
 
 // Abandon deletes a device of ours that waits for a server and will not get

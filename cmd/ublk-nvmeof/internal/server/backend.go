@@ -37,6 +37,8 @@ type namespace struct {
 type device interface {
 	Info() ublk.Info
 	InUse() error
+	Resize(ctx context.Context, sectors uint64) error
+	SetReadOnly(readOnly bool) error
 	Stop(ctx context.Context, force bool) error
 	Done() <-chan struct{}
 	Err() error
@@ -52,7 +54,7 @@ type backend struct {
 	provider  func(name string) (rdma.Provider, error)
 	prepare   func(loops int) error
 	loop      func(poller.Config) (*poller.Loop, error)
-	connect   func(context.Context, initiator.Config) (controller, []namespace, error)
+	connect   func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
 	start     func(context.Context, ublk.Config) (device, error)
 	recover   func(context.Context, ublk.Info, ublk.Config) (device, error)
 	get       func(ctx context.Context, id int) (ublk.Info, error)
@@ -73,18 +75,15 @@ var real = backend{
 	provider:  provider.ForHost,
 	prepare:   host.Prepare,
 	loop:      poller.New,
-	connect: func(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {
+	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
+		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {
 			return nil, nil, err
 		}
 		var found []namespace
 		for _, ns := range c.Namespaces() {
-			n := namespace{nsid: ns.NSID(), device: ns}
-			if id := ns.IDs().UUID; !id.IsZero() {
-				n.uuid = id.String()
-			}
-			found = append(found, n)
+			found = append(found, describe(ns))
 		}
 		return c, found, nil
 	},
@@ -106,6 +105,14 @@ var real = backend{
 	get:     ublk.Get,
 	remove:  ublk.Remove,
 	abandon: ublk.Abandon,
+}
+
+func describe(ns *initiator.Namespace) namespace {
+	n := namespace{nsid: ns.NSID(), device: ns}
+	if id := ns.IDs().UUID; !id.IsZero() {
+		n.uuid = id.String()
+	}
+	return n
 }
 
 // Waiting is what Clear does about devices that wait for another server.

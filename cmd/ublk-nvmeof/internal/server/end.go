@@ -151,7 +151,7 @@ func (s *server) stopAll(ctx context.Context, force bool) error {
 		if errs[i] != nil {
 			left = append(left, v)
 			info := v.dev.Info()
-			records = append(records, state.Device{ID: info.ID, Cookie: info.Cookie, NSID: v.nsid})
+			records = append(records, state.Device{ID: info.ID, Cookie: info.Cookie, NSID: v.nsid, UUID: v.uuid})
 		}
 	}
 	s.mu.Lock()

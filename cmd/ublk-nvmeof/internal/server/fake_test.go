@@ -43,6 +43,7 @@ type world struct {
 	ctrl       *fakeController
 	devices    map[int]*fakeDevice
 	connected  initiator.Config
+	changed    func(namespace, initiator.Change)
 	started    []ublk.Config
 	connecting chan struct{} // closed when connect is called; it then waits for its context
 }
@@ -59,6 +60,12 @@ func (w *world) note(format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.events = append(w.events, fmt.Sprintf(format, args...))
+}
+
+func (w *world) setBusy(id int, busy bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.busy[id] = busy
 }
 
 func (w *world) happened() []string {
@@ -147,9 +154,9 @@ func (p *fakeRoCE) Close() error {
 	return nil
 }
 
-func (w *world) connect(ctx context.Context, cfg initiator.Config) (controller, []namespace, error) {
+func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 	w.note("connect")
-	w.connected = cfg
+	w.connected, w.changed = cfg, changed
 	if w.connecting != nil {
 		close(w.connecting)
 		<-ctx.Done()
@@ -262,7 +269,19 @@ func (d *fakeDevice) Info() ublk.Info {
 	return ublk.Info{ID: d.id, Queues: len(d.cfg.Loops), Depth: d.cfg.Depth, MaxIO: d.cfg.MaxIO, Cookie: uint64(1000 + d.id)}
 }
 
+func (d *fakeDevice) Resize(_ context.Context, sectors uint64) error {
+	d.world.note("resize ublkb%d to %d", d.id, sectors)
+	return nil
+}
+
+func (d *fakeDevice) SetReadOnly(ro bool) error {
+	d.world.note("ublkb%d read-only %t", d.id, ro)
+	return nil
+}
+
 func (d *fakeDevice) InUse() error {
+	d.world.mu.Lock()
+	defer d.world.mu.Unlock()
 	if d.world.busy[d.id] {
 		return fmt.Errorf("look for users of ublkb%d: %w", d.id, ublk.ErrBusy)
 	}

@@ -56,6 +56,7 @@ type server struct {
 	back   backend
 	remote netip.AddrPort
 	entry  *state.Entry
+	depth  int // of the devices
 	// waiting are the devices of a dead server that this one takes over. Until
 	// all of them are served, nothing is ended: they wait on, for the next.
 	waiting []state.Device
@@ -76,18 +77,25 @@ type server struct {
 	ctrl     controller
 	info     initiator.Info // when it was last seen connected
 	serving  []*serving
+	changes  []change // to be carried out
+
+	news chan struct{} // there are changes
+	idle sync.Once     // of none
+	none chan struct{} // closed when a device ended by itself and none is left
 }
 
 // serving is a namespace with the device that makes it visible.
 type serving struct {
 	namespace
-	dev device
+	dev    device
+	orphan bool // its namespace is gone; guarded by turn
 }
 
 func run(ctx context.Context, cfg Config, back backend) error {
 	s := &server{
 		cfg: cfg, opts: cfg.Options, log: cfg.Log, back: back,
 		turn: make(chan struct{}, 1), ended: make(chan struct{}),
+		news: make(chan struct{}, 1), none: make(chan struct{}),
 	}
 	starting, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -112,7 +120,12 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		err = s.announce()
 	}
 	if err == nil {
+		following, stop := context.WithCancel(ctx)
+		var follower sync.WaitGroup
+		follower.Go(func() { s.follow(following) })
 		s.wait(ctx)
+		stop()
+		follower.Wait()
 	}
 	if nerr := host.Notify("STOPPING=1"); nerr != nil {
 		s.log.Warn("service manager not told", "error", nerr)
@@ -231,7 +244,7 @@ func (s *server) start(ctx context.Context) error {
 		return err
 	}
 	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
-	ctrl, found, err := s.back.connect(ctx, cfg)
+	ctrl, found, err := s.back.connect(ctx, cfg, s.changed)
 	if err != nil {
 		return s.explain(ctx, err)
 	}
@@ -239,6 +252,7 @@ func (s *server) start(ctx context.Context) error {
 	s.mu.Lock()
 	s.ctrl, s.info = ctrl, info
 	s.mu.Unlock()
+	s.depth = info.QueueSize
 	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
 	if len(s.waiting) > 0 {
 		if err := s.outlive(ctx); err != nil {
@@ -249,7 +263,7 @@ func (s *server) start(ctx context.Context) error {
 	if found, err = s.choose(found); err != nil {
 		return err
 	}
-	return s.startDevices(ctx, found, info.QueueSize)
+	return s.startDevices(ctx, found)
 }
 
 // driver makes sure that ublk can be used.
@@ -345,26 +359,32 @@ func nsids(found []namespace) string {
 
 // startDevices makes one device per namespace, all on the same loops. Each is
 // on record before the next one is made.
-func (s *server) startDevices(ctx context.Context, chosen []namespace, depth int) error {
+func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 	for i, ns := range chosen {
 		id := s.opts.Device
 		if id != options.AutoDevice {
 			id += i
 		}
-		d, err := s.back.start(ctx, ublk.Config{
-			ID: id, Device: ns.device, Loops: s.loops, Depth: depth, MaxIO: s.opts.MaxIO,
-			Recovery: policies[s.opts.OnCrash], KeepAffinity: i > 0, Log: s.log,
-		})
-		if err != nil {
-			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
-		}
-		s.serve(ns, d)
-		added := state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid}
-		if err := s.record(func(r *state.State) { r.Devices = append(r.Devices, added) }); err != nil {
+		if err := s.startDevice(ctx, ns, id, i > 0); err != nil {
 			return err
 		}
 	}
 	return s.record(func(r *state.State) { r.Phase = state.Live })
+}
+
+// startDevice makes the device of a namespace. later says that the loops have
+// served another one.
+func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bool) error {
+	d, err := s.back.start(ctx, ublk.Config{
+		ID: id, Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO,
+		Recovery: policies[s.opts.OnCrash], KeepAffinity: later, Log: s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("namespace %d: %w", ns.nsid, err)
+	}
+	s.serve(ns, d)
+	added := state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid, UUID: ns.uuid}
+	return s.record(func(r *state.State) { r.Devices = append(r.Devices, added) })
 }
 
 var policies = map[string]ublk.RecoveryPolicy{
@@ -388,6 +408,9 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) error {
 		if k < 0 {
 			return exit.Errorf(exit.NotFound, "%s: subsystem %s has %s, not namespace %d", w.Path(), s.opts.NQN, nsids(found), w.NSID)
 		}
+		if w.UUID != "" && w.UUID != found[k].uuid {
+			return errReplaced(w, found[k].uuid)
+		}
 		info, err := s.back.get(ctx, w.ID)
 		if err != nil {
 			return err
@@ -404,9 +427,11 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) error {
 }
 
 func (s *server) serve(ns namespace, d device) {
+	v := &serving{namespace: ns, dev: d}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.serving = append(s.serving, &serving{ns, d})
+	s.serving = append(s.serving, v)
+	s.mu.Unlock()
+	go s.mind(v)
 }
 
 // announce tells everybody that the devices are usable.
@@ -425,27 +450,13 @@ func (s *server) announce() error {
 
 // wait returns when something ends the server.
 func (s *server) wait(ctx context.Context) {
-	gone := make(chan struct{})
-	var devices sync.WaitGroup
-	for _, v := range s.devices() {
-		devices.Go(func() {
-			<-v.dev.Done()
-			if err := v.dev.Err(); err != nil {
-				s.log.Error("device has ended", "device", v.dev.Info().Path(), "error", err)
-			}
-		})
-	}
-	go func() {
-		devices.Wait()
-		close(gone)
-	}()
 	lost := s.ctrl.Done()
 	for {
 		select {
 		case <-ctx.Done():
 			s.log.Info("told to end")
 		case <-s.ended:
-		case <-gone:
+		case <-s.none:
 			s.log.Info("no device is left")
 		case <-lost:
 			// The devices stay, their I/O fails, and the status says why.

@@ -187,7 +187,7 @@ func TestServe(t *testing.T) {
 	}
 	records, err := state.Dir(r.dir).List()
 	if err != nil || len(records) != 1 || records[0].Phase != state.Live || !records[0].Alive ||
-		!slices.Equal(records[0].Devices, []state.Device{{ID: 0, Cookie: 1000, NSID: 1}, {ID: 1, Cookie: 1001, NSID: 7}}) {
+		!slices.Equal(records[0].Devices, []state.Device{{ID: 0, Cookie: 1000, NSID: 1, UUID: "uuid-1"}, {ID: 1, Cookie: 1001, NSID: 7, UUID: "uuid-7"}}) {
 		t.Errorf("record: %+v, %v", records, err)
 	}
 
@@ -414,7 +414,7 @@ func TestWedgedDevice(t *testing.T) {
 		t.Errorf("the end was asked for by somebody who was told: %v", err)
 	}
 	records, err := state.Dir(r.dir).List()
-	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{{ID: 1, Cookie: 1001, NSID: 2}}) {
+	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{{ID: 1, Cookie: 1001, NSID: 2, UUID: "uuid-2"}}) {
 		t.Errorf("on record: %+v, %v", records, err)
 	}
 }
@@ -621,6 +621,53 @@ func TestTakesOver(t *testing.T) {
 		if !slices.Contains(got, want) {
 			t.Errorf("no %q in %q", want, got)
 		}
+	}
+	leaves(t, dir)
+}
+
+// Devices follow their namespaces.
+func TestNamespaces(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	w.nsids = []uint32{1, 2}
+	r := begin(t, w, lab(), dir)
+	r.waitReady()
+	await := func(want string) {
+		t.Helper()
+		for end := time.Now().Add(10 * time.Second); !slices.Contains(w.happened(), want); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("no %q in %q", want, w.happened())
+			}
+		}
+	}
+	ns := func(id uint32) namespace { return namespace{nsid: id, device: disk{id}} }
+	w.changed(ns(3), initiator.Added)
+	await("start ublkb2")
+	w.changed(ns(1), initiator.Resized)
+	await("resize ublkb0 to 2048")
+	w.changed(ns(1), initiator.WriteProtection)
+	await("ublkb0 read-only false")
+	// In use, and its namespace comes back: it stays. Not in use: it goes.
+	w.setBusy(1, true)
+	w.changed(ns(2), initiator.Removed)
+	w.changed(ns(3), initiator.Removed)
+	await("stop ublkb2")
+	w.changed(ns(2), initiator.Added)
+	w.changed(ns(1), initiator.WriteProtection) // and so all before it is done
+	w.setBusy(1, false)
+	w.changed(ns(3), initiator.Added)
+	await("start ublkb3")
+	// The last of them: the server stays, and so does what others may say.
+	for id := range uint32(3) {
+		w.changed(ns(id+1), initiator.Removed)
+	}
+	for _, want := range []string{"stop ublkb0", "stop ublkb1", "stop ublkb3"} {
+		await(want)
+	}
+	w.changed(ns(4), initiator.Added)
+	await("start ublkb4")
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
 	}
 	leaves(t, dir)
 }

@@ -61,6 +61,7 @@ type Device struct {
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
+	UUID   string `json:"uuid,omitempty"` // of the namespace, if it has one
 }
 
 // Path is the block device's node.
