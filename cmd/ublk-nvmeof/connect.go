@@ -29,6 +29,7 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
+	succeed    string // the server to take over from
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -104,6 +105,7 @@ func newServe(runDir dirFunc) *cobra.Command {
 	}
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
+	cmd.Flags().StringVar(&c.succeed, "succeed", "", "the running server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -176,7 +178,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)
 	defer stop()
-	cfg.Options, cfg.Dir = c.opts, dir
+	cfg.Options, cfg.Dir, cfg.Succeeds = c.opts, dir, c.succeed
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry

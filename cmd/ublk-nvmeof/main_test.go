@@ -333,6 +333,8 @@ func (f *fake) Status() control.Status {
 	}
 }
 
+func (f *fake) HandOver(context.Context) error { return nil }
+
 func (f *fake) Disconnect(_ context.Context, force bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -438,6 +440,16 @@ func TestList(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(stdout), &l); err != nil || l.SchemaVersion != 1 || len(l.Devices) != 3 || len(l.Controllers) != 4 {
 		t.Errorf("%v\n%s", err, stdout)
+	}
+}
+
+func TestUpgradeNobody(t *testing.T) {
+	dir := runDir(t)
+	record(t, dir, "nqn.a", state.Process{}, state.Device{ID: 3, NSID: 1}) // of a dead server
+	for _, name := range []string{"ublkb9", "nqn.none"} {
+		if stdout, stderr, code := program(t, "upgrade", "--run-dir", dir, name); code != exit.NotFound || stdout != "" || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: exit code %d, %q %q", name, code, stdout, stderr)
+		}
 	}
 }
 

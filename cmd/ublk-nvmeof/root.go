@@ -63,7 +63,7 @@ func newRoot() *cobra.Command {
 		d, err := filepath.Abs(dir) // a server has its own working directory
 		return state.Dir(d), err
 	}
-	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newRecover(runDir), newList(runDir), newTarget(runDir), newVersion())
+	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newRecover(runDir), newUpgrade(runDir), newGC(runDir), newList(runDir), newTarget(runDir), newVersion())
 	return root
 }
 

@@ -51,6 +51,11 @@ func (c *Client) Disconnect(ctx context.Context, force bool) error {
 	return c.Do(ctx, http.MethodPost, "/v1/disconnect", disconnectRequest{force}, nil)
 }
 
+// HandOver has the server leave its devices to another one, and end.
+func (c *Client) HandOver(ctx context.Context) error {
+	return c.Do(ctx, http.MethodPost, "/v1/handover", nil, nil)
+}
+
 // Do sends body, if any, as JSON and reads the answer into result, if that is not
 // nil. The error is an *exit.Error if the server refused.
 func (c *Client) Do(ctx context.Context, method, path string, body, result any) error {

@@ -39,6 +39,21 @@ func (f *fake) Disconnect(ctx context.Context, force bool) error {
 	return f.err
 }
 
+func (f *fake) HandOver(context.Context) error { return f.err }
+
+func TestHandOver(t *testing.T) {
+	f := &fake{}
+	c := serve(t, f)
+	if err := c.HandOver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	f.err = exit.Errorf(exit.Other, "no device")
+	var e *exit.Error
+	if err := c.HandOver(t.Context()); !errors.As(err, &e) || e.Message != "no device" {
+		t.Errorf("refused: %v", err)
+	}
+}
+
 // serve puts f behind a socket.
 func serve(t *testing.T, f *fake) *Client {
 	t.Helper()

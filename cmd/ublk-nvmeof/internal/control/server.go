@@ -21,6 +21,10 @@ type Controlled interface {
 	// force, a device in use makes it fail, with exit.Busy, and nothing has
 	// changed.
 	Disconnect(ctx context.Context, force bool) error
+	// HandOver ends the service, but not the devices, which wait for another
+	// server. When it has returned, the process ends. An error, exit.Other, means
+	// that nothing has changed.
+	HandOver(ctx context.Context) error
 }
 
 type disconnectRequest struct {
@@ -68,6 +72,13 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		default:
 			Answer(w, http.StatusInternalServerError, e)
 		}
+	})
+	mux.HandleFunc("POST /v1/handover", func(w http.ResponseWriter, r *http.Request) {
+		if e := exit.From(c.HandOver(context.WithoutCancel(r.Context()))); e != nil {
+			Answer(w, http.StatusConflict, e)
+			return
+		}
+		Answer(w, http.StatusOK, struct{}{})
 	})
 	return &http.Server{
 		Handler:           mux,

@@ -39,6 +39,7 @@ type device interface {
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
 	SetReadOnly(readOnly bool) error
+	HandOver(ctx context.Context) error
 	Stop(ctx context.Context, force bool) error
 	Done() <-chan struct{}
 	Err() error
@@ -58,6 +59,7 @@ type backend struct {
 	start     func(context.Context, ublk.Config) (device, error)
 	recover   func(context.Context, ublk.Info, ublk.Config) (device, error)
 	get       func(ctx context.Context, id int) (ublk.Info, error)
+	list      func(context.Context) ([]ublk.Info, error)
 	remove    func(context.Context, ublk.Info) error
 	abandon   func(ctx context.Context, info ublk.Info, force bool) error
 }
@@ -103,6 +105,7 @@ var real = backend{
 		}
 	},
 	get:     ublk.Get,
+	list:    ublk.List,
 	remove:  ublk.Remove,
 	abandon: ublk.Abandon,
 }

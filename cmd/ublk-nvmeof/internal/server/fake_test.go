@@ -279,6 +279,11 @@ func (d *fakeDevice) SetReadOnly(ro bool) error {
 	return nil
 }
 
+func (d *fakeDevice) HandOver(context.Context) error {
+	d.world.note("hand ublkb%d over", d.id)
+	return nil
+}
+
 func (d *fakeDevice) InUse() error {
 	d.world.mu.Lock()
 	defer d.world.mu.Unlock()

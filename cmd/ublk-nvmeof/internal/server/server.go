@@ -33,6 +33,9 @@ type Config struct {
 	Args    []string         // flags that give Options again
 	Dir     state.Dir
 	Log     *slog.Logger
+	// Succeeds is the name of a server that runs, whose devices this one takes
+	// over once it is connected. Empty: none.
+	Succeeds string
 	// Reserved is called once the server has its state directory, where it may
 	// keep a log. nil: nobody wants to know.
 	Reserved func(*state.Entry) error
@@ -56,6 +59,7 @@ type server struct {
 	back   backend
 	remote netip.AddrPort
 	entry  *state.Entry
+	sock   *socket
 	depth  int // of the devices
 	// waiting are the devices of a dead server that this one takes over. Until
 	// all of them are served, nothing is ended: they wait on, for the next.
@@ -64,6 +68,9 @@ type server struct {
 	recording sync.Mutex // guards what follows, and the entry's state while controllers and devices come and go
 	// before are the controllers of dead servers at the target, until they have ended.
 	before []uint16
+	// predecessor is the server that has to leave; the entry is a copy of its
+	// record until then.
+	predecessor *state.Record
 
 	cancel context.CancelCauseFunc // ends start
 	turn   chan struct{}           // holds a token while nobody starts or ends
@@ -106,14 +113,15 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	if err := s.reserve(starting); err != nil {
 		return exit.From(err)
 	}
-	sock, err := s.listen()
-	if err != nil {
-		return exit.From(errors.Join(err, s.forget()))
+	if s.predecessor == nil {
+		if err := s.listen(); err != nil {
+			return exit.From(errors.Join(err, s.forget()))
+		}
 	}
-	err = s.start(starting)
+	err := s.start(starting)
 	if err != nil && len(s.waiting) > 0 {
 		// The end of the process gives back what was taken over already.
-		return exit.From(errors.Join(err, sock.close()))
+		return exit.From(errors.Join(err, s.sock.close()))
 	}
 	s.turn <- struct{}{}
 	if err == nil {
@@ -133,7 +141,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {
 		err = eerr
 	}
-	if err := sock.close(); err != nil {
+	if err := s.sock.close(); err != nil {
 		s.log.Warn("close control socket", "error", err)
 	}
 	// What could not be ended stays on record.
@@ -152,6 +160,24 @@ func (s *server) reserve(ctx context.Context) error {
 	if s.remote, err = s.opts.Resolve(ctx); err != nil {
 		return exit.Errorf(exit.Unreachable, "%v", err)
 	}
+	if s.cfg.Succeeds != "" {
+		err = s.succeed()
+	} else {
+		err = s.take(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	if s.cfg.Reserved != nil {
+		if err := s.cfg.Reserved(s.entry); err != nil {
+			return errors.Join(err, s.forget())
+		}
+	}
+	return nil
+}
+
+// take takes a name, perhaps that of a dead server with its devices.
+func (s *server) take(ctx context.Context) (err error) {
 	target := state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
 	s.entry, err = s.cfg.Dir.Reserve(ctx, target, s.cfg.Args, s.opts.Duplicate, s.back.reap(s.log, Keep))
 	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
@@ -163,11 +189,6 @@ func (s *server) reserve(ctx context.Context) error {
 	s.waiting, s.before = s.entry.Devices, s.entry.Controllers
 	if len(s.waiting) > 0 {
 		s.log.Info("takes over what a dead server left", "server", s.entry.Name, "devices", len(s.waiting))
-	}
-	if s.cfg.Reserved != nil {
-		if err := s.cfg.Reserved(s.entry); err != nil {
-			return errors.Join(err, s.forget())
-		}
 	}
 	return nil
 }
@@ -185,6 +206,9 @@ func (s *server) record(change func(*state.State)) error {
 	s.recording.Lock()
 	defer s.recording.Unlock()
 	change(&s.entry.State)
+	if s.predecessor != nil {
+		return nil
+	}
 	return s.entry.Save()
 }
 
@@ -213,18 +237,22 @@ type socket struct {
 	served chan error
 }
 
-func (s *server) listen() (*socket, error) {
+func (s *server) listen() error {
 	l, err := control.Listen(s.entry.Socket())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	sock := &socket{control.NewServer(s, s.log), make(chan error, 1)}
 	go func(l net.Listener) { sock.served <- sock.http.Serve(l) }(l)
-	return sock, nil
+	s.sock = sock
+	return nil
 }
 
 // close lets answers that are being written out.
 func (k *socket) close() error {
+	if k == nil {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
 	err := k.http.Shutdown(ctx)
@@ -254,6 +282,11 @@ func (s *server) start(ctx context.Context) error {
 	s.mu.Unlock()
 	s.depth = info.QueueSize
 	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
+	if s.predecessor != nil {
+		if err := s.relieve(ctx); err != nil {
+			return err
+		}
+	}
 	if len(s.waiting) > 0 {
 		if err := s.outlive(ctx); err != nil {
 			return err

@@ -672,6 +672,94 @@ func TestNamespaces(t *testing.T) {
 	leaves(t, dir)
 }
 
+// A server that hands over ends, and leaves its devices and its record.
+func TestHandOver(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	w.nsids = []uint32{1, 2}
+	r := begin(t, w, lab(), dir)
+	r.waitReady()
+	if err := r.client().HandOver(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	got := w.happened()
+	for _, want := range []string{"hand ublkb0 over", "hand ublkb1 over"} {
+		if !slices.Contains(got, want) {
+			t.Errorf("no %q in %q", want, got)
+		}
+	}
+	if i := slices.IndexFunc(got, func(e string) bool { return strings.HasPrefix(e, "stop") }); i >= 0 {
+		t.Errorf("%q", got)
+	}
+	records, err := state.Dir(dir).List()
+	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || !slices.Equal(records[0].Controllers, []uint16{5}) {
+		t.Errorf("on record: %+v, %v", records, err)
+	}
+}
+
+// Devices that do not wait for another server are not handed over.
+func TestHandOverRefused(t *testing.T) {
+	w, dir, o := newWorld(), runDir(t), lab()
+	o.OnCrash = options.Remove
+	r := begin(t, w, o, dir)
+	r.waitReady()
+	if err := r.client().HandOver(t.Context()); err == nil || !strings.Contains(err.Error(), "--on-crash remove") {
+		t.Errorf("%v", err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	leaves(t, dir)
+}
+
+// TestCollect: what is an orphan, and what is somebody's.
+func TestCollect(t *testing.T) {
+	const cookie = 0x4e564d65_00000001
+	on := func(alive bool) []state.Record {
+		return []state.Record{{State: state.State{Name: "ctrl0", Devices: []state.Device{{ID: 3, Cookie: cookie}}}, Alive: alive}}
+	}
+	for _, tt := range []struct {
+		name    string
+		device  ublk.Info
+		records []state.Record
+		said    bool
+		remove  bool
+	}{
+		{"served", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Live}, on(true), false, false},
+		{"server about to start it", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Dead}, on(true), false, false},
+		{"live, of another run directory", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Live}, nil, false, false},
+		{"waits for a server", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Quiesced}, on(false), true, false},
+		{"waits, and nobody knows it", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Quiesced}, nil, true, true},
+		{"its number is on record, but not it", ublk.Info{ID: 3, Cookie: cookie + 1, State: ublk.FailIO}, on(false), true, true},
+		{"gone with its server", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Dead}, on(false), true, true},
+		{"gone, and nobody knows it", ublk.Info{ID: 3, Cookie: cookie, State: ublk.Dead}, nil, true, true},
+	} {
+		if f, said := finding(tt.device, tt.records); said != tt.said || f.Remove != tt.remove {
+			t.Errorf("%s: said %t, remove %t (%s)", tt.name, said, f.Remove, f.Why)
+		}
+	}
+	// Devices of other programs are not looked at, dead servers' records go with
+	// the last device, and what was there at one look only is left alone.
+	b := newWorld().backend()
+	b.list = func(context.Context) ([]ublk.Info, error) {
+		return []ublk.Info{{ID: 1, Cookie: 7, State: ublk.Dead}, {ID: 3, Cookie: cookie, State: ublk.Dead}}, nil
+	}
+	dir := runDir(t)
+	died(t, newWorld(), lab(), dir)
+	found, err := b.collect(t.Context(), state.Dir(dir))
+	if err != nil || len(found) != 2 || found[0].What != "/dev/ublkb3" || found[1].What != "ctrl0" || !found[0].Remove || !found[1].Remove {
+		t.Fatalf("%+v, %v", found, err)
+	}
+	again := slices.Clone(found)
+	again[0].info.Cookie++
+	if got := both(found, again); got[0].Remove || !got[1].Remove {
+		t.Errorf("%+v", got)
+	}
+}
+
 // onRecord are the controllers of the one server on record.
 func onRecord(t *testing.T, dir string) []uint16 {
 	t.Helper()

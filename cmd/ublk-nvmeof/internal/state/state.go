@@ -203,17 +203,46 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 		}
 	}
 	if heirless != nil {
-		e := &Entry{*heirless}
-		if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("remove a dead server's socket: %w", err)
-		}
-		e.Process, e.Phase, e.Args = self, Connecting, args
-		return e, e.Save()
+		return (&Entry{*heirless}).adopt(self, args)
 	}
 	e := &Entry{Record{State: State{
 		SchemaVersion: SchemaVersion, Process: self, Phase: Connecting, Target: target, Args: args,
 	}}}
 	return e, e.take(d)
+}
+
+// Find is the record of a server.
+func (d Dir) Find(name string) (Record, error) { return d.read(name) }
+
+// Adopt makes the record of a server that has ended the caller's.
+func (d Dir) Adopt(ctx context.Context, name string, args []string) (*Entry, error) {
+	self, err := Of(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	r, err := d.read(name)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.Alive:
+		return nil, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
+	}
+	return (&Entry{r}).adopt(self, args)
+}
+
+// adopt makes a dead server's record that of another process. The caller has the
+// lock.
+func (e *Entry) adopt(by Process, args []string) (*Entry, error) {
+	if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove a dead server's socket: %w", err)
+	}
+	e.Process, e.Phase, e.Args = by, Connecting, args
+	return e, e.Save()
 }
 
 // Clear removes the record of a dead server if reap says that nothing of it is

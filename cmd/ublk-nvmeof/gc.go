@@ -1,0 +1,49 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
+)
+
+func newGC(runDir dirFunc) *cobra.Command {
+	var dry bool
+	cmd := &cobra.Command{
+		Use:   "gc",
+		Short: "Remove what dead servers left and nobody can use any more",
+		Long: `Removes ublk devices whose server died and that cannot be served on, and records of
+servers that are no more. It touches only devices that this program added; it
+leaves those alone that wait for a server (recover serves them on, disconnect
+ends them) and those that somebody has open.`,
+		Args: cobra.NoArgs,
+		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
+			dir, err := runDir()
+			if err != nil {
+				return err
+			}
+			found, err := server.Collect(cmd.Context(), dir, !dry)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, f := range found {
+				did := "kept"
+				switch {
+				case f.Err != nil:
+					errs = append(errs, f.Err)
+				case f.Remove && dry:
+					did = "would remove"
+				case f.Remove:
+					did = "removed"
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", did, f.What, f.Why)
+			}
+			return errors.Join(errs...)
+		}),
+	}
+	cmd.Flags().BoolVarP(&dry, "dry-run", "n", false, "only say what would be removed")
+	return cmd
+}

@@ -1,0 +1,136 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"slices"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/ublk"
+)
+
+// secondLook is when a device that seems to be nobody's is looked at again: the
+// server that just adds it has it on record, or serves it, by then.
+const secondLook = time.Second
+
+// Finding is something that a server left, and what is to be done about it.
+type Finding struct {
+	What   string // a device's path, or a server's name
+	Why    string
+	Remove bool // nobody can use it any more
+	Err    error
+
+	info ublk.Info
+}
+
+// Collect finds what dead servers left: ublk devices that this program added, and
+// records. With remove it removes what nobody can use any more; devices that wait
+// for a server that is on record, and those that somebody has open, it leaves
+// alone. The order is devices, then records.
+func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error) {
+	found, err := real.collect(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(found, func(f Finding) bool { return f.Remove }) {
+		select {
+		case <-time.After(secondLook):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		again, err := real.collect(ctx, dir)
+		if err != nil {
+			return nil, err
+		}
+		found = both(found, again)
+	}
+	if !remove {
+		return found, nil
+	}
+	for i := range found {
+		if f := &found[i]; f.Remove {
+			f.Err = real.discard(ctx, dir, f)
+		}
+	}
+	return found, nil
+}
+
+// both are the findings of the second look; only what was to be removed at both
+// is.
+func both(first, second []Finding) []Finding {
+	for i := range second {
+		f := &second[i]
+		f.Remove = f.Remove && slices.ContainsFunc(first, func(g Finding) bool {
+			return g.Remove && g.What == f.What && g.info.Cookie == f.info.Cookie
+		})
+	}
+	return second
+}
+
+func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error) {
+	records, err := dir.List()
+	if err != nil {
+		return nil, err
+	}
+	devices, err := b.list(ctx)
+	if err != nil && !errors.Is(err, ublk.ErrNoDriver) && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	var found []Finding
+	for _, i := range devices {
+		if !i.Ours() {
+			continue
+		}
+		if f, ok := finding(i, records); ok {
+			found = append(found, f)
+		}
+	}
+	for _, r := range records {
+		if r.Err != nil || r.Alive {
+			continue
+		}
+		left := slices.ContainsFunc(r.Devices, func(d state.Device) bool {
+			return slices.ContainsFunc(devices, func(i ublk.Info) bool {
+				return i.ID == d.ID && i.Cookie == d.Cookie && i.State != ublk.Dead
+			})
+		})
+		if !left {
+			found = append(found, Finding{What: r.Name, Why: "record of a server that is no more", Remove: true})
+		}
+	}
+	return found, nil
+}
+
+// finding says what is to be said of a device of ours, if anything is.
+func finding(i ublk.Info, records []state.Record) (Finding, bool) {
+	f := Finding{What: i.Path(), info: i}
+	k := slices.IndexFunc(records, func(r state.Record) bool {
+		return slices.ContainsFunc(r.Devices, func(d state.Device) bool { return d.ID == i.ID && d.Cookie == i.Cookie })
+	})
+	switch {
+	case i.State == ublk.Live, k >= 0 && records[k].Alive:
+		return f, false // served
+	case i.State == ublk.Dead:
+		f.Why, f.Remove = "its server is no more, and its block device is gone", true
+	case k >= 0:
+		f.Why = "waits for a server; recover serves it on, disconnect ends it"
+	default:
+		f.Why, f.Remove = "waits for a server, and none has it on record", true
+	}
+	return f, true
+}
+
+// discard removes a finding.
+func (b *backend) discard(ctx context.Context, dir state.Dir, f *Finding) error {
+	switch {
+	case f.info.Cookie == 0:
+		_, err := dir.Clear(ctx, f.What, b.reap(slog.New(slog.DiscardHandler), Keep))
+		return err
+	case f.info.State == ublk.Dead:
+		return b.remove(ctx, f.info)
+	}
+	return b.abandon(ctx, f.info, false)
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+func newUpgrade(runDir dirFunc) *cobra.Command {
+	var format string
+	cmd := &cobra.Command{
+		Use:   "upgrade {NQN | DEVICE}…",
+		Short: "Replace running servers by this program",
+		Long: `Starts a server of this program, with the flags of one that runs, and has it take
+over the devices: it connects first, then the old server lets go of them and
+ends, and the new one serves them on. Their users wait for a moment. If the new
+server cannot connect, the old one goes on.
+
+A server is named by its NQN, by one of its devices, or by the name that list -v
+shows, as ctrl0. The new server runs in the background, whatever the old one did.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: verb("upgrade", func(cmd *cobra.Command, args []string) error {
+			dir, err := runDir()
+			if err != nil {
+				return err
+			}
+			records, err := running(dir, args)
+			if err != nil {
+				return err
+			}
+			for _, r := range records {
+				if err := replace(cmd, dir, r, format); err != nil {
+					return fmt.Errorf("%s: %w", r.Name, err)
+				}
+			}
+			return nil
+		}),
+	}
+	formatFlag(cmd.Flags(), &format)
+	return cmd
+}
+
+// running are the records of running servers that a command line names.
+func running(dir state.Dir, names []string) ([]state.Record, error) {
+	records, err := dir.List()
+	if err != nil {
+		return nil, err
+	}
+	var chosen []state.Record
+	for _, name := range names {
+		i := slices.IndexFunc(records, func(r state.Record) bool {
+			return r.Alive && r.Err == nil && (serves(r, name) || r.Target.NQN == name)
+		})
+		if i < 0 {
+			return nil, exit.Errorf(exit.NotFound, "%s: no running server has it", name)
+		}
+		chosen = append(chosen, records[i])
+	}
+	return chosen, nil
+}
+
+// replace starts a server that takes over from one that runs.
+func replace(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
+	_ = host.SetIOFlusher() // the server says if it is not
+	args := append([]string{programName, "serve", "--run-dir=" + string(dir), "--succeed=" + r.Name}, r.Args...)
+	s, err := launch(self(), args, options.Default().Timeout)
+	if err != nil {
+		return err
+	}
+	return output.Connected(cmd.OutOrStdout(), s, format, false)
+}
