@@ -4,6 +4,9 @@
 //	connect     starts a server for a subsystem and returns when its devices are usable
 //	disconnect  ends servers
 //	list        shows servers and their devices
+//	recover     serves on what a dead server left
+//	upgrade     replaces running servers by this program
+//	gc          removes what dead servers left and nobody can use any more
 //	target      is a target, for tests and demonstrations
 //	version     says which build this is
 //
