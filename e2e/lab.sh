@@ -25,6 +25,11 @@
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
 #	                      the host's RDMA device, or the packets to it, from it or both
 #	                      ways (UDP port 4791)
+#	outside [MTU]         a network namespace "outside" without any RDMA device, with a
+#	                      cable to one outside of it: 10.0.4.1 and fd00:4::1 are in it,
+#	                      10.0.4.2 and fd00:4::2 here; called again, it changes the MTU
+#	bad [NETEM …]         what tc-netem is to do, in both directions, to packets between
+#	                      here and "outside"; nothing more, without arguments
 #	target-down [NQN]     remove the subsystem, its port and its namespaces
 #	clean                 kernel initiators disconnected, targets and the cable removed
 #
@@ -60,7 +65,7 @@ lab_rxe() {
 # lab_target KEY=VALUE…
 #
 #	nqn=NQN         name of the subsystem
-#	addr=ADDR       port's address, svc=PORT its service
+#	addr=ADDR,…     ports' addresses, svc=PORT their service
 #	ns=N            number of namespaces (1)
 #	size=N          of each, in MiB (256)
 #	bs=N            logical block size in bytes, 512 or 4096 (512)
@@ -101,18 +106,26 @@ lab_target() {
 		lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" || return
 	done
 
-	local port=1
+	for addr in ${addr//,/ }; do
+		lab_port "$addr" || return
+	done
+}
+
+# lab_port ADDR is a part of lab_target, whose variables it uses.
+lab_port() {
+	local port=1 family=ipv4
+	[[ $1 != *:* ]] || family=ipv6
 	while [ -d "$lab_nvmet/ports/$port" ]; do port=$((port + 1)); done
 	port=$lab_nvmet/ports/$port
 	mkdir "$port" || return
 	lab_set "$port/addr_trtype" rdma || return
-	lab_set "$port/addr_adrfam" ipv4 || return
-	lab_set "$port/addr_traddr" "$addr" || return
+	lab_set "$port/addr_adrfam" $family || return
+	lab_set "$port/addr_traddr" "$1" || return
 	lab_set "$port/addr_trsvcid" "$svc" || return
 	[ -z "$inline" ] || lab_set "$port/param_inline_data_size" "$inline" || return
 	[ -z "$queue_size" ] || lab_set "$port/param_max_queue_size" "$queue_size" || return
 	[ -z "$mdts" ] || lab_set "$port/param_mdts" "$mdts" || return
-	ln -s "$subsys" "$port/subsystems/$nqn" || return
+	ln -s "$subsys" "$port/subsystems/$nqn"
 }
 
 # lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD
@@ -246,6 +259,39 @@ lab_unwire() {
 	! nft list table inet lab >/dev/null 2>&1 || lab_mend
 }
 
+# A namespace of its own: rxe, which has UDP port 4791 of the one it is in, leaves
+# no room for another speaker of RoCEv2 there.
+lab_outside() {
+	local mtu=${1:-1500}
+	if [ ! -e /sys/class/net/lab3 ]; then
+		lab_rxe || return
+		modprobe veth || return
+		ip netns add outside || return
+		ip link add lab3 type veth peer name lab4 netns outside || return
+		ip addr add 10.0.4.2/24 dev lab3 || return
+		ip addr add fd00:4::2/64 dev lab3 nodad || return
+		ip -n outside addr add 10.0.4.1/24 dev lab4 || return
+		ip -n outside addr add fd00:4::1/64 dev lab4 nodad || return
+		ip -n outside link set lo up || return
+		ip -n outside link set lab4 up || return
+		ip link set lab3 up || return
+		rdma link add rxe3 type rxe netdev lab3 || return
+	fi
+	ip link set lab3 mtu "$mtu" || return
+	ip -n outside link set lab4 mtu "$mtu"
+}
+
+lab_bad() {
+	local ns
+	modprobe sch_netem || return
+	for ns in "" outside; do
+		set -- lab$([ -z "$ns" ] && echo 3 || echo 4) "$@"
+		${ns:+ip netns exec $ns} tc qdisc del dev "$1" root 2>/dev/null
+		[ $# = 1 ] || ${ns:+ip netns exec $ns} tc qdisc add dev "$1" root netem "${@:2}" || return
+		shift
+	done
+}
+
 lab_cut() {
 	nft add table inet lab || return
 	nft add chain inet lab input '{ type filter hook input priority 0; }' || return
@@ -339,6 +385,11 @@ lab_clean() {
 	if [ -e /sys/class/net/lab1 ]; then
 		lab_unwire || status=1
 	fi
+	if [ -e /sys/class/net/lab3 ]; then
+		ip link del lab3 || status=1 # and so lab4, and the RDMA device
+		ip netns del outside || status=1
+		umount /run/netns || status=1 # where its like are kept
+	fi
 	return $status
 }
 
@@ -346,7 +397,8 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | file | resize | enable | count | counts | bios | wire | cut | mend | down | up | target-down | clean)
+	rxe | target | grant | readonly | file | resize | enable | count | counts | bios | wire | cut | mend | down | up | \
+		outside | bad | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
 		;;
