@@ -21,7 +21,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
 # a package's tests. A package whose tests name UN_REQUIRE has to be here.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
-	cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
+	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk. Sixteen queue pairs of rdma/roce on an
 # emulated machine starve each other until their retry counters end: a limit of
 # rdma/roce that is known and open. test-unit runs both.

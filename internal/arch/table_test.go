@@ -45,8 +45,8 @@ var table = map[string]row{
 	"rdma/rdmatest":  {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
+	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
+	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
 
 	// Back ends that need no target.
 	"block/null":      {may: []string{"block", "internal/hostmem", sys}, testing: []string{"block/blocktest"}},
@@ -60,6 +60,7 @@ var table = map[string]row{
 
 	"internal/uring":   {may: []string{sys}},
 	"internal/hostmem": {may: []string{sys}},
+	"internal/diskuse": {may: []string{sys}},
 	"internal/arch":    {},
 	testenv:            {},
 

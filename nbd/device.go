@@ -1,0 +1,359 @@
+package nbd
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/diskuse"
+)
+
+// Errors that callers tell apart, with errors.Is.
+var (
+	// ErrNoDriver: the kernel has no NBD client (is nbd loaded?).
+	ErrNoDriver = errors.New("no NBD driver")
+	// ErrPermission: CAP_SYS_ADMIN is needed.
+	ErrPermission = errors.New("no permission to use NBD devices")
+	// ErrTaken: the device with the wanted number is connected.
+	ErrTaken = errors.New("NBD device number is taken")
+	// ErrNoDevice: the device is not there, or not connected, or somebody else's.
+	ErrNoDevice = errors.New("no such NBD device")
+	// ErrDisconnected: somebody else disconnected the device.
+	ErrDisconnected = errors.New("NBD device was disconnected from outside")
+)
+
+const (
+	// noTimeout is as good as none. Without any, the kernel takes a request of 30
+	// seconds for a dead connection, and sends it again on another.
+	noTimeout = 30 * 24 * time.Hour
+	// busyPatience is what a short-lived opener, such as udev's, gets.
+	busyPatience = 500 * time.Millisecond
+	busyBackoff  = 20 * time.Millisecond
+)
+
+// DeviceConfig says which device the kernel makes of an export.
+type DeviceConfig struct {
+	// Index is the number N of /dev/nbdN; -1 is a free one.
+	Index int
+	// Export is its name.
+	Export string
+	// Connections are sockets between the kernel and the server; 0 is one for each
+	// loop.
+	Connections int
+	// Timeout is after which the kernel gives a request up, and its connection, and
+	// sends it again on another; 0 is never. It is rounded up to seconds.
+	Timeout time.Duration
+	// DeadConn is how long requests wait for a connection when all are lost, as they
+	// are when this process ends; then they fail. It is rounded up to seconds.
+	DeadConn time.Duration
+	// Log hears of changes of state; nil is the server's.
+	Log *slog.Logger
+}
+
+// Available says whether the kernel has an NBD client: nil, ErrNoDriver, or what
+// keeps us from asking.
+func Available() error {
+	g, err := openKernel()
+	if err != nil {
+		return err
+	}
+	return g.close()
+}
+
+// Device is a /dev/nbdN that a Server serves. Its methods may be called from any
+// goroutine but the loops'.
+type Device struct {
+	srv    *Server
+	cfg    DeviceConfig
+	offer  offer
+	index  int
+	cookie uint64
+	log    *slog.Logger
+
+	mu    sync.Mutex // guards what follows
+	live  int        // connections
+	asked bool       // Stop was called
+
+	done chan struct{} // closed when live is 0
+	err  error         // written before done is closed
+}
+
+// Start makes an export a block device. It needs CAP_SYS_ADMIN.
+//
+// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrTaken, ctx' error, and what the
+// system says.
+func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
+	i := s.export(cfg.Export)
+	if i < 0 {
+		return nil, fmt.Errorf("start NBD device: no export %q", cfg.Export)
+	}
+	if cfg.Connections == 0 {
+		cfg.Connections = len(s.loops)
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = noTimeout
+	}
+	if cfg.Log == nil {
+		cfg.Log = s.cfg.Log
+	}
+	d := &Device{srv: s, cfg: cfg, offer: s.offer(i, false), cookie: newCookie(), done: make(chan struct{})}
+	if err := d.start(ctx); err != nil {
+		return nil, fmt.Errorf("start NBD device: %w", err)
+	}
+	d.log = cfg.Log.With("device", d.Path())
+	d.log.Info("NBD device started", "connections", cfg.Connections)
+	go d.watch()
+	return d, nil
+}
+
+// newCookie tells our device from one that gets its number later.
+func newCookie() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // it does not fail
+	return binary.NativeEndian.Uint64(b[:])
+}
+
+// backend is the cookie as the kernel keeps it.
+func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
+
+func (d *Device) start(ctx context.Context) error {
+	g := d.srv.cfg.Exports[d.offer.index].Device.Geometry()
+	flags := d.offer.flags
+	if !g.VolatileCache {
+		flags &^= flagSendFlush | flagSendFUA // spares the kernel to ask
+	}
+	var attrs attributes
+	if d.cfg.Index >= 0 {
+		attrs = attrs.u32(attrIndex, uint32(d.cfg.Index))
+	}
+	attrs = attrs.u64(attrSize, d.offer.size).u64(attrBlockSize, uint64(g.LogicalBlock)).
+		u64(attrTimeout, wholeSeconds(d.cfg.Timeout)).u64(attrDeadConn, wholeSeconds(d.cfg.DeadConn)).
+		u64(attrServerFlags, uint64(flags)).text(attrBackend, backend(d.cookie))
+	answer, err := d.connect(ctx, nlConnect, attrs, d.cfg.Connections)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%w: /dev/nbd%d: %w", ErrTaken, d.cfg.Index, err)
+	case err != nil:
+		return err
+	}
+	index := answer.find(attrIndex)
+	if len(index) != 4 {
+		return errors.New("the kernel does not say which device it is")
+	}
+	d.index = int(binary.NativeEndian.Uint32(index))
+	return nil
+}
+
+// connect gives the kernel n new connections by a command, and serves them.
+func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int) (attributes, error) {
+	var theirs []int
+	defer func() {
+		for _, fd := range theirs {
+			_ = unix.Close(fd) // the kernel has the socket, or does not want it
+		}
+	}()
+	for range n {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return nil, fmt.Errorf("make socket pair: %w", err)
+		}
+		theirs = append(theirs, fds[1])
+		if err := d.serve(fds[0]); err != nil {
+			return nil, err
+		}
+	}
+	// The descriptors must be ours until the kernel has looked at them.
+	return kernelDo(context.WithoutCancel(ctx), cmd, attrs.sockets(theirs))
+}
+
+// serve begins a connection.
+func (d *Device) serve(fd int) error {
+	s := d.srv
+	s.mu.Lock()
+	if s.over {
+		s.mu.Unlock()
+		return errors.Join(ErrStopped, unix.Close(fd))
+	}
+	s.ending.Add(1)
+	s.mu.Unlock()
+	d.mu.Lock()
+	d.live++
+	d.mu.Unlock()
+	go func() {
+		defer s.ending.Done()
+		err := s.transmit(fd, d.offer, false)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.live--; d.live == 0 {
+			if !d.asked {
+				d.err = errors.Join(ErrDisconnected, err)
+			}
+			close(d.done)
+		}
+	}()
+	return nil
+}
+
+func (d *Device) watch() {
+	<-d.done
+	if d.err != nil {
+		d.log.Error("NBD device ended", "error", d.err)
+		return
+	}
+	d.log.Info("NBD device stopped")
+}
+
+// Reconfigure replaces connections that were lost, and changes the time limits; 0 is
+// as in DeviceConfig.
+func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duration) error {
+	if timeout == 0 {
+		timeout = noTimeout
+	}
+	d.mu.Lock()
+	missing := d.cfg.Connections - d.live
+	d.mu.Unlock()
+	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
+		u64(attrTimeout, wholeSeconds(timeout)).u64(attrDeadConn, wholeSeconds(deadConn))
+	if _, err := d.connect(ctx, nlReconfigure, attrs, missing); err != nil {
+		return fmt.Errorf("reconfigure %s: %w", d.Path(), err)
+	}
+	d.log.Info("NBD device reconfigured", "new_connections", missing)
+	return nil
+}
+
+// Stop ends the device: requests in flight are done, the block device has no size, its
+// number is free.
+//
+// Without force a device in use is left alone, with ErrBusy. With force users get I/O
+// errors, and the number is free when the last of them has closed the block device.
+// When ctx is done Stop gives up; it can be called again. Stop of a device that is over
+// returns nil.
+func (d *Device) Stop(ctx context.Context, force bool) error {
+	d.mu.Lock()
+	asked := d.asked
+	d.asked = true
+	d.mu.Unlock()
+	err := Disconnect(ctx, d.index, d.cookie, force)
+	if errors.Is(err, ErrBusy) {
+		d.mu.Lock()
+		d.asked = asked
+		d.mu.Unlock()
+	}
+	if err != nil && !errors.Is(err, ErrNoDevice) {
+		return err
+	}
+	select {
+	case <-d.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("stop %s: wait for requests in flight: %w", d.Path(), context.Cause(ctx))
+	}
+}
+
+// Index is the number N of /dev/nbdN.
+func (d *Device) Index() int { return d.index }
+
+// Cookie tells the device from others that had or get its number.
+func (d *Device) Cookie() uint64 { return d.cookie }
+
+// Path is the block device's node.
+func (d *Device) Path() string { return "/dev/" + disk(d.index) }
+
+// Done is closed when no connection is left.
+func (d *Device) Done() <-chan struct{} { return d.done }
+
+// Err says why the device ended, once Done is closed: nil after Stop, else
+// ErrDisconnected.
+func (d *Device) Err() error {
+	select {
+	case <-d.done:
+		return d.err
+	default:
+		return nil
+	}
+}
+
+// InUse is ErrBusy if somebody uses the block device, as far as can be seen.
+func (d *Device) InUse() error {
+	fd, err := claim(context.Background(), d.index)
+	if err != nil {
+		return err
+	}
+	return unix.Close(fd)
+}
+
+func disk(index int) string { return "nbd" + strconv.Itoa(index) }
+
+// claim is diskuse.Claim, for a device whose openers that are about to go are waited
+// for.
+func claim(ctx context.Context, index int) (int, error) {
+	patience := time.After(busyPatience)
+	for {
+		fd, err := diskuse.Claim(disk(index))
+		var used *diskuse.Error
+		if !errors.As(err, &used) {
+			return fd, err
+		}
+		select {
+		case <-time.After(busyBackoff):
+			continue
+		case <-patience:
+		case <-ctx.Done():
+		}
+		return -1, fmt.Errorf("%w: %s", ErrBusy, used.User)
+	}
+}
+
+// Connected says whether /dev/nbdN is connected to a server, alive or not, which
+// started it with the given cookie.
+func Connected(index int, cookie uint64) (bool, error) {
+	text, err := os.ReadFile("/sys/block/" + disk(index) + "/backend")
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil // the kernel shows it while the device is connected
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for %s: %w", disk(index), err)
+	}
+	return strings.TrimSpace(string(text)) == backend(cookie), nil
+}
+
+// Disconnect ends a device that this process or one that has died has started, and
+// that is still the one with this cookie: else it is ErrNoDevice. See Device.Stop about
+// force.
+func Disconnect(ctx context.Context, index int, cookie uint64, force bool) error {
+	if err := disconnect(ctx, index, cookie, force); err != nil {
+		return fmt.Errorf("disconnect /dev/%s: %w", disk(index), err)
+	}
+	return nil
+}
+
+func disconnect(ctx context.Context, index int, cookie uint64, force bool) error {
+	switch there, err := Connected(index, cookie); {
+	case err != nil:
+		return err
+	case !there:
+		return ErrNoDevice
+	}
+	if !force {
+		fd, err := claim(ctx, index)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+	}
+	_, err := kernelDo(ctx, nlDisconnect, attributes(nil).u32(attrIndex, uint32(index)))
+	if errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w: %w", ErrNoDevice, err)
+	}
+	return err
+}
