@@ -5,7 +5,8 @@
 #	make test       all tests: test-unit, then test-vm
 #	make test-unit  format, vet, unit tests, also with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
-#	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests
+#	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
+#	                UN_FULL=1 the whole matrix of queues on each kernel
 #	make demo       a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
 #	make lint       golangci-lint

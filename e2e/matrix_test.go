@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -42,7 +43,8 @@ func (c perClass) total() int { return c.read + c.def + c.poll }
 
 // TestSplitMatrix connects with every request to a target that grants every
 // number of queues, and checks what is reported, that data is right, and which
-// commands arrive on which queue.
+// commands arrive on which queue. The two kernels of make test share the table, like
+// the colours of a chessboard; UN_FULL=1, or another kernel, takes all of it.
 func TestSplitMatrix(t *testing.T) {
 	if n := runtime.NumCPU(); n != 4 {
 		t.Fatalf("the table is for 4 CPUs, here are %d", n)
@@ -51,8 +53,12 @@ func TestSplitMatrix(t *testing.T) {
 	run(t, "lab", "rxe", labMTU)
 	run(t, "lab", "target", "size=64")
 	t.Cleanup(func() { run(t, "lab", "clean") })
-	for _, s := range splits {
+	for row, s := range splits {
 		for i, grant := range grants {
+			if odd := (row+i)%2 == 1; os.Getenv("UN_FULL") == "" &&
+				(os.Getenv("UN_KERNEL") == "6.12" && odd || os.Getenv("UN_KERNEL") == "7.3" && !odd) {
+				continue
+			}
 			t.Run(fmt.Sprintf("%s of %d", strings.ReplaceAll(s.request, "/", "+"), grant), func(t *testing.T) {
 				testSplit(t, parseCounts(t, s.request), parseCounts(t, s.asked), grant, parseCounts(t, s.granted[i]))
 			})
