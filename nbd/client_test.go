@@ -92,10 +92,10 @@ func newServer(t testing.TB, cfg Config) (s *Server, path string) {
 		if n := s.Connections(); slices.Max(n) != 0 || s.total != 0 || len(s.clients) != 0 {
 			t.Errorf("left: %v connections, %d clients", n, s.total)
 		}
-		for i, l := range s.loops {
-			for k, q := range l.worker.queues {
+		for _, e := range s.exports {
+			for i, q := range e.queues {
 				if q.nFree != len(q.tags) || q.inflight != 0 || q.waiting.head != nil {
-					t.Errorf("loop %d export %d: %d of %d tags free, %d in flight", i, k, q.nFree, len(q.tags), q.inflight)
+					t.Errorf("loop %d export %s: %d of %d tags free, %d in flight", i, e.Name, q.nFree, len(q.tags), q.inflight)
 				}
 			}
 		}

@@ -27,7 +27,7 @@ type Export struct {
 
 // Config says what New serves, and how.
 type Config struct {
-	// Exports are what clients can choose from, one at least.
+	// Exports are what clients can choose from, before Add and Remove.
 	Exports []Export
 	// Loops serve the connections; loop i opens queue i of every export's device.
 	// They run until after Stop.
@@ -81,8 +81,6 @@ func (c *Config) setDefaults() error {
 		c.MaxConns = defaultMaxConns
 	}
 	switch {
-	case len(c.Exports) == 0:
-		return errors.New("no export to serve")
 	case len(c.Loops) == 0:
 		return errors.New("no loop to serve on")
 	case c.Depth < minDepth || c.Depth > maxDepth:
@@ -92,27 +90,23 @@ func (c *Config) setDefaults() error {
 	case c.RequireTLS && c.TLS == nil:
 		return errors.New("TLS is required, and not configured")
 	}
-	names := map[string]bool{}
-	for _, e := range c.Exports {
-		switch {
-		case e.Device == nil:
-			return fmt.Errorf("export %q has no device", e.Name)
-		case len(e.Name) > maxName || len(e.Description) > maxName:
-			return fmt.Errorf("name or description of an export is longer than %d bytes", maxName)
-		case names[e.Name]:
-			return fmt.Errorf("two exports are named %q", e.Name)
-		}
-		names[e.Name] = true
-		if err := e.Device.Geometry().Validate(); err != nil {
-			return fmt.Errorf("export %q: %w", e.Name, err)
-		}
-	}
 	return nil
+}
+
+// check says what is wrong with an export.
+func (e *Export) check() error {
+	switch {
+	case e.Device == nil:
+		return errors.New("it has no device")
+	case len(e.Name) > maxName || len(e.Description) > maxName:
+		return fmt.Errorf("its name or description is longer than %d bytes", maxName)
+	}
+	return e.Device.Geometry().Validate()
 }
 
 // offer is an export as a client sees it, at the moment when it asks.
 type offer struct {
-	index      int
+	export     *export
 	size       uint64 // bytes
 	flags      uint16
 	minBlock   uint32
@@ -120,15 +114,14 @@ type offer struct {
 	maxRequest uint32
 }
 
-// offer describes export number i. structured says what the client negotiated.
-func (s *Server) offer(i int, structured bool) offer {
-	e := &s.cfg.Exports[i]
+// offer describes the export. structured says what the client negotiated.
+func (e *export) offer(structured bool) offer {
 	g := e.Device.Geometry()
 	o := offer{
-		index: i, size: g.Sectors << block.SectorShift,
+		export: e, size: g.Sectors << block.SectorShift,
 		flags:    flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn,
 		minBlock: g.LogicalBlock, preferred: max(g.PhysicalBlock, 4096),
-		maxRequest: s.limits[i].maxRequest,
+		maxRequest: e.limits.maxRequest,
 	}
 	if e.ReadOnly || g.ReadOnly {
 		o.flags |= flagReadOnly

@@ -473,3 +473,43 @@ func TestSpread(t *testing.T) {
 	}
 	await(t, "two connections on each loop", func() bool { return slices.Equal(s.Connections(), []int{2, 2}) })
 }
+
+// TestAddRemove changes what is offered while clients are there.
+func TestAddRemove(t *testing.T) {
+	s, path := newServer(t, Config{})
+	c := dial(t, path)
+	c.hello()
+	c.option(optGo, infoData(""))
+	if a := c.answers(optGo); a[0].rep != repErrUnknown {
+		t.Errorf("without an export: %+v", a)
+	}
+	g := newGate(t, block.Geometry{})
+	for _, e := range []Export{{Name: "a", Device: newRAM(t, block.Geometry{})}, {Name: "b", Device: newRAM(t, block.Geometry{})}} {
+		if err := s.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Add(Export{Name: "b", Device: g}); err == nil {
+		t.Error("added twice")
+	}
+	a, b := connect(t, path, "a", false), connect(t, path, "b", false)
+	await(t, "two users", func() bool { return s.Users("a") == 1 && s.Users("b") == 1 })
+	if err := s.Remove(testContext(t), "a", false); !errors.Is(err, ErrBusy) {
+		t.Errorf("removed while in use: %v", err)
+	}
+	if err := s.Remove(testContext(t), "a", true); err != nil {
+		t.Error(err)
+	}
+	a.closed()
+	b.ask(request{kind: cmdFlush, cookie: 1}, nil)
+	if e := b.simple(1); e != 0 {
+		t.Errorf("flush of the other: %d", e)
+	}
+	c.option(optInfo, infoData("a"))
+	if a := c.answers(optInfo); a[0].rep != repErrUnknown {
+		t.Errorf("a removed export: %+v", a)
+	}
+	if err := s.Remove(testContext(t), "a", false); err != nil {
+		t.Errorf("again: %v", err)
+	}
+}

@@ -93,8 +93,8 @@ type Device struct {
 // Errors (errors.Is): ErrNoDriver, ErrPermission, ErrTaken, ctx' error, and what the
 // system says.
 func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
-	i := s.export(cfg.Export)
-	if i < 0 {
+	e := s.find(cfg.Export)
+	if e == nil {
 		return nil, fmt.Errorf("start NBD device: no export %q", cfg.Export)
 	}
 	if cfg.Connections == 0 {
@@ -106,7 +106,7 @@ func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 	if cfg.Log == nil {
 		cfg.Log = s.cfg.Log
 	}
-	d := &Device{srv: s, cfg: cfg, offer: s.offer(i, false), cookie: newCookie(), done: make(chan struct{})}
+	d := &Device{srv: s, cfg: cfg, offer: e.offer(false), cookie: newCookie(), done: make(chan struct{})}
 	if err := d.start(ctx); err != nil {
 		return nil, fmt.Errorf("start NBD device: %w", err)
 	}
@@ -127,7 +127,7 @@ func newCookie() uint64 {
 func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
 
 func (d *Device) start(ctx context.Context) error {
-	g := d.srv.cfg.Exports[d.offer.index].Device.Geometry()
+	g := d.offer.export.Device.Geometry()
 	flags := d.offer.flags
 	if !g.VolatileCache {
 		flags &^= flagSendFlush | flagSendFUA // spares the kernel to ask

@@ -144,7 +144,7 @@ func TestReconfigure(t *testing.T) {
 	}
 	cutOne := func() {
 		first := true
-		s.onConns(func(c *conn) {
+		s.onConns(nil, func(c *conn) {
 			if first {
 				c.abandon()
 			}
@@ -187,7 +187,7 @@ func TestDisconnected(t *testing.T) {
 	}
 
 	left := startDevice(t, s, DeviceConfig{Index: -1})
-	s.onConns((*conn).abandon)
+	s.onConns(nil, (*conn).abandon)
 	<-left.Done()
 	if there, err := Connected(left.Index(), left.Cookie()); err != nil || !there {
 		t.Errorf("without a server: %t, %v", there, err)

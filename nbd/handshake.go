@@ -137,11 +137,11 @@ func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 
 // exportName is the old way to choose, which cannot be refused but by hanging up.
 func (n *negotiation) exportName() (offer, error) {
-	i := n.srv.export(string(n.data))
-	if i < 0 {
+	e := n.srv.find(string(n.data))
+	if e == nil {
 		return offer{}, fmt.Errorf("no export %q", n.data)
 	}
-	o := n.srv.offer(i, n.structured)
+	o := e.offer(n.structured)
 	b := binary.BigEndian.AppendUint64(nil, o.size)
 	b = binary.BigEndian.AppendUint16(b, o.flags)
 	if !n.noZeroes {
@@ -157,11 +157,11 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	if !ok {
 		return o, false, n.refuse(opt, repErrInvalid, "the request is malformed")
 	}
-	i := n.srv.export(name)
-	if i < 0 {
+	e := n.srv.find(name)
+	if e == nil {
 		return o, false, n.refuse(opt, repErrUnknown, "no such export")
 	}
-	o = n.srv.offer(i, n.structured)
+	o = e.offer(n.structured)
 	be := binary.BigEndian
 	export := be.AppendUint16(nil, uint16(infoExport))
 	export = be.AppendUint64(export, o.size)
@@ -171,7 +171,6 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	sizes = be.AppendUint32(sizes, o.preferred)
 	sizes = be.AppendUint32(sizes, o.maxRequest)
 	infos := [][]byte{export, sizes}
-	e := n.srv.cfg.Exports[i]
 	if asked[infoName] {
 		infos = append(infos, append(be.AppendUint16(nil, uint16(infoName)), e.Name...))
 	}
@@ -214,7 +213,7 @@ func (n *negotiation) list() error {
 	if len(n.data) > 0 {
 		return n.refuse(optList, repErrInvalid, "the option takes no data")
 	}
-	for _, e := range n.srv.cfg.Exports {
+	for _, e := range n.srv.list() {
 		b := binary.BigEndian.AppendUint32(nil, uint32(len(e.Name)))
 		b = append(append(b, e.Name...), e.Description...)
 		if err := n.reply(optList, repServer, b); err != nil {

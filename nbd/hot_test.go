@@ -24,7 +24,7 @@ func newPipe(t testing.TB, s *Server, export string, structured bool) *pipe {
 		t.Fatal(err)
 	}
 	gone := make(chan error, 1)
-	go func() { gone <- s.transmit(fds[0], s.offer(s.export(export), structured), structured) }()
+	go func() { gone <- s.transmit(fds[0], s.find(export).offer(structured), structured) }()
 	t.Cleanup(func() {
 		_ = unix.Close(fds[1])
 		if err := <-gone; err != nil {
@@ -147,7 +147,7 @@ func FuzzTransmission(f *testing.F) {
 			t.Fatal(err)
 		}
 		gone := make(chan error, 1)
-		go func() { gone <- s.transmit(fds[0], s.offer(0, true), true) }()
+		go func() { gone <- s.transmit(fds[0], s.find("").offer(true), true) }()
 		go func() { // the replies
 			b := make([]byte, 64<<10)
 			for {

@@ -32,12 +32,12 @@ const acceptRetry = 100 * time.Millisecond
 // the loops'.
 type Server struct {
 	cfg     Config
-	limits  []limits // by export
 	loops   []*loop
 	stopped chan struct{} // closed when no client is taken any more
 
 	mu        sync.Mutex // guards what follows
 	over      bool       // stopped is closed
+	exports   []*export  // the first is the default
 	listeners []net.Listener
 	clients   map[net.Conn]bool // true: the negotiation is over
 	conns     map[*conn]*loop   // in transmission
@@ -53,6 +53,15 @@ type loop struct {
 	conns  int // guarded by Server.mu
 }
 
+// export is an Export while it is served.
+type export struct {
+	Export
+	limits  limits
+	queues  []*queue       // by loop
+	removed bool           // guarded by Server.mu: no client gets it any more
+	ending  sync.WaitGroup // of connections in transmission
+}
+
 // New opens the queues of all exports. Errors are the configuration's, what the back
 // ends say, and the end of a loop.
 func New(cfg Config) (*Server, error) {
@@ -63,42 +72,140 @@ func New(cfg Config) (*Server, error) {
 		cfg: cfg, stopped: make(chan struct{}),
 		clients: map[net.Conn]bool{}, conns: map[*conn]*loop{},
 	}
-	for _, e := range cfg.Exports {
-		s.limits = append(s.limits, cfg.limitsOf(e.Device.Geometry()))
-	}
 	for i, l := range cfg.Loops {
-		w := &worker{ring: l}
+		w := &worker{ring: l, index: i}
 		s.loops = append(s.loops, &loop{Loop: l, worker: w})
-		if err := s.open(i, w); err != nil {
+		err := l.Call(func() {
+			w.base = l.Handle(w)
+			w.attached = true
+			l.Attach(w)
+		})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("make NBD server: %w", err), s.close())
+		}
+	}
+	for _, e := range cfg.Exports {
+		if err := s.Add(e); err != nil {
 			return nil, errors.Join(fmt.Errorf("make NBD server: %w", err), s.close())
 		}
 	}
 	return s, nil
 }
 
-// open opens the queues of loop number i, and has it serve them.
-func (s *Server) open(i int, w *worker) error {
-	for k, e := range s.cfg.Exports {
-		back, err := e.Device.OpenQueue(i, block.QueueConfig{Depth: s.cfg.Depth, MaxIO: s.limits[k].maxIO})
-		if err != nil {
-			return fmt.Errorf("open queue %d of export %q: %w", i, e.Name, err)
-		}
-		w.queues = append(w.queues, newQueue(back, e.Device.Geometry(), s.limits[k], s.cfg.Depth))
+// Add offers another export, from now on. Errors are as those of New.
+func (s *Server) Add(x Export) error {
+	if err := x.check(); err != nil {
+		return fmt.Errorf("export %q: %w", x.Name, err)
 	}
-	l := s.cfg.Loops[i]
-	return l.Call(func() {
-		w.base = l.Handle(w)
-		w.attached = true
-		l.Attach(w)
-	})
+	g := x.Device.Geometry()
+	e := &export{Export: x, limits: s.cfg.limitsOf(g)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.over:
+		return ErrStopped
+	case slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name }):
+		return fmt.Errorf("export %q: there is one already", x.Name)
+	}
+	for i := range s.loops {
+		back, err := x.Device.OpenQueue(i, block.QueueConfig{Depth: s.cfg.Depth, MaxIO: e.limits.maxIO})
+		if err != nil {
+			return errors.Join(fmt.Errorf("export %q: open queue %d: %w", x.Name, i, err), s.closeQueues(e))
+		}
+		e.queues = append(e.queues, newQueue(back, g, e.limits, s.cfg.Depth))
+	}
+	for i, l := range s.loops {
+		if err := l.Call(func() { l.worker.queues = append(l.worker.queues, e.queues[i]) }); err != nil {
+			return errors.Join(fmt.Errorf("export %q: %w", x.Name, err), s.closeQueues(e))
+		}
+	}
+	s.exports = append(s.exports, e)
+	return nil
 }
 
-// export is the number of an export, or -1.
-func (s *Server) export(name string) int {
-	if name == "" {
+// closeQueues gives an export's memory back. No request is in flight.
+func (s *Server) closeQueues(e *export) error {
+	var errs []error
+	for i, q := range e.queues {
+		l := s.loops[i]
+		remove := func() {
+			w := l.worker
+			w.queues = slices.DeleteFunc(w.queues, func(have *queue) bool { return have == q })
+			errs = append(errs, q.back.Close())
+		}
+		if l.Call(remove) != nil { // the loop is no more
+			remove()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Remove ends an export, as Stop ends all. There is no error if there is none of that
+// name.
+func (s *Server) Remove(ctx context.Context, name string, force bool) error {
+	s.mu.Lock()
+	i := slices.IndexFunc(s.exports, func(e *export) bool { return e.Name == name })
+	if i < 0 {
+		s.mu.Unlock()
+		return nil
+	}
+	e := s.exports[i]
+	if n := s.users(e); n > 0 && !force {
+		s.mu.Unlock()
+		return fmt.Errorf("remove export %q: %w: %d connections", name, ErrBusy, n)
+	}
+	e.removed = true
+	s.mu.Unlock()
+	if err := s.await(ctx, &e.ending, e); err != nil {
+		return fmt.Errorf("remove export %q: %w", name, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i = slices.Index(s.exports, e)
+	if i < 0 {
+		return nil // somebody was faster
+	}
+	s.exports = slices.Delete(s.exports, i, i+1)
+	return s.closeQueues(e)
+}
+
+// users counts the connections of an export, or of all (nil). The caller holds mu.
+func (s *Server) users(e *export) int {
+	n := 0
+	for c := range s.conns {
+		if e == nil || c.offer.export == e {
+			n++
+		}
+	}
+	return n
+}
+
+// Users is how many connections use an export.
+func (s *Server) Users(name string) int {
+	e := s.find(name)
+	if e == nil {
 		return 0
 	}
-	return slices.IndexFunc(s.cfg.Exports, func(e Export) bool { return e.Name == name })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.users(e)
+}
+
+// find is the export of a name, or nil.
+func (s *Server) find(name string) *export {
+	for _, e := range s.list() {
+		if e.Name == name || name == "" {
+			return e
+		}
+	}
+	return nil
+}
+
+// list is all exports that clients can choose from.
+func (s *Server) list() []*export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(s.exports), func(e *export) bool { return e.removed })
 }
 
 // Serve takes clients from l, a listener for unix or TCP sockets, until Stop, which
@@ -161,7 +268,7 @@ func (s *Server) take(nc net.Conn) {
 			s.leave(nc)
 			return
 		}
-		name := s.cfg.Exports[o.index].Name
+		name := o.export.Name
 		log.Info("NBD client connected", "export", name)
 		err = s.serve(n, o)
 		s.leave(nc)
@@ -275,7 +382,7 @@ func (s *Server) transmit(fd int, o offer, structured bool) error {
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return fmt.Errorf("make socket blocking: %w", err)
 	}
-	c, err := newConn(fd, o, structured, s.limits[o.index])
+	c, err := newConn(fd, o, structured, o.export.limits)
 	if err != nil {
 		return err
 	}
@@ -300,9 +407,10 @@ func (s *Server) transmit(fd int, o offer, structured bool) error {
 func (s *Server) begin(c *conn) (*loop, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.over {
+	if s.over || c.offer.export.removed {
 		return nil, ErrStopped
 	}
+	c.offer.export.ending.Add(1)
 	l := slices.MinFunc(s.loops, func(a, b *loop) int { return a.conns - b.conns })
 	l.conns++
 	s.conns[c] = l
@@ -314,6 +422,7 @@ func (s *Server) finish(c *conn) {
 	defer s.mu.Unlock()
 	s.conns[c].conns--
 	delete(s.conns, c)
+	c.offer.export.ending.Done()
 }
 
 // Connections is how many clients use an export, and how many of them each loop
@@ -338,26 +447,37 @@ func (s *Server) Stop(ctx context.Context, force bool) error {
 	if err := s.refuseClients(force); err != nil {
 		return fmt.Errorf("stop NBD server: %w", err)
 	}
-	s.onConns((*conn).leave)
+	if err := s.await(ctx, &s.ending, nil); err != nil {
+		return fmt.Errorf("stop NBD server: %w", err)
+	}
+	return s.close()
+}
+
+// await ends the connections of an export, or all (nil), and waits for that.
+func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) error {
+	s.onConns(e, (*conn).leave)
 	gone := make(chan struct{})
 	go func() {
-		s.ending.Wait()
+		ending.Wait()
 		close(gone)
 	}()
 	select {
 	case <-gone:
+		return nil
 	case <-ctx.Done():
-		s.onConns((*conn).abandon)
-		s.mu.Lock()
-		s.hangUp(true)
-		s.mu.Unlock()
-		select {
-		case <-gone:
-		case <-time.After(cutPatience):
-			return fmt.Errorf("stop NBD server: wait for requests in flight: %w", context.Cause(ctx))
-		}
 	}
-	return s.close()
+	s.onConns(e, (*conn).abandon)
+	s.mu.Lock()
+	if s.over {
+		s.hangUp(true)
+	}
+	s.mu.Unlock()
+	select {
+	case <-gone:
+		return nil
+	case <-time.After(cutPatience):
+		return fmt.Errorf("wait for requests in flight: %w", context.Cause(ctx))
+	}
 }
 
 // cutPatience is for the kernel to end what it does on a socket.
@@ -392,11 +512,14 @@ func (s *Server) hangUp(all bool) {
 	}
 }
 
-// onConns calls fn for all connections, each on its loop.
-func (s *Server) onConns(fn func(*conn)) {
+// onConns calls fn for the connections of an export, or all (nil), each on its loop.
+func (s *Server) onConns(e *export, fn func(*conn)) {
 	s.mu.Lock()
 	all := map[*loop][]*conn{}
 	for c, l := range s.conns {
+		if e != nil && c.offer.export != e {
+			continue
+		}
 		all[l] = append(all[l], c)
 	}
 	s.mu.Unlock()
@@ -419,29 +542,27 @@ func (s *Server) close() error {
 	}
 	s.closed = true
 	var errs []error
+	for _, e := range s.exports {
+		errs = append(errs, s.closeQueues(e))
+	}
 	for _, l := range s.loops {
-		w := l.worker
-		err := l.Call(func() {
-			if w.attached {
+		_ = l.Call(func() { // it may be no more
+			if w := l.worker; w.attached {
 				l.Detach(w)
 				l.Unhandle(w.base)
 			}
-			errs = append(errs, w.close())
 		})
-		if err != nil { // the loop is no more
-			errs = append(errs, w.close())
-		}
 	}
 	return errors.Join(errs...)
 }
 
 // Snapshot is what was counted for an export, on all loops, to the last batch of
 // each.
-func (s *Server) Snapshot(export string) Stats {
+func (s *Server) Snapshot(name string) Stats {
 	var total Stats
-	if i := s.export(export); i >= 0 {
-		for _, l := range s.loops {
-			total.add(l.worker.queues[i].snapshot())
+	if e := s.find(name); e != nil {
+		for _, q := range e.queues {
+			total.add(q.snapshot())
 		}
 	}
 	return total

@@ -1,8 +1,6 @@
 package nbd
 
 import (
-	"errors"
-
 	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
@@ -15,6 +13,7 @@ type submitter interface {
 // worker is what a server does on one loop, of which it is a poller.Source and a
 // poller.Handler. All of it is the loop's.
 type worker struct {
+	index    int
 	ring     submitter
 	base     uint64 // of poller.Loop.Handle
 	attached bool
@@ -77,7 +76,7 @@ func (w *worker) Complete(data uint64, res int32, _ uint32) {
 
 // add begins a connection.
 func (w *worker) add(c *conn) {
-	c.worker, c.queue = w, w.queues[c.offer.index]
+	c.worker, c.queue = w, c.offer.export.queues[w.index]
 	c.slot = -1
 	for i, have := range w.conns {
 		if have == nil {
@@ -98,13 +97,4 @@ func (w *worker) add(c *conn) {
 func (w *worker) remove(c *conn) {
 	w.conns[c.slot] = nil
 	close(c.done)
-}
-
-// close gives the memory back.
-func (w *worker) close() error {
-	var errs []error
-	for _, q := range w.queues {
-		errs = append(errs, q.back.Close())
-	}
-	return errors.Join(errs...)
 }
