@@ -231,6 +231,20 @@ func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duratio
 	return nil
 }
 
+// Resize makes the device as large as its export has become, in bytes.
+func (d *Device) Resize(ctx context.Context, size uint64) error {
+	e := d.offer.export
+	g := e.Device.Geometry()
+	// First those that serve it, lest they refuse what the kernel may ask for.
+	d.srv.onConns(e, func(c *conn) { c.offer.size = size })
+	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
+		u64(attrSize, size).u64(attrBlockSize, uint64(g.LogicalBlock))
+	if _, err := kernelDo(ctx, nlReconfigure, attrs); err != nil {
+		return fmt.Errorf("resize %s: %w", d.Path(), err)
+	}
+	return nil
+}
+
 // Stop ends the device: requests in flight are done, the block device has no size, its
 // number is free.
 //

@@ -44,7 +44,7 @@ func newDisconnect(runDir dirFunc) *cobra.Command {
 		Use:   "disconnect {-n NQN | -d DEVICE | NQN | DEVICE}…",
 		Short: "End the servers of subsystems, and remove their devices",
 		Long: `Ends the servers of a subsystem, by its NQN, or the server of a device: /dev/ublkb0,
-ublkb0, or the name that list -v shows, as ctrl0. A server with a device in use
+ublkb0, /dev/nbd0, an NBD URI, or the name that list -v shows, as ctrl0. A server with a device in use
 is left alone, unless --force is given: then users of the device get I/O errors,
 and a server that does not end within seconds is killed. Either way it has
 happened, or is refused, when this returns.
@@ -101,8 +101,11 @@ no such device.`,
 
 // isDevice tells a device or a server from an NQN.
 func isDevice(s string) bool {
+	if strings.HasPrefix(s, "nbd+unix://") || strings.HasPrefix(s, "nbd://") {
+		return true
+	}
 	s = strings.TrimPrefix(s, "/dev/")
-	for _, prefix := range []string{"ublkb", "ublkc", "ctrl"} {
+	for _, prefix := range []string{"ublkb", "ublkc", "nbd", "ctrl"} {
 		if n, ok := strings.CutPrefix(s, prefix); ok {
 			if _, err := strconv.ParseUint(n, 10, 32); err == nil {
 				return true
@@ -191,8 +194,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 func serves(r state.Record, name string) bool {
 	name = strings.TrimPrefix(name, "/dev/")
 	return r.Name == name || slices.ContainsFunc(r.Devices, func(d state.Device) bool {
-		id := strconv.Itoa(d.ID)
-		return name == "ublkb"+id || name == "ublkc"+id
+		return name == d.Name() || d.Kind == state.Ublk && name == "ublkc"+strconv.Itoa(d.ID)
 	})
 }
 

@@ -74,7 +74,7 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 		s.TrAddr, s.TrSvcID = a.Addr().String(), strconv.Itoa(int(a.Port()))
 	}
 	for _, d := range r.Devices {
-		s.Devices = append(s.Devices, control.Device{Device: "ublkb" + strconv.Itoa(d.ID), NSID: d.NSID})
+		s.Devices = append(s.Devices, control.Device{Device: d.Name(), NSID: d.NSID})
 	}
 	switch {
 	case r.Err != nil:

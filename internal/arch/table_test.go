@@ -72,15 +72,15 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
 	}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nvme", "rdma", "ublk"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", "target", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nvme", "poller", "rdma", "ublk", sys,
+		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/state",
-	}},
+	}, testing: []string{"block/null"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
 	}},

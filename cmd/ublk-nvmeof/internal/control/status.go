@@ -6,6 +6,8 @@
 //	                                       409 if a device is in use, else 500
 package control
 
+import "strings"
+
 // SchemaVersion is that of Status.
 const SchemaVersion = 1
 
@@ -36,6 +38,9 @@ type Status struct {
 	Model    string `json:"model"`
 	Serial   string `json:"serial"`
 	Firmware string `json:"firmware_rev"`
+
+	Frontend       string `json:"frontend"` // ublk, nbd or nbd-socket
+	FrontendReason string `json:"frontend_reason,omitempty"`
 
 	Provider string `json:"provider"`
 	// ProviderReason says why it is this provider.
@@ -81,7 +86,7 @@ type Class struct {
 
 // Device is a block device that the server serves.
 type Device struct {
-	Device      string `json:"device"` // ublkb0
+	Device      string `json:"device"` // ublkb0, nbd0, or an NBD URI
 	NSID        uint32 `json:"nsid"`
 	UUID        string `json:"uuid,omitempty"`
 	Size        uint64 `json:"size"`
@@ -95,8 +100,13 @@ type Device struct {
 	Counters    IO     `json:"counters"`
 }
 
-// Path is the block device's node.
-func (d Device) Path() string { return "/dev/" + d.Device }
+// Path is the block device's node, or its URI.
+func (d Device) Path() string {
+	if strings.Contains(d.Device, "://") {
+		return d.Device
+	}
+	return "/dev/" + d.Device
+}
 
 // IO counts completed requests.
 type IO struct {

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -25,6 +26,11 @@ func classify(err error) Code {
 	}{
 		{ublk.ErrNoDriver, NoUblk},
 		{ublk.ErrPermission, Permission},
+		{nbd.ErrNoDriver, NoUblk},
+		{nbd.ErrPermission, Permission},
+		{nbd.ErrTaken, DeviceTaken},
+		{nbd.ErrNoDevice, NotFound},
+		{nbd.ErrBusy, Busy},
 		{ublk.ErrIDTaken, DeviceTaken},
 		{ublk.ErrNoDevice, NotFound},
 		{ublk.ErrBusy, Busy},

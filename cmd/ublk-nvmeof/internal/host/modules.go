@@ -21,6 +21,7 @@ type Module struct {
 // them: which one that is, is the operator's choice.
 var (
 	UblkDrv  = Module{"ublk_drv", "/dev/ublk-control"}
+	NBD      = Module{"nbd", "/dev/nbd0"}
 	RDMAUCM  = Module{"rdma_ucm", "/dev/infiniband/rdma_cm"}
 	IBUverbs = Module{"ib_uverbs", "/dev/infiniband/uverbs*"}
 )

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -55,6 +56,14 @@ const (
 	RoCE         = "roce"
 )
 
+// Front ends.
+const (
+	Auto      = "auto"
+	Ublk      = "ublk"       // /dev/ublkbN
+	NBD       = "nbd"        // /dev/nbdN, by the kernel's NBD client
+	NBDSocket = "nbd-socket" // a socket for any NBD client
+)
+
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
@@ -85,6 +94,8 @@ type Connect struct {
 	NSIDs       []uint32 // nil: all
 	Provider    string
 	LoadModules string
+	Frontend    string // Auto, Ublk, NBD or NBDSocket
+	Socket      string // of NBDSocket: a path or host:port; empty: in the run directory
 	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
 
@@ -98,7 +109,7 @@ func Default() *Connect {
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
-		Provider: AutoProvider, LoadModules: "auto", OnCrash: Requeue, Timeout: defaultTimeout,
+		Provider: AutoProvider, LoadModules: "auto", Frontend: Auto, OnCrash: Requeue, Timeout: defaultTimeout,
 	}
 }
 
@@ -137,10 +148,13 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "largest request; each queue has queue-size buffers of it")
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
-	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN for the first namespace, N+1 for the second, … (default: free ones)")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "what makes the devices: the ublk driver, the kernel's NBD client, or a socket for NBD clients; auto takes the first that the machine has")
+	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
+		"where the front end nbd-socket listens, and chooses it (default: nbd.sock in the server's state directory)")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN, or /dev/nbdN, for the first namespace, N+1 for the second, … (default: free ones)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device on the route")
-	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, rdma_ucm and ib_uverbs when they are missing")
+	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, nbd, rdma_ucm and ib_uverbs when they are missing")
 	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what becomes of the devices when the server dies: requests wait for recover, or fail until then, or the devices go away")
 	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
 }
@@ -167,6 +181,15 @@ func (c *Connect) Complete(from Sources) error {
 	}
 	if c.Device != AutoDevice && len(c.NSIDs) > 0 && c.Device+len(c.NSIDs)-1 > maxDevice {
 		return fmt.Errorf("--device-id \"%d\": want a number that leaves %d numbers up to %d", c.Device, len(c.NSIDs), maxDevice)
+	}
+	if c.Socket != "" && c.Frontend == Auto {
+		c.Frontend = NBDSocket
+	}
+	switch {
+	case c.Socket != "" && c.Frontend != NBDSocket:
+		return fmt.Errorf("--nbd-socket %q: want it with --frontend %s, not %s", c.Socket, NBDSocket, c.Frontend)
+	case c.Device != AutoDevice && c.Frontend == NBDSocket:
+		return fmt.Errorf("--device-id \"%d\": a socket has no number", c.Device)
 	}
 	var err error
 	c.HostNQN, c.HostID, err = identity(c.HostNQN, c.hostID, from)
@@ -251,6 +274,26 @@ func checkSubsystem(s string) error {
 		return errors.New("a discovery subsystem has no namespaces")
 	}
 	return nvme.ValidateNQN(s)
+}
+
+// maxSocketPath is what struct sockaddr_un has room for.
+const maxSocketPath = 107
+
+func checkSocket(s string) error {
+	if strings.HasPrefix(s, "/") {
+		if len(s) > maxSocketPath {
+			return errUnwanted
+		}
+		return nil
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err != nil || host == "" {
+		return errUnwanted
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errUnwanted
+	}
+	return nil
 }
 
 func checkUUID(s string) error {

@@ -67,6 +67,8 @@ func TestWrongValues(t *testing.T) {
 		{"--namespace", []string{"0", "4294967295", "x", "", "1,", "1,,2", "-1"}, "want namespace ids, 1 to 4294967294, several"},
 		{"--provider", []string{"rxe", "", "tcp"}, "want auto, verbs or roce"},
 		{"--on-crash", []string{"wait", ""}, "want requeue, fail or remove"},
+		{"--frontend", []string{"", "vhost", "nbd,ublk"}, "want auto, ublk, nbd or nbd-socket"},
+		{"--nbd-socket", []string{"", "nbd.sock", "localhost", ":10809", "a:b", "a:0", "a:65536", "/" + strings.Repeat("x", 107)}, "want an absolute path of at most 107 bytes, or HOST:PORT"},
 		{"--load-modules", []string{"always", ""}, "want auto or never"},
 		{"--timeout", []string{"0", "-1", "x", "", "61m", "999ms"}, "want seconds, or a time like 1m30s, 1s to 1h0m0s"},
 	} {
@@ -121,6 +123,8 @@ func TestOtherUsageErrors(t *testing.T) {
 		{[]string{"-a", "10.0.2.15"}, "-n/--nqn: no value is given"},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "-w", "fe80::1"}, `-w/--host-traddr "fe80::1": want an address of the family`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--device-id", "1048575", "--namespace", "1,2"}, `--device-id "1048575": want`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "/s", "--frontend", "nbd"}, `--nbd-socket "/s": want it with --frontend nbd-socket, not nbd`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--device-id", "1"}, `--device-id "1": a socket has no number`},
 	} {
 		c, _, err := parse(t, tt.args...)
 		if err != nil {

@@ -41,6 +41,8 @@ type connected struct {
 	Controller    string         `json:"controller"`
 	NQN           string         `json:"subsysnqn"`
 	Address       string         `json:"address"`
+	Frontend      string         `json:"frontend"`
+	FrontReason   string         `json:"frontend_reason,omitempty"`
 	Provider      string         `json:"provider"`
 	Reason        string         `json:"provider_reason,omitempty"`
 	Queues        control.Queues `json:"queues"`
@@ -51,7 +53,7 @@ type connected struct {
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
-		Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
+		Frontend: s.Frontend, FrontReason: s.FrontendReason, Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
 	}
 	var paths []string
 	for _, d := range s.Devices {
@@ -64,24 +66,30 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 		return writeJSON(w, out)
 	}
+	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
+		// Not what one might expect, so it is said why.
+		if _, err := fmt.Fprintf(w, "front end %s\n", because(s.Frontend, s.FrontendReason)); err != nil {
+			return err
+		}
+	}
 	if _, err := fmt.Fprintf(w, "connected %s at %s: %s\n", s.NQN, endpoint(s), strings.Join(paths, " ")); err != nil {
 		return err
 	}
 	if !verbose {
 		return nil
 	}
-	if _, err := fmt.Fprintf(w, "provider %s\n", provider(s)); err != nil {
+	if _, err := fmt.Fprintf(w, "front end %s\nprovider %s\n", because(s.Frontend, s.FrontendReason), because(s.Provider, s.ProviderReason)); err != nil {
 		return err
 	}
 	return classTable(w, s.Queues)
 }
 
-// provider is the provider and why it is this one.
-func provider(s control.Status) string {
-	if s.ProviderReason == "" {
-		return orNone(s.Provider)
+// because is what was chosen, and why.
+func because(what, reason string) string {
+	if reason == "" {
+		return orNone(what)
 	}
-	return s.Provider + " (" + s.ProviderReason + ")"
+	return what + " (" + reason + ")"
 }
 
 // classTable is what was asked for, what was granted, and who serves a class
@@ -239,7 +247,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
-			row("provider", "%s", provider(s))
+			row("front end", "%s", because(s.Frontend, s.FrontendReason))
+			row("provider", "%s", because(s.Provider, s.ProviderReason))
 		}
 		if s.RDMADevice != "" {
 			row("rdma", "device %s, memory %s, in-capsule data %s, submission queue flow control %s",

@@ -38,6 +38,7 @@ var live = control.Status{
 	NQN: "nqn.2026-01.org.example:lab", HostNQN: "nqn.2014-08.org.nvmexpress:uuid:11111111-1111-1111-1111-111111111111",
 	HostID: "11111111-1111-1111-1111-111111111111",
 	State:  "live", CNTLID: 1, Version: "2.1.0", Model: "Linux", Serial: "0123456789abcdef0123", Firmware: "6.12.95+",
+	Frontend: "ublk", FrontendReason: "the ublk driver is there",
 	Provider: "verbs", ProviderReason: "RDMA device rxe0 is on eth0, which leads to 10.0.2.15", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 128,
 	Queues: control.Queues{
 		Requested: 4, Granted: 3,

@@ -33,9 +33,10 @@ type namespace struct {
 	device block.Device
 }
 
-// device is what the server needs of a ublk.Device.
+// device is what the server needs of a ublk.Device, or of what stands in its place.
 type device interface {
-	Info() ublk.Info
+	Record() state.Device
+	Info() ublk.Info // queues, depth and request size
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
 	SetReadOnly(readOnly bool) error
@@ -51,6 +52,7 @@ type device interface {
 type backend struct {
 	load      func(host.Module) error // nil if the module is there
 	available func() error            // ublk
+	nbd       func() error            // the kernel's NBD client
 	route     func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
 	provider  func(name string) (rdma.Provider, error)
 	prepare   func(loops int) error
@@ -73,6 +75,7 @@ var real = backend{
 		return m.Load()
 	},
 	available: ublk.Available,
+	nbd:       nbdAvailable,
 	route:     host.RouteTo,
 	provider:  provider.ForHost,
 	prepare:   host.Prepare,
@@ -92,14 +95,14 @@ var real = backend{
 	start: func(ctx context.Context, cfg ublk.Config) (device, error) {
 		// A nil *ublk.Device is not a nil device.
 		if d, err := ublk.Start(ctx, cfg); err == nil {
-			return d, nil
+			return ublkDevice{d}, nil
 		} else {
 			return nil, err
 		}
 	},
 	recover: func(ctx context.Context, info ublk.Info, cfg ublk.Config) (device, error) {
 		if d, err := ublk.Recover(ctx, info, cfg); err == nil {
-			return d, nil
+			return ublkDevice{d}, nil
 		} else {
 			return nil, err
 		}
@@ -108,6 +111,14 @@ var real = backend{
 	list:    ublk.List,
 	remove:  ublk.Remove,
 	abandon: ublk.Abandon,
+}
+
+// ublkDevice is a ublk.Device.
+type ublkDevice struct{ *ublk.Device }
+
+// Record implements device.
+func (d ublkDevice) Record() state.Device {
+	return state.Device{ID: d.ID(), Cookie: d.Device.Info().Cookie}
 }
 
 func describe(ns *initiator.Namespace) namespace {
@@ -128,7 +139,7 @@ const (
 	EndAll                   // remove them; what waits for them fails
 )
 
-// Clear takes away what a dead server left: its ublk devices, each only if it
+// Clear takes away what a dead server left: its devices, each only if it
 // still is the server's and nobody can use it any more, or as waiting says, and
 // its record. It returns false if a device is still there.
 func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log *slog.Logger) (bool, error) {
@@ -139,7 +150,7 @@ func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log
 func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, state.Record) bool {
 	return func(ctx context.Context, r state.Record) bool {
 		for _, d := range r.Devices {
-			gone, err := b.gone(ctx, d.ID, d.Cookie, waiting)
+			gone, err := b.gone(ctx, d, waiting)
 			if err != nil {
 				log.Warn("a dead server's device is still there", "server", r.Name, "device", d.Path(), "error", err)
 			}
@@ -151,16 +162,19 @@ func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, 
 	}
 }
 
-// gone says whether nothing is left of a ublk device of a dead server, after
+// gone says whether nothing is left of a device of a dead server, after
 // removing it if that is wanted or if nobody can use it any more.
-func (b *backend) gone(ctx context.Context, id int, cookie uint64, waiting Waiting) (bool, error) {
-	info, err := b.get(ctx, id)
+func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
+	if d.Kind != state.Ublk {
+		return goneNBD(ctx, d, waiting)
+	}
+	info, err := b.get(ctx, d.ID)
 	switch {
 	case errors.Is(err, ublk.ErrNoDevice), errors.Is(err, ublk.ErrNoDriver):
 		return true, nil
 	case err != nil:
 		return false, err
-	case info.Cookie != cookie:
+	case info.Cookie != d.Cookie:
 		return true, nil // somebody else's by now
 	case info.State == ublk.Dead:
 		err = b.remove(ctx, info)

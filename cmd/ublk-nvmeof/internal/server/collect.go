@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/ublk"
 )
 
@@ -93,6 +94,10 @@ func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error)
 			continue
 		}
 		left := slices.ContainsFunc(r.Devices, func(d state.Device) bool {
+			if d.Kind == state.NBD {
+				there, err := nbd.Connected(d.ID, d.Cookie)
+				return there || err != nil
+			}
 			return slices.ContainsFunc(devices, func(i ublk.Info) bool {
 				return i.ID == d.ID && i.Cookie == d.Cookie && i.State != ublk.Dead
 			})
@@ -108,7 +113,7 @@ func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error)
 func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	f := Finding{What: i.Path(), info: i}
 	k := slices.IndexFunc(records, func(r state.Record) bool {
-		return slices.ContainsFunc(r.Devices, func(d state.Device) bool { return d.ID == i.ID && d.Cookie == i.Cookie })
+		return slices.ContainsFunc(r.Devices, func(d state.Device) bool { return d.Kind == state.Ublk && d.ID == i.ID && d.Cookie == i.Cookie })
 	})
 	switch {
 	case i.State == ublk.Live, k >= 0 && records[k].Alive:

@@ -10,7 +10,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/poller"
-	"ublk-nvmeof/ublk"
 )
 
 // pace bounds the steps of an end.
@@ -45,7 +44,7 @@ func (s *server) Disconnect(ctx context.Context, force bool) error {
 }
 
 // end takes everything apart, top down. Without force it fails with
-// ublk.ErrBusy if a device is in use, and nothing has changed. When it returns
+// an error that isBusy if a device is in use, and nothing has changed. When it returns
 // another error, something is left that only the end of the process, or not
 // even that, takes away.
 func (s *server) end(ctx context.Context, force bool, p pace) error {
@@ -64,14 +63,14 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 		}
 	}
 	if err := s.endDevices(ctx, force, p); err != nil {
-		if !force && errors.Is(err, ublk.ErrBusy) {
+		if !force && isBusy(err) {
 			return err
 		}
 		// What is below still serves what is left. Nobody waits for the rest.
 		s.finish(err)
 		return err
 	}
-	err := errors.Join(s.endController(ctx, p), s.endLoops(p))
+	err := errors.Join(s.endNBD(p), s.endController(ctx, p), s.endLoops(p))
 	if err == nil {
 		err = bounded(p.loops, s.closeProvider)
 	}
@@ -110,7 +109,7 @@ func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 	release := s.hurry(cancel)
 	err := s.stopAll(limit, force)
 	release()
-	if err == nil || !force && errors.Is(err, ublk.ErrBusy) {
+	if err == nil || !force && isBusy(err) {
 		return err
 	}
 	if s.ctrl == nil {
@@ -150,8 +149,7 @@ func (s *server) stopAll(ctx context.Context, force bool) error {
 	for i, v := range all {
 		if errs[i] != nil {
 			left = append(left, v)
-			info := v.dev.Info()
-			records = append(records, state.Device{ID: info.ID, Cookie: info.Cookie, NSID: v.nsid, UUID: v.uuid})
+			records = append(records, recordOf(v.namespace, v.dev))
 		}
 	}
 	s.mu.Lock()

@@ -12,9 +12,12 @@ import (
 	"testing"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/block/null"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -29,6 +32,7 @@ type world struct {
 	missing    []string // modules
 	loadErr    error
 	ublkErr    error
+	nbdErr     error
 	rdmaErr    error    // of verbs
 	provider   []string // those that were tried
 	route      host.Route
@@ -50,8 +54,8 @@ type world struct {
 
 func newWorld() *world {
 	return &world{
-		route: host.Route{Netdev: "lo", RDMA: "rxe0"},
-		nsids: []uint32{1}, startErr: map[uint32]error{}, busy: map[int]bool{}, stuck: map[int]bool{}, wedged: map[int]bool{},
+		route:  host.Route{Netdev: "lo", RDMA: "rxe0"},
+		nbdErr: nbd.ErrNoDriver, nsids: []uint32{1}, startErr: map[uint32]error{}, busy: map[int]bool{}, stuck: map[int]bool{}, wedged: map[int]bool{},
 		left: map[int]ublk.Info{}, devices: map[int]*fakeDevice{},
 	}
 }
@@ -84,6 +88,7 @@ func (w *world) backend() backend {
 			return nil
 		},
 		available: func() error { return w.ublkErr },
+		nbd:       func() error { return w.nbdErr },
 		route:     func(netip.AddrPort, netip.Addr) (host.Route, error) { return w.route, w.routeErr },
 		provider: func(name string) (rdma.Provider, error) {
 			w.provider = append(w.provider, name)
@@ -179,7 +184,13 @@ type disk struct{ nsid uint32 }
 func (d disk) Geometry() block.Geometry {
 	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: 512, PhysicalBlock: 512, MaxIO: 1 << 20, VolatileCache: true}
 }
-func (disk) OpenQueue(int, block.QueueConfig) (block.Queue, error) { return nil, errors.ErrUnsupported }
+func (d disk) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
+	n, err := null.New(null.Config{Geometry: d.Geometry()})
+	if err != nil {
+		return nil, err
+	}
+	return n.OpenQueue(i, cfg)
+}
 
 type fakeController struct {
 	world   *world
@@ -263,6 +274,10 @@ type fakeDevice struct {
 	once  sync.Once
 	done  chan struct{}
 	err   error
+}
+
+func (d *fakeDevice) Record() state.Device {
+	return state.Device{ID: d.id, Cookie: uint64(1000 + d.id)}
 }
 
 func (d *fakeDevice) Info() ublk.Info {

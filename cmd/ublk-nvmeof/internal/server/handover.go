@@ -26,6 +26,9 @@ func (s *server) HandOver(ctx context.Context) error {
 	if s.opts.OnCrash != options.Requeue {
 		return exit.Errorf(exit.Other, "its devices would not wait for another server: it runs with --on-crash %s", s.opts.OnCrash)
 	}
+	if s.front.name != options.Ublk {
+		return exit.Errorf(exit.Other, "its front end is %s, whose clients stay with their server", s.front.name)
+	}
 	var err error
 	if !s.exclusively(ctx, func() { err = s.handOver(ctx) }) {
 		return exit.Errorf(exit.Other, "the server ends")

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -11,7 +10,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
-	"ublk-nvmeof/ublk"
 )
 
 // retirePause is the time between two attempts to end a device without a
@@ -113,7 +111,7 @@ func (s *server) apply(ctx context.Context, c change) error {
 		if err := v.dev.Resize(ctx, sectors); err != nil {
 			return err
 		}
-		s.log.Info("device resized", "device", v.dev.Info().Path(), "bytes", sectors<<block.SectorShift)
+		s.log.Info("device resized", "device", v.dev.Record().Path(), "bytes", sectors<<block.SectorShift)
 	case initiator.WriteProtection:
 		if v != nil {
 			return v.dev.SetReadOnly(c.device.Geometry().ReadOnly)
@@ -140,24 +138,24 @@ func (s *server) retire(ctx context.Context) bool {
 		if !v.orphan {
 			continue
 		}
-		info := v.dev.Info()
+		record := v.dev.Record()
 		switch err := v.dev.Stop(ctx, false); {
-		case errors.Is(err, ublk.ErrBusy):
+		case isBusy(err):
 			done = false
 			continue
 		case err != nil:
-			s.log.Error("device without a namespace does not end", "device", info.Path(), "error", err)
+			s.log.Error("device without a namespace does not end", "device", record.Path(), "error", err)
 			done = false
 			continue
 		}
-		s.log.Info("device without a namespace has ended", "device", info.Path(), "nsid", v.nsid)
+		s.log.Info("device without a namespace has ended", "device", record.Path(), "nsid", v.nsid)
 		s.mu.Lock()
 		s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
 		s.mu.Unlock()
 		if err := s.record(func(r *state.State) {
-			r.Devices = slices.DeleteFunc(r.Devices, func(d state.Device) bool { return d.ID == info.ID && d.Cookie == info.Cookie })
+			r.Devices = slices.DeleteFunc(r.Devices, func(d state.Device) bool { return d.Path() == record.Path() && d.Cookie == record.Cookie })
 		}); err != nil {
-			s.log.Error("device is still on record", "device", info.Path(), "error", err)
+			s.log.Error("device is still on record", "device", record.Path(), "error", err)
 		}
 	}
 	return done
@@ -168,7 +166,7 @@ func (s *server) retire(ctx context.Context) bool {
 func (s *server) mind(v *serving) {
 	<-v.dev.Done()
 	if err := v.dev.Err(); err != nil {
-		s.log.Error("device has ended", "device", v.dev.Info().Path(), "error", err)
+		s.log.Error("device has ended", "device", v.dev.Record().Path(), "error", err)
 	}
 	for _, w := range s.devices() {
 		if !ended(w.dev) {

@@ -23,6 +23,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/ublk"
 )
@@ -61,6 +62,10 @@ type server struct {
 	entry  *state.Entry
 	sock   *socket
 	depth  int // of the devices
+
+	nbd     *nbd.Server // of the front ends nbd and nbd-socket
+	address net.Addr    // where that listens
+
 	// waiting are the devices of a dead server that this one takes over. Until
 	// all of them are served, nothing is ended: they wait on, for the next.
 	waiting []state.Device
@@ -78,6 +83,7 @@ type server struct {
 	ended  chan struct{}           // closed when over
 
 	mu       sync.Mutex // guards what follows
+	front    front
 	provider provider.Choice
 	closer   io.Closer // the provider, if it has to be closed
 	loops    []*poller.Loop
@@ -264,9 +270,14 @@ func (k *socket) close() error {
 
 // start makes everything, bottom up. What it made is in s, also when it fails.
 func (s *server) start(ctx context.Context) error {
-	if err := s.driver(); err != nil {
+	chosen, err := s.chooseFront()
+	if err != nil {
 		return err
 	}
+	s.log.Info("front end chosen", "frontend", chosen.name, "because", chosen.reason)
+	s.mu.Lock()
+	s.front = chosen
+	s.mu.Unlock()
 	cfg, err := s.initiatorConfig()
 	if err != nil {
 		return err
@@ -297,19 +308,6 @@ func (s *server) start(ctx context.Context) error {
 		return err
 	}
 	return s.startDevices(ctx, found)
-}
-
-// driver makes sure that ublk can be used.
-func (s *server) driver() error {
-	var loading error
-	if s.opts.LoadModules == "auto" {
-		loading = s.back.load(host.UblkDrv)
-	}
-	err := s.back.available()
-	if errors.Is(err, ublk.ErrNoDriver) && loading != nil {
-		return fmt.Errorf("%w; %v", err, loading)
-	}
-	return err
 }
 
 func (s *server) initiatorConfig() (initiator.Config, error) {
@@ -408,16 +406,20 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 // startDevice makes the device of a namespace. later says that the loops have
 // served another one.
 func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bool) error {
-	d, err := s.back.start(ctx, ublk.Config{
-		ID: id, Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO,
-		Recovery: policies[s.opts.OnCrash], KeepAffinity: later, Log: s.log,
-	})
+	d, err := s.makeDevice(ctx, ns, id, later)
 	if err != nil {
 		return fmt.Errorf("namespace %d: %w", ns.nsid, err)
 	}
 	s.serve(ns, d)
-	added := state.Device{ID: d.Info().ID, Cookie: d.Info().Cookie, NSID: ns.nsid, UUID: ns.uuid}
+	added := recordOf(ns, d)
 	return s.record(func(r *state.State) { r.Devices = append(r.Devices, added) })
+}
+
+// recordOf is what is on record of a device.
+func recordOf(ns namespace, d device) state.Device {
+	r := d.Record()
+	r.NSID, r.UUID = ns.nsid, ns.uuid
+	return r
 }
 
 var policies = map[string]ublk.RecoveryPolicy{
@@ -429,7 +431,7 @@ var policies = map[string]ublk.RecoveryPolicy{
 func (s *server) recoverDevices(ctx context.Context, found []namespace) error {
 	var there []state.Device
 	for i, w := range s.waiting {
-		gone, err := s.back.gone(ctx, w.ID, w.Cookie, Keep)
+		gone, err := s.back.gone(ctx, w, Keep)
 		if err != nil {
 			return err
 		}

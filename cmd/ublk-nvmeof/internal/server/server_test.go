@@ -160,6 +160,7 @@ func TestServe(t *testing.T) {
 	want := control.Status{
 		SchemaVersion: 1, Name: "ctrl0", PID: os.Getpid(), Transport: "rdma", TrAddr: "127.0.0.1", TrSvcID: "4420",
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), State: "live", CNTLID: 5, Version: "2.1", Model: "M",
+		Frontend: "ublk", FrontendReason: "the ublk driver is there",
 		Provider: "verbs", ProviderReason: "RDMA device rxe0 is on lo, which leads to 127.0.0.1", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
 		Queues: control.Queues{
 			Requested: 3, Granted: 2,
@@ -220,11 +221,12 @@ func TestStartFails(t *testing.T) {
 		then []string
 	}{
 		{"address", func(_ *world, o *options.Connect) { o.Address = "name.invalid" }, exit.Unreachable, "name.invalid", nil},
-		{"no ublk", func(w *world, _ *options.Connect) {
+		{"no ublk", func(w *world, o *options.Connect) {
+			o.Frontend = options.Ublk
 			w.ublkErr, w.missing, w.loadErr = ublk.ErrNoDriver, []string{"ublk_drv"}, errors.New("no such module")
 		}, exit.NoUblk, "no such module", []string{"load ublk_drv"}},
 		{"no ublk, not to be loaded", func(w *world, o *options.Connect) {
-			w.ublkErr, w.missing, o.LoadModules = ublk.ErrNoDriver, []string{"ublk_drv"}, "never"
+			w.ublkErr, w.missing, o.LoadModules, o.Frontend = ublk.ErrNoDriver, []string{"ublk_drv"}, "never", options.Ublk
 		}, exit.NoUblk, "no ublk driver", nil},
 		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
 		{"no RDMA at all", func(w *world, o *options.Connect) {
@@ -548,11 +550,11 @@ func TestReap(t *testing.T) {
 	}
 	b := newWorld().backend()
 	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, ublk.ErrNoDriver }
-	if gone, err := b.gone(t.Context(), 3, 9, Keep); !gone || err != nil {
+	if gone, err := b.gone(t.Context(), state.Device{ID: 3, Cookie: 9}, Keep); !gone || err != nil {
 		t.Errorf("without a driver there are no devices: %t, %v", gone, err)
 	}
 	b.get = func(context.Context, int) (ublk.Info, error) { return ublk.Info{}, syscall.EIO }
-	if gone, err := b.gone(t.Context(), 3, 9, Keep); gone || err == nil {
+	if gone, err := b.gone(t.Context(), state.Device{ID: 3, Cookie: 9}, Keep); gone || err == nil {
 		t.Errorf("an error is no proof: %t, %v", gone, err)
 	}
 }

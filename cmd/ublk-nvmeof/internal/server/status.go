@@ -19,7 +19,7 @@ func (s *server) Status() control.Status {
 		SchemaVersion: control.SchemaVersion, Name: s.entry.Name, PID: os.Getpid(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
-		State: "connecting", Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
+		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
 		Devices: []control.Device{}, Lanes: []control.Lane{},
@@ -101,7 +101,7 @@ func addLoop(out *control.Lane, s poller.Stats) {
 func describeDevice(v *serving) control.Device {
 	g, info, total := v.device.Geometry(), v.dev.Info(), v.dev.Snapshot().Total()
 	return control.Device{
-		Device: "ublkb" + strconv.Itoa(info.ID), NSID: v.nsid, UUID: v.uuid,
+		Device: v.dev.Record().Name(), NSID: v.nsid, UUID: v.uuid,
 		Size: g.Sectors << 9, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
 		Queues: info.Queues, QueueDepth: info.Depth, MaxIO: info.MaxIO,
 		BufferBytes: info.Queues * info.Depth * info.MaxIO,

@@ -55,17 +55,41 @@ type Target struct {
 	HostNQN string         `json:"hostnqn"`
 }
 
-// Device is a ublk device that belongs to a server. Its number may pass to
-// somebody else's device later; the cookie tells them apart (ublk.Info.Cookie).
+// Kind is what a device is.
+type Kind string
+
+// Kinds.
+const (
+	Ublk      Kind = ""           // /dev/ublkbN
+	NBD       Kind = "nbd"        // /dev/nbdN
+	NBDSocket Kind = "nbd-socket" // a socket, at URI
+)
+
+// Device is a device that belongs to a server. Its number may pass to
+// somebody else's device later; the cookie tells them apart (ublk.Info.Cookie,
+// nbd.Device.Cookie).
 type Device struct {
+	Kind   Kind   `json:"kind,omitempty"`
+	URI    string `json:"uri,omitempty"` // of NBDSocket, which has no number
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
 	UUID   string `json:"uuid,omitempty"` // of the namespace, if it has one
 }
 
-// Path is the block device's node.
-func (d Device) Path() string { return "/dev/ublkb" + strconv.Itoa(d.ID) }
+// Path is the block device's node, or the URI of one that is a socket.
+func (d Device) Path() string {
+	switch d.Kind {
+	case NBD:
+		return "/dev/nbd" + strconv.Itoa(d.ID)
+	case NBDSocket:
+		return d.URI
+	}
+	return "/dev/ublkb" + strconv.Itoa(d.ID)
+}
+
+// Name is the path without the directory.
+func (d Device) Name() string { return strings.TrimPrefix(d.Path(), "/dev/") }
 
 // State is what state.json holds.
 type State struct {

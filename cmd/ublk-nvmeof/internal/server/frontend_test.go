@@ -1,0 +1,114 @@
+package server
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/ublk"
+)
+
+func TestChooseFront(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		want       string // of the operator
+		ublk, nbd  error
+		chosen     string
+		code       exit.Code
+		leftByNBD  bool
+		numberOnly bool
+	}{
+		{name: "all there", want: options.Auto, chosen: options.Ublk},
+		{name: "no ublk", want: options.Auto, ublk: ublk.ErrNoDriver, chosen: options.NBD},
+		{name: "neither", want: options.Auto, ublk: ublk.ErrNoDriver, nbd: nbd.ErrNoDriver, chosen: options.NBDSocket},
+		{name: "no rights for NBD", want: options.Auto, ublk: ublk.ErrNoDriver, nbd: nbd.ErrPermission, chosen: options.NBDSocket},
+		{name: "no rights for ublk", want: options.Auto, ublk: ublk.ErrPermission, chosen: options.Ublk, code: exit.Permission},
+		{name: "a number is wanted", want: options.Auto, ublk: ublk.ErrNoDriver, numberOnly: true, chosen: options.Ublk, code: exit.NoUblk},
+		{name: "ublk", want: options.Ublk, ublk: ublk.ErrNoDriver, chosen: options.Ublk, code: exit.NoUblk},
+		{name: "nbd", want: options.NBD, chosen: options.NBD},
+		{name: "nbd, not there", want: options.NBD, nbd: nbd.ErrNoDriver, chosen: options.NBD, code: exit.NoUblk},
+		{name: "socket", want: options.NBDSocket, chosen: options.NBDSocket},
+		{name: "left by a dead server", want: options.Auto, leftByNBD: true, code: exit.Other},
+	} {
+		w, o := newWorld(), lab()
+		w.ublkErr, w.nbdErr, o.Frontend = tt.ublk, tt.nbd, tt.want
+		if tt.numberOnly {
+			o.Device = 3
+		}
+		s := &server{opts: o, back: w.backend(), log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+		if tt.leftByNBD {
+			s.waiting = []state.Device{{Kind: state.NBD, ID: 1}}
+		}
+		got, err := s.chooseFront()
+		if got.name != tt.chosen || exit.Of(err) != tt.code || err == nil && got.reason == "" {
+			t.Errorf("%s: %+v, %v", tt.name, got, err)
+		}
+	}
+}
+
+// TestNBDSocket serves two namespaces on a socket, and leaves nothing.
+func TestNBDSocket(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	w.nsids, o.Frontend = []uint32{1, 7}, options.NBDSocket
+	r := begin(t, w, o, dir)
+	s := r.waitReady()
+	path := filepath.Join(dir, "ctrl0", "nbd.sock")
+	if len(s.Devices) != 2 || s.Devices[1].Path() != "nbd+unix:///7?socket="+path || s.Frontend != options.NBDSocket || s.FrontendReason != "asked for" {
+		t.Errorf("%+v", s)
+	}
+	records, err := state.Dir(dir).List()
+	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || records[0].Devices[0].Path() != s.Devices[0].Path() {
+		t.Errorf("on record: %+v, %v", records, err)
+	}
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	// The old way to choose an export: no options before it.
+	hello := make([]byte, 18)
+	if _, err := io.ReadFull(c, hello); err != nil || !bytes.HasPrefix(hello, []byte("NBDMAGICIHAVEOPT")) {
+		t.Fatalf("%q, %v", hello, err)
+	}
+	if _, err := c.Write([]byte("\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x01\x00\x00\x00\x017")); err != nil {
+		t.Fatal(err)
+	}
+	info := make([]byte, 10)
+	if _, err := io.ReadFull(c, info); err != nil || !bytes.HasPrefix(info, []byte("\x00\x00\x00\x00\x00\x70\x00\x00")) {
+		t.Fatalf("%x, %v", info, err)
+	}
+	// A flush, so that it is sure that the client counts.
+	if _, err := c.Write(append([]byte{0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3}, make([]byte, 20)...)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.client().Disconnect(t.Context(), false); exit.Of(err) != exit.Busy {
+		t.Errorf("disconnect with a client: %v", err)
+	}
+	if err := r.client().HandOver(t.Context()); err == nil || !strings.Contains(err.Error(), "nbd-socket") {
+		t.Errorf("hand over: %v", err)
+	}
+	if err := r.client().Disconnect(t.Context(), true); err != nil {
+		t.Errorf("by force: %v", err)
+	}
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Read(info); !errors.Is(err, io.EOF) {
+		t.Errorf("the client heard %v", err)
+	}
+	leaves(t, dir)
+}
