@@ -7,7 +7,8 @@
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
 #	                UN_FULL=1 the whole matrix of queues on each kernel
-#	make demo       a block device over NVMe/RDMA from end to end, in a VM
+#	make demo       all of it once, on this machine, without VM, module or RDMA device
+#	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
 #	make lint       golangci-lint
 #	make clean      all but the kernels in build/cache
@@ -36,7 +37,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm demo bench lint clean setup vm
+.PHONY: build test test-unit test-vm demo demo-vm bench lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -65,6 +66,9 @@ test-vm: build
 	rm -rf build/test
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
 	go -C e2e test -c -o ../build/test/e2e.test .
+	# Linux 6.1 has no ublk.
+	build/vm --kernel 6.1 --timeout 10m --out build/log/6.1 -- \
+		sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "^TestScenarios$$/^nbd$$"'
 	pids=; for k in $(KERNELS); do \
 		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' build/vm --kernel $$k --timeout 20m --out build/log/$$k -- \
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' '$(RUN)' \
@@ -72,8 +76,13 @@ test-vm: build
 		pids+=" $$!"; \
 	done; failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 
-demo: build
-	build/vm --kernel $(KERNEL) --mtu 4200 --timeout 5m -- e2e/demo.sh
+demo:
+	command -v nbdinfo nbdcopy fio qemu-img >/dev/null || e2e/setup
+	CGO_ENABLED=0 go build -o build/demo/ublk-nvmeof ./cmd/ublk-nvmeof
+	e2e/demo.sh build/demo/ublk-nvmeof
+
+demo-vm: build
+	build/vm --kernel $(KERNEL) --mtu 4200 --timeout 5m -- e2e/demo-vm.sh
 
 bench: build
 	go run ./bench $(BENCH)
@@ -83,4 +92,4 @@ lint:
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
 
 clean:
-	rm -rf build/ublk-nvmeof build/vm build/test build/log
+	rm -rf build/ublk-nvmeof build/vm build/demo build/test build/log
