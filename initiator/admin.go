@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,8 +26,9 @@ const (
 type admin struct {
 	conn    *connection
 	mr      rdma.MR
-	buffers chan int // free pages of mr
-	file    *os.File // the completion channel, for the runtime's poller
+	buffers chan int      // free pages of mr
+	timeout time.Duration // of a property command
+	file    *os.File      // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
 	mu    sync.Mutex // guards conn's queues, calls and err
@@ -41,9 +43,9 @@ type adminCall struct {
 
 // newAdmin starts the admin queue of a connection that is established. fail
 // hears once that the queue is lost.
-func newAdmin(conn *connection, pd rdma.PD, fail func(error)) (*admin, error) {
+func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
-		conn: conn, buffers: make(chan int, adminBuffers),
+		conn: conn, timeout: timeout, buffers: make(chan int, adminBuffers),
 		calls: make([]*adminCall, conn.sq.Slots()),
 		lost:  make(chan struct{}), joined: make(chan struct{}),
 	}
@@ -202,6 +204,8 @@ func (a *admin) lossError() error {
 
 // getProperty and setProperty access a property of 4 or 8 bytes.
 func (a *admin) getProperty(ctx context.Context, offset uint32, wide bool) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
 	var cmd nvme.Command
 	cmd.SetPropertyGet(offset, wide)
 	c, err := a.exec(ctx, &cmd, nil, nil)
@@ -209,6 +213,8 @@ func (a *admin) getProperty(ctx context.Context, offset uint32, wide bool) (uint
 }
 
 func (a *admin) setProperty(ctx context.Context, offset uint32, value uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
 	var cmd nvme.Command
 	cmd.SetPropertySet(offset, value, false)
 	_, err := a.exec(ctx, &cmd, nil, nil)

@@ -86,7 +86,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	if err := c.establish(ctx, conn, p); err != nil {
 		return errors.Join(err, conn.close())
 	}
-	if a.admin, err = newAdmin(conn, c.mem.domain(), a.fail); err != nil {
+	if a.admin, err = newAdmin(conn, c.mem.domain(), c.cfg.AdminTimeout, a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
 	a.watch(conn)

@@ -118,8 +118,8 @@ func (c *Controller) attach(a *association) error {
 		var err error
 		if e := l.loop.Call(func() {
 			for _, p := range own {
-				if fd := p.cq.FD(); fd >= 0 && err == nil {
-					err = l.loop.Watch(fd, p)
+				if err == nil {
+					err = p.attach()
 				}
 			}
 			l.connect(own, route)
@@ -148,10 +148,7 @@ func (c *Controller) release(a *association) error {
 		errs = append(errs, l.loop.Call(l.disconnect))
 	}
 	for _, p := range a.pairs {
-		if fd := p.cq.FD(); fd >= 0 {
-			errs = append(errs, p.lane.loop.Unwatch(fd))
-		}
-		p.ack()
+		errs = append(errs, p.detach())
 	}
 	errs = append(errs, a.close())
 	for _, p := range a.pairs {

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -33,8 +34,9 @@ type pair struct {
 	requests  []*request
 	waiting   fifo // requests without a slot
 	reaped    []uint16
-	armed     bool // an event will come for the next response
-	lost      bool // the queue pair failed; it is left alone
+	receiver  rdma.Receiver // nil: the provider takes the packets
+	armed     bool          // an event will come for the next response
+	lost      bool          // the queue pair failed; it is left alone
 	unacked   int
 }
 
@@ -45,6 +47,52 @@ func newPair(a *association, conn *connection, l *lane, class poller.Class, inCa
 		reaped:   make([]uint16, conn.sq.Slots()),
 	}
 }
+
+// attach makes the loop hear of what comes for the pair. Loop only.
+func (p *pair) attach() error {
+	l := p.lane.loop
+	fd := p.cq.FD()
+	if fd >= 0 {
+		if err := l.Watch(fd, p); err != nil {
+			return err
+		}
+	}
+	r, ok := p.cq.CQ().(rdma.Receiver)
+	if !ok || r.PacketFD() < 0 {
+		return nil
+	}
+	if fd >= 0 { // else the loop polls, which looks for packets
+		if err := l.WatchReadable(r.PacketFD(), packets{r}); err != nil {
+			return err
+		}
+	}
+	p.receiver = r
+	r.Receiving(true)
+	return nil
+}
+
+// detach undoes attach. Any goroutine but the loop.
+func (p *pair) detach() error {
+	l := p.lane.loop
+	var errs []error
+	if p.receiver != nil {
+		if p.cq.FD() >= 0 {
+			errs = append(errs, l.Unwatch(p.receiver.PacketFD()))
+		}
+		p.receiver.Receiving(false)
+	}
+	if fd := p.cq.FD(); fd >= 0 {
+		errs = append(errs, l.Unwatch(fd))
+	}
+	p.ack()
+	return errors.Join(errs...)
+}
+
+// packets is the Watcher of the packets of a pair.
+type packets struct{ rdma.Receiver }
+
+// Event implements poller.Watcher.
+func (r packets) Event(int) { r.Receive() }
 
 // start sends a request with the next flush, or queues it for a slot.
 func (p *pair) start(r *request) {
@@ -71,12 +119,12 @@ func (p *pair) push(r *request) bool {
 		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.io.Sectors<<block.SectorShift, r.home.rkey, false)
 	case block.OpWrite:
 		cmd.SetWrite(ns.id, lba, blocks, r.io.Flags&block.FUA != 0)
-		capsule = p.attach(cmd, r, r.io.Sectors<<block.SectorShift)
+		capsule = p.inline(cmd, r, r.io.Sectors<<block.SectorShift)
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case block.OpDiscard:
 		cmd.SetDSM(ns.id, 1)
-		capsule = p.attach(cmd, r, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
+		capsule = p.inline(cmd, r, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
 	case block.OpWriteZeroes:
 		cmd.SetWriteZeroes(ns.id, lba, blocks, r.io.Flags&block.FUA != 0, ns.deallocateZeroes && r.io.Flags&block.NoUnmap == 0)
 	}
@@ -84,9 +132,9 @@ func (p *pair) push(r *request) bool {
 	return true
 }
 
-// attach gives a command the first n bytes of its request's buffer to read: in
+// inline gives a command the first n bytes of its request's buffer to read: in
 // the capsule if they fit, by key otherwise.
-func (p *pair) attach(cmd *nvme.Command, r *request, n uint32) rdma.SGE {
+func (p *pair) inline(cmd *nvme.Command, r *request, n uint32) rdma.SGE {
 	if n <= p.inCapsule {
 		cmd.SetInCapsuleSGL(0, n)
 		return rdma.SGE{Addr: r.home.addr(r.io.Tag), Length: n, LKey: r.home.lkey}

@@ -31,6 +31,10 @@
 // soon (Flight) is polled as often before the loop arms it, as long as such
 // spins usually find something.
 //
+// A provider without hardware needs a thread to take its packets. On a loop,
+// that is the loop: it waits for the socket in the same enter (WatchReadable),
+// and no goroutine has to be scheduled before it goes on.
+//
 // # Concurrency
 //
 // Methods of Loop say whether they may be called from the loop's own goroutine

@@ -30,6 +30,7 @@ type watch struct {
 	w       Watcher
 	base    uint64
 	armed   bool // a command is pending
+	plain   bool // tell of readiness, do not read
 	closing bool // a cancellation is on its way
 	failed  bool
 	gone    chan struct{} // closed when nothing refers to fd any more
@@ -40,7 +41,13 @@ type watch struct {
 //
 // Errors: EBADF, EINVAL for a file that is not O_NONBLOCK, EEXIST if it is
 // watched already, ENOSPC if the loop has more than a thousand handlers.
-func (l *Loop) Watch(fd int, w Watcher) error {
+func (l *Loop) Watch(fd int, w Watcher) error { return l.watch(fd, w, false) }
+
+// WatchReadable is Watch without reading: w hears Event(1) when something has
+// come to read, and reads all of it. One event may be for several arrivals.
+func (l *Loop) WatchReadable(fd int, w Watcher) error { return l.watch(fd, w, true) }
+
+func (l *Loop) watch(fd int, w Watcher, plain bool) error {
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	switch {
 	case err != nil:
@@ -50,7 +57,7 @@ func (l *Loop) Watch(fd int, w Watcher) error {
 	case l.watched(fd) != nil:
 		return fmt.Errorf("watch file %d: %w", fd, unix.EEXIST)
 	}
-	a := &watch{l: l, fd: fd, w: w, gone: make(chan struct{})}
+	a := &watch{l: l, fd: fd, w: w, plain: plain, gone: make(chan struct{})}
 	base, ok := l.slot(a)
 	if !ok {
 		return fmt.Errorf("watch file %d: %w", fd, unix.ENOSPC)
@@ -61,7 +68,7 @@ func (l *Loop) Watch(fd int, w Watcher) error {
 	return nil
 }
 
-// Unwatch ends a Watch. When it returns, every event that was there when it was
+// Unwatch ends a Watch or a WatchReadable. When it returns, every event that was there when it was
 // called has been delivered, no other will be, and nothing refers to the file,
 // so that its owner may close it. ENOENT says that the file is not watched; on
 // a loop that has ended there is nothing to do. Any goroutine but the loop.
@@ -110,7 +117,7 @@ func (l *Loop) cancel(a *watch) {
 func (a *watch) arm() {
 	s := a.l.SQE()
 	s.FD, s.UserData = int32(a.fd), a.base
-	if a.l.bufs != nil {
+	if a.l.bufs != nil && !a.plain {
 		s.Opcode, s.Flags, s.BufIndex = uring.OpReadMultishot, uring.BufferSelect, watchGroup
 	} else {
 		s.Opcode, s.Len, s.OpFlags = uring.OpPollAdd, uring.PollAddMulti, uring.PollMask(unix.POLLIN)
@@ -146,6 +153,9 @@ func (a *watch) take(res int32, flags uint32) error {
 		a.l.bufs.Recycle(uring.BufID(flags))
 	}
 	switch errno := unix.Errno(-res); {
+	case res > 0 && a.plain:
+		a.w.Event(1)
+		return nil
 	case res > 0 && a.l.bufs == nil:
 		return a.read()
 	case res > 0:
@@ -193,7 +203,7 @@ func (a *watch) fail(err error) {
 // end is the end of the watch. The kernel cancels a read before it looks for
 // data, so what came last is still to be read.
 func (a *watch) end() {
-	if !a.failed {
+	if !a.failed && !a.plain {
 		_ = a.read()
 	}
 	a.l.watches = slices.DeleteFunc(a.l.watches, func(b *watch) bool { return a == b })

@@ -369,3 +369,34 @@ func TestWatchCancelled(t *testing.T) {
 		}
 	})
 }
+
+// TestWatchReadable: a file is not read, and every arrival after it was emptied
+// is told.
+func TestWatchReadable(t *testing.T) {
+	l := newLoop(t, Config{})
+	r, w := pipe(t)
+	defer unix.Close(w)
+	told := make(chan int, 16)
+	on(t, l, func() {
+		if err := l.WatchReadable(r, counter(func(n int) { told <- n })); err != nil {
+			t.Error(err)
+		}
+	})
+	buf := make([]byte, eventSize)
+	for range 3 {
+		write(t, w, 1)
+		if n := <-told; n != 1 {
+			t.Errorf("told of %d", n)
+		}
+		if n, err := unix.Read(r, buf); n != eventSize || err != nil {
+			t.Errorf("read %d, %v", n, err)
+		}
+	}
+	if err := l.Unwatch(r); err != nil {
+		t.Error(err)
+	}
+	write(t, w, 1)
+	if n, err := unix.Read(r, buf); n != eventSize || err != nil {
+		t.Errorf("after the end of the watch: read %d, %v", n, err)
+	}
+}

@@ -311,6 +311,24 @@ type CQ interface {
 	Close() error
 }
 
+// Receiver is a CQ of a provider that is part of this process, for who polls it
+// and would rather take its packets himself than be woken by the provider when
+// it has done so.
+type Receiver interface {
+	CQ
+	// PacketFD is readable, and not to be read, when there are packets for the
+	// CQ's QP. It is -1 if several QPs share the packets, which the provider
+	// then takes.
+	PacketFD() int
+	// Receive takes the packets that are there. What they complete makes no
+	// event, so Poll comes next. On the goroutine of Poll, as if it were one.
+	Receive()
+	// Receiving says whether the caller calls Receive when PacketFD is readable.
+	// Until it does, and whenever it has not for a second, the provider does.
+	// Any goroutine.
+	Receiving(on bool)
+}
+
 // StepError is a step of connection management that failed.
 type StepError struct {
 	Step string // "resolve address", "resolve route", "connect", "accept", …

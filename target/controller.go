@@ -82,7 +82,11 @@ func (c *controller) fail(reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ended = true
-	c.stop()
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	// It stays ready: what arrives until the queues have ended gets no answer, or
+	// a true one, but no error that a host would pass on.
 	for _, q := range c.queues {
 		q.kill(reason)
 	}

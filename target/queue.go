@@ -94,9 +94,11 @@ type queue struct {
 	recvs []rdma.RecvWR
 	wcs   [pollBatch]rdma.WC
 	armed bool
-	fds   [2]unix.PollFd
-	event [8]byte
-	other []byte // what Compare compares with
+	fds   [3]unix.PollFd
+	// receiver is nil if the provider takes the packets.
+	receiver rdma.Receiver
+	event    [8]byte
+	other    []byte // what Compare compares with
 
 	stopped atomic.Bool
 	wakeMu  sync.Mutex // guards the eventfd against its end, and reason
@@ -165,7 +167,13 @@ func (q *queue) allocate() error {
 	if q.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return os.NewSyscallError("eventfd", err)
 	}
-	q.fds = [2]unix.PollFd{{Fd: int32(q.cq.FD()), Events: unix.POLLIN}, {Fd: int32(q.wakeFD), Events: unix.POLLIN}}
+	packets := -1 // which poll(2) skips
+	if r, ok := q.cq.(rdma.Receiver); ok && r.PacketFD() >= 0 {
+		q.receiver, packets = r, r.PacketFD()
+	}
+	q.fds = [3]unix.PollFd{
+		{Fd: int32(q.cq.FD()), Events: unix.POLLIN}, {Fd: int32(q.wakeFD), Events: unix.POLLIN}, {Fd: int32(packets), Events: unix.POLLIN},
+	}
 	return nil
 }
 
@@ -251,6 +259,9 @@ func (q *queue) run(ctx context.Context) error {
 	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, func() { q.kill("no Connect command came") })
 	defer handshake.Stop()
 	q.target.running.Go(q.watch)
+	if q.receiver != nil {
+		q.receiver.Receiving(true)
+	}
 	for !q.stopped.Load() {
 		n, err := q.cq.Poll(q.wcs[:])
 		if err != nil {
@@ -306,6 +317,9 @@ func (q *queue) wait() (int, error) {
 		q.armed = false
 	}
 	unix.Read(q.wakeFD, q.event[:]) // empty or not
+	if q.fds[2].Revents != 0 {
+		q.receiver.Receive()
+	}
 	return 0, nil
 }
 

@@ -52,6 +52,7 @@ func storeStatus(err error) nvme.Status {
 type RAM struct {
 	mu   sync.RWMutex // held for writing by Resize only
 	data []byte
+	order
 }
 
 // NewRAM makes a store of size bytes of zeroes.
@@ -88,6 +89,8 @@ func (r *RAM) ReadAt(p []byte, off int64) (int, error) {
 	if !r.within(off, int64(len(p))) {
 		return 0, errBeyondEnd
 	}
+	r.mark()
+	defer r.mark()
 	return copy(p, r.data[off:]), nil
 }
 
@@ -98,6 +101,8 @@ func (r *RAM) WriteAt(p []byte, off int64) (int, error) {
 	if !r.within(off, int64(len(p))) {
 		return 0, errBeyondEnd
 	}
+	r.mark()
+	defer r.mark()
 	return copy(r.data[off:], p), nil
 }
 
@@ -114,6 +119,8 @@ func (r *RAM) WriteZeroes(off, length int64) error {
 	if !r.within(off, length) {
 		return errBeyondEnd
 	}
+	r.mark()
+	defer r.mark()
 	clear(r.data[off : off+length])
 	return nil
 }

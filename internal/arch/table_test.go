@@ -35,7 +35,7 @@ var table = map[string]row{
 	"sq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"cq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"poller":              {may: []string{"internal/uring", sys}},
-	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/verbs", "target"}},
+	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
 
 	// RDMA providers, and the suite that all of them pass.

@@ -197,7 +197,9 @@ func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Ad
 		r := wire.ParseReply(m)
 		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
 		id.state = idEstablished
-		id.qp.ours.Store(ours(r.GUID))
+		if id.qp.ours.Store(ours(r.GUID)); ours(r.GUID) {
+			id.path = id.qp.redirect(src.Port())
+		}
 		id.qp.ready(connected{
 			dest: r.QPN, mtu: id.mtu, sendPSN: r.PSN, recvPSN: id.psn,
 			retries: id.param.RetryCount, notReadyRetries: r.RNRRetryCount,
@@ -262,11 +264,11 @@ func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst net
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
 	}
-	to := p.back(src, dst, 0)
+	guid := uint64(0)
 	if id != nil {
-		to = id.path
+		guid = id.peerGUID
 	}
-	p.sendMAD(to, wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
+	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
 	if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}

@@ -29,8 +29,8 @@ func dropFirst() func([]byte, func([]byte)) {
 // TestHandshakeLoss: every message of the connection manager is sent again, and
 // none does harm when it comes twice.
 func TestHandshakeLoss(t *testing.T) {
-	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: dropFirst()})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: dropFirst()})
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: dropFirst})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: dropFirst})
 	a, b := join(t, host, target, 16, 1<<16, false)
 	b.recv(1, 0, 8)
 	a.post(a.wr(2, rdma.Send, 0, 8, b, 0))

@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// queue implements rdma.CQ: a completion queue.
+// queue implements rdma.CQ and rdma.Receiver: a completion queue.
 type queue struct {
 	port atomic.Pointer[port] // of the first queue pair
 	ring []rdma.WC
@@ -121,6 +121,39 @@ func (q *queue) take(wcs []rdma.WC) (int, error) {
 }
 
 var errNoEvents = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
+
+// PacketFD implements rdma.Receiver.
+func (q *queue) PacketFD() int {
+	if p := q.port.Load(); p != nil && p.sole {
+		return p.sock.fd
+	}
+	return -1
+}
+
+// Receive implements rdma.Receiver.
+func (q *queue) Receive() {
+	p := q.port.Load()
+	if p == nil {
+		return
+	}
+	q.mu.Lock()
+	armed := q.armed.Load()
+	q.armed.Store(false)
+	q.mu.Unlock()
+	p.receive()
+	if armed {
+		q.mu.Lock()
+		q.armed.Store(true)
+		q.mu.Unlock()
+	}
+}
+
+// Receiving implements rdma.Receiver.
+func (q *queue) Receiving(on bool) {
+	if p := q.port.Load(); p != nil && p.sole && p.driven.Swap(on) != on {
+		p.nudge()
+	}
+}
 
 // Arm implements rdma.CQ.
 func (q *queue) Arm() error {

@@ -13,6 +13,12 @@
 // PostSend sends at once, on the caller's goroutine. Package wire has the
 // formats.
 //
+// Between two ends on one host, each queue pair has a port of its own at both
+// ends: its packets concern nobody else, so who serves it can take them himself
+// (rdma.Receiver), on his thread, without waiting for the scheduler. The ends
+// know each other by the mark in their GUIDs, and answer to the UDP port that a
+// message came from.
+//
 // # Cost
 //
 // The kernel's work per UDP message is what limits small transfers, so packets

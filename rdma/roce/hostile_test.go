@@ -37,6 +37,12 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 	return &intruder{t, conn, conn.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPortFrom(to, testPort)}
 }
 
+// at makes the intruder send to where a queue pair's packets go.
+func (x *intruder) at(e *end) *intruder {
+	x.to = netip.AddrPortFrom(x.to.Addr(), e.pair().port.sock.local.Port())
+	return x
+}
+
 // seal gives a packet the ICRC that it has when it comes from the intruder.
 func (x *intruder) seal(b []byte) []byte {
 	end := len(b) - wire.ICRCLen
@@ -91,12 +97,12 @@ func TestStrangers(t *testing.T) {
 	payload := []byte("intruder")
 
 	// From another address, everything else right.
-	elsewhere := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
+	elsewhere := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr).at(b)
 	elsewhere.send(elsewhere.seal(request(wire.WriteOnly, qpn, b.expected(), write, payload)))
 	until(t, target, "wrong address", func(c Counters) bool { return c.WrongAddress == 1 })
 
 	// From the peer's address, but not quite right.
-	near := newIntruder(t, hostAddr, targetAddr)
+	near := newIntruder(t, hostAddr, targetAddr).at(b)
 	near.send(near.seal(request(wire.WriteOnly, qpn^1, b.expected(), write, payload)))
 	until(t, target, "unknown queue pair", func(c Counters) bool { return c.UnknownQP == 1 })
 	bad := near.seal(request(wire.WriteOnly, qpn, b.expected(), write, payload))
@@ -194,6 +200,7 @@ func TestRefusals(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, b := join(t, host, target, 16, 8192, false)
+			near.at(b)
 			before := target.Snapshot()
 			for _, p := range c.packets(b) {
 				near.send(near.seal(p))
@@ -306,6 +313,8 @@ func TestRandomPackets(t *testing.T) {
 		for i := range 8 {
 			victim.recv(uint64(i), 0, 1<<16)
 		}
+		main := x.to
+		x.at(victim)
 		for range 100 {
 			op := wire.Opcode(rnd.IntN(0x18))
 			if op.HeaderLen() == 0 {
@@ -320,6 +329,7 @@ func TestRandomPackets(t *testing.T) {
 		for range rnd.IntN(4) {
 			mad[24+8+rnd.IntN(wire.MADLen-32)] = byte(rnd.Uint32())
 		}
+		x.to = main
 		x.send(x.seal(mad.Packet(0)))
 	}
 	exchange(t, a, b, 2, rnd)

@@ -149,13 +149,21 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	case cfg.MaxSendWR > maxQPWR || cfg.MaxRecvWR > maxQPWR || cfg.MaxSendSGE > maxSGE || cfg.MaxRecvSGE > maxSGE:
 		return fail(errTooLarge)
 	}
-	q := newPair(id, d, send, recv, cfg)
-	send.use(p)
-	recv.use(p)
+	data := p
+	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
+		// Packets of one queue pair alone can be taken by who serves it. The
+		// peer answers to where our messages come from, from now on.
+		if own, err := p.provider.openSole(id.path.local.Addr(), p); err == nil {
+			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
+		}
+	}
+	q := newPair(id, data, d, send, recv, cfg)
+	send.use(data)
+	recv.use(data)
 	d.mu.Lock()
 	d.users++
 	d.mu.Unlock()
-	p.addPair(q)
+	data.addPair(q)
 	id.qp = q
 	return q, nil
 }
@@ -223,11 +231,11 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
-	own := id.path.local
-	if id.passive || own.Port() == id.path.remote.Port() || own.Addr() == id.path.remote.Addr() || id.path.remote.Addr().IsLoopback() {
+	own, port := id.local.Addr(), id.port.provider.cfg.Port
+	if id.passive || id.port.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
 		return err
 	}
-	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, id.path.remote.Port(), own.Addr())
+	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
 }
 
 // probeTime bounds the wait for an ICMP message.
@@ -236,7 +244,8 @@ const probeTime = 100 * time.Millisecond
 // nobodyThere says whether the peer's host answers that nobody has the port of
 // RoCEv2. The socket of connections cannot tell: it is not connected.
 func (id *connID) nobodyThere() bool {
-	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.path.local.Addr(), 0)), net.UDPAddrFromAddrPort(id.path.remote))
+	to := netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port)
+	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.local.Addr(), 0)), net.UDPAddrFromAddrPort(to))
 	if err != nil {
 		return false
 	}
@@ -346,7 +355,7 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 	if err := checkPrivate(param.PrivateData, wire.ReplyPrivate); err != nil {
 		return id.stepError(step, err)
 	}
-	_, mtu, routeErr := route(id.path.local.Addr(), id.path.remote)
+	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port))
 	m, err := id.accept(param, mtu, routeErr)
 	if err != nil {
 		return id.stepError(step, err)
@@ -475,11 +484,17 @@ func (p *port) repeatFarewell(f *farewell) {
 	f.timer.Reset(resendTime(f.tries))
 }
 
+// unused says that a port has served its purpose; the lock is held.
+func (p *port) unused() bool { return p.sole && len(p.ids)+len(p.farewells) == 0 }
+
 func (p *port) farewellDone(f *farewell, detail string) {
 	f.timer.Stop()
 	delete(p.farewells, f.id.comm)
 	f.id.state = idOver
 	f.id.report(rdma.EventDisconnected, detail)
+	if p.unused() {
+		p.provider.drop(p)
+	}
 }
 
 // Close implements rdma.ID.
@@ -515,9 +530,18 @@ func (id *connID) Close() error {
 	close(id.events)
 	id.eventsMu.Unlock()
 	q := id.qp
+	if id.path.sock != p.sock { // which ends with the queue pair
+		id.path = newPath(p.sock, id.path.local.Addr(), id.path.remote, -1)
+	}
 	p.mu.Unlock()
 	if q != nil {
 		q.destroy()
+	}
+	p.mu.Lock()
+	unused := p.unused()
+	p.mu.Unlock()
+	if unused {
+		p.provider.drop(p)
 	}
 	return nil
 }

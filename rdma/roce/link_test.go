@@ -196,8 +196,13 @@ func (l *link) pass(packet []byte, deliver func([]byte)) {
 
 // openLossy is openPair with a link each way.
 func openLossy(t testing.TB, in func(seed uint64) *link, psn func() uint32) (host, target *Provider) {
-	host = open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: in(1).pass, psn: psn})
-	target = open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: in(2).pass, psn: psn})
+	var seed uint64
+	tamper := func() func([]byte, func([]byte)) {
+		seed++
+		return in(seed).pass
+	}
+	host = open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: tamper, psn: psn})
+	target = open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper, psn: psn})
 	return host, target
 }
 
@@ -358,17 +363,15 @@ func TestNotReadyLimit(t *testing.T) {
 
 // TestRetryLimit has a peer that is gone.
 func TestRetryLimit(t *testing.T) {
-	var gone bool // of the receive loop, but for its beginning
 	stop := make(chan struct{})
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: func(p []byte, deliver func([]byte)) {
-		select {
-		case <-stop:
-			gone = true
-		default:
-		}
-		if !gone {
-			deliver(p)
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			select {
+			case <-stop:
+			default:
+				deliver(p)
+			}
 		}
 	}})
 	a, b := join(t, host, target, 16, 1<<16, false)

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,12 +30,6 @@ func TestOnDemand(t *testing.T) {
 		check(t, b.id.Disconnect())
 		if ev := <-a.id.Events(); ev.Type != rdma.EventDisconnected {
 			t.Errorf("event %v", ev)
-		}
-		id, err := host.Resolve(t.Context(), targetAddr, netip.AddrPortFrom(targetAddr, 1), -1)
-		check(t, err)
-		check(t, id.Close())
-		if n := len(host.ports); n != 1 {
-			t.Errorf("%d sockets on one address", n)
 		}
 	}
 }
@@ -75,7 +70,7 @@ func TestPortTaken(t *testing.T) {
 	e := newEnd(t, id, 16, 4096, false)
 	// As if the target were on another machine, which loses everything.
 	far := e.id.(*connID)
-	far.path.remote = netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), testPort)
+	far.local, far.remote = netip.AddrPortFrom(netip.MustParseAddr("192.0.2.2"), 1), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), 4420)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := far.Connect(ctx, param); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "another user has port") {
@@ -92,4 +87,60 @@ func TestOnDemandConfig(t *testing.T) {
 	if _, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(targetAddr, 1), -1); !errors.Is(err, rdma.ErrClosed) {
 		t.Error(err)
 	}
+}
+
+// TestReceive: who serves a queue pair of its own port takes its packets, and
+// what they complete makes no event; when he does not, the port does.
+func TestReceive(t *testing.T) {
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
+	host := open(t, Config{OnDemand: true})
+	a, b := joinVia(t, host, targetAddr, target, 16, 1<<16, true)
+	if shared := open(t, Config{Addrs: []netip.Addr{hostAddr}}); shared != nil {
+		c, _ := join(t, shared, target, 16, 1<<16, true)
+		if fd := c.recvCQ.(rdma.Receiver).PacketFD(); fd >= 0 {
+			t.Errorf("a shared port has the descriptor %d", fd)
+		}
+	}
+	q := b.recvCQ.(rdma.Receiver)
+	q.Receiving(true)
+	await := func(fd int) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, int(patience/time.Millisecond))
+		if err != nil && err != unix.EINTR {
+			t.Fatal(err)
+		}
+		return n == 1
+	}
+	event := func() bool {
+		fds := []unix.PollFd{{Fd: int32(q.FD()), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0)
+		check(t, err)
+		return n == 1
+	}
+	b.recv(1, 0, 8)
+	b.recv(2, 0, 8)
+	check(t, q.Arm())
+	a.post(a.wr(3, rdma.Send, 0, 8, b, 0))
+	if !await(q.PacketFD()) {
+		t.Fatal("no packet came")
+	}
+	q.Receive()
+	if event() {
+		t.Error("an event")
+	}
+	b.ok(q, 1)
+	a.ok(a.sendCQ, 3)
+
+	// Nobody does: the event that was asked for comes.
+	a.post(a.wr(4, rdma.Send, 0, 8, b, 0))
+	if !await(q.FD()) {
+		t.Fatal("no event came")
+	}
+	b.ok(q, 2)
+	var buf [8]byte
+	if _, err := unix.Read(q.FD(), buf[:]); err != nil {
+		t.Fatal(err)
+	}
+	q.Ack(1)
+	q.Receiving(false)
 }

@@ -2,9 +2,10 @@ package roce
 
 import (
 	"errors"
-	"net"
 	"net/netip"
+	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,10 @@ type port struct {
 	provider *Provider
 	sock     *socket
 	done     chan struct{} // closed at the end of the receive loop
+	wake     int           // eventfd that the receive loop looks at
+	sole     bool          // for one queue pair and what belongs to it
+	manager  *port         // has the state of the connections: itself, or another
+	driven   atomic.Bool   // somebody else takes the packets
 
 	recvMu sync.Mutex // the outermost lock; guards what follows, and receiving
 	dirty  []*pair    // to settle after the batch
@@ -59,14 +64,23 @@ type peerQP struct {
 	qpn  uint32
 }
 
-func newPort(p *Provider, s *socket) *port {
-	return &port{
-		provider: p, sock: s, done: make(chan struct{}), tamper: p.cfg.tamper,
+func newPort(p *Provider, s *socket, sole bool) (*port, error) {
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	o := &port{
+		provider: p, sock: s, done: make(chan struct{}), wake: wake, sole: sole,
 		pairs: make(map[uint32]*pair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
 		farewells: make(map[uint32]*farewell),
 		tokens:    float64(p.cfg.MaxRequestRate), refilled: time.Now(),
 	}
+	o.manager = o
+	if p.cfg.tamper != nil {
+		o.tamper = p.cfg.tamper()
+	}
+	return o, nil
 }
 
 // addPair gives a queue pair a random number that is free.
@@ -88,20 +102,53 @@ func (p *port) removePair(q *pair) {
 	delete(p.pairs, q.num)
 }
 
+// drivenCheck is how often the receive loop takes packets that somebody else
+// should have taken, in milliseconds. He may be busy; the peer wants answers.
+const drivenCheck = 1000
+
 // run is the receive loop.
 func (p *port) run() {
 	defer close(p.done)
-	var err error
-	werr := p.sock.wait(func(uintptr) bool {
-		for more := true; more; {
-			if more, err = p.turn(); err != nil {
-				return true
-			}
+	var event [8]byte
+	for {
+		fds := [2]unix.PollFd{{Fd: int32(p.wake), Events: unix.POLLIN}, {Fd: int32(p.sock.fd), Events: unix.POLLIN}}
+		watch, timeout := fds[:], -1
+		if p.driven.Load() {
+			watch, timeout = fds[:1], drivenCheck
 		}
-		return false
-	})
-	if err = errors.Join(err, werr); !errors.Is(err, net.ErrClosed) {
-		p.broken(err)
+		if _, err := unix.Poll(watch, timeout); err != nil && err != unix.EINTR {
+			p.broken(os.NewSyscallError("poll", err))
+			return
+		}
+		if fds[0].Revents != 0 {
+			_, _ = unix.Read(p.wake, event[:]) // empty or not
+		}
+		if !p.receive() {
+			return
+		}
+	}
+}
+
+// receive takes all packets that are there; false if there will be no others.
+func (p *port) receive() bool {
+	for {
+		more, err := p.turn()
+		if err != nil {
+			if err != rdma.ErrClosed {
+				p.broken(err)
+			}
+			return false
+		}
+		if !more {
+			return true
+		}
+	}
+}
+
+// nudge makes the receive loop look at what changed.
+func (p *port) nudge() {
+	if _, err := unix.Write(p.wake, eventfdOne); err != nil {
+		panic("roce: write eventfd: " + err.Error()) // not even 2^64 events fill it
 	}
 }
 
@@ -110,6 +157,9 @@ func (p *port) run() {
 func (p *port) turn() (more bool, err error) {
 	p.recvMu.Lock()
 	defer p.recvMu.Unlock()
+	if p.shut {
+		return false, rdma.ErrClosed
+	}
 	return p.turnLocked()
 }
 
@@ -228,7 +278,7 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 			return
 		}
 		c.packetsReceived.Add(1)
-		p.manage(m, a.src, a.dst.Addr())
+		p.manager.manage(m, a.src, a.dst.Addr())
 		return
 	}
 	p.pairsMu.RLock()
@@ -262,7 +312,7 @@ func (p *port) sendMAD(to *path, m *wire.MAD) {
 	msg, base := plainMessage(to, b)
 	wire.PutICRC(b[len(b)-wire.ICRCLen:], wire.Update(wire.Header(base, b[:wire.BTHLen]), b[wire.BTHLen:len(b)-wire.ICRCLen]))
 	// What is lost will be sent again; the message fits in any MTU.
-	_ = p.sock.send(msg)
+	_ = to.sock.send(msg)
 }
 
 // plainMessage describes one datagram, and its ICRC's beginning.
@@ -312,7 +362,7 @@ func (p *port) close() error {
 	p.recvMu.Lock()
 	p.shut = true
 	p.recvMu.Unlock()
-	errs = append(errs, p.sock.close())
+	p.nudge()
 	<-p.done
-	return errors.Join(errs...)
+	return errors.Join(append(errs, p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))...)
 }

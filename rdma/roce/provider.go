@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -39,8 +40,8 @@ type Config struct {
 	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
 	MaxRequestRate int
 
-	tamper func(packet []byte, deliver func([]byte)) // see port
-	psn    func() uint32                             // picks the first sequence number; nil is random
+	tamper func() func(packet []byte, deliver func([]byte)) // makes that of a port
+	psn    func() uint32                                    // picks the first sequence number; nil is random
 }
 
 const (
@@ -58,6 +59,8 @@ type Provider struct {
 	mu     sync.Mutex // guards what follows
 	ports  []*port
 	closed bool
+
+	drops sync.WaitGroup // ports that are being closed
 }
 
 var _ rdma.Provider = (*Provider)(nil)
@@ -96,7 +99,7 @@ func New(cfg Config) (*Provider, error) {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
 	}
 	for _, a := range addrs {
-		_, err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port))
+		_, err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port), false, nil)
 		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 			continue
 		}
@@ -111,12 +114,18 @@ func New(cfg Config) (*Provider, error) {
 }
 
 // open adds a port. The lock is held, or nobody knows the provider yet.
-func (p *Provider) open(addr netip.AddrPort) (*port, error) {
+func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, error) {
 	s, err := openSocket(addr, p.cfg.NoOffload)
 	if err != nil {
 		return nil, err
 	}
-	o := newPort(p, s)
+	o, err := newPort(p, s, sole)
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	if manager != nil {
+		o.manager = manager
+	}
 	p.ports = append(p.ports, o)
 	go o.run()
 	return o, nil
@@ -126,14 +135,37 @@ func (p *Provider) open(addr netip.AddrPort) (*port, error) {
 // listeners should have been closed before; what is left is cut off.
 func (p *Provider) Close() error {
 	p.mu.Lock()
-	ports := p.ports
+	ports := slices.Clone(p.ports)
 	p.closed = true
 	p.mu.Unlock()
 	var errs []error
 	for _, o := range ports {
 		errs = append(errs, o.close())
 	}
+	p.drops.Wait()
 	return errors.Join(errs...)
+}
+
+// openSole opens a port for one queue pair, whose connection is another one's.
+func (p *Provider) openSole(local netip.Addr, manager *port) (*port, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, rdma.ErrClosed
+	}
+	return p.open(netip.AddrPortFrom(local, 0), true, manager)
+}
+
+// drop ends a port that nobody uses any more. It does not wait.
+func (p *Provider) drop(o *port) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.Index(p.ports, o)
+	if i < 0 || p.closed {
+		return // Close does it
+	}
+	p.ports = slices.Delete(p.ports, i, i+1)
+	p.drops.Go(func() { _ = o.close() }) // nobody waits for what could go wrong
 }
 
 // Name implements rdma.Provider.
@@ -145,6 +177,9 @@ func (p *Provider) portFor(local, remote netip.Addr) (*port, error) {
 	defer p.mu.Unlock()
 	for _, o := range p.ports {
 		a := o.sock.local.Addr()
+		if o.sole {
+			continue
+		}
 		if a == local || a.IsUnspecified() && a.Is4() == local.Is4() {
 			return o, nil
 		}
@@ -155,14 +190,17 @@ func (p *Provider) portFor(local, remote netip.Addr) (*port, error) {
 	case !p.cfg.OnDemand:
 		return nil, unix.EADDRNOTAVAIL
 	}
-	if !remote.IsLoopback() && local != remote {
-		o, err := p.open(netip.AddrPortFrom(local, p.cfg.Port))
+	if !sameHost(local, remote) {
+		o, err := p.open(netip.AddrPortFrom(local, p.cfg.Port), false, nil)
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return o, err
 		}
 	}
-	return p.open(netip.AddrPortFrom(local, 0))
+	return p.open(netip.AddrPortFrom(local, 0), true, nil)
 }
+
+// sameHost says whether two addresses are known to be of one host.
+func sameHost(a, b netip.Addr) bool { return a == b || a.IsLoopback() }
 
 // Resolve implements rdma.Provider.
 func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (rdma.ID, error) {
@@ -286,7 +324,7 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	a := addr.Addr().Unmap()
 	var o *port
 	p.mu.Lock()
-	ports := p.ports
+	ports := slices.Clone(p.ports)
 	p.mu.Unlock()
 	for _, c := range ports {
 		if l := c.sock.local.Addr(); l == a || a.Is4() == l.Is4() && (a.IsUnspecified() || l.IsUnspecified()) {

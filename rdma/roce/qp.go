@@ -2,6 +2,7 @@ package roce
 
 import (
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,6 +38,7 @@ const (
 // low 24.
 type pair struct {
 	provider       *Provider
+	port           *port // whose packets it gets
 	id             *connID
 	pd             *domain
 	sendCQ, recvCQ *queue
@@ -64,9 +66,9 @@ type pair struct {
 func (q *pair) Num() uint32 { return q.num }
 
 // newPair makes a queue pair in its initial state, which nobody can reach yet.
-func newPair(id *connID, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
+func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
 	q := &pair{
-		provider: id.port.provider, id: id, pd: pd, sendCQ: send, recvCQ: recv, path: id.path,
+		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv, path: id.path,
 		state: pairInit, out: &batch{path: id.path}, fresh: true,
 	}
 	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
@@ -169,12 +171,15 @@ func (q *pair) destroy() {
 	q.fail(rdma.WCFlushErr)
 	q.state = pairDestroyed
 	q.mu.Unlock()
-	q.id.port.removePair(q)
+	q.port.removePair(q)
 	q.sendCQ.unuse()
 	q.recvCQ.unuse()
 	q.pd.mu.Lock()
 	q.pd.users--
 	q.pd.mu.Unlock()
+	if q.port != q.id.port {
+		q.provider.drop(q.port)
+	}
 }
 
 // ready connects the queue pair. recvPSN is the first that the peer sends.
@@ -188,6 +193,17 @@ func (q *pair) ready(c connected) {
 	q.dest, q.mtu = c.dest, c.mtu
 	q.requester.start(&c)
 	q.responder.start(&c)
+}
+
+// redirect makes packets go to another port of the peer. It comes before ready.
+func (q *pair) redirect(port uint16) *path {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	to := *q.path
+	to.remote = netip.AddrPortFrom(to.remote.Addr(), port)
+	to.name, to.nameLen = sockaddrOf(to.remote)
+	q.path, q.out.path = &to, &to
+	return q.path
 }
 
 // connected is what a queue pair needs to know of its connection.

@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 
 	"ublk-nvmeof/internal/testenv"
@@ -33,7 +34,10 @@ func open(t testing.TB, cfg Config) *Provider {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for _, o := range p.ports {
+		p.mu.Lock()
+		ports := slices.Clone(p.ports)
+		p.mu.Unlock()
+		for _, o := range ports {
 			o.mu.Lock()
 			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.pairs)+o.halfOpen != 0 {
 				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open",

@@ -1,16 +1,13 @@
 package roce
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"structs"
 	"sync/atomic"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -38,9 +35,10 @@ var _ [64]byte = [unsafe.Sizeof(message{})]byte{}
 // makes the kernel send IPv4 packets with "don't fragment" and identification
 // 0, or k in the k-th segment of a UDP_SEGMENT message. Both are covered by
 // the ICRC.
+//
+// It is not one of package net: the runtime's poller would wake a thread for
+// every packet, also when somebody else takes it.
 type socket struct {
-	conn  *net.UDPConn
-	raw   syscall.RawConn
 	fd    int
 	v4    bool
 	local netip.AddrPort // what it is bound to
@@ -58,32 +56,11 @@ type socket struct {
 // openSocket binds to an address, which may be the unspecified one of its family.
 func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
 	s := &socket{v4: local.Addr().Is4()}
-	network := "udp6"
-	if s.v4 {
-		network = "udp4"
-	}
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var err error
-		if cerr := c.Control(func(fd uintptr) { err = s.configure(int(fd), plain) }); cerr != nil {
-			return cerr
-		}
-		return err
-	}}
-	pc, err := lc.ListenPacket(context.Background(), network, local.String())
-	if err != nil {
+	if err := s.bind(local, plain); err != nil {
 		if errors.Is(err, unix.EADDRINUSE) {
 			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
 		}
-		return nil, fmt.Errorf("open RoCE socket: %w", err)
-	}
-	s.conn = pc.(*net.UDPConn)
-	a := s.conn.LocalAddr().(*net.UDPAddr).AddrPort()
-	s.local = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
-	if s.raw, err = s.conn.SyscallConn(); err != nil {
-		return nil, errors.Join(err, s.conn.Close())
-	}
-	if err := s.raw.Control(func(fd uintptr) { s.fd = int(fd) }); err != nil {
-		return nil, errors.Join(err, s.conn.Close())
+		return nil, fmt.Errorf("open RoCE socket on %s: %w", local, err)
 	}
 	s.buf = make([]byte, recvMessages*recvBytes)
 	for i := range s.msgs {
@@ -94,6 +71,31 @@ func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
 		h.SetIovlen(1)
 	}
 	return s, nil
+}
+
+func (s *socket) bind(local netip.AddrPort, plain bool) error {
+	family := unix.AF_INET6
+	if s.v4 {
+		family = unix.AF_INET
+	}
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	s.fd = fd
+	if err := s.configure(fd, plain); err != nil {
+		return errors.Join(err, s.close())
+	}
+	name, length := sockaddrOf(local)
+	if _, _, errno := unix.Syscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&name)), uintptr(length)); errno != 0 {
+		return errors.Join(os.NewSyscallError("bind", errno), s.close())
+	}
+	length = unix.SizeofSockaddrInet6
+	if _, _, errno := unix.Syscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&name)), uintptr(unsafe.Pointer(&length))); errno != 0 {
+		return errors.Join(os.NewSyscallError("getsockname", errno), s.close())
+	}
+	s.local = addrOf(&name)
+	return nil
 }
 
 // configure sets options before the bind. With plain, segmentation offload
@@ -130,11 +132,7 @@ func (s *socket) configure(fd int, plain bool) error {
 	return nil
 }
 
-func (s *socket) close() error { return s.conn.Close() }
-
-// wait calls ready at first and whenever something has arrived since the socket
-// was last found empty, until it says true.
-func (s *socket) wait(ready func(fd uintptr) bool) error { return s.raw.Read(ready) }
+func (s *socket) close() error { return os.NewSyscallError("close", unix.Close(s.fd)) }
 
 // receive gets the datagrams that are there, without waiting. The messages stay
 // valid until the next call. The system call is raw: the scheduler need not
