@@ -37,6 +37,11 @@
 // benchstat. Both are kept in bench/results, with the samples and their
 // environment as JSON.
 //
+// # NBD
+//
+// With the argument "nbd" it measures NBD sockets instead, on this machine as it is:
+// see nbdMain.
+//
 // The program is its own guest: the host part starts itself in the VM with the
 // arguments "guest" and "null".
 package main
@@ -73,6 +78,8 @@ func run(ctx context.Context, args []string) error {
 			return guestMain(ctx, args[1:])
 		case "null":
 			return nullMain(ctx, args[1:])
+		case "nbd":
+			return nbdMain(ctx, args[1:])
 		}
 	}
 	o, err := parseOptions(args)

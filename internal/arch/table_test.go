@@ -56,7 +56,7 @@ var table = map[string]row{
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"nvme", "block", "rdma", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
-	"bench": {may: []string{"block", "block/null", "poller", "ublk", humanize, sys}},
+	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
 	"internal/uring":   {may: []string{sys}},
 	"internal/hostmem": {may: []string{sys}},
