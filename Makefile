@@ -7,6 +7,7 @@
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
 #	                UN_FULL=1 the whole matrix of queues on each kernel
+#	make soak       the scenario soak with N=100 crashes, on KERNELS
 #	make demo       all of it once, on this machine, without VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
@@ -17,6 +18,7 @@ KERNELS ?= 6.12 7.3
 KERNEL  ?= $(lastword $(KERNELS))
 RUN     ?= .
 BENCH   ?=
+N       ?= 100
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
@@ -37,7 +39,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak demo demo-vm bench lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -75,6 +77,12 @@ test-vm: build
 			> >(sed -u "s/^/$$k: /") 2>&1 & \
 		pids+=" $$!"; \
 	done; failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
+
+soak: build
+	for k in $(KERNELS); do \
+		UN_SOAK=$(N) go -C e2e test -v -count=1 -timeout=130m -run '^TestScenarios$$/^soak$$' \
+			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 125m --out $(CURDIR)/build/log/$$k" . ; \
+	done
 
 demo:
 	command -v nbdinfo nbdcopy fio qemu-img >/dev/null || e2e/setup

@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -107,7 +108,8 @@ func longest(ts *testscript.TestScript, neg bool, args []string) {
 	if n == 0 || took > limit {
 		ts.Fatalf("longest of %d requests took %v, want at most %v", n, took, limit)
 	}
-	ts.Logf("longest of %d requests took %v", n, took.Round(time.Millisecond))
+	// Of interest when nothing failed, too.
+	fmt.Fprintf(os.Stderr, "    longest of %d requests took %v\n", n, took.Round(time.Millisecond))
 }
 
 // within DURATION command [argument …]: the command succeeds, and not later.

@@ -17,8 +17,14 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// scenarioLimit is the longest time for one script.
-const scenarioLimit = 5 * time.Minute
+// scenarioLimit is the longest time for one script, but for a soak that was asked
+// for.
+func scenarioLimit() time.Duration {
+	if os.Getenv("UN_SOAK") != "" {
+		return 2 * time.Hour
+	}
+	return 5 * time.Minute
+}
 
 // The target that lab.sh makes unless told otherwise.
 const (
@@ -83,7 +89,7 @@ func TestScenarios(t *testing.T) {
 			run(t, "lab", "rxe", labMTU)
 			testscript.RunT(scriptT{t}, testscript.Params{
 				Files:               []string{filepath.Join(e2eDir, file)},
-				Deadline:            time.Now().Add(scenarioLimit),
+				Deadline:            time.Now().Add(scenarioLimit()),
 				Cmds:                commands,
 				Condition:           condition,
 				RequireExplicitExec: true,
@@ -92,6 +98,7 @@ func TestScenarios(t *testing.T) {
 					env.Setenv("NQN", labNQN)
 					env.Setenv("ROOT", root)
 					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
+					env.Setenv("UN_SOAK", os.Getenv("UN_SOAK"))
 					return nil
 				},
 			})

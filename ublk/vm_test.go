@@ -1190,10 +1190,10 @@ func TestRecover(t *testing.T) {
 		t.Fatal(err)
 	}
 	kill()
-	small := cfg
-	small.Device = newNull(t, block.Geometry{Sectors: 8})
-	if _, err := Recover(ctx, info, small); err == nil || !strings.Contains(err.Error(), "8 sectors") {
-		t.Errorf("recover over a smaller back end: %v", err)
+	coarse := cfg
+	coarse.Device = newNull(t, block.Geometry{LogicalBlock: 4096})
+	if _, err := Recover(ctx, info, coarse); err == nil || !strings.Contains(err.Error(), "block size") {
+		t.Errorf("recover over a back end of other blocks: %v", err)
 	}
 	other := info
 	other.Cookie++
@@ -1211,6 +1211,82 @@ func TestRecover(t *testing.T) {
 		t.Error("nothing was read from the second server")
 	}
 	stop(t, d)
+}
+
+// TestChange: size and write protection of a device that is served.
+func TestChange(t *testing.T) {
+	requireUblk(t)
+	ctx := testContext(t)
+	d := start(t, Config{ID: -1, Device: newNull(t, block.Geometry{}), Loops: newLoops(t, 1)})
+	read := func(name string) string {
+		text, err := os.ReadFile(fmt.Sprintf("/sys/block/ublkb%d/%s", d.ID(), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(text))
+	}
+	was := read("size")
+	err := d.Resize(ctx, 12345*8)
+	switch got := read("size"); {
+	case d.Features().Has(UpdateSize) && (err != nil || got != "98760"):
+		t.Errorf("resized to %s sectors: %v", got, err)
+	case !d.Features().Has(UpdateSize) && (!errors.Is(err, errors.ErrUnsupported) || got != was):
+		t.Errorf("a driver that cannot: %s sectors, %v", got, err)
+	}
+	for _, ro := range []bool{true, false} {
+		want := map[bool]string{true: "1", false: "0"}[ro]
+		if err := d.SetReadOnly(ro); err != nil || read("ro") != want {
+			t.Errorf("read-only %t: ro is %s, %v", ro, read("ro"), err)
+		}
+	}
+}
+
+// TestHandOver: a server leaves its device to another one while it is read.
+func TestHandOver(t *testing.T) {
+	requireUblk(t)
+	ctx := testContext(t)
+	loops := newLoops(t, 2)
+	d, err := Start(ctx, Config{ID: -1, Device: newNull(t, block.Geometry{}), Loops: loops, Recovery: RecoveryRequeue})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !d.Features().Has(Quiesce) {
+		stop(t, d) // handing over is dying, which TestRecover has
+		return
+	}
+	reads := exec.CommandContext(ctx, "dd", "if="+d.Path(), "of=/dev/null", "bs=64k", "iflag=direct", "status=none")
+	if err := reads.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.HandOver(ctx); err != nil {
+		t.Fatal(err)
+	}
+	info, err := Get(ctx, d.ID())
+	if err != nil || info.State != Quiesced {
+		t.Errorf("handed over: %+v, %v", info, err)
+	}
+	// This process cannot end here. That its loops do is the same for the driver.
+	for _, l := range loops {
+		if err := l.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, s := range d.serves {
+		if err := unix.Munmap(s.descs); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Close(d.char); err != nil {
+		t.Fatal(err)
+	}
+	next, err := Recover(ctx, info, Config{Device: newNull(t, block.Geometry{}), Loops: newLoops(t, info.Queues)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := reads.Wait(); err != nil {
+		t.Errorf("read: %v", err)
+	}
+	stop(t, next)
 }
 
 // TestAbandon: a device that waits for a server can be given up, but not under
