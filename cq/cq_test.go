@@ -49,6 +49,7 @@ func (r region) Bytes() []byte { return r.bytes }
 func (r region) Addr() uint64  { return base }
 func (r region) LKey() uint32  { return 7 }
 func (r region) RKey() uint32  { return 8 }
+func (region) Release() error  { return nil }
 
 // respond puts a response with a command id into the oldest posted buffer.
 func (a *adapter) respond(cid uint16) {

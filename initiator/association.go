@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -23,6 +24,7 @@ type association struct {
 	depth    int // of the I/O queues
 	plan     poller.Plan
 	pairs    []*pair
+	removed  atomic.Bool    // the RDMA device goes away
 	watching sync.WaitGroup // the goroutines that hear of each connection
 	lost     chan error     // the first reason why it is lost
 }
@@ -33,6 +35,17 @@ func (a *association) fail(err error) {
 	select {
 	case a.lost <- err:
 	default:
+	}
+}
+
+// leaveDevice answers the removal of the RDMA device. There are drivers that wait
+// until nobody uses it.
+func (c *Controller) leaveDevice(removed bool) {
+	if !removed {
+		return
+	}
+	if err := c.mem.leave(); err != nil {
+		c.cfg.Log.Warn("leave RDMA device", "error", err)
 	}
 }
 
@@ -56,6 +69,7 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	defer func() {
 		if err != nil {
 			a.close()
+			c.leaveDevice(a.removed.Load() || errors.Is(err, rdma.ErrNoDevice))
 			a = nil
 		}
 	}()
@@ -371,8 +385,11 @@ func (a *association) watch(conn *connection) {
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
-			if ev.Type == rdma.EventPortDown {
+			switch ev.Type {
+			case rdma.EventPortDown:
 				continue
+			case rdma.EventDeviceRemoved:
+				a.removed.Store(true)
 			}
 			a.fail(fmt.Errorf("queue %d: %v", conn.qid, ev.Type))
 		}

@@ -182,6 +182,7 @@ func (c *Controller) supervise(a *association) {
 		if err := c.release(a); err != nil {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
+		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost, a.cntlid, time.Now().Add(c.patience())); err != nil {
 			if err != errClosed {

@@ -13,9 +13,10 @@ import (
 // replace between two associations; the buffers then stay where they are, with
 // new keys. Methods may be called from any goroutine.
 type memory struct {
-	mu     sync.Mutex // guards what follows
-	dev    rdma.Device
+	mu     sync.Mutex  // guards what follows
+	dev    rdma.Device // nil: none at present
 	pd     rdma.PD
+	name   string             // of the device, or of the last one
 	queues map[*queue]rdma.PD // open queues, and where their buffers are registered
 	old    []rdma.PD          // of devices that are used no more, with something in them
 }
@@ -28,7 +29,7 @@ func (m *memory) use(dev rdma.Device, move bool) error {
 	switch {
 	case m.dev == dev:
 	case m.dev != nil && !move:
-		return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, m.dev.Attr().Name)
+		return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, m.name)
 	default:
 		pd, err := dev.AllocPD()
 		if err != nil {
@@ -37,7 +38,7 @@ func (m *memory) use(dev rdma.Device, move bool) error {
 		if m.pd != nil {
 			m.old = append(m.old, m.pd)
 		}
-		m.dev, m.pd = dev, pd
+		m.dev, m.pd, m.name = dev, pd, dev.Attr().Name
 	}
 	return m.gather()
 }
@@ -50,7 +51,7 @@ func (m *memory) gather() error {
 			continue
 		}
 		if err := m.pd.MoveMR(q.mr); err != nil {
-			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), m.dev.Attr().Name, err)
+			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), m.name, err)
 		}
 		q.rkey, q.lkey = q.mr.RKey(), q.mr.LKey()
 		m.queues[q] = m.pd
@@ -64,6 +65,25 @@ func (m *memory) gather() error {
 	return nil
 }
 
+// leave takes everything from the device, which goes away, or wants to. The
+// buffers are registered again on the next. No connection may be open.
+func (m *memory) leave() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	for q := range m.queues {
+		errs = append(errs, q.mr.Release())
+		m.queues[q] = nil
+	}
+	for _, pd := range append(m.old, m.pd) {
+		if pd != nil {
+			errs = append(errs, pd.Close())
+		}
+	}
+	m.dev, m.pd, m.old = nil, nil, nil
+	return errors.Join(errs...)
+}
+
 // domain is where connections and their memory belong.
 func (m *memory) domain() rdma.PD {
 	m.mu.Lock()
@@ -75,13 +95,16 @@ func (m *memory) domain() rdma.PD {
 func (m *memory) device() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.dev.Attr().Name
+	return m.name
 }
 
 // open registers the buffers of a queue, size bytes.
 func (m *memory) open(q *queue, size int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.pd == nil {
+		return rdma.ErrNoDevice
+	}
 	mr, err := m.pd.AllocMR(size, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
 		return err

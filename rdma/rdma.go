@@ -177,7 +177,7 @@ type PD interface {
 	// MoveMR registers a region of another domain of this provider here
 	// instead, perhaps on another device: the same memory at the same address
 	// with the same rights, and new keys. Nothing may use the region meanwhile.
-	// On an error it is where it was.
+	// On an error it is where it was. A region may have been Released before.
 	MoveMR(mr MR) error
 	Close() error
 }
@@ -188,6 +188,9 @@ type MR interface {
 	Addr() uint64  // address to name in an SGE or to the peer
 	LKey() uint32
 	RKey() uint32
+	// Release ends the registration and keeps the memory, until MoveMR
+	// registers it again. Idempotent.
+	Release() error
 	Close() error
 }
 

@@ -21,6 +21,7 @@ func (m *memory) Bytes() []byte { return m.bytes }
 func (m *memory) Addr() uint64  { return 0x10000 }
 func (m *memory) LKey() uint32  { return 7 }
 func (m *memory) RKey() uint32  { return 8 }
+func (*memory) Release() error  { return nil }
 func (m *memory) Close() error  { return nil }
 
 func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }

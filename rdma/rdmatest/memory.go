@@ -29,7 +29,7 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 		access |= rdma.AccessLocalWrite
 	}
 	f.nextKey += 2
-	m := &memoryRegion{pd: p, mem: mem, addr: hostmem.Addr(mem), access: access, lkey: f.nextKey, rkey: f.nextKey + 1}
+	m := &memoryRegion{pd: p, fabric: f, mem: mem, addr: hostmem.Addr(mem), access: access, lkey: f.nextKey, rkey: f.nextKey + 1}
 	f.mrs[m.lkey], f.mrs[m.rkey] = m, m
 	f.objects.MRs++
 	p.users++
@@ -48,9 +48,7 @@ func (p *protectionDomain) MoveMR(region rdma.MR) error {
 	if m.closed {
 		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
-	delete(f.mrs, m.lkey)
-	delete(f.mrs, m.rkey)
-	m.pd.users--
+	m.release()
 	f.nextKey += 2
 	m.pd, m.lkey, m.rkey = p, f.nextKey, f.nextKey+1
 	f.mrs[m.lkey], f.mrs[m.rkey] = m, m
@@ -76,7 +74,8 @@ func (p *protectionDomain) Close() error {
 
 // memoryRegion implements rdma.MR.
 type memoryRegion struct {
-	pd         *protectionDomain
+	pd         *protectionDomain // nil when released
+	fabric     *Fabric
 	mem        []byte
 	addr       uint64
 	access     rdma.Access
@@ -96,18 +95,35 @@ func (m *memoryRegion) LKey() uint32 { return m.lkey }
 // RKey implements rdma.MR.
 func (m *memoryRegion) RKey() uint32 { return m.rkey }
 
+// Release implements rdma.MR.
+func (m *memoryRegion) Release() error {
+	m.fabric.mu.Lock()
+	defer m.fabric.mu.Unlock()
+	m.release()
+	return nil
+}
+
+// release takes the region out of its domain; the lock is held.
+func (m *memoryRegion) release() {
+	if m.pd == nil {
+		return
+	}
+	delete(m.fabric.mrs, m.lkey)
+	delete(m.fabric.mrs, m.rkey)
+	m.pd.users--
+	m.pd = nil
+}
+
 // Close implements rdma.MR.
 func (m *memoryRegion) Close() error {
-	f := m.pd.device.endpoint.fabric
+	f := m.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if m.closed {
 		return nil
 	}
 	m.closed = true
-	delete(f.mrs, m.lkey)
-	delete(f.mrs, m.rkey)
-	m.pd.users--
+	m.release()
 	f.objects.MRs--
 	return hostmem.Unmap(m.mem)
 }

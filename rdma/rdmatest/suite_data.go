@@ -233,7 +233,11 @@ func testMoveMR(t *testing.T, s Setup) {
 	pattern(mr.Bytes(), 1)
 	addr := mr.Addr()
 	check(t, p.pd.MoveMR(mr))
+	check(t, other.MoveMR(mr)) // back
+	check(t, mr.Release())
 	check(t, other.Close()) // nothing of the region is left there
+	check(t, mr.Release())
+	check(t, p.pd.MoveMR(mr))
 	if mr.Addr() != addr {
 		t.Errorf("region is at %#x, was at %#x", mr.Addr(), addr)
 	}

@@ -81,9 +81,12 @@ func (d *domain) MoveMR(mr rdma.MR) error {
 	if !ok {
 		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
 	}
-	if err := m.leave(); err != nil {
-		return fmt.Errorf("move memory region: %w", err)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
+	m.release()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m.domain = d
@@ -93,19 +96,29 @@ func (d *domain) MoveMR(mr rdma.MR) error {
 	return nil
 }
 
-// leave takes a region out of its domain: its keys name nothing any more.
-func (m *region) leave() error {
-	m.domain.mu.Lock()
-	defer m.domain.mu.Unlock()
-	if m.closed {
-		return rdma.ErrClosed
-	}
-	delete(m.domain.local, m.lkey)
-	if m.domain.remote[m.rkey] == m {
-		delete(m.domain.remote, m.rkey)
-	}
-	m.domain.users--
+// Release implements rdma.MR.
+func (m *region) Release() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.release()
 	return nil
+}
+
+// release takes a region out of its domain: its keys name nothing any more. The
+// region's lock is held.
+func (m *region) release() {
+	d := m.domain
+	if d == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.local, m.lkey)
+	if d.remote[m.rkey] == m {
+		delete(d.remote, m.rkey)
+	}
+	d.users--
+	m.domain = nil
 }
 
 // newKey picks a random key that is not in use. The peer cannot guess it.
@@ -136,12 +149,13 @@ func (d *domain) Close() error {
 
 // region implements rdma.MR.
 type region struct {
-	domain     *domain
+	mu         sync.Mutex // guards domain and closed; taken before the domain's
+	domain     *domain    // nil when released
 	mem        []byte
 	addr       uint64
 	access     rdma.Access
 	lkey, rkey uint32
-	closed     bool // guarded by the domain's lock
+	closed     bool
 }
 
 // Bytes implements rdma.MR.
@@ -158,17 +172,13 @@ func (m *region) RKey() uint32 { return m.rkey }
 
 // Close implements rdma.MR.
 func (m *region) Close() error {
-	m.domain.mu.Lock()
-	defer m.domain.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.closed {
 		return nil
 	}
 	m.closed = true
-	delete(m.domain.local, m.lkey)
-	if m.domain.remote[m.rkey] == m {
-		delete(m.domain.remote, m.rkey)
-	}
-	m.domain.users--
+	m.release()
 	return hostmem.Unmap(m.mem)
 }
 

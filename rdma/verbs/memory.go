@@ -54,7 +54,7 @@ func (p *pd) MoveMR(region rdma.MR) error {
 	if c == nil {
 		return registerError(len(m.mem), err)
 	}
-	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
+	if err := m.release(); err != nil {
 		return errors.Join(err, destroyed("memory region", C.ibv_dereg_mr(c)))
 	}
 	m.c, m.lkey, m.rkey = c, uint32(c.lkey), uint32(c.rkey)
@@ -103,12 +103,12 @@ func (p *pd) Close() error {
 
 // mr is a memory region.
 type mr struct {
-	c          *C.struct_ibv_mr
+	c          *C.struct_ibv_mr // nil when released
 	access     rdma.Access
 	mem        []byte
 	addr       uint64
 	lkey, rkey uint32
-	mu         sync.Mutex // guards closed
+	mu         sync.Mutex // guards c and closed
 	closed     bool
 }
 
@@ -116,6 +116,24 @@ func (m *mr) Bytes() []byte { return m.mem }
 func (m *mr) Addr() uint64  { return m.addr }
 func (m *mr) LKey() uint32  { return m.lkey }
 func (m *mr) RKey() uint32  { return m.rkey }
+
+// Release implements rdma.MR.
+func (m *mr) Release() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.release()
+}
+
+func (m *mr) release() error {
+	if m.c == nil {
+		return nil
+	}
+	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
+		return err
+	}
+	m.c = nil
+	return nil
+}
 
 // Close implements rdma.MR. Memory whose registration cannot be ended stays
 // mapped: the device may still write to it.
@@ -125,7 +143,7 @@ func (m *mr) Close() error {
 	if m.closed {
 		return nil
 	}
-	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
+	if err := m.release(); err != nil {
 		return err
 	}
 	m.closed = true
