@@ -21,8 +21,12 @@ import (
 // Whether a controller is there still is asked by a Connect of an I/O queue to
 // it. "Invalid parameter: controller id" says that it is not.
 
-// fencePause is the time between two such questions.
-const fencePause = 20 * time.Millisecond
+// The time between two such questions begins with fencePause and doubles: each
+// costs the target a connection.
+const (
+	fencePause    = 10 * time.Millisecond
+	fencePauseMax = 500 * time.Millisecond
+)
 
 // patience is when a target has ended a controller at the latest whose host fell
 // silent: with traffic as keep alive, it notices after at most twice the
@@ -37,6 +41,7 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, u
 		return nil // its id is ours now
 	}
 	began := time.Now()
+	pause := fencePause
 	for asked := 1; ; asked++ {
 		there, err := c.exists(ctx, a, cntlid)
 		switch {
@@ -52,7 +57,8 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, u
 			return nil
 		}
 		select {
-		case <-time.After(fencePause):
+		case <-time.After(pause):
+			pause = min(2*pause, fencePauseMax)
 		case err := <-a.lost:
 			a.fail(err) // for who waits for it
 			return &StepError{"wait for the end of the old controller", err}
