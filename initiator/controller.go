@@ -347,16 +347,23 @@ func (c *Controller) keepAlive(ctx context.Context, a *association) {
 		case <-ctx.Done():
 			return
 		}
-		var cmd nvme.Command
-		cmd.SetKeepAlive()
-		limit, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
-		_, err := a.admin.exec(limit, &cmd, nil, nil)
-		cancel()
-		if err != nil && ctx.Err() == nil {
-			a.fail(fmt.Errorf("keep alive: %w", err))
+		if err := c.ping(ctx, a); err != nil && ctx.Err() == nil {
+			a.fail(err)
 			return
 		}
 	}
+}
+
+// ping sends one Keep Alive command.
+func (c *Controller) ping(ctx context.Context, a *association) error {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
+	defer cancel()
+	var cmd nvme.Command
+	cmd.SetKeepAlive()
+	if _, err := a.admin.exec(ctx, &cmd, nil, nil); err != nil {
+		return fmt.Errorf("keep alive: %w", err)
+	}
+	return nil
 }
 
 // listen keeps one Asynchronous Event Request with the controller.

@@ -40,21 +40,26 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, u
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
-	began := time.Now()
+	began, alive := time.Now(), time.Now()
 	pause := fencePause
 	for asked := 1; ; asked++ {
 		there, err := c.exists(ctx, a, cntlid)
 		switch {
-		case err != nil:
-			return &StepError{"wait for the end of the old controller", err}
-		case !there:
+		case err == nil && !there:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(began).Round(time.Millisecond))
 			return nil
-		case asked == 1:
-			c.cfg.Log.Info("target still has the old controller; I/O waits for its end", "controller", cntlid, "at_most", time.Until(until).Round(time.Second))
 		case time.Now().After(until):
-			c.cfg.Log.Warn("target still has the old controller, which it should have ended; I/O goes on", "controller", cntlid)
+			c.cfg.Log.Warn("target still has the old controller, which it should have ended; I/O goes on", "controller", cntlid, "error", err)
 			return nil
+		case asked == 1:
+			c.cfg.Log.Info("target still has the old controller; I/O waits for its end", "controller", cntlid,
+				"at_most", time.Until(until).Round(time.Second), "error", err)
+		}
+		if time.Since(alive) > c.cfg.KeepAlive/4 {
+			alive = time.Now()
+			if err := c.ping(ctx, a); err != nil {
+				return &StepError{"wait for the end of the old controller", err}
+			}
 		}
 		select {
 		case <-time.After(pause):
