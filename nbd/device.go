@@ -75,12 +75,12 @@ func Available() error {
 type Device struct {
 	srv    *Server
 	cfg    DeviceConfig
-	offer  offer
 	index  int
 	cookie uint64
 	log    *slog.Logger
 
 	mu    sync.Mutex // guards what follows
+	offer offer      // its export does not change
 	live  int        // connections
 	asked bool       // Stop was called
 
@@ -188,10 +188,11 @@ func (d *Device) serve(fd int) error {
 	s.mu.Unlock()
 	d.mu.Lock()
 	d.live++
+	o := d.offer
 	d.mu.Unlock()
 	go func() {
 		defer s.ending.Done()
-		err := s.transmit(fd, d.offer, false)
+		err := s.transmit(fd, o, false)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if d.live--; d.live == 0 {
@@ -236,6 +237,9 @@ func (d *Device) Resize(ctx context.Context, size uint64) error {
 	e := d.offer.export
 	g := e.Device.Geometry()
 	// First those that serve it, lest they refuse what the kernel may ask for.
+	d.mu.Lock()
+	d.offer.size = size // of connections to come
+	d.mu.Unlock()
 	d.srv.onConns(e, func(c *conn) { c.offer.size = size })
 	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
 		u64(attrSize, size).u64(attrBlockSize, uint64(g.LogicalBlock))

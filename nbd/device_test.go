@@ -88,6 +88,15 @@ func TestKernelDevice(t *testing.T) {
 		t.Errorf("%s: read-only %s, %s", ro.Path(), got, sysfs(t, ro, "queue/write_cache"))
 	}
 
+	for _, size := range []uint64{32 << 20, 64 << 20} {
+		if err := d.Resize(testContext(t), size); err != nil {
+			t.Error(err)
+		}
+		if got := sysfs(t, d, "size"); got != fmt.Sprint(size>>9) {
+			t.Errorf("resized to %d bytes, has %s sectors", size, got)
+		}
+	}
+
 	mnt := t.TempDir()
 	run(t, "mkfs.ext4", "-q", d.Path())
 	run(t, "mount", d.Path(), mnt)
