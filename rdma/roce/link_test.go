@@ -8,10 +8,12 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
 )
 
 // patience bounds every wait for something that must happen.
@@ -426,5 +428,46 @@ func TestPathShrinks(t *testing.T) {
 	a.post(a.wr(1, rdma.Write, 0, 100_000, b, 0))
 	if wc := wait(t, a.sendCQ); wc.ID != 1 || wc.Status != wcLocalOp {
 		t.Errorf("%+v", wc)
+	}
+}
+
+// TestRetrySpares: while packets for other queue pairs come from the peer's host,
+// more rounds of the timer may pass without progress, but not without end.
+func TestRetrySpares(t *testing.T) {
+	var victim atomic.Uint32
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			if h, _, ok := wire.Parse(p); !ok || h.DestQP != victim.Load() {
+				deliver(p)
+			}
+		}
+	}})
+	a, b := join(t, host, target, 16, 1<<16, false)
+	c, d := join(t, host, target, 16, 1<<16, false)
+	victim.Store(b.qp.Num())
+	q := a.pair()
+	q.mu.Lock()
+	q.retryLimit = 1
+	q.mu.Unlock()
+	a.post(a.wr(1, rdma.Write, 0, 100, b, 0))
+	var wc [1]rdma.WC
+	for deadline := time.Now().Add(patience); ; {
+		c.post(c.wr(2, rdma.Write, 0, 8, d, 0))
+		c.ok(c.sendCQ, 2)
+		if n, err := a.sendCQ.Poll(wc[:]); n == 1 || err != nil {
+			check(t, err)
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v", host.Snapshot())
+		}
+	}
+	if wc[0].Status != rdma.WCRetryExc {
+		t.Errorf("it ended with %s", wc[0].Status)
+	}
+	// One that counts, those that do not, and the last.
+	if n := host.Snapshot().Timeouts; n < 2+mostSpared {
+		t.Errorf("%d timeouts", n)
 	}
 }

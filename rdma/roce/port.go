@@ -298,6 +298,7 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		return
 	}
 	c.packetsReceived.Add(1)
+	q.peer.heard.Add(1)
 	q.receive(&h, packet, payload)
 	if !q.dirty {
 		q.dirty = true

@@ -44,6 +44,7 @@ type pair struct {
 	sendCQ, recvCQ *queue
 	num            uint32
 	path           *path
+	peer           *peerHost
 
 	// Guarded by the port's recvMu.
 	recvBases baseCache
@@ -69,7 +70,7 @@ func (q *pair) Num() uint32 { return q.num }
 func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
 	q := &pair{
 		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv, path: id.path,
-		state: pairInit, out: &batch{path: id.path}, fresh: true,
+		peer: p.provider.meet(id.path.remote.Addr()), state: pairInit, out: &batch{path: id.path}, fresh: true,
 	}
 	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
 	q.recvQ = make([]rdma.RecvWR, max(1, cfg.MaxRecvWR))
@@ -177,6 +178,7 @@ func (q *pair) destroy() {
 	q.pd.mu.Lock()
 	q.pd.users--
 	q.pd.mu.Unlock()
+	q.provider.part(q.path.remote.Addr())
 	if q.port != q.id.port {
 		q.provider.drop(q.port)
 	}

@@ -53,6 +53,8 @@ type requester struct {
 
 	retryLimit, notReadyLimit uint8
 	retries, notReady         uint8
+	spared                    uint8  // rounds that did not count since una moved
+	heard                     uint64 // of the peer's host, at the last round
 	gapOpen                   bool   // una was asked for again
 	gapHigh                   uint64 // what was seen beyond it since
 	tooLarge                  bool   // EMSGSIZE
@@ -302,7 +304,7 @@ func (q *pair) completeSend(status rdma.WCStatus) {
 func (q *pair) progress(una uint64) {
 	q.grow(una - q.una)
 	q.una = una
-	q.retries, q.notReady, q.gapOpen = 0, 0, false
+	q.retries, q.spared, q.notReady, q.gapOpen = 0, 0, 0, false
 	q.asked = max(q.asked, una)
 	q.asking.acked(una)
 	if q.sample != 0 && una >= q.sample {
@@ -508,19 +510,35 @@ func (q *pair) tick() {
 		q.idleTicks = 0
 	case q.idleTicks < retryTicks:
 		return
-	case q.retries == q.retryLimit:
+	case q.retries == q.retryLimit && !q.spare():
 		c.timeouts.Add(1)
 		q.fail(rdma.WCRetryExc)
 		return
 	default:
 		c.timeouts.Add(1)
-		q.retries++
+		if q.spare() {
+			q.spared++
+		} else {
+			q.retries++
+		}
+		q.heard = q.peer.heard.Load()
 		q.backoff = min(q.backoff+1, 5)
 		q.idleTicks = 0
 		q.gapOpen = false
 		q.lost()
 	}
 	q.transmit()
+}
+
+// mostSpared bounds the rounds of the timer that do not count, for each that
+// does.
+const mostSpared = 4
+
+// spare says whether a round without progress is not to be held against the
+// peer: its host is there, and may have so much to do for other queue pairs
+// that this one has to wait.
+func (q *pair) spare() bool {
+	return q.peer.heard.Load() != q.heard && q.spared < mostSpared*max(1, q.retryLimit)
 }
 
 func (r *requester) stopTimers() {
