@@ -23,7 +23,7 @@ func scenarioLimit() time.Duration {
 	if os.Getenv("UN_SOAK") != "" {
 		return 2 * time.Hour
 	}
-	return 5 * time.Minute
+	return 8 * time.Minute
 }
 
 // The target that lab.sh makes unless told otherwise.

@@ -29,6 +29,12 @@ func (s *server) HandOver(ctx context.Context) error {
 	if s.front.name != options.Ublk {
 		return exit.Errorf(exit.Other, "its front end is %s, whose clients stay with their server", s.front.name)
 	}
+	s.mu.Lock()
+	chosen := s.front.name
+	s.mu.Unlock()
+	if chosen != options.Ublk {
+		return exit.Errorf(exit.Other, "devices of the front end %s do not wait for another server", chosen)
+	}
 	var err error
 	if !s.exclusively(ctx, func() { err = s.handOver(ctx) }) {
 		return exit.Errorf(exit.Other, "the server ends")
