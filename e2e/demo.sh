@@ -71,7 +71,7 @@ run qemu-img compare -f qcow2 -F raw "$image.qcow2" "$uri"
 
 step "Random writes, read back and compared by checksum"
 run fio --name=verify --ioengine=nbd --uri="$uri" --rw=randwrite --bsrange=4k-128k --iodepth=32 --size=64m \
-	--verify=crc32c --verify_fatal=1 --output="$work/fio"
+	--verify=crc32c --verify_fatal=1 --verify_state_save=0 --output="$work/fio"
 grep -E '^ +(read|write): IOPS' "$work/fio"
 ! grep -q 'err= *[1-9]' "$work/fio"
 
@@ -98,7 +98,7 @@ if [ "$(id -u)" = 0 ] && [ -e /dev/ublk-control ]; then
 	run ublk-nvmeof connect -a $addr -s $port -n $nqn -i 2 --provider roce --frontend ublk
 	disk=$(ublk-nvmeof list | grep -oE '^/dev/ublkb[0-9]+')
 	run fio --name=verify --ioengine=io_uring --direct=1 --filename="$disk" --rw=randwrite --bsrange=4k-128k \
-		--iodepth=32 --size=64m --verify=crc32c --verify_fatal=1 --output="$work/fio"
+		--iodepth=32 --size=64m --verify=crc32c --verify_fatal=1 --verify_state_save=0 --output="$work/fio"
 	grep -E '^ +(read|write): IOPS' "$work/fio"
 	run ublk-nvmeof disconnect -n $nqn
 fi
