@@ -26,10 +26,8 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # a package's tests. A package whose tests name UN_REQUIRE has to be here.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
-# TestNoDriver is for a kernel without ublk. Sixteen queue pairs of rdma/roce on an
-# emulated machine starve each other until their retry counters end: a limit of
-# rdma/roce that is known and open. test-unit runs both.
-VM_SKIP = ^TestNoDriver$$|^TestConformance$$/^IPv6/^ManyQueuePairs$$
+# TestNoDriver is for a kernel without ublk; test-unit runs it.
+VM_SKIP = ^TestNoDriver$$
 
 VM_DIRS = $(foreach t,$(VM_TESTS),$(firstword $(subst :, ,$t)))
 UN_REQUIRE_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
