@@ -70,7 +70,7 @@ test-vm: build
 	build/vm --kernel 6.1 --timeout 10m --out build/log/6.1 -- \
 		sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "^TestScenarios$$/^nbd$$"'
 	pids=; for k in $(KERNELS); do \
-		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' build/vm --kernel $$k --timeout 20m --out build/log/$$k -- \
+		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' build/vm --kernel $$k --timeout 30m --out build/log/$$k -- \
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' '$(RUN)' \
 			> >(sed -u "s/^/$$k: /") 2>&1 & \
 		pids+=" $$!"; \
