@@ -21,6 +21,7 @@ type port struct {
 	sock     *socket
 	done     chan struct{} // closed at the end of the receive loop
 	wake     int           // eventfd that the receive loop looks at
+	file     *os.File      // a copy of the socket for the runtime's poller, unless sole
 	sole     bool          // for one queue pair and what belongs to it
 	manager  *port         // has the state of the connections: itself, or another
 	driven   atomic.Bool   // somebody else takes the packets
@@ -77,6 +78,13 @@ func newPort(p *Provider, s *socket, sole bool) (*port, error) {
 		tokens:    float64(p.cfg.MaxRequestRate), refilled: time.Now(),
 	}
 	o.manager = o
+	if !sole {
+		fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return nil, errors.Join(os.NewSyscallError("fcntl", err), unix.Close(wake))
+		}
+		o.file = os.NewFile(uintptr(fd), "RoCE socket")
+	}
 	if p.cfg.tamper != nil {
 		o.tamper = p.cfg.tamper()
 	}
@@ -109,6 +117,10 @@ const drivenCheck = 1000
 // run is the receive loop.
 func (p *port) run() {
 	defer close(p.done)
+	if !p.sole {
+		p.runShared()
+		return
+	}
 	var event [8]byte
 	for {
 		fds := [2]unix.PollFd{{Fd: int32(p.wake), Events: unix.POLLIN}, {Fd: int32(p.sock.fd), Events: unix.POLLIN}}
@@ -126,6 +138,18 @@ func (p *port) run() {
 		if !p.receive() {
 			return
 		}
+	}
+}
+
+// runShared is run for a port whose packets nobody else takes. The runtime's
+// poller wakes it with less ado than a thread of its own.
+func (p *port) runShared() {
+	raw, err := p.file.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(uintptr) bool { return !p.receive() })
+	}
+	if err != nil && !errors.Is(err, os.ErrClosed) {
+		p.broken(err)
 	}
 }
 
@@ -364,6 +388,9 @@ func (p *port) close() error {
 	p.shut = true
 	p.recvMu.Unlock()
 	p.nudge()
+	if p.file != nil {
+		errs = append(errs, p.file.Close())
+	}
 	<-p.done
 	return errors.Join(append(errs, p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))...)
 }
