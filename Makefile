@@ -23,15 +23,16 @@ N       ?= 100
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 # What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
-# a package's tests. A package whose tests name UN_REQUIRE has to be here.
+# a package's tests. A package whose tests say what they need of the machine
+# (internal/testenv) has to be here.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
 
 VM_DIRS = $(foreach t,$(VM_TESTS),$(firstword $(subst :, ,$t)))
-UN_REQUIRE_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
-	grep -rl --include='*_test.go' --exclude-dir=e2e --exclude-dir=build UN_REQUIRE .))))
+NEEDING_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
+	grep -rl --include='*_test.go' --exclude-dir=e2e --exclude-dir=build 'testenv\.Need' .))))
 
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
@@ -62,7 +63,7 @@ test-unit: setup
 # limit is the one that counts: it shows what hangs. go test's is for a runner that
 # hangs itself.
 test-vm: build
-	missing="$(filter-out $(VM_DIRS),$(UN_REQUIRE_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
+	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
 	go -C e2e test -c -o ../build/test/e2e.test .
