@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,8 @@ type device struct {
 	refs   int                  // guarded by provider.mu
 	events *waiter              // asynchronous events
 	done   chan struct{}        // closed when readEvents has returned
+
+	removed atomic.Bool // an event said so
 
 	mu  sync.Mutex // guards ids; taken before an id's own
 	ids map[*cmID]struct{}
@@ -100,6 +103,9 @@ func (d *device) put() {
 	if d.hold != nil {
 		C.rdma_destroy_id(d.hold)
 	}
+	if d.removed.Load() {
+		C.forget_removed_devices()
+	}
 }
 
 // Attr implements rdma.Device.
@@ -129,7 +135,7 @@ func (d *device) readEvents() {
 		d.mu.Lock()
 		for id := range d.ids {
 			if err != nil {
-				id.report(rdma.EventDeviceRemoved, "asynchronous events: "+err.Error())
+				id.deviceRemoved("asynchronous events: " + err.Error())
 			} else {
 				id.async(&ev)
 			}

@@ -25,8 +25,9 @@
 //     word is noticed by the caller's own timeouts only.
 //  3. rdma_rxe does not notice a receive that is posted after QP.Fail, so that
 //     it may never come back.
-//  4. Device removal: librdmacm keeps a device open until the process ends or
-//     the device is gone. Where the driver cannot detach from its users
-//     (rdma_rxe before Linux 7), the removal of the device, and of the network
-//     device under it, waits for the process.
+//  4. Device removal: where the driver cannot detach from its users (rdma_rxe
+//     before Linux 7), the removal of the device, and of the network device
+//     under it, waits until the last ID, PD, CQ and listener on it is closed, and
+//     for ever if it was the host's only RDMA device: librdmacm then keeps it open
+//     until the process ends.
 package verbs

@@ -103,10 +103,11 @@ func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
 	id := p.startID(ch, ev.id)
 	id.private = ev.private
 	id.local, id.remote = addrPort(C.rdma_get_local_addr(ev.id)), addrPort(C.rdma_get_peer_addr(ev.id))
-	if id.device, err = p.device(ev.id); err != nil {
+	d, err := p.device(ev.id)
+	if err != nil {
 		return nil, errors.Join(err, id.Close())
 	}
-	id.device.watch(id)
+	id.setDevice(d)
 	return id, nil
 }
 
@@ -147,10 +148,11 @@ func (id *cmID) resolve(ctx context.Context, local netip.Addr, remote netip.Addr
 		}
 	}
 	id.local = addrPort(C.rdma_get_local_addr(id.c))
-	if id.device, err = id.provider.device(id.c); err != nil {
+	d, err := id.provider.device(id.c)
+	if err != nil {
 		return step, err
 	}
-	id.device.watch(id)
+	id.setDevice(d)
 
 	step = "resolve route"
 	if ret, err := C.rdma_resolve_route(id.c, timeoutMS(ctx)); ret != 0 {
@@ -223,7 +225,7 @@ func (id *cmID) dispatch(ev cmEvent) {
 		id.report(rdma.EventTimewaitExit, ev.String())
 		return
 	case C.RDMA_CM_EVENT_DEVICE_REMOVAL:
-		id.report(rdma.EventDeviceRemoved, ev.String())
+		id.deviceRemoved(ev.String())
 	case C.RDMA_CM_EVENT_DISCONNECTED:
 		if established {
 			id.report(rdma.EventDisconnected, ev.String())
@@ -247,6 +249,24 @@ func (id *cmID) report(kind rdma.EventType, detail string) {
 	case id.events <- rdma.Event{Type: kind, Detail: detail}:
 	default:
 	}
+}
+
+// setDevice says on which device a resolved ID is, whose reference it takes over.
+func (id *cmID) setDevice(d *device) {
+	id.mu.Lock()
+	id.device = d
+	id.mu.Unlock()
+	d.watch(id)
+}
+
+func (id *cmID) deviceRemoved(detail string) {
+	id.mu.Lock()
+	d := id.device
+	id.mu.Unlock()
+	if d != nil {
+		d.removed.Store(true)
+	}
+	id.report(rdma.EventDeviceRemoved, detail)
 }
 
 // async takes what an asynchronous event of the device means for this ID. It
@@ -275,7 +295,7 @@ func (id *cmID) async(ev *C.struct_async_event) {
 			id.report(rdma.EventPortDown, detail)
 		}
 	case C.IBV_EVENT_DEVICE_FATAL:
-		id.report(rdma.EventDeviceRemoved, detail)
+		id.deviceRemoved(detail)
 	}
 }
 

@@ -275,3 +275,14 @@ struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
 	}
 	return hold;
 }
+
+// librdmacm looks for devices that are gone only when somebody asks for one that
+// it does not know, or for all. A driver that cannot detach from its users waits
+// for the context of its device meanwhile.
+void forget_removed_devices(void)
+{
+	struct ibv_context **devices = rdma_get_devices(NULL);
+
+	if (devices)
+		rdma_free_devices(devices);
+}
