@@ -33,6 +33,7 @@ const (
 // answered. broken: nothing is sent any more either. When no command is pending on
 // the socket and no tag is held, it is done.
 type conn struct {
+	admitted   bool // see Server.admit; guarded by the server's mu
 	worker     *worker
 	queue      *queue
 	slot       int

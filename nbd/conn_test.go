@@ -403,7 +403,8 @@ func TestStop(t *testing.T) {
 	t.Run("in use", func(t *testing.T) {
 		s, path := newServer(t, Config{Exports: twoExports(t)})
 		connect(t, path, "", false)
-		dial(t, path).read(18) // a client that has not chosen yet does not count
+		dial(t, path).read(18)                                                                    // a client that has not chosen yet does not count
+		await(t, "the client's service", func() bool { return slices.Max(s.Connections()) == 1 }) // it has the answer before
 		if err := s.Stop(testContext(t), false); !errors.Is(err, ErrBusy) {
 			t.Fatal(err)
 		}

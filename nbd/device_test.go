@@ -196,6 +196,17 @@ func TestDisconnected(t *testing.T) {
 	}
 
 	left := startDevice(t, s, DeviceConfig{Index: -1})
+	await(t, "the connections' service", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		n := 0
+		for c := range s.conns {
+			if c.admitted {
+				n++
+			}
+		}
+		return n == left.cfg.Connections
+	})
 	s.onConns(nil, (*conn).abandon)
 	<-left.Done()
 	if there, err := Connected(left.Index(), left.Cookie()); err != nil || !there {

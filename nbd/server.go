@@ -391,8 +391,8 @@ func (s *Server) transmit(fd int, o offer, structured bool) error {
 		return errors.Join(err, c.free())
 	}
 	defer s.finish(c)
-	if err := l.Call(func() { l.worker.add(c) }); err != nil {
-		return errors.Join(err, c.free())
+	if lost := l.Call(func() { err = s.admit(c, l) }); lost != nil || err != nil {
+		return errors.Join(err, lost, c.free())
 	}
 	select {
 	case <-c.done:
@@ -415,6 +415,20 @@ func (s *Server) begin(c *conn) (*loop, error) {
 	l.conns++
 	s.conns[c] = l
 	return l, nil
+}
+
+// admit begins to serve, on the loop: who finds the connection admitted and calls the
+// loop finds it with its worker; who ends the server or the export before that, here.
+func (s *Server) admit(c *conn, l *loop) error {
+	s.mu.Lock()
+	refused := s.over || c.offer.export.removed
+	c.admitted = !refused
+	s.mu.Unlock()
+	if refused {
+		return ErrStopped
+	}
+	l.worker.add(c)
+	return nil
 }
 
 func (s *Server) finish(c *conn) {
@@ -512,12 +526,12 @@ func (s *Server) hangUp(all bool) {
 	}
 }
 
-// onConns calls fn for the connections of an export, or all (nil), each on its loop.
+// onConns calls fn for the admitted connections of an export, or all (nil), each on its loop.
 func (s *Server) onConns(e *export, fn func(*conn)) {
 	s.mu.Lock()
 	all := map[*loop][]*conn{}
 	for c, l := range s.conns {
-		if e != nil && c.offer.export != e {
+		if !c.admitted || e != nil && c.offer.export != e {
 			continue
 		}
 		all[l] = append(all[l], c)
