@@ -25,6 +25,7 @@
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
 #	                      the host's RDMA device, or the packets to it, from it or both
 #	                      ways (UDP port 4791)
+#	far ADDR [MTU]        an RDMA device on eth1, the cable to another VM, with an address
 #	outside [MTU]         a network namespace "outside" without any RDMA device, with a
 #	                      cable to one outside of it: 10.0.4.1 and fd00:4::1 are in it,
 #	                      10.0.4.2 and fd00:4::2 here; called again, it changes the MTU
@@ -259,6 +260,13 @@ lab_unwire() {
 	! nft list table inet lab >/dev/null 2>&1 || lab_mend
 }
 
+lab_far() {
+	ip link set eth1 mtu "${2:-4200}" up || return
+	ip addr add "$1/24" dev eth1 || return
+	modprobe -a rdma_rxe rdma_ucm || return
+	rdma link add rxe1 type rxe netdev eth1
+}
+
 # A namespace of its own: rxe, which has UDP port 4791 of the one it is in, leaves
 # no room for another speaker of RoCEv2 there.
 lab_outside() {
@@ -398,7 +406,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	verb=${1:-}
 	case $verb in
 	rxe | target | grant | readonly | file | resize | enable | count | counts | bios | wire | cut | mend | down | up | \
-		outside | bad | target-down | clean)
+		far | outside | bad | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
 		;;

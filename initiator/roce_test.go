@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,7 +23,7 @@ import (
 )
 
 // wire is a target of package target over a real network: RoCEv2 on the
-// loopback, on an address of this process alone.
+// loopback, on an address of its own.
 type wire struct {
 	host   *roce.Provider
 	target *target.Target
@@ -30,18 +31,26 @@ type wire struct {
 	ns     *target.Namespace
 }
 
-var wireAddr = netip.AddrFrom4([4]byte{127, byte(1 + os.Getpid()>>16&0x7f), byte(os.Getpid() >> 8), byte(1 + os.Getpid()%250)})
+var wires atomic.Uint32
+
+// wireAddr is an address that nobody has: not this process, nor those that test
+// at the same time.
+func wireAddr() netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, byte(1 + pid>>8&0x7f), byte(pid), byte(1 + wires.Add(1)%250)})
+}
 
 // newWire starts a target with one namespace. Everything is closed at the end
 // of the test, by when hosts have left.
 func newWire(t testing.TB, cfg target.Config, ns target.NamespaceConfig) *wire {
 	t.Helper()
 	w := &wire{}
-	p, err := roce.New(roce.Config{Addrs: []netip.Addr{wireAddr}})
+	addr := wireAddr()
+	p, err := roce.New(roce.Config{Addrs: []netip.Addr{addr}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Provider, cfg.AddrPort = p, netip.AddrPortFrom(wireAddr, 4420)
+	cfg.Provider, cfg.AddrPort = p, netip.AddrPortFrom(addr, 4420)
 	if w.target, err = target.New(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -349,6 +358,7 @@ func silences() map[string]target.Fault {
 func TestRoCESilence(t *testing.T) {
 	for name, fault := range silences() {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			w := newWire(t, target.Config{}, target.NamespaceConfig{})
 			loops := newLoops(t, 1)
 			cfg := w.config(loops, poller.Request{IO: 1})
@@ -368,6 +378,58 @@ func TestRoCESilence(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestRoCEGarbage: identify data and log pages that are noise are refused, or
+// taken for what they say, but nothing more comes of them.
+func TestRoCEGarbage(t *testing.T) {
+	w := newWire(t, target.Config{}, target.NamespaceConfig{})
+	loops := newLoops(t, 1)
+	cfg := w.config(loops, poller.Request{IO: 1})
+	cfg.AdminTimeout, cfg.IOTimeout, cfg.ConnectTimeout = time.Second, time.Second, time.Second
+	faults := w.target.Faults()
+	noise := func(op nvme.Opcode, skip int) {
+		faults.Add(target.Fault{Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{op}}, Skip: skip, Corrupt: target.CorruptData})
+	}
+	refused := 0
+	for skip := range 4 {
+		for range 10 {
+			noise(nvme.AdminIdentify, skip)
+			c, err := Connect(t.Context(), cfg)
+			faults.Clear()
+			if err != nil {
+				refused++
+				continue
+			}
+			closeController(t, c)
+		}
+	}
+	if refused < 10 {
+		t.Errorf("%d of 40 were refused, want those with a noisy controller at least", refused)
+	}
+
+	c := connect(t, cfg)
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 64<<10, 12)
+	f.start(2000)
+	noise(nvme.AdminGetLogPage, 0)
+	for i := range 5 {
+		ns, err := w.sub.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 2 {
+			noise(nvme.AdminIdentify, 1) // after a log page that was in order
+		}
+		if err := w.sub.RemoveNamespace(ns.NSID()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	faults.Clear()
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	closeController(t, c)
 }
 
 // TestRoCESilentReconnect: the same while connecting again. An attempt fails,

@@ -47,6 +47,9 @@ func (q *queue) bytes(c int32) []byte {
 // from or into its chunks.
 func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
 	r := &q.reqs[i]
+	if op == rdma.Write && r.corrupt == CorruptData {
+		q.spoil(r)
+	}
 	addr := r.addr
 	for c := r.chunks; c != noChunk && length > 0; c = q.next[c] {
 		n := min(length, chunkSize)

@@ -1,7 +1,9 @@
 package target
 
 import (
+	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -29,7 +31,7 @@ func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
 	return slices.Contains(m.Opcodes, cmd.Opcode())
 }
 
-// Corruption is something wrong with a completion.
+// Corruption is something wrong with the answer to a command.
 type Corruption uint8
 
 // Corruptions.
@@ -42,9 +44,10 @@ const (
 	// CorruptKey: it invalidates a key that the command did not name. The RDMA
 	// layer of a host that does not have such a key breaks the connection.
 	CorruptKey
+	CorruptData // the data that goes to the host is noise
 )
 
-var corruptions = [...]string{"none", "wrong id", "duplicate", "short", "wrong sq head", "wrong key"}
+var corruptions = [...]string{"none", "wrong id", "duplicate", "short", "wrong sq head", "wrong key", "data"}
 
 func (c Corruption) String() string {
 	if int(c) < len(corruptions) {
@@ -64,7 +67,7 @@ type Fault struct {
 	Drop       bool          // never answer
 	Disconnect bool          // end the connection
 	Status     nvme.Status   // answer with this, with or without nvme.StatusDNR
-	Corrupt    Corruption    // of the completion
+	Corrupt    Corruption    // of the completion or the data
 }
 
 // rule is a fault that was added.
@@ -199,6 +202,16 @@ func (q *queue) strike(i int) bool {
 	return true
 }
 
+// spoil makes noise of a command's data.
+func (q *queue) spoil(r *request) {
+	for c := r.chunks; c != noChunk; c = q.next[c] {
+		b := q.bytes(c)
+		for i := 0; i < len(b); i += 8 {
+			binary.NativeEndian.PutUint64(b[i:], rand.Uint64())
+		}
+	}
+}
+
 // corrupt spoils a completion that is about to be sent as wr.
 func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 	switch r.corrupt {
@@ -218,6 +231,6 @@ func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 		first := *done
 		again, at := q.completion(noChunk)
 		*nvme.CompletionAt(q.out.Bytes()[at:]) = first
-		q.sends = append(q.sends, again)
+		q.answers = append(q.answers, again)
 	}
 }

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"bytes"
 	"testing"
 	"time"
 
@@ -163,6 +164,11 @@ func TestFaultCorrupt(t *testing.T) {
 	once(CorruptSQHead, func() {
 		if h.response.SQHead() < 32 {
 			t.Errorf("head %d", h.response.SQHead())
+		}
+	})
+	once(CorruptData, func() {
+		if h.response.CID() != 77 || !h.response.Status().OK() || bytes.Equal(h.data.Bytes()[:4096], make([]byte, 4096)) {
+			t.Errorf("response %v, and data as it is on the disk", &h.response)
 		}
 	})
 	// The fabric, as an adapter does, breaks the connection of a wrong key.

@@ -85,16 +85,19 @@ type queue struct {
 	delayed   []uint16
 	responses []response
 	posted    uint64  // completions sent
+	confirmed uint64  // of those, how many have left the ring
+	lazy      int     // completions since the last one whose SEND is signaled
 	reserved  int     // completions sent and not confirmed, and commands that may send one
 	next      []int32 // of each chunk, the next one of its list
 	free      int32
 	nfree     int
 
-	sends []rdma.SendWR // to be posted
-	recvs []rdma.RecvWR
-	wcs   [pollBatch]rdma.WC
-	armed bool
-	fds   [3]unix.PollFd
+	sends   []rdma.SendWR // to be posted: data, and then
+	answers []rdma.SendWR // completions
+	recvs   []rdma.RecvWR
+	wcs     [pollBatch]rdma.WC
+	armed   bool
+	fds     [3]unix.PollFd
 	// receiver is nil if the provider takes the packets.
 	receiver rdma.Receiver
 	event    [8]byte
@@ -119,7 +122,7 @@ func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
 }
 
 func (q *queue) allocate() error {
-	nchunks := min(max(minChunks, q.depth), maxChunks)
+	nchunks := min(max(2*minChunks, q.depth), maxChunks)
 	ring := 2*q.depth + aerLimit
 	q.reqs = make([]request, q.depth)
 	q.pending = make([]uint16, q.depth)
@@ -133,6 +136,7 @@ func (q *queue) allocate() error {
 	// A chunk has one work request at most, a completion too.
 	maxSend := nchunks + ring
 	q.sends = make([]rdma.SendWR, 0, maxSend)
+	q.answers = make([]rdma.SendWR, 0, ring)
 	q.recvs = make([]rdma.RecvWR, 0, q.depth)
 
 	var err error
@@ -354,12 +358,21 @@ func (q *queue) complete(wc *rdma.WC) error {
 	case kindRead:
 		q.finish(i)
 	case kindSend:
-		r := &q.responses[i]
+		q.confirm(i)
+	}
+	return nil
+}
+
+// confirm ends the completions up to the one at pos of the ring: SENDs end in
+// order.
+func (q *queue) confirm(pos int) {
+	for at := -1; at != pos; q.confirmed++ {
+		at = int(q.confirmed % uint64(len(q.responses)))
+		r := &q.responses[at]
 		q.releaseChunks(r.chunks)
 		r.chunks = noChunk
 		q.reserved--
 	}
-	return nil
 }
 
 func (q *queue) enqueue(i int) {
@@ -410,12 +423,13 @@ func (q *queue) sendEvents() {
 		q.reserved++
 		sge, at := q.completion(noChunk)
 		nvme.CompletionAt(q.out.Bytes()[at:]).Set(uint64(dw0), q.sqHead(), cid, nvme.StatusSuccess)
-		q.sends = append(q.sends, sge)
+		q.answers = append(q.answers, sge)
 	}
 }
 
 // post posts receives first, so that no answer gets to the host before there is
-// room for the command that it lets the host send.
+// room for the command that it lets the host send. Then come data and, behind
+// all of it, completions: packets of one length cost least.
 func (q *queue) post() error {
 	if len(q.recvs) > 0 {
 		if _, err := q.qp.PostRecv(q.recvs); err != nil {
@@ -423,6 +437,8 @@ func (q *queue) post() error {
 		}
 		q.recvs = q.recvs[:0]
 	}
+	q.sends = append(q.sends, q.answers...)
+	q.answers = q.answers[:0]
 	if len(q.sends) > 0 {
 		if _, err := q.qp.PostSend(q.sends); err != nil {
 			return err
@@ -469,9 +485,25 @@ func (q *queue) completion(chunks int32) (wr rdma.SendWR, at int) {
 	q.responses[pos].chunks = chunks
 	at = pos * nvme.CompletionSize
 	return rdma.SendWR{
-		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: true, NumSGE: 1,
+		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: q.signaled(), NumSGE: 1,
 		SGE: [2]rdma.SGE{{Addr: q.out.Addr() + uint64(at), Length: nvme.CompletionSize, LKey: q.out.LKey()}},
 	}, at
+}
+
+// lazyLimit is how many completions are sent without asking whether they have
+// arrived.
+const lazyLimit = 8
+
+// signaled says whether the next completion is to be confirmed, with all before
+// it: the host says of none but these that it has them. Whatever a command may
+// wait for is free without that of the others.
+func (q *queue) signaled() bool {
+	q.lazy++
+	if q.lazy < lazyLimit && q.nfree >= chunksFor(uint32(q.target.cfg.MaxTransfer)) && q.reserved < len(q.responses)/2 {
+		return false
+	}
+	q.lazy = 0
+	return true
 }
 
 // respond answers a command. Its chunks stay until the SEND is complete,
@@ -492,7 +524,7 @@ func (q *queue) respond(i int, result uint64, s nvme.Status) {
 	if r.corrupt != CorruptNone {
 		q.corrupt(r, &wr, done)
 	}
-	q.sends = append(q.sends, wr)
+	q.answers = append(q.answers, wr)
 	q.done(i)
 }
 

@@ -12,7 +12,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// TestStores puts both stores through the same operations.
+// TestStores puts all stores through the same operations.
 func TestStores(t *testing.T) {
 	const size = 1 << 20
 	name := filepath.Join(t.TempDir(), "disk")
@@ -24,7 +24,7 @@ func TestStores(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	for _, s := range []Store{NewRAM(size), file} {
+	for _, s := range []Store{NewRAM(size), file, NewCache(NewRAM(size), 64<<10)} {
 		t.Run(fmt.Sprintf("%T", s), func(t *testing.T) {
 			want := make([]byte, size)
 			pattern(want, 11)
@@ -72,6 +72,50 @@ func TestStores(t *testing.T) {
 	got := make([]byte, 100<<10)
 	if _, err := file.ReadAt(got, 0); err != nil || !bytes.Equal(got, make([]byte, len(got))) {
 		t.Errorf("not zeroed: %v", err)
+	}
+}
+
+// TestCache: only what was flushed, or had no room, is in the store below.
+func TestCache(t *testing.T) {
+	const size = 1<<20 + 512
+	ram := NewRAM(size)
+	c := NewCache(ram, 32<<10)
+	stored := func() (n int) {
+		for _, b := range ram.data {
+			if b != 0 {
+				n++
+			}
+		}
+		return n
+	}
+	data := bytes.Repeat([]byte{7}, 100<<10)
+	for _, w := range []struct{ off, n, stored int64 }{
+		{4096 - 512, 1024, 0}, {size - 512, 512, 0}, {64 << 10, 32 << 10, 3 * 4096},
+	} {
+		if _, err := c.WriteAt(data[:w.n], w.off); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, w.n)
+		if _, err := c.ReadAt(got, w.off); err != nil || !bytes.Equal(got, data[:w.n]) {
+			t.Errorf("%d bytes at %d: read as they are not, %v", w.n, w.off, err)
+		}
+		if n := stored(); int64(n) > w.stored || len(c.dirty) > 8 {
+			t.Errorf("%d bytes are stored, %d pages are not", n, len(c.dirty))
+		}
+	}
+	if err := c.Close(); err != nil || stored() != 1024+512+32<<10 || len(c.dirty) != 0 {
+		t.Errorf("%d bytes are stored, %v", stored(), err)
+	}
+	if _, err := c.WriteAt(data[:512], size-511); err == nil {
+		t.Error("a write beyond the end succeeds")
+	}
+	// What shrinks meanwhile loses its end.
+	if _, err := c.WriteAt(data[:1024], size-1024); err != nil {
+		t.Fatal(err)
+	}
+	ram.Resize(size - 512)
+	if err := c.Flush(); err != nil || len(c.dirty) != 0 {
+		t.Error(err)
 	}
 }
 

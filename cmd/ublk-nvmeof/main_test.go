@@ -48,7 +48,8 @@ func program(t *testing.T, args ...string) (stdout, stderr string, code exit.Cod
 func execProgram(t *testing.T, args ...string) (stdout, stderr string, code exit.Code) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), self(), args...)
-	cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1")
+	// The race detector would make each process last a second longer.
+	cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := cmd.Run()

@@ -37,6 +37,7 @@ type machine struct {
 	memory  string
 	icount  bool
 	append  string
+	cable   string // path of a socket, or empty
 	timeout time.Duration
 	verbose bool
 	stdout  io.Writer
@@ -170,6 +171,16 @@ func (m *machine) arguments(initrd string) []string {
 	if m.guest.Out != "" {
 		path := strings.ReplaceAll(m.guest.Out, ",", ",,")
 		args = append(args, "-virtfs", "local,path="+path+",mount_tag=out,security_model=none,multidevs=remap")
+	}
+	if m.cable != "" {
+		// Who comes first makes the socket.
+		_, err := os.Stat(m.cable)
+		server := "on"
+		if err == nil {
+			server = "off"
+		}
+		args = append(args, "-netdev", "stream,id=cable,server="+server+",addr.type=unix,addr.path="+strings.ReplaceAll(m.cable, ",", ",,"),
+			"-device", "virtio-net-pci,netdev=cable,romfile=")
 	}
 	switch {
 	case m.accel == "kvm":

@@ -69,6 +69,7 @@ type options struct {
 	mtu     int
 	out     string
 	appendK string
+	cable   string
 	env     []string
 	verbose bool
 	fetch   bool
@@ -91,6 +92,7 @@ func parseOptions(args []string) (options, error) {
 	fs.IntVar(&o.mtu, "mtu", 1500, "MTU of eth0 in bytes; 4200 lets rdma_rxe use an MTU of 4096")
 	fs.StringVar(&o.out, "out", "", "`directory` that the VM may write, at the same path inside; gets console.log")
 	fs.StringVar(&o.appendK, "append", "", "more kernel `parameters`")
+	fs.StringVar(&o.cable, "cable", "", "`path` of a socket, which is made if it does not exist: a cable between eth1 here and in another VM with the same path")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
 		o.env = append(o.env, s)
 		return nil
@@ -171,7 +173,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, append: o.appendK, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, append: o.appendK, cable: o.cable, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()

@@ -19,8 +19,9 @@ const (
 // the same length, and a shorter one after them, make one UDP_SEGMENT message:
 // what costs is the number of messages.
 type batch struct {
-	path  *path
-	bases baseCache
+	path        *path
+	bases       baseCache
+	headersOnly bool // what the ICRC covers
 
 	packets int
 	pieces  int
@@ -75,13 +76,18 @@ func (b *batch) add(headLen int, first, second []byte) {
 	b.piece(m, h)
 	for _, p := range [2][]byte{first, second} {
 		if len(p) > 0 {
-			crc = wire.Update(crc, p)
+			if !b.headersOnly {
+				crc = wire.Update(crc, p)
+			}
 			b.piece(m, p)
 		}
 	}
 	t := b.trailers[b.packets][:pad+wire.ICRCLen]
 	clear(t[:pad])
-	wire.PutICRC(t[pad:], wire.Update(crc, t[:pad]))
+	if !b.headersOnly {
+		crc = wire.Update(crc, t[:pad])
+	}
+	wire.PutICRC(t[pad:], crc)
 	b.piece(m, t)
 	b.packets++
 }

@@ -6,10 +6,11 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
+	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -46,21 +47,23 @@ func BenchmarkSuite(b *testing.B) {
 	rdmatest.Benchmark(b, rdmatest.Setup{Active: host, Passive: target, Listen: targetAddr})
 }
 
-// waiter waits for completions by polling or by events.
+// waiter waits for completions as a poller's loop does: it takes its own packets,
+// and it either spins, or sleeps until some come.
 type waiter struct {
-	cq    rdma.CQ
-	file  *os.File // on a copy of the descriptor; nil polls
-	event [8]byte
+	cq     rdma.Receiver
+	fds    [2]unix.PollFd // the packets, and the completion channel
+	sleeps bool
+	event  [8]byte
 }
 
 func newWaiter(b *testing.B, cq rdma.CQ) *waiter {
-	w := &waiter{cq: cq}
-	if cq.FD() >= 0 {
-		fd, err := unix.FcntlInt(uintptr(cq.FD()), unix.F_DUPFD_CLOEXEC, 0)
-		check(b, err)
-		w.file = os.NewFile(uintptr(fd), "completion channel")
-		b.Cleanup(func() { check(b, w.file.Close()) })
+	w := &waiter{cq: cq.(rdma.Receiver), sleeps: cq.FD() >= 0}
+	if w.cq.PacketFD() < 0 {
+		b.Fatal("several queue pairs share the packets")
 	}
+	w.fds = [2]unix.PollFd{{Fd: int32(w.cq.PacketFD()), Events: unix.POLLIN}, {Fd: int32(cq.FD()), Events: unix.POLLIN}}
+	w.cq.Receiving(true)
+	b.Cleanup(func() { w.cq.Receiving(false) })
 	return w
 }
 
@@ -68,27 +71,43 @@ var errStopped = errors.New("stopped")
 
 // wait gives at least one completion, or stops.
 func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
-	for armed := false; ; {
+	for {
 		n, err := w.cq.Poll(wcs)
 		if n > 0 || err != nil {
 			return n, err
 		}
-		switch {
-		case stop.Load():
+		if stop.Load() {
 			return 0, errStopped
-		case w.file == nil:
-		case !armed:
-			if err := w.cq.Arm(); err != nil {
-				return 0, err
-			}
-			armed = true
-		default:
-			if _, err := w.file.Read(w.event[:]); err != nil {
+		}
+		if !w.sleeps {
+			continue // Poll takes packets, too
+		}
+		if err := w.cq.Arm(); err != nil {
+			return 0, err
+		}
+		if n, err := w.cq.Poll(wcs); n > 0 || err != nil {
+			return n, err
+		}
+		w.sleep()
+		if w.fds[1].Revents != 0 {
+			if _, err := unix.Read(w.cq.FD(), w.event[:]); err != nil {
 				return 0, err
 			}
 			w.cq.Ack(1)
-			armed = false
 		}
+		if w.fds[0].Revents != 0 {
+			w.cq.Receive()
+		}
+	}
+}
+
+// sleep waits for packets or an event: for a short time without telling the
+// scheduler, as the poller does.
+func (w *waiter) sleep() {
+	bound := unix.NsecToTimespec(int64(100 * time.Microsecond))
+	n, _, _ := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&w.fds[0])), 2, uintptr(unsafe.Pointer(&bound)), 0, 0, 0)
+	if n == 0 {
+		_, _ = unix.Poll(w.fds[:], -1) // EINTR: the caller looks again
 	}
 }
 
@@ -106,9 +125,9 @@ func report(b *testing.B, cpu time.Duration) {
 }
 
 func benchRoCE(b *testing.B, size, depth int, events bool) {
-	host, target := openPair(b)
+	host, target := open(b, Config{OnDemand: true}), open(b, Config{Addrs: []netip.Addr{targetAddr}})
 	const slack = 2
-	h, g := join(b, host, target, slack*2*depth+64, (depth+1)*size+1<<16, events)
+	h, g := joinVia(b, host, targetAddr, target, slack*2*depth+64, (depth+1)*size+1<<16, events)
 	data := depth * size // the capsules stand behind the data
 	requests, responses := data, data+depth*requestLen
 	recvs := make([]rdma.RecvWR, depth)
@@ -122,6 +141,8 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 	rkey := h.mr.RKey()
 	go func() { done <- serveRoCE(b, g, size, depth, base, rkey, &stop) }()
 
+	runtime.LockOSThread() // as a loop of the poller
+	defer runtime.UnlockOSThread()
 	w := newWaiter(b, h.recvCQ)
 	wcs := make([]rdma.WC, depth)
 	sends := make([]rdma.SendWR, 0, depth)
@@ -191,6 +212,8 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 
 // serveRoCE is the target.
 func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, stop *atomic.Bool) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	w := newWaiter(b, g.recvCQ)
 	data := depth * size
 	requests, responses := data, data+depth*requestLen

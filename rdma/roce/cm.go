@@ -197,9 +197,10 @@ func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Ad
 		r := wire.ParseReply(m)
 		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
 		id.state = idEstablished
-		if id.qp.ours.Store(ours(r.GUID)); ours(r.GUID) {
+		if ours(r.GUID) {
 			id.path = id.qp.redirect(src.Port())
 		}
+		id.qp.peerIs(r.GUID)
 		id.qp.ready(connected{
 			dest: r.QPN, mtu: id.mtu, sendPSN: r.PSN, recvPSN: id.psn,
 			retries: id.param.RetryCount, notReadyRetries: r.RNRRetryCount,

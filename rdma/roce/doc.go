@@ -17,7 +17,8 @@
 // ends: its packets concern nobody else, so who serves it can take them himself
 // (rdma.Receiver), on his thread, without waiting for the scheduler. The ends
 // know each other by the mark in their GUIDs, and answer to the UDP port that a
-// message came from.
+// message came from. What never leaves the host's memory needs no checksum: the
+// ICRC covers only headers there.
 //
 // # Cost
 //

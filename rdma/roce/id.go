@@ -413,7 +413,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 	a.Put(m)
 	p.halfOpen--
 	id.state, id.last = idAccepting, m
-	id.qp.ours.Store(ours(id.peerGUID))
+	id.qp.peerIs(id.peerGUID)
 	id.qp.ready(c) // data may come before the RTU
 	return m, nil
 }

@@ -292,7 +292,7 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		return
 	}
 	if h.DestQP == wire.CMQueuePair {
-		if _, ok := wire.Check(wire.Base(a.src, a.dst, len(packet)), packet, p.sock.v4, uint8(i)); !ok {
+		if _, ok := wire.Check(wire.Base(a.src, a.dst, len(packet)), packet, len(packet)-wire.ICRCLen, p.sock.v4, uint8(i)); !ok {
 			c.badICRC.Add(1)
 			return
 		}
@@ -316,7 +316,11 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		c.wrongAddress.Add(1)
 		return
 	}
-	id, ok := wire.Check(q.recvBases.get(a.src, a.dst, len(packet)), packet, p.sock.v4, uint8(i))
+	end := len(packet) - wire.ICRCLen
+	if q.near.Load() {
+		end = h.Op.HeaderLen()
+	}
+	id, ok := wire.Check(q.recvBases.get(a.src, a.dst, len(packet)), packet, end, p.sock.v4, uint8(i))
 	if !ok || id > maxID && q.ours.Load() {
 		c.badICRC.Add(1)
 		return

@@ -68,9 +68,10 @@ type Provider struct {
 var _ rdma.Provider = (*Provider)(nil)
 
 // The CA GUID that we name to peers: our mark and 40 random bits. A peer with
-// the mark numbers its packets as we do.
+// the mark does as we do in what the standard leaves open, or between us does
+// not need. Another way of doing it needs another mark.
 const (
-	guidMark  = 0x02756e // locally administered
+	guidMark  = 0x02756f // locally administered
 	guidShift = 40
 )
 

@@ -51,6 +51,7 @@ type pair struct {
 	dirty     bool
 
 	ours atomic.Bool // the peer numbers its packets as we do
+	near atomic.Bool // and it is on this host: ICRCs are those of the headers alone
 
 	mu    sync.Mutex // guards what follows
 	state pairState
@@ -182,6 +183,21 @@ func (q *pair) destroy() {
 	if q.port != q.id.port {
 		q.provider.drop(q.port)
 	}
+}
+
+// peerIs says whose queue pair the peer is. It comes before ready, and after
+// redirect.
+//
+// Packets of one host to itself stay in its memory, where the kernel computes no
+// checksum of TCP either. Both ends know when that is so: both have ports of
+// their own, which nobody else would answer to.
+func (q *pair) peerIs(guid uint64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	near := ours(guid) && q.port.sole && q.path.remote.Port() != q.provider.cfg.Port
+	q.ours.Store(ours(guid))
+	q.near.Store(near)
+	q.out.headersOnly = near
 }
 
 // ready connects the queue pair. recvPSN is the first that the peer sends.

@@ -64,6 +64,7 @@ func TestConformance(t *testing.T) {
 	}{
 		{"IPv4", Config{Addrs: []netip.Addr{hostAddr}}, targetAddr},
 		{"IPv4 without offload", Config{Addrs: []netip.Addr{hostAddr}, NoOffload: true}, targetAddr},
+		{"on demand", Config{OnDemand: true}, targetAddr},
 		{"IPv6 with itself", Config{Addrs: []netip.Addr{netip.IPv6Loopback()}}, netip.Addr{}},
 		{"any address, with itself", Config{}, netip.Addr{}},
 	} {
@@ -78,7 +79,7 @@ func TestConformance(t *testing.T) {
 				switch {
 				case c.passive.IsValid():
 					cfg := c.cfg
-					cfg.Addrs = []netip.Addr{c.passive}
+					cfg.Addrs, cfg.OnDemand = []netip.Addr{c.passive}, false
 					s.Passive, s.Listen = open(t, cfg), c.passive
 				case len(c.cfg.Addrs) > 0:
 					s.Listen = c.cfg.Addrs[0]

@@ -89,17 +89,16 @@ func Update(crc uint32, b []byte) uint32 { return crc32.Update(crc, crc32.IEEETa
 // PutICRC stores a finished CRC.
 func PutICRC(b []byte, crc uint32) { binary.LittleEndian.PutUint32(b, crc) }
 
-// Check verifies the CRC of a packet, which includes it. It gives the
-// identification field that the packet must have had if it came by IPv4; guess
-// is the likely one.
-func Check(base uint32, packet []byte, v4 bool, guess uint8) (id uint16, ok bool) {
-	end := len(packet) - ICRCLen
+// Check verifies the CRC of a packet, which ends with it, over its first end
+// bytes: all before the CRC, BTHLen at least. It gives the identification field
+// that the packet must have had if it came by IPv4; guess is the likely one.
+func Check(base uint32, packet []byte, end int, v4 bool, guess uint8) (id uint16, ok bool) {
 	start := base
 	if v4 {
 		start = WithID(base, guess)
 	}
 	got := Update(Header(start, packet[:BTHLen]), packet[BTHLen:end])
-	delta := got ^ binary.LittleEndian.Uint32(packet[end:])
+	delta := got ^ binary.LittleEndian.Uint32(packet[len(packet)-ICRCLen:])
 	if delta == 0 {
 		return uint16(guess), true
 	}

@@ -33,7 +33,7 @@ func TestExampleICRC(t *testing.T) {
 	base := Base(netip.AddrPortFrom(a, 49152), netip.AddrPortFrom(a, Port), len(b))
 	before := bytes.Clone(b)
 	for _, guess := range []uint8{0, 1, 63} {
-		if id, ok := Check(base, b, true, guess); !ok || id != exampleID {
+		if id, ok := Check(base, b, len(b)-ICRCLen, true, guess); !ok || id != exampleID {
 			t.Errorf("guess %d: valid %v, identification %d, want %d", guess, ok, id, exampleID)
 		}
 	}
@@ -98,13 +98,13 @@ func TestICRC(t *testing.T) {
 		id := uint16(rnd.Uint32())
 		src, dst, b := random(t, rnd, true, id)
 		base := Base(src, dst, len(b))
-		if got, ok := Check(base, b, true, 3); !ok || got != id {
+		if got, ok := Check(base, b, len(b)-ICRCLen, true, 3); !ok || got != id {
 			t.Fatalf("IPv4, %d bytes: valid %v, identification %d, want %d", len(b), ok, got, id)
 		}
 		if id > MaxSmallID {
 			continue
 		}
-		if got, ok := Check(base, b, true, uint8(id)); !ok || got != id {
+		if got, ok := Check(base, b, len(b)-ICRCLen, true, uint8(id)); !ok || got != id {
 			t.Fatalf("IPv4, guessed: valid %v, identification %d, want %d", ok, got, id)
 		}
 	}
@@ -117,7 +117,7 @@ func TestICRC(t *testing.T) {
 	}
 	for range 100 {
 		src, dst, b := random(t, rnd, false, 0)
-		if _, ok := Check(Base(src, dst, len(b)), b, false, 0); !ok {
+		if _, ok := Check(Base(src, dst, len(b)), b, len(b)-ICRCLen, false, 0); !ok {
 			t.Fatalf("IPv6, %d bytes: not valid", len(b))
 		}
 	}
@@ -136,7 +136,7 @@ func TestICRCFindsErrors(t *testing.T) {
 				continue // not covered
 			}
 			b[bit/8] ^= 1 << (bit % 8)
-			if _, ok := Check(base, b, v4, 0); ok {
+			if _, ok := Check(base, b, len(b)-ICRCLen, v4, 0); ok {
 				missed++
 			}
 		}
@@ -293,7 +293,7 @@ func FuzzParse(f *testing.F) {
 		if len(payload)+h.Op.HeaderLen()+int(h.Pad)+ICRCLen != len(b) {
 			t.Fatal("lengths do not add up")
 		}
-		Check(0, b, true, 0)
+		Check(0, b, len(b)-ICRCLen, true, 0)
 		if m, ok := ParseMAD(&h, b, payload); ok {
 			if r, ok := ParseRequest(m); ok {
 				c := *m
@@ -315,7 +315,7 @@ func BenchmarkCheck(b *testing.B) {
 	b.Run("recovered", func(b *testing.B) {
 		b.SetBytes(int64(len(p)))
 		for b.Loop() {
-			if _, ok := Check(base, p, true, 0); !ok {
+			if _, ok := Check(base, p, len(p)-ICRCLen, true, 0); !ok {
 				b.Fatal("not valid")
 			}
 		}

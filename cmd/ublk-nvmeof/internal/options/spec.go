@@ -42,7 +42,7 @@ func (f field) number(lo, hi uint64) (uint64, error) {
 // Namespace says what a namespace is, in words like these:
 //
 //	ram=SIZE | file=PATH | device=PATH
-//	nsid=N  block-size=SIZE  read-only  ana-group=N  uuid=UUID
+//	nsid=N  block-size=SIZE  read-only  cache=SIZE  ana-group=N  uuid=UUID
 type Namespace struct {
 	RAM       int64  // bytes; 0: File
 	File      string // absolute
@@ -50,12 +50,13 @@ type Namespace struct {
 	NSID      uint32 // 0: the lowest that is free
 	BlockSize int    // 0: 512
 	ReadOnly  bool
+	Cache     int64  // bytes of a volatile write cache; 0: none
 	ANAGroup  uint32 // 0: 1
 	UUID      nvme.UUID
 }
 
 // NamespaceWords are what ParseNamespace wants.
-const NamespaceWords = "ram=SIZE, file=PATH or device=PATH, then nsid=N, block-size=SIZE, read-only, ana-group=N, uuid=UUID"
+const NamespaceWords = "ram=SIZE, file=PATH or device=PATH, then nsid=N, block-size=SIZE, read-only, cache=SIZE, ana-group=N, uuid=UUID"
 
 // ParseSize reads a size like 1GiB, in bytes, at least 1.
 func ParseSize(s string) (int64, error) {
@@ -92,6 +93,8 @@ func ParseNamespace(text string) (Namespace, error) {
 			n.BlockSize = int(size)
 		case f.key == "read-only" && f.value == "":
 			n.ReadOnly = true
+		case f.key == "cache":
+			n.Cache, err = ParseSize(f.value)
 		case f.key == "ana-group":
 			v, err = f.number(1, target.MaxANAGroups)
 			n.ANAGroup = uint32(v)
@@ -126,18 +129,19 @@ func (n Namespace) String() string {
 	add(n.NSID != 0, "nsid=%d", n.NSID)
 	add(n.BlockSize != 0, "block-size=%dB", n.BlockSize)
 	add(n.ReadOnly, "read-only")
+	add(n.Cache != 0, "cache=%dB", n.Cache)
 	add(n.ANAGroup != 0, "ana-group=%d", n.ANAGroup)
 	add(!n.UUID.IsZero(), "uuid=%s", n.UUID)
 	return out
 }
 
 // FaultWords are what ParseFault wants.
-const FaultWords = "delay=TIME, drop, disconnect, status=CODE with dnr or without, corrupt=id|duplicate|short|sqhead|key; " +
+const FaultWords = "delay=TIME, drop, disconnect, status=CODE with dnr or without, corrupt=id|duplicate|short|sqhead|key|data; " +
 	"for admin, qid=N, nsid=N, opcode=NAME (several by several); skip=N, count=N"
 
 var corruptions = map[string]target.Corruption{
 	"id": target.CorruptID, "duplicate": target.CorruptDuplicate, "short": target.CorruptShort,
-	"sqhead": target.CorruptSQHead, "key": target.CorruptKey,
+	"sqhead": target.CorruptSQHead, "key": target.CorruptKey, "data": target.CorruptData,
 }
 
 var opcodes = map[string]nvme.Opcode{
@@ -205,7 +209,7 @@ func ParseFault(text string) (target.Fault, error) {
 			dnr = true
 		case "corrupt":
 			if f.Corrupt = corruptions[w.value]; f.Corrupt == target.CorruptNone {
-				err = w.wrong("id, duplicate, short, sqhead or key")
+				err = w.wrong("id, duplicate, short, sqhead, key or data")
 			}
 		default:
 			err = fmt.Errorf("%q means nothing", w.key)

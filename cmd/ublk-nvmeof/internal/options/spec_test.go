@@ -11,7 +11,7 @@ import (
 
 func TestParseNamespace(t *testing.T) {
 	for _, text := range []string{
-		"ram=1048576B", "file=/a/b,nsid=3,block-size=4096B,read-only,ana-group=2,uuid=12345678-1234-1234-1234-123456789abc", "device=/dev/null",
+		"ram=1048576B", "file=/a/b,nsid=3,block-size=4096B,read-only,cache=8192B,ana-group=2,uuid=12345678-1234-1234-1234-123456789abc", "device=/dev/null",
 	} {
 		n, err := ParseNamespace(text)
 		if err != nil || n.String() != text {

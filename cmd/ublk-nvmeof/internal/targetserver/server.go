@@ -214,7 +214,7 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 // there yet.
 func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (*namespace, error) {
 	n := &namespace{spec: spec}
-	var closer io.Closer
+	var closers []io.Closer
 	if spec.File == "" {
 		n.store = target.NewRAM(spec.RAM)
 	} else {
@@ -229,21 +229,24 @@ func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (*namespac
 		if err != nil {
 			return nil, err
 		}
-		n.store, closer = f, f
+		n.store, closers = f, append(closers, f)
+	}
+	store := n.store
+	if spec.Cache != 0 {
+		c := target.NewCache(store, spec.Cache)
+		store, closers = c, slices.Insert(closers, 0, io.Closer(c))
 	}
 	var err error
 	n.Namespace, err = sub.AddNamespace(target.NamespaceConfig{
-		NSID: spec.NSID, Store: n.store, BlockSize: spec.BlockSize, UUID: spec.UUID, ReadOnly: spec.ReadOnly, ANAGroup: spec.ANAGroup,
+		NSID: spec.NSID, Store: store, BlockSize: spec.BlockSize, UUID: spec.UUID, ReadOnly: spec.ReadOnly, ANAGroup: spec.ANAGroup,
 	})
 	if err != nil {
-		if closer != nil {
-			err = errors.Join(err, closer.Close())
+		for _, c := range closers {
+			err = errors.Join(err, c.Close())
 		}
 		return nil, err
 	}
-	if closer != nil {
-		s.stores = append(s.stores, closer)
-	}
+	s.stores = append(s.stores, closers...)
 	sub.namespaces = append(sub.namespaces, n)
 	return n, nil
 }

@@ -1,0 +1,153 @@
+package target
+
+import (
+	"errors"
+	"sync"
+)
+
+// cachePage is the unit of Cache. It starts at a multiple of itself, so the last
+// one of a store may be shorter.
+const cachePage = 4096
+
+// Cache is a [Store] that behaves like a disk with a volatile write cache: what
+// was written stays in this process's memory until a flush, or until there is
+// no room for it, and is lost if the process ends without Close. What goes out
+// for want of room is picked at random.
+type Cache struct {
+	store Store
+	limit int // pages
+
+	mu    sync.Mutex
+	dirty map[int64][]byte // by page number
+}
+
+// NewCache puts a cache of limit bytes, one page at least, before a store, which
+// nobody else may use from now on.
+func NewCache(store Store, limit int64) *Cache {
+	return &Cache{store: store, limit: int(max(1, limit/cachePage)), dirty: make(map[int64][]byte)}
+}
+
+// Close flushes. The store under it stays open.
+func (c *Cache) Close() error { return c.Flush() }
+
+// Size implements [Store].
+func (c *Cache) Size() int64 { return c.store.Size() }
+
+// pages calls f for the part of each page that p, at off, is in.
+func pages(p []byte, off int64, f func(page int64, at int, part []byte) error) error {
+	for len(p) > 0 {
+		at := int(off % cachePage)
+		n := min(len(p), cachePage-at)
+		if err := f(off/cachePage, at, p[:n]); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// ReadAt implements [Store].
+func (c *Cache) ReadAt(p []byte, off int64) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if n, err := c.store.ReadAt(p, off); err != nil {
+		return n, err
+	}
+	return len(p), pages(p, off, func(page int64, at int, part []byte) error {
+		if have := c.dirty[page]; have != nil {
+			copy(part, have[at:])
+		}
+		return nil
+	})
+}
+
+// WriteAt implements [Store].
+func (c *Cache) WriteAt(p []byte, off int64) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if off < 0 || off+int64(len(p)) > c.store.Size() {
+		return 0, errBeyondEnd
+	}
+	err := pages(p, off, func(page int64, at int, part []byte) error {
+		have := c.dirty[page]
+		if have == nil {
+			have = make([]byte, min(cachePage, c.store.Size()-page*cachePage))
+			if len(part) < len(have) {
+				if _, err := c.store.ReadAt(have, page*cachePage); err != nil {
+					return err
+				}
+			}
+			c.dirty[page] = have
+		}
+		copy(have[at:], part)
+		return nil
+	})
+	for page := range c.dirty { // in random order
+		if err != nil || len(c.dirty) <= c.limit {
+			break
+		}
+		err = c.writeBack(page)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// writeBack writes one page to the store. The lock is held.
+func (c *Cache) writeBack(page int64) error {
+	// The store may have shrunk.
+	data, off := c.dirty[page], page*cachePage
+	data = data[:max(0, min(int64(len(data)), c.store.Size()-off))]
+	if len(data) > 0 {
+		if _, err := c.store.WriteAt(data, off); err != nil {
+			return err
+		}
+	}
+	delete(c.dirty, page)
+	return nil
+}
+
+// Flush implements [Store].
+func (c *Cache) Flush() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for page := range c.dirty {
+		errs = append(errs, c.writeBack(page))
+	}
+	return errors.Join(append(errs, c.store.Flush())...)
+}
+
+// settle ends what is cached of a range, before the store itself changes it. The
+// lock is held.
+func (c *Cache) settle(off, length int64) error {
+	for page := range c.dirty {
+		if page*cachePage < off+length && off < (page+1)*cachePage {
+			if err := c.writeBack(page); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Discard implements [Store]. It is durable at once, as WriteZeroes is.
+func (c *Cache) Discard(off, length int64) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.settle(off, length); err != nil {
+		return err
+	}
+	return c.store.Discard(off, length)
+}
+
+// WriteZeroes implements [Store].
+func (c *Cache) WriteZeroes(off, length int64) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.settle(off, length); err != nil {
+		return err
+	}
+	return c.store.WriteZeroes(off, length)
+}
