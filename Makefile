@@ -6,7 +6,7 @@
 #	make test-unit  format, vet, unit tests, also with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
-#	                UN_FULL=1 the whole matrix of queues on each kernel
+#	                UN_FULL=1 on each kernel what two of them share
 #	make soak       the scenario soak with N=100 crashes, on KERNELS
 #	make demo       all of it once, on this machine, without VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
@@ -29,6 +29,9 @@ VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:C
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
+
+# These wait for long. Once is enough, and that is with the race detector.
+RACE_ONLY = ^TestConformance$$/.*/^FailFlushes$$|^Test(Regrant|RoCESilen(ce|tReconnect)|RetrySpares|VerifyEverySplit|RoCEGarbage)$$
 
 VM_DIRS = $(foreach t,$(VM_TESTS),$(firstword $(subst :, ,$t)))
 NEEDING_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
@@ -55,8 +58,9 @@ test-unit: setup
 	unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt would change:" $$unformatted; exit 1; }
 	go vet ./...
 	go -C e2e vet ./...
-	UN_REQUIRE=nbd-clients go test -shuffle=on ./...
-	go test -race -shuffle=on ./...
+	# Much of it is waiting, so more packages at a time than there may be CPUs.
+	UN_REQUIRE=nbd-clients go test -race -p 4 -shuffle=on ./...
+	go test -p 4 -shuffle=on -skip '$(RACE_ONLY)' ./...
 	go -C e2e test ./vm
 
 # One boot per kernel, all at once: much of what is tested is waiting. The VM's
@@ -68,14 +72,14 @@ test-vm: build
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
 	go -C e2e test -c -o ../build/test/e2e.test .
 	# Linux 6.1 has no ublk.
-	build/vm --kernel 6.1 --timeout 10m --out build/log/6.1 -- \
-		sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "^TestScenarios$$/^nbd$$"'
-	pids=; for k in $(KERNELS); do \
-		UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)' build/vm --kernel $$k --timeout 30m --out build/log/$$k -- \
-			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' '$(RUN)' \
-			> >(sed -u "s/^/$$k: /") 2>&1 & \
+	export UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)'; pids=; \
+	vm() { \
+		build/vm --kernel $$1 --timeout 30m --out build/log/$$1 -- \
+			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" > >(sed -u "s/^/$$1: /") 2>&1 & \
 		pids+=" $$!"; \
-	done; failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
+	}; \
+	vm 6.1 '^TestScenarios$$/^nbd$$'; for k in $(KERNELS); do vm $$k '$(RUN)'; done; \
+	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
 
 soak: build
 	for k in $(KERNELS); do \

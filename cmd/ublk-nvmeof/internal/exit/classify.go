@@ -47,6 +47,7 @@ func classify(err error) Code {
 		step    *rdma.StepError
 		refused initiator.ConnectStatus
 		status  nvme.Status
+		answer  *initiator.StepError
 	)
 	switch {
 	case errors.As(err, &reject):
@@ -61,6 +62,8 @@ func classify(err error) Code {
 		return Timeout
 	case errors.Is(err, fs.ErrPermission):
 		return Permission
+	case errors.As(err, &answer): // the target said something that makes no sense
+		return Negotiation
 	}
 	return Other
 }

@@ -68,6 +68,7 @@ func TestCodes(t *testing.T) {
 		{"host not allowed", atStep(initiator.ConnectStatus(nvme.StatusConnectInvalidHost | nvme.StatusDNR)), HostNotAllowed},
 		{"no controller left", atStep(initiator.ConnectStatus(nvme.StatusConnectControllerBusy)), Negotiation},
 		{"no queues", atStep(initiator.ErrNoQueues), Negotiation},
+		{"nonsense of the target", atStep(errors.New("controller id 5, connected to 6")), Negotiation},
 		{"identify refused", atStep(nvme.StatusInvalidField), Negotiation},
 
 		{"deadline", atStep(context.DeadlineExceeded), Timeout},
