@@ -7,7 +7,9 @@
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
 #	                UN_FULL=1 on each kernel what two of them share
-#	make soak       the scenario soak with N=100 crashes, on KERNELS
+#	make soak       the scenario soak with N=100 crashes, and half as many deaths of
+#	                a target with a volatile cache, on KERNELS
+#	make frozen     a target whose machine stands still for 40 s: two VMs, on KERNELS
 #	make demo       all of it once, on this machine, without VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
@@ -41,7 +43,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak frozen demo demo-vm bench lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -83,9 +85,12 @@ test-vm: build
 
 soak: build
 	for k in $(KERNELS); do \
-		UN_SOAK=$(N) go -C e2e test -v -count=1 -timeout=130m -run '^TestScenarios$$/^soak$$' \
+		UN_SOAK=$(N) UN_DURABILITY=$$((($(N) + 1) / 2)) go -C e2e test -v -count=1 -timeout=130m -run '^TestScenarios$$/^soak$$|^TestDurability$$' \
 			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 125m --out $(CURDIR)/build/log/$$k" . ; \
 	done
+
+frozen: build
+	for k in $(KERNELS); do e2e/frozen.sh $$k; done
 
 demo:
 	command -v nbdinfo nbdcopy fio qemu-img >/dev/null || e2e/setup
