@@ -175,12 +175,12 @@ func (m *machine) arguments(initrd string) []string {
 	if m.cable != "" {
 		// Who comes first makes the socket.
 		_, err := os.Stat(m.cable)
-		server := "on"
+		server, mac := "on", "52:54:00:00:01:01"
 		if err == nil {
-			server = "off"
+			server, mac = "off", "52:54:00:00:01:02"
 		}
 		args = append(args, "-netdev", "stream,id=cable,server="+server+",addr.type=unix,addr.path="+strings.ReplaceAll(m.cable, ",", ",,"),
-			"-device", "virtio-net-pci,netdev=cable,romfile=")
+			"-device", "virtio-net-pci,netdev=cable,romfile=,mac="+mac)
 	}
 	switch {
 	case m.accel == "kvm":
