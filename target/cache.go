@@ -2,6 +2,7 @@ package target
 
 import (
 	"errors"
+	"io"
 	"sync"
 )
 
@@ -27,8 +28,14 @@ func NewCache(store Store, limit int64) *Cache {
 	return &Cache{store: store, limit: int(max(1, limit/cachePage)), dirty: make(map[int64][]byte)}
 }
 
-// Close flushes. The store under it stays open.
-func (c *Cache) Close() error { return c.Flush() }
+// Close flushes, and closes the store if that can be closed.
+func (c *Cache) Close() error {
+	err := c.Flush()
+	if s, ok := c.store.(io.Closer); ok {
+		err = errors.Join(err, s.Close())
+	}
+	return err
+}
 
 // Size implements [Store].
 func (c *Cache) Size() int64 { return c.store.Size() }
@@ -119,9 +126,18 @@ func (c *Cache) Flush() error {
 	return errors.Join(append(errs, c.store.Flush())...)
 }
 
-// settle ends what is cached of a range, before the store itself changes it. The
-// lock is held.
-func (c *Cache) settle(off, length int64) error {
+// Discard implements [Store]. It is durable at once, as WriteZeroes is.
+func (c *Cache) Discard(off, length int64) error { return c.through(off, length, c.store.Discard) }
+
+// WriteZeroes implements [Store].
+func (c *Cache) WriteZeroes(off, length int64) error {
+	return c.through(off, length, c.store.WriteZeroes)
+}
+
+// through ends what is cached of a range, and then lets the store change it.
+func (c *Cache) through(off, length int64, change func(off, length int64) error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for page := range c.dirty {
 		if page*cachePage < off+length && off < (page+1)*cachePage {
 			if err := c.writeBack(page); err != nil {
@@ -129,25 +145,5 @@ func (c *Cache) settle(off, length int64) error {
 			}
 		}
 	}
-	return nil
-}
-
-// Discard implements [Store]. It is durable at once, as WriteZeroes is.
-func (c *Cache) Discard(off, length int64) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err := c.settle(off, length); err != nil {
-		return err
-	}
-	return c.store.Discard(off, length)
-}
-
-// WriteZeroes implements [Store].
-func (c *Cache) WriteZeroes(off, length int64) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err := c.settle(off, length); err != nil {
-		return err
-	}
-	return c.store.WriteZeroes(off, length)
+	return change(off, length)
 }

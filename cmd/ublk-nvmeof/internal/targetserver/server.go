@@ -214,7 +214,7 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 // there yet.
 func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (*namespace, error) {
 	n := &namespace{spec: spec}
-	var closers []io.Closer
+	var closer io.Closer
 	if spec.File == "" {
 		n.store = target.NewRAM(spec.RAM)
 	} else {
@@ -229,24 +229,26 @@ func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (*namespac
 		if err != nil {
 			return nil, err
 		}
-		n.store, closers = f, append(closers, f)
+		n.store, closer = f, f
 	}
 	store := n.store
 	if spec.Cache != 0 {
 		c := target.NewCache(store, spec.Cache)
-		store, closers = c, slices.Insert(closers, 0, io.Closer(c))
+		store, closer = c, c // which closes what is under it
 	}
 	var err error
 	n.Namespace, err = sub.AddNamespace(target.NamespaceConfig{
 		NSID: spec.NSID, Store: store, BlockSize: spec.BlockSize, UUID: spec.UUID, ReadOnly: spec.ReadOnly, ANAGroup: spec.ANAGroup,
 	})
 	if err != nil {
-		for _, c := range closers {
-			err = errors.Join(err, c.Close())
+		if closer != nil {
+			err = errors.Join(err, closer.Close())
 		}
 		return nil, err
 	}
-	s.stores = append(s.stores, closers...)
+	if closer != nil {
+		s.stores = append(s.stores, closer)
+	}
 	sub.namespaces = append(sub.namespaces, n)
 	return n, nil
 }
