@@ -23,7 +23,7 @@ func scenarioLimit() time.Duration {
 	if os.Getenv("UN_SOAK") != "" {
 		return 2 * time.Hour
 	}
-	return 8 * time.Minute
+	return 4 * time.Minute
 }
 
 // The target that lab.sh makes unless told otherwise.
@@ -97,6 +97,7 @@ func TestScenarios(t *testing.T) {
 		}
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
 			leavesNothing(t)
+			explainHang(t, scenarioLimit()-20*time.Second)
 			run(t, "lab", "rxe", labMTU)
 			testscript.RunT(scriptT{t}, testscript.Params{
 				Files:               []string{filepath.Join(e2eDir, file)},
