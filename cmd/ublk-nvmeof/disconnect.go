@@ -101,7 +101,7 @@ no such device.`,
 
 // isDevice tells a device or a server from an NQN.
 func isDevice(s string) bool {
-	if strings.HasPrefix(s, "nbd+unix://") || strings.HasPrefix(s, "nbd://") {
+	if scheme, _, ok := strings.Cut(s, "://"); ok && slices.Contains([]string{"nbd", "nbds", "nbd+unix", "nbds+unix"}, scheme) {
 		return true
 	}
 	s = strings.TrimPrefix(s, "/dev/")

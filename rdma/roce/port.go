@@ -190,11 +190,16 @@ func (p *port) turn() (more bool, err error) {
 // poll is turn for who polls a completion queue in vain: it need not wait for
 // the receive loop to be scheduled. While the loop is at it there is no need.
 func (p *port) poll() {
-	if p.recvMu.TryLock() {
-		if !p.shut {
-			_, _ = p.turnLocked() // the loop will meet the error too
-		}
-		p.recvMu.Unlock()
+	if !p.recvMu.TryLock() {
+		return
+	}
+	more := false
+	if !p.shut {
+		more, _ = p.turnLocked() // the loop will meet the error too
+	}
+	p.recvMu.Unlock()
+	if more && p.sole {
+		p.nudge() // no packet need come that would wake the loop for the rest
 	}
 }
 

@@ -4,11 +4,15 @@ package options
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -96,6 +100,7 @@ type Connect struct {
 	LoadModules string
 	Frontend    string // Auto, Ublk, NBD or NBDSocket
 	Socket      string // of NBDSocket: a path or host:port; empty: in the run directory
+	TLS         string // of NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
 
@@ -151,6 +156,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "what makes the devices: the ublk driver, the kernel's NBD client, or a socket for NBD clients; auto takes the first that the machine has")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"where the front end nbd-socket listens, and chooses it (default: nbd.sock in the server's state directory)")
+	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
+		"serve only NBD clients that speak TLS, with server-cert.pem and server-key.pem in this directory; with ca-cert.pem there, only those that it has certified")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN, or /dev/nbdN, for the first namespace, N+1 for the second, … (default: free ones)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device on the route")
@@ -190,10 +197,42 @@ func (c *Connect) Complete(from Sources) error {
 		return fmt.Errorf("--nbd-socket %q: want it with --frontend %s, not %s", c.Socket, NBDSocket, c.Frontend)
 	case c.Device != AutoDevice && c.Frontend == NBDSocket:
 		return fmt.Errorf("--device-id \"%d\": a socket has no number", c.Device)
+	case c.TLS != "" && c.Frontend != NBDSocket:
+		return fmt.Errorf("--nbd-tls %q: want it with --frontend %s, not %s", c.TLS, NBDSocket, c.Frontend)
 	}
-	var err error
+	_, err := c.TLSConfig()
+	if err != nil {
+		return err
+	}
 	c.HostNQN, c.HostID, err = identity(c.HostNQN, c.hostID, from)
 	return err
+}
+
+// TLSConfig reads the certificates for NBD clients, which have the names that other
+// programs look for, too. It is nil without TLS.
+func (c *Connect) TLSConfig() (*tls.Config, error) {
+	if c.TLS == "" {
+		return nil, nil
+	}
+	fail := func(err error) (*tls.Config, error) { return nil, fmt.Errorf("--nbd-tls %q: %w", c.TLS, err) }
+	own, err := tls.LoadX509KeyPair(filepath.Join(c.TLS, "server-cert.pem"), filepath.Join(c.TLS, "server-key.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	config := &tls.Config{Certificates: []tls.Certificate{own}}
+	authority := filepath.Join(c.TLS, "ca-cert.pem")
+	text, err := os.ReadFile(authority)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return config, nil
+	case err != nil:
+		return fail(err)
+	}
+	config.ClientCAs, config.ClientAuth = x509.NewCertPool(), tls.RequireAndVerifyClientCert
+	if !config.ClientCAs.AppendCertsFromPEM(text) {
+		return fail(fmt.Errorf("%s: no certificate is in it", authority))
+	}
+	return config, nil
 }
 
 // Resolve finds the numeric address of the target.
@@ -291,6 +330,13 @@ func checkSocket(s string) error {
 		return errUnwanted
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errUnwanted
+	}
+	return nil
+}
+
+func checkAbsolute(s string) error {
+	if !filepath.IsAbs(s) {
 		return errUnwanted
 	}
 	return nil

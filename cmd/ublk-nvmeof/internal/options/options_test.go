@@ -69,6 +69,7 @@ func TestWrongValues(t *testing.T) {
 		{"--on-crash", []string{"wait", ""}, "want requeue, fail or remove"},
 		{"--frontend", []string{"", "vhost", "nbd,ublk"}, "want auto, ublk, nbd or nbd-socket"},
 		{"--nbd-socket", []string{"", "nbd.sock", "localhost", ":10809", "a:b", "a:0", "a:65536", "/" + strings.Repeat("x", 107)}, "want an absolute path of at most 107 bytes, or HOST:PORT"},
+		{"--nbd-tls", []string{"", "certificates"}, "want an absolute path"},
 		{"--load-modules", []string{"always", ""}, "want auto or never"},
 		{"--timeout", []string{"0", "-1", "x", "", "61m", "999ms"}, "want seconds, or a time like 1m30s, 1s to 1h0m0s"},
 	} {
@@ -125,6 +126,8 @@ func TestOtherUsageErrors(t *testing.T) {
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--device-id", "1048575", "--namespace", "1,2"}, `--device-id "1048575": want`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "/s", "--frontend", "nbd"}, `--nbd-socket "/s": want it with --frontend nbd-socket, not nbd`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--device-id", "1"}, `--device-id "1": a socket has no number`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-tls", "/t"}, `--nbd-tls "/t": want it with --frontend nbd-socket, not auto`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--nbd-tls", "/nowhere"}, `--nbd-tls "/nowhere": open /nowhere/server-cert.pem: no such file`},
 	} {
 		c, _, err := parse(t, tt.args...)
 		if err != nil {

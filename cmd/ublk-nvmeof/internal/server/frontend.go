@@ -98,7 +98,14 @@ const minNBDDepth = 16
 
 // openNBD makes the NBD server that all namespaces are exports of.
 func (s *server) openNBD() error {
-	srv, err := nbd.New(nbd.Config{Loops: s.loops, Depth: max(s.depth, minNBDDepth), MaxIO: s.opts.MaxIO, Log: s.log})
+	secure, err := s.opts.TLSConfig()
+	if err != nil {
+		return err
+	}
+	srv, err := nbd.New(nbd.Config{
+		Loops: s.loops, Depth: max(s.depth, minNBDDepth), MaxIO: s.opts.MaxIO, Log: s.log,
+		TLS: secure, RequireTLS: secure != nil,
+	})
 	if err != nil {
 		return err
 	}
@@ -147,12 +154,16 @@ func removeDeadSocket(path string) error {
 	return nil
 }
 
-// uri is where a client finds an export.
-func uri(at net.Addr, name string) string {
-	if at.Network() == "unix" {
-		return "nbd+unix:///" + name + "?socket=" + at.String()
+// uri is where a client finds an export, with TLS if it is secure.
+func uri(at net.Addr, name string, secure bool) string {
+	scheme := "nbd"
+	if secure {
+		scheme = "nbds"
 	}
-	return "nbd://" + at.String() + "/" + name
+	if at.Network() == "unix" {
+		return scheme + "+unix:///" + name + "?socket=" + at.String()
+	}
+	return scheme + "://" + at.String() + "/" + name
 }
 
 // export makes a namespace an export, named by its number, and with the front end nbd
@@ -173,7 +184,7 @@ func (s *server) export(ctx context.Context, ns namespace, id int) (device, erro
 		queues: ublk.Info{Queues: len(s.loops), Depth: max(s.depth, minNBDDepth), MaxIO: min(s.opts.MaxIO, int(ns.device.Geometry().MaxIO))},
 	}
 	if s.front.name == options.NBDSocket {
-		x.record = state.Device{Kind: state.NBDSocket, URI: uri(s.address, name)}
+		x.record = state.Device{Kind: state.NBDSocket, URI: uri(s.address, name, s.opts.TLS != "")}
 		return x, nil
 	}
 	// The kernel cannot be given new connections after a crash that would make up for

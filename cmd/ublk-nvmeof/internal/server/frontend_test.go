@@ -2,10 +2,18 @@ package server
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"io"
 	"log/slog"
+	"math/big"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -57,6 +65,90 @@ func TestChooseFront(t *testing.T) {
 }
 
 // TestNBDSocket serves two namespaces on a socket, and leaves nothing.
+// certify writes the files of --nbd-tls, and gives what a client needs that has the
+// same certificate.
+func certify(t *testing.T, dir string) *tls.Config {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"nbd.test"},
+		IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"server-cert.pem": {Type: "CERTIFICATE", Bytes: cert},
+		"ca-cert.pem":     {Type: "CERTIFICATE", Bytes: cert},
+		"server-key.pem":  {Type: "PRIVATE KEY", Bytes: private},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}))
+	return &tls.Config{RootCAs: pool, ServerName: "nbd.test", Certificates: []tls.Certificate{{Certificate: [][]byte{cert}, PrivateKey: key}}}
+}
+
+func TestNBDSocketTLS(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	o.Frontend, o.Socket, o.TLS = options.NBDSocket, filepath.Join(dir, "tls.sock"), t.TempDir()
+	peer := certify(t, o.TLS)
+	r := begin(t, w, o, dir)
+	if s := r.waitReady(); s.Devices[0].Path() != "nbds+unix:///1?socket="+o.Socket {
+		t.Errorf("%+v", s)
+	}
+	// dial asks for TLS, and then for the list of exports.
+	dial := func(config *tls.Config) error {
+		c, err := net.Dial("unix", o.Socket)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		answer := make([]byte, 20)
+		if _, err := io.ReadFull(c, answer[:18]); err != nil {
+			return err
+		}
+		if _, err := c.Write([]byte("\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x05\x00\x00\x00\x00")); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(c, answer); err != nil {
+			return err
+		}
+		secure := tls.Client(c, config)
+		if _, err := secure.Write([]byte("IHAVEOPT\x00\x00\x00\x03\x00\x00\x00\x00")); err != nil {
+			return err
+		}
+		_, err = io.ReadFull(secure, answer)
+		return err
+	}
+	if err := dial(peer); err != nil {
+		t.Errorf("with a certificate: %v", err)
+	}
+	peer.Certificates = nil
+	if err := dial(peer); err == nil || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("without a certificate: %v", err)
+	}
+	if err := r.client().Disconnect(t.Context(), true); err != nil {
+		t.Errorf("by force: %v", err)
+	}
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(o.Socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket: %v", err)
+	}
+	leaves(t, dir)
+}
+
 func TestNBDSocket(t *testing.T) {
 	w, o, dir := newWorld(), lab(), runDir(t)
 	w.nsids, o.Frontend = []uint32{1, 7}, options.NBDSocket
