@@ -21,6 +21,8 @@ type Counters struct {
 	FatalNAKs       uint64 // the same, received
 	RNRNAKsSent     uint64 // no receive was posted
 	RNRNAKs         uint64 // the same, received
+	Marks           uint64 // packets that met congestion
+	Notes           uint64 // congestion notifications received
 	Requests        uint64 // connect requests received, duplicates included
 	RequestsDropped uint64 // of those, over a limit
 }
@@ -29,7 +31,7 @@ type counters struct {
 	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
 	duplicates, outOfSequence, retransmits, timeouts, probes,
 	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
-	requests, requestsDropped atomic.Uint64
+	marks, notes, requests, requestsDropped atomic.Uint64
 }
 
 // Snapshot reads the counters. It may be called from any goroutine.
@@ -44,6 +46,7 @@ func (p *Provider) Snapshot() Counters {
 		NAKsSent: c.naksSent.Load(), NAKsReceived: c.naksReceived.Load(),
 		FatalNAKsSent: c.fatalNAKsSent.Load(), FatalNAKs: c.fatalNAKs.Load(),
 		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
+		Marks: c.marks.Load(), Notes: c.notes.Load(),
 		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
 	}
 }

@@ -32,7 +32,7 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 	check(t, err)
 	s := &socket{v4: true}
 	var cerr error
-	check(t, raw.Control(func(fd uintptr) { cerr = s.configure(int(fd), true) })) // "don't fragment"
+	check(t, raw.Control(func(fd uintptr) { cerr = s.configure(int(fd), true, ecnCapable) })) // "don't fragment"
 	check(t, cerr)
 	return &intruder{t, conn, conn.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPortFrom(to, testPort)}
 }
@@ -379,7 +379,7 @@ func FuzzReceive(f *testing.F) {
 			}
 			p := request(op, q.num, uint64(psn)&0xffffff, r, make([]byte, n))
 			if h, payload, ok := wire.Parse(p); ok {
-				q.receive(&h, p, payload)
+				q.receive(&h, p, payload, false)
 				q.settle()
 			}
 		}

@@ -325,6 +325,41 @@ func TestWrap(t *testing.T) {
 	}
 }
 
+// TestCongestion marks all packets of one side, as routers mark those that they may
+// soon lose. Both sides send less then, and nothing is lost.
+func TestCongestion(t *testing.T) {
+	window := func(e *end) uint64 {
+		q := e.pair()
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		return q.window
+	}
+	t.Run("IPv4", func(t *testing.T) {
+		host := open(t, Config{Addrs: []netip.Addr{hostAddr}, ecn: ecnCongested})
+		target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
+		a, b := join(t, host, target, 64, 2*area, false)
+		exchange(t, a, b, 2, rand.New(rand.NewPCG(1, 2)))
+		h, g := host.Snapshot(), target.Snapshot()
+		if h.Marks != 0 || h.Notes == 0 || g.Marks == 0 || g.Notes != 0 || window(a) > maxWindow/2 || window(b) != maxWindow {
+			t.Errorf("sending: windows %d and %d, %+v, %+v", window(a), window(b), h, g)
+		}
+		// What the host only answers to is marked, too: the target need not be told.
+		exchange(t, b, a, 2, rand.New(rand.NewPCG(3, 4)))
+		if g := target.Snapshot(); g.Notes != 0 || window(b) > maxWindow/2 {
+			t.Errorf("answering: window %d, %+v", window(b), g)
+		}
+	})
+	t.Run("IPv6", func(t *testing.T) {
+		needIPv6(t)
+		both := open(t, Config{Addrs: []netip.Addr{netip.IPv6Loopback()}, ecn: ecnCongested})
+		a, b := join(t, both, both, 64, 2*area, false)
+		exchange(t, a, b, 2, rand.New(rand.NewPCG(5, 6)))
+		if s := both.Snapshot(); s.Marks == 0 || s.Notes == 0 || window(a) > maxWindow/2 {
+			t.Errorf("window %d, %+v", window(a), s)
+		}
+	})
+}
+
 // TestNotReady has a message wait for its receive through many RNR NAKs.
 func TestNotReady(t *testing.T) {
 	host, target := openPair(t)

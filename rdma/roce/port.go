@@ -332,7 +332,7 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 	}
 	c.packetsReceived.Add(1)
 	q.peer.heard.Add(1)
-	q.receive(&h, packet, payload)
+	q.receive(&h, packet, payload, a.congested)
 	if !q.dirty {
 		q.dirty = true
 		p.dirty = append(p.dirty, q)

@@ -43,6 +43,7 @@ type Config struct {
 
 	tamper func() func(packet []byte, deliver func([]byte)) // makes that of a port
 	psn    func() uint32                                    // picks the first sequence number; nil is random
+	ecn    int                                              // of what is sent; 0 is ecnCapable
 }
 
 const (
@@ -92,6 +93,9 @@ func New(cfg Config) (*Provider, error) {
 	if p.cfg.psn == nil {
 		p.cfg.psn = random32
 	}
+	if p.cfg.ecn == 0 {
+		p.cfg.ecn = ecnCapable
+	}
 	if cfg.OnDemand {
 		if len(cfg.Addrs) > 0 {
 			return nil, fmt.Errorf("open RoCE socket: addresses, and on demand: %w", unix.EINVAL)
@@ -119,7 +123,7 @@ func New(cfg Config) (*Provider, error) {
 
 // open adds a port. The lock is held, or nobody knows the provider yet.
 func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, error) {
-	s, err := openSocket(addr, p.cfg.NoOffload)
+	s, err := openSocket(addr, p.cfg.NoOffload, p.cfg.ecn)
 	if err != nil {
 		return nil, err
 	}

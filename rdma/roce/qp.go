@@ -288,7 +288,7 @@ func (q *pair) settle() (more bool) {
 }
 
 // receive takes a packet whose ICRC and addresses are right.
-func (q *pair) receive(h *wire.BTH, packet, payload []byte) {
+func (q *pair) receive(h *wire.BTH, packet, payload []byte, congested bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch q.state {
@@ -303,7 +303,13 @@ func (q *pair) receive(h *wire.BTH, packet, payload []byte) {
 		q.fresh = false
 		q.id.heard()
 	}
+	if congested {
+		q.congested(h.Op)
+	}
 	switch h.Op {
+	case wire.CongestionNote:
+		q.provider.counters.notes.Add(1)
+		q.slow()
 	case wire.Acknowledge:
 		q.acknowledge(h, wire.ParseAETH(packet[wire.BTHLen:]))
 	case wire.ReadResponseFirst, wire.ReadResponseMid, wire.ReadResponseLast, wire.ReadResponseOnly:
@@ -311,6 +317,19 @@ func (q *pair) receive(h *wire.BTH, packet, payload []byte) {
 	case wire.DatagramSendOnly:
 	default:
 		q.request(h, packet, payload)
+	}
+}
+
+// congested takes a mark of a router. Who sent too much is asked to send less: the
+// peer, or we who READ too much.
+func (q *pair) congested(op wire.Opcode) {
+	q.provider.counters.marks.Add(1)
+	switch op {
+	case wire.CongestionNote:
+	case wire.Acknowledge, wire.ReadResponseFirst, wire.ReadResponseMid, wire.ReadResponseLast, wire.ReadResponseOnly:
+		q.slow()
+	default:
+		q.noteDue = true
 	}
 }
 

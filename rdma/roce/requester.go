@@ -48,6 +48,7 @@ type requester struct {
 
 	window uint64
 	growth uint64 // acknowledged since the window grew
+	slowed uint64 // no mark before it counts
 	depth  int    // RDMA READ requests that may be outstanding
 	asking readEnds
 
@@ -353,6 +354,14 @@ func (q *pair) goBack() {
 func (q *pair) lost() {
 	q.goBack()
 	q.window, q.growth = max(minWindow, q.window/2), 0
+}
+
+// slow halves the window, once for all that is under way.
+func (q *pair) slow() {
+	if q.una < q.slowed {
+		return
+	}
+	q.window, q.growth, q.slowed = max(minWindow, q.window/2), 0, q.nxt
 }
 
 // gap is called when psn was seen although una is missing. It goes back once

@@ -40,6 +40,7 @@ type responder struct {
 
 	reads   readJobs
 	ackDue  bool
+	noteDue bool          // a CNP
 	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
 	nakPSN  uint64
 	refused wire.Syndrome // the NAK that ended the connection
@@ -356,7 +357,20 @@ func (q *pair) respond() (more bool) {
 		q.sendAck(wire.ACK, q.expected-1)
 	}
 	q.nak, q.ackDue = 0, false
+	if q.noteDue {
+		q.noteDue = false
+		q.sendNote()
+	}
 	return false
+}
+
+// sendNote asks the peer to send less.
+func (q *pair) sendNote() {
+	b := q.header(wire.CongestionNote, 0, false)
+	h := wire.BTH{Op: wire.CongestionNote, PKey: wire.DefaultPKey, DestQP: q.dest, BECN: true}
+	h.Put(b)
+	clear(b[wire.BTHLen : wire.BTHLen+wire.NoteLen])
+	q.out.add(wire.BTHLen+wire.NoteLen, nil, nil)
 }
 
 func (q *pair) sendAck(s wire.Syndrome, psn uint64) {

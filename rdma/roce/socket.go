@@ -21,6 +21,13 @@ const (
 	controlLen   = 96       // room for IP(V6)_PKTINFO, IP_TOS and UDP_SEGMENT or UDP_GRO
 )
 
+// Explicit congestion notification, in the low bits of the type of service.
+const (
+	ecnMask      = 3
+	ecnCapable   = 2 // mark, instead of losing
+	ecnCongested = 3
+)
+
 // message is struct mmsghdr of 64-bit Linux.
 type message struct {
 	_   structs.HostLayout
@@ -54,9 +61,9 @@ type socket struct {
 }
 
 // openSocket binds to an address, which may be the unspecified one of its family.
-func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
+func openSocket(local netip.AddrPort, plain bool, ecn int) (*socket, error) {
 	s := &socket{v4: local.Addr().Is4()}
-	if err := s.bind(local, plain); err != nil {
+	if err := s.bind(local, plain, ecn); err != nil {
 		if errors.Is(err, unix.EADDRINUSE) {
 			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
 		}
@@ -73,7 +80,7 @@ func openSocket(local netip.AddrPort, plain bool) (*socket, error) {
 	return s, nil
 }
 
-func (s *socket) bind(local netip.AddrPort, plain bool) error {
+func (s *socket) bind(local netip.AddrPort, plain bool, ecn int) error {
 	family := unix.AF_INET6
 	if s.v4 {
 		family = unix.AF_INET
@@ -83,7 +90,7 @@ func (s *socket) bind(local netip.AddrPort, plain bool) error {
 		return os.NewSyscallError("socket", err)
 	}
 	s.fd = fd
-	if err := s.configure(fd, plain); err != nil {
+	if err := s.configure(fd, plain, ecn); err != nil {
 		return errors.Join(err, s.close())
 	}
 	name, length := sockaddrOf(local)
@@ -100,17 +107,21 @@ func (s *socket) bind(local netip.AddrPort, plain bool) error {
 
 // configure sets options before the bind. With plain, segmentation offload
 // stays off, as on a kernel without it.
-func (s *socket) configure(fd int, plain bool) error {
+func (s *socket) configure(fd int, plain bool, ecn int) error {
 	type option struct{ level, name, value int }
 	must := []option{
 		{unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO},
 		{unix.IPPROTO_IP, unix.IP_PKTINFO, 1},
+		{unix.IPPROTO_IP, unix.IP_TOS, ecn},
+		{unix.IPPROTO_IP, unix.IP_RECVTOS, 1},
 	}
 	if !s.v4 {
 		must = []option{
 			{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1},
 			{unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO},
 			{unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1},
+			{unix.IPPROTO_IPV6, unix.IPV6_TCLASS, ecn},
+			{unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1},
 			{unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1}, // rdma_rxe sends no checksum
 		}
 	}
@@ -159,6 +170,9 @@ type arrival struct {
 	src, dst netip.AddrPort
 	data     []byte
 	segment  int // bytes per datagram, of which the last may be shorter
+	// congested: a router says that it is about to lose packets (RFC 3168). What was
+	// joined had it in common.
+	congested bool
 }
 
 // arrived describes message i; false for a message that makes no sense.
@@ -185,6 +199,10 @@ func (s *socket) arrived(i int) (a arrival, ok bool) {
 			dst = netip.AddrFrom4([4]byte(d[8:12]))
 		case ch.Level == unix.IPPROTO_IPV6 && ch.Type == unix.IPV6_PKTINFO && len(d) >= unix.SizeofInet6Pktinfo:
 			dst = netip.AddrFrom16([16]byte(d[:16]))
+		case ch.Level == unix.IPPROTO_IP && ch.Type == unix.IP_TOS && len(d) >= 1:
+			a.congested = d[0]&ecnMask == ecnCongested
+		case ch.Level == unix.IPPROTO_IPV6 && ch.Type == unix.IPV6_TCLASS && len(d) >= 4:
+			a.congested = binary.NativeEndian.Uint32(d)&ecnMask == ecnCongested
 		}
 		c = c[min(unix.CmsgSpace(length-unix.SizeofCmsghdr), len(c)):]
 	}
@@ -222,6 +240,7 @@ type path struct {
 	controlLen    int
 }
 
+// tos is the type of service, whose low bits are the socket's, or negative.
 func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path {
 	p := &path{sock: s, local: netip.AddrPortFrom(local, s.local.Port()), remote: remote}
 	p.name, p.nameLen = sockaddrOf(remote)
@@ -237,7 +256,7 @@ func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path 
 		p.add(unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, info[:])
 	}
 	if tos >= 0 {
-		v := binary.NativeEndian.AppendUint32(nil, uint32(tos))
+		v := binary.NativeEndian.AppendUint32(nil, uint32(tos&^ecnMask|ecnCapable))
 		if s.v4 {
 			p.add(unix.IPPROTO_IP, unix.IP_TOS, v)
 		} else {

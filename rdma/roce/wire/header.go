@@ -32,6 +32,7 @@ const (
 	SendLastInv       Opcode = 0x16
 	SendOnlyInv       Opcode = 0x17
 	DatagramSendOnly  Opcode = 0x64
+	CongestionNote    Opcode = 0x81 // CNP (annex A17)
 )
 
 // Lengths in bytes.
@@ -41,6 +42,7 @@ const (
 	AETHLen      = 4
 	IETHLen      = 4
 	ImmLen       = 4
+	NoteLen      = 16 // reserved, of a CongestionNote
 	DETHLen      = 8
 	ICRCLen      = 4
 	MaxHeaderLen = BTHLen + RETHLen + ImmLen
@@ -57,6 +59,7 @@ var headerLens = [256]uint8{
 	ReadResponseLast: BTHLen + AETHLen, ReadResponseOnly: BTHLen + AETHLen,
 	Acknowledge:      BTHLen + AETHLen,
 	DatagramSendOnly: BTHLen + DETHLen,
+	CongestionNote:   BTHLen + NoteLen,
 }
 
 // HeaderLen is the length of all headers up to the payload, 0 for opcodes that
@@ -71,6 +74,7 @@ type BTH struct {
 	PKey   uint16
 	DestQP uint32 // 24 bits
 	PSN    uint32 // 24 bits
+	BECN   bool   // what the receiver sent met congestion; not read by Parse
 }
 
 // DefaultPKey is the partition of all RoCE traffic: full member of 0x7fff.
@@ -79,6 +83,7 @@ const DefaultPKey = 0xffff
 const (
 	bthMigrated = 0x40
 	bthAckReq   = 0x80
+	bthBECN     = 0x40
 )
 
 // Put writes the header into the first BTHLen bytes of b.
@@ -91,6 +96,9 @@ func (h *BTH) Put(b []byte) {
 	binary.BigEndian.PutUint32(b[8:], h.PSN)
 	if h.AckReq {
 		b[8] = bthAckReq
+	}
+	if h.BECN {
+		b[4] = bthBECN
 	}
 }
 
