@@ -3,7 +3,7 @@
 #
 #	make build      build/ublk-nvmeof, and build/vm, the VM runner
 #	make test       all tests: test-unit, then test-vm
-#	make test-unit  format, vet, unit tests, also with the race detector
+#	make test-unit  format, vet, unit tests with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
 #	                UN_FULL=1 on each kernel what two of them share
@@ -32,9 +32,6 @@ VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:C
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
 
-# These wait for long. Once is enough, and that is with the race detector.
-RACE_ONLY = ^TestConformance$$/.*/^FailFlushes$$|^Test(Regrant|RoCESilen(ce|tReconnect)|RetrySpares|VerifyEverySplit|RoCEGarbage)$$
-
 VM_DIRS = $(foreach t,$(VM_TESTS),$(firstword $(subst :, ,$t)))
 NEEDING_DIRS = $(patsubst ./%/,%,$(sort $(dir $(shell \
 	grep -rl --include='*_test.go' --exclude-dir=e2e --exclude-dir=build 'testenv\.Need' .))))
@@ -62,7 +59,8 @@ test-unit: setup
 	go -C e2e vet ./...
 	# Much of it is waiting, so more packages at a time than there may be CPUs.
 	UN_REQUIRE=nbd-clients go test -race -p 4 -shuffle=on ./...
-	go test -p 4 -shuffle=on -skip '$(RACE_ONLY)' ./...
+	# What allocates nothing is to do so without the detector, too.
+	go test -run Alloc ./...
 	go -C e2e test ./vm
 
 # One boot per kernel, all at once: much of what is tested is waiting. The VM's

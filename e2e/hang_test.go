@@ -49,13 +49,20 @@ func explainHang(t *testing.T, after time.Duration) {
 			_ = unix.Kill(pid, unix.SIGQUIT) // Go's runtime writes its stacks to the log
 		}
 		time.Sleep(2 * time.Second)
-		logs, _ := filepath.Glob("/run/ublk-nvmeof/*/log")
-		for _, file := range logs {
-			text, _ := os.ReadFile(file)
-			fmt.Fprintf(os.Stderr, "%s:\n%s\n", file, lastLines(string(text), 400))
-		}
+		fmt.Fprint(os.Stderr, serverLogs(400))
 	})
 	t.Cleanup(func() { timer.Stop() })
+}
+
+// serverLogs are the ends of the logs of the servers that are there.
+func serverLogs(lines int) string {
+	files, _ := filepath.Glob("/run/ublk-nvmeof/*/log")
+	var b strings.Builder
+	for _, file := range files {
+		text, _ := os.ReadFile(file)
+		fmt.Fprintf(&b, "%s:\n%s", file, lastLines(string(text), lines))
+	}
+	return b.String()
 }
 
 func lastLines(text string, n int) string {

@@ -13,6 +13,7 @@
 #	file NSID MiB         one more namespace, on a file, which can be resized
 #	resize NSID MiB       resize it
 #	enable NSID 0|1       take a namespace away, and give it back
+#	format NSID BYTES     format it, with blocks of another size
 #	count                 count from zero what arrives at the target
 #	counts                print the commands as lines "qid opcode number", opcode in hex
 #	bios                  print the block requests that they became, as lines "kind number":
@@ -185,6 +186,16 @@ lab_resize() {
 
 lab_enable() {
 	lab_set "$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1/enable" "$2"
+}
+
+lab_format() {
+	local ns=$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1 disk
+	disk=$lab_nullb/$(basename "$(cat "$ns/device_path")")
+	lab_set "$ns/enable" 0 || return
+	lab_set "$disk/power" 0 || return
+	lab_set "$disk/blocksize" "$2" || return
+	lab_set "$disk/power" 1 || return
+	lab_set "$ns/enable" 1
 }
 
 # lab_ports NQN prints the ports that carry a subsystem.
@@ -405,7 +416,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | file | resize | enable | count | counts | bios | wire | cut | mend | down | up | \
+	rxe | target | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | \
 		far | outside | bad | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"

@@ -40,6 +40,7 @@ func leavesNothing(t *testing.T) {
 		}
 		if t.Failed() {
 			t.Logf("kernel messages:\n%s", strings.Join(messages, "\n"))
+			t.Log(serverLogs(100))
 			clearAway(t, before)
 		}
 	})

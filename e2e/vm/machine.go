@@ -154,7 +154,9 @@ func (m *machine) show(f frame) {
 // arguments is QEMU's command line; descriptor 3 is the console, 4 the control
 // port.
 func (m *machine) arguments(initrd string) []string {
-	params := "console=ttyS0 tsc=reliable mitigations=off quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
+	// norandmaps: code that is emulated is translated once, and not once for each
+	// address where a process has it.
+	params := "console=ttyS0 tsc=reliable mitigations=off norandmaps quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-machine", "q35", "-cpu", "max",
