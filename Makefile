@@ -6,7 +6,7 @@
 #	make test-unit  format, vet, unit tests with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
-#	                UN_FULL=1 on each kernel what two of them share
+#	                VMFLAGS=--parallel with CPUs that are emulated at the same time
 #	make soak       the scenario soak with N=100 crashes, and half as many deaths of
 #	                a target with a volatile cache, on KERNELS
 #	make frozen     a target whose machine stands still for 40 s: two VMs, on KERNELS
@@ -20,6 +20,7 @@ KERNELS ?= 6.12 7.3
 KERNEL  ?= $(lastword $(KERNELS))
 RUN     ?= .
 BENCH   ?=
+VMFLAGS ?=
 N       ?= 100
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -74,7 +75,7 @@ test-vm: build
 	# Linux 6.1 has no ublk.
 	export UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)'; pids=; \
 	vm() { \
-		build/vm --kernel $$1 --timeout 30m --out build/log/$$1 -- \
+		build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" > >(sed -u "s/^/$$1: /") 2>&1 & \
 		pids+=" $$!"; \
 	}; \
@@ -84,7 +85,7 @@ test-vm: build
 soak: build
 	for k in $(KERNELS); do \
 		UN_SOAK=$(N) UN_DURABILITY=$$((($(N) + 1) / 2)) go -C e2e test -v -count=1 -timeout=130m -run '^TestScenarios$$/^soak$$|^TestDurability$$' \
-			-exec "$(CURDIR)/build/vm --kernel $$k --timeout 125m --out $(CURDIR)/build/log/$$k" . ; \
+			-exec "$(CURDIR)/build/vm $(VMFLAGS) --kernel $$k --timeout 125m --out $(CURDIR)/build/log/$$k" . ; \
 	done
 
 frozen: build

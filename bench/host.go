@@ -100,8 +100,11 @@ func (o options) boot(ctx context.Context, mode string) (result, error) {
 	}
 	args := []string{"--kernel", o.kernel, "--cpus", strconv.Itoa(o.plan.CPUs), "--mem", o.memory,
 		"--mtu", strconv.Itoa(o.mtu), "--timeout", o.timeout.String()}
-	if mode == modeICount {
+	switch mode {
+	case modeICount:
 		args = append(args, "--icount")
+	case modeParallel:
+		args = append(args, "--parallel")
 	}
 	args = append(args, "--", self, "guest", string(plan))
 

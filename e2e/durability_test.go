@@ -149,10 +149,6 @@ func (l *blockLog) judge(t *testing.T, disk string) (lost, ahead int) {
 // flushed is missing or old. The device stays, and waits for the next target.
 func TestDurability(t *testing.T) {
 	n := rounds(t)
-	if os.Getenv("UN_DURABILITY") == "" && !mine(1) {
-		t.Log("not here: it is the other kernel's share; UN_FULL=1 runs it on each")
-		return
-	}
 	leavesNothing(t)
 	run(t, "lab", "outside", labMTU)
 	t.Cleanup(func() { run(t, "lab", "clean") })

@@ -77,22 +77,6 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// shared are the scripts, and the packages, whose subject is the program and not its
-// kernel. The two kernels of make test share them, as they share TestSplitMatrix:
-// those with an even number are for one, the others for the other, so that both take
-// as long.
-var shared = map[string]int{
-	"errors-flags": 0, "errors-host": 0, "filesystems": 0, "hostile": 0, "roce-loss": 0,
-	"block-size": 1, "errors-target": 1, "in-capsule": 1, "interface": 1, "mtu": 1, "nbd": 1, "queue-size": 1,
-	"two-namespaces": 1, "rdma/roce": 1,
-}
-
-// others says whether a script or a package is for the other kernel.
-func others(name string) bool {
-	i, ok := shared[name]
-	return ok && !mine(i)
-}
-
 // TestScenarios runs every script under testdata, one after the other.
 func TestScenarios(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txtar")
@@ -100,11 +84,7 @@ func TestScenarios(t *testing.T) {
 		t.Fatalf("find scripts: %d found, %v", len(files), err)
 	}
 	for _, file := range files {
-		name := strings.TrimSuffix(filepath.Base(file), ".txtar")
-		if others(name) {
-			continue
-		}
-		t.Run(name, func(t *testing.T) {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
 			leavesNothing(t)
 			explainHang(t, scenarioLimit()-20*time.Second)
 			run(t, "lab", "rxe", labMTU)
@@ -173,9 +153,6 @@ func TestPackages(t *testing.T) {
 	})
 	for _, p := range packages {
 		dir, pattern, _ := strings.Cut(p, ":")
-		if others(dir) {
-			continue
-		}
 		t.Run(dir, func(t *testing.T) {
 			leavesNothing(t)
 			cmd := exec.Command(filepath.Join(build, "test", dir+".test"), "-test.v",

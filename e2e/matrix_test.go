@@ -3,7 +3,6 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
-	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -43,8 +42,7 @@ func (c perClass) total() int { return c.read + c.def + c.poll }
 
 // TestSplitMatrix connects with every request to a target that grants every
 // number of queues, and checks what is reported, that data is right, and which
-// commands arrive on which queue. The two kernels of make test share the table, like
-// the colours of a chessboard; UN_FULL=1, or another kernel, takes all of it.
+// commands arrive on which queue.
 func TestSplitMatrix(t *testing.T) {
 	if n := runtime.NumCPU(); n != 4 {
 		t.Fatalf("the table is for 4 CPUs, here are %d", n)
@@ -53,23 +51,13 @@ func TestSplitMatrix(t *testing.T) {
 	run(t, "lab", "rxe", labMTU)
 	run(t, "lab", "target", "size=64")
 	t.Cleanup(func() { run(t, "lab", "clean") })
-	for row, s := range splits {
+	for _, s := range splits {
 		for i, grant := range grants {
-			if !mine(row + i) {
-				continue
-			}
 			t.Run(fmt.Sprintf("%s of %d", strings.ReplaceAll(s.request, "/", "+"), grant), func(t *testing.T) {
 				testSplit(t, parseCounts(t, s.request), parseCounts(t, s.asked), grant, parseCounts(t, s.granted[i]))
 			})
 		}
 	}
-}
-
-// mine says whether this kernel takes the i-th part of what the two of make test
-// share.
-func mine(i int) bool {
-	kernel := os.Getenv("UN_KERNEL")
-	return os.Getenv("UN_FULL") != "" || kernel != "6.12" && kernel != "7.3" || (i%2 == 0) == (kernel == "6.12")
 }
 
 func testSplit(t *testing.T, request, asked perClass, grant int, want perClass) {

@@ -30,18 +30,19 @@ const (
 
 // machine is one virtual machine to be. Its fields are set once.
 type machine struct {
-	kernel  kernel
-	guest   guestConfig
-	accel   string // kvm or tcg
-	cpus    int
-	memory  string
-	icount  bool
-	append  string
-	cable   string // path of a socket, or empty
-	timeout time.Duration
-	verbose bool
-	stdout  io.Writer
-	stderr  io.Writer
+	kernel   kernel
+	guest    guestConfig
+	accel    string // kvm or tcg
+	cpus     int
+	memory   string
+	icount   bool
+	parallel bool
+	append   string
+	cable    string // path of a socket, or empty
+	timeout  time.Duration
+	verbose  bool
+	stdout   io.Writer
+	stderr   io.Writer
 }
 
 // bootError is a VM that ended, or said nothing, before the command started: a
@@ -189,8 +190,13 @@ func (m *machine) arguments(initrd string) []string {
 		return append(args, "-accel", "kvm")
 	case m.icount:
 		return append(args, "-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off")
-	default:
+	case m.parallel:
 		return append(args, "-accel", "tcg,thread=multi")
+	default:
+		// In turns, on one thread. A virtual CPU that spins, until another one lets go
+		// of a lock or answers, gives its turn away, where on threads it takes the
+		// time that the other one needs.
+		return append(args, "-accel", "tcg,thread=single")
 	}
 }
 

@@ -60,20 +60,21 @@ func main() {
 
 // options are the flags after parsing.
 type options struct {
-	kernel  string
-	cpus    int
-	memory  string
-	timeout time.Duration
-	icount  bool
-	accel   string
-	mtu     int
-	out     string
-	appendK string
-	cable   string
-	env     []string
-	verbose bool
-	fetch   bool
-	command []string
+	kernel   string
+	cpus     int
+	memory   string
+	timeout  time.Duration
+	icount   bool
+	parallel bool
+	accel    string
+	mtu      int
+	out      string
+	appendK  string
+	cable    string
+	env      []string
+	verbose  bool
+	fetch    bool
+	command  []string
 }
 
 func parseOptions(args []string) (options, error) {
@@ -88,6 +89,7 @@ func parseOptions(args []string) (options, error) {
 	fs.StringVar(&o.memory, "mem", "4G", "memory `size`, as QEMU writes it")
 	fs.DurationVar(&o.timeout, "timeout", 10*time.Minute, "longest time for the command, boot excluded; 0 = no limit")
 	fs.BoolVar(&o.icount, "icount", false, "deterministic mode: emulate on one thread, virtual time follows executed instructions")
+	fs.BoolVar(&o.parallel, "parallel", false, "emulate each virtual CPU on a thread of its own: they run at the same time, but slower if there are not as many real ones for them alone")
 	fs.StringVar(&o.accel, "accel", "auto", "`kvm`, tcg, or auto: kvm if a trial boot shows that it works")
 	fs.IntVar(&o.mtu, "mtu", 1500, "MTU of eth0 in bytes; 4200 lets rdma_rxe use an MTU of 4096")
 	fs.StringVar(&o.out, "out", "", "`directory` that the VM may write, at the same path inside; gets console.log")
@@ -114,6 +116,8 @@ func parseOptions(args []string) (options, error) {
 		return o, fmt.Errorf("--accel %q: want auto, kvm or tcg", o.accel)
 	case o.icount && o.accel == "kvm":
 		return o, errors.New("--icount needs emulation, so not --accel kvm")
+	case o.icount && o.parallel:
+		return o, errors.New("--icount is emulation on one thread, so not --parallel")
 	case len(o.command) == 0 && !o.fetch:
 		return o, errors.New("no command to run; see --help")
 	}
@@ -173,7 +177,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, append: o.appendK, cable: o.cable, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()
