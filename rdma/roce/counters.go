@@ -21,6 +21,7 @@ type Counters struct {
 	FatalNAKs       uint64 // the same, received
 	RNRNAKsSent     uint64 // no receive was posted
 	RNRNAKs         uint64 // the same, received
+	Strays          uint64 // packets that came to another receive loop than their queue pair's
 	Marks           uint64 // packets that met congestion
 	Notes           uint64 // congestion notifications received
 	Requests        uint64 // connect requests received, duplicates included
@@ -31,7 +32,7 @@ type counters struct {
 	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
 	duplicates, outOfSequence, retransmits, timeouts, probes,
 	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
-	marks, notes, requests, requestsDropped atomic.Uint64
+	strays, marks, notes, requests, requestsDropped atomic.Uint64
 }
 
 // Snapshot reads the counters. It may be called from any goroutine.
@@ -46,7 +47,7 @@ func (p *Provider) Snapshot() Counters {
 		NAKsSent: c.naksSent.Load(), NAKsReceived: c.naksReceived.Load(),
 		FatalNAKsSent: c.fatalNAKsSent.Load(), FatalNAKs: c.fatalNAKs.Load(),
 		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
-		Marks: c.marks.Load(), Notes: c.notes.Load(),
+		Strays: c.strays.Load(), Marks: c.marks.Load(), Notes: c.notes.Load(),
 		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
 	}
 }

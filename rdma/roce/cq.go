@@ -15,12 +15,13 @@ import (
 
 // queue implements rdma.CQ and rdma.Receiver: a completion queue.
 type queue struct {
-	port atomic.Pointer[port] // of the first queue pair
-	ring []rdma.WC
-	fd   int           // eventfd, each read of which takes one event, or -1
-	tail atomic.Uint64 // next to push; written with mu held
-	head atomic.Uint64 // next to poll; written by the poller
-	idle bool          // the last poll found nothing; the poller's
+	port   atomic.Pointer[port] // of the first queue pair
+	ring   []rdma.WC
+	vector int
+	fd     int           // eventfd, each read of which takes one event, or -1
+	tail   atomic.Uint64 // next to push; written with mu held
+	head   atomic.Uint64 // next to poll; written by the poller
+	idle   bool          // the last poll found nothing; the poller's
 
 	mu      sync.Mutex  // guards what follows, and pushing
 	armed   atomic.Bool // written with mu held
@@ -33,11 +34,11 @@ type queue struct {
 }
 
 // CreateCQ implements rdma.Device.
-func (d *device) CreateCQ(entries int, events bool, _ int) (rdma.CQ, error) {
+func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error) {
 	if entries < 1 || entries > maxCQE {
 		return nil, fmt.Errorf("create completion queue of %d entries: %w", entries, errTooLarge)
 	}
-	q := &queue{ring: make([]rdma.WC, entries), fd: -1}
+	q := &queue{ring: make([]rdma.WC, entries), fd: -1, vector: vector}
 	q.acks = sync.NewCond(&q.mu)
 	if events {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK|unix.EFD_SEMAPHORE)

@@ -5,7 +5,9 @@
 // # Structure
 //
 // A Provider has one port per local address, or one for all. A port has the socket, one receive
-// loop (a goroutine), the connection manager and the queue pairs. The receive
+// loop (a goroutine), the connection manager and the queue pairs. With several
+// receivers more ports, without a manager, share the UDP port, and the kernel gives
+// each the packets of its own queue pairs. The receive
 // loop takes a batch of packets, lets each queue pair carry out what came for
 // it, and then lets those queue pairs send acknowledgements, READ responses and
 // what their window allows, once per batch. Who polls an empty completion queue

@@ -32,7 +32,7 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 	check(t, err)
 	s := &socket{v4: true}
 	var cerr error
-	check(t, raw.Control(func(fd uintptr) { cerr = s.configure(int(fd), true, ecnCapable) })) // "don't fragment"
+	check(t, raw.Control(func(fd uintptr) { cerr = s.configure(int(fd), socketConfig{plain: true, ecn: ecnCapable}) })) // "don't fragment"
 	check(t, cerr)
 	return &intruder{t, conn, conn.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPortFrom(to, testPort)}
 }

@@ -149,7 +149,7 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	case cfg.MaxSendWR > maxQPWR || cfg.MaxRecvWR > maxQPWR || cfg.MaxSendSGE > maxSGE || cfg.MaxRecvSGE > maxSGE:
 		return fail(errTooLarge)
 	}
-	data := p
+	data := p.member(recv.vector)
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
 		// Packets of one queue pair alone can be taken by who serves it. The
 		// peer answers to where our messages come from, from now on.

@@ -39,6 +39,9 @@ type end struct {
 
 const allAccess = rdma.AccessLocalWrite | rdma.AccessRemoteRead | rdma.AccessRemoteWrite
 
+// lastVector is that of the last end: they take turns.
+var lastVector atomic.Int32
+
 // newEnd gives an ID its resources. They go at the end of the test.
 func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	t.Helper()
@@ -49,9 +52,10 @@ func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	check(t, err)
 	e.mr, err = e.pd.AllocMR(memory, allAccess)
 	check(t, err)
-	e.sendCQ, err = dev.CreateCQ(2*depth, events, 0)
+	vector := int(lastVector.Add(1))
+	e.sendCQ, err = dev.CreateCQ(2*depth, events, vector)
 	check(t, err)
-	e.recvCQ, err = dev.CreateCQ(2*depth, events, 0)
+	e.recvCQ, err = dev.CreateCQ(2*depth, events, vector)
 	check(t, err)
 	e.qp, err = id.CreateQP(e.pd, rdma.QPConfig{SendCQ: e.sendCQ, RecvCQ: e.recvCQ, MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 1})
 	check(t, err)

@@ -19,12 +19,13 @@ import (
 type port struct {
 	provider *Provider
 	sock     *socket
-	done     chan struct{} // closed at the end of the receive loop
-	wake     int           // eventfd that the receive loop looks at
-	file     *os.File      // a copy of the socket for the runtime's poller, unless sole
-	sole     bool          // for one queue pair and what belongs to it
-	manager  *port         // has the state of the connections: itself, or another
-	driven   atomic.Bool   // somebody else takes the packets
+	done     chan struct{}           // closed at the end of the receive loop
+	wake     int                     // eventfd that the receive loop looks at
+	file     *os.File                // a copy of the socket for the runtime's poller, unless sole
+	sole     bool                    // for one queue pair and what belongs to it
+	manager  *port                   // has the state of the connections: itself, or another
+	group    atomic.Pointer[[]*port] // of the manager: those that share the UDP port
+	driven   atomic.Bool             // somebody else takes the packets
 
 	recvMu sync.Mutex // the outermost lock; guards what follows, and receiving
 	dirty  []*pair    // to settle after the batch
@@ -97,7 +98,7 @@ func (p *port) addPair(q *pair) {
 	defer p.pairsMu.Unlock()
 	for {
 		q.num = random32() & 0xffffff
-		if q.num >= 16 && p.pairs[q.num] == nil { // the first are special, to some
+		if q.num >= 16 && p.ownerOf(q.num) == p && p.pairs[q.num] == nil { // the first are special, to some
 			p.pairs[q.num] = q
 			return
 		}
@@ -255,9 +256,13 @@ func (p *port) postpone(q *queue) bool {
 
 // broken says why nothing can be received any more, to all connections.
 func (p *port) broken(err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, id := range p.ids {
+	m := p.manager
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, id := range m.ids {
+		if m != p && (id.qp == nil || id.qp.port != p) {
+			continue
+		}
 		if id.qp != nil {
 			_ = id.qp.Fail() // never fails
 		}
@@ -310,9 +315,13 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		p.manager.manage(m, a.src, a.dst.Addr())
 		return
 	}
-	p.pairsMu.RLock()
-	q := p.pairs[h.DestQP]
-	p.pairsMu.RUnlock()
+	q := p.pair(h.DestQP)
+	owner := p
+	if q == nil {
+		if owner = p.ownerOf(h.DestQP); owner != p {
+			q = owner.pair(h.DestQP)
+		}
+	}
 	if q == nil {
 		c.unknownQP.Add(1)
 		return
@@ -325,7 +334,13 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 	if q.near.Load() {
 		end = h.Op.HeaderLen()
 	}
-	id, ok := wire.Check(q.recvBases.get(a.src, a.dst, len(packet)), packet, end, p.sock.v4, uint8(i))
+	var base uint32
+	if owner == p {
+		base = q.recvBases.get(a.src, a.dst, len(packet))
+	} else {
+		base = wire.Base(a.src, a.dst, len(packet))
+	}
+	id, ok := wire.Check(base, packet, end, p.sock.v4, uint8(i))
 	if !ok || id > maxID && q.ours.Load() {
 		c.badICRC.Add(1)
 		return
@@ -333,10 +348,23 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 	c.packetsReceived.Add(1)
 	q.peer.heard.Add(1)
 	q.receive(&h, packet, payload, a.congested)
+	if owner != p {
+		c.strays.Add(1)
+		for q.settle() {
+		}
+		return
+	}
 	if !q.dirty {
 		q.dirty = true
 		p.dirty = append(p.dirty, q)
 	}
+}
+
+// pair is the queue pair with a number, or nil.
+func (p *port) pair(qpn uint32) *pair {
+	p.pairsMu.RLock()
+	defer p.pairsMu.RUnlock()
+	return p.pairs[qpn]
 }
 
 // sendMAD sends one message of the connection manager.

@@ -36,6 +36,10 @@ type Config struct {
 	// where the kernel has them. Set it where a network card numbers the
 	// segments that it makes in another way than the kernel does.
 	NoOffload bool
+	// Receivers is how many sockets share the port of an address, each with a receive
+	// loop of its own; 0 is 1, the most is 64. Queue pairs go to them by the vectors
+	// of their receive completion queues, of which there are as many.
+	Receivers int
 	// MaxHalfOpen bounds the connect requests without an answer; 0 is 256.
 	MaxHalfOpen int
 	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
@@ -81,6 +85,7 @@ func New(cfg Config) (*Provider, error) {
 	if cfg.Port == 0 {
 		cfg.Port = wire.Port
 	}
+	cfg.Receivers = min(max(1, cfg.Receivers), maxReceivers)
 	if cfg.MaxHalfOpen <= 0 {
 		cfg.MaxHalfOpen = defaultHalfOpen
 	}
@@ -107,7 +112,7 @@ func New(cfg Config) (*Provider, error) {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
 	}
 	for _, a := range addrs {
-		_, err := p.open(netip.AddrPortFrom(a.Unmap(), cfg.Port), false, nil)
+		_, err := p.openShared(netip.AddrPortFrom(a.Unmap(), cfg.Port))
 		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 			continue
 		}
@@ -123,7 +128,7 @@ func New(cfg Config) (*Provider, error) {
 
 // open adds a port. The lock is held, or nobody knows the provider yet.
 func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, error) {
-	s, err := openSocket(addr, p.cfg.NoOffload, p.cfg.ecn)
+	s, err := openSocket(addr, socketConfig{plain: p.cfg.NoOffload, share: manager != nil && !sole, ecn: p.cfg.ecn})
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +234,7 @@ func (p *Provider) portFor(local, remote netip.Addr) (*port, error) {
 		return nil, unix.EADDRNOTAVAIL
 	}
 	if !sameHost(local, remote) {
-		o, err := p.open(netip.AddrPortFrom(local, p.cfg.Port), false, nil)
+		o, err := p.openShared(netip.AddrPortFrom(local, p.cfg.Port))
 		if !errors.Is(err, unix.EADDRINUSE) {
 			return o, err
 		}

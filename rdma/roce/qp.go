@@ -180,7 +180,7 @@ func (q *pair) destroy() {
 	q.pd.users--
 	q.pd.mu.Unlock()
 	q.provider.part(q.path.remote.Addr())
-	if q.port != q.id.port {
+	if q.port.sole && q.port != q.id.port {
 		q.provider.drop(q.port)
 	}
 }

@@ -64,6 +64,7 @@ func TestConformance(t *testing.T) {
 	}{
 		{"IPv4", Config{Addrs: []netip.Addr{hostAddr}}, targetAddr},
 		{"IPv4 without offload", Config{Addrs: []netip.Addr{hostAddr}, NoOffload: true}, targetAddr},
+		{"IPv4 with several receivers", Config{Addrs: []netip.Addr{hostAddr}, Receivers: 3}, targetAddr},
 		{"on demand", Config{OnDemand: true}, targetAddr},
 		{"IPv6 with itself", Config{Addrs: []netip.Addr{netip.IPv6Loopback()}}, netip.Addr{}},
 		{"any address, with itself", Config{}, netip.Addr{}},

@@ -61,9 +61,9 @@ type socket struct {
 }
 
 // openSocket binds to an address, which may be the unspecified one of its family.
-func openSocket(local netip.AddrPort, plain bool, ecn int) (*socket, error) {
+func openSocket(local netip.AddrPort, cfg socketConfig) (*socket, error) {
 	s := &socket{v4: local.Addr().Is4()}
-	if err := s.bind(local, plain, ecn); err != nil {
+	if err := s.bind(local, cfg); err != nil {
 		if errors.Is(err, unix.EADDRINUSE) {
 			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
 		}
@@ -80,7 +80,7 @@ func openSocket(local netip.AddrPort, plain bool, ecn int) (*socket, error) {
 	return s, nil
 }
 
-func (s *socket) bind(local netip.AddrPort, plain bool, ecn int) error {
+func (s *socket) bind(local netip.AddrPort, cfg socketConfig) error {
 	family := unix.AF_INET6
 	if s.v4 {
 		family = unix.AF_INET
@@ -90,7 +90,7 @@ func (s *socket) bind(local netip.AddrPort, plain bool, ecn int) error {
 		return os.NewSyscallError("socket", err)
 	}
 	s.fd = fd
-	if err := s.configure(fd, plain, ecn); err != nil {
+	if err := s.configure(fd, cfg); err != nil {
 		return errors.Join(err, s.close())
 	}
 	name, length := sockaddrOf(local)
@@ -105,14 +105,20 @@ func (s *socket) bind(local netip.AddrPort, plain bool, ecn int) error {
 	return nil
 }
 
-// configure sets options before the bind. With plain, segmentation offload
-// stays off, as on a kernel without it.
-func (s *socket) configure(fd int, plain bool, ecn int) error {
+// socketConfig is how a socket is to be.
+type socketConfig struct {
+	plain bool // segmentation offload stays off, as on a kernel without it
+	share bool // the port may be that of another socket of ours
+	ecn   int  // of what it sends
+}
+
+// configure sets options before the bind.
+func (s *socket) configure(fd int, cfg socketConfig) error {
 	type option struct{ level, name, value int }
 	must := []option{
 		{unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO},
 		{unix.IPPROTO_IP, unix.IP_PKTINFO, 1},
-		{unix.IPPROTO_IP, unix.IP_TOS, ecn},
+		{unix.IPPROTO_IP, unix.IP_TOS, cfg.ecn},
 		{unix.IPPROTO_IP, unix.IP_RECVTOS, 1},
 	}
 	if !s.v4 {
@@ -120,10 +126,13 @@ func (s *socket) configure(fd int, plain bool, ecn int) error {
 			{unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1},
 			{unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO},
 			{unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1},
-			{unix.IPPROTO_IPV6, unix.IPV6_TCLASS, ecn},
+			{unix.IPPROTO_IPV6, unix.IPV6_TCLASS, cfg.ecn},
 			{unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1},
 			{unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1}, // rdma_rxe sends no checksum
 		}
+	}
+	if cfg.share {
+		must = append(must, option{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1})
 	}
 	for _, o := range must {
 		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
@@ -136,7 +145,7 @@ func (s *socket) configure(fd int, plain bool, ecn int) error {
 	} {
 		_ = unix.SetsockoptInt(fd, o.level, o.name, o.value) // forcing needs CAP_NET_ADMIN; the rest is clipped
 	}
-	if !plain {
+	if !cfg.plain {
 		s.gso.Store(unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0) == nil)
 		s.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
 	}

@@ -5,6 +5,7 @@ package provider
 import (
 	"fmt"
 	"net/netip"
+	"runtime"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
@@ -42,12 +43,17 @@ func choose(flag string, addr netip.Addr, route host.Route, err error, supported
 
 // ForHost opens a provider that connects. One that is an io.Closer has to be
 // closed.
-func ForHost(name string) (rdma.Provider, error) { return open(name, roce.Config{OnDemand: true}) }
+func ForHost(name string) (rdma.Provider, error) {
+	return open(name, roce.Config{OnDemand: true, Receivers: receivers()})
+}
 
 // ForTarget opens a provider that listens on addr.
 func ForTarget(name string, addr netip.Addr) (rdma.Provider, error) {
-	return open(name, roce.Config{Addrs: []netip.Addr{addr}})
+	return open(name, roce.Config{Addrs: []netip.Addr{addr}, Receivers: receivers()})
 }
+
+// receivers is a receive loop for each CPU, as there are I/O queues, within reason.
+func receivers() int { return min(runtime.NumCPU(), 8) }
 
 func open(name string, cfg roce.Config) (rdma.Provider, error) {
 	// A nil *Provider is not a nil rdma.Provider.

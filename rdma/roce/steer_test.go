@@ -1,0 +1,50 @@
+package roce
+
+import (
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestReceivers has queue pairs on each of several sockets, whose packets the kernel
+// tells apart. Without its filter they come to any of them, and are taken all the same.
+func TestReceivers(t *testing.T) {
+	const receivers = 3
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, Receivers: receivers})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
+	if len(host.ports) != receivers || host.device.Attr().CompVectors != receivers {
+		t.Fatalf("%d ports, %d vectors", len(host.ports), host.device.Attr().CompVectors)
+	}
+	all := func() {
+		used := map[*port]int{}
+		for i := range uint64(2 * receivers) { // the peer's end takes a vector, too
+			a, b := join(t, host, target, 64, 2*area, false)
+			used[a.pair().port]++
+			exchange(t, a, b, 1, rand.New(rand.NewPCG(1, i)))
+			exchange(t, b, a, 1, rand.New(rand.NewPCG(2, i)))
+		}
+		for i, p := range host.ports {
+			if used[p] != 2 {
+				t.Errorf("receiver %d has %d queue pairs", i, used[p])
+			}
+		}
+	}
+	all()
+	if s := host.Snapshot(); s.Strays != 0 || s.UnknownQP != 0 || s.PacketsReceived == 0 {
+		t.Errorf("%+v", s)
+	}
+	check(t, unix.SetsockoptInt(host.ports[0].sock.fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0))
+	all()
+	if s := host.Snapshot(); s.Strays == 0 || s.UnknownQP != 0 {
+		t.Errorf("without the filter: %+v", s)
+	}
+	// Nobody else gets the port, not even who would share it.
+	for _, n := range []int{1, receivers} {
+		if _, err := New(Config{Addrs: []netip.Addr{hostAddr}, Port: testPort, Receivers: n}); !errors.Is(err, unix.EADDRINUSE) {
+			t.Errorf("a second provider with %d receivers: %v", n, err)
+		}
+	}
+}
