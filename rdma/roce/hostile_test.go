@@ -385,3 +385,77 @@ func FuzzReceive(f *testing.F) {
 		}
 	})
 }
+
+// FuzzManage feeds the connection manager, without a network, with messages cut out
+// of the input, for an ID in any state and a listener. Whatever they say, nothing of
+// them is left when the ID and the requests that came are closed.
+func FuzzManage(f *testing.F) {
+	pid := os.Getpid()
+	addr := netip.AddrFrom4([4]byte{127, 2, byte(pid >> 8), byte(pid)})
+	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30})
+	p := host.ports[0]
+	const service = 4420
+	l, err := p.listen(netip.AddrPortFrom(addr, service), 8)
+	check(f, err)
+	f.Cleanup(func() { check(f, l.Close()) })
+	request := wire.Request{
+		Port: service, GUID: 77, QPN: 99, PSN: 1, ResponderResources: 1, InitiatorDepth: 1, MTU: 1024,
+		Source: addr, Destination: addr, SourcePort: 1,
+	}
+	for state := range byte(idOver) {
+		f.Add(state, []byte{0, 1, 1, 0, 3, 0, 0, 4, 0, 0, 6, 0, 0})
+		f.Add(state|0x80, []byte{0, 0, 1, 0, 0, 0, 0, 2, 4, 1, 1, 0, 0, 5, 1, 1, 0, 0})
+	}
+	f.Fuzz(func(t *testing.T, state byte, in []byte) {
+		made, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(addr, service), -1)
+		check(t, err)
+		e := newEnd(t, made, 8, 4096, false)
+		id := made.(*connID)
+		p.mu.Lock()
+		id.state, id.passive = idIdle+idState(state&0x7f)%idOver, state&0x80 != 0
+		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
+		if id.state == idRequested {
+			p.halfOpen++
+		}
+		p.mu.Unlock()
+		if id.state > idRequested {
+			e.pair().ready(connected{dest: 99, mtu: 1024})
+		}
+		// Message, whom it is for, who sends it, and a byte of it that is another.
+		for ; len(in) >= 5; in = in[5:] {
+			var ids [2]uint32
+			for i, known := range []uint32{id.comm, id.peerComm} {
+				switch in[1+i] {
+				case 0:
+					ids[i] = known
+				case 1:
+				default:
+					ids[i] = uint32(in[1+i])
+				}
+			}
+			m := wire.NewMAD(wire.REQ+wire.Attribute(in[0]%7), 1, ids[1], ids[0])
+			switch m.Attribute() {
+			case wire.REQ:
+				request.Put(m)
+			case wire.DREQ:
+				m.SetQPN(id.qp.num)
+			}
+			if in[3] != 0 {
+				m[24+8+int(in[3])%(wire.MADLen-32)] = in[4]
+			}
+			p.manage(m, netip.AddrPortFrom(addr, testPort), addr)
+		}
+		check(t, id.Close())
+		for came := l.take(); came != nil; came = l.take() {
+			check(t, came.Close())
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if len(p.ids)+len(p.byPeer)+len(p.byQP)+p.halfOpen != 0 {
+			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), p.halfOpen)
+		}
+		for _, farewell := range p.farewells {
+			p.farewellDone(farewell, "") // its answer is another test's
+		}
+	})
+}
