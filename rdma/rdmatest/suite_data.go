@@ -487,7 +487,14 @@ func runActive(ctx context.Context, s Setup, addr netip.AddrPort, n int, passive
 			return fmt.Errorf("pair %d round %d: read back: %w", n, r, err)
 		}
 	}
-	return nil
+	// Not before the peer knows that its last SEND has come: an acknowledgement may
+	// be on its way still.
+	select {
+	case <-passive:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("pair %d: the peer does not end", n)
+	}
 }
 
 // runPassive accepts one connection of runActive and answers it. It closes when
@@ -531,6 +538,7 @@ func runPassive(ctx context.Context, l rdma.Listener, passives []chan *side) (er
 			return fmt.Errorf("pair %d round %d: passive: %w", n, r, err)
 		}
 	}
+	close(passives[n])
 	select {
 	case <-id.Events():
 		return nil
