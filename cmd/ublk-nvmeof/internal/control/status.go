@@ -64,6 +64,24 @@ type Status struct {
 	BufferBytes int      `json:"buffer_bytes"` // I/O memory of all devices
 	Devices     []Device `json:"devices"`
 	Lanes       []Lane   `json:"lanes"`
+	Packets     *Packets `json:"packets,omitempty"` // of the provider roce
+}
+
+// Packets counts what RoCEv2 in this process sent and received, and what went wrong
+// with it. It counts from the server's start.
+type Packets struct {
+	Sent          uint64 `json:"sent"`
+	Received      uint64 `json:"received"` // valid ones
+	Retransmitted uint64 `json:"retransmitted"`
+	Timeouts      uint64 `json:"timeouts"`        // of the retry timer
+	OutOfSequence uint64 `json:"out_of_sequence"` // received after a gap
+	Duplicates    uint64 `json:"duplicates"`      // requests of the target that had been seen
+	NAKsSent      uint64 `json:"naks_sent"`       // sequence errors
+	NAKsReceived  uint64 `json:"naks_received"`   // the same
+	RNRNAKs       uint64 `json:"rnr_naks"`        // received: the target had no room
+	BadICRC       uint64 `json:"bad_icrc"`        // dropped
+	Dropped       uint64 `json:"dropped"`         // for other reasons: malformed, for nobody, from a stranger
+	Congestion    uint64 `json:"congestion"`      // marks of routers, and notifications of the target
 }
 
 // Queues are the I/O queues: how many were asked for and granted, and what

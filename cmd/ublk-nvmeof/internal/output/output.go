@@ -260,6 +260,10 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 				seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss), seconds(s.FastFail))
 			row("buffers", "%s", size(uint64(s.BufferBytes)))
 		}
+		if p := s.Packets; p != nil {
+			row("packets", "%d sent, %d of them again, %d received; %d timeouts, %d out of sequence, %d duplicates, %d/%d NAKs sent/received, %d RNR NAKs, %d bad ICRCs, %d dropped, %d congestion",
+				p.Sent, p.Retransmitted, p.Received, p.Timeouts, p.OutOfSequence, p.Duplicates, p.NAKsSent, p.NAKsReceived, p.RNRNAKs, p.BadICRC, p.Dropped, p.Congestion)
+		}
 		for _, d := range s.Devices {
 			row(d.Path(), "%s", describe(d))
 			if d.Queues > 0 {

@@ -64,10 +64,11 @@ var live = control.Status{
 var plain = control.Status{
 	SchemaVersion: 1, Name: "ctrl1", PID: 1300, Transport: "rdma", TrAddr: "fe80::1%eth0", TrSvcID: "4421",
 	NQN: "nqn.b", HostNQN: "nqn.h", HostID: "33333333-3333-3333-3333-333333333333",
-	State: "dead", Since: "2026-01-02T03:04:05Z", Losses: 2, Attempts: 60, Reason: "keep alive: deadline exceeded", Provider: "verbs", RDMADevice: "mlx5_0", Memory: "registered",
+	State: "dead", Since: "2026-01-02T03:04:05Z", Losses: 2, Attempts: 60, Reason: "keep alive: deadline exceeded", Provider: "roce", RDMADevice: "roce", Memory: "registered",
 	Model: "M", Serial: "S", Firmware: "F", Version: "1.4.0", QueueSize: 16,
 	Queues: control.Queues{Requested: 8, Granted: 8, Read: control.Class{Mapped: "default"},
 		Default: control.Class{Requested: 8, Granted: 8, Mapped: "default"}, Poll: control.Class{Mapped: "default"}},
+	Packets:   &control.Packets{Sent: 1000, Received: 900, Retransmitted: 12, Timeouts: 3, NAKsReceived: 5, Dropped: 1},
 	KeepAlive: 5, Reconnect: 10, Loss: -1, FastFail: 3, BufferBytes: 4 << 20,
 	Devices: []control.Device{{Device: "ublkb2", NSID: 1, Size: 1 << 30, BlockSize: 512, Queues: 8, QueueDepth: 16, MaxIO: 32 << 10, BufferBytes: 4 << 20}},
 }

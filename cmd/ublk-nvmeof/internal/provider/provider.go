@@ -47,6 +47,17 @@ func ForHost(name string) (rdma.Provider, error) {
 	return open(name, roce.Config{OnDemand: true, Receivers: receivers()})
 }
 
+// Counters are what a provider counts that handles packets itself.
+type Counters = roce.Counters
+
+// CountersOf is how to read the counters of a provider; nil if it has none.
+func CountersOf(p rdma.Provider) func() Counters {
+	if c, ok := p.(interface{ Snapshot() Counters }); ok {
+		return c.Snapshot
+	}
+	return nil
+}
+
 // ForTarget opens a provider that listens on addr.
 func ForTarget(name string, addr netip.Addr) (rdma.Provider, error) {
 	return open(name, roce.Config{Addrs: []netip.Addr{addr}, Receivers: receivers()})

@@ -37,6 +37,7 @@ func (s *server) chooseProvider() (rdma.Provider, error) {
 	s.mu.Lock()
 	s.provider = choice
 	s.closer, _ = p.(io.Closer)
+	s.packets = provider.CountersOf(p)
 	s.mu.Unlock()
 	return p, nil
 }

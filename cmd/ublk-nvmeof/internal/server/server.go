@@ -85,7 +85,8 @@ type server struct {
 	mu       sync.Mutex // guards what follows
 	front    front
 	provider provider.Choice
-	closer   io.Closer // the provider, if it has to be closed
+	closer   io.Closer                // the provider, if it has to be closed
+	packets  func() provider.Counters // nil: hardware has them
 	loops    []*poller.Loop
 	ctrl     controller
 	info     initiator.Info // when it was last seen connected

@@ -27,6 +27,15 @@ func (s *server) Status() control.Status {
 	if o.SourceAddr.IsValid() {
 		out.HostTrAddr = o.SourceAddr.String()
 	}
+	if s.packets != nil {
+		c := s.packets()
+		out.Packets = &control.Packets{
+			Sent: c.PacketsSent, Received: c.PacketsReceived, Retransmitted: c.Retransmits, Timeouts: c.Timeouts,
+			OutOfSequence: c.OutOfSequence, Duplicates: c.Duplicates, NAKsSent: c.NAKsSent, NAKsReceived: c.NAKsReceived,
+			RNRNAKs: c.RNRNAKs, BadICRC: c.BadICRC, Dropped: c.Malformed + c.UnknownQP + c.WrongAddress,
+			Congestion: c.Marks + c.Notes,
+		}
+	}
 	if s.ctrl == nil {
 		return out
 	}
