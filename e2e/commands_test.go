@@ -161,12 +161,14 @@ func verify(ts *testscript.TestScript, neg bool, args []string) {
 		"--rw=randrw", "--bsrange=512-1m", "--size=32m", "--randrepeat=0", "--serialize_overlap=1",
 		"--verify=crc32c", "--verify_fatal=1", "--verify_dump=0",
 	}, args[1:]...)...))
+	var speeds []string
 	for _, line := range strings.Split(ts.ReadFile("stdout"), "\n") {
 		if kind, rest, ok := strings.Cut(line, ": bw="); ok {
 			speed, _, _ := strings.Cut(rest, " ")
-			ts.Logf("%s %s at %s", args[0], strings.ToLower(strings.TrimSpace(kind)), speed)
+			speeds = append(speeds, strings.ToLower(strings.TrimSpace(kind))+" "+speed)
 		}
 	}
+	fmt.Fprintf(os.Stderr, "    verify %s: %s\n", strings.Join(args, " "), strings.Join(speeds, ", "))
 }
 
 // waitfor [-t DURATION] FILE [PATTERN]: the file exists, and a line of it matches
