@@ -326,7 +326,7 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		c.unknownQP.Add(1)
 		return
 	}
-	if a.src.Addr() != q.path.remote.Addr() || a.dst.Addr() != q.path.local.Addr() {
+	if a.src.Addr() != q.there || a.dst.Addr() != q.here {
 		c.wrongAddress.Add(1)
 		return
 	}

@@ -43,7 +43,7 @@ type pair struct {
 	pd             *domain
 	sendCQ, recvCQ *queue
 	num            uint32
-	path           *path
+	here, there    netip.Addr // addresses
 	peer           *peerHost
 
 	// Guarded by the port's recvMu.
@@ -55,6 +55,7 @@ type pair struct {
 
 	mu    sync.Mutex // guards what follows
 	state pairState
+	path  *path
 	out   *batch
 	dest  uint32 // the peer's queue pair
 	mtu   int    // of the path: payload bytes per packet
@@ -70,7 +71,8 @@ func (q *pair) Num() uint32 { return q.num }
 // newPair makes a queue pair in its initial state, which nobody can reach yet.
 func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
 	q := &pair{
-		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv, path: id.path,
+		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
+		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
 		peer: p.provider.meet(id.path.remote.Addr()), state: pairInit, out: &batch{path: id.path}, fresh: true,
 	}
 	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
@@ -179,7 +181,7 @@ func (q *pair) destroy() {
 	q.pd.mu.Lock()
 	q.pd.users--
 	q.pd.mu.Unlock()
-	q.provider.part(q.path.remote.Addr())
+	q.provider.part(q.there)
 	if q.port.sole && q.port != q.id.port {
 		q.provider.drop(q.port)
 	}
