@@ -1,6 +1,6 @@
 // Package roce is an rdma.Provider without RDMA hardware and without kernel
-// modules: RoCEv2 reliable connections over one ordinary UDP socket per address
-// family. It talks to RDMA NICs, to the kernel's rdma_rxe, and to itself.
+// modules: RoCEv2 reliable connections over ordinary UDP sockets, on one port per address
+// family. It talks to RDMA NICs, to rdma_rxe of the kernel, and to itself.
 //
 // # Structure
 //
