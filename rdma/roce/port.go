@@ -315,13 +315,8 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		p.manager.manage(m, a.src, a.dst.Addr())
 		return
 	}
-	q := p.pair(h.DestQP)
-	owner := p
-	if q == nil {
-		if owner = p.ownerOf(h.DestQP); owner != p {
-			q = owner.pair(h.DestQP)
-		}
-	}
+	owner := p.ownerOf(h.DestQP)
+	q := owner.pair(h.DestQP)
 	if q == nil {
 		c.unknownQP.Add(1)
 		return

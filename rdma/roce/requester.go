@@ -353,15 +353,17 @@ func (q *pair) goBack() {
 // lost is goBack after a loss.
 func (q *pair) lost() {
 	q.goBack()
-	q.window, q.growth = max(minWindow, q.window/2), 0
+	q.halve()
 }
+
+func (r *requester) halve() { r.window, r.growth = max(minWindow, r.window/2), 0 }
 
 // slow halves the window, once for all that is under way.
 func (q *pair) slow() {
-	if q.una < q.slowed {
-		return
+	if q.una >= q.slowed {
+		q.halve()
+		q.slowed = q.nxt
 	}
-	q.window, q.growth, q.slowed = max(minWindow, q.window/2), 0, q.nxt
 }
 
 // gap is called when psn was seen although una is missing. It goes back once

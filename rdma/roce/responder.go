@@ -367,8 +367,7 @@ func (q *pair) respond() (more bool) {
 // sendNote asks the peer to send less.
 func (q *pair) sendNote() {
 	b := q.header(wire.CongestionNote, 0, false)
-	h := wire.BTH{Op: wire.CongestionNote, PKey: wire.DefaultPKey, DestQP: q.dest, BECN: true}
-	h.Put(b)
+	wire.SetBECN(b)
 	clear(b[wire.BTHLen : wire.BTHLen+wire.NoteLen])
 	q.out.add(wire.BTHLen+wire.NoteLen, nil, nil)
 }

@@ -74,7 +74,6 @@ type BTH struct {
 	PKey   uint16
 	DestQP uint32 // 24 bits
 	PSN    uint32 // 24 bits
-	BECN   bool   // what the receiver sent met congestion; not read by Parse
 }
 
 // DefaultPKey is the partition of all RoCE traffic: full member of 0x7fff.
@@ -97,10 +96,10 @@ func (h *BTH) Put(b []byte) {
 	if h.AckReq {
 		b[8] = bthAckReq
 	}
-	if h.BECN {
-		b[4] = bthBECN
-	}
 }
+
+// SetBECN says in a header that Put wrote that what the receiver sent met congestion.
+func SetBECN(b []byte) { b[4] |= bthBECN }
 
 // Parse takes a packet (the UDP payload) apart as far as its payload. It says
 // no to what cannot be a packet: a version or partition other than ours, an
