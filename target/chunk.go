@@ -1,66 +1,91 @@
 package target
 
-import "ublk-nvmeof/rdma"
+import (
+	"math/bits"
+
+	"ublk-nvmeof/rdma"
+)
 
 const (
-	chunkSize = 32 << 10 // bytes of one data buffer; a transfer takes as many as it needs
-	minChunks = DefaultMaxTransfer / chunkSize
+	chunkSize = 32 << 10 // data memory is given out in whole chunks
+	minChunks = 2 * DefaultMaxTransfer / chunkSize
 	maxChunks = 128
-	noChunk   = -1
 )
 
 func chunksFor(length uint32) int { return int((length + chunkSize - 1) / chunkSize) }
 
-// take makes a list of n chunks, of which there are enough.
-func (q *queue) take(n int) int32 {
-	list := int32(noChunk)
-	for range n {
-		c := q.free
-		q.free = q.next[c]
-		q.next[c] = list
-		list = c
-	}
-	q.nfree -= n
-	return list
-}
+// run is neighbouring chunks: memory in one piece, so that a transfer is one work
+// request.
+type run struct{ first, n uint8 }
 
-func (q *queue) releaseChunk(c int32) {
-	q.next[c] = q.free
-	q.free = c
-	q.nfree++
-}
+var _ [256 - maxChunks]struct{} // a run fits
 
-func (q *queue) releaseChunks(list int32) {
-	for list != noChunk {
-		c := list
-		list = q.next[c]
-		q.releaseChunk(c)
+// chunks says which chunks of a queue's data memory are free, a bit for each.
+type chunks [maxChunks / 64]uint64
+
+// find is the first of n neighbouring chunks that are free, or negative.
+func (c *chunks) find(n int) int {
+	for from := 0; ; {
+		first := c.next(from, 0)
+		if first+n > maxChunks {
+			return -1
+		}
+		if from = c.next(first, ^uint64(0)); from-first >= n {
+			return first
+		}
 	}
 }
 
-// bytes is a chunk.
-func (q *queue) bytes(c int32) []byte {
-	return q.data.Bytes()[int(c)*chunkSize : (int(c)+1)*chunkSize]
+// next is the first chunk from one on that is free, or in use if flip is all ones;
+// maxChunks if there is none.
+func (c *chunks) next(from int, flip uint64) int {
+	for from < maxChunks {
+		if w := (c[from/64] ^ flip) >> (from % 64); w != 0 {
+			return from + bits.TrailingZeros64(w)
+		}
+		from = from/64*64 + 64
+	}
+	return maxChunks
 }
 
-// transfer makes the RDMA READs or WRITEs of length bytes of a command's data,
-// from or into its chunks.
+// take takes chunks for length bytes, of which find found enough.
+func (c *chunks) take(length uint32) run {
+	r := run{n: uint8(chunksFor(length))}
+	if r.n > 0 {
+		r.first = uint8(c.find(int(r.n)))
+		c.flip(r)
+	}
+	return r
+}
+
+// flip gives a run back, or makes it used.
+func (c *chunks) flip(r run) {
+	for i := int(r.first); i < int(r.first)+int(r.n); i++ {
+		c[i/64] ^= 1 << (i % 64)
+	}
+}
+
+// bytes is the memory of a run.
+func (q *queue) bytes(r run) []byte {
+	return q.data.Bytes()[int(r.first)*chunkSize:][:int(r.n)*chunkSize]
+}
+
+// transfer makes the RDMA READ or WRITE of length bytes of a command's data, from or
+// into its chunks.
 func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
+	if length == 0 {
+		return
+	}
 	r := &q.reqs[i]
 	if op == rdma.Write && r.corrupt == CorruptData {
 		q.spoil(r)
 	}
-	addr := r.addr
-	for c := r.chunks; c != noChunk && length > 0; c = q.next[c] {
-		n := min(length, chunkSize)
-		wr := rdma.SendWR{
-			ID: kindChunk, Op: op, RemoteAddr: addr, RKey: r.key, NumSGE: 1,
-			SGE: [2]rdma.SGE{{Addr: q.data.Addr() + uint64(c)*chunkSize, Length: n, LKey: q.data.LKey()}},
-		}
-		addr += uint64(n)
-		if length -= n; length == 0 && op == rdma.Read {
-			wr.ID, wr.Signaled = kindRead|uint64(i), true
-		}
-		q.sends = append(q.sends, wr)
+	wr := rdma.SendWR{
+		ID: kindData, Op: op, RemoteAddr: r.addr, RKey: r.key, NumSGE: 1,
+		SGE: [2]rdma.SGE{{Addr: q.data.Addr() + uint64(r.data.first)*chunkSize, Length: length, LKey: q.data.LKey()}},
 	}
+	if op == rdma.Read {
+		wr.ID, wr.Signaled = kindRead|uint64(i), true
+	}
+	q.sends = append(q.sends, wr)
 }

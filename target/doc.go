@@ -11,9 +11,10 @@
 //
 // A connection carries one queue, which one goroutine serves. A capsule arrives
 // in a receive buffer and stays there until its command is done. Data moves
-// through chunks, small registered buffers of the queue:
+// through registered memory of the queue, which is given out in neighbouring
+// chunks:
 //
-//	read:  Store.ReadAt into chunks, RDMA WRITE of each and SEND in one post
+//	read:  Store.ReadAt into chunks, RDMA WRITE and SEND in one post
 //	write: RDMA READ into chunks, Store.WriteAt, SEND
 //
 // In-capsule data is written from the receive buffer itself. The buffer is

@@ -12,7 +12,7 @@ const dnr = nvme.StatusDNR
 func (q *queue) begin(i int) bool {
 	r := &q.reqs[i]
 	s := q.describe(i)
-	if q.reserved == len(q.responses) || !r.inline && s.OK() && chunksFor(r.length) > q.nfree {
+	if q.reserved == len(q.responses) || !r.inline && s.OK() && q.free.find(chunksFor(r.length)) < 0 {
 		return false
 	}
 	faults := &q.target.faults
@@ -102,7 +102,7 @@ func (q *queue) fetch(i int, length uint32) {
 		q.finish(i)
 		return
 	}
-	q.reqs[i].chunks = q.take(chunksFor(length))
+	q.reqs[i].data = q.free.take(length)
 	q.transfer(i, rdma.Read, length)
 }
 
@@ -121,12 +121,12 @@ func (q *queue) inlineData(i int) []byte {
 	return q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(r.addr):][:r.length]
 }
 
-// small is data that came for a command and that one chunk holds.
-func (q *queue) small(i int) []byte {
+// arrived is data that came for a command.
+func (q *queue) arrived(i int) []byte {
 	if q.reqs[i].inline {
 		return q.inlineData(i)
 	}
-	return q.bytes(q.reqs[i].chunks)
+	return q.bytes(q.reqs[i].data)
 }
 
 // reply answers a command with data, filled up with zeroes to the length that
@@ -137,12 +137,9 @@ func (q *queue) reply(i int, data []byte, length uint64) {
 		q.respond(i, 0, nvme.StatusInvalidSGLDataLength|dnr)
 		return
 	}
-	r.chunks = q.take(chunksFor(r.length))
-	for c := r.chunks; c != noChunk; c = q.next[c] {
-		n := copy(q.bytes(c), data)
-		clear(q.bytes(c)[n:])
-		data = data[n:]
-	}
+	r.data = q.free.take(r.length)
+	into := q.bytes(r.data)
+	clear(into[copy(into, data):])
 	q.transfer(i, rdma.Write, r.length)
 	q.respond(i, 0, nvme.StatusSuccess)
 }

@@ -23,7 +23,7 @@ const (
 
 // connect finishes a Connect, whose data is there.
 func (q *queue) connect(i int) {
-	result, s := q.join(q.command(i).ConnectParams(), nvme.ConnectDataAt(q.small(i)))
+	result, s := q.join(q.command(i).ConnectParams(), nvme.ConnectDataAt(q.arrived(i)))
 	q.respond(i, result, s)
 }
 

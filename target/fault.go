@@ -204,11 +204,9 @@ func (q *queue) strike(i int) bool {
 
 // spoil makes noise of a command's data.
 func (q *queue) spoil(r *request) {
-	for c := r.chunks; c != noChunk; c = q.next[c] {
-		b := q.bytes(c)
-		for i := 0; i < len(b); i += 8 {
-			binary.NativeEndian.PutUint64(b[i:], rand.Uint64())
-		}
+	b := q.bytes(r.data)
+	for i := 0; i < len(b); i += 8 {
+		binary.NativeEndian.PutUint64(b[i:], rand.Uint64())
 	}
 }
 
@@ -229,7 +227,7 @@ func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 		}
 		q.reserved++
 		first := *done
-		again, at := q.completion(noChunk)
+		again, at := q.completion(run{})
 		*nvme.CompletionAt(q.out.Bytes()[at:]) = first
 		q.answers = append(q.answers, again)
 	}

@@ -89,16 +89,10 @@ func (q *queue) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cac
 // read answers a Read: data and completion go out in one post.
 func (q *queue) read(i int) {
 	r := &q.reqs[i]
-	r.chunks = q.take(chunksFor(r.length))
-	off, left := r.ns.offset(q.command(i)), int(r.length)
-	for c := r.chunks; c != noChunk; c = q.next[c] {
-		n := min(left, chunkSize)
-		if _, err := r.ns.cfg.Store.ReadAt(q.bytes(c)[:n], off); err != nil {
-			q.respond(i, 0, storeStatus(err))
-			return
-		}
-		off += int64(n)
-		left -= n
+	r.data = q.free.take(r.length)
+	if _, err := r.ns.cfg.Store.ReadAt(q.bytes(r.data)[:r.length], r.ns.offset(q.command(i))); err != nil {
+		q.respond(i, 0, storeStatus(err))
+		return
 	}
 	q.stats.read.Add(uint64(r.length))
 	q.transfer(i, rdma.Write, r.length)
@@ -118,28 +112,15 @@ func (q *queue) finishIO(i int) {
 	case nvme.OpCompare:
 		s = q.compare(i)
 	case nvme.OpDSM:
-		s = r.ns.discard(cmd, q.small(i))
+		s = r.ns.discard(cmd, q.arrived(i))
 	}
 	q.respond(i, 0, s)
 }
 
 func (q *queue) write(i int) nvme.Status {
 	r := &q.reqs[i]
-	off := r.ns.offset(q.command(i))
-	if r.inline {
-		_, err := r.ns.cfg.Store.WriteAt(q.inlineData(i), off)
-		return storeStatus(err)
-	}
-	left := int(r.length)
-	for c := r.chunks; c != noChunk; c = q.next[c] {
-		n := min(left, chunkSize)
-		if _, err := r.ns.cfg.Store.WriteAt(q.bytes(c)[:n], off); err != nil {
-			return storeStatus(err)
-		}
-		off += int64(n)
-		left -= n
-	}
-	return nvme.StatusSuccess
+	_, err := r.ns.cfg.Store.WriteAt(q.arrived(i)[:r.length], r.ns.offset(q.command(i)))
+	return storeStatus(err)
 }
 
 func (q *queue) compare(i int) nvme.Status {
@@ -148,29 +129,15 @@ func (q *queue) compare(i int) nvme.Status {
 		q.other = make([]byte, chunkSize)
 	}
 	off := r.ns.offset(q.command(i))
-	if r.inline {
-		return q.compareWith(r.ns, q.inlineData(i), off)
-	}
-	left := int(r.length)
-	for c := r.chunks; c != noChunk; c = q.next[c] {
-		n := min(left, chunkSize)
-		if s := q.compareWith(r.ns, q.bytes(c)[:n], off); !s.OK() {
-			return s
+	for data := q.arrived(i)[:r.length]; len(data) > 0; {
+		other := q.other[:min(len(data), len(q.other))]
+		if _, err := r.ns.cfg.Store.ReadAt(other, off); err != nil {
+			return storeStatus(err)
 		}
-		off += int64(n)
-		left -= n
-	}
-	return nvme.StatusSuccess
-}
-
-// compareWith compares at most one chunk, which in-capsule data is not above.
-func (q *queue) compareWith(ns *Namespace, data []byte, off int64) nvme.Status {
-	other := q.other[:len(data)]
-	if _, err := ns.cfg.Store.ReadAt(other, off); err != nil {
-		return storeStatus(err)
-	}
-	if !bytes.Equal(data, other) {
-		return nvme.StatusCompareFailed | dnr
+		if !bytes.Equal(data[:len(other)], other) {
+			return nvme.StatusCompareFailed | dnr
+		}
+		data, off = data[len(other):], off+int64(len(other))
 	}
 	return nvme.StatusSuccess
 }

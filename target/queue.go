@@ -22,19 +22,19 @@ const pollBatch = 32 // work completions handled between two posts
 // Kinds of work requests, in the upper half of their id. The lower half is the
 // receive buffer, or the position in the ring of completions.
 const (
-	kindRecv  = uint64(iota+1) << 32
-	kindRead  // the last RDMA READ of a command
-	kindSend  // a completion
-	kindChunk // one of several RDMA READs or WRITEs; seen only when it fails
-	kindMask  = uint64(math.MaxUint32) << 32
+	kindRecv = uint64(iota+1) << 32
+	kindRead // the RDMA READ of a command
+	kindSend // a completion
+	kindData // an RDMA WRITE; seen only when it fails
+	kindMask = uint64(math.MaxUint32) << 32
 )
 
 // request is a command from its arrival to its answer. It belongs to the
 // receive buffer of the same index.
 type request struct {
-	bytes  uint32 // of the capsule
-	chunks int32  // first of those that it holds
-	ns     *Namespace
+	bytes uint32 // of the capsule
+	data  run
+	ns    *Namespace
 
 	// Of the data descriptor.
 	addr       uint64
@@ -52,7 +52,7 @@ type request struct {
 
 // response is a completion on its way.
 type response struct {
-	chunks int32 // to be freed when it was sent
+	data run // to be freed when it was sent
 }
 
 // queue is one connection: an admin or I/O queue of a controller. All methods
@@ -84,13 +84,11 @@ type queue struct {
 	count     int
 	delayed   []uint16
 	responses []response
-	posted    uint64  // completions sent
-	confirmed uint64  // of those, how many have left the ring
-	lazy      int     // completions since the last one whose SEND is signaled
-	reserved  int     // completions sent and not confirmed, and commands that may send one
-	next      []int32 // of each chunk, the next one of its list
-	free      int32
-	nfree     int
+	posted    uint64 // completions sent
+	confirmed uint64 // of those, how many have left the ring
+	lazy      int    // completions since the last one whose SEND is signaled
+	reserved  int    // completions sent and not confirmed, and commands that may send one
+	free      chunks
 
 	sends   []rdma.SendWR // to be posted: data, and then
 	answers []rdma.SendWR // completions
@@ -122,18 +120,14 @@ func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
 }
 
 func (q *queue) allocate() error {
-	nchunks := min(max(2*minChunks, q.depth), maxChunks)
+	nchunks := min(max(minChunks, q.depth), maxChunks)
 	ring := 2*q.depth + aerLimit
 	q.reqs = make([]request, q.depth)
 	q.pending = make([]uint16, q.depth)
 	q.delayed = make([]uint16, 0, q.depth)
 	q.responses = make([]response, ring)
-	q.next = make([]int32, nchunks)
-	q.free = noChunk
-	for i := range q.next {
-		q.releaseChunk(int32(i))
-	}
-	// A chunk has one work request at most, a completion too.
+	q.free.flip(run{n: uint8(nchunks)})
+	// What holds a chunk has one work request, and so has a completion.
 	maxSend := nchunks + ring
 	q.sends = make([]rdma.SendWR, 0, maxSend)
 	q.answers = make([]rdma.SendWR, 0, ring)
@@ -162,7 +156,6 @@ func (q *queue) allocate() error {
 		return err
 	}
 	for i := range q.reqs {
-		q.reqs[i].chunks = noChunk
 		q.receive(i)
 	}
 	if err := q.post(); err != nil {
@@ -369,8 +362,8 @@ func (q *queue) confirm(pos int) {
 	for at := -1; at != pos; q.confirmed++ {
 		at = int(q.confirmed % uint64(len(q.responses)))
 		r := &q.responses[at]
-		q.releaseChunks(r.chunks)
-		r.chunks = noChunk
+		q.free.flip(r.data)
+		r.data = run{}
 		q.reserved--
 	}
 }
@@ -421,7 +414,7 @@ func (q *queue) sendEvents() {
 			return
 		}
 		q.reserved++
-		sge, at := q.completion(noChunk)
+		sge, at := q.completion(run{})
 		nvme.CompletionAt(q.out.Bytes()[at:]).Set(uint64(dw0), q.sqHead(), cid, nvme.StatusSuccess)
 		q.answers = append(q.answers, sge)
 	}
@@ -479,10 +472,10 @@ func (q *queue) sqHead() uint16 {
 
 // completion takes the next place in the ring of completions, at offset at of
 // q.out, and makes the SEND of it. It was reserved before.
-func (q *queue) completion(chunks int32) (wr rdma.SendWR, at int) {
+func (q *queue) completion(data run) (wr rdma.SendWR, at int) {
 	pos := int(q.posted % uint64(len(q.responses)))
 	q.posted++
-	q.responses[pos].chunks = chunks
+	q.responses[pos].data = data
 	at = pos * nvme.CompletionSize
 	return rdma.SendWR{
 		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: q.signaled(), NumSGE: 1,
@@ -499,7 +492,7 @@ const lazyLimit = 8
 // wait for is free without that of the others.
 func (q *queue) signaled() bool {
 	q.lazy++
-	if q.lazy < lazyLimit && q.nfree >= chunksFor(uint32(q.target.cfg.MaxTransfer)) && q.reserved < len(q.responses)/2 {
+	if q.lazy < lazyLimit && q.free.find(chunksFor(uint32(q.target.cfg.MaxTransfer))) >= 0 && q.reserved < len(q.responses)/2 {
 		return false
 	}
 	q.lazy = 0
@@ -507,7 +500,7 @@ func (q *queue) signaled() bool {
 }
 
 // respond answers a command. Its chunks stay until the SEND is complete,
-// because RDMA WRITEs before it may read them.
+// because the RDMA WRITE before it may read them.
 func (q *queue) respond(i int, result uint64, s nvme.Status) {
 	r := &q.reqs[i]
 	cmd := q.command(i)
@@ -515,7 +508,7 @@ func (q *queue) respond(i int, result uint64, s nvme.Status) {
 		q.stats.errors.Add(1)
 	}
 	q.advance()
-	wr, at := q.completion(r.chunks)
+	wr, at := q.completion(r.data)
 	done := nvme.CompletionAt(q.out.Bytes()[at:])
 	done.Set(result, q.sqHead(), cmd.CID(), s)
 	if r.invalidate {
@@ -530,14 +523,14 @@ func (q *queue) respond(i int, result uint64, s nvme.Status) {
 
 // done forgets a command and gives its buffer back.
 func (q *queue) done(i int) {
-	q.reqs[i] = request{chunks: noChunk}
+	q.reqs[i] = request{}
 	q.receive(i)
 }
 
 // drop ends a command without an answer.
 func (q *queue) drop(i int) {
 	q.advance()
-	q.releaseChunks(q.reqs[i].chunks)
+	q.free.flip(q.reqs[i].data)
 	q.reserved--
 	q.done(i)
 }

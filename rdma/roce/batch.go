@@ -132,8 +132,8 @@ func (b *batch) flush() error {
 // baseCache remembers wire.Base of the lengths that came last: a connection
 // uses few.
 type baseCache struct {
-	keys  [4]uint32 // length and source port
-	bases [4]uint32
+	keys  [8]uint32 // length and source port
+	bases [8]uint32
 	next  uint8
 }
 

@@ -20,7 +20,9 @@
 // (rdma.Receiver), on his thread, without waiting for the scheduler. The ends
 // know each other by the mark in their GUIDs, and answer to the UDP port that a
 // message came from. What never leaves the host's memory needs no checksum: the
-// ICRC covers only headers there.
+// ICRC covers only headers there. Nor is it bound to the MTUs of the standard: if the
+// route takes it, packets carry up to wire.HostMTU, which saves work for large
+// transfers.
 //
 // # Cost
 //

@@ -32,7 +32,7 @@ const (
 type connID struct {
 	port          *port
 	path          *path
-	mtu           int // payload bytes that the route takes; 0 = not known
+	mtu           int // payload bytes per packet that we name
 	local, remote netip.AddrPort
 	private       []byte
 	passive       bool
@@ -390,7 +390,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 		return nil, unix.EINVAL
 	case routeErr != nil:
 		return nil, routeErr
-	case mtu < r.MTU:
+	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.local.Addr(), id.remote.Addr())) < r.MTU:
 		// The requester names the MTU, and the answer has no place for another.
 		id.reject(rejectInvalidPathMTU, nil)
 		id.over()

@@ -269,6 +269,9 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if err != nil {
 		return fail(err)
 	}
+	if payloadMTU(mtu, false) == 0 {
+		return fail(fmt.Errorf("MTU %d of the route is too small: %w", mtu, unix.EMSGSIZE))
+	}
 	o, err := p.portFor(local, to)
 	if err != nil {
 		return fail(err)
@@ -279,7 +282,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 		return fail(rdma.ErrClosed)
 	}
 	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
-	id.mtu = mtu
+	id.mtu = payloadMTU(mtu, o.sole && sameHost(local, to))
 	id.local, id.remote = netip.AddrPortFrom(local, ephemeral()), netip.AddrPortFrom(to, remote.Port())
 	return id, nil
 }
@@ -304,7 +307,6 @@ func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 func ephemeral() uint16 { return 49152 + uint16(random32()%16384) }
 
 // route asks the kernel for the local address and the MTU of the way to remote.
-// It gives the payload of a RoCE packet.
 func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 	network, level, option := "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU
 	if remote.Addr().Is4() {
@@ -328,14 +330,7 @@ func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 		return local, 0, err
 	}
 	mtu, err := getsockopt(raw, level, option)
-	if err != nil {
-		return local, 0, err
-	}
-	payload, ok := payloadMTU(mtu)
-	if !ok {
-		return local, 0, fmt.Errorf("MTU %d of the route is too small: %w", mtu, unix.EMSGSIZE)
-	}
-	return local, payload, nil
+	return local, mtu, err
 }
 
 func getsockopt(raw syscall.RawConn, level, option int) (v int, err error) {
@@ -349,14 +344,18 @@ func getsockopt(raw syscall.RawConn, level, option int) (v int, err error) {
 // reckons it.
 const overhead = 80
 
-// payloadMTU is the largest MTU of RoCE that fits in a netdev's.
-func payloadMTU(mtu int) (int, bool) {
+// payloadMTU is the largest MTU of RoCE that fits in a netdev's; 0: none does. Two
+// ends of ours on one host may use a larger one than the standard has.
+func payloadMTU(mtu int, oneHost bool) int {
+	if oneHost && mtu >= wire.HostMTU+overhead {
+		return wire.HostMTU
+	}
 	for payload := 4096; payload >= 256; payload /= 2 {
 		if mtu >= payload+overhead {
-			return payload, true
+			return payload
 		}
 	}
-	return 0, false
+	return 0
 }
 
 // Listen implements rdma.Provider.

@@ -75,6 +75,7 @@ func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConf
 		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
 		peer: p.provider.meet(id.path.remote.Addr()), state: pairInit, out: &batch{path: id.path}, fresh: true,
 	}
+	q.timer, q.notReadyTimer = stopped(q.tick), stopped(q.peerMayBeReady)
 	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
 	q.recvQ = make([]rdma.RecvWR, max(1, cfg.MaxRecvWR))
 	return q
@@ -335,11 +336,9 @@ func (q *pair) congested(op wire.Opcode) {
 	}
 }
 
-// after makes a timer of the queue pair go off, once.
-func after(t **time.Timer, d time.Duration, f func()) {
-	if *t == nil {
-		*t = time.AfterFunc(d, f)
-	} else {
-		(*t).Reset(d)
-	}
+// stopped makes a timer that does not run yet: to make one is to allocate.
+func stopped(f func()) *time.Timer {
+	t := time.AfterFunc(time.Hour, f)
+	t.Stop()
+	return t
 }

@@ -11,8 +11,14 @@ import (
 const (
 	maxWindow = 128 // unacknowledged packets, as rdma_rxe keeps
 	minWindow = 8
-	readChunk = 64 // response packets that one READ request asks for
-	askEvery  = 32 // packets after which to ask for an acknowledgement anyway
+	readChunk = 64 // response packets that one READ request asks for, at most
+
+	// The same in bytes, which large packets come to first.
+	maxFlight = maxWindow * 4096
+	readBytes = readChunk * 4096
+	askBytes  = askEvery * 4096
+
+	askEvery = 32 // packets after which to ask for an acknowledgement anyway
 
 	minRetry = 100 * time.Millisecond
 	maxRetry = 2 * time.Second
@@ -26,6 +32,7 @@ type sendEntry struct {
 	wr      rdma.SendWR
 	psn     uint64 // of its first packet; n of them, for a READ those of the response
 	n       uint64
+	before  uint64 // bytes of all work requests before it
 	length  uint32
 	invalid bool // its lengths make no sense
 }
@@ -43,7 +50,9 @@ type requester struct {
 	nxt             uint64 // next to send
 	top             uint64 // next never sent before
 	end             uint64 // next to give to a work request
+	posted          uint64 // bytes of all work requests
 	asked           uint64 // all before it will be acknowledged without being asked again
+	askedBytes      uint64 // what they carry, and all before them
 	ask             bool   // the next packet asks
 
 	window uint64
@@ -119,8 +128,9 @@ func (q *pair) enqueue(wr *rdma.SendWR) error {
 	}
 	q.tail++
 	if q.state == pairReady {
-		e.psn, e.n = q.end, q.packets(e.length)
+		e.psn, e.n, e.before = q.end, q.packets(e.length), q.posted
 		q.end += e.n
+		q.posted += uint64(e.length)
 	}
 	return nil
 }
@@ -172,7 +182,7 @@ func (q *pair) transmit() {
 		q.fail(status)
 	case q.una < q.nxt && !q.timing:
 		q.timing, q.idleTicks, q.seen = true, 0, q.una
-		after(&q.timer, q.retryInterval()/retryTicks, q.tick)
+		q.timer.Reset(q.retryInterval() / retryTicks)
 	}
 }
 
@@ -183,10 +193,11 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 	memOf := ^uint64(0)
 	for q.cur < q.tail {
 		room := int64(q.una + q.window - q.nxt)
-		if room <= 0 || q.tooLarge {
+		e := q.entry(q.cur)
+		acked, sent := q.carried(q.entry(q.head), q.una), q.carried(e, q.nxt)
+		if room <= 0 || sent-acked >= maxFlight || q.tooLarge {
 			break
 		}
-		e := q.entry(q.cur)
 		if memOf != q.cur {
 			var ok bool
 			if mem, ok = q.local(e); !ok || e.invalid {
@@ -202,11 +213,11 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 			memOf = q.cur
 		}
 		if e.wr.Op == rdma.Read {
-			if !q.sendRead(e, uint64(room)) {
+			if !q.sendRead(e, uint64(room), maxFlight-(sent-acked)) {
 				break
 			}
 		} else {
-			q.sendPacket(e, &mem, room == 1)
+			q.sendPacket(e, &mem, room == 1, sent-max(q.askedBytes, acked))
 		}
 		q.top = max(q.top, q.nxt)
 		if q.nxt == e.psn+e.n {
@@ -216,20 +227,28 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 	return rdma.WCSuccess
 }
 
-// sendRead asks for the next part of a READ; false if that has to wait.
-func (q *pair) sendRead(e *sendEntry, room uint64) bool {
+// carried is how many bytes the packets of e before psn carry, with all of those before
+// e.
+func (q *pair) carried(e *sendEntry, psn uint64) uint64 {
+	return e.before + min((psn-e.psn)*uint64(q.mtu), uint64(e.length))
+}
+
+// sendRead asks for the next part of a READ; false if that has to wait. There is room
+// for packets, and for bytes in them.
+func (q *pair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	i := q.nxt - e.psn
 	// A part that is asked for again must not reach beyond one that was asked
 	// for at first, so the ends are always the same.
-	n := min(e.n-i, readChunk-i%readChunk)
-	if q.asking.n == q.depth || room < n && q.nxt != q.una {
+	chunk := min(readChunk, readBytes/uint64(q.mtu))
+	n := min(e.n-i, chunk-i%chunk)
+	off := uint32(i) * uint32(q.mtu)
+	length := min(e.length-off, uint32(n)*uint32(q.mtu))
+	if q.asking.n == q.depth || (room < n || bytes < uint64(length)) && q.nxt != q.una {
 		return false
 	}
-	off := uint32(i) * uint32(q.mtu)
 	b := q.header(wire.ReadRequest, q.nxt, true)
 	h := wire.RETH{
-		VA: e.wr.RemoteAddr + uint64(off), RKey: e.wr.RKey,
-		Length: uint32(min(uint64(e.length-off), n*uint64(q.mtu))),
+		VA: e.wr.RemoteAddr + uint64(off), RKey: e.wr.RKey, Length: length,
 	}
 	h.Put(b[wire.BTHLen:])
 	q.out.add(wire.BTHLen+wire.RETHLen, nil, nil)
@@ -237,7 +256,7 @@ func (q *pair) sendRead(e *sendEntry, room uint64) bool {
 		q.provider.counters.retransmits.Add(1)
 	}
 	q.nxt += n
-	q.asked = q.nxt
+	q.asked, q.askedBytes = q.nxt, q.carried(e, q.nxt)
 	q.asking.push(q.nxt)
 	return true
 }
@@ -249,8 +268,9 @@ var sendOps = [rdma.Read]struct{ first, middle, last, only wire.Opcode }{
 	rdma.Write:          {wire.WriteFirst, wire.WriteMiddle, wire.WriteLast, wire.WriteOnly},
 }
 
-// sendPacket sends the next packet of a SEND or WRITE.
-func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool) {
+// sendPacket sends the next packet of a SEND or WRITE. So many bytes were sent since the
+// peer was asked for an acknowledgement.
+func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unasked uint64) {
 	i := q.nxt - e.psn
 	first, last := i == 0, i == e.n-1
 	op := sendOps[e.wr.Op].middle
@@ -265,7 +285,8 @@ func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool) {
 	off := int(i) * q.mtu
 	n := min(q.mtu, int(e.length)-off)
 
-	ask := q.ask || lastOfWindow || last && e.wr.Signaled || q.nxt+1-q.asked >= min(askEvery, q.window/2)
+	ask := q.ask || lastOfWindow || last && e.wr.Signaled || q.nxt+1-q.asked >= min(askEvery, q.window/2) ||
+		unasked+uint64(n) >= askBytes
 	b := q.header(op, q.nxt, ask)
 	headLen := op.HeaderLen()
 	switch {
@@ -287,7 +308,7 @@ func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool) {
 	}
 	q.nxt++
 	if ask {
-		q.asked, q.ask = q.nxt, false
+		q.asked, q.askedBytes, q.ask = q.nxt, q.carried(e, q.nxt), false
 	}
 }
 
@@ -345,7 +366,7 @@ func (q *pair) ackedTo(psn uint64) {
 
 // goBack starts again at una.
 func (q *pair) goBack() {
-	q.nxt, q.cur, q.asked, q.ask = q.una, q.head, q.una, false
+	q.nxt, q.cur, q.asked, q.askedBytes, q.ask = q.una, q.head, q.una, 0, false
 	q.asking = readEnds{}
 	q.sample = 0
 }
@@ -438,7 +459,7 @@ func (q *pair) peerNotReady(code uint8) {
 	q.goBack()
 	q.retries = 0
 	q.waiting = true
-	after(&q.notReadyTimer, time.Duration(notReadyMicros[code])*time.Microsecond, q.peerMayBeReady)
+	q.notReadyTimer.Reset(time.Duration(notReadyMicros[code]) * time.Microsecond)
 }
 
 func (q *pair) peerMayBeReady() {
@@ -496,7 +517,7 @@ func (q *pair) tick() {
 	}
 	defer func() {
 		if q.state == pairReady {
-			after(&q.timer, q.retryInterval()/retryTicks, q.tick)
+			q.timer.Reset(q.retryInterval() / retryTicks)
 		}
 	}()
 	if q.seen != q.una || q.waiting {
@@ -553,9 +574,6 @@ func (q *pair) spare() bool {
 }
 
 func (r *requester) stopTimers() {
-	for _, t := range []*time.Timer{r.timer, r.notReadyTimer} {
-		if t != nil {
-			t.Stop()
-		}
-	}
+	r.timer.Stop()
+	r.notReadyTimer.Stop()
 }

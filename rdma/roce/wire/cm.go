@@ -111,14 +111,34 @@ type Request struct {
 	Private                            [RequestPrivate]byte
 }
 
-// mtuCode is the code of a path MTU: 256 is 1, 4096 is 5.
+// HostMTU is a path MTU that the standard does not have, for two ends on one host: it
+// fills a UDP datagram with whole pages.
+const HostMTU = 15 * 4096
+
+// mtuCode is the code of a path MTU: 256 is 1, 4096 is 5, and HostMTU hostCode.
 func mtuCode(mtu int) uint8 {
+	if mtu >= HostMTU {
+		return hostCode
+	}
 	for code := uint8(5); code > 1; code-- {
 		if mtu >= 128<<code {
 			return code
 		}
 	}
 	return 1
+}
+
+const hostCode = 6
+
+// mtuOf is the path MTU with a code; 0: there is none.
+func mtuOf(code uint8) int {
+	switch {
+	case code == hostCode:
+		return HostMTU
+	case code < 1 || code > 5:
+		return 0
+	}
+	return 128 << code
 }
 
 // cmTimeouts are the response timeouts that we name to the peer: 4.3 s.
@@ -164,8 +184,8 @@ func (r *Request) Put(m *MAD) {
 func ParseRequest(m *MAD) (r Request, ok bool) {
 	b := m[body:]
 	service := binary.BigEndian.Uint64(b[8:])
-	code := b[50] >> 4
-	if service>>16 != servicePrefix>>16 || b[43]&6 != 0 || code < 1 || code > 5 {
+	mtu := mtuOf(b[50] >> 4)
+	if service>>16 != servicePrefix>>16 || b[43]&6 != 0 || mtu == 0 {
 		return r, false
 	}
 	r = Request{
@@ -173,7 +193,7 @@ func ParseRequest(m *MAD) (r Request, ok bool) {
 		QPN: get24(b[32:]), PSN: get24(b[44:]),
 		ResponderResources: b[35], InitiatorDepth: b[39],
 		AckTimeout: b[95] >> 3, RetryCount: b[47] & 7, RNRRetryCount: b[50] & 7,
-		FlowControl: b[43]&1 != 0, MTU: 128 << code,
+		FlowControl: b[43]&1 != 0, MTU: mtu,
 	}
 	p := b[140:]
 	switch {

@@ -53,7 +53,12 @@ func Base(src, dst netip.AddrPort, length int) uint32 {
 	if !src.Addr().Is4() {
 		end = 48
 	}
-	return crc32.Update(onesState, crc32.IEEETable, b[:end])
+	// Not by crc32.Update, which makes b escape to the heap.
+	s := ^onesState
+	for _, v := range b[:end] {
+		s = crc32.IEEETable[uint8(s)^v] ^ s>>8
+	}
+	return ^s
 }
 
 // MaxSmallID is the largest IPv4 identification that WithID knows.

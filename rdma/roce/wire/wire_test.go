@@ -205,6 +205,13 @@ func TestRequest(t *testing.T) {
 		if got, ok := ParseRequest(m); !ok || got != want {
 			t.Errorf("parsed %+v, want %+v", got, want)
 		}
+		large := want
+		large.MTU = HostMTU
+		large.Put(m)
+		if got, ok := ParseRequest(m); !ok || got != large {
+			t.Errorf("parsed %+v, want %+v", got, large)
+		}
+		want.Put(m)
 		// Offsets in the datagram, as the specification counts them.
 		for _, c := range []struct {
 			off  int
@@ -232,7 +239,7 @@ func TestRequest(t *testing.T) {
 		}
 		for _, off := range []int{24 + 9, 24 + 43, 24 + 50, 24 + 140, 24 + 141} {
 			spoilt := *m
-			spoilt[off] = 0xf6
+			spoilt[off] = 0xf6 // no MTU has the code 15
 			if _, ok := ParseRequest(&spoilt); ok {
 				t.Errorf("spoilt at %d, and yet parsed", off)
 			}

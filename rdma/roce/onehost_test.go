@@ -1,0 +1,159 @@
+package roce
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// joinOneHost connects a host with ports of its own to a target on the same machine.
+func joinOneHost(t *testing.T, depth, memory int, in func(seed uint64) *link) (a, b *end) {
+	t.Helper()
+	var seed uint64
+	tamper := func() func([]byte, func([]byte)) {
+		seed++
+		return in(seed).pass
+	}
+	if in == nil {
+		tamper = nil
+	}
+	host := open(t, Config{OnDemand: true, tamper: tamper})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper})
+	return joinVia(t, host, targetAddr, target, depth, memory, false)
+}
+
+func mtuOf(e *end) int {
+	q := e.pair()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.mtu
+}
+
+// TestOneHostMTU: two ends on one host use large packets, if both have ports of their
+// own.
+func TestOneHostMTU(t *testing.T) {
+	t.Run("own ports", func(t *testing.T) {
+		a, b := joinOneHost(t, 16, 1<<16, nil)
+		if mtuOf(a) != wire.HostMTU || mtuOf(b) != wire.HostMTU {
+			t.Errorf("%d and %d", mtuOf(a), mtuOf(b))
+		}
+	})
+	t.Run("shared port", func(t *testing.T) {
+		host, target := openPair(t)
+		a, b := join(t, host, target, 16, 1<<16, false)
+		if mtuOf(a) != 4096 || mtuOf(b) != 4096 {
+			t.Errorf("%d and %d", mtuOf(a), mtuOf(b))
+		}
+	})
+}
+
+// TestOneHostMTUStranger: the large MTU is refused to who is not one of us.
+func TestOneHostMTUStranger(t *testing.T) {
+	host, target := openPair(t)
+	host.guid = 1
+	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1)
+	check(t, err)
+	id, err := host.Resolve(t.Context(), hostAddr, l.Addr(), -1)
+	check(t, err)
+	id.(*connID).mtu = wire.HostMTU
+	e := newEnd(t, id, 16, 4096, false)
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.id.Connect(t.Context(), param)
+		done <- err
+	}()
+	request, err := l.Accept(t.Context())
+	check(t, err)
+	g := newEnd(t, request, 16, 4096, false)
+	if err := g.id.Accept(t.Context(), param); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("accept: %v", err)
+	}
+	var reject *rdma.RejectError
+	if err := <-done; !errors.As(err, &reject) || reject.Reason != rejectInvalidPathMTU {
+		t.Errorf("connect: %v", err)
+	}
+	check(t, l.Close())
+}
+
+// TestOneHost moves messages of many lengths, as they are and over a lossy link.
+func TestOneHost(t *testing.T) {
+	for _, loss := range []float64{0, 0.05} {
+		t.Run(fmt.Sprintf("loss %v", loss), func(t *testing.T) {
+			const size, n = 1 << 20, 4
+			a, b := joinOneHost(t, 64, 2*n*size, func(seed uint64) *link { return newLink(seed, loss, loss/5, loss/5, 0) })
+			out, back := a.mr.Bytes()[:n*size], a.mr.Bytes()[n*size:]
+			for _, length := range []int{1, wire.HostMTU - 1, wire.HostMTU, wire.HostMTU + 1, 2 * wire.HostMTU, 128 << 10, size - 5, size} {
+				for i := range out {
+					out[i] = byte(i*7 + i>>9 + length)
+				}
+				clear(back)
+				for i := range n {
+					b.recv(uint64(i), n*size+i*size, size)
+				}
+				for i := range n {
+					w := a.wr(0, rdma.Write, i*size, length, b, i*size)
+					w.Signaled = false
+					a.post(w, a.wr(uint64(10+i), rdma.Send, i*size, length, b, 0), a.wr(uint64(20+i), rdma.Read, (n+i)*size, length, b, i*size))
+				}
+				for i := range n {
+					b.ok(b.recvCQ, uint64(i))
+					a.ok(a.sendCQ, uint64(10+i))
+					a.ok(a.sendCQ, uint64(20+i))
+				}
+				for i := range n {
+					want := out[i*size:][:length]
+					if !bytes.Equal(want, b.mr.Bytes()[i*size:][:length]) || !bytes.Equal(want, b.mr.Bytes()[(n+i)*size:][:length]) ||
+						!bytes.Equal(want, back[i*size:][:length]) {
+						t.Fatalf("%d bytes: they differ", length)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestOneHostFlight: as much is under way as with small packets, and for many small
+// messages no acknowledgement is asked more often.
+func TestOneHostFlight(t *testing.T) {
+	const size = 8 << 20
+	a, b := joinOneHost(t, 64, size, nil)
+	q := a.pair()
+	flight := func() uint64 {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		return q.carried(q.entry(q.cur), q.nxt) - q.carried(q.entry(q.head), q.una)
+	}
+	for i, op := range []rdma.SendOp{rdma.Write, rdma.Read} {
+		b.pair().port.recvMu.Lock() // nothing is answered
+		a.post(a.wr(uint64(i), op, 0, size, b, 0))
+		n := flight()
+		b.pair().port.recvMu.Unlock()
+		if n < maxFlight/2 || n > maxFlight+wire.HostMTU {
+			t.Errorf("%v: %d bytes are under way, want about %d", op, n, maxFlight)
+		}
+		a.ok(a.sendCQ, uint64(i))
+	}
+	b.pair().port.recvMu.Lock()
+	for i := range askEvery {
+		b.recv(uint64(i), i*64, 64)
+		wr := a.wr(0, rdma.Send, 0, 64, b, 0)
+		wr.Signaled = false
+		a.post(wr)
+		q.mu.Lock()
+		if asked := q.asked == q.nxt; asked != (i == askEvery-1) {
+			t.Errorf("after %d messages an acknowledgement was asked for: %v", i+1, asked)
+		}
+		q.mu.Unlock()
+	}
+	b.pair().port.recvMu.Unlock()
+	for i := range askEvery {
+		b.ok(b.recvCQ, uint64(i))
+	}
+}
