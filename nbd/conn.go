@@ -21,6 +21,8 @@ const (
 	// connection may hold, and a header.
 	sendBatch  = 64
 	sendPieces = 2 * sendBatch
+	// sendBuffer is how much of the replies waits in a unix socket.
+	sendBuffer = 4 << 20
 	// maxSkip is the data of a refused write that is read and dropped. A client that
 	// announces more is disconnected.
 	maxSkip = 64 << 20
@@ -82,11 +84,23 @@ func newConn(fd int, o offer, structured bool, l limits) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make input buffer: %w", err)
 	}
+	widen(fd)
 	return &conn{
 		fd: fd, offer: o, structured: structured, readOnly: o.flags&flagReadOnly != 0, input: input,
 		incoming: uring.NewMessage(2), outgoing: uring.NewMessage(max(sendPieces, 1+l.tags)),
 		write: none, first: none, last: none, done: make(chan struct{}),
 	}, nil
+}
+
+// widen makes room for replies to large reads in a unix socket, so that they are sent
+// with fewer interruptions. TCP sees to that itself.
+func widen(fd int) {
+	if domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
+		return
+	}
+	for _, option := range []int{unix.SO_SNDBUF, unix.SO_SNDBUFFORCE} {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, sendBuffer) // forcing needs CAP_NET_ADMIN; the rest is clipped
+	}
 }
 
 // free gives memory back, after done. Any goroutine.

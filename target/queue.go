@@ -309,11 +309,15 @@ func (q *queue) wait() (int, error) {
 	if _, err := unix.Poll(q.fds[:], q.timeout()); err != nil && err != unix.EINTR {
 		return 0, os.NewSyscallError("poll", err)
 	}
-	if n, _ := unix.Read(q.cq.FD(), q.event[:]); n == len(q.event) {
-		q.cq.Ack(1)
-		q.armed = false
+	if q.fds[0].Revents != 0 {
+		if n, _ := unix.Read(q.cq.FD(), q.event[:]); n == len(q.event) {
+			q.cq.Ack(1)
+			q.armed = false
+		}
 	}
-	unix.Read(q.wakeFD, q.event[:]) // empty or not
+	if q.fds[1].Revents != 0 {
+		unix.Read(q.wakeFD, q.event[:]) // empty or not
+	}
 	if q.fds[2].Revents != 0 {
 		q.receiver.Receive()
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -402,6 +403,55 @@ func TestNotReadyLimit(t *testing.T) {
 	}
 }
 
+// TestAckBeforeNAK: rdma_rxe listens to no second NAK before an acknowledgement, so one
+// for what came before the gap goes first.
+func TestAckBeforeNAK(t *testing.T) {
+	var victim atomic.Int64
+	victim.Store(-1)
+	var mu sync.Mutex
+	var heard []wire.Syndrome
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			if h, _, ok := wire.Parse(p); ok && h.Op == wire.Acknowledge {
+				mu.Lock()
+				heard = append(heard, wire.ParseAETH(p[wire.BTHLen:]).Syndrome)
+				mu.Unlock()
+			}
+			deliver(p)
+		}
+	}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			if h, _, ok := wire.Parse(p); !ok || !victim.CompareAndSwap(int64(h.PSN), -1) {
+				deliver(p)
+			}
+		}
+	}})
+	a, b := join(t, host, target, 16, 1<<16, false)
+	for range 2 { // packets, of which the second is lost
+		first := a.wr(1, rdma.Write, 0, 100, b, 0)
+		first.Signaled = false
+		victim.Store(int64(b.expected()+1) & 0xffffff)
+		a.post(first, a.wr(2, rdma.Write, 0, 100, b, 0), a.wr(3, rdma.Write, 0, 100, b, 0))
+		a.ok(a.sendCQ, 2)
+		a.ok(a.sendCQ, 3)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	naks := 0
+	for i, s := range heard {
+		if s == wire.NAKSequence {
+			naks++
+			if i == 0 || !heard[i-1].IsACK() {
+				t.Errorf("NAK %d of %v has no acknowledgement before it", naks, heard)
+			}
+		}
+	}
+	if naks == 0 {
+		t.Errorf("no NAK in %v", heard)
+	}
+}
+
 // TestRetryLimit has a peer that is gone.
 func TestRetryLimit(t *testing.T) {
 	stop := make(chan struct{})
@@ -454,6 +504,29 @@ func TestUnsignaled(t *testing.T) {
 	if c := host.Snapshot(); c.Probes == 0 || c.Timeouts != 0 {
 		t.Errorf("%+v", c)
 	}
+}
+
+// TestReadBehindUnsignaled: a READ does not wait for room that nobody was asked to make.
+func TestReadBehindUnsignaled(t *testing.T) {
+	const size = 1 << 17
+	host, target := openPair(t)
+	a, b := join(t, host, target, 16, 2*size, false)
+	q := a.pair()
+	q.mu.Lock()
+	q.window = minWindow
+	q.mu.Unlock()
+	b.recv(0, 0, 64)
+	first := a.wr(1, rdma.Send, 0, 64, b, 0)
+	first.Signaled = false
+	a.post(first, a.wr(2, rdma.Read, size, size, b, size))
+	q.mu.Lock()
+	sent := q.nxt == q.end
+	q.mu.Unlock()
+	if !sent {
+		t.Error("it was not sent")
+	}
+	b.ok(b.recvCQ, 0)
+	a.ok(a.sendCQ, 2)
 }
 
 // TestPathShrinks: a packet that the path does not take fails the connection.

@@ -14,7 +14,7 @@ import (
 )
 
 // joinOneHost connects a host with ports of its own to a target on the same machine.
-func joinOneHost(t *testing.T, depth, memory int, in func(seed uint64) *link) (a, b *end) {
+func joinOneHost(t *testing.T, depth, memory, buffer int, in func(seed uint64) *link) (a, b *end) {
 	t.Helper()
 	var seed uint64
 	tamper := func() func([]byte, func([]byte)) {
@@ -24,8 +24,8 @@ func joinOneHost(t *testing.T, depth, memory int, in func(seed uint64) *link) (a
 	if in == nil {
 		tamper = nil
 	}
-	host := open(t, Config{OnDemand: true, tamper: tamper})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper})
+	host := open(t, Config{OnDemand: true, tamper: tamper, buffer: buffer})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper, buffer: buffer})
 	return joinVia(t, host, targetAddr, target, depth, memory, false)
 }
 
@@ -40,7 +40,7 @@ func mtuOf(e *end) int {
 // own.
 func TestOneHostMTU(t *testing.T) {
 	t.Run("own ports", func(t *testing.T) {
-		a, b := joinOneHost(t, 16, 1<<16, nil)
+		a, b := joinOneHost(t, 16, 1<<16, 0, nil)
 		if mtuOf(a) != wire.HostMTU || mtuOf(b) != wire.HostMTU {
 			t.Errorf("%d and %d", mtuOf(a), mtuOf(b))
 		}
@@ -87,7 +87,7 @@ func TestOneHost(t *testing.T) {
 	for _, loss := range []float64{0, 0.05} {
 		t.Run(fmt.Sprintf("loss %v", loss), func(t *testing.T) {
 			const size, n = 1 << 20, 4
-			a, b := joinOneHost(t, 64, 2*n*size, func(seed uint64) *link { return newLink(seed, loss, loss/5, loss/5, 0) })
+			a, b := joinOneHost(t, 64, 2*n*size, 0, func(seed uint64) *link { return newLink(seed, loss, loss/5, loss/5, 0) })
 			out, back := a.mr.Bytes()[:n*size], a.mr.Bytes()[n*size:]
 			for _, length := range []int{1, wire.HostMTU - 1, wire.HostMTU, wire.HostMTU + 1, 2 * wire.HostMTU, 128 << 10, size - 5, size} {
 				for i := range out {
@@ -123,7 +123,7 @@ func TestOneHost(t *testing.T) {
 // messages no acknowledgement is asked more often.
 func TestOneHostFlight(t *testing.T) {
 	const size = 8 << 20
-	a, b := joinOneHost(t, 64, size, nil)
+	a, b := joinOneHost(t, 64, size, 0, nil)
 	q := a.pair()
 	flight := func() uint64 {
 		q.mu.Lock()
@@ -135,8 +135,8 @@ func TestOneHostFlight(t *testing.T) {
 		a.post(a.wr(uint64(i), op, 0, size, b, 0))
 		n := flight()
 		b.pair().port.recvMu.Unlock()
-		if n < maxFlight/2 || n > maxFlight+wire.HostMTU {
-			t.Errorf("%v: %d bytes are under way, want about %d", op, n, maxFlight)
+		if n < q.flight/2 || n > q.flight+wire.HostMTU {
+			t.Errorf("%v: %d bytes are under way, want about %d", op, n, q.flight)
 		}
 		a.ok(a.sendCQ, uint64(i))
 	}
@@ -155,5 +155,35 @@ func TestOneHostFlight(t *testing.T) {
 	b.pair().port.recvMu.Unlock()
 	for i := range askEvery {
 		b.ok(b.recvCQ, uint64(i))
+	}
+}
+
+// TestOneHostBuffer: no more is under way than the sockets have room for, which is little
+// without privilege: nothing is lost, and nothing waits for a timer.
+func TestOneHostBuffer(t *testing.T) {
+	const size, buffer = 8 << 20, 212992 // net.core.rmem_max, where nobody changed it
+	a, b := joinOneHost(t, 64, 2*size, buffer, nil)
+	for i, op := range []rdma.SendOp{rdma.Write, rdma.Read} {
+		receiver := []*end{b, a}[i].pair().port
+		sent := b.pair().provider.Snapshot().PacketsSent
+		receiver.recvMu.Lock() // packets wait in its socket
+		a.post(a.wr(uint64(i), op, 0, size, b, 0))
+		q := a.pair()
+		q.mu.Lock()
+		full := q.carried(q.entry(q.cur), q.nxt)-q.carried(q.entry(q.head), q.una) >= buffer
+		q.mu.Unlock()
+		if op == rdma.Read { // as much was asked for; now it comes
+			until(t, b.pair().provider, "responses", func(c Counters) bool { return c.PacketsSent >= sent+buffer/wire.HostMTU })
+		}
+		receiver.recvMu.Unlock()
+		if !full {
+			t.Errorf("%v: less is under way than there is room for", op)
+		}
+		a.ok(a.sendCQ, uint64(i))
+	}
+	for _, e := range []*end{a, b} {
+		if c := e.pair().provider.Snapshot(); c.OutOfSequence+c.Retransmits+c.Timeouts != 0 {
+			t.Errorf("%+v", c)
+		}
 	}
 }

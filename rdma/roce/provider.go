@@ -48,6 +48,7 @@ type Config struct {
 	tamper func() func(packet []byte, deliver func([]byte)) // makes that of a port
 	psn    func() uint32                                    // picks the first sequence number; nil is random
 	ecn    int                                              // of what is sent; 0 is ecnCapable
+	buffer int                                              // of sockets; 0 is socketBuffer
 }
 
 const (
@@ -101,6 +102,9 @@ func New(cfg Config) (*Provider, error) {
 	if p.cfg.ecn == 0 {
 		p.cfg.ecn = ecnCapable
 	}
+	if p.cfg.buffer == 0 {
+		p.cfg.buffer = socketBuffer
+	}
 	if cfg.OnDemand {
 		if len(cfg.Addrs) > 0 {
 			return nil, fmt.Errorf("open RoCE socket: addresses, and on demand: %w", unix.EINVAL)
@@ -128,7 +132,9 @@ func New(cfg Config) (*Provider, error) {
 
 // open adds a port. The lock is held, or nobody knows the provider yet.
 func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, error) {
-	s, err := openSocket(addr, socketConfig{plain: p.cfg.NoOffload, share: manager != nil && !sole, ecn: p.cfg.ecn})
+	s, err := openSocket(addr, socketConfig{
+		plain: p.cfg.NoOffload, share: manager != nil && !sole, ecn: p.cfg.ecn, buffer: p.cfg.buffer,
+	})
 	if err != nil {
 		return nil, err
 	}

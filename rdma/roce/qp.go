@@ -212,7 +212,7 @@ func (q *pair) ready(c connected) {
 	}
 	q.state = pairReady
 	q.dest, q.mtu = c.dest, c.mtu
-	q.requester.start(&c)
+	q.requester.start(&c, uint64(q.port.sock.recvBuffer))
 	q.responder.start(&c)
 }
 

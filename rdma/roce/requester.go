@@ -10,11 +10,12 @@ import (
 // Limits of the requester.
 const (
 	maxWindow = 128 // unacknowledged packets, as rdma_rxe keeps
-	minWindow = 8
-	readChunk = 64 // response packets that one READ request asks for, at most
+	minWindow = 8   // but fewer of large ones
+	readChunk = 64  // response packets that one READ request asks for, at most
 
 	// The same in bytes, which large packets come to first.
-	maxFlight = maxWindow * 4096
+	maxFlight = 1 << 20
+	minBytes  = minWindow * 4096
 	readBytes = readChunk * 4096
 	askBytes  = askEvery * 4096
 
@@ -56,6 +57,8 @@ type requester struct {
 	ask             bool   // the next packet asks
 
 	window uint64
+	floor  uint64 // of the window
+	flight uint64 // bytes of data that may be under way
 	growth uint64 // acknowledged since the window grew
 	slowed uint64 // no mark before it counts
 	depth  int    // RDMA READ requests that may be outstanding
@@ -98,10 +101,14 @@ func (r *readEnds) acked(una uint64) {
 	}
 }
 
-func (r *requester) start(c *connected) {
+// start begins a connection over a socket with so many bytes of receive buffer.
+func (r *requester) start(c *connected, buffer uint64) {
 	psn := startPSN(c.sendPSN)
 	r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn
 	r.window = maxWindow
+	r.floor = max(2, min(minWindow, minBytes/uint64(c.mtu)))
+	// What we read goes there; what we write, to one that is as large, if anybody knows.
+	r.flight = min(maxFlight, buffer/4*3)
 	r.depth = min(c.readDepth, maxReadAtomic)
 	r.retryLimit, r.notReadyLimit = c.retries, c.notReadyRetries
 }
@@ -195,7 +202,7 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 		room := int64(q.una + q.window - q.nxt)
 		e := q.entry(q.cur)
 		acked, sent := q.carried(q.entry(q.head), q.una), q.carried(e, q.nxt)
-		if room <= 0 || sent-acked >= maxFlight || q.tooLarge {
+		if room <= 0 || sent-acked >= q.flight || q.tooLarge {
 			break
 		}
 		if memOf != q.cur {
@@ -213,11 +220,11 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 			memOf = q.cur
 		}
 		if e.wr.Op == rdma.Read {
-			if !q.sendRead(e, uint64(room), maxFlight-(sent-acked)) {
+			if !q.sendRead(e, uint64(room), q.flight-(sent-acked)) {
 				break
 			}
 		} else {
-			q.sendPacket(e, &mem, room == 1, sent-max(q.askedBytes, acked))
+			q.sendPacket(e, &mem, room == 1 || sent-acked+uint64(q.mtu) >= q.flight, sent-max(q.askedBytes, acked))
 		}
 		q.top = max(q.top, q.nxt)
 		if q.nxt == e.psn+e.n {
@@ -243,7 +250,8 @@ func (q *pair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	n := min(e.n-i, chunk-i%chunk)
 	off := uint32(i) * uint32(q.mtu)
 	length := min(e.length-off, uint32(n)*uint32(q.mtu))
-	if q.asking.n == q.depth || (room < n || bytes < uint64(length)) && q.nxt != q.una {
+	// What is under way makes room only if it will be acknowledged.
+	if q.asking.n == q.depth || (room < n || bytes < uint64(length)) && q.asked > q.una {
 		return false
 	}
 	b := q.header(wire.ReadRequest, q.nxt, true)
@@ -373,11 +381,14 @@ func (q *pair) goBack() {
 
 // lost is goBack after a loss.
 func (q *pair) lost() {
-	q.goBack()
 	q.halve()
+	q.goBack()
 }
 
-func (r *requester) halve() { r.window, r.growth = max(minWindow, r.window/2), 0 }
+// halve makes the window half of what is under way, which may be less than it allows.
+func (r *requester) halve() {
+	r.window, r.growth = max(r.floor, min(r.window, r.nxt-r.una)/2), 0
+}
 
 // slow halves the window, once for all that is under way.
 func (q *pair) slow() {

@@ -40,6 +40,7 @@ type responder struct {
 
 	reads   readJobs
 	ackDue  bool
+	acked   uint64        // all before it
 	noteDue bool          // a CNP
 	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
 	nakPSN  uint64
@@ -92,6 +93,7 @@ func (r *readJobs) drop(from, to uint64) {
 
 func (r *responder) start(c *connected) {
 	r.expected = startPSN(c.recvPSN)
+	r.acked = r.expected
 	r.served = min(c.readsServed, maxReadAtomic)
 }
 
@@ -350,11 +352,15 @@ func (q *pair) respond() (more bool) {
 	if q.reads.n > 0 && !q.sendResponses() {
 		return true
 	}
-	switch {
-	case q.nak != 0:
-		q.sendAck(q.nak, q.nakPSN)
-	case q.ackDue && q.state == pairReady:
+	// A NAK says what came before, too, but rdma_rxe listens to no second one before it
+	// has heard an acknowledgement or its timer has run out.
+	news := q.nak == wire.NAKSequence && q.nakPSN == q.expected && q.expected > q.acked
+	if (q.ackDue && q.nak == 0 || news) && q.state == pairReady {
 		q.sendAck(wire.ACK, q.expected-1)
+		q.acked = q.expected
+	}
+	if q.nak != 0 {
+		q.sendAck(q.nak, q.nakPSN)
 	}
 	q.nak, q.ackDue = 0, false
 	if q.noteDue {

@@ -17,7 +17,7 @@ import (
 const (
 	recvMessages = 32       // datagrams, or groups of them, per recvmmsg
 	recvBytes    = 64 << 10 // the most that UDP_GRO joins
-	socketBuffer = 32 << 20 // asked for, both ways
+	socketBuffer = 32 << 20 // asked for
 	controlLen   = 96       // room for IP(V6)_PKTINFO, IP_TOS and UDP_SEGMENT or UDP_GRO
 )
 
@@ -51,6 +51,9 @@ type socket struct {
 	local netip.AddrPort // what it is bound to
 	gso   atomic.Bool    // UDP_SEGMENT works
 	gro   bool
+	// recvBuffer is how many bytes of packets wait before some are lost, what the kernel
+	// needs for them included.
+	recvBuffer int
 
 	// Of receive; the caller sees to it that there is one call at a time.
 	buf   []byte
@@ -110,6 +113,8 @@ type socketConfig struct {
 	plain bool // segmentation offload stays off, as on a kernel without it
 	share bool // the port may be that of another socket of ours
 	ecn   int  // of what it sends
+	// buffer is asked for, both ways.
+	buffer int
 }
 
 // configure sets options before the bind.
@@ -140,10 +145,14 @@ func (s *socket) configure(fd int, cfg socketConfig) error {
 		}
 	}
 	for _, o := range []option{
-		{unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer}, {unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer},
-		{unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer}, {unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer},
+		{unix.SOL_SOCKET, unix.SO_RCVBUF, cfg.buffer}, {unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, cfg.buffer},
+		{unix.SOL_SOCKET, unix.SO_SNDBUF, cfg.buffer}, {unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, cfg.buffer},
 	} {
 		_ = unix.SetsockoptInt(fd, o.level, o.name, o.value) // forcing needs CAP_NET_ADMIN; the rest is clipped
+	}
+	var err error
+	if s.recvBuffer, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF); err != nil {
+		return fmt.Errorf("get size of receive buffer: %w", err)
 	}
 	if !cfg.plain {
 		s.gso.Store(unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0) == nil)
