@@ -22,7 +22,7 @@ const (
 	sendBatch  = 64
 	sendPieces = 2 * sendBatch
 	// sendBuffer is how much of the replies waits in a unix socket.
-	sendBuffer = 4 << 20
+	sendBuffer = 1 << 20
 	// maxSkip is the data of a refused write that is read and dropped. A client that
 	// announces more is disconnected.
 	maxSkip = 64 << 20

@@ -22,7 +22,8 @@
 // message came from. What never leaves the host's memory needs no checksum: the
 // ICRC covers only headers there. Nor is it bound to the MTUs of the standard: if the
 // route takes it, packets carry up to wire.HostMTU, which saves work for large
-// transfers.
+// transfers. No more is under way than the receive buffer of such a port has room for,
+// which without CAP_NET_ADMIN is net.core.rmem_max.
 //
 // # Cost
 //
