@@ -201,13 +201,18 @@ func (l *link) pass(packet []byte, deliver func([]byte)) {
 	}
 }
 
-// openLossy is openPair with a link each way.
-func openLossy(t testing.TB, in func(seed uint64) *link, psn func() uint32) (host, target *Provider) {
+// through makes a port's tamper function of a link of its own.
+func through(in func(seed uint64) *link) func() func([]byte, func([]byte)) {
 	var seed uint64
-	tamper := func() func([]byte, func([]byte)) {
+	return func() func([]byte, func([]byte)) {
 		seed++
 		return in(seed).pass
 	}
+}
+
+// openLossy is openPair with a link each way.
+func openLossy(t testing.TB, in func(seed uint64) *link, psn func() uint32) (host, target *Provider) {
+	tamper := through(in)
 	host = open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: tamper, psn: psn})
 	target = open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper, psn: psn})
 	return host, target

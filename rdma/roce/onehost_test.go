@@ -14,18 +14,11 @@ import (
 )
 
 // joinOneHost connects a host with ports of its own to a target on the same machine.
-func joinOneHost(t *testing.T, depth, memory, buffer int, in func(seed uint64) *link) (a, b *end) {
+func joinOneHost(t *testing.T, depth, memory int, cfg Config) (a, b *end) {
 	t.Helper()
-	var seed uint64
-	tamper := func() func([]byte, func([]byte)) {
-		seed++
-		return in(seed).pass
-	}
-	if in == nil {
-		tamper = nil
-	}
-	host := open(t, Config{OnDemand: true, tamper: tamper, buffer: buffer})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper, buffer: buffer})
+	here, there := cfg, cfg
+	here.OnDemand, there.Addrs = true, []netip.Addr{targetAddr}
+	host, target := open(t, here), open(t, there)
 	return joinVia(t, host, targetAddr, target, depth, memory, false)
 }
 
@@ -40,7 +33,7 @@ func mtuOf(e *end) int {
 // own.
 func TestOneHostMTU(t *testing.T) {
 	t.Run("own ports", func(t *testing.T) {
-		a, b := joinOneHost(t, 16, 1<<16, 0, nil)
+		a, b := joinOneHost(t, 16, 1<<16, Config{})
 		if mtuOf(a) != wire.HostMTU || mtuOf(b) != wire.HostMTU {
 			t.Errorf("%d and %d", mtuOf(a), mtuOf(b))
 		}
@@ -87,7 +80,8 @@ func TestOneHost(t *testing.T) {
 	for _, loss := range []float64{0, 0.05} {
 		t.Run(fmt.Sprintf("loss %v", loss), func(t *testing.T) {
 			const size, n = 1 << 20, 4
-			a, b := joinOneHost(t, 64, 2*n*size, 0, func(seed uint64) *link { return newLink(seed, loss, loss/5, loss/5, 0) })
+			tamper := through(func(seed uint64) *link { return newLink(seed, loss, loss/5, loss/5, 0) })
+			a, b := joinOneHost(t, 64, 2*n*size, Config{tamper: tamper})
 			out, back := a.mr.Bytes()[:n*size], a.mr.Bytes()[n*size:]
 			for _, length := range []int{1, wire.HostMTU - 1, wire.HostMTU, wire.HostMTU + 1, 2 * wire.HostMTU, 128 << 10, size - 5, size} {
 				for i := range out {
@@ -123,7 +117,7 @@ func TestOneHost(t *testing.T) {
 // messages no acknowledgement is asked more often.
 func TestOneHostFlight(t *testing.T) {
 	const size = 8 << 20
-	a, b := joinOneHost(t, 64, size, 0, nil)
+	a, b := joinOneHost(t, 64, size, Config{})
 	q := a.pair()
 	flight := func() uint64 {
 		q.mu.Lock()
@@ -162,7 +156,7 @@ func TestOneHostFlight(t *testing.T) {
 // without privilege: nothing is lost, and nothing waits for a timer.
 func TestOneHostBuffer(t *testing.T) {
 	const size, buffer = 8 << 20, 212992 // net.core.rmem_max, where nobody changed it
-	a, b := joinOneHost(t, 64, 2*size, buffer, nil)
+	a, b := joinOneHost(t, 64, 2*size, Config{buffer: buffer})
 	for i, op := range []rdma.SendOp{rdma.Write, rdma.Read} {
 		receiver := []*end{b, a}[i].pair().port
 		sent := b.pair().provider.Snapshot().PacketsSent

@@ -13,9 +13,8 @@ const (
 	minWindow = 8   // but fewer of large ones
 	readChunk = 64  // response packets that one READ request asks for, at most
 
-	// The same in bytes, which large packets come to first.
+	// Limits in bytes, which large packets come to first.
 	maxFlight = 1 << 20
-	minBytes  = minWindow * 4096
 	readBytes = readChunk * 4096
 	askBytes  = askEvery * 4096
 
@@ -57,7 +56,6 @@ type requester struct {
 	ask             bool   // the next packet asks
 
 	window uint64
-	floor  uint64 // of the window
 	flight uint64 // bytes of data that may be under way
 	growth uint64 // acknowledged since the window grew
 	slowed uint64 // no mark before it counts
@@ -106,7 +104,6 @@ func (r *requester) start(c *connected, buffer uint64) {
 	psn := startPSN(c.sendPSN)
 	r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn
 	r.window = maxWindow
-	r.floor = max(2, min(minWindow, minBytes/uint64(c.mtu)))
 	// What we read goes there; what we write, to one that is as large, if anybody knows.
 	r.flight = min(maxFlight, buffer/4*3)
 	r.depth = min(c.readDepth, maxReadAtomic)
@@ -386,8 +383,9 @@ func (q *pair) lost() {
 }
 
 // halve makes the window half of what is under way, which may be less than it allows.
-func (r *requester) halve() {
-	r.window, r.growth = max(r.floor, min(r.window, r.nxt-r.una)/2), 0
+func (q *pair) halve() {
+	least := max(2, min(minWindow, minWindow*4096/uint64(q.mtu)))
+	q.window, q.growth = max(least, min(q.window, q.nxt-q.una)/2), 0
 }
 
 // slow halves the window, once for all that is under way.
