@@ -40,6 +40,7 @@ type responder struct {
 
 	reads   readJobs
 	ackDue  bool
+	ackable uint64        // behind the last packet that was no READ
 	acked   uint64        // all before it
 	noteDue bool          // a CNP
 	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
@@ -93,7 +94,7 @@ func (r *readJobs) drop(from, to uint64) {
 
 func (r *responder) start(c *connected) {
 	r.expected = startPSN(c.recvPSN)
-	r.acked = r.expected
+	r.ackable, r.acked = r.expected, r.expected
 	r.served = min(c.readsServed, maxReadAtomic)
 }
 
@@ -195,6 +196,7 @@ func (q *pair) fits(op wire.Opcode, n int) bool {
 // took accounts for a packet of a message.
 func (q *pair) took(kind messageKind, n int, last bool) {
 	q.expected++
+	q.ackable = q.expected
 	q.message = kind
 	q.offset += uint32(n)
 	if last {
@@ -354,10 +356,11 @@ func (q *pair) respond() (more bool) {
 	}
 	// A NAK says what came before, too, but rdma_rxe listens to no second one before it
 	// has heard an acknowledgement or its timer has run out.
-	news := q.nak == wire.NAKSequence && q.nakPSN == q.expected && q.expected > q.acked
+	news := q.nak == wire.NAKSequence && q.nakPSN == q.expected && q.ackable > q.acked
 	if (q.ackDue && q.nak == 0 || news) && q.state == pairReady {
-		q.sendAck(wire.ACK, q.expected-1)
-		q.acked = q.expected
+		// Never of a READ: rdma_rxe would take it for the responses, which may be lost.
+		q.sendAck(wire.ACK, q.ackable-1)
+		q.acked = q.ackable
 	}
 	if q.nak != 0 {
 		q.sendAck(q.nak, q.nakPSN)
