@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -238,6 +239,66 @@ func TestReadDepth(t *testing.T) {
 				t.Errorf("%s, want %s", wc.Status, wcRemoteInvalid)
 			}
 			return
+		}
+	}
+}
+
+// TestNoAckOfRead: an acknowledgement never has the sequence number of a READ.
+// rdma_rxe would take it for the last response, which may be lost, and end the READ
+// without its data.
+func TestNoAckOfRead(t *testing.T) {
+	var mu sync.Mutex
+	acked := map[uint32]bool{}
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			if h, _, ok := wire.Parse(p); ok && h.Op == wire.Acknowledge && wire.ParseAETH(p[wire.BTHLen:]).Syndrome.IsACK() {
+				mu.Lock()
+				acked[h.PSN] = true
+				mu.Unlock()
+			}
+			deliver(p)
+		}
+	}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
+	_, b := join(t, host, target, 16, 1<<16, false)
+	q := b.pair()
+	near := newIntruder(t, hostAddr, targetAddr).at(b)
+	psn := b.expected()
+	read := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: uint32(5 * q.mtu)}
+	write := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey()}
+	for round := range 10 {
+		for _, p := range [][]byte{
+			request(wire.WriteOnly, q.num, psn, write, nil),
+			request(wire.ReadRequest, q.num, psn+1, read, nil),
+			request(wire.WriteOnly, q.num, psn, write, nil),    // again
+			request(wire.ReadRequest, q.num, psn+1, read, nil), // again
+			request(wire.WriteOnly, q.num, psn+7, write, nil),  // behind a gap
+		} {
+			near.send(near.seal(p))
+		}
+		psn += 6
+		until(t, target, "round", func(c Counters) bool { return c.OutOfSequence == uint64(round+1) })
+	}
+	near.send(near.seal(request(wire.WriteOnly, q.num, psn, write, nil)))
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+		mu.Lock()
+		done := acked[uint32(psn)&0xffffff]
+		mu.Unlock()
+		if done {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the last WRITE is not acknowledged")
+		}
+	}
+	if c := target.Snapshot(); c.Duplicates < 20 || c.NAKsSent < 10 {
+		t.Errorf("the packets did not do what they are for: %+v", c)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	for i := range uint64(60) {
+		if at := psn - 60 + i; i%6 != 0 && acked[uint32(at)&0xffffff] {
+			t.Errorf("packet %d of round %d is a READ's and acknowledged", i%6, i/6)
 		}
 	}
 }
