@@ -55,6 +55,7 @@ type readJob struct {
 	psn   uint64 // of the next response
 	left  wire.RETH
 	begun bool
+	again bool // it was answered before
 }
 
 // readJobs are in order of sequence numbers.
@@ -78,6 +79,16 @@ func (r *readJobs) insert(j readJob) bool {
 	r.jobs[i] = j
 	r.n++
 	return true
+}
+
+// room says whether there may be one more of n. It takes out jobs for that which the
+// peer can no longer wait for: it asked again for the oldest, then got the answers that
+// were under way, and now asks for more.
+func (r *readJobs) room(n int) bool {
+	for r.n >= n && r.n > 0 && r.jobs[0].again {
+		r.drop(r.jobs[0].psn, r.jobs[0].psn+1)
+	}
+	return r.n < n
 }
 
 // drop takes out jobs that begin in [from, to).
@@ -163,7 +174,7 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 	default:
 		q.refuse(wire.NAKInvalid)
 	}
-	if h.AckReq && q.state == pairReady && q.expected > psn {
+	if h.AckReq && h.Op != wire.ReadRequest && q.state == pairReady && q.expected > psn {
 		q.ackDue = true
 	}
 }
@@ -296,7 +307,7 @@ func (q *pair) readable(r *wire.RETH) bool {
 // takeRead takes a READ request.
 func (q *pair) takeRead(r wire.RETH, payload int) {
 	switch {
-	case q.message != noMessage, payload != 0, r.Length > maxMessage, q.reads.n >= q.served:
+	case q.message != noMessage, payload != 0, r.Length > maxMessage, !q.reads.room(q.served):
 		q.refuse(wire.NAKInvalid)
 		return
 	case !q.readable(&r):
@@ -304,6 +315,7 @@ func (q *pair) takeRead(r wire.RETH, payload int) {
 		return
 	}
 	q.reads.insert(readJob{psn: q.expected, left: r})
+	q.acknowledges(q.expected)
 	q.expected += q.packets(r.Length)
 	q.msn++
 }
@@ -320,7 +332,17 @@ func (q *pair) readAgain(psn uint64, r wire.RETH) {
 		return // not what was asked for before
 	}
 	q.reads.drop(psn, psn+n)
-	q.reads.insert(readJob{psn: psn, left: r})
+	q.reads.insert(readJob{psn: psn, left: r, again: true})
+	q.acknowledges(psn)
+}
+
+// acknowledges says that responses from psn on will be sent. No acknowledgement of
+// what came before has to be, nor should: rdma_rxe takes it for the end of a READ that
+// it has a part of, and for the last response if it has the number of that.
+func (r *responder) acknowledges(psn uint64) {
+	if r.ackable <= psn {
+		r.ackDue, r.acked = false, r.ackable
+	}
 }
 
 // peerMustWait answers a message for which there is no receive.
@@ -358,7 +380,6 @@ func (q *pair) respond() (more bool) {
 	// has heard an acknowledgement or its timer has run out.
 	news := q.nak == wire.NAKSequence && q.nakPSN == q.expected && q.ackable > q.acked
 	if (q.ackDue && q.nak == 0 || news) && q.state == pairReady {
-		// Never of a READ: rdma_rxe would take it for the responses, which may be lost.
 		q.sendAck(wire.ACK, q.ackable-1)
 		q.acked = q.ackable
 	}
