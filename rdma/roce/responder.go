@@ -42,6 +42,7 @@ type responder struct {
 	ackDue  bool
 	ackable uint64        // behind the last packet that was no READ
 	acked   uint64        // all before it
+	unsaid  uint64        // a duplicate that got no acknowledgement
 	noteDue bool          // a CNP
 	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
 	nakPSN  uint64
@@ -123,10 +124,14 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 	switch {
 	case psn < q.expected:
 		c.duplicates.Add(1)
-		if h.Op == wire.ReadRequest {
+		switch {
+		case h.Op == wire.ReadRequest:
 			q.readAgain(psn, wire.ParseRETH(packet[wire.BTHLen:]))
-		} else {
+		case q.ackable == q.expected || psn <= q.unsaid:
 			q.ackDue = true
+		default:
+			// The READ behind it will be asked for again, too, unless this comes once more.
+			q.unsaid = psn
 		}
 		return
 	case psn > q.expected:
@@ -134,7 +139,6 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 		// One NAK per gap, and one more when the peer began again without
 		// success, which shows by the sequence going back.
 		if !q.nakSent || psn <= q.gapTop {
-			c.naksSent.Add(1)
 			q.nak, q.nakPSN, q.nakSent = wire.NAKSequence, q.expected, true
 		}
 		q.gapTop = psn
@@ -341,7 +345,7 @@ func (q *pair) readAgain(psn uint64, r wire.RETH) {
 // it has a part of, and for the last response if it has the number of that.
 func (r *responder) acknowledges(psn uint64) {
 	if r.ackable <= psn {
-		r.ackDue, r.acked = false, r.ackable
+		r.ackDue, r.acked, r.unsaid = false, r.ackable, 0
 	}
 }
 
@@ -376,10 +380,16 @@ func (q *pair) respond() (more bool) {
 	if q.reads.n > 0 && !q.sendResponses() {
 		return true
 	}
+	gap := q.nak == wire.NAKSequence
+	if gap && q.nakPSN != q.expected { // it was filled meanwhile
+		gap, q.nak = false, 0
+	}
+	if gap {
+		q.provider.counters.naksSent.Add(1)
+	}
 	// A NAK says what came before, too, but rdma_rxe listens to no second one before it
 	// has heard an acknowledgement or its timer has run out.
-	news := q.nak == wire.NAKSequence && q.nakPSN == q.expected && q.ackable > q.acked
-	if (q.ackDue && q.nak == 0 || news) && q.state == pairReady {
+	if (q.ackDue && q.nak == 0 || gap && q.ackable > q.acked) && q.state == pairReady {
 		q.sendAck(wire.ACK, q.ackable-1)
 		q.acked = q.ackable
 	}
