@@ -341,7 +341,6 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 		return
 	}
 	c.packetsReceived.Add(1)
-	q.peer.heard.Add(1)
 	q.receive(&h, packet, payload, a.congested)
 	if owner != p {
 		c.strays.Add(1)

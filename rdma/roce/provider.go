@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -65,7 +64,6 @@ type Provider struct {
 
 	mu     sync.Mutex // guards what follows
 	ports  []*port
-	peers  map[netip.Addr]*peerHost // those with queue pairs
 	closed bool
 
 	drops sync.WaitGroup // ports that are being closed
@@ -95,7 +93,6 @@ func New(cfg Config) (*Provider, error) {
 	}
 	p := &Provider{cfg: cfg, guid: guidMark<<guidShift | (uint64(random32())<<32|uint64(random32()))&(1<<guidShift-1)}
 	p.device.provider = p
-	p.peers = make(map[netip.Addr]*peerHost)
 	if p.cfg.psn == nil {
 		p.cfg.psn = random32
 	}
@@ -163,36 +160,6 @@ func (p *Provider) Close() error {
 	}
 	p.drops.Wait()
 	return errors.Join(errs...)
-}
-
-// peerHost is what all queue pairs to one address know of who is there.
-type peerHost struct {
-	heard atomic.Uint64 // packets that came from it
-	users int           // queue pairs; guarded by the provider's lock
-}
-
-// meet gives the host of a new queue pair's peer.
-func (p *Provider) meet(addr netip.Addr) *peerHost {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	h := p.peers[addr]
-	if h == nil {
-		h = &peerHost{}
-		p.peers[addr] = h
-	}
-	h.users++
-	return h
-}
-
-// part ends a meet.
-func (p *Provider) part(addr netip.Addr) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if h := p.peers[addr]; h != nil {
-		if h.users--; h.users == 0 {
-			delete(p.peers, addr)
-		}
-	}
 }
 
 // openSole opens a port for one queue pair, whose connection is another one's.

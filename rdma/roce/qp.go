@@ -44,7 +44,6 @@ type pair struct {
 	sendCQ, recvCQ *queue
 	num            uint32
 	here, there    netip.Addr // addresses
-	peer           *peerHost
 
 	// Guarded by the port's recvMu.
 	recvBases baseCache
@@ -73,7 +72,7 @@ func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConf
 	q := &pair{
 		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
 		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
-		peer: p.provider.meet(id.path.remote.Addr()), state: pairInit, out: &batch{path: id.path}, fresh: true,
+		state: pairInit, out: &batch{path: id.path}, fresh: true,
 	}
 	q.timer, q.notReadyTimer = stopped(q.tick), stopped(q.peerMayBeReady)
 	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
@@ -182,7 +181,6 @@ func (q *pair) destroy() {
 	q.pd.mu.Lock()
 	q.pd.users--
 	q.pd.mu.Unlock()
-	q.provider.part(q.there)
 	if q.port.sole && q.port != q.id.port {
 		q.provider.drop(q.port)
 	}

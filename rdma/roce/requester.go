@@ -20,8 +20,9 @@ const (
 
 	askEvery = 32 // packets after which to ask for an acknowledgement anyway
 
+	// With seven retries a peer has 7.5 s for an answer.
 	minRetry = 100 * time.Millisecond
-	maxRetry = 2 * time.Second
+	maxRetry = 1500 * time.Millisecond
 	// retryTicks is how often the timer looks for progress in one retry
 	// interval, so that sending need not read the clock.
 	retryTicks = 2
@@ -64,8 +65,6 @@ type requester struct {
 
 	retryLimit, notReadyLimit uint8
 	retries, notReady         uint8
-	spared                    uint8  // rounds that did not count since una moved
-	heard                     uint64 // of the peer's host, at the last round
 	gapOpen                   bool   // una was asked for again
 	gapHigh                   uint64 // what was seen beyond it since
 	tooLarge                  bool   // EMSGSIZE
@@ -331,7 +330,7 @@ func (q *pair) completeSend(status rdma.WCStatus) {
 func (q *pair) progress(una uint64) {
 	q.grow(una - q.una)
 	q.una = una
-	q.retries, q.spared, q.notReady, q.gapOpen = 0, 0, 0, false
+	q.retries, q.notReady, q.gapOpen = 0, 0, false
 	q.asked = max(q.asked, una)
 	q.asking.acked(una)
 	if q.sample != 0 && una >= q.sample {
@@ -551,35 +550,19 @@ func (q *pair) tick() {
 		q.idleTicks = 0
 	case q.idleTicks < retryTicks:
 		return
-	case q.retries == q.retryLimit && !q.spare():
+	case q.retries == q.retryLimit:
 		c.timeouts.Add(1)
 		q.fail(rdma.WCRetryExc)
 		return
 	default:
 		c.timeouts.Add(1)
-		if q.spare() {
-			q.spared++
-		} else {
-			q.retries++
-		}
-		q.heard = q.peer.heard.Load()
+		q.retries++
 		q.backoff = min(q.backoff+1, 5)
 		q.idleTicks = 0
 		q.gapOpen = false
 		q.lost()
 	}
 	q.transmit()
-}
-
-// mostSpared bounds the rounds of the timer that do not count, for each that
-// does.
-const mostSpared = 4
-
-// spare says whether a round without progress is not to be held against the
-// peer: its host is there, and may have so much to do for other queue pairs
-// that this one has to wait.
-func (q *pair) spare() bool {
-	return q.peer.heard.Load() != q.heard && q.spared < mostSpared*max(1, q.retryLimit)
 }
 
 func (r *requester) stopTimers() {
