@@ -61,6 +61,7 @@ type socket struct {
 	ctls  [recvMessages][controlLen]byte
 	iovs  [recvMessages]unix.Iovec
 	msgs  [recvMessages]message
+	used  int // messages whose lengths are not what there is room for
 }
 
 // openSocket binds to an address, which may be the unspecified one of its family.
@@ -72,6 +73,7 @@ func openSocket(local netip.AddrPort, cfg socketConfig) (*socket, error) {
 		}
 		return nil, fmt.Errorf("open RoCE socket on %s: %w", local, err)
 	}
+	s.used = recvMessages
 	s.buf = make([]byte, recvMessages*recvBytes)
 	for i := range s.msgs {
 		s.iovs[i].Base = &s.buf[i*recvBytes]
@@ -167,16 +169,18 @@ func (s *socket) close() error { return os.NewSyscallError("close", unix.Close(s
 // valid until the next call. The system call is raw: the scheduler need not
 // know of what does not wait.
 func (s *socket) receive() (int, error) {
-	for i := range s.msgs {
+	for i := range s.msgs[:s.used] {
 		h := &s.msgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(controlLen)
 	}
+	s.used = 0
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.msgs[0])), recvMessages,
 		unix.MSG_DONTWAIT, 0, 0)
 	switch errno {
 	case 0:
-		return int(n), nil
+		s.used = int(n)
+		return s.used, nil
 	case unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
 		return 0, nil
 	}
