@@ -280,6 +280,18 @@ func TestReadsAgain(t *testing.T) {
 	}
 }
 
+// TestGapFilled: a packet that was only overtaken is not asked for.
+func TestGapFilled(t *testing.T) {
+	host, target := openPair(t)
+	_, b := join(t, host, target, 16, 1<<16, false)
+	psn := b.expected()
+	r := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey()}
+	b.take(request(wire.WriteOnly, b.qp.Num(), psn+1, r, nil), request(wire.WriteOnly, b.qp.Num(), psn, r, nil))
+	if c := target.Snapshot(); b.expected() != psn+1 || c.OutOfSequence != 1 || c.NAKsSent != 0 {
+		t.Errorf("%d taken, %+v", b.expected()-psn, c)
+	}
+}
+
 // TestNoAckOfRead: beside the responses of READs no acknowledgement is sent of
 // them, which rdma_rxe would take for the last of them, that may have been lost, nor
 // of what came before them, for which it ends READs of which it has a part.

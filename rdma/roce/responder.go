@@ -56,7 +56,7 @@ type readJob struct {
 	psn   uint64 // of the next response
 	left  wire.RETH
 	begun bool
-	again bool // it was answered before
+	again bool // the peer asked for it before
 }
 
 // readJobs are in order of sequence numbers.
@@ -145,6 +145,9 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 		return
 	}
 	q.nakSent = false
+	if q.nak == wire.NAKSequence { // for the gap that this fills
+		q.nak = 0
+	}
 
 	switch h.Op {
 	case wire.SendFirst, wire.SendOnly, wire.SendOnlyImm, wire.SendOnlyInv:
@@ -381,9 +384,6 @@ func (q *pair) respond() (more bool) {
 		return true
 	}
 	gap := q.nak == wire.NAKSequence
-	if gap && q.nakPSN != q.expected { // it was filled meanwhile
-		gap, q.nak = false, 0
-	}
 	if gap {
 		q.provider.counters.naksSent.Add(1)
 	}
