@@ -20,9 +20,9 @@ const (
 
 	askEvery = 32 // packets after which to ask for an acknowledgement anyway
 
-	// With seven retries a peer has 5.5 s for an answer.
+	// With seven retries a peer has 7.5 s for an answer.
 	minRetry = 100 * time.Millisecond
-	maxRetry = time.Second
+	maxRetry = 1500 * time.Millisecond
 	// retryTicks is how often the timer looks for progress in one retry
 	// interval, so that sending need not read the clock.
 	retryTicks = 2
