@@ -67,7 +67,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	}
 	conn.qp, err = conn.id.CreateQP(pd, rdma.QPConfig{
 		SendCQ: conn.sq.CQ(), RecvCQ: conn.cq.CQ(),
-		MaxSendWR: conn.sq.Slots(), MaxRecvWR: conn.cq.Depth(),
+		MaxSendWR: conn.sq.WorkRequests(), MaxRecvWR: conn.cq.Depth(),
 		MaxSendSGE: sge, MaxRecvSGE: 1,
 	})
 	if err != nil {

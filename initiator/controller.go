@@ -207,7 +207,7 @@ func (c *Controller) serve(a *association) error {
 		select {
 		case <-second.C:
 			c.clock.Add(1)
-			c.checkTimeouts(a)
+			c.tend()
 		case err := <-a.lost:
 			return err
 		case <-c.life.Done():
@@ -312,9 +312,9 @@ func (c *Controller) die(err error) {
 	c.failFast()
 }
 
-// checkTimeouts fails the association when a command was not answered in time.
-// Lanes without a command in flight are not disturbed.
-func (c *Controller) checkTimeouts(a *association) {
+// tend has each lane look after its commands in flight. Lanes without one are not
+// disturbed.
+func (c *Controller) tend() {
 	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
 	now := c.clock.Load()
 	for _, l := range c.lanes {
@@ -323,9 +323,7 @@ func (c *Controller) checkTimeouts(a *association) {
 		}
 		l.loop.Call(func() {
 			for _, p := range l.pairs {
-				if r := p.expired(now, limit); r != nil {
-					p.fail(fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, c.cfg.IOTimeout))
-				}
+				p.tend(now, limit)
 			}
 		})
 	}

@@ -380,6 +380,42 @@ func TestHostileResponses(t *testing.T) {
 	}
 }
 
+// TestSilentLoss: a target that took a command and lost the connection since says
+// nothing. That is noticed long before the command's time is over.
+func TestSilentLoss(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	var lose atomic.Bool
+	lost := make(chan struct{})
+	target.tamper = func(qid uint16, _ *nvme.Completion) bool {
+		if qid == 0 || !lose.CompareAndSwap(true, false) {
+			return true
+		}
+		close(lost)
+		return false
+	}
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	cfg.IOTimeout = time.Hour
+	cfg.KeepAlive = time.Second // the target does not hear of the end of what is cut
+	ctl := connect(t, cfg)
+	id := ctl.assoc.pairs[0].id
+	f := newFrontEnd(t, ctl.Namespaces()[0], loops, 1, 4096, 9)
+	lose.Store(true)
+	f.start(3)
+	<-lost
+	// The SEND is complete; nothing is outstanding whose retries could run out.
+	fabric.Cut(id)
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	if i := ctl.Info(); i.Losses != 1 || i.State != StateLive {
+		t.Errorf("state %v after %d losses, reason %v", i.State, i.Losses, i.Reason)
+	}
+	f.close()
+	closeController(t, ctl)
+}
+
 // TestRegrant changes the grant with I/O in every class under way: each
 // association has the plan of a fresh connect, and no request fails.
 func TestRegrant(t *testing.T) {

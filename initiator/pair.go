@@ -306,18 +306,30 @@ func (p *pair) fail(err error) {
 	}
 }
 
-// expired reports the first command that was sent more than limit ticks of the
-// controller's clock ago.
-func (p *pair) expired(now, limit uint32) *request {
+// tend looks after the commands in flight, with each tick of the controller's clock.
+// One that has waited for more than limit ticks ends the association. Before that the
+// target may only be slow; whether its adapter still knows the queue pair is asked.
+func (p *pair) tend(now, limit uint32) {
 	if p.lost {
-		return nil
+		return
 	}
+	slow := false
 	for _, r := range p.requests {
-		if r != nil && now-r.posted > limit {
-			return r
+		if r == nil {
+			continue
+		}
+		age := now - r.posted
+		if age > limit {
+			p.fail(fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, p.lane.ctrl.cfg.IOTimeout))
+			return
+		}
+		slow = slow || age > 1
+	}
+	if slow {
+		if err := p.sq.Probe(); err != nil {
+			p.fail(err)
 		}
 	}
-	return nil
 }
 
 // errnoOf keeps what the block layer must never see away from it: EAGAIN makes

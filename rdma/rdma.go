@@ -243,7 +243,7 @@ type SendWR struct {
 	RKey       uint32 // Write, Read; the key to invalidate for SendInvalidate
 	Op         SendOp
 	Signaled   bool
-	NumSGE     uint8 // 1..2
+	NumSGE     uint8 // 0..2; 0 carries no bytes, and a Write of none needs no key
 	SGE        [2]SGE
 }
 

@@ -26,6 +26,14 @@
 // complete. The queue has as many slots beyond Depth as may wait for such a
 // confirmation, so it never runs dry waiting for one.
 //
+// # Probes
+//
+// A controller owes no answer within any time, so silence does not tell one that
+// is slow from one whose queue pair is gone, once it has acknowledged the SENDs.
+// An RDMA WRITE of no bytes does: the adapter at the other end acknowledges it
+// without a word to the controller, and looks at no key (IBTA vol 1, C9-88). If
+// that does not come, our queue pair fails when its retries are used up.
+//
 // # Concurrency
 //
 // All methods are for the one goroutine that owns the queue pair. None of
@@ -57,6 +65,9 @@ const (
 	slotData                 // the SEND gathers the caller's data
 )
 
+// probeID is the work request id of a probe; no SEND will ever have it.
+const probeID = 1<<64 - 1
+
 // Config sizes a Queue.
 type Config struct {
 	Depth  int // entries as in CREATE/CONNECT, one of which stays empty; 2..MaxDepth
@@ -77,6 +88,7 @@ type Queue struct {
 	interval    int // SENDs from one signaled one to the next
 	unsignaled  int // SENDs since the last signaled one
 	held        int // answered slots with data whose SEND is not complete
+	probing     bool
 
 	state []uint8
 	gen   []uint8
@@ -116,17 +128,19 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 		return nil, fmt.Errorf("register capsules: %w", err)
 	}
 	q.slab, q.addr, q.lkey = q.mr.Bytes(), q.mr.Addr(), q.mr.LKey()
-	// Every SEND of a failed queue pair completes, signaled or not.
-	if q.cq, err = dev.CreateCQ(n+1, false, cfg.Vector); err != nil {
+	// Every work request of a failed queue pair completes, signaled or not.
+	if q.cq, err = dev.CreateCQ(q.WorkRequests()+1, false, cfg.Vector); err != nil {
 		q.mr.Close()
 		return nil, fmt.Errorf("create completion queue of the sends: %w", err)
 	}
 	return q, nil
 }
 
-// Slots is the number of slots, and so of SENDs that may be posted: the QP's
-// MaxSendWR.
+// Slots is the number of slots, and so of SENDs that may be posted.
 func (q *Queue) Slots() int { return q.depth + q.interval }
+
+// WorkRequests is how many may be posted, the probe among them: the QP's MaxSendWR.
+func (q *Queue) WorkRequests() int { return q.Slots() + 1 }
 
 // CQ is the completion queue to create the QP with.
 func (q *Queue) CQ() rdma.CQ { return q.cq }
@@ -214,6 +228,19 @@ func (q *Queue) Flush() (int, error) {
 	return n, nil
 }
 
+// Probe has the target's adapter say that it is there, if it is not being asked
+// already. If it is not, the queue pair fails.
+func (q *Queue) Probe() error {
+	if q.probing {
+		return nil
+	}
+	if _, err := q.qp.PostSend([]rdma.SendWR{{ID: probeID, Op: rdma.Write, Signaled: true}}); err != nil {
+		return fmt.Errorf("post probe: %w", err)
+	}
+	q.probing = true
+	return nil
+}
+
 // Match finds the slot that a response is for. ok is false for an id that
 // names no slot, or a command that is not outstanding.
 func (q *Queue) Match(cid uint16) (slot uint16, ok bool) {
@@ -251,8 +278,9 @@ func (q *Queue) release(slot uint16) {
 	q.free[len(q.free)-1] = slot
 }
 
-// Scarce says that the free slots run low, so that Reap is worth a call.
-func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval }
+// Scarce says that Reap is worth a call: the free slots run low, or somebody waits
+// for what it tells.
+func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval || q.probing }
 
 // Reap collects completed SENDs: it fills done with slots that were answered
 // before and whose data is now the caller's again, and says how many. Call it
@@ -269,6 +297,10 @@ func (q *Queue) Reap(done []uint16) (int, error) {
 			wc := &q.wcs[i]
 			if wc.Status != rdma.WCSuccess {
 				return n, fmt.Errorf("send: %v", wc.Status)
+			}
+			if wc.ID == probeID {
+				q.probing = false
+				continue
 			}
 			if wc.ID < q.first || wc.ID >= q.next {
 				return n, fmt.Errorf("send: completion of number %d, expected %d..%d", wc.ID, q.first, q.next)

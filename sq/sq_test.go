@@ -177,6 +177,51 @@ func TestDataIsHeldUntilSent(t *testing.T) {
 	}
 }
 
+// TestProbe: one probe at a time, beside as many SENDs as there may be, and its
+// completion is none of theirs.
+func TestProbe(t *testing.T) {
+	q, a := newQueue(t, 16)
+	slot, _, _ := q.Get()
+	q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+	q.Flush()
+	done := make([]uint16, q.Slots())
+	for range 3 {
+		for range 2 {
+			if err := q.Probe(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := len(a.posted); n != 2 {
+			t.Fatalf("%d work requests posted, want a SEND and a probe", n)
+		}
+		if wr := a.posted[1]; wr.Op != rdma.Write || wr.NumSGE != 0 || !wr.Signaled {
+			t.Fatalf("posted %+v", wr)
+		}
+		if !q.Scarce() {
+			t.Fatal("nobody would look for the completion")
+		}
+		a.done, a.posted = append(a.done, rdma.WC{ID: a.posted[1].ID}), a.posted[:1]
+		if n, err := q.Reap(done); n != 0 || err != nil {
+			t.Fatalf("reaped %d, %v", n, err)
+		}
+		if q.Answer(slot); q.Held() != 1 {
+			t.Fatal("a probe counts for a SEND")
+		}
+		a.complete(1)
+		if n, _ := q.Reap(done); n != 1 || q.Scarce() {
+			t.Fatalf("reaped %d", n)
+		}
+		slot, _, _ = q.Get()
+		q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+		q.Flush()
+	}
+	q.Probe()
+	a.done = append(a.done, rdma.WC{ID: a.posted[1].ID, Status: rdma.WCRetryExc})
+	if _, err := q.Reap(done); err == nil {
+		t.Error("a probe without an answer is no error")
+	}
+}
+
 // TestRandomOrder drives a queue with answers and send completions in random
 // order, and checks against a model that no slot is given out while its capsule
 // may still be sent, and that the queue never runs dry.

@@ -485,6 +485,38 @@ func TestRetryLimit(t *testing.T) {
 	}
 }
 
+// TestRetryLimitUnsignaled has a peer that is gone when nobody waits for what is sent:
+// neither asking for acknowledgements nor more to send gives it more time.
+func TestRetryLimitUnsignaled(t *testing.T) {
+	host, target := openPair(t)
+	a, b := join(t, host, target, 1024, 1<<16, false)
+	b.pair().destroy()
+	q := a.pair()
+	q.mu.Lock()
+	q.retryLimit = 2
+	q.mu.Unlock()
+	w := a.wr(1, rdma.Write, 0, 100, b, 0)
+	w.Signaled = false
+	ticks := 0
+	for ; ticks < 100; ticks++ {
+		a.post(w)
+		q.tick()
+		q.mu.Lock()
+		state := q.state
+		q.mu.Unlock()
+		if state == pairFailed {
+			break
+		}
+	}
+	// A round to ask, and three that wait.
+	if most := 1 + 3*retryTicks; ticks > most {
+		t.Errorf("failed after %d ticks, want at most %d", ticks, most)
+	}
+	if wc := wait(t, a.sendCQ); wc.Status != rdma.WCRetryExc {
+		t.Errorf("%+v", wc)
+	}
+}
+
 // TestUnsignaled: what nobody waits for is acknowledged all the same.
 func TestUnsignaled(t *testing.T) {
 	host, target := openPair(t)

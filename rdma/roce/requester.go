@@ -20,9 +20,9 @@ const (
 
 	askEvery = 32 // packets after which to ask for an acknowledgement anyway
 
-	// With seven retries a peer has 7.5 s for an answer.
+	// With seven retries a peer has 4.7 s for an answer, and 6.4 s if it has been slow.
 	minRetry = 100 * time.Millisecond
-	maxRetry = 1500 * time.Millisecond
+	maxRetry = 800 * time.Millisecond
 	// retryTicks is how often the timer looks for progress in one retry
 	// interval, so that sending need not read the clock.
 	retryTicks = 2
@@ -307,7 +307,7 @@ func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unask
 		a, c := cut(mem, off, n)
 		q.out.add(headLen, a, c)
 	}
-	if q.nxt < q.top && !q.ask {
+	if q.nxt < q.top {
 		q.provider.counters.retransmits.Add(1)
 	}
 	q.nxt++
@@ -539,8 +539,8 @@ func (q *pair) tick() {
 	q.idleTicks++
 	c := &q.provider.counters
 	switch {
-	case q.asked < q.nxt && q.nxt > q.una:
-		// Nobody was asked to acknowledge the end of what was sent.
+	case q.asked == q.una && q.nxt > q.una:
+		// Nobody was asked to acknowledge any of what was sent.
 		c.probes.Add(1)
 		if q.cur == q.tail || q.entry(q.cur).psn == q.nxt {
 			q.cur--
@@ -561,6 +561,7 @@ func (q *pair) tick() {
 		q.idleTicks = 0
 		q.gapOpen = false
 		q.lost()
+		q.ask = true
 	}
 	q.transmit()
 }
