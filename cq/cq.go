@@ -15,6 +15,7 @@
 package cq
 
 import (
+	"errors"
 	"fmt"
 
 	"ublk-nvmeof/nvme"
@@ -73,8 +74,7 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	}
 	q.slab, q.addr, q.lkey = q.mr.Bytes(), q.mr.Addr(), q.mr.LKey()
 	if q.cq, err = dev.CreateCQ(cfg.Depth+1, cfg.Events, cfg.Vector); err != nil {
-		q.mr.Close()
-		return nil, fmt.Errorf("create completion queue: %w", err)
+		return nil, errors.Join(fmt.Errorf("create completion queue: %w", err), q.mr.Close())
 	}
 	return q, nil
 }

@@ -59,8 +59,7 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 	}
 	fd, err := unix.FcntlInt(uintptr(conn.cq.FD()), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		a.mr.Close()
-		return nil, fmt.Errorf("duplicate completion channel: %w", err)
+		return nil, errors.Join(fmt.Errorf("duplicate completion channel: %w", err), a.mr.Close())
 	}
 	a.file = os.NewFile(uintptr(fd), "completion channel")
 	go a.run(fail)

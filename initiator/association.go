@@ -68,7 +68,7 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	a = &association{lost: make(chan error, 1)}
 	defer func() {
 		if err != nil {
-			a.close()
+			err = errors.Join(err, a.close())
 			c.leaveDevice(a.removed.Load() || errors.Is(err, rdma.ErrNoDevice))
 			a = nil
 		}

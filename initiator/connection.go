@@ -43,7 +43,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	conn := &connection{qid: p.qid}
 	defer func() {
 		if err != nil {
-			conn.close()
+			err = errors.Join(err, conn.close())
 		}
 	}()
 	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, c.cfg.Address, tos); err != nil {
@@ -94,7 +94,7 @@ func (c *Controller) establish(ctx context.Context, conn *connection, p queuePar
 	var rej *rdma.RejectError
 	if errors.As(err, &rej) && rej.Reason == rdma.RejectConsumer {
 		if r, perr := nvme.ParseRDMAReject(rej.Private); perr == nil {
-			return fmt.Errorf("%w: %v", err, r.Status)
+			return fmt.Errorf("%w: %w", err, r.Status)
 		}
 	}
 	return err

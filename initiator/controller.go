@@ -81,8 +81,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	}
 	a, err := c.associate(ctx)
 	if err != nil {
-		c.mem.close()
-		return nil, err
+		return nil, errors.Join(err, c.mem.close())
 	}
 	if c.namespaces, err = c.scan(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
@@ -173,7 +172,7 @@ func (c *Controller) supervise(a *association) {
 	defer close(c.stopped)
 	for {
 		reason := c.serve(a)
-		if reason == errClosed {
+		if errors.Is(reason, errClosed) {
 			return // Close goes on with the association
 		}
 		lost := time.Now()
@@ -185,7 +184,7 @@ func (c *Controller) supervise(a *association) {
 		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost, a.cntlid, time.Now().Add(c.patience())); err != nil {
-			if err != errClosed {
+			if !errors.Is(err, errClosed) {
 				c.die(err)
 			}
 			return
@@ -321,7 +320,8 @@ func (c *Controller) tend() {
 		if l.submitted.Load() == l.completed.Load() {
 			continue
 		}
-		l.loop.Call(func() {
+		// A loop that has ended has no commands.
+		_ = l.loop.Call(func() {
 			for _, p := range l.pairs {
 				p.tend(now, limit)
 			}

@@ -640,7 +640,7 @@ func TestGivenUp(t *testing.T) {
 			fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 			fabric.KillAll(hostAddr)
 			read := block.Request{Op: block.OpRead, Sectors: 8}
-			if got := single(t, loops[0], c.Namespaces()[0], read); unix.Errno(got) != unix.ENOLINK {
+			if got := single(t, loops[0], c.Namespaces()[0], read); got != uint16(unix.ENOLINK) {
 				t.Errorf("read: %v", unix.Errno(got))
 			}
 			if fast {

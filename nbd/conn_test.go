@@ -36,7 +36,7 @@ func TestRequests(t *testing.T) {
 	const size = 1 << 20
 	for _, structured := range []bool{false, true} {
 		rw, ro, plain := connect(t, path, "rw", structured), connect(t, path, "ro", structured), connect(t, path, "plain", structured)
-		df := code(codeInval)
+		df := codeInval
 		if structured {
 			df = 0
 		}
@@ -281,7 +281,7 @@ func await(t testing.TB, what string, cond func() bool) {
 		if time.Now().After(end) {
 			t.Fatalf("%s does not come about", what)
 		}
-		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event
+		time.Sleep(time.Millisecond) // there is no event
 	}
 }
 

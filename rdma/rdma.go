@@ -285,7 +285,7 @@ func (s WCStatus) String() string {
 // WCFlags say what came with a receive.
 type WCFlags uint8
 
-// WCWithInvalidate: the peer invalidated our key WC.InvalidatedKey.
+// WCWithInvalidate says that the peer invalidated our key WC.InvalidatedKey.
 const WCWithInvalidate WCFlags = 1
 
 // WC is a work completion. With Status != WCSuccess only ID, Status, QPNum and

@@ -41,6 +41,7 @@
 package sq
 
 import (
+	"errors"
 	"fmt"
 
 	"ublk-nvmeof/nvme"
@@ -130,8 +131,7 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	q.slab, q.addr, q.lkey = q.mr.Bytes(), q.mr.Addr(), q.mr.LKey()
 	// Every work request of a failed queue pair completes, signaled or not.
 	if q.cq, err = dev.CreateCQ(q.WorkRequests()+1, false, cfg.Vector); err != nil {
-		q.mr.Close()
-		return nil, fmt.Errorf("create completion queue of the sends: %w", err)
+		return nil, errors.Join(fmt.Errorf("create completion queue of the sends: %w", err), q.mr.Close())
 	}
 	return q, nil
 }

@@ -128,10 +128,10 @@ func (q *queue) property(i int) {
 		q.respond(i, 0, nvme.StatusInvalidField|dnr)
 		return
 	}
-	value := uint64(0)
 	c.mu.Lock()
 	cc, csts := c.cc, c.csts
 	c.mu.Unlock()
+	var value uint64
 	switch offset {
 	case nvme.PropCAP:
 		value = uint64(q.target.capabilities())

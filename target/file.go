@@ -1,6 +1,7 @@
 package target
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -66,13 +67,14 @@ func (f *File) zero(mode uint32, off, length int64) error {
 		return nil // which fallocate refuses
 	}
 	err := error(unix.EINTR)
-	for err == unix.EINTR {
+	for errors.Is(err, unix.EINTR) {
 		err = unix.Fallocate(int(f.file.Fd()), mode, off, length)
 	}
-	switch err {
-	case nil:
+	switch {
+	case err == nil:
 		return nil
-	case unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL: // EINVAL: blocks of the device are larger
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS),
+		errors.Is(err, unix.EINVAL): // blocks of the device are larger
 	default:
 		return os.NewSyscallError("fallocate", err)
 	}

@@ -213,7 +213,7 @@ func (q *queue) wake() {
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
 	if q.wakeFD >= 0 {
-		unix.Write(q.wakeFD, eventfdOne) // fails only if 2^64-2 wakes are not read
+		_, _ = unix.Write(q.wakeFD, eventfdOne) // fails only if 2^64-2 wakes are not read
 	}
 }
 
@@ -316,7 +316,7 @@ func (q *queue) wait() (int, error) {
 		}
 	}
 	if q.fds[1].Revents != 0 {
-		unix.Read(q.wakeFD, q.event[:]) // empty or not
+		_, _ = unix.Read(q.wakeFD, q.event[:]) // empty or not
 	}
 	if q.fds[2].Revents != 0 {
 		q.receiver.Receive()

@@ -243,12 +243,12 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 	for len(table) < int(cfg.NSID) {
 		table = append(table, nil)
 	}
-	if slot := &table[cfg.NSID-1]; (*slot != nil) != replace {
+	slot := &table[cfg.NSID-1]
+	if (*slot != nil) != replace {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("namespace: id %d exists: %t", cfg.NSID, !replace)
-	} else {
-		*slot = n
 	}
+	*slot = n
 	s.namespaces.Store(&table)
 	s.mu.Unlock()
 	s.notify(eventNamespace, cfg.NSID)

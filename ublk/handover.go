@@ -44,7 +44,7 @@ func (d *Device) HandOver(ctx context.Context) error {
 		if inflight == 0 {
 			return nil
 		}
-		time.Sleep(time.Millisecond)
+		time.Sleep(time.Millisecond) //nolint:forbidigo // the loops have no event for it
 	}
 	return nil
 }

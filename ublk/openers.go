@@ -27,7 +27,7 @@ func claim(id int) (fd int, err error) {
 // This is for who has to know it of several devices before stopping the first.
 // Openers that are about to go, as udev's do, are waited for, for half a second.
 func (d *Device) InUse() error {
-	for patience := time.Now().Add(busyPatience); ; time.Sleep(busyBackoff) {
+	for patience := time.Now().Add(busyPatience); ; time.Sleep(busyBackoff) { //nolint:forbidigo // the kernel has no event for it
 		fd, err := claim(d.info.ID)
 		switch {
 		case err == nil:

@@ -1149,7 +1149,7 @@ func TestRecoveryFlags(t *testing.T) {
 }
 
 // killable starts a server, whose device outlives it, in another process.
-func killable(t testing.TB, ctx context.Context) (info Info, kill func()) {
+func killable(ctx context.Context, t testing.TB) (info Info, kill func()) {
 	t.Helper()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^TestHelperServe$")
 	cmd.Env = append(os.Environ(), "UBLK_TEST_HELPER=recoverable")
@@ -1180,7 +1180,7 @@ func killable(t testing.TB, ctx context.Context) (info Info, kill func()) {
 func TestRecover(t *testing.T) {
 	requireUblk(t)
 	ctx := testContext(t)
-	info, kill := killable(t, ctx)
+	info, kill := killable(ctx, t)
 	// Half as large, which drivers that can pass on.
 	cfg := Config{Device: newNull(t, block.Geometry{Sectors: newRAM(t, block.Geometry{}).Geometry().Sectors / 2}), Loops: newLoops(t, info.Queues)}
 	if _, err := Recover(ctx, info, cfg); !errors.Is(err, ErrBusy) {
@@ -1247,7 +1247,7 @@ func TestChange(t *testing.T) {
 func TestAbandon(t *testing.T) {
 	requireUblk(t)
 	ctx := testContext(t)
-	info, kill := killable(t, ctx)
+	info, kill := killable(ctx, t)
 	if err := Abandon(ctx, info, true); !errors.Is(err, ErrBusy) {
 		t.Errorf("abandon a device with a server: %v", err)
 	}

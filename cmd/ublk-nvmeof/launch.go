@@ -95,12 +95,12 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	m, err := await(ctx, heard, cmd.Process, timeout)
 	switch {
 	case err != nil:
-		cmd.Wait()
+		_ = cmd.Wait() // err says more
 		return control.Status{}, err
 	case m.Status != nil:
 		return *m.Status, cmd.Process.Release()
 	case m.Error != nil:
-		cmd.Wait()
+		_ = cmd.Wait() // m.Error says more
 		return control.Status{}, m.Error
 	}
 	// It died. What it had to say about that is on standard error, or in its log.

@@ -36,7 +36,7 @@ const (
 	CQESkipSuccess uint8 = 1 << 6 // 5.17
 )
 
-// SQE.Len of OpPollAdd, IORING_POLL_*.
+// PollAddMulti is for SQE.Len of OpPollAdd (IORING_POLL_*).
 const PollAddMulti uint32 = 1 << 0 // 5.13
 
 // SQE.OpFlags of OpAsyncCancel, IORING_ASYNC_CANCEL_*.

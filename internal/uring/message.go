@@ -48,7 +48,7 @@ func (m *Message) Advance(n int) {
 		v := &m.iov[first]
 		k := min(n, int(v.Len))
 		n -= k
-		if uint64(k) == uint64(v.Len) {
+		if k == int(v.Len) {
 			first++
 			continue
 		}

@@ -159,7 +159,7 @@ func (p *port) receive() bool {
 	for {
 		more, err := p.turn()
 		if err != nil {
-			if err != rdma.ErrClosed {
+			if !errors.Is(err, rdma.ErrClosed) {
 				p.broken(err)
 			}
 			return false

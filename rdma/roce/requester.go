@@ -20,9 +20,9 @@ const (
 
 	askEvery = 32 // packets after which to ask for an acknowledgement anyway
 
-	// With seven retries a peer has 4.7 s for an answer, and 6.4 s if it has been slow.
+	// With seven retries a peer has 3.7 s for an answer, and 4.8 s if it has been slow.
 	minRetry = 100 * time.Millisecond
-	maxRetry = 800 * time.Millisecond
+	maxRetry = 600 * time.Millisecond
 	// retryTicks is how often the timer looks for progress in one retry
 	// interval, so that sending need not read the clock.
 	retryTicks = 2

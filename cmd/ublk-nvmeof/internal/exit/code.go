@@ -64,8 +64,8 @@ func Table() string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
 	for c := range nCodes {
-		fmt.Fprintf(w, "%d\t  %s\n", int(c), Code(c))
+		fmt.Fprintf(w, "%d\t  %s\n", c, Code(c))
 	}
-	w.Flush()
+	_ = w.Flush() // a strings.Builder takes all
 	return strings.TrimRight(b.String(), "\n")
 }

@@ -53,7 +53,7 @@ type rejected struct {
 }
 
 func (r *rejected) Error() string {
-	if r.why == errUnwanted {
+	if errors.Is(r.why, errUnwanted) {
 		return "want " + r.want
 	}
 	return fmt.Sprintf("%v; want %s", r.why, r.want)
@@ -70,7 +70,7 @@ func FlagError(err error) error {
 	var missing *pflag.ValueRequiredError
 	switch {
 	case errors.As(err, &invalid):
-		return fmt.Errorf("%s %q: %v", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
+		return fmt.Errorf("%s %q: %w", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
 	case errors.As(err, &missing):
 		return fmt.Errorf("%s: no value is given; want %s", flagName(missing.GetFlag()), wanted(missing.GetFlag()))
 	}

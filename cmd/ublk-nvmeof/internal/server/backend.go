@@ -66,8 +66,8 @@ type backend struct {
 	abandon   func(ctx context.Context, info ublk.Info, force bool) error
 }
 
-// real is the backend of a server.
-var real = backend{
+// actual is the backend of a server.
+var actual = backend{
 	load: func(m host.Module) error {
 		if m.Present() {
 			return nil
@@ -94,18 +94,18 @@ var real = backend{
 	},
 	start: func(ctx context.Context, cfg ublk.Config) (device, error) {
 		// A nil *ublk.Device is not a nil device.
-		if d, err := ublk.Start(ctx, cfg); err == nil {
-			return ublkDevice{d}, nil
-		} else {
+		d, err := ublk.Start(ctx, cfg)
+		if err != nil {
 			return nil, err
 		}
+		return ublkDevice{d}, nil
 	},
 	recover: func(ctx context.Context, info ublk.Info, cfg ublk.Config) (device, error) {
-		if d, err := ublk.Recover(ctx, info, cfg); err == nil {
-			return ublkDevice{d}, nil
-		} else {
+		d, err := ublk.Recover(ctx, info, cfg)
+		if err != nil {
 			return nil, err
 		}
+		return ublkDevice{d}, nil
 	},
 	get:     ublk.Get,
 	list:    ublk.List,
@@ -143,7 +143,7 @@ const (
 // still is the server's and nobody can use it any more, or as waiting says, and
 // its record. It returns false if a device is still there.
 func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log *slog.Logger) (bool, error) {
-	return dir.Clear(ctx, name, real.reap(log, waiting))
+	return dir.Clear(ctx, name, actual.reap(log, waiting))
 }
 
 // reap is for state.Dir.

@@ -32,7 +32,7 @@ type Finding struct {
 // for a server that is on record, and those that somebody has open, it leaves
 // alone. The order is devices, then records.
 func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error) {
-	found, err := real.collect(ctx, dir)
+	found, err := actual.collect(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -42,7 +42,7 @@ func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error)
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		again, err := real.collect(ctx, dir)
+		again, err := actual.collect(ctx, dir)
 		if err != nil {
 			return nil, err
 		}
@@ -53,7 +53,7 @@ func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error)
 	}
 	for i := range found {
 		if f := &found[i]; f.Remove {
-			f.Err = real.discard(ctx, dir, f)
+			f.Err = actual.discard(ctx, dir, f)
 		}
 	}
 	return found, nil

@@ -66,7 +66,7 @@ func (s *server) driver(m host.Module, available func() error, none error) error
 	}
 	err := available()
 	if errors.Is(err, none) && loading != nil {
-		return fmt.Errorf("%w; %v", err, loading)
+		return fmt.Errorf("%w; %w", err, loading)
 	}
 	return err
 }

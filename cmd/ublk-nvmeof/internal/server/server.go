@@ -49,7 +49,7 @@ type Config struct {
 // Run serves until ctx is done (which is an orderly end, and no error), a
 // control request ends it, or nothing is left to serve. Errors have an
 // exit.Code; whatever was made until then has been undone.
-func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, real) }
+func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 
 // server is a running server. The goroutine of run builds it and takes it
 // apart, or a control request does the latter; turn keeps them apart.
