@@ -677,7 +677,7 @@ func TestAbort(t *testing.T) {
 		t.Error(err)
 	}
 	<-c.Done()
-	if c.Err() != reason {
+	if !errors.Is(c.Err(), reason) {
 		t.Errorf("reason %v", c.Err())
 	}
 	f.close()

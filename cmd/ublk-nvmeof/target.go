@@ -135,9 +135,9 @@ func startTarget(cmd *cobra.Command, dir string) error {
 	if n > 0 && err == nil {
 		return c.Process.Release()
 	}
-	if werr := c.Wait(); c.ProcessState.ExitCode() > 0 {
-		return exit.Errorf(exit.Code(c.ProcessState.ExitCode()), "it did not start")
-	} else {
-		return fmt.Errorf("start target: %w", errors.Join(err, werr))
+	err = errors.Join(err, c.Wait())
+	if code := c.ProcessState.ExitCode(); code > 0 {
+		return exit.Errorf(exit.Code(code), "it did not start")
 	}
+	return fmt.Errorf("start target: %w", err)
 }
