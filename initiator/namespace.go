@@ -173,7 +173,7 @@ func (c *Controller) update(ns *Namespace, now block.Geometry) {
 
 // changed tells whoever wants to know.
 func (c *Controller) changed(ns *Namespace, what Change, detail string) {
-	c.cfg.Log.Warn("namespace changed", "change", what.String(), "nsid", ns.id, "detail", detail)
+	c.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
 	if c.cfg.Changed != nil {
 		c.cfg.Changed(ns, what)
 	}
