@@ -677,7 +677,7 @@ func TestAbort(t *testing.T) {
 		t.Error(err)
 	}
 	<-c.Done()
-	if !errors.Is(c.Err(), reason) {
+	if c.Err() != reason { //nolint:errorlint // it and nothing around it
 		t.Errorf("reason %v", c.Err())
 	}
 	f.close()

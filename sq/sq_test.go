@@ -177,8 +177,7 @@ func TestDataIsHeldUntilSent(t *testing.T) {
 	}
 }
 
-// TestProbe: one probe at a time, beside as many SENDs as there may be, and its
-// completion is none of theirs.
+// TestProbe: one probe at a time, and its completion is not that of a SEND.
 func TestProbe(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()

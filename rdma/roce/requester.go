@@ -561,7 +561,7 @@ func (q *pair) tick() {
 		q.idleTicks = 0
 		q.gapOpen = false
 		q.lost()
-		q.ask = true
+		q.ask = true // otherwise the next round would have to begin with a question
 	}
 	q.transmit()
 }
