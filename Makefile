@@ -69,18 +69,21 @@ test-unit: setup
 # hangs itself.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
-	rm -rf build/test
+	rm -rf build/test build/log && mkdir -p build/log
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
 	go -C e2e test -c -o ../build/test/e2e.test .
 	# Linux 6.1 has no ublk.
 	export UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)'; pids=; \
 	vm() { \
-		build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
-			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" > >(sed -u "s/^/$$1: /") 2>&1 & \
+		{ build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
+			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" 2>&1 | \
+			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; } & \
 		pids+=" $$!"; \
 	}; \
 	vm 6.1 '^TestScenarios$$/^nbd$$'; for k in $(KERNELS); do vm $$k '$(RUN)'; done; \
-	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; exit $$failed
+	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
+		echo "failed; all of it is in build/log:"; \
+		grep -hE 'FAIL|panic:|DATA RACE|left behind:|: kernel: ' build/log/*.txt | cut -c -160 | tail -n 20; exit 1; }
 
 soak: build
 	for k in $(KERNELS); do \

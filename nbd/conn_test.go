@@ -514,3 +514,33 @@ func TestAddRemove(t *testing.T) {
 		t.Errorf("again: %v", err)
 	}
 }
+
+// TestRemoveWhileConnecting removes an export when a client of another is about to be
+// served by the same loop.
+func TestRemoveWhileConnecting(t *testing.T) {
+	loops := newLoops(t, 1)
+	s, path := newServer(t, Config{Loops: loops, Exports: []Export{
+		{Name: "a", Device: newRAM(t, block.Geometry{})}, {Name: "b", Device: newRAM(t, block.Geometry{})},
+	}})
+	busy, goOn := make(chan struct{}), make(chan struct{})
+	go func() {
+		_ = loops[0].Call(func() {
+			close(busy)
+			<-goOn
+		})
+	}()
+	<-busy
+	b := connect(t, path, "b", false)
+	await(t, "the client's turn", func() bool { return s.Users("b") == 1 })
+	removed := make(chan error)
+	go func() { removed <- s.Remove(testContext(t), "a", false) }()
+	time.Sleep(20 * time.Millisecond) // for both to wait for the loop: there is no event
+	close(goOn)
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	b.ask(request{kind: cmdFlush, cookie: 1}, nil)
+	if e := b.simple(1); e != 0 {
+		t.Errorf("flush: %d", e)
+	}
+}

@@ -35,15 +35,18 @@ type Server struct {
 	loops   []*loop
 	stopped chan struct{} // closed when no client is taken any more
 
-	mu        sync.Mutex // guards what follows
-	over      bool       // stopped is closed
-	exports   []*export  // the first is the default
+	changing sync.Mutex // one at a time opens and closes queues; before mu
+	closed   bool       // the back ends' memory is given back; guarded by changing
+
+	// mu guards what follows. Loops take it, so who holds it must not wait for a loop.
+	mu        sync.Mutex
+	over      bool      // stopped is closed
+	exports   []*export // the first is the default
 	listeners []net.Listener
 	clients   map[net.Conn]bool // true: the negotiation is over
 	conns     map[*conn]*loop   // in transmission
 	total     int               // clients in all
 	ending    sync.WaitGroup    // of those
-	closed    bool              // the back end's memory is given back
 }
 
 // loop is a poller.Loop with what the server does there.
@@ -99,12 +102,16 @@ func (s *Server) Add(x Export) error {
 	}
 	g := x.Device.Geometry()
 	e := &export{Export: x, limits: s.cfg.limitsOf(g)}
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	over := s.over
+	there := slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name })
+	s.mu.Unlock()
 	switch {
-	case s.over:
+	case over:
 		return ErrStopped
-	case slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name }):
+	case there:
 		return fmt.Errorf("export %q: there is one already", x.Name)
 	}
 	for i := range s.loops {
@@ -119,7 +126,9 @@ func (s *Server) Add(x Export) error {
 			return errors.Join(fmt.Errorf("export %q: %w", x.Name, err), s.closeQueues(e))
 		}
 	}
+	s.mu.Lock()
 	s.exports = append(s.exports, e)
+	s.mu.Unlock()
 	return nil
 }
 
@@ -159,13 +168,17 @@ func (s *Server) Remove(ctx context.Context, name string, force bool) error {
 	if err := s.await(ctx, &e.ending, e); err != nil {
 		return fmt.Errorf("remove export %q: %w", name, err)
 	}
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	i = slices.Index(s.exports, e)
-	if i < 0 {
+	if i >= 0 {
+		s.exports = slices.Delete(s.exports, i, i+1)
+	}
+	s.mu.Unlock()
+	if i < 0 || s.closed {
 		return nil // somebody was faster
 	}
-	s.exports = slices.Delete(s.exports, i, i+1)
 	return s.closeQueues(e)
 }
 
@@ -549,14 +562,17 @@ func (s *Server) onConns(e *export, fn func(*conn)) {
 
 // close gives the back ends' memory back. No connection is left.
 func (s *Server) close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	if s.closed {
 		return nil
 	}
 	s.closed = true
+	s.mu.Lock()
+	exports := slices.Clone(s.exports)
+	s.mu.Unlock()
 	var errs []error
-	for _, e := range s.exports {
+	for _, e := range exports {
 		errs = append(errs, s.closeQueues(e))
 	}
 	for _, l := range s.loops {
