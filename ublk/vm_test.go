@@ -1186,7 +1186,7 @@ func TestRecover(t *testing.T) {
 	if _, err := Recover(ctx, info, cfg); !errors.Is(err, ErrBusy) {
 		t.Errorf("recover from a server that lives: %v", err)
 	}
-	reads := exec.CommandContext(ctx, "dd", "if="+info.Path(), "of=/dev/null", "bs=64k", "count=8", "iflag=direct", "status=none")
+	reads := exec.CommandContext(ctx, "dd", "if="+info.Path(), "of=/dev/null", "bs=64k", "count=256", "iflag=direct", "status=none")
 	if err := reads.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -1242,6 +1242,17 @@ func TestChange(t *testing.T) {
 	}
 }
 
+// waitsForDisk says whether a thread of this process is in an uninterruptible sleep.
+func waitsForDisk(ctx context.Context, t testing.TB, tid int) bool {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/stat", tid))
+	if err = errors.Join(err, ctx.Err()); err != nil {
+		t.Fatal(err)
+	}
+	// tid (name) state …
+	return strings.HasPrefix(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " D")
+}
+
 // TestAbandon: a device that waits for a server can be given up, but not under
 // its users' feet unless they are to get errors.
 func TestAbandon(t *testing.T) {
@@ -1264,11 +1275,17 @@ func TestAbandon(t *testing.T) {
 	if err := Abandon(ctx, info, false); !errors.Is(err, ErrBusy) {
 		t.Errorf("abandon a device in use: %v", err)
 	}
-	read := make(chan error)
+	read, tid := make(chan error, 1), make(chan int, 1)
+	buf := directBuffer(t, 4096)
 	go func() {
-		_, err := unix.Pread(fd, directBuffer(t, 4096), 0)
+		runtime.LockOSThread()
+		tid <- unix.Gettid()
+		_, err := unix.Pread(fd, buf, 0)
 		read <- err
 	}()
+	for id := <-tid; !waitsForDisk(ctx, t, id); {
+		runtime.Gosched()
+	}
 	if err := Abandon(ctx, info, true); err != nil {
 		t.Fatal(err)
 	}

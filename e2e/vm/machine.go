@@ -158,9 +158,15 @@ func (m *machine) arguments(initrd string) []string {
 	// norandmaps: code that is emulated is translated once, and not once for each
 	// address where a process has it.
 	params := "console=ttyS0 tsc=reliable mitigations=off norandmaps quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
+	cpu := "max"
+	if m.accel != "kvm" {
+		// QEMU before 8.0 makes up the flags after CMPXCHG16B, but for ZF. When an
+		// interrupt comes just then, the kernel goes on with them, and single-steps, say.
+		cpu += ",cx16=off"
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35", "-cpu", "max",
+		"-machine", "q35", "-cpu", cpu,
 		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
 		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
 		"-chardev", "socket,id=console,fd=3", "-serial", "chardev:console",
