@@ -32,6 +32,7 @@
 #	                      10.0.4.2 and fd00:4::2 here; called again, it changes the MTU
 #	bad [NETEM …]         what tc-netem is to do, in both directions, to packets between
 #	                      here and "outside"; nothing more, without arguments
+#	initiator [P=V]…      load the kernel's initiator anew, with these parameters of its module
 #	target-down [NQN]     remove the subsystem, its port and its namespaces
 #	clean                 kernel initiators disconnected, targets and the cable removed
 #
@@ -392,6 +393,10 @@ lab_target_down() {
 	rmdir "$subsys"
 }
 
+lab_initiator() {
+	modprobe -r nvme-rdma && modprobe nvme-rdma "$@"
+}
+
 lab_clean() {
 	local subsys status=0
 	if [ -e /dev/nvme-fabrics ]; then
@@ -417,7 +422,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	verb=${1:-}
 	case $verb in
 	rxe | target | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | \
-		far | outside | bad | target-down | clean)
+		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
 		;;
