@@ -74,19 +74,14 @@ func refuses(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// longest DURATION FILE [MORE]: no I/O of a fio run failed or took longer, by its JSON
-// output. The file MORE has a duration to add.
+// longest DURATION FILE: no I/O of a fio run failed or took longer, by its JSON
+// output.
 func longest(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 || len(args) > 3 {
-		ts.Fatalf("usage: longest duration file [more]")
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: longest duration file")
 	}
 	limit, err := time.ParseDuration(args[0])
 	ts.Check(err)
-	if len(args) == 3 {
-		more, err := time.ParseDuration(strings.TrimSpace(ts.ReadFile(args[2])))
-		ts.Check(err)
-		limit += more
-	}
 	type direction struct {
 		Latency struct {
 			Max int64 `json:"max"`
