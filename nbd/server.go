@@ -41,7 +41,7 @@ type Server struct {
 	// mu guards what follows. Loops take it, so who holds it must not wait for a loop.
 	mu        sync.Mutex
 	over      bool      // stopped is closed
-	exports   []*export // the first is the default
+	exports   []*export // the first is the default; changed with both locks held
 	listeners []net.Listener
 	clients   map[net.Conn]bool // true: the negotiation is over
 	conns     map[*conn]*loop   // in transmission
@@ -104,14 +104,10 @@ func (s *Server) Add(x Export) error {
 	e := &export{Export: x, limits: s.cfg.limitsOf(g)}
 	s.changing.Lock()
 	defer s.changing.Unlock()
-	s.mu.Lock()
-	over := s.over
-	there := slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name })
-	s.mu.Unlock()
 	switch {
-	case over:
+	case s.isOver():
 		return ErrStopped
-	case there:
+	case slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name }):
 		return fmt.Errorf("export %q: there is one already", x.Name)
 	}
 	for i := range s.loops {
@@ -568,11 +564,8 @@ func (s *Server) close() error {
 		return nil
 	}
 	s.closed = true
-	s.mu.Lock()
-	exports := slices.Clone(s.exports)
-	s.mu.Unlock()
 	var errs []error
-	for _, e := range exports {
+	for _, e := range s.exports {
 		errs = append(errs, s.closeQueues(e))
 	}
 	for _, l := range s.loops {
