@@ -160,7 +160,7 @@ func (m *machine) arguments(initrd string) []string {
 	params := "console=ttyS0 tsc=reliable mitigations=off norandmaps quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
 	cpu := "max"
 	if m.accel != "kvm" {
-		// QEMU before 8.0 makes up the flags after CMPXCHG16B, but for ZF. When an
+		// QEMU 7.2 makes up the flags after CMPXCHG16B, but for ZF. When an
 		// interrupt comes just then, the kernel goes on with them, and single-steps, say.
 		cpu += ",cx16=off"
 	}
