@@ -31,11 +31,11 @@ func leavesNothing(t *testing.T) {
 		for end := time.Now().Add(settleTime); len(left) > 0 && time.Now().Before(end); left = remaining(t, before) {
 			time.Sleep(50 * time.Millisecond)
 		}
-		messages, complaints := log.read(t, warnings[filepath.Base(t.Name())])
+		messages := log.read(t)
 		for _, what := range left {
 			t.Errorf("left behind: %s", what)
 		}
-		for _, line := range complaints {
+		for _, line := range complaints(messages, removalWarning, warnings[filepath.Base(t.Name())]) {
 			t.Errorf("kernel: %s", line)
 		}
 		if t.Failed() {
@@ -150,7 +150,10 @@ func clearAway(t *testing.T, before []string) {
 
 // complaint matches the kernel's messages that no test may cause.
 var complaint = regexp.MustCompile(`\b(BUG|WARNING|Oops|KASAN|UBSAN)\b|Call Trace:|cut here|general protection|` +
-	`unable to handle|blocked for more than|lockup|detected stall|refcount_t:|list_(add|del) corruption`)
+	`unable to handle|blocked for more than|lockup|detected stall|refcount_t:|list_(add|del) corruption|` + messagesLost)
+
+// messagesLost stands where the kernel overwrote messages before they were read.
+const messagesLost = "messages lost"
 
 // warnings are what a scenario has the kernel warn of, by its name (docs/kernel-bugs.md).
 var warnings = map[string]*regexp.Regexp{
@@ -176,41 +179,86 @@ func openKernelLog(t *testing.T) kernelLog {
 	return kernelLog(fd)
 }
 
-// read returns all messages, and those among them that are complaints, but for warnings
-// that are expected, and closes the log.
-func (k kernelLog) read(t *testing.T, expected *regexp.Regexp) (messages, complaints []string) {
+// read returns all messages, and closes the log.
+func (k kernelLog) read(t *testing.T) []string {
 	t.Helper()
 	defer unix.Close(int(k))
+	var messages []string
 	buf := make([]byte, 8192) // one record at a time, at most 8 KiB
-	warning, at := -1, 0      // where in complaints and messages the one begins that goes on
 	for {
 		n, err := unix.Read(int(k), buf)
 		switch {
 		case errors.Is(err, unix.EAGAIN):
-			return messages, complaints
-		case errors.Is(err, unix.EPIPE): // records were overwritten; the rest follows
-			complaints = append(complaints, "messages lost")
+			return messages
+		case errors.Is(err, unix.EPIPE): // the rest follows
+			messages = append(messages, messagesLost)
 			continue
 		case err != nil:
 			t.Errorf("read /dev/kmsg: %v", err)
-			return messages, complaints
+			return messages
 		}
 		// level,sequence,time,flags;text, then lines that begin with a blank
 		record, _, _ := strings.Cut(string(buf[:n]), "\n")
 		_, line, _ := strings.Cut(record, ";")
 		messages = append(messages, line)
-		if complaint.MatchString(line) {
-			complaints = append(complaints, line)
+	}
+}
+
+// complaints are the messages that no test may cause. A warning of the kernel, from "cut
+// here" to "end trace", is left out if one of expected, which may be nil, matches it.
+func complaints(messages []string, expected ...*regexp.Regexp) []string {
+	var found []string
+	begin, at := -1, 0 // where in messages and in found the warning begins that goes on
+	for i, line := range messages {
+		if strings.Contains(line, "cut here") {
+			begin, at = i, len(found)
 		}
-		switch {
-		case strings.Contains(line, "cut here"):
-			warning, at = len(complaints)-1, len(messages)-1
-		case warning >= 0 && strings.Contains(line, "end trace"):
-			text := strings.Join(messages[at:], "\n")
-			if removalWarning.MatchString(text) || expected != nil && expected.MatchString(text) {
-				complaints = complaints[:warning]
-			}
-			warning = -1
+		if complaint.MatchString(line) {
+			found = append(found, line)
+		}
+		if begin < 0 || !strings.Contains(line, "end trace") {
+			continue
+		}
+		text := strings.Join(messages[begin:i], "\n")
+		if slices.ContainsFunc(expected, func(e *regexp.Regexp) bool { return e != nil && e.MatchString(text) }) {
+			found = found[:at]
+		}
+		begin = -1
+	}
+	return found
+}
+
+func TestComplaints(t *testing.T) {
+	const (
+		cut       = "------------[ cut here ]------------"
+		removal   = "WARNING: drivers/infiniband/sw/rxe/rxe_verbs.c:1021 at rxe_post_recv+0x103/0x1b0 [rdma_rxe], CPU#1: kworker/u17:0/127"
+		removal12 = "WARNING: CPU: 1 PID: 127 at drivers/infiniband/sw/rxe/rxe_verbs.c:1019 rxe_post_recv+0x103/0x1b0 [rdma_rxe]"
+		completer = "WARNING: CPU: 3 PID: 80 at drivers/infiniband/sw/rxe/rxe_comp.c:827 rxe_completer+0x12/0x34 [rdma_rxe]"
+		call      = "Call Trace:"
+		mad       = " ib_mad_recv_done+0x385/0xd50 [ib_core]"
+		nvmet     = " nvmet_rdma_recv_done+0x1/0x2 [nvmet_rdma]"
+		end       = "---[ end trace 0000000000000000 ]---"
+	)
+	for _, c := range []struct {
+		name     string
+		messages []string
+		expected *regexp.Regexp
+		want     []string
+	}{
+		{"none", []string{"infiniband rxe0: set active"}, nil, nil},
+		{"line", []string{"BUG: kernel NULL pointer dereference"}, nil, []string{"BUG: kernel NULL pointer dereference"}},
+		{"lost", []string{messagesLost}, nil, []string{messagesLost}},
+		{"removal", []string{"one", cut, removal, call, mad, end, "two"}, nil, nil},
+		{"removal, 6.12", []string{cut, removal12, call, mad, end}, nil, nil},
+		{"of another queue pair", []string{cut, removal, call, nvmet, end}, nil, []string{cut, removal, call}},
+		{"of another place", []string{cut, completer, call, mad, end}, nil, []string{cut, completer, call}},
+		{"of a scenario", []string{cut, completer, call, end}, warnings["roce-reorder"], nil},
+		{"without an end", []string{cut, removal, call, mad}, nil, []string{cut, removal, call}},
+		{"and others", []string{"UBSAN: before", cut, removal, call, mad, end, cut, completer, call, end, mad},
+			nil, []string{"UBSAN: before", cut, completer, call}},
+	} {
+		if got := complaints(c.messages, removalWarning, c.expected); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
 	}
 }
