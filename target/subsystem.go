@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -74,14 +73,12 @@ type Subsystem struct {
 	ana [MaxANAGroups]atomic.Uint32
 
 	mu          sync.Mutex // guards what follows, and changes of what is above
-	controllers map[uint16]*controller
-	lastID      uint16
-	anaChanges  uint64
-	anaCounts   [MaxANAGroups]uint64
+	anaChanges uint64
+	anaCounts  [MaxANAGroups]uint64
 }
 
 func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
-	s := &Subsystem{target: t, cfg: cfg, controllers: map[uint16]*controller{}}
+	s := &Subsystem{target: t, cfg: cfg}
 	s.maxQueues.Store(int32(cfg.MaxQueues))
 	s.namespaces.Store(&[]*Namespace{})
 	for i := range s.ana {
@@ -106,7 +103,7 @@ func (s *Subsystem) SetMaxQueues(n int) error {
 
 // DropControllers ends all connections to the subsystem.
 func (s *Subsystem) DropControllers() {
-	for _, c := range s.list() {
+	for _, c := range s.target.controllers.of(s) {
 		c.fail("controllers are dropped")
 	}
 }
@@ -115,43 +112,9 @@ func (s *Subsystem) allows(host string) bool {
 	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
 }
 
-// list lists the controllers.
-func (s *Subsystem) list() []*controller {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Collect(maps.Values(s.controllers))
-}
-
-// attach gives a new controller its id; false when none is left.
-func (s *Subsystem) attach(c *controller) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for range nvme.CNTLIDMax {
-		s.lastID = s.lastID%nvme.CNTLIDMax + 1
-		if s.controllers[s.lastID] == nil {
-			c.id = s.lastID
-			s.controllers[c.id] = c
-			return true
-		}
-	}
-	return false
-}
-
-func (s *Subsystem) detach(c *controller) {
-	s.mu.Lock()
-	delete(s.controllers, c.id)
-	s.mu.Unlock()
-}
-
-func (s *Subsystem) controller(id uint16) *controller {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.controllers[id]
-}
-
 // notify tells every controller of an event.
 func (s *Subsystem) notify(e event, nsid uint32) {
-	for _, c := range s.list() {
+	for _, c := range s.target.controllers.of(s) {
 		c.notify(e, nsid)
 	}
 }
@@ -289,6 +252,17 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 		}
 	}
 	return ids
+}
+
+// flush makes all that was written to the namespaces durable.
+func (s *Subsystem) flush() error {
+	var errs []error
+	for _, n := range *s.namespaces.Load() {
+		if n != nil {
+			errs = append(errs, n.cfg.Store.Flush())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Revalidate takes notice of the store's size, and tells the hosts if it

@@ -95,6 +95,8 @@ type Target struct {
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 
+	controllers registry
+
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
@@ -112,7 +114,10 @@ func New(cfg Config) (*Target, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	t := &Target{cfg: cfg, subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals()}
+	t := &Target{
+		cfg: cfg, controllers: newRegistry(),
+		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(),
+	}
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
@@ -160,7 +165,9 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	return s, nil
 }
 
-// RemoveSubsystem removes a subsystem and ends the connections to it.
+// RemoveSubsystem removes a subsystem and ends the connections to it. Commands
+// that are executing go on; the ids of their controllers stay known, also to
+// another subsystem of this name, until they have ended.
 func (t *Target) RemoveSubsystem(nqn string) error {
 	t.mu.Lock()
 	s := t.subsystems[nqn]
