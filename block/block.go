@@ -16,12 +16,19 @@
 // methods may be called from any goroutine.
 package block
 
-import "errors"
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
 
 // SectorShift is log2 of the unit that Request.Sector and Request.Sectors
 // count in: 512 bytes, whatever the logical block size, as in the Linux block
 // layer.
-const SectorShift = 9
+const (
+	SectorShift = 9
+	SectorSize  = 1 << SectorShift
+)
 
 // Op is the kind of a request. The zero value is no operation and is refused.
 type Op uint8
@@ -64,6 +71,32 @@ type Request struct {
 	Flags   Flags
 }
 
+// Check finds what must not be carried out on a device of the given capacity in
+// sectors and logical block size in bytes, with buffers of maxIO bytes: 0, or the errno
+// for it. A back end calls it once for each request, and need not look at the fields
+// again. It does not look at the tag.
+func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Errno {
+	switch r.Op {
+	case OpFlush:
+		return 0
+	case OpRead, OpWrite:
+		if uint64(r.Sectors)<<SectorShift > uint64(maxIO) {
+			return unix.EINVAL
+		}
+	case OpDiscard, OpWriteZeroes:
+	default:
+		return unix.EOPNOTSUPP
+	}
+	perBlock := uint64(logicalBlock >> SectorShift)
+	switch {
+	case r.Sectors == 0, r.Flags&^(FUA|NoUnmap) != 0, (r.Sector|uint64(r.Sectors))&(perBlock-1) != 0:
+		return unix.EINVAL
+	case r.Sector > capacity, uint64(r.Sectors) > capacity-r.Sector:
+		return unix.EIO // as the Linux block layer says beyond the end
+	}
+	return 0
+}
+
 // Result ends a request. There are no short transfers: a request is done in
 // its whole length, or not.
 type Result struct {
@@ -78,7 +111,9 @@ type Queue interface {
 	Buffer(tag uint16) []byte
 	// Submit takes the requests, in order. It does not block, and it cannot
 	// refuse: a request that cannot be carried out comes back from Reap with
-	// an errno. The slice itself is the caller's again when Submit returns.
+	// an errno: EINVAL for one whose fields contradict each other or whose tag is
+	// out of range or in flight. The slice itself is the caller's again when Submit
+	// returns. The buffer of a request that is no read or write may be overwritten.
 	Submit(reqs []Request)
 	// Reap fills done with results, at most len(done), and says how many.
 	// Results come in any order.
@@ -91,6 +126,11 @@ type Queue interface {
 type QueueConfig struct {
 	Depth int // number of tags, 1..4096
 	MaxIO int // bytes per tag, a multiple of the page size
+
+	// WriteThrough says that the front end promises its users a device without a
+	// volatile cache, so that no Flush will come. Whatever cache the back end has, or
+	// comes to have, a write is on stable media when it ends.
+	WriteThrough bool
 }
 
 // Device is a block device that a back end offers.

@@ -278,6 +278,10 @@ func (q *Queue) release(slot uint16) {
 	q.free[len(q.free)-1] = slot
 }
 
+// Starved says that a command could be outstanding, but every free slot waits for
+// the completion of its SEND.
+func (q *Queue) Starved() bool { return len(q.free) == 0 && q.outstanding < q.depth-1 }
+
 // Scarce says that Reap is worth a call: the free slots run low, or somebody waits
 // for what it tells.
 func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval || q.probing }

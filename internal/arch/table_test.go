@@ -28,14 +28,14 @@ type row struct {
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
-	"block": {},
+	"block": {may: []string{sys}},
 	"rdma":  {},
 
 	// The data path.
 	"sq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"cq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
 	"poller":              {may: []string{"internal/uring", sys}},
-	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
 
 	// RDMA providers, and the suite that all of them pass.
