@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -62,11 +63,17 @@ type Config struct {
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
-	// Associated hears the controller id of each association before anything is
-	// sent over it. Then the target has ended the ones before, and only a process
-	// that takes over from this one has to care for it (Controller.Outlive). It
-	// must not call back. nil: nobody.
-	Associated func(cntlid uint16)
+	// MaxMemory bounds the bytes of I/O buffers of all queues of all namespaces
+	// (0: half of what the machine has available when the controller connects). A
+	// queue beyond it is not opened.
+	MaxMemory int64
+
+	// Associated is told the controller id of each association before anything is
+	// sent over it. Then the target has ended the controllers before, and only a
+	// process that takes over from this one has to care for it (Controller.Outlive).
+	// After an error nothing is sent: the first association fails to connect, a
+	// later one is tried again. It must not call back. May be nil.
+	Associated func(cntlid uint16) error
 
 	// Changed hears what happens to namespaces once Connect has returned. It must
 	// neither block nor call back. nil: nobody.
@@ -91,6 +98,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: keep alive timeout %v is negative", c.KeepAlive)
 	case c.ReconnectDelay < 0:
 		return fmt.Errorf("config: reconnect delay %v is negative", c.ReconnectDelay)
+	case c.MaxMemory < 0:
+		return fmt.Errorf("config: memory of %d bytes is negative", c.MaxMemory)
 	case c.FastIOFail < 0:
 		return fmt.Errorf("config: fast I/O fail timeout %v is negative", c.FastIOFail)
 	}
@@ -108,6 +117,13 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.IOTimeout, defaultIOTimeout)
 	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
 	setDefault(&c.CtrlLoss, defaultCtrlLoss)
+	if c.MaxMemory == 0 {
+		available, err := hostmem.Available()
+		if err != nil {
+			return fmt.Errorf("config: memory: %w", err)
+		}
+		c.MaxMemory = available / 2
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
