@@ -62,11 +62,13 @@ type Config struct {
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
-	// Associated hears the controller id of each association before anything is
-	// sent over it. Then the target has ended the ones before, and only a process
-	// that takes over from this one has to care for it (Controller.Outlive). It
-	// must not call back. nil: nobody.
-	Associated func(cntlid uint16)
+	// Associated hears the controller id of each association before any I/O is sent
+	// over it. At that time the target has ended the controllers before it, and only
+	// a process that takes over from this one has to wait for the end of this
+	// controller (Controller.Outlive). An error ends the association unused: Connect
+	// fails with it, a later attempt counts as failed and is repeated. Associated
+	// must not call back. nil: the id is not needed.
+	Associated func(cntlid uint16) error
 
 	// Changed hears what happens to namespaces once Connect has returned. It must
 	// neither block nor call back. nil: nobody.

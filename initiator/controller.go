@@ -91,7 +91,9 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 			return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
 		}
 	}
-	c.announce(a)
+	if err := c.announce(a); err != nil {
+		return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
+	}
 	if err := c.attach(a); err != nil {
 		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.mem.close())
 	}
@@ -264,19 +266,26 @@ func (c *Controller) again(ctx context.Context, old uint16, until time.Time) (*a
 	if err := c.fence(ctx, a, old, until); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
-	c.announce(a)
+	if err := c.announce(a); err != nil {
+		return nil, errors.Join(err, a.close())
+	}
 	if err := c.attach(a); err != nil {
 		return nil, errors.Join(err, c.release(a))
 	}
 	return a, nil
 }
 
-// announce tells whoever keeps a record of it that commands are about to be sent
-// over an association.
-func (c *Controller) announce(a *association) {
-	if c.cfg.Associated != nil {
-		c.cfg.Associated(a.cntlid)
+// announce says that commands are about to be sent over an association. On an
+// error nothing may be sent: whoever takes over from this process would not know
+// of the controller.
+func (c *Controller) announce(a *association) error {
+	if c.cfg.Associated == nil {
+		return nil
 	}
+	if err := c.cfg.Associated(a.cntlid); err != nil {
+		return &StepError{"note the controller id", err}
+	}
+	return nil
 }
 
 func (c *Controller) lose(reason error, when time.Time) {
