@@ -170,7 +170,9 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 	if w.connectErr != nil {
 		return nil, nil, w.connectErr
 	}
-	cfg.Associated(5)
+	if err := cfg.Associated(5); err != nil {
+		return nil, nil, err
+	}
 	w.ctrl = &fakeController{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
 	var found []namespace
 	for _, id := range w.nsids {

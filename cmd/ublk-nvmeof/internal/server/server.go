@@ -220,12 +220,9 @@ func (s *server) record(change func(*state.State)) error {
 }
 
 // associated notes a controller that is about to get commands, for whoever takes
-// over from this server.
-func (s *server) associated(cntlid uint16) {
-	err := s.record(func(r *state.State) { r.Controllers = append(slices.Clone(s.before), cntlid) })
-	if err != nil {
-		s.log.Error("controller is not on record", "error", err)
-	}
+// over from this server. A controller that is not on record is not used.
+func (s *server) associated(cntlid uint16) error {
+	return s.record(func(r *state.State) { r.Controllers = append(slices.Clone(s.before), cntlid) })
 }
 
 // outlive waits for the end of what dead servers have at the target.
