@@ -30,6 +30,7 @@ type fakeTarget struct {
 
 	// Knobs, set before the host connects or atomically.
 	grant        atomic.Int32 // I/O queues
+	killers      atomic.Int32 // commands with which a connection ended
 	inCapsule    int
 	maxEntries   int
 	lbads        uint8
@@ -424,7 +425,7 @@ func (c *fakeConn) fabrics(cmd *nvme.Command, inline []byte) (uint64, nvme.Statu
 		if c.qid == 0 {
 			c.f.lastID++
 			c.cntlid = c.f.lastID
-		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] == 0 {
+		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] <= 0 {
 			return uint64(nvme.NewConnectInvalidParam(16, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
 		} else {
 			c.cntlid = data.CNTLID()
