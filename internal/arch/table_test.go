@@ -68,18 +68,19 @@ var table = map[string]row{
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/server",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
 	}},
-	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit"}},
+	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", "target", humanize, pflag}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/state",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
+		"cmd/ublk-nvmeof/internal/state",
 	}, testing: []string{"block/null"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
@@ -87,7 +88,8 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state": {may: []string{"cmd/ublk-nvmeof/internal/options", sys}},
+	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
 }
