@@ -16,6 +16,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
@@ -56,11 +57,14 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%s: %w", cmd.Name(), options.FlagError(err))
 	})
-	dir := string(state.DefaultDir)
-	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "where servers keep their state")
+	dir := rundir.Default()
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
 	root.PersistentFlags().Lookup("run-dir").Hidden = true
 	runDir := func() (state.Dir, error) {
 		d, err := filepath.Abs(dir) // a server has its own working directory
+		if err == nil {
+			err = checkRunDir(d)
+		}
 		return state.Dir(d), err
 	}
 	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newRecover(runDir), newUpgrade(runDir), newGC(runDir), newList(runDir), newTarget(runDir), newVersion())
@@ -69,6 +73,24 @@ func newRoot() *cobra.Command {
 
 // dirFunc gives the run directory once flags are parsed.
 type dirFunc func() (state.Dir, error)
+
+// maxRunDir is the longest run directory, in bytes, that leaves room for the
+// sockets in it.
+const maxRunDir = rundir.MaxSocketPath - len("/target9999/control.sock")
+
+// checkRunDir refuses a run directory that somebody else could have prepared, or
+// whose sockets nobody could connect to. It need not exist.
+func checkRunDir(dir string) error {
+	if len(dir) > maxRunDir {
+		return fmt.Errorf("run directory %q: it has %d bytes; want at most %d, because the path of a socket in it has at most %d",
+			dir, len(dir), maxRunDir, rundir.MaxSocketPath)
+	}
+	var unsafe *rundir.UnsafeError
+	if errors.As(rundir.Check(dir), &unsafe) {
+		return fmt.Errorf("run directory %w; remove it, or set XDG_RUNTIME_DIR or --run-dir to a directory of your own", unsafe)
+	}
+	return nil // other errors are those of whoever uses it
+}
 
 // verb makes a cobra function of one whose errors are not about the command
 // line, unless they say so. Messages begin with the verb's name.

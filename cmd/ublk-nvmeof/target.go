@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -19,18 +18,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
 )
-
-// targetDir is where targets keep their sockets: they need not be root's.
-func targetDir(runDir dirFunc, changed bool) (string, error) {
-	if os.Geteuid() == 0 || changed {
-		d, err := runDir()
-		return string(d), err
-	}
-	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
-		return filepath.Join(d, programName), nil
-	}
-	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(os.Geteuid())), nil
-}
 
 // exporter is the target verb.
 type exporter struct {
@@ -73,10 +60,11 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	if err := usage(x.opts.Complete()); err != nil {
 		return err
 	}
-	dir, err := targetDir(x.runDir, cmd.Flags().Changed("run-dir"))
+	runDir, err := x.runDir()
 	if err != nil {
 		return err
 	}
+	dir := string(runDir)
 	if x.background {
 		return startTarget(cmd, dir)
 	}

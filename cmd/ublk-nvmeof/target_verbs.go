@@ -28,10 +28,12 @@ type remote struct {
 }
 
 // find finds the target.
-func (r *remote) find(cmd *cobra.Command) (dir, name string, err error) {
-	if dir, err = targetDir(r.runDir, cmd.Flags().Changed("run-dir")); err != nil {
+func (r *remote) find() (dir, name string, err error) {
+	runDir, err := r.runDir()
+	if err != nil {
 		return "", "", err
 	}
+	dir = string(runDir)
 	names, err := targetserver.List(dir)
 	if err != nil {
 		return "", "", err
@@ -75,7 +77,7 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			if err != nil {
 				return usage(err)
 			}
-			dir, name, err := r.find(cmd)
+			dir, name, err := r.find()
 			if err != nil {
 				return err
 			}
@@ -247,10 +249,11 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 		Short: "Show the targets that run",
 		Args:  cobra.NoArgs,
 		RunE: verb("target list", func(cmd *cobra.Command, _ []string) error {
-			dir, err := targetDir(runDir, cmd.Flags().Changed("run-dir"))
+			runDir, err := runDir()
 			if err != nil {
 				return err
 			}
+			dir := string(runDir)
 			names, err := targetserver.List(dir)
 			if err != nil {
 				return err

@@ -23,10 +23,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// DefaultDir is the run directory.
-const DefaultDir Dir = "/run/ublk-nvmeof"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+)
 
 // SchemaVersion is that of state.json.
 const SchemaVersion = 1
@@ -199,7 +198,7 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(string(d), 0o755); err != nil {
+	if err := rundir.Make(string(d), 0o755); err != nil {
 		return nil, fmt.Errorf("make run directory: %w", err)
 	}
 	unlock, err := d.lock(ctx)
