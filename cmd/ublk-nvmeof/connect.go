@@ -153,6 +153,18 @@ func (c *connection) serveBackground(r *reporter) error {
 	}, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
 }
 
+// logIdentity says how the target knows this host, and what is odd about it.
+func (c *connection) logIdentity(log *slog.Logger) {
+	args := []any{"hostnqn", c.opts.HostNQN, "hostid", c.opts.HostID.String()}
+	if c.opts.HostIDFile != "" {
+		args = append(args, "generated", "yes", "kept", c.opts.HostIDFile)
+	}
+	log.Info("host identity", args...)
+	for _, w := range c.opts.Warnings {
+		log.Warn(w)
+	}
+}
+
 func (c *connection) level() slog.Level {
 	if c.verbose {
 		return slog.LevelDebug
@@ -180,6 +192,16 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds = c.opts, dir, c.succeed
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
+	reserved := cfg.Reserved
+	cfg.Reserved = func(e *state.Entry) error {
+		if reserved != nil {
+			if err := reserved(e); err != nil {
+				return err
+			}
+		}
+		c.logIdentity(cfg.Log)
+		return nil
+	}
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry
 	go func() {

@@ -26,7 +26,8 @@ const (
 func execAs(t *testing.T, uid uint32, tmp string, args ...string) (stdout, stderr string, code exit.Code) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
-	cmd.Env = []string{"UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "TMPDIR=" + tmp, "HOME=" + tmp, "PATH=" + os.Getenv("PATH")}
+	cmd.Env = []string{"UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "TMPDIR=" + tmp, "HOME=" + tmp, "PATH=" + os.Getenv("PATH"),
+		"LIBNVME_HOSTNQN=" + os.Getenv("LIBNVME_HOSTNQN"), "LIBNVME_HOSTID=" + os.Getenv("LIBNVME_HOSTID")}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	var out, errs bytes.Buffer

@@ -81,6 +81,12 @@ type Connect struct {
 
 	HostNQN string
 	HostID  nvme.UUID
+	// HostIDFile is the file that keeps a generated HostID; empty if it was not
+	// generated.
+	HostIDFile string
+	// Warnings are about values that are accepted but may not be meant. They are
+	// for the log.
+	Warnings []string
 
 	Queues        poller.Request
 	QueueSize     int
@@ -132,7 +138,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
-		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, or the machine's)")
+		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, the machine's, or one that is generated once and kept)")
 	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
 		"I/O queues; those for reads if there are write queues (default: one per online CPU, which is also the most)")
 	f.Lookup("nr-io-queues").DefValue = "" // it is in the text
@@ -200,11 +206,12 @@ func (c *Connect) Complete(from Sources) error {
 	case c.TLS != "" && c.Frontend != NBDSocket:
 		return fmt.Errorf("--nbd-tls %q: want it with --frontend %s, not %s", c.TLS, NBDSocket, c.Frontend)
 	}
-	_, err := c.TLSConfig()
-	if err != nil {
+	if _, err := c.TLSConfig(); err != nil {
 		return err
 	}
-	c.HostNQN, c.HostID, err = identity(c.HostNQN, c.hostID, from)
+	host, err := findIdentity(c.HostNQN, c.hostID, from)
+	c.HostNQN, c.HostID, c.HostIDFile = host.nqn, host.id, host.file
+	c.Warnings = append(c.Warnings, host.warnings...)
 	return err
 }
 

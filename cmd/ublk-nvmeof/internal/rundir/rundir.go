@@ -60,10 +60,14 @@ func Default() string {
 	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(uid))
 }
 
-// Persistent is the directory for what outlives a boot: /var/lib/ublk-nvmeof of
-// root, and a directory below $XDG_STATE_HOME or ~/.local/state of another
-// user. It is an error if the user has no home directory.
+// Persistent is the directory for what outlives a boot: $STATE_DIRECTORY of a
+// service (systemd.exec(5)), else /var/lib/ublk-nvmeof of root, and a directory
+// below $XDG_STATE_HOME or ~/.local/state of another user. It is an error if the
+// user has no home directory.
 func Persistent() (string, error) {
+	if dir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":"); filepath.IsAbs(dir) {
+		return dir, nil
+	}
 	if os.Geteuid() == 0 {
 		return filepath.Join("/var/lib", programName), nil
 	}

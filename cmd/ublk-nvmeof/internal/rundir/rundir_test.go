@@ -252,6 +252,11 @@ func TestListen(t *testing.T) {
 func TestDefault(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", "/run/user/1000")
 	t.Setenv("XDG_STATE_HOME", "/home/u/state")
+	t.Setenv("STATE_DIRECTORY", "/var/lib/service:/var/lib/other")
+	if dir, err := Persistent(); dir != "/var/lib/service" || err != nil {
+		t.Errorf("%s %v", dir, err)
+	}
+	t.Setenv("STATE_DIRECTORY", "")
 	if os.Geteuid() == 0 {
 		dir, err := Persistent()
 		if Default() != "/run/ublk-nvmeof" || dir != "/var/lib/ublk-nvmeof" || err != nil {
