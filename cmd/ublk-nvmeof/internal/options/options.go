@@ -242,10 +242,21 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 	return config, nil
 }
 
-// Resolve finds the numeric address of the target.
-func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
+// Peer is the target's address and port as they were given.
+func (c *Connect) Peer() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
+
+// Named says whether the target's address is a host name, which may have other
+// addresses the next time.
+func (c *Connect) Named() bool {
+	_, err := netip.ParseAddr(c.Address)
+	return err != nil
+}
+
+// Resolve finds the numeric addresses of the target, at least one, in the order
+// in which they are to be tried.
+func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(c.Address); err == nil {
-		return netip.AddrPortFrom(a.Unmap(), c.Port), nil
+		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), c.Port)}, nil
 	}
 	network := "ip"
 	switch {
@@ -257,9 +268,18 @@ func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
 	}
 	found, err := net.DefaultResolver.LookupNetIP(ctx, network, c.Address)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("resolve %s: %w", c.Address, err)
+		return nil, fmt.Errorf("resolve %s: %w", c.Address, err)
 	}
-	return netip.AddrPortFrom(found[0].Unmap(), c.Port), nil
+	var out []netip.AddrPort
+	for _, a := range found {
+		if checkUnicast(a) == nil {
+			out = append(out, netip.AddrPortFrom(a.Unmap(), c.Port))
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("resolve %s: %v is no address of a target", c.Address, found)
+	}
+	return out, nil
 }
 
 // Args writes the flags of f that were set as arguments again.
