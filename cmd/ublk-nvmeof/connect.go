@@ -85,6 +85,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
 	path := self()
 	if c.foreground {
+		if err := host.CloseOnExec(); err != nil {
+			return err
+		}
 		return fmt.Errorf("become the server: %w", unix.Exec(path, args, os.Environ()))
 	}
 	s, err := launch(path, args, c.opts.Timeout)
@@ -146,11 +149,18 @@ func journalAttr(groups []string, a slog.Attr) slog.Attr {
 // file goes to connect's standard error, as do panics.
 func (c *connection) serveBackground(r *reporter) error {
 	log := &logFile{}
-	return c.serve(server.Config{
-		Log:      slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
-		Reserved: func(e *state.Entry) error { return log.open(e.Log()) },
-		Ready:    r.ready,
-	}, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg := server.Config{
+		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
+		Reserved: func(e *state.Entry) error {
+			if err := log.open(e.Log()); err != nil {
+				return err
+			}
+			return r.logs(e.Log())
+		},
+		Ready: r.ready,
+	}
+	defer surviveHangup(cfg.Log)()
+	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
 }
 
 // logIdentity says how the target knows this host, and what is odd about it.

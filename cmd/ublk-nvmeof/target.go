@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"syscall"
 
@@ -68,8 +67,15 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	if x.background {
 		return startTarget(cmd, dir)
 	}
+	signals := endSignals
 	if x.readyFD >= 0 {
 		unix.CloseOnExec(x.readyFD)
+		// The flags, with their relative paths, have been read. It must not keep a file
+		// system busy.
+		if err := os.Chdir("/"); err != nil {
+			return err
+		}
+		signals = []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	}
 	level := slog.LevelInfo
 	if x.verbose {
@@ -86,6 +92,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 		}
 	} else {
 		ready := os.NewFile(uintptr(x.readyFD), "ready")
+		defer surviveHangup(cfg.Log)()
 		cfg.Ready = func(s targetserver.Status) error {
 			err := output.Targets(ready, []targetserver.Status{s}, x.format, false)
 			err = errors.Join(err, ready.Close())
@@ -95,7 +102,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 			return err
 		}
 	}
-	ctx, stop := interruptible(endSignals...)
+	ctx, stop := interruptible(signals...)
 	defer stop()
 	return targetserver.Run(ctx, cfg)
 }
@@ -109,10 +116,9 @@ func startTarget(cmd *cobra.Command, dir string) error {
 	}
 	defer r.Close()
 	args := append([]string{programName}, os.Args[1:]...)
-	c := exec.Cmd{
-		Path: self(), Args: append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"),
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{w},
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	c, err := background(self(), append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"), w)
+	if err != nil {
+		return fmt.Errorf("start target: %w", err)
 	}
 	err = c.Start()
 	w.Close()

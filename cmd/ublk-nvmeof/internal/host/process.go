@@ -3,9 +3,12 @@ package host
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -54,8 +57,50 @@ func Prepare(loops int) error {
 		errs = append(errs, fmt.Errorf("lock memory: %w", err))
 	}
 	// The end of the server is the end of its file systems.
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(oomScoreAdj), 0); err != nil {
 		errs = append(errs, fmt.Errorf("protect from the OOM killer: %w", err))
 	}
 	return errors.Join(errs...)
+}
+
+// oomScoreAdj makes the OOM killer leave half of the machine's memory out of
+// account when it looks for the largest process (oom_badness in mm/oom_kill.c).
+// That spares a server as long as it behaves. With -1000 the kernel would rather
+// kill everything else for a server that has run out of bounds.
+const oomScoreAdj = "-500"
+
+// CloseOnExec keeps all descriptors but standard input, output and error from
+// programs that this process starts or becomes: they may be of the caller's
+// locks, pipes or devices. Those that exec.Cmd.ExtraFiles names are passed on.
+func CloseOnExec() error {
+	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	if err == nil {
+		return nil
+	}
+	// A container may refuse the system call.
+	entries, rerr := os.ReadDir("/proc/self/fd")
+	if rerr != nil {
+		return fmt.Errorf("keep descriptors from a child: %w", errors.Join(err, rerr))
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
+}
+
+// OOMKills is how many processes the kernel has killed since its start because
+// memory ran out, of the machine or of a control group.
+func OOMKills() (uint64, error) {
+	text, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strconv.ParseUint(strings.TrimSpace(n), 10, 64)
+		}
+	}
+	return 0, errors.New("/proc/vmstat has no oom_kill")
 }
