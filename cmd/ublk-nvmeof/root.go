@@ -33,7 +33,10 @@ func execute(args []string, out, errs io.Writer) error {
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errs)
-	err := root.Execute()
+	err := checkVerb(root, args)
+	if err == nil {
+		err = root.Execute()
+	}
 	var known *exit.Error
 	if err == nil || errors.As(err, &known) {
 		return err
@@ -54,9 +57,7 @@ func newRoot() *cobra.Command {
 			return fmt.Errorf("no verb is given; see %s --help", programName)
 		},
 	}
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return fmt.Errorf("%s: %w", cmd.Name(), options.FlagError(err))
-	})
+	root.SetFlagErrorFunc(flagError)
 	dir := rundir.Default()
 	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
 	root.PersistentFlags().Lookup("run-dir").Hidden = true
