@@ -191,6 +191,9 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := c.complete(); err != nil {
 		return err
 	}
+	if err := host.CheckIOUring(); err != nil {
+		return err
+	}
 	dir, err := c.runDir()
 	if err != nil {
 		return err

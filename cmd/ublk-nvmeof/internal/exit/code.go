@@ -36,7 +36,7 @@ var meanings = [nCodes]string{
 	OK:             "done",
 	Other:          "another failure; the message says which",
 	Usage:          "wrong flag, value or argument; nothing was done",
-	Permission:     "no permission: root, or CAP_SYS_ADMIN and access to the device nodes, is needed",
+	Permission:     "no permission; the message says for what. Devices need root, or CAP_SYS_ADMIN and access to their nodes",
 	NoUblk:         "the ublk driver, or the kernel's NBD client, is not there and could not be loaded",
 	NoRDMA:         "no RDMA device leads to the target, or its modules are missing",
 	Unreachable:    "the address is unknown, or no route leads to it",
