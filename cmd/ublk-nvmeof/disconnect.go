@@ -16,6 +16,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -70,8 +71,8 @@ no such device.`,
 		}),
 	}
 	f := cmd.Flags()
-	f.StringSliceVarP(&nqns, "nqn", "n", nil, "NQN of the subsystem")
-	f.StringSliceVarP(&devices, "device", "d", nil, "block device or server name")
+	f.StringArrayVarP(&nqns, "nqn", "n", nil, "NQN of the subsystem")
+	f.StringArrayVarP(&devices, "device", "d", nil, "block device or server name")
 	f.BoolVar(&force, "force", false, "even if a device is in use; returns within 5 s")
 	complete := func(pick func(state.Record) []string) cobra.CompletionFunc {
 		return func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
@@ -185,7 +186,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 			}
 			errs = append(errs, fmt.Errorf("%s: %w", w.records[j].Name, err))
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", w.nqn, n)
+		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
 	}
 	return errors.Join(errs...)
 }

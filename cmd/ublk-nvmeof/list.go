@@ -53,7 +53,7 @@ func statuses(ctx context.Context, records []state.Record, complain func(string,
 	var wg sync.WaitGroup
 	for i, r := range records {
 		if r.Err != nil {
-			complain("%s: list: %s: %v\n", programName, r.Name, r.Err)
+			complain("%s: list: %s: %s\n", programName, output.Text(r.Name), output.Text(r.Err.Error()))
 		}
 		wg.Go(func() { found[i] = statusOf(ctx, r) })
 	}

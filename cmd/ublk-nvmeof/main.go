@@ -22,6 +22,7 @@ import (
 	"runtime"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 )
 
 // No run loop may get the main thread: it does not end with its goroutine, and
@@ -33,9 +34,10 @@ func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }
 
 // run carries out a command line. An error is one line on errs, and a code.
 func run(args []string, out, errs io.Writer) exit.Code {
-	err := execute(args, out, errs)
+	err := exit.From(execute(args, out, errs))
 	if err != nil {
-		fmt.Fprintf(errs, "%s: %s\n", programName, exit.From(err))
+		fmt.Fprintf(errs, "%s: %s\n", programName, output.Text(err.Message))
+		return err.Code
 	}
-	return exit.Of(err)
+	return exit.OK
 }

@@ -264,7 +264,7 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 				s, err := targetserver.NewClient(targetserver.Socket(dir, name)).Status(ctx)
 				cancel()
 				if err != nil {
-					cmd.PrintErrf("%s: target list: %s: %v\n", programName, name, err)
+					cmd.PrintErrf("%s: target list: %s: %s\n", programName, name, output.Text(err.Error()))
 					continue
 				}
 				found = append(found, s)

@@ -18,14 +18,32 @@ import (
 // field is one KEY or KEY=VALUE of a text like "ram=1GiB,read-only".
 type field struct{ key, value string }
 
+// fields splits a text at its commas. Two commas are one in a value.
 func fields(text string) []field {
 	var out []field
-	for word := range strings.SplitSeq(text, ",") {
-		key, value, _ := strings.Cut(word, "=")
+	var word strings.Builder
+	end := func() {
+		key, value, _ := strings.Cut(word.String(), "=")
 		out = append(out, field{key, value})
+		word.Reset()
 	}
+	for i := 0; i < len(text); i++ {
+		switch {
+		case text[i] != ',':
+			word.WriteByte(text[i])
+		case strings.HasPrefix(text[i:], ",,"):
+			word.WriteByte(',')
+			i++
+		default:
+			end()
+		}
+	}
+	end()
 	return out
 }
+
+// doubled writes a value so that fields reads it again.
+func doubled(value string) string { return strings.ReplaceAll(value, ",", ",,") }
 
 // wrong is the error of a field.
 func (f field) wrong(want string) error { return fmt.Errorf("%s=%q: want %s", f.key, f.value, want) }
@@ -43,6 +61,8 @@ func (f field) number(lo, hi uint64) (uint64, error) {
 //
 //	ram=SIZE | file=PATH | device=PATH
 //	nsid=N  block-size=SIZE  read-only  cache=SIZE  ana-group=N  uuid=UUID
+//
+// A comma in a path is written twice.
 type Namespace struct {
 	RAM       int64  // bytes; 0: File
 	File      string // absolute
@@ -56,7 +76,7 @@ type Namespace struct {
 }
 
 // NamespaceWords are what ParseNamespace wants.
-const NamespaceWords = "ram=SIZE, file=PATH or device=PATH, then nsid=N, block-size=SIZE, read-only, cache=SIZE, ana-group=N, uuid=UUID"
+const NamespaceWords = "ram=SIZE, file=PATH or device=PATH (a comma in PATH is written twice), then nsid=N, block-size=SIZE, read-only, cache=SIZE, ana-group=N, uuid=UUID"
 
 // ParseSize reads a size like 1GiB, in bytes, at least 1.
 func ParseSize(s string) (int64, error) {
@@ -117,9 +137,9 @@ func (n Namespace) String() string {
 	out := fmt.Sprintf("ram=%dB", n.RAM)
 	switch {
 	case n.Device:
-		out = "device=" + n.File
+		out = "device=" + doubled(n.File)
 	case n.File != "":
-		out = "file=" + n.File
+		out = "file=" + doubled(n.File)
 	}
 	add := func(on bool, format string, v ...any) {
 		if on {

@@ -66,6 +66,7 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 		return writeJSON(w, out)
 	}
+	s, paths = printable(s), printable(paths)
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
 		// Not what one might expect, so it is said why.
 		if _, err := fmt.Fprintf(w, "front end %s\n", because(s.Frontend, s.FrontendReason)); err != nil {
@@ -179,10 +180,11 @@ type list struct {
 // List shows servers and their devices. JSON has everything; verbose is for
 // people.
 func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
-	switch {
-	case format == JSON:
+	if format == JSON {
 		return listJSON(w, servers)
-	case verbose:
+	}
+	servers = printable(servers)
+	if verbose {
 		return listVerbose(w, servers)
 	}
 	return listTable(w, servers)
@@ -244,7 +246,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
 		if s.Model != "" {
-			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
+			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
 			row("front end", "%s", because(s.Frontend, s.FrontendReason))
