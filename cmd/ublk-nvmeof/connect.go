@@ -39,9 +39,9 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
-	f.BoolVar(&c.foreground, "foreground", false, "serve in this process, for a terminal or a service manager (Type=notify)")
+	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
 	formatFlag(f, &c.format)
-	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were asked for and granted, and log more")
+	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
 // complete checks the flags as a whole.
@@ -57,12 +57,16 @@ func newConnect(runDir dirFunc) *cobra.Command {
 		Use:   "connect -a ADDRESS -n NQN",
 		Short: "Connect to a subsystem and make its namespaces block devices",
 		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
-their names. With --foreground the server is this process: it logs to standard
-error and ends with SIGTERM or SIGINT; a second signal does not wait for
-requests in flight.
+their names. The server runs in the background; SIGHUP and the end of the session
+do not end it. With --foreground this process becomes the server. It then logs to
+standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
+does not wait for requests in flight.
 
-Values that are not accepted are refused before anything else happens. Sizes are
-like 64KiB (1024) or 64k (1000).`,
+If the address is a host name, each of its addresses is tried until one accepts
+the connection.
+
+Invalid values are refused before anything else happens. Sizes are written like
+64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: cobra.NoArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
 	}
@@ -103,12 +107,12 @@ func newServe(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:    "serve",
 		Hidden: true,
-		Short:  "Be the server that connect starts",
+		Short:  "Run the server that connect starts",
 		Args:   cobra.NoArgs,
 	}
 	c.addFlags(cmd)
-	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
-	cmd.Flags().StringVar(&c.succeed, "succeed", "", "the running server to take over from")
+	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
+	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {

@@ -23,12 +23,13 @@ func newList(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Show servers and their devices",
-		Long: `Shows the devices of all servers, with how many queues of each class were
-requested and granted. "poll 1/0→default" says that one poll queue was asked
-for, none was granted, and the default queues serve its requests.
+		Long: `Shows the devices of all servers, and for each class how many queues were requested
+and granted. "poll 1/0→default" means that one poll queue was requested, none was
+granted, and the default queues serve its requests.
 
-A server that died is shown as lost, with the devices it left: recover serves
-them on, disconnect takes them away. JSON has everything, with or without -v.`,
+A server that died is shown as lost, with the devices that it left: recover starts
+a server for them, and disconnect removes them. JSON has all details, with or
+without -v.`,
 		Args: cobra.NoArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -43,7 +44,7 @@ them on, disconnect takes them away. JSON has everything, with or without -v.`,
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show everything about each server")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show all details of each server")
 	return cmd
 }
 

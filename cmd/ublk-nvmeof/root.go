@@ -23,9 +23,9 @@ import (
 const programName = "ublk-nvmeof"
 
 const longHelp = `Serves the namespaces of an NVMe over RDMA subsystem as block devices
-/dev/ublkbN, from user space. One server process per subsystem does the work;
-connect starts it, disconnect ends it. Flags are those of nvme-cli 2.x, so far
-as they make sense here.`
+/dev/ublkbN from userspace. Each subsystem has a server process, which connect
+starts and disconnect ends. The flags are those of nvme-cli 2.x as far as they
+apply.`
 
 // execute runs a command line.
 func execute(args []string, out, errs io.Writer) error {
@@ -48,7 +48,7 @@ func execute(args []string, out, errs io.Writer) error {
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           programName,
-		Short:         "NVMe over RDMA block devices from user space",
+		Short:         "NVMe over RDMA block devices from userspace",
 		Long:          longHelp + "\n\nExit codes:\n" + exit.Table(),
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
@@ -117,7 +117,7 @@ func usage(err error) error {
 // formatFlag adds --output-format.
 func formatFlag(f *pflag.FlagSet, dst *string) {
 	*dst = output.Normal
-	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "format of the output")
+	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "output format")
 }
 
 // interruptible is a context that ends with a signal, which is its cause.

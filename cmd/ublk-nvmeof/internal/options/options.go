@@ -130,46 +130,46 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
 	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
-		"traddr", "a", "address of the target (required)")
+		"traddr", "a", "address or host name of the target (required)")
 	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
-	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: the route's)")
+	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
-		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or made from the host id)")
+		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
-		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, the machine's, or one that is generated once and kept)")
+		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
 	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
-		"I/O queues; those for reads if there are write queues (default: one per online CPU, which is also the most)")
-	f.Lookup("nr-io-queues").DefValue = "" // it is in the text
-	f.VarP(number(&c.Queues.Write, 0, maxQueues, "a number"), "nr-write-queues", "W", "queues for everything but reads")
-	f.VarP(number(&c.Queues.Poll, 0, maxQueues, "a number"), "nr-poll-queues", "P", "queues that are polled without interrupts")
-	f.VarP(number(&c.QueueSize, initiator.MinQueueSize, initiator.MaxQueueSize, "a number"), "queue-size", "Q", "entries per I/O queue")
+		"number of I/O queues, or of read queues if there are write queues (default and limit: one per online CPU)")
+	f.Lookup("nr-io-queues").DefValue = "" // the description says it
+	f.VarP(number(&c.Queues.Write, 0, maxQueues, "a number"), "nr-write-queues", "W", "number of queues for everything but reads")
+	f.VarP(number(&c.Queues.Poll, 0, maxQueues, "a number"), "nr-poll-queues", "P", "number of queues that are polled, without interrupts")
+	f.VarP(number(&c.QueueSize, initiator.MinQueueSize, initiator.MaxQueueSize, "a number"), "queue-size", "Q", "number of entries of each I/O queue")
 	f.VarP(seconds(&c.KeepAlive, 0, maxKeepAliveSeconds, fmt.Sprintf("seconds, 0 (which is %d) to %d", initiator.DefaultKeepAlive/time.Second, maxKeepAliveSeconds)),
 		"keep-alive-tmo", "k", "keep alive timeout")
-	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to reconnect")
+	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to connect again")
 	f.VarP(seconds(&c.Loss, -1<<31, 1<<31-1, "seconds, or a negative number for no limit"), "ctrl-loss-tmo", "l",
-		"time after which a lost controller is given up")
+		"time after which a lost controller is given up, and its requests fail")
 	f.VarP(seconds(&c.FastIOFail, -1<<31, 1<<31-1, "seconds, or a negative number for never"), "fast-io-fail-tmo", "F",
-		"time after which requests of a lost controller fail instead of waiting")
-	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is connected to the subsystem at this address")
-	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 leaves it to the system")
-	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to do without submission queue flow control")
+		"time after which requests of a lost controller fail, although it is not given up yet")
+	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is already connected to the subsystem at this address")
+	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 is the default of the system")
+	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to work without submission queue flow control")
 
 	page := os.Getpagesize()
-	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "largest request; each queue has queue-size buffers of it")
-	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
-	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "what makes the devices: the ublk driver, the kernel's NBD client, or a socket for NBD clients; auto takes the first that the machine has")
+	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
+	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"where the front end nbd-socket listens, and chooses it (default: nbd.sock in the server's state directory)")
+		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: nbd.sock in the server's directory)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
-		"serve only NBD clients that speak TLS, with server-cert.pem and server-key.pem in this directory; with ca-cert.pem there, only those that it has certified")
-	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN, or /dev/nbdN, for the first namespace, N+1 for the second, … (default: free ones)")
-	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
-	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device on the route")
-	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, nbd, rdma_ucm and ib_uverbs when they are missing")
-	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what becomes of the devices when the server dies: requests wait for recover, or fail until then, or the devices go away")
-	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
+		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
+	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
+	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
+	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
+	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
 // Complete checks what no single flag can, and finds the identity of the host.
