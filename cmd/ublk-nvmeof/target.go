@@ -32,24 +32,25 @@ func newTarget(runDir dirFunc) *cobra.Command {
 	x := &exporter{runDir: runDir, opts: options.DefaultTarget(), readyFD: -1}
 	cmd := &cobra.Command{
 		Use:   "target -n NQN --namespace ram=SIZE",
-		Short: "Be an NVMe over RDMA target, for tests and demonstrations",
-		Long: `Serves namespaces in memory, in files or on block devices to hosts, in this process:
-with an RDMA device, or without one to hosts that speak RoCEv2, which this
-program's connect --provider roce does on every machine. It needs no module and,
-without a device, no privilege. SIGTERM or SIGINT ends it.
+		Short: "Run an NVMe over RDMA target for tests and demonstrations",
+		Long: `Serves namespaces in memory, in files or on block devices to hosts. With an RDMA
+device, every host can connect. Without one, hosts that speak RoCEv2 can, such as
+connect --provider roce on any machine. The target needs no kernel module, and
+without an RDMA device no privilege. SIGTERM or SIGINT ends it; in the background
+it ignores SIGHUP.
 
-The verbs below change it while it runs, and make it misbehave. They mean the only
-target that runs, unless --target says which one. Hosts are told of changes as the
-specification says; a new limit of queues they see when they connect anew.`,
+The commands below change a target while it runs, and make it misbehave. --target
+says which target is meant if several are running. Hosts are told of a change as
+the specification says. They see a new limit of queues when they connect again.`,
 		Args: cobra.NoArgs,
 		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
 	}
 	f := cmd.Flags()
 	x.opts.AddFlags(f)
-	f.BoolVar(&x.background, "background", false, "return once hosts may connect, and leave the target running")
+	f.BoolVar(&x.background, "background", false, "return when hosts can connect, and leave the target running")
 	formatFlag(f, &x.format)
 	f.BoolVarP(&x.verbose, "verbose", "v", false, "log more")
-	f.IntVar(&x.readyFD, "ready-fd", -1, "where target --background waits for the first words")
+	f.IntVar(&x.readyFD, "ready-fd", -1, "descriptor on which target --background waits for the report")
 	f.Lookup("ready-fd").Hidden = true
 	cmd.AddCommand(targetVerbs(runDir)...)
 	return cmd
