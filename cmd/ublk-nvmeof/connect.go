@@ -175,7 +175,7 @@ func (c *connection) logIdentity(log *slog.Logger) {
 	}
 	log.Info("host identity", args...)
 	for _, w := range c.opts.Warnings {
-		log.Warn(w)
+		log.Warn("host identity is odd", "reason", w)
 	}
 }
 

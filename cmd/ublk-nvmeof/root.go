@@ -68,9 +68,24 @@ func newRoot() *cobra.Command {
 		}
 		return state.Dir(d), err
 	}
-	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newRecover(runDir), newUpgrade(runDir), newGC(runDir), newList(runDir), newTarget(runDir), newVersion())
+	// A user who has no servers sees those of root.
+	visible := func() (state.Dir, error) {
+		own, err := runDir()
+		if err != nil || root.PersistentFlags().Changed("run-dir") {
+			return own, err
+		}
+		if records, err := own.List(); err != nil || len(records) > 0 {
+			return own, err
+		}
+		return state.Dir(systemDir), checkRunDir(systemDir)
+	}
+	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
+		newGC(visible), newList(visible), newTarget(runDir), newVersion())
 	return root
 }
+
+// systemDir is the run directory of root. Tests have another one.
+var systemDir = rundir.System
 
 // dirFunc gives the run directory once flags are parsed.
 type dirFunc func() (state.Dir, error)

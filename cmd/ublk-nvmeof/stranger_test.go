@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/internal/testenv"
 )
 
@@ -27,7 +28,8 @@ func execAs(t *testing.T, uid uint32, tmp string, args ...string) (stdout, stder
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
 	cmd.Env = []string{"UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "TMPDIR=" + tmp, "HOME=" + tmp, "PATH=" + os.Getenv("PATH"),
-		"LIBNVME_HOSTNQN=" + os.Getenv("LIBNVME_HOSTNQN"), "LIBNVME_HOSTID=" + os.Getenv("LIBNVME_HOSTID")}
+		"LIBNVME_HOSTNQN=" + os.Getenv("LIBNVME_HOSTNQN"), "LIBNVME_HOSTID=" + os.Getenv("LIBNVME_HOSTID"),
+		testSystemDir + "=" + os.Getenv(testSystemDir)}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	var out, errs bytes.Buffer
@@ -110,6 +112,37 @@ func TestRunDirectoryOfAUser(t *testing.T) {
 		if info, err := os.Stat(path); err != nil || info.Mode() != want || info.Sys().(*syscall.Stat_t).Uid != victim {
 			t.Errorf("%s: %v, %v, want %v", path, info, err, want)
 		}
+	}
+}
+
+// testSystemDir is the variable with the run directory of root.
+const testSystemDir = "UBLK_NVMEOF_TEST_SYSTEM_DIR"
+
+func init() {
+	if dir := os.Getenv(testSystemDir); dir != "" {
+		systemDir = dir
+	}
+}
+
+// A user who has no servers sees those of root, and may not end them.
+func TestUserSeesServersOfRoot(t *testing.T) {
+	tmp := stickyDir(t)
+	system, own := filepath.Join(tmp, "system"), filepath.Join(tmp, fmt.Sprintf("%s-%d", programName, victim))
+	t.Setenv(testSystemDir, system)
+	p, _ := process(t)
+	record(t, system, "nqn.root", p, state.Device{ID: 3, NSID: 1})
+	if stdout, stderr, code := execAs(t, victim, tmp, "list"); code != exit.OK || !strings.Contains(stdout, "nqn.root") {
+		t.Errorf("exit code %d, %q %q", code, stdout, stderr)
+	}
+	if stdout, stderr, code := execAs(t, victim, tmp, "disconnect", "nqn.root"); code == exit.OK || !strings.Contains(stderr, "ctrl0") {
+		t.Errorf("exit code %d, %q %q", code, stdout, stderr)
+	}
+	record(t, own, "nqn.own", p)
+	if err := os.Chown(own, victim, victim); err != nil {
+		t.Fatal(err)
+	}
+	if stdout, stderr, code := execAs(t, victim, tmp, "list"); code != exit.OK || !strings.Contains(stdout, "nqn.own") || strings.Contains(stdout, "nqn.root") {
+		t.Errorf("exit code %d, %q %q", code, stdout, stderr)
 	}
 }
 

@@ -38,11 +38,11 @@ func TestExplainMemlock(t *testing.T) {
 		t.Error(err)
 	}
 	other := errors.New("other")
-	if err := ExplainMemlock(other); err != other {
+	if err := ExplainMemlock(other); !errors.Is(err, other) || err.Error() != "other" {
 		t.Error(err)
 	}
 	full := fmt.Errorf("map: %w", unix.ENOMEM)
-	if err := explainMemlock(full, unix.RLIM_INFINITY); err != full {
+	if err := explainMemlock(full, unix.RLIM_INFINITY); err.Error() != full.Error() {
 		t.Error(err)
 	}
 	err := explainMemlock(full, 64<<10)

@@ -46,13 +46,16 @@ type UnsafeError struct {
 
 func (e *UnsafeError) Error() string { return e.Path + ": " + e.Reason }
 
-// Default is the directory for what does not outlive a boot: /run/ublk-nvmeof
-// of root, a directory below $XDG_RUNTIME_DIR of another user, or one below the
-// directory for temporary files if that variable is not set.
+// System is the directory of root for what does not outlive a boot.
+const System = "/run/" + programName
+
+// Default is the directory for what does not outlive a boot: System of root, a
+// directory below $XDG_RUNTIME_DIR of another user, or one below the directory
+// for temporary files if that variable is not set.
 func Default() string {
 	uid := os.Geteuid()
 	if uid == 0 {
-		return filepath.Join("/run", programName)
+		return System
 	}
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
 		return filepath.Join(dir, programName)

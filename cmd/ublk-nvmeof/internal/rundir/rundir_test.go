@@ -150,12 +150,12 @@ func TestWayOfAStranger(t *testing.T) {
 
 func TestLinks(t *testing.T) {
 	dir := tmp(t)
-	real, link := filepath.Join(dir, "real"), filepath.Join(dir, "link")
-	must(t, os.Mkdir(real, 0o755), os.Symlink("real", link), os.Symlink("loop", filepath.Join(dir, "loop")),
-		os.Symlink(real+"/../real", filepath.Join(dir, "absolute")))
+	dest, link := filepath.Join(dir, "dest"), filepath.Join(dir, "link")
+	must(t, os.Mkdir(dest, 0o755), os.Symlink("dest", link), os.Symlink("loop", filepath.Join(dir, "loop")),
+		os.Symlink(dest+"/../dest", filepath.Join(dir, "absolute")))
 	// On the way a link of ours is followed, as /var/run is.
-	must(t, Make(filepath.Join(link, "run"), 0o755), Make(filepath.Join(dir, "absolute", "run"), 0o755), Check(filepath.Join(real, "run")))
-	if entries, err := os.ReadDir(real); err != nil || len(entries) != 1 {
+	must(t, Make(filepath.Join(link, "run"), 0o755), Make(filepath.Join(dir, "absolute", "run"), 0o755), Check(filepath.Join(dest, "run")))
+	if entries, err := os.ReadDir(dest); err != nil || len(entries) != 1 {
 		t.Errorf("%v, %v", entries, err)
 	}
 	wantUnsafe(t, Make(link, 0o755), "it is a symbolic link; want a directory")
