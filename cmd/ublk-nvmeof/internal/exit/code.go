@@ -1,5 +1,5 @@
-// Package exit says how the command ends: one exit code per cause, and the one
-// line that explains it. The table here is what --help prints.
+// Package exit defines how the command ends: an exit code for each cause of
+// failure, and one line that explains it. --help prints the table of codes.
 package exit
 
 import (

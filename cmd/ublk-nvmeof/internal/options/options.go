@@ -1,5 +1,5 @@
-// Package options is what an operator may say about a connection: the flags of
-// connect, their checks and defaults, and the identity of this host.
+// Package options defines the flags of connect and target, with their checks and
+// defaults, and finds the identity of this host.
 package options
 
 import (

@@ -1,6 +1,7 @@
-// Package output writes what the command says: tables for people, JSON for
-// programs. Names in JSON are nvme-cli's where it has one; schema_version is
-// ours.
+// Package output writes the results of the command: tables for people and JSON for
+// programs. Names in JSON are those of nvme-cli where it has one; schema_version is
+// specific to this program. Tables contain printable text only, whatever a peer
+// says; JSON is exact.
 package output
 
 import (

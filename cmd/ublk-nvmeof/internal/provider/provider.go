@@ -1,5 +1,5 @@
-// Package provider chooses how RDMA is done: with an RDMA device, by
-// rdma/verbs, or without one, by rdma/roce.
+// Package provider chooses how RDMA is done: rdma/verbs with an RDMA device, or
+// rdma/roce without one.
 package provider
 
 import (

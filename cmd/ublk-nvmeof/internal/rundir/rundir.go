@@ -1,11 +1,11 @@
 // Package rundir makes and opens the directories in which the program keeps its
-// records, logs and sockets, and the files in them. Another user of the machine
-// may have made a directory of the same name first, or left a symbolic link
-// there. So a directory is used only if the calling user owns it and nobody
-// else can write to it, and neither can anybody change the way to it. No
-// symbolic link is followed in its place or in that of a file.
+// records, logs and sockets, and the files in them. On a machine with several users
+// another user may have made a directory of the same name first, or left a symbolic
+// link there. A directory is therefore used only if the calling user owns it and
+// nobody else can write to it or replace it or one of its parents. A symbolic link
+// is not followed in place of the directory or of a file in it.
 //
-// Paths are absolute. All functions may be called from any goroutine.
+// Paths must be absolute. All functions may be called from any goroutine.
 package rundir
 
 import (
