@@ -14,7 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// statusTime is what a server gets to say how it is.
+// statusTime is how long a server may take to answer a request for its status.
 const statusTime = 2 * time.Second
 
 func newList(runDir dirFunc) *cobra.Command {
@@ -48,7 +48,7 @@ without -v.`,
 	return cmd
 }
 
-// statuses asks all servers at the same time.
+// statuses asks all servers for their status at the same time.
 func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
 	found := make([]control.Status, len(records))
 	var wg sync.WaitGroup
@@ -62,7 +62,8 @@ func statuses(ctx context.Context, records []state.Record, complain func(string,
 	return found
 }
 
-// statusOf is what a server says, or what its record says in its place.
+// statusOf returns the status that a server reports, or what its record says if it does
+// not answer.
 func statusOf(ctx context.Context, r state.Record) control.Status {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()

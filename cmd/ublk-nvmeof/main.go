@@ -26,14 +26,15 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 )
 
-// No run loop may get the main thread: it does not end with its goroutine, and
-// would keep the loop's io_uring, and so the ublk device, for ever. It is also
-// the thread whose marks a started program inherits.
+// No loop may run on the main thread: the thread does not end with its goroutine, and
+// would keep the loop's io_uring, and so the ublk device, forever. A program that is
+// started also inherits the marks of this thread.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }
 
-// run carries out a command line. An error is one line on errs, and a code.
+// run executes a command line. An error is written to errs as one line, and its code is
+// returned.
 func run(args []string, out, errs io.Writer) exit.Code {
 	err := exit.From(execute(args, out, errs))
 	if err != nil {

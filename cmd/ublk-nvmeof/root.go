@@ -41,7 +41,7 @@ func execute(args []string, out, errs io.Writer) error {
 	if err == nil || errors.As(err, &known) {
 		return err
 	}
-	// What is not from a verb itself is from reading the command line.
+	// An error that is not from a command itself is from parsing the command line.
 	return exit.Errorf(exit.Usage, "%v", err)
 }
 
@@ -87,7 +87,7 @@ func newRoot() *cobra.Command {
 // systemDir is the run directory of root. Tests have another one.
 var systemDir = rundir.System
 
-// dirFunc gives the run directory once flags are parsed.
+// dirFunc returns the run directory. It is called after the flags are parsed.
 type dirFunc func() (state.Dir, error)
 
 // maxRunDir is the longest run directory, in bytes, that leaves room for the
@@ -108,8 +108,9 @@ func checkRunDir(dir string) error {
 	return nil // other errors are those of whoever uses it
 }
 
-// verb makes a cobra function of one whose errors are not about the command
-// line, unless they say so. Messages begin with the verb's name.
+// verb makes a function for cobra of one whose errors do not concern the command line,
+// unless they have the code exit.Usage. Messages begin with the name of the
+// command.
 func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		e := exit.From(run(cmd, args))
@@ -121,7 +122,7 @@ func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*
 	}
 }
 
-// usage makes an error of a command line that parsed and makes no sense.
+// usage makes an error of a command line that is parsed but makes no sense.
 func usage(err error) error {
 	if err == nil {
 		return nil
@@ -135,7 +136,8 @@ func formatFlag(f *pflag.FlagSet, dst *string) {
 	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "output format")
 }
 
-// interruptible is a context that ends with a signal, which is its cause.
+// interruptible returns a context that one of the signals ends. The signal is its
+// cause.
 func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := make(chan os.Signal, 1)
@@ -152,5 +154,5 @@ func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	}
 }
 
-// endSignals ask a program in a terminal to end.
+// endSignals are the signals that end a program in a terminal.
 var endSignals = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}

@@ -11,7 +11,7 @@ import (
 // Code is a process's exit code.
 type Code int
 
-// Exit codes. Numbers are a contract with scripts: they do not change.
+// Exit codes. Scripts rely on the numbers, so they do not change.
 const (
 	OK             Code = 0
 	Other          Code = 1
@@ -51,7 +51,7 @@ var meanings = [nCodes]string{
 	NotFound:       "no such device, controller or namespace",
 }
 
-// String is the meaning of the code.
+// String returns the meaning of the code.
 func (c Code) String() string {
 	if c >= 0 && c < nCodes {
 		return meanings[c]
@@ -59,7 +59,7 @@ func (c Code) String() string {
 	return fmt.Sprintf("exit code %d", int(c))
 }
 
-// Table is all codes with their meanings, one a line, for --help.
+// Table returns all codes with their meanings, one in a line, for --help.
 func Table() string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Notify tells the service manager, if there is one that wants to know
-// ($NOTIFY_SOCKET), assignments as in sd_notify(3): "READY=1", "STOPPING=1",
-// "STATUS=…". A newline in one of them becomes a space.
+// Notify sends assignments to the service manager, as sd_notify(3) does: "READY=1",
+// "STOPPING=1", "STATUS=…". A newline in an assignment becomes a space. Without
+// $NOTIFY_SOCKET there is nothing to do.
 func Notify(assignments ...string) error {
 	name := os.Getenv("NOTIFY_SOCKET")
 	if name == "" {

@@ -13,15 +13,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// gcPercent lets the heap, which is small and grows by control commands only,
-// triple before it is collected: collections disturb the loops.
+// gcPercent lets the heap triple before it is collected, because collections disturb
+// the loops. The heap is small, and only control commands make it grow.
 const gcPercent = 200
 
-// SetIOFlusher marks the calling thread as one that block I/O depends on: the
-// kernel then does not wait for block I/O when it needs memory for it
-// (PR_SET_IO_FLUSHER). Threads and programs that it starts inherit the mark; a
-// running program's other threads do not get it. So a server is started, or
-// replaced by exec, from a marked thread.
+// SetIOFlusher marks the calling thread as one that block I/O depends on
+// (PR_SET_IO_FLUSHER): when it allocates memory, the kernel does not wait for block
+// I/O. Threads and programs that the thread starts inherit the mark, but the other
+// running threads of the process do not get it. So a server is executed from a
+// marked thread.
 func SetIOFlusher() error {
 	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become an I/O flusher: %w", err)
@@ -29,19 +29,19 @@ func SetIOFlusher() error {
 	return nil
 }
 
-// IsIOFlusher says whether the calling thread is marked.
+// IsIOFlusher reports whether the calling thread is marked.
 func IsIOFlusher() bool {
 	on, err := unix.PrctlRetInt(unix.PR_GET_IO_FLUSHER, 0, 0, 0, 0)
 	return err == nil && on == 1
 }
 
-// SetName is what ps calls the process.
+// SetName sets the name of the process that ps shows.
 func SetName(name string) error { return os.WriteFile("/proc/self/comm", []byte(name), 0) }
 
-// Prepare makes the process fit to serve a block device with so many loops. It
-// does what it can; the error says what it could not.
+// Prepare makes the process fit to serve a block device with the given number of
+// loops. It does as much as it can; the error says what it could not do.
 func Prepare(loops int) error {
-	// The loops keep a P each while they wait for the next request.
+	// Each loop keeps a P while it waits for the next request.
 	if n := loops + 2; runtime.GOMAXPROCS(0) < n {
 		runtime.GOMAXPROCS(n)
 	}

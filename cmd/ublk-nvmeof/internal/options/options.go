@@ -20,12 +20,13 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 )
 
-// Limits and defaults that are not the initiator's.
+// Limits and defaults that do not come from the initiator.
 const (
 	maxQueues           = 65535
 	maxTransfer         = 1 << 20
@@ -40,27 +41,27 @@ const (
 	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
 )
 
-// Forever is a controller loss timeout that never ends.
+// Forever is a controller loss timeout without a limit.
 const Forever = -1 * time.Second
 
-// Off is a fast I/O fail timeout that is not in use.
+// Off is a fast I/O fail timeout that is not used.
 const Off = -1 * time.Second
 
-// What becomes of the devices when the server dies.
+// Values of --on-crash: what happens to the devices when the server dies.
 const (
 	Requeue = "requeue"
 	Fail    = "fail"
 	Remove  = "remove"
 )
 
-// Providers of --provider.
+// Values of --provider.
 const (
 	AutoProvider = "auto"
 	Verbs        = "verbs"
 	RoCE         = "roce"
 )
 
-// Front ends.
+// Values of --frontend.
 const (
 	Auto      = "auto"
 	Ublk      = "ublk"       // /dev/ublkbN
@@ -71,13 +72,13 @@ const (
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
-// Connect is what to connect to, and how.
+// Connect holds the flags of connect: the target and the way to connect to it.
 type Connect struct {
 	Transport  string
-	Address    string // numeric or a host name, as given
+	Address    string // as given: numeric or a host name
 	Port       uint16
 	NQN        string
-	SourceAddr netip.Addr // zero: the route's
+	SourceAddr netip.Addr // zero: that of the route
 
 	HostNQN string
 	HostID  nvme.UUID
@@ -100,20 +101,20 @@ type Connect struct {
 
 	MaxIO       int
 	PollMax     int
-	Device      int      // AutoDevice, or of the first namespace
+	Device      int      // number of the first device, or AutoDevice
 	NSIDs       []uint32 // nil: all
 	Provider    string
 	LoadModules string
 	Frontend    string // Auto, Ublk, NBD or NBDSocket
-	Socket      string // of NBDSocket: a path or host:port; empty: in the run directory
-	TLS         string // of NBDSocket: directory of certificates; empty: no TLS
+	Socket      string // for NBDSocket: a path or host:port; empty: in the server's directory
+	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
 
-	hostID string // as given by the flag
+	hostID string // value of the flag
 }
 
-// Default is what holds without any flag.
+// Default returns the values of all flags that are not given.
 func Default() *Connect {
 	return &Connect{
 		Transport: "rdma", Port: defaultPort,
@@ -124,8 +125,8 @@ func Default() *Connect {
 	}
 }
 
-// AddFlags defines the flags of connect. Names, short forms, units and defaults
-// of the first block are nvme-cli's.
+// AddFlags defines the flags of connect. The names, short forms, units and defaults of
+// the first block are those of nvme-cli.
 func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
@@ -172,7 +173,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
-// Complete checks what no single flag can, and finds the identity of the host.
+// Complete checks the flags in combination and finds the identity of the host. It is
+// called once, after the flags are parsed.
 func (c *Connect) Complete(from Sources) error {
 	switch {
 	case c.Address == "":
@@ -215,8 +217,8 @@ func (c *Connect) Complete(from Sources) error {
 	return err
 }
 
-// TLSConfig reads the certificates for NBD clients, which have the names that other
-// programs look for, too. It is nil without TLS.
+// TLSConfig reads the certificates for NBD clients. Their files have the names that
+// other NBD programs use. Without TLS the result is nil.
 func (c *Connect) TLSConfig() (*tls.Config, error) {
 	if c.TLS == "" {
 		return nil, nil
@@ -282,10 +284,10 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	return out, nil
 }
 
-// Args writes the flags of f that were set as arguments again.
+// Args returns the flags of f that were set, as arguments that set them again.
 func Args(f *pflag.FlagSet) []string {
 	var args []string
-	// Visit would only see what f itself has parsed.
+	// Visit would visit only the flags that f itself has parsed.
 	f.VisitAll(func(flag *pflag.Flag) {
 		if flag.Changed {
 			args = append(args, "--"+flag.Name+"="+flag.Value.String())
@@ -314,8 +316,8 @@ func checkUnicast(a netip.Addr) error {
 	return nil
 }
 
-// hostName says whether s may be a host name: labels of letters, digits and
-// hyphens, the last one not of digits only, which would be a mistyped address.
+// hostName reports whether s can be a host name: labels of letters, digits and
+// hyphens. A last label of digits only would be a mistyped address.
 func hostName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	if s == "" || len(s) > 253 {
@@ -342,12 +344,9 @@ func checkSubsystem(s string) error {
 	return nvme.ValidateNQN(s)
 }
 
-// maxSocketPath is what struct sockaddr_un has room for.
-const maxSocketPath = 107
-
 func checkSocket(s string) error {
 	if strings.HasPrefix(s, "/") {
-		if len(s) > maxSocketPath {
+		if rundir.CheckSocket(s) != nil {
 			return errUnwanted
 		}
 		return nil
