@@ -1,11 +1,12 @@
-// Package state keeps one directory per server in a run directory: who serves
-// what, and which ublk devices belong to it. It survives the server, so that
-// what a dead one left is found, but not the boot.
+// Package state keeps a directory for each server in a run directory. The directory
+// records which target the server serves and which devices belong to it. The record
+// outlives the server, so that the devices of a dead server are found, but it does
+// not outlive the boot.
 //
 //	/run/ublk-nvmeof/                  locked (flock) while a server takes its name
-//	/run/ublk-nvmeof/ctrl0/state.json  written by rename
+//	/run/ublk-nvmeof/ctrl0/state.json  replaced by rename
 //	/run/ublk-nvmeof/ctrl0/control.sock
-//	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
+//	/run/ublk-nvmeof/ctrl0/log         of a server in the background
 package state
 
 import (
