@@ -1,19 +1,18 @@
-// Package block is the seam between front ends (ublk, nbd) and back ends
-// (the initiator, a RAM device): a Device with a Geometry, and per loop a
-// Queue that takes requests and gives back results, both in batches.
+// Package block is the interface between front ends (ublk, nbd) and back ends (the
+// initiator, a RAM device). A Device has a Geometry, and for each loop a Queue that
+// takes requests and returns results, both in batches.
 //
 // # Ownership
 //
-// I/O memory belongs to the back end, because the back end has to register it
-// with the RDMA device. A front end borrows the buffer of a tag with
-// Queue.Buffer and may touch it only while it owns the tag: Submit hands the
-// tag and its buffer to the back end, the Result that Reap returns hands them
-// back.
+// I/O memory belongs to the back end, because the back end has to register it with
+// the RDMA device. A front end borrows the buffer of a tag by Queue.Buffer and may
+// touch it only while it owns the tag. Submit passes the tag and its buffer to the
+// back end. The Result that Reap returns passes them back.
 //
 // # Concurrency
 //
-// Everything of one Queue is called from the one loop that serves it. Device
-// methods may be called from any goroutine.
+// All methods of a Queue are called from the one loop that serves it. The methods
+// of a Device may be called from any goroutine.
 package block
 
 import (

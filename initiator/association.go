@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 // association is one admin connection with the I/O queue pairs that belong to
 // it. It is made from zero by associate, and given up as a whole.
 type association struct {
+	remote   netip.AddrPort // of the target
 	admin    *admin
 	cntlid   uint16
 	cap      nvme.Cap
@@ -98,13 +100,11 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 
 func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	p := queueParam{qid: 0, depth: adminDepth, events: true}
-	conn, err := c.dial(ctx, p)
+	conn, remote, err := c.reach(ctx, p)
 	if err != nil {
 		return err
 	}
-	if err := c.establish(ctx, conn, p); err != nil {
-		return errors.Join(err, conn.close())
-	}
+	a.remote = remote
 	if a.admin, err = newAdmin(conn, c.mem.domain(), c.cfg.AdminTimeout, a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
@@ -305,7 +305,7 @@ func (c *Controller) connectIO(ctx context.Context, a *association) error {
 func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16, owner int) (*queuePair, error) {
 	class := a.plan.ClassOf(int(qid))
 	q := queueParam{
-		qid: qid, depth: a.depth, cntlid: a.cntlid,
+		remote: a.remote, qid: qid, depth: a.depth, cntlid: a.cntlid,
 		events: class != poller.Poll, vector: owner,
 	}
 	conn, err := c.dial(ctx, q)

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -34,11 +35,16 @@ const (
 // required.
 type Config struct {
 	Provider rdma.Provider
-	Address  netip.AddrPort
-	Source   netip.Addr // local address; zero: the route's
+	Address  netip.AddrPort // of the target; not used if Resolve is set
+	Source   netip.Addr     // local address; zero: the route's
 	SubNQN   string
 	HostNQN  string
 	HostID   nvme.UUID
+
+	// Resolve finds the addresses of the target, in the order in which they are to
+	// be tried. It is called for the first association, and for a later one that the
+	// last address does not accept. nil: Address is the only one.
+	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
 
 	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
 	// threads to serve it, at least Queues.Loops() of them.
@@ -86,7 +92,7 @@ func (c *Config) setDefaults() error {
 	switch {
 	case c.Provider == nil:
 		return errors.New("config: no RDMA provider")
-	case !c.Address.IsValid() || c.Address.Port() == 0:
+	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
 		return errors.New("config: no target address")
 	case len(c.Loops) < c.Queues.Loops():
 		return fmt.Errorf("config: %d loops for queues that need %d", len(c.Loops), c.Queues.Loops())

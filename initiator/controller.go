@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"slices"
 	"sync"
@@ -58,14 +59,16 @@ type Controller struct {
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
 
-	mu         sync.Mutex // guards what follows
-	state      State
-	since      time.Time // of the state
-	reason     error     // why it is not live, or was not the last time
-	losses     int       // associations lost
-	attempts   int       // to make one since the last was lost
-	assoc      *association
-	namespaces []*Namespace
+	mu           sync.Mutex // guards what follows
+	state        State
+	since        time.Time      // of the state
+	reason       error          // why it is not live, or was not the last time
+	losses       int            // associations lost
+	attempts     int            // to make one since the last was lost
+	remote       netip.AddrPort // of the last association
+	lastPatience time.Duration  // with it
+	assoc        *association
+	namespaces   []*Namespace
 }
 
 // Connect connects to a subsystem and identifies its namespaces. ctx bounds the
@@ -143,7 +146,7 @@ func (c *Controller) attach(a *association) error {
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, time.Now()
 	}
-	c.assoc = a
+	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a)
 	return nil
 }
 
@@ -535,10 +538,11 @@ func (c *Controller) Close(ctx context.Context) error {
 // Info is what a controller can tell about itself.
 type Info struct {
 	State     State
-	Since     time.Time // when the state began
-	Reason    error     // why the association was lost the last time
-	Losses    int       // associations lost so far
-	Attempts  int       // to make one again, since then
+	Since     time.Time      // when the state began
+	Reason    error          // why the association was lost the last time
+	Losses    int            // associations lost so far
+	Attempts  int            // to make one again, since then
+	Address   netip.AddrPort // of the target
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -566,6 +570,7 @@ func (c *Controller) Info() Info {
 	defer c.mu.Unlock()
 	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
+		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead

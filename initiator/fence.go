@@ -96,7 +96,7 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16) e
 
 // exists asks whether the target has a controller.
 func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) (bool, error) {
-	q := queueParam{qid: 1, depth: MinQueueSize, cntlid: cntlid}
+	q := queueParam{remote: a.remote, qid: 1, depth: MinQueueSize, cntlid: cntlid}
 	conn, err := c.dial(ctx, q)
 	if err != nil {
 		return false, err

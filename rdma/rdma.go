@@ -1,34 +1,33 @@
-// Package rdma is the vocabulary of RDMA verbs and of the RDMA connection
-// manager as this project needs it: interfaces, work requests, completions and
-// errors. The providers beside it implement it: rdma/verbs on libibverbs and
-// librdmacm, rdma/rdmatest in process.
+// Package rdma defines the RDMA verbs and the RDMA connection manager as far as this
+// module needs them: interfaces, work requests, completions and errors. The providers
+// implement it: rdma/verbs with libibverbs and librdmacm, rdma/roce with RoCEv2 over
+// UDP, and rdma/rdmatest in process.
 //
 // # Ownership
 //
-// Registered memory is allocated by the provider, off the Go heap, and stays
-// mapped and pinned until MR.Close. Objects close in the reverse order of
-// their making: ID.Close (which destroys its QP) before the CQs and MRs that
-// the QP used, those before the PD.
+// The provider allocates registered memory outside the Go heap. The memory stays mapped
+// and pinned until MR.Close. Objects are closed in the reverse order of their creation:
+// ID.Close, which destroys its QP, comes before the CQs and MRs that the QP used, and
+// those come before the PD.
 //
 // # Concurrency
 //
-// A QP's PostSend, one goroutine at a time; PostRecv, one goroutine at a time;
-// a CQ's Poll, Arm and Ack, one goroutine at a time. Everything else may be
-// called from any goroutine. None of the five allocates.
+// PostSend of a QP is called by one goroutine at a time, and so is PostRecv. Poll, Arm
+// and Ack of a CQ are called by one goroutine at a time. All other methods may be called
+// from any goroutine. None of the five allocates memory.
 //
 // # Hazards
 //
-//  1. After a QP left the ready state by error, its outstanding work requests
-//     complete with WCFlushErr in some order. Memory that the peer was given a
-//     key of may be written until QP.Fail has returned (rdma/verbs names an
-//     exception).
-//  2. A CQ event is one 8-byte read from CQ.FD. Whoever reads n of them calls
-//     Ack(n) before Close, or Close waits for ever.
-//  3. Arm before the last Poll, not after: a completion that comes between
+//  1. When a QP leaves the ready state because of an error, its outstanding work
+//     requests complete with WCFlushErr, in any order. The peer may write to memory
+//     whose key it has until QP.Fail has returned (rdma/verbs names an exception).
+//  2. A CQ event is one 8-byte read from CQ.FD. The reader of n events must call
+//     Ack(n) before Close, or Close waits forever.
+//  3. Call Arm before the last Poll, not after it: a completion that arrives between
 //     Poll and Arm makes no event.
-//  4. The slot of a send work request is free again when a completion of it or
-//     of a later one was polled: among any MaxSendWR work requests in a row,
-//     at least one has to be signaled.
+//  4. The slot of a send work request is free again when a completion of it, or of a
+//     later one, was polled. So at least one of any MaxSendWR consecutive work
+//     requests must be signaled.
 package rdma
 
 import (

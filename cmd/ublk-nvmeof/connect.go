@@ -39,9 +39,9 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
-	f.BoolVar(&c.foreground, "foreground", false, "serve in this process, for a terminal or a service manager (Type=notify)")
+	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
 	formatFlag(f, &c.format)
-	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were asked for and granted, and log more")
+	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
 // complete checks the flags as a whole.
@@ -57,12 +57,16 @@ func newConnect(runDir dirFunc) *cobra.Command {
 		Use:   "connect -a ADDRESS -n NQN",
 		Short: "Connect to a subsystem and make its namespaces block devices",
 		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
-their names. With --foreground the server is this process: it logs to standard
-error and ends with SIGTERM or SIGINT; a second signal does not wait for
-requests in flight.
+their names. The server runs in the background; SIGHUP and the end of the session
+do not end it. With --foreground this process becomes the server. It then logs to
+standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
+does not wait for requests in flight.
 
-Values that are not accepted are refused before anything else happens. Sizes are
-like 64KiB (1024) or 64k (1000).`,
+If the address is a host name, each of its addresses is tried until one accepts
+the connection.
+
+Invalid values are refused before anything else happens. Sizes are written like
+64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: cobra.NoArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
 	}
@@ -85,6 +89,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
 	path := self()
 	if c.foreground {
+		if err := host.CloseOnExec(); err != nil {
+			return err
+		}
 		return fmt.Errorf("become the server: %w", unix.Exec(path, args, os.Environ()))
 	}
 	s, err := launch(path, args, c.opts.Timeout)
@@ -100,12 +107,12 @@ func newServe(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:    "serve",
 		Hidden: true,
-		Short:  "Be the server that connect starts",
+		Short:  "Run the server that connect starts",
 		Args:   cobra.NoArgs,
 	}
 	c.addFlags(cmd)
-	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
-	cmd.Flags().StringVar(&c.succeed, "succeed", "", "the running server to take over from")
+	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
+	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -146,11 +153,30 @@ func journalAttr(groups []string, a slog.Attr) slog.Attr {
 // file goes to connect's standard error, as do panics.
 func (c *connection) serveBackground(r *reporter) error {
 	log := &logFile{}
-	return c.serve(server.Config{
-		Log:      slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
-		Reserved: func(e *state.Entry) error { return log.open(e.Log()) },
-		Ready:    r.ready,
-	}, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg := server.Config{
+		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
+		Reserved: func(e *state.Entry) error {
+			if err := log.open(e.Log()); err != nil {
+				return err
+			}
+			return r.logs(e.Log())
+		},
+		Ready: r.ready,
+	}
+	defer surviveHangup(cfg.Log)()
+	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+}
+
+// logIdentity says how the target knows this host, and what is odd about it.
+func (c *connection) logIdentity(log *slog.Logger) {
+	args := []any{"hostnqn", c.opts.HostNQN, "hostid", c.opts.HostID.String()}
+	if c.opts.HostIDFile != "" {
+		args = append(args, "generated", "yes", "kept", c.opts.HostIDFile)
+	}
+	log.Info("host identity", args...)
+	for _, w := range c.opts.Warnings {
+		log.Warn("host identity is odd", "reason", w)
+	}
 }
 
 func (c *connection) level() slog.Level {
@@ -169,6 +195,9 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := c.complete(); err != nil {
 		return err
 	}
+	if err := host.CheckIOUring(); err != nil {
+		return err
+	}
 	dir, err := c.runDir()
 	if err != nil {
 		return err
@@ -180,6 +209,16 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds = c.opts, dir, c.succeed
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
+	reserved := cfg.Reserved
+	cfg.Reserved = func(e *state.Entry) error {
+		if reserved != nil {
+			if err := reserved(e); err != nil {
+				return err
+			}
+		}
+		c.logIdentity(cfg.Log)
+		return nil
+	}
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry
 	go func() {

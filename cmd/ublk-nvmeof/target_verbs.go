@@ -28,10 +28,12 @@ type remote struct {
 }
 
 // find finds the target.
-func (r *remote) find(cmd *cobra.Command) (dir, name string, err error) {
-	if dir, err = targetDir(r.runDir, cmd.Flags().Changed("run-dir")); err != nil {
+func (r *remote) find() (dir, name string, err error) {
+	runDir, err := r.runDir()
+	if err != nil {
 		return "", "", err
 	}
+	dir = string(runDir)
 	names, err := targetserver.List(dir)
 	if err != nil {
 		return "", "", err
@@ -75,7 +77,7 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			if err != nil {
 				return usage(err)
 			}
-			dir, name, err := r.find(cmd)
+			dir, name, err := r.find()
 			if err != nil {
 				return err
 			}
@@ -95,8 +97,8 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			return nil
 		})(cmd, args)
 	}
-	cmd.Flags().StringVar(&r.target, "target", "", "name of the target, as target list shows it")
-	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "subsystem")
+	cmd.Flags().StringVar(&r.target, "target", "", "name of the target, as target list shows it (default: the only one that runs)")
+	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "NQN of the subsystem (default: the only one)")
 	return cmd
 }
 
@@ -124,8 +126,8 @@ func onOff(text string) (bool, error) {
 // targetVerbs are the verbs about running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	var exactly, dnr bool
-	grant := change(runDir, "grant {N | none}", "Limit the I/O queues that a controller gets",
-		"A host sees it when it connects the next time; target drop makes it. With none a host that asks gets an error.",
+	grant := change(runDir, "grant {N | none}", "Limit the number of I/O queues of a controller",
+		"The limit applies when a host connects again, which target drop makes it do. With none, a host that asks for queues gets an error.",
 		cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
 			if args[0] == "none" {
 				return targetserver.GrantRequest{Exactly: true}, nil
@@ -133,17 +135,17 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 			n, err := number("queues", args[0], 1, nvme.MaxQueues)
 			return targetserver.GrantRequest{NQN: r.nqn, Limit: n, Exactly: exactly}, err
 		})
-	grant.Flags().BoolVar(&exactly, "exactly", false, "so many, whatever the host asks for")
+	grant.Flags().BoolVar(&exactly, "exactly", false, "grant exactly N queues, whatever the host asks for")
 
 	qid := -1
-	drop := change(runDir, "drop", "Drop connections", "Of all queues, or of those with one id.",
+	drop := change(runDir, "drop", "Drop connections", "Drops the connections of all queues, or of the queues with one id.",
 		cobra.NoArgs, func(r *remote, _ []string) (any, error) {
 			return targetserver.DropRequest{NQN: r.nqn, QID: qid}, nil
 		})
-	drop.Flags().IntVar(&qid, "qid", -1, "id of the queues, 0 is the admin queue (default: all)")
+	drop.Flags().IntVar(&qid, "qid", -1, "id of the queues, 0 for the admin queue (default: all queues)")
 
 	refuse := change(runDir, "refuse {STATUS | off}", "Answer Connect commands with a status",
-		"STATUS is status code type and code as in nvme-cli, like 0x182.",
+		"STATUS is the status code type and the status code as nvme-cli writes them, such as 0x182.",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			if args[0] == "off" {
 				return targetserver.RefuseRequest{}, nil
@@ -151,7 +153,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 			s, err := options.ParseStatus(args[0], dnr)
 			return targetserver.RefuseRequest{Status: int(s)}, err
 		})
-	refuse.Flags().BoolVar(&dnr, "dnr", false, "with \"do not retry\"")
+	refuse.Flags().BoolVar(&dnr, "dnr", false, "set Do Not Retry in the status")
 
 	namespace := &cobra.Command{Use: "namespace", Short: "Add, remove and change namespaces", Args: cobra.NoArgs}
 	namespace.AddCommand(
@@ -169,7 +171,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				return targetserver.RemoveRequest{NQN: r.nqn, NSID: uint32(n)}, err
 			}),
 		change(runDir, "resize NSID [SIZE]", "Change the size of a namespace",
-			"Without SIZE the target takes notice of the size that a file or a device has by now.",
+			"Without SIZE, the namespace gets the current size of its file or device.",
 			cobra.RangeArgs(1, 2), func(r *remote, args []string) (any, error) {
 				n, err := number("namespace", args[0], 1, 1<<32-2)
 				request := targetserver.ResizeRequest{NQN: r.nqn, NSID: uint32(n)}
@@ -200,7 +202,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
 			}),
 		without(change(runDir, "fault FAULT", "Make commands fail",
-			"FAULT: "+options.FaultWords+".\n\nThe first fault that hits a command counts. For example:\n\n"+
+			"FAULT: "+options.FaultWords+".\n\nThe first fault that matches a command is applied. For example:\n\n"+
 				"  target fault opcode=write,count=3,status=0x6        three writes end with \"internal error\"\n"+
 				"  target fault opcode=read,delay=2s                   reads are slow\n"+
 				"  target fault admin,opcode=keep-alive,drop           keep alive commands get no answer",
@@ -211,7 +213,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				}
 				return targetserver.FaultRequest{Fault: args[0]}, err
 			})),
-		without(change(runDir, "clear [FAULT]", "End a fault, or everything that is wrong on purpose", "",
+		without(change(runDir, "clear [FAULT]", "End one fault, or all faults, limits and other misbehavior", "",
 			cobra.MaximumNArgs(1), func(_ *remote, args []string) (any, error) {
 				if len(args) == 0 {
 					return targetserver.UnfaultRequest{}, nil
@@ -219,13 +221,13 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				n, err := number("fault", args[0], 1, 1<<31-1)
 				return targetserver.UnfaultRequest{ID: n}, err
 			})),
-		without(change(runDir, "stall {on | off}", "Begin no command; connections stay", "",
+		without(change(runDir, "stall {on | off}", "Execute no commands, but keep the connections", "",
 			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 				on, err := onOff(args[0])
 				return targetserver.StallRequest{On: on}, err
 			})),
 		without(change(runDir, "reject {STATUS | off}", "Reject connect requests",
-			"STATUS is that of NVMe/RDMA, like 6, which is \"no resources\".",
+			"STATUS is a status of NVMe/RDMA, such as 6, which is \"no resources\".",
 			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 				if args[0] == "off" {
 					return targetserver.RejectRequest{}, nil
@@ -234,7 +236,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				return targetserver.RejectRequest{Status: n}, err
 			})),
 		without(refuse),
-		without(change(runDir, "stop", "End a target in order", "",
+		without(change(runDir, "stop", "Stop a target", "",
 			cobra.NoArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
 	}
 }
@@ -244,13 +246,14 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 	var verbose bool
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "Show the targets that run",
+		Short: "Show the running targets",
 		Args:  cobra.NoArgs,
 		RunE: verb("target list", func(cmd *cobra.Command, _ []string) error {
-			dir, err := targetDir(runDir, cmd.Flags().Changed("run-dir"))
+			runDir, err := runDir()
 			if err != nil {
 				return err
 			}
+			dir := string(runDir)
 			names, err := targetserver.List(dir)
 			if err != nil {
 				return err
@@ -261,7 +264,7 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 				s, err := targetserver.NewClient(targetserver.Socket(dir, name)).Status(ctx)
 				cancel()
 				if err != nil {
-					cmd.PrintErrf("%s: target list: %s: %v\n", programName, name, err)
+					cmd.PrintErrf("%s: target list: %s: %s\n", programName, name, output.Text(err.Error()))
 					continue
 				}
 				found = append(found, s)
@@ -270,6 +273,6 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show hosts, faults and counters, too")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "also show hosts, faults and counters")
 	return cmd
 }

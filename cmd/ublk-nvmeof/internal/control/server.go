@@ -3,15 +3,14 @@ package control
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 // Controlled is what a socket controls.
@@ -37,14 +36,11 @@ const (
 	maxBody       = 4096
 )
 
-// Listen makes the socket, for root only.
+// Listen makes the socket, for the calling user and root only.
 func Listen(path string) (net.Listener, error) {
-	l, err := net.Listen("unix", path)
+	l, err := rundir.Listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("make control socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(fmt.Errorf("make control socket: %w", err), l.Close())
 	}
 	return l, nil
 }

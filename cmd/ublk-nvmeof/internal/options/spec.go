@@ -15,22 +15,40 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// field is one KEY or KEY=VALUE of a text like "ram=1GiB,read-only".
+// field is a KEY or KEY=VALUE of a text like "ram=1GiB,read-only".
 type field struct{ key, value string }
 
+// fields splits a text at its commas. Two commas are one in a value.
 func fields(text string) []field {
 	var out []field
-	for word := range strings.SplitSeq(text, ",") {
-		key, value, _ := strings.Cut(word, "=")
+	var word strings.Builder
+	end := func() {
+		key, value, _ := strings.Cut(word.String(), "=")
 		out = append(out, field{key, value})
+		word.Reset()
 	}
+	for i := 0; i < len(text); i++ {
+		switch {
+		case text[i] != ',':
+			word.WriteByte(text[i])
+		case strings.HasPrefix(text[i:], ",,"):
+			word.WriteByte(',')
+			i++
+		default:
+			end()
+		}
+	}
+	end()
 	return out
 }
 
-// wrong is the error of a field.
+// doubled writes a value so that fields reads it again.
+func doubled(value string) string { return strings.ReplaceAll(value, ",", ",,") }
+
+// wrong is the error of a field whose value is not accepted.
 func (f field) wrong(want string) error { return fmt.Errorf("%s=%q: want %s", f.key, f.value, want) }
 
-// number is a value lo..hi, decimal, or hexadecimal with 0x.
+// number parses a value from lo to hi, in decimal, or in hexadecimal with 0x.
 func (f field) number(lo, hi uint64) (uint64, error) {
 	n, err := strconv.ParseUint(f.value, 0, 64)
 	if err != nil || n < lo || n > hi {
@@ -39,10 +57,12 @@ func (f field) number(lo, hi uint64) (uint64, error) {
 	return n, nil
 }
 
-// Namespace says what a namespace is, in words like these:
+// Namespace describes a namespace of a target. Its text has these words:
 //
 //	ram=SIZE | file=PATH | device=PATH
 //	nsid=N  block-size=SIZE  read-only  cache=SIZE  ana-group=N  uuid=UUID
+//
+// A comma in a path is written twice.
 type Namespace struct {
 	RAM       int64  // bytes; 0: File
 	File      string // absolute
@@ -55,10 +75,10 @@ type Namespace struct {
 	UUID      nvme.UUID
 }
 
-// NamespaceWords are what ParseNamespace wants.
-const NamespaceWords = "ram=SIZE, file=PATH or device=PATH, then nsid=N, block-size=SIZE, read-only, cache=SIZE, ana-group=N, uuid=UUID"
+// NamespaceWords are the words that ParseNamespace accepts.
+const NamespaceWords = "ram=SIZE, file=PATH or device=PATH (a comma in PATH is written twice), then nsid=N, block-size=SIZE, read-only, cache=SIZE, ana-group=N, uuid=UUID"
 
-// ParseSize reads a size like 1GiB, in bytes, at least 1.
+// ParseSize parses a size like 1GiB. The result is in bytes, 1 to 2^50.
 func ParseSize(s string) (int64, error) {
 	n, err := humanize.ParseBytes(s)
 	if err != nil || n == 0 || n > 1<<50 {
@@ -67,7 +87,8 @@ func ParseSize(s string) (int64, error) {
 	return int64(n), nil
 }
 
-// ParseNamespace reads a namespace. Relative paths are of this process.
+// ParseNamespace parses a namespace. A relative path is made absolute with the working
+// directory of this process.
 func ParseNamespace(text string) (Namespace, error) {
 	var n Namespace
 	for i, f := range fields(text) {
@@ -112,14 +133,14 @@ func ParseNamespace(text string) (Namespace, error) {
 	return n, nil
 }
 
-// String is what ParseNamespace reads again.
+// String returns a text that ParseNamespace parses to the same namespace.
 func (n Namespace) String() string {
 	out := fmt.Sprintf("ram=%dB", n.RAM)
 	switch {
 	case n.Device:
-		out = "device=" + n.File
+		out = "device=" + doubled(n.File)
 	case n.File != "":
-		out = "file=" + n.File
+		out = "file=" + doubled(n.File)
 	}
 	add := func(on bool, format string, v ...any) {
 		if on {
@@ -135,7 +156,7 @@ func (n Namespace) String() string {
 	return out
 }
 
-// FaultWords are what ParseFault wants.
+// FaultWords are the words that ParseFault accepts.
 const FaultWords = "delay=TIME, drop, disconnect, status=CODE with dnr or without, corrupt=id|duplicate|short|sqhead|key|data; " +
 	"for admin, qid=N, nsid=N, opcode=NAME (several by several); skip=N, count=N"
 
@@ -155,8 +176,8 @@ var adminOpcodes = map[string]nvme.Opcode{
 	"async-event": nvme.AdminAsyncEvent, "keep-alive": nvme.AdminKeepAlive, "fabrics": nvme.OpFabrics,
 }
 
-// ParseStatus reads a status: type and code as in nvme-cli, decimal or
-// hexadecimal (0x6 is "internal error"), and dnr.
+// ParseStatus parses a status code type and status code as nvme-cli writes them, in
+// decimal or hexadecimal (0x6 is "internal error"). dnr adds Do Not Retry.
 func ParseStatus(code string, dnr bool) (nvme.Status, error) {
 	n, err := field{"status", code}.number(1, uint64(nvme.StatusCodeMask))
 	if err != nil {
@@ -169,7 +190,7 @@ func ParseStatus(code string, dnr bool) (nvme.Status, error) {
 	return s, nil
 }
 
-// ParseFault reads a fault. See FaultWords.
+// ParseFault parses a fault. See FaultWords.
 func ParseFault(text string) (target.Fault, error) {
 	var f target.Fault
 	var status string
@@ -258,7 +279,7 @@ var anaStates = map[string]nvme.ANAState{
 	"persistent-loss": nvme.ANAPersistentLoss, "change": nvme.ANAChange,
 }
 
-// ParseANAState reads the name of an ANA state.
+// ParseANAState parses the name of an ANA state.
 func ParseANAState(name string) (nvme.ANAState, error) {
 	s, ok := anaStates[name]
 	if !ok {

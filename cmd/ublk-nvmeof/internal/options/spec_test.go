@@ -12,6 +12,7 @@ import (
 func TestParseNamespace(t *testing.T) {
 	for _, text := range []string{
 		"ram=1048576B", "file=/a/b,nsid=3,block-size=4096B,read-only,cache=8192B,ana-group=2,uuid=12345678-1234-1234-1234-123456789abc", "device=/dev/null",
+		"file=/a b/c,,d,,/e=f\n\"%,nsid=3", "file=/a,,,nsid=3", "file=/a,,,,b",
 	} {
 		n, err := ParseNamespace(text)
 		if err != nil || n.String() != text {
@@ -19,6 +20,14 @@ func TestParseNamespace(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
+		"file=/a,,,nsid=3": "/a,", "file=/a,,,,b": "/a,,b", "file=/a,,nsid=3": "/a,nsid=3", "device=/x,,y,read-only": "/x,y",
+	} {
+		if n, err := ParseNamespace(text); err != nil || n.File != want {
+			t.Errorf("%s: %q, %v, want %q", text, n.File, err, want)
+		}
+	}
+	for text, want := range map[string]string{
+		"ram=1MiB,,nsid=1":        "want a size",
 		"":                        "it begins with what holds the data",
 		"nsid=1":                  "it begins with what holds the data",
 		"file=":                   "it begins with what holds the data",

@@ -48,10 +48,10 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(listenAddr(&t.addr), "traddr", "a", "address to listen on")
 	f.VarP(number(&t.port, 1, 65535, "a port"), "trsvcid", "s", "port to listen on")
-	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device with the address")
-	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "most entries of an I/O queue")
-	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "most data of a write that comes with the command, 0 for none")
-	f.Var(size(&t.MaxIO, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer), "max-io-size", "largest command, a power of two")
+	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device has the address")
+	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "largest number of entries of an I/O queue")
+	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "largest write whose data travels with the command; 0 for none")
+	f.Var(size(&t.MaxIO, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer), "max-io-size", "size of the largest read or write, a power of two")
 
 	last := func(flag string, set func(*Subsystem, string) error) func(string) error {
 		return func(text string) error {
@@ -67,7 +67,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		}
 		t.Subsystems = append(t.Subsystems, Subsystem{NQN: nqn})
 		return nil
-	}}, "nqn", "n", "subsystem; several by repeating it, each with the flags below that follow")
+	}}, "nqn", "n", "NQN of a subsystem; repeat it for several, each followed by its own flags of those below")
 	f.Var(&each{kind: "namespace", want: NamespaceWords, take: last("namespace", func(s *Subsystem, text string) error {
 		n, err := ParseNamespace(text)
 		s.Namespaces = append(s.Namespaces, n)
@@ -76,15 +76,15 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.Var(&each{kind: "nqn", want: "the name of a host", take: last("allow-host", func(s *Subsystem, nqn string) error {
 		s.AllowHosts = append(s.AllowHosts, nqn)
 		return nvme.ValidateNQN(nqn)
-	})}, "allow-host", "host that may connect to the subsystem (default: any)")
+	})}, "allow-host", "NQN of a host that may connect to the subsystem (default: any host)")
 	f.Var(&each{kind: "number", want: fmt.Sprintf("a number, 1 to %d", nvme.MaxQueues), take: last("max-queues", func(s *Subsystem, text string) error {
 		return number(&s.MaxQueues, 1, nvme.MaxQueues, "a number").Set(text)
-	})}, "max-queues", fmt.Sprintf("most I/O queues that a controller of the subsystem gets (default %d)", target.DefaultMaxQueues))
+	})}, "max-queues", fmt.Sprintf("largest number of I/O queues of a controller of the subsystem (default %d)", target.DefaultMaxQueues))
 	f.Var(&each{kind: "fault", want: FaultWords, take: func(text string) error {
 		_, err := ParseFault(text)
 		t.Faults = append(t.Faults, text)
 		return err
-	}}, "fault", "fault to begin with: "+FaultWords)
+	}}, "fault", "fault that is set from the start: "+FaultWords)
 }
 
 // Complete checks what no single flag can.

@@ -1,6 +1,7 @@
-// Package output writes what the command says: tables for people, JSON for
-// programs. Names in JSON are nvme-cli's where it has one; schema_version is
-// ours.
+// Package output writes the results of the command: tables for people and JSON for
+// programs. Names in JSON are those of nvme-cli where it has one; schema_version is
+// specific to this program. Tables contain printable text only, whatever a peer
+// says; JSON is exact.
 package output
 
 import (
@@ -16,16 +17,16 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
 
-// SchemaVersion is that of the JSON written here.
+// SchemaVersion is the version of the JSON that this package writes.
 const SchemaVersion = 1
 
-// Formats of --output-format.
+// Values of --output-format.
 const (
 	Normal = "normal"
 	JSON   = "json"
 )
 
-// none stands for what is not known.
+// none stands for an unknown value.
 const none = "-"
 
 func writeJSON(w io.Writer, v any) error {
@@ -49,7 +50,7 @@ type connected struct {
 	SchemaVersion int            `json:"schema_version"`
 }
 
-// Connected says which devices a new connection has. verbose adds the queues.
+// Connected writes the devices of a new connection. verbose adds the queues.
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
@@ -66,8 +67,9 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 		return writeJSON(w, out)
 	}
+	s, paths = printable(s), printable(paths)
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
-		// Not what one might expect, so it is said why.
+		// This is not the usual front end, so the reason is given.
 		if _, err := fmt.Fprintf(w, "front end %s\n", because(s.Frontend, s.FrontendReason)); err != nil {
 			return err
 		}
@@ -84,7 +86,7 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	return classTable(w, s.Queues)
 }
 
-// because is what was chosen, and why.
+// because writes a choice with its reason.
 func because(what, reason string) string {
 	if reason == "" {
 		return orNone(what)
@@ -92,8 +94,8 @@ func because(what, reason string) string {
 	return what + " (" + reason + ")"
 }
 
-// classTable is what was asked for, what was granted, and who serves a class
-// that got nothing.
+// classTable writes for each class how many queues were requested and granted, and
+// which class serves it.
 func classTable(out io.Writer, q control.Queues) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "class\trequested\tgranted\tmapped")
@@ -113,9 +115,9 @@ func classes(q control.Queues) []class {
 	return []class{{"read", q.Read}, {"default", q.Default}, {"poll", q.Poll}}
 }
 
-// summary is the queues on one line: requested/granted per class, with the
-// class that serves it instead, if it got none. Classes that nobody asked for
-// are left out.
+// summary writes the queues on one line: requested/granted for each class, followed by
+// the class that serves it if it was granted none. Classes without a request are
+// left out.
 func summary(q control.Queues) string {
 	var parts []string
 	for _, c := range classes(q) {
@@ -134,7 +136,7 @@ func summary(q control.Queues) string {
 	return strings.Join(parts, ", ")
 }
 
-// Address is a target's address as nvme-cli writes it.
+// Address returns the address of a target as nvme-cli writes it.
 func Address(s control.Status) string {
 	a := "traddr=" + s.TrAddr + ",trsvcid=" + s.TrSvcID
 	if s.HostTrAddr != "" {
@@ -153,7 +155,7 @@ func endpoint(s control.Status) string {
 	return s.TrAddr + ":" + s.TrSvcID
 }
 
-// listed is a device in the list, nvme-cli's fields first.
+// listed is a device in the JSON list, with the fields of nvme-cli first.
 type listed struct {
 	NameSpace    uint32
 	DevicePath   string
@@ -176,13 +178,14 @@ type list struct {
 	Controllers   []control.Status `json:"controllers"`
 }
 
-// List shows servers and their devices. JSON has everything; verbose is for
-// people.
+// List writes servers and their devices. JSON has all details with or without
+// verbose.
 func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
-	switch {
-	case format == JSON:
+	if format == JSON {
 		return listJSON(w, servers)
-	case verbose:
+	}
+	servers = printable(servers)
+	if verbose {
 		return listVerbose(w, servers)
 	}
 	return listTable(w, servers)
@@ -244,7 +247,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
 		if s.Model != "" {
-			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
+			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
 			row("front end", "%s", because(s.Frontend, s.FrontendReason))
@@ -281,7 +284,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 	return nil
 }
 
-// condition is the state with its history.
+// condition writes the state with its history.
 func condition(s control.Status) string {
 	text := s.State
 	if s.Since != "" {

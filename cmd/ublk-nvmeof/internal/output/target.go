@@ -23,7 +23,7 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 	if format == JSON {
 		return writeJSON(out, targets{SchemaVersion, all})
 	}
-	for _, t := range all {
+	for _, t := range printable(all) {
 		address := t.TrAddr + ":" + t.TrSvcID
 		if strings.Contains(t.TrAddr, ":") {
 			address = "[" + t.TrAddr + "]:" + t.TrSvcID

@@ -79,12 +79,15 @@ var actual = backend{
 	route:     host.RouteTo,
 	provider:  provider.ForHost,
 	prepare:   host.Prepare,
-	loop:      poller.New,
+	loop: func(cfg poller.Config) (*poller.Loop, error) {
+		l, err := poller.New(cfg)
+		return l, host.ExplainMemlock(err)
+	},
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, host.ExplainMemlock(err)
 		}
 		var found []namespace
 		for _, ns := range c.Namespaces() {

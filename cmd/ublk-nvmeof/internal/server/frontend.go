@@ -154,18 +154,6 @@ func removeDeadSocket(path string) error {
 	return nil
 }
 
-// uri is where a client finds an export, with TLS if it is secure.
-func uri(at net.Addr, name string, secure bool) string {
-	scheme := "nbd"
-	if secure {
-		scheme = "nbds"
-	}
-	if at.Network() == "unix" {
-		return scheme + "+unix:///" + name + "?socket=" + at.String()
-	}
-	return scheme + "://" + at.String() + "/" + name
-}
-
 // export makes a namespace an export, named by its number, and with the front end nbd
 // a block device of that.
 func (s *server) export(ctx context.Context, ns namespace, id int) (device, error) {
@@ -184,7 +172,7 @@ func (s *server) export(ctx context.Context, ns namespace, id int) (device, erro
 		queues: ublk.Info{Queues: len(s.loops), Depth: max(s.depth, minNBDDepth), MaxIO: min(s.opts.MaxIO, int(ns.device.Geometry().MaxIO))},
 	}
 	if s.front.name == options.NBDSocket {
-		x.record = state.Device{Kind: state.NBDSocket, URI: uri(s.address, name, s.opts.TLS != "")}
+		x.record = state.Device{Kind: state.NBDSocket, URI: exportURI(s.address, name, s.opts.TLS != "")}
 		return x, nil
 	}
 	// The kernel cannot be given new connections after a crash that would make up for
@@ -300,7 +288,7 @@ func isBusy(err error) bool { return errors.Is(err, ublk.ErrBusy) || errors.Is(e
 // goneNBD is gone, for devices that are not ublk's.
 func goneNBD(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
 	if d.Kind == state.NBDSocket {
-		if _, path, ok := strings.Cut(d.URI, "?socket="); ok {
+		if path := socketOf(d.URI); path != "" {
 			_ = removeDeadSocket(path) // else the next one who wants it says so
 		}
 		return true, nil

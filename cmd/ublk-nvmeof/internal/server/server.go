@@ -163,10 +163,11 @@ func run(ctx context.Context, cfg Config, back backend) error {
 
 // reserve finds the target's address and takes a name.
 func (s *server) reserve(ctx context.Context) error {
-	var err error
-	if s.remote, err = s.opts.Resolve(ctx); err != nil {
+	found, err := s.opts.Resolve(ctx)
+	if err != nil {
 		return exit.Errorf(exit.Unreachable, "%v", err)
 	}
+	s.remote = s.reachable(found)
 	if s.cfg.Succeeds != "" {
 		err = s.succeed()
 	} else {
@@ -339,6 +340,9 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		Associated: s.associated, Log: s.log,
 	}
+	if s.opts.Named() {
+		cfg.Resolve = s.opts.Resolve
+	}
 	if s.opts.FastIOFail != options.Off {
 		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
 	}
@@ -353,7 +357,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 	if exit.Of(err) == exit.NoRDMA {
 		return s.noRDMA(err)
 	}
-	return exit.Connecting(s.remote.String(), s.opts.NQN, s.opts.HostNQN, err)
+	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
 }
 
 // choose takes the namespaces that are wanted.
@@ -469,7 +473,7 @@ func (s *server) serve(ns namespace, d device) {
 
 // announce tells everybody that the devices are usable.
 func (s *server) announce() error {
-	if err := host.Notify("READY=1\nSTATUS=serving " + s.opts.NQN); err != nil {
+	if err := host.Notify("READY=1", "STATUS=serving "+s.opts.NQN); err != nil {
 		s.log.Warn("service manager not told", "error", err)
 	}
 	if s.cfg.Ready == nil {

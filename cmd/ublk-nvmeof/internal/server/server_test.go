@@ -584,7 +584,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := state.Target{Address: remote, NQN: o.NQN, HostNQN: o.HostNQN}
+	target := state.Target{Address: remote[0], NQN: o.NQN, HostNQN: o.HostNQN}
 	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false, func(context.Context, state.Record) bool { return true })
 	if err != nil {
 		t.Fatal(err)

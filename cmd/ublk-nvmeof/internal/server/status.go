@@ -81,6 +81,9 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 	if now.Reason != nil {
 		out.Reason = now.Reason.Error()
 	}
+	if connected.Address.IsValid() {
+		out.TrAddr = connected.Address.Addr().String()
+	}
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
 	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
 	out.RDMADevice, out.Memory = connected.Device, "registered"

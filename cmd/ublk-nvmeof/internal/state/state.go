@@ -1,11 +1,12 @@
-// Package state keeps one directory per server in a run directory: who serves
-// what, and which ublk devices belong to it. It survives the server, so that
-// what a dead one left is found, but not the boot.
+// Package state keeps a directory for each server in a run directory. The directory
+// records which target the server serves and which devices belong to it. The record
+// outlives the server, so that the devices of a dead server are found, but it does
+// not outlive the boot.
 //
 //	/run/ublk-nvmeof/                  locked (flock) while a server takes its name
-//	/run/ublk-nvmeof/ctrl0/state.json  written by rename
+//	/run/ublk-nvmeof/ctrl0/state.json  replaced by rename
 //	/run/ublk-nvmeof/ctrl0/control.sock
-//	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
+//	/run/ublk-nvmeof/ctrl0/log         of a server in the background
 package state
 
 import (
@@ -23,10 +24,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// DefaultDir is the run directory.
-const DefaultDir Dir = "/run/ublk-nvmeof"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+)
 
 // SchemaVersion is that of state.json.
 const SchemaVersion = 1
@@ -199,7 +199,7 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(string(d), 0o755); err != nil {
+	if err := rundir.Make(string(d), 0o755); err != nil {
 		return nil, fmt.Errorf("make run directory: %w", err)
 	}
 	unlock, err := d.lock(ctx)
