@@ -8,12 +8,13 @@
 // A Controller outlives its associations. An association is one admin connection with
 // the I/O queue pairs that belong to it. Each association is made by the same code,
 // from zero. A lane is the part of the controller that runs on one poller.Loop: it
-// drives the pairs that the loop owns, and it takes the requests of the namespaces'
-// queues on that loop. If a pair of another loop serves the class of a request, the
-// request is handed over through the inbox of that loop's lane.
+// drives the queue pairs that the loop owns, and it takes the requests of the
+// namespaces' queues on that loop. If a queue pair of another loop serves the class of
+// a request, the request is handed over through the inbox of that loop's lane. A request
+// that cannot be sent now is parked on a lane.
 //
-//	front end ── queue.Submit ─► lane ─► pair ─► sq ─► SEND
-//	front end ◄─ queue.Reap  ◄── lane ◄─ pair ◄─ cq ◄─ RECV
+//	front end ── nsQueue.Submit ─► lane ─► queuePair ─► sq ─► SEND
+//	front end ◄─ nsQueue.Reap  ◄── lane ◄─ queuePair ◄─ cq ◄─ RECV
 //
 // # Completion
 //
@@ -25,7 +26,8 @@
 //
 // # Memory
 //
-// Each queue registers one slab of depth × maximum I/O. The target holds the key of
+// Each queue registers one slab of depth × maximum I/O. Config.MaxMemory bounds the sum
+// of them, and a queue beyond it is refused (MemoryError). The target holds the key of
 // the slab for the time of the connection. A target can access the I/O buffers of the
 // subsystem that it serves, and no other memory.
 //

@@ -117,7 +117,7 @@ func TestAddressesForTheNextAssociation(t *testing.T) {
 		"names cannot be resolved":          {b, time.Hour, none, []string{b}},
 		"without names":                     {b, time.Hour, nil, []string{d}},
 	} {
-		c := &Controller{since: time.Now().Add(-tt.ago)}
+		c := &Controller{since: time.Now().Add(-tt.ago), lastPatience: 11 * time.Second}
 		c.cfg = Config{
 			Address: netip.MustParseAddrPort(d), Resolve: tt.resolve,
 			KeepAlive: DefaultKeepAlive, Log: slog.New(slog.DiscardHandler),

@@ -28,7 +28,7 @@ type row struct {
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
-	"block": {},
+	"block": {may: []string{sys}},
 	"rdma":  {},
 
 	// The data path.
