@@ -29,7 +29,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # a package's tests. A package whose tests say what they need of the machine
 # (internal/testenv) has to be here.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
-	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|RunDirectory|UserSees|ThatNobodyNamed|SecondAddress|Seccomp|URIOf \
+	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|OfAStranger|UserSees|Seccomp \
 	cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$

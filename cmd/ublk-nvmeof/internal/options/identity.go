@@ -100,7 +100,10 @@ func findIdentity(nqnFlag, idFlag string, from Sources) (identity, error) {
 	if nqn == "" {
 		out.nqn = nvme.UUIDNQN(out.id)
 	}
-	if named, ok := uuidOf(out.nqn); ok && named != out.id {
+	// Distributions put two random UUIDs into the files of /etc/nvme. That is odd, but
+	// it is one host everywhere.
+	bothFiles := filepath.IsAbs(nqnFrom) && filepath.IsAbs(idFrom)
+	if named, ok := uuidOf(out.nqn); ok && named != out.id && !bothFiles {
 		out.warnings = append(out.warnings, fmt.Sprintf("host NQN %q has another UUID than the host id %s; a target may take them for two hosts", out.nqn, out.id))
 	}
 	return out, nil

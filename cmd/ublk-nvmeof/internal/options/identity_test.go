@@ -124,6 +124,19 @@ func TestIdentityWarnsOfTwoUUIDs(t *testing.T) {
 	if err != nil || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], idNQN) || !strings.Contains(got.warnings[0], "host id "+idFlag) {
 		t.Errorf("%+v, %v", got, err)
 	}
+	for name, from := range map[string]Sources{
+		"name in the file, id given":        sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN}),
+		"name in the environment, id given": sources(vars{"LIBNVME_HOSTNQN": nvme.NQNUUIDPrefix + idNQN}, nil),
+	} {
+		if got, err := findIdentity("", idFlag, from); err != nil || len(got.warnings) != 1 {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	// As Debian's nvme-cli makes them.
+	files := sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN, "/etc/nvme/hostid": idFile})
+	if got, err := findIdentity("", "", files); err != nil || len(got.warnings) > 0 {
+		t.Errorf("both from files: %+v, %v", got, err)
+	}
 	for nqn, id := range map[string]string{nvme.NQNUUIDPrefix + idNQN: idNQN, "nqn.plain": idFlag} {
 		if got, err := findIdentity(nqn, id, nowhere); err != nil || len(got.warnings) > 0 {
 			t.Errorf("%s %s: %+v, %v", nqn, id, got, err)

@@ -70,7 +70,7 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	s, paths = printable(s), printable(paths)
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
 		// This is not the usual front end, so the reason is given.
-		if _, err := fmt.Fprintf(w, "front end %s\n", because(s.Frontend, s.FrontendReason)); err != nil {
+		if _, err := fmt.Fprintf(w, "front end %s\n", withReason(s.Frontend, s.FrontendReason)); err != nil {
 			return err
 		}
 	}
@@ -80,14 +80,14 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	if !verbose {
 		return nil
 	}
-	if _, err := fmt.Fprintf(w, "front end %s\nprovider %s\n", because(s.Frontend, s.FrontendReason), because(s.Provider, s.ProviderReason)); err != nil {
+	if _, err := fmt.Fprintf(w, "front end %s\nprovider %s\n", withReason(s.Frontend, s.FrontendReason), withReason(s.Provider, s.ProviderReason)); err != nil {
 		return err
 	}
 	return classTable(w, s.Queues)
 }
 
-// because writes a choice with its reason.
-func because(what, reason string) string {
+// withReason writes a choice with its reason.
+func withReason(what, reason string) string {
 	if reason == "" {
 		return orNone(what)
 	}
@@ -238,7 +238,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row := func(name, format string, args ...any) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
 		}
-		row("state", "%s", condition(s))
+		row("state", "%s", stateText(s))
 		source := ""
 		if s.HostTrAddr != "" {
 			source = " from " + s.HostTrAddr
@@ -250,8 +250,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
-			row("front end", "%s", because(s.Frontend, s.FrontendReason))
-			row("provider", "%s", because(s.Provider, s.ProviderReason))
+			row("front end", "%s", withReason(s.Frontend, s.FrontendReason))
+			row("provider", "%s", withReason(s.Provider, s.ProviderReason))
 		}
 		if s.RDMADevice != "" {
 			row("rdma", "device %s, memory %s, in-capsule data %s, submission queue flow control %s",
@@ -268,9 +268,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 				p.Sent, p.Retransmitted, p.Received, p.Timeouts, p.OutOfSequence, p.Duplicates, p.NAKsSent, p.NAKsReceived, p.RNRNAKs, p.BadICRC, p.Dropped, p.Congestion)
 		}
 		for _, d := range s.Devices {
-			row(d.Path(), "%s", describe(d))
+			row(d.Path(), "%s", deviceText(d))
 			if d.Queues > 0 {
-				row("", "%s", counters(d.Counters))
+				row("", "%s", countersText(d.Counters))
 			}
 		}
 		for j, l := range s.Lanes {
@@ -284,8 +284,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 	return nil
 }
 
-// condition writes the state with its history.
-func condition(s control.Status) string {
+// stateText writes the state with its history.
+func stateText(s control.Status) string {
 	text := s.State
 	if s.Since != "" {
 		text += " since " + s.Since
@@ -299,7 +299,7 @@ func condition(s control.Status) string {
 	return text
 }
 
-func describe(d control.Device) string {
+func deviceText(d control.Device) string {
 	parts := []string{fmt.Sprintf("namespace %d", d.NSID)}
 	if d.Size > 0 {
 		parts = append(parts, size(d.Size), fmt.Sprintf("blocks of %d", d.BlockSize),
@@ -317,7 +317,7 @@ func describe(d control.Device) string {
 	return strings.Join(parts, ", ")
 }
 
-func counters(c control.IO) string {
+func countersText(c control.IO) string {
 	return fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards, %d write zeroes, %d errors, %d batches",
 		c.Reads, humanize.IBytes(c.ReadBytes), c.Writes, humanize.IBytes(c.WrittenBytes), c.Flushes, c.Discards, c.WriteZeroes, c.Errors, c.Batches)
 }
