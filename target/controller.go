@@ -76,6 +76,7 @@ func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 	if s.discovery {
 		c.enabled = nvme.AENDiscoveryChange
 	}
+	c.cacheOff.Store(s.target.cfg.NoWriteCache)
 	return c
 }
 
@@ -115,7 +116,7 @@ func (c *controller) leave(q *queue) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.queues, q.qid)
-	c.stopped()
+	c.finishStop()
 	if c.ended && len(c.queues) == 0 {
 		c.subsystem.target.controllers.remove(c)
 	}
@@ -189,12 +190,12 @@ func (c *controller) stop(why stop, reason string) {
 			q.kill(reason)
 		}
 	}
-	c.stopped()
+	c.finishStop()
 }
 
-// stopped finishes a reset or a shutdown once no I/O queue is left. The lock is
+// finishStop finishes a reset or a shutdown once no I/O queue is left. The lock is
 // held.
-func (c *controller) stopped() {
+func (c *controller) finishStop() {
 	io := len(c.queues)
 	if c.queues[0] != nil {
 		io--
@@ -240,15 +241,25 @@ func (c *controller) setKeepAlive(d time.Duration) {
 	}
 }
 
-// expire ends the controller unless a command came: traffic counts. A stalled
-// target does not expire either.
+// restartKeepAlive lets the host be silent for its whole timeout from now on.
+func (c *controller) restartKeepAlive() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timer != nil && c.timer.Stop() {
+		c.setKeepAlive(c.kato)
+	}
+}
+
+// expire ends the controller unless a command came: traffic counts. A target that
+// is stalled or frozen expires nothing.
 func (c *controller) expire() {
 	c.mu.Lock()
 	if c.ended || c.kato == 0 {
 		c.mu.Unlock()
 		return
 	}
-	if c.alive.Swap(false) || c.subsystem.target.faults.stalled.Load() {
+	faults := &c.subsystem.target.faults
+	if c.alive.Swap(false) || faults.stalled.Load() || faults.Frozen() {
 		c.timer.Reset(c.kato)
 		c.mu.Unlock()
 		return

@@ -67,12 +67,13 @@ type Subsystem struct {
 	cfg       SubsystemConfig
 	discovery bool
 	maxQueues atomic.Int32
-	// namespaces is the table by namespace id less one, replaced as a whole.
+	// namespaces is what hosts see of table, replaced as a whole.
 	namespaces atomic.Pointer[[]*Namespace]
 	// ana holds the states by group id less one, read on the I/O path.
 	ana [MaxANAGroups]atomic.Uint32
 
-	mu          sync.Mutex // guards what follows, and changes of what is above
+	mu         sync.Mutex   // guards what follows, and changes of what is above
+	table      []*Namespace // by namespace id less one
 	anaChanges uint64
 	anaCounts  [MaxANAGroups]uint64
 }
@@ -190,7 +191,7 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 		return nil, errors.New("namespace: the discovery subsystem has none")
 	}
 	s.mu.Lock()
-	table := slices.Clone(*s.namespaces.Load())
+	table := slices.Clone(s.table)
 	if cfg.NSID == 0 {
 		i := slices.Index(table, nil)
 		if i < 0 {
@@ -212,7 +213,7 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 		return nil, fmt.Errorf("namespace: id %d exists: %t", cfg.NSID, !replace)
 	}
 	*slot = n
-	s.namespaces.Store(&table)
+	s.publish(table)
 	s.mu.Unlock()
 	s.notify(eventNamespace, cfg.NSID)
 	return n, nil
@@ -222,16 +223,39 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 // begun go on to use its store.
 func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
-	if s.namespace(nsid) == nil {
+	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
 		s.mu.Unlock()
 		return fmt.Errorf("namespace: no id %d", nsid)
 	}
-	table := slices.Clone(*s.namespaces.Load())
+	table := slices.Clone(s.table)
 	table[nsid-1] = nil
-	s.namespaces.Store(&table)
+	s.publish(table)
 	s.mu.Unlock()
 	s.notify(eventNamespace, nsid)
 	return nil
+}
+
+// publish makes a table the one that hosts see, unless namespaces are hidden. It is
+// not changed any more. The lock is held.
+func (s *Subsystem) publish(table []*Namespace) {
+	s.table = table
+	if s.target.faults.hidden.Load() {
+		table = nil
+	}
+	s.namespaces.Store(&table)
+}
+
+// republish follows a change of what is hidden, and tells the hosts.
+func (s *Subsystem) republish() {
+	s.mu.Lock()
+	table := s.table
+	s.publish(table)
+	s.mu.Unlock()
+	for _, n := range table {
+		if n != nil {
+			s.notify(eventNamespace, n.cfg.NSID)
+		}
+	}
 }
 
 // namespace finds a namespace, nil if there is none.
@@ -256,8 +280,11 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 
 // flush makes all that was written to the namespaces durable.
 func (s *Subsystem) flush() error {
+	s.mu.Lock()
+	table := s.table
+	s.mu.Unlock()
 	var errs []error
-	for _, n := range *s.namespaces.Load() {
+	for _, n := range table {
 		if n != nil {
 			errs = append(errs, n.cfg.Store.Flush())
 		}
