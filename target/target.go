@@ -26,11 +26,15 @@ const (
 	DefaultMaxConnections = 1024
 	DefaultConnectTimeout = 10 * time.Second
 
+	// MinTransfer is the smallest limit that MDTS can say: twice the smallest memory
+	// page. 0 in MDTS is no limit.
+	MinTransfer = 2 * pageSize
+
+	pageSize     = 4096 // CAP.MPSMIN
 	maxInCapsule = 16384
 	minQueueSize = 16
 	maxQueueSize = 1024
 	adminDepth   = 32
-	minTransfer  = 4096
 	backlog      = 128
 	readDepth    = 16 // RDMA READs outstanding per queue, clipped by the provider
 )
@@ -43,8 +47,12 @@ type Config struct {
 
 	InCapsule      int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
 	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
-	MaxTransfer    int // bytes per command, a power of two from 4096 to 1 MiB (MDTS); 0: 1 MiB
+	MaxTransfer    int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
 	MaxConnections int // connections at a time; 0: 1024
+
+	// Deferred leaves connect requests unanswered until [Target.Start] is called, so
+	// that the first host finds what is to be there.
+	Deferred bool
 
 	// QuiesceTime is what controllers announce as their command quiesce time (CQT),
 	// whole milliseconds up to 65535; 0 is not reported. The target cannot keep
@@ -90,8 +98,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: in-capsule data of %d bytes is no multiple of 16 up to %d", c.InCapsule, maxInCapsule)
 	case c.QueueSize < minQueueSize || c.QueueSize > maxQueueSize:
 		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, minQueueSize, maxQueueSize)
-	case c.MaxTransfer < minTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
-		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, minTransfer, DefaultMaxTransfer)
+	case c.MaxTransfer < MinTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
+		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
 		return fmt.Errorf("config: %d connections", c.MaxConnections)
 	case c.ConnectTimeout < 0:
@@ -119,6 +127,7 @@ type Target struct {
 	listener rdma.Listener
 	faults   Faults
 	running  sync.WaitGroup
+	start    sync.Once
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 
@@ -154,9 +163,14 @@ func New(cfg Config) (*Target, error) {
 		t.cancel()
 		return nil, err
 	}
-	t.running.Go(t.accept)
+	if !cfg.Deferred {
+		t.Start()
+	}
 	return t, nil
 }
+
+// Start answers connect requests. Of more than one call the first counts.
+func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
 
 // Addr is the address that the target listens on.
 func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }

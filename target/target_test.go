@@ -339,7 +339,8 @@ func TestConnectTimeout(t *testing.T) {
 func TestConfigErrors(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	for _, cfg := range []Config{
-		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000},
+		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000}, {MaxTransfer: 4096},
+		{QuiesceTime: time.Minute + 6*time.Second}, {QuiesceTime: time.Microsecond}, {RetryDelays: [3]time.Duration{0, time.Millisecond}},
 		{MaxTransfer: 2 << 20}, {MaxConnections: -1}, {ConnectTimeout: -1},
 	} {
 		if cfg != (Config{}) {
@@ -353,7 +354,7 @@ func TestConfigErrors(t *testing.T) {
 	}
 	for _, cfg := range []SubsystemConfig{
 		{}, {NQN: testNQN}, {NQN: nvme.DiscoveryNQN}, {NQN: "x", Serial: strings.Repeat("s", 21)},
-		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1},
+		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1}, {NQN: "x", AllowHosts: []string{""}},
 	} {
 		if _, err := r.target.AddSubsystem(cfg); err == nil {
 			t.Errorf("%+v is accepted", cfg)
