@@ -49,6 +49,12 @@ type Config struct {
 	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
 	MaxTransfer    int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
 	MaxConnections int // connections at a time; 0: 1024
+	MaxPerHost     int // connections of one address; 0: three quarters of MaxConnections
+
+	// QueueMemory bounds the memory of connected queues, in bytes: each I/O queue
+	// takes its entries × (64 + InCapsule), and 32 KiB for each entry, at least twice
+	// MaxTransfer and at most 4 MiB; 0: a quarter of the machine's, at least 256 MiB.
+	QueueMemory int64
 
 	// Deferred leaves connect requests unanswered until [Target.Start] is called, so
 	// that the first host finds what is to be there.
@@ -89,6 +95,12 @@ func (c *Config) setDefaults() error {
 			*f.field = f.value
 		}
 	}
+	if c.MaxPerHost == 0 {
+		c.MaxPerHost = c.MaxConnections - c.MaxConnections/4
+	}
+	if c.QueueMemory == 0 {
+		c.QueueMemory = defaultQueueMemory()
+	}
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = DefaultConnectTimeout
 	}
@@ -102,6 +114,10 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
 		return fmt.Errorf("config: %d connections", c.MaxConnections)
+	case c.MaxPerHost < 1:
+		return fmt.Errorf("config: %d connections of one host", c.MaxPerHost)
+	case c.QueueMemory < 0:
+		return fmt.Errorf("config: %d bytes of memory for queues", c.QueueMemory)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
 	case !fits(c.QuiesceTime, time.Millisecond):
@@ -125,6 +141,7 @@ func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <
 type Target struct {
 	cfg      Config
 	listener rdma.Listener
+	log      *slog.Logger // for what hosts cause, so that they cannot fill a disk
 	faults   Faults
 	running  sync.WaitGroup
 	start    sync.Once
@@ -138,10 +155,11 @@ type Target struct {
 	discovery  *Subsystem
 	genctr     uint64 // of the discovery log
 	queues     map[*queue]struct{}
-	opening    int // connections without queue yet
+	admission  admission
 	past       totals
 	connects   uint64
 	rejects    uint64
+	refusals   map[string]uint64 // by reason
 }
 
 // New listens. Subsystems are added later; until then only the discovery
@@ -152,8 +170,10 @@ func New(cfg Config) (*Target, error) {
 	}
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
-		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(),
+		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
+		admission: admission{hosts: map[netip.Addr]int{}},
 	}
+	t.log = limitedLog(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
@@ -256,7 +276,7 @@ func (t *Target) accept() {
 			t.cfg.Log.Error("listener ended", "err", err)
 			return
 		case err != nil:
-			t.cfg.Log.Warn("connect request failed", "err", err)
+			t.log.Warn("connect request failed", "err", err)
 			continue
 		}
 		t.running.Go(func() { t.serve(id) })
@@ -265,7 +285,7 @@ func (t *Target) accept() {
 
 // serve is the life of one connection.
 func (t *Target) serve(id rdma.ID) {
-	log := t.cfg.Log.With("host", id.RemoteAddr())
+	log := t.log.With("host", id.RemoteAddr())
 	q, err := t.open(id)
 	if err != nil {
 		log.Warn("connection refused", "err", err)
@@ -274,6 +294,7 @@ func (t *Target) serve(id rdma.ID) {
 		t.mu.Lock()
 		t.rejects++
 		t.mu.Unlock()
+		t.refused("connection: " + reason.String())
 		private := nvme.RDMAReject{Status: reason}.Marshal()
 		if err := id.Reject(private[:]); err != nil {
 			log.Debug("reject failed", "err", err)
@@ -281,57 +302,13 @@ func (t *Target) serve(id rdma.ID) {
 		_ = id.Close() // nothing was established that could fail to end
 		return
 	}
-	err = q.run(t.ctx)
+	err = q.run()
 	log.Debug("queue ended", "qid", q.qid, "reason", err)
 	q.leave()
 	if err := q.close(); err != nil {
 		log.Warn("queue did not close cleanly", "qid", q.qid, "err", err)
 	}
-	t.mu.Lock()
-	delete(t.queues, q)
-	t.past.add(q)
-	t.mu.Unlock()
-}
-
-// open makes the queue of a connect request. An error that wraps no
-// nvme.RDMARejectStatus is want of resources.
-func (t *Target) open(id rdma.ID) (*queue, error) {
-	if reason := nvme.RDMARejectStatus(t.faults.reject.Load()); reason != 0 {
-		return nil, fmt.Errorf("fault: %w", reason)
-	}
-	req, err := nvme.ParseRDMARequest(id.PrivateData())
-	if err != nil {
-		return nil, err
-	}
-	limit := t.cfg.QueueSize
-	if req.QID == 0 {
-		limit = adminDepth
-	}
-	if int(req.HSQSize) >= limit {
-		return nil, fmt.Errorf("queue %d of %d entries, at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
-	}
-	t.mu.Lock()
-	full := len(t.queues)+t.opening >= t.cfg.MaxConnections
-	if !full {
-		t.opening++
-	}
-	t.mu.Unlock()
-	if full {
-		return nil, fmt.Errorf("%d connections: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
-	}
-	q, err := newQueue(t, id, req)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.opening--
-	if err != nil {
-		return nil, err
-	}
-	t.queues[q] = struct{}{}
-	t.connects++
-	if t.ctx.Err() != nil {
-		q.kill("target closes") // Close did not see this queue
-	}
-	return q, nil
+	t.ended(q.host, q)
 }
 
 // disconnect ends the connections of the queues that match, and says how many.

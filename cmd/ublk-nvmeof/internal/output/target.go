@@ -3,6 +3,8 @@ package output
 import (
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -99,6 +101,9 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, safe(c.What))
 	}
 	fmt.Fprintf(w, "  connections\t%d, %d accepted, %d rejected\n", t.Connections, t.Connects, t.Rejects)
+	for _, why := range slices.Sorted(maps.Keys(t.Refusals)) {
+		fmt.Fprintf(w, "  refused\t%d, %s\n", t.Refusals[why], why)
+	}
 	fmt.Fprintf(w, "  commands\t%d reads (%s), %d writes (%s), %d errors\n",
 		t.Reads, humanize.IBytes(t.ReadBytes), t.Writes, humanize.IBytes(t.WriteBytes), t.Errors)
 }

@@ -21,11 +21,14 @@ type Status struct {
 	Connections int    `json:"connections"` // at this moment
 	Connects    uint64 `json:"connects"`    // accepted since the start
 	Rejects     uint64 `json:"rejects"`     // refused since the start
-	Reads       uint64 `json:"reads"`
-	Writes      uint64 `json:"writes"`
-	ReadBytes   uint64 `json:"read_bytes"`
-	WriteBytes  uint64 `json:"write_bytes"`
-	Errors      uint64 `json:"errors"`
+	// Refusals are connect requests and Connect commands that were refused since
+	// the start, by reason.
+	Refusals   map[string]uint64 `json:"refusals"`
+	Reads      uint64            `json:"reads"`
+	Writes     uint64            `json:"writes"`
+	ReadBytes  uint64            `json:"read_bytes"`
+	WriteBytes uint64            `json:"write_bytes"`
+	Errors     uint64            `json:"errors"`
 }
 
 // Subsystem is a subsystem of a target.
