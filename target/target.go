@@ -65,6 +65,10 @@ type Config struct {
 	// such a promise by itself: a store may take any time. Hosts that ask for a
 	// controller's id are told the truth whatever is announced.
 	QuiesceTime time.Duration
+	// ANATransition is how long an ANA group is announced to stay in the change state
+	// at most (ANATT), whole seconds up to 255; 0: 10 s. Nothing ends that state but
+	// [Subsystem.SetANAState].
+	ANATransition time.Duration
 	// CommandKeepAlive makes Keep Alive commands the only ones that keep a
 	// controller alive. Without it all commands do, and CTRATT says so (TBKAS).
 	CommandKeepAlive bool
@@ -95,6 +99,9 @@ func (c *Config) setDefaults() error {
 			*f.field = f.value
 		}
 	}
+	if c.ANATransition == 0 {
+		c.ANATransition = 10 * time.Second
+	}
 	if c.MaxPerHost == 0 {
 		c.MaxPerHost = c.MaxConnections - c.MaxConnections/4
 	}
@@ -120,6 +127,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: %d bytes of memory for queues", c.QueueMemory)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
+	case !fits(c.ANATransition, time.Second) || c.ANATransition > math.MaxUint8*time.Second:
+		return fmt.Errorf("config: ANA transition time %v is not whole seconds up to 255", c.ANATransition)
 	case !fits(c.QuiesceTime, time.Millisecond):
 		return fmt.Errorf("config: quiesce time %v is not whole milliseconds up to 65535", c.QuiesceTime)
 	}

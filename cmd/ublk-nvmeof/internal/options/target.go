@@ -24,6 +24,7 @@ type Target struct {
 	Memory    int64 // bytes for namespaces in memory and caches; 0: as the machine allows
 
 	Quiesce         time.Duration // CQT
+	ANATransition   time.Duration // ANATT
 	RetryDelays     [3]time.Duration
 	KeepAlive       string // Traffic or Commands
 	NoWriteCache    bool
@@ -55,7 +56,7 @@ func DefaultTarget() *Target {
 	return &Target{
 		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: defaultPort, Provider: AutoProvider,
 		InCapsule: target.DefaultInCapsule, QueueSize: target.DefaultQueueSize, MaxIO: target.DefaultMaxTransfer,
-		KeepAlive: Traffic,
+		KeepAlive: Traffic, ANATransition: 10 * time.Second,
 	}
 }
 
@@ -111,6 +112,7 @@ func (t *Target) addTestFlags(f *pflag.FlagSet) {
 	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "list no namespace until so long after the start, as a target that opens its port first")
 	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its answer")
 	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "command quiesce time to announce (CQT)")
+	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "longest time in the ANA state change to announce (ANATT)")
 	f.Var(&retryDelays{&t.RetryDelays}, "retry-delays", "delays to announce for a status with crd=1, 2 and 3 (CRDT), separated by commas")
 	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "what keeps a controller alive: every command, which is announced (TBKAS), or only Keep Alive commands")
 }

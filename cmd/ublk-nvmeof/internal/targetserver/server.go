@@ -142,7 +142,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	s.target, err = target.New(target.Config{
 		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true,
 		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO,
-		QuiesceTime: o.Quiesce, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
+		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
 	return err
 }
