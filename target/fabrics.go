@@ -22,6 +22,7 @@ func (q *queue) connect(i int) {
 		q.respond(i, why.result, why.status)
 		return
 	}
+	q.joined.Store(true)
 	q.target.connected(q)
 	if q.qid == 0 {
 		q.target.log.Info("controller created", "controller", q.ctrl.id, "host", q.ctrl.hostNQN, "subsystem", q.ctrl.subsystem.cfg.NQN)

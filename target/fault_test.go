@@ -302,6 +302,21 @@ func TestFaultFreeze(t *testing.T) {
 	r.admin(testNQN)
 }
 
+// TestCloseFrozen: a target can be closed while it is frozen.
+func TestCloseFrozen(t *testing.T) {
+	r, _, h := faulty(t)
+	r.target.Faults().Freeze(time.Hour)
+	var cmd nvme.Command
+	cmd.SetFlush(1)
+	h.send(&cmd, nil)
+	if err := r.target.Close(); err != nil {
+		t.Error(err)
+	}
+	if h.await() {
+		t.Errorf("response %v", &h.response)
+	}
+}
+
 // TestHiddenNamespaces: a target that opens its port first.
 func TestHiddenNamespaces(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})

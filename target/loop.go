@@ -36,10 +36,7 @@ func (q *queue) run() error {
 	if err != nil {
 		return err
 	}
-	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, func() {
-		q.target.faults.awaitThaw(q.target.ctx)
-		q.kill("no Connect command came")
-	})
+	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, q.expire)
 	defer handshake.Stop()
 	q.target.running.Go(q.watch)
 	if q.receiver != nil {
@@ -67,12 +64,18 @@ func (q *queue) run() error {
 		if err := q.work(); err != nil {
 			return err
 		}
-		if q.ctrl != nil && handshake != nil {
-			handshake.Stop()
-			handshake = nil
-		}
 	}
 	return q.killed()
+}
+
+// expire ends the queue unless it is connected by now.
+func (q *queue) expire() {
+	if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
+		time.Sleep(afterThaw)
+	}
+	if !q.joined.Load() {
+		q.kill("no Connect command came")
+	}
 }
 
 // watch ends the queue when the connection ends.

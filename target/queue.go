@@ -67,6 +67,7 @@ type queue struct {
 	// access is odd while the queue is inside a store; others read it.
 	access atomic.Uint64
 	ctrl   *controller // nil before Connect
+	joined atomic.Bool // ctrl is set, for others
 	stats  queueStats
 	sqSize uint16 // entries of the submission queue
 	sqHead uint16
@@ -205,10 +206,10 @@ func (q *queue) grow() error {
 	if err := q.target.takeMemory(size); err != nil {
 		return err
 	}
-	q.memory = size
 	if err := q.allocateBuffers(q.depth, q.chunks()*chunkSize); err != nil {
-		return err
+		return errors.Join(err, q.target.takeMemory(-size))
 	}
+	q.memory = size
 	q.free.flip(extent{first: 1, n: uint8(q.chunks() - 1)})
 	q.reqs = append(q.reqs, make([]request, q.depth-1)...)
 	q.pending = append(q.pending, make([]uint16, q.depth-1)...)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -54,6 +55,8 @@ func (c *SubsystemConfig) setDefaults() error {
 		return fmt.Errorf("subsystem: serial number of %d bytes, at most 20 fit", len(c.Serial))
 	case len(c.Model) > 40:
 		return fmt.Errorf("subsystem: model number of %d bytes, at most 40 fit", len(c.Model))
+	case !printable(c.Serial) || !printable(c.Model):
+		return fmt.Errorf("subsystem: serial number %q and model number %q are not printable ASCII alone", c.Serial, c.Model)
 	case c.MaxQueues < 1 || c.MaxQueues > nvme.MaxQueues:
 		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", c.MaxQueues, nvme.MaxQueues)
 	}
@@ -64,6 +67,11 @@ func (c *SubsystemConfig) setDefaults() error {
 	}
 	c.AllowHosts = slices.Clone(c.AllowHosts)
 	return nil
+}
+
+// printable says whether s is of the characters that Identify may have.
+func printable(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
 // Subsystem is an NVM subsystem.

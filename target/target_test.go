@@ -358,7 +358,7 @@ func TestConfigErrors(t *testing.T) {
 	}
 	for _, cfg := range []SubsystemConfig{
 		{}, {NQN: testNQN}, {NQN: nvme.DiscoveryNQN}, {NQN: "x", Serial: strings.Repeat("s", 21)},
-		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1}, {NQN: "x", AllowHosts: []string{""}},
+		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1}, {NQN: "x", Serial: "\x1b"}, {NQN: "x", Model: "é"}, {NQN: "x", AllowHosts: []string{""}},
 	} {
 		if _, err := r.target.AddSubsystem(cfg); err == nil {
 			t.Errorf("%+v is accepted", cfg)
