@@ -76,6 +76,7 @@ func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 	if s.discovery {
 		c.enabled = nvme.AENDiscoveryChange
 	}
+	c.cacheOff.Store(s.target.cfg.NoWriteCache)
 	return c
 }
 
@@ -83,6 +84,11 @@ func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 func (c *controller) fail(reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.end(reason)
+}
+
+// end is fail with the lock held.
+func (c *controller) end(reason string) {
 	c.ended = true
 	if c.timer != nil {
 		c.timer.Stop()
@@ -109,13 +115,13 @@ func (c *controller) join(q *queue) bool {
 // leave takes a queue away that executes no command any more. With the admin
 // queue the controller ends, and with its last queue it is forgotten.
 func (c *controller) leave(q *queue) {
-	if q.qid == 0 {
-		c.fail("admin queue ended")
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.queues, q.qid)
-	c.stopped()
+	if q.qid == 0 {
+		c.end("admin queue ended")
+	}
+	c.finishStop()
 	if c.ended && len(c.queues) == 0 {
 		c.subsystem.target.controllers.remove(c)
 	}
@@ -189,12 +195,12 @@ func (c *controller) stop(why stop, reason string) {
 			q.kill(reason)
 		}
 	}
-	c.stopped()
+	c.finishStop()
 }
 
-// stopped finishes a reset or a shutdown once no I/O queue is left. The lock is
+// finishStop finishes a reset or a shutdown once no I/O queue is left. The lock is
 // held.
-func (c *controller) stopped() {
+func (c *controller) finishStop() {
 	io := len(c.queues)
 	if c.queues[0] != nil {
 		io--
@@ -240,22 +246,32 @@ func (c *controller) setKeepAlive(d time.Duration) {
 	}
 }
 
-// expire ends the controller unless a command came: traffic counts. A stalled
-// target does not expire either.
+// restartKeepAlive lets the host be silent for its whole timeout from now on.
+func (c *controller) restartKeepAlive() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timer != nil && c.timer.Stop() {
+		c.setKeepAlive(c.kato)
+	}
+}
+
+// expire ends the controller unless a command came: traffic counts. A target that
+// is stalled or frozen expires nothing.
 func (c *controller) expire() {
 	c.mu.Lock()
 	if c.ended || c.kato == 0 {
 		c.mu.Unlock()
 		return
 	}
-	if c.alive.Swap(false) || c.subsystem.target.faults.stalled.Load() {
+	faults := &c.subsystem.target.faults
+	if c.alive.Swap(false) || faults.stalled.Load() || faults.Frozen() {
 		c.timer.Reset(c.kato)
 		c.mu.Unlock()
 		return
 	}
 	c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
 	c.mu.Unlock()
-	c.subsystem.target.cfg.Log.Warn("keep alive expired", "controller", c.id, "host", c.hostNQN)
+	c.subsystem.target.log.Warn("keep alive expired", "controller", c.id, "host", c.hostNQN)
 	c.fail("keep alive expired")
 }
 

@@ -22,10 +22,20 @@
 //
 // # Limits
 //
-// Everything that a host can make the target hold is bounded: connections by
-// [Config.MaxConnections], and for each queue the receive buffers, chunks and
-// completions, all of which are allocated when it connects. A connection without a
-// Connect command is ended after [Config.ConnectTimeout].
+// Everything that a host can make the target hold is bounded. A connection has
+// memory for one command, less than 64 KiB with its rings, until its Connect
+// command is accepted; without one it ends after [Config.ConnectTimeout], or when
+// 128 others, or 64 of the same address, came after it. Connections are bounded by
+// [Config.MaxConnections] and [Config.MaxPerHost], and the memory that a connected
+// queue gets by [Config.QueueMemory]. What hosts cause is logged at a bounded rate;
+// [Snapshot.Refusals] counts all of it.
+//
+// # The end of a controller
+//
+// A controller is known until the last of its queues, and with it the last of its
+// commands, has ended; only then a Connect to it is answered with "invalid
+// parameter: controller id", which tells its host that no old write can land any
+// more. In the same way a reset and a shutdown are done when CSTS says so.
 //
 // # Concurrency
 //

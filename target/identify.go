@@ -3,6 +3,7 @@ package target
 import (
 	"errors"
 	"math/bits"
+	"time"
 
 	"ublk-nvmeof/nvme"
 )
@@ -45,7 +46,7 @@ func (q *queue) identify(i int) {
 		}
 		switch cns {
 		case nvme.CNSNamespaceDescriptors:
-			ids := nvme.NamespaceIDs{UUID: ns.cfg.UUID, NGUID: ns.cfg.NGUID, CSI: nvme.CSINVM, HasCSI: true}
+			ids := nvme.NamespaceIDs{UUID: ns.cfg.UUID, NGUID: ns.cfg.NGUID, EUI64: ns.cfg.EUI64, CSI: nvme.CSINVM, HasCSI: true}
 			copy(page, ids.AppendTo(nil))
 		case nvme.CNSNSIndependent:
 			ns.identifyIndependent(nvme.IdentifyNSIndependentAt(page))
@@ -65,7 +66,7 @@ func (q *queue) identify(i int) {
 func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	c, s, cfg := q.ctrl, q.ctrl.subsystem, &q.target.cfg
 	err := errors.Join(id.SetSN(s.cfg.Serial), id.SetMN(s.cfg.Model), id.SetFR(firmware), id.SetSUBNQN(s.cfg.NQN))
-	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / minTransfer))))
+	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / pageSize))))
 	id.SetCNTLID(c.id)
 	id.SetVER(version)
 	id.SetKAS(keepAliveUnit)
@@ -87,9 +88,16 @@ func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	id.SetCNTRLTYPE(nvme.ControllerTypeIO)
 	id.SetCMIC(nvme.CMICMultiPort | nvme.CMICMultiController | nvme.CMICANA)
 	id.SetOAES(nvme.AENNamespaceAttribute | nvme.AENANAChange)
-	id.SetCTRATT(nvme.CTRATTHostID128 | nvme.CTRATTTBKAS)
+	id.SetCTRATT(nvme.CTRATTHostID128)
+	if !cfg.CommandKeepAlive {
+		id.SetCTRATT(nvme.CTRATTHostID128 | nvme.CTRATTTBKAS)
+	}
+	id.SetCQT(uint16(cfg.QuiesceTime / time.Millisecond))
+	for i, set := range []func(uint16){id.SetCRDT1, id.SetCRDT2, id.SetCRDT3} {
+		set(uint16(cfg.RetryDelays[i] / (100 * time.Millisecond)))
+	}
 	id.SetACL(3)
-	id.SetANATT(10)
+	id.SetANATT(uint8(cfg.ANATransition / time.Second))
 	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
 	id.SetANAGRPMAX(MaxANAGroups)
 	id.SetNANAGRPID(MaxANAGroups)
@@ -98,7 +106,9 @@ func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	id.SetNN(MaxNamespaces)
 	id.SetMNAN(MaxNamespaces)
 	id.SetONCS(nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes)
-	id.SetVWC(nvme.VWCPresent)
+	if !cfg.NoWriteCache {
+		id.SetVWC(nvme.VWCPresent)
+	}
 	id[nwpc] = 1 // no write protect, write protect
 	id.SetIOCCSZ(uint32(nvme.CommandSize+cfg.InCapsule) / 16)
 	return err
@@ -123,6 +133,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 	id.SetDLFEAT(nvme.DLFEATZeroes | deacZeroes)
 	id.SetANAGRPID(n.cfg.ANAGroup)
 	id.SetNGUID(n.cfg.NGUID)
+	id.SetEUI64(n.cfg.EUI64)
 	id.SetLBAFormat(0, nvme.LBAFormat{LBADS: n.shift})
 	if n.readOnly.Load() {
 		id.SetNSATTR(nsWriteProtected)
