@@ -193,7 +193,7 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 			}
 		}
 		flush()
-		if _, err := h.sendCQ.(*queue).take(trash); err != nil {
+		if _, err := h.sendCQ.(*completionQueue).take(trash); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -244,7 +244,7 @@ func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, 
 		if _, err := g.qp.PostSend(sends[:2*n]); err != nil {
 			return err
 		}
-		if _, err := g.sendCQ.(*queue).take(trash); err != nil {
+		if _, err := g.sendCQ.(*completionQueue).take(trash); err != nil {
 			return err
 		}
 	}

@@ -17,7 +17,7 @@ import (
 const requestExpiry = time.Minute
 
 // manage takes a message of the connection manager.
-func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -68,7 +68,7 @@ func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 }
 
 // refuseStranger sends a REJ to who has no ID here.
-func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
+func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
 	r := wire.Reject{Of: of, Reason: reason}
 	a := wire.NewMAD(wire.REJ, m.TID(), 0, m.Local())
 	if of != 0 {
@@ -81,7 +81,7 @@ func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, g
 // back is the path by which to answer. Messages go to the well-known port,
 // wherever they came from, but for peers that are ours: they send from where
 // they receive (Config.OnDemand). guid is the peer's, 0 if it did not say.
-func (p *port) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
+func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 	if !ours(guid) {
 		src = netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
 	}
@@ -92,7 +92,7 @@ func (p *port) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
 // admit says whether one more request may be looked at.
-func (p *port) admit() bool {
+func (p *endpoint) admit() bool {
 	now, rate := time.Now(), float64(p.provider.cfg.MaxRequestRate)
 	p.tokens = min(rate, p.tokens+now.Sub(p.refilled).Seconds()*rate)
 	p.refilled = now
@@ -104,7 +104,7 @@ func (p *port) admit() bool {
 }
 
 // onRequest takes a REQ.
-func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	c := &p.provider.counters
 	c.requests.Add(1)
 	if id := p.byPeer[peerID{src.Addr(), m.Local()}]; id != nil {
@@ -146,8 +146,8 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
 		// The peer forgot that connection.
-		old.over()
-		old.say(answer{err: errGaveUp})
+		old.end()
+		old.respond(answer{err: errGaveUp})
 		old.report(rdma.EventDisconnected, "the peer began anew")
 		delete(p.byQP, peerQP{r.GUID, r.QPN})
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
@@ -157,7 +157,7 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 }
 
 // enqueue makes an ID of a request and gives it to the listener.
-func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	id := p.newID(p.back(src, dst, r.GUID))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
 	id.local = netip.AddrPortFrom(dst, r.Port)
@@ -171,14 +171,14 @@ func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.Addr
 	l.signal()
 }
 
-// expire forgets requests that nobody accepted for too long. The port's lock is
+// expire forgets requests that nobody accepted for too long. The endpoint's lock is
 // held.
 func (l *listener) expire(now time.Time) {
-	p := l.port
+	p := l.endpoint
 	for len(l.requests) > 0 && now.Sub(l.requests[0].arrived) > requestExpiry {
 		id := l.requests[0]
 		l.requests = l.requests[1:]
-		id.over()
+		id.end()
 		id.closed = true
 		delete(p.ids, id.comm)
 		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
@@ -189,7 +189,7 @@ func (l *listener) expire(now time.Time) {
 }
 
 // onReply takes a REP.
-func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
 		p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
@@ -209,22 +209,22 @@ func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Ad
 		})
 		id.last = wire.NewMAD(wire.RTU, m.TID(), id.comm, id.peerComm)
 		p.sendMAD(id.path, id.last)
-		id.say(answer{private: r.Private[:]})
+		id.respond(answer{private: r.Private[:]})
 	case id.state == idEstablished && id.peerComm == m.Local():
 		p.sendMAD(id.path, id.last)
-	case id.state == idOver:
+	case id.state == idEnded:
 		p.refuseStranger(m, src, dst, 0, 1, rejectTimeout)
 	}
 }
 
 // establish ends the passive side's handshake. The lock is held.
-func (p *port) establish(id *connID) {
+func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
-	id.say(answer{})
+	id.respond(answer{})
 }
 
 // established is establish for who does not hold the lock.
-func (p *port) established(id *connID) {
+func (p *endpoint) established(id *connID) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if id.state == idAccepting {
@@ -233,7 +233,7 @@ func (p *port) established(id *connID) {
 }
 
 // onReject takes a REJ.
-func (p *port) onReject(id *connID, m *wire.MAD) {
+func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	if id == nil || id.peerComm != 0 && m.Local() != 0 && id.peerComm != m.Local() {
 		return
 	}
@@ -244,24 +244,24 @@ func (p *port) onReject(id *connID, m *wire.MAD) {
 		if r.Reason == rdma.RejectConsumer {
 			err.Private = r.Private[:]
 		}
-		id.over()
-		id.say(answer{err: err})
+		id.end()
+		id.respond(answer{err: err})
 	case idRequested:
-		id.over()
+		id.end()
 	case idAccepting:
-		id.over()
-		id.say(answer{err: errGaveUp})
+		id.end()
+		id.respond(answer{err: errGaveUp})
 	case idEstablished:
 		// The peer does not know the connection: our RTU or its REP was lost
 		// for good.
-		id.over()
+		id.end()
 		id.report(rdma.EventDisconnected, "rejected: "+rdma.RejectReason(int(r.Reason)))
 	}
 }
 
 // onDisconnect takes a DREQ, which gets an answer in any case: the peer may not
 // know that we know.
-func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
 	}
@@ -278,16 +278,16 @@ func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst net
 	}
 	switch id.state {
 	case idAccepting:
-		id.over()
-		id.say(answer{err: errGaveUp})
+		id.end()
+		id.respond(answer{err: errGaveUp})
 	case idEstablished, idLeaving:
-		id.over()
+		id.end()
 		id.report(rdma.EventDisconnected, "disconnect request of the peer")
 	}
 }
 
 // listen makes a listener; port 0 picks one.
-func (p *port) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+func (p *endpoint) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -303,7 +303,7 @@ func (p *port) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 		return nil, unix.EADDRINUSE
 	}
 	l := &listener{
-		port: p, addr: netip.AddrPortFrom(addr.Addr(), number), backlog: backlog,
+		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), backlog: backlog,
 		ready: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 	p.listeners[number] = l

@@ -56,7 +56,7 @@ func TestHandshakeLoss(t *testing.T) {
 func TestFarewellWithoutAnswer(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
-	o := target.ports[0]
+	o := target.endpoints[0]
 	o.mu.Lock()
 	delete(o.ids, b.id.(*connID).comm) // it forgot
 	o.mu.Unlock()
@@ -87,7 +87,7 @@ func TestExpiry(t *testing.T) {
 		x.send(x.seal(m.Packet(i)))
 	}
 	until(t, target, "requests", func(c Counters) bool { return c.Requests == 5 && c.RequestsDropped == 3 })
-	o := target.ports[0]
+	o := target.endpoints[0]
 	o.mu.Lock()
 	for _, id := range o.ids {
 		id.arrived = id.arrived.Add(-2 * requestExpiry)

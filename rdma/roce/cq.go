@@ -13,15 +13,15 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// queue implements rdma.CQ and rdma.Receiver: a completion queue.
-type queue struct {
-	port   atomic.Pointer[port] // of the first queue pair
-	ring   []rdma.WC
-	vector int
-	fd     int           // eventfd, each read of which takes one event, or -1
-	tail   atomic.Uint64 // next to push; written with mu held
-	head   atomic.Uint64 // next to poll; written by the poller
-	idle   bool          // the last poll found nothing; the poller's
+// completionQueue implements rdma.CQ and rdma.Receiver: a completion completionQueue.
+type completionQueue struct {
+	endpoint atomic.Pointer[endpoint] // of the first queue pair
+	ring     []rdma.WC
+	vector   int
+	fd       int           // eventfd, each read of which takes one event, or -1
+	tail     atomic.Uint64 // next to push; written with mu held
+	head     atomic.Uint64 // next to poll; written by the poller
+	idle     bool          // the last poll found nothing; the poller's
 
 	mu      sync.Mutex  // guards what follows, and pushing
 	armed   atomic.Bool // written with mu held
@@ -38,7 +38,7 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 	if entries < 1 || entries > maxCQE {
 		return nil, fmt.Errorf("create completion queue of %d entries: %w", entries, errTooLarge)
 	}
-	q := &queue{ring: make([]rdma.WC, entries), fd: -1, vector: vector}
+	q := &completionQueue{ring: make([]rdma.WC, entries), fd: -1, vector: vector}
 	q.acks = sync.NewCond(&q.mu)
 	if events {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK|unix.EFD_SEMAPHORE)
@@ -54,7 +54,7 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
 // push adds a completion, and an event if one was asked for.
-func (q *queue) push(wc *rdma.WC) {
+func (q *completionQueue) push(wc *rdma.WC) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	tail := q.tail.Load()
@@ -68,13 +68,13 @@ func (q *queue) push(wc *rdma.WC) {
 		return
 	}
 	q.armed.Store(false)
-	if p := q.port.Load(); p == nil || !p.postpone(q) {
+	if p := q.endpoint.Load(); p == nil || !p.postpone(q) {
 		q.signal()
 	}
 }
 
 // signal makes an event. The lock is held.
-func (q *queue) signal() {
+func (q *completionQueue) signal() {
 	if q.closed {
 		return
 	}
@@ -89,7 +89,7 @@ var errOverrun = errors.New("poll completion queue: it was overrun")
 // Poll implements rdma.CQ. Polling an empty queue for the second time looks for
 // packets, unless it is armed. After more completions than entries it reports
 // the overrun, always.
-func (q *queue) Poll(wcs []rdma.WC) (int, error) {
+func (q *completionQueue) Poll(wcs []rdma.WC) (int, error) {
 	n, err := q.take(wcs)
 	if n > 0 || err != nil || len(wcs) == 0 {
 		q.idle = false
@@ -97,7 +97,7 @@ func (q *queue) Poll(wcs []rdma.WC) (int, error) {
 	}
 	// Who polls once and then sleeps is woken by the receive loop, and need not
 	// pay for the system call.
-	if p := q.port.Load(); p != nil && q.idle && !q.armed.Load() {
+	if p := q.endpoint.Load(); p != nil && q.idle && !q.armed.Load() {
 		p.poll()
 		return q.take(wcs)
 	}
@@ -105,7 +105,7 @@ func (q *queue) Poll(wcs []rdma.WC) (int, error) {
 	return 0, nil
 }
 
-func (q *queue) take(wcs []rdma.WC) (int, error) {
+func (q *completionQueue) take(wcs []rdma.WC) (int, error) {
 	head, tail := q.head.Load(), q.tail.Load()
 	if q.overrun.Load() {
 		return 0, errOverrun
@@ -124,16 +124,16 @@ func (q *queue) take(wcs []rdma.WC) (int, error) {
 var errNoEvents = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
 
 // PacketFD implements rdma.Receiver.
-func (q *queue) PacketFD() int {
-	if p := q.port.Load(); p != nil && p.sole {
+func (q *completionQueue) PacketFD() int {
+	if p := q.endpoint.Load(); p != nil && p.dedicated {
 		return p.sock.fd
 	}
 	return -1
 }
 
 // Receive implements rdma.Receiver.
-func (q *queue) Receive() {
-	p := q.port.Load()
+func (q *completionQueue) Receive() {
+	p := q.endpoint.Load()
 	if p == nil {
 		return
 	}
@@ -150,14 +150,14 @@ func (q *queue) Receive() {
 }
 
 // Receiving implements rdma.Receiver.
-func (q *queue) Receiving(on bool) {
-	if p := q.port.Load(); p != nil && p.sole && p.driven.Swap(on) != on {
+func (q *completionQueue) Receiving(on bool) {
+	if p := q.endpoint.Load(); p != nil && p.dedicated && p.driven.Swap(on) != on {
 		p.nudge()
 	}
 }
 
 // Arm implements rdma.CQ.
-func (q *queue) Arm() error {
+func (q *completionQueue) Arm() error {
 	if q.fd < 0 {
 		return errNoEvents
 	}
@@ -168,31 +168,31 @@ func (q *queue) Arm() error {
 }
 
 // FD implements rdma.CQ.
-func (q *queue) FD() int { return q.fd }
+func (q *completionQueue) FD() int { return q.fd }
 
 // Ack implements rdma.CQ.
-func (q *queue) Ack(n int) {
+func (q *completionQueue) Ack(n int) {
 	q.mu.Lock()
 	q.acked += n
 	q.mu.Unlock()
 	q.acks.Broadcast()
 }
 
-func (q *queue) use(p *port) {
-	q.port.CompareAndSwap(nil, p)
+func (q *completionQueue) use(p *endpoint) {
+	q.endpoint.CompareAndSwap(nil, p)
 	q.mu.Lock()
 	q.users++
 	q.mu.Unlock()
 }
 
-func (q *queue) unuse() {
+func (q *completionQueue) unuse() {
 	q.mu.Lock()
 	q.users--
 	q.mu.Unlock()
 }
 
 // Close implements rdma.CQ.
-func (q *queue) Close() error {
+func (q *completionQueue) Close() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {

@@ -39,7 +39,7 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 
 // at makes the intruder send to where a queue pair's packets go.
 func (x *intruder) at(e *end) *intruder {
-	x.to = netip.AddrPortFrom(x.to.Addr(), e.pair().port.sock.local.Port())
+	x.to = netip.AddrPortFrom(x.to.Addr(), e.queuePair().endpoint.sock.local.Port())
 	return x
 }
 
@@ -73,7 +73,7 @@ func request(op wire.Opcode, qpn uint32, psn uint64, r wire.RETH, payload []byte
 
 // expected is the sequence number that a queue pair waits for.
 func (e *end) expected() uint64 {
-	q := e.pair()
+	q := e.queuePair()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.responder.expected
@@ -206,10 +206,10 @@ func TestRefusals(t *testing.T) {
 				near.send(near.seal(p))
 			}
 			until(t, target, "refused", func(c Counters) bool { return c.FatalNAKsSent == before.FatalNAKsSent+1 })
-			q := b.pair()
+			q := b.queuePair()
 			q.mu.Lock()
 			defer q.mu.Unlock()
-			if q.state != pairFailed {
+			if q.state != qpFailed {
 				t.Error("the connection lives on")
 			}
 		})
@@ -222,7 +222,7 @@ func TestRefusals(t *testing.T) {
 func TestReadDepth(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 64, 8<<20, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.depth = maxReadAtomic // 8 were granted
 	q.mu.Unlock()
@@ -245,7 +245,7 @@ func TestReadDepth(t *testing.T) {
 // take gives an end packets in one go.
 func (e *end) take(packets ...[]byte) {
 	e.t.Helper()
-	q := e.pair()
+	q := e.queuePair()
 	for _, p := range packets {
 		h, payload, ok := wire.Parse(p)
 		if !ok {
@@ -261,7 +261,7 @@ func (e *end) take(packets ...[]byte) {
 func TestReadsAgain(t *testing.T) {
 	host, target := openPair(t)
 	_, b := join(t, host, target, 16, 1<<16, false)
-	q := b.pair()
+	q := b.queuePair()
 	read := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 100}
 	psn := b.expected()
 	var packets [][]byte
@@ -307,7 +307,7 @@ func TestNoAckOfRead(t *testing.T) {
 	}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	_, b := join(t, host, target, 16, 1<<16, false)
-	q := b.pair()
+	q := b.queuePair()
 	psn := b.expected()
 	write := func(psn uint64) []byte {
 		return request(wire.WriteOnly, q.num, psn, wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey()}, nil)
@@ -364,7 +364,7 @@ func TestRequestFlood(t *testing.T) {
 		x.send(x.seal(m.Packet(i)))
 	}
 	until(t, target, "requests", func(c Counters) bool { return c.Requests == 1+flood })
-	o := target.ports[0]
+	o := target.endpoints[0]
 	o.mu.Lock()
 	open, ids := o.halfOpen, len(o.ids)
 	o.mu.Unlock()
@@ -454,9 +454,9 @@ func FuzzReceive(f *testing.F) {
 		id, err := host.Resolve(ctx, netip.Addr{}, netip.AddrPortFrom(addr, 1), -1)
 		check(t, err)
 		e := newEnd(t, id, 8, 1<<15, false)
-		q := e.pair()
+		q := e.queuePair()
 		q.ready(connected{dest: q.num, mtu: 1024, sendPSN: 5, recvPSN: 5, retries: 7, notReadyRetries: 7, readDepth: 2, readsServed: 2})
-		host.ports[0].removePair(q) // what it sends, to itself, is not for it
+		host.endpoints[0].removeQP(q) // what it sends, to itself, is not for it
 		for i := range 4 {
 			e.recv(uint64(i), 0, 3000)
 		}
@@ -498,7 +498,7 @@ func FuzzManage(f *testing.F) {
 	pid := os.Getpid()
 	addr := netip.AddrFrom4([4]byte{127, 2, byte(pid >> 8), byte(pid)})
 	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30})
-	p := host.ports[0]
+	p := host.endpoints[0]
 	const service = 4420
 	l, err := p.listen(netip.AddrPortFrom(addr, service), 8)
 	check(f, err)
@@ -507,7 +507,7 @@ func FuzzManage(f *testing.F) {
 		Port: service, GUID: 77, QPN: 99, PSN: 1, ResponderResources: 1, InitiatorDepth: 1, MTU: 1024,
 		Source: addr, Destination: addr, SourcePort: 1,
 	}
-	for state := range byte(idOver) {
+	for state := range byte(idEnded) {
 		f.Add(state, []byte{0, 1, 1, 0, 3, 0, 0, 4, 0, 0, 6, 0, 0})
 		f.Add(state|0x80, []byte{0, 0, 1, 0, 0, 0, 0, 2, 4, 1, 1, 0, 0, 5, 1, 1, 0, 0})
 	}
@@ -517,14 +517,14 @@ func FuzzManage(f *testing.F) {
 		e := newEnd(t, made, 8, 4096, false)
 		id := made.(*connID)
 		p.mu.Lock()
-		id.state, id.passive = idIdle+idState(state&0x7f)%idOver, state&0x80 != 0
+		id.state, id.passive = idIdle+idState(state&0x7f)%idEnded, state&0x80 != 0
 		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
 		if id.state == idRequested {
 			p.halfOpen++
 		}
 		p.mu.Unlock()
 		if id.state > idRequested {
-			e.pair().ready(connected{dest: 99, mtu: 1024})
+			e.queuePair().ready(connected{dest: 99, mtu: 1024})
 		}
 		// Message, whom it is for, who sends it, and a byte of it that is another.
 		for ; len(in) >= 5; in = in[5:] {

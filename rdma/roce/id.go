@@ -25,12 +25,12 @@ const (
 	idAccepting                      // REP sent
 	idEstablished                    //
 	idLeaving                        // DREQ sent
-	idOver                           // refused, given up or disconnected
+	idEnded                          // refused, given up or disconnected
 )
 
 // connID implements rdma.ID.
 type connID struct {
-	port          *port
+	endpoint      *endpoint
 	path          *path
 	mtu           int // payload bytes per packet that we name
 	local, remote netip.AddrPort
@@ -38,7 +38,7 @@ type connID struct {
 	passive       bool
 	closing       chan struct{} // closed by Close
 
-	// Guarded by the port's lock.
+	// Guarded by the endpoint's lock.
 	state    idState
 	closed   bool
 	comm     uint32 // our communication id
@@ -46,7 +46,7 @@ type connID struct {
 	peerGUID uint64
 	peerQPN  uint32
 	tid      uint64
-	qp       *pair
+	qp       *queuePair
 	param    rdma.ConnParam // of Connect
 	psn      uint32         // the first that the peer sends
 	request  wire.Request   // on the passive side
@@ -70,9 +70,9 @@ type answer struct {
 }
 
 // newID makes an ID with a random communication id. The lock is held.
-func (p *port) newID(path *path) *connID {
+func (p *endpoint) newID(path *path) *connID {
 	id := &connID{
-		port: p, path: path, state: idIdle,
+		endpoint: p, path: path, state: idIdle,
 		closing: make(chan struct{}), patient: make(chan struct{}, 1),
 		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
 		events: make(chan rdma.Event, 16),
@@ -87,7 +87,7 @@ func (p *port) newID(path *path) *connID {
 }
 
 // Device implements rdma.ID.
-func (id *connID) Device() rdma.Device { return &id.port.provider.device }
+func (id *connID) Device() rdma.Device { return &id.endpoint.provider.device }
 
 // LocalAddr implements rdma.ID.
 func (id *connID) LocalAddr() netip.AddrPort { return id.local }
@@ -122,8 +122,8 @@ func (id *connID) heard() {
 	}
 }
 
-// say gives the answer to Connect or Accept.
-func (id *connID) say(a answer) {
+// respond gives the answer to Connect or Accept.
+func (id *connID) respond(a answer) {
 	select {
 	case id.answer <- a:
 	default:
@@ -134,9 +134,9 @@ func (id *connID) say(a answer) {
 func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	fail := func(err error) (rdma.QP, error) { return nil, fmt.Errorf("create queue pair: %w", err) }
 	d, okPD := pd.(*domain)
-	send, okSend := cfg.SendCQ.(*queue)
-	recv, okRecv := cfg.RecvCQ.(*queue)
-	p := id.port
+	send, okSend := cfg.SendCQ.(*completionQueue)
+	recv, okRecv := cfg.RecvCQ.(*completionQueue)
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
@@ -153,17 +153,17 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
 		// Packets of one queue pair alone can be taken by who serves it. The
 		// peer answers to where our messages come from, from now on.
-		if own, err := p.provider.openSole(id.path.local.Addr(), p); err == nil {
+		if own, err := p.provider.openDedicated(id.path.local.Addr(), p); err == nil {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}
 	}
-	q := newPair(id, data, d, send, recv, cfg)
+	q := newQueuePair(id, data, d, send, recv, cfg)
 	send.use(data)
 	recv.use(data)
 	d.mu.Lock()
 	d.users++
 	d.mu.Unlock()
-	data.addPair(q)
+	data.addQP(q)
 	id.qp = q
 	return q, nil
 }
@@ -194,7 +194,7 @@ func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(res
 
 // exchange sends m until there is an answer.
 func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state idState) (answer, error) {
-	p := id.port
+	p := id.endpoint
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for tries := 0; ; {
@@ -231,8 +231,8 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
-	own, port := id.local.Addr(), id.port.provider.cfg.Port
-	if id.passive || id.port.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
+	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
+	if id.passive || id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
 		return err
 	}
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
@@ -244,7 +244,7 @@ const probeTime = 100 * time.Millisecond
 // nobodyThere says whether the peer's host answers that nobody has the port of
 // RoCEv2. The socket of connections cannot tell: it is not connected.
 func (id *connID) nobodyThere() bool {
-	to := netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port)
+	to := netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port)
 	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.local.Addr(), 0)), net.UDPAddrFromAddrPort(to))
 	if err != nil {
 		return false
@@ -266,7 +266,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	if err := checkPrivate(param.PrivateData, wire.RequestPrivate); err != nil {
 		return nil, id.stepError(step, err)
 	}
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	switch {
 	case id.closed:
@@ -320,15 +320,15 @@ func (id *connID) giveUp() {
 	case idEstablished:
 		id.leave()
 	}
-	id.over()
+	id.end()
 }
 
-// over ends what the ID stands for; the lock is held.
-func (id *connID) over() {
+// end ends what the ID stands for; the lock is held.
+func (id *connID) end() {
 	if id.state == idRequested {
-		id.port.halfOpen--
+		id.endpoint.halfOpen--
 	}
-	id.state = idOver
+	id.state = idEnded
 	if id.qp != nil {
 		_ = id.qp.Fail() // never fails
 	}
@@ -346,7 +346,7 @@ func (id *connID) reject(reason uint16, private []byte) {
 	copy(r.Private[:], private)
 	m := wire.NewMAD(wire.REJ, id.tid, id.comm, id.peerComm)
 	r.Put(m)
-	id.port.sendMAD(id.path, m)
+	id.endpoint.sendMAD(id.path, m)
 }
 
 // Accept implements rdma.ID.
@@ -355,7 +355,7 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 	if err := checkPrivate(param.PrivateData, wire.ReplyPrivate); err != nil {
 		return id.stepError(step, err)
 	}
-	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port))
+	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port))
 	m, err := id.accept(param, mtu, routeErr)
 	if err != nil {
 		return id.stepError(step, err)
@@ -365,8 +365,8 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 		err = id.stepError(step, a.err)
 	}
 	if err != nil {
-		id.port.mu.Lock()
-		defer id.port.mu.Unlock()
+		id.endpoint.mu.Lock()
+		defer id.endpoint.mu.Unlock()
 		id.giveUp()
 	}
 	return err
@@ -376,7 +376,7 @@ var errGaveUp = fmt.Errorf("the peer gave up: %w", unix.ECONNRESET)
 
 // accept makes the queue pair ready and gives the REP to send.
 func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.MAD, error) {
-	p, r := id.port, &id.request
+	p, r := id.endpoint, &id.request
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
@@ -384,7 +384,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 		return nil, rdma.ErrClosed
 	case !id.passive || id.qp == nil:
 		return nil, unix.EINVAL
-	case id.state == idOver:
+	case id.state == idEnded:
 		return nil, errGaveUp
 	case id.state != idRequested:
 		return nil, unix.EINVAL
@@ -393,7 +393,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.local.Addr(), id.remote.Addr())) < r.MTU:
 		// The requester names the MTU, and the answer has no place for another.
 		id.reject(rejectInvalidPathMTU, nil)
-		id.over()
+		id.end()
 		return nil, fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
 	}
 	id.psn = p.provider.cfg.psn() & 0xffffff
@@ -423,24 +423,24 @@ func (id *connID) Reject(private []byte) error {
 	if err := checkPrivate(private, wire.RejectPrivate); err != nil {
 		return id.stepError("reject", err)
 	}
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if id.closed || id.state != idRequested {
 		return id.stepError("reject", unix.EINVAL)
 	}
 	id.reject(rdma.RejectConsumer, private)
-	id.over()
+	id.end()
 	return nil
 }
 
 // Disconnect implements rdma.ID.
 func (id *connID) Disconnect() error {
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case id.closed || id.state == idLeaving || id.state == idOver:
+	case id.closed || id.state == idLeaving || id.state == idEnded:
 		return nil
 	case id.state != idEstablished:
 		return id.stepError("disconnect", unix.EINVAL)
@@ -459,7 +459,7 @@ type farewell struct {
 
 // leave sends a DREQ, again if need be; the lock is held.
 func (id *connID) leave() {
-	p := id.port
+	p := id.endpoint
 	id.state = idLeaving
 	_ = id.qp.Fail() // never fails
 	m := wire.NewMAD(wire.DREQ, uint64(random32())<<32|uint64(random32()), id.comm, id.peerComm)
@@ -470,7 +470,7 @@ func (id *connID) leave() {
 	f.timer = time.AfterFunc(resendTime(0), func() { p.repeatFarewell(f) })
 }
 
-func (p *port) repeatFarewell(f *farewell) {
+func (p *endpoint) repeatFarewell(f *farewell) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed || p.farewells[f.id.comm] != f {
@@ -484,13 +484,13 @@ func (p *port) repeatFarewell(f *farewell) {
 	f.timer.Reset(resendTime(f.tries))
 }
 
-// unused says that a port has served its purpose; the lock is held.
-func (p *port) unused() bool { return p.sole && len(p.ids)+len(p.farewells) == 0 }
+// unused says that an endpoint has served its purpose; the lock is held.
+func (p *endpoint) unused() bool { return p.dedicated && len(p.ids)+len(p.farewells) == 0 }
 
-func (p *port) farewellDone(f *farewell, detail string) {
+func (p *endpoint) farewellDone(f *farewell, detail string) {
 	f.timer.Stop()
 	delete(p.farewells, f.id.comm)
-	f.id.state = idOver
+	f.id.state = idEnded
 	f.id.report(rdma.EventDisconnected, detail)
 	if p.unused() {
 		p.provider.drop(p)
@@ -499,7 +499,7 @@ func (p *port) farewellDone(f *farewell, detail string) {
 
 // Close implements rdma.ID.
 func (id *connID) Close() error {
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	if id.closed {
 		p.mu.Unlock()
@@ -514,7 +514,7 @@ func (id *connID) Close() error {
 		id.leave()
 	}
 	if id.state != idLeaving {
-		id.over()
+		id.end()
 	}
 	id.closed = true
 	delete(p.ids, id.comm)

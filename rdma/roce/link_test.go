@@ -84,7 +84,7 @@ func joinVia(t testing.TB, host *Provider, local netip.Addr, target *Provider, d
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	l, err := target.Listen(netip.AddrPortFrom(target.ports[0].sock.local.Addr(), 0), 16)
+	l, err := target.Listen(netip.AddrPortFrom(target.endpoints[0].sock.local.Addr(), 0), 16)
 	check(t, err)
 	defer func() { check(t, l.Close()) }()
 	id, err := host.Resolve(ctx, local, l.Addr(), -1)
@@ -103,7 +103,7 @@ func joinVia(t testing.TB, host *Provider, local netip.Addr, target *Provider, d
 	return a, b
 }
 
-func (e *end) pair() *pair { return e.qp.(*pair) }
+func (e *end) queuePair() *queuePair { return e.qp.(*queuePair) }
 
 func (e *end) sge(off, n int) rdma.SGE {
 	return rdma.SGE{Addr: e.mr.Addr() + uint64(off), Length: uint32(n), LKey: e.mr.LKey()}
@@ -339,7 +339,7 @@ func TestWrap(t *testing.T) {
 // soon lose. Both sides send less then, and nothing is lost.
 func TestCongestion(t *testing.T) {
 	window := func(e *end) uint64 {
-		q := e.pair()
+		q := e.queuePair()
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		return q.window
@@ -392,7 +392,7 @@ func TestNotReady(t *testing.T) {
 func TestNotReadyLimit(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.notReadyLimit = 3
 	q.mu.Unlock()
@@ -471,7 +471,7 @@ func TestRetryLimit(t *testing.T) {
 		}
 	}})
 	a, b := join(t, host, target, 16, 1<<16, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.retryLimit = 1
 	q.mu.Unlock()
@@ -490,8 +490,8 @@ func TestRetryLimit(t *testing.T) {
 func TestRetryLimitUnsignaled(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 1024, 1<<16, false)
-	b.pair().destroy()
-	q := a.pair()
+	b.queuePair().destroy()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.retryLimit = 2
 	q.mu.Unlock()
@@ -504,7 +504,7 @@ func TestRetryLimitUnsignaled(t *testing.T) {
 		q.mu.Lock()
 		state := q.state
 		q.mu.Unlock()
-		if state == pairFailed {
+		if state == qpFailed {
 			break
 		}
 	}
@@ -526,7 +526,7 @@ func TestUnsignaled(t *testing.T) {
 		w.Signaled = false
 		a.post(w)
 	}
-	q := a.pair()
+	q := a.queuePair()
 	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		q.mu.Lock()
 		free := q.head == q.tail
@@ -548,7 +548,7 @@ func TestReadBehindUnsignaled(t *testing.T) {
 	const size = 1 << 17
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 2*size, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.window = minWindow
 	q.mu.Unlock()
@@ -570,7 +570,7 @@ func TestReadBehindUnsignaled(t *testing.T) {
 func TestPathShrinks(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<18, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.mtu = 1 << 17
 	q.mu.Unlock()

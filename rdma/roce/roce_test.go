@@ -35,13 +35,13 @@ func open(t testing.TB, cfg Config) *Provider {
 	}
 	t.Cleanup(func() {
 		p.mu.Lock()
-		ports := slices.Clone(p.ports)
+		ports := slices.Clone(p.endpoints)
 		p.mu.Unlock()
 		for _, o := range ports {
 			o.mu.Lock()
-			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.pairs)+o.halfOpen != 0 {
+			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.qps)+o.halfOpen != 0 {
 				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open",
-					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.pairs), o.halfOpen)
+					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.qps), o.halfOpen)
 			}
 			o.mu.Unlock()
 		}
