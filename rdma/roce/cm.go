@@ -35,15 +35,20 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 			id = p.byPeer[peerID{src.Addr(), m.Local()}]
 		}
 	case wire.DREP:
-		if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() {
+		if f := p.farewells[m.Remote()]; f != nil && f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
 			p.farewellDone(f, "disconnected")
 		}
 		return
 	default:
 		id = p.ids[m.Remote()]
 	}
-	if id != nil && (id.path.remote.Addr() != src.Addr() || id.path.local.Addr() != dst) {
+	if id != nil && !id.isPeer(src, dst) {
 		p.provider.counters.wrongAddress.Add(1)
+		return
+	}
+	if id != nil && m.Attribute() != wire.DREQ && m.TID() != id.tid {
+		// All other messages carry the transaction id of the REQ, which a stranger does not know.
+		p.provider.counters.staleMessages.Add(1)
 		return
 	}
 	switch m.Attribute() {
@@ -65,6 +70,14 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 			}
 		}
 	}
+}
+
+// isPeer says whether a message came from where the ID's peer is. Peers that are ours send
+// from the port that they receive at, or from the well-known one.
+func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
+	remote := id.path.remote
+	return src.Addr() == remote.Addr() && dst == id.path.local.Addr() &&
+		(!ours(id.peerGUID) || src.Port() == remote.Port() || src.Port() == id.endpoint.provider.cfg.Port)
 }
 
 // refuseStranger sends a REJ to who has no ID here.
@@ -145,11 +158,14 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		return // it will ask again
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
-		// The peer forgot that connection.
-		old.end()
-		old.respond(answer{err: errGaveUp})
-		old.report(rdma.EventDisconnected, "the peer began anew")
-		delete(p.byQP, peerQP{r.GUID, r.QPN})
+		// The peer has forgotten that connection, or somebody pretends it.
+		if old.state == idEstablished {
+			old.qp.probe()
+		} else {
+			old.end()
+			old.respond(answer{err: errGaveUp})
+			delete(p.byQP, peerQP{r.GUID, r.QPN})
+		}
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
@@ -270,7 +286,7 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 		guid = id.peerGUID
 	}
 	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
-	if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() && f.id.peerComm == m.Local() {
+	if f := p.farewells[m.Remote()]; f != nil && f.id.isPeer(src, dst) && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}
 	if id == nil {

@@ -321,7 +321,7 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 		c.unknownQP.Add(1)
 		return
 	}
-	if a.src.Addr() != q.there || a.dst.Addr() != q.here {
+	if port := q.peerPort.Load(); a.src.Addr() != q.there || a.dst.Addr() != q.here || port != 0 && port != uint32(a.src.Port()) {
 		c.wrongAddress.Add(1)
 		return
 	}

@@ -49,8 +49,11 @@ type queuePair struct {
 	recvBases baseCache
 	dirty     bool
 
-	ours atomic.Bool // the peer numbers its packets as we do
-	near atomic.Bool // and it is on this host: ICRCs are those of the headers alone
+	// peerPort is the UDP port that all packets of the peer come from; 0: any. Peers that are
+	// ours have one.
+	peerPort atomic.Uint32
+	ours     atomic.Bool // the peer numbers its packets as we do
+	near     atomic.Bool // and it is on this host: ICRCs are those of the headers alone
 
 	mu    sync.Mutex // guards what follows
 	state qpState
@@ -58,7 +61,9 @@ type queuePair struct {
 	out   *batch
 	dest  uint32 // the peer's queue pair
 	mtu   int    // of the path: payload bytes per packet
-	fresh bool   // no packet of the peer has come
+	// unproven: no packet has come that only the peer can have sent: a request with the
+	// sequence number that it was told.
+	unproven bool
 
 	requester
 	responder
@@ -72,10 +77,10 @@ func newQueuePair(id *connID, p *endpoint, pd *domain, send, recv *completionQue
 	q := &queuePair{
 		provider: p.provider, endpoint: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
 		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
-		state: qpInit, out: &batch{path: id.path}, fresh: true,
+		state: qpInit, out: &batch{path: id.path}, unproven: true,
 	}
 	q.timer, q.notReadyTimer = stopped(q.tick), stopped(q.peerMayBeReady)
-	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
+	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR)+1)
 	q.recvQ = make([]rdma.RecvWR, max(1, cfg.MaxRecvWR))
 	return q
 }
@@ -196,6 +201,9 @@ func (q *queuePair) peerIs(guid uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	near := ours(guid) && q.endpoint.dedicated && q.path.remote.Port() != q.provider.cfg.Port
+	if ours(guid) {
+		q.peerPort.Store(uint32(q.path.remote.Port()))
+	}
 	q.ours.Store(ours(guid))
 	q.near.Store(near)
 	q.out.headersOnly = near
@@ -299,10 +307,6 @@ func (q *queuePair) receive(h *wire.BTH, packet, payload []byte, congested bool)
 		return
 	default:
 		return
-	}
-	if q.fresh {
-		q.fresh = false
-		q.id.heard()
 	}
 	if congested {
 		q.congested(h.Op)

@@ -36,6 +36,7 @@ type sendEntry struct {
 	before  uint64 // bytes of all work requests before it
 	length  uint32
 	invalid bool // its lengths make no sense
+	probe   bool // ours, not the consumer's: it makes no completion
 }
 
 // requester is the sending half of a queue pair. Positions in sendQ and
@@ -45,7 +46,8 @@ type sendEntry struct {
 //
 // una lies in the work request at head, and nxt in the one at cur.
 type requester struct {
-	sendQ           []sendEntry
+	sendQ           []sendEntry // one more than the consumer may use, for a probe
+	probing         uint64      // probes among the entries: 0 or 1
 	head, cur, tail uint64
 	una             uint64 // oldest not acknowledged
 	nxt             uint64 // next to send
@@ -116,15 +118,21 @@ func (q *queuePair) enqueue(wr *rdma.SendWR) error {
 	switch {
 	case wr.Op < rdma.Send || wr.Op > rdma.Read || wr.NumSGE > maxSGE:
 		return errSendWR
-	case q.tail-q.head == uint64(len(q.sendQ)):
+	case q.tail-q.head-q.probing == uint64(len(q.sendQ)-1):
 		return errSendFull
 	}
+	q.add(wr)
+	return nil
+}
+
+// add puts a work request at the end of the queue and gives it its sequence numbers.
+func (q *queuePair) add(wr *rdma.SendWR) *sendEntry {
 	e := q.entry(q.tail)
 	length := uint64(0)
 	for i := range wr.NumSGE {
 		length += uint64(wr.SGE[i].Length)
 	}
-	e.wr, e.length = *wr, uint32(length)
+	e.wr, e.length, e.probe = *wr, uint32(length), false
 	e.invalid = length > 1<<30 || wr.Op == rdma.Read && q.depth == 0
 	if e.invalid {
 		e.length = 0
@@ -135,7 +143,21 @@ func (q *queuePair) enqueue(wr *rdma.SendWR) error {
 		q.end += e.n
 		q.posted += uint64(e.length)
 	}
-	return nil
+	return e
+}
+
+// probe asks the peer's adapter whether it still has its queue pair, by an RDMA WRITE of no
+// bytes. If it has not, this one fails when its retries are used up, and says so by an event.
+func (q *queuePair) probe() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.state != qpReady || q.head < q.tail {
+		return // what is under way asks the same
+	}
+	q.add(&rdma.SendWR{Op: rdma.Write, Signaled: true}).probe = true
+	q.probing = 1
+	q.transmit()
+	q.send()
 }
 
 // local is the memory of a work request; false if keys or bounds do not fit.
@@ -321,6 +343,13 @@ func (q *queuePair) completeSend(status rdma.WCStatus) {
 	e := q.entry(q.head)
 	q.head++
 	q.cur = max(q.cur, q.head)
+	if e.probe {
+		q.probing = 0
+		if status != rdma.WCSuccess && status != rdma.WCFlushErr {
+			q.id.report(rdma.EventDisconnected, "the peer began anew and does not answer any more")
+		}
+		return
+	}
 	if status != rdma.WCSuccess || e.wr.Signaled {
 		q.sendCQ.push(&rdma.WC{ID: e.wr.ID, QPNum: q.num, Status: status})
 	}
@@ -411,10 +440,11 @@ func (q *queuePair) gap(psn uint64, response bool) {
 // acknowledge takes an ACK or NAK.
 func (q *queuePair) acknowledge(h *wire.BTH, a wire.AETH) {
 	psn := extend(h.PSN, q.una)
-	if psn+1 < q.una || psn >= q.top {
-		return // old, or never sent
-	}
 	c := &q.provider.counters
+	if psn+1 < q.una || psn >= q.top {
+		c.unsolicited.Add(1) // old, or never sent
+		return
+	}
 	switch {
 	case a.Syndrome.IsACK():
 		if q.ackedTo(psn + 1); q.una < psn+1 {
@@ -477,10 +507,24 @@ func (q *queuePair) peerMayBeReady() {
 	q.transmit()
 }
 
+// awaited says whether psn is that of a response to a READ that was asked for.
+func (q *queuePair) awaited(psn uint64) bool {
+	if psn < q.una || psn >= q.top {
+		return false
+	}
+	for pos := q.head; pos < q.tail; pos++ {
+		if e := q.entry(pos); psn < e.psn+e.n {
+			return e.wr.Op == rdma.Read
+		}
+	}
+	return false
+}
+
 // readResponse takes a part of what we READ.
 func (q *queuePair) readResponse(h *wire.BTH, payload []byte) {
 	psn := extend(h.PSN, q.una)
-	if psn < q.una || psn >= q.top {
+	if !q.awaited(psn) {
+		q.provider.counters.unsolicited.Add(1)
 		return
 	}
 	if q.ackedTo(psn); q.una != psn {
@@ -488,9 +532,6 @@ func (q *queuePair) readResponse(h *wire.BTH, payload []byte) {
 		return
 	}
 	e := q.entry(q.head)
-	if q.head == q.tail || e.wr.Op != rdma.Read {
-		return
-	}
 	off := int(psn-e.psn) * q.mtu
 	if len(payload) != min(q.mtu, int(e.length)-off) {
 		q.fail(wcBadResponse)

@@ -39,6 +39,7 @@ type responder struct {
 	write    wire.RETH // of the message, if it is a WRITE
 
 	reads   readJobs
+	recent  readHistory
 	ackDue  bool
 	ackable uint64        // behind the last packet that was no READ
 	acked   uint64        // all before it
@@ -104,6 +105,37 @@ func (r *readJobs) drop(from, to uint64) {
 	r.n = kept
 }
 
+// readHistory are the READ requests that were taken last, as many as a peer may have
+// outstanding. It asks again for none before these.
+type readHistory struct {
+	taken [maxReadAtomic]takenRead
+	next  int
+}
+
+// takenRead is a READ request and the sequence numbers of its responses.
+type takenRead struct {
+	psn, n uint64
+	what   wire.RETH
+}
+
+func (h *readHistory) add(r takenRead) {
+	h.taken[h.next] = r
+	h.next = (h.next + 1) % len(h.taken)
+}
+
+// has says whether r, at psn, is a request that was taken, or a part of one.
+func (h *readHistory) has(psn uint64, r *wire.RETH, mtu int) bool {
+	for i := range h.taken {
+		t := &h.taken[i]
+		if psn < t.psn || psn-t.psn >= t.n {
+			continue
+		}
+		off := (psn - t.psn) * uint64(mtu) // below the length, or 0
+		return r.RKey == t.what.RKey && r.VA == t.what.VA+off && uint64(r.Length)+off <= uint64(t.what.Length)
+	}
+	return false
+}
+
 func (r *responder) start(c *connected) {
 	r.expected = startPSN(c.recvPSN)
 	r.ackable, r.acked = r.expected, r.expected
@@ -143,6 +175,10 @@ func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 		}
 		q.gapTop = psn
 		return
+	}
+	if q.unproven {
+		q.unproven = false
+		q.id.heard()
 	}
 	q.nakSent = false
 	if q.nak == wire.NAKSequence { // for the gap that this fills
@@ -321,24 +357,23 @@ func (q *queuePair) takeRead(r wire.RETH, payload int) {
 		q.refuse(wire.NAKRemoteAccess)
 		return
 	}
+	n := q.packets(r.Length)
 	q.reads.insert(readJob{psn: q.expected, left: r})
+	q.recent.add(takenRead{q.expected, n, r})
 	q.acknowledges(q.expected)
-	q.expected += q.packets(r.Length)
+	q.expected += n
 	q.msn++
 }
 
-// readAgain takes a READ request, or the rest of one, that was seen before. The
-// key may have gone since.
+// readAgain takes a READ request, or the rest of one, that was seen before. Anything else
+// that claims to be one is dropped, and so is one whose key has gone since: an error would
+// let whoever guesses one of half of all sequence numbers end the connection.
 func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
-	if r.Length > maxMessage || !q.readable(&r) {
-		q.refuse(wire.NAKRemoteAccess)
+	if !q.recent.has(psn, &r, q.mtu) || !q.readable(&r) {
+		q.provider.counters.staleReads.Add(1)
 		return
 	}
-	n := q.packets(r.Length)
-	if psn+n > q.expected || q.served == 0 {
-		return // not what was asked for before
-	}
-	q.reads.drop(psn, psn+n)
+	q.reads.drop(psn, psn+q.packets(r.Length))
 	q.reads.insert(readJob{psn: psn, left: r, repeated: true})
 	q.acknowledges(psn)
 }
@@ -442,7 +477,12 @@ func (q *queuePair) sendResponses() bool {
 func (q *queuePair) sendResponse(j *readJob, budget *int) bool {
 	var mem []byte
 	if j.left.Length > 0 {
-		if mem = piece(q.pd.remote, j.left.RKey, j.left.VA, uint64(j.left.Length), rdma.AccessRemoteRead); mem == nil {
+		mem = piece(q.pd.remote, j.left.RKey, j.left.VA, uint64(j.left.Length), rdma.AccessRemoteRead)
+		if mem == nil && j.repeated {
+			q.provider.counters.staleReads.Add(1)
+			return true
+		}
+		if mem == nil {
 			q.refuse(wire.NAKRemoteAccess) // revoked in between
 			q.nakPSN = j.psn
 			return true

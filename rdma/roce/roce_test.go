@@ -56,6 +56,14 @@ func openPair(t testing.TB) (host, target *Provider) {
 	return open(t, Config{Addrs: []netip.Addr{hostAddr}}), open(t, Config{Addrs: []netip.Addr{targetAddr}})
 }
 
+// openForeign is openPair with a host that the target does not take for one of ours, so that
+// its packets may come from any port, as those of a network card do.
+func openForeign(t testing.TB) (host, target *Provider) {
+	host, target = openPair(t)
+	host.guid = 1
+	return host, target
+}
+
 func TestConformance(t *testing.T) {
 	for _, c := range []struct {
 		name    string
