@@ -12,10 +12,6 @@ import (
 
 // The receiving side of the connection manager, on the receive loop.
 
-// requestExpiry is how long a request waits for Listener.Accept. The peer gave
-// up before.
-const requestExpiry = time.Minute
-
 // manage takes a message of the connection manager.
 func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.mu.Lock()
@@ -104,32 +100,23 @@ func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 // ours says whether a CA GUID has our mark.
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
-// admit says whether one more request may be looked at.
-func (p *endpoint) admit() bool {
-	now, rate := time.Now(), float64(p.provider.cfg.MaxRequestRate)
-	p.tokens = min(rate, p.tokens+now.Sub(p.refilled).Seconds()*rate)
-	p.refilled = now
-	if p.tokens < 1 {
-		return false
-	}
-	p.tokens--
-	return true
-}
-
 // onRequest takes a REQ.
 func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	c := &p.provider.counters
 	c.requests.Add(1)
 	if id := p.byPeer[peerID{src.Addr(), m.Local()}]; id != nil {
+		if id.halfOpen() {
+			id.owed++
+		}
 		switch id.state {
 		case idRequested:
-			p.sendMAD(id.path, wire.NewMRA(m.TID(), id.comm, id.peerComm))
+			id.send(wire.NewMRA(m.TID(), id.comm, id.peerComm))
 		case idAccepting, idEstablished:
-			p.sendMAD(id.path, id.last)
+			id.send(id.last)
 		}
 		return
 	}
-	if !p.admit() {
+	if !p.admit(src.Addr()) {
 		c.requestsDropped.Add(1)
 		return
 	}
@@ -147,23 +134,19 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
 		return
 	}
-	if p.halfOpen >= p.provider.cfg.MaxHalfOpen {
-		for _, other := range p.listeners {
-			other.expire(time.Now())
-		}
-	}
-	l.expire(time.Now())
-	if p.halfOpen >= p.provider.cfg.MaxHalfOpen || len(l.requests) >= l.backlog {
+	if !p.makeRoom(src.Addr()) || len(l.requests) >= l.backlog {
 		c.requestsDropped.Add(1)
 		return // it will ask again
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
 		// The peer has forgotten that connection, or somebody pretends it.
-		if old.state == idEstablished {
+		switch {
+		case old.state == idEstablished:
 			old.qp.probe()
-		} else {
-			old.end()
-			old.respond(answer{err: errGaveUp})
+		case old.halfOpen():
+			p.abandon(old)
+		}
+		if old.state == idEnded {
 			delete(p.byQP, peerQP{r.GUID, r.QPN})
 		}
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
@@ -182,33 +165,19 @@ func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.
 	id.request, id.private = *r, r.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
-	p.halfOpen++
+	id.listener, id.owed = l, 1
+	p.begin(id)
 	l.requests = append(l.requests, id)
 	l.signal()
-}
-
-// expire forgets requests that nobody accepted for too long. The endpoint's lock is
-// held.
-func (l *listener) expire(now time.Time) {
-	p := l.endpoint
-	for len(l.requests) > 0 && now.Sub(l.requests[0].arrived) > requestExpiry {
-		id := l.requests[0]
-		l.requests = l.requests[1:]
-		id.end()
-		id.closed = true
-		delete(p.ids, id.comm)
-		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
-		if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
-			delete(p.byQP, key)
-		}
-	}
 }
 
 // onReply takes a REP.
 func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
-		p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
+		if p.admit(src.Addr()) {
+			p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
+		}
 	case id.state == idConnecting:
 		r := wire.ParseReply(m)
 		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
@@ -225,6 +194,7 @@ func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst neti
 		})
 		id.last = wire.NewMAD(wire.RTU, m.TID(), id.comm, id.peerComm)
 		p.sendMAD(id.path, id.last)
+		id.confirm(0)
 		id.respond(answer{private: r.Private[:]})
 	case id.state == idEstablished && id.peerComm == m.Local():
 		p.sendMAD(id.path, id.last)
@@ -236,16 +206,8 @@ func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst neti
 // establish ends the passive side's handshake. The lock is held.
 func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
+	p.settled(id)
 	id.respond(answer{})
-}
-
-// established is establish for who does not hold the lock.
-func (p *endpoint) established(id *connID) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if id.state == idAccepting {
-		p.establish(id)
-	}
 }
 
 // onReject takes a REJ.
@@ -262,11 +224,8 @@ func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 		}
 		id.end()
 		id.respond(answer{err: err})
-	case idRequested:
-		id.end()
-	case idAccepting:
-		id.end()
-		id.respond(answer{err: errGaveUp})
+	case idRequested, idAccepting:
+		p.abandon(id)
 	case idEstablished:
 		// The peer does not know the connection: our RTU or its REP was lost
 		// for good.
@@ -284,6 +243,8 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	guid := uint64(0)
 	if id != nil {
 		guid = id.peerGUID
+	} else if !p.admit(src.Addr()) {
+		return
 	}
 	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
 	if f := p.farewells[m.Remote()]; f != nil && f.id.isPeer(src, dst) && f.id.peerComm == m.Local() {

@@ -27,7 +27,10 @@ type Counters struct {
 	Marks           uint64 // packets that met congestion
 	Notes           uint64 // congestion notifications received
 	Requests        uint64 // connect requests received, duplicates included
-	RequestsDropped uint64 // of those, over a limit
+	RequestsDropped uint64 // of those, over the rate or without room
+	HalfOpenEvicted uint64 // handshakes that ended to make room for others
+	HalfOpenExpired uint64 // handshakes that took too long
+	AnswersWithheld uint64 // messages not sent to who has not proven to be where it says it is
 	StaleMessages   uint64 // dropped: messages of the connection manager that belong to no handshake under way
 }
 
@@ -35,7 +38,7 @@ type counters struct {
 	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
 	duplicates, staleReads, unsolicited, outOfSequence, retransmits, timeouts, probes,
 	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
-	strays, marks, notes, requests, requestsDropped, staleMessages atomic.Uint64
+	strays, marks, notes, requests, requestsDropped, halfOpenEvicted, halfOpenExpired, answersWithheld, staleMessages atomic.Uint64
 }
 
 // Snapshot reads the counters. It may be called from any goroutine.
@@ -52,6 +55,8 @@ func (p *Provider) Snapshot() Counters {
 		FatalNAKsSent: c.fatalNAKsSent.Load(), FatalNAKs: c.fatalNAKs.Load(),
 		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
 		Strays: c.strays.Load(), Marks: c.marks.Load(), Notes: c.notes.Load(),
-		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(), StaleMessages: c.staleMessages.Load(),
+		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
+		HalfOpenEvicted: c.halfOpenEvicted.Load(), HalfOpenExpired: c.halfOpenExpired.Load(), AnswersWithheld: c.answersWithheld.Load(),
+		StaleMessages: c.staleMessages.Load(),
 	}
 }

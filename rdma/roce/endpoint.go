@@ -6,7 +6,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,17 +40,15 @@ type endpoint struct {
 	qpsMu sync.RWMutex // guards pairs
 	qps   map[uint32]*queuePair
 
-	mu        sync.Mutex // guards what follows, and the state of the IDs
-	closed    bool
-	listeners map[uint16]*listener
-	ids       map[uint32]*connID   // by our communication id
-	byPeer    map[peerID]*connID   // those that came by a request
-	byQP      map[peerQP]*connID   // connections and requests by the peer's queue pair
-	farewells map[uint32]*farewell // by our communication id
-	halfOpen  int                  // requests that have no answer
-	tokens    float64              // requests that may be taken now
-	refilled  time.Time            // when tokens was right
-	mads      uint32               // datagrams sent; their sequence numbers
+	mu         sync.Mutex // guards what follows, and the state of the IDs
+	closed     bool
+	listeners  map[uint16]*listener
+	ids        map[uint32]*connID   // by our communication id
+	byPeer     map[peerID]*connID   // those that came by a request
+	byQP       map[peerQP]*connID   // connections and requests by the peer's queue pair
+	farewells  map[uint32]*farewell // by our communication id
+	handshakes handshakes
+	mads       uint32 // datagrams sent; their sequence numbers
 }
 
 // peerID is a communication id of a peer.
@@ -75,8 +72,8 @@ func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 		provider: p, sock: s, done: make(chan struct{}), wake: wake, dedicated: dedicated,
 		qps: make(map[uint32]*queuePair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
-		farewells: make(map[uint32]*farewell),
-		tokens:    float64(p.cfg.MaxRequestRate), refilled: time.Now(),
+		farewells:  make(map[uint32]*farewell),
+		handshakes: handshakes{bySource: make(map[netip.Addr]int), rates: make(map[netip.Addr]*bucket)},
 	}
 	o.manager = o
 	if !dedicated {
@@ -414,6 +411,9 @@ func (p *endpoint) close() error {
 		f.timer.Stop()
 	}
 	clear(p.farewells)
+	if p.handshakes.timer != nil {
+		p.handshakes.timer.Stop()
+	}
 	p.mu.Unlock()
 	p.recvMu.Lock()
 	p.shut = true

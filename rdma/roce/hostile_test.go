@@ -347,36 +347,6 @@ func TestNoAckOfRead(t *testing.T) {
 	}
 }
 
-// TestRequestFlood: connect requests of an intruder neither pile up nor disturb.
-func TestRequestFlood(t *testing.T) {
-	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 10, MaxRequestRate: 100})
-	a, b := join(t, host, target, 64, 2*area, false)
-	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1000)
-	check(t, err)
-	defer func() { check(t, l.Close()) }()
-	x := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
-	const flood = 2000
-	for i := range uint32(flood) {
-		r := wire.Request{Port: l.Addr().Port(), GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: targetAddr}
-		m := wire.NewMAD(wire.REQ, uint64(i), 1000+i, 0)
-		r.Put(m)
-		x.send(x.seal(m.Packet(i)))
-	}
-	until(t, target, "requests", func(c Counters) bool { return c.Requests == 1+flood })
-	o := target.endpoints[0]
-	o.mu.Lock()
-	open, ids := o.halfOpen, len(o.ids)
-	o.mu.Unlock()
-	if open != 10 || ids != 11 {
-		t.Errorf("%d half-open, %d IDs, want 10 and 11", open, ids)
-	}
-	if c := target.Snapshot(); c.RequestsDropped < flood-200 {
-		t.Errorf("%+v", c)
-	}
-	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
-}
-
 // TestRandomPackets throws packets with a valid ICRC at a connection, and checks
 // that another one is unharmed.
 func TestRandomPackets(t *testing.T) {
@@ -468,7 +438,7 @@ func FuzzReceive(f *testing.F) {
 func FuzzManage(f *testing.F) {
 	pid := os.Getpid()
 	addr := netip.AddrFrom4([4]byte{127, 2, byte(pid >> 8), byte(pid)})
-	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30})
+	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30, MaxRequestRatePerSource: 1 << 30})
 	p := host.endpoints[0]
 	const service = 4420
 	l, err := p.listen(netip.AddrPortFrom(addr, service), 8)
@@ -490,8 +460,9 @@ func FuzzManage(f *testing.F) {
 		p.mu.Lock()
 		id.state, id.passive = idIdle+idState(state&0x7f)%idEnded, state&0x80 != 0
 		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
-		if id.state == idRequested {
-			p.halfOpen++
+		id.tid, id.listener = 1, l
+		if id.halfOpen() {
+			p.begin(id)
 		}
 		p.mu.Unlock()
 		if id.state > idRequested {
@@ -527,8 +498,8 @@ func FuzzManage(f *testing.F) {
 		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if len(p.ids)+len(p.byPeer)+len(p.byQP)+p.halfOpen != 0 {
-			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), p.halfOpen)
+		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open) != 0 {
+			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), len(p.handshakes.open))
 		}
 		for _, farewell := range p.farewells {
 			p.farewellDone(farewell, "") // its answer is another test's

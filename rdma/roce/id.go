@@ -53,6 +53,11 @@ type connID struct {
 	last     *wire.MAD      // what to say again: our REP or RTU
 	arrived  time.Time      // of the request
 	patient  chan struct{}  // MRA: the peer needs time
+	// Of the passive side.
+	listener *listener
+	owed     int // messages that the peer of a half-open connection may still get
+	// Of the active side.
+	confirmation *time.Timer
 
 	answer    chan answer   // of Connect and Accept: one at most
 	heardPeer chan struct{} // a packet of the peer has come, which says as much as RTU
@@ -192,8 +197,8 @@ const (
 
 func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(resendAfter)-1)] }
 
-// exchange sends m until there is an answer.
-func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state idState) (answer, error) {
+// exchange sends a REQ until there is an answer.
+func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answer, error) {
 	p := id.endpoint
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -204,21 +209,17 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 				return answer{}, id.stepError(step, id.unheard(unix.ETIMEDOUT))
 			}
 			p.mu.Lock()
-			if id.state == state && !id.closed {
+			if id.state == idConnecting && !id.closed {
 				p.sendMAD(id.path, m)
 			}
 			p.mu.Unlock()
 			timer.Reset(resendTime(tries))
-			if tries++; tries == 2 && !id.passive && id.nobodyThere() {
+			if tries++; tries == 2 && id.nobodyThere() {
 				return answer{}, id.stepError(step, unix.ECONNREFUSED)
 			}
 		case <-id.patient: // the peer has it, and needs time
 			tries = len(resendAfter) - 1
 			timer.Reset(resendTime(tries))
-		case <-id.heardPeer:
-			if id.passive {
-				p.established(id)
-			}
 		case a := <-id.answer:
 			return a, nil
 		case <-ctx.Done():
@@ -229,10 +230,32 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 	}
 }
 
+// established waits until the peer has shown that it got the REP. That is sent again only when
+// the REQ comes again, and the endpoint bounds the time (halfOpenTime).
+func (id *connID) established(ctx context.Context) error {
+	for {
+		select {
+		case <-id.heardPeer:
+			p := id.endpoint
+			p.mu.Lock()
+			if id.state == idAccepting {
+				p.establish(id)
+			}
+			p.mu.Unlock()
+		case a := <-id.answer:
+			return a.err
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-id.closing:
+			return rdma.ErrClosed
+		}
+	}
+}
+
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
 	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
-	if id.passive || id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
+	if id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
 		return err
 	}
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
@@ -291,7 +314,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	r.Put(m)
 	p.mu.Unlock()
 
-	a, err := id.exchange(ctx, step, m, idConnecting)
+	a, err := id.exchange(ctx, step, m)
 	if err != nil {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -325,9 +348,6 @@ func (id *connID) giveUp() {
 
 // end ends what the ID stands for; the lock is held.
 func (id *connID) end() {
-	if id.state == idRequested {
-		id.endpoint.halfOpen--
-	}
 	id.state = idEnded
 	if id.qp != nil {
 		_ = id.qp.Fail() // never fails
@@ -346,7 +366,7 @@ func (id *connID) reject(reason uint16, private []byte) {
 	copy(r.Private[:], private)
 	m := wire.NewMAD(wire.REJ, id.tid, id.comm, id.peerComm)
 	r.Put(m)
-	id.endpoint.sendMAD(id.path, m)
+	id.send(m)
 }
 
 // Accept implements rdma.ID.
@@ -356,45 +376,41 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 		return id.stepError(step, err)
 	}
 	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port))
-	m, err := id.accept(param, mtu, routeErr)
-	if err != nil {
+	if err := id.accept(param, mtu, routeErr); err != nil {
 		return id.stepError(step, err)
 	}
-	a, err := id.exchange(ctx, step, m, idAccepting)
-	if err == nil && a.err != nil {
-		err = id.stepError(step, a.err)
-	}
-	if err != nil {
+	if err := id.established(ctx); err != nil {
 		id.endpoint.mu.Lock()
 		defer id.endpoint.mu.Unlock()
 		id.giveUp()
+		return id.stepError(step, err)
 	}
-	return err
+	return nil
 }
 
 var errGaveUp = fmt.Errorf("the peer gave up: %w", unix.ECONNRESET)
 
-// accept makes the queue pair ready and gives the REP to send.
-func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.MAD, error) {
+// accept makes the queue pair ready and sends the REP.
+func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) error {
 	p, r := id.endpoint, &id.request
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
 	case id.closed:
-		return nil, rdma.ErrClosed
+		return rdma.ErrClosed
 	case !id.passive || id.qp == nil:
-		return nil, unix.EINVAL
+		return unix.EINVAL
 	case id.state == idEnded:
-		return nil, errGaveUp
+		return errGaveUp
 	case id.state != idRequested:
-		return nil, unix.EINVAL
+		return unix.EINVAL
 	case routeErr != nil:
-		return nil, routeErr
+		return routeErr
 	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.local.Addr(), id.remote.Addr())) < r.MTU:
 		// The requester names the MTU, and the answer has no place for another.
 		id.reject(rejectInvalidPathMTU, nil)
 		id.end()
-		return nil, fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
+		return fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
 	}
 	id.psn = p.provider.cfg.psn() & 0xffffff
 	c := connected{
@@ -411,11 +427,11 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 	copy(a.Private[:], param.PrivateData)
 	m := wire.NewMAD(wire.REP, id.tid, id.comm, id.peerComm)
 	a.Put(m)
-	p.halfOpen--
 	id.state, id.last = idAccepting, m
 	id.qp.peerIs(id.peerGUID)
 	id.qp.ready(c) // data may come before the RTU
-	return m, nil
+	id.send(m)
+	return nil
 }
 
 // Reject implements rdma.ID.
@@ -517,12 +533,9 @@ func (id *connID) Close() error {
 		id.end()
 	}
 	id.closed = true
-	delete(p.ids, id.comm)
-	if id.passive {
-		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
-	}
-	if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
-		delete(p.byQP, key)
+	p.forget(id)
+	if id.confirmation != nil {
+		id.confirmation.Stop()
 	}
 	close(id.closing)
 	id.eventsMu.Lock() // before the answer to the farewell can come

@@ -46,28 +46,47 @@ var lastVector atomic.Int32
 // newEnd gives an ID its resources. They go at the end of the test.
 func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	t.Helper()
-	e := &end{t: t, id: id}
-	var err error
-	dev := id.Device()
-	e.pd, err = dev.AllocPD()
-	check(t, err)
-	e.mr, err = e.pd.AllocMR(memory, allAccess)
-	check(t, err)
-	vector := int(lastVector.Add(1))
-	e.sendCQ, err = dev.CreateCQ(2*depth, events, vector)
-	check(t, err)
-	e.recvCQ, err = dev.CreateCQ(2*depth, events, vector)
-	check(t, err)
-	e.qp, err = id.CreateQP(e.pd, rdma.QPConfig{SendCQ: e.sendCQ, RecvCQ: e.recvCQ, MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 1})
-	check(t, err)
-	t.Cleanup(func() {
-		for _, c := range []interface{ Close() error }{e.id, e.sendCQ, e.recvCQ, e.mr, e.pd} {
-			if err := c.Close(); err != nil {
-				t.Errorf("close: %v", err)
-			}
-		}
-	})
+	e := makeEnd(t, id, depth, memory, events)
+	if e == nil {
+		t.FailNow()
+	}
+	t.Cleanup(e.close)
 	return e
+}
+
+// makeEnd is newEnd for any goroutine: the end is its caller's to close. It is nil after an
+// error, of which the test has heard.
+func makeEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
+	t.Helper()
+	e := &end{t: t, id: id}
+	vector := int(lastVector.Add(1))
+	dev := id.Device()
+	var err error
+	if e.pd, err = dev.AllocPD(); err == nil {
+		e.mr, err = e.pd.AllocMR(memory, allAccess)
+	}
+	if err == nil {
+		e.sendCQ, err = dev.CreateCQ(2*depth, events, vector)
+	}
+	if err == nil {
+		e.recvCQ, err = dev.CreateCQ(2*depth, events, vector)
+	}
+	if err == nil {
+		e.qp, err = id.CreateQP(e.pd, rdma.QPConfig{SendCQ: e.sendCQ, RecvCQ: e.recvCQ, MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 1})
+	}
+	if err != nil {
+		t.Error(err)
+		return nil
+	}
+	return e
+}
+
+func (e *end) close() {
+	for _, c := range []interface{ Close() error }{e.id, e.sendCQ, e.recvCQ, e.mr, e.pd} {
+		if err := c.Close(); err != nil {
+			e.t.Errorf("close: %v", err)
+		}
+	}
 }
 
 // param suits all tests.

@@ -39,10 +39,19 @@ type Config struct {
 	// loop of its own; 0 is 1, the most is 64. Queue pairs go to them by the vectors
 	// of their receive completion queues, of which there are as many.
 	Receivers int
-	// MaxHalfOpen bounds the connect requests without an answer; 0 is 256.
+	// MaxHalfOpen bounds the connections that are half-open: requested or accepted, but
+	// nothing has shown yet that the peer got our answer. 0 is 64. When there are so many, one
+	// that is older than 200 ms makes room for the next, one of the source that has most. None
+	// stays half-open for more than 15 s.
 	MaxHalfOpen int
-	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
-	MaxRequestRate int
+	// MaxHalfOpenPerSource is the same for each source: an address of IPv4, a network of 64
+	// bits of IPv6. 0 is 16.
+	MaxHalfOpenPerSource int
+	// MaxRequestRate bounds the connect requests taken per second, of which those of four
+	// seconds may come at once; 0 is 256. MaxRequestRatePerSource is the same for each source;
+	// 0 is 64.
+	MaxRequestRate          int
+	MaxRequestRatePerSource int
 
 	tamper func() func(packet []byte, deliver func([]byte)) // makes that of an endpoint
 	psn    func() uint32                                    // picks the first sequence number; nil is random
@@ -50,9 +59,12 @@ type Config struct {
 	buffer int                                              // of sockets; 0 is socketBuffer
 }
 
+// Defaults of Config.
 const (
-	defaultHalfOpen    = 256
-	defaultRequestRate = 1000
+	defaultHalfOpen          = 64
+	defaultHalfOpenPerSource = 16
+	defaultRate              = 256
+	defaultRatePerSource     = 64
 )
 
 // Provider makes connections. Its methods may be called from any goroutine.
@@ -85,11 +97,16 @@ func New(cfg Config) (*Provider, error) {
 		cfg.Port = wire.Port
 	}
 	cfg.Receivers = min(max(1, cfg.Receivers), maxReceivers)
-	if cfg.MaxHalfOpen <= 0 {
-		cfg.MaxHalfOpen = defaultHalfOpen
-	}
-	if cfg.MaxRequestRate <= 0 {
-		cfg.MaxRequestRate = defaultRequestRate
+	for _, limit := range []struct {
+		value    *int
+		fallback int
+	}{
+		{&cfg.MaxHalfOpen, defaultHalfOpen}, {&cfg.MaxHalfOpenPerSource, defaultHalfOpenPerSource},
+		{&cfg.MaxRequestRate, defaultRate}, {&cfg.MaxRequestRatePerSource, defaultRatePerSource},
+	} {
+		if *limit.value <= 0 {
+			*limit.value = limit.fallback
+		}
 	}
 	p := &Provider{cfg: cfg, guid: guidMark<<guidShift | (uint64(random32())<<32|uint64(random32()))&(1<<guidShift-1)}
 	p.device.provider = p

@@ -325,6 +325,13 @@ func (q *queuePair) receive(h *wire.BTH, packet, payload []byte, congested bool)
 	}
 }
 
+// heardOfPeer says whether the peer has sent a request, or answered one.
+func (q *queuePair) heardOfPeer() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return !q.unproven || q.una != q.firstPSN
+}
+
 // congested takes a mark of a router. Who sent too much is asked to send less: the
 // peer, or we who READ too much.
 func (q *queuePair) congested(op wire.Opcode) {

@@ -49,6 +49,7 @@ type requester struct {
 	sendQ           []sendEntry // one more than the consumer may use, for a probe
 	probing         uint64      // probes among the entries: 0 or 1
 	head, cur, tail uint64
+	firstPSN        uint64 // of the connection
 	una             uint64 // oldest not acknowledged
 	nxt             uint64 // next to send
 	top             uint64 // next never sent before
@@ -103,7 +104,7 @@ func (r *readEnds) acked(una uint64) {
 // start begins a connection over a socket with so many bytes of receive buffer.
 func (r *requester) start(c *connected, buffer uint64) {
 	psn := startPSN(c.sendPSN)
-	r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn
+	r.firstPSN, r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn, psn
 	r.window = maxWindow
 	// What we read goes there; what we write, to one that is as large, if anybody knows.
 	r.flight = min(maxFlight, buffer/4*3)
