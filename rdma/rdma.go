@@ -163,10 +163,16 @@ type Device interface {
 type Access uint8
 
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
+//
+// AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
+// region then has none until MoveMR. Without it, such a SEND ends the connection with a remote
+// access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
+// 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
 const (
 	AccessLocalWrite Access = 1 << iota
 	AccessRemoteRead
 	AccessRemoteWrite
+	AccessRemoteInvalidate
 )
 
 // PD is a protection domain.

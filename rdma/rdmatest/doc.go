@@ -13,7 +13,7 @@
 // was polled, and completion queues overrun, as on hardware.
 //
 // Unlike most hardware it lets SEND with invalidate end the remote key of an
-// ordinary memory region.
+// ordinary memory region, if that was allocated with rdma.AccessRemoteInvalidate.
 //
 // # What it does not keep
 //

@@ -142,10 +142,10 @@ func (f *Fabric) piece(p *protectionDomain, key uint32, remote bool, addr uint64
 	return m.mem[off : off+uint64(length)]
 }
 
-// invalidate ends a remote key of the domain.
+// invalidate ends a remote key of the domain, if its region was offered for that.
 func (f *Fabric) invalidate(p *protectionDomain, key uint32) bool {
 	m := f.mrs[key]
-	if m == nil || m.pd != p || key != m.rkey {
+	if m == nil || m.pd != p || key != m.rkey || m.access&rdma.AccessRemoteInvalidate == 0 {
 		return false
 	}
 	delete(f.mrs, key)

@@ -23,8 +23,7 @@ type Setup struct {
 	// Silent is an address that Active has a route to and gets no answer from.
 	// The zero Addr leaves out the test that needs it.
 	Silent netip.Addr
-	// Invalidate says that SEND with invalidate ends the remote key of an
-	// ordinary memory region.
+	// Invalidate says that there are regions with rdma.AccessRemoteInvalidate.
 	Invalidate bool
 }
 
@@ -65,6 +64,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"WriteRead", testWriteRead},
 		{"MoveMR", testMoveMR},
 		{"Invalidate", testInvalidate},
+		{"InvalidateRefused", testInvalidateRefused},
 		{"RemoteAccess", testRemoteAccess},
 		{"LocalKey", testLocalKey},
 		{"FailFlushes", testFailFlushes},

@@ -254,24 +254,76 @@ func testMoveMR(t *testing.T, s Setup) {
 }
 
 func testInvalidate(t *testing.T, s Setup) {
+	cfg := config{access: rdma.AccessRemoteRead | rdma.AccessRemoteWrite | rdma.AccessRemoteInvalidate}
 	if !s.Invalidate {
+		pd, err := resolve(t, s, listen(t, s).Addr()).Device().AllocPD()
+		check(t, err)
+		closer(t, pd)
+		if mr, err := pd.AllocMR(4096, cfg.access); !errors.Is(err, rdma.ErrUnsupported) {
+			t.Errorf("region %v, error %v", mr, err)
+		}
 		return
 	}
-	a, p := pair(t, s, config{})
+	a, p := pair(t, s, cfg)
 	a.postSend(a.remoteWR(1, rdma.Write, 0, 8, p, 0))
 	a.waitOK(a.sendCQ, 1)
 	p.postRecv(2, 100, 8)
 	wr := a.sendWR(3, 0, 8)
-	wr.Op, wr.RKey = rdma.SendInvalidate, p.mr.RKey()
+	key := p.mr.RKey()
+	wr.Op, wr.RKey = rdma.SendInvalidate, key
 	a.postSend(wr)
-	if wc := p.waitOK(p.recvCQ, 2); wc.Flags != rdma.WCWithInvalidate || wc.InvalidatedKey != p.mr.RKey() {
-		t.Errorf("receive with invalidate: %+v, want key %#x", wc, p.mr.RKey())
+	if wc := p.waitOK(p.recvCQ, 2); wc.Flags != rdma.WCWithInvalidate || wc.InvalidatedKey != key {
+		t.Errorf("receive with invalidate: %+v, want key %#x", wc, key)
 	}
 	a.waitOK(a.sendCQ, 3)
+	// The region can have a new key.
+	check(t, p.pd.MoveMR(p.mr))
 	a.postSend(a.remoteWR(4, rdma.Write, 0, 8, p, 0))
+	a.waitOK(a.sendCQ, 4)
+	old := a.remoteWR(5, rdma.Write, 0, 8, p, 0)
+	old.RKey = key
+	a.postSend(old)
 	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status != rdma.WCRemoteAccess {
 		t.Errorf("WRITE with an invalidated key: %s", wc.Status)
 	}
+}
+
+// testInvalidateRefused: a key that was not offered for it cannot be ended. The connection is
+// lost, and the region serves the next one.
+func testInvalidateRefused(t *testing.T, s Setup) {
+	a, p := pair(t, s, config{})
+	p.postRecv(1, 100, 8)
+	wr := a.sendWR(2, 0, 8)
+	key := p.mr.RKey()
+	wr.Op, wr.RKey = rdma.SendInvalidate, key
+	a.postSend(wr)
+	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status == rdma.WCSuccess {
+		t.Error("a key was invalidated that was not offered")
+	}
+	if wc := p.wait(p.recvCQ, 1)[0]; wc.Status == rdma.WCSuccess {
+		t.Errorf("receive with invalidate: %+v", wc)
+	}
+	check(t, errors.Join(a.id.Close(), p.id.Close()))
+
+	// The next connection, in the same domain.
+	l := listen(t, s)
+	b := newSide(t, resolve(t, s, l.Addr()), config{})
+	done := goConnect(within(t, patience), b.id, nil)
+	id, err := l.Accept(within(t, patience))
+	check(t, err)
+	closer(t, id)
+	_, err = id.CreateQP(p.pd, rdma.QPConfig{
+		SendCQ: p.sendCQ, RecvCQ: p.recvCQ, MaxSendWR: 16, MaxRecvWR: 16, MaxSendSGE: 2, MaxRecvSGE: 1,
+	})
+	check(t, err)
+	check(t, id.Accept(within(t, patience), connParam(nil)))
+	check(t, (<-done).err)
+	if p.mr.RKey() != key {
+		t.Errorf("the key is %#x, was %#x", p.mr.RKey(), key)
+	}
+	b.postSend(b.remoteWR(3, rdma.Write, 0, 8, p, 0))
+	b.waitOK(b.sendCQ, 3)
+	check(t, id.Close()) // before what it used
 }
 
 func testRemoteAccess(t *testing.T, s Setup) {

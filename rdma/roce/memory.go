@@ -196,11 +196,11 @@ func piece(keys map[uint32]*region, key uint32, addr, length uint64, need rdma.A
 	return m.mem[off : off+length]
 }
 
-// invalidate ends a remote key.
+// invalidate ends a remote key, if its region was offered for that.
 func (d *domain) invalidate(key uint32) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.remote[key] == nil {
+	if m := d.remote[key]; m == nil || m.access&rdma.AccessRemoteInvalidate == 0 {
 		return false
 	}
 	delete(d.remote, key)

@@ -27,6 +27,9 @@ type pd struct {
 
 // AllocMR implements rdma.PD.
 func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
+	if access&rdma.AccessRemoteInvalidate != 0 {
+		return nil, fmt.Errorf("allocate memory region that the peer may invalidate: %w", rdma.ErrUnsupported)
+	}
 	mem, err := hostmem.Map(length)
 	if err != nil {
 		return nil, fmt.Errorf("allocate memory region: %w", err)
