@@ -313,7 +313,7 @@ type CQ interface {
 	Poll(wcs []WC) (int, error)
 	// Arm asks for one event at the next completion. Error on a CQ without events.
 	Arm() error
-	// FD is non-blocking; each event is one 8-byte read. -1 without events.
+	// FD is non-blocking; each event is one 8-byte read. -1 without events, and after Close.
 	FD() int
 	// Ack accounts for n events that were read from FD.
 	Ack(n int)

@@ -1,6 +1,7 @@
 package rdmatest
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,9 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if p.closed {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", rdma.ErrClosed), hostmem.Unmap(mem))
+	}
 	if access&rdma.AccessRemoteWrite != 0 {
 		access |= rdma.AccessLocalWrite
 	}
@@ -45,7 +49,7 @@ func (p *protectionDomain) MoveMR(region rdma.MR) error {
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if m.closed {
+	if m.closed || p.closed {
 		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
 	m.release()

@@ -27,8 +27,9 @@ type Setup struct {
 	Invalidate bool
 }
 
-// Run is the conformance suite of rdma.Provider. It calls setup once for each
-// of its subtests; setup may register cleanups.
+// Run is the conformance suite of rdma.Provider. It calls setup at least once for
+// each of its subtests; setup may register cleanups. A provider that is an io.Closer
+// gets closed.
 func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	for _, c := range []struct {
 		name string
@@ -55,6 +56,8 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"Disconnect", testDisconnect},
 		{"CloseDisconnects", testCloseDisconnects},
 		{"CloseTwice", testCloseTwice},
+		{"CloseUsed", testCloseUsed},
+		{"CloseProvider", testCloseProvider},
 		{"Send", testSend},
 		{"SendBeforeReceive", testSendBeforeReceive},
 		{"SendTooLong", testSendTooLong},
@@ -80,6 +83,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, setup(t)) })
 	}
+	t.Run("CloseOrder", func(t *testing.T) { testCloseOrder(t, setup) })
 }
 
 // patience bounds every wait for something that must happen.

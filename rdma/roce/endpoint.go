@@ -2,8 +2,10 @@ package roce
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -19,7 +21,7 @@ type endpoint struct {
 	provider  *Provider
 	sock      *socket
 	done      chan struct{}               // closed at the end of the receive loop
-	wake      int                         // eventfd that the receive loop looks at
+	wake      int                         // eventfd that the receive loop of a dedicated endpoint looks at
 	file      *os.File                    // a copy of the socket for the runtime's poller, unless dedicated
 	dedicated bool                        // for one queue pair and what belongs to it
 	manager   *endpoint                   // has the state of the connections: itself, or another
@@ -29,6 +31,9 @@ type endpoint struct {
 	recvMu sync.Mutex   // the outermost lock; guards what follows, and receiving
 	dirty  []*queuePair // to settle after the batch
 	shut   bool         // the socket is closed
+
+	fdMu    sync.Mutex // innermost; guards what follows, and wake against its end
+	fdUsers int        // the endpoint itself, and completion queues that tell its socket (PacketFD)
 
 	// tamper stands between socket and queue pairs; tests lose packets by it.
 	tamper func(packet []byte, deliver func([]byte))
@@ -69,7 +74,7 @@ func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 		return nil, os.NewSyscallError("eventfd", err)
 	}
 	o := &endpoint{
-		provider: p, sock: s, done: make(chan struct{}), wake: wake, dedicated: dedicated,
+		provider: p, sock: s, done: make(chan struct{}), wake: wake, fdUsers: 1, dedicated: dedicated,
 		qps: make(map[uint32]*queuePair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
 		farewells:  make(map[uint32]*farewell),
@@ -167,11 +172,50 @@ func (p *endpoint) receive() bool {
 	}
 }
 
+// mostBatches bounds what one call takes of who has other things to do: 32 messages of up to
+// 64 KiB each time.
+const mostBatches = 4
+
+// receiveSome is receive for who serves other things, too. What it leaves is the receive
+// loop's: nothing need come that would make anybody look.
+func (p *endpoint) receiveSome() {
+	for range mostBatches {
+		if more, err := p.receiveBatch(); err != nil || !more {
+			return // the loop will meet the error too
+		}
+	}
+	p.nudge()
+}
+
 // nudge makes the receive loop look at what changed.
 func (p *endpoint) nudge() {
-	if _, err := unix.Write(p.wake, eventfdOne); err != nil {
-		panic("roce: write eventfd: " + err.Error()) // not even 2^64 events fill it
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers > 0 {
+		_, _ = unix.Write(p.wake, eventfdOne) // fails only if 2^64-2 of them were not read
 	}
+}
+
+// hold keeps the descriptors open until release, whatever becomes of the endpoint: their
+// numbers are known to somebody who does not know that it was closed. False: it is too late.
+func (p *endpoint) hold() bool {
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers == 0 {
+		return false
+	}
+	p.fdUsers++
+	return true
+}
+
+// release undoes hold.
+func (p *endpoint) release() error {
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers--; p.fdUsers > 0 {
+		return nil
+	}
+	return errors.Join(p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))
 }
 
 // receiveBatch takes the packets that are there and lets their queue pairs answer. It
@@ -185,7 +229,7 @@ func (p *endpoint) receiveBatch() (more bool, err error) {
 	return p.receiveBatchLocked()
 }
 
-// poll is turn for who polls a completion queue in vain: it need not wait for
+// poll is receiveBatch for who polls a completion queue in vain: it need not wait for
 // the receive loop to be scheduled. While the loop is at it there is no need.
 func (p *endpoint) poll() {
 	if !p.recvMu.TryLock() {
@@ -341,7 +385,8 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 	q.receive(&h, packet, payload, a.congested)
 	if owner != p {
 		c.strays.Add(1)
-		for q.settle() {
+		if q.settle() && q.settling.CompareAndSwap(false, true) {
+			go q.settleAll() // its own loop does not know of it, and this one has others to serve
 		}
 		return
 	}
@@ -389,14 +434,8 @@ func (p *endpoint) close() error {
 		p.mu.Unlock()
 		return nil
 	}
-	var ids []*connID
-	for _, id := range p.ids {
-		ids = append(ids, id)
-	}
-	var listeners []*listener
-	for _, l := range p.listeners {
-		listeners = append(listeners, l)
-	}
+	p.closed = true // nothing new begins
+	ids, listeners := slices.Collect(maps.Values(p.ids)), slices.Collect(maps.Values(p.listeners))
 	p.mu.Unlock()
 	var errs []error
 	for _, l := range listeners {
@@ -406,7 +445,6 @@ func (p *endpoint) close() error {
 		errs = append(errs, id.Close())
 	}
 	p.mu.Lock()
-	p.closed = true
 	for _, f := range p.farewells {
 		f.timer.Stop()
 	}
@@ -423,5 +461,5 @@ func (p *endpoint) close() error {
 		errs = append(errs, p.file.Close())
 	}
 	<-p.done
-	return errors.Join(append(errs, p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))...)
+	return errors.Join(append(errs, p.release())...)
 }

@@ -162,15 +162,35 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}
 	}
+	if err := use(d, send, recv, data); err != nil {
+		if data != p && data.dedicated {
+			id.path = newPath(p.sock, id.path.local.Addr(), id.path.remote, -1)
+			p.provider.drop(data)
+		}
+		return fail(err)
+	}
 	q := newQueuePair(id, data, d, send, recv, cfg)
-	send.use(data)
-	recv.use(data)
-	d.mu.Lock()
-	d.users++
-	d.mu.Unlock()
 	data.addQP(q)
 	id.qp = q
 	return q, nil
+}
+
+// use makes a domain and two completion queues those of a queue pair, if none is closed.
+func use(d *domain, send, recv *completionQueue, p *endpoint) error {
+	if err := d.use(); err != nil {
+		return fmt.Errorf("protection domain: %w", err)
+	}
+	for i, q := range []*completionQueue{send, recv} {
+		if q.use(p) {
+			continue
+		}
+		if i == 1 {
+			send.unuse()
+		}
+		d.unuse()
+		return fmt.Errorf("completion queue: %w", rdma.ErrClosed)
+	}
+	return nil
 }
 
 func (id *connID) stepError(step string, err error) error {

@@ -55,6 +55,8 @@ type queuePair struct {
 	ours     atomic.Bool // the peer numbers its packets as we do
 	near     atomic.Bool // and it is on this host: ICRCs are those of the headers alone
 
+	settling atomic.Bool // settleAll runs
+
 	mu    sync.Mutex // guards what follows
 	state qpState
 	path  *path
@@ -183,9 +185,7 @@ func (q *queuePair) destroy() {
 	q.endpoint.removeQP(q)
 	q.sendCQ.unuse()
 	q.recvCQ.unuse()
-	q.pd.mu.Lock()
-	q.pd.users--
-	q.pd.mu.Unlock()
+	q.pd.unuse()
 	if q.endpoint.dedicated && q.endpoint != q.id.endpoint {
 		q.provider.drop(q.endpoint)
 	}
@@ -294,6 +294,13 @@ func (q *queuePair) settle() (more bool) {
 		more = false
 	}
 	return more
+}
+
+// settleAll settles until nothing is to be done, or the queue pair has ended.
+func (q *queuePair) settleAll() {
+	defer q.settling.Store(false)
+	for q.settle() {
+	}
 }
 
 // receive takes a packet whose ICRC and addresses are right.
