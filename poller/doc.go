@@ -2,7 +2,7 @@
 // locked to one OS thread with one io_uring, which serves a front-end queue,
 // the queue pairs behind it and their buffers, to completion, and sleeps in one
 // place. It also holds the queue classes (read, default, poll) and the pure
-// functions Split and Map that spread what a target granted over the loops.
+// function Assign, which spreads what a target granted over the loops.
 //
 // The package knows Source, Watcher and Handler; it knows nothing of NVMe,
 // RDMA or ublk.
@@ -28,8 +28,8 @@
 // answers Spin while it expects some. The loop then polls on in shared memory,
 // Config.Spin times, and after that at intervals of 50 to 200 µs, so that a dead
 // target does not burn a CPU. A source that could sleep but expects an answer
-// soon (Flight) is polled as often before the loop arms it, as long as such
-// spins usually find something.
+// soon (Flight, which no source implements so far) is polled as often before the
+// loop arms it, as long as such spins usually find something.
 //
 // A provider without hardware needs a thread to take its packets. On a loop,
 // that is the loop: it waits for the socket in the same enter (WatchReadable),
@@ -53,5 +53,7 @@
 //  2. Call from the loop itself deadlocks; on the loop, just do it.
 //  3. A loop with traffic keeps its P. GOMAXPROCS is to be at least the number
 //     of loops and 2, or other goroutines wait for a loop's pauses.
-//  4. Stop waits for the last Unhandle.
+//  4. Stop waits for the last Unhandle. Sources need not be detached: they are
+//     not called any more. After the end, every method returns an error or does
+//     nothing.
 package poller
