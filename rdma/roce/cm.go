@@ -125,12 +125,12 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
 		return
 	}
-	if r.Source != src.Addr() || r.Destination != dst {
+	if r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("") {
 		c.wrongAddress.Add(1)
 		return
 	}
 	l := p.listeners[r.Port]
-	if l == nil || !l.addr.Addr().Unmap().IsUnspecified() && l.addr.Addr().Unmap() != dst {
+	if l == nil || !l.bound.IsUnspecified() && l.bound != dst {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
 		return
 	}
@@ -138,7 +138,7 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		c.requestsDropped.Add(1)
 		return // it will ask again
 	}
-	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
+	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
 		// The peer has forgotten that connection, or somebody pretends it.
 		switch {
 		case old.state == idEstablished:
@@ -159,8 +159,8 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	id := p.newID(p.back(src, dst, r.GUID))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
-	id.local = netip.AddrPortFrom(dst, r.Port)
-	id.remote = netip.AddrPortFrom(src.Addr(), r.SourcePort)
+	id.local = netip.AddrPortFrom(named(dst), r.Port)
+	id.remote = netip.AddrPortFrom(named(src.Addr()), r.SourcePort)
 	id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
 	id.request, id.private = *r, r.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
@@ -263,8 +263,8 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	}
 }
 
-// listen makes a listener; port 0 picks one.
-func (p *endpoint) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+// listen makes a listener, on a canonical address; port 0 picks one.
+func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*listener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -280,7 +280,7 @@ func (p *endpoint) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 		return nil, unix.EADDRINUSE
 	}
 	l := &listener{
-		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), backlog: backlog,
+		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), bound: bound, backlog: backlog,
 		ready: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 	p.listeners[number] = l

@@ -353,7 +353,7 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 			return
 		}
 		c.packetsReceived.Add(1)
-		p.manager.manage(m, a.src, a.dst.Addr())
+		p.manager.manage(m, netip.AddrPortFrom(withScope(a.src.Addr(), a.scope), a.src.Port()), withScope(a.dst.Addr(), a.scope))
 		return
 	}
 	owner := p.ownerOf(h.DestQP)
@@ -362,7 +362,8 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 		c.unknownQP.Add(1)
 		return
 	}
-	if port := q.peerPort.Load(); a.src.Addr() != q.there || a.dst.Addr() != q.here || port != 0 && port != uint32(a.src.Port()) {
+	port := q.peerPort.Load()
+	if a.src.Addr() != q.there || a.dst.Addr() != q.here || a.scope != q.scope || port != 0 && port != uint32(a.src.Port()) {
 		c.wrongAddress.Add(1)
 		return
 	}

@@ -441,7 +441,7 @@ func FuzzManage(f *testing.F) {
 	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30, MaxRequestRatePerSource: 1 << 30})
 	p := host.endpoints[0]
 	const service = 4420
-	l, err := p.listen(netip.AddrPortFrom(addr, service), 8)
+	l, err := p.listen(netip.AddrPortFrom(addr, service), addr, 8)
 	check(f, err)
 	f.Cleanup(func() { check(f, l.Close()) })
 	request := wire.Request{

@@ -32,8 +32,8 @@ const (
 type connID struct {
 	endpoint      *endpoint
 	path          *path
-	mtu           int // payload bytes per packet that we name
-	local, remote netip.AddrPort
+	mtu           int            // payload bytes per packet that we name
+	local, remote netip.AddrPort // as callers see them
 	private       []byte
 	passive       bool
 	closing       chan struct{} // closed by Close
@@ -275,7 +275,7 @@ func (id *connID) established(ctx context.Context) error {
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
 	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
-	if id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
+	if id.endpoint.sock.local.Port() == port || sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
 		return err
 	}
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
@@ -395,7 +395,7 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 	if err := checkPrivate(param.PrivateData, wire.ReplyPrivate); err != nil {
 		return id.stepError(step, err)
 	}
-	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port))
+	_, mtu, routeErr := route(id.path.local.Addr(), netip.AddrPortFrom(id.path.remote.Addr(), id.endpoint.provider.cfg.Port))
 	if err := id.accept(param, mtu, routeErr); err != nil {
 		return id.stepError(step, err)
 	}
@@ -426,7 +426,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) error {
 		return unix.EINVAL
 	case routeErr != nil:
 		return routeErr
-	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.local.Addr(), id.remote.Addr())) < r.MTU:
+	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr())) < r.MTU:
 		// The requester names the MTU, and the answer has no place for another.
 		id.reject(rejectInvalidPathMTU, nil)
 		id.end()

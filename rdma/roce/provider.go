@@ -130,7 +130,10 @@ func New(cfg Config) (*Provider, error) {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
 	}
 	for _, a := range addrs {
-		_, err := p.openShared(netip.AddrPortFrom(a.Unmap(), cfg.Port))
+		a, err := canonical(a)
+		if err == nil {
+			_, err = p.openShared(netip.AddrPortFrom(a, cfg.Port))
+		}
 		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 			continue
 		}
@@ -247,10 +250,18 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if !to.IsValid() || to.IsUnspecified() || to.IsMulticast() {
 		return fail(unix.EINVAL)
 	}
-	if to.Is6() && to.IsLinkLocalUnicast() {
-		return fail(fmt.Errorf("IPv6 link-local address: %w", rdma.ErrUnsupported))
-	}
 	local = local.Unmap()
+	if to.Zone() == "" && to.IsLinkLocalUnicast() {
+		to = to.WithZone(local.Zone()) // they are on one network
+	}
+	shown := to
+	to, err := canonical(to)
+	if err == nil && local.IsValid() {
+		local, err = canonical(local)
+	}
+	if err != nil {
+		return fail(err)
+	}
 	if !local.IsValid() {
 		// An endpoint with an address of its own sends from no other.
 		local = p.onlyAddr(to.Is4())
@@ -273,7 +284,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	}
 	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
 	id.mtu = payloadMTU(mtu, o.dedicated && sameHost(local, to))
-	id.local, id.remote = netip.AddrPortFrom(local, ephemeral()), netip.AddrPortFrom(to, remote.Port())
+	id.local, id.remote = netip.AddrPortFrom(named(local), ephemeral()), netip.AddrPortFrom(shown, remote.Port())
 	return id, nil
 }
 
@@ -296,7 +307,7 @@ func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 // ephemeral picks a port number that has no meaning but to differ.
 func ephemeral() uint16 { return 49152 + uint16(random32()%16384) }
 
-// route asks the kernel for the local address and the MTU of the way to remote.
+// route asks the kernel for the canonical local address and the MTU of the way to remote.
 func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 	network, level, option := "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU
 	if remote.Addr().Is4() {
@@ -314,7 +325,9 @@ func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 		return local, 0, err
 	}
 	defer conn.Close() // nothing was sent, so nothing can be lost
-	local = conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	if local, err = canonical(conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr()); err != nil {
+		return local, 0, err
+	}
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return local, 0, err
@@ -353,7 +366,10 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	fail := func(err error) (rdma.Listener, error) {
 		return nil, &rdma.StepError{Step: "listen on", Peer: addr, Err: err}
 	}
-	a := addr.Addr().Unmap()
+	a, err := canonical(addr.Addr())
+	if err != nil {
+		return fail(err)
+	}
 	var o *endpoint
 	p.mu.Lock()
 	endpoints := slices.Clone(p.endpoints)
@@ -375,7 +391,7 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	if err := probe.Close(); err != nil {
 		return fail(err)
 	}
-	l, err := o.listen(netip.AddrPortFrom(addr.Addr(), addr.Port()), max(1, backlog))
+	l, err := o.listen(addr, a, max(1, backlog))
 	if err != nil {
 		return fail(err)
 	}
@@ -385,7 +401,8 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 // listener implements rdma.Listener.
 type listener struct {
 	endpoint *endpoint
-	addr     netip.AddrPort
+	addr     netip.AddrPort // as asked for
+	bound    netip.Addr     // the same, canonical
 	backlog  int
 	ready    chan struct{} // has a token when requests may be waiting
 	closed   chan struct{}

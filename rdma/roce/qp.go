@@ -43,7 +43,8 @@ type queuePair struct {
 	pd             *domain
 	sendCQ, recvCQ *completionQueue
 	num            uint32
-	here, there    netip.Addr // addresses
+	here, there    netip.Addr // addresses, without zones
+	scope          uint32     // the interface of theirs that are link-local
 
 	// Guarded by the endpoint's recvMu.
 	recvBases baseCache
@@ -78,7 +79,7 @@ func (q *queuePair) Num() uint32 { return q.num }
 func newQueuePair(id *connID, p *endpoint, pd *domain, send, recv *completionQueue, cfg rdma.QPConfig) *queuePair {
 	q := &queuePair{
 		provider: p.provider, endpoint: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
-		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
+		here: id.path.local.Addr().WithZone(""), there: id.path.remote.Addr().WithZone(""), scope: id.path.scope(), path: id.path,
 		state: qpInit, out: &batch{path: id.path}, unproven: true,
 	}
 	q.timer, q.notReadyTimer = stopped(q.tick), stopped(q.peerMayBeReady)
