@@ -1,12 +1,10 @@
 package roce
 
 import (
-	"context"
 	"encoding/binary"
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"testing"
 	"time"
@@ -379,130 +377,4 @@ func TestRandomPackets(t *testing.T) {
 		x.send(x.seal(mad.Packet(0)))
 	}
 	exchange(t, a, b, 2, rnd)
-}
-
-// FuzzReceive feeds a queue pair, without a network, with packets cut out of
-// the input.
-func FuzzReceive(f *testing.F) {
-	pid := os.Getpid() // fuzzing has several processes
-	addr := netip.AddrFrom4([4]byte{127, 1, byte(pid >> 8), byte(pid)})
-	host := open(f, Config{Addrs: []netip.Addr{addr}})
-	f.Add([]byte{0, 0, 0, 0})
-	f.Add([]byte{0x0a, 0, 4, 1, 0x04, 0, 9, 0, 0x0c, 0, 0, 3, 0x11, 0, 0, 0, 0x00, 16, 0, 0})
-	f.Fuzz(func(t *testing.T, in []byte) {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		id, err := host.Resolve(ctx, netip.Addr{}, netip.AddrPortFrom(addr, 1), -1)
-		check(t, err)
-		e := newEnd(t, id, 8, 1<<15, false)
-		q := e.queuePair()
-		q.ready(connected{dest: q.num, mtu: 1024, sendPSN: 5, recvPSN: 5, retries: 7, notReadyRetries: 7, readDepth: 2, readsServed: 2})
-		host.endpoints[0].removeQP(q) // what it sends, to itself, is not for it
-		for i := range 4 {
-			e.recv(uint64(i), 0, 3000)
-		}
-		e.post(e.wr(1, rdma.Read, 0, 5000, e, 8192), e.wr(2, rdma.Send, 0, 3000, e, 0))
-		for len(in) >= 4 {
-			// Opcode, length in 32 bytes or fractions, distance of the sequence
-			// number, choice of address and key.
-			op, n, psn, how := wire.Opcode(in[0]), int(in[1])*32-int(in[2]>>6), 5+int(in[2]&15)-4, in[3]
-			in = in[4:]
-			if op.HeaderLen() == 0 || n < 0 {
-				continue
-			}
-			r := wire.RETH{VA: e.mr.Addr(), RKey: e.mr.RKey(), Length: uint32(n)}
-			if how&1 != 0 {
-				r.VA += 1<<15 - uint64(how>>4)*256
-			}
-			if how&2 != 0 {
-				r.RKey++
-			}
-			if how&4 != 0 {
-				r.Length = uint32(how) * 300
-			}
-			if how&8 != 0 {
-				psn = int(e.expected())
-			}
-			p := request(op, q.num, uint64(psn)&0xffffff, r, make([]byte, n))
-			if h, payload, ok := wire.Parse(p); ok {
-				q.receive(&h, p, payload, false)
-				q.settle()
-			}
-		}
-	})
-}
-
-// FuzzManage feeds the connection manager, without a network, with messages cut out
-// of the input, for an ID in any state and a listener. Whatever they say, nothing of
-// them is left when the ID and the requests that came are closed.
-func FuzzManage(f *testing.F) {
-	pid := os.Getpid()
-	addr := netip.AddrFrom4([4]byte{127, 2, byte(pid >> 8), byte(pid)})
-	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30, MaxRequestRatePerSource: 1 << 30})
-	p := host.endpoints[0]
-	const service = 4420
-	l, err := p.listen(netip.AddrPortFrom(addr, service), addr, 8)
-	check(f, err)
-	f.Cleanup(func() { check(f, l.Close()) })
-	request := wire.Request{
-		Port: service, GUID: 77, QPN: 99, PSN: 1, ResponderResources: 1, InitiatorDepth: 1, MTU: 1024,
-		Source: addr, Destination: addr, SourcePort: 1,
-	}
-	for state := range byte(idEnded) {
-		f.Add(state, []byte{0, 1, 1, 0, 3, 0, 0, 4, 0, 0, 6, 0, 0})
-		f.Add(state|0x80, []byte{0, 0, 1, 0, 0, 0, 0, 2, 4, 1, 1, 0, 0, 5, 1, 1, 0, 0})
-	}
-	f.Fuzz(func(t *testing.T, state byte, in []byte) {
-		made, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(addr, service), -1)
-		check(t, err)
-		e := newEnd(t, made, 8, 4096, false)
-		id := made.(*connID)
-		p.mu.Lock()
-		id.state, id.passive = idIdle+idState(state&0x7f)%idEnded, state&0x80 != 0
-		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
-		id.tid, id.listener = 1, l
-		if id.halfOpen() {
-			p.begin(id)
-		}
-		p.mu.Unlock()
-		if id.state > idRequested {
-			e.queuePair().ready(connected{dest: 99, mtu: 1024})
-		}
-		// Message, whom it is for, who sends it, and a byte of it that is another.
-		for ; len(in) >= 5; in = in[5:] {
-			var ids [2]uint32
-			for i, known := range []uint32{id.comm, id.peerComm} {
-				switch in[1+i] {
-				case 0:
-					ids[i] = known
-				case 1:
-				default:
-					ids[i] = uint32(in[1+i])
-				}
-			}
-			m := wire.NewMAD(wire.REQ+wire.Attribute(in[0]%7), 1, ids[1], ids[0])
-			switch m.Attribute() {
-			case wire.REQ:
-				request.Put(m)
-			case wire.DREQ:
-				m.SetQPN(id.qp.num)
-			}
-			if in[3] != 0 {
-				m[24+8+int(in[3])%(wire.MADLen-32)] = in[4]
-			}
-			p.manage(m, netip.AddrPortFrom(addr, testPort), addr)
-		}
-		check(t, id.Close())
-		for came := l.take(); came != nil; came = l.take() {
-			check(t, came.Close())
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open) != 0 {
-			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), len(p.handshakes.open))
-		}
-		for _, farewell := range p.farewells {
-			p.farewellDone(farewell, "") // its answer is another test's
-		}
-	})
 }
