@@ -8,7 +8,10 @@
 // Registered memory is allocated by the provider, off the Go heap, and stays
 // mapped and pinned until MR.Close. Objects close in the reverse order of
 // their making: ID.Close (which destroys its QP) before the CQs and MRs that
-// the QP used, those before the PD.
+// the QP used, those before the PD. In another order, Close works or gives EBUSY,
+// and changes nothing then. Of what was closed, or belongs to a provider that was,
+// every method gives an error (ErrClosed) or does nothing, but for MR.Bytes, whose
+// memory is gone. No number of a descriptor is used after its end.
 //
 // # Concurrency
 //
@@ -68,7 +71,10 @@ type ID interface {
 	// data, or *RejectError, or *StepError. Receives should be posted before.
 	Connect(ctx context.Context, p ConnParam) (private []byte, err error)
 	// Accept answers a request that a Listener gave, and waits until the
-	// connection is established.
+	// connection is established. Until then nothing shows that the peer exists:
+	// memory that is needed only afterwards is better allocated afterwards. The
+	// error says so if the peer does not answer, or if the provider ends the
+	// handshake to make room for others; then Close is left to call.
 	Accept(ctx context.Context, p ConnParam) error
 	// Reject refuses a request that a Listener gave, with at most 148 bytes.
 	Reject(private []byte) error
@@ -84,7 +90,9 @@ type ID interface {
 	Close() error
 }
 
-// Listener accepts connection requests.
+// Listener accepts connection requests. How many handshakes may be unfinished is the
+// provider's to bound (roce.Config.MaxHalfOpen); how many connections may be established is
+// the caller's.
 type Listener interface {
 	Addr() netip.AddrPort
 	// Accept waits for the next request. The ID still has to be answered with
