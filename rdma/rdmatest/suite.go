@@ -423,8 +423,8 @@ func connect(t testing.TB, s Setup, l rdma.Listener, cfg config) (active, passiv
 	return active, passive
 }
 
-// pair makes a connection.
-func pair(t testing.TB, s Setup, cfg config) (active, passive *side) {
+// connection makes a connection.
+func connection(t testing.TB, s Setup, cfg config) (active, passive *side) {
 	t.Helper()
 	return connect(t, s, listen(t, s), cfg)
 }

@@ -125,16 +125,16 @@ func TestStrangers(t *testing.T) {
 	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
 }
 
-// TestRefusals: what a peer must not do ends its connection, and no other.
-func TestRefusals(t *testing.T) {
-	host, target := openForeign(t)
-	other, otherPeer := join(t, host, target, 64, 2*area, false)
-	near := newIntruder(t, hostAddr, targetAddr)
+// refusal is what a peer must not send.
+type refusal struct {
+	name    string
+	packets func(b *end) [][]byte
+}
+
+// refusals need another connection for what belongs to that.
+func refusals(otherPeer *end) []refusal {
 	mtu := make([]byte, 4096)
-	for _, c := range []struct {
-		name    string
-		packets func(b *end) [][]byte
-	}{
+	return []refusal{
 		{"wrong key", func(b *end) [][]byte {
 			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey() ^ 1, Length: 4}, mtu[:4])}
 		}},
@@ -195,7 +195,15 @@ func TestRefusals(t *testing.T) {
 			binary.BigEndian.PutUint32(p[wire.BTHLen:], otherPeer.mr.RKey())
 			return [][]byte{p}
 		}},
-	} {
+	}
+}
+
+// TestRefusals: what a peer must not do ends its connection, and no other.
+func TestRefusals(t *testing.T) {
+	host, target := openForeign(t)
+	other, otherPeer := join(t, host, target, 64, 2*area, false)
+	near := newIntruder(t, hostAddr, targetAddr)
+	for _, c := range refusals(otherPeer) {
 		t.Run(c.name, func(t *testing.T) {
 			_, b := join(t, host, target, 16, 8192, false)
 			near.at(b)
