@@ -1,8 +1,8 @@
-// Package poller runs the loops of the data path. A Loop is one goroutine that is
-// locked to one OS thread and has one io_uring. It serves a front-end queue, the queue
-// pairs behind it and their buffers to completion, and sleeps in one place. The package
-// also defines the queue classes (read, default, poll), and the pure functions Split
-// and Map, which distribute the queues that a target granted over classes and loops.
+// Package poller runs the loops of the data path: a Loop is one goroutine
+// locked to one OS thread with one io_uring, which serves a front-end queue,
+// the queue pairs behind it and their buffers, to completion, and sleeps in one
+// place. It also holds the queue classes (read, default, poll) and the pure
+// function Assign, which spreads what a target granted over the loops.
 //
 // The package defines Source, Watcher and Handler. It does not know NVMe, RDMA or ublk.
 //
@@ -22,12 +22,12 @@
 //
 // # Spinning
 //
-// A source whose work makes no event, such as a completion queue without a channel,
-// returns true from Spin while it expects completions. The loop then polls on in shared
-// memory Config.Spin times, and after that at intervals of 50 to 200 µs, so that a dead
-// target does not burn a CPU. A source that could sleep but expects an answer soon can
-// implement Flight. The loop then polls it as often before it arms it, as long as such
-// spins usually find something. No source in this module implements Flight.
+// A source whose work makes no event (a completion queue without a channel)
+// answers Spin while it expects some. The loop then polls on in shared memory,
+// Config.Spin times, and after that at intervals of 50 to 200 µs, so that a dead
+// target does not burn a CPU. A source that could sleep but expects an answer
+// soon (Flight, which no source implements so far) is polled as often before the
+// loop arms it, as long as such spins usually find something.
 //
 // A provider without hardware needs a thread that takes its packets. On a loop, the
 // loop does that: it waits for the socket in the same enter (WatchReadable), and no
@@ -46,12 +46,13 @@
 //
 // # Hazards
 //
-//  1. Code on the loop must not block, allocate memory, or end the goroutine. The end
-//     of the thread cancels every pending io_uring command of it, and so kills the
-//     block device.
-//  2. Call deadlocks if it is called on the loop itself. Call the function directly
-//     there.
-//  3. A loop with traffic keeps its P. GOMAXPROCS must be at least the number of loops
-//     plus 2, or other goroutines have to wait until a loop pauses.
-//  4. Stop waits for the last Unhandle.
+//  1. Nothing on the loop may block, allocate, or leave the goroutine: the end
+//     of the thread cancels every io_uring command that it has pending, and so
+//     kills the block device.
+//  2. Call from the loop itself deadlocks; on the loop, just do it.
+//  3. A loop with traffic keeps its P. GOMAXPROCS is to be at least the number
+//     of loops and 2, or other goroutines wait for a loop's pauses.
+//  4. Stop waits for the last Unhandle. Sources need not be detached: they are
+//     not called any more. After the end, every method returns an error or does
+//     nothing.
 package poller

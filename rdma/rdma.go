@@ -5,10 +5,13 @@
 //
 // # Ownership
 //
-// The provider allocates registered memory outside the Go heap. The memory stays mapped
-// and pinned until MR.Close. Objects are closed in the reverse order of their creation:
-// ID.Close, which destroys its QP, comes before the CQs and MRs that the QP used, and
-// those come before the PD.
+// Registered memory is allocated by the provider, off the Go heap, and stays
+// mapped and pinned until MR.Close. Objects close in the reverse order of
+// their making: ID.Close (which destroys its QP) before the CQs and MRs that
+// the QP used, those before the PD. In another order, Close works or gives EBUSY,
+// and changes nothing then. Of what was closed, or belongs to a provider that was,
+// every method gives an error (ErrClosed) or does nothing, but for MR.Bytes, whose
+// memory is gone. No number of a descriptor is used after its end.
 //
 // # Concurrency
 //
@@ -67,7 +70,10 @@ type ID interface {
 	// data, or *RejectError, or *StepError. Receives should be posted before.
 	Connect(ctx context.Context, p ConnParam) (private []byte, err error)
 	// Accept answers a request that a Listener gave, and waits until the
-	// connection is established.
+	// connection is established. Until then nothing shows that the peer exists:
+	// memory that is needed only afterwards is better allocated afterwards. The
+	// error says so if the peer does not answer, or if the provider ends the
+	// handshake to make room for others; then Close is left to call.
 	Accept(ctx context.Context, p ConnParam) error
 	// Reject refuses a request that a Listener gave, with at most 148 bytes.
 	Reject(private []byte) error
@@ -83,7 +89,9 @@ type ID interface {
 	Close() error
 }
 
-// Listener accepts connection requests.
+// Listener accepts connection requests. How many handshakes may be unfinished is the
+// provider's to bound (roce.Config.MaxHalfOpen); how many connections may be established is
+// the caller's.
 type Listener interface {
 	Addr() netip.AddrPort
 	// Accept waits for the next request. The ID still has to be answered with
@@ -162,10 +170,16 @@ type Device interface {
 type Access uint8
 
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
+//
+// AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
+// region then has none until MoveMR. Without it, such a SEND ends the connection with a remote
+// access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
+// 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
 const (
 	AccessLocalWrite Access = 1 << iota
 	AccessRemoteRead
 	AccessRemoteWrite
+	AccessRemoteInvalidate
 )
 
 // PD is a protection domain.
@@ -306,7 +320,7 @@ type CQ interface {
 	Poll(wcs []WC) (int, error)
 	// Arm asks for one event at the next completion. Error on a CQ without events.
 	Arm() error
-	// FD is non-blocking; each event is one 8-byte read. -1 without events.
+	// FD is non-blocking; each event is one 8-byte read. -1 without events, and after Close.
 	FD() int
 	// Ack accounts for n events that were read from FD.
 	Ack(n int)

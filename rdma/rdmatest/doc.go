@@ -12,8 +12,8 @@
 // again when a signaled completion of it, or of a later one, was polled, and completion
 // queues can overrun.
 //
-// Unlike most hardware, it lets SEND with invalidate invalidate the remote key of an
-// ordinary memory region.
+// Unlike most hardware it lets SEND with invalidate end the remote key of an
+// ordinary memory region, if that was allocated with rdma.AccessRemoteInvalidate.
 //
 // # What the fabric does differently
 //
