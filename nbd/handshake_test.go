@@ -149,13 +149,6 @@ func TestSilentClient(t *testing.T) {
 	c.closed()
 }
 
-func TestMaxConns(t *testing.T) {
-	_, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 2})
-	connect(t, path, "", false)
-	connect(t, path, "", false)
-	dial(t, path).closed()
-}
-
 // testTLS is a configuration for a server, and one for its clients.
 func testTLS(t testing.TB) (server, peer *tls.Config) {
 	t.Helper()

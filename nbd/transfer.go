@@ -236,6 +236,9 @@ func (s *shard) proceed(i uint16) (more bool) {
 func (s *shard) advance(i uint16) bool {
 	g := &s.tags[i]
 	t := g.task
+	if t.at < t.end && (t.kind == cmdTrim && s.bounds.discard == 0 || t.kind == cmdZeroes && s.bounds.zeroes == 0) {
+		s.refresh() // it was not so when the client was told
+	}
 	switch {
 	case t.kind == cmdTrim && t.at < t.end && s.bounds.discard > 0:
 		g.op, g.piece = block.OpDiscard, s.step(t, s.bounds.discard)

@@ -133,6 +133,7 @@ func (w *worker) tick() {
 // add begins a connection.
 func (w *worker) add(c *conn) {
 	c.worker, c.shard, c.phase = w, c.offer.export.shards[w.index], phaseServing
+	c.shard.refresh()
 	c.slot = -1
 	for i, have := range w.conns {
 		if have == nil {
