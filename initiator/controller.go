@@ -114,16 +114,15 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 // attach gives each lane its part of the association. All of them let go of
 // the one before already.
 func (c *Controller) attach(a *association) error {
-	m := poller.Map(a.plan, len(c.lanes))
 	for _, l := range c.lanes {
 		var own []*queuePair
 		var route [nClasses]*queuePair
 		for i, p := range a.pairs {
-			if m.Owner[i] == l.index {
+			if a.plan.Owner[i] == l.index {
 				own = append(own, p)
 			}
 		}
-		for class, qid := range m.Queue[l.index] {
+		for class, qid := range a.plan.Queue[l.index] {
 			route[class] = a.pairs[qid-1]
 		}
 		var err error
@@ -571,7 +570,7 @@ func (c *Controller) Info() Info {
 	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
-		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
+		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
 	}
