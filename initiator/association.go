@@ -45,6 +45,14 @@ func (a *association) fail(err error) {
 	}
 }
 
+// lookAtNamespaces has the namespaces looked at soon. Any goroutine.
+func (a *association) lookAtNamespaces() {
+	select {
+	case a.changed <- struct{}{}:
+	default: // a look is due already
+	}
+}
+
 // leaveDevice answers the removal of the RDMA device. There are drivers that wait
 // until nobody uses it.
 func (c *Controller) leaveDevice(removed bool) {

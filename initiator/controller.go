@@ -216,7 +216,7 @@ func (c *Controller) supervise(a *association) {
 		}
 		c.leaveDevice(a.removed.Load())
 		var err error
-		if a, err = c.reconnect(lost); err != nil {
+		if a, err = c.reconnect(lost, reason); err != nil {
 			if !errors.Is(err, errClosed) {
 				c.die(err)
 			}
@@ -263,9 +263,9 @@ func (c *Controller) pause() time.Duration {
 }
 
 // reconnect makes the next association: at once, then at intervals. The loss times
-// count from the beginning of the outage. The error is why the controller ends
-// instead.
-func (c *Controller) reconnect(lost time.Time) (*association, error) {
+// count from the beginning of the outage. The last one was lost for reason err. The
+// error that is returned is why the controller ends instead.
+func (c *Controller) reconnect(lost time.Time, err error) (*association, error) {
 	ctx := c.life
 	giveUp := make(<-chan time.Time) // never
 	if c.cfg.CtrlLoss > 0 {
@@ -278,7 +278,6 @@ func (c *Controller) reconnect(lost time.Time) (*association, error) {
 		fast := time.AfterFunc(time.Until(c.outage.Add(c.cfg.FastIOFail)), c.failFast)
 		defer fast.Stop()
 	}
-	var err error
 	for pause := c.pause(); ; pause = c.cfg.ReconnectDelay {
 		select {
 		case <-time.After(pause):
@@ -454,10 +453,7 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
 		a.fail(errors.New("controller reports a persistent internal error"))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
-		select {
-		case a.changed <- struct{}{}:
-		default: // a look is due already
-		}
+		a.lookAtNamespaces()
 	}
 }
 
