@@ -306,6 +306,7 @@ func (id *connID) nobodyThere() bool {
 // Connect implements rdma.ID. After an error only Close is of use.
 func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, error) {
 	const step = "connect"
+	param.RetryCount, param.RNRRetryCount = min(param.RetryCount, 7), min(param.RNRRetryCount, 7)
 	if err := checkPrivate(param.PrivateData, wire.RequestPrivate); err != nil {
 		return nil, id.stepError(step, err)
 	}
