@@ -238,6 +238,8 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 
 // flush makes all that was written to the namespaces durable.
 func (s *Subsystem) flush() error {
+	s.target.flushes.Add(1) // before the table is looked at, as in enter
+	defer s.target.flushes.Add(-1)
 	s.mu.Lock()
 	table := s.table
 	s.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,34 +49,70 @@ func takePlace(runDir string) (*place, error) {
 	}
 }
 
-// take locks the directory; EWOULDBLOCK if somebody has it.
+// take makes and locks the directory; EWOULDBLOCK if somebody has it. Nobody else
+// may be able to put anything there: what the target writes would go where they
+// want.
 func (p *place) take() error {
-	if err := os.MkdirAll(p.dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(p.dir), 0o755); err != nil {
 		return err
 	}
-	f, err := os.Open(p.dir)
+	if err := os.Mkdir(p.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	f, err := os.OpenFile(p.dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return errors.Join(err, f.Close())
-	}
-	mine, err := f.Stat()
-	if err == nil {
-		var there fs.FileInfo
-		if there, err = os.Stat(p.dir); err == nil && !os.SameFile(mine, there) {
-			err = fs.ErrNotExist
-		}
-	}
-	if err == nil {
-		if err = os.Remove(p.socket()); errors.Is(err, fs.ErrNotExist) {
-			err = nil
-		}
-	}
-	if err != nil {
+	if err := p.lockOpen(f); err != nil {
 		return errors.Join(err, f.Close())
 	}
 	p.lock = f
+	return nil
+}
+
+// lockOpen checks and locks the open directory, and removes the socket of a dead
+// process.
+func (p *place) lockOpen(f *os.File) error {
+	mine, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	above, err := os.Stat(filepath.Dir(p.dir))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(private(filepath.Dir(p.dir), above, above.Mode()&fs.ModeSticky != 0), private(p.dir, mine, false)); err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return err
+	}
+	there, err := os.Lstat(p.dir)
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(mine, there) {
+		return fs.ErrNotExist
+	}
+	if err := os.Remove(p.socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// private is an error unless a directory is this user's or root's, and others
+// cannot write to it. sticky says that they may, since they cannot remove what is
+// not theirs.
+func private(dir string, info fs.FileInfo, sticky bool) error {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case !ok:
+		return fmt.Errorf("%s: its owner is unknown", dir)
+	case int(st.Uid) != os.Geteuid() && st.Uid != 0:
+		return fmt.Errorf("%s belongs to user %d, who could change what a target writes there; want another --run-dir", dir, st.Uid)
+	case info.Mode().Perm()&0o022 != 0 && !sticky:
+		return fmt.Errorf("%s has mode %v: others could change what a target writes there; want another --run-dir, or mode 0755", dir, info.Mode())
+	}
 	return nil
 }
 
