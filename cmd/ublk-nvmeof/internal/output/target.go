@@ -93,7 +93,8 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 	for _, c := range f.Commands {
 		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
 	}
-	fmt.Fprintf(w, "  connections\t%d, %d accepted, %d rejected\n", t.Connections, t.Connects, t.Rejects)
+	fmt.Fprintf(w, "  connections\t%d with %s of queues, %d accepted, %d rejected\n",
+		t.Connections, humanize.IBytes(uint64(max(0, t.QueueMemory))), t.Connects, t.Rejects)
 	for _, why := range slices.Sorted(maps.Keys(t.Refusals)) {
 		fmt.Fprintf(w, "  refused\t%d, %s\n", t.Refusals[why], why)
 	}
