@@ -55,12 +55,14 @@ type Config struct {
 	// in that time, if as much is due. At least 8 ms; 0 is 30 seconds. The kernel's
 	// client of Start is never disconnected for that.
 	StallTimeout time.Duration
-	// MaxConns is how many clients are served at the same time. One more is refused.
-	// Each takes some 100 KiB. 0 is 1024.
+	// MaxConns is how many clients are served at the same time, and three quarters
+	// of that how many of one source: a certificate, or else an address or a local
+	// user. One more is refused. Each takes some 100 KiB. 0 is 1024.
 	MaxConns int
 	// MaxHandshakes is how many clients may be choosing an export at the same time.
-	// For one more, the one that has taken longest is disconnected. Each takes up to
-	// 200 KiB. 0 is 256.
+	// For one more, one of the source that has most of them is disconnected, the one
+	// that has taken longest; clients within TLS come last. Each takes up to 200 KiB.
+	// 0 is 256.
 	MaxHandshakes int
 	// Log hears of changes of state; nil is nobody.
 	Log *slog.Logger
