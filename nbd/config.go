@@ -52,8 +52,9 @@ type Config struct {
 	HandshakeTimeout time.Duration
 	// StallTimeout is how long a client may take nothing of its replies, or send
 	// nothing of the data of a write, before it is disconnected: less than 64 KiB
-	// in that time, if as much is due. At least 8 ms; 0 is 30 seconds. The kernel's
-	// client of Start is never disconnected for that.
+	// in that time, if as much is due. While another connection can do nothing for
+	// want of buffers, a quarter of that time is enough. At least 8 ms; 0 is 30
+	// seconds. The kernel's client of Start is never disconnected for that.
 	StallTimeout time.Duration
 	// MaxConns is how many clients are served at the same time, and three quarters
 	// of that how many of one source: a certificate, or else an address or a local

@@ -467,6 +467,10 @@ var errStalled = errors.New("client neither reads its replies nor sends what it 
 // tick looks whether the client stands still, and says whether it has to be looked at
 // again.
 func (c *conn) tick() (busy bool) {
+	patience := c.patience
+	if c.shard.starved {
+		patience = min(patience, 1)
+	}
 	waits := [2]bool{dirRecv: c.recv == opPending && c.filling != none, dirSend: c.send == opPending}
 	for dir, waiting := range waits {
 		p := &c.progress[dir]
@@ -477,7 +481,7 @@ func (c *conn) tick() (busy bool) {
 			continue
 		}
 		busy = true
-		if p.ticks++; c.patience > 0 && p.ticks > c.patience {
+		if p.ticks++; patience > 0 && p.ticks > patience {
 			c.cut(errStalled)
 			c.settle()
 			return false

@@ -92,7 +92,7 @@ func TestRequests(t *testing.T) {
 				data = make([]byte, tt.r.length)
 			}
 			tt.c.ask(tt.r, data)
-			got := code(0)
+			var got code
 			switch {
 			case !structured || tt.r.kind != cmdRead:
 				if got = tt.c.simple(tt.r.cookie); got == 0 && tt.r.kind == cmdRead {
@@ -205,7 +205,6 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 		}
 		c.send(reads)
 		for len(spans) > 0 {
-			at, length := 0, 0
 			b := c.read(simpleSize)
 			cookie := binary.BigEndian.Uint64(b[8:])
 			s, ok := spans[cookie]
@@ -213,7 +212,8 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 				c.t.Errorf("reply to %d", cookie)
 				return
 			}
-			if at, length = s.at, s.length; structured {
+			at, length := s.at, s.length
+			if structured {
 				b = append(b, c.read(dataHeader-simpleSize)...)
 				at, length = int(binary.BigEndian.Uint64(b[structuredSize:])-from), int(binary.BigEndian.Uint32(b[16:])-8)
 			}

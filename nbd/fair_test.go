@@ -66,6 +66,18 @@ func TestHogs(t *testing.T) {
 	}
 }
 
+// TestManyHogs does not wait for the whole time when there is no tag left.
+func TestManyHogs(t *testing.T) {
+	const stall = 8 * time.Second
+	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: stall})
+	start := time.Now()
+	hogs(t, path, 8)
+	exchange(t, connect(t, path, "", false), false)
+	if d := time.Since(start); d > stall*3/4 {
+		t.Errorf("%v of a time-out of %v", d, stall)
+	}
+}
+
 // TestStall disconnects the clients that stand still, and no others.
 func TestStall(t *testing.T) {
 	_, path := newServer(t, Config{

@@ -103,7 +103,6 @@ type shrinking struct {
 	refused atomic.Int32
 	flushes atomic.Int32
 	fua     atomic.Int32
-	largest atomic.Uint32
 }
 
 func newShrinking(d block.Device) *shrinking {

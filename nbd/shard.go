@@ -33,6 +33,7 @@ type shard struct {
 	waiting  connList // connections that want tags, in order
 	resuming *conn    // the one whose turn it is
 	freed    bool     // tags were released since resume looked
+	starved  bool     // at the last tick, a connection without a tag waited
 
 	parked   []uint16 // tags that wait for stripes
 	reqs     []block.Request
@@ -184,6 +185,17 @@ func (s *shard) resume() {
 			blocked = true
 		}
 		c = next
+	}
+}
+
+// tick looks at the device, and at those who wait.
+func (s *shard) tick() {
+	s.refresh()
+	s.starved = false
+	for c := s.waiting.head; c != nil; c = c.after {
+		if c.held == 0 {
+			s.starved = true
+		}
 	}
 }
 
