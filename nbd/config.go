@@ -191,9 +191,9 @@ func (e *export) offer(structured bool) offer {
 // same time, at most largestRequest.
 func (e *export) atOnce(g block.Geometry) uint32 {
 	b := boundsOf(g, e.buffer)
-	most := uint64(b.piece) * uint64(e.share)
+	most := uint64(b.buffer) * uint64(e.share)
 	if b.chunk > 0 { // every boundary may cost a tag more
-		most = min(uint64(b.piece), b.chunk) * uint64(e.share-2) / 2
+		most = min(uint64(b.buffer), b.chunk) * uint64(e.share-2) / 2
 	}
 	return max(uint32(min(most, largestRequest))&^(g.LogicalBlock-1), b.block)
 }
