@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -29,7 +32,8 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
-	succeed    string // the server to take over from
+	succeed    string // the running server to take over from
+	recover    string // the dead server to take over from
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -79,20 +83,49 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	// Serving works without it; the server says so.
-	_ = host.SetIOFlusher()
-	args := append([]string{programName, "serve", "--run-dir=" + string(dir)}, options.Args(c.shown)...)
+	args := append(serveArgs(dir), options.Args(c.shown)...)
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
-	path := self()
 	if c.foreground {
-		return fmt.Errorf("become the server: %w", unix.Exec(path, args, os.Environ()))
+		if err := prepareServer(); err != nil {
+			return err
+		}
+		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
-	s, err := launch(path, args, c.opts.Timeout)
+	s, err := startServer(args, c.opts.Timeout)
 	if err != nil {
 		return err
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }
+
+// serveArgs are the first words of a server's command line.
+func serveArgs(dir state.Dir) []string {
+	return []string{programName, "serve", "--run-dir=" + string(dir)}
+}
+
+// startServer starts a server in the background, and waits until its devices are
+// usable.
+func startServer(args []string, timeout time.Duration) (control.Status, error) {
+	if err := prepareServer(); err != nil {
+		return control.Status{}, err
+	}
+	return launch(self(), args, timeout)
+}
+
+// prepareServer makes the program that this one executes next fit to be a server. It
+// keeps the I/O flusher mark of this thread, and no descriptor that somebody left open
+// for this program: a server would hold a caller's lock or pipe for as long as it lives.
+func prepareServer() error {
+	// Serving works without it; the server says so.
+	_ = host.SetIOFlusher()
+	if err := unix.CloseRange(firstDescriptor, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("keep descriptors from the server: %w", err)
+	}
+	return nil
+}
+
+// firstDescriptor is the first one after standard input, output and error.
+const firstDescriptor = 3
 
 func newServe(runDir dirFunc) *cobra.Command {
 	c := &connection{runDir: runDir}
@@ -106,6 +139,7 @@ func newServe(runDir dirFunc) *cobra.Command {
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
 	cmd.Flags().StringVar(&c.succeed, "succeed", "", "the running server to take over from")
+	cmd.Flags().StringVar(&c.recover, "recover", "", "the dead server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -176,9 +210,10 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	unix.Umask(0o022) // others may look
 	// A log that nobody reads any more is no reason to die.
 	signal.Ignore(syscall.SIGPIPE)
+	outliveTerminal(cfg.Log, signals)
 	ctx, stop := interruptible(signals...)
 	defer stop()
-	cfg.Options, cfg.Dir, cfg.Succeeds = c.opts, dir, c.succeed
+	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry
@@ -186,10 +221,25 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		<-ctx.Done()
 		more := make(chan os.Signal, 2)
 		signal.Notify(more, signals...)
-		<-more
+		cfg.Log.Warn("another signal: requests in flight are not waited for any more", "signal", (<-more).String())
 		close(hurry)
-		<-more
+		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))
 	}()
 	return server.Run(ctx, cfg)
+}
+
+// outliveTerminal keeps SIGHUP, which the end of a terminal or a session sends, from
+// ending a server, unless it is one of the signals that are to end it.
+func outliveTerminal(log *slog.Logger, ends []os.Signal) {
+	if slices.Contains(ends, os.Signal(syscall.SIGHUP)) {
+		return
+	}
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	go func() {
+		for range hangups {
+			log.Info("SIGHUP is ignored; SIGTERM or disconnect ends the server")
+		}
+	}()
 }

@@ -17,7 +17,8 @@ func newGC(runDir dirFunc) *cobra.Command {
 		Long: `Removes ublk devices whose server died and that cannot be served on, and records of
 servers that are no more. It touches only devices that this program added; it
 leaves those alone that wait for a server (recover serves them on, disconnect
-ends them) and those that somebody has open.`,
+ends them), sockets whose clients may wait for one, and devices that somebody has
+open.`,
 		Args: cobra.NoArgs,
 		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

@@ -155,7 +155,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
 	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "what makes the devices: the ublk driver, the kernel's NBD client, or a socket for NBD clients; auto takes the first that the machine has")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"where the front end nbd-socket listens, and chooses it (default: nbd.sock in the server's state directory)")
+		"where the front end nbd-socket listens, and chooses it (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
 		"serve only NBD clients that speak TLS, with server-cert.pem and server-key.pem in this directory; with ca-cert.pem there, only those that it has certified")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN, or /dev/nbdN, for the first namespace, N+1 for the second, … (default: free ones)")

@@ -188,7 +188,8 @@ func TestServe(t *testing.T) {
 	}
 	records, err := state.Dir(r.dir).List()
 	if err != nil || len(records) != 1 || records[0].Phase != state.Live || !records[0].Alive ||
-		!slices.Equal(records[0].Devices, []state.Device{{ID: 0, Cookie: 1000, NSID: 1, UUID: "uuid-1"}, {ID: 1, Cookie: 1001, NSID: 7, UUID: "uuid-7"}}) {
+		!slices.Equal(records[0].Devices, []state.Device{w.described(1, state.Device{ID: 0, Cookie: 1000}), w.described(7, state.Device{ID: 1, Cookie: 1001})}) ||
+		records[0].Devices[1].UUID != "uuid-7" || records[0].Devices[1].Told != (state.Told{Size: 7 << 20, BlockSize: 512, MaxIO: 1 << 20, VolatileCache: true}) {
 		t.Errorf("record: %+v, %v", records, err)
 	}
 
@@ -397,7 +398,7 @@ func TestStuckRequests(t *testing.T) {
 			if err := r.wait("abort", "stop ublkb0", "close controller"); err != nil {
 				t.Error(err)
 			}
-			leaves(t, r.dir)
+			leaves(t, r.dir, ".controllers.json") // the target may still have the requests
 		})
 	}
 }
@@ -416,7 +417,7 @@ func TestWedgedDevice(t *testing.T) {
 		t.Errorf("the end was asked for by somebody who was told: %v", err)
 	}
 	records, err := state.Dir(r.dir).List()
-	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{{ID: 1, Cookie: 1001, NSID: 2, UUID: "uuid-2"}}) {
+	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{w.described(2, state.Device{ID: 1, Cookie: 1001})}) {
 		t.Errorf("on record: %+v, %v", records, err)
 	}
 }
@@ -433,7 +434,7 @@ func TestSilentTarget(t *testing.T) {
 	if err := r.wait("stop ublkb0", "close controller"); err != nil {
 		t.Error(err)
 	}
-	leaves(t, r.dir)
+	leaves(t, r.dir, ".controllers.json") // it has not said that it has ended the controller
 }
 
 // When the controller is lost, the devices stay and the status says why.
@@ -540,8 +541,8 @@ func TestReap(t *testing.T) {
 			if tt.left.ID == 5 {
 				r.Devices[0].ID = 5
 			}
-			if got := b.reap(slog.New(slog.DiscardHandler), tt.waiting)(t.Context(), r); got != tt.gone {
-				t.Errorf("gone: %t", got)
+			if got, err := b.reap(slog.New(slog.DiscardHandler), tt.waiting)(t.Context(), r); got != tt.gone || err != nil {
+				t.Errorf("gone: %t, %v", got, err)
 			}
 			if got := w.happened(); !slices.Equal(got, tt.then) {
 				t.Errorf("happened: %q, want %q", got, tt.then)
@@ -585,7 +586,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 		t.Fatal(err)
 	}
 	target := state.Target{Address: remote, NQN: o.NQN, HostNQN: o.HostNQN}
-	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false, func(context.Context, state.Record) bool { return true })
+	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -641,7 +642,7 @@ func TestNamespaces(t *testing.T) {
 			}
 		}
 	}
-	ns := func(id uint32) namespace { return namespace{nsid: id, device: disk{id}} }
+	ns := func(id uint32) namespace { return namespace{nsid: id, device: disk{nsid: id}} }
 	w.changed(ns(3), initiator.Added)
 	await("start ublkb2")
 	w.changed(ns(1), initiator.Resized)
