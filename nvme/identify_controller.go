@@ -350,6 +350,13 @@ func (c *IdentifyController) NANAGRPID() uint32 { return le.Uint32(c[348:352]) }
 // SetNANAGRPID sets NANAGRPID.
 func (c *IdentifyController) SetNANAGRPID(v uint32) { le.PutUint32(c[348:352], v) }
 
+// CQT returns the command quiesce time, in milliseconds: how long a controller
+// may take to end all commands after it lost its host. 0 is not reported.
+func (c *IdentifyController) CQT() uint16 { return le.Uint16(c[386:388]) }
+
+// SetCQT sets CQT.
+func (c *IdentifyController) SetCQT(v uint16) { le.PutUint16(c[386:388], v) }
+
 // SQES returns the submission queue entry sizes, 2^n bytes: required in bits
 // 0-3, largest in bits 4-7.
 func (c *IdentifyController) SQES() uint8 { return c[512] }

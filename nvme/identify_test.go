@@ -15,7 +15,7 @@ func TestIdentifyControllerFields(t *testing.T) {
 		{"CRDT1", 128, 2}, {"CRDT2", 130, 2}, {"CRDT3", 132, 2}, {"OACS", 256, 2}, {"ACL", 258, 1}, {"AERL", 259, 1},
 		{"FRMW", 260, 1}, {"LPA", 261, 1}, {"ELPE", 262, 1}, {"WCTEMP", 266, 2}, {"CCTEMP", 268, 2}, {"MTFA", 270, 2},
 		{"KAS", 320, 2}, {"SANICAP", 328, 4}, {"ANATT", 342, 1}, {"ANACAP", 343, 1}, {"ANAGRPMAX", 344, 4},
-		{"NANAGRPID", 348, 4}, {"SQES", 512, 1}, {"CQES", 513, 1}, {"MAXCMD", 514, 2}, {"NN", 516, 4}, {"ONCS", 520, 2},
+		{"NANAGRPID", 348, 4}, {"CQT", 386, 2}, {"SQES", 512, 1}, {"CQES", 513, 1}, {"MAXCMD", 514, 2}, {"NN", 516, 4}, {"ONCS", 520, 2},
 		{"FUSES", 522, 2}, {"FNA", 524, 1}, {"VWC", 525, 1}, {"AWUN", 526, 2}, {"AWUPF", 528, 2}, {"ACWU", 532, 2},
 		{"SGLS", 536, 4}, {"MNAN", 540, 4}, {"IOCCSZ", 1792, 4}, {"IORCSZ", 1796, 4}, {"ICDOFF", 1800, 2},
 		{"FCATTR", 1802, 1}, {"MSDBD", 1803, 1}, {"OFCS", 1804, 2}, {"DCTYPE", 1806, 1},

@@ -83,7 +83,7 @@ func (q *queue) setFeature(cmd *nvme.Command) (uint32, nvme.Status) {
 	case fid == nvme.FeatureNumberOfQueues:
 		return q.grantQueues(value)
 	case fid == nvme.FeatureVolatileWriteCache:
-		c.cacheOff.Store(value&1 == 0)
+		return 0, q.setWriteCache(value&1 == 1)
 	case fid == nvme.FeatureHostID:
 		return 0, nvme.StatusCommandSequence | dnr // Connect set it
 	case fid == nvme.FeatureWriteProtect:
@@ -111,6 +111,19 @@ func (q *queue) grantQueues(asked uint32) (uint32, nvme.Status) {
 	q.ctrl.granted = n
 	q.ctrl.mu.Unlock()
 	return nvme.NumberOfQueues(n), nvme.StatusSuccess
+}
+
+// setWriteCache turns the volatile write cache on or off; what is in it is made
+// durable first.
+func (q *queue) setWriteCache(on bool) nvme.Status {
+	if q.target.cfg.NoWriteCache {
+		return nvme.StatusInvalidField | dnr
+	}
+	q.ctrl.cacheOff.Store(!on)
+	if on {
+		return nvme.StatusSuccess
+	}
+	return storeStatus(q.ctrl.subsystem.flush())
 }
 
 func (q *queue) protect(cmd *nvme.Command) nvme.Status {
@@ -160,6 +173,8 @@ func (q *queue) getFeature(i int) {
 		s = nvme.StatusInvalidField | dnr
 	case fid == nvme.FeatureNumberOfQueues:
 		value = nvme.NumberOfQueues(granted)
+	case fid == nvme.FeatureVolatileWriteCache && q.target.cfg.NoWriteCache:
+		s = nvme.StatusInvalidField | dnr
 	case fid == nvme.FeatureVolatileWriteCache:
 		if !c.cacheOff.Load() {
 			value = 1

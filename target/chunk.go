@@ -73,10 +73,10 @@ func (q *queue) bytes(r run) []byte {
 // transfer makes the RDMA READ or WRITE of length bytes of a command's data, from or
 // into its chunks.
 func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
-	if length == 0 {
+	r := &q.reqs[i]
+	if length == 0 || op == rdma.Write && r.corrupt == CorruptLost {
 		return
 	}
-	r := &q.reqs[i]
 	if op == rdma.Write && r.corrupt == CorruptData {
 		q.spoil(r)
 	}

@@ -38,8 +38,9 @@ var events = [numEvents]struct {
 	eventDiscovery: {nvme.AENDiscoveryChange, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeDiscoveryChanged, nvme.LogDiscovery), nvme.LogDiscovery},
 }
 
-// controller is what a host got by the Connect of its admin queue; it ends with
-// that queue.
+// controller is what a host got by the Connect of its admin queue. With that
+// queue it ends, and it is known, so that its id names it, until all its queues
+// have left. A queue leaves when it executes no command and never will again.
 type controller struct {
 	subsystem *Subsystem
 	id        uint16
@@ -52,7 +53,8 @@ type controller struct {
 
 	mu       sync.Mutex // guards what follows
 	queues   map[uint16]*queue
-	ended    bool
+	ended    bool // no queue may join
+	stopping stop // what waits for the I/O queues to leave
 	cc       nvme.CC
 	csts     nvme.CSTS
 	granted  int // I/O queues
@@ -74,6 +76,7 @@ func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 	if s.discovery {
 		c.enabled = nvme.AENDiscoveryChange
 	}
+	c.cacheOff.Store(s.target.cfg.NoWriteCache)
 	return c
 }
 
@@ -92,63 +95,137 @@ func (c *controller) fail(reason string) {
 	}
 }
 
-// stop ends readiness and keep alive; the lock is held.
-func (c *controller) stop() {
-	c.ready.Store(false)
-	if c.timer != nil {
-		c.timer.Stop()
-	}
-}
-
-// join adds a queue; false if the controller ended or has one of that id.
+// join adds a queue. It is refused if the controller ended, if it has a queue of
+// that id, and, for I/O queues, if the controller is not enabled.
 func (c *controller) join(q *queue) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.ended || c.queues[q.qid] != nil {
+	if c.ended || c.queues[q.qid] != nil || q.qid != 0 && !c.ready.Load() {
 		return false
 	}
 	c.queues[q.qid] = q
 	return true
 }
 
-// leave takes a queue away; with the admin queue the controller ends.
+// leave takes a queue away that executes no command any more. With the admin
+// queue the controller ends, and with its last queue it is forgotten.
 func (c *controller) leave(q *queue) {
-	c.mu.Lock()
-	delete(c.queues, q.qid)
-	c.mu.Unlock()
 	if q.qid == 0 {
 		c.fail("admin queue ended")
-		c.subsystem.detach(c)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.queues, q.qid)
+	c.finishStop()
+	if c.ended && len(c.queues) == 0 {
+		c.subsystem.target.controllers.remove(c)
 	}
 }
 
-// configure is a write of CC.
-func (c *controller) configure(cc nvme.CC) {
+// stop is what a host asked a controller for that has to end all I/O first.
+type stop uint8
+
+const (
+	stopNone stop = iota
+	stopReset
+	stopShutdown
+	stopFlush // a shutdown whose I/O queues have left
+)
+
+// configure is a write of CC. A reset and a shutdown end the I/O queues; CSTS
+// says that it is done when their commands have ended. A controller cannot be
+// enabled before that.
+func (c *controller) configure(cc nvme.CC) nvme.Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	old := c.cc
+	if cc.EN() && !old.EN() && c.stopping != stopNone {
+		return nvme.StatusCommandSequence | dnr
+	}
 	c.cc = cc
 	switch {
 	case cc.EN() && !old.EN():
-		if cc.MPS() != 0 || cc.AMS() != 0 || cc.CSS() != nvme.CCSelectNVM && cc.CSS() != nvme.CCSelectAll ||
-			!c.subsystem.discovery && (cc.IOSQES() != 6 || cc.IOCQES() != 4) {
-			c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
-			break
-		}
-		c.csts = nvme.NewCSTS(true, false, nvme.ShutdownStatusNormal)
-		c.ready.Store(true)
-		c.setKeepAlive(c.kato)
+		c.enable()
 	case !cc.EN() && old.EN():
-		c.stop()
 		c.cc = 0
-		c.csts = nvme.NewCSTS(false, false, nvme.ShutdownStatusNormal)
+		if c.stopping == stopNone {
+			c.stop(stopReset, "controller reset")
+		}
 	}
 	switch {
 	case cc.SHN() != nvme.ShutdownNone && old.SHN() == nvme.ShutdownNone:
-		c.stop()
-		c.csts = nvme.NewCSTS(false, false, nvme.ShutdownStatusComplete)
-	case cc.SHN() == nvme.ShutdownNone && old.SHN() != nvme.ShutdownNone:
+		c.stop(stopShutdown, "controller shutdown")
+	case cc.SHN() == nvme.ShutdownNone && old.SHN() != nvme.ShutdownNone && c.stopping == stopNone:
 		c.csts = nvme.NewCSTS(c.csts.RDY(), c.csts.CFS(), nvme.ShutdownStatusNormal)
+	}
+	return nvme.StatusSuccess
+}
+
+// enable makes the controller ready, unless CC wants what there is not. The lock
+// is held.
+func (c *controller) enable() {
+	cc := c.cc
+	if cc.MPS() != 0 || cc.AMS() != 0 || cc.CSS() != nvme.CCSelectNVM && cc.CSS() != nvme.CCSelectAll ||
+		!c.subsystem.discovery && (cc.IOSQES() != 6 || cc.IOCQES() != 4) {
+		c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
+		return
+	}
+	c.csts = nvme.NewCSTS(true, false, nvme.ShutdownStatusNormal)
+	c.ready.Store(true)
+	c.setKeepAlive(c.kato)
+}
+
+// stop ends readiness, keep alive and the I/O queues. The lock is held.
+func (c *controller) stop(why stop, reason string) {
+	c.ready.Store(false)
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	c.stopping = why
+	if why == stopShutdown {
+		c.csts = nvme.NewCSTS(c.csts.RDY(), c.csts.CFS(), nvme.ShutdownStatusRunning)
+	}
+	for qid, q := range c.queues {
+		if qid != 0 {
+			q.kill(reason)
+		}
+	}
+	c.finishStop()
+}
+
+// finishStop finishes a reset or a shutdown once no I/O queue is left. The lock is
+// held.
+func (c *controller) finishStop() {
+	io := len(c.queues)
+	if c.queues[0] != nil {
+		io--
+	}
+	if io > 0 {
+		return
+	}
+	switch c.stopping {
+	case stopReset:
+		c.stopping = stopNone
+		c.csts = nvme.NewCSTS(false, false, nvme.ShutdownStatusNormal)
+	case stopShutdown:
+		c.stopping = stopFlush
+		c.subsystem.target.running.Go(c.flush)
+	}
+}
+
+// flush makes what the subsystem holds durable, which ends a shutdown. An error
+// shows as CSTS.CFS.
+func (c *controller) flush() {
+	err := c.subsystem.flush()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		c.subsystem.target.cfg.Log.Error("flush at shutdown failed", "controller", c.id, "err", err)
+	}
+	c.stopping = stopNone
+	c.csts = nvme.NewCSTS(false, err != nil, nvme.ShutdownStatusNormal)
+	if c.cc.SHN() != nvme.ShutdownNone {
+		c.csts = nvme.NewCSTS(false, err != nil, nvme.ShutdownStatusComplete)
 	}
 }
 
@@ -164,15 +241,25 @@ func (c *controller) setKeepAlive(d time.Duration) {
 	}
 }
 
-// expire ends the controller unless a command came: traffic counts. A stalled
-// target does not expire either.
+// restartKeepAlive lets the host be silent for its whole timeout from now on.
+func (c *controller) restartKeepAlive() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timer != nil && c.timer.Stop() {
+		c.setKeepAlive(c.kato)
+	}
+}
+
+// expire ends the controller unless a command came: traffic counts. A target that
+// is stalled or frozen expires nothing.
 func (c *controller) expire() {
 	c.mu.Lock()
 	if c.ended || c.kato == 0 {
 		c.mu.Unlock()
 		return
 	}
-	if c.alive.Swap(false) || c.subsystem.target.faults.stalled.Load() {
+	faults := &c.subsystem.target.faults
+	if c.alive.Swap(false) || faults.stalled.Load() || faults.Frozen() {
 		c.timer.Reset(c.kato)
 		c.mu.Unlock()
 		return

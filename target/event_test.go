@@ -149,7 +149,7 @@ func TestKeepAlive(t *testing.T) {
 		t.Errorf("response %v", &silent.response)
 	}
 	// Without a timeout, or a command since the last look, a controller lives.
-	c := r.subsys.controller(other.cntlid)
+	c := r.target.controllers.find(other.cntlid, testNQN)
 	c.expire()
 	cmd.SetSetFeatures(nvme.FeatureKeepAlive, 600_000)
 	other.want(0, &cmd)

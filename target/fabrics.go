@@ -70,11 +70,11 @@ func (q *queue) joinController(s *Subsystem, p nvme.ConnectParams, data *nvme.Co
 			return invalidParam(paramCNTLID, true)
 		}
 		c = newController(s, data)
-		if !s.attach(c) {
+		if !q.target.controllers.add(c) {
 			return 0, nvme.StatusConnectControllerBusy | dnr
 		}
 		if !c.join(q) {
-			s.detach(c)
+			q.target.controllers.remove(c)
 			return 0, nvme.StatusCommandSequence | dnr
 		}
 		kato := time.Duration(p.KATO) * time.Millisecond
@@ -86,7 +86,7 @@ func (q *queue) joinController(s *Subsystem, p nvme.ConnectParams, data *nvme.Co
 		c.mu.Unlock()
 		q.target.cfg.Log.Info("controller created", "controller", c.id, "host", c.hostNQN, "subsystem", s.cfg.NQN)
 	} else {
-		c = s.controller(data.CNTLID())
+		c = q.target.controllers.find(data.CNTLID(), s.cfg.NQN)
 		if c == nil || c.hostNQN != data.HostNQN() || c.hostID != data.HostID() {
 			return invalidParam(paramCNTLID, true)
 		}
@@ -96,7 +96,7 @@ func (q *queue) joinController(s *Subsystem, p nvme.ConnectParams, data *nvme.Co
 		switch {
 		case s.discovery || int(p.QID) > granted:
 			return invalidParam(paramQID, false)
-		case !c.ready.Load() || !c.join(q):
+		case !c.join(q):
 			return 0, nvme.StatusCommandSequence | dnr
 		}
 	}
@@ -120,8 +120,7 @@ func (q *queue) property(i int) {
 		q.respond(i, 0, nvme.StatusInvalidField|dnr)
 		return
 	case t == nvme.FabricsPropertySet:
-		c.configure(nvme.CC(cmd.PropertyValue()))
-		q.respond(i, 0, nvme.StatusSuccess)
+		q.respond(i, 0, c.configure(nvme.CC(cmd.PropertyValue())))
 		return
 	}
 	if size8 != (offset == nvme.PropCAP) {

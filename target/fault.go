@@ -19,10 +19,17 @@ type Match struct {
 	QID     uint16        // with Admin unset: those of this queue; 0: of every I/O queue
 	NSID    uint32        // those to this namespace; 0: to any
 	Opcodes []nvme.Opcode // those with one of these opcodes; empty: all but Fabrics commands
+	// Selectors are what an Identify, Get Log Page, Set or Get Features asks for:
+	// its CNS, LID or FID, which share the low byte of CDW10; empty: any. With
+	// others they mean nothing.
+	Selectors []uint8
 }
 
 func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
 	if m.Admin != (qid == 0) || m.QID != 0 && m.QID != qid || m.NSID != 0 && m.NSID != cmd.NSID() {
+		return false
+	}
+	if len(m.Selectors) > 0 && !slices.Contains(m.Selectors, uint8(cmd.CDW10())) {
 		return false
 	}
 	if len(m.Opcodes) == 0 {
@@ -45,9 +52,12 @@ const (
 	// layer of a host that does not have such a key breaks the connection.
 	CorruptKey
 	CorruptData // the data that goes to the host is noise
+	// CorruptLost: the command is carried out, but neither its data nor its
+	// completion goes to the host.
+	CorruptLost
 )
 
-var corruptions = [...]string{"none", "wrong id", "duplicate", "short", "wrong sq head", "wrong key", "data"}
+var corruptions = [...]string{"none", "wrong id", "duplicate", "short", "wrong sq head", "wrong key", "data", "lost"}
 
 func (c Corruption) String() string {
 	if int(c) < len(corruptions) {
@@ -57,17 +67,22 @@ func (c Corruption) String() string {
 }
 
 // Fault is what happens to the commands that match. Of Drop, Disconnect and
-// Status the first that is set counts; the command is then not carried out.
+// Status the first that is set counts; the command is then not carried out. A
+// Status may have a CRD field, see [Config.RetryDelays].
 type Fault struct {
 	Match
 	Skip  int // spare so many that match first
 	Count int // hit so many after those; 0: all
 
-	Delay      time.Duration // before anything else; a queue delays no more commands than it has entries
-	Drop       bool          // never answer
-	Disconnect bool          // end the connection
-	Status     nvme.Status   // answer with this, with or without nvme.StatusDNR
-	Corrupt    Corruption    // of the completion or the data
+	Delay time.Duration // before anything else; a queue delays no more commands than it has entries
+	Drop  bool          // never answer
+	// Hold keeps an I/O command inside its store for so long. It is carried out
+	// then even if its connection, or its controller, has ended meanwhile. Its
+	// queue does nothing else.
+	Hold       time.Duration
+	Disconnect bool        // end the connection
+	Status     nvme.Status // answer with this, with or without nvme.StatusDNR
+	Corrupt    Corruption  // of the completion or the data
 }
 
 // rule is a fault that was added.
@@ -89,10 +104,13 @@ func (r *rule) strikes() bool {
 // goroutine at any time; nothing is wrong until one is.
 type Faults struct {
 	target  *Target
-	mu      sync.Mutex              // for changes of rules
+	mu      sync.Mutex // for changes of rules, of what is hidden, and of frozen
+	unhide  *time.Timer
 	rules   atomic.Pointer[[]*rule] // nil: none
 	stalled atomic.Bool
-	grant   atomic.Int32 // 0: unset, -1: refuse
+	frozen  atomic.Pointer[freeze] // nil: not frozen
+	hidden  atomic.Bool            // no namespace is listed
+	grant   atomic.Int32           // 0: unset, -1: refuse
 	reject  atomic.Uint32
 	connect atomic.Uint32
 }
@@ -100,7 +118,7 @@ type Faults struct {
 // Add adds a fault, which the returned function takes away again. The first
 // that hits a command counts, in the order of adding.
 func (f *Faults) Add(fault Fault) (remove func()) {
-	fault.Opcodes = slices.Clone(fault.Opcodes)
+	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
 	return func() {
@@ -125,13 +143,15 @@ func (f *Faults) change(edit func([]*rule) []*rule) {
 	f.rules.Store(&rules)
 }
 
-// Clear ends all faults, stalls too.
+// Clear ends all faults: stalls, freezes and hidden namespaces, too.
 func (f *Faults) Clear() {
 	f.change(func([]*rule) []*rule { return nil })
 	f.grant.Store(0)
 	f.reject.Store(0)
 	f.connect.Store(0)
 	f.Stall(false)
+	f.Freeze(0)
+	f.HideNamespaces(0)
 }
 
 // Grant makes the answer to a host that asks for I/O queues n (1..65535); 0
@@ -165,6 +185,29 @@ func (f *Faults) Stall(on bool) {
 func (f *Faults) Disconnect(qid int) int {
 	return f.target.disconnect(func(q *queue) bool { return qid < 0 || int(q.qid) == qid }, "fault: disconnect")
 }
+
+// HideNamespaces makes the target look for so long as if no namespace had been
+// added yet, as a target does that opens its port first. Then hosts are told of
+// each. 0 ends it.
+func (f *Faults) HideNamespaces(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.unhide != nil {
+		f.unhide.Stop()
+		f.unhide = nil
+	}
+	if d > 0 {
+		f.unhide = time.AfterFunc(d, func() { f.HideNamespaces(0) })
+	}
+	if f.hidden.Swap(d > 0) != (d > 0) {
+		for _, s := range f.target.all() {
+			s.republish()
+		}
+	}
+}
+
+// Hidden says whether namespaces are hidden.
+func (f *Faults) Hidden() bool { return f.hidden.Load() }
 
 // judge looks whether a fault hits a command. It reports true if the command
 // is not to be carried out now.

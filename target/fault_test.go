@@ -178,3 +178,206 @@ func TestFaultCorrupt(t *testing.T) {
 		t.Errorf("response %v", &h.response)
 	}
 }
+
+// TestFaultSelector hits commands by what they ask for, and a lost reply is
+// carried out.
+func TestFaultSelector(t *testing.T) {
+	r, a, _ := faulty(t)
+	f := r.target.Faults()
+	f.Add(Fault{Match: Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{nvme.CNSNamespaceDescriptors}}, Status: nvme.StatusInvalidField | dnr})
+	var cmd nvme.Command
+	cmd.SetIdentify(nvme.CNSNamespaceDescriptors, 1, 0)
+	a.want(nvme.StatusInvalidField|dnr, a.keyed(&cmd, nvme.IdentifySize))
+	a.identify(nvme.CNSNamespace, 1)
+	f.Clear()
+	a.identify(nvme.CNSNamespaceDescriptors, 1)
+
+	if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 2, Store: NewRAM(1 << 20)}); err != nil {
+		t.Fatal(err)
+	}
+	f.Add(Fault{Match: Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminGetLogPage}, Selectors: []uint8{nvme.LogChangedNamespaces}}, Count: 1, Corrupt: CorruptLost})
+	a.data.Bytes()[0] = 0xEE
+	cmd.SetGetLogPage(nvme.LogChangedNamespaces, 0, nvme.IdentifySize, 0, false)
+	cmd.SetCID(7)
+	a.send(a.keyed(&cmd, nvme.IdentifySize), nil)
+	cmd.SetKeepAlive()
+	a.want(0, &cmd) // which nothing went before
+	if a.data.Bytes()[0] != 0xEE {
+		t.Error("the data of a lost reply arrived")
+	}
+	if ids, _ := nvme.ChangedNSListAt(a.log(nvme.LogChangedNamespaces, nvme.IdentifySize)).NSIDs(); len(ids) != 0 {
+		t.Errorf("changed namespaces %v, which were told before", ids)
+	}
+}
+
+// TestFaultHold: a held write lands after its connections and its controller have
+// ended, and not if the target closes.
+func TestFaultHold(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		hold time.Duration
+		want byte
+	}{{"lands", 200 * time.Millisecond, 1}, {"target closes", time.Hour, 0}} {
+		t.Run(c.name, func(t *testing.T) {
+			r, ram, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+			a := r.admin(testNQN)
+			h := r.io(a, 1, 32)
+			r.target.Faults().Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: c.hold})
+			var cmd nvme.Command
+			cmd.SetWrite(1, 0, 8, false)
+			cmd.SetInCapsuleSGL(0, 4096)
+			h.send(&cmd, bytes.Repeat([]byte{1}, 4096))
+			for r.target.Snapshot().IO.Commands[nvme.OpWrite] == 0 {
+				time.Sleep(time.Millisecond)
+			}
+			for _, q := range []*hostQueue{h, a} {
+				if err := q.id.Disconnect(); err != nil {
+					t.Error(err)
+				}
+			}
+			if !r.known(testNQN, a.cntlid) {
+				t.Error("the controller is unknown while its write is held")
+			}
+			if c.want == 0 {
+				if err := r.target.Close(); err != nil {
+					t.Error(err)
+				}
+			} else {
+				for deadline := time.Now().Add(patience); r.known(testNQN, a.cntlid); time.Sleep(time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Fatal("the controller is still known")
+					}
+				}
+			}
+			var got [1]byte
+			if _, err := ram.ReadAt(got[:], 0); err != nil || got[0] != c.want {
+				t.Errorf("the disk has %d, want %d; %v", got[0], c.want, err)
+			}
+		})
+	}
+}
+
+// TestFaultFreeze: a frozen target does nothing and ends nothing, and goes on
+// with what had arrived.
+func TestFaultFreeze(t *testing.T) {
+	r, ram, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN)
+	h := r.io(a, 1, 32)
+	c := r.target.controllers.find(a.cntlid, testNQN)
+	var cmd nvme.Command
+	cmd.SetSetFeatures(nvme.FeatureKeepAlive, 100)
+	a.want(0, &cmd)
+	f := r.target.Faults()
+	f.Freeze(time.Hour)
+	cmd.SetWrite(1, 0, 8, false)
+	cmd.SetInCapsuleSGL(0, 4096)
+	cmd.SetCID(5)
+	h.send(&cmd, bytes.Repeat([]byte{1}, 4096))
+	for range 5 { // keep alive periods
+		time.Sleep(100 * time.Millisecond)
+		c.expire()
+	}
+	if n, err := h.cq.Poll(h.wcs[:]); n == 1 && h.wcs[0].Recv || err != nil {
+		t.Errorf("a frozen target answered: %v", err)
+	}
+	// The host gives up. The target hears of it when it goes on, and only then.
+	if err := h.id.Disconnect(); err != nil {
+		t.Error(err)
+	}
+	time.Sleep(2 * afterThaw)
+	if r.target.controllers.find(a.cntlid, testNQN) == nil || !f.Frozen() {
+		t.Error("a frozen target ended a controller")
+	}
+	f.Freeze(10 * time.Millisecond)
+	a.property(nvme.PropCSTS, false)
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		var got [1]byte
+		if _, err := ram.ReadAt(got[:], 0); err != nil || got[0] == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("what had arrived was not carried out")
+		}
+	}
+	r.admin(testNQN)
+}
+
+// TestHiddenNamespaces: a target that opens its port first.
+func TestHiddenNamespaces(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	f := r.target.Faults()
+	f.HideNamespaces(time.Hour)
+	if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 2, Store: NewRAM(1 << 20)}); err != nil {
+		t.Fatal(err)
+	}
+	a := r.admin(testNQN)
+	h := r.io(a, 1, 32)
+	a.arm(9)
+	list := func() int {
+		t.Helper()
+		ids, err := nvme.ActiveNSListAt(a.identify(nvme.CNSActiveNSList, 0)).NSIDs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(ids)
+	}
+	if n := list(); n != 0 {
+		t.Errorf("%d namespaces are listed", n)
+	}
+	var cmd nvme.Command
+	cmd.SetFlush(2)
+	h.want(nvme.StatusInvalidNamespace|dnr, &cmd)
+	f.HideNamespaces(time.Millisecond)
+	a.event(9, nvme.NoticeNamespaceChanged)
+	if n := list(); n != 1 {
+		t.Errorf("%d namespaces are listed", n)
+	}
+	h.want(0, &cmd)
+	f.HideNamespaces(time.Hour)
+	f.Clear()
+	if f.Hidden() || list() != 1 {
+		t.Error("namespaces are hidden")
+	}
+}
+
+// TestAnnounced: what Identify Controller says by the configuration, and how the
+// target keeps it.
+func TestAnnounced(t *testing.T) {
+	r, _, _ := newDisk(t, Config{
+		QuiesceTime: 1500 * time.Millisecond, CommandKeepAlive: true, NoWriteCache: true,
+		RetryDelays: [3]time.Duration{100 * time.Millisecond, 0, 6553500 * time.Millisecond},
+	}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN)
+	id := nvme.IdentifyControllerAt(a.identify(nvme.CNSController, 0))
+	if id.CQT() != 1500 || id.TBKAS() || id.VWC() != 0 || id.CRDT(1) != 1 || id.CRDT(2) != 0 || id.CRDT(3) != 65535 {
+		t.Errorf("cqt %d, tbkas %t, vwc %d, crdt %d %d %d", id.CQT(), id.TBKAS(), id.VWC(), id.CRDT1(), id.CRDT2(), id.CRDT3())
+	}
+	r.target.Faults().Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpFlush}}, Count: 1, Status: nvme.StatusNamespaceNotReady | 3<<11})
+	h := r.io(a, 1, 32)
+	var cmd nvme.Command
+	cmd.SetFlush(1)
+	if s := h.do(&cmd, nil).Status(); s.CRD() != 3 || s.Code() != nvme.StatusNamespaceNotReady {
+		t.Errorf("status %v, delay %d", s, s.CRD())
+	}
+	cmd.SetSetFeatures(nvme.FeatureVolatileWriteCache, 1)
+	a.want(nvme.StatusInvalidField|dnr, &cmd)
+	// I/O does not keep the controller alive.
+	c := r.target.controllers.find(a.cntlid, testNQN)
+	cmd.SetSetFeatures(nvme.FeatureKeepAlive, 600_000)
+	a.want(0, &cmd)
+	cmd.SetKeepAlive()
+	a.want(0, &cmd)
+	c.expire()
+	cmd.SetFlush(1)
+	h.want(0, &cmd)
+	c.expire()
+	if a.await() {
+		t.Errorf("response %v", &a.response)
+	}
+
+	other, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	id = nvme.IdentifyControllerAt(other.admin(testNQN).identify(nvme.CNSController, 0))
+	if id.CQT() != 0 || !id.TBKAS() || id.VWC() != nvme.VWCPresent {
+		t.Errorf("by default: cqt %d, tbkas %t, vwc %d", id.CQT(), id.TBKAS(), id.VWC())
+	}
+}

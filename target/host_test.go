@@ -303,6 +303,20 @@ func (h *hostQueue) setCC(cc nvme.CC) {
 	h.want(0, &cmd)
 }
 
+// untilStatus waits for a controller status.
+func (h *hostQueue) untilStatus(want nvme.CSTS) {
+	h.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		got := nvme.CSTS(h.property(nvme.PropCSTS, false))
+		if got == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("status %v, want %v", got, want)
+		}
+	}
+}
+
 func (h *hostQueue) property(offset uint32, size8 bool) uint64 {
 	h.t.Helper()
 	var cmd nvme.Command

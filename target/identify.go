@@ -3,6 +3,7 @@ package target
 import (
 	"errors"
 	"math/bits"
+	"time"
 
 	"ublk-nvmeof/nvme"
 )
@@ -87,7 +88,14 @@ func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	id.SetCNTRLTYPE(nvme.ControllerTypeIO)
 	id.SetCMIC(nvme.CMICMultiPort | nvme.CMICMultiController | nvme.CMICANA)
 	id.SetOAES(nvme.AENNamespaceAttribute | nvme.AENANAChange)
-	id.SetCTRATT(nvme.CTRATTHostID128 | nvme.CTRATTTBKAS)
+	id.SetCTRATT(nvme.CTRATTHostID128)
+	if !cfg.CommandKeepAlive {
+		id.SetCTRATT(nvme.CTRATTHostID128 | nvme.CTRATTTBKAS)
+	}
+	id.SetCQT(uint16(cfg.QuiesceTime / time.Millisecond))
+	for i, set := range []func(uint16){id.SetCRDT1, id.SetCRDT2, id.SetCRDT3} {
+		set(uint16(cfg.RetryDelays[i] / (100 * time.Millisecond)))
+	}
 	id.SetACL(3)
 	id.SetANATT(10)
 	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
@@ -98,7 +106,9 @@ func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	id.SetNN(MaxNamespaces)
 	id.SetMNAN(MaxNamespaces)
 	id.SetONCS(nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes)
-	id.SetVWC(nvme.VWCPresent)
+	if !cfg.NoWriteCache {
+		id.SetVWC(nvme.VWCPresent)
+	}
 	id[nwpc] = 1 // no write protect, write protect
 	id.SetIOCCSZ(uint32(nvme.CommandSize+cfg.InCapsule) / 16)
 	return err

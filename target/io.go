@@ -32,13 +32,13 @@ func (q *queue) io(i int) {
 	case nvme.OpDSM:
 		q.fetch(i, cmd.DSMRanges()*nvme.DSMRangeSize)
 	case nvme.OpFlush:
-		q.respond(i, 0, storeStatus(ns.cfg.Store.Flush()))
+		q.respond(i, 0, q.flush(i))
 	case nvme.OpWriteZeroes:
-		err := ns.cfg.Store.WriteZeroes(ns.offset(cmd), int64(cmd.NLB())<<ns.shift)
-		if err == nil && q.durable(cmd) {
-			err = ns.cfg.Store.Flush()
+		s := q.zero(i, (Store).WriteZeroes, cmd.SLBA(), uint64(cmd.NLB()))
+		if s.OK() && q.durable(cmd) {
+			s = q.flush(i)
 		}
-		q.respond(i, 0, storeStatus(err))
+		q.respond(i, 0, s)
 	}
 }
 
@@ -81,22 +81,26 @@ func (n *Namespace) within(slba, nlb uint64) bool {
 	return slba <= blocks && nlb <= blocks-slba
 }
 
-func (n *Namespace) offset(cmd *nvme.Command) int64 { return int64(cmd.SLBA() << n.shift) }
+func (n *Namespace) offset(slba uint64) int64 { return int64(slba << n.shift) }
 
 // durable says whether a write has to be on stable media when it completes.
 func (q *queue) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cacheOff.Load() }
 
 // read answers a Read: data and completion go out in one post.
 func (q *queue) read(i int) {
-	r := &q.reqs[i]
+	r, cmd := &q.reqs[i], q.command(i)
 	r.data = q.free.take(r.length)
-	if _, err := r.ns.cfg.Store.ReadAt(q.bytes(r.data)[:r.length], r.ns.offset(q.command(i))); err != nil {
-		q.respond(i, 0, storeStatus(err))
-		return
+	s := q.enter(i, cmd.SLBA(), uint64(cmd.NLB()))
+	if s.OK() {
+		_, err := r.ns.cfg.Store.ReadAt(q.bytes(r.data)[:r.length], r.ns.offset(cmd.SLBA()))
+		s = storeStatus(err)
+		q.exit()
 	}
-	q.stats.read.Add(uint64(r.length))
-	q.transfer(i, rdma.Write, r.length)
-	q.respond(i, 0, nvme.StatusSuccess)
+	if s.OK() {
+		q.stats.read.Add(uint64(r.length))
+		q.transfer(i, rdma.Write, r.length)
+	}
+	q.respond(i, 0, s)
 }
 
 // finishIO carries out a command whose data is there.
@@ -106,29 +110,45 @@ func (q *queue) finishIO(i int) {
 	switch cmd.Opcode() {
 	case nvme.OpWrite:
 		if s = q.write(i); s.OK() && q.durable(cmd) {
-			s = storeStatus(r.ns.cfg.Store.Flush())
+			s = q.flush(i)
 		}
 		q.stats.written.Add(uint64(r.length))
 	case nvme.OpCompare:
 		s = q.compare(i)
 	case nvme.OpDSM:
-		s = r.ns.discard(cmd, q.arrived(i))
+		s = q.discard(i, q.arrived(i))
 	}
 	q.respond(i, 0, s)
 }
 
 func (q *queue) write(i int) nvme.Status {
-	r := &q.reqs[i]
-	_, err := r.ns.cfg.Store.WriteAt(q.arrived(i)[:r.length], r.ns.offset(q.command(i)))
+	r, cmd := &q.reqs[i], q.command(i)
+	if s := q.enter(i, cmd.SLBA(), uint64(cmd.NLB())); !s.OK() {
+		return s
+	}
+	defer q.exit()
+	_, err := r.ns.cfg.Store.WriteAt(q.arrived(i)[:r.length], r.ns.offset(cmd.SLBA()))
 	return storeStatus(err)
 }
 
+func (q *queue) flush(i int) nvme.Status {
+	if s := q.enter(i, 0, 0); !s.OK() {
+		return s
+	}
+	defer q.exit()
+	return storeStatus(q.reqs[i].ns.cfg.Store.Flush())
+}
+
 func (q *queue) compare(i int) nvme.Status {
-	r := &q.reqs[i]
+	r, cmd := &q.reqs[i], q.command(i)
 	if q.other == nil {
 		q.other = make([]byte, chunkSize)
 	}
-	off := r.ns.offset(q.command(i))
+	if s := q.enter(i, cmd.SLBA(), uint64(cmd.NLB())); !s.OK() {
+		return s
+	}
+	defer q.exit()
+	off := r.ns.offset(cmd.SLBA())
 	for data := q.arrived(i)[:r.length]; len(data) > 0; {
 		other := q.other[:min(len(data), len(q.other))]
 		if _, err := r.ns.cfg.Store.ReadAt(other, off); err != nil {
@@ -144,21 +164,45 @@ func (q *queue) compare(i int) nvme.Status {
 
 // discard carries out a Dataset Management whose ranges are in data. All ranges
 // are checked before the first is discarded.
-func (n *Namespace) discard(cmd *nvme.Command, data []byte) nvme.Status {
+func (q *queue) discard(i int, data []byte) nvme.Status {
+	ns, cmd := q.reqs[i].ns, q.command(i)
 	if !cmd.DSMDeallocate() {
 		return nvme.StatusSuccess // hints
 	}
 	data = data[:cmd.DSMRanges()*nvme.DSMRangeSize]
 	for b := data; len(b) > 0; b = b[nvme.DSMRangeSize:] {
-		if _, nlb, slba := nvme.DSMRange(b); !n.within(slba, uint64(nlb)) {
+		if _, nlb, slba := nvme.DSMRange(b); !ns.within(slba, uint64(nlb)) {
 			return nvme.StatusLBAOutOfRange | dnr
 		}
 	}
 	for b := data; len(b) > 0; b = b[nvme.DSMRangeSize:] {
 		_, nlb, slba := nvme.DSMRange(b)
-		if err := n.cfg.Store.Discard(int64(slba<<n.shift), int64(nlb)<<n.shift); err != nil {
-			return storeStatus(err)
+		if s := q.zero(i, (Store).Discard, slba, uint64(nlb)); !s.OK() {
+			return s
 		}
 	}
 	return nvme.StatusSuccess
+}
+
+// zero discards or zeroes blocks in pieces. The end of the queue or of the
+// namespace ends it between two of them.
+func (q *queue) zero(i int, zero func(s Store, off, length int64) error, slba, nlb uint64) nvme.Status {
+	ns := q.reqs[i].ns
+	for {
+		n := min(nlb, maxPiece>>ns.shift)
+		if q.stopped.Load() {
+			return nvme.StatusAbortedSQDeletion
+		}
+		if s := q.enter(i, slba, n); !s.OK() {
+			return s
+		}
+		err := zero(ns.cfg.Store, ns.offset(slba), int64(n)<<ns.shift)
+		q.exit()
+		if err != nil {
+			return storeStatus(err)
+		}
+		if slba, nlb = slba+n, nlb-n; nlb == 0 {
+			return nvme.StatusSuccess
+		}
+	}
 }

@@ -45,6 +45,7 @@ type request struct {
 
 	// Of faults.
 	judged  bool // faults were looked at
+	held    bool // its Hold is over
 	rule    *rule
 	due     time.Time
 	corrupt Corruption
@@ -72,6 +73,8 @@ type queue struct {
 	capsule int // bytes of each
 	inline  int // bytes of in-capsule data
 
+	// access is odd while the queue is inside a store; others read it.
+	access atomic.Uint64
 	ctrl   *controller // nil before Connect
 	stats  queueStats
 	size   uint16 // entries of the submission queue
@@ -253,12 +256,16 @@ func (q *queue) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, func() { q.kill("no Connect command came") })
+	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, func() {
+		q.target.faults.awaitThaw(q.target.ctx)
+		q.kill("no Connect command came")
+	})
 	defer handshake.Stop()
 	q.target.running.Go(q.watch)
 	if q.receiver != nil {
 		q.receiver.Receiving(true)
 	}
+	faults := &q.target.faults
 	for !q.stopped.Load() {
 		n, err := q.cq.Poll(q.wcs[:])
 		if err != nil {
@@ -268,6 +275,9 @@ func (q *queue) run(ctx context.Context) error {
 			if n, err = q.wait(); err != nil {
 				return err
 			}
+		}
+		if faults.Frozen() && !faults.awaitThaw(q.target.ctx) {
+			return q.killed()
 		}
 		for i := range q.wcs[:n] {
 			if err := q.complete(&q.wcs[i]); err != nil {
@@ -290,6 +300,9 @@ func (q *queue) watch() {
 	for ev := range q.id.Events() {
 		switch ev.Type {
 		case rdma.EventDisconnected, rdma.EventDeviceRemoved, rdma.EventQPFatal:
+			if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
+				time.Sleep(afterThaw)
+			}
 			q.kill(ev.Type.String())
 		}
 	}
@@ -348,7 +361,7 @@ func (q *queue) complete(wc *rdma.WC) error {
 			return fmt.Errorf("capsule of %d bytes", wc.Bytes)
 		}
 		q.reqs[i].bytes = wc.Bytes
-		if q.ctrl != nil && !q.ctrl.alive.Load() {
+		if q.ctrl != nil && !q.ctrl.alive.Load() && q.keepsAlive(i) {
 			q.ctrl.alive.Store(true)
 		}
 		q.enqueue(i)
@@ -358,6 +371,11 @@ func (q *queue) complete(wc *rdma.WC) error {
 		q.confirm(i)
 	}
 	return nil
+}
+
+// keepsAlive says whether the arrival of a command tells that its host is alive.
+func (q *queue) keepsAlive(i int) bool {
+	return !q.target.cfg.CommandKeepAlive || q.qid == 0 && q.command(i).Opcode() == nvme.AdminKeepAlive
 }
 
 // confirm ends the completions up to the one at pos of the ring: SENDs end in
@@ -510,6 +528,10 @@ func (q *queue) respond(i int, result uint64, s nvme.Status) {
 	cmd := q.command(i)
 	if !s.OK() {
 		q.stats.errors.Add(1)
+	}
+	if r.corrupt == CorruptLost {
+		q.drop(i)
+		return
 	}
 	q.advance()
 	wr, at := q.completion(r.data)

@@ -68,7 +68,10 @@ type ControllerStats struct {
 	CNTLID  uint16
 	SubNQN  string
 	HostNQN string
-	Queues  []QueueStats // by QID
+	// Ending says that no queue may join: the controller is known until the last
+	// of its queues, and with it the last of its commands, has ended.
+	Ending bool
+	Queues []QueueStats // by QID
 }
 
 // Snapshot is the state of a target at one moment, more or less: counts go on
@@ -89,15 +92,9 @@ func (t *Target) Snapshot() Snapshot {
 		sum.add(q)
 	}
 	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), Connects: t.connects, Rejects: t.rejects}
-	subsystems := []*Subsystem{t.discovery}
-	for _, s := range t.subsystems {
-		subsystems = append(subsystems, s)
-	}
 	t.mu.Unlock()
-	for _, s := range subsystems {
-		for _, c := range s.list() {
-			snap.Controllers = append(snap.Controllers, c.snapshot())
-		}
+	for _, c := range t.controllers.of(nil) {
+		snap.Controllers = append(snap.Controllers, c.snapshot())
 	}
 	slices.SortFunc(snap.Controllers, func(a, b ControllerStats) int {
 		if a.SubNQN != b.SubNQN {
@@ -111,7 +108,7 @@ func (t *Target) Snapshot() Snapshot {
 func (c *controller) snapshot() ControllerStats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	out := ControllerStats{CNTLID: c.id, SubNQN: c.subsystem.cfg.NQN, HostNQN: c.hostNQN}
+	out := ControllerStats{CNTLID: c.id, SubNQN: c.subsystem.cfg.NQN, HostNQN: c.hostNQN, Ending: c.ended}
 	for _, q := range c.queues {
 		s := QueueStats{QID: q.qid, Entries: int(q.size), Counts: newCounts()}
 		s.add(&q.stats)

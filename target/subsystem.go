@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -68,20 +67,19 @@ type Subsystem struct {
 	cfg       SubsystemConfig
 	discovery bool
 	maxQueues atomic.Int32
-	// namespaces is the table by namespace id less one, replaced as a whole.
+	// namespaces is what hosts see of table, replaced as a whole.
 	namespaces atomic.Pointer[[]*Namespace]
 	// ana holds the states by group id less one, read on the I/O path.
 	ana [MaxANAGroups]atomic.Uint32
 
-	mu          sync.Mutex // guards what follows, and changes of what is above
-	controllers map[uint16]*controller
-	lastID      uint16
-	anaChanges  uint64
-	anaCounts   [MaxANAGroups]uint64
+	mu         sync.Mutex   // guards what follows, and changes of what is above
+	table      []*Namespace // by namespace id less one
+	anaChanges uint64
+	anaCounts  [MaxANAGroups]uint64
 }
 
 func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
-	s := &Subsystem{target: t, cfg: cfg, controllers: map[uint16]*controller{}}
+	s := &Subsystem{target: t, cfg: cfg}
 	s.maxQueues.Store(int32(cfg.MaxQueues))
 	s.namespaces.Store(&[]*Namespace{})
 	for i := range s.ana {
@@ -106,7 +104,7 @@ func (s *Subsystem) SetMaxQueues(n int) error {
 
 // DropControllers ends all connections to the subsystem.
 func (s *Subsystem) DropControllers() {
-	for _, c := range s.list() {
+	for _, c := range s.target.controllers.of(s) {
 		c.fail("controllers are dropped")
 	}
 }
@@ -115,43 +113,9 @@ func (s *Subsystem) allows(host string) bool {
 	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
 }
 
-// list lists the controllers.
-func (s *Subsystem) list() []*controller {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Collect(maps.Values(s.controllers))
-}
-
-// attach gives a new controller its id; false when none is left.
-func (s *Subsystem) attach(c *controller) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for range nvme.CNTLIDMax {
-		s.lastID = s.lastID%nvme.CNTLIDMax + 1
-		if s.controllers[s.lastID] == nil {
-			c.id = s.lastID
-			s.controllers[c.id] = c
-			return true
-		}
-	}
-	return false
-}
-
-func (s *Subsystem) detach(c *controller) {
-	s.mu.Lock()
-	delete(s.controllers, c.id)
-	s.mu.Unlock()
-}
-
-func (s *Subsystem) controller(id uint16) *controller {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.controllers[id]
-}
-
 // notify tells every controller of an event.
 func (s *Subsystem) notify(e event, nsid uint32) {
-	for _, c := range s.list() {
+	for _, c := range s.target.controllers.of(s) {
 		c.notify(e, nsid)
 	}
 }
@@ -227,7 +191,7 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 		return nil, errors.New("namespace: the discovery subsystem has none")
 	}
 	s.mu.Lock()
-	table := slices.Clone(*s.namespaces.Load())
+	table := slices.Clone(s.table)
 	if cfg.NSID == 0 {
 		i := slices.Index(table, nil)
 		if i < 0 {
@@ -249,7 +213,7 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 		return nil, fmt.Errorf("namespace: id %d exists: %t", cfg.NSID, !replace)
 	}
 	*slot = n
-	s.namespaces.Store(&table)
+	s.publish(table)
 	s.mu.Unlock()
 	s.notify(eventNamespace, cfg.NSID)
 	return n, nil
@@ -259,16 +223,39 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 // begun go on to use its store.
 func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
-	if s.namespace(nsid) == nil {
+	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
 		s.mu.Unlock()
 		return fmt.Errorf("namespace: no id %d", nsid)
 	}
-	table := slices.Clone(*s.namespaces.Load())
+	table := slices.Clone(s.table)
 	table[nsid-1] = nil
-	s.namespaces.Store(&table)
+	s.publish(table)
 	s.mu.Unlock()
 	s.notify(eventNamespace, nsid)
 	return nil
+}
+
+// publish makes a table the one that hosts see, unless namespaces are hidden. It is
+// not changed any more. The lock is held.
+func (s *Subsystem) publish(table []*Namespace) {
+	s.table = table
+	if s.target.faults.hidden.Load() {
+		table = nil
+	}
+	s.namespaces.Store(&table)
+}
+
+// republish follows a change of what is hidden, and tells the hosts.
+func (s *Subsystem) republish() {
+	s.mu.Lock()
+	table := s.table
+	s.publish(table)
+	s.mu.Unlock()
+	for _, n := range table {
+		if n != nil {
+			s.notify(eventNamespace, n.cfg.NSID)
+		}
+	}
 }
 
 // namespace finds a namespace, nil if there is none.
@@ -289,6 +276,20 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 		}
 	}
 	return ids
+}
+
+// flush makes all that was written to the namespaces durable.
+func (s *Subsystem) flush() error {
+	s.mu.Lock()
+	table := s.table
+	s.mu.Unlock()
+	var errs []error
+	for _, n := range table {
+		if n != nil {
+			errs = append(errs, n.cfg.Store.Flush())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Revalidate takes notice of the store's size, and tells the hosts if it

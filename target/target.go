@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"sync"
@@ -44,6 +46,21 @@ type Config struct {
 	MaxTransfer    int // bytes per command, a power of two from 4096 to 1 MiB (MDTS); 0: 1 MiB
 	MaxConnections int // connections at a time; 0: 1024
 
+	// QuiesceTime is what controllers announce as their command quiesce time (CQT),
+	// whole milliseconds up to 65535; 0 is not reported. The target cannot keep
+	// such a promise by itself: a store may take any time. Hosts that ask for a
+	// controller's id are told the truth whatever is announced.
+	QuiesceTime time.Duration
+	// CommandKeepAlive makes Keep Alive commands the only ones that keep a
+	// controller alive. Without it all commands do, and CTRATT says so (TBKAS).
+	CommandKeepAlive bool
+	// NoWriteCache makes every write durable before it is answered, and controllers
+	// say that there is no volatile write cache (VWC).
+	NoWriteCache bool
+	// RetryDelays are CRDT1 to CRDT3, whole multiples of 100 ms up to 6553.5 s. A
+	// status with a CRD field (see [nvme.Status.CRD]) refers to them.
+	RetryDelays [3]time.Duration
+
 	// ConnectTimeout is how long a host may take to establish a connection, and
 	// then to send the Connect command; 0: 10 s.
 	ConnectTimeout time.Duration
@@ -79,12 +96,22 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: %d connections", c.MaxConnections)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
+	case !fits(c.QuiesceTime, time.Millisecond):
+		return fmt.Errorf("config: quiesce time %v is not whole milliseconds up to 65535", c.QuiesceTime)
+	}
+	for i, d := range c.RetryDelays {
+		if !fits(d, 100*time.Millisecond) {
+			return fmt.Errorf("config: retry delay %d, %v, is no multiple of 100ms up to 6553.5s", i+1, d)
+		}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	return nil
 }
+
+// fits says whether d can be written as a 16-bit number of units.
+func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <= math.MaxUint16 }
 
 // Target listens on one address.
 type Target struct {
@@ -94,6 +121,8 @@ type Target struct {
 	running  sync.WaitGroup
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
+
+	controllers registry
 
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem
@@ -112,7 +141,10 @@ func New(cfg Config) (*Target, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	t := &Target{cfg: cfg, subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals()}
+	t := &Target{
+		cfg: cfg, controllers: newRegistry(),
+		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(),
+	}
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
@@ -160,7 +192,9 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	return s, nil
 }
 
-// RemoveSubsystem removes a subsystem and ends the connections to it.
+// RemoveSubsystem removes a subsystem and ends the connections to it. Commands
+// that are executing go on; the ids of their controllers stay known, also to
+// another subsystem of this name, until they have ended.
 func (t *Target) RemoveSubsystem(nqn string) error {
 	t.mu.Lock()
 	s := t.subsystems[nqn]
@@ -186,10 +220,18 @@ func (t *Target) subsystem(nqn string) *Subsystem {
 	return t.subsystems[nqn]
 }
 
+// all lists all NVM subsystems.
+func (t *Target) all() []*Subsystem {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Collect(maps.Values(t.subsystems))
+}
+
 // accept takes connect requests until the listener closes.
 func (t *Target) accept() {
 	for {
 		id, err := t.listener.Accept(t.ctx)
+		t.faults.awaitThaw(t.ctx)
 		switch {
 		case t.ctx.Err() != nil:
 			if err == nil {

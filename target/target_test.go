@@ -125,7 +125,7 @@ func TestProperties(t *testing.T) {
 	h.setCC(0)
 	h.setCC(cc.WithEN(true))
 	h.setCC(cc.WithEN(true).WithSHN(nvme.ShutdownNormal))
-	status(nvme.NewCSTS(false, false, nvme.ShutdownStatusComplete))
+	h.untilStatus(nvme.NewCSTS(false, false, nvme.ShutdownStatusComplete))
 
 	for _, bad := range []func(*nvme.Command){
 		func(c *nvme.Command) { c.SetPropertyGet(nvme.PropCAP, false) },

@@ -1,0 +1,82 @@
+package target
+
+import (
+	"context"
+	"time"
+
+	"ublk-nvmeof/nvme"
+)
+
+// maxPiece is the longest part of a range that a store zeroes or discards in one
+// call, so that the end of the connection or of the namespace ends a command that
+// goes over terabytes.
+const maxPiece = 64 << 20
+
+// enter begins a command's access to blocks of its namespace, unless the
+// namespace was removed or shrunk since the command arrived. Only between it and
+// exit a queue uses a store.
+func (q *queue) enter(i int, slba, nlb uint64) nvme.Status {
+	r := &q.reqs[i]
+	q.access.Add(1) // before the table is looked at: drained looks the other way round
+	s := nvme.StatusSuccess
+	if r.rule != nil && r.rule.Hold > 0 && !r.held {
+		r.held = true
+		s = q.target.hold(r.rule.Hold)
+	}
+	switch {
+	case !s.OK():
+	case q.ctrl.subsystem.namespace(q.command(i).NSID()) != r.ns:
+		s = nvme.StatusInvalidNamespace | dnr
+	case !r.ns.within(slba, nlb):
+		s = nvme.StatusLBAOutOfRange | dnr
+	}
+	if !s.OK() {
+		q.exit()
+	}
+	return s
+}
+
+// exit ends an access.
+func (q *queue) exit() { q.access.Add(1) }
+
+// hold keeps a command inside its store, whatever becomes of its connection. If
+// the target closes, the command is not carried out.
+func (t *Target) hold(d time.Duration) nvme.Status {
+	select {
+	case <-time.After(d):
+	case <-t.ctx.Done():
+	}
+	if t.faults.awaitThaw(t.ctx); t.ctx.Err() != nil {
+		return nvme.StatusInternal | dnr
+	}
+	return nvme.StatusSuccess
+}
+
+// drained waits until every access to a store has ended that began before the
+// call. The error is that of ctx.
+func (t *Target) drained(ctx context.Context) error {
+	t.mu.Lock()
+	busy := map[*queue]uint64{}
+	for q := range t.queues {
+		if n := q.access.Load(); n%2 == 1 {
+			busy[q] = n
+		}
+	}
+	t.mu.Unlock()
+	for pause := 50 * time.Microsecond; len(busy) > 0; pause = min(2*pause, 10*time.Millisecond) {
+		for q, n := range busy {
+			if q.access.Load() != n {
+				delete(busy, q)
+			}
+		}
+		if len(busy) == 0 {
+			break
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}

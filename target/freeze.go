@@ -1,0 +1,76 @@
+package target
+
+import (
+	"context"
+	"time"
+)
+
+// freeze is a time in which a target does nothing.
+type freeze struct {
+	timer  *time.Timer
+	thawed chan struct{}
+}
+
+// afterThaw is how long a target that was frozen takes no notice of connections
+// that ended meanwhile: it first does what had arrived, as a process does that
+// was stopped and goes on.
+const afterThaw = 50 * time.Millisecond
+
+// Freeze makes the target do nothing at all for so long, as if its machine were
+// paused: commands and connect requests wait, timers stand still, and no
+// controller ends. Then everything goes on where it stood, and keep alive timers
+// begin anew. What is inside a store ends there. 0 thaws at once. Changes by this
+// package's API are not held up.
+func (f *Faults) Freeze(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	old := f.frozen.Load()
+	if old != nil {
+		old.timer.Stop()
+	}
+	if d > 0 {
+		next := &freeze{thawed: make(chan struct{})}
+		if old != nil {
+			next.thawed = old.thawed
+		}
+		next.timer = time.AfterFunc(d, func() { f.thaw(next) })
+		f.frozen.Store(next)
+		return
+	}
+	if old != nil {
+		f.end(old)
+	}
+}
+
+// thaw ends a freeze, unless another one took its place.
+func (f *Faults) thaw(z *freeze) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.frozen.Load() == z {
+		f.end(z)
+	}
+}
+
+// end ends a freeze; the lock is held.
+func (f *Faults) end(z *freeze) {
+	for _, c := range f.target.controllers.of(nil) {
+		c.restartKeepAlive()
+	}
+	f.frozen.Store(nil)
+	close(z.thawed)
+}
+
+// Frozen says whether the target is frozen.
+func (f *Faults) Frozen() bool { return f.frozen.Load() != nil }
+
+// awaitThaw waits until the target is not frozen; false if ctx ends first.
+func (f *Faults) awaitThaw(ctx context.Context) bool {
+	for z := f.frozen.Load(); z != nil; z = f.frozen.Load() {
+		select {
+		case <-z.thawed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
+}
