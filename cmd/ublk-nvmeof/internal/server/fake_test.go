@@ -275,16 +275,26 @@ func (c *fakeController) Close(ctx context.Context) error {
 	return nil
 }
 
+// failStart makes the devices of a namespace fail to start; nil: not any more.
+func (w *world) failStart(nsid uint32, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.startErr[nsid] = err
+}
+
 func (w *world) start(_ context.Context, cfg ublk.Config) (device, error) {
 	nsid := cfg.Device.(disk).nsid
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if err := w.startErr[nsid]; err != nil {
 		return nil, err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	id := cfg.ID
 	if id < 0 {
 		id = len(w.started)
+	}
+	if w.devices[id] != nil {
+		return nil, ublk.ErrIDTaken
 	}
 	w.started = append(w.started, cfg)
 	w.events = append(w.events, fmt.Sprintf("start ublkb%d", id))

@@ -451,6 +451,18 @@ func TestLostController(t *testing.T) {
 	if err := r.wait("stop ublkb0", "close controller"); err != nil {
 		t.Error(err)
 	}
+	leaves(t, r.dir, ".controllers.json") // the target may still have commands
+	next := newWorld()
+	r = begin(t, next, lab(), r.dir)
+	r.waitReady()
+	if got := next.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [5]", "start ublkb0"}) {
+		t.Errorf("the next server: %q", got)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	leaves(t, r.dir)
 }
 
 // A server without devices has nothing to do.
@@ -744,6 +756,11 @@ func TestCollect(t *testing.T) {
 			t.Errorf("%s: said %t, remove %t (%s)", tt.name, said, f.Remove, f.Why)
 		}
 	}
+	// A record that cannot be read may be that of any device.
+	unread := []state.Record{{State: state.State{Name: "ctrl3"}, Err: os.ErrInvalid}}
+	if f, said := finding(ublk.Info{ID: 3, Cookie: cookie, State: ublk.Quiesced}, unread); !said || f.Remove || !strings.Contains(f.Why, "ctrl3") {
+		t.Errorf("a record cannot be read: %+v", f)
+	}
 	// Devices of other programs are not looked at, dead servers' records go with
 	// the last device, and what was there at one look only is left alone.
 	b := newWorld().backend()
@@ -824,4 +841,34 @@ func TestTakesOverWhatIsThere(t *testing.T) {
 		t.Error(err)
 	}
 	leaves(t, dir)
+}
+
+// A change that cannot be carried out is tried again until it can be, or until its
+// namespace is gone.
+func TestNamespacesRetry(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	w.failStart(2, errors.New("no memory"))
+	w.failStart(3, errors.New("no memory"))
+	for id := range uint32(2) {
+		w.changed(w.namespace(id+2), initiator.Added)
+	}
+	time.Sleep(retryPause / 2)
+	w.changed(w.namespace(3), initiator.Removed)
+	w.failStart(2, nil)
+	w.failStart(3, nil)
+	for end := time.Now().Add(20 * time.Second); !slices.Contains(w.happened(), "start ublkb1"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not tried again: %q", w.happened())
+		}
+	}
+	s, err := r.client().Status(t.Context())
+	if err != nil || len(s.Devices) != 2 || s.Devices[1].NSID != 2 {
+		t.Errorf("%+v, %v", s.Devices, err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
 }
