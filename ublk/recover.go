@@ -16,7 +16,9 @@ import (
 // Recover serves a device of ours whose server died, in its place: the block
 // device never went away, and with RecoveryRequeue its users only waited. info
 // is what List or Get said of it; number of queues, depth, size of the buffers
-// and policy are the device's, not cfg's. Whatever the dead server had sent
+// and policy are the device's, not cfg's. Whether cfg.Device holds the same data is the
+// caller's to know; a back end of another block size, or with a volatile cache that the
+// device's users do not know of, is refused. Whatever the dead server had sent
 // must have no effect any more when Recover is called, because the driver sends
 // the requests that were in flight again.
 //
@@ -149,13 +151,23 @@ func (d *Device) compare(ctx context.Context, g block.Geometry) (sectors uint64,
 	if err := d.command(ctx, call{cmd: getParams, buf: bytesOf(&told)}); err != nil {
 		return 0, err
 	}
-	switch now := paramsOf(g, uint32(d.info.MaxIO)); {
-	case now.basic.logicalBlockShift != told.basic.logicalBlockShift:
-		return 0, fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.basic.logicalBlockShift)
-	case uint32(d.info.MaxIO) > g.MaxIO:
-		return 0, fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, d.info.MaxIO)
+	return told.basic.devSectors, mismatch(&told.basic, g, d.info.MaxIO)
+}
+
+// mismatch says why a back end cannot be what the driver was told; nil if it can. What
+// the back end can do less well (discards, write zeroes, its preferred sizes) costs
+// users only time. maxIO is the size of the device's buffers.
+func mismatch(told *paramBasic, g block.Geometry, maxIO int) error {
+	now := paramsOf(g, uint32(maxIO)).basic
+	switch {
+	case now.logicalBlockShift != told.logicalBlockShift:
+		return fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.logicalBlockShift)
+	case uint32(maxIO) > g.MaxIO:
+		return fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, maxIO)
+	case now.attrs&^told.attrs&attrVolatileCache != 0:
+		return errors.New("back end has a volatile write cache, and users of the device were told that it has none: they would not flush it")
 	}
-	return told.basic.devSectors, nil
+	return nil
 }
 
 // Abandon deletes a device of ours that waits for a server and will not get

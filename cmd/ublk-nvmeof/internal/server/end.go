@@ -69,12 +69,25 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 		s.finish(err)
 		return err
 	}
-	err := errors.Join(s.endNBD(p), s.endController(ctx, p), s.endLoops(p))
-	if err == nil {
-		err = bounded(p.loops, s.closeProvider)
-	}
+	err := s.endBelow(ctx, p)
 	s.finish(err)
 	return err
+}
+
+// endBelow ends what the devices were made of, top down. What does not end still uses
+// what is below it, so that stays.
+func (s *server) endBelow(ctx context.Context, p pace) error {
+	for _, step := range []func() error{
+		func() error { return s.endNBD(p) },
+		func() error { return s.endController(ctx, p) },
+		func() error { return s.endLoops(p) },
+		func() error { return bounded(p.loops, s.closeProvider) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // finish lets run return. The caller holds changes.

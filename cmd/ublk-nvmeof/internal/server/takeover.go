@@ -11,6 +11,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/ublk"
 )
 
@@ -151,6 +152,9 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 		}
 		s.addServing(h.namespace, d)
 		devices = append(devices, h.recordWith(s.recordOf(h.namespace, d)))
+		if h.device.Geometry().ReadOnly != h.Told.ReadOnly {
+			s.changed(h.namespace, initiator.WriteProtection)
+		}
 	}
 	return devices, nil
 }
@@ -212,8 +216,9 @@ func sameNamespace(d state.Device, ns namespace) error {
 }
 
 // promiser is a back end that can keep to what the users of a device were told by an
-// earlier process, where that differs from what it would tell them now. The error says
-// what it cannot keep to.
+// earlier process, where that differs from what it would tell them now: from then on,
+// its geometry is what was told where users do not learn of changes. The error says what
+// it cannot keep to, and continues a sentence.
 type promiser interface {
 	Promise(told block.Geometry) error
 }
