@@ -44,11 +44,27 @@ func (s *server) take(ctx context.Context) error {
 		s.log.Warn("a server's record cannot be read; what it left is not known", "error", unread)
 	}
 	s.record = newRecord(e)
+	s.warnOfOtherHosts()
 	if e.Inherited {
 		s.waiting = e.Devices
 		s.log.Info("takes over what a dead server left", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
 	return nil
+}
+
+// warnOfOtherHosts says which dead servers of the subsystem had another host NQN. The
+// target would not tell this host whether their controllers have ended.
+func (s *server) warnOfOtherHosts() {
+	others, err := s.keptBy(func(r state.Record) bool {
+		return r.Target.NQN == s.opts.NQN && r.Target.HostNQN != s.opts.HostNQN && len(r.Controllers) > 0
+	})
+	if err != nil {
+		s.log.Warn("records of other servers are not known", "error", err)
+	}
+	for _, r := range others {
+		s.log.Warn("a server of the same subsystem died that had another host NQN; the target may still execute its writes, and cannot be asked",
+			"server", r.Name, "hostnqn", r.Target.HostNQN)
+	}
 }
 
 // succeed prepares the place of a server that runs: it has to be asked to leave.
