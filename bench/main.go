@@ -1,49 +1,48 @@
-// Bench measures the initiator against the kernel's, end to end: it boots one
-// VM per measuring mode and, inside it, runs fio in interleaved rounds on
+// Bench compares the initiator with the kernel's, end to end. It boots one VM for
+// each measuring mode. Inside the VM it runs fio in interleaved rounds on
 //
-//	kernel  nvme-rdma, by nvme connect
+//	kernel  nvme-rdma, connected by nvme connect
 //	ours    ublk-nvmeof connect
-//	null    our ublk front end over a back end that does nothing: the ceiling
+//	null    the ublk front end with a back end that does nothing, as the upper limit
 //
-// kernel and ours reach the same target, nvmet-rdma over rdma_rxe with a
-// memory-backed null_blk, in the same VM.
+// kernel and ours use the same target, nvmet-rdma over rdma_rxe with a memory-backed
+// null_blk, in the same VM.
 //
 // # Modes
 //
-// icount is deterministic: virtual time follows executed instructions, on one
-// clock for all CPUs. It measures the instructions of the whole path, host and
-// target, and repeats agree within a few per cent whatever else the machine
-// does. It tells nothing of the latency of busy polling, because a spinning CPU
-// takes its time from the others. And QEMU sometimes lets one of the CPUs stand
-// still for up to a second while another works: what is charged to processes and
-// CPUs is rough, the throughput is not.
+// The mode icount is deterministic: virtual time follows the executed instructions,
+// on one clock for all CPUs. It measures the instructions of the whole path, host and
+// target. Repeated runs agree within a few per cent, whatever else the machine does.
+// It says nothing about the latency of busy polling, because a spinning CPU takes its
+// time from the others. QEMU also sometimes stops one of the CPUs for up to a second
+// while another works. So the times charged to processes and CPUs are rough; the
+// throughput is not.
 //
-// parallel emulates every CPU on a thread of its own (or runs under KVM, where
-// that works). It shows latency and polling, and is noisy: only the ratio of
-// neighbouring runs means something, over many rounds.
+// The mode parallel emulates every CPU on a thread of its own, or runs under KVM if
+// that is available. It shows latency and polling, and is noisy: only the ratio of
+// neighboring runs is meaningful, over many rounds.
 //
 // # Rounds
 //
-// All paths are connected at the start of a round and disconnected at its end,
-// so that a lucky or unlucky placement of interrupts lasts for one round. Within
-// a round the paths take turns on each workload, in an order that rotates from
-// round to round. A path whose turn it is not is connected and idle; what its
-// server uses meanwhile is recorded and reported, so that it cannot burden the
-// others in secret.
+// All paths are connected at the start of a round and disconnected at its end, so that
+// a lucky or unlucky placement of interrupts lasts for one round. Within a round the
+// paths take turns on each workload, in an order that rotates from round to round. The
+// other paths are connected and idle. What their servers use in the meantime is
+// recorded and reported, so that they cannot slow down the others unnoticed.
 //
 // # Output
 //
-// A Markdown table, and every sample in the format of Go benchmarks for
-// benchstat. Both are kept in bench/results, with the samples and their
-// environment as JSON.
+// The output is a Markdown table, and every sample in the format of Go benchmarks for
+// benchstat. Both are kept in bench/results, with the samples and their environment as
+// JSON.
 //
 // # NBD
 //
-// With the argument "nbd" it measures NBD sockets instead, on this machine as it is:
-// see nbdMain.
+// With the argument "nbd" the program measures NBD sockets instead, directly on this
+// machine: see nbdMain.
 //
-// The program is its own guest: the host part starts itself in the VM with the
-// arguments "guest" and "null".
+// The program also is the guest: the host part starts the same program in the VM with
+// the arguments "guest" and "null".
 package main
 
 import (

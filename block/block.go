@@ -1,27 +1,33 @@
-// Package block is the seam between front ends (ublk, nbd) and back ends
-// (the initiator, a RAM device): a Device with a Geometry, and per loop a
-// Queue that takes requests and gives back results, both in batches.
+// Package block is the interface between front ends (ublk, nbd) and back ends (the
+// initiator, a RAM device). A Device has a Geometry, and for each loop a Queue that
+// takes requests and returns results, both in batches.
 //
 // # Ownership
 //
-// I/O memory belongs to the back end, because the back end has to register it
-// with the RDMA device. A front end borrows the buffer of a tag with
-// Queue.Buffer and may touch it only while it owns the tag: Submit hands the
-// tag and its buffer to the back end, the Result that Reap returns hands them
-// back.
+// I/O memory belongs to the back end, because the back end has to register it with
+// the RDMA device. A front end borrows the buffer of a tag by Queue.Buffer and may
+// touch it only while it owns the tag. Submit passes the tag and its buffer to the
+// back end. The Result that Reap returns passes them back.
 //
 // # Concurrency
 //
-// Everything of one Queue is called from the one loop that serves it. Device
-// methods may be called from any goroutine.
+// All methods of a Queue are called from the one loop that serves it. The methods
+// of a Device may be called from any goroutine.
 package block
 
-import "errors"
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
 
 // SectorShift is log2 of the unit that Request.Sector and Request.Sectors
 // count in: 512 bytes, whatever the logical block size, as in the Linux block
 // layer.
-const SectorShift = 9
+const (
+	SectorShift = 9
+	SectorSize  = 1 << SectorShift
+)
 
 // Op is the kind of a request. The zero value is no operation and is refused.
 type Op uint8
@@ -64,6 +70,32 @@ type Request struct {
 	Flags   Flags
 }
 
+// Check finds what must not be carried out on a device of the given capacity in
+// sectors and logical block size in bytes, with buffers of maxIO bytes: 0, or the errno
+// for it. A back end calls it once for each request, and need not look at the fields
+// again. It does not look at the tag.
+func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Errno {
+	switch r.Op {
+	case OpFlush:
+		return 0
+	case OpRead, OpWrite:
+		if uint64(r.Sectors)<<SectorShift > uint64(maxIO) {
+			return unix.EINVAL
+		}
+	case OpDiscard, OpWriteZeroes:
+	default:
+		return unix.EOPNOTSUPP
+	}
+	perBlock := uint64(logicalBlock >> SectorShift)
+	switch {
+	case r.Sectors == 0, r.Flags&^(FUA|NoUnmap) != 0, (r.Sector|uint64(r.Sectors))&(perBlock-1) != 0:
+		return unix.EINVAL
+	case r.Sector > capacity, uint64(r.Sectors) > capacity-r.Sector:
+		return unix.EIO // as the Linux block layer says beyond the end
+	}
+	return 0
+}
+
 // Result ends a request. There are no short transfers: a request is done in
 // its whole length, or not.
 type Result struct {
@@ -78,7 +110,9 @@ type Queue interface {
 	Buffer(tag uint16) []byte
 	// Submit takes the requests, in order. It does not block, and it cannot
 	// refuse: a request that cannot be carried out comes back from Reap with
-	// an errno. The slice itself is the caller's again when Submit returns.
+	// an errno: EINVAL for one whose fields contradict each other or whose tag is
+	// out of range or in flight. The slice itself is the caller's again when Submit
+	// returns. The buffer of a request that is no read or write may be overwritten.
 	Submit(reqs []Request)
 	// Reap fills done with results, at most len(done), and says how many.
 	// Results come in any order.
@@ -91,6 +125,11 @@ type Queue interface {
 type QueueConfig struct {
 	Depth int // number of tags, 1..4096
 	MaxIO int // bytes per tag, a multiple of the page size
+
+	// WriteThrough says that the front end promises its users a device without a
+	// volatile cache, so that no Flush will come. Whatever cache the back end has, or
+	// comes to have, a write is on stable media when it ends.
+	WriteThrough bool
 }
 
 // Device is a block device that a back end offers.

@@ -1,17 +1,17 @@
-// Package cq is the host side of an NVMe completion queue over RDMA: a slab of
-// registered 16-byte buffers with a RECV posted on each, one verbs completion
-// queue, and the decoding of what arrives into batches of events.
+// Package cq is the host side of an NVMe completion queue over RDMA. It has a slab of
+// registered 16-byte buffers with a RECV posted for each, and one completion queue of
+// verbs. It decodes the messages that arrive into batches of events.
 //
 // # Flow control
 //
-// As many RECVs are posted as commands can be outstanding, and a buffer is
-// posted again in the same Poll that took its contents. A controller that
-// answers only what it was asked never finds the queue without a buffer.
+// The number of posted RECVs is the number of commands that can be outstanding. Poll
+// posts a buffer again as soon as it has taken its contents. So a controller that
+// sends one response to each command always finds a buffer.
 //
 // # Concurrency
 //
-// All methods are for the one goroutine that owns the queue pair. Poll, Arm and
-// Ack do not allocate.
+// All methods must be called from the one goroutine that owns the queue pair. Poll,
+// Arm and Ack do not allocate memory.
 package cq
 
 import (

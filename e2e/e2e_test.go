@@ -1,6 +1,5 @@
-// Package e2e runs the built program against the kernel's NVMe-oF target, in the
-// VM. The scenarios are the txtar files under testdata; README.md says how to
-// write one.
+// Package e2e runs the program against the kernel's NVMe-oF target in the VM. The
+// scenarios are the txtar files in testdata; README.md says how to write one.
 package e2e
 
 import (

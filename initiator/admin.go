@@ -27,7 +27,8 @@ type admin struct {
 	conn    *connection
 	mr      rdma.MR
 	buffers chan int      // free pages of mr
-	timeout time.Duration // of a property command
+	timeout time.Duration // of a command
+	fail    func(error)   // hears once that the queue is lost
 	file    *os.File      // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
@@ -45,7 +46,7 @@ type adminCall struct {
 // hears once that the queue is lost.
 func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
-		conn: conn, timeout: timeout, buffers: make(chan int, adminBuffers),
+		conn: conn, timeout: timeout, fail: fail, buffers: make(chan int, adminBuffers),
 		calls: make([]*adminCall, conn.sq.Slots()),
 		lost:  make(chan struct{}), joined: make(chan struct{}),
 	}
@@ -62,18 +63,18 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 		return nil, errors.Join(fmt.Errorf("duplicate completion channel: %w", err), a.mr.Close())
 	}
 	a.file = os.NewFile(uintptr(fd), "completion channel")
-	go a.run(fail)
+	go a.run()
 	return a, nil
 }
 
 // run takes responses until the queue is lost or closed.
-func (a *admin) run(fail func(error)) {
+func (a *admin) run() {
 	defer close(a.joined)
 	event := make([]byte, 8)
 	for {
 		if err := a.drain(); err != nil {
 			a.lose(err)
-			fail(fmt.Errorf("admin queue: %w", err))
+			a.fail(fmt.Errorf("admin queue: %w", err))
 			return
 		}
 		if _, err := a.file.Read(event); err != nil {
@@ -128,11 +129,28 @@ func (a *admin) lose(err error) {
 	}
 }
 
-// exec runs a command. in is copied to the target's sight before, out is filled
-// after; at most one of them, at most a page. A command that has not ended when
-// ctx ends leaves its buffer with the target, so the caller has to give up the
-// association. A status other than success is an error of type nvme.Status.
+// exec runs a command that the controller has to answer within the admin timeout,
+// or sooner if ctx ends. in is copied to where the target can read it before, out
+// is filled after; at most one of them, at most a page. A status other than success
+// is an error of type nvme.Status.
+//
+// The controller may still execute a command that has run out of time. Nothing can
+// be concluded about it and its buffer stays with the target, so the association is
+// lost. Only a command that is canceled does not end it: its caller does.
 func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
+	c, err := a.transfer(ctx, cmd, in, out)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("%s was not answered: %w", cmd.Opcode().AdminString(), err)
+		a.lose(err)
+		a.fail(err)
+	}
+	return c, err
+}
+
+// transfer runs a command with its data.
+func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	n := max(len(in), len(out))
 	if n > 0 {
 		select {
@@ -155,6 +173,8 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 	return a.do(ctx, cmd)
 }
 
+// do runs a command without data, or whose data are where they have to be. The
+// controller has until ctx ends.
 func (a *admin) do(ctx context.Context, cmd *nvme.Command) (nvme.Completion, error) {
 	call := &adminCall{answer: make(chan nvme.Completion, 1)}
 	if err := a.start(cmd, call); err != nil {
@@ -203,8 +223,6 @@ func (a *admin) lossError() error {
 
 // getProperty and setProperty access a property of 4 or 8 bytes.
 func (a *admin) getProperty(ctx context.Context, offset uint32, wide bool) (uint64, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
-	defer cancel()
 	var cmd nvme.Command
 	cmd.SetPropertyGet(offset, wide)
 	c, err := a.exec(ctx, &cmd, nil, nil)
@@ -212,8 +230,6 @@ func (a *admin) getProperty(ctx context.Context, offset uint32, wide bool) (uint
 }
 
 func (a *admin) setProperty(ctx context.Context, offset uint32, value uint64) error {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
-	defer cancel()
 	var cmd nvme.Command
 	cmd.SetPropertySet(offset, value, false)
 	_, err := a.exec(ctx, &cmd, nil, nil)

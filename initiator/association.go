@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 // association is one admin connection with the I/O queue pairs that belong to
 // it. It is made from zero by associate, and given up as a whole.
 type association struct {
+	remote   netip.AddrPort // of the target
 	admin    *admin
 	cntlid   uint16
 	cap      nvme.Cap
@@ -23,10 +25,15 @@ type association struct {
 	identify nvme.IdentifyController
 	depth    int // of the I/O queues
 	plan     poller.Plan
-	pairs    []*pair
-	removed  atomic.Bool    // the RDMA device goes away
-	watching sync.WaitGroup // the goroutines that hear of each connection
-	lost     chan error     // the first reason why it is lost
+	pairs    []*queuePair
+	removed  atomic.Bool     // the RDMA device goes away
+	watching sync.WaitGroup  // the goroutines that hear of each connection
+	lost     chan error      // the first reason why it is lost
+	born     time.Time       // when the target made the controller
+	found    map[uint32]bool // namespaces that were identified since the last event
+	known    bool            // the last look at namespaces left nothing unknown
+	reported map[string]bool // what tolerate has logged
+	changed  chan struct{}   // namespaces have to be looked at
 }
 
 // fail says that the association is lost. Only the first reason counts. Any
@@ -65,7 +72,7 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. What it returns is connected and idle: no lane knows of
 // it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{lost: make(chan error, 1)}
+	a = &association{lost: make(chan error, 1), found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.close())
@@ -93,13 +100,11 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 
 func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	p := queueParam{qid: 0, depth: adminDepth, events: true}
-	conn, err := c.dial(ctx, p)
+	conn, remote, err := c.reach(ctx, p)
 	if err != nil {
 		return err
 	}
-	if err := c.establish(ctx, conn, p); err != nil {
-		return errors.Join(err, conn.close())
-	}
+	a.remote = remote
 	if a.admin, err = newAdmin(conn, c.mem.domain(), c.cfg.AdminTimeout, a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
@@ -111,8 +116,6 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(0, adminDepth-1, uint32(c.cfg.KeepAlive/time.Millisecond), c.cfg.DisableSQFlow)
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
-	defer cancel()
 	done, err := a.admin.exec(ctx, &cmd, data[:], nil)
 	if err != nil {
 		return connectError(done, err)
@@ -121,7 +124,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	if r.AuthRequired() || r.SecureChannelRequired() {
 		return errors.New("target requires authentication, which is not supported")
 	}
-	a.cntlid = r.CNTLID()
+	a.cntlid, a.born = r.CNTLID(), time.Now()
 	return nil
 }
 
@@ -175,6 +178,14 @@ func (p ConnectParam) in(offset uint16) bool {
 	return q.InData() && q.Offset() >= offset && q.Offset() < offset+256
 }
 
+// maxInCapsule bounds the data in a capsule, whatever the controller takes: beyond
+// it a transfer by key is cheaper.
+const maxInCapsule = 64 << 10
+
+// maxReady bounds the time that a controller may take to become ready. CRTO can
+// name nine hours.
+const maxReady = 5 * time.Minute
+
 // enable brings the controller from whatever it was to ready.
 func (c *Controller) enable(ctx context.Context, a *association) error {
 	v, err := a.admin.getProperty(ctx, nvme.PropCAP, true)
@@ -201,7 +212,7 @@ func (c *Controller) enable(ctx context.Context, a *association) error {
 	if err := a.admin.setProperty(ctx, nvme.PropCC, uint64(cc.WithEN(true))); err != nil {
 		return fmt.Errorf("write CC.EN: %w", err)
 	}
-	if err := a.waitStatus(ctx, max(ready, time.Second), nvme.CSTS.RDY); err != nil {
+	if err := a.waitStatus(ctx, min(max(ready, time.Second), maxReady), nvme.CSTS.RDY); err != nil {
 		return fmt.Errorf("wait until ready: %w", err)
 	}
 	v, err = a.admin.getProperty(ctx, nvme.PropVS, false)
@@ -239,8 +250,6 @@ func (a *association) waitStatus(ctx context.Context, limit time.Duration, cond 
 }
 
 func (c *Controller) identifyController(ctx context.Context, a *association) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
-	defer cancel()
 	id := &a.identify
 	if err := a.admin.identify(ctx, nvme.CNSController, 0, (*[adminPage]byte)(id)); err != nil {
 		return err
@@ -265,8 +274,6 @@ func (c *Controller) identifyController(ctx context.Context, a *association) err
 }
 
 func (c *Controller) negotiate(ctx context.Context, a *association) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
-	defer cancel()
 	asked := c.cfg.Queues.Total()
 	granted, err := a.admin.setFeature(ctx, nvme.FeatureNumberOfQueues, nvme.NumberOfQueues(asked))
 	if s := nvme.Status(0); errors.As(err, &s) {
@@ -295,10 +302,10 @@ func (c *Controller) connectIO(ctx context.Context, a *association) error {
 	return nil
 }
 
-func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16, owner int) (*pair, error) {
+func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16, owner int) (*queuePair, error) {
 	class := a.plan.ClassOf(int(qid))
 	q := queueParam{
-		qid: qid, depth: a.depth, cntlid: a.cntlid,
+		remote: a.remote, qid: qid, depth: a.depth, cntlid: a.cntlid,
 		events: class != poller.Poll, vector: owner,
 	}
 	conn, err := c.dial(ctx, q)
@@ -316,9 +323,9 @@ func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16
 	a.admin.buffers <- page
 	inCapsule := uint32(0)
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
-		inCapsule = uint32(a.identify.InCapsuleBytes())
+		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))
 	}
-	return newPair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
+	return newQueuePair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
 }
 
 // connectCommand makes the connection an I/O queue, and says whether the
@@ -351,8 +358,6 @@ func (c *Controller) configureEvents(ctx context.Context, a *association) error 
 	if mask == 0 {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
-	defer cancel()
 	_, err := a.admin.setFeature(ctx, nvme.FeatureAsyncEvent, mask)
 	var s nvme.Status
 	if errors.As(err, &s) {

@@ -1,12 +1,14 @@
 package initiator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"time"
 
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -33,11 +35,16 @@ const (
 // required.
 type Config struct {
 	Provider rdma.Provider
-	Address  netip.AddrPort
-	Source   netip.Addr // local address; zero: the route's
+	Address  netip.AddrPort // of the target; not used if Resolve is set
+	Source   netip.Addr     // local address; zero: the route's
 	SubNQN   string
 	HostNQN  string
 	HostID   nvme.UUID
+
+	// Resolve finds the addresses of the target, in the order in which they are to
+	// be tried. It is called for the first association, and for a later one that the
+	// last address does not accept. nil: Address is the only one.
+	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
 
 	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
 	// threads to serve it, at least Queues.Loops() of them.
@@ -62,12 +69,16 @@ type Config struct {
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
-	// Associated hears the controller id of each association before any I/O is sent
-	// over it. At that time the target has ended the controllers before it, and only
-	// a process that takes over from this one has to wait for the end of this
-	// controller (Controller.Outlive). An error ends the association unused: Connect
-	// fails with it, a later attempt counts as failed and is repeated. Associated
-	// must not call back. nil: the id is not needed.
+	// MaxMemory bounds the bytes of I/O buffers of all queues of all namespaces
+	// (0: half of what the machine has available when the controller connects). A
+	// queue beyond it is not opened.
+	MaxMemory int64
+
+	// Associated is told the controller id of each association before anything is
+	// sent over it. Then the target has ended the controllers before, and only a
+	// process that takes over from this one has to care for it (Controller.Outlive).
+	// After an error nothing is sent: the first association fails to connect, a
+	// later one is tried again. It must not call back. May be nil.
 	Associated func(cntlid uint16) error
 
 	// Changed hears what happens to namespaces once Connect has returned. It must
@@ -81,7 +92,7 @@ func (c *Config) setDefaults() error {
 	switch {
 	case c.Provider == nil:
 		return errors.New("config: no RDMA provider")
-	case !c.Address.IsValid() || c.Address.Port() == 0:
+	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
 		return errors.New("config: no target address")
 	case len(c.Loops) < c.Queues.Loops():
 		return fmt.Errorf("config: %d loops for queues that need %d", len(c.Loops), c.Queues.Loops())
@@ -93,6 +104,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: keep alive timeout %v is negative", c.KeepAlive)
 	case c.ReconnectDelay < 0:
 		return fmt.Errorf("config: reconnect delay %v is negative", c.ReconnectDelay)
+	case c.MaxMemory < 0:
+		return fmt.Errorf("config: memory of %d bytes is negative", c.MaxMemory)
 	case c.FastIOFail < 0:
 		return fmt.Errorf("config: fast I/O fail timeout %v is negative", c.FastIOFail)
 	}
@@ -110,6 +123,13 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.IOTimeout, defaultIOTimeout)
 	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
 	setDefault(&c.CtrlLoss, defaultCtrlLoss)
+	if c.MaxMemory == 0 {
+		available, err := hostmem.Available()
+		if err != nil {
+			return fmt.Errorf("config: memory: %w", err)
+		}
+		c.MaxMemory = available / 2
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"ublk-nvmeof/cq"
@@ -22,8 +23,9 @@ type connection struct {
 	cq  *cq.Queue
 }
 
-// queueParam is what makes the connections of an association differ.
+// queueParam is what makes connections differ.
 type queueParam struct {
+	remote netip.AddrPort
 	qid    uint16
 	depth  int
 	cntlid uint16 // for I/O queues
@@ -46,7 +48,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 			err = errors.Join(err, conn.close())
 		}
 	}()
-	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, c.cfg.Address, tos); err != nil {
+	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, p.remote, tos); err != nil {
 		return nil, err
 	}
 	// The admin queue is the first of an association.

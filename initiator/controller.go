@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"slices"
 	"sync"
@@ -41,9 +42,16 @@ type Controller struct {
 	cfg     Config
 	pollMax uint32
 	lanes   []*lane
-	clock   atomic.Uint32 // seconds; what lanes stamp commands with
+	start   time.Time               // of now
+	clock   atomic.Uint32           // seconds while live; what lanes stamp commands with
+	suspect atomic.Pointer[request] // the request that may be what ends the associations
 
 	mem memory
+
+	// Of the goroutine that makes associations.
+	unfenced []uint16  // controllers that may hold commands; see fence
+	outage   time.Time // when the outage began that no association has ended
+	brief    int       // associations in a row that were lost before they had settled
 
 	// life ends with Close (cause errClosed) or Abort (cause the caller's).
 	life    context.Context
@@ -51,14 +59,16 @@ type Controller struct {
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
 
-	mu         sync.Mutex // guards what follows
-	state      State
-	since      time.Time // of the state
-	reason     error     // why it is not live, or was not the last time
-	losses     int       // associations lost
-	attempts   int       // to make one since the last was lost
-	assoc      *association
-	namespaces []*Namespace
+	mu           sync.Mutex // guards what follows
+	state        State
+	since        time.Time      // of the state
+	reason       error          // why it is not live, or was not the last time
+	losses       int            // associations lost
+	attempts     int            // to make one since the last was lost
+	remote       netip.AddrPort // of the last association
+	lastPatience time.Duration  // with it
+	assoc        *association
+	namespaces   []*Namespace
 }
 
 // Connect connects to a subsystem and identifies its namespaces. ctx bounds the
@@ -72,8 +82,8 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	c := &Controller{
-		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(),
-		stopped: make(chan struct{}), dead: make(chan struct{}),
+		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
+		stopped: make(chan struct{}), dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory},
 	}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
@@ -83,7 +93,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err != nil {
 		return nil, errors.Join(err, c.mem.close())
 	}
-	if c.namespaces, err = c.scan(ctx, a); err != nil {
+	if err := c.firstLook(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
 	}
 	for _, l := range c.lanes {
@@ -106,8 +116,8 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 func (c *Controller) attach(a *association) error {
 	m := poller.Map(a.plan, len(c.lanes))
 	for _, l := range c.lanes {
-		var own []*pair
-		var route [nClasses]*pair
+		var own []*queuePair
+		var route [nClasses]*queuePair
 		for i, p := range a.pairs {
 			if m.Owner[i] == l.index {
 				own = append(own, p)
@@ -136,7 +146,7 @@ func (c *Controller) attach(a *association) error {
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, time.Now()
 	}
-	c.assoc = a
+	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a)
 	return nil
 }
 
@@ -168,16 +178,38 @@ func (c *Controller) detachLanes() error {
 
 var errClosed = errors.New("controller was closed")
 
+// now is the time since the controller was made.
+func (c *Controller) now() time.Duration { return time.Since(c.start) }
+
+// redispatch has every lane look at its parked requests anew. Any goroutine but the
+// loops'.
+func (c *Controller) redispatch() {
+	for _, l := range c.lanes {
+		// A loop that has ended holds no requests.
+		_ = l.loop.Call(l.redispatch)
+	}
+}
+
 // supervise keeps the controller alive: it serves one association after the
 // other, until Close or until none can be made any more.
 func (c *Controller) supervise(a *association) {
 	defer close(c.stopped)
 	for {
+		live := time.Now()
 		reason := c.serve(a)
 		if errors.Is(reason, errClosed) {
 			return // Close goes on with the association
 		}
 		lost := time.Now()
+		if lost.Sub(live) >= c.cfg.KeepAlive {
+			c.outage, c.brief = lost, 0
+		} else {
+			// It has not proved to be better than the one before.
+			c.brief++
+			if c.outage.IsZero() {
+				c.outage = lost
+			}
+		}
 		c.lose(reason, lost)
 		c.cfg.Log.Warn("association lost", "reason", reason)
 		if err := c.release(a); err != nil {
@@ -185,7 +217,7 @@ func (c *Controller) supervise(a *association) {
 		}
 		c.leaveDevice(a.removed.Load())
 		var err error
-		if a, err = c.reconnect(lost, a.cntlid, time.Now().Add(c.patience())); err != nil {
+		if a, err = c.reconnect(lost); err != nil {
 			if !errors.Is(err, errClosed) {
 				c.die(err)
 			}
@@ -200,6 +232,7 @@ func (c *Controller) serve(a *association) error {
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.keepAlive(ctx, a) })
 	helpers.Go(func() { c.listen(ctx, a) })
+	helpers.Go(func() { c.watchNamespaces(ctx, a) })
 	defer helpers.Wait()
 	defer cancel()
 	second := time.NewTicker(time.Second)
@@ -208,7 +241,7 @@ func (c *Controller) serve(a *association) error {
 		select {
 		case <-second.C:
 			c.clock.Add(1)
-			c.tend()
+			c.tend(a)
 		case err := <-a.lost:
 			return err
 		case <-c.life.Done():
@@ -217,42 +250,56 @@ func (c *Controller) serve(a *association) error {
 	}
 }
 
-// reconnect makes the next association: at once, then at intervals. The target
-// has ended controller old by the time until. The error is why the controller
-// ends instead.
-func (c *Controller) reconnect(lost time.Time, old uint16, until time.Time) (*association, error) {
+// backoffMin is the first pause between associations that are lost at once. Each
+// further pause is twice as long, up to the reconnect delay.
+const backoffMin = 100 * time.Millisecond
+
+// pause is the time to wait before an association is made, after one that was lost
+// before it had settled.
+func (c *Controller) pause() time.Duration {
+	if c.brief == 0 {
+		return 0
+	}
+	return min(backoffMin<<min(c.brief-1, 16), c.cfg.ReconnectDelay)
+}
+
+// reconnect makes the next association: at once, then at intervals. The loss times
+// count from the beginning of the outage. The error is why the controller ends
+// instead.
+func (c *Controller) reconnect(lost time.Time) (*association, error) {
 	ctx := c.life
 	giveUp := make(<-chan time.Time) // never
 	if c.cfg.CtrlLoss > 0 {
-		limited, cancel := context.WithDeadline(ctx, lost.Add(c.cfg.CtrlLoss))
+		end := c.outage.Add(c.cfg.CtrlLoss)
+		limited, cancel := context.WithDeadline(ctx, end)
 		defer cancel()
-		ctx, giveUp = limited, time.After(time.Until(lost.Add(c.cfg.CtrlLoss)))
+		ctx, giveUp = limited, time.After(time.Until(end))
 	}
 	if c.cfg.FastIOFail > 0 {
-		fast := time.AfterFunc(time.Until(lost.Add(c.cfg.FastIOFail)), c.failFast)
+		fast := time.AfterFunc(time.Until(c.outage.Add(c.cfg.FastIOFail)), c.failFast)
 		defer fast.Stop()
 	}
-	for {
-		if err := context.Cause(c.life); err != nil {
-			return nil, err
-		}
-		a, err := c.again(ctx, old, until)
-		if err == nil {
-			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
-			return a, nil
-		}
-		c.cfg.Log.Warn("reconnect", "error", err, "again_in", c.cfg.ReconnectDelay)
+	var err error
+	for pause := c.pause(); ; pause = c.cfg.ReconnectDelay {
 		select {
-		case <-time.After(c.cfg.ReconnectDelay):
+		case <-time.After(pause):
 		case <-giveUp:
 			return nil, fmt.Errorf("given up after %v: %w", c.cfg.CtrlLoss, err)
 		case <-c.life.Done():
+			return nil, context.Cause(c.life)
 		}
+		var a *association
+		if a, err = c.attempt(ctx); err == nil {
+			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
+			return a, nil
+		}
+		c.cfg.Log.Warn("reconnect", "error", err, "next_in", c.cfg.ReconnectDelay)
 	}
 }
 
-// again makes one attempt.
-func (c *Controller) again(ctx context.Context, old uint16, until time.Time) (*association, error) {
+// attempt makes one attempt to reconnect. Nothing is sent over the association
+// before the target has ended the controllers before it.
+func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	c.mu.Lock()
 	c.attempts++
 	c.mu.Unlock()
@@ -260,10 +307,10 @@ func (c *Controller) again(ctx context.Context, old uint16, until time.Time) (*a
 	if err != nil {
 		return nil, err
 	}
-	if err := c.rescan(ctx, a); err != nil {
+	if _, err := c.look(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
-	if err := c.fence(ctx, a, old, until); err != nil {
+	if err := c.fenceAll(ctx, a); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
 	if err := c.announce(a); err != nil {
@@ -275,16 +322,15 @@ func (c *Controller) again(ctx context.Context, old uint16, until time.Time) (*a
 	return a, nil
 }
 
-// announce says that commands are about to be sent over an association. On an
-// error nothing may be sent: whoever takes over from this process would not know
-// of the controller.
+// announce puts the controller of an association on record before commands are sent
+// to it. A controller that is not on record is not used.
 func (c *Controller) announce(a *association) error {
-	if c.cfg.Associated == nil {
-		return nil
+	if c.cfg.Associated != nil {
+		if err := c.cfg.Associated(a.cntlid); err != nil {
+			return &StepError{"record controller id", err}
+		}
 	}
-	if err := c.cfg.Associated(a.cntlid); err != nil {
-		return &StepError{"note the controller id", err}
-	}
+	c.unfenced = append(c.unfenced, a.cntlid)
 	return nil
 }
 
@@ -295,6 +341,9 @@ func (c *Controller) lose(reason error, when time.Time) {
 	c.losses++
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
+	}
+	for _, ns := range c.namespaces {
+		ns.doubt(when)
 	}
 }
 
@@ -320,21 +369,16 @@ func (c *Controller) die(err error) {
 	c.failFast()
 }
 
-// tend has each lane look after its commands in flight. Lanes without one are not
-// disturbed.
-func (c *Controller) tend() {
+// tend has the queue pairs look after their commands in flight. Loops whose queue
+// pairs have none are not disturbed.
+func (c *Controller) tend(a *association) {
 	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
 	now := c.clock.Load()
-	for _, l := range c.lanes {
-		if l.submitted.Load() == l.completed.Load() {
-			continue
+	for _, p := range a.pairs {
+		if p.inflight.Load() > 0 {
+			// A loop that has ended has no commands.
+			_ = p.lane.loop.Call(func() { p.tend(now, limit) })
 		}
-		// A loop that has ended has no commands.
-		_ = l.loop.Call(func() {
-			for _, p := range l.pairs {
-				p.tend(now, limit)
-			}
-		})
 	}
 }
 
@@ -373,41 +417,52 @@ func (c *Controller) ping(ctx context.Context, a *association) error {
 	return nil
 }
 
+// eventPause bounds what a flood of events costs. The controller keeps those that
+// come meanwhile.
+const eventPause = 20 * time.Millisecond
+
 // listen keeps one Asynchronous Event Request with the controller.
 func (c *Controller) listen(ctx context.Context, a *association) {
 	for {
 		var cmd nvme.Command
 		cmd.SetAsyncEvent()
-		done, err := a.admin.exec(ctx, &cmd, nil, nil)
+		done, err := a.admin.do(ctx, &cmd)
 		if err != nil {
 			if ctx.Err() == nil && errors.As(err, new(nvme.Status)) {
 				c.cfg.Log.Warn("target refused an asynchronous event request", "error", err)
 			}
 			return
 		}
-		ev := nvme.AsyncEvent(done.DW0())
-		c.cfg.Log.Info("asynchronous event", "event", ev.String())
-		if page := ev.LogPage(); page != 0 {
-			// Reading the page re-enables the event.
-			if err := c.readLog(ctx, a, page); err != nil && ctx.Err() == nil {
-				c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
-			}
-		}
-		switch {
-		case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
-			a.fail(errors.New("controller reports a persistent internal error"))
+		c.handleEvent(ctx, a, nvme.AsyncEvent(done.DW0()))
+		select {
+		case <-time.After(eventPause):
+		case <-ctx.Done():
 			return
-		case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
-			if err := c.rescan(ctx, a); err != nil && ctx.Err() == nil {
-				c.cfg.Log.Warn("look for namespaces", "error", err)
-			}
+		}
+	}
+}
+
+func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.AsyncEvent) {
+	c.cfg.Log.Info("asynchronous event", "event", ev.String())
+	if page := ev.LogPage(); page != 0 {
+		// Reading the page re-enables the event. When that fails, the namespaces
+		// are looked at all the same.
+		if err := c.readLog(ctx, a, page); err != nil && ctx.Err() == nil {
+			c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
+		}
+	}
+	switch {
+	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
+		a.fail(errors.New("controller reports a persistent internal error"))
+	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
+		select {
+		case a.changed <- struct{}{}:
+		default: // a look is due already
 		}
 	}
 }
 
 func (c *Controller) readLog(ctx context.Context, a *association, page uint8) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.AdminTimeout)
-	defer cancel()
 	var cmd nvme.Command
 	var out [adminPage]byte
 	cmd.SetGetLogPage(page, nvme.NSIDAll, adminPage, 0, false)
@@ -418,7 +473,13 @@ func (c *Controller) readLog(ctx context.Context, a *association, page uint8) er
 // reportStatus logs a request that fails for good.
 func (c *Controller) reportStatus(r *request, s nvme.Status) {
 	c.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
-		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "retries", r.tries)
+		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "tries", r.tries)
+}
+
+// reportBlame logs a request that fails because associations end with it.
+func (c *Controller) reportBlame(r *request) {
+	c.cfg.Log.Error("I/O error: the association was lost each time that the request was sent", "op", r.io.Op.String(),
+		"nsid", r.home.ns.id, "sector", r.io.Sector, "sectors", r.io.Sectors, "losses", r.losses)
 }
 
 // Namespaces are the namespaces that were seen since the controller connected,
@@ -477,10 +538,11 @@ func (c *Controller) Close(ctx context.Context) error {
 // Info is what a controller can tell about itself.
 type Info struct {
 	State     State
-	Since     time.Time // when the state began
-	Reason    error     // why the association was lost the last time
-	Losses    int       // associations lost so far
-	Attempts  int       // to make one again, since then
+	Since     time.Time      // when the state began
+	Reason    error          // why the association was lost the last time
+	Losses    int            // associations lost so far
+	Attempts  int            // to make one again, since then
+	Address   netip.AddrPort // of the target
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -492,6 +554,7 @@ type Info struct {
 	InCapsule int         // bytes of data that travel with a command; 0 = none
 	SQFlow    bool        // SQ flow control is on
 	Lanes     []LaneStats
+	Memory    MemoryInfo
 }
 
 // LaneStats are counters of one loop.
@@ -505,8 +568,9 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device()}
+	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
+		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead

@@ -1,36 +1,38 @@
-// Package initiator is the host side of an NVMe over Fabrics controller on
-// RDMA: it connects, negotiates, splits what the target grants into queue
-// classes, connects the I/O queues, keeps the controller alive, and offers each
-// namespace as a block.Device.
+// Package initiator is the host side of an NVMe over Fabrics controller on RDMA. It
+// connects to the target, negotiates, splits the granted queues into classes, connects
+// the I/O queues, keeps the controller alive, and offers each namespace as a
+// block.Device.
 //
 // # Structure
 //
-// A Controller outlives its associations. An association is one admin
-// connection and the I/O queue pairs that belong to it; each one is made by
-// the same code and from zero. A lane is what the controller does on one
-// poller.Loop: it drives the pairs that the loop owns and takes the requests of
-// the namespaces' queues on that loop. A request whose class is served by a
-// pair of another loop is handed over through that lane's inbox.
+// A Controller outlives its associations. An association is one admin connection with
+// the I/O queue pairs that belong to it. Each association is made by the same code,
+// from zero. A lane is the part of the controller that runs on one poller.Loop: it
+// drives the queue pairs that the loop owns, and it takes the requests of the
+// namespaces' queues on that loop. If a queue pair of another loop serves the class of
+// a request, the request is handed over through the inbox of that loop's lane. A request
+// that cannot be sent now is parked on a lane.
 //
-//	front end ── queue.Submit ─► lane ─► pair ─► sq ─► SEND
-//	front end ◄─ queue.Reap  ◄── lane ◄─ pair ◄─ cq ◄─ RECV
+//	front end ── nsQueue.Submit ─► lane ─► queuePair ─► sq ─► SEND
+//	front end ◄─ nsQueue.Reap  ◄── lane ◄─ queuePair ◄─ cq ◄─ RECV
 //
 // # Completion
 //
-// A request without data in its capsule ends with its response: its buffer is
-// read and written by the target only, which is done when it answers. A request
-// with data in its capsule ends when the SEND is complete too, because the
-// adapter may send the capsule again until then. When a queue pair is lost, no
-// request of it ends before the queue pair is in the error state.
+// A request without data in its capsule ends with its response. Only the target
+// accesses its buffer, and the target has finished when it answers. A request with
+// data in its capsule ends when the SEND is complete as well, because the adapter may
+// send the capsule again until then. When a queue pair is lost, none of its requests
+// ends before the queue pair is in the error state.
 //
 // # Memory
 //
-// Each queue registers one slab of depth × maximum I/O, whose key the target
-// is given for the time of the connection. A target can reach the I/O buffers
-// of the subsystem it serves, and nothing else.
+// Each queue registers one slab of depth × maximum I/O. Config.MaxMemory bounds the sum
+// of them, and a queue beyond it is refused (MemoryError). The target holds the key of
+// the slab for the time of the connection. A target can access the I/O buffers of the
+// subsystem that it serves, and no other memory.
 //
 // # Concurrency
 //
-// Methods of Controller and Namespace may be called from any goroutine. The
-// block.Queue of a namespace is for the loop that it was opened for.
+// The methods of Controller and Namespace may be called from any goroutine. The
+// block.Queue of a namespace must be used on the loop that it was opened for.
 package initiator

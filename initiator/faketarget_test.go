@@ -30,6 +30,7 @@ type fakeTarget struct {
 
 	// Knobs, set before the host connects or atomically.
 	grant        atomic.Int32 // I/O queues
+	killers      atomic.Int32 // commands with which a connection ended
 	inCapsule    int
 	maxEntries   int
 	lbads        uint8
@@ -46,6 +47,15 @@ type fakeTarget struct {
 	uuid     nvme.UUID // of every namespace
 	blocks   uint64    // of every namespace, if not what the disk has
 	readOnly bool
+	mdts     uint8
+	oncs     uint16
+	vwc      uint8
+	nguid    [16]byte // of every namespace
+	crdt     uint16
+	anatt    uint8
+	looks    int  // first pages of the list of namespaces that were asked for
+	record   bool // keep the I/O commands other than reads
+	recorded []nvme.Command
 	events   []nvme.AsyncEvent // to be sent
 	shutdown bool
 	lastID   uint16
@@ -67,6 +77,7 @@ func newFakeTarget(t testing.TB, fabric *rdmatest.Fabric, size int) *fakeTarget 
 		t: t, provider: fabric.Provider(targetAddr), quit: make(chan struct{}),
 		inCapsule: 4096, maxEntries: 128, lbads: 9, namespaces: []uint32{1},
 		uuid: nvme.NewUUID(), commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
+		mdts: 8, oncs: nvme.ONCSDSM | nvme.ONCSWriteZeroes, vwc: nvme.VWCPresent,
 		queues: map[uint16]int{}, asked: map[uint16]int{},
 	}
 	f.grant.Store(128)
@@ -248,6 +259,9 @@ func (c *fakeConn) command(buffer uint64, capsule []byte) error {
 	if c.qid > 0 && cmd.Opcode() != nvme.OpFabrics {
 		c.f.commands[cmd.Opcode()]++
 		c.f.byQueue[c.qid]++
+		if c.f.record && cmd.Opcode() != nvme.OpRead {
+			c.f.recorded = append(c.f.recorded, *cmd)
+		}
 	}
 	c.f.mu.Unlock()
 	if c.f.intercept != nil {
@@ -411,7 +425,7 @@ func (c *fakeConn) fabrics(cmd *nvme.Command, inline []byte) (uint64, nvme.Statu
 		if c.qid == 0 {
 			c.f.lastID++
 			c.cntlid = c.f.lastID
-		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] == 0 {
+		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] <= 0 {
 			return uint64(nvme.NewConnectInvalidParam(16, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
 		} else {
 			c.cntlid = data.CNTLID()
@@ -458,9 +472,14 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			id.SetSGLS(nvme.SGLSKeyed | nvme.SGLSOffset)
 			id.SetIOCCSZ(uint32(64+c.f.inCapsule) / 16)
 			id.SetIORCSZ(1)
-			id.SetONCS(nvme.ONCSDSM | nvme.ONCSWriteZeroes)
-			id.SetVWC(nvme.VWCPresent)
-			id.SetMDTS(8)
+			c.f.mu.Lock()
+			id.SetONCS(c.f.oncs)
+			id.SetVWC(c.f.vwc)
+			id.SetMDTS(c.f.mdts)
+			id.SetCRDT1(c.f.crdt)
+			id.SetANATT(c.f.anatt)
+			c.f.mu.Unlock()
+			id.SetNN(1024)
 			id.SetOAES(nvme.AENNamespaceAttribute)
 			id.SetMN("fake")
 		case nvme.CNSNamespace:
@@ -477,13 +496,17 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			ns.SetNSZE(blocks)
 			ns.SetNCAP(blocks)
 			c.f.mu.Lock()
+			ns.SetNGUID(c.f.nguid)
 			ns.SetLBAFormat(0, nvme.LBAFormat{LBADS: c.f.lbads})
 			c.f.mu.Unlock()
 		case nvme.CNSActiveNSList:
 			var ids []uint32
 			c.f.mu.Lock()
+			if cmd.NSID() == 0 {
+				c.f.looks++
+			}
 			for _, id := range c.f.namespaces {
-				if id > cmd.NSID() {
+				if id > cmd.NSID() && len(ids) < 1024 {
 					ids = append(ids, id)
 				}
 			}

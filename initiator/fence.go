@@ -28,19 +28,40 @@ const (
 	fencePauseMax = 500 * time.Millisecond
 )
 
-// patience is when a target has ended a controller at the latest whose host fell
-// silent: with traffic as keep alive, it notices after at most twice the
-// timeout.
-func (c *Controller) patience() time.Duration { return 2*c.cfg.KeepAlive + time.Second }
+// patience is the time within which a target ends a controller whose host fell
+// silent (NVMe Base 2.1, "Communication Loss Handling"; TP4129): up to twice the keep
+// alive timeout, or three times if it takes any command as a sign of life (TBKAS), and
+// the time that it names for quiescing commands (CQT). A second is ours.
+func (c *Controller) patience(a *association) time.Duration {
+	timeouts := time.Duration(2)
+	if a.identify.TBKAS() {
+		timeouts = 3
+	}
+	return timeouts*c.cfg.KeepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
+}
+
+// fenceAll waits until the target of a has ended every controller that commands were
+// sent to.
+func (c *Controller) fenceAll(ctx context.Context, a *association) error {
+	for len(c.unfenced) > 0 {
+		if err := c.fence(ctx, a, c.unfenced[0]); err != nil {
+			return err
+		}
+		c.unfenced = c.unfenced[1:]
+	}
+	return nil
+}
 
 // fence waits until controller cntlid is no more at the target of a, or until a
-// target that keeps its time has ended it anyway. The error is that a, or ctx,
-// ended before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, until time.Time) error {
+// target that keeps its time has ended it anyway. That time counts from when the
+// target answered anew: the timers of one that stood still did not run before. The
+// error is that a, or ctx, ended before.
+func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16) error {
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
 	began, alive := time.Now(), time.Now()
+	until := a.born.Add(c.patience(a))
 	pause := fencePause
 	for asked := 1; ; asked++ {
 		there, err := c.exists(ctx, a, cntlid)
@@ -75,7 +96,7 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, u
 
 // exists asks whether the target has a controller.
 func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) (bool, error) {
-	q := queueParam{qid: 1, depth: MinQueueSize, cntlid: cntlid}
+	q := queueParam{remote: a.remote, qid: 1, depth: MinQueueSize, cntlid: cntlid}
 	conn, err := c.dial(ctx, q)
 	if err != nil {
 		return false, err
@@ -106,7 +127,6 @@ func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) 
 // whose commands will be sent again by this one, or until it should have. To be
 // called before the first I/O.
 func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
-	until := time.Now().Add(c.patience())
 	for _, id := range cntlids {
 		for {
 			c.mu.Lock()
@@ -114,7 +134,7 @@ func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				if err = c.fence(ctx, a, id, until); err == nil {
+				if err = c.fence(ctx, a, id); err == nil {
 					break
 				}
 			}

@@ -110,7 +110,7 @@ func (f *frontEnd) wait(limit time.Duration) (errs []error) {
 		case <-j.done:
 		case <-timeout:
 			j.loop.Call(func() {
-				q := j.queue.(*queue)
+				q := j.queue.(*nsQueue)
 				errs = append(errs, fmt.Errorf("job %d did not end: %d to start, %d in flight, %s", i, j.left, j.flying, q.lane.describe()))
 			})
 			continue
@@ -245,7 +245,7 @@ func (j *job) finish(r block.Result) {
 
 // describe is what a test needs to see of a lane that hangs.
 func (l *lane) describe() string {
-	s := fmt.Sprintf("inbox %v held %v", l.inbox.Load() != nil, l.held.head != nil)
+	s := fmt.Sprintf("inbox %v parked %v", l.inbox.Load() != nil, l.parked.head != nil)
 	for _, p := range l.pairs {
 		s += fmt.Sprintf(", queue %d: %d outstanding, %d held, %d pending, waiting %v, armed %v, lost %v",
 			p.qid, p.sq.Outstanding(), p.sq.Held(), p.sq.Pending(), p.waiting.head != nil, p.armed, p.lost)

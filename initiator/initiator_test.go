@@ -301,6 +301,12 @@ func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request, 
 	for _, text := range data {
 		copy(q.Buffer(0), text)
 	}
+	return uint16(submit(t, loop, q, r))
+}
+
+// submit does one request of a queue without others, and gives its errno.
+func submit(t testing.TB, loop *poller.Loop, q block.Queue, r block.Request) unix.Errno {
+	t.Helper()
 	if err := loop.Call(func() { q.Submit([]block.Request{r}) }); err != nil {
 		t.Fatal(err)
 	}
@@ -309,11 +315,12 @@ func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request, 
 		n := 0
 		loop.Call(func() { n = q.Reap(done[:]) })
 		if n == 1 {
-			return done[0].Errno
+			return unix.Errno(done[0].Errno)
 		}
 		if time.Now().After(deadline) {
 			t.Fatal("request did not end")
 		}
+		time.Sleep(100 * time.Microsecond)
 	}
 }
 

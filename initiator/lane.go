@@ -2,77 +2,40 @@ package initiator
 
 import (
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/cpu"
 	"golang.org/x/sys/unix"
 
-	"ublk-nvmeof/block"
 	"ublk-nvmeof/poller"
 )
 
 // nClasses is the number of queue classes.
 const nClasses = len(poller.Classes)
 
-// request is one I/O on its way. Its owner is the lane that works on it; the
-// inbox passes it from one to the other. A queue has one per tag, for ever.
-type request struct {
-	next   *request // in a fifo or an inbox
-	home   *queue
-	io     block.Request
-	class  poller.Class
-	errno  uint16
-	tries  uint8
-	done   bool   // on its way home
-	posted uint32 // Controller.clock when it was last sent
-}
-
-// fifo is an intrusive list of requests.
-type fifo struct{ head, tail *request }
-
-func (f *fifo) push(r *request) {
-	r.next = nil
-	if f.tail == nil {
-		f.head = r
-	} else {
-		f.tail.next = r
-	}
-	f.tail = r
-}
-
-func (f *fifo) pop() *request {
-	r := f.head
-	if r == nil {
-		return nil
-	}
-	if f.head = r.next; f.head == nil {
-		f.tail = nil
-	}
-	return r
-}
-
-// take empties the list and gives what was in it.
-func (f *fifo) take() fifo {
-	all := *f
-	*f = fifo{}
-	return all
-}
-
 // lane is what a controller does on one loop. Its fields are the loop's, except
 // those that say otherwise.
+//
+// A request that has left its namespace queue is in one of five places: in
+// flight or waiting for a slot in a queue pair, in the inbox of a lane, parked
+// on a lane, or finished. Every end of an association, a namespace or the
+// controller visits all of them.
 type lane struct {
 	ctrl  *Controller
 	loop  *poller.Loop
 	index int
 
-	pairs []*pair         // those that this lane drives
-	route [nClasses]*pair // who serves a class; nil without an association
-	held  fifo            // requests that wait for an association
-	fast  bool            // without an association requests fail, and do not wait
+	pairs  []*queuePair         // those that this lane drives
+	route  [nClasses]*queuePair // what serves a class; nil without an association
+	parked fifo                 // requests that cannot be sent now
+	alarm  *time.Timer          // runs redispatch for parked requests with a due time
+	ring   time.Duration        // when the alarm rings; on Controller.now's clock
+	fast   bool                 // without an association requests fail instead of waiting
 
 	_ cpu.CacheLinePad
-	// inbox is a stack of requests from other lanes: to be sent by a pair of
-	// this lane, or coming home. It needs no bound of its own, as each request
-	// is in it at most once. Any goroutine.
+	// inbox is a stack of requests from other lanes: to be sent by a queue pair
+	// of this lane, or coming home. It needs no bound of its own, as each
+	// request is in it at most once. Any goroutine.
 	inbox atomic.Pointer[request]
 	_     cpu.CacheLinePad
 	// Counters, written by the lane and read by anyone.
@@ -109,7 +72,7 @@ func (l *lane) Arm() poller.Readiness {
 	return answer
 }
 
-// send puts a request into another lane's inbox. Any goroutine.
+// send puts a request into this lane's inbox. Any goroutine.
 func (l *lane) send(r *request) {
 	for {
 		head := l.inbox.Load()
@@ -143,27 +106,90 @@ func (l *lane) receive() int {
 	return n
 }
 
-// dispatch gives a request to the pair that serves its class.
+// dispatch gives a request to the queue pair that serves its class, or finds out
+// why it cannot.
 func (l *lane) dispatch(r *request) {
 	p := l.route[r.class]
-	switch {
-	case r.home.ns.gone.Load():
-		l.finish(r, uint16(unix.ENODEV))
-	case p != nil && p.lane == l:
+	if p == nil || r.troubled || r.home.ns.presence.Load() != served {
+		if !l.admit(r) {
+			return
+		}
+	}
+	if p.lane == l {
 		p.start(r)
-	case p != nil:
-		l.handedOver.Store(l.handedOver.Load() + 1)
-		p.lane.send(r)
-	case l.fast:
+		return
+	}
+	l.handedOver.Store(l.handedOver.Load() + 1)
+	p.lane.send(r)
+}
+
+// admit says whether a request may be sent now. A request that may not is
+// finished or parked.
+func (l *lane) admit(r *request) bool {
+	presence, connected := r.home.ns.presence.Load(), l.route[r.class] != nil
+	switch {
+	case presence == gone:
+		l.finish(r, uint16(unix.ENODEV))
+		return false
+	case !connected && l.fast, presence == failing:
 		l.finish(r, uint16(unix.ENOLINK))
-	default:
-		l.held.push(r)
+		return false
+	case !connected, presence == held:
+		l.parked.push(r)
+		return false
+	}
+	if r.due > l.ctrl.now() {
+		l.parkUntil(r)
+		return false
+	}
+	r.due = 0
+	if r.suspect() && l.ctrl.suspect.Load() != r && !l.ctrl.suspect.CompareAndSwap(nil, r) {
+		l.parked.push(r)
+		return false
+	}
+	return true
+}
+
+// delay parks a request for some time.
+func (l *lane) delay(r *request, d time.Duration) {
+	r.troubled, r.due = true, l.ctrl.now()+d
+	l.parkUntil(r)
+}
+
+// parkUntil parks a request until its due time. Timers are not for the hot
+// path; only requests in trouble need one.
+func (l *lane) parkUntil(r *request) {
+	l.parked.push(r)
+	if l.alarm != nil {
+		if l.ring <= r.due {
+			return
+		}
+		l.alarm.Stop()
+	}
+	l.ring = r.due
+	// A loop that has ended holds no requests.
+	l.alarm = time.AfterFunc(r.due-l.ctrl.now(), func() { _ = l.loop.Call(l.redispatch) })
+}
+
+// redispatch looks at every parked request anew.
+func (l *lane) redispatch() {
+	if l.alarm != nil {
+		l.alarm.Stop()
+		l.alarm = nil
+	}
+	parked := l.parked.take()
+	for r := parked.pop(); r != nil; r = parked.pop() {
+		l.dispatch(r)
 	}
 }
 
 // finish ends a request and brings it home.
 func (l *lane) finish(r *request, errno uint16) {
 	r.errno = errno
+	if r.troubled && l.ctrl.suspect.CompareAndSwap(r, nil) {
+		// Others may wait to be the suspect. Not from this loop: Call waits for it.
+		go l.ctrl.redispatch()
+	}
 	if r.home.lane == l {
 		r.home.done.push(r)
 		return
@@ -172,45 +198,44 @@ func (l *lane) finish(r *request, errno uint16) {
 	r.home.lane.send(r)
 }
 
-// connect gives the lane its part of an association, and starts what was held.
+// connect gives the lane its part of an association, and sends what is parked.
 // Other lanes may still be without theirs, so requests are only dispatched to
-// pairs of this lane or handed over to lanes that hold them until then.
-func (l *lane) connect(pairs []*pair, route [nClasses]*pair) {
+// queue pairs of this lane or handed over to lanes that park them until then.
+func (l *lane) connect(pairs []*queuePair, route [nClasses]*queuePair) {
 	l.pairs, l.route, l.fast = pairs, route, false
-	l.again()
-}
-
-// again dispatches what is held.
-func (l *lane) again() {
-	held := l.held.take()
-	for r := held.pop(); r != nil; r = held.pop() {
-		l.dispatch(r)
-	}
+	l.redispatch()
 }
 
 // disconnect takes the association away. Requests in flight stay with their
-// pairs until recover.
+// queue pairs until recover.
 func (l *lane) disconnect() {
-	l.pairs, l.route = nil, [nClasses]*pair{}
+	l.pairs, l.route = nil, [nClasses]*queuePair{}
 }
 
-// recover holds the requests of a pair that is in the error state, so that the
-// next association sends them again.
-func (l *lane) recover(p *pair) {
+// recover parks the requests of a queue pair that is in the error state, so that
+// the next association sends them again.
+func (l *lane) recover(p *queuePair) {
 	for slot, r := range p.requests {
-		if r != nil {
-			p.requests[slot] = nil
-			l.dispatch(r)
+		if r == nil {
+			continue
 		}
+		p.requests[slot] = nil
+		if l.ctrl.blame(r) {
+			l.ctrl.reportBlame(r)
+			l.finish(r, uint16(unix.EIO))
+			continue
+		}
+		l.dispatch(r)
 	}
 	waiting := p.waiting.take()
 	for r := waiting.pop(); r != nil; r = waiting.pop() {
 		l.dispatch(r)
 	}
+	p.inflight.Store(0)
 }
 
-// failFast fails what is held, and what comes until there is an association.
+// failFast fails what is parked, and what comes until there is an association.
 func (l *lane) failFast() {
 	l.fast = true
-	l.again()
+	l.redispatch()
 }

@@ -13,16 +13,18 @@ import (
 // replace between two associations; the buffers then stay where they are, with
 // new keys. Methods may be called from any goroutine.
 type memory struct {
+	limit  int64       // bytes of buffers
 	mu     sync.Mutex  // guards what follows
+	used   int64       // bytes of buffers
 	dev    rdma.Device // nil: none at present
 	pd     rdma.PD
-	name   string             // of the device, or of the last one
-	queues map[*queue]rdma.PD // open queues, and where their buffers are registered
-	old    []rdma.PD          // of devices that are used no more, with something in them
+	name   string               // of the device, or of the last one
+	queues map[*nsQueue]rdma.PD // open queues, and where their buffers are registered
+	old    []rdma.PD            // of devices that are used no more, with something in them
 }
 
 // use makes dev the device. With move it may be another than before, and no
-// pair of any lane may exist.
+// queue pair of any lane may exist.
 func (m *memory) use(dev rdma.Device, move bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -98,12 +100,36 @@ func (m *memory) device() string {
 	return m.name
 }
 
+// MemoryError is a queue whose buffers would exceed Config.MaxMemory. Figures are in
+// bytes.
+type MemoryError struct {
+	Want  int64 // for this queue
+	Used  int64 // by the queues that are open
+	Limit int64
+}
+
+func (e *MemoryError) Error() string {
+	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
+}
+
+// MemoryInfo is what the I/O buffers of a controller take, in bytes.
+type MemoryInfo struct{ Used, Limit int64 }
+
+func (m *memory) info() MemoryInfo {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return MemoryInfo{m.used, m.limit}
+}
+
 // open registers the buffers of a queue, size bytes.
-func (m *memory) open(q *queue, size int) error {
+func (m *memory) open(q *nsQueue, size int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.pd == nil {
 		return rdma.ErrNoDevice
+	}
+	if int64(size) > m.limit-m.used {
+		return &MemoryError{Want: int64(size), Used: m.used, Limit: m.limit}
 	}
 	mr, err := m.pd.AllocMR(size, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
@@ -111,17 +137,22 @@ func (m *memory) open(q *queue, size int) error {
 	}
 	q.mr, q.slab, q.base, q.rkey, q.lkey = mr, mr.Bytes(), mr.Addr(), mr.RKey(), mr.LKey()
 	if m.queues == nil {
-		m.queues = make(map[*queue]rdma.PD)
+		m.queues = make(map[*nsQueue]rdma.PD)
 	}
 	m.queues[q] = m.pd
+	m.used += int64(size)
 	return nil
 }
 
 // shut gives the buffers of a queue back.
-func (m *memory) shut(q *queue) error {
+func (m *memory) shut(q *nsQueue) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if _, open := m.queues[q]; !open {
+		return fmt.Errorf("close queue: %w", rdma.ErrClosed)
+	}
 	delete(m.queues, q)
+	m.used -= int64(len(q.slab))
 	return q.mr.Close()
 }
 

@@ -496,3 +496,57 @@ func TestRoCERefusals(t *testing.T) {
 		t.Errorf("no subsystem: %v", err)
 	}
 }
+
+// slowStore holds its first write until late is closed. It says when that begins.
+type slowStore struct {
+	target.Store
+	first       atomic.Bool
+	began, late chan struct{}
+}
+
+func (s *slowStore) WriteAt(b []byte, off int64) (int, error) {
+	if !s.first.Swap(true) {
+		close(s.began)
+		<-s.late
+	}
+	return s.Store.WriteAt(b, off)
+}
+
+// TestOldWriteOfTarget is TestOldWrite with the real target: it ends a controller when
+// its writes have left the store.
+func TestOldWriteOfTarget(t *testing.T) {
+	store := &slowStore{Store: target.NewRAM(1 << 20), began: make(chan struct{}), late: make(chan struct{})}
+	w := newWire(t, target.Config{}, target.NamespaceConfig{Store: store})
+	loops := newLoops(t, 1)
+	c := connect(t, w.config(loops, poller.Request{IO: 1}))
+	write := func(text string) <-chan uint16 {
+		done := make(chan uint16, 1)
+		go func() {
+			done <- single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}, text)
+		}()
+		return done
+	}
+	done := write("old")
+	<-store.began
+	w.sub.DropControllers()
+	waitFor(t, "the loss", func() bool { return c.Info().Losses == 1 })
+	select {
+	case <-done:
+		t.Error("the write was sent again while the target had the first copy")
+	case <-time.After(500 * time.Millisecond):
+	}
+	if s := c.Info().State; s != StateConnecting {
+		t.Errorf("state %v", s)
+	}
+	close(store.late)
+	for _, errno := range []uint16{<-done, <-write("new")} {
+		if errno != 0 {
+			t.Errorf("write: %v", unix.Errno(errno))
+		}
+	}
+	closeController(t, c)
+	got := make([]byte, 3)
+	if _, err := store.ReadAt(got, 0); err != nil || string(got) != "new" {
+		t.Errorf("the disk has the %q write, %v", got, err)
+	}
+}

@@ -89,18 +89,32 @@ func newServer(t testing.TB, cfg Config) (s *Server, path string) {
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
-		if n := s.Connections(); slices.Max(n) != 0 || s.total != 0 || len(s.clients) != 0 {
-			t.Errorf("left: %v connections, %d clients", n, s.total)
+		if n := s.Connections(); slices.Max(n) != 0 || len(s.peers.served) != 0 || len(s.peers.negotiating) != 0 {
+			t.Errorf("left: %v connections, %d clients", n, len(s.peers.served)+len(s.peers.negotiating))
 		}
 		for _, e := range s.exports {
-			for i, q := range e.queues {
-				if q.nFree != len(q.tags) || q.inflight != 0 || q.waiting.head != nil {
-					t.Errorf("loop %d export %s: %d of %d tags free, %d in flight", i, e.Name, q.nFree, len(q.tags), q.inflight)
-				}
-			}
+			checkLeft(t, e)
 		}
 	})
 	return s, path
+}
+
+// checkLeft checks that no connection has left anything in an export.
+func checkLeft(t testing.TB, e *export) {
+	t.Helper()
+	for i, s := range e.shards {
+		if s.nFree != len(s.tags) || s.inflight != 0 || s.waiting.head != nil || len(s.parked) != 0 || len(s.reqs) != 0 {
+			t.Errorf("loop %d export %s: %d of %d tags free, %d in flight, %d parked", i, e.Name, s.nFree, len(s.tags), s.inflight, len(s.parked))
+		}
+		for j := range s.stripes.locks {
+			if v := s.stripes.locks[j].Load(); v != 0 {
+				t.Errorf("export %s: stripe %d is locked: %#x", e.Name, j, v)
+			}
+		}
+		if n := s.stripes.parked.Load(); n != 0 {
+			t.Errorf("export %s: %d parked", e.Name, n)
+		}
+	}
 }
 
 // client speaks the protocol as a test wants it, right or wrong.
@@ -195,7 +209,7 @@ func infoData(name string, infos ...infoType) []byte {
 }
 
 // connect goes through the negotiation.
-func connect(t testing.TB, path, export string, structured bool) *client {
+func connect(t testing.TB, path, export string, structured bool, asked ...infoType) *client {
 	t.Helper()
 	c := dial(t, path)
 	c.hello()
@@ -205,7 +219,7 @@ func connect(t testing.TB, path, export string, structured bool) *client {
 			t.Fatalf("structured replies: %+v", a)
 		}
 	}
-	c.option(optGo, infoData(export))
+	c.option(optGo, infoData(export, asked...))
 	if a := c.answers(optGo); a[len(a)-1].rep != repAck {
 		t.Fatalf("go: %+v", a)
 	}
@@ -243,6 +257,29 @@ func (c *client) chunk(cookie uint64) (kind uint16, data []byte) {
 		c.t.Fatalf("reply %x to %d", b, cookie)
 	}
 	return binary.BigEndian.Uint16(b[6:]), c.read(int(binary.BigEndian.Uint32(b[16:])))
+}
+
+// chunks reads a structured reply to a read, of one or more chunks, in order.
+func (c *client) chunks(r request) (data []byte, err code) {
+	c.t.Helper()
+	for {
+		b := c.read(structuredSize)
+		if binary.BigEndian.Uint32(b) != magicStructured || binary.BigEndian.Uint64(b[8:]) != r.cookie {
+			c.t.Fatalf("reply %x to %d", b, r.cookie)
+		}
+		content := c.read(int(binary.BigEndian.Uint32(b[16:])))
+		switch kind := binary.BigEndian.Uint16(b[6:]); {
+		case kind == chunkError:
+			err = code(binary.BigEndian.Uint32(content))
+		case kind != chunkOffsetData || binary.BigEndian.Uint64(content) != r.offset+uint64(len(data)):
+			c.t.Fatalf("chunk %d at %d, after %d bytes", kind, binary.BigEndian.Uint64(content), len(data))
+		default:
+			data = append(data, content[8:]...)
+		}
+		if b[5]&chunkDone != 0 {
+			return data, err
+		}
+	}
 }
 
 // tool is the path of a client program that the test needs.

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/poller"
@@ -33,20 +35,33 @@ type Config struct {
 	// They run until after Stop.
 	Loops []*poller.Loop
 	// Depth is the number of buffers of an export on each loop, 16..4096; 0 is
-	// 128. A connection may use half of them.
+	// 128. A connection may use three quarters of them; see Fairness in the package
+	// documentation.
 	Depth int
-	// MaxIO is the size of a buffer in bytes; it is rounded down to pages and
-	// clamped to the geometry's MaxIO. 0 is 256 KiB. The back end allocates
-	// Loops × Depth × MaxIO for each export.
+	// MaxIO is the size of a buffer in bytes, at least a page; 0 is 256 KiB. It is
+	// clamped to the geometry's MaxIO and rounded down to pages, but is at least two
+	// logical blocks. The back end allocates Loops × Depth × MaxIO for each export.
+	// Larger requests are served in pieces.
 	MaxIO int
 	// TLS lets clients ask for TLS; nil is without. RequireTLS serves nobody else.
+	// ConnectionState.VerifiedChains of its client certificates is known to its own
+	// VerifyConnection only.
 	TLS        *tls.Config
 	RequireTLS bool
 	// HandshakeTimeout is for a client to choose an export; 0 is a minute.
 	HandshakeTimeout time.Duration
-	// MaxConns is how many clients there may be at the same time; one more is
-	// disconnected at once. 0 is 1024.
+	// StallTimeout is how long a client may take nothing of its replies, or send
+	// nothing of the data of a write, before it is disconnected: less than 64 KiB
+	// in that time, if as much is due. At least 8 ms; 0 is 30 seconds. The kernel's
+	// client of Start is never disconnected for that.
+	StallTimeout time.Duration
+	// MaxConns is how many clients are served at the same time. One more is refused.
+	// Each takes some 100 KiB. 0 is 1024.
 	MaxConns int
+	// MaxHandshakes is how many clients may be choosing an export at the same time.
+	// For one more, the one that has taken longest is disconnected. Each takes up to
+	// 200 KiB. 0 is 256.
+	MaxHandshakes int
 	// Log hears of changes of state; nil is nobody.
 	Log *slog.Logger
 }
@@ -54,13 +69,20 @@ type Config struct {
 const (
 	defaultDepth     = 128
 	minDepth         = 16
+	minStall         = stallTicks * time.Millisecond
 	maxDepth         = 4096
 	defaultMaxIO     = 256 << 10
 	defaultHandshake = time.Minute
+	defaultStall     = 30 * time.Second
 	defaultMaxConns  = 1024
+	defaultMaxShakes = 256
 	maxName          = 4096 // proto.md: the longest string
-	// largestRequest is what a client may send that was not told of a limit.
+	// largestRequest is what a client may send that was not told of a limit, and
+	// leastRequest what every server should take (proto.md: maximum payload size).
 	largestRequest = 32 << 20
+	leastRequest   = 1 << 20
+	// maxSize is the largest export, in bytes: offsets are signed in most clients.
+	maxSize = 1<<63 - 1
 )
 
 // setDefaults checks the configuration and completes it.
@@ -77,8 +99,14 @@ func (c *Config) setDefaults() error {
 	if c.HandshakeTimeout == 0 {
 		c.HandshakeTimeout = defaultHandshake
 	}
+	if c.StallTimeout == 0 {
+		c.StallTimeout = defaultStall
+	}
 	if c.MaxConns == 0 {
 		c.MaxConns = defaultMaxConns
+	}
+	if c.MaxHandshakes == 0 {
+		c.MaxHandshakes = defaultMaxShakes
 	}
 	switch {
 	case len(c.Loops) == 0:
@@ -86,22 +114,37 @@ func (c *Config) setDefaults() error {
 	case c.Depth < minDepth || c.Depth > maxDepth:
 		return fmt.Errorf("depth %d is not in %d..%d", c.Depth, minDepth, maxDepth)
 	case c.MaxIO < os.Getpagesize():
-		return fmt.Errorf("buffers of %d bytes are smaller than a page", c.MaxIO)
+		return fmt.Errorf("MaxIO of %d bytes is below a page, %d bytes", c.MaxIO, os.Getpagesize())
+	case c.HandshakeTimeout < 0:
+		return fmt.Errorf("HandshakeTimeout of %v is negative", c.HandshakeTimeout)
+	case c.StallTimeout < minStall:
+		return fmt.Errorf("StallTimeout of %v is below %v", c.StallTimeout, minStall)
+	case c.MaxConns < 1 || c.MaxHandshakes < 1:
+		return fmt.Errorf("MaxConns %d or MaxHandshakes %d is below 1", c.MaxConns, c.MaxHandshakes)
 	case c.RequireTLS && c.TLS == nil:
 		return errors.New("TLS is required, and not configured")
+	}
+	if c.TLS != nil {
+		c.TLS = askAnyCertificate(c.TLS)
 	}
 	return nil
 }
 
 // check says what is wrong with an export.
 func (e *Export) check() error {
-	switch {
-	case e.Device == nil:
+	if e.Device == nil {
 		return errors.New("it has no device")
-	case len(e.Name) > maxName || len(e.Description) > maxName:
-		return fmt.Errorf("its name or description is longer than %d bytes", maxName)
 	}
-	return e.Device.Geometry().Validate()
+	for _, text := range []string{e.Name, e.Description} {
+		if len(text) > maxName || !utf8.ValidString(text) || strings.ContainsRune(text, 0) {
+			return fmt.Errorf("its name or description is longer than %d bytes, or no UTF-8, or has a NUL", maxName)
+		}
+	}
+	g := e.Device.Geometry()
+	if g.Sectors > maxSize>>block.SectorShift {
+		return fmt.Errorf("its %d sectors are more than 2^63 - 1 bytes", g.Sectors)
+	}
+	return g.Validate()
 }
 
 // offer is an export as a client sees it, at the moment when it asks.
@@ -112,17 +155,20 @@ type offer struct {
 	minBlock   uint32
 	preferred  uint32
 	maxRequest uint32
+	structured bool // the client takes structured replies
+	aligned    bool // the client knows minBlock
 }
 
 // offer describes the export. structured says what the client negotiated.
 func (e *export) offer(structured bool) offer {
 	g := e.Device.Geometry()
 	o := offer{
-		export: e, size: g.Sectors << block.SectorShift,
+		export: e, size: min(g.Sectors, maxSize>>block.SectorShift) << block.SectorShift,
 		flags:    flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn,
 		minBlock: g.LogicalBlock, preferred: max(g.PhysicalBlock, 4096),
-		maxRequest: e.limits.maxRequest,
+		structured: structured,
 	}
+	o.maxRequest = max(e.atOnce(g), leastRequest)
 	if e.ReadOnly || g.ReadOnly {
 		o.flags |= flagReadOnly
 	}
@@ -138,23 +184,13 @@ func (e *export) offer(structured bool) offer {
 	return o
 }
 
-// limits are how an export's buffers may be used.
-type limits struct {
-	maxIO      int    // bytes of a buffer
-	tags       int    // that a connection may hold
-	maxRequest uint32 // bytes of a read or write
-}
-
-// limitsOf are those of a device with the given geometry.
-func (c *Config) limitsOf(g block.Geometry) limits {
-	page := os.Getpagesize()
-	l := limits{maxIO: min(c.MaxIO, int(g.MaxIO)) / page * page, tags: c.Depth / 2}
-	most := uint64(l.maxIO) * uint64(l.tags)
-	if g.ChunkSectors > 0 {
-		// Every boundary may cost a tag more.
-		unit := min(uint64(l.maxIO), uint64(g.ChunkSectors)<<block.SectorShift)
-		most = unit * uint64(l.tags-2) / 2
+// atOnce is the largest read, in bytes, that a connection has enough tags for at the
+// same time, at most largestRequest.
+func (e *export) atOnce(g block.Geometry) uint32 {
+	b := boundsOf(g, e.buffer)
+	most := uint64(b.piece) * uint64(e.share)
+	if b.chunk > 0 { // every boundary may cost a tag more
+		most = min(uint64(b.piece), b.chunk) * uint64(e.share-2) / 2
 	}
-	l.maxRequest = uint32(min(most, largestRequest)) &^ (g.LogicalBlock - 1)
-	return l
+	return max(uint32(min(most, largestRequest))&^(g.LogicalBlock-1), b.block)
 }

@@ -16,80 +16,112 @@ const (
 	// inputSize is how much is received ahead of what is known to be data: several
 	// small requests, and of a large one not so much that copying it matters.
 	inputSize = 32 << 10
-	// sendBatch is how many replies go out in one message, and sendPieces of how many
-	// pieces that may be. The reply with the most has one piece for each tag that a
-	// connection may hold, and a header.
-	sendBatch  = 64
-	sendPieces = 2 * sendBatch
+	// maxTasks is how many requests of a connection are carried out at the same time.
+	// More than that are read later. The kernel's client sends 128.
+	maxTasks = 256
 	// sendBuffer is how much of the replies waits in a unix socket.
 	sendBuffer = 1 << 20
 	// maxSkip is the data of a refused write that is read and dropped. A client that
-	// announces more is disconnected.
-	maxSkip = 64 << 20
+	// announces more is disconnected: none sends more than largestRequest.
+	maxSkip = 2 * largestRequest
 )
 
-// conn is a connection in the transmission phase. All of it is its loop's, but done
-// and, once that is closed, err.
-//
-// It ends in steps. ending: no request is taken any more; what is in flight is
-// answered. broken: nothing is sent any more either. When no command is pending on
-// the socket and no tag is held, it is done.
-type conn struct {
-	admitted   bool // see Server.admit; guarded by the server's mu
-	worker     *worker
-	queue      *queue
-	slot       int
-	fd         int
-	offer      offer
-	structured bool
-	readOnly   bool
-	client     bool // a request to disconnect was received
+// phase is how far a connection has come. It only ever increases.
+type phase uint8
 
-	// Receiving. If data is expected, the next bytes belong into a buffer, or are
-	// skipped; else they are a header.
-	input     []byte
-	from, to  int // what of input is not looked at
-	incoming  *uring.Message
-	receiving bool
-	write     uint16 // request whose data is being received, or none
-	fill      uint16 // its tag that is next
-	filled    uint32 // bytes of that
-	skip      uint32
+const (
+	phaseNew      phase = iota // no loop has it yet
+	phaseServing               // requests are taken
+	phaseDraining              // no more requests are taken; those that were begun are answered
+	phaseBroken                // nothing is sent any more; it ends with what the back end has of it
+	phaseClosed                // done is closed
+)
+
+// wait is why the next request, or the rest of one, waits.
+type wait uint8
+
+const (
+	waitNone  wait = iota
+	waitTask       // for a task of this connection
+	waitShare      // for tags of this connection, which has its share
+	waitTags       // for any tags: it is in shard.waiting
+)
+
+// operation is a command of the loop's ring on the socket, in one direction.
+type operation uint8
+
+const (
+	opIdle      operation = iota
+	opPending             // its completion is to come
+	opCancelled           // the same, and it was asked to end soon
+)
+
+// conn is a connection in the transmission phase. All of it is its loop's, but admitted,
+// done and, once that is closed, err.
+//
+// It is done when it takes no more requests, no operation is pending on its socket, and
+// no task is left.
+type conn struct {
+	worker *worker
+	shard  *shard
+	slot   int
+	fd     int
+	offer  offer
+	phase  phase
+	err    error // why it ended, if not in order
+	done   chan struct{}
+
+	admitted bool // see Server.admit; guarded by the server's mu
+
+	// Receiving. What comes next is data to skip, or data of the write that is
+	// current, or a header.
+	input    []byte
+	from, to int // what of input is not looked at
+	incoming *uring.Message
+	recv     operation
+	skip     uint32
+	filling  uint16 // tag that gets the data, or none
+	filled   uint32 // bytes of it
 
 	// Requests.
-	held      int  // tags
-	need      int  // tags that the next request wants, if it waits
-	throttled bool // it waits for tags of this connection
-	queued    bool // it waits for anybody's: in queue.waiting, linked by next
-	turn      bool // it has waited long enough
-	next      *conn
+	current       *task // write whose data, or read whose pieces, are not all there
+	freeTasks     *task
+	tasks         int // that are not free
+	held          int // tags
+	wait          wait
+	want          int   // tags that it waits for
+	before, after *conn // in shard.waiting
 
-	// Replies that are due, and those that are being sent.
-	first, last uint16 // tasks, linked by next
-	dirty       bool   // in worker.due
-	outgoing    *uring.Message
-	sending     bool
-	batch       [sendBatch]uint16
-	nBatch      int
+	// Sending.
+	replies  taskList // those that are due
+	outgoing *uring.Message
+	send     operation
+	listed   bool     // in worker.due
+	tags     []uint16 // whose data is in outgoing
+	answered []*task  // whose reply ends in outgoing
 
-	ending, broken bool
-	err            error // why it ended, if not in order
-	done           chan struct{}
+	patience int // ticks that the client may stand still; 0: for ever
+	progress [2]progress
 }
 
 // newConn prepares a connection over a stream socket that is not O_NONBLOCK, and is
 // the caller's to close after done. Any goroutine.
-func newConn(fd int, o offer, structured bool, l limits) (*conn, error) {
+func newConn(fd int, o offer) (*conn, error) {
 	input, err := hostmem.Map(inputSize)
 	if err != nil {
 		return nil, fmt.Errorf("make input buffer: %w", err)
 	}
 	widen(fd)
-	return &conn{
-		fd: fd, offer: o, structured: structured, readOnly: o.flags&flagReadOnly != 0, input: input,
-		incoming: uring.NewMessage(2), outgoing: uring.NewMessage(max(sendPieces, 1+l.tags)),
-		write: none, first: none, last: none, done: make(chan struct{}),
-	}, nil
+	c := &conn{
+		fd: fd, offer: o, input: input, filling: none, done: make(chan struct{}),
+		incoming: uring.NewMessage(2), outgoing: uring.NewMessage(sendPieces),
+		tags: make([]uint16, 0, sendPieces), answered: make([]*task, 0, sendPieces),
+	}
+	tasks := make([]task, min(maxTasks, len(o.export.shards[0].tags)))
+	for i := range tasks {
+		tasks[i].next, c.freeTasks = c.freeTasks, &tasks[i]
+	}
+	return c, nil
 }
 
 // widen makes room for replies to large reads in a unix socket, so that they are sent
@@ -103,69 +135,64 @@ func widen(fd int) {
 	}
 }
 
-// free gives memory back, after done. Any goroutine.
-func (c *conn) free() error { return hostmem.Unmap(c.input) }
+// unmap gives memory back, after done. Any goroutine.
+func (c *conn) unmap() error { return hostmem.Unmap(c.input) }
 
-// parse works on what was received, as far as that is possible, and asks for more.
+// parse works on what was received, as far as that is possible, and asks for more. It
+// does no harm if there is nothing to do.
 func (c *conn) parse() {
-	for !c.ending {
-		have := c.input[c.from:c.to]
+	for c.wait == waitNone {
+		t := c.current
 		switch {
-		case c.skip > 0:
-			n := min(c.skip, uint32(len(have)))
-			c.from += int(n)
-			if c.skip -= n; c.skip > 0 {
-				c.receive()
+		case t != nil && t.kind == cmdRead:
+			if !c.layMore(t) {
 				return
 			}
-		case c.write != none:
-			if len(have) == 0 {
-				c.receive()
-				return
-			}
-			n := copy(c.target(), have)
-			c.from += n
-			c.take(n)
-		case len(have) < requestSize:
-			c.receive()
+		case c.phase != phaseServing:
+			c.settle()
 			return
-		default:
-			if !c.begin(decodeRequest(have)) {
+		case c.skip > 0:
+			if !c.skipData() {
 				return
 			}
-			c.from += requestSize
+		case t != nil:
+			if !c.fill(t) {
+				return
+			}
+		default:
+			if !c.nextRequest() {
+				return
+			}
 		}
 	}
-	c.settle()
 }
 
-// target is where the next data of a write belongs.
-func (c *conn) target() []byte { return c.queue.buffer(c.fill)[c.filled:] }
-
-// take takes note of n bytes that were put into target.
-func (c *conn) take(n int) {
-	c.filled += uint32(n)
-	if c.filled < c.queue.tags[c.fill].length {
-		return
+// skipData drops the data of a write that was refused. It says false if there is none.
+func (c *conn) skipData() bool {
+	n := min(c.skip, uint32(c.to-c.from))
+	c.from += int(n)
+	if c.skip -= n; c.skip > 0 {
+		c.receive()
+		return false
 	}
-	c.fill, c.filled = c.queue.tags[c.fill].next, 0
-	if c.fill == none {
-		c.queue.transfer(c.write, block.OpWrite)
-		c.write = none
-	}
+	return true
 }
 
 // receive asks for what is needed next: the rest of a buffer, and after the last one,
 // or else, the input.
 func (c *conn) receive() {
-	if c.receiving {
+	if c.recv != opIdle {
 		return
 	}
 	c.incoming.Reset()
-	if c.write != none {
-		c.incoming.Add(c.target())
+	more := uint64(0) // data that comes before the next header, without that for a buffer
+	if c.filling != none {
+		room := c.room()
+		c.incoming.Add(room)
+		more = c.current.end - c.current.at - uint64(len(room))
+		c.worker.watch()
 	}
-	if c.write == none || c.queue.tags[c.fill].next == none {
+	if more == 0 {
 		// What is left is the beginning of a header.
 		c.to = copy(c.input, c.input[c.from:c.to])
 		c.from = 0
@@ -174,7 +201,7 @@ func (c *conn) receive() {
 	s := c.worker.ring.SQE()
 	s.SetRecv(c.fd, c.incoming)
 	s.UserData = c.data(dirRecv)
-	c.receiving = true
+	c.recv = opPending
 }
 
 func (c *conn) data(dir uint64) uint64 {
@@ -183,13 +210,14 @@ func (c *conn) data(dir uint64) uint64 {
 
 // received is the completion of receive.
 func (c *conn) received(res int32) {
-	c.receiving = false
+	c.recv = opIdle
 	switch {
-	case res > 0 && !c.ending:
+	case res > 0 && c.phase == phaseServing:
 		n := int(res)
-		if c.write != none {
-			k := min(n, len(c.target()))
-			c.take(k)
+		c.progress[dirRecv].moved += uint64(n)
+		if c.filling != none {
+			k := min(n, len(c.room()))
+			c.fillBy(k)
 			n -= k
 		}
 		c.to += n
@@ -197,91 +225,111 @@ func (c *conn) received(res int32) {
 	case res == -int32(unix.EAGAIN), res == -int32(unix.EINTR):
 	case res == 0:
 		err := error(nil)
-		if c.write != none || c.skip > 0 || c.from < c.to {
+		if c.current != nil && c.current.kind == cmdWrite || c.skip > 0 || c.from < c.to {
 			err = io.ErrUnexpectedEOF
 		}
 		c.end(err)
 	default:
 		c.end(fmt.Errorf("receive: %w", unix.Errno(-res)))
 	}
-	if c.ending {
+	if c.phase != phaseServing {
 		c.dropWrite()
 	}
 	c.parse()
 }
 
-// begin starts a request. It says false if the request has to wait for tags, or if
-// none follows it.
-func (c *conn) begin(r request) bool {
-	if r.magic != magicRequest {
-		c.end(errors.New("request has a wrong magic number"))
-		c.settle()
+// nextRequest begins the next request. It says false if there is none, or if it has to
+// wait.
+func (c *conn) nextRequest() bool {
+	have := c.input[c.from:c.to]
+	if len(have) < requestSize {
+		c.receive()
 		return false
 	}
-	if r.kind == cmdDisc {
-		c.client = true
-		c.end(nil)
-		c.settle()
-		return false
-	}
-	refusal := c.check(r)
-	c.need = 1
-	if refusal == 0 && (r.kind == cmdRead || r.kind == cmdWrite) {
-		c.need = c.queue.pieces(r.offset>>block.SectorShift, r.length>>block.SectorShift)
-	}
+	r := decodeRequest(have)
 	switch {
-	case c.held+c.need > c.queue.limits.tags:
-		c.throttled = true
-		return false
-	case c.need > c.queue.nFree || c.queue.waiting.head != nil && !c.turn:
-		c.queue.waiting.push(c)
+	case r.magic != magicRequest:
+		c.end(errors.New("request has a wrong magic number"))
+		return true
+	case r.kind == cmdDisc:
+		c.end(nil)
+		return true
+	case c.freeTasks == nil:
+		c.wait = waitTask
 		return false
 	}
-	c.turn = false
-	q := c.queue
-	first := q.take(c.need)
-	t := &q.tasks[first]
-	*t = task{
-		conn: c, cookie: r.cookie, offset: r.offset, length: r.length, kind: r.kind, code: refusal,
-		tags: uint16(c.need), next: none,
+	if !c.begin(r) {
+		return false
 	}
-	c.held += c.need
-	c.start(first, r.flags)
+	c.from += requestSize
 	return true
 }
 
-// start carries a request out, or refuses it.
-func (c *conn) start(first uint16, flags uint16) {
-	q := c.queue
-	t := &q.tasks[first]
+// begin starts a request, or refuses it. It says false if it has to wait for tags.
+func (c *conn) begin(r request) bool {
+	s := c.shard
+	if e := c.check(r); e != 0 {
+		t := c.takeTask(r)
+		t.code = e
+		if r.kind == cmdWrite {
+			c.skip = r.length
+		}
+		c.answer(t)
+		if c.skip > maxSkip {
+			c.end(fmt.Errorf("write of %d bytes", r.length))
+		}
+		return true
+	}
+	least, most := 1, 1
+	switch r.kind {
+	case cmdWrite:
+		t := c.takeTask(r)
+		if r.flags&cmdFlagFUA != 0 {
+			t.flags |= block.FUA
+		}
+		c.current = t
+		return true
+	case cmdRead:
+		most = s.pieces(r.offset, r.offset+uint64(r.length), s.share+1)
+		if most <= s.share {
+			least = most
+		}
+	}
+	n := s.allow(c, least, most)
+	if n == 0 {
+		s.enqueue(c, least)
+		return false
+	}
+	t := c.takeTask(r)
+	if r.kind == cmdRead {
+		t.whole = r.flags&cmdFlagDF != 0 || !c.offer.structured
+		t.streamed = n < most
+		c.lay(t, n)
+		if t.streamed {
+			c.current = t
+		}
+		return true
+	}
+	c.beginSteps(t, r.flags)
+	return true
+}
+
+// beginSteps starts a flush, trim or write zeroes, for which there is a tag. A flush is
+// always passed on: only the back end knows whether it is needed, from one to the next.
+func (c *conn) beginSteps(t *task, flags uint16) {
+	s := c.shard
+	t.sync = t.kind == cmdFlush || flags&cmdFlagFUA != 0
 	if flags&cmdFlagNoHole != 0 {
 		t.flags |= block.NoUnmap
 	}
-	fua := flags&cmdFlagFUA != 0 && q.geometry.VolatileCache
-	switch {
-	case t.code != 0:
-		if t.kind == cmdWrite {
-			c.skip = t.length
-		}
-		c.answer(first)
-	case t.kind == cmdRead:
-		q.lay(first)
-		q.transfer(first, block.OpRead)
-	case t.kind == cmdWrite:
-		if fua {
-			t.flags |= block.FUA
-		}
-		q.lay(first)
-		c.write, c.fill, c.filled = first, first, 0
-	default: // flush, trim, write zeroes
-		if t.kind == cmdFlush {
-			t.sync = q.geometry.VolatileCache
-		} else {
-			t.at, t.left, t.sync = t.offset>>block.SectorShift, t.length>>block.SectorShift, fua
-		}
-		if !q.advance(first) {
-			c.answer(first)
-		}
+	if t.kind == cmdTrim { // of a block in part, nothing can be said
+		unit := uint64(s.bounds.block)
+		t.at, t.end = (t.at+unit-1)&^(unit-1), t.end&^(unit-1)
+	}
+	i := s.take(t, piece{})
+	if !s.advance(i) {
+		s.release(i)
+		c.answer(t)
 	}
 }
 
@@ -291,194 +339,89 @@ var flagsOf = [...]uint16{
 	cmdTrim: cmdFlagFUA, cmdZeroes: cmdFlagFUA | cmdFlagNoHole,
 }
 
-// check says why a request is refused; 0: it is not.
+// check says why a request is refused; 0: it is not. A client that was told of the block
+// size keeps to it, as the specification demands; any other need not.
 func (c *conn) check(r request) code {
 	o := &c.offer
 	switch {
 	case int(r.kind) >= len(flagsOf), r.kind == 5: // no such kind; 5 is CACHE
 		return codeInval
-	case r.flags&^flagsOf[r.kind] != 0, r.flags&cmdFlagDF != 0 && !c.structured:
+	case r.flags&^flagsOf[r.kind] != 0, r.flags&cmdFlagDF != 0 && !o.structured:
 		return codeInval
 	case r.kind == cmdFlush:
 		if r.offset != 0 || r.length != 0 {
 			return codeInval
 		}
 		return 0
-	case r.kind != cmdRead && c.readOnly:
+	case r.kind != cmdRead && o.flags&flagReadOnly != 0:
 		return codePerm
 	case r.kind == cmdTrim && o.flags&flagSendTrim == 0, r.kind == cmdZeroes && o.flags&flagSendZeroes == 0:
 		return codeInval
-	case r.length == 0, (r.offset|uint64(r.length))&uint64(o.minBlock-1) != 0:
+	case r.length == 0, o.aligned && (r.offset|uint64(r.length))&uint64(o.minBlock-1) != 0:
 		return codeInval
 	case r.offset > o.size || uint64(r.length) > o.size-r.offset:
 		if r.kind == cmdWrite || r.kind == cmdZeroes {
 			return codeNoSpace
 		}
 		return codeInval
-	case (r.kind == cmdRead || r.kind == cmdWrite) && r.length > o.maxRequest:
-		return codeInval
+	case r.flags&cmdFlagDF != 0 && r.length > largestRequest: // its length may not fit into a chunk
+		return codeOverflow
 	}
 	return 0
-}
-
-// answer has the reply to a request sent, soon.
-func (c *conn) answer(first uint16) {
-	q := c.queue
-	t := &q.tasks[first]
-	q.count(t)
-	if t.kind == cmdWrite && t.code != 0 && c.skip > maxSkip {
-		c.end(fmt.Errorf("write of %d bytes", t.length))
-	}
-	if c.broken {
-		c.drop(first)
-		c.settle()
-		return
-	}
-	if c.last == none {
-		c.first = first
-	} else {
-		q.tasks[c.last].next = first
-	}
-	c.last = first
-	c.touch()
-}
-
-func (c *conn) touch() {
-	if !c.dirty {
-		c.dirty = true
-		c.worker.due = append(c.worker.due, c)
-	}
-}
-
-// drop is the end of a request.
-func (c *conn) drop(first uint16) {
-	c.held -= int(c.queue.tasks[first].tags)
-	c.queue.release(first)
-}
-
-// send sends the replies that are due, as many as go into a message.
-func (c *conn) send() {
-	if c.sending || c.first == none {
-		return
-	}
-	q := c.queue
-	c.outgoing.Reset()
-	for c.nBatch = 0; c.first != none && c.nBatch < sendBatch; c.nBatch++ {
-		t := &q.tasks[c.first]
-		if c.outgoing.Room() < 1+int(t.tags) {
-			break
-		}
-		c.compose(c.first, t)
-		c.batch[c.nBatch] = c.first
-		if c.first = t.next; c.first == none {
-			c.last = none
-		}
-	}
-	c.submit()
-}
-
-// compose adds a reply to the message.
-func (c *conn) compose(first uint16, t *task) {
-	switch {
-	case c.structured && t.kind == cmdRead && t.code != 0:
-		c.outgoing.Add(putError(t.header[:], t.cookie, t.code))
-		return
-	case c.structured && t.kind == cmdRead:
-		c.outgoing.Add(putData(t.header[:], t.cookie, t.offset, t.length))
-	default:
-		c.outgoing.Add(putSimple(t.header[:], t.cookie, t.code))
-	}
-	if t.kind != cmdRead || t.code != 0 {
-		return
-	}
-	for i := first; i != none; i = c.queue.tags[i].next {
-		c.outgoing.Add(c.queue.buffer(i))
-	}
-}
-
-func (c *conn) submit() {
-	s := c.worker.ring.SQE()
-	s.SetSend(c.fd, c.outgoing)
-	s.UserData = c.data(dirSend)
-	c.sending = true
-}
-
-// sent is the completion of submit.
-func (c *conn) sent(res int32) {
-	c.sending = false
-	switch {
-	case c.broken:
-	case res > 0:
-		if c.outgoing.Advance(int(res)); c.outgoing.Len() > 0 {
-			c.submit()
-			return
-		}
-	case res == -int32(unix.EAGAIN), res == -int32(unix.EINTR):
-		c.submit()
-		return
-	default:
-		c.cut(fmt.Errorf("send: %w", unix.Errno(-res)))
-	}
-	for _, first := range c.batch[:c.nBatch] {
-		c.drop(first)
-	}
-	c.nBatch = 0
-	if c.broken {
-		c.dropDue()
-	} else {
-		c.send()
-	}
-	if c.throttled && (c.ending || c.held+c.need <= c.queue.limits.tags) {
-		c.throttled = false
-		c.parse()
-	}
-	c.settle()
-}
-
-// dropDue gives up the replies that are due.
-func (c *conn) dropDue() {
-	for c.first != none {
-		next := c.queue.tasks[c.first].next
-		c.drop(c.first)
-		c.first = next
-	}
-	c.last = none
 }
 
 // end lets no request follow. What was begun is finished, but for a write whose data
 // is not all there.
 func (c *conn) end(err error) {
-	if c.ending {
+	if c.phase != phaseServing {
 		return
 	}
-	c.ending, c.err, c.throttled = true, err, false
-	if c.receiving {
-		c.cancel(dirRecv) // its buffer is the kernel's until then
-	} else {
-		c.dropWrite()
+	c.phase, c.err = phaseDraining, err
+	if c.current == nil || c.current.kind != cmdRead {
+		c.stopWaiting()
 	}
+	if c.recv == opIdle {
+		c.dropWrite()
+		return
+	}
+	c.cancel(&c.recv, dirRecv) // its buffer is the kernel's until then
+}
+
+// stopWaiting takes a connection out of the queue for tags.
+func (c *conn) stopWaiting() {
+	if c.wait == waitTags {
+		c.shard.waiting.remove(c)
+		c.shard.freed = true // what it would not take is for the next
+	}
+	c.wait = waitNone
 }
 
 // dropWrite gives up a write whose data is not all there.
 func (c *conn) dropWrite() {
-	if c.write != none {
-		c.drop(c.write)
-		c.write = none
+	if t := c.current; t != nil && t.kind == cmdWrite {
+		c.giveUpWrite(t)
 	}
 }
 
 // cut ends the connection without more replies.
 func (c *conn) cut(err error) {
 	c.end(err)
-	if c.broken {
+	if c.phase >= phaseBroken {
 		return
 	}
-	c.broken = true
-	if c.sending {
-		c.cancel(dirSend)
+	c.phase = phaseBroken
+	c.stopWaiting()
+	if t := c.current; t != nil && t.kind == cmdRead {
+		c.current = nil
+		if t.state == replyNone {
+			c.dropReply(t)
+		}
+	}
+	if c.send != opIdle {
+		c.cancel(&c.send, dirSend)
 		return
 	}
-	c.dropDue()
+	c.dropReplies()
 }
 
 // leave ends the connection in order; see Server.Stop.
@@ -493,15 +436,52 @@ func (c *conn) abandon() {
 	c.settle()
 }
 
-// cancel ends a command that is pending.
-func (c *conn) cancel(dir uint64) {
+// cancel ends an operation that is pending.
+func (c *conn) cancel(op *operation, dir uint64) {
+	if *op != opPending {
+		return
+	}
+	*op = opCancelled
 	s := c.worker.ring.SQE()
 	s.Opcode, s.Addr = uring.OpAsyncCancel, c.data(dir)
 }
 
 // settle ends the connection when there is nothing left to wait for.
 func (c *conn) settle() {
-	if c.ending && !c.receiving && !c.sending && c.held == 0 && !c.queued && c.worker.conns[c.slot] == c {
+	if (c.phase == phaseDraining || c.phase == phaseBroken) && c.recv == opIdle && c.send == opIdle && c.tasks == 0 {
+		c.phase = phaseClosed
 		c.worker.remove(c)
 	}
+}
+
+// progress is what a client did lately in one direction.
+type progress struct {
+	moved uint64 // bytes
+	seen  uint64 // of those, when the count of ticks began
+	ticks int
+}
+
+// errStalled says that a client stood still.
+var errStalled = errors.New("client neither reads its replies nor sends what it announced")
+
+// tick looks whether the client stands still, and says whether it has to be looked at
+// again.
+func (c *conn) tick() (busy bool) {
+	waits := [2]bool{dirRecv: c.recv == opPending && c.filling != none, dirSend: c.send == opPending}
+	for dir, waiting := range waits {
+		p := &c.progress[dir]
+		if !waiting || p.moved-p.seen >= leastProgress {
+			p.seen, p.ticks = p.moved, 0
+		}
+		if !waiting {
+			continue
+		}
+		busy = true
+		if p.ticks++; c.patience > 0 && p.ticks > c.patience {
+			c.cut(errStalled)
+			c.settle()
+			return false
+		}
+	}
+	return busy
 }

@@ -24,7 +24,7 @@ import (
 // other, which nothing of it may end.
 func TestRequests(t *testing.T) {
 	const depth, maxIO = 16, 16 << 10
-	const most = depth / 2 * maxIO
+	const most = depth * 3 / 4 * maxIO
 	s, path := newServer(t, Config{
 		Depth: depth, MaxIO: maxIO,
 		Exports: []Export{
@@ -36,6 +36,7 @@ func TestRequests(t *testing.T) {
 	const size = 1 << 20
 	for _, structured := range []bool{false, true} {
 		rw, ro, plain := connect(t, path, "rw", structured), connect(t, path, "ro", structured), connect(t, path, "plain", structured)
+		aware := connect(t, path, "rw", structured, infoBlockSize)
 		df := codeInval
 		if structured {
 			df = 0
@@ -52,9 +53,10 @@ func TestRequests(t *testing.T) {
 			{"FUA", rw, request{kind: cmdWrite, flags: cmdFlagFUA, length: 1024}, 0},
 			{"write beyond the end", rw, request{kind: cmdWrite, offset: size - 1024, length: 2048}, codeNoSpace},
 			{"write far beyond", rw, request{kind: cmdWrite, offset: ^uint64(0) - 1023, length: 1024}, codeNoSpace},
-			{"write too large", rw, request{kind: cmdWrite, length: most + 1024}, codeInval},
-			{"write not aligned", rw, request{kind: cmdWrite, offset: 512, length: 1024}, codeInval},
-			{"write of half a block", rw, request{kind: cmdWrite, length: 512}, codeInval},
+			{"write of more than all buffers", rw, request{kind: cmdWrite, length: depth*maxIO + 1024}, 0},
+			{"write not aligned", rw, request{kind: cmdWrite, offset: 512, length: 1024}, 0},
+			{"write of half a block", rw, request{kind: cmdWrite, length: 512}, 0},
+			{"write not aligned, though the client knows the block size", aware, request{kind: cmdWrite, offset: 512, length: 1024}, codeInval},
 			{"write of nothing", rw, request{kind: cmdWrite}, codeInval},
 			{"write with unknown flag", rw, request{kind: cmdWrite, flags: 1 << 9, length: 1024}, codeInval},
 			{"write to read-only", ro, request{kind: cmdWrite, length: 1024}, codePerm},
@@ -63,9 +65,10 @@ func TestRequests(t *testing.T) {
 			{"read of read-only", ro, request{kind: cmdRead, offset: 512, length: 512}, 0},
 			{"read beyond the end", rw, request{kind: cmdRead, offset: size, length: 1024}, codeInval},
 			{"read over the end of the address space", rw, request{kind: cmdRead, offset: ^uint64(0) - 1023, length: 2048}, codeInval},
-			{"read too large", rw, request{kind: cmdRead, length: most + 1024}, codeInval},
+			{"read of more than all buffers", rw, request{kind: cmdRead, length: depth*maxIO + 1024}, 0},
 			{"read of 4 GiB", rw, request{kind: cmdRead, length: ^uint32(1023)}, codeInval},
-			{"read not aligned", rw, request{kind: cmdRead, offset: 1, length: 1024}, codeInval},
+			{"read not aligned", rw, request{kind: cmdRead, offset: 1, length: 1024}, 0},
+			{"read not aligned, though the client knows the block size", aware, request{kind: cmdRead, offset: 1, length: 1024}, codeInval},
 			{"read in one chunk", rw, request{kind: cmdRead, flags: cmdFlagDF, length: 1024}, df},
 			{"flush", rw, request{kind: cmdFlush}, 0},
 			{"flush of read-only", ro, request{kind: cmdFlush}, 0},
@@ -96,24 +99,21 @@ func TestRequests(t *testing.T) {
 					tt.c.read(int(tt.r.length))
 				}
 			default:
-				kind, data := tt.c.chunk(tt.r.cookie)
-				switch {
-				case kind == chunkError:
-					got = code(binary.BigEndian.Uint32(data))
-				case kind != chunkOffsetData || binary.BigEndian.Uint64(data) != tt.r.offset || len(data) != 8+int(tt.r.length):
-					t.Errorf("%s: chunk %d with %d bytes", tt.name, kind, len(data))
+				var data []byte
+				if data, got = tt.c.chunks(tt.r); got == 0 && len(data) != int(tt.r.length) {
+					t.Errorf("%s: %d bytes", tt.name, len(data))
 				}
 			}
 			if got != tt.want {
 				t.Errorf("%s: error %d, want %d", tt.name, got, tt.want)
 			}
 		}
-		for _, c := range []*client{rw, ro, plain} {
+		for _, c := range []*client{rw, ro, plain, aware} {
 			c.ask(request{kind: cmdDisc}, nil)
 			c.closed()
 		}
 	}
-	want := Stats{Reads: 16, Writes: 22, Flushes: 4, Trims: 6, WriteZeroes: 6}
+	want := Stats{Reads: 18, Writes: 24, Flushes: 4, Trims: 6, WriteZeroes: 6}
 	got := s.Snapshot("rw")
 	if got.Reads != want.Reads || got.Writes != want.Writes || got.Flushes != want.Flushes || got.Trims != want.Trims || got.WriteZeroes != want.WriteZeroes {
 		t.Errorf("counted %+v, want %+v", got, want)
@@ -194,33 +194,37 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 			}
 		}
 		// Reads may overlap: all at once.
-		type span struct{ at, length int }
+		type span struct{ at, length, left int }
 		spans := map[uint64]span{}
 		var reads []byte
 		for i := range uint64(1 + r.IntN(20)) {
 			length := unit * (1 + r.IntN(24<<10/unit))
-			s := span{r.IntN((len(content)-length)/unit) * unit, length}
+			s := span{r.IntN((len(content)-length)/unit) * unit, length, length}
 			spans[i] = s
 			reads = append(reads, requestBytes(request{magic: magicRequest, kind: cmdRead, cookie: i, offset: from + uint64(s.at), length: uint32(s.length)})...)
 		}
 		c.send(reads)
 		for len(spans) > 0 {
-			var cookie uint64
-			if structured {
-				b := c.read(dataHeader)
-				cookie = binary.BigEndian.Uint64(b[8:])
-			} else {
-				b := c.read(simpleSize)
-				cookie = binary.BigEndian.Uint64(b[8:])
-			}
+			at, length := 0, 0
+			b := c.read(simpleSize)
+			cookie := binary.BigEndian.Uint64(b[8:])
 			s, ok := spans[cookie]
 			if !ok {
 				c.t.Errorf("reply to %d", cookie)
 				return
 			}
-			delete(spans, cookie)
-			if !bytes.Equal(c.read(s.length), content[s.at:s.at+s.length]) {
-				c.t.Errorf("other data at %d", s.at)
+			if at, length = s.at, s.length; structured {
+				b = append(b, c.read(dataHeader-simpleSize)...)
+				at, length = int(binary.BigEndian.Uint64(b[structuredSize:])-from), int(binary.BigEndian.Uint32(b[16:])-8)
+			}
+			if s.left -= length; s.left == 0 != (!structured || b[5]&chunkDone != 0) {
+				c.t.Errorf("%d bytes are left of reply %x", s.left, b)
+			}
+			if spans[cookie] = s; s.left == 0 {
+				delete(spans, cookie)
+			}
+			if !bytes.Equal(c.read(length), content[at:at+length]) {
+				c.t.Errorf("other data at %d", at)
 				return
 			}
 		}

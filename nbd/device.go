@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -39,6 +40,9 @@ const (
 	// busyPatience is what a short-lived opener, such as udev's, gets.
 	busyPatience = 500 * time.Millisecond
 	busyBackoff  = 20 * time.Millisecond
+	// maxConnections is what fits into a netlink message of 64 KiB, and more than the
+	// kernel has queues for.
+	maxConnections = 1024
 )
 
 // DeviceConfig says which device the kernel makes of an export.
@@ -79,13 +83,16 @@ type Device struct {
 	cookie uint64
 	log    *slog.Logger
 
+	reconfiguring sync.Mutex // one at a time; before mu
+
 	mu    sync.Mutex // guards what follows
 	offer offer      // its export does not change
-	live  int        // connections
+	live  int        // connections, and who makes some
 	asked bool       // Stop was called
+	ended bool       // done is closed: it gets no more connections
 
 	done chan struct{} // closed when live is 0
-	err  error         // written before done is closed
+	err  error         // why it ended, or why the last connection did; written before done is closed
 }
 
 // Start makes an export a block device. It needs CAP_SYS_ADMIN.
@@ -97,7 +104,12 @@ func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 	if e == nil {
 		return nil, fmt.Errorf("start NBD device: no export %q", cfg.Export)
 	}
-	if cfg.Connections == 0 {
+	switch {
+	case cfg.Connections < 0 || cfg.Connections > maxConnections:
+		return nil, fmt.Errorf("start NBD device: %d connections are not in 1..%d", cfg.Connections, maxConnections)
+	case cfg.Timeout < 0 || cfg.DeadConn < 0:
+		return nil, fmt.Errorf("start NBD device: timeout %v or %v is negative", cfg.Timeout, cfg.DeadConn)
+	case cfg.Connections == 0:
 		cfg.Connections = len(s.loops)
 	}
 	if cfg.Timeout == 0 {
@@ -111,6 +123,9 @@ func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 		return nil, fmt.Errorf("start NBD device: %w", err)
 	}
 	d.log = cfg.Log.With("device", d.Path())
+	if err := d.limit(); err != nil {
+		d.log.Warn("the kernel's requests are not limited: a read that fails may cost the connection", "error", err)
+	}
 	d.log.Info("NBD device started", "connections", cfg.Connections)
 	go d.watch()
 	return d, nil
@@ -127,18 +142,15 @@ func newCookie() uint64 {
 func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
 
 func (d *Device) start(ctx context.Context) error {
-	g := d.offer.export.Device.Geometry()
-	flags := d.offer.flags
-	if !g.VolatileCache {
-		flags &^= flagSendFlush | flagSendFUA // spares the kernel to ask
-	}
+	// The kernel is always to flush: that the device has no volatile cache now does not
+	// mean that it has none later.
 	var attrs attributes
 	if d.cfg.Index >= 0 {
 		attrs = attrs.u32(attrIndex, uint32(d.cfg.Index))
 	}
-	attrs = attrs.u64(attrSize, d.offer.size).u64(attrBlockSize, uint64(g.LogicalBlock)).
+	attrs = attrs.u64(attrSize, d.offer.size).u64(attrBlockSize, uint64(d.offer.minBlock)).
 		u64(attrTimeout, wholeSeconds(d.cfg.Timeout)).u64(attrDeadConn, wholeSeconds(d.cfg.DeadConn)).
-		u64(attrServerFlags, uint64(flags)).text(attrBackend, backend(d.cookie))
+		u64(attrServerFlags, uint64(d.offer.flags)).text(attrBackend, backend(d.cookie))
 	answer, err := d.connect(ctx, nlConnect, attrs, d.cfg.Connections)
 	switch {
 	case errors.Is(err, unix.EBUSY):
@@ -154,8 +166,36 @@ func (d *Device) start(ctx context.Context) error {
 	return nil
 }
 
+// limit has the kernel send no larger requests than there are tags for at the same
+// time. Larger ones are served, too, but an error in the middle of a read could only be
+// told by closing the connection. The kernel takes no limit by netlink.
+func (d *Device) limit() error {
+	e := d.offer.export
+	path := filepath.Join("/sys/block", disk(d.index), "queue/max_sectors_kb")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	have, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 32)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", path, err)
+	}
+	want := uint64(e.atOnce(e.Device.Geometry()) >> 10)
+	if have <= want {
+		return nil
+	}
+	// The kernel takes no less than a page.
+	want = max(want, uint64(os.Getpagesize()>>10))
+	return os.WriteFile(path, []byte(strconv.FormatUint(want, 10)), 0)
+}
+
 // connect gives the kernel n new connections by a command, and serves them.
 func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int) (attributes, error) {
+	// Meanwhile the device does not end, even if the first connection does so at once.
+	if err := d.hold(); err != nil {
+		return nil, err
+	}
+	defer d.drop(nil)
 	var theirs []int
 	defer func() {
 		for _, fd := range theirs {
@@ -180,29 +220,51 @@ func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int
 func (d *Device) serve(fd int) error {
 	s := d.srv
 	s.mu.Lock()
-	if s.over {
+	if s.ended {
 		s.mu.Unlock()
 		return errors.Join(ErrStopped, unix.Close(fd))
 	}
 	s.ending.Add(1)
 	s.mu.Unlock()
 	d.mu.Lock()
-	d.live++
+	d.live++ // the caller holds the device
 	o := d.offer
 	d.mu.Unlock()
 	go func() {
 		defer s.ending.Done()
-		err := s.transmit(fd, o, false)
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if d.live--; d.live == 0 {
-			if !d.asked {
-				d.err = errors.Join(ErrDisconnected, err)
-			}
-			close(d.done)
-		}
+		d.drop(s.transmit(fd, o, 0))
 	}()
 	return nil
+}
+
+// hold keeps a device that has not ended from ending, until drop.
+func (d *Device) hold() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ended {
+		return errors.Join(ErrNoDevice, d.err)
+	}
+	d.live++
+	return nil
+}
+
+// drop ends a connection, or a hold; with the last of them the device ends.
+func (d *Device) drop(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil {
+		d.err = err
+	}
+	if d.live--; d.live > 0 {
+		return
+	}
+	if d.asked {
+		d.err = nil
+	} else {
+		d.err = errors.Join(ErrDisconnected, d.err)
+	}
+	d.ended = true
+	close(d.done)
 }
 
 func (d *Device) watch() {
@@ -215,13 +277,16 @@ func (d *Device) watch() {
 }
 
 // Reconfigure replaces connections that were lost, and changes the time limits; 0 is
-// as in DeviceConfig.
+// as in DeviceConfig. A device that has lost all of them has ended, and stays so: the
+// error is ErrNoDevice.
 func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duration) error {
 	if timeout == 0 {
 		timeout = noTimeout
 	}
+	d.reconfiguring.Lock()
+	defer d.reconfiguring.Unlock()
 	d.mu.Lock()
-	missing := d.cfg.Connections - d.live
+	missing := max(0, d.cfg.Connections-d.live)
 	d.mu.Unlock()
 	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
 		u64(attrTimeout, wholeSeconds(timeout)).u64(attrDeadConn, wholeSeconds(deadConn))

@@ -84,8 +84,8 @@ func TestKernelDevice(t *testing.T) {
 		t.Errorf("the same number again: %v", err)
 	}
 	ro := startDevice(t, s, DeviceConfig{Index: d.Index() + 1, Export: "ro"})
-	if got := sysfs(t, ro, "ro"); got != "1" || ro.Index() != d.Index()+1 || sysfs(t, ro, "queue/write_cache") != "write through" {
-		t.Errorf("%s: read-only %s, %s", ro.Path(), got, sysfs(t, ro, "queue/write_cache"))
+	if got := sysfs(t, ro, "ro"); got != "1" || ro.Index() != d.Index()+1 {
+		t.Errorf("%s: read-only %s", ro.Path(), got)
 	}
 
 	for _, size := range []uint64{32 << 20, 64 << 20} {
@@ -138,6 +138,78 @@ func TestKernelVerify(t *testing.T) {
 	}
 	run(t, "blkdiscard", d.Path())
 	if st := s.Snapshot(""); st.Trims == 0 || st.Errors != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestKernelLarge has the kernel send requests of the largest size that it takes, which
+// is much more than all buffers, and looks that it is told of less.
+func TestKernelLarge(t *testing.T) {
+	requireKernel(t)
+	s, _ := newServer(t, Config{Depth: 16, MaxIO: 4096, Exports: []Export{{Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}}})
+	d := startDevice(t, s, DeviceConfig{Index: -1})
+	if got := sysfs(t, d, "queue/max_sectors_kb"); got != "96" { // 12 buffers of two blocks
+		t.Errorf("max_sectors_kb %s", got)
+	}
+	file, data := randomFile(t, 32<<20)
+	for _, most := range []string{"", "4096", sysfs(t, d, "queue/max_hw_sectors_kb")} {
+		if most != "" { // somebody may set it anew
+			if err := os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.Path()), "queue/max_sectors_kb"), []byte(most), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		run(t, "dd", "if="+file, "of="+d.Path(), "bs=16M", "oflag=direct", "conv=fsync")
+		back := filepath.Join(t.TempDir(), "back")
+		run(t, "dd", "if="+d.Path(), "of="+back, "bs=16M", "count=2", "iflag=direct")
+		if got, err := os.ReadFile(back); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("max_sectors_kb %q: %d bytes, others, or %v", most, len(got), err)
+		}
+	}
+	run(t, "blkdiscard", "-z", d.Path())
+	run(t, "blkdiscard", d.Path())
+	if st := s.Snapshot(""); st.Errors != 0 || st.ReadBytes < 96<<20 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestKernelFlush has the kernel flush, although the device had no volatile cache when
+// it was started.
+func TestKernelFlush(t *testing.T) {
+	requireKernel(t)
+	dev := newShrinking(newRAM(t, block.Geometry{}))
+	s, _ := newServer(t, Config{Exports: []Export{{Device: dev}}})
+	d := startDevice(t, s, DeviceConfig{Index: -1})
+	dev.change(func(g *block.Geometry) { g.VolatileCache = true })
+	run(t, "dd", "if=/dev/zero", "of="+d.Path(), "bs=64k", "count=1", "conv=fsync")
+	if dev.flushes.Load() == 0 {
+		t.Error("no flush")
+	}
+}
+
+// TestKernelUnaligned has nbd-client connect the kernel to a socket, which it does with
+// sectors of 512 bytes, whatever the export's blocks are.
+func TestKernelUnaligned(t *testing.T) {
+	requireKernel(t)
+	s, path := newServer(t, Config{Exports: []Export{{Name: "2", Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}}})
+	const disk = "/dev/nbd9"
+	run(t, "nbd-client", "-N", "2", "-C", "4", "-unix", path, disk)
+	defer run(t, "nbd-client", "-d", disk)
+	mnt := t.TempDir()
+	run(t, "mkfs.ext4", "-q", "-b", "1024", disk)
+	run(t, "mount", disk, mnt)
+	data := randomBytes(10 << 20)
+	err := os.WriteFile(filepath.Join(mnt, "file"), data, 0o600)
+	run(t, "umount", mnt)
+	run(t, "fsck.ext4", "-fn", disk)
+	run(t, "mount", "-o", "ro", disk, mnt)
+	got, rerr := os.ReadFile(filepath.Join(mnt, "file"))
+	run(t, "umount", mnt)
+	if err = errors.Join(err, rerr); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("the file has %d bytes, others, or %v", len(got), err)
+	}
+	run(t, "fio", "--name=verify", "--filename="+disk, "--ioengine=io_uring", "--direct=1", "--rw=randwrite", "--bsrange=512-64k",
+		"--iodepth=32", "--size=32m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0")
+	if st := s.Snapshot("2"); st.Errors != 0 || st.Writes == 0 {
 		t.Errorf("%+v", st)
 	}
 }

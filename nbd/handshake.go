@@ -6,14 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 )
 
 // Bounds on what a client may say before it has chosen an export.
+// Its time is bounded by Config.HandshakeTimeout.
 const (
-	maxOptions    = 256
-	maxOptionData = 16 << 10 // a name and lots of information requests
-	maxTooBig     = 1 << 20  // read, and refused; more ends the connection
+	maxOptionData = 4 + maxName + 2 + 2*math.MaxUint16 // the longest that is right: of INFO
+	maxTooBig     = 1 << 20                            // read, and refused; more ends the connection
 )
 
 var (
@@ -24,21 +25,17 @@ var (
 // negotiation is a connection before the transmission phase.
 type negotiation struct {
 	srv        *Server
-	conn       net.Conn // *tls.Conn after STARTTLS
+	conn       net.Conn     // *tls.Conn after STARTTLS
+	secured    func()       // called when TLS is there
+	chosen     func() error // called before a choice is granted; the error is why not
 	noZeroes   bool
 	fixed      bool
 	structured bool
 	data       []byte
 }
 
-// negotiate lets a client choose an export. The connection it goes on with may be
-// another one: TLS.
-func (s *Server) negotiate(conn net.Conn) (*negotiation, offer, error) {
-	n := &negotiation{srv: s, conn: conn}
-	o, err := n.run()
-	return n, o, err
-}
-
+// run lets the client choose an export. The connection it goes on with may be another
+// one: TLS.
 func (n *negotiation) run() (offer, error) {
 	hello := binary.BigEndian.AppendUint64(nil, magicHello)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
@@ -55,7 +52,7 @@ func (n *negotiation) run() (offer, error) {
 		return offer{}, fmt.Errorf("client flags %#x are unknown", flags)
 	}
 	n.fixed, n.noZeroes = flags&handshakeFixed != 0, flags&handshakeNoZeroes != 0
-	for range maxOptions {
+	for {
 		opt, err := n.readOption()
 		if err != nil {
 			return offer{}, err
@@ -65,7 +62,6 @@ func (n *negotiation) run() (offer, error) {
 			return o, err
 		}
 	}
-	return offer{}, errors.New("client sent too many options")
 }
 
 // errTooBig is an option whose data was read and dropped.
@@ -141,6 +137,9 @@ func (n *negotiation) exportName() (offer, error) {
 	if e == nil {
 		return offer{}, fmt.Errorf("no export %q", n.data)
 	}
+	if err := n.chosen(); err != nil {
+		return offer{}, err
+	}
 	o := e.offer(n.structured)
 	b := binary.BigEndian.AppendUint64(nil, o.size)
 	b = binary.BigEndian.AppendUint16(b, o.flags)
@@ -153,7 +152,7 @@ func (n *negotiation) exportName() (offer, error) {
 
 // info answers INFO and GO. found says that it was a success.
 func (n *negotiation) info(opt option) (o offer, found bool, err error) {
-	name, asked, ok := parseInfo(n.data)
+	name, about, ok := parseInfo(n.data)
 	if !ok {
 		return o, false, n.refuse(opt, repErrInvalid, "the request is malformed")
 	}
@@ -161,7 +160,13 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	if e == nil {
 		return o, false, n.refuse(opt, repErrUnknown, "no such export")
 	}
+	if opt == optGo {
+		if err := n.chosen(); err != nil {
+			return o, false, n.refuse(opt, repErrPolicy, err.Error())
+		}
+	}
 	o = e.offer(n.structured)
+	o.aligned = about.blockSize
 	be := binary.BigEndian
 	export := be.AppendUint16(nil, uint16(infoExport))
 	export = be.AppendUint64(export, o.size)
@@ -171,10 +176,10 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	sizes = be.AppendUint32(sizes, o.preferred)
 	sizes = be.AppendUint32(sizes, o.maxRequest)
 	infos := [][]byte{export, sizes}
-	if asked[infoName] {
+	if about.name {
 		infos = append(infos, append(be.AppendUint16(nil, uint16(infoName)), e.Name...))
 	}
-	if asked[infoDescription] {
+	if about.description {
 		infos = append(infos, append(be.AppendUint16(nil, uint16(infoDescription)), e.Description...))
 	}
 	for _, info := range infos {
@@ -185,28 +190,37 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	return o, true, n.reply(opt, repAck, nil)
 }
 
+// asked is what a client wants to know of an export.
+type asked struct{ name, description, blockSize bool }
+
 // parseInfo reads the data of INFO and GO: a name, and what the client asks about.
-func parseInfo(data []byte) (name string, asked map[infoType]bool, ok bool) {
+func parseInfo(data []byte) (name string, about asked, ok bool) {
 	be := binary.BigEndian
 	if len(data) < 4 {
-		return "", nil, false
+		return "", about, false
 	}
 	length := be.Uint32(data)
 	data = data[4:]
 	if length > maxName || uint64(len(data)) < uint64(length)+2 {
-		return "", nil, false
+		return "", about, false
 	}
 	name, data = string(data[:length]), data[length:]
 	count := int(be.Uint16(data))
 	data = data[2:]
 	if len(data) != 2*count {
-		return "", nil, false
+		return "", about, false
 	}
-	asked = map[infoType]bool{}
 	for ; len(data) > 0; data = data[2:] {
-		asked[infoType(be.Uint16(data))] = true
+		switch infoType(be.Uint16(data)) {
+		case infoName:
+			about.name = true
+		case infoDescription:
+			about.description = true
+		case infoBlockSize:
+			about.blockSize = true
+		}
 	}
-	return name, asked, true
+	return name, about, true
 }
 
 func (n *negotiation) list() error {
@@ -241,6 +255,7 @@ func (n *negotiation) startTLS(secure bool) error {
 		return fmt.Errorf("TLS handshake: %w", err)
 	}
 	n.conn, n.structured = conn, false
+	n.secured()
 	return nil
 }
 

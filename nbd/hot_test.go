@@ -24,7 +24,7 @@ func newPipe(t testing.TB, s *Server, export string, structured bool) *pipe {
 		t.Fatal(err)
 	}
 	gone := make(chan error, 1)
-	go func() { gone <- s.transmit(fds[0], s.find(export).offer(structured), structured) }()
+	go func() { gone <- s.transmit(fds[0], s.find(export).offer(structured), stallTicks) }()
 	t.Cleanup(func() {
 		_ = unix.Close(fds[1])
 		if err := <-gone; err != nil {
@@ -147,7 +147,7 @@ func FuzzTransmission(f *testing.F) {
 			t.Fatal(err)
 		}
 		gone := make(chan error, 1)
-		go func() { gone <- s.transmit(fds[0], s.find("").offer(true), true) }()
+		go func() { gone <- s.transmit(fds[0], s.find("").offer(true), stallTicks) }()
 		go func() { // the replies
 			b := make([]byte, 64<<10)
 			for {
@@ -171,7 +171,7 @@ func FuzzTransmission(f *testing.F) {
 		_ = unix.Shutdown(fds[1], unix.SHUT_RDWR)
 		_ = unix.Close(fds[1])
 		var free int
-		_ = s.loops[0].Call(func() { free = s.loops[0].worker.queues[0].nFree })
+		_ = s.loops[0].Call(func() { free = s.loops[0].worker.shards[0].nFree })
 		if free != 16 {
 			t.Errorf("%d of 16 tags are free", free)
 		}

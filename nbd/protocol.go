@@ -103,6 +103,7 @@ const (
 	codeNoMem    code = 12
 	codeInval    code = 22
 	codeNoSpace  code = 28
+	codeOverflow code = 75
 	codeNotSupp  code = 95
 	codeShutdown code = 108
 )
@@ -171,24 +172,28 @@ func putSimple(b []byte, cookie uint64, c code) []byte {
 	return b[:simpleSize]
 }
 
-// putData is the header of the only chunk of a read.
-func putData(b []byte, cookie, offset uint64, length uint32) []byte {
-	putChunk(b, chunkOffsetData, cookie, 8+length)
+// putData is the header of a chunk of a read.
+func putData(b []byte, cookie, offset uint64, length uint32, last bool) []byte {
+	flags := uint16(0)
+	if last {
+		flags = chunkDone
+	}
+	putChunk(b, flags, chunkOffsetData, cookie, 8+length)
 	binary.BigEndian.PutUint64(b[structuredSize:], offset)
 	return b[:dataHeader]
 }
 
 func putError(b []byte, cookie uint64, c code) []byte {
-	putChunk(b, chunkError, cookie, errorChunk-structuredSize)
+	putChunk(b, chunkDone, chunkError, cookie, errorChunk-structuredSize)
 	binary.BigEndian.PutUint32(b[structuredSize:], uint32(c))
 	binary.BigEndian.PutUint16(b[structuredSize+4:], 0)
 	return b[:errorChunk]
 }
 
-func putChunk(b []byte, kind uint16, cookie uint64, length uint32) {
+func putChunk(b []byte, flags, kind uint16, cookie uint64, length uint32) {
 	be := binary.BigEndian
 	be.PutUint32(b, magicStructured)
-	be.PutUint16(b[4:], chunkDone)
+	be.PutUint16(b[4:], flags)
 	be.PutUint16(b[6:], kind)
 	be.PutUint64(b[8:], cookie)
 	be.PutUint32(b[16:], length)

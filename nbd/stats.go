@@ -29,7 +29,7 @@ func (s *Stats) add(t Stats) {
 	s.Batches += t.Batches
 }
 
-// counter numbers the counters of a queue.
+// counter numbers the counters of a shard.
 type counter int
 
 const (
@@ -51,7 +51,7 @@ var counterOf = [...]counter{
 	cmdRead: nReads, cmdWrite: nWrites, cmdFlush: nFlushes, cmdTrim: nTrims, cmdZeroes: nZeroes,
 }
 
-// counters are written by the loop, into now, and shown to others once per batch, in
+// counters are those of a shard. They are written by the loop, into now, and shown to others once per batch, in
 // seen.
 type counters struct {
 	now  [nCounters]uint64
@@ -76,5 +76,20 @@ func (c *counters) snapshot() Stats {
 		ReadBytes: c.seen[nReadBytes].Load(), WrittenBytes: c.seen[nWrittenBytes].Load(),
 		Flushes: c.seen[nFlushes].Load(), Trims: c.seen[nTrims].Load(), WriteZeroes: c.seen[nZeroes].Load(),
 		Errors: c.seen[nErrors].Load(), Batches: c.seen[nBatches].Load(),
+	}
+}
+
+// count counts a request that is answered.
+func (s *shard) count(t *task) {
+	if int(t.kind) < len(counterOf) {
+		s.now[counterOf[t.kind]]++
+	}
+	switch {
+	case t.code != 0:
+		s.now[nErrors]++
+	case t.kind == cmdRead:
+		s.now[nReadBytes] += uint64(t.length)
+	case t.kind == cmdWrite:
+		s.now[nWrittenBytes] += uint64(t.length)
 	}
 }

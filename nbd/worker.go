@@ -1,6 +1,10 @@
 package nbd
 
 import (
+	"encoding/binary"
+	"time"
+
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
@@ -17,35 +21,54 @@ type worker struct {
 	ring     submitter
 	base     uint64 // of poller.Loop.Handle
 	attached bool
-	queues   []*queue
+	shards   []*shard
 	conns    []*conn // by slot; nil: free
-	due      []*conn // those that have replies to send; see conn.dirty
+	due      []*conn // those that have replies to send; see conn.listed
+
+	watching bool   // a tick is to come
+	interval []byte // between ticks, struct __kernel_timespec
 }
 
-// The user data of a command: the slot of its connection, and the direction.
+// The user data of a command: the slot of its connection and the direction, or dataTick.
 const (
 	dirRecv  = 0
 	dirSend  = 1
 	slotBits = 1
+	dataTick = 1 << 40
 )
+
+// stallTicks is how many ticks make up Config.StallTimeout. leastProgress is how many
+// bytes a client has to take or send in that time, if as many wait for it.
+const (
+	stallTicks    = 8
+	leastProgress = 64 << 10
+)
+
+func newWorker(ring submitter, index int, stall time.Duration) *worker {
+	tick := max(stall/stallTicks, time.Millisecond)
+	ne := binary.NativeEndian
+	interval := ne.AppendUint64(nil, uint64(tick/time.Second))
+	interval = ne.AppendUint64(interval, uint64(tick%time.Second))
+	return &worker{ring: ring, index: index, interval: interval}
+}
 
 // Poll implements poller.Source.
 func (w *worker) Poll() int {
 	n := 0
-	for _, q := range w.queues {
-		q.resume()
-		n += q.poll()
+	for _, s := range w.shards {
+		s.resume()
+		n += s.poll()
 	}
 	n += len(w.due)
 	for _, c := range w.due {
-		c.dirty = false
-		c.send()
+		c.listed = false
+		c.sendDue()
 	}
 	clear(w.due)
 	w.due = w.due[:0]
 	if n > 0 {
-		for _, q := range w.queues {
-			q.publish()
+		for _, s := range w.shards {
+			s.publish()
 		}
 	}
 	return n
@@ -53,8 +76,8 @@ func (w *worker) Poll() int {
 
 // Arm implements poller.Source: sockets and back ends make their own events.
 func (w *worker) Arm() poller.Readiness {
-	for _, q := range w.queues {
-		if len(q.reqs) > 0 {
+	for _, s := range w.shards {
+		if len(s.reqs) > 0 {
 			return poller.Again
 		}
 	}
@@ -66,6 +89,10 @@ func (w *worker) Arm() poller.Readiness {
 
 // Complete implements poller.Handler.
 func (w *worker) Complete(data uint64, res int32, _ uint32) {
+	if data == dataTick {
+		w.tick()
+		return
+	}
 	c := w.conns[data>>slotBits]
 	if data&dirSend != 0 {
 		c.sent(res)
@@ -74,9 +101,39 @@ func (w *worker) Complete(data uint64, res int32, _ uint32) {
 	}
 }
 
+// watch has the clients looked at after an interval. While none has to do anything, the
+// loop is left asleep.
+func (w *worker) watch() {
+	if w.watching {
+		return
+	}
+	w.watching = true
+	s := w.ring.SQE()
+	s.Opcode, s.Addr, s.Len = uring.OpTimeout, hostmem.Addr(w.interval), 1
+	s.UserData = w.base | dataTick
+}
+
+// tick looks for clients that stand still, and for other limits of the devices.
+func (w *worker) tick() {
+	w.watching = false
+	for _, s := range w.shards {
+		s.refresh()
+	}
+	busy := false
+	for _, c := range w.conns {
+		if c != nil && c.tick() {
+			busy = true
+		}
+	}
+	if busy {
+		w.watch()
+	}
+}
+
 // add begins a connection.
 func (w *worker) add(c *conn) {
-	c.worker, c.queue = w, c.offer.export.queues[w.index]
+	c.worker, c.shard, c.phase = w, c.offer.export.shards[w.index], phaseServing
+	c.shard.refresh()
 	c.slot = -1
 	for i, have := range w.conns {
 		if have == nil {

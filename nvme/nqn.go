@@ -2,9 +2,11 @@ package nvme
 
 import (
 	"crypto/rand"
+	"crypto/sha1"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"unicode/utf8"
 )
@@ -82,6 +84,18 @@ func NewUUID() UUID {
 	var u UUID
 	rand.Read(u[:]) // never fails
 	u[6] = u[6]&0x0F | 0x40
+	u[8] = u[8]&0x3F | 0x80
+	return u
+}
+
+// NameUUID returns the UUID (version 5, RFC 9562, 5.5) of a name in a name space:
+// always the same one.
+func NameUUID(space UUID, name string) UUID {
+	h := sha1.New()
+	h.Write(space[:]) // never fails
+	io.WriteString(h, name)
+	u := UUID(h.Sum(nil)[:16])
+	u[6] = u[6]&0x0F | 0x50
 	u[8] = u[8]&0x3F | 0x80
 	return u
 }

@@ -84,3 +84,14 @@ func TestNewUUID(t *testing.T) {
 		seen[u] = true
 	}
 }
+
+// The example is that of RFC 9562, appendix A.4.
+func TestNameUUID(t *testing.T) {
+	dns, err := ParseUUID("6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := NameUUID(dns, "www.example.com").String(); got != "2ed6657d-e927-568b-95e1-2665a8aea6a2" {
+		t.Errorf("UUID %s", got)
+	}
+}

@@ -65,7 +65,6 @@ type Loop struct {
 	cfg  Config
 	done chan struct{}
 	err  error // why it ended; written before done is closed
-	tid  int   // of the thread; written before New returns
 	wake int   // eventfd; closed when waking is 0 after the end
 
 	// Shared with other goroutines.
@@ -74,8 +73,9 @@ type Loop struct {
 	queued  atomic.Bool  // calls is not empty
 	waking  atomic.Int32 // goroutines that may write to wake
 	wakes   atomic.Uint64
-	mu      sync.Mutex // guards calls
+	mu      sync.Mutex // guards calls and tid
 	calls   []*call
+	tid     int // of the thread; 0 after the end, when it may be another one's
 	_       cpu.CacheLinePad
 	publics publicStats
 	_       cpu.CacheLinePad
@@ -140,7 +140,7 @@ func (l *Loop) main(up chan<- error) {
 		return
 	}
 	up <- nil
-	for l.failure == nil && !l.over() {
+	for l.failure == nil && !l.drained() {
 		if l.pass() == 0 {
 			l.idle()
 		}
@@ -150,7 +150,9 @@ func (l *Loop) main(up chan<- error) {
 
 // setUp makes everything that the loop needs.
 func (l *Loop) setUp() error {
+	l.mu.Lock()
 	l.tid = threadID()
+	l.mu.Unlock()
 	nameThread(l.cfg.Name)
 	if err := l.SetAffinity(l.cfg.CPUs); err != nil {
 		return err
@@ -190,15 +192,21 @@ func (l *Loop) finish(err error) {
 			l.err = fmt.Errorf("%s: %w", l.cfg.Name, err)
 		}
 	}
+	for _, w := range l.watches { // after a failure
+		w.close()
+	}
+	l.mu.Lock()
+	l.tid = 0
+	l.mu.Unlock()
 	l.asleep.Store(false)
 	closeEventfd(l.wake, &l.waking)
 	l.publics.publish(&l.stats)
 	close(l.done)
 }
 
-// over says that a stopping loop has nothing left to serve. Watches go last,
+// drained says that a stopping loop has nothing left to serve. Watches go last,
 // because handlers may need their events to finish.
-func (l *Loop) over() bool {
+func (l *Loop) drained() bool {
 	if !l.stopping || l.handled > 0 {
 		return false
 	}
@@ -214,11 +222,18 @@ func (l *Loop) Done() <-chan struct{} { return l.done }
 // Err says why the loop ended: nil while it runs, and after Stop. Any
 // goroutine.
 func (l *Loop) Err() error {
+	if l.hasEnded() {
+		return l.err
+	}
+	return nil
+}
+
+func (l *Loop) hasEnded() bool {
 	select {
 	case <-l.done:
-		return l.err
+		return true
 	default:
-		return nil
+		return false
 	}
 }
 
@@ -320,8 +335,10 @@ func (l *Loop) Handle(h Handler) (base uint64) {
 // dropped, and the commands themselves cancelled when the loop stops. Loop
 // only.
 func (l *Loop) Unhandle(base uint64) {
-	l.release(base)
-	l.handled--
+	if l.handlers[base>>dataBits] != nil {
+		l.release(base)
+		l.handled--
+	}
 }
 
 // slot gives out an entry of the handler table; entry 0 is the loop's own.
@@ -344,7 +361,8 @@ func (l *Loop) Ring() *uring.Ring { return l.ring }
 
 // SQE is a free submission entry, zeroed and queued, to be filled in before the
 // next call of the loop's methods. If the queue is full, what is in it is
-// submitted first. Loop only.
+// submitted first. After the end of the loop, or of its ring, the entry leads
+// nowhere. Loop only.
 func (l *Loop) SQE() *uring.SQE {
 	for {
 		if s := l.ring.SQE(); s != nil {
@@ -362,6 +380,9 @@ func (l *Loop) SQE() *uring.SQE {
 // whether the pass found something to do. Loop only: tests drive a loop by it,
 // within Call.
 func (l *Loop) Step() bool {
+	if l.hasEnded() {
+		return false
+	}
 	if l.pass() > 0 {
 		return true
 	}

@@ -894,11 +894,12 @@ func TestLeaks(t *testing.T) {
 			s.Opcode, s.FD, s.OpFlags, s.UserData = uring.OpPollAdd, int32(w), uring.PollMask(unix.POLLPRI), base
 			l.Unhandle(base)
 		})
+		tid := l.tid
 		if err := l.Stop(); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "the thread ends", func() bool {
-			return unix.Tgkill(os.Getpid(), l.tid, 0) == unix.ESRCH
+			return unix.Tgkill(os.Getpid(), tid, 0) == unix.ESRCH
 		})
 	}
 	life() // whatever the runtime makes once

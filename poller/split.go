@@ -128,6 +128,32 @@ func (p Plan) RequestedOf(c Class) int {
 	}
 }
 
+// Assignment is what an association does with its grant: the queues of each class,
+// which loop drives each queue, and which queue serves each loop. It is computed
+// once, by Assign.
+type Assignment struct {
+	Plan
+	Mapping
+}
+
+// Assign splits the granted queues into classes (Split) and spreads them over the
+// loops (Map). req has been clipped; loops is at least req.Loops().
+func Assign(req Request, granted, loops int) Assignment {
+	p := Split(req, granted)
+	return Assignment{Plan: p, Mapping: Map(p, loops)}
+}
+
+// OwnerOf is the loop that drives queue qid, 1 ≤ qid ≤ Queues().
+func (a *Assignment) OwnerOf(qid int) int { return a.Owner[qid-1] }
+
+// QueueOf is the queue to which loop l sends requests of class c, and whether the
+// loop has to hand them over to another one, which drives that queue. The plan has
+// at least one queue.
+func (a *Assignment) QueueOf(l int, c Class) (qid int, handOver bool) {
+	qid = a.Queue[l][c]
+	return qid, a.Owner[qid-1] != l
+}
+
 func (p Plan) String() string {
 	return fmt.Sprintf("%d/%d/%d default/read/poll queues of %d granted, %d requested",
 		p.Count[Default], p.Count[Read], p.Count[Poll], p.Granted, p.Requested.Total())

@@ -1,6 +1,9 @@
 package poller
 
-import "testing"
+import (
+	"reflect"
+	"testing"
+)
 
 // TestSplitExhaustive holds Split to its contract for every request and grant
 // of a useful range.
@@ -153,6 +156,36 @@ func TestSplitWorkedTable(t *testing.T) {
 		p := Split(row.asked.Clip(4), row.granted)
 		if p.Count[Read] != row.read || p.Count[Default] != row.deflt || p.Count[Poll] != row.pol {
 			t.Errorf("%+v granted %d: got %v, want read %d default %d poll %d", row.asked, row.granted, p, row.read, row.deflt, row.pol)
+		}
+	}
+}
+
+// TestAssign: the assignment is that of Split and Map, and agrees with itself.
+func TestAssign(t *testing.T) {
+	for io := 1; io <= 4; io++ {
+		for write := range 5 {
+			for poll := range 5 {
+				req := Request{IO: io, Write: write, Poll: poll}
+				for granted := range req.Total() + 2 {
+					loops := req.Loops()
+					a := Assign(req, granted, loops)
+					if p := Split(req, granted); a.Plan != p || !reflect.DeepEqual(a.Mapping, Map(p, loops)) {
+						t.Fatalf("%+v, %d granted: %+v", req, granted, a)
+					}
+					if granted == 0 {
+						continue
+					}
+					for l := range loops {
+						for _, c := range Classes {
+							qid, over := a.QueueOf(l, c)
+							if got := a.ClassOf(qid); got != a.Mapped(c) || over != (a.OwnerOf(qid) != l) {
+								t.Fatalf("%+v, %d granted: loop %d sends %s to queue %d, which is %s's, owned by %d, handed over %v",
+									req, granted, l, c, qid, got, a.OwnerOf(qid), over)
+							}
+						}
+					}
+				}
+			}
 		}
 	}
 }

@@ -40,7 +40,8 @@ func nameThread(name string) {
 }
 
 // SetAffinity moves the loop's thread to the given CPUs; an empty list changes
-// nothing. EINVAL says that none of them is usable. Any goroutine.
+// nothing. EINVAL says that none of them is usable, ErrStopped that the loop has
+// ended. Any goroutine.
 func (l *Loop) SetAffinity(cpus []int) error {
 	if len(cpus) == 0 {
 		return nil
@@ -51,6 +52,11 @@ func (l *Loop) SetAffinity(cpus []int) error {
 		if !set.IsSet(c) {
 			return fmt.Errorf("set affinity of %s: no CPU %d: %w", l.cfg.Name, c, unix.EINVAL)
 		}
+	}
+	l.mu.Lock() // so that the thread stays
+	defer l.mu.Unlock()
+	if l.tid == 0 {
+		return fmt.Errorf("set affinity of %s: %w", l.cfg.Name, ErrStopped)
 	}
 	if err := unix.SchedSetaffinity(l.tid, &set); err != nil {
 		return fmt.Errorf("set affinity of %s to CPUs %v: %w", l.cfg.Name, cpus, err)

@@ -26,7 +26,8 @@ const (
 // Linux 6.7 a multishot POLL_ADD with a read(2) for each of its completions.
 type watch struct {
 	l       *Loop
-	fd      int
+	fd      int // the owner's, by which it is known
+	file    int // a descriptor of our own for the same file: the owner's may become another's
 	w       Watcher
 	base    uint64
 	armed   bool // a command is pending
@@ -36,11 +37,13 @@ type watch struct {
 	gone    chan struct{} // closed when nothing refers to fd any more
 }
 
-// Watch lets w hear of the events of a file, which is O_NONBLOCK and stays open
-// until Unwatch has returned. Loop only.
+// Watch lets w hear of the events of a file, which is O_NONBLOCK, until Unwatch.
+// The loop has a descriptor of its own for it, so that a descriptor that is
+// closed before Unwatch, and then leads to another file, does no harm. Loop only.
 //
 // Errors: EBADF, EINVAL for a file that is not O_NONBLOCK, EEXIST if it is
-// watched already, ENOSPC if the loop has more than a thousand handlers.
+// watched already, ENOSPC if the loop has more than a thousand handlers, EMFILE,
+// ErrStopped.
 func (l *Loop) Watch(fd int, w Watcher) error { return l.watch(fd, w, false) }
 
 // WatchReadable is Watch without reading: w hears Event(1) when something has
@@ -48,6 +51,9 @@ func (l *Loop) Watch(fd int, w Watcher) error { return l.watch(fd, w, false) }
 func (l *Loop) WatchReadable(fd int, w Watcher) error { return l.watch(fd, w, true) }
 
 func (l *Loop) watch(fd int, w Watcher, plain bool) error {
+	if l.hasEnded() {
+		return fmt.Errorf("watch file %d: %w", fd, ErrStopped)
+	}
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	switch {
 	case err != nil:
@@ -57,9 +63,14 @@ func (l *Loop) watch(fd int, w Watcher, plain bool) error {
 	case l.watched(fd) != nil:
 		return fmt.Errorf("watch file %d: %w", fd, unix.EEXIST)
 	}
-	a := &watch{l: l, fd: fd, w: w, plain: plain, gone: make(chan struct{})}
+	file, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("watch file %d: %w", fd, err)
+	}
+	a := &watch{l: l, fd: fd, file: file, w: w, plain: plain, gone: make(chan struct{})}
 	base, ok := l.slot(a)
 	if !ok {
+		a.close()
 		return fmt.Errorf("watch file %d: %w", fd, unix.ENOSPC)
 	}
 	a.base = base
@@ -116,7 +127,7 @@ func (l *Loop) cancel(a *watch) {
 
 func (a *watch) arm() {
 	s := a.l.SQE()
-	s.FD, s.UserData = int32(a.fd), a.base
+	s.FD, s.UserData = int32(a.file), a.base
 	if a.l.bufs != nil && !a.plain {
 		s.Opcode, s.Flags, s.BufIndex = uring.OpReadMultishot, uring.BufferSelect, watchGroup
 	} else {
@@ -173,7 +184,7 @@ func (a *watch) take(res int32, flags uint32) error {
 // read delivers what there is to read.
 func (a *watch) read() error {
 	for {
-		n, err := unix.Read(a.fd, a.l.readBuf[:])
+		n, err := unix.Read(a.file, a.l.readBuf[:])
 		switch {
 		case n > 0:
 			a.w.Event(n / eventSize)
@@ -208,5 +219,8 @@ func (a *watch) end() {
 	}
 	a.l.watches = slices.DeleteFunc(a.l.watches, func(b *watch) bool { return a == b })
 	a.l.release(a.base)
+	a.close()
 	close(a.gone)
 }
+
+func (a *watch) close() { _ = unix.Close(a.file) } // there is nothing to lose

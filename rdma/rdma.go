@@ -1,34 +1,36 @@
-// Package rdma is the vocabulary of RDMA verbs and of the RDMA connection
-// manager as this project needs it: interfaces, work requests, completions and
-// errors. The providers beside it implement it: rdma/verbs on libibverbs and
-// librdmacm, rdma/rdmatest in process.
+// Package rdma defines the RDMA verbs and the RDMA connection manager as far as this
+// module needs them: interfaces, work requests, completions and errors. The providers
+// implement it: rdma/verbs with libibverbs and librdmacm, rdma/roce with RoCEv2 over
+// UDP, and rdma/rdmatest in process.
 //
 // # Ownership
 //
 // Registered memory is allocated by the provider, off the Go heap, and stays
 // mapped and pinned until MR.Close. Objects close in the reverse order of
 // their making: ID.Close (which destroys its QP) before the CQs and MRs that
-// the QP used, those before the PD.
+// the QP used, those before the PD. In another order, Close works or gives EBUSY,
+// and changes nothing then. Of what was closed, or belongs to a provider that was,
+// every method gives an error (ErrClosed) or does nothing, but for MR.Bytes, whose
+// memory is gone. No number of a descriptor is used after its end.
 //
 // # Concurrency
 //
-// A QP's PostSend, one goroutine at a time; PostRecv, one goroutine at a time;
-// a CQ's Poll, Arm and Ack, one goroutine at a time. Everything else may be
-// called from any goroutine. None of the five allocates.
+// PostSend of a QP is called by one goroutine at a time, and so is PostRecv. Poll, Arm
+// and Ack of a CQ are called by one goroutine at a time. All other methods may be called
+// from any goroutine. None of the five allocates memory.
 //
 // # Hazards
 //
-//  1. After a QP left the ready state by error, its outstanding work requests
-//     complete with WCFlushErr in some order. Memory that the peer was given a
-//     key of may be written until QP.Fail has returned (rdma/verbs names an
-//     exception).
-//  2. A CQ event is one 8-byte read from CQ.FD. Whoever reads n of them calls
-//     Ack(n) before Close, or Close waits for ever.
-//  3. Arm before the last Poll, not after: a completion that comes between
+//  1. When a QP leaves the ready state because of an error, its outstanding work
+//     requests complete with WCFlushErr, in any order. The peer may write to memory
+//     whose key it has until QP.Fail has returned (rdma/verbs names an exception).
+//  2. A CQ event is one 8-byte read from CQ.FD. The reader of n events must call
+//     Ack(n) before Close, or Close waits forever.
+//  3. Call Arm before the last Poll, not after it: a completion that arrives between
 //     Poll and Arm makes no event.
-//  4. The slot of a send work request is free again when a completion of it or
-//     of a later one was polled: among any MaxSendWR work requests in a row,
-//     at least one has to be signaled.
+//  4. The slot of a send work request is free again when a completion of it, or of a
+//     later one, was polled. So at least one of any MaxSendWR consecutive work
+//     requests must be signaled.
 package rdma
 
 import (
@@ -68,7 +70,10 @@ type ID interface {
 	// data, or *RejectError, or *StepError. Receives should be posted before.
 	Connect(ctx context.Context, p ConnParam) (private []byte, err error)
 	// Accept answers a request that a Listener gave, and waits until the
-	// connection is established.
+	// connection is established. Until then nothing shows that the peer exists:
+	// memory that is needed only afterwards is better allocated afterwards. The
+	// error says so if the peer does not answer, or if the provider ends the
+	// handshake to make room for others; then Close is left to call.
 	Accept(ctx context.Context, p ConnParam) error
 	// Reject refuses a request that a Listener gave, with at most 148 bytes.
 	Reject(private []byte) error
@@ -84,7 +89,9 @@ type ID interface {
 	Close() error
 }
 
-// Listener accepts connection requests.
+// Listener accepts connection requests. How many handshakes may be unfinished is the
+// provider's to bound (roce.Config.MaxHalfOpen); how many connections may be established is
+// the caller's.
 type Listener interface {
 	Addr() netip.AddrPort
 	// Accept waits for the next request. The ID still has to be answered with
@@ -163,10 +170,16 @@ type Device interface {
 type Access uint8
 
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
+//
+// AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
+// region then has none until MoveMR. Without it, such a SEND ends the connection with a remote
+// access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
+// 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
 const (
 	AccessLocalWrite Access = 1 << iota
 	AccessRemoteRead
 	AccessRemoteWrite
+	AccessRemoteInvalidate
 )
 
 // PD is a protection domain.
@@ -307,7 +320,7 @@ type CQ interface {
 	Poll(wcs []WC) (int, error)
 	// Arm asks for one event at the next completion. Error on a CQ without events.
 	Arm() error
-	// FD is non-blocking; each event is one 8-byte read. -1 without events.
+	// FD is non-blocking; each event is one 8-byte read. -1 without events, and after Close.
 	FD() int
 	// Ack accounts for n events that were read from FD.
 	Ack(n int)

@@ -1,43 +1,42 @@
-// Package sq is the host side of an NVMe submission queue over RDMA
-// (NVMe over RDMA transport 1.1): there is no ring in memory that the
-// controller reads, but a slab of registered 64-byte capsules, each sent with
-// one SEND.
+// Package sq is the host side of an NVMe submission queue over RDMA (NVMe over RDMA
+// transport 1.1). There is no ring in memory that the controller reads. Instead, the
+// queue has a slab of registered 64-byte capsules, and each capsule is sent by one
+// SEND.
 //
 // # Slots and command ids
 //
-// A slot is a capsule and its command id: 12 bits of slot number under 4 bits
-// of generation, which changes each time the slot is taken, so that a late or
-// repeated response does not match the next command. A slot is free again when
-// its response arrived and its SEND is known to be complete. Until then the
-// adapter may have to send the capsule again and so read it.
+// A slot is a capsule with its command id. The id consists of 12 bits of slot number
+// and, above them, 4 bits of generation. The generation changes each time the slot is
+// taken, so that a late or repeated response does not match the next command. A slot
+// is free again when its response has arrived and its SEND is known to be complete.
+// Until then the adapter may send the capsule again, and for that it reads it.
 //
 // # Flow control
 //
-// At most Depth-1 commands are outstanding, which keeps the controller's
-// submission queue from overflowing whatever SQHD it reports: entries that it
-// has not consumed are among those outstanding. SQHD is only checked for its
-// range.
+// At most Depth-1 commands are outstanding. So the controller's submission queue
+// cannot overflow, whatever SQHD the controller reports: the entries that it has not
+// consumed are among the outstanding commands. SQHD is only checked to be in range.
 //
 // # Signaling
 //
-// SENDs complete in order, so one signaled SEND confirms all before it. Every
-// quarter of the depth one is signaled, and each one that carries data from the
-// caller's buffer, because that buffer goes back only when the SEND is
-// complete. The queue has as many slots beyond Depth as may wait for such a
-// confirmation, so it never runs dry waiting for one.
+// SENDs complete in order, so one signaled SEND confirms all SENDs before it. One in
+// a quarter of the depth is signaled. So is each SEND that carries data from the
+// caller's buffer, because the buffer is returned only when the SEND is complete. The
+// queue has slots beyond Depth, as many as may wait for such a confirmation, and so
+// never runs out of slots while it waits for one.
 //
 // # Probes
 //
-// A controller owes no answer within any time, so silence does not tell one that
-// is slow from one whose queue pair is gone, once it has acknowledged the SENDs.
-// An RDMA WRITE of no bytes does: the adapter at the other end acknowledges it
-// without a word to the controller, and looks at no key (IBTA vol 1, C9-88). If
-// that does not come, our queue pair fails when its retries are used up.
+// A controller may take any time to answer. So once it has acknowledged the SENDs, a
+// slow controller looks the same as one whose queue pair is gone. An RDMA WRITE of no
+// bytes tells them apart. The adapter at the other end acknowledges it without
+// involving the controller and does not check the key (IBTA vol 1, C9-88). If no
+// acknowledgement comes, our queue pair fails when its retries are used up.
 //
 // # Concurrency
 //
-// All methods are for the one goroutine that owns the queue pair. None of
-// those on the data path allocates.
+// All methods must be called from the one goroutine that owns the queue pair. The
+// methods on the data path do not allocate memory.
 package sq
 
 import (
@@ -277,6 +276,10 @@ func (q *Queue) release(slot uint16) {
 	q.free = q.free[:len(q.free)+1]
 	q.free[len(q.free)-1] = slot
 }
+
+// Starved says that a command could be outstanding, but every free slot waits for
+// the completion of its SEND.
+func (q *Queue) Starved() bool { return len(q.free) == 0 && q.outstanding < q.depth-1 }
 
 // Scarce says that Reap is worth a call: the free slots run low, or somebody waits
 // for what it tells.

@@ -132,13 +132,16 @@ func (q *queue) protect(cmd *nvme.Command) nvme.Status {
 		return nvme.StatusInvalidNamespace | dnr
 	}
 	switch cmd.CDW11() & 7 {
+	case writeProtectNone:
+		if ns.cfg.ReadOnly { // which is not for hosts to change
+			return nvme.StatusFeatureNotChangeable | dnr
+		}
+		ns.SetReadOnly(false)
 	case writeProtect:
 		if err := ns.cfg.Store.Flush(); err != nil {
 			return storeStatus(err)
 		}
 		ns.SetReadOnly(true)
-	case writeProtectNone:
-		ns.SetReadOnly(false)
 	default:
 		return nvme.StatusFeatureNotChangeable | dnr
 	}

@@ -138,8 +138,19 @@ func (c *Cache) WriteZeroes(off, length int64) error {
 func (c *Cache) through(off, length int64, change func(off, length int64) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for page := range c.dirty {
-		if page*cachePage < off+length && off < (page+1)*cachePage {
+	first, end := off/cachePage, (off+length+cachePage-1)/cachePage
+	if end-first > int64(len(c.dirty)) {
+		for page := range c.dirty {
+			if first <= page && page < end {
+				if err := c.writeBack(page); err != nil {
+					return err
+				}
+			}
+		}
+		return change(off, length)
+	}
+	for page := first; page < end; page++ {
+		if c.dirty[page] != nil {
 			if err := c.writeBack(page); err != nil {
 				return err
 			}

@@ -14,11 +14,11 @@ const (
 
 func chunksFor(length uint32) int { return int((length + chunkSize - 1) / chunkSize) }
 
-// run is neighbouring chunks: memory in one piece, so that a transfer is one work
+// extent is neighbouring chunks: memory in one piece, so that a transfer is one work
 // request.
-type run struct{ first, n uint8 }
+type extent struct{ first, n uint8 }
 
-var _ [256 - maxChunks]struct{} // a run fits
+var _ [256 - maxChunks]struct{} // an extent fits
 
 // chunks says which chunks of a queue's data memory are free, a bit for each.
 type chunks [maxChunks / 64]uint64
@@ -49,8 +49,8 @@ func (c *chunks) next(from int, flip uint64) int {
 }
 
 // take takes chunks for length bytes, of which find found enough.
-func (c *chunks) take(length uint32) run {
-	r := run{n: uint8(chunksFor(length))}
+func (c *chunks) take(length uint32) extent {
+	r := extent{n: uint8(chunksFor(length))}
 	if r.n > 0 {
 		r.first = uint8(c.find(int(r.n)))
 		c.flip(r)
@@ -58,16 +58,17 @@ func (c *chunks) take(length uint32) run {
 	return r
 }
 
-// flip gives a run back, or makes it used.
-func (c *chunks) flip(r run) {
+// flip gives an extent back, or makes it used.
+func (c *chunks) flip(r extent) {
 	for i := int(r.first); i < int(r.first)+int(r.n); i++ {
 		c[i/64] ^= 1 << (i % 64)
 	}
 }
 
-// bytes is the memory of a run.
-func (q *queue) bytes(r run) []byte {
-	return q.data.Bytes()[int(r.first)*chunkSize:][:int(r.n)*chunkSize]
+// bytes is the memory of an extent.
+func (q *queue) bytes(r extent) []byte {
+	data := q.data.Bytes()[int(r.first)*chunkSize:]
+	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is part of one chunk
 }
 
 // transfer makes the RDMA READ or WRITE of length bytes of a command's data, from or

@@ -11,7 +11,7 @@ func TestChunks(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(5, 6))
 	const size = 100
 	var c chunks
-	c.flip(run{n: size})
+	c.flip(extent{n: size})
 	var used [maxChunks]bool
 	for i := size; i < maxChunks; i++ {
 		used[i] = true
@@ -28,8 +28,8 @@ func TestChunks(t *testing.T) {
 		}
 		return -1
 	}
-	var taken []run
-	flip := func(r run, to bool) {
+	var taken []extent
+	flip := func(r extent, to bool) {
 		for i := range int(r.n) {
 			if used[int(r.first)+i] == to {
 				t.Fatalf("chunk %d of %+v twice", i, r)
@@ -54,7 +54,7 @@ func TestChunks(t *testing.T) {
 			taken = taken[:len(taken)-1]
 		}
 	}
-	if r := c.take(0); r != (run{}) {
+	if r := c.take(0); r != (extent{}) {
 		t.Errorf("no bytes take %+v", r)
 	}
 }

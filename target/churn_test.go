@@ -19,7 +19,9 @@ func TestChurn(t *testing.T) {
 		i := 0
 		for range steps {
 			i++
-			ram.Resize(1<<20 - int64(i%2)<<18)
+			if err := ram.Resize(1<<20 - int64(i%2)<<18); err != nil {
+				t.Error(err)
+			}
 			ns.Revalidate()
 			ns.SetReadOnly(i%3 == 0)
 			if err := r.subsys.SetANAState(1, []nvme.ANAState{nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAChange}[i%3]); err != nil {

@@ -84,6 +84,11 @@ func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 func (c *controller) fail(reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.end(reason)
+}
+
+// end is fail with the lock held.
+func (c *controller) end(reason string) {
 	c.ended = true
 	if c.timer != nil {
 		c.timer.Stop()
@@ -110,12 +115,12 @@ func (c *controller) join(q *queue) bool {
 // leave takes a queue away that executes no command any more. With the admin
 // queue the controller ends, and with its last queue it is forgotten.
 func (c *controller) leave(q *queue) {
-	if q.qid == 0 {
-		c.fail("admin queue ended")
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.queues, q.qid)
+	if q.qid == 0 {
+		c.end("admin queue ended")
+	}
 	c.finishStop()
 	if c.ended && len(c.queues) == 0 {
 		c.subsystem.target.controllers.remove(c)
@@ -266,7 +271,7 @@ func (c *controller) expire() {
 	}
 	c.csts = nvme.NewCSTS(false, true, nvme.ShutdownStatusNormal)
 	c.mu.Unlock()
-	c.subsystem.target.cfg.Log.Warn("keep alive expired", "controller", c.id, "host", c.hostNQN)
+	c.subsystem.target.log.Warn("keep alive expired", "controller", c.id, "host", c.hostNQN)
 	c.fail("keep alive expired")
 }
 

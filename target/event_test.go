@@ -51,7 +51,9 @@ func TestEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.event(0, nvme.NoticeNamespaceChanged)
-	ram.Resize(2 << 20)
+	if err := ram.Resize(2 << 20); err != nil {
+		t.Fatal(err)
+	}
 	ns.Revalidate() // not told again before the log is read, but listed in it
 	ns.Revalidate()
 	changed(5, 1)

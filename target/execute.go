@@ -12,7 +12,14 @@ const dnr = nvme.StatusDNR
 func (q *queue) begin(i int) bool {
 	r := &q.reqs[i]
 	s := q.describe(i)
-	if q.reserved == len(q.responses) || !r.inline && s.OK() && q.free.find(chunksFor(r.length)) < 0 {
+	need := 0
+	switch {
+	case q.ctrl == nil:
+		need = 1 // a Connect; nothing else is carried out
+	case s.OK() && !r.inline:
+		need = chunksFor(r.length)
+	}
+	if q.reserved == len(q.responses) || q.free.find(need) < 0 {
 		return false
 	}
 	faults := &q.target.faults

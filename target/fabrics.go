@@ -6,102 +6,99 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// invalidParam is a status and what names the field in question.
-func invalidParam(offset uint16, inData bool) (uint64, nvme.Status) {
-	return uint64(nvme.NewConnectInvalidParam(offset, inData)), nvme.StatusConnectInvalidParam | dnr
-}
-
-// Offsets of the fields that a Connect can have wrong.
-const (
-	paramRecFmt  = 40
-	paramQID     = 42
-	paramSQSize  = 44
-	paramCNTLID  = 16 // in the data, as all below
-	paramSubNQN  = 256
-	paramHostNQN = 512
-)
-
 // connect finishes a Connect, whose data is there.
 func (q *queue) connect(i int) {
-	result, s := q.join(q.command(i).ConnectParams(), nvme.ConnectDataAt(q.arrived(i)))
-	q.respond(i, result, s)
+	data := nvme.ConnectDataAt(q.arrived(i))
+	why := q.join(q.command(i).ConnectParams(), data)
+	if why == nil && q.grow() != nil {
+		q.leave()
+		q.ctrl, why = nil, refusedMemory
+	}
+	if why != nil {
+		q.sqSize, q.noFlow = 0, false
+		q.target.refused(why.why)
+		q.target.log.Warn("Connect refused", "reason", why.why, "qid", q.qid, "address", q.id.RemoteAddr(),
+			"host", data.HostNQN(), "subsystem", data.SubNQN(), "controller", data.CNTLID())
+		q.respond(i, why.result, why.status)
+		return
+	}
+	q.joined.Store(true)
+	q.target.connected(q)
+	if q.qid == 0 {
+		q.target.log.Info("controller created", "controller", q.ctrl.id, "host", q.ctrl.hostNQN, "subsystem", q.ctrl.subsystem.cfg.NQN)
+	}
+	q.respond(i, uint64(nvme.NewConnectResult(q.ctrl.id, false)), nvme.StatusSuccess)
 }
 
 // join makes the controller, or adds the queue to it.
-func (q *queue) join(p nvme.ConnectParams, data *nvme.ConnectData) (uint64, nvme.Status) {
+func (q *queue) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 	if s := nvme.Status(q.target.faults.connect.Load()); !s.OK() {
-		return 0, s
-	}
-	if q.ctrl != nil { // two Connects were under way
-		return 0, nvme.StatusCommandSequence | dnr
+		return &refusal{status: s, why: "fault"}
 	}
 	if p.RecFmt != 0 {
-		return uint64(nvme.NewConnectInvalidParam(paramRecFmt, false)), nvme.StatusConnectIncompatibleFormat | dnr
+		return refusedFormat
 	}
 	if p.QID != q.qid {
-		return invalidParam(paramQID, false)
+		return refusedQueueID
 	}
 	s := q.target.subsystem(data.SubNQN())
 	if s == nil {
-		return invalidParam(paramSubNQN, true)
+		return refusedSubsystem
 	}
-	if nvme.ValidateNQN(data.HostNQN()) != nil {
-		return invalidParam(paramHostNQN, true)
+	// SPDK's perf has no name: where every host may connect, that is one, too.
+	if host := data.HostNQN(); (host != "" || !s.cfg.AllowAny) && nvme.ValidateNQN(host) != nil {
+		return refusedHostNQN
 	}
 	if !s.allows(data.HostNQN()) {
-		return uint64(nvme.NewConnectInvalidParam(paramHostNQN, true)), nvme.StatusConnectInvalidHost | dnr
+		return refusedHost
 	}
 	if p.SQSize == 0 || int(p.SQSize) >= q.depth {
-		return invalidParam(paramSQSize, false)
+		return refusedQueueSize
 	}
-	q.size = p.SQSize + 1
+	q.sqSize = p.SQSize + 1
 	q.noFlow = p.Attributes&nvme.ConnectDisableSQFlow != 0
-	result, status := q.joinController(s, p, data)
-	if !status.OK() {
-		q.size, q.noFlow = 0, false
+	if q.qid == 0 {
+		return q.create(s, p, data)
 	}
-	return result, status
-}
-
-func (q *queue) joinController(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectData) (uint64, nvme.Status) {
-	var c *controller
-	if p.QID == 0 {
-		if data.CNTLID() != nvme.CNTLIDDynamic {
-			return invalidParam(paramCNTLID, true)
-		}
-		c = newController(s, data)
-		if !q.target.controllers.add(c) {
-			return 0, nvme.StatusConnectControllerBusy | dnr
-		}
-		if !c.join(q) {
-			q.target.controllers.remove(c)
-			return 0, nvme.StatusCommandSequence | dnr
-		}
-		kato := time.Duration(p.KATO) * time.Millisecond
-		if s.discovery && kato == 0 {
-			kato = discoveryTimeout
-		}
-		c.mu.Lock()
-		c.setKeepAlive(kato)
-		c.mu.Unlock()
-		q.target.cfg.Log.Info("controller created", "controller", c.id, "host", c.hostNQN, "subsystem", s.cfg.NQN)
-	} else {
-		c = q.target.controllers.find(data.CNTLID(), s.cfg.NQN)
-		if c == nil || c.hostNQN != data.HostNQN() || c.hostID != data.HostID() {
-			return invalidParam(paramCNTLID, true)
-		}
-		c.mu.Lock()
-		granted := c.granted
-		c.mu.Unlock()
-		switch {
-		case s.discovery || int(p.QID) > granted:
-			return invalidParam(paramQID, false)
-		case !c.join(q):
-			return 0, nvme.StatusCommandSequence | dnr
-		}
+	c := q.target.controllers.find(data.CNTLID(), s.cfg.NQN)
+	if c == nil || c.hostNQN != data.HostNQN() || c.hostID != data.HostID() {
+		return refusedController
+	}
+	c.mu.Lock()
+	granted := c.granted
+	c.mu.Unlock()
+	switch {
+	case s.discovery || int(p.QID) > granted:
+		return refusedQueueID
+	case !c.join(q):
+		return refusedSequence
 	}
 	q.ctrl = c
-	return uint64(nvme.NewConnectResult(c.id, false)), nvme.StatusSuccess
+	return nil
+}
+
+// create makes the controller of an admin queue.
+func (q *queue) create(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
+	if data.CNTLID() != nvme.CNTLIDDynamic {
+		return refusedController
+	}
+	c := newController(s, data)
+	if !q.target.controllers.add(c) {
+		return refusedIDs
+	}
+	if !c.join(q) {
+		q.target.controllers.remove(c)
+		return refusedSequence
+	}
+	kato := time.Duration(p.KATO) * time.Millisecond
+	if s.discovery && kato == 0 {
+		kato = discoveryTimeout
+	}
+	c.mu.Lock()
+	c.setKeepAlive(kato)
+	c.mu.Unlock()
+	q.ctrl = c
+	return nil
 }
 
 // property carries out a Fabrics command on a connected queue.

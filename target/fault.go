@@ -261,7 +261,7 @@ func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 	case CorruptShort:
 		wr.SGE[0].Length = nvme.CompletionSize / 2
 	case CorruptSQHead:
-		done.SetSQHead(q.size + 1)
+		done.SetSQHead(q.sqSize + 1)
 	case CorruptKey:
 		wr.Op, wr.RKey = rdma.SendInvalidate, ^r.key
 	case CorruptDuplicate:
@@ -270,7 +270,7 @@ func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 		}
 		q.reserved++
 		first := *done
-		again, at := q.completion(run{})
+		again, at := q.completion(extent{})
 		*nvme.CompletionAt(q.out.Bytes()[at:]) = first
 		q.answers = append(q.answers, again)
 	}

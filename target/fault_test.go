@@ -302,6 +302,21 @@ func TestFaultFreeze(t *testing.T) {
 	r.admin(testNQN)
 }
 
+// TestCloseFrozen: a target can be closed while it is frozen.
+func TestCloseFrozen(t *testing.T) {
+	r, _, h := faulty(t)
+	r.target.Faults().Freeze(time.Hour)
+	var cmd nvme.Command
+	cmd.SetFlush(1)
+	h.send(&cmd, nil)
+	if err := r.target.Close(); err != nil {
+		t.Error(err)
+	}
+	if h.await() {
+		t.Errorf("response %v", &h.response)
+	}
+}
+
 // TestHiddenNamespaces: a target that opens its port first.
 func TestHiddenNamespaces(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
@@ -344,12 +359,12 @@ func TestHiddenNamespaces(t *testing.T) {
 // target keeps it.
 func TestAnnounced(t *testing.T) {
 	r, _, _ := newDisk(t, Config{
-		QuiesceTime: 1500 * time.Millisecond, CommandKeepAlive: true, NoWriteCache: true,
+		QuiesceTime: 1500 * time.Millisecond, ANATransition: 2 * time.Second, CommandKeepAlive: true, NoWriteCache: true,
 		RetryDelays: [3]time.Duration{100 * time.Millisecond, 0, 6553500 * time.Millisecond},
 	}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
 	id := nvme.IdentifyControllerAt(a.identify(nvme.CNSController, 0))
-	if id.CQT() != 1500 || id.TBKAS() || id.VWC() != 0 || id.CRDT(1) != 1 || id.CRDT(2) != 0 || id.CRDT(3) != 65535 {
+	if id.CQT() != 1500 || id.ANATT() != 2 || id.TBKAS() || id.VWC() != 0 || id.CRDT(1) != 1 || id.CRDT(2) != 0 || id.CRDT(3) != 65535 {
 		t.Errorf("cqt %d, tbkas %t, vwc %d, crdt %d %d %d", id.CQT(), id.TBKAS(), id.VWC(), id.CRDT1(), id.CRDT2(), id.CRDT3())
 	}
 	r.target.Faults().Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpFlush}}, Count: 1, Status: nvme.StatusNamespaceNotReady | 3<<11})

@@ -4,26 +4,129 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
 // File is a [Store] in a file or on a block device.
-type File struct{ file *os.File }
+type File struct {
+	file *os.File
+	raw  syscall.RawConn // for system calls that must not meet a descriptor of somebody else
+	path string
+}
 
-// OpenFile opens an existing file or block device, for reading only if
-// readOnly; the namespace has to be read-only then too.
-func OpenFile(name string, readOnly bool) (*File, error) {
+// FileConfig says how OpenFile opens a file.
+type FileConfig struct {
+	// ReadOnly opens for reading only; the namespace has to be read-only then, too.
+	ReadOnly bool
+	// Shared allows others that say so to have the file open at the same time.
+	// Without it a file is used by one namespace, or by read-only ones, and a block
+	// device by nobody else, a mount included.
+	Shared bool
+}
+
+// Errors of OpenFile that callers tell apart.
+var (
+	ErrNotStorage = errors.New("neither a regular file nor a block device")
+	ErrInUse      = errors.New("in use by another namespace, target, mount or program")
+)
+
+// OpenFile opens an existing file or block device; symbolic links are followed.
+func OpenFile(name string, c FileConfig) (*File, error) {
 	mode := os.O_RDWR
-	if readOnly {
+	if c.ReadOnly {
 		mode = os.O_RDONLY
 	}
-	f, err := os.OpenFile(name, mode, 0)
+	// The kind is looked at first: to open some, like tapes and doors of other
+	// programs, does something.
+	info, err := os.Stat(name)
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	return &File{f}, nil
+	kind := info.Mode().Type()
+	if kind != 0 && kind != fs.ModeDevice {
+		return nil, fmt.Errorf("open store: %s: %w", name, ErrNotStorage)
+	}
+	if kind == fs.ModeDevice && !c.Shared {
+		mode |= os.O_EXCL // which claims a block device
+	}
+	f, err := os.OpenFile(name, mode|unix.O_NONBLOCK, 0) // a pipe that took its place would wait
+	if errors.Is(err, unix.EBUSY) {
+		err = fmt.Errorf("%s: %w", name, ErrInUse)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	opened := &File{file: f, path: name}
+	if opened.raw, err = f.SyscallConn(); err == nil {
+		err = opened.claim(info, c)
+	}
+	if err == nil {
+		opened.path, err = filepath.EvalSymlinks(name)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open store: %w", err), f.Close())
+	}
+	return opened, nil
+}
+
+// claim makes sure that the file is the one that was looked at, and that nobody
+// uses it who has not said that it is shared.
+func (f *File) claim(looked fs.FileInfo, c FileConfig) error {
+	info, err := f.file.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(looked, info) || info.Mode().Type() != looked.Mode().Type() {
+		return fmt.Errorf("%s: %w", f.path, ErrNotStorage)
+	}
+	if info.Mode().Type() == fs.ModeDevice {
+		return nil
+	}
+	how := unix.LOCK_EX
+	if c.Shared || c.ReadOnly {
+		how = unix.LOCK_SH
+	}
+	err = f.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("%s: %w", f.path, ErrInUse)
+	}
+	return nil // a file system without locks
+}
+
+// control calls op with the descriptor, which is not closed meanwhile, and again
+// while it is interrupted.
+func (f *File) control(op func(fd int) error) error {
+	var err error
+	if cerr := f.raw.Control(func(fd uintptr) {
+		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+			err = op(int(fd))
+		}
+	}); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// Path is where the file is, without symbolic links.
+func (f *File) Path() string { return f.path }
+
+// Device says whether it is a block device, whose size cannot be changed.
+func (f *File) Device() bool {
+	info, err := f.file.Stat()
+	return err == nil && info.Mode().Type() == fs.ModeDevice
+}
+
+// Resize changes the size of a file; what is added reads as zeroes.
+func (f *File) Resize(size int64) error {
+	if err := f.file.Truncate(size); err != nil {
+		return fmt.Errorf("resize store: %w", err)
+	}
+	return nil
 }
 
 // Close closes the file. No namespace may use it.
@@ -46,7 +149,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) { return f.file.WriteAt
 
 // Flush implements [Store].
 func (f *File) Flush() error {
-	return os.NewSyscallError("fdatasync", unix.Fdatasync(int(f.file.Fd())))
+	return os.NewSyscallError("fdatasync", f.control(unix.Fdatasync))
 }
 
 // Discard implements [Store]. It punches a hole, and writes zeroes where the
@@ -66,10 +169,7 @@ func (f *File) zero(mode uint32, off, length int64) error {
 	if length == 0 {
 		return nil // which fallocate refuses
 	}
-	err := error(unix.EINTR)
-	for errors.Is(err, unix.EINTR) {
-		err = unix.Fallocate(int(f.file.Fd()), mode, off, length)
-	}
+	err := f.control(func(fd int) error { return unix.Fallocate(fd, mode, off, length) })
 	switch {
 	case err == nil:
 		return nil

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"sync/atomic"
 	"testing"
 
 	"ublk-nvmeof/nvme"
@@ -53,30 +54,181 @@ func FuzzCapsule(f *testing.F) {
 	})
 }
 
-// FuzzStream sends a valid mixture at an unconnected queue and at a connected
-// one, with one byte of each command changed.
-func FuzzStream(f *testing.F) {
-	f.Add(uint64(1), uint8(0), uint8(0))
-	f.Add(uint64(7), uint8(39), uint8(0x4F))
-	f.Fuzz(func(t *testing.T, seed uint64, at, value uint8) {
-		r, _, _ := newDisk(t, Config{}, 64<<10, NamespaceConfig{})
-		h := r.io(r.admin(testNQN), 1, 16)
-		commands := hotCommands(h)
-		names := []string{"read 4k", "write 4k", "compare", "flush", "dsm", "zeroes"}
-		sent := 0
-		for i := range 12 {
-			var cmd nvme.Command
-			inline := commands[names[(seed>>(4*i))%uint64(len(names))]](&cmd)
-			if i%3 == 0 {
-				cmd[at%nvme.CommandSize] = value
-			}
-			h.send(&cmd, inline)
-			sent++
-		}
-		for range sent {
-			if !h.await() {
+// watched is a store that notices who reaches beyond it.
+type watched struct {
+	*RAM
+	size   int64
+	beyond atomic.Int64
+}
+
+func (w *watched) check(off, length int64) {
+	if off < 0 || length < 0 || off > w.size || length > w.size-off {
+		w.beyond.Add(1)
+	}
+}
+
+func (w *watched) ReadAt(p []byte, off int64) (int, error) {
+	w.check(off, int64(len(p)))
+	return w.RAM.ReadAt(p, off)
+}
+
+func (w *watched) WriteAt(p []byte, off int64) (int, error) {
+	w.check(off, int64(len(p)))
+	return w.RAM.WriteAt(p, off)
+}
+
+func (w *watched) Discard(off, length int64) error {
+	w.check(off, length)
+	return w.RAM.Discard(off, length)
+}
+
+func (w *watched) WriteZeroes(off, length int64) error {
+	w.check(off, length)
+	return w.RAM.WriteZeroes(off, length)
+}
+
+// Bits of the byte before each command in the input of FuzzCommands.
+const (
+	fuzzIO     = 1 << iota // on the I/O queue, or else the admin queue
+	fuzzKey                // with the key and the address of the host's memory
+	fuzzInline             // with 4096 bytes in the capsule
+)
+
+const fuzzRecord = 1 + nvme.CommandSize
+
+// fuzzRecords are the records of FuzzCommands for some commands.
+func fuzzRecords(flags byte, build ...func(*nvme.Command)) []byte {
+	var out []byte
+	for _, b := range build {
+		var cmd nvme.Command
+		b(&cmd)
+		out = append(append(out, flags), cmd[:]...)
+	}
+	return out
+}
+
+// FuzzCommands sends commands of any content to a live controller. Each gets
+// exactly one completion, or the connection ends; no store is used beyond its end;
+// another controller does not notice; and everything is freed.
+func FuzzCommands(f *testing.F) {
+	keyed := func(n uint32) func(*nvme.Command) { return func(c *nvme.Command) { c.SetKeyedSGL(0, n, 0, false) } }
+	with := func(n uint32, set func(*nvme.Command)) func(*nvme.Command) {
+		return func(c *nvme.Command) { set(c); keyed(n)(c) }
+	}
+	f.Add(fuzzRecords(fuzzIO|fuzzKey,
+		with(4096, func(c *nvme.Command) { c.SetRead(1, 0, 8, true) }),
+		with(4096, func(c *nvme.Command) { c.SetWrite(1, 120, 8, true) }),
+		with(65536, func(c *nvme.Command) { c.SetRead(1, 0, 128, false) }),
+		with(65536, func(c *nvme.Command) { c.SetRead(1, 1<<63, 128, false) }),
+		with(512, func(c *nvme.Command) { c.SetWrite(1, 1<<64-1, 1, false) }),
+		with(512, func(c *nvme.Command) { c.SetRead(1, 0, 1, false); c.SetOpcode(nvme.OpCompare) }),
+		with(4096, func(c *nvme.Command) { c.SetDSM(1, 256) }),
+		with(16, func(c *nvme.Command) { c.SetDSM(1, 1) }),
+		func(c *nvme.Command) { c.SetWriteZeroes(1, 100, 65536, true, true) },
+		func(c *nvme.Command) { c.SetWriteZeroes(1, 0, 128, true, true) },
+		func(c *nvme.Command) { c.SetFlush(nvme.NSIDAll) },
+	))
+	f.Add(fuzzRecords(fuzzIO|fuzzInline,
+		func(c *nvme.Command) { c.SetWrite(1, 0, 8, false); c.SetInCapsuleSGL(0, 4096) },
+		func(c *nvme.Command) { c.SetWrite(1, 0, 1, false); c.SetInCapsuleSGL(1<<64-512, 512) },
+		func(c *nvme.Command) { c.SetWrite(1, 0, 1, false); c.SetInCapsuleSGL(4095, 512) },
+		func(c *nvme.Command) { c.SetDSM(1, 256); c.SetInCapsuleSGL(0, 4096) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 8, false); c.SetInCapsuleSGL(0, 4096) },
+	))
+	admin := []func(*nvme.Command){
+		with(4096, func(c *nvme.Command) { c.SetIdentify(nvme.CNSActiveNSList, nvme.NSIDAll, 0) }),
+		with(4096, func(c *nvme.Command) { c.SetIdentify(0xFF, 1, 0xFF) }),
+		with(4096, func(c *nvme.Command) { c.SetGetLogPage(nvme.LogANA, 0, 4096, 1<<40, false) }),
+		with(65536, func(c *nvme.Command) { c.SetGetLogPage(nvme.LogChangedNamespaces, 0, 65536, 0, false) }),
+		with(1<<24-1, func(c *nvme.Command) { c.SetGetLogPage(nvme.LogSMART, 0, 1<<32-4, 1<<64-4, true) }),
+		func(c *nvme.Command) { c.SetSetFeatures(nvme.FeatureKeepAlive, 1<<32-1) },
+		func(c *nvme.Command) { c.SetSetFeatures(nvme.FeatureNumberOfQueues, 1<<32-1) },
+		func(c *nvme.Command) { c.SetSetFeatures(nvme.FeatureWriteProtect, 1) },
+		func(c *nvme.Command) { c.SetAbort(0xFFFF, 0xFFFF) },
+		func(c *nvme.Command) { c.SetPropertySet(nvme.PropCC, 1<<64-1, false) },
+		func(c *nvme.Command) { c.SetPropertyGet(1<<32-1, true) },
+		func(c *nvme.Command) { c.SetPropertySet(nvme.PropCC, 0, false) },
+		with(1024, func(c *nvme.Command) { c.SetConnect(0, 31, 0, true) }),
+		func(c *nvme.Command) { c.SetDisconnect() },
+	}
+	for range 3 * aerLimit {
+		admin = append(admin, func(c *nvme.Command) { c.SetAsyncEvent() })
+	}
+	f.Add(fuzzRecords(fuzzKey, admin...))
+	for _, one := range admin {
+		f.Add(fuzzRecords(fuzzKey|fuzzIO, one))
+	}
+	f.Fuzz(fuzzCommands)
+}
+
+func fuzzCommands(t *testing.T, input []byte) {
+	const entries, most = 16, 24
+	r := newRig(t, Config{MaxTransfer: 64 << 10, QueueSize: entries}, SubsystemConfig{})
+	store := &watched{RAM: NewRAM(64 << 10), size: 64 << 10}
+	if _, err := r.subsys.AddNamespace(NamespaceConfig{Store: store}); err != nil {
+		t.Fatal(err)
+	}
+	a := r.admin(testNQN)
+	io := r.io(a, 1, entries)
+	witness := r.admin(testNQN)
+	var sent, answered [2]map[uint16]bool // by queue and command id; events need no answer
+	open := [2]bool{true, true}
+	queues := [2]*hostQueue{a, io}
+	for i := range sent {
+		sent[i], answered[i] = map[uint16]bool{}, map[uint16]bool{}
+	}
+	// reap takes completions until none but events' are missing.
+	reap := func(i int) {
+		for open[i] && len(sent[i]) > 0 {
+			if open[i] = queues[i].await(); !open[i] {
 				return
 			}
+			cid := queues[i].response.CID()
+			if answered[i][cid] || cid >= most && cid != 0xABCD {
+				t.Fatalf("queue %d: completion %v of no command", i, &queues[i].response)
+			}
+			answered[i][cid] = true
+			delete(sent[i], cid)
 		}
-	})
+	}
+	for cid := uint16(0); len(input) >= fuzzRecord && cid < most; cid++ {
+		flags := input[0]
+		cmd := nvme.Command(input[1:fuzzRecord])
+		input = input[fuzzRecord:]
+		i := int(flags & fuzzIO)
+		h := queues[i]
+		if !open[i] {
+			continue
+		}
+		cmd.SetCID(cid)
+		if _, n, _, invalidate, ok := cmd.KeyedSGL(); ok && flags&fuzzKey != 0 && n <= dataSize {
+			cmd.SetKeyedSGL(h.data.Addr(), n, h.data.RKey(), invalidate)
+		}
+		var inline []byte
+		if flags&fuzzInline != 0 && i == 1 {
+			inline = make([]byte, DefaultInCapsule)
+		}
+		h.send(&cmd, inline)
+		if i != 0 || cmd.Opcode() != nvme.AdminAsyncEvent {
+			sent[i][cid] = true
+		}
+		if cid%4 == 3 {
+			reap(i)
+		}
+	}
+	for i, h := range queues {
+		reap(i)
+		var last nvme.Command
+		last.SetDisconnect() // which no queue knows, and each answers
+		last.SetCID(0xABCD)
+		if open[i] {
+			sent[i][0xABCD] = true
+			h.send(&last, nil)
+			reap(i)
+		}
+	}
+	witness.property(nvme.PropCSTS, false)
+	if n := store.beyond.Load(); n > 0 {
+		t.Errorf("the store was used beyond its end %d times", n)
+	}
 }

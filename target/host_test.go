@@ -122,7 +122,7 @@ func (r *rig) dial(qid uint16, entries int) (*hostQueue, error) {
 	must(err)
 	h.out, err = h.pd.AllocMR(entries*h.capsule, 0)
 	must(err)
-	h.data, err = h.pd.AllocMR(dataSize, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	h.data, err = h.pd.AllocMR(dataSize, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite|rdma.AccessRemoteInvalidate)
 	must(err)
 	h.cq, err = h.id.Device().CreateCQ(8*entries, true, 0)
 	must(err)

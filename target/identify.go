@@ -46,7 +46,7 @@ func (q *queue) identify(i int) {
 		}
 		switch cns {
 		case nvme.CNSNamespaceDescriptors:
-			ids := nvme.NamespaceIDs{UUID: ns.cfg.UUID, NGUID: ns.cfg.NGUID, CSI: nvme.CSINVM, HasCSI: true}
+			ids := nvme.NamespaceIDs{UUID: ns.cfg.UUID, NGUID: ns.cfg.NGUID, EUI64: ns.cfg.EUI64, CSI: nvme.CSINVM, HasCSI: true}
 			copy(page, ids.AppendTo(nil))
 		case nvme.CNSNSIndependent:
 			ns.identifyIndependent(nvme.IdentifyNSIndependentAt(page))
@@ -66,7 +66,7 @@ func (q *queue) identify(i int) {
 func (q *queue) identifyController(id *nvme.IdentifyController) error {
 	c, s, cfg := q.ctrl, q.ctrl.subsystem, &q.target.cfg
 	err := errors.Join(id.SetSN(s.cfg.Serial), id.SetMN(s.cfg.Model), id.SetFR(firmware), id.SetSUBNQN(s.cfg.NQN))
-	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / minTransfer))))
+	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / pageSize))))
 	id.SetCNTLID(c.id)
 	id.SetVER(version)
 	id.SetKAS(keepAliveUnit)
@@ -97,7 +97,7 @@ func (q *queue) identifyController(id *nvme.IdentifyController) error {
 		set(uint16(cfg.RetryDelays[i] / (100 * time.Millisecond)))
 	}
 	id.SetACL(3)
-	id.SetANATT(10)
+	id.SetANATT(uint8(cfg.ANATransition / time.Second))
 	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
 	id.SetANAGRPMAX(MaxANAGroups)
 	id.SetNANAGRPID(MaxANAGroups)
@@ -133,6 +133,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 	id.SetDLFEAT(nvme.DLFEATZeroes | deacZeroes)
 	id.SetANAGRPID(n.cfg.ANAGroup)
 	id.SetNGUID(n.cfg.NGUID)
+	id.SetEUI64(n.cfg.EUI64)
 	id.SetLBAFormat(0, nvme.LBAFormat{LBADS: n.shift})
 	if n.readOnly.Load() {
 		id.SetNSATTR(nsWriteProtected)

@@ -112,7 +112,9 @@ func (q *queue) finishIO(i int) {
 		if s = q.write(i); s.OK() && q.durable(cmd) {
 			s = q.flush(i)
 		}
-		q.stats.written.Add(uint64(r.length))
+		if s.OK() {
+			q.stats.written.Add(uint64(r.length))
+		}
 	case nvme.OpCompare:
 		s = q.compare(i)
 	case nvme.OpDSM:

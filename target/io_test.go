@@ -49,7 +49,7 @@ func TestReadWrite(t *testing.T) {
 						}
 					}
 				}
-				if !bytes.Equal(ram.data, want) {
+				if !bytes.Equal(ram.mapping.data, want) {
 					t.Error("the store holds something else")
 				}
 			})
@@ -111,12 +111,12 @@ func TestRefusedIO(t *testing.T) {
 func TestCompareDiscard(t *testing.T) {
 	r, ram, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	h := r.io(r.admin(testNQN), 1, 32)
-	pattern(ram.data, 5)
+	pattern(ram.mapping.data, 5)
 	var cmd nvme.Command
 	compare := func(n int) *nvme.Command {
 		cmd.SetWrite(1, 8, uint32(n/512), false)
 		cmd.SetOpcode(nvme.OpCompare)
-		copy(h.data.Bytes(), ram.data[8*512:][:n])
+		copy(h.data.Bytes(), ram.mapping.data[8*512:][:n])
 		return h.keyed(&cmd, n)
 	}
 	h.want(0, compare(100<<10))
@@ -124,16 +124,16 @@ func TestCompareDiscard(t *testing.T) {
 	h.data.Bytes()[99<<10] ^= 1
 	h.want(nvme.StatusCompareFailed|dnr, &cmd)
 	compare(512).SetInCapsuleSGL(0, 512)
-	h.want(0, &cmd, ram.data[8*512:][:512]...)
+	h.want(0, &cmd, ram.mapping.data[8*512:][:512]...)
 
-	want := bytes.Clone(ram.data)
+	want := bytes.Clone(ram.mapping.data)
 	clear(want[2*512 : 5*512])
 	clear(want[100*512 : 101*512])
 	cmd.SetDSM(1, 2)
 	nvme.PutDSMRange(h.data.Bytes(), 0, 3, 2)
 	nvme.PutDSMRange(h.data.Bytes()[16:], 0, 1, 100)
 	h.want(0, h.keyed(&cmd, 4096)) // a whole page, as hosts send it
-	if !bytes.Equal(want, ram.data) {
+	if !bytes.Equal(want, ram.mapping.data) {
 		t.Error("the wrong blocks were discarded")
 	}
 	nvme.PutDSMRange(h.data.Bytes()[16:], 0, 2, 2047)
@@ -162,12 +162,12 @@ func TestRemoteInvalidate(t *testing.T) {
 // chunks for.
 func TestFullQueue(t *testing.T) {
 	r, ram, _ := newDisk(t, Config{}, 4<<20, NamespaceConfig{})
-	pattern(ram.data, 9)
+	pattern(ram.mapping.data, 9)
 	h := r.io(r.admin(testNQN), 1, 64)
 	var cmd nvme.Command
 	answered := 0
-	copy(h.data.Bytes()[1<<20:], ram.data[1<<20:2<<20])
-	want := bytes.Clone(ram.data)
+	copy(h.data.Bytes()[1<<20:], ram.mapping.data[1<<20:2<<20])
+	want := bytes.Clone(ram.mapping.data)
 	for i := range 500 {
 		cmd.SetRead(1, uint64(i%4)*2048, 2048, false)
 		if i%2 == 1 {
@@ -190,7 +190,7 @@ func TestFullQueue(t *testing.T) {
 			t.Fatalf("response %v", &h.response)
 		}
 	}
-	if !bytes.Equal(ram.data, want) {
+	if !bytes.Equal(ram.mapping.data, want) {
 		t.Error("the store holds something else")
 	}
 	s := r.target.Snapshot()
@@ -262,7 +262,7 @@ func TestDelayedFabric(t *testing.T) {
 			cmd.SetRead(1, uint64(slot*size/512), size/512, false)
 			return nil
 		})
-		if !bytes.Equal(want, h.data.Bytes()[:slots*size]) || !bytes.Equal(want, ram.data[:slots*size]) {
+		if !bytes.Equal(want, h.data.Bytes()[:slots*size]) || !bytes.Equal(want, ram.mapping.data[:slots*size]) {
 			t.Fatalf("round %d: data is wrong", i)
 		}
 	}

@@ -82,6 +82,9 @@ type Snapshot struct {
 	Connections int    // at this moment
 	Connects    uint64 // connect requests accepted
 	Rejects     uint64 // connect requests refused
+	// Refusals counts connect requests and Connect commands that were refused, by
+	// reason.
+	Refusals map[string]uint64
 }
 
 // Snapshot takes a snapshot.
@@ -91,7 +94,7 @@ func (t *Target) Snapshot() Snapshot {
 	for q := range t.queues {
 		sum.add(q)
 	}
-	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), Connects: t.connects, Rejects: t.rejects}
+	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), Connects: t.connects, Rejects: t.rejects, Refusals: maps.Clone(t.refusals)}
 	t.mu.Unlock()
 	for _, c := range t.controllers.of(nil) {
 		snap.Controllers = append(snap.Controllers, c.snapshot())
@@ -110,7 +113,7 @@ func (c *controller) snapshot() ControllerStats {
 	defer c.mu.Unlock()
 	out := ControllerStats{CNTLID: c.id, SubNQN: c.subsystem.cfg.NQN, HostNQN: c.hostNQN, Ending: c.ended}
 	for _, q := range c.queues {
-		s := QueueStats{QID: q.qid, Entries: int(q.size), Counts: newCounts()}
+		s := QueueStats{QID: q.qid, Entries: int(q.sqSize), Counts: newCounts()}
 		s.add(&q.stats)
 		out.Queues = append(out.Queues, s)
 	}

@@ -2,10 +2,14 @@ package target
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -19,7 +23,7 @@ func TestStores(t *testing.T) {
 	if err := os.WriteFile(name, make([]byte, size), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	file, err := OpenFile(name, false)
+	file, err := OpenFile(name, FileConfig{Shared: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +61,7 @@ func TestStores(t *testing.T) {
 			}
 		})
 	}
-	readOnly, err := OpenFile(name, true)
+	readOnly, err := OpenFile(name, FileConfig{ReadOnly: true, Shared: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +85,7 @@ func TestCache(t *testing.T) {
 	ram := NewRAM(size)
 	c := NewCache(ram, 32<<10)
 	stored := func() (n int) {
-		for _, b := range ram.data {
+		for _, b := range ram.mapping.data {
 			if b != 0 {
 				n++
 			}
@@ -103,7 +107,7 @@ func TestCache(t *testing.T) {
 			t.Errorf("%d bytes are stored, %d pages are not", n, len(c.dirty))
 		}
 	}
-	if err := c.Close(); err != nil || stored() != 1024+512+32<<10 || len(c.dirty) != 0 {
+	if err := c.Flush(); err != nil || stored() != 1024+512+32<<10 || len(c.dirty) != 0 {
 		t.Errorf("%d bytes are stored, %v", stored(), err)
 	}
 	if _, err := c.WriteAt(data[:512], size-511); err == nil {
@@ -113,9 +117,11 @@ func TestCache(t *testing.T) {
 	if _, err := c.WriteAt(data[:1024], size-1024); err != nil {
 		t.Fatal(err)
 	}
-	ram.Resize(size - 512)
-	if err := c.Flush(); err != nil || len(c.dirty) != 0 {
-		t.Error(err)
+	if err := ram.Resize(size - 512); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil || len(c.dirty) != 0 || ram.Size() != 0 {
+		t.Errorf("%v, %d pages are not stored", err, len(c.dirty))
 	}
 }
 
@@ -154,6 +160,142 @@ func TestStoreErrors(t *testing.T) {
 			if got := h.do(&cmd, inline).Status(); got != c.want {
 				t.Errorf("%s, %v: status %v", name, c.err, got)
 			}
+		}
+	}
+}
+
+// TestRAMSizes: what cannot be is an error and changes nothing, sizes beyond
+// memory cost nothing until they are written, and what grows reads as zeroes.
+func TestRAMSizes(t *testing.T) {
+	for _, size := range []int64{-1, MaxRAM + 1, 1<<63 - 1} {
+		if _, err := OpenRAM(size); err == nil {
+			t.Errorf("%d bytes are accepted", size)
+		}
+	}
+	r := NewRAM(1 << 40)
+	if _, err := r.WriteAt([]byte{1}, 1<<40-1); err != nil {
+		t.Error(err)
+	}
+	for _, size := range []int64{-1, MaxRAM + 1, MaxRAM} { // of the last one there is no address space
+		if err := r.Resize(size); err == nil || r.Size() != 1<<40 {
+			t.Errorf("%d bytes: %d, %v", size, r.Size(), err)
+		}
+	}
+	check := func(off int64, want byte) {
+		t.Helper()
+		var got [1]byte
+		if _, err := r.ReadAt(got[:], off); err != nil || got[0] != want {
+			t.Errorf("at %d: %d, want %d; %v", off, got[0], want, err)
+		}
+	}
+	resize := func(size int64) {
+		t.Helper()
+		if err := r.Resize(size); err != nil || r.Size() != size {
+			t.Errorf("%d bytes: %d, %v", size, r.Size(), err)
+		}
+	}
+	check(1<<40-1, 1)
+	resize(1000)
+	if _, err := r.WriteAt(bytes.Repeat([]byte{2}, 1000), 0); err != nil {
+		t.Error(err)
+	}
+	resize(500)
+	resize(1000)
+	check(499, 2)
+	check(500, 0)
+	resize(0)
+	resize(4096)
+	check(0, 0)
+	if err := r.Close(); err != nil || r.Size() != 0 || r.Close() != nil {
+		t.Error(err)
+	}
+	if _, err := r.WriteAt([]byte{1}, 0); err == nil {
+		t.Error("a write succeeds after Close")
+	}
+}
+
+// TestRAMGivesBack: what is discarded takes no memory.
+func TestRAMGivesBack(t *testing.T) {
+	const size = 4 << 20
+	r := NewRAM(size)
+	defer r.Close()
+	if _, err := r.WriteAt(bytes.Repeat([]byte{1}, size), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Discard(100, size-300); err != nil {
+		t.Fatal(err)
+	}
+	resident := 0
+	in := make([]byte, size/os.Getpagesize())
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&r.mapping.pages[0])), size, uintptr(unsafe.Pointer(&in[0]))); errno != 0 {
+		t.Fatal(errno)
+	}
+	for _, b := range in {
+		resident += int(b & 1)
+	}
+	if resident > 2 {
+		t.Errorf("%d pages are resident", resident)
+	}
+	for i, b := range r.mapping.data {
+		if want := byte(1); i >= 100 && i < size-200 && b != 0 || (i < 100 || i >= size-200) && b != want {
+			t.Fatalf("byte %d is %d", i, b)
+		}
+	}
+}
+
+// TestOpenFile: what a store may be, and who may have it.
+func TestOpenFile(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := unix.Mkfifo(in("pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", in("socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for name, want := range map[string]error{
+		dir: ErrNotStorage, in("pipe"): ErrNotStorage, in("socket"): ErrNotStorage, "/dev/null": ErrNotStorage, "/dev/tty": ErrNotStorage,
+		in("nothing"): fs.ErrNotExist,
+	} {
+		for _, readOnly := range []bool{false, true} {
+			if f, err := OpenFile(name, FileConfig{ReadOnly: readOnly}); !errors.Is(err, want) {
+				t.Errorf("%s: %v", name, err)
+				if err == nil {
+					f.Close()
+				}
+			}
+		}
+	}
+	if err := os.WriteFile(in("disk"), make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("disk", in("link")); err != nil {
+		t.Fatal(err)
+	}
+	rw, ro, shared := FileConfig{}, FileConfig{ReadOnly: true}, FileConfig{Shared: true}
+	for _, c := range []struct {
+		first, second FileConfig
+		ok            bool
+	}{{rw, rw, false}, {rw, ro, false}, {ro, rw, false}, {ro, ro, true}, {rw, shared, false}, {shared, rw, false}, {shared, shared, true}} {
+		first, err := OpenFile(in("link"), c.first)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first.Path() != in("disk") || first.Device() {
+			t.Errorf("path %s, device %t", first.Path(), first.Device())
+		}
+		second, err := OpenFile(in("disk"), c.second)
+		if (err == nil) != c.ok || !c.ok && !errors.Is(err, ErrInUse) {
+			t.Errorf("%+v beside %+v: %v", c.second, c.first, err)
+		}
+		if err == nil {
+			second.Close()
+		}
+		first.Close()
+		if err := first.Flush(); err == nil {
+			t.Error("a closed file is flushed")
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -54,11 +55,23 @@ func (c *SubsystemConfig) setDefaults() error {
 		return fmt.Errorf("subsystem: serial number of %d bytes, at most 20 fit", len(c.Serial))
 	case len(c.Model) > 40:
 		return fmt.Errorf("subsystem: model number of %d bytes, at most 40 fit", len(c.Model))
+	case !printable(c.Serial) || !printable(c.Model):
+		return fmt.Errorf("subsystem: serial number %q and model number %q are not printable ASCII alone", c.Serial, c.Model)
 	case c.MaxQueues < 1 || c.MaxQueues > nvme.MaxQueues:
 		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", c.MaxQueues, nvme.MaxQueues)
 	}
+	for _, host := range c.AllowHosts {
+		if err := nvme.ValidateNQN(host); err != nil {
+			return fmt.Errorf("subsystem: host %q: %w", host, err)
+		}
+	}
 	c.AllowHosts = slices.Clone(c.AllowHosts)
 	return nil
+}
+
+// printable says whether s is of the characters that Identify may have.
+func printable(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
 
 // Subsystem is an NVM subsystem.
@@ -120,60 +133,6 @@ func (s *Subsystem) notify(e event, nsid uint32) {
 	}
 }
 
-// NamespaceConfig describes a Namespace.
-type NamespaceConfig struct {
-	NSID      uint32    // 1..MaxNamespaces; 0: the lowest that is free
-	Store     Store     // required; stays the caller's, in use until the target is closed
-	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512
-	UUID      nvme.UUID // zero: random
-	NGUID     [16]byte  // zero: none
-	ReadOnly  bool
-	ANAGroup  uint32 // 1..MaxANAGroups; 0: 1
-}
-
-// Namespace is a namespace of a Subsystem.
-type Namespace struct {
-	subsystem *Subsystem
-	cfg       NamespaceConfig
-	shift     uint8 // log2 of the block size
-	group     *atomic.Uint32
-	blocks    atomic.Uint64
-	readOnly  atomic.Bool
-}
-
-// NSID is the id of the namespace.
-func (n *Namespace) NSID() uint32 { return n.cfg.NSID }
-
-func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
-	if cfg.BlockSize == 0 {
-		cfg.BlockSize = 512
-	}
-	if cfg.UUID.IsZero() {
-		cfg.UUID = nvme.NewUUID()
-	}
-	if cfg.ANAGroup == 0 {
-		cfg.ANAGroup = 1
-	}
-	n := &Namespace{subsystem: s, cfg: cfg}
-	for 1<<n.shift < cfg.BlockSize {
-		n.shift++
-	}
-	switch {
-	case cfg.Store == nil:
-		return nil, errors.New("namespace: no store")
-	case cfg.BlockSize < 512 || cfg.BlockSize > 4096 || 1<<n.shift != cfg.BlockSize:
-		return nil, fmt.Errorf("namespace: blocks of %d bytes", cfg.BlockSize)
-	case cfg.NSID > MaxNamespaces:
-		return nil, fmt.Errorf("namespace: id %d is above %d", cfg.NSID, MaxNamespaces)
-	case cfg.ANAGroup > MaxANAGroups:
-		return nil, fmt.Errorf("namespace: ana group %d is above %d", cfg.ANAGroup, MaxANAGroups)
-	}
-	n.group = &s.ana[cfg.ANAGroup-1]
-	n.readOnly.Store(cfg.ReadOnly)
-	n.blocks.Store(uint64(max(0, cfg.Store.Size())) >> n.shift)
-	return n, nil
-}
-
 // AddNamespace adds a namespace and tells the hosts. Errors are of the
 // configuration, or an id that is taken.
 func (s *Subsystem) AddNamespace(cfg NamespaceConfig) (*Namespace, error) {
@@ -181,7 +140,8 @@ func (s *Subsystem) AddNamespace(cfg NamespaceConfig) (*Namespace, error) {
 }
 
 // ReplaceNamespace puts another namespace in the place of the one with the id
-// of cfg, and tells the hosts.
+// of cfg, and tells the hosts. For commands to the old one it is as if that were
+// removed.
 func (s *Subsystem) ReplaceNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	return s.setNamespace(cfg, true)
 }
@@ -219,8 +179,8 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 	return n, nil
 }
 
-// RemoveNamespace removes a namespace and tells the hosts. Commands that have
-// begun go on to use its store.
+// RemoveNamespace removes a namespace and tells the hosts. Commands that are inside
+// its store go on, see [Namespace.Drained]; others find it gone.
 func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
 	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
@@ -292,26 +252,6 @@ func (s *Subsystem) flush() error {
 	return errors.Join(errs...)
 }
 
-// Revalidate takes notice of the store's size, and tells the hosts if it
-// changed.
-func (n *Namespace) Revalidate() {
-	blocks := uint64(max(0, n.cfg.Store.Size())) >> n.shift
-	if n.blocks.Swap(blocks) != blocks {
-		n.subsystem.notify(eventNamespace, n.cfg.NSID)
-	}
-}
-
-// ReadOnly says whether the namespace is protected from changes.
-func (n *Namespace) ReadOnly() bool { return n.readOnly.Load() }
-
-// SetReadOnly protects the namespace from changes, or no longer, and tells the
-// hosts. It is what the write protection feature does.
-func (n *Namespace) SetReadOnly(on bool) {
-	if n.readOnly.Swap(on) != on {
-		n.subsystem.notify(eventNamespace, n.cfg.NSID)
-	}
-}
-
 // SetANAState sets the state of an ANA group (1..MaxANAGroups) on this target,
 // and tells the hosts. All groups begin optimized.
 func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
@@ -363,17 +303,4 @@ func (s *Subsystem) anaLog(groupsOnly bool) []byte {
 		log = nvme.AppendANAGroup(log, uint32(i)+1, s.anaCounts[i], nvme.ANAState(s.ana[i].Load()), ids...)
 	}
 	return log
-}
-
-// access is the status of a command to a namespace in this ANA state.
-func (n *Namespace) access() nvme.Status {
-	switch nvme.ANAState(n.group.Load()) {
-	case nvme.ANAInaccessible:
-		return nvme.StatusANAInaccessible
-	case nvme.ANAPersistentLoss:
-		return nvme.StatusANAPersistentLoss
-	case nvme.ANAChange:
-		return nvme.StatusANATransition
-	}
-	return nvme.StatusSuccess
 }

@@ -26,11 +26,15 @@ const (
 	DefaultMaxConnections = 1024
 	DefaultConnectTimeout = 10 * time.Second
 
+	// MinTransfer is the smallest limit that MDTS can say: twice the smallest memory
+	// page. 0 in MDTS is no limit.
+	MinTransfer = 2 * pageSize
+
+	pageSize     = 4096 // CAP.MPSMIN
 	maxInCapsule = 16384
 	minQueueSize = 16
 	maxQueueSize = 1024
 	adminDepth   = 32
-	minTransfer  = 4096
 	backlog      = 128
 	readDepth    = 16 // RDMA READs outstanding per queue, clipped by the provider
 )
@@ -43,14 +47,28 @@ type Config struct {
 
 	InCapsule      int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
 	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
-	MaxTransfer    int // bytes per command, a power of two from 4096 to 1 MiB (MDTS); 0: 1 MiB
+	MaxTransfer    int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
 	MaxConnections int // connections at a time; 0: 1024
+	MaxPerHost     int // connections of one address; 0: three quarters of MaxConnections
+
+	// QueueMemory bounds the memory of connected queues, in bytes: each I/O queue
+	// takes its entries × (64 + InCapsule), and 32 KiB for each entry, at least twice
+	// MaxTransfer and at most 4 MiB; 0: a quarter of the machine's, at least 256 MiB.
+	QueueMemory int64
+
+	// Deferred leaves connect requests unanswered until [Target.Start] is called, so
+	// that the first host finds what is to be there.
+	Deferred bool
 
 	// QuiesceTime is what controllers announce as their command quiesce time (CQT),
 	// whole milliseconds up to 65535; 0 is not reported. The target cannot keep
 	// such a promise by itself: a store may take any time. Hosts that ask for a
 	// controller's id are told the truth whatever is announced.
 	QuiesceTime time.Duration
+	// ANATransition is how long an ANA group is announced to stay in the change state
+	// at most (ANATT), whole seconds up to 255; 0: 10 s. Nothing ends that state but
+	// [Subsystem.SetANAState].
+	ANATransition time.Duration
 	// CommandKeepAlive makes Keep Alive commands the only ones that keep a
 	// controller alive. Without it all commands do, and CTRATT says so (TBKAS).
 	CommandKeepAlive bool
@@ -81,6 +99,15 @@ func (c *Config) setDefaults() error {
 			*f.field = f.value
 		}
 	}
+	if c.ANATransition == 0 {
+		c.ANATransition = 10 * time.Second
+	}
+	if c.MaxPerHost == 0 {
+		c.MaxPerHost = c.MaxConnections - c.MaxConnections/4
+	}
+	if c.QueueMemory == 0 {
+		c.QueueMemory = defaultQueueMemory()
+	}
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = DefaultConnectTimeout
 	}
@@ -90,12 +117,18 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: in-capsule data of %d bytes is no multiple of 16 up to %d", c.InCapsule, maxInCapsule)
 	case c.QueueSize < minQueueSize || c.QueueSize > maxQueueSize:
 		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, minQueueSize, maxQueueSize)
-	case c.MaxTransfer < minTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
-		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, minTransfer, DefaultMaxTransfer)
+	case c.MaxTransfer < MinTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
+		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
 		return fmt.Errorf("config: %d connections", c.MaxConnections)
+	case c.MaxPerHost < 1:
+		return fmt.Errorf("config: %d connections of one host", c.MaxPerHost)
+	case c.QueueMemory < 0:
+		return fmt.Errorf("config: %d bytes of memory for queues", c.QueueMemory)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
+	case !fits(c.ANATransition, time.Second) || c.ANATransition > math.MaxUint8*time.Second:
+		return fmt.Errorf("config: ANA transition time %v is not whole seconds up to 255", c.ANATransition)
 	case !fits(c.QuiesceTime, time.Millisecond):
 		return fmt.Errorf("config: quiesce time %v is not whole milliseconds up to 65535", c.QuiesceTime)
 	}
@@ -117,8 +150,10 @@ func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <
 type Target struct {
 	cfg      Config
 	listener rdma.Listener
+	log      *slog.Logger // for what hosts cause, so that they cannot fill a disk
 	faults   Faults
 	running  sync.WaitGroup
+	start    sync.Once
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 
@@ -129,10 +164,11 @@ type Target struct {
 	discovery  *Subsystem
 	genctr     uint64 // of the discovery log
 	queues     map[*queue]struct{}
-	opening    int // connections without queue yet
+	admission  admission
 	past       totals
 	connects   uint64
 	rejects    uint64
+	refusals   map[string]uint64 // by reason
 }
 
 // New listens. Subsystems are added later; until then only the discovery
@@ -143,8 +179,10 @@ func New(cfg Config) (*Target, error) {
 	}
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
-		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(),
+		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
+		admission: admission{hosts: map[netip.Addr]int{}},
 	}
+	t.log = limitedLog(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
@@ -154,9 +192,14 @@ func New(cfg Config) (*Target, error) {
 		t.cancel()
 		return nil, err
 	}
-	t.running.Go(t.accept)
+	if !cfg.Deferred {
+		t.Start()
+	}
 	return t, nil
 }
+
+// Start answers connect requests. Of more than one call the first counts.
+func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
 
 // Addr is the address that the target listens on.
 func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }
@@ -242,7 +285,7 @@ func (t *Target) accept() {
 			t.cfg.Log.Error("listener ended", "err", err)
 			return
 		case err != nil:
-			t.cfg.Log.Warn("connect request failed", "err", err)
+			t.log.Warn("connect request failed", "err", err)
 			continue
 		}
 		t.running.Go(func() { t.serve(id) })
@@ -251,7 +294,7 @@ func (t *Target) accept() {
 
 // serve is the life of one connection.
 func (t *Target) serve(id rdma.ID) {
-	log := t.cfg.Log.With("host", id.RemoteAddr())
+	log := t.log.With("host", id.RemoteAddr())
 	q, err := t.open(id)
 	if err != nil {
 		log.Warn("connection refused", "err", err)
@@ -260,6 +303,7 @@ func (t *Target) serve(id rdma.ID) {
 		t.mu.Lock()
 		t.rejects++
 		t.mu.Unlock()
+		t.refused("connection: " + reason.String())
 		private := nvme.RDMAReject{Status: reason}.Marshal()
 		if err := id.Reject(private[:]); err != nil {
 			log.Debug("reject failed", "err", err)
@@ -267,57 +311,13 @@ func (t *Target) serve(id rdma.ID) {
 		_ = id.Close() // nothing was established that could fail to end
 		return
 	}
-	err = q.run(t.ctx)
+	err = q.run()
 	log.Debug("queue ended", "qid", q.qid, "reason", err)
 	q.leave()
 	if err := q.close(); err != nil {
 		log.Warn("queue did not close cleanly", "qid", q.qid, "err", err)
 	}
-	t.mu.Lock()
-	delete(t.queues, q)
-	t.past.add(q)
-	t.mu.Unlock()
-}
-
-// open makes the queue of a connect request. An error that wraps no
-// nvme.RDMARejectStatus is want of resources.
-func (t *Target) open(id rdma.ID) (*queue, error) {
-	if reason := nvme.RDMARejectStatus(t.faults.reject.Load()); reason != 0 {
-		return nil, fmt.Errorf("fault: %w", reason)
-	}
-	req, err := nvme.ParseRDMARequest(id.PrivateData())
-	if err != nil {
-		return nil, err
-	}
-	limit := t.cfg.QueueSize
-	if req.QID == 0 {
-		limit = adminDepth
-	}
-	if int(req.HSQSize) >= limit {
-		return nil, fmt.Errorf("queue %d of %d entries, at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
-	}
-	t.mu.Lock()
-	full := len(t.queues)+t.opening >= t.cfg.MaxConnections
-	if !full {
-		t.opening++
-	}
-	t.mu.Unlock()
-	if full {
-		return nil, fmt.Errorf("%d connections: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
-	}
-	q, err := newQueue(t, id, req)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.opening--
-	if err != nil {
-		return nil, err
-	}
-	t.queues[q] = struct{}{}
-	t.connects++
-	if t.ctx.Err() != nil {
-		q.kill("target closes") // Close did not see this queue
-	}
-	return q, nil
+	t.ended(q.host, q)
 }
 
 // disconnect ends the connections of the queues that match, and says how many.

@@ -177,6 +177,10 @@ func TestIdentify(t *testing.T) {
 	if i := nvme.IdentifyNSIndependentAt(h.identify(nvme.CNSNSIndependent, 3)); i.NSTAT() != nsReady || !i.WriteProtected() {
 		t.Error("command set independent structure is wrong")
 	}
+	var unprotect nvme.Command
+	unprotect.SetSetFeatures(nvme.FeatureWriteProtect, writeProtectNone)
+	unprotect.SetNSID(3)
+	h.want(nvme.StatusFeatureNotChangeable|dnr, &unprotect) // it is read-only by configuration
 	h.identify(nvme.CNSControllerCSI, 0)
 	h.identify(nvme.CNSNamespaceCSI, 3)
 	var cmd nvme.Command
@@ -339,7 +343,8 @@ func TestConnectTimeout(t *testing.T) {
 func TestConfigErrors(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	for _, cfg := range []Config{
-		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000},
+		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000}, {MaxTransfer: 4096},
+		{QuiesceTime: time.Minute + 6*time.Second}, {QuiesceTime: time.Microsecond}, {ANATransition: 256 * time.Second}, {ANATransition: time.Millisecond}, {MaxPerHost: -1}, {QueueMemory: -1}, {RetryDelays: [3]time.Duration{0, time.Millisecond}},
 		{MaxTransfer: 2 << 20}, {MaxConnections: -1}, {ConnectTimeout: -1},
 	} {
 		if cfg != (Config{}) {
@@ -353,7 +358,7 @@ func TestConfigErrors(t *testing.T) {
 	}
 	for _, cfg := range []SubsystemConfig{
 		{}, {NQN: testNQN}, {NQN: nvme.DiscoveryNQN}, {NQN: "x", Serial: strings.Repeat("s", 21)},
-		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1},
+		{NQN: "x", Model: strings.Repeat("m", 41)}, {NQN: "x", MaxQueues: -1}, {NQN: "x", Serial: "\x1b"}, {NQN: "x", Model: "é"}, {NQN: "x", AllowHosts: []string{""}},
 	} {
 		if _, err := r.target.AddSubsystem(cfg); err == nil {
 			t.Errorf("%+v is accepted", cfg)

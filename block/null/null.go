@@ -1,6 +1,6 @@
-// Package null is a block back end that does nothing, at once: every request
-// succeeds, reads give whatever is in the buffer. With it a front end is
-// measured alone.
+// Package null is a block back end that does nothing. Every request succeeds at
+// once, and a read returns whatever is in the buffer. It serves to measure a front
+// end without a back end.
 package null
 
 import (

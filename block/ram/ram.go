@@ -1,9 +1,9 @@
-// Package ram is a block back end whose data is in this process's memory: the
-// reference for front ends, which must get back what they wrote. Requests are
-// done at once, on the loop that submits them.
+// Package ram is a block back end that keeps its data in the memory of this process.
+// It is the reference for front ends: a read must return what was written. Requests
+// are executed at once, on the loop that submits them.
 //
-// Requests of several queues to the same sectors at the same time mix, as on
-// a disk.
+// Concurrent requests of several queues to the same sectors mix their data, as on a
+// disk.
 package ram
 
 import (

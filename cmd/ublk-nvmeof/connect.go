@@ -4,10 +4,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"os"
 	"os/signal"
-	"slices"
 	"syscall"
 	"time"
 
@@ -43,9 +41,9 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
-	f.BoolVar(&c.foreground, "foreground", false, "serve in this process, for a terminal or a service manager (Type=notify)")
+	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
 	formatFlag(f, &c.format)
-	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were asked for and granted, and log more")
+	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
 // complete checks the flags as a whole.
@@ -61,12 +59,16 @@ func newConnect(runDir dirFunc) *cobra.Command {
 		Use:   "connect -a ADDRESS -n NQN",
 		Short: "Connect to a subsystem and make its namespaces block devices",
 		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
-their names. With --foreground the server is this process: it logs to standard
-error and ends with SIGTERM or SIGINT; a second signal does not wait for
-requests in flight.
+their names. The server runs in the background; SIGHUP and the end of the session
+do not end it. With --foreground this process becomes the server. It then logs to
+standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
+does not wait for requests in flight.
 
-Values that are not accepted are refused before anything else happens. Sizes are
-like 64KiB (1024) or 64k (1000).`,
+If the address is a host name, each of its addresses is tried until one accepts
+the connection.
+
+Invalid values are refused before anything else happens. Sizes are written like
+64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: cobra.NoArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
 	}
@@ -86,7 +88,8 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	args := append(serveArgs(dir), options.Args(c.shown)...)
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
 	if c.foreground {
-		if err := prepareServer(); err != nil {
+		_ = host.SetIOFlusher() // serving works without it; the server says so
+		if err := host.CloseOnExec(); err != nil {
 			return err
 		}
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
@@ -106,26 +109,9 @@ func serveArgs(dir state.Dir) []string {
 // startServer starts a server in the background, and waits until its devices are
 // usable.
 func startServer(args []string, timeout time.Duration) (control.Status, error) {
-	if err := prepareServer(); err != nil {
-		return control.Status{}, err
-	}
+	_ = host.SetIOFlusher() // serving works without it; the server says so
 	return launch(self(), args, timeout)
 }
-
-// prepareServer makes the program that this one executes next fit to be a server. It
-// keeps the I/O flusher mark of this thread, and no descriptor that somebody left open
-// for this program: a server would hold a caller's lock or pipe for as long as it lives.
-func prepareServer() error {
-	// Serving works without it; the server says so.
-	_ = host.SetIOFlusher()
-	if err := unix.CloseRange(firstDescriptor, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return fmt.Errorf("keep descriptors from the server: %w", err)
-	}
-	return nil
-}
-
-// firstDescriptor is the first one after standard input, output and error.
-const firstDescriptor = 3
 
 func newServe(runDir dirFunc) *cobra.Command {
 	c := &connection{runDir: runDir}
@@ -133,13 +119,13 @@ func newServe(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:    "serve",
 		Hidden: true,
-		Short:  "Be the server that connect starts",
+		Short:  "Run the server that connect starts",
 		Args:   cobra.NoArgs,
 	}
 	c.addFlags(cmd)
-	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "where connect wants to hear how it went")
-	cmd.Flags().StringVar(&c.succeed, "succeed", "", "the running server to take over from")
-	cmd.Flags().StringVar(&c.recover, "recover", "", "the dead server to take over from")
+	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
+	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
+	cmd.Flags().StringVar(&c.recover, "recover", "", "name of the dead server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -180,11 +166,30 @@ func journalAttr(groups []string, a slog.Attr) slog.Attr {
 // file goes to connect's standard error, as do panics.
 func (c *connection) serveBackground(r *reporter) error {
 	log := &logFile{}
-	return c.serve(server.Config{
-		Log:      slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
-		Reserved: func(e *state.Entry) error { return log.open(e.Log()) },
-		Ready:    r.ready,
-	}, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg := server.Config{
+		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: c.level()})),
+		Reserved: func(e *state.Entry) error {
+			if err := log.open(e.Log()); err != nil {
+				return err
+			}
+			return r.logs(e.Log())
+		},
+		Ready: r.ready,
+	}
+	defer surviveHangup(cfg.Log)()
+	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+}
+
+// logIdentity says how the target knows this host, and what is odd about it.
+func (c *connection) logIdentity(log *slog.Logger) {
+	args := []any{"hostnqn", c.opts.HostNQN, "hostid", c.opts.HostID.String()}
+	if c.opts.HostIDFile != "" {
+		args = append(args, "generated", "yes", "kept", c.opts.HostIDFile)
+	}
+	log.Info("host identity", args...)
+	for _, w := range c.opts.Warnings {
+		log.Warn("host identity is odd", "reason", w)
+	}
 }
 
 func (c *connection) level() slog.Level {
@@ -203,6 +208,9 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := c.complete(); err != nil {
 		return err
 	}
+	if err := host.CheckIOUring(); err != nil {
+		return err
+	}
 	dir, err := c.runDir()
 	if err != nil {
 		return err
@@ -210,11 +218,20 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	unix.Umask(0o022) // others may look
 	// A log that nobody reads any more is no reason to die.
 	signal.Ignore(syscall.SIGPIPE)
-	outliveTerminal(cfg.Log, signals)
 	ctx, stop := interruptible(signals...)
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
+	reserved := cfg.Reserved
+	cfg.Reserved = func(e *state.Entry) error {
+		if reserved != nil {
+			if err := reserved(e); err != nil {
+				return err
+			}
+		}
+		c.logIdentity(cfg.Log)
+		return nil
+	}
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry
 	go func() {
@@ -227,19 +244,4 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		os.Exit(int(exit.Other))
 	}()
 	return server.Run(ctx, cfg)
-}
-
-// outliveTerminal keeps SIGHUP, which the end of a terminal or a session sends, from
-// ending a server, unless it is one of the signals that are to end it.
-func outliveTerminal(log *slog.Logger, ends []os.Signal) {
-	if slices.Contains(ends, os.Signal(syscall.SIGHUP)) {
-		return
-	}
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	go func() {
-		for range hangups {
-			log.Info("SIGHUP is ignored; SIGTERM or disconnect ends the server")
-		}
-	}()
 }

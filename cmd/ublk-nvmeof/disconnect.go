@@ -16,6 +16,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -43,14 +44,17 @@ func newDisconnect(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "disconnect {-n NQN | -d DEVICE | NQN | DEVICE}…",
 		Short: "End the servers of subsystems, and remove their devices",
-		Long: `Ends the servers of a subsystem, by its NQN, or the server of a device: /dev/ublkb0,
-ublkb0, /dev/nbd0, an NBD URI, or the name that list -v shows, as ctrl0. A server with a device in use
-is left alone, unless --force is given: then users of the device get I/O errors,
-and a server that does not end within seconds is killed. Either way it has
-happened, or is refused, when this returns.
+		Long: `Ends all servers of a subsystem, given by its NQN, or the server of one device. A
+device is given as /dev/ublkb0, ublkb0, /dev/nbd0 or an NBD URI; the name of a
+server, such as ctrl0, is accepted as well (see list -v).
 
-As with nvme-cli, it is no error if no server has the NQN; it is one if there is
-no such device.`,
+A server whose device is in use is not ended unless --force is given. With --force
+the users of the device get I/O errors, and a server that does not end within
+seconds is killed. When the command returns, the server has ended, or the error
+says why it has not.
+
+As with nvme-cli, it is no error if no server has the NQN. It is an error if there
+is no such device.`,
 		RunE: verb("disconnect", func(cmd *cobra.Command, args []string) error {
 			for _, a := range args {
 				if isDevice(a) {
@@ -70,9 +74,9 @@ no such device.`,
 		}),
 	}
 	f := cmd.Flags()
-	f.StringSliceVarP(&nqns, "nqn", "n", nil, "NQN of the subsystem")
-	f.StringSliceVarP(&devices, "device", "d", nil, "block device or server name")
-	f.BoolVar(&force, "force", false, "even if a device is in use; returns within 5 s")
+	f.StringArrayVarP(&nqns, "nqn", "n", nil, "`NQN` of the subsystem; may be repeated")
+	f.StringArrayVarP(&devices, "device", "d", nil, "block `device`, NBD URI or name of a server; may be repeated")
+	f.BoolVar(&force, "force", false, "end the server even if a device is in use, and return within 5 s")
 	complete := func(pick func(state.Record) []string) cobra.CompletionFunc {
 		return func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			var words []string
@@ -185,7 +189,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 			}
 			errs = append(errs, fmt.Errorf("%s: %w", w.records[j].Name, err))
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", w.nqn, n)
+		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
 	}
 	return errors.Join(errs...)
 }

@@ -14,11 +14,11 @@ func newGC(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "gc",
 		Short: "Remove what dead servers left and nobody can use any more",
-		Long: `Removes ublk devices whose server died and that cannot be served on, and records of
-servers that are no more. It touches only devices that this program added; it
-leaves those alone that wait for a server (recover serves them on, disconnect
-ends them), sockets whose clients may wait for one, and devices that somebody has
-open.`,
+		Long: `Removes ublk devices whose server died and that cannot be recovered, and the records
+of servers that no longer exist. Only devices that this program added are removed.
+Devices that wait for a server are kept (recover starts one, disconnect removes
+them), and so are sockets whose clients may wait for one, and devices that somebody
+has open.`,
 		Args: cobra.NoArgs,
 		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

@@ -1,24 +1,32 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
-// self is a path to this program, even if its file was replaced meanwhile. Its
-// own path is better: ps calls threads by its last part.
+// self is the path of this program, or a link to it if its file has been
+// replaced since. The path is better where it is right, because ps shows the last
+// part of it as the name of a thread.
 func self() string {
 	const link = "/proc/self/exe"
 	running, err := os.Stat(link)
@@ -35,37 +43,108 @@ func self() string {
 	return path
 }
 
-// undoTime is what a server gets, beyond its own timeout, to undo what it did.
+// undoTime is how long a server may take, after its own timeout, to undo what it
+// has done.
 const undoTime = 30 * time.Second
 
-// report is what a server tells the connect that started it, once.
+// report is a message of a server to the command that started it.
 type report struct {
+	Log    string          `json:"log,omitempty"` // path of the server's log
 	Status *control.Status `json:"status,omitempty"`
 	Error  *exit.Error     `json:"error,omitempty"`
 }
 
-// reporter is the server's end. Not being heard ends a server that has just
-// become ready: nobody knows of its devices.
+// reporter is the server's end of the pipe to the command that started it. The
+// pipe is closed after the status or the error.
 type reporter struct{ file *os.File }
 
-func (r *reporter) ready(s control.Status) error { return r.send(report{Status: &s}) }
+// logs names the server's log.
+func (r *reporter) logs(path string) error { return r.send(report{Log: path}) }
+
+// ready tells that the devices are usable. A server that cannot tell has to end,
+// because nobody would know of its devices.
+func (r *reporter) ready(s control.Status) error {
+	return errors.Join(r.send(report{Status: &s}), r.close())
+}
 
 // failed is the last thing that a server does. After ready it does nothing.
-func (r *reporter) failed(err *exit.Error) error { return r.send(report{Error: err}) }
+func (r *reporter) failed(err *exit.Error) error {
+	return errors.Join(r.send(report{Error: err}), r.close())
+}
 
 func (r *reporter) send(m report) error {
 	if r.file == nil {
 		return nil
 	}
-	err := json.NewEncoder(r.file).Encode(m)
-	err = errors.Join(err, r.file.Close())
+	return json.NewEncoder(r.file).Encode(m)
+}
+
+func (r *reporter) close() error {
+	if r.file == nil {
+		return nil
+	}
+	err := r.file.Close()
 	r.file = nil
 	return err
 }
 
-// launch starts a server in a session of its own, and returns what it says of
-// itself when its devices are usable. Otherwise nothing of it is left. The
-// calling thread's marks are the server's.
+// receive reads the messages of a server until the last one, or until the server
+// is dead, and returns all of them as one.
+func receive(r io.Reader) report {
+	var all report
+	for d := json.NewDecoder(r); all.Status == nil && all.Error == nil; {
+		var m report
+		if d.Decode(&m) != nil {
+			break // the server is dead, or is no server of ours
+		}
+		if m.Log != "" {
+			all.Log = m.Log
+		}
+		all.Status, all.Error = m.Status, m.Error
+	}
+	return all
+}
+
+// background makes a command of this program that runs on when its session has
+// ended: in a session of its own, with nothing of the caller's but standard error
+// and out, which is its descriptor 3.
+func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
+	if err := host.CloseOnExec(); err != nil {
+		return nil, err
+	}
+	return &exec.Cmd{
+		Path: path, Args: args,
+		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{out},
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}, nil
+}
+
+// withoutNotify keeps a server in the background from speaking for the service
+// that started it.
+func withoutNotify(env []string) []string {
+	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
+}
+
+// surviveHangup keeps SIGHUP, which the end of a session may send, from ending a
+// server in the background, until stop is called.
+func surviveHangup(log *slog.Logger) (stop func()) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGHUP)
+	go func() {
+		for range c {
+			log.Info("SIGHUP is ignored by a server in the background; disconnect, SIGTERM or SIGINT ends it")
+		}
+	}()
+	return func() {
+		signal.Stop(c)
+		close(c)
+	}
+}
+
+// launch starts a server in the background and returns its status once its
+// devices are usable. Otherwise nothing of the server is left, and the error says
+// why, or how the server died. The server inherits the calling thread's marks
+// (host.SetIOFlusher).
 func launch(path string, args []string, timeout time.Duration) (control.Status, error) {
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
@@ -74,24 +153,19 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	defer r.Close()
-	cmd := exec.Cmd{
-		Path: path, Args: append(args, "--report-fd=3"), Dir: "/",
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{w},
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	cmd, err := background(path, append(args, "--report-fd=3"), w)
+	if err != nil {
+		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
+	cmd.Dir = "/" // it must not keep a file system busy
+	killsBefore, _ := host.OOMKills()
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	heard := make(chan report, 1)
-	go func() {
-		var m report
-		if text, err := io.ReadAll(r); err == nil {
-			_ = json.Unmarshal(text, &m) // whatever it is, it is no report
-		}
-		heard <- m
-	}()
+	go func() { heard <- receive(r) }()
 	m, err := await(ctx, heard, cmd.Process, timeout)
 	switch {
 	case err != nil:
@@ -103,20 +177,56 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 		_ = cmd.Wait() // m.Error says more
 		return control.Status{}, m.Error
 	}
-	// It died. What it had to say about that is on standard error, or in its log.
-	return control.Status{}, fmt.Errorf("the server died: %w", errors.Join(cmd.Wait(), errDied))
+	if err := cmd.Wait(); cmd.ProcessState == nil {
+		return control.Status{}, fmt.Errorf("the server died: %w", err)
+	}
+	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, killsBefore))
 }
 
-var errDied = errors.New("it reported nothing")
-
-// withoutNotify keeps a server in the background from speaking for the service
-// that started it.
-func withoutNotify(env []string) []string {
-	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
+// obituary says how a server died that has not said so itself. log is the path of
+// its log, if it has one, and killsBefore is what host.OOMKills was before its
+// start.
+func obituary(p *os.ProcessState, log string, killsBefore uint64) string {
+	text := fmt.Sprintf("it ended with exit code %d and reported nothing", p.ExitCode())
+	if s, ok := p.Sys().(syscall.WaitStatus); ok && s.Signaled() {
+		text = "it was killed by " + unix.SignalName(s.Signal())
+		kills, err := host.OOMKills()
+		switch {
+		case s.Signal() != syscall.SIGKILL:
+		case err != nil:
+			text += ", perhaps because the machine or its control group was out of memory; see the kernel's log"
+		case kills > killsBefore:
+			text += ", and the kernel has killed a process meanwhile because memory ran out; a smaller --queue-size, --max-io-size or --nr-io-queues needs less"
+		}
+	}
+	if line := lastLine(log); line != "" {
+		text += fmt.Sprintf("; its log ends with: %s", line)
+	}
+	return text
 }
 
-// await waits for the report of a server. A signal is passed on, and a server
-// that does not come to an end is killed.
+// lastLine is the last line of a file that is not empty, or of its end if it is
+// longer than that.
+func lastLine(path string) string {
+	const most = 4096
+	if path == "" {
+		return ""
+	}
+	f, err := rundir.OpenFile(path, os.O_RDONLY, 0)
+	if err != nil {
+		return "" // it was never made, or is gone
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Size() > most {
+		_, _ = f.Seek(-most, io.SeekEnd) // else the beginning is read
+	}
+	text, _ := io.ReadAll(io.LimitReader(f, most))
+	text = bytes.TrimSpace(text)
+	return string(text[bytes.LastIndexByte(text, '\n')+1:])
+}
+
+// await waits for the report of a server. It passes a signal on, and kills a server
+// that neither gets ready nor ends in time.
 func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration) (report, error) {
 	limit := time.NewTimer(timeout + undoTime)
 	defer limit.Stop()

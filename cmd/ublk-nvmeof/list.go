@@ -14,7 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// statusTime is what a server gets to say how it is.
+// statusTime is how long a server may take to answer a request for its status.
 const statusTime = 2 * time.Second
 
 func newList(runDir dirFunc) *cobra.Command {
@@ -23,12 +23,13 @@ func newList(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Show servers and their devices",
-		Long: `Shows the devices of all servers, with how many queues of each class were
-requested and granted. "poll 1/0→default" says that one poll queue was asked
-for, none was granted, and the default queues serve its requests.
+		Long: `Shows the devices of all servers, and for each class how many queues were requested
+and granted. "poll 1/0→default" means that one poll queue was requested, none was
+granted, and the default queues serve its requests.
 
-A server that died is shown as lost, with the devices it left: recover serves
-them on, disconnect takes them away. JSON has everything, with or without -v.`,
+A server that died is shown as lost, with the devices that it left: recover starts
+a server for them, and disconnect removes them. JSON has all details, with or
+without -v.`,
 		Args: cobra.NoArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -43,17 +44,17 @@ them on, disconnect takes them away. JSON has everything, with or without -v.`,
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show everything about each server")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show all details of each server")
 	return cmd
 }
 
-// statuses asks all servers at the same time.
+// statuses asks all servers for their status at the same time.
 func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
 	found := make([]control.Status, len(records))
 	var wg sync.WaitGroup
 	for i, r := range records {
 		if r.Err != nil {
-			complain("%s: list: %s: %v\n", programName, r.Name, r.Err)
+			complain("%s: list: %s: %s\n", programName, output.Text(r.Name), output.Text(r.Err.Error()))
 		}
 		wg.Go(func() { found[i] = statusOf(ctx, r) })
 	}
@@ -61,7 +62,8 @@ func statuses(ctx context.Context, records []state.Record, complain func(string,
 	return found
 }
 
-// statusOf is what a server says, or what its record says in its place.
+// statusOf returns the status that a server reports, or what its record says if it does
+// not answer.
 func statusOf(ctx context.Context, r state.Record) control.Status {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()

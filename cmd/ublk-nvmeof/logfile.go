@@ -5,23 +5,27 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
-// logLimit is how long a log may get: it is in memory. The one before is kept.
+// logLimit is the size, in bytes, at which a new log is begun: a run directory is
+// in memory. One older log is kept.
 const logLimit = 1 << 20
 
-// logFile is where a background server logs: standard error, which becomes a
-// file once there is a place for it, so that panics go there, too. slog's
-// handlers write one record at a time.
+// logFile is the log of a background server. It is standard error at first. Once
+// the server has a directory, standard error becomes a file in it, so that a
+// panic is logged there, too. slog's handlers write one record at a time.
 type logFile struct {
 	path string // empty: not open
 	size int64
 }
 
-// open begins the log, and makes it the process's standard output and error.
+// open makes the file path the process's standard output and error. Children
+// inherit it as these two only.
 func (l *logFile) open(path string) error {
 	l.path, l.size = path, 0
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := rundir.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return fmt.Errorf("open log: %w", err)
 	}

@@ -1,18 +1,19 @@
-// Command ublk-nvmeof serves the namespaces of an NVMe over RDMA subsystem as
-// ublk block devices, /dev/ublkbN.
+// Command ublk-nvmeof serves the namespaces of an NVMe over RDMA subsystem as ublk
+// block devices, /dev/ublkbN.
 //
 //	connect     starts a server for a subsystem and returns when its devices are usable
 //	disconnect  ends servers
 //	list        shows servers and their devices
-//	recover     serves on what a dead server left
+//	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
 //	gc          removes what dead servers left and nobody can use any more
-//	target      is a target, for tests and demonstrations
-//	version     says which build this is
+//	target      runs a target for tests and demonstrations
+//	version     prints the version of this build
 //
-// connect marks its main thread as an I/O flusher and then starts the server, or
-// with --foreground becomes it, by executing this program again with the hidden
-// verb serve: the mark passes to a new program, and there to all threads.
+// connect marks its main thread as an I/O flusher. It then executes this program
+// again with the hidden command serve, which starts the server in the background;
+// with --foreground it becomes the server this way. A program inherits the mark of
+// the thread that executes it, and all of its threads have it.
 package main
 
 import (
@@ -22,20 +23,23 @@ import (
 	"runtime"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 )
 
-// No run loop may get the main thread: it does not end with its goroutine, and
-// would keep the loop's io_uring, and so the ublk device, for ever. It is also
-// the thread whose marks a started program inherits.
+// No loop may run on the main thread: the thread does not end with its goroutine, and
+// would keep the loop's io_uring, and so the ublk device, forever. A program that is
+// started also inherits the marks of this thread.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }
 
-// run carries out a command line. An error is one line on errs, and a code.
+// run executes a command line. An error is written to errs as one line, and its code is
+// returned.
 func run(args []string, out, errs io.Writer) exit.Code {
-	err := execute(args, out, errs)
+	err := exit.From(execute(args, out, errs))
 	if err != nil {
-		fmt.Fprintf(errs, "%s: %s\n", programName, exit.From(err))
+		fmt.Fprintf(errs, "%s: %s\n", programName, output.Text(err.Message))
+		return err.Code
 	}
-	return exit.Of(err)
+	return exit.OK
 }

@@ -20,15 +20,15 @@ func newRecover(runDir dirFunc) *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
 		Use:   "recover {--all | NQN | DEVICE…}",
-		Short: "Serve on what a server left that died",
-		Long: `Starts a new server in the place of one that died, with the same flags: it
-connects again, waits until the target has ended what the dead server had under way,
-takes the devices over, and serves the requests that wait. A server is named by its
-NQN, by one of its devices, or by the name that list -v shows, as ctrl0. connect with
-the same target does the same.
+		Short: "Start a server for the devices of one that died",
+		Long: `Starts a new server in place of one that died, with the same flags. The new server
+connects again, waits until the target has ended the controllers of the dead server,
+takes over the devices, and serves the requests that wait. The dead server is given by
+the NQN of its subsystem, by one of its devices, or by its name, such as ctrl0 (see
+list -v). connect to the same target does the same.
 
-A device is served on only from the namespace that it was made for. What cannot be
-recovered stays as it is, to be tried again; disconnect gives it up.`,
+A device is recovered only with the namespace that it was made for. What cannot be
+recovered stays as it is, and recover can be tried again. disconnect gives it up.`,
 		RunE: verb("recover", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -46,7 +46,7 @@ recovered stays as it is, to be tried again; disconnect gives it up.`,
 			return errors.Join(errs...)
 		}),
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "all servers that died")
+	cmd.Flags().BoolVar(&all, "all", false, "recover all servers that died")
 	formatFlag(cmd.Flags(), &format)
 	return cmd
 }

@@ -16,15 +16,16 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
 const programName = "ublk-nvmeof"
 
 const longHelp = `Serves the namespaces of an NVMe over RDMA subsystem as block devices
-/dev/ublkbN, from user space. One server process per subsystem does the work;
-connect starts it, disconnect ends it. Flags are those of nvme-cli 2.x, so far
-as they make sense here.`
+/dev/ublkbN from userspace. Each subsystem has a server process, which connect
+starts and disconnect ends. The flags are those of nvme-cli 2.x as far as they
+apply.`
 
 // execute runs a command line.
 func execute(args []string, out, errs io.Writer) error {
@@ -32,19 +33,22 @@ func execute(args []string, out, errs io.Writer) error {
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errs)
-	err := root.Execute()
+	err := checkVerb(root, args)
+	if err == nil {
+		err = root.Execute()
+	}
 	var known *exit.Error
 	if err == nil || errors.As(err, &known) {
 		return err
 	}
-	// What is not from a verb itself is from reading the command line.
+	// An error that is not from a command itself is from parsing the command line.
 	return exit.Errorf(exit.Usage, "%v", err)
 }
 
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           programName,
-		Short:         "NVMe over RDMA block devices from user space",
+		Short:         "NVMe over RDMA block devices from userspace",
 		Long:          longHelp + "\n\nExit codes:\n" + exit.Table(),
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
@@ -53,25 +57,60 @@ func newRoot() *cobra.Command {
 			return fmt.Errorf("no verb is given; see %s --help", programName)
 		},
 	}
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return fmt.Errorf("%s: %w", cmd.Name(), options.FlagError(err))
-	})
-	dir := string(state.DefaultDir)
-	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "where servers keep their state")
+	root.SetFlagErrorFunc(flagError)
+	dir := rundir.Default()
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
 	root.PersistentFlags().Lookup("run-dir").Hidden = true
 	runDir := func() (state.Dir, error) {
 		d, err := filepath.Abs(dir) // a server has its own working directory
+		if err == nil {
+			err = checkRunDir(d)
+		}
 		return state.Dir(d), err
 	}
-	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(runDir), newRecover(runDir), newUpgrade(runDir), newGC(runDir), newList(runDir), newTarget(runDir), newVersion())
+	// A user who has no servers sees those of root.
+	visible := func() (state.Dir, error) {
+		own, err := runDir()
+		if err != nil || root.PersistentFlags().Changed("run-dir") {
+			return own, err
+		}
+		if records, err := own.List(); err != nil || len(records) > 0 {
+			return own, err
+		}
+		return state.Dir(systemDir), checkRunDir(systemDir)
+	}
+	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
+		newGC(visible), newList(visible), newTarget(runDir), newVersion())
 	return root
 }
 
-// dirFunc gives the run directory once flags are parsed.
+// systemDir is the run directory of root. Tests have another one.
+var systemDir = rundir.System
+
+// dirFunc returns the run directory. It is called after the flags are parsed.
 type dirFunc func() (state.Dir, error)
 
-// verb makes a cobra function of one whose errors are not about the command
-// line, unless they say so. Messages begin with the verb's name.
+// maxRunDir is the longest run directory, in bytes, that leaves room for the
+// sockets in it.
+const maxRunDir = rundir.MaxSocketPath - len("/target9999/control.sock")
+
+// checkRunDir refuses a run directory that somebody else could have prepared, or
+// whose sockets nobody could connect to. It need not exist.
+func checkRunDir(dir string) error {
+	if len(dir) > maxRunDir {
+		return fmt.Errorf("run directory %q: it has %d bytes; want at most %d, because the path of a socket in it has at most %d",
+			dir, len(dir), maxRunDir, rundir.MaxSocketPath)
+	}
+	var unsafe *rundir.UnsafeError
+	if errors.As(rundir.Check(dir), &unsafe) {
+		return fmt.Errorf("run directory %w; remove it, or set XDG_RUNTIME_DIR or --run-dir to a directory of your own", unsafe)
+	}
+	return nil // other errors are those of whoever uses it
+}
+
+// verb makes a function for cobra of one whose errors do not concern the command line,
+// unless they have the code exit.Usage. Messages begin with the name of the
+// command.
 func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		e := exit.From(run(cmd, args))
@@ -83,7 +122,7 @@ func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*
 	}
 }
 
-// usage makes an error of a command line that parsed and makes no sense.
+// usage makes an error of a command line that is parsed but makes no sense.
 func usage(err error) error {
 	if err == nil {
 		return nil
@@ -94,10 +133,11 @@ func usage(err error) error {
 // formatFlag adds --output-format.
 func formatFlag(f *pflag.FlagSet, dst *string) {
 	*dst = output.Normal
-	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "format of the output")
+	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "output format")
 }
 
-// interruptible is a context that ends with a signal, which is its cause.
+// interruptible returns a context that one of the signals ends. The signal is its
+// cause.
 func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := make(chan os.Signal, 1)
@@ -114,5 +154,5 @@ func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	}
 }
 
-// endSignals ask a program in a terminal to end.
+// endSignals are the signals that end a program in a terminal.
 var endSignals = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP}

@@ -6,9 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -19,18 +17,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
 )
-
-// targetDir is where targets keep their sockets: they need not be root's.
-func targetDir(runDir dirFunc, changed bool) (string, error) {
-	if os.Geteuid() == 0 || changed {
-		d, err := runDir()
-		return string(d), err
-	}
-	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
-		return filepath.Join(d, programName), nil
-	}
-	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(os.Geteuid())), nil
-}
 
 // exporter is the target verb.
 type exporter struct {
@@ -46,24 +32,25 @@ func newTarget(runDir dirFunc) *cobra.Command {
 	x := &exporter{runDir: runDir, opts: options.DefaultTarget(), readyFD: -1}
 	cmd := &cobra.Command{
 		Use:   "target -n NQN --namespace ram=SIZE",
-		Short: "Be an NVMe over RDMA target, for tests and demonstrations",
-		Long: `Serves namespaces in memory, in files or on block devices to hosts, in this process:
-with an RDMA device, or without one to hosts that speak RoCEv2, which this
-program's connect --provider roce does on every machine. It needs no module and,
-without a device, no privilege. SIGTERM or SIGINT ends it.
+		Short: "Run an NVMe over RDMA target for tests and demonstrations",
+		Long: `Serves namespaces in memory, in files or on block devices to hosts. With an RDMA
+device, every host can connect. Without one, hosts that speak RoCEv2 can, such as
+connect --provider roce on any machine. The target needs no kernel module, and
+without an RDMA device no privilege. SIGTERM or SIGINT ends it; in the background
+it ignores SIGHUP.
 
-The verbs below change it while it runs, and make it misbehave. They mean the only
-target that runs, unless --target says which one. Hosts are told of changes as the
-specification says; a new limit of queues they see when they connect anew.`,
+The commands below change a target while it runs, and make it misbehave. --target
+says which target is meant if several are running. Hosts are told of a change as
+the specification says. They see a new limit of queues when they connect again.`,
 		Args: cobra.NoArgs,
 		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
 	}
 	f := cmd.Flags()
 	x.opts.AddFlags(f)
-	f.BoolVar(&x.background, "background", false, "return once hosts may connect, and leave the target running")
+	f.BoolVar(&x.background, "background", false, "return when hosts can connect, and leave the target running")
 	formatFlag(f, &x.format)
 	f.BoolVarP(&x.verbose, "verbose", "v", false, "log more")
-	f.IntVar(&x.readyFD, "ready-fd", -1, "where target --background waits for the first words")
+	f.IntVar(&x.readyFD, "ready-fd", -1, "descriptor on which target --background waits for the report")
 	f.Lookup("ready-fd").Hidden = true
 	cmd.AddCommand(targetVerbs(runDir)...)
 	return cmd
@@ -73,15 +60,23 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	if err := usage(x.opts.Complete()); err != nil {
 		return err
 	}
-	dir, err := targetDir(x.runDir, cmd.Flags().Changed("run-dir"))
+	runDir, err := x.runDir()
 	if err != nil {
 		return err
 	}
+	dir := string(runDir)
 	if x.background {
 		return startTarget(cmd, dir)
 	}
+	signals := endSignals
 	if x.readyFD >= 0 {
 		unix.CloseOnExec(x.readyFD)
+		// The flags, with their relative paths, have been read. It must not keep a file
+		// system busy.
+		if err := os.Chdir("/"); err != nil {
+			return err
+		}
+		signals = []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	}
 	level := slog.LevelInfo
 	if x.verbose {
@@ -98,6 +93,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 		}
 	} else {
 		ready := os.NewFile(uintptr(x.readyFD), "ready")
+		defer surviveHangup(cfg.Log)()
 		cfg.Ready = func(s targetserver.Status) error {
 			err := output.Targets(ready, []targetserver.Status{s}, x.format, false)
 			err = errors.Join(err, ready.Close())
@@ -107,7 +103,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 			return err
 		}
 	}
-	ctx, stop := interruptible(endSignals...)
+	ctx, stop := interruptible(signals...)
 	defer stop()
 	return targetserver.Run(ctx, cfg)
 }
@@ -121,10 +117,9 @@ func startTarget(cmd *cobra.Command, dir string) error {
 	}
 	defer r.Close()
 	args := append([]string{programName}, os.Args[1:]...)
-	c := exec.Cmd{
-		Path: self(), Args: append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"),
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{w},
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	c, err := background(self(), append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"), w)
+	if err != nil {
+		return fmt.Errorf("start target: %w", err)
 	}
 	err = c.Start()
 	w.Close()

@@ -9,6 +9,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
+	"ublk-nvmeof/nvme"
 )
 
 // loopback is an address of this process alone: others may test at the same time.
@@ -53,8 +54,13 @@ func TestTarget(t *testing.T) {
 		return s.Targets[0]
 	}
 	s := status()
+	ram := s.Subsystems[1].Namespaces[0]
+	if _, err := nvme.ParseUUID(ram.UUID); err != nil || !ram.NewAtStart {
+		t.Errorf("%+v, %v", ram, err)
+	}
+	ram.UUID, ram.NewAtStart = "", false
 	if len(s.Subsystems) != 2 || s.Subsystems[0].MaxQueues != 3 || s.Subsystems[1].AllowHosts[0] != "nqn.h" ||
-		s.Subsystems[1].Namespaces[0] != (targetserver.NamespaceStatus{NSID: 7, Data: "ram", Size: 1 << 20, BlockSize: 4096, ReadOnly: true}) ||
+		ram != (targetserver.NamespaceStatus{NSID: 7, Data: "ram", Size: 1 << 20, BlockSize: 4096, ReadOnly: true}) ||
 		len(s.Faults.Commands) != 1 || s.Provider != "roce" || s.ProviderReason != "asked for" {
 		t.Errorf("%+v", s)
 	}
@@ -79,6 +85,8 @@ func TestTarget(t *testing.T) {
 	ok("namespace", "remove", "7", "-n", "nqn.b")
 	ok("namespace", "resize", "1", "128MiB", "-n", "nqn.a")
 	ok("namespace", "read-only", "1", "on", "-n", "nqn.a")
+	ok("namespace", "hide", "1h")
+	ok("freeze", "1h")
 	ok("drop")
 	s = status()
 	a, b := s.Subsystems[0], s.Subsystems[1]
@@ -86,7 +94,7 @@ func TestTarget(t *testing.T) {
 		len(b.Namespaces) != 1 || b.Namespaces[0].NSID != 1 {
 		t.Errorf("%+v", s.Subsystems)
 	}
-	if f := s.Faults; f.Grant != "none" || !f.Stalled || f.Reject != "no resources" || !strings.HasPrefix(f.Refuse, "182h") ||
+	if f := s.Faults; f.Grant != "none" || !f.Stalled || !f.Frozen || !f.Hidden || f.Reject != "no resources" || !strings.HasPrefix(f.Refuse, "182h") ||
 		len(f.Commands) != 1 || f.Commands[0].ID != 2 {
 		t.Errorf("%+v", f)
 	}
@@ -99,6 +107,13 @@ func TestTarget(t *testing.T) {
 		{"namespace remove 9 -n nqn.a", "subsystem nqn.a has no namespace 9", exit.NotFound},
 		{"grant 5 -n nqn.x", "no subsystem nqn.x", exit.NotFound},
 		{"clear 9", "no fault 9", exit.NotFound},
+		{"namespace add ram=100TiB -n nqn.a", "exceed the limit", exit.Usage},
+		{"namespace add ram=1000B -n nqn.a", "no multiple of the block size", exit.Other},
+		{"namespace resize 1 1PiB -n nqn.a", "exceed the limit", exit.Usage},
+		{"namespace resize 1 1EiB -n nqn.a", "want at most 1.0 PiB", exit.Usage},
+		{"namespace hide 0", "want one like 10s", exit.Usage},
+		{"freeze 2h", "want one like 10s", exit.Usage},
+		{"drop --qid 70000", "want a number, 0 to 65535", exit.Usage},
 		{"drop --qid 1 -n nqn.a", "want --nqn or --qid", exit.Usage},
 		{"ana 33 change -n nqn.a", "ana group 33", exit.Usage},
 		{"stall on --target target9", "no target target9 runs; there is target0", exit.NotFound},
@@ -108,7 +123,7 @@ func TestTarget(t *testing.T) {
 		}
 	}
 	ok("clear")
-	if f := status().Faults; f.Grant != "" || f.Stalled || f.Reject != "" || f.Refuse != "" || len(f.Commands) != 0 {
+	if f := status().Faults; f.Grant != "" || f.Stalled || f.Frozen || f.Hidden || f.Reject != "" || f.Refuse != "" || len(f.Commands) != 0 {
 		t.Errorf("%+v", f)
 	}
 	for _, want := range []string{"namespace 1", "ana group 1", "connections", "commands"} {

@@ -28,10 +28,12 @@ type remote struct {
 }
 
 // find finds the target.
-func (r *remote) find(cmd *cobra.Command) (dir, name string, err error) {
-	if dir, err = targetDir(r.runDir, cmd.Flags().Changed("run-dir")); err != nil {
+func (r *remote) find() (dir, name string, err error) {
+	runDir, err := r.runDir()
+	if err != nil {
 		return "", "", err
 	}
+	dir = string(runDir)
 	names, err := targetserver.List(dir)
 	if err != nil {
 		return "", "", err
@@ -75,7 +77,7 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			if err != nil {
 				return usage(err)
 			}
-			dir, name, err := r.find(cmd)
+			dir, name, err := r.find()
 			if err != nil {
 				return err
 			}
@@ -95,8 +97,8 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			return nil
 		})(cmd, args)
 	}
-	cmd.Flags().StringVar(&r.target, "target", "", "name of the target, as target list shows it")
-	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "subsystem")
+	cmd.Flags().StringVar(&r.target, "target", "", "name of the target, as target list shows it (default: the only one that runs)")
+	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "NQN of the subsystem (default: the only one)")
 	return cmd
 }
 
@@ -121,10 +123,31 @@ func onOff(text string) (bool, error) {
 	return text == "on", nil
 }
 
+// milliseconds reads a time from 1 ms to an hour; off is 0.
+func milliseconds(text string) (int64, error) {
+	if text == "off" {
+		return 0, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < time.Millisecond || d > time.Hour {
+		return 0, fmt.Errorf("time %q: want one like 10s, from 1ms to 1h, or off", text)
+	}
+	return d.Milliseconds(), nil
+}
+
 // targetVerbs are the verbs about running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
-	var exactly, dnr bool
-	grant := change(runDir, "grant {N | none}", "Limit the I/O queues that a controller gets",
+	return []*cobra.Command{
+		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir),
+		faultVerb(runDir), clearVerb(runDir), stallVerb(runDir), freezeVerb(runDir), rejectVerb(runDir), refuseVerb(runDir),
+		without(change(runDir, "stop", "End a target in order", "",
+			cobra.NoArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
+	}
+}
+
+func grantVerb(runDir dirFunc) *cobra.Command {
+	var exactly bool
+	cmd := change(runDir, "grant {N | none}", "Limit the I/O queues that a controller gets",
 		"A host sees it when it connects the next time; target drop makes it. With none a host that asks gets an error.",
 		cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
 			if args[0] == "none" {
@@ -133,28 +156,38 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 			n, err := number("queues", args[0], 1, nvme.MaxQueues)
 			return targetserver.GrantRequest{NQN: r.nqn, Limit: n, Exactly: exactly}, err
 		})
-	grant.Flags().BoolVar(&exactly, "exactly", false, "so many, whatever the host asks for")
+	cmd.Flags().BoolVar(&exactly, "exactly", false, "so many, whatever the host asks for")
+	return cmd
+}
 
+func dropVerb(runDir dirFunc) *cobra.Command {
 	qid := -1
-	drop := change(runDir, "drop", "Drop connections", "Of all queues, or of those with one id.",
+	cmd := change(runDir, "drop", "Drop connections", "Of all queues, or of those with one id.",
 		cobra.NoArgs, func(r *remote, _ []string) (any, error) {
+			if qid < -1 || qid > nvme.MaxQueues {
+				return nil, fmt.Errorf("--qid %d: want a number, 0 to %d", qid, nvme.MaxQueues)
+			}
 			return targetserver.DropRequest{NQN: r.nqn, QID: qid}, nil
 		})
-	drop.Flags().IntVar(&qid, "qid", -1, "id of the queues, 0 is the admin queue (default: all)")
+	cmd.Flags().IntVar(&qid, "qid", -1, "id of the queues, 0 is the admin queue (default: all)")
+	return cmd
+}
 
-	refuse := change(runDir, "refuse {STATUS | off}", "Answer Connect commands with a status",
-		"STATUS is status code type and code as in nvme-cli, like 0x182.",
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
-			if args[0] == "off" {
-				return targetserver.RefuseRequest{}, nil
+func anaVerb(runDir dirFunc) *cobra.Command {
+	return change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
+		"STATE: optimized, non-optimized, inaccessible, persistent-loss or change.",
+		cobra.ExactArgs(2), func(r *remote, args []string) (any, error) {
+			n, err := number("group", args[0], 1, 1<<32-1)
+			if err == nil {
+				_, err = options.ParseANAState(args[1])
 			}
-			s, err := options.ParseStatus(args[0], dnr)
-			return targetserver.RefuseRequest{Status: int(s)}, err
+			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
 		})
-	refuse.Flags().BoolVar(&dnr, "dnr", false, "with \"do not retry\"")
+}
 
-	namespace := &cobra.Command{Use: "namespace", Short: "Add, remove and change namespaces", Args: cobra.NoArgs}
-	namespace.AddCommand(
+func namespaceVerbs(runDir dirFunc) *cobra.Command {
+	cmd := &cobra.Command{Use: "namespace", Short: "Add, remove, change and hide namespaces", Args: cobra.NoArgs}
+	cmd.AddCommand(
 		change(runDir, "add NAMESPACE", "Add a namespace", "NAMESPACE: "+options.NamespaceWords+".",
 			cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
 				n, err := options.ParseNamespace(args[0])
@@ -169,7 +202,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				return targetserver.RemoveRequest{NQN: r.nqn, NSID: uint32(n)}, err
 			}),
 		change(runDir, "resize NSID [SIZE]", "Change the size of a namespace",
-			"Without SIZE the target takes notice of the size that a file or a device has by now.",
+			"Without SIZE, the namespace gets the current size of its file or device.",
 			cobra.RangeArgs(1, 2), func(r *remote, args []string) (any, error) {
 				n, err := number("namespace", args[0], 1, 1<<32-2)
 				request := targetserver.ResizeRequest{NQN: r.nqn, NSID: uint32(n)}
@@ -187,56 +220,96 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 				on, err := onOff(args[1])
 				return targetserver.ReadOnlyRequest{NQN: r.nqn, NSID: uint32(n), On: on}, err
 			}),
+		without(change(runDir, "hide {TIME | off}", "List no namespaces for a time",
+			"Hosts find none, as with a target that has just been started and opens its port first,\nand are told of them when the time is over.",
+			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+				ms, err := milliseconds(args[0])
+				return targetserver.HideRequest{Milliseconds: ms}, err
+			})),
 	)
-	return []*cobra.Command{
-		newTargetList(runDir), grant, drop, namespace,
-		change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
-			"STATE: optimized, non-optimized, inaccessible, persistent-loss or change.",
-			cobra.ExactArgs(2), func(r *remote, args []string) (any, error) {
-				n, err := number("group", args[0], 1, 1<<32-1)
-				if err == nil {
-					_, err = options.ParseANAState(args[1])
-				}
-				return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
-			}),
-		without(change(runDir, "fault FAULT", "Make commands fail",
-			"FAULT: "+options.FaultWords+".\n\nThe first fault that hits a command counts. For example:\n\n"+
-				"  target fault opcode=write,count=3,status=0x6        three writes end with \"internal error\"\n"+
-				"  target fault opcode=read,delay=2s                   reads are slow\n"+
-				"  target fault admin,opcode=keep-alive,drop           keep alive commands get no answer",
-			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
-				_, err := options.ParseFault(args[0])
-				if err != nil {
-					err = fmt.Errorf("fault %q: %w; want %s", args[0], err, options.FaultWords)
-				}
-				return targetserver.FaultRequest{Fault: args[0]}, err
-			})),
-		without(change(runDir, "clear [FAULT]", "End a fault, or everything that is wrong on purpose", "",
-			cobra.MaximumNArgs(1), func(_ *remote, args []string) (any, error) {
-				if len(args) == 0 {
-					return targetserver.UnfaultRequest{}, nil
-				}
-				n, err := number("fault", args[0], 1, 1<<31-1)
-				return targetserver.UnfaultRequest{ID: n}, err
-			})),
-		without(change(runDir, "stall {on | off}", "Begin no command; connections stay", "",
-			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
-				on, err := onOff(args[0])
-				return targetserver.StallRequest{On: on}, err
-			})),
-		without(change(runDir, "reject {STATUS | off}", "Reject connect requests",
-			"STATUS is that of NVMe/RDMA, like 6, which is \"no resources\".",
-			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
-				if args[0] == "off" {
-					return targetserver.RejectRequest{}, nil
-				}
-				n, err := number("status", args[0], 1, uint64(nvme.RDMARejectInvalidCNTLID))
-				return targetserver.RejectRequest{Status: n}, err
-			})),
-		without(refuse),
-		without(change(runDir, "stop", "End a target in order", "",
-			cobra.NoArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
-	}
+	return cmd
+}
+
+const faultExamples = `
+
+The first fault that hits a command counts. For example:
+
+  target fault opcode=write,count=3,status=0x6        three writes end with "internal error"
+  target fault opcode=read,delay=2s                   reads are slow
+  target fault opcode=read,disconnect                 each read ends its connection
+  target fault opcode=write,count=1,hold=6s           a write is inside the store for 6 s, and lands
+                                                      then, whatever becomes of its connection
+  target fault opcode=read,count=1,status=0x82,crd=1  "not ready", to be repeated after CRDT1
+                                                      (target --retry-delays)
+  target fault admin,opcode=keep-alive,drop           keep alive commands get no answer
+  target fault cns=3,status=0x2,dnr                   Identify has no namespace descriptors
+  target fault cns=0,nsid=2,status=0x6                namespace 2 cannot be identified
+  target fault lid=4,count=1,corrupt=lost             the answer to a Get Log Page is lost`
+
+func faultVerb(runDir dirFunc) *cobra.Command {
+	return without(change(runDir, "fault FAULT", "Make commands fail", "FAULT: "+options.FaultWords+"."+faultExamples,
+		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			_, err := options.ParseFault(args[0])
+			if err != nil {
+				err = fmt.Errorf("fault %q: %w; want %s", args[0], err, options.FaultWords)
+			}
+			return targetserver.FaultRequest{Fault: args[0]}, err
+		}))
+}
+
+func clearVerb(runDir dirFunc) *cobra.Command {
+	return without(change(runDir, "clear [FAULT]", "End a fault, or everything that is wrong on purpose", "",
+		cobra.MaximumNArgs(1), func(_ *remote, args []string) (any, error) {
+			if len(args) == 0 {
+				return targetserver.UnfaultRequest{}, nil
+			}
+			n, err := number("fault", args[0], 1, 1<<31-1)
+			return targetserver.UnfaultRequest{ID: n}, err
+		}))
+}
+
+func stallVerb(runDir dirFunc) *cobra.Command {
+	return without(change(runDir, "stall {on | off}", "Begin no command; connections stay", "",
+		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			on, err := onOff(args[0])
+			return targetserver.StallRequest{On: on}, err
+		}))
+}
+
+func freezeVerb(runDir dirFunc) *cobra.Command {
+	return without(change(runDir, "freeze {TIME | off}", "Do nothing at all for a time",
+		"Commands and connect requests wait, timers stand still and no controller ends, as if the\nmachine were paused. Then everything goes on where it stood.",
+		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			ms, err := milliseconds(args[0])
+			return targetserver.FreezeRequest{Milliseconds: ms}, err
+		}))
+}
+
+func rejectVerb(runDir dirFunc) *cobra.Command {
+	return without(change(runDir, "reject {STATUS | off}", "Reject connect requests",
+		"STATUS is that of NVMe/RDMA, like 6, which is \"no resources\".",
+		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			if args[0] == "off" {
+				return targetserver.RejectRequest{}, nil
+			}
+			n, err := number("status", args[0], 1, uint64(nvme.RDMARejectInvalidCNTLID))
+			return targetserver.RejectRequest{Status: n}, err
+		}))
+}
+
+func refuseVerb(runDir dirFunc) *cobra.Command {
+	var dnr bool
+	cmd := change(runDir, "refuse {STATUS | off}", "Answer Connect commands with a status",
+		"STATUS is status code type and code as in nvme-cli, like 0x182.",
+		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			if args[0] == "off" {
+				return targetserver.RefuseRequest{}, nil
+			}
+			s, err := options.ParseStatus(args[0], dnr)
+			return targetserver.RefuseRequest{Status: int(s)}, err
+		})
+	cmd.Flags().BoolVar(&dnr, "dnr", false, "with \"do not retry\"")
+	return without(cmd)
 }
 
 func newTargetList(runDir dirFunc) *cobra.Command {
@@ -244,13 +317,14 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 	var verbose bool
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "Show the targets that run",
+		Short: "Show the running targets",
 		Args:  cobra.NoArgs,
 		RunE: verb("target list", func(cmd *cobra.Command, _ []string) error {
-			dir, err := targetDir(runDir, cmd.Flags().Changed("run-dir"))
+			runDir, err := runDir()
 			if err != nil {
 				return err
 			}
+			dir := string(runDir)
 			names, err := targetserver.List(dir)
 			if err != nil {
 				return err
@@ -261,7 +335,7 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 				s, err := targetserver.NewClient(targetserver.Socket(dir, name)).Status(ctx)
 				cancel()
 				if err != nil {
-					cmd.PrintErrf("%s: target list: %s: %v\n", programName, name, err)
+					cmd.PrintErrf("%s: target list: %s: %s\n", programName, name, output.Text(err.Error()))
 					continue
 				}
 				found = append(found, s)
@@ -270,6 +344,6 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show hosts, faults and counters, too")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "also show hosts, faults and counters")
 	return cmd
 }

@@ -17,13 +17,14 @@ func newUpgrade(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "upgrade {NQN | DEVICE}…",
 		Short: "Replace running servers by this program",
-		Long: `Starts a server of this program, with the flags of one that runs, and has it take
-over the devices: it connects first, then the old server lets go of them and
-ends, and the new one serves them on. Their users wait for a moment. If the new
-server cannot connect, the old one goes on.
+		Long: `Starts a server of this program with the flags of a running server, whose devices
+it takes over. The new server connects first. The old server then releases the
+devices and ends, and the new one continues to serve them. Users of the devices
+wait for a moment. If the new server cannot connect, the old one continues.
 
-A server is named by its NQN, by one of its devices, or by the name that list -v
-shows, as ctrl0. The new server runs in the background, whatever the old one did.`,
+The running server is given by the NQN of its subsystem, by one of its devices, or
+by its name, such as ctrl0 (see list -v). The new server runs in the background,
+even if the old one did not.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: verb("upgrade", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()

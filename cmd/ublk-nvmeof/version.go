@@ -48,7 +48,7 @@ func newVersion() *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
 		Use:   "version",
-		Short: "Say which build this is",
+		Short: "Print the version of this build",
 		Args:  cobra.NoArgs,
 		RunE: verb("version", func(cmd *cobra.Command, _ []string) error {
 			b := thisBuild()

@@ -19,27 +19,48 @@ func TestArrows(t *testing.T) {
 	if _, err := fs.Stat(root, "go.mod"); err != nil {
 		t.Fatalf("this is not the root of the module: %v", err)
 	}
-	seen := 0
-	violations, err := check(root, table, &seen)
+	found, violations, err := check(root, table)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range violations {
+	for _, v := range append(violations, absent(table, found)...) {
 		t.Error(v)
 	}
-	if seen < 10 {
-		t.Errorf("only %d packages were found", seen)
+	if len(found) < 10 {
+		t.Errorf("only %d packages were found", len(found))
 	}
 }
 
-// check parses every Go file below root, whatever its build constraints say,
-// and returns what the table does not allow. Modules of their own (a go.mod
-// below root), testdata and hidden directories are left out, as the go command
-// does. seen counts the packages.
-func check(root fs.FS, table map[string]row, seen *int) ([]string, error) {
+// absent complains of packages that the table has and the module has not.
+func absent(table map[string]row, found map[string]bool) []string {
 	var violations []string
+	for dir := range table {
+		if !found[dir] {
+			violations = append(violations, fmt.Sprintf("%s: the package is in the table of internal/arch and does not exist", dir))
+		}
+	}
+	slices.Sort(violations)
+	return violations
+}
+
+func TestAbsentPackages(t *testing.T) {
+	got := absent(map[string]row{"sq": {}, "cq": {}, "block/blocktest": {}}, map[string]bool{"sq": true, "util": true})
+	want := []string{
+		"block/blocktest: the package is in the table of internal/arch and does not exist",
+		"cq: the package is in the table of internal/arch and does not exist",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// check parses every Go file below root, whatever its build constraints say. It
+// returns the packages that it found and what the table does not allow. Modules
+// of their own (a go.mod below root), testdata and hidden directories are left
+// out, as the go command does.
+func check(root fs.FS, table map[string]row) (found map[string]bool, violations []string, err error) {
 	dirs := map[string]bool{}
-	err := fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
+	err = fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -72,8 +93,7 @@ func check(root fs.FS, table map[string]row, seen *int) ([]string, error) {
 		}
 		return nil
 	})
-	*seen = len(dirs)
-	return violations, err
+	return dirs, violations, err
 }
 
 func skip(root fs.FS, dir string) error {
@@ -204,8 +224,7 @@ func TestCheckerFindsViolations(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var seen int
-			got, err := check(tt.files, table, &seen)
+			_, got, err := check(tt.files, table)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -218,8 +237,7 @@ func TestCheckerFindsViolations(t *testing.T) {
 
 // A file that does not parse is an error, not a file without imports.
 func TestCheckerReportsSyntaxErrors(t *testing.T) {
-	var seen int
-	_, err := check(fstest.MapFS{"sq/sq.go": {Data: []byte("pakage sq")}}, map[string]row{"sq": {}}, &seen)
+	_, _, err := check(fstest.MapFS{"sq/sq.go": {Data: []byte("pakage sq")}}, map[string]row{"sq": {}})
 	if err == nil {
 		t.Error("no error")
 	}

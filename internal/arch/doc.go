@@ -1,4 +1,5 @@
-// Package arch holds the arrows between the packages of this module: a table
-// says what each package may import, and the test fails on anything else, and
-// on a package that is not in the table.
+// Package arch tests the architecture. A table says which packages each package of
+// this module may import; the test fails on any other import, and on a package that
+// is not in the table or does not exist. Another test looks for the code that the
+// documents name.
 package arch

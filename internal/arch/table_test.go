@@ -24,19 +24,18 @@ type row struct {
 	testing []string
 }
 
-// table is the architecture. Packages that are listed need not exist.
+// table is the architecture: each package of the module, and no other.
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
-	"block": {},
+	"block": {may: []string{sys}},
 	"rdma":  {},
 
 	// The data path.
-	"sq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
-	"cq":                  {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
-	"poller":              {may: []string{"internal/uring", sys}},
-	"initiator":           {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", sys}, testing: []string{"block/blocktest", "rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
-	"initiator/multipath": {may: []string{"nvme", "block"}, testing: []string{"block/blocktest", "block/ram"}},
+	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"poller":    {may: []string{"internal/uring", sys}},
+	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
 	// RDMA providers, and the suite that all of them pass.
 	"rdma/verbs":     {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
@@ -45,13 +44,12 @@ var table = map[string]row{
 	"rdma/rdmatest":  {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram", "block/blocktest"}},
+	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
 
 	// Back ends that need no target.
-	"block/null":      {may: []string{"block", "internal/hostmem", sys}, testing: []string{"block/blocktest"}},
-	"block/ram":       {may: []string{"block", "internal/hostmem", sys}, testing: []string{"block/blocktest"}},
-	"block/blocktest": {may: []string{"block"}},
+	"block/null": {may: []string{"block", "internal/hostmem", sys}},
+	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"nvme", "block", "rdma", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
@@ -68,18 +66,19 @@ var table = map[string]row{
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/server",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
-	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit"}},
+	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"initiator", "nvme", "poller", "target", humanize, pflag}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/state",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
+		"cmd/ublk-nvmeof/internal/state",
 	}, testing: []string{"block/null"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
@@ -87,7 +86,8 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state": {may: []string{"cmd/ublk-nvmeof/internal/options", sys}},
+	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
 }

@@ -1,4 +1,4 @@
-// Package diskuse finds the users of a disk, for drivers that cannot do it.
+// Package diskuse finds the users of a disk, for drivers that cannot tell.
 package diskuse
 
 import (

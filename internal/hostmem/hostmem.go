@@ -1,12 +1,12 @@
-// Package hostmem maps memory off the Go heap, for the kernel or an RDMA device
-// to read and write: it does not move, the garbage collector does not scan it,
+// Package hostmem maps memory outside the Go heap for the kernel or an RDMA device to
+// read and write. Such memory does not move, the garbage collector does not scan it,
 // and a child process does not inherit it.
 //
-// Memory stays mapped until Unmap. Never give pages of it back by
-// madvise(MADV_DONTNEED) while they are registered: the device would keep the
-// old pages and the process would get new ones.
+// Memory stays mapped until Unmap. Pages must not be given back to the kernel
+// (MADV_DONTNEED) while they are registered: the device would keep the old pages, and
+// the process would get new ones.
 //
-// Everything may be called from any goroutine.
+// All functions may be called from any goroutine.
 package hostmem
 
 import (

@@ -1,4 +1,4 @@
-// Package testenv says what a test needs of the machine it runs on.
+// Package testenv lets a test say what it needs of the machine it runs on.
 package testenv
 
 import (

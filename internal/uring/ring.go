@@ -176,6 +176,9 @@ func (r *Ring) mmap(what string, fd int, off int64, size int) ([]byte, error) {
 
 // register is io_uring_register(2).
 func (r *Ring) register(op uintptr, arg unsafe.Pointer, n uintptr) (int, error) {
+	if r.closed && r.mem == nil {
+		return 0, ErrClosed
+	}
 	for {
 		v, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), op, uintptr(arg), n, 0, 0)
 		switch errno {
@@ -212,9 +215,14 @@ func (r *Ring) registerFD() error {
 	return nil
 }
 
+// ErrClosed says that a ring was closed.
+var ErrClosed = errors.New("io_uring: closed")
+
 // Close gives back all memory and the descriptor; what commands are pending is
 // cancelled by the kernel, whose last references may go a moment later. Call
-// it on the goroutine that used the ring. A second Close does nothing.
+// it on the goroutine that used the ring. A second Close does nothing. A closed
+// ring has no room for entries and no completions, and its other methods
+// give ErrClosed.
 func (r *Ring) Close() error {
 	if r.closed {
 		return nil
@@ -248,22 +256,39 @@ func (r *Ring) Entries() int { return int(r.sq.mask) + 1 }
 // SQE is the next free submission entry, zeroed and already queued: fill it in
 // before the next Submit or Wait. It is nil if the queue is full; then Submit
 // makes room.
-func (r *Ring) SQE() *SQE { return r.sq.next() }
+func (r *Ring) SQE() *SQE {
+	if r.closed {
+		return nil
+	}
+	return r.sq.next()
+}
 
 // Pending is the number of entries that the kernel has not taken.
-func (r *Ring) Pending() int { return int(r.sq.pending()) }
+func (r *Ring) Pending() int {
+	if r.closed {
+		return 0
+	}
+	return int(r.sq.pending())
+}
 
 // CQReady says whether Next would return a completion. It reads shared memory
 // only.
-func (r *Ring) CQReady() bool { return r.cq.ready() }
+func (r *Ring) CQReady() bool { return !r.closed && r.cq.ready() }
 
 // TaskRun says whether completions wait to be made visible by Submit or Wait.
 // It reads shared memory only.
-func (r *Ring) TaskRun() bool { return r.sq.kflags.Load()&(sqTaskrun|sqCQOverflow) != 0 }
+func (r *Ring) TaskRun() bool {
+	return !r.closed && r.sq.kflags.Load()&(sqTaskrun|sqCQOverflow) != 0
+}
 
 // Next is the oldest completion that was not consumed, or nil. It is valid
 // until Seen.
-func (r *Ring) Next() *CQE { return r.cq.next() }
+func (r *Ring) Next() *CQE {
+	if r.closed {
+		return nil
+	}
+	return r.cq.next()
+}
 
 // Seen consumes the completion that Next returned.
 func (r *Ring) Seen() { r.cq.seen() }
@@ -283,6 +308,9 @@ func (r *Ring) Submit() error {
 // Next. It keeps the scheduler's P, so the bound is to be small, about 2 ms;
 // the runtime ends it by a signal if it wants to stop the world.
 func (r *Ring) Wait(bound time.Duration) error {
+	if r.closed {
+		return ErrClosed
+	}
 	bound = max(bound, 0)
 	r.arg.ts.sec, r.arg.ts.nsec = int64(bound/time.Second), int64(bound%time.Second)
 	return r.enter(1, enterGetEvents|enterExtArg, uintptr(unsafe.Pointer(&r.arg.arg)), unsafe.Sizeof(r.arg.arg))
@@ -292,6 +320,9 @@ func (r *Ring) Wait(bound time.Duration) error {
 // without bound. It gives the scheduler's P away. Like Wait it may return
 // early.
 func (r *Ring) WaitBlocking() error {
+	if r.closed {
+		return ErrClosed
+	}
 	r.publish()
 	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, r.enterFD, uintptr(r.sq.pending()), 1,
 		enterGetEvents|r.enterFlags|r.blockFlags, 0, 0)
@@ -299,6 +330,9 @@ func (r *Ring) WaitBlocking() error {
 }
 
 func (r *Ring) enter(wait, flags, arg, argSize uintptr) error {
+	if r.closed {
+		return ErrClosed
+	}
 	r.publish()
 	_, _, errno := unix.RawSyscall6(unix.SYS_IO_URING_ENTER, r.enterFD, uintptr(r.sq.pending()), wait,
 		flags|r.enterFlags, arg, argSize)

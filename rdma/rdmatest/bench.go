@@ -9,7 +9,7 @@ import (
 
 // Benchmark measures what a message costs: posting and polling, without sleep.
 func Benchmark(b *testing.B, s Setup) {
-	active, passive := pair(b, s, config{depth: 128})
+	active, passive := connection(b, s, config{depth: 128})
 	b.Run("PollEmpty", func(b *testing.B) {
 		wcs := make([]rdma.WC, 32)
 		b.ReportAllocs()

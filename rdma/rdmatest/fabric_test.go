@@ -42,8 +42,8 @@ func TestConformance(t *testing.T) {
 
 func TestKill(t *testing.T) {
 	f, s := newSetup(t)
-	a, p := pair(t, s, config{})
-	b, q := pair(t, s, config{})
+	a, p := connection(t, s, config{})
+	b, q := connection(t, s, config{})
 	p.postRecv(1, 0, 64)
 	p.postSend(p.sendWR(2, 0, 64)) // waits for a receive
 	f.Kill(a.id)
@@ -62,7 +62,7 @@ func TestKill(t *testing.T) {
 
 func TestCut(t *testing.T) {
 	f, s := newSetup(t)
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	p.postRecv(1, 0, 64)
 	f.Cut(p.id)
 	p.none(p.recvCQ)
@@ -129,7 +129,7 @@ func TestRefuse(t *testing.T) {
 
 func TestDelay(t *testing.T) {
 	f, s := newSetup(t)
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	f.SetDelay(short)
 	p.postRecv(1, 0, 64)
 	start := time.Now()
@@ -148,7 +148,7 @@ func TestDelay(t *testing.T) {
 
 func TestHold(t *testing.T) {
 	f, s := newSetup(t)
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	f.SetHold(targetAddr, true)
 	check(t, p.recvCQ.Arm())
 	p.postRecv(1, 0, 64)
@@ -165,7 +165,7 @@ func TestHold(t *testing.T) {
 
 func TestSendSlotsNeedSignals(t *testing.T) {
 	_, s := newSetup(t)
-	a, p := pair(t, s, config{depth: 4})
+	a, p := connection(t, s, config{depth: 4})
 	wr := a.remoteWR(1, rdma.Write, 0, 8, p, 0)
 	wr.Signaled = false
 	a.postSend(wr, wr, wr)
@@ -181,7 +181,7 @@ func TestSendSlotsNeedSignals(t *testing.T) {
 
 func TestCompletionQueueOverrun(t *testing.T) {
 	_, s := newSetup(t)
-	a, p := pair(t, s, config{depth: 4, cqe: 2})
+	a, p := connection(t, s, config{depth: 4, cqe: 2})
 	wr := a.remoteWR(1, rdma.Write, 0, 8, p, 0)
 	a.postSend(wr, wr, wr)
 	if n, err := a.sendCQ.Poll(make([]rdma.WC, 4)); err == nil {
@@ -213,7 +213,7 @@ func TestReadNeedsDepth(t *testing.T) {
 
 func TestUnacknowledgedEvent(t *testing.T) {
 	_, s := newSetup(t)
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	check(t, p.recvCQ.Arm())
 	p.postRecv(1, 0, 8)
 	a.postSend(a.sendWR(2, 0, 8))
@@ -234,7 +234,7 @@ func TestUnacknowledgedEvent(t *testing.T) {
 
 func TestBusy(t *testing.T) {
 	_, s := newSetup(t)
-	a, _ := pair(t, s, config{})
+	a, _ := connection(t, s, config{})
 	for name, c := range map[string]interface{ Close() error }{"PD": a.pd, "send CQ": a.sendCQ, "receive CQ": a.recvCQ} {
 		if err := c.Close(); !errors.Is(err, unix.EBUSY) {
 			t.Errorf("close %s in use: %v, want EBUSY", name, err)

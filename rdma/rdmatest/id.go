@@ -93,6 +93,8 @@ func (c *connID) CreateQP(domain rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 		return fail(unix.EEXIST)
 	case !okPD || !okSend || !okRecv || pd.device != c.device || send.endpoint != c.endpoint || recv.endpoint != c.endpoint:
 		return fail(unix.EINVAL)
+	case pd.closed || send.closed || recv.closed:
+		return fail(rdma.ErrClosed)
 	case cfg.MaxSendWR > maxQPWR || cfg.MaxRecvWR > maxQPWR || cfg.MaxSendSGE > maxSGE || cfg.MaxRecvSGE > maxSGE:
 		return fail(errTooLarge)
 	}

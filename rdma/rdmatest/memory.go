@@ -1,6 +1,7 @@
 package rdmatest
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,9 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if p.closed {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", rdma.ErrClosed), hostmem.Unmap(mem))
+	}
 	if access&rdma.AccessRemoteWrite != 0 {
 		access |= rdma.AccessLocalWrite
 	}
@@ -45,7 +49,7 @@ func (p *protectionDomain) MoveMR(region rdma.MR) error {
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if m.closed {
+	if m.closed || p.closed {
 		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
 	m.release()
@@ -142,10 +146,10 @@ func (f *Fabric) piece(p *protectionDomain, key uint32, remote bool, addr uint64
 	return m.mem[off : off+uint64(length)]
 }
 
-// invalidate ends a remote key of the domain.
+// invalidate ends a remote key of the domain, if its region was offered for that.
 func (f *Fabric) invalidate(p *protectionDomain, key uint32) bool {
 	m := f.mrs[key]
-	if m == nil || m.pd != p || key != m.rkey {
+	if m == nil || m.pd != p || key != m.rkey || m.access&rdma.AccessRemoteInvalidate == 0 {
 		return false
 	}
 	delete(f.mrs, key)

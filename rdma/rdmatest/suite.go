@@ -23,13 +23,13 @@ type Setup struct {
 	// Silent is an address that Active has a route to and gets no answer from.
 	// The zero Addr leaves out the test that needs it.
 	Silent netip.Addr
-	// Invalidate says that SEND with invalidate ends the remote key of an
-	// ordinary memory region.
+	// Invalidate says that there are regions with rdma.AccessRemoteInvalidate.
 	Invalidate bool
 }
 
-// Run is the conformance suite of rdma.Provider. It calls setup once for each
-// of its subtests; setup may register cleanups.
+// Run is the conformance suite of rdma.Provider. It calls setup at least once for
+// each of its subtests; setup may register cleanups. A provider that is an io.Closer
+// gets closed.
 func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	for _, c := range []struct {
 		name string
@@ -56,6 +56,8 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"Disconnect", testDisconnect},
 		{"CloseDisconnects", testCloseDisconnects},
 		{"CloseTwice", testCloseTwice},
+		{"CloseUsed", testCloseUsed},
+		{"CloseProvider", testCloseProvider},
 		{"Send", testSend},
 		{"SendBeforeReceive", testSendBeforeReceive},
 		{"SendTooLong", testSendTooLong},
@@ -65,6 +67,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"WriteRead", testWriteRead},
 		{"MoveMR", testMoveMR},
 		{"Invalidate", testInvalidate},
+		{"InvalidateRefused", testInvalidateRefused},
 		{"RemoteAccess", testRemoteAccess},
 		{"LocalKey", testLocalKey},
 		{"FailFlushes", testFailFlushes},
@@ -80,6 +83,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, setup(t)) })
 	}
+	t.Run("CloseOrder", func(t *testing.T) { testCloseOrder(t, setup) })
 }
 
 // patience bounds every wait for something that must happen.
@@ -419,8 +423,8 @@ func connect(t testing.TB, s Setup, l rdma.Listener, cfg config) (active, passiv
 	return active, passive
 }
 
-// pair makes a connection.
-func pair(t testing.TB, s Setup, cfg config) (active, passive *side) {
+// connection makes a connection.
+func connection(t testing.TB, s Setup, cfg config) (active, passive *side) {
 	t.Helper()
 	return connect(t, s, listen(t, s), cfg)
 }

@@ -354,7 +354,7 @@ func (s *side) transfer(peer *side) {
 }
 
 func testDisconnect(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	a.postRecv(7, 0, 64)
 	check(t, a.id.Disconnect())
 	if wc := a.wait(a.recvCQ, 1)[0]; wc.ID != 7 || wc.Status != rdma.WCFlushErr {
@@ -367,7 +367,7 @@ func testDisconnect(t *testing.T, s Setup) {
 
 func testCloseDisconnects(t *testing.T, s Setup) {
 	for _, active := range []bool{true, false} {
-		a, p := pair(t, s, config{})
+		a, p := connection(t, s, config{})
 		first, second := a, p
 		if !active {
 			first, second = p, a

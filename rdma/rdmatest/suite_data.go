@@ -15,7 +15,7 @@ import (
 )
 
 func testSend(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	for i, n := range []int{0, 1, 16, 64, 4095, 4096, 4097, 100_000} {
 		for _, d := range [][2]*side{{a, p}, {p, a}} {
 			from, to := d[0], d[1]
@@ -43,7 +43,7 @@ func testSend(t *testing.T, s Setup) {
 }
 
 func testSendBeforeReceive(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	pattern(a.mr.Bytes()[:64], 1)
 	a.postSend(a.sendWR(1, 0, 64))
 	a.none(a.sendCQ)
@@ -54,7 +54,7 @@ func testSendBeforeReceive(t *testing.T, s Setup) {
 }
 
 func testSendTooLong(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	p.postRecv(1, 0, 64)
 	a.postSend(a.sendWR(2, 0, 65))
 	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status == rdma.WCSuccess || wc.Status == rdma.WCFlushErr {
@@ -67,7 +67,7 @@ func testSendTooLong(t *testing.T, s Setup) {
 
 func testBatch(t *testing.T, s Setup) {
 	const n = 150 // more than the providers take at a time
-	a, p := pair(t, s, config{depth: n, memory: n * 4096})
+	a, p := connection(t, s, config{depth: n, memory: n * 4096})
 	recvs, sends := make([]rdma.RecvWR, n), make([]rdma.SendWR, n)
 	signaled := []uint64{}
 	for i := range n {
@@ -107,7 +107,7 @@ func testBatch(t *testing.T, s Setup) {
 
 func testQueueFull(t *testing.T, s Setup) {
 	const depth = 16
-	a, p := pair(t, s, config{depth: depth, cqe: 1024})
+	a, p := connection(t, s, config{depth: depth, cqe: 1024})
 	for name, post := range map[string]func() (int, error){
 		"send": func() (int, error) { return a.qp.PostSend([]rdma.SendWR{a.sendWR(1, 0, 8), a.sendWR(1, 0, 8)}) },
 		"recv": func() (int, error) {
@@ -143,12 +143,12 @@ func testQueueFull(t *testing.T, s Setup) {
 		}
 		a.none(cq)
 		check(t, errors.Join(a.close(), p.close()))
-		a, p = pair(t, s, config{depth: depth, cqe: 1024})
+		a, p = connection(t, s, config{depth: depth, cqe: 1024})
 	}
 }
 
 func testTwoElements(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	mem, peer := a.mr.Bytes(), p.mr.Bytes()
 	gathered := func(off1, n1, off2, n2 int) []byte {
 		return bytes.Join([][]byte{mem[off1 : off1+n1], mem[off2 : off2+n2]}, nil)
@@ -185,7 +185,7 @@ func testTwoElements(t *testing.T, s Setup) {
 
 func testWriteRead(t *testing.T, s Setup) {
 	const room = 1<<20 + 8192
-	a, p := pair(t, s, config{memory: 2 * room})
+	a, p := connection(t, s, config{memory: 2 * room})
 	mem, peer := a.mr.Bytes(), p.mr.Bytes()
 	for i, n := range []int{1, 3, 511, 4096, 4097, 65_549, 1 << 20} {
 		for _, off := range []int{64, 4096 - 3, 1} {
@@ -227,7 +227,7 @@ func testWriteRead(t *testing.T, s Setup) {
 // testMoveMR moves a region that was allocated in a domain of its own into that
 // of a connection: it keeps its memory, and the peer reaches it by its new key.
 func testMoveMR(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	other, err := p.id.Device().AllocPD()
 	check(t, err)
 	mr, err := other.AllocMR(8192, rdma.AccessRemoteWrite)
@@ -254,24 +254,74 @@ func testMoveMR(t *testing.T, s Setup) {
 }
 
 func testInvalidate(t *testing.T, s Setup) {
+	cfg := config{access: rdma.AccessRemoteRead | rdma.AccessRemoteWrite | rdma.AccessRemoteInvalidate}
 	if !s.Invalidate {
+		pd, err := resolve(t, s, listen(t, s).Addr()).Device().AllocPD()
+		check(t, err)
+		closer(t, pd)
+		if mr, err := pd.AllocMR(4096, cfg.access); !errors.Is(err, rdma.ErrUnsupported) {
+			t.Errorf("region %v, error %v", mr, err)
+		}
 		return
 	}
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, cfg)
 	a.postSend(a.remoteWR(1, rdma.Write, 0, 8, p, 0))
 	a.waitOK(a.sendCQ, 1)
 	p.postRecv(2, 100, 8)
 	wr := a.sendWR(3, 0, 8)
-	wr.Op, wr.RKey = rdma.SendInvalidate, p.mr.RKey()
+	key := p.mr.RKey()
+	wr.Op, wr.RKey = rdma.SendInvalidate, key
 	a.postSend(wr)
-	if wc := p.waitOK(p.recvCQ, 2); wc.Flags != rdma.WCWithInvalidate || wc.InvalidatedKey != p.mr.RKey() {
-		t.Errorf("receive with invalidate: %+v, want key %#x", wc, p.mr.RKey())
+	if wc := p.waitOK(p.recvCQ, 2); wc.Flags != rdma.WCWithInvalidate || wc.InvalidatedKey != key {
+		t.Errorf("receive with invalidate: %+v, want key %#x", wc, key)
 	}
 	a.waitOK(a.sendCQ, 3)
+	// The region can have a new key.
+	check(t, p.pd.MoveMR(p.mr))
 	a.postSend(a.remoteWR(4, rdma.Write, 0, 8, p, 0))
+	a.waitOK(a.sendCQ, 4)
+	old := a.remoteWR(5, rdma.Write, 0, 8, p, 0)
+	old.RKey = key
+	a.postSend(old)
 	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status != rdma.WCRemoteAccess {
 		t.Errorf("WRITE with an invalidated key: %s", wc.Status)
 	}
+}
+
+// testInvalidateRefused: a key that was not offered for it cannot be ended. The connection is
+// lost, and the region serves the next one.
+func testInvalidateRefused(t *testing.T, s Setup) {
+	a, p := connection(t, s, config{})
+	p.postRecv(1, 100, 8)
+	wr := a.sendWR(2, 0, 8)
+	key := p.mr.RKey()
+	wr.Op, wr.RKey = rdma.SendInvalidate, key
+	a.postSend(wr)
+	a.wait(a.sendCQ, 1) // rdma_rxe acknowledges what the responder then finds wrong
+	if wc := p.wait(p.recvCQ, 1)[0]; wc.Status == rdma.WCSuccess {
+		t.Errorf("receive with invalidate: %+v", wc)
+	}
+	check(t, errors.Join(a.id.Close(), p.id.Close()))
+
+	// The next connection, in the same domain.
+	l := listen(t, s)
+	b := newSide(t, resolve(t, s, l.Addr()), config{})
+	done := goConnect(within(t, patience), b.id, nil)
+	id, err := l.Accept(within(t, patience))
+	check(t, err)
+	closer(t, id)
+	_, err = id.CreateQP(p.pd, rdma.QPConfig{
+		SendCQ: p.sendCQ, RecvCQ: p.recvCQ, MaxSendWR: 16, MaxRecvWR: 16, MaxSendSGE: 2, MaxRecvSGE: 1,
+	})
+	check(t, err)
+	check(t, id.Accept(within(t, patience), connParam(nil)))
+	check(t, (<-done).err)
+	if p.mr.RKey() != key {
+		t.Errorf("the key is %#x, was %#x", p.mr.RKey(), key)
+	}
+	b.postSend(b.remoteWR(3, rdma.Write, 0, 8, p, 0))
+	b.waitOK(b.sendCQ, 3)
+	check(t, id.Close()) // before what it used
 }
 
 func testRemoteAccess(t *testing.T, s Setup) {
@@ -338,7 +388,7 @@ func testLocalKey(t *testing.T, s Setup) {
 		"beyond the region": func(g *rdma.SGE, a *side) { g.Addr = a.mr.Addr() + uint64(len(a.mr.Bytes())) - 63 },
 	} {
 		t.Run(name, func(t *testing.T) {
-			a, p := pair(t, s, config{})
+			a, p := connection(t, s, config{})
 			p.postRecv(1, 0, 64)
 			wr := a.sendWR(2, 0, 64)
 			spoil(&wr.SGE[0], a)
@@ -356,7 +406,7 @@ func testLocalKey(t *testing.T, s Setup) {
 }
 
 func testFailFlushes(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	for i := range 5 {
 		a.postRecv(uint64(i), 0, 64)
 	}

@@ -37,7 +37,7 @@ func testEventDescriptor(t *testing.T, s Setup) {
 }
 
 func testEventWhenArmed(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	for range 3 { // the queue can be armed again and again
 		check(t, p.recvCQ.Arm())
 		noEvent(t, p.recvCQ, "no completion")
@@ -61,7 +61,7 @@ func testEventWhenArmed(t *testing.T, s Setup) {
 // testEventPingPong finds lost wake-ups: both sides sleep for every message.
 func testEventPingPong(t *testing.T, s Setup) {
 	const messages = 300
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	p.postRecv(1, 0, 8)
 	answered := make(chan error, 1)
 	go func() {
@@ -95,7 +95,7 @@ func testEventPingPong(t *testing.T, s Setup) {
 }
 
 func testEventUnread(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	check(t, p.recvCQ.Arm())
 	check(t, a.sendCQ.Arm())
 	p.postRecv(1, 0, 8)
@@ -108,7 +108,7 @@ func testEventUnread(t *testing.T, s Setup) {
 }
 
 func testPollOnly(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{})
+	a, p := connection(t, s, config{})
 	for range 100 {
 		a.transfer(p)
 	}
@@ -182,7 +182,7 @@ func openFDs(t *testing.T) []string {
 }
 
 func testAllocations(t *testing.T, s Setup) {
-	a, p := pair(t, s, config{events: true})
+	a, p := connection(t, s, config{events: true})
 	recv := []rdma.RecvWR{{ID: 1, SGE: p.sge(0, 64)}}
 	send := []rdma.SendWR{a.remoteWR(2, rdma.Write, 0, 64, p, 0), a.sendWR(3, 0, 64)}
 	send[0].Signaled = false

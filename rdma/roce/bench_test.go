@@ -193,7 +193,7 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 			}
 		}
 		flush()
-		if _, err := h.sendCQ.(*queue).take(trash); err != nil {
+		if _, err := h.sendCQ.(*completionQueue).take(trash); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -201,9 +201,12 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 	report(b, cpu)
 	stop.Store(true)
 	check(b, g.qp.Fail()) // wakes it
-	if err := <-done; err != nil {
-		b.Fatal(err)
-	}
+	check(b, <-done)
+	disturbed(b, host, target)
+}
+
+// disturbed says so if packets were lost or spoilt.
+func disturbed(b *testing.B, host, target *Provider) {
 	c, d := host.Snapshot(), target.Snapshot()
 	if c.Timeouts+d.Timeouts+c.BadICRC+d.BadICRC > 0 {
 		b.Logf("host %+v\ntarget %+v", c, d)
@@ -244,7 +247,7 @@ func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, 
 		if _, err := g.qp.PostSend(sends[:2*n]); err != nil {
 			return err
 		}
-		if _, err := g.sendCQ.(*queue).take(trash); err != nil {
+		if _, err := g.sendCQ.(*completionQueue).take(trash); err != nil {
 			return err
 		}
 	}

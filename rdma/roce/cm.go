@@ -12,12 +12,8 @@ import (
 
 // The receiving side of the connection manager, on the receive loop.
 
-// requestExpiry is how long a request waits for Listener.Accept. The peer gave
-// up before.
-const requestExpiry = time.Minute
-
 // manage takes a message of the connection manager.
-func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -35,15 +31,20 @@ func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 			id = p.byPeer[peerID{src.Addr(), m.Local()}]
 		}
 	case wire.DREP:
-		if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() {
+		if f := p.farewells[m.Remote()]; f != nil && f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
 			p.farewellDone(f, "disconnected")
 		}
 		return
 	default:
 		id = p.ids[m.Remote()]
 	}
-	if id != nil && (id.path.remote.Addr() != src.Addr() || id.path.local.Addr() != dst) {
+	if id != nil && !id.isPeer(src, dst) {
 		p.provider.counters.wrongAddress.Add(1)
+		return
+	}
+	if id != nil && m.Attribute() != wire.DREQ && m.TID() != id.tid {
+		// All other messages carry the transaction id of the REQ, which a stranger does not know.
+		p.provider.counters.staleMessages.Add(1)
 		return
 	}
 	switch m.Attribute() {
@@ -67,8 +68,16 @@ func (p *port) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 }
 
+// isPeer says whether a message came from where the ID's peer is. Peers that are ours send
+// from the port that they receive at, or from the well-known one.
+func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
+	remote := id.path.remote
+	return src.Addr() == remote.Addr() && dst == id.path.local.Addr() &&
+		(!ours(id.peerGUID) || src.Port() == remote.Port() || src.Port() == id.endpoint.provider.cfg.Port)
+}
+
 // refuseStranger sends a REJ to who has no ID here.
-func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
+func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
 	r := wire.Reject{Of: of, Reason: reason}
 	a := wire.NewMAD(wire.REJ, m.TID(), 0, m.Local())
 	if of != 0 {
@@ -81,7 +90,7 @@ func (p *port) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, g
 // back is the path by which to answer. Messages go to the well-known port,
 // wherever they came from, but for peers that are ours: they send from where
 // they receive (Config.OnDemand). guid is the peer's, 0 if it did not say.
-func (p *port) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
+func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 	if !ours(guid) {
 		src = netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
 	}
@@ -91,32 +100,23 @@ func (p *port) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 // ours says whether a CA GUID has our mark.
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
-// admit says whether one more request may be looked at.
-func (p *port) admit() bool {
-	now, rate := time.Now(), float64(p.provider.cfg.MaxRequestRate)
-	p.tokens = min(rate, p.tokens+now.Sub(p.refilled).Seconds()*rate)
-	p.refilled = now
-	if p.tokens < 1 {
-		return false
-	}
-	p.tokens--
-	return true
-}
-
 // onRequest takes a REQ.
-func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	c := &p.provider.counters
 	c.requests.Add(1)
 	if id := p.byPeer[peerID{src.Addr(), m.Local()}]; id != nil {
+		if id.halfOpen() {
+			id.owed++
+		}
 		switch id.state {
 		case idRequested:
-			p.sendMAD(id.path, wire.NewMRA(m.TID(), id.comm, id.peerComm))
+			id.send(wire.NewMRA(m.TID(), id.comm, id.peerComm))
 		case idAccepting, idEstablished:
-			p.sendMAD(id.path, id.last)
+			id.send(id.last)
 		}
 		return
 	}
-	if !p.admit() {
+	if !p.admit(src.Addr()) {
 		c.requestsDropped.Add(1)
 		return
 	}
@@ -125,31 +125,30 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
 		return
 	}
-	if r.Source != src.Addr() || r.Destination != dst {
+	if r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("") {
 		c.wrongAddress.Add(1)
 		return
 	}
 	l := p.listeners[r.Port]
-	if l == nil || !l.addr.Addr().Unmap().IsUnspecified() && l.addr.Addr().Unmap() != dst {
+	if l == nil || !l.bound.IsUnspecified() && l.bound != dst {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
 		return
 	}
-	if p.halfOpen >= p.provider.cfg.MaxHalfOpen {
-		for _, other := range p.listeners {
-			other.expire(time.Now())
-		}
-	}
-	l.expire(time.Now())
-	if p.halfOpen >= p.provider.cfg.MaxHalfOpen || len(l.requests) >= l.backlog {
+	if !p.makeRoom(src.Addr()) || len(l.requests) >= l.backlog {
 		c.requestsDropped.Add(1)
 		return // it will ask again
 	}
-	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.remote.Addr() == src.Addr() {
-		// The peer forgot that connection.
-		old.over()
-		old.say(answer{err: errGaveUp})
-		old.report(rdma.EventDisconnected, "the peer began anew")
-		delete(p.byQP, peerQP{r.GUID, r.QPN})
+	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
+		// The peer has forgotten that connection, or somebody pretends it.
+		switch {
+		case old.state == idEstablished:
+			old.qp.probe()
+		case old.halfOpen():
+			p.abandon(old)
+		}
+		if old.state == idEnded {
+			delete(p.byQP, peerQP{r.GUID, r.QPN})
+		}
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
@@ -157,42 +156,28 @@ func (p *port) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 }
 
 // enqueue makes an ID of a request and gives it to the listener.
-func (p *port) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	id := p.newID(p.back(src, dst, r.GUID))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
-	id.local = netip.AddrPortFrom(dst, r.Port)
-	id.remote = netip.AddrPortFrom(src.Addr(), r.SourcePort)
+	id.local = netip.AddrPortFrom(named(dst), r.Port)
+	id.remote = netip.AddrPortFrom(named(src.Addr()), r.SourcePort)
 	id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
 	id.request, id.private = *r, r.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
-	p.halfOpen++
+	id.listener, id.owed = l, 1
+	p.begin(id)
 	l.requests = append(l.requests, id)
 	l.signal()
 }
 
-// expire forgets requests that nobody accepted for too long. The port's lock is
-// held.
-func (l *listener) expire(now time.Time) {
-	p := l.port
-	for len(l.requests) > 0 && now.Sub(l.requests[0].arrived) > requestExpiry {
-		id := l.requests[0]
-		l.requests = l.requests[1:]
-		id.over()
-		id.closed = true
-		delete(p.ids, id.comm)
-		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
-		if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
-			delete(p.byQP, key)
-		}
-	}
-}
-
 // onReply takes a REP.
-func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
-		p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
+		if p.admit(src.Addr()) {
+			p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
+		}
 	case id.state == idConnecting:
 		r := wire.ParseReply(m)
 		id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
@@ -209,31 +194,24 @@ func (p *port) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Ad
 		})
 		id.last = wire.NewMAD(wire.RTU, m.TID(), id.comm, id.peerComm)
 		p.sendMAD(id.path, id.last)
-		id.say(answer{private: r.Private[:]})
+		id.confirm(0)
+		id.respond(answer{private: r.Private[:]})
 	case id.state == idEstablished && id.peerComm == m.Local():
 		p.sendMAD(id.path, id.last)
-	case id.state == idOver:
+	case id.state == idEnded:
 		p.refuseStranger(m, src, dst, 0, 1, rejectTimeout)
 	}
 }
 
 // establish ends the passive side's handshake. The lock is held.
-func (p *port) establish(id *connID) {
+func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
-	id.say(answer{})
-}
-
-// established is establish for who does not hold the lock.
-func (p *port) established(id *connID) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if id.state == idAccepting {
-		p.establish(id)
-	}
+	p.settled(id)
+	id.respond(answer{})
 }
 
 // onReject takes a REJ.
-func (p *port) onReject(id *connID, m *wire.MAD) {
+func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	if id == nil || id.peerComm != 0 && m.Local() != 0 && id.peerComm != m.Local() {
 		return
 	}
@@ -244,33 +222,32 @@ func (p *port) onReject(id *connID, m *wire.MAD) {
 		if r.Reason == rdma.RejectConsumer {
 			err.Private = r.Private[:]
 		}
-		id.over()
-		id.say(answer{err: err})
-	case idRequested:
-		id.over()
-	case idAccepting:
-		id.over()
-		id.say(answer{err: errGaveUp})
+		id.end()
+		id.respond(answer{err: err})
+	case idRequested, idAccepting:
+		p.abandon(id)
 	case idEstablished:
 		// The peer does not know the connection: our RTU or its REP was lost
 		// for good.
-		id.over()
+		id.end()
 		id.report(rdma.EventDisconnected, "rejected: "+rdma.RejectReason(int(r.Reason)))
 	}
 }
 
 // onDisconnect takes a DREQ, which gets an answer in any case: the peer may not
 // know that we know.
-func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
 	}
 	guid := uint64(0)
 	if id != nil {
 		guid = id.peerGUID
+	} else if !p.admit(src.Addr()) {
+		return
 	}
 	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
-	if f := p.farewells[m.Remote()]; f != nil && f.id.path.remote.Addr() == src.Addr() && f.id.peerComm == m.Local() {
+	if f := p.farewells[m.Remote()]; f != nil && f.id.isPeer(src, dst) && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}
 	if id == nil {
@@ -278,16 +255,16 @@ func (p *port) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst net
 	}
 	switch id.state {
 	case idAccepting:
-		id.over()
-		id.say(answer{err: errGaveUp})
+		id.end()
+		id.respond(answer{err: errGaveUp})
 	case idEstablished, idLeaving:
-		id.over()
+		id.end()
 		id.report(rdma.EventDisconnected, "disconnect request of the peer")
 	}
 }
 
-// listen makes a listener; port 0 picks one.
-func (p *port) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+// listen makes a listener, on a canonical address; port 0 picks one.
+func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*listener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -303,7 +280,7 @@ func (p *port) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 		return nil, unix.EADDRINUSE
 	}
 	l := &listener{
-		port: p, addr: netip.AddrPortFrom(addr.Addr(), number), backlog: backlog,
+		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), bound: bound, backlog: backlog,
 		ready: make(chan struct{}, 1), closed: make(chan struct{}),
 	}
 	p.listeners[number] = l

@@ -56,7 +56,7 @@ func TestHandshakeLoss(t *testing.T) {
 func TestFarewellWithoutAnswer(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
-	o := target.ports[0]
+	o := target.endpoints[0]
 	o.mu.Lock()
 	delete(o.ids, b.id.(*connID).comm) // it forgot
 	o.mu.Unlock()
@@ -69,32 +69,4 @@ func TestFarewellWithoutAnswer(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("no event")
 	}
-}
-
-// TestExpiry: requests that nobody accepted make room for others, even at
-// another listener.
-func TestExpiry(t *testing.T) {
-	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 2})
-	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 10)
-	check(t, err)
-	defer func() { check(t, l.Close()) }()
-	x := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
-	for i := range uint32(5) {
-		r := wire.Request{Port: l.Addr().Port(), GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: targetAddr}
-		m := wire.NewMAD(wire.REQ, uint64(i), 1000+i, 0)
-		r.Put(m)
-		x.send(x.seal(m.Packet(i)))
-	}
-	until(t, target, "requests", func(c Counters) bool { return c.Requests == 5 && c.RequestsDropped == 3 })
-	o := target.ports[0]
-	o.mu.Lock()
-	for _, id := range o.ids {
-		id.arrived = id.arrived.Add(-2 * requestExpiry)
-	}
-	o.mu.Unlock()
-	a, b := join(t, host, target, 16, 1<<16, false) // by a listener of its own
-	b.recv(1, 0, 8)
-	a.post(a.wr(2, rdma.Send, 0, 8, b, 0))
-	b.ok(b.recvCQ, 1)
 }

@@ -9,8 +9,10 @@ type Counters struct {
 	Malformed       uint64 // dropped: no RoCEv2 packet
 	BadICRC         uint64 // dropped
 	UnknownQP       uint64 // dropped: no such queue pair
-	WrongAddress    uint64 // dropped: not from or to the queue pair's addresses
+	WrongAddress    uint64 // dropped: not from or to the queue pair's addresses, or not from its peer's port
 	Duplicates      uint64 // requests that had been seen
+	StaleReads      uint64 // of those, dropped: a READ that is none of the last ones, or whose key has gone
+	Unsolicited     uint64 // dropped: answers to what was answered before, or never asked
 	OutOfSequence   uint64 // requests and responses after a gap
 	Retransmits     uint64 // packets sent again
 	Timeouts        uint64 // rounds of the retry timer without progress
@@ -25,14 +27,18 @@ type Counters struct {
 	Marks           uint64 // packets that met congestion
 	Notes           uint64 // congestion notifications received
 	Requests        uint64 // connect requests received, duplicates included
-	RequestsDropped uint64 // of those, over a limit
+	RequestsDropped uint64 // of those, over the rate or without room
+	HalfOpenEvicted uint64 // handshakes that ended to make room for others
+	HalfOpenExpired uint64 // handshakes that took too long
+	AnswersWithheld uint64 // messages not sent to who has not proven to be where it says it is
+	StaleMessages   uint64 // dropped: messages of the connection manager that belong to no handshake under way
 }
 
 type counters struct {
 	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
-	duplicates, outOfSequence, retransmits, timeouts, probes,
+	duplicates, staleReads, unsolicited, outOfSequence, retransmits, timeouts, probes,
 	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
-	strays, marks, notes, requests, requestsDropped atomic.Uint64
+	strays, marks, notes, requests, requestsDropped, halfOpenEvicted, halfOpenExpired, answersWithheld, staleMessages atomic.Uint64
 }
 
 // Snapshot reads the counters. It may be called from any goroutine.
@@ -42,12 +48,15 @@ func (p *Provider) Snapshot() Counters {
 		PacketsReceived: c.packetsReceived.Load(), PacketsSent: c.packetsSent.Load(),
 		Malformed: c.malformed.Load(), BadICRC: c.badICRC.Load(),
 		UnknownQP: c.unknownQP.Load(), WrongAddress: c.wrongAddress.Load(),
-		Duplicates: c.duplicates.Load(), OutOfSequence: c.outOfSequence.Load(),
-		Retransmits: c.retransmits.Load(), Timeouts: c.timeouts.Load(), Probes: c.probes.Load(),
+		Duplicates: c.duplicates.Load(), StaleReads: c.staleReads.Load(), Unsolicited: c.unsolicited.Load(),
+		OutOfSequence: c.outOfSequence.Load(),
+		Retransmits:   c.retransmits.Load(), Timeouts: c.timeouts.Load(), Probes: c.probes.Load(),
 		NAKsSent: c.naksSent.Load(), NAKsReceived: c.naksReceived.Load(),
 		FatalNAKsSent: c.fatalNAKsSent.Load(), FatalNAKs: c.fatalNAKs.Load(),
 		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
 		Strays: c.strays.Load(), Marks: c.marks.Load(), Notes: c.notes.Load(),
 		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
+		HalfOpenEvicted: c.halfOpenEvicted.Load(), HalfOpenExpired: c.halfOpenExpired.Load(), AnswersWithheld: c.answersWithheld.Load(),
+		StaleMessages: c.staleMessages.Load(),
 	}
 }

@@ -7,30 +7,32 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/rdma"
 )
 
-// queue implements rdma.CQ and rdma.Receiver: a completion queue.
-type queue struct {
-	port   atomic.Pointer[port] // of the first queue pair
-	ring   []rdma.WC
-	vector int
-	fd     int           // eventfd, each read of which takes one event, or -1
-	tail   atomic.Uint64 // next to push; written with mu held
-	head   atomic.Uint64 // next to poll; written by the poller
-	idle   bool          // the last poll found nothing; the poller's
+// completionQueue implements rdma.CQ and rdma.Receiver: a completion queue.
+type completionQueue struct {
+	endpoint atomic.Pointer[endpoint] // of the first queue pair
+	ring     []rdma.WC
+	vector   int
+	events   bool
+	fd       atomic.Int32  // eventfd, each read of which takes one event; -1 without events, or closed
+	tail     atomic.Uint64 // next to push; written with mu held
+	head     atomic.Uint64 // next to poll; written by the poller
+	idle     bool          // the last poll found nothing; the poller's
 
-	mu      sync.Mutex  // guards what follows, and pushing
-	armed   atomic.Bool // written with mu held
-	overrun atomic.Bool // written with mu held
-	users   int         // queue pairs, once for each of their two queues
-	closed  bool
-	acks    *sync.Cond // acked grew
-	sent    int
-	acked   int
+	mu     sync.Mutex            // guards what follows, and pushing
+	armed  atomic.Bool           // written with mu held
+	fault  atomic.Pointer[error] // what Poll says from now on; written with mu held
+	users  int                   // queue pairs, once for each of their two queues
+	closed bool
+	acks   *sync.Cond // acked grew
+	sent   int
+	acked  int
 }
 
 // CreateCQ implements rdma.Device.
@@ -38,14 +40,15 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 	if entries < 1 || entries > maxCQE {
 		return nil, fmt.Errorf("create completion queue of %d entries: %w", entries, errTooLarge)
 	}
-	q := &queue{ring: make([]rdma.WC, entries), fd: -1, vector: vector}
+	q := &completionQueue{ring: make([]rdma.WC, entries), events: events, vector: vector}
+	q.fd.Store(-1)
 	q.acks = sync.NewCond(&q.mu)
 	if events {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK|unix.EFD_SEMAPHORE)
 		if err != nil {
 			return nil, fmt.Errorf("create completion channel: %w", err)
 		}
-		q.fd = fd
+		q.fd.Store(int32(fd))
 	}
 	return q, nil
 }
@@ -54,12 +57,12 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
 // push adds a completion, and an event if one was asked for.
-func (q *queue) push(wc *rdma.WC) {
+func (q *completionQueue) push(wc *rdma.WC) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	tail := q.tail.Load()
 	if tail-q.head.Load() == uint64(len(q.ring)) {
-		q.overrun.Store(true)
+		q.fault.CompareAndSwap(nil, &errOverrun)
 	} else {
 		q.ring[tail%uint64(len(q.ring))] = *wc
 		q.tail.Store(tail + 1)
@@ -68,28 +71,30 @@ func (q *queue) push(wc *rdma.WC) {
 		return
 	}
 	q.armed.Store(false)
-	if p := q.port.Load(); p == nil || !p.postpone(q) {
+	if p := q.endpoint.Load(); p == nil || !p.postpone(q) {
 		q.signal()
 	}
 }
 
 // signal makes an event. The lock is held.
-func (q *queue) signal() {
+func (q *completionQueue) signal() {
 	if q.closed {
 		return
 	}
 	q.sent++
-	if _, err := unix.Write(q.fd, eventfdOne); err != nil {
-		panic("roce: write eventfd: " + err.Error()) // not even 2^64 events fill it
-	}
+	_, _ = unix.Write(int(q.fd.Load()), eventfdOne) // fails only if 2^64-2 events were not read
 }
 
-var errOverrun = errors.New("poll completion queue: it was overrun")
+var (
+	errOverrun    = errors.New("poll completion queue: it was overrun")
+	errPollClosed = fmt.Errorf("poll completion queue: %w", rdma.ErrClosed)
+	errArmClosed  = fmt.Errorf("arm completion queue: %w", rdma.ErrClosed)
+)
 
 // Poll implements rdma.CQ. Polling an empty queue for the second time looks for
 // packets, unless it is armed. After more completions than entries it reports
 // the overrun, always.
-func (q *queue) Poll(wcs []rdma.WC) (int, error) {
+func (q *completionQueue) Poll(wcs []rdma.WC) (int, error) {
 	n, err := q.take(wcs)
 	if n > 0 || err != nil || len(wcs) == 0 {
 		q.idle = false
@@ -97,7 +102,7 @@ func (q *queue) Poll(wcs []rdma.WC) (int, error) {
 	}
 	// Who polls once and then sleeps is woken by the receive loop, and need not
 	// pay for the system call.
-	if p := q.port.Load(); p != nil && q.idle && !q.armed.Load() {
+	if p := q.endpoint.Load(); p != nil && q.idle && !q.armed.Load() {
 		p.poll()
 		return q.take(wcs)
 	}
@@ -105,10 +110,10 @@ func (q *queue) Poll(wcs []rdma.WC) (int, error) {
 	return 0, nil
 }
 
-func (q *queue) take(wcs []rdma.WC) (int, error) {
+func (q *completionQueue) take(wcs []rdma.WC) (int, error) {
 	head, tail := q.head.Load(), q.tail.Load()
-	if q.overrun.Load() {
-		return 0, errOverrun
+	if err := q.fault.Load(); err != nil {
+		return 0, *err
 	}
 	n := 0
 	for ; n < len(wcs) && head < tail; n++ {
@@ -124,24 +129,24 @@ func (q *queue) take(wcs []rdma.WC) (int, error) {
 var errNoEvents = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
 
 // PacketFD implements rdma.Receiver.
-func (q *queue) PacketFD() int {
-	if p := q.port.Load(); p != nil && p.sole {
+func (q *completionQueue) PacketFD() int {
+	if p := q.endpoint.Load(); p != nil && p.dedicated {
 		return p.sock.fd
 	}
 	return -1
 }
 
 // Receive implements rdma.Receiver.
-func (q *queue) Receive() {
-	p := q.port.Load()
-	if p == nil {
+func (q *completionQueue) Receive() {
+	p := q.endpoint.Load()
+	if p == nil || !p.dedicated {
 		return
 	}
 	q.mu.Lock()
 	armed := q.armed.Load()
 	q.armed.Store(false)
 	q.mu.Unlock()
-	p.receive()
+	p.receiveSome()
 	if armed {
 		q.mu.Lock()
 		q.armed.Store(true)
@@ -150,49 +155,73 @@ func (q *queue) Receive() {
 }
 
 // Receiving implements rdma.Receiver.
-func (q *queue) Receiving(on bool) {
-	if p := q.port.Load(); p != nil && p.sole && p.driven.Swap(on) != on {
+func (q *completionQueue) Receiving(on bool) {
+	if p := q.endpoint.Load(); p != nil && p.dedicated && p.driven.Swap(on) != on {
 		p.nudge()
 	}
 }
 
 // Arm implements rdma.CQ.
-func (q *queue) Arm() error {
-	if q.fd < 0 {
+func (q *completionQueue) Arm() error {
+	if !q.events {
 		return errNoEvents
 	}
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return errArmClosed
+	}
 	q.armed.Store(true)
-	q.mu.Unlock()
 	return nil
 }
 
 // FD implements rdma.CQ.
-func (q *queue) FD() int { return q.fd }
+func (q *completionQueue) FD() int { return int(q.fd.Load()) }
 
 // Ack implements rdma.CQ.
-func (q *queue) Ack(n int) {
+func (q *completionQueue) Ack(n int) {
 	q.mu.Lock()
 	q.acked += n
 	q.mu.Unlock()
 	q.acks.Broadcast()
 }
 
-func (q *queue) use(p *port) {
-	q.port.CompareAndSwap(nil, p)
+// use makes a queue that is not closed one of a queue pair, whose packets p gets.
+func (q *completionQueue) use(p *endpoint) bool {
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return false
+	}
+	if q.users == 0 {
+		if p.dedicated && !p.hold() {
+			return false
+		}
+		q.leave()
+		q.endpoint.Store(p)
+	}
 	q.users++
-	q.mu.Unlock()
+	return true
 }
 
-func (q *queue) unuse() {
+// leave ends what use began, when the last queue pair is gone. The lock is held.
+func (q *completionQueue) leave() {
+	if p := q.endpoint.Swap(nil); p != nil && p.dedicated {
+		_ = p.release() // nothing can be lost
+	}
+}
+
+func (q *completionQueue) unuse() {
 	q.mu.Lock()
 	q.users--
 	q.mu.Unlock()
 }
 
+// ackPatience bounds the wait of Close for acknowledgements.
+const ackPatience = 5 * time.Second
+
 // Close implements rdma.CQ.
-func (q *queue) Close() error {
+func (q *completionQueue) Close() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
@@ -202,19 +231,30 @@ func (q *queue) Close() error {
 		return busy("completion queue")
 	}
 	q.closed = true
-	if q.fd < 0 {
+	q.fault.Store(&errPollClosed)
+	q.leave()
+	fd := int(q.fd.Swap(-1))
+	if fd < 0 {
 		return nil
 	}
 	read := q.sent // events that somebody read: those that are not there any more
 	var buf [8]byte
 	for {
-		if _, err := unix.Read(q.fd, buf[:]); err != nil {
+		if _, err := unix.Read(fd, buf[:]); err != nil {
 			break
 		}
 		read--
 	}
-	for q.acked < read {
-		q.acks.Wait()
+	var err error
+	if q.acked < read {
+		timeout := time.AfterFunc(ackPatience, q.acks.Broadcast)
+		for deadline := time.Now().Add(ackPatience); q.acked < read && time.Now().Before(deadline); {
+			q.acks.Wait()
+		}
+		timeout.Stop()
+		if q.acked < read {
+			err = fmt.Errorf("destroy completion queue: %d events were read and %d acknowledged", read, q.acked)
+		}
 	}
-	return os.NewSyscallError("close", unix.Close(q.fd))
+	return errors.Join(err, os.NewSyscallError("close", unix.Close(fd)))
 }

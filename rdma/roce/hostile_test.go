@@ -1,12 +1,10 @@
 package roce
 
 import (
-	"context"
 	"encoding/binary"
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"testing"
 	"time"
@@ -39,7 +37,7 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 
 // at makes the intruder send to where a queue pair's packets go.
 func (x *intruder) at(e *end) *intruder {
-	x.to = netip.AddrPortFrom(x.to.Addr(), e.pair().port.sock.local.Port())
+	x.to = netip.AddrPortFrom(x.to.Addr(), e.queuePair().endpoint.sock.local.Port())
 	return x
 }
 
@@ -73,7 +71,7 @@ func request(op wire.Opcode, qpn uint32, psn uint64, r wire.RETH, payload []byte
 
 // expected is the sequence number that a queue pair waits for.
 func (e *end) expected() uint64 {
-	q := e.pair()
+	q := e.queuePair()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.responder.expected
@@ -90,7 +88,7 @@ func until(t testing.TB, p *Provider, what string, ok func(Counters) bool) {
 }
 
 func TestStrangers(t *testing.T) {
-	host, target := openPair(t)
+	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)
 	qpn := b.qp.Num()
 	write := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 8}
@@ -127,16 +125,16 @@ func TestStrangers(t *testing.T) {
 	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
 }
 
-// TestRefusals: what a peer must not do ends its connection, and no other.
-func TestRefusals(t *testing.T) {
-	host, target := openPair(t)
-	other, otherPeer := join(t, host, target, 64, 2*area, false)
-	near := newIntruder(t, hostAddr, targetAddr)
+// refusal is what a peer must not send.
+type refusal struct {
+	name    string
+	packets func(b *end) [][]byte
+}
+
+// refusals need another connection for what belongs to that.
+func refusals(otherPeer *end) []refusal {
 	mtu := make([]byte, 4096)
-	for _, c := range []struct {
-		name    string
-		packets func(b *end) [][]byte
-	}{
+	return []refusal{
 		{"wrong key", func(b *end) [][]byte {
 			return [][]byte{request(wire.WriteOnly, b.qp.Num(), b.expected(), wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey() ^ 1, Length: 4}, mtu[:4])}
 		}},
@@ -197,7 +195,15 @@ func TestRefusals(t *testing.T) {
 			binary.BigEndian.PutUint32(p[wire.BTHLen:], otherPeer.mr.RKey())
 			return [][]byte{p}
 		}},
-	} {
+	}
+}
+
+// TestRefusals: what a peer must not do ends its connection, and no other.
+func TestRefusals(t *testing.T) {
+	host, target := openForeign(t)
+	other, otherPeer := join(t, host, target, 64, 2*area, false)
+	near := newIntruder(t, hostAddr, targetAddr)
+	for _, c := range refusals(otherPeer) {
 		t.Run(c.name, func(t *testing.T) {
 			_, b := join(t, host, target, 16, 8192, false)
 			near.at(b)
@@ -206,10 +212,10 @@ func TestRefusals(t *testing.T) {
 				near.send(near.seal(p))
 			}
 			until(t, target, "refused", func(c Counters) bool { return c.FatalNAKsSent == before.FatalNAKsSent+1 })
-			q := b.pair()
+			q := b.queuePair()
 			q.mu.Lock()
 			defer q.mu.Unlock()
-			if q.state != pairFailed {
+			if q.state != qpFailed {
 				t.Error("the connection lives on")
 			}
 		})
@@ -222,7 +228,7 @@ func TestRefusals(t *testing.T) {
 func TestReadDepth(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 64, 8<<20, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.depth = maxReadAtomic // 8 were granted
 	q.mu.Unlock()
@@ -245,7 +251,7 @@ func TestReadDepth(t *testing.T) {
 // take gives an end packets in one go.
 func (e *end) take(packets ...[]byte) {
 	e.t.Helper()
-	q := e.pair()
+	q := e.queuePair()
 	for _, p := range packets {
 		h, payload, ok := wire.Parse(p)
 		if !ok {
@@ -261,7 +267,7 @@ func (e *end) take(packets ...[]byte) {
 func TestReadsAgain(t *testing.T) {
 	host, target := openPair(t)
 	_, b := join(t, host, target, 16, 1<<16, false)
-	q := b.pair()
+	q := b.queuePair()
 	read := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 100}
 	psn := b.expected()
 	var packets [][]byte
@@ -307,7 +313,7 @@ func TestNoAckOfRead(t *testing.T) {
 	}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	_, b := join(t, host, target, 16, 1<<16, false)
-	q := b.pair()
+	q := b.queuePair()
 	psn := b.expected()
 	write := func(psn uint64) []byte {
 		return request(wire.WriteOnly, q.num, psn, wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey()}, nil)
@@ -347,69 +353,10 @@ func TestNoAckOfRead(t *testing.T) {
 	}
 }
 
-// TestRequestFlood: connect requests of an intruder neither pile up nor disturb.
-func TestRequestFlood(t *testing.T) {
-	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 10, MaxRequestRate: 100})
-	a, b := join(t, host, target, 64, 2*area, false)
-	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1000)
-	check(t, err)
-	defer func() { check(t, l.Close()) }()
-	x := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr)
-	const flood = 2000
-	for i := range uint32(flood) {
-		r := wire.Request{Port: l.Addr().Port(), GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: targetAddr}
-		m := wire.NewMAD(wire.REQ, uint64(i), 1000+i, 0)
-		r.Put(m)
-		x.send(x.seal(m.Packet(i)))
-	}
-	until(t, target, "requests", func(c Counters) bool { return c.Requests == 1+flood })
-	o := target.ports[0]
-	o.mu.Lock()
-	open, ids := o.halfOpen, len(o.ids)
-	o.mu.Unlock()
-	if open != 10 || ids != 11 {
-		t.Errorf("%d half-open, %d IDs, want 10 and 11", open, ids)
-	}
-	if c := target.Snapshot(); c.RequestsDropped < flood-200 {
-		t.Errorf("%+v", c)
-	}
-	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
-}
-
-// TestStale: a peer that forgot its connection, and uses the queue pair again,
-// is told so, and the old connection ends.
-func TestStale(t *testing.T) {
-	host, target := openPair(t)
-	a, b := join(t, host, target, 16, 8192, false)
-	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 1)
-	check(t, err)
-	defer func() { check(t, l.Close()) }()
-	x := newIntruder(t, hostAddr, targetAddr)
-	r := wire.Request{Port: l.Addr().Port(), GUID: host.guid, QPN: a.qp.Num(), MTU: 1024, Source: hostAddr, Destination: targetAddr}
-	m := wire.NewMAD(wire.REQ, 1, random32(), 0)
-	r.Put(m)
-	x.send(x.seal(m.Packet(1)))
-	select {
-	case ev := <-b.id.Events():
-		if ev.Type != rdma.EventDisconnected {
-			t.Errorf("event %v", ev)
-		}
-	case <-time.After(patience):
-		t.Fatal("no event")
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	if id, err := l.Accept(ctx); err == nil {
-		t.Error("the request was given out")
-		check(t, id.Close())
-	}
-}
-
 // TestRandomPackets throws packets with a valid ICRC at a connection, and checks
 // that another one is unharmed.
 func TestRandomPackets(t *testing.T) {
-	host, target := openPair(t)
+	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)
 	x := newIntruder(t, hostAddr, targetAddr)
 	rnd := rand.New(rand.NewPCG(8, 9))
@@ -438,129 +385,4 @@ func TestRandomPackets(t *testing.T) {
 		x.send(x.seal(mad.Packet(0)))
 	}
 	exchange(t, a, b, 2, rnd)
-}
-
-// FuzzReceive feeds a queue pair, without a network, with packets cut out of
-// the input.
-func FuzzReceive(f *testing.F) {
-	pid := os.Getpid() // fuzzing has several processes
-	addr := netip.AddrFrom4([4]byte{127, 1, byte(pid >> 8), byte(pid)})
-	host := open(f, Config{Addrs: []netip.Addr{addr}})
-	f.Add([]byte{0, 0, 0, 0})
-	f.Add([]byte{0x0a, 0, 4, 1, 0x04, 0, 9, 0, 0x0c, 0, 0, 3, 0x11, 0, 0, 0, 0x00, 16, 0, 0})
-	f.Fuzz(func(t *testing.T, in []byte) {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		id, err := host.Resolve(ctx, netip.Addr{}, netip.AddrPortFrom(addr, 1), -1)
-		check(t, err)
-		e := newEnd(t, id, 8, 1<<15, false)
-		q := e.pair()
-		q.ready(connected{dest: q.num, mtu: 1024, sendPSN: 5, recvPSN: 5, retries: 7, notReadyRetries: 7, readDepth: 2, readsServed: 2})
-		host.ports[0].removePair(q) // what it sends, to itself, is not for it
-		for i := range 4 {
-			e.recv(uint64(i), 0, 3000)
-		}
-		e.post(e.wr(1, rdma.Read, 0, 5000, e, 8192), e.wr(2, rdma.Send, 0, 3000, e, 0))
-		for len(in) >= 4 {
-			// Opcode, length in 32 bytes or fractions, distance of the sequence
-			// number, choice of address and key.
-			op, n, psn, how := wire.Opcode(in[0]), int(in[1])*32-int(in[2]>>6), 5+int(in[2]&15)-4, in[3]
-			in = in[4:]
-			if op.HeaderLen() == 0 || n < 0 {
-				continue
-			}
-			r := wire.RETH{VA: e.mr.Addr(), RKey: e.mr.RKey(), Length: uint32(n)}
-			if how&1 != 0 {
-				r.VA += 1<<15 - uint64(how>>4)*256
-			}
-			if how&2 != 0 {
-				r.RKey++
-			}
-			if how&4 != 0 {
-				r.Length = uint32(how) * 300
-			}
-			if how&8 != 0 {
-				psn = int(e.expected())
-			}
-			p := request(op, q.num, uint64(psn)&0xffffff, r, make([]byte, n))
-			if h, payload, ok := wire.Parse(p); ok {
-				q.receive(&h, p, payload, false)
-				q.settle()
-			}
-		}
-	})
-}
-
-// FuzzManage feeds the connection manager, without a network, with messages cut out
-// of the input, for an ID in any state and a listener. Whatever they say, nothing of
-// them is left when the ID and the requests that came are closed.
-func FuzzManage(f *testing.F) {
-	pid := os.Getpid()
-	addr := netip.AddrFrom4([4]byte{127, 2, byte(pid >> 8), byte(pid)})
-	host := open(f, Config{Addrs: []netip.Addr{addr}, MaxRequestRate: 1 << 30})
-	p := host.ports[0]
-	const service = 4420
-	l, err := p.listen(netip.AddrPortFrom(addr, service), 8)
-	check(f, err)
-	f.Cleanup(func() { check(f, l.Close()) })
-	request := wire.Request{
-		Port: service, GUID: 77, QPN: 99, PSN: 1, ResponderResources: 1, InitiatorDepth: 1, MTU: 1024,
-		Source: addr, Destination: addr, SourcePort: 1,
-	}
-	for state := range byte(idOver) {
-		f.Add(state, []byte{0, 1, 1, 0, 3, 0, 0, 4, 0, 0, 6, 0, 0})
-		f.Add(state|0x80, []byte{0, 0, 1, 0, 0, 0, 0, 2, 4, 1, 1, 0, 0, 5, 1, 1, 0, 0})
-	}
-	f.Fuzz(func(t *testing.T, state byte, in []byte) {
-		made, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(addr, service), -1)
-		check(t, err)
-		e := newEnd(t, made, 8, 4096, false)
-		id := made.(*connID)
-		p.mu.Lock()
-		id.state, id.passive = idIdle+idState(state&0x7f)%idOver, state&0x80 != 0
-		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
-		if id.state == idRequested {
-			p.halfOpen++
-		}
-		p.mu.Unlock()
-		if id.state > idRequested {
-			e.pair().ready(connected{dest: 99, mtu: 1024})
-		}
-		// Message, whom it is for, who sends it, and a byte of it that is another.
-		for ; len(in) >= 5; in = in[5:] {
-			var ids [2]uint32
-			for i, known := range []uint32{id.comm, id.peerComm} {
-				switch in[1+i] {
-				case 0:
-					ids[i] = known
-				case 1:
-				default:
-					ids[i] = uint32(in[1+i])
-				}
-			}
-			m := wire.NewMAD(wire.REQ+wire.Attribute(in[0]%7), 1, ids[1], ids[0])
-			switch m.Attribute() {
-			case wire.REQ:
-				request.Put(m)
-			case wire.DREQ:
-				m.SetQPN(id.qp.num)
-			}
-			if in[3] != 0 {
-				m[24+8+int(in[3])%(wire.MADLen-32)] = in[4]
-			}
-			p.manage(m, netip.AddrPortFrom(addr, testPort), addr)
-		}
-		check(t, id.Close())
-		for came := l.take(); came != nil; came = l.take() {
-			check(t, came.Close())
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if len(p.ids)+len(p.byPeer)+len(p.byQP)+p.halfOpen != 0 {
-			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), p.halfOpen)
-		}
-		for _, farewell := range p.farewells {
-			p.farewellDone(farewell, "") // its answer is another test's
-		}
-	})
 }

@@ -25,20 +25,20 @@ const (
 	idAccepting                      // REP sent
 	idEstablished                    //
 	idLeaving                        // DREQ sent
-	idOver                           // refused, given up or disconnected
+	idEnded                          // refused, given up or disconnected
 )
 
 // connID implements rdma.ID.
 type connID struct {
-	port          *port
+	endpoint      *endpoint
 	path          *path
-	mtu           int // payload bytes per packet that we name
-	local, remote netip.AddrPort
+	mtu           int            // payload bytes per packet that we name
+	local, remote netip.AddrPort // as callers see them
 	private       []byte
 	passive       bool
 	closing       chan struct{} // closed by Close
 
-	// Guarded by the port's lock.
+	// Guarded by the endpoint's lock.
 	state    idState
 	closed   bool
 	comm     uint32 // our communication id
@@ -46,13 +46,18 @@ type connID struct {
 	peerGUID uint64
 	peerQPN  uint32
 	tid      uint64
-	qp       *pair
+	qp       *queuePair
 	param    rdma.ConnParam // of Connect
 	psn      uint32         // the first that the peer sends
 	request  wire.Request   // on the passive side
 	last     *wire.MAD      // what to say again: our REP or RTU
 	arrived  time.Time      // of the request
 	patient  chan struct{}  // MRA: the peer needs time
+	// Of the passive side.
+	listener *listener
+	owed     int // messages that the peer of a half-open connection may still get
+	// Of the active side.
+	confirmation *time.Timer
 
 	answer    chan answer   // of Connect and Accept: one at most
 	heardPeer chan struct{} // a packet of the peer has come, which says as much as RTU
@@ -70,9 +75,9 @@ type answer struct {
 }
 
 // newID makes an ID with a random communication id. The lock is held.
-func (p *port) newID(path *path) *connID {
+func (p *endpoint) newID(path *path) *connID {
 	id := &connID{
-		port: p, path: path, state: idIdle,
+		endpoint: p, path: path, state: idIdle,
 		closing: make(chan struct{}), patient: make(chan struct{}, 1),
 		answer: make(chan answer, 1), heardPeer: make(chan struct{}, 1),
 		events: make(chan rdma.Event, 16),
@@ -87,7 +92,7 @@ func (p *port) newID(path *path) *connID {
 }
 
 // Device implements rdma.ID.
-func (id *connID) Device() rdma.Device { return &id.port.provider.device }
+func (id *connID) Device() rdma.Device { return &id.endpoint.provider.device }
 
 // LocalAddr implements rdma.ID.
 func (id *connID) LocalAddr() netip.AddrPort { return id.local }
@@ -122,8 +127,8 @@ func (id *connID) heard() {
 	}
 }
 
-// say gives the answer to Connect or Accept.
-func (id *connID) say(a answer) {
+// respond gives the answer to Connect or Accept.
+func (id *connID) respond(a answer) {
 	select {
 	case id.answer <- a:
 	default:
@@ -134,9 +139,9 @@ func (id *connID) say(a answer) {
 func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	fail := func(err error) (rdma.QP, error) { return nil, fmt.Errorf("create queue pair: %w", err) }
 	d, okPD := pd.(*domain)
-	send, okSend := cfg.SendCQ.(*queue)
-	recv, okRecv := cfg.RecvCQ.(*queue)
-	p := id.port
+	send, okSend := cfg.SendCQ.(*completionQueue)
+	recv, okRecv := cfg.RecvCQ.(*completionQueue)
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
@@ -153,19 +158,39 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
 		// Packets of one queue pair alone can be taken by who serves it. The
 		// peer answers to where our messages come from, from now on.
-		if own, err := p.provider.openSole(id.path.local.Addr(), p); err == nil {
+		if own, err := p.provider.openDedicated(id.path.local.Addr(), p); err == nil {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}
 	}
-	q := newPair(id, data, d, send, recv, cfg)
-	send.use(data)
-	recv.use(data)
-	d.mu.Lock()
-	d.users++
-	d.mu.Unlock()
-	data.addPair(q)
+	if err := use(d, send, recv, data); err != nil {
+		if data != p && data.dedicated {
+			id.path = newPath(p.sock, id.path.local.Addr(), id.path.remote, -1)
+			p.provider.drop(data)
+		}
+		return fail(err)
+	}
+	q := newQueuePair(id, data, d, send, recv, cfg)
+	data.addQP(q)
 	id.qp = q
 	return q, nil
+}
+
+// use makes a domain and two completion queues those of a queue pair, if none is closed.
+func use(d *domain, send, recv *completionQueue, p *endpoint) error {
+	if err := d.use(); err != nil {
+		return fmt.Errorf("protection domain: %w", err)
+	}
+	for i, q := range []*completionQueue{send, recv} {
+		if q.use(p) {
+			continue
+		}
+		if i == 1 {
+			send.unuse()
+		}
+		d.unuse()
+		return fmt.Errorf("completion queue: %w", rdma.ErrClosed)
+	}
+	return nil
 }
 
 func (id *connID) stepError(step string, err error) error {
@@ -192,9 +217,9 @@ const (
 
 func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(resendAfter)-1)] }
 
-// exchange sends m until there is an answer.
-func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state idState) (answer, error) {
-	p := id.port
+// exchange sends a REQ until there is an answer.
+func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answer, error) {
+	p := id.endpoint
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for tries := 0; ; {
@@ -204,21 +229,17 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 				return answer{}, id.stepError(step, id.unheard(unix.ETIMEDOUT))
 			}
 			p.mu.Lock()
-			if id.state == state && !id.closed {
+			if id.state == idConnecting && !id.closed {
 				p.sendMAD(id.path, m)
 			}
 			p.mu.Unlock()
 			timer.Reset(resendTime(tries))
-			if tries++; tries == 2 && !id.passive && id.nobodyThere() {
+			if tries++; tries == 2 && id.nobodyThere() {
 				return answer{}, id.stepError(step, unix.ECONNREFUSED)
 			}
 		case <-id.patient: // the peer has it, and needs time
 			tries = len(resendAfter) - 1
 			timer.Reset(resendTime(tries))
-		case <-id.heardPeer:
-			if id.passive {
-				p.established(id)
-			}
 		case a := <-id.answer:
 			return a, nil
 		case <-ctx.Done():
@@ -229,10 +250,32 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD, state 
 	}
 }
 
+// established waits until the peer has shown that it got the REP. That is sent again only when
+// the REQ comes again, and the endpoint bounds the time (halfOpenTime).
+func (id *connID) established(ctx context.Context) error {
+	for {
+		select {
+		case <-id.heardPeer:
+			p := id.endpoint
+			p.mu.Lock()
+			if id.state == idAccepting {
+				p.establish(id)
+			}
+			p.mu.Unlock()
+		case a := <-id.answer:
+			return a.err
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-id.closing:
+			return rdma.ErrClosed
+		}
+	}
+}
+
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
-	own, port := id.local.Addr(), id.port.provider.cfg.Port
-	if id.passive || id.port.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
+	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
+	if id.endpoint.sock.local.Port() == port || sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
 		return err
 	}
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
@@ -244,7 +287,7 @@ const probeTime = 100 * time.Millisecond
 // nobodyThere says whether the peer's host answers that nobody has the port of
 // RoCEv2. The socket of connections cannot tell: it is not connected.
 func (id *connID) nobodyThere() bool {
-	to := netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port)
+	to := netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port)
 	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.local.Addr(), 0)), net.UDPAddrFromAddrPort(to))
 	if err != nil {
 		return false
@@ -266,7 +309,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	if err := checkPrivate(param.PrivateData, wire.RequestPrivate); err != nil {
 		return nil, id.stepError(step, err)
 	}
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	switch {
 	case id.closed:
@@ -291,7 +334,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	r.Put(m)
 	p.mu.Unlock()
 
-	a, err := id.exchange(ctx, step, m, idConnecting)
+	a, err := id.exchange(ctx, step, m)
 	if err != nil {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -320,15 +363,12 @@ func (id *connID) giveUp() {
 	case idEstablished:
 		id.leave()
 	}
-	id.over()
+	id.end()
 }
 
-// over ends what the ID stands for; the lock is held.
-func (id *connID) over() {
-	if id.state == idRequested {
-		id.port.halfOpen--
-	}
-	id.state = idOver
+// end ends what the ID stands for; the lock is held.
+func (id *connID) end() {
+	id.state = idEnded
 	if id.qp != nil {
 		_ = id.qp.Fail() // never fails
 	}
@@ -346,7 +386,7 @@ func (id *connID) reject(reason uint16, private []byte) {
 	copy(r.Private[:], private)
 	m := wire.NewMAD(wire.REJ, id.tid, id.comm, id.peerComm)
 	r.Put(m)
-	id.port.sendMAD(id.path, m)
+	id.send(m)
 }
 
 // Accept implements rdma.ID.
@@ -355,46 +395,42 @@ func (id *connID) Accept(ctx context.Context, param rdma.ConnParam) error {
 	if err := checkPrivate(param.PrivateData, wire.ReplyPrivate); err != nil {
 		return id.stepError(step, err)
 	}
-	_, mtu, routeErr := route(id.local.Addr(), netip.AddrPortFrom(id.remote.Addr(), id.port.provider.cfg.Port))
-	m, err := id.accept(param, mtu, routeErr)
-	if err != nil {
+	_, mtu, routeErr := route(id.path.local.Addr(), netip.AddrPortFrom(id.path.remote.Addr(), id.endpoint.provider.cfg.Port))
+	if err := id.accept(param, mtu, routeErr); err != nil {
 		return id.stepError(step, err)
 	}
-	a, err := id.exchange(ctx, step, m, idAccepting)
-	if err == nil && a.err != nil {
-		err = id.stepError(step, a.err)
-	}
-	if err != nil {
-		id.port.mu.Lock()
-		defer id.port.mu.Unlock()
+	if err := id.established(ctx); err != nil {
+		id.endpoint.mu.Lock()
+		defer id.endpoint.mu.Unlock()
 		id.giveUp()
+		return id.stepError(step, err)
 	}
-	return err
+	return nil
 }
 
 var errGaveUp = fmt.Errorf("the peer gave up: %w", unix.ECONNRESET)
 
-// accept makes the queue pair ready and gives the REP to send.
-func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.MAD, error) {
-	p, r := id.port, &id.request
+// accept makes the queue pair ready and sends the REP.
+func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) error {
+	p, r := id.endpoint, &id.request
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
 	case id.closed:
-		return nil, rdma.ErrClosed
+		return rdma.ErrClosed
 	case !id.passive || id.qp == nil:
-		return nil, unix.EINVAL
-	case id.state == idOver:
-		return nil, errGaveUp
+		return unix.EINVAL
+	case id.state == idEnded:
+		return errGaveUp
 	case id.state != idRequested:
-		return nil, unix.EINVAL
+		return unix.EINVAL
 	case routeErr != nil:
-		return nil, routeErr
-	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.local.Addr(), id.remote.Addr())) < r.MTU:
+		return routeErr
+	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr())) < r.MTU:
 		// The requester names the MTU, and the answer has no place for another.
 		id.reject(rejectInvalidPathMTU, nil)
-		id.over()
-		return nil, fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
+		id.end()
+		return fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
 	}
 	id.psn = p.provider.cfg.psn() & 0xffffff
 	c := connected{
@@ -411,11 +447,11 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) (*wire.M
 	copy(a.Private[:], param.PrivateData)
 	m := wire.NewMAD(wire.REP, id.tid, id.comm, id.peerComm)
 	a.Put(m)
-	p.halfOpen--
 	id.state, id.last = idAccepting, m
 	id.qp.peerIs(id.peerGUID)
 	id.qp.ready(c) // data may come before the RTU
-	return m, nil
+	id.send(m)
+	return nil
 }
 
 // Reject implements rdma.ID.
@@ -423,24 +459,24 @@ func (id *connID) Reject(private []byte) error {
 	if err := checkPrivate(private, wire.RejectPrivate); err != nil {
 		return id.stepError("reject", err)
 	}
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if id.closed || id.state != idRequested {
 		return id.stepError("reject", unix.EINVAL)
 	}
 	id.reject(rdma.RejectConsumer, private)
-	id.over()
+	id.end()
 	return nil
 }
 
 // Disconnect implements rdma.ID.
 func (id *connID) Disconnect() error {
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case id.closed || id.state == idLeaving || id.state == idOver:
+	case id.closed || id.state == idLeaving || id.state == idEnded:
 		return nil
 	case id.state != idEstablished:
 		return id.stepError("disconnect", unix.EINVAL)
@@ -459,7 +495,7 @@ type farewell struct {
 
 // leave sends a DREQ, again if need be; the lock is held.
 func (id *connID) leave() {
-	p := id.port
+	p := id.endpoint
 	id.state = idLeaving
 	_ = id.qp.Fail() // never fails
 	m := wire.NewMAD(wire.DREQ, uint64(random32())<<32|uint64(random32()), id.comm, id.peerComm)
@@ -470,7 +506,7 @@ func (id *connID) leave() {
 	f.timer = time.AfterFunc(resendTime(0), func() { p.repeatFarewell(f) })
 }
 
-func (p *port) repeatFarewell(f *farewell) {
+func (p *endpoint) repeatFarewell(f *farewell) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed || p.farewells[f.id.comm] != f {
@@ -484,13 +520,13 @@ func (p *port) repeatFarewell(f *farewell) {
 	f.timer.Reset(resendTime(f.tries))
 }
 
-// unused says that a port has served its purpose; the lock is held.
-func (p *port) unused() bool { return p.sole && len(p.ids)+len(p.farewells) == 0 }
+// unused says that an endpoint has served its purpose; the lock is held.
+func (p *endpoint) unused() bool { return p.dedicated && len(p.ids)+len(p.farewells) == 0 }
 
-func (p *port) farewellDone(f *farewell, detail string) {
+func (p *endpoint) farewellDone(f *farewell, detail string) {
 	f.timer.Stop()
 	delete(p.farewells, f.id.comm)
-	f.id.state = idOver
+	f.id.state = idEnded
 	f.id.report(rdma.EventDisconnected, detail)
 	if p.unused() {
 		p.provider.drop(p)
@@ -499,7 +535,7 @@ func (p *port) farewellDone(f *farewell, detail string) {
 
 // Close implements rdma.ID.
 func (id *connID) Close() error {
-	p := id.port
+	p := id.endpoint
 	p.mu.Lock()
 	if id.closed {
 		p.mu.Unlock()
@@ -514,15 +550,12 @@ func (id *connID) Close() error {
 		id.leave()
 	}
 	if id.state != idLeaving {
-		id.over()
+		id.end()
 	}
 	id.closed = true
-	delete(p.ids, id.comm)
-	if id.passive {
-		delete(p.byPeer, peerID{id.remote.Addr(), id.peerComm})
-	}
-	if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
-		delete(p.byQP, key)
+	p.forget(id)
+	if id.confirmation != nil {
+		id.confirmation.Stop()
 	}
 	close(id.closing)
 	id.eventsMu.Lock() // before the answer to the farewell can come

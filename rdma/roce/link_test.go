@@ -46,28 +46,47 @@ var lastVector atomic.Int32
 // newEnd gives an ID its resources. They go at the end of the test.
 func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	t.Helper()
-	e := &end{t: t, id: id}
-	var err error
-	dev := id.Device()
-	e.pd, err = dev.AllocPD()
-	check(t, err)
-	e.mr, err = e.pd.AllocMR(memory, allAccess)
-	check(t, err)
-	vector := int(lastVector.Add(1))
-	e.sendCQ, err = dev.CreateCQ(2*depth, events, vector)
-	check(t, err)
-	e.recvCQ, err = dev.CreateCQ(2*depth, events, vector)
-	check(t, err)
-	e.qp, err = id.CreateQP(e.pd, rdma.QPConfig{SendCQ: e.sendCQ, RecvCQ: e.recvCQ, MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 1})
-	check(t, err)
-	t.Cleanup(func() {
-		for _, c := range []interface{ Close() error }{e.id, e.sendCQ, e.recvCQ, e.mr, e.pd} {
-			if err := c.Close(); err != nil {
-				t.Errorf("close: %v", err)
-			}
-		}
-	})
+	e := makeEnd(t, id, depth, memory, events)
+	if e == nil {
+		t.FailNow()
+	}
+	t.Cleanup(e.close)
 	return e
+}
+
+// makeEnd is newEnd for any goroutine: the end is its caller's to close. It is nil after an
+// error, of which the test has heard.
+func makeEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
+	t.Helper()
+	e := &end{t: t, id: id}
+	vector := int(lastVector.Add(1))
+	dev := id.Device()
+	var err error
+	if e.pd, err = dev.AllocPD(); err == nil {
+		e.mr, err = e.pd.AllocMR(memory, allAccess)
+	}
+	if err == nil {
+		e.sendCQ, err = dev.CreateCQ(2*depth, events, vector)
+	}
+	if err == nil {
+		e.recvCQ, err = dev.CreateCQ(2*depth, events, vector)
+	}
+	if err == nil {
+		e.qp, err = id.CreateQP(e.pd, rdma.QPConfig{SendCQ: e.sendCQ, RecvCQ: e.recvCQ, MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 1})
+	}
+	if err != nil {
+		t.Error(err)
+		return nil
+	}
+	return e
+}
+
+func (e *end) close() {
+	for _, c := range []interface{ Close() error }{e.id, e.sendCQ, e.recvCQ, e.mr, e.pd} {
+		if err := c.Close(); err != nil {
+			e.t.Errorf("close: %v", err)
+		}
+	}
 }
 
 // param suits all tests.
@@ -84,7 +103,7 @@ func joinVia(t testing.TB, host *Provider, local netip.Addr, target *Provider, d
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	l, err := target.Listen(netip.AddrPortFrom(target.ports[0].sock.local.Addr(), 0), 16)
+	l, err := target.Listen(netip.AddrPortFrom(target.endpoints[0].sock.local.Addr(), 0), 16)
 	check(t, err)
 	defer func() { check(t, l.Close()) }()
 	id, err := host.Resolve(ctx, local, l.Addr(), -1)
@@ -103,7 +122,7 @@ func joinVia(t testing.TB, host *Provider, local netip.Addr, target *Provider, d
 	return a, b
 }
 
-func (e *end) pair() *pair { return e.qp.(*pair) }
+func (e *end) queuePair() *queuePair { return e.qp.(*queuePair) }
 
 func (e *end) sge(off, n int) rdma.SGE {
 	return rdma.SGE{Addr: e.mr.Addr() + uint64(off), Length: uint32(n), LKey: e.mr.LKey()}
@@ -339,7 +358,7 @@ func TestWrap(t *testing.T) {
 // soon lose. Both sides send less then, and nothing is lost.
 func TestCongestion(t *testing.T) {
 	window := func(e *end) uint64 {
-		q := e.pair()
+		q := e.queuePair()
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		return q.window
@@ -392,7 +411,7 @@ func TestNotReady(t *testing.T) {
 func TestNotReadyLimit(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.notReadyLimit = 3
 	q.mu.Unlock()
@@ -471,7 +490,7 @@ func TestRetryLimit(t *testing.T) {
 		}
 	}})
 	a, b := join(t, host, target, 16, 1<<16, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.retryLimit = 1
 	q.mu.Unlock()
@@ -490,8 +509,8 @@ func TestRetryLimit(t *testing.T) {
 func TestRetryLimitUnsignaled(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 1024, 1<<16, false)
-	b.pair().destroy()
-	q := a.pair()
+	b.queuePair().destroy()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.retryLimit = 2
 	q.mu.Unlock()
@@ -504,7 +523,7 @@ func TestRetryLimitUnsignaled(t *testing.T) {
 		q.mu.Lock()
 		state := q.state
 		q.mu.Unlock()
-		if state == pairFailed {
+		if state == qpFailed {
 			break
 		}
 	}
@@ -526,7 +545,7 @@ func TestUnsignaled(t *testing.T) {
 		w.Signaled = false
 		a.post(w)
 	}
-	q := a.pair()
+	q := a.queuePair()
 	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
 		q.mu.Lock()
 		free := q.head == q.tail
@@ -548,7 +567,7 @@ func TestReadBehindUnsignaled(t *testing.T) {
 	const size = 1 << 17
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 2*size, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.window = minWindow
 	q.mu.Unlock()
@@ -570,7 +589,7 @@ func TestReadBehindUnsignaled(t *testing.T) {
 func TestPathShrinks(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<18, false)
-	q := a.pair()
+	q := a.queuePair()
 	q.mu.Lock()
 	q.mtu = 1 << 17
 	q.mu.Unlock()

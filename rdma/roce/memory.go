@@ -86,14 +86,35 @@ func (d *domain) MoveMR(mr rdma.MR) error {
 	if m.closed {
 		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
+	// The place in the new domain is taken first, so that an error changes nothing.
+	if err := d.use(); err != nil {
+		return fmt.Errorf("move memory region: %w", err)
+	}
 	m.release()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m.domain = d
 	m.lkey, m.rkey = newKey(d.local), newKey(d.remote)
 	d.local[m.lkey], d.remote[m.rkey] = m, m
+	return nil
+}
+
+// use keeps the domain open for one more queue pair or region.
+func (d *domain) use() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return rdma.ErrClosed
+	}
 	d.users++
 	return nil
+}
+
+// unuse undoes use.
+func (d *domain) unuse() {
+	d.mu.Lock()
+	d.users--
+	d.mu.Unlock()
 }
 
 // Release implements rdma.MR.
@@ -196,11 +217,11 @@ func piece(keys map[uint32]*region, key uint32, addr, length uint64, need rdma.A
 	return m.mem[off : off+length]
 }
 
-// invalidate ends a remote key.
+// invalidate ends a remote key, if its region was offered for that.
 func (d *domain) invalidate(key uint32) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.remote[key] == nil {
+	if m := d.remote[key]; m == nil || m.access&rdma.AccessRemoteInvalidate == 0 {
 		return false
 	}
 	delete(d.remote, key)

@@ -20,7 +20,7 @@ func TestOnDemand(t *testing.T) {
 	for range 2 {
 		host := open(t, Config{OnDemand: true})
 		a, b := joinVia(t, host, targetAddr, target, 16, 1<<16, false)
-		if got := a.pair().path.local; got.Addr() != targetAddr || got.Port() == testPort {
+		if got := a.queuePair().path.local; got.Addr() != targetAddr || got.Port() == testPort {
 			t.Errorf("sends from %v", got)
 		}
 		b.recv(1, 0, 8)

@@ -23,7 +23,7 @@ func joinOneHost(t *testing.T, depth, memory int, cfg Config) (a, b *end) {
 }
 
 func mtuOf(e *end) int {
-	q := e.pair()
+	q := e.queuePair()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.mtu
@@ -118,23 +118,23 @@ func TestOneHost(t *testing.T) {
 func TestOneHostFlight(t *testing.T) {
 	const size = 8 << 20
 	a, b := joinOneHost(t, 64, size, Config{})
-	q := a.pair()
+	q := a.queuePair()
 	flight := func() uint64 {
 		q.mu.Lock()
 		defer q.mu.Unlock()
 		return q.carried(q.entry(q.cur), q.nxt) - q.carried(q.entry(q.head), q.una)
 	}
 	for i, op := range []rdma.SendOp{rdma.Write, rdma.Read} {
-		b.pair().port.recvMu.Lock() // nothing is answered
+		b.queuePair().endpoint.recvMu.Lock() // nothing is answered
 		a.post(a.wr(uint64(i), op, 0, size, b, 0))
 		n := flight()
-		b.pair().port.recvMu.Unlock()
+		b.queuePair().endpoint.recvMu.Unlock()
 		if n < q.flight/2 || n > q.flight+wire.HostMTU {
 			t.Errorf("%v: %d bytes are under way, want about %d", op, n, q.flight)
 		}
 		a.ok(a.sendCQ, uint64(i))
 	}
-	b.pair().port.recvMu.Lock()
+	b.queuePair().endpoint.recvMu.Lock()
 	for i := range askEvery {
 		b.recv(uint64(i), i*64, 64)
 		wr := a.wr(0, rdma.Send, 0, 64, b, 0)
@@ -146,7 +146,7 @@ func TestOneHostFlight(t *testing.T) {
 		}
 		q.mu.Unlock()
 	}
-	b.pair().port.recvMu.Unlock()
+	b.queuePair().endpoint.recvMu.Unlock()
 	for i := range askEvery {
 		b.ok(b.recvCQ, uint64(i))
 	}
@@ -158,16 +158,16 @@ func TestOneHostBuffer(t *testing.T) {
 	const size, buffer = 8 << 20, 212992 // net.core.rmem_max, where nobody changed it
 	a, b := joinOneHost(t, 64, 2*size, Config{buffer: buffer})
 	for i, op := range []rdma.SendOp{rdma.Write, rdma.Read} {
-		receiver := []*end{b, a}[i].pair().port
-		sent := b.pair().provider.Snapshot().PacketsSent
+		receiver := []*end{b, a}[i].queuePair().endpoint
+		sent := b.queuePair().provider.Snapshot().PacketsSent
 		receiver.recvMu.Lock() // packets wait in its socket
 		a.post(a.wr(uint64(i), op, 0, size, b, 0))
-		q := a.pair()
+		q := a.queuePair()
 		q.mu.Lock()
 		full := q.carried(q.entry(q.cur), q.nxt)-q.carried(q.entry(q.head), q.una) >= buffer
 		q.mu.Unlock()
 		if op == rdma.Read { // as much was asked for; now it comes
-			until(t, b.pair().provider, "responses", func(c Counters) bool { return c.PacketsSent >= sent+buffer/wire.HostMTU })
+			until(t, b.queuePair().provider, "responses", func(c Counters) bool { return c.PacketsSent >= sent+buffer/wire.HostMTU })
 		}
 		receiver.recvMu.Unlock()
 		if !full {
@@ -176,7 +176,7 @@ func TestOneHostBuffer(t *testing.T) {
 		a.ok(a.sendCQ, uint64(i))
 	}
 	for _, e := range []*end{a, b} {
-		if c := e.pair().provider.Snapshot(); c.OutOfSequence+c.Retransmits+c.Timeouts != 0 {
+		if c := e.queuePair().provider.Snapshot(); c.OutOfSequence+c.Retransmits+c.Timeouts != 0 {
 			t.Errorf("%+v", c)
 		}
 	}

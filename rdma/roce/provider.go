@@ -39,20 +39,32 @@ type Config struct {
 	// loop of its own; 0 is 1, the most is 64. Queue pairs go to them by the vectors
 	// of their receive completion queues, of which there are as many.
 	Receivers int
-	// MaxHalfOpen bounds the connect requests without an answer; 0 is 256.
+	// MaxHalfOpen bounds the connections that are half-open: requested or accepted, but
+	// nothing has shown yet that the peer got our answer. 0 is 64. When there are so many, one
+	// that is older than 200 ms makes room for the next, one of the source that has most. None
+	// stays half-open for more than 15 s.
 	MaxHalfOpen int
-	// MaxRequestRate bounds the connect requests taken per second; 0 is 1000.
-	MaxRequestRate int
+	// MaxHalfOpenPerSource is the same for each source: an address of IPv4, a network of 64
+	// bits of IPv6. 0 is 16.
+	MaxHalfOpenPerSource int
+	// MaxRequestRate bounds the connect requests taken per second, of which those of four
+	// seconds may come at once; 0 is 256. MaxRequestRatePerSource is the same for each source;
+	// 0 is 64.
+	MaxRequestRate          int
+	MaxRequestRatePerSource int
 
-	tamper func() func(packet []byte, deliver func([]byte)) // makes that of a port
+	tamper func() func(packet []byte, deliver func([]byte)) // makes that of an endpoint
 	psn    func() uint32                                    // picks the first sequence number; nil is random
 	ecn    int                                              // of what is sent; 0 is ecnCapable
 	buffer int                                              // of sockets; 0 is socketBuffer
 }
 
+// Defaults of Config.
 const (
-	defaultHalfOpen    = 256
-	defaultRequestRate = 1000
+	defaultHalfOpen          = 64
+	defaultHalfOpenPerSource = 16
+	defaultRate              = 256
+	defaultRatePerSource     = 64
 )
 
 // Provider makes connections. Its methods may be called from any goroutine.
@@ -62,11 +74,11 @@ type Provider struct {
 	device   device
 	counters counters
 
-	mu     sync.Mutex // guards what follows
-	ports  []*port
-	closed bool
+	mu        sync.Mutex // guards what follows
+	endpoints []*endpoint
+	closed    bool
 
-	drops sync.WaitGroup // ports that are being closed
+	drops sync.WaitGroup // endpoints that are being closed
 }
 
 var _ rdma.Provider = (*Provider)(nil)
@@ -85,11 +97,16 @@ func New(cfg Config) (*Provider, error) {
 		cfg.Port = wire.Port
 	}
 	cfg.Receivers = min(max(1, cfg.Receivers), maxReceivers)
-	if cfg.MaxHalfOpen <= 0 {
-		cfg.MaxHalfOpen = defaultHalfOpen
-	}
-	if cfg.MaxRequestRate <= 0 {
-		cfg.MaxRequestRate = defaultRequestRate
+	for _, limit := range []struct {
+		value    *int
+		fallback int
+	}{
+		{&cfg.MaxHalfOpen, defaultHalfOpen}, {&cfg.MaxHalfOpenPerSource, defaultHalfOpenPerSource},
+		{&cfg.MaxRequestRate, defaultRate}, {&cfg.MaxRequestRatePerSource, defaultRatePerSource},
+	} {
+		if *limit.value <= 0 {
+			*limit.value = limit.fallback
+		}
 	}
 	p := &Provider{cfg: cfg, guid: guidMark<<guidShift | (uint64(random32())<<32|uint64(random32()))&(1<<guidShift-1)}
 	p.device.provider = p
@@ -113,7 +130,10 @@ func New(cfg Config) (*Provider, error) {
 		addrs, optional = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true
 	}
 	for _, a := range addrs {
-		_, err := p.openShared(netip.AddrPortFrom(a.Unmap(), cfg.Port))
+		a, err := canonical(a)
+		if err == nil {
+			_, err = p.openShared(netip.AddrPortFrom(a, cfg.Port))
+		}
 		if optional && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 			continue
 		}
@@ -121,28 +141,28 @@ func New(cfg Config) (*Provider, error) {
 			return nil, errors.Join(err, p.Close())
 		}
 	}
-	if len(p.ports) == 0 {
+	if len(p.endpoints) == 0 {
 		return nil, fmt.Errorf("open RoCE socket: %w", unix.EAFNOSUPPORT)
 	}
 	return p, nil
 }
 
-// open adds a port. The lock is held, or nobody knows the provider yet.
-func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, error) {
+// open adds an endpoint. The lock is held, or nobody knows the provider yet.
+func (p *Provider) open(addr netip.AddrPort, dedicated bool, manager *endpoint) (*endpoint, error) {
 	s, err := openSocket(addr, socketConfig{
-		plain: p.cfg.NoOffload, share: manager != nil && !sole, ecn: p.cfg.ecn, buffer: p.cfg.buffer,
+		plain: p.cfg.NoOffload, share: manager != nil && !dedicated, ecn: p.cfg.ecn, buffer: p.cfg.buffer,
 	})
 	if err != nil {
 		return nil, err
 	}
-	o, err := newPort(p, s, sole)
+	o, err := newEndpoint(p, s, dedicated)
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	if manager != nil {
 		o.manager = manager
 	}
-	p.ports = append(p.ports, o)
+	p.endpoints = append(p.endpoints, o)
 	go o.run()
 	return o, nil
 }
@@ -151,19 +171,19 @@ func (p *Provider) open(addr netip.AddrPort, sole bool, manager *port) (*port, e
 // listeners should have been closed before; what is left is cut off.
 func (p *Provider) Close() error {
 	p.mu.Lock()
-	ports := slices.Clone(p.ports)
+	endpoints := slices.Clone(p.endpoints)
 	p.closed = true
 	p.mu.Unlock()
 	var errs []error
-	for _, o := range ports {
+	for _, o := range endpoints {
 		errs = append(errs, o.close())
 	}
 	p.drops.Wait()
 	return errors.Join(errs...)
 }
 
-// openSole opens a port for one queue pair, whose connection is another one's.
-func (p *Provider) openSole(local netip.Addr, manager *port) (*port, error) {
+// openDedicated opens an endpoint for one queue pair, whose connection is another one's.
+func (p *Provider) openDedicated(local netip.Addr, manager *endpoint) (*endpoint, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -172,28 +192,28 @@ func (p *Provider) openSole(local netip.Addr, manager *port) (*port, error) {
 	return p.open(netip.AddrPortFrom(local, 0), true, manager)
 }
 
-// drop ends a port that nobody uses any more. It does not wait.
-func (p *Provider) drop(o *port) {
+// drop ends an endpoint that nobody uses any more. It does not wait.
+func (p *Provider) drop(o *endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	i := slices.Index(p.ports, o)
+	i := slices.Index(p.endpoints, o)
 	if i < 0 || p.closed {
 		return // Close does it
 	}
-	p.ports = slices.Delete(p.ports, i, i+1)
+	p.endpoints = slices.Delete(p.endpoints, i, i+1)
 	p.drops.Go(func() { _ = o.close() }) // nobody waits for what could go wrong
 }
 
 // Name implements rdma.Provider.
 func (*Provider) Name() string { return "roce" }
 
-// portFor is the port that sends from local to remote.
-func (p *Provider) portFor(local, remote netip.Addr) (*port, error) {
+// endpointFor is the endpoint that sends from local to remote.
+func (p *Provider) endpointFor(local, remote netip.Addr) (*endpoint, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, o := range p.ports {
+	for _, o := range p.endpoints {
 		a := o.sock.local.Addr()
-		if o.sole {
+		if o.dedicated {
 			continue
 		}
 		if a == local || a.IsUnspecified() && a.Is4() == local.Is4() {
@@ -230,12 +250,20 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if !to.IsValid() || to.IsUnspecified() || to.IsMulticast() {
 		return fail(unix.EINVAL)
 	}
-	if to.Is6() && to.IsLinkLocalUnicast() {
-		return fail(fmt.Errorf("IPv6 link-local address: %w", rdma.ErrUnsupported))
-	}
 	local = local.Unmap()
+	if to.Zone() == "" && to.IsLinkLocalUnicast() {
+		to = to.WithZone(local.Zone()) // they are on one network
+	}
+	shown := to
+	to, err := canonical(to)
+	if err == nil && local.IsValid() {
+		local, err = canonical(local)
+	}
+	if err != nil {
+		return fail(err)
+	}
 	if !local.IsValid() {
-		// A port with an address of its own sends from no other.
+		// An endpoint with an address of its own sends from no other.
 		local = p.onlyAddr(to.Is4())
 	}
 	local, mtu, err := route(local, netip.AddrPortFrom(to, p.cfg.Port))
@@ -245,7 +273,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if payloadMTU(mtu, false) == 0 {
 		return fail(fmt.Errorf("MTU %d of the route is too small: %w", mtu, unix.EMSGSIZE))
 	}
-	o, err := p.portFor(local, to)
+	o, err := p.endpointFor(local, to)
 	if err != nil {
 		return fail(err)
 	}
@@ -255,8 +283,8 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 		return fail(rdma.ErrClosed)
 	}
 	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
-	id.mtu = payloadMTU(mtu, o.sole && sameHost(local, to))
-	id.local, id.remote = netip.AddrPortFrom(local, ephemeral()), netip.AddrPortFrom(to, remote.Port())
+	id.mtu = payloadMTU(mtu, o.dedicated && sameHost(local, to))
+	id.local, id.remote = netip.AddrPortFrom(named(local), ephemeral()), netip.AddrPortFrom(shown, remote.Port())
 	return id, nil
 }
 
@@ -265,7 +293,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, o := range p.ports {
+	for _, o := range p.endpoints {
 		if a := o.sock.local.Addr(); a.Is4() == v4 && !p.cfg.OnDemand {
 			if a.IsUnspecified() {
 				break
@@ -279,7 +307,7 @@ func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 // ephemeral picks a port number that has no meaning but to differ.
 func ephemeral() uint16 { return 49152 + uint16(random32()%16384) }
 
-// route asks the kernel for the local address and the MTU of the way to remote.
+// route asks the kernel for the canonical local address and the MTU of the way to remote.
 func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 	network, level, option := "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU
 	if remote.Addr().Is4() {
@@ -297,7 +325,9 @@ func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 		return local, 0, err
 	}
 	defer conn.Close() // nothing was sent, so nothing can be lost
-	local = conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+	if local, err = canonical(conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr()); err != nil {
+		return local, 0, err
+	}
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return local, 0, err
@@ -336,12 +366,15 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	fail := func(err error) (rdma.Listener, error) {
 		return nil, &rdma.StepError{Step: "listen on", Peer: addr, Err: err}
 	}
-	a := addr.Addr().Unmap()
-	var o *port
+	a, err := canonical(addr.Addr())
+	if err != nil {
+		return fail(err)
+	}
+	var o *endpoint
 	p.mu.Lock()
-	ports := slices.Clone(p.ports)
+	endpoints := slices.Clone(p.endpoints)
 	p.mu.Unlock()
-	for _, c := range ports {
+	for _, c := range endpoints {
 		if l := c.sock.local.Addr(); l == a || a.Is4() == l.Is4() && (a.IsUnspecified() || l.IsUnspecified()) {
 			o = c
 			break
@@ -358,7 +391,7 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	if err := probe.Close(); err != nil {
 		return fail(err)
 	}
-	l, err := o.listen(netip.AddrPortFrom(addr.Addr(), addr.Port()), max(1, backlog))
+	l, err := o.listen(addr, a, max(1, backlog))
 	if err != nil {
 		return fail(err)
 	}
@@ -367,14 +400,15 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 
 // listener implements rdma.Listener.
 type listener struct {
-	port    *port
-	addr    netip.AddrPort
-	backlog int
-	ready   chan struct{} // has a token when requests may be waiting
-	closed  chan struct{}
-	once    sync.Once
+	endpoint *endpoint
+	addr     netip.AddrPort // as asked for
+	bound    netip.Addr     // the same, canonical
+	backlog  int
+	ready    chan struct{} // has a token when requests may be waiting
+	closed   chan struct{}
+	once     sync.Once
 
-	requests []*connID // guarded by the port's lock
+	requests []*connID // guarded by the endpoint's lock
 }
 
 // Addr implements rdma.Listener.
@@ -406,8 +440,8 @@ func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 
 // take gives the oldest request, or nil. It leaves a token for the next.
 func (l *listener) take() *connID {
-	l.port.mu.Lock()
-	defer l.port.mu.Unlock()
+	l.endpoint.mu.Lock()
+	defer l.endpoint.mu.Unlock()
 	if len(l.requests) == 0 {
 		return nil
 	}
@@ -428,12 +462,12 @@ func (l *listener) signal() {
 func (l *listener) Close() error {
 	var errs []error
 	l.once.Do(func() {
-		l.port.mu.Lock()
+		l.endpoint.mu.Lock()
 		close(l.closed)
-		delete(l.port.listeners, l.addr.Port())
+		delete(l.endpoint.listeners, l.addr.Port())
 		waiting := l.requests
 		l.requests = nil
-		l.port.mu.Unlock()
+		l.endpoint.mu.Unlock()
 		for _, id := range waiting {
 			errs = append(errs, id.Close())
 		}

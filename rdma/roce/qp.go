@@ -23,59 +23,67 @@ const (
 	wcRemoteOp      rdma.WCStatus = 11
 )
 
-// pairState is the state of a queue pair.
-type pairState uint8
+// qpState is the state of a queue pair.
+type qpState uint8
 
 const (
-	pairInit pairState = iota + 1 // takes receives
-	pairReady
-	pairFailed // flushes
-	pairDestroyed
+	qpInit qpState = iota + 1 // takes receives
+	qpReady
+	qpFailed // flushes
+	qpDestroyed
 )
 
-// pair implements rdma.QP. It is a requester and a responder that share a path
+// queuePair implements rdma.QP. It is a requester and a responder that share a path
 // and a lock. Sequence numbers are 64 bits wide here, of which the wire has the
 // low 24.
-type pair struct {
+type queuePair struct {
 	provider       *Provider
-	port           *port // whose packets it gets
+	endpoint       *endpoint // whose packets it gets
 	id             *connID
 	pd             *domain
-	sendCQ, recvCQ *queue
+	sendCQ, recvCQ *completionQueue
 	num            uint32
-	here, there    netip.Addr // addresses
+	here, there    netip.Addr // addresses, without zones
+	scope          uint32     // the interface of theirs that are link-local
 
-	// Guarded by the port's recvMu.
+	// Guarded by the endpoint's recvMu.
 	recvBases baseCache
 	dirty     bool
 
-	ours atomic.Bool // the peer numbers its packets as we do
-	near atomic.Bool // and it is on this host: ICRCs are those of the headers alone
+	// peerPort is the UDP port that all packets of the peer come from; 0: any. Peers that are
+	// ours have one.
+	peerPort atomic.Uint32
+	ours     atomic.Bool // the peer numbers its packets as we do
+	near     atomic.Bool // and it is on this host: ICRCs are those of the headers alone
+
+	settling atomic.Bool // settleAll runs
 
 	mu    sync.Mutex // guards what follows
-	state pairState
+	state qpState
 	path  *path
 	out   *batch
 	dest  uint32 // the peer's queue pair
 	mtu   int    // of the path: payload bytes per packet
-	fresh bool   // no packet of the peer has come
+	// unproven: no packet has come that only the peer can have sent: a request with the
+	// sequence number that it was told.
+	unproven bool
 
 	requester
 	responder
 }
 
 // Num implements rdma.QP.
-func (q *pair) Num() uint32 { return q.num }
+func (q *queuePair) Num() uint32 { return q.num }
 
-// newPair makes a queue pair in its initial state, which nobody can reach yet.
-func newPair(id *connID, p *port, pd *domain, send, recv *queue, cfg rdma.QPConfig) *pair {
-	q := &pair{
-		provider: p.provider, port: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
-		here: id.path.local.Addr(), there: id.path.remote.Addr(), path: id.path,
-		state: pairInit, out: &batch{path: id.path}, fresh: true,
+// newQueuePair makes a queue pair in its initial state, which nobody can reach yet.
+func newQueuePair(id *connID, p *endpoint, pd *domain, send, recv *completionQueue, cfg rdma.QPConfig) *queuePair {
+	q := &queuePair{
+		provider: p.provider, endpoint: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
+		here: id.path.local.Addr().WithZone(""), there: id.path.remote.Addr().WithZone(""), scope: id.path.scope(), path: id.path,
+		state: qpInit, out: &batch{path: id.path}, unproven: true,
 	}
 	q.timer, q.notReadyTimer = stopped(q.tick), stopped(q.peerMayBeReady)
-	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR))
+	q.sendQ = make([]sendEntry, max(1, cfg.MaxSendWR)+1)
 	q.recvQ = make([]rdma.RecvWR, max(1, cfg.MaxRecvWR))
 	return q
 }
@@ -90,13 +98,13 @@ var (
 )
 
 // PostSend implements rdma.QP.
-func (q *pair) PostSend(wrs []rdma.SendWR) (int, error) {
+func (q *queuePair) PostSend(wrs []rdma.SendWR) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch q.state {
-	case pairDestroyed:
+	case qpDestroyed:
 		return 0, errDestroyed
-	case pairInit:
+	case qpInit:
 		return 0, errSendState
 	}
 	n, err := 0, error(nil)
@@ -105,7 +113,7 @@ func (q *pair) PostSend(wrs []rdma.SendWR) (int, error) {
 			break
 		}
 	}
-	if q.state == pairFailed {
+	if q.state == qpFailed {
 		q.flush()
 		return n, err
 	}
@@ -115,10 +123,10 @@ func (q *pair) PostSend(wrs []rdma.SendWR) (int, error) {
 }
 
 // PostRecv implements rdma.QP.
-func (q *pair) PostRecv(wrs []rdma.RecvWR) (int, error) {
+func (q *queuePair) PostRecv(wrs []rdma.RecvWR) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.state == pairDestroyed {
+	if q.state == qpDestroyed {
 		return 0, errDestroyed
 	}
 	n := 0
@@ -126,7 +134,7 @@ func (q *pair) PostRecv(wrs []rdma.RecvWR) (int, error) {
 		q.recvQ[q.recvTail%uint64(len(q.recvQ))] = wrs[n]
 		q.recvTail++
 	}
-	if q.state == pairFailed {
+	if q.state == qpFailed {
 		q.flush()
 	}
 	if n < len(wrs) {
@@ -136,7 +144,7 @@ func (q *pair) PostRecv(wrs []rdma.RecvWR) (int, error) {
 }
 
 // Fail implements rdma.QP.
-func (q *pair) Fail() error {
+func (q *queuePair) Fail() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.fail(rdma.WCFlushErr)
@@ -146,11 +154,11 @@ func (q *pair) Fail() error {
 // fail moves to the error state. The oldest send work request completes with
 // status, all others as flushed. The lock is held, here and in everything
 // below.
-func (q *pair) fail(status rdma.WCStatus) {
-	if q.state >= pairFailed {
+func (q *queuePair) fail(status rdma.WCStatus) {
+	if q.state >= qpFailed {
 		return
 	}
-	q.state = pairFailed
+	q.state = qpFailed
 	q.stopTimers()
 	q.reads.clear()
 	if q.head < q.tail && status != rdma.WCFlushErr {
@@ -160,7 +168,7 @@ func (q *pair) fail(status rdma.WCStatus) {
 }
 
 // flush completes everything outstanding.
-func (q *pair) flush() {
+func (q *queuePair) flush() {
 	for q.head < q.tail {
 		q.completeSend(rdma.WCFlushErr)
 	}
@@ -170,19 +178,17 @@ func (q *pair) flush() {
 }
 
 // destroy ends the queue pair for ever.
-func (q *pair) destroy() {
+func (q *queuePair) destroy() {
 	q.mu.Lock()
 	q.fail(rdma.WCFlushErr)
-	q.state = pairDestroyed
+	q.state = qpDestroyed
 	q.mu.Unlock()
-	q.port.removePair(q)
+	q.endpoint.removeQP(q)
 	q.sendCQ.unuse()
 	q.recvCQ.unuse()
-	q.pd.mu.Lock()
-	q.pd.users--
-	q.pd.mu.Unlock()
-	if q.port.sole && q.port != q.id.port {
-		q.provider.drop(q.port)
+	q.pd.unuse()
+	if q.endpoint.dedicated && q.endpoint != q.id.endpoint {
+		q.provider.drop(q.endpoint)
 	}
 }
 
@@ -192,30 +198,33 @@ func (q *pair) destroy() {
 // Packets of one host to itself stay in its memory, where the kernel computes no
 // checksum of TCP either. Both ends know when that is so: both have ports of
 // their own, which nobody else would answer to.
-func (q *pair) peerIs(guid uint64) {
+func (q *queuePair) peerIs(guid uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	near := ours(guid) && q.port.sole && q.path.remote.Port() != q.provider.cfg.Port
+	near := ours(guid) && q.endpoint.dedicated && q.path.remote.Port() != q.provider.cfg.Port
+	if ours(guid) {
+		q.peerPort.Store(uint32(q.path.remote.Port()))
+	}
 	q.ours.Store(ours(guid))
 	q.near.Store(near)
 	q.out.headersOnly = near
 }
 
 // ready connects the queue pair. recvPSN is the first that the peer sends.
-func (q *pair) ready(c connected) {
+func (q *queuePair) ready(c connected) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.state != pairInit {
+	if q.state != qpInit {
 		return // failed before; it stays so
 	}
-	q.state = pairReady
+	q.state = qpReady
 	q.dest, q.mtu = c.dest, c.mtu
-	q.requester.start(&c, uint64(q.port.sock.recvBuffer))
+	q.requester.start(&c, uint64(q.endpoint.sock.recvBuffer))
 	q.responder.start(&c)
 }
 
 // redirect makes packets go to another port of the peer. It comes before ready.
-func (q *pair) redirect(port uint16) *path {
+func (q *queuePair) redirect(port uint16) *path {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	to := *q.path
@@ -245,12 +254,12 @@ func extend(psn uint32, ref uint64) uint64 {
 }
 
 // packets is how many packets a message of n bytes takes.
-func (q *pair) packets(n uint32) uint64 {
+func (q *queuePair) packets(n uint32) uint64 {
 	return max(1, (uint64(n)+uint64(q.mtu)-1)/uint64(q.mtu))
 }
 
 // header starts the next packet of the batch.
-func (q *pair) header(op wire.Opcode, psn uint64, ackReq bool) []byte {
+func (q *queuePair) header(op wire.Opcode, psn uint64, ackReq bool) []byte {
 	if q.out.full() {
 		q.send()
 	}
@@ -261,7 +270,7 @@ func (q *pair) header(op wire.Opcode, psn uint64, ackReq bool) []byte {
 }
 
 // send sends what transmit and respond have put into the batch.
-func (q *pair) send() {
+func (q *queuePair) send() {
 	if q.out.packets == 0 {
 		return
 	}
@@ -275,7 +284,7 @@ func (q *pair) send() {
 
 // settle does what a batch of packets, or a timer, made due.
 // It says whether more is to be done at once.
-func (q *pair) settle() (more bool) {
+func (q *queuePair) settle() (more bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	more = q.respond()
@@ -288,21 +297,24 @@ func (q *pair) settle() (more bool) {
 	return more
 }
 
+// settleAll settles until nothing is to be done, or the queue pair has ended.
+func (q *queuePair) settleAll() {
+	defer q.settling.Store(false)
+	for q.settle() {
+	}
+}
+
 // receive takes a packet whose ICRC and addresses are right.
-func (q *pair) receive(h *wire.BTH, packet, payload []byte, congested bool) {
+func (q *queuePair) receive(h *wire.BTH, packet, payload []byte, congested bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch q.state {
-	case pairReady:
-	case pairFailed:
+	case qpReady:
+	case qpFailed:
 		q.refuseAgain(h)
 		return
 	default:
 		return
-	}
-	if q.fresh {
-		q.fresh = false
-		q.id.heard()
 	}
 	if congested {
 		q.congested(h.Op)
@@ -321,9 +333,16 @@ func (q *pair) receive(h *wire.BTH, packet, payload []byte, congested bool) {
 	}
 }
 
+// heardOfPeer says whether the peer has sent a request, or answered one.
+func (q *queuePair) heardOfPeer() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return !q.unproven || q.una != q.firstPSN
+}
+
 // congested takes a mark of a router. Who sent too much is asked to send less: the
 // peer, or we who READ too much.
-func (q *pair) congested(op wire.Opcode) {
+func (q *queuePair) congested(op wire.Opcode) {
 	q.provider.counters.marks.Add(1)
 	switch op {
 	case wire.CongestionNote:

@@ -36,6 +36,7 @@ type sendEntry struct {
 	before  uint64 // bytes of all work requests before it
 	length  uint32
 	invalid bool // its lengths make no sense
+	probe   bool // ours, not the consumer's: it makes no completion
 }
 
 // requester is the sending half of a queue pair. Positions in sendQ and
@@ -45,8 +46,10 @@ type sendEntry struct {
 //
 // una lies in the work request at head, and nxt in the one at cur.
 type requester struct {
-	sendQ           []sendEntry
+	sendQ           []sendEntry // one more than the consumer may use, for a probe
+	probing         uint64      // probes among the entries: 0 or 1
 	head, cur, tail uint64
+	firstPSN        uint64 // of the connection
 	una             uint64 // oldest not acknowledged
 	nxt             uint64 // next to send
 	top             uint64 // next never sent before
@@ -101,7 +104,7 @@ func (r *readEnds) acked(una uint64) {
 // start begins a connection over a socket with so many bytes of receive buffer.
 func (r *requester) start(c *connected, buffer uint64) {
 	psn := startPSN(c.sendPSN)
-	r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn
+	r.firstPSN, r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn, psn
 	r.window = maxWindow
 	// What we read goes there; what we write, to one that is as large, if anybody knows.
 	r.flight = min(maxFlight, buffer/4*3)
@@ -112,35 +115,55 @@ func (r *requester) start(c *connected, buffer uint64) {
 func (r *requester) entry(pos uint64) *sendEntry { return &r.sendQ[pos%uint64(len(r.sendQ))] }
 
 // enqueue takes a work request.
-func (q *pair) enqueue(wr *rdma.SendWR) error {
+func (q *queuePair) enqueue(wr *rdma.SendWR) error {
 	switch {
 	case wr.Op < rdma.Send || wr.Op > rdma.Read || wr.NumSGE > maxSGE:
 		return errSendWR
-	case q.tail-q.head == uint64(len(q.sendQ)):
+	case q.tail-q.head-q.probing == uint64(len(q.sendQ)-1):
 		return errSendFull
 	}
+	q.add(wr)
+	return nil
+}
+
+// add puts a work request at the end of the queue and gives it its sequence numbers.
+func (q *queuePair) add(wr *rdma.SendWR) *sendEntry {
 	e := q.entry(q.tail)
 	length := uint64(0)
 	for i := range wr.NumSGE {
 		length += uint64(wr.SGE[i].Length)
 	}
-	e.wr, e.length = *wr, uint32(length)
+	e.wr, e.length, e.probe = *wr, uint32(length), false
 	e.invalid = length > 1<<30 || wr.Op == rdma.Read && q.depth == 0
 	if e.invalid {
 		e.length = 0
 	}
 	q.tail++
-	if q.state == pairReady {
+	if q.state == qpReady {
 		e.psn, e.n, e.before = q.end, q.packets(e.length), q.posted
 		q.end += e.n
 		q.posted += uint64(e.length)
 	}
-	return nil
+	return e
+}
+
+// probe asks the peer's adapter whether it still has its queue pair, by an RDMA WRITE of no
+// bytes. If it has not, this one fails when its retries are used up, and says so by an event.
+func (q *queuePair) probe() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.state != qpReady || q.head < q.tail {
+		return // what is under way asks the same
+	}
+	q.add(&rdma.SendWR{Op: rdma.Write, Signaled: true}).probe = true
+	q.probing = 1
+	q.transmit()
+	q.send()
 }
 
 // local is the memory of a work request; false if keys or bounds do not fit.
 // The domain's lock is held.
-func (q *pair) local(e *sendEntry) (mem [2][]byte, ok bool) {
+func (q *queuePair) local(e *sendEntry) (mem [2][]byte, ok bool) {
 	need := rdma.Access(0)
 	if e.wr.Op == rdma.Read {
 		need = rdma.AccessLocalWrite
@@ -170,8 +193,8 @@ func cut(mem *[2][]byte, off, n int) (first, second []byte) {
 }
 
 // transmit sends as much as window and READ depth allow.
-func (q *pair) transmit() {
-	if q.state != pairReady || q.waiting || q.cur == q.tail {
+func (q *queuePair) transmit() {
+	if q.state != qpReady || q.waiting || q.cur == q.tail {
 		return
 	}
 	q.pd.mu.RLock()
@@ -191,7 +214,7 @@ func (q *pair) transmit() {
 
 // transmitLocked returns the status with which the oldest work request ends, if
 // nothing more can be sent for it.
-func (q *pair) transmitLocked() rdma.WCStatus {
+func (q *queuePair) transmitLocked() rdma.WCStatus {
 	var mem [2][]byte
 	memOf := ^uint64(0)
 	for q.cur < q.tail {
@@ -232,13 +255,13 @@ func (q *pair) transmitLocked() rdma.WCStatus {
 
 // carried is how many bytes the packets of e before psn carry, with all of those before
 // e.
-func (q *pair) carried(e *sendEntry, psn uint64) uint64 {
+func (q *queuePair) carried(e *sendEntry, psn uint64) uint64 {
 	return e.before + min((psn-e.psn)*uint64(q.mtu), uint64(e.length))
 }
 
 // sendRead asks for the next part of a READ; false if that has to wait. There is room
 // for packets, and for bytes in them.
-func (q *pair) sendRead(e *sendEntry, room, bytes uint64) bool {
+func (q *queuePair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	i := q.nxt - e.psn
 	// A part that is asked for again must not reach beyond one that was asked
 	// for at first, so the ends are always the same.
@@ -274,7 +297,7 @@ var sendOps = [rdma.Read]struct{ first, middle, last, only wire.Opcode }{
 
 // sendPacket sends the next packet of a SEND or WRITE. So many bytes were sent since the
 // peer was asked for an acknowledgement.
-func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unasked uint64) {
+func (q *queuePair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unasked uint64) {
 	i := q.nxt - e.psn
 	first, last := i == 0, i == e.n-1
 	op := sendOps[e.wr.Op].middle
@@ -317,17 +340,24 @@ func (q *pair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unask
 }
 
 // completeSend ends the oldest work request.
-func (q *pair) completeSend(status rdma.WCStatus) {
+func (q *queuePair) completeSend(status rdma.WCStatus) {
 	e := q.entry(q.head)
 	q.head++
 	q.cur = max(q.cur, q.head)
+	if e.probe {
+		q.probing = 0
+		if status != rdma.WCSuccess && status != rdma.WCFlushErr {
+			q.id.report(rdma.EventDisconnected, "the peer began anew and does not answer any more")
+		}
+		return
+	}
 	if status != rdma.WCSuccess || e.wr.Signaled {
 		q.sendCQ.push(&rdma.WC{ID: e.wr.ID, QPNum: q.num, Status: status})
 	}
 }
 
 // progress moves una, which stays in the work request at head or ends it.
-func (q *pair) progress(una uint64) {
+func (q *queuePair) progress(una uint64) {
 	q.grow(una - q.una)
 	q.una = una
 	q.retries, q.notReady, q.gapOpen = 0, 0, false
@@ -346,7 +376,7 @@ func (q *pair) progress(una uint64) {
 }
 
 // grow opens the window again by one packet per window.
-func (q *pair) grow(n uint64) {
+func (q *queuePair) grow(n uint64) {
 	if q.window == maxWindow {
 		return
 	}
@@ -358,7 +388,7 @@ func (q *pair) grow(n uint64) {
 
 // ackedTo takes an acknowledgement of all before psn. It stops at a READ whose
 // responses did not come.
-func (q *pair) ackedTo(psn uint64) {
+func (q *queuePair) ackedTo(psn uint64) {
 	for q.una < psn && q.head < q.tail {
 		e := q.entry(q.head)
 		if e.wr.Op == rdma.Read {
@@ -369,26 +399,26 @@ func (q *pair) ackedTo(psn uint64) {
 }
 
 // goBack starts again at una.
-func (q *pair) goBack() {
+func (q *queuePair) goBack() {
 	q.nxt, q.cur, q.asked, q.askedBytes, q.ask = q.una, q.head, q.una, 0, false
 	q.asking = readEnds{}
 	q.sample = 0
 }
 
 // lost is goBack after a loss.
-func (q *pair) lost() {
+func (q *queuePair) lost() {
 	q.halve()
 	q.goBack()
 }
 
 // halve makes the window half of what is under way, which may be less than it allows.
-func (q *pair) halve() {
+func (q *queuePair) halve() {
 	least := max(2, min(minWindow, minWindow*4096/uint64(q.mtu)))
 	q.window, q.growth = max(least, min(q.window, q.nxt-q.una)/2), 0
 }
 
 // slow halves the window, once for all that is under way.
-func (q *pair) slow() {
+func (q *queuePair) slow() {
 	if q.una >= q.slowed {
 		q.halve()
 		q.slowed = q.nxt
@@ -398,7 +428,7 @@ func (q *pair) slow() {
 // gap is called when psn was seen although una is missing. It goes back once
 // per gap, and once more each time that the peer has begun again and the
 // beginning was lost again.
-func (q *pair) gap(psn uint64, response bool) {
+func (q *queuePair) gap(psn uint64, response bool) {
 	q.provider.counters.outOfSequence.Add(1)
 	if q.gapOpen && (psn > q.gapHigh || !response) {
 		q.gapHigh = max(q.gapHigh, psn)
@@ -409,12 +439,13 @@ func (q *pair) gap(psn uint64, response bool) {
 }
 
 // acknowledge takes an ACK or NAK.
-func (q *pair) acknowledge(h *wire.BTH, a wire.AETH) {
+func (q *queuePair) acknowledge(h *wire.BTH, a wire.AETH) {
 	psn := extend(h.PSN, q.una)
-	if psn+1 < q.una || psn >= q.top {
-		return // old, or never sent
-	}
 	c := &q.provider.counters
+	if psn+1 < q.una || psn >= q.top {
+		c.unsolicited.Add(1) // old, or never sent
+		return
+	}
 	switch {
 	case a.Syndrome.IsACK():
 		if q.ackedTo(psn + 1); q.una < psn+1 {
@@ -456,7 +487,7 @@ var notReadyMicros = [32]uint32{
 	2560, 3840, 5120, 7680, 10240, 15360, 20480, 30720, 40960, 61440, 81920, 122880, 163840, 245760, 327680, 491520,
 }
 
-func (q *pair) peerNotReady(code uint8) {
+func (q *queuePair) peerNotReady(code uint8) {
 	if q.notReadyLimit != 7 {
 		if q.notReady == q.notReadyLimit {
 			q.fail(rdma.WCRNRRetryExc)
@@ -470,17 +501,31 @@ func (q *pair) peerNotReady(code uint8) {
 	q.notReadyTimer.Reset(time.Duration(notReadyMicros[code]) * time.Microsecond)
 }
 
-func (q *pair) peerMayBeReady() {
+func (q *queuePair) peerMayBeReady() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.waiting = false
 	q.transmit()
 }
 
-// readResponse takes a part of what we READ.
-func (q *pair) readResponse(h *wire.BTH, payload []byte) {
-	psn := extend(h.PSN, q.una)
+// awaited says whether psn is that of a response to a READ that was asked for.
+func (q *queuePair) awaited(psn uint64) bool {
 	if psn < q.una || psn >= q.top {
+		return false
+	}
+	for pos := q.head; pos < q.tail; pos++ {
+		if e := q.entry(pos); psn < e.psn+e.n {
+			return e.wr.Op == rdma.Read
+		}
+	}
+	return false
+}
+
+// readResponse takes a part of what we READ.
+func (q *queuePair) readResponse(h *wire.BTH, payload []byte) {
+	psn := extend(h.PSN, q.una)
+	if !q.awaited(psn) {
+		q.provider.counters.unsolicited.Add(1)
 		return
 	}
 	if q.ackedTo(psn); q.una != psn {
@@ -488,9 +533,6 @@ func (q *pair) readResponse(h *wire.BTH, payload []byte) {
 		return
 	}
 	e := q.entry(q.head)
-	if q.head == q.tail || e.wr.Op != rdma.Read {
-		return
-	}
 	off := int(psn-e.psn) * q.mtu
 	if len(payload) != min(q.mtu, int(e.length)-off) {
 		q.fail(wcBadResponse)
@@ -516,15 +558,15 @@ func (r *requester) retryInterval() time.Duration {
 }
 
 // tick looks for progress.
-func (q *pair) tick() {
+func (q *queuePair) tick() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.state != pairReady || q.una == q.nxt && q.una == q.top && !q.waiting {
+	if q.state != qpReady || q.una == q.nxt && q.una == q.top && !q.waiting {
 		q.timing = false
 		return
 	}
 	defer func() {
-		if q.state == pairReady {
+		if q.state == qpReady {
 			q.timer.Reset(q.retryInterval() / retryTicks)
 		}
 	}()

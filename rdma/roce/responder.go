@@ -39,6 +39,7 @@ type responder struct {
 	write    wire.RETH // of the message, if it is a WRITE
 
 	reads   readJobs
+	recent  readHistory
 	ackDue  bool
 	ackable uint64        // behind the last packet that was no READ
 	acked   uint64        // all before it
@@ -53,10 +54,10 @@ type responder struct {
 
 // readJob is a READ of the peer that has to be answered.
 type readJob struct {
-	psn   uint64 // of the next response
-	left  wire.RETH
-	begun bool
-	again bool // the peer asked for it before
+	psn      uint64 // of the next response
+	left     wire.RETH
+	begun    bool
+	repeated bool // the peer asked for it before
 }
 
 // readJobs are in order of sequence numbers.
@@ -86,7 +87,7 @@ func (r *readJobs) insert(j readJob) bool {
 // peer can no longer wait for: it asked again for the oldest, then got the answers that
 // were under way, and now asks for more.
 func (r *readJobs) room(n int) bool {
-	for r.n >= n && r.n > 0 && r.jobs[0].again {
+	for r.n >= n && r.n > 0 && r.jobs[0].repeated {
 		r.drop(r.jobs[0].psn, r.jobs[0].psn+1)
 	}
 	return r.n < n
@@ -104,6 +105,37 @@ func (r *readJobs) drop(from, to uint64) {
 	r.n = kept
 }
 
+// readHistory are the READ requests that were taken last, as many as a peer may have
+// outstanding. It asks again for none before these.
+type readHistory struct {
+	taken [maxReadAtomic]takenRead
+	next  int
+}
+
+// takenRead is a READ request and the sequence numbers of its responses.
+type takenRead struct {
+	psn, n uint64
+	what   wire.RETH
+}
+
+func (h *readHistory) add(r takenRead) {
+	h.taken[h.next] = r
+	h.next = (h.next + 1) % len(h.taken)
+}
+
+// has says whether r, at psn, is a request that was taken, or a part of one.
+func (h *readHistory) has(psn uint64, r *wire.RETH, mtu int) bool {
+	for i := range h.taken {
+		t := &h.taken[i]
+		if psn < t.psn || psn-t.psn >= t.n {
+			continue
+		}
+		off := (psn - t.psn) * uint64(mtu) // below the length, or 0
+		return r.RKey == t.what.RKey && r.VA == t.what.VA+off && uint64(r.Length)+off <= uint64(t.what.Length)
+	}
+	return false
+}
+
 func (r *responder) start(c *connected) {
 	r.expected = startPSN(c.recvPSN)
 	r.ackable, r.acked = r.expected, r.expected
@@ -111,14 +143,14 @@ func (r *responder) start(c *connected) {
 }
 
 // completeRecv ends the oldest receive.
-func (q *pair) completeRecv(wc *rdma.WC) {
+func (q *queuePair) completeRecv(wc *rdma.WC) {
 	wc.ID, wc.QPNum, wc.Recv = q.recvQ[q.recvHead%uint64(len(q.recvQ))].ID, q.num, true
 	q.recvHead++
 	q.recvCQ.push(wc)
 }
 
 // request takes a SEND, WRITE or READ request.
-func (q *pair) request(h *wire.BTH, packet, payload []byte) {
+func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 	psn := extend(h.PSN, q.expected)
 	c := &q.provider.counters
 	switch {
@@ -143,6 +175,10 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 		}
 		q.gapTop = psn
 		return
+	}
+	if q.unproven {
+		q.unproven = false
+		q.id.heard()
 	}
 	q.nakSent = false
 	if q.nak == wire.NAKSequence { // for the gap that this fills
@@ -181,7 +217,7 @@ func (q *pair) request(h *wire.BTH, packet, payload []byte) {
 	default:
 		q.refuse(wire.NAKInvalid)
 	}
-	if h.AckReq && h.Op != wire.ReadRequest && q.state == pairReady && q.expected > psn {
+	if h.AckReq && h.Op != wire.ReadRequest && q.state == qpReady && q.expected > psn {
 		q.ackDue = true
 	}
 }
@@ -200,7 +236,7 @@ func place(op wire.Opcode) (first, last bool) {
 }
 
 // fits says whether a packet's payload has a length that its place allows.
-func (q *pair) fits(op wire.Opcode, n int) bool {
+func (q *queuePair) fits(op wire.Opcode, n int) bool {
 	first, last := place(op)
 	switch {
 	case !last:
@@ -212,7 +248,7 @@ func (q *pair) fits(op wire.Opcode, n int) bool {
 }
 
 // took accounts for a packet of a message.
-func (q *pair) took(kind messageKind, n int, last bool) {
+func (q *queuePair) took(kind messageKind, n int, last bool) {
 	q.expected++
 	q.ackable = q.expected
 	q.message = kind
@@ -224,7 +260,7 @@ func (q *pair) took(kind messageKind, n int, last bool) {
 }
 
 // takeSend takes the next packet of a SEND.
-func (q *pair) takeSend(h *wire.BTH, packet, payload []byte) {
+func (q *queuePair) takeSend(h *wire.BTH, packet, payload []byte) {
 	if !q.fits(h.Op, len(payload)) {
 		q.refuse(wire.NAKInvalid)
 		return
@@ -269,7 +305,7 @@ func (q *pair) takeSend(h *wire.BTH, packet, payload []byte) {
 }
 
 // takeWrite takes the next packet of a WRITE.
-func (q *pair) takeWrite(h *wire.BTH, payload []byte) {
+func (q *queuePair) takeWrite(h *wire.BTH, payload []byte) {
 	_, last := place(h.Op)
 	n := uint32(len(payload))
 	left := q.write.Length - q.offset
@@ -302,7 +338,7 @@ func (q *pair) takeWrite(h *wire.BTH, payload []byte) {
 }
 
 // readable says whether the peer may READ this.
-func (q *pair) readable(r *wire.RETH) bool {
+func (q *queuePair) readable(r *wire.RETH) bool {
 	if r.Length == 0 {
 		return true
 	}
@@ -312,7 +348,7 @@ func (q *pair) readable(r *wire.RETH) bool {
 }
 
 // takeRead takes a READ request.
-func (q *pair) takeRead(r wire.RETH, payload int) {
+func (q *queuePair) takeRead(r wire.RETH, payload int) {
 	switch {
 	case q.message != noMessage, payload != 0, r.Length > maxMessage, !q.reads.room(q.served):
 		q.refuse(wire.NAKInvalid)
@@ -321,25 +357,24 @@ func (q *pair) takeRead(r wire.RETH, payload int) {
 		q.refuse(wire.NAKRemoteAccess)
 		return
 	}
+	n := q.packets(r.Length)
 	q.reads.insert(readJob{psn: q.expected, left: r})
+	q.recent.add(takenRead{q.expected, n, r})
 	q.acknowledges(q.expected)
-	q.expected += q.packets(r.Length)
+	q.expected += n
 	q.msn++
 }
 
-// readAgain takes a READ request, or the rest of one, that was seen before. The
-// key may have gone since.
-func (q *pair) readAgain(psn uint64, r wire.RETH) {
-	if r.Length > maxMessage || !q.readable(&r) {
-		q.refuse(wire.NAKRemoteAccess)
+// readAgain takes a READ request, or the rest of one, that was seen before. Anything else
+// that claims to be one is dropped, and so is one whose key has gone since: an error would
+// let whoever guesses one of half of all sequence numbers end the connection.
+func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
+	if !q.recent.has(psn, &r, q.mtu) || !q.readable(&r) {
+		q.provider.counters.staleReads.Add(1)
 		return
 	}
-	n := q.packets(r.Length)
-	if psn+n > q.expected || q.served == 0 {
-		return // not what was asked for before
-	}
-	q.reads.drop(psn, psn+n)
-	q.reads.insert(readJob{psn: psn, left: r, again: true})
+	q.reads.drop(psn, psn+q.packets(r.Length))
+	q.reads.insert(readJob{psn: psn, left: r, repeated: true})
 	q.acknowledges(psn)
 }
 
@@ -353,13 +388,13 @@ func (r *responder) acknowledges(psn uint64) {
 }
 
 // peerMustWait answers a message for which there is no receive.
-func (q *pair) peerMustWait() {
+func (q *queuePair) peerMustWait() {
 	q.provider.counters.rnrNAKsSent.Add(1)
 	q.nak, q.nakPSN, q.nakSent, q.gapTop = wire.NAKNotReady|notReadyCode, q.expected, true, q.expected
 }
 
 // refuse ends the connection: the peer did what it must not.
-func (q *pair) refuse(s wire.Syndrome) {
+func (q *queuePair) refuse(s wire.Syndrome) {
 	q.provider.counters.fatalNAKsSent.Add(1)
 	q.nak, q.nakPSN, q.refused = s, q.expected, s
 	q.fail(rdma.WCFlushErr)
@@ -367,7 +402,7 @@ func (q *pair) refuse(s wire.Syndrome) {
 }
 
 // refuseAgain repeats the last NAK, which may have been lost.
-func (q *pair) refuseAgain(h *wire.BTH) {
+func (q *queuePair) refuseAgain(h *wire.BTH) {
 	if q.refused != 0 && (h.Op <= wire.ReadRequest || h.Op == wire.SendLastInv || h.Op == wire.SendOnlyInv) &&
 		extend(h.PSN, q.nakPSN) >= q.nakPSN {
 		q.nak = q.refused
@@ -376,8 +411,8 @@ func (q *pair) refuseAgain(h *wire.BTH) {
 
 // respond sends READ responses and then one acknowledgement for all that came.
 // It says whether there is more to send.
-func (q *pair) respond() (more bool) {
-	if q.state != pairReady && q.state != pairFailed {
+func (q *queuePair) respond() (more bool) {
+	if q.state != qpReady && q.state != qpFailed {
 		return false
 	}
 	if q.reads.n > 0 && !q.sendResponses() {
@@ -389,7 +424,7 @@ func (q *pair) respond() (more bool) {
 	}
 	// A NAK says what came before, too, but rdma_rxe listens to no second one before it
 	// has heard an acknowledgement or its timer has run out.
-	if (q.ackDue && q.nak == 0 || gap && q.ackable > q.acked) && q.state == pairReady {
+	if (q.ackDue && q.nak == 0 || gap && q.ackable > q.acked) && q.state == qpReady {
 		q.sendAck(wire.ACK, q.ackable-1)
 		q.acked = q.ackable
 	}
@@ -405,14 +440,14 @@ func (q *pair) respond() (more bool) {
 }
 
 // sendNote asks the peer to send less.
-func (q *pair) sendNote() {
+func (q *queuePair) sendNote() {
 	b := q.header(wire.CongestionNote, 0, false)
 	wire.SetBECN(b)
 	clear(b[wire.BTHLen : wire.BTHLen+wire.NoteLen])
 	q.out.add(wire.BTHLen+wire.NoteLen, nil, nil)
 }
 
-func (q *pair) sendAck(s wire.Syndrome, psn uint64) {
+func (q *queuePair) sendAck(s wire.Syndrome, psn uint64) {
 	b := q.header(wire.Acknowledge, psn, false)
 	h := wire.AETH{Syndrome: s, MSN: q.msn}
 	h.Put(b[wire.BTHLen:])
@@ -420,7 +455,7 @@ func (q *pair) sendAck(s wire.Syndrome, psn uint64) {
 }
 
 // sendResponses answers READs; false if some are left for the next turn.
-func (q *pair) sendResponses() bool {
+func (q *queuePair) sendResponses() bool {
 	q.pd.mu.RLock()
 	defer q.pd.mu.RUnlock()
 	defer q.send() // while the memory cannot go
@@ -430,7 +465,7 @@ func (q *pair) sendResponses() bool {
 		if !q.sendResponse(&q.reads.jobs[done], &budget) {
 			break
 		}
-		if q.state != pairReady {
+		if q.state != qpReady {
 			return true
 		}
 	}
@@ -439,10 +474,15 @@ func (q *pair) sendResponses() bool {
 }
 
 // sendResponse answers one READ, within the budget; false if it is not done.
-func (q *pair) sendResponse(j *readJob, budget *int) bool {
+func (q *queuePair) sendResponse(j *readJob, budget *int) bool {
 	var mem []byte
 	if j.left.Length > 0 {
-		if mem = piece(q.pd.remote, j.left.RKey, j.left.VA, uint64(j.left.Length), rdma.AccessRemoteRead); mem == nil {
+		mem = piece(q.pd.remote, j.left.RKey, j.left.VA, uint64(j.left.Length), rdma.AccessRemoteRead)
+		if mem == nil && j.repeated {
+			q.provider.counters.staleReads.Add(1)
+			return true
+		}
+		if mem == nil {
 			q.refuse(wire.NAKRemoteAccess) // revoked in between
 			q.nakPSN = j.psn
 			return true

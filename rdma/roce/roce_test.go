@@ -35,13 +35,13 @@ func open(t testing.TB, cfg Config) *Provider {
 	}
 	t.Cleanup(func() {
 		p.mu.Lock()
-		ports := slices.Clone(p.ports)
+		ports := slices.Clone(p.endpoints)
 		p.mu.Unlock()
 		for _, o := range ports {
 			o.mu.Lock()
-			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.pairs)+o.halfOpen != 0 {
+			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.qps)+len(o.handshakes.open)+len(o.handshakes.bySource) != 0 {
 				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open",
-					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.pairs), o.halfOpen)
+					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.qps), len(o.handshakes.open))
 			}
 			o.mu.Unlock()
 		}
@@ -54,6 +54,14 @@ func open(t testing.TB, cfg Config) *Provider {
 
 func openPair(t testing.TB) (host, target *Provider) {
 	return open(t, Config{Addrs: []netip.Addr{hostAddr}}), open(t, Config{Addrs: []netip.Addr{targetAddr}})
+}
+
+// openForeign is openPair with a host that the target does not take for one of ours, so that
+// its packets may come from any port, as those of a network card do.
+func openForeign(t testing.TB) (host, target *Provider) {
+	host, target = openPair(t)
+	host.guid = 1
+	return host, target
 }
 
 func TestConformance(t *testing.T) {

@@ -48,7 +48,7 @@ var _ [64]byte = [unsafe.Sizeof(message{})]byte{}
 type socket struct {
 	fd    int
 	v4    bool
-	local netip.AddrPort // what it is bound to
+	local netip.AddrPort // what it is bound to; its zone is canonical
 	gso   atomic.Bool    // UDP_SEGMENT works
 	gro   bool
 	// recvBuffer is how many bytes of packets wait before some are lost, what the kernel
@@ -106,7 +106,8 @@ func (s *socket) bind(local netip.AddrPort, cfg socketConfig) error {
 	if _, _, errno := unix.Syscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&name)), uintptr(unsafe.Pointer(&length))); errno != 0 {
 		return errors.Join(os.NewSyscallError("getsockname", errno), s.close())
 	}
-	s.local = addrOf(&name)
+	bound := addrOf(&name)
+	s.local = netip.AddrPortFrom(withScope(bound.Addr(), name.Scope_id), bound.Port())
 	return nil
 }
 
@@ -189,7 +190,8 @@ func (s *socket) receive() (int, error) {
 
 // arrival is what recvmmsg said of one message.
 type arrival struct {
-	src, dst netip.AddrPort
+	src, dst netip.AddrPort // without zones
+	scope    uint32         // the interface that it came by, if one of the addresses is link-local
 	data     []byte
 	segment  int // bytes per datagram, of which the last may be shorter
 	// congested: a router says that it is about to lose packets (RFC 3168). What was
@@ -221,6 +223,9 @@ func (s *socket) arrived(i int) (a arrival, ok bool) {
 			dst = netip.AddrFrom4([4]byte(d[8:12]))
 		case ch.Level == unix.IPPROTO_IPV6 && ch.Type == unix.IPV6_PKTINFO && len(d) >= unix.SizeofInet6Pktinfo:
 			dst = netip.AddrFrom16([16]byte(d[:16]))
+			if dst.IsLinkLocalUnicast() || a.src.Addr().IsLinkLocalUnicast() {
+				a.scope = binary.NativeEndian.Uint32(d[16:])
+			}
 		case ch.Level == unix.IPPROTO_IP && ch.Type == unix.IP_TOS && len(d) >= 1:
 			a.congested = d[0]&ecnMask == ecnCongested
 		case ch.Level == unix.IPPROTO_IPV6 && ch.Type == unix.IPV6_TCLASS && len(d) >= 4:
@@ -232,7 +237,7 @@ func (s *socket) arrived(i int) (a arrival, ok bool) {
 	return a, a.segment > 0
 }
 
-// addrOf reads a socket address. The port stands in the same place in both
+// addrOf reads a socket address, without the zone. The port stands in the same place in both
 // families.
 func addrOf(sa *unix.RawSockaddrInet6) netip.AddrPort {
 	port := sa.Port>>8 | sa.Port<<8
@@ -249,10 +254,12 @@ func sockaddrOf(a netip.AddrPort) (sa unix.RawSockaddrInet6, length uint32) {
 		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&sa)) = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: a.Addr().As4()}
 		return sa, unix.SizeofSockaddrInet4
 	}
-	return unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16()}, unix.SizeofSockaddrInet6
+	return unix.RawSockaddrInet6{
+		Family: unix.AF_INET6, Port: port, Addr: a.Addr().As16(), Scope_id: scopeOf(a.Addr()),
+	}, unix.SizeofSockaddrInet6
 }
 
-// path is where packets go: addresses and what a sendmsg needs for them.
+// path is where packets go: canonical addresses and what a sendmsg needs for them.
 type path struct {
 	sock          *socket
 	local, remote netip.AddrPort
@@ -275,6 +282,7 @@ func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path 
 		var info [unix.SizeofInet6Pktinfo]byte
 		src := local.As16()
 		copy(info[:], src[:])
+		binary.NativeEndian.PutUint32(info[16:], scopeOf(local))
 		p.add(unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, info[:])
 	}
 	if tos >= 0 {
@@ -287,6 +295,9 @@ func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path 
 	}
 	return p
 }
+
+// scope is the interface of link-local addresses; 0 if there are none.
+func (p *path) scope() uint32 { return max(scopeOf(p.local.Addr()), scopeOf(p.remote.Addr())) }
 
 func (p *path) namePtr() *byte { return (*byte)(unsafe.Pointer(&p.name)) }
 

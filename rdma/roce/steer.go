@@ -15,7 +15,7 @@ import (
 // polls.
 
 // What UDP_GRO has joined goes where its first packet belongs, so a packet may come to
-// another port than the filter would have picked for it alone. The queue pair takes it
+// another endpoint than the filter would have picked for it alone. The queue pair takes it
 // there, too.
 
 // maxReceivers is bounded by the byte that the filter looks at, and by what is of use.
@@ -27,20 +27,20 @@ const destByte = 7
 // steer is where packets for a queue pair go, of n.
 func steer(qpn uint32, n int) int { return int(qpn&0xff) % n }
 
-// openShared opens the sockets of a port. The first is the one that has the state of
+// openShared opens the endpoints that share a UDP port. The first is the one that has the state of
 // the connections. The lock is held, or nobody knows the provider yet.
-func (p *Provider) openShared(addr netip.AddrPort) (*port, error) {
+func (p *Provider) openShared(addr netip.AddrPort) (*endpoint, error) {
 	// That one must not share, so that somebody else's socket is an error.
 	first, err := p.open(addr, false, nil)
 	n := p.cfg.Receivers
 	if err != nil || n <= 1 {
 		return first, err
 	}
-	group := []*port{first}
-	fail := func(err error) (*port, error) {
+	group := []*endpoint{first}
+	fail := func(err error) (*endpoint, error) {
 		errs := []error{fmt.Errorf("share RoCE port %s: %w", addr, err)}
 		for _, o := range group {
-			p.ports = slices.DeleteFunc(p.ports, func(have *port) bool { return have == o })
+			p.endpoints = slices.DeleteFunc(p.endpoints, func(have *endpoint) bool { return have == o })
 			errs = append(errs, o.close())
 		}
 		return nil, errors.Join(errs...)
@@ -70,17 +70,17 @@ func (p *Provider) openShared(addr netip.AddrPort) (*port, error) {
 	return first, nil
 }
 
-// member is the port for the queue pairs of a completion vector.
-func (p *port) member(vector int) *port {
+// member is the endpoint for the queue pairs of a completion vector.
+func (p *endpoint) member(vector int) *endpoint {
 	if g := p.group.Load(); g != nil {
 		return (*g)[uint(vector)%uint(len(*g))]
 	}
 	return p
 }
 
-// ownerOf is the port that packets for a queue pair of this port's group come to.
-func (p *port) ownerOf(qpn uint32) *port {
-	if g := p.manager.group.Load(); g != nil && !p.sole {
+// ownerOf is the endpoint that packets for a queue pair of this endpoint's group come to.
+func (p *endpoint) ownerOf(qpn uint32) *endpoint {
+	if g := p.manager.group.Load(); g != nil && !p.dedicated {
 		return (*g)[steer(qpn, len(*g))]
 	}
 	return p

@@ -15,18 +15,18 @@ func TestReceivers(t *testing.T) {
 	const receivers = 3
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, Receivers: receivers})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
-	if len(host.ports) != receivers || host.device.Attr().CompVectors != receivers {
-		t.Fatalf("%d ports, %d vectors", len(host.ports), host.device.Attr().CompVectors)
+	if len(host.endpoints) != receivers || host.device.Attr().CompVectors != receivers {
+		t.Fatalf("%d ports, %d vectors", len(host.endpoints), host.device.Attr().CompVectors)
 	}
 	all := func() {
-		used := map[*port]int{}
+		used := map[*endpoint]int{}
 		for i := range uint64(2 * receivers) { // the peer's end takes a vector, too
 			a, b := join(t, host, target, 64, 2*area, false)
-			used[a.pair().port]++
+			used[a.queuePair().endpoint]++
 			exchange(t, a, b, 1, rand.New(rand.NewPCG(1, i)))
 			exchange(t, b, a, 1, rand.New(rand.NewPCG(2, i)))
 		}
-		for i, p := range host.ports {
+		for i, p := range host.endpoints {
 			if used[p] != 2 {
 				t.Errorf("receiver %d has %d queue pairs", i, used[p])
 			}
@@ -36,7 +36,7 @@ func TestReceivers(t *testing.T) {
 	if s := host.Snapshot(); s.Strays != 0 || s.UnknownQP != 0 || s.PacketsReceived == 0 {
 		t.Errorf("%+v", s)
 	}
-	check(t, unix.SetsockoptInt(host.ports[0].sock.fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0))
+	check(t, unix.SetsockoptInt(host.endpoints[0].sock.fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0))
 	all()
 	if s := host.Snapshot(); s.Strays == 0 || s.UnknownQP != 0 {
 		t.Errorf("without the filter: %+v", s)

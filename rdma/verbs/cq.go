@@ -16,6 +16,7 @@ import "C"
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -41,21 +42,36 @@ type cq struct {
 	device  *device
 	c       *C.struct_ibv_cq
 	channel *C.struct_ibv_comp_channel // nil without events
-	fd      int
-	mu      sync.Mutex // guards closed
-	closed  bool
+	fd      atomic.Int32               // -1 without events, or closed
+
+	mu     sync.Mutex  // one Close at a time
+	closed atomic.Bool // written with mu held
 }
 
 // CreateCQ implements rdma.Device.
 func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error) {
-	q := &cq{device: d, fd: -1}
+	if !d.get() {
+		return nil, fmt.Errorf("create completion queue on %s: %w", d.attr.Name, rdma.ErrClosed)
+	}
+	q, err := d.createCQ(entries, events, vector)
+	if err != nil {
+		d.put()
+		return nil, err
+	}
+	return q, nil
+}
+
+func (d *device) createCQ(entries int, events bool, vector int) (*cq, error) {
+	q := &cq{device: d}
+	q.fd.Store(-1)
 	if events {
 		channel, err := C.ibv_create_comp_channel(d.c)
 		if channel == nil {
 			return nil, missing("create completion channel on "+d.attr.Name, err)
 		}
-		q.channel, q.fd = channel, int(channel.fd)
-		if err := prepareFD(q.fd); err != nil {
+		q.channel = channel
+		q.fd.Store(int32(channel.fd))
+		if err := prepareFD(q.FD()); err != nil {
 			C.ibv_destroy_comp_channel(channel)
 			return nil, fmt.Errorf("create completion channel on %s: %w", d.attr.Name, err)
 		}
@@ -69,7 +85,6 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 		return nil, missing(fmt.Sprintf("create completion queue of %d entries on %s", entries, d.attr.Name), err)
 	}
 	q.c = c
-	d.get()
 	return q, nil
 }
 
@@ -83,7 +98,10 @@ func prepareFD(fd int) error {
 
 // Poll implements rdma.CQ.
 func (q *cq) Poll(wcs []rdma.WC) (int, error) {
-	if len(wcs) == 0 {
+	switch {
+	case q.closed.Load():
+		return 0, errPollClosed
+	case len(wcs) == 0:
 		return 0, nil
 	}
 	n := C.poll_cq(q.c, (*C.struct_wc)(unsafe.Pointer(&wcs[0])), C.int(len(wcs)))
@@ -95,8 +113,11 @@ func (q *cq) Poll(wcs []rdma.WC) (int, error) {
 
 // Arm implements rdma.CQ.
 func (q *cq) Arm() error {
-	if q.channel == nil {
+	switch {
+	case q.channel == nil:
 		return errNoEvents
+	case q.closed.Load():
+		return errArmClosed
 	}
 	if errno := C.arm_cq(q.c); errno != 0 {
 		return fmt.Errorf("arm completion queue: %w", unix.Errno(errno))
@@ -104,14 +125,19 @@ func (q *cq) Arm() error {
 	return nil
 }
 
-var errNoEvents = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
+// Errors of the hot calls, made beforehand.
+var (
+	errNoEvents   = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
+	errPollClosed = fmt.Errorf("poll completion queue: %w", rdma.ErrClosed)
+	errArmClosed  = fmt.Errorf("arm completion queue: %w", rdma.ErrClosed)
+)
 
 // FD implements rdma.CQ.
-func (q *cq) FD() int { return q.fd }
+func (q *cq) FD() int { return int(q.fd.Load()) }
 
 // Ack implements rdma.CQ.
 func (q *cq) Ack(n int) {
-	if n > 0 {
+	if n > 0 && !q.closed.Load() {
 		C.ack_cq(q.c, C.uint(n))
 	}
 }
@@ -122,13 +148,14 @@ func (q *cq) Ack(n int) {
 func (q *cq) Close() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.closed {
+	if q.closed.Load() {
 		return nil
 	}
 	if err := destroyed("completion queue", C.ibv_destroy_cq(q.c)); err != nil {
 		return err
 	}
-	q.closed = true
+	q.closed.Store(true)
+	q.fd.Store(-1)
 	defer q.device.put()
 	if q.channel == nil {
 		return nil

@@ -83,10 +83,15 @@ func (p *Provider) open(cid *C.struct_rdma_cm_id) (*device, error) {
 	return d, nil
 }
 
-func (d *device) get() {
+// get takes one more reference; false if there is none, so that the device is closed.
+func (d *device) get() bool {
 	d.provider.mu.Lock()
+	defer d.provider.mu.Unlock()
+	if d.refs == 0 {
+		return false
+	}
 	d.refs++
-	d.provider.mu.Unlock()
+	return true
 }
 
 // put gives a reference back; the last one stops the reading of events and
@@ -149,11 +154,15 @@ func (d *device) readEvents() {
 
 // AllocPD implements rdma.Device.
 func (d *device) AllocPD() (rdma.PD, error) {
+	what := "allocate protection domain on " + d.attr.Name
+	if !d.get() {
+		return nil, fmt.Errorf("%s: %w", what, rdma.ErrClosed)
+	}
 	c, err := C.ibv_alloc_pd(d.c)
 	if c == nil {
-		return nil, missing("allocate protection domain on "+d.attr.Name, err)
+		d.put()
+		return nil, missing(what, err)
 	}
-	d.get()
 	return &pd{device: d, c: c}, nil
 }
 

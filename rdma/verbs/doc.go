@@ -1,15 +1,15 @@
-// Package verbs is the rdma.Provider on libibverbs and librdmacm: every RDMA
-// NIC, and rdma_rxe. It is built with cgo on Linux unless the tag noverbs is
-// set; otherwise New returns rdma.ErrUnsupported.
+// Package verbs is the rdma.Provider for libibverbs and librdmacm, and so for every
+// RDMA NIC and for rdma_rxe. It is built with cgo on Linux unless the tag noverbs is
+// set. Otherwise New returns rdma.ErrUnsupported.
 //
 // # Threads
 //
-// Each ID, Listener and opened device has one goroutine that reads its events.
-// The descriptors are non-blocking and wait in Go's network poller, so that no
-// thread is blocked while nothing happens. Close joins them.
+// Each ID, Listener and opened device has one goroutine that reads its events. The
+// descriptors are non-blocking and wait in Go's network poller, so no thread is blocked
+// while nothing happens. Close waits for these goroutines.
 //
-// The posting and polling calls make one cgo call per batch, without callbacks
-// into Go, and pass the caller's slices as they are.
+// The calls that post and poll make one cgo call for each batch, without callbacks into
+// Go, and pass the slices of the caller as they are.
 //
 // # Building
 //
@@ -17,17 +17,17 @@
 //
 // # Hazards
 //
-//  1. QP.Fail on hardware returns when the device has stopped. rdma_rxe only
-//     tells its worker: a packet that the worker is copying at that moment may
-//     still land. A receive that was posted before and has come back flushed
-//     proves that it is over, and so does ID.Close.
-//  2. rdma_rxe takes RetryCount 7 for "for ever": a peer that died without a
-//     word is noticed by the caller's own timeouts only.
-//  3. rdma_rxe does not notice a receive that is posted after QP.Fail, so that
-//     it may never come back.
-//  4. Device removal: where the driver cannot detach from its users (rdma_rxe
-//     before Linux 7), the removal of the device, and of the network device
-//     under it, waits until the last ID, PD, CQ and listener on it is closed, and
-//     for ever if it was the host's only RDMA device: librdmacm then keeps it open
-//     until the process ends.
+//  1. On hardware, QP.Fail returns when the device has stopped. With rdma_rxe it only
+//     notifies the worker of rdma_rxe: a packet that the worker is copying at that
+//     moment may still be written to memory. A receive that was posted before and has
+//     been flushed proves that the worker has finished, and so does ID.Close.
+//  2. rdma_rxe interprets RetryCount 7 as "forever". So only the timeouts of the caller
+//     detect a peer that has died silently.
+//  3. rdma_rxe does not notice a receive that is posted after QP.Fail, so the receive
+//     may never be flushed.
+//  4. Some drivers cannot detach from their users when a device is removed (rdma_rxe
+//     before Linux 7). The removal of such a device, and of the network device under
+//     it, waits until the last ID, PD, CQ and listener on it is closed. If it was the
+//     only RDMA device of the host, the removal waits forever, because librdmacm keeps
+//     the device open until the process ends.
 package verbs

@@ -21,12 +21,20 @@ import (
 type pd struct {
 	device *device
 	c      *C.struct_ibv_pd
-	mu     sync.Mutex // guards closed
+	mu     sync.RWMutex // guards closed, and c against its end
 	closed bool
 }
 
 // AllocMR implements rdma.PD.
 func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
+	if access&rdma.AccessRemoteInvalidate != 0 {
+		return nil, fmt.Errorf("allocate memory region that the peer may invalidate: %w", rdma.ErrUnsupported)
+	}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if p.closed {
+		return nil, fmt.Errorf("allocate memory region: %w", rdma.ErrClosed)
+	}
 	mem, err := hostmem.Map(length)
 	if err != nil {
 		return nil, fmt.Errorf("allocate memory region: %w", err)
@@ -47,7 +55,9 @@ func (p *pd) MoveMR(region rdma.MR) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if m.closed || p.closed {
 		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
 	}
 	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(m.mem)), C.size_t(len(m.mem)), accessFlags(m.access))

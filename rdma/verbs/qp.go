@@ -14,6 +14,7 @@ import "C"
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -54,9 +55,10 @@ type qp struct {
 	recvCQ *cq
 	sendCQ *cq
 
-	mu        sync.Mutex // guards what follows, and c against its end
-	failed    bool
-	destroyed bool
+	destroyed atomic.Bool // written with mu held
+
+	mu     sync.Mutex // guards what follows, and c against its end
+	failed bool
 }
 
 // newQP makes the queue pair of an ID. librdmacm takes it through its states.
@@ -65,6 +67,11 @@ func newQP(cid *C.struct_rdma_cm_id, domain *pd, cfg rdma.QPConfig) (*qp, error)
 	recv, okRecv := cfg.RecvCQ.(*cq)
 	if !okSend || !okRecv {
 		return nil, fmt.Errorf("create queue pair: completion queues of another provider: %w", unix.EINVAL)
+	}
+	domain.mu.RLock()
+	defer domain.mu.RUnlock()
+	if domain.closed || send.closed.Load() || recv.closed.Load() {
+		return nil, fmt.Errorf("create queue pair: %w", rdma.ErrClosed)
 	}
 	attr := C.struct_ibv_qp_init_attr{
 		send_cq: send.c,
@@ -83,12 +90,17 @@ func newQP(cid *C.struct_rdma_cm_id, domain *pd, cfg rdma.QPConfig) (*qp, error)
 	return &qp{c: cid.qp, num: uint32(cid.qp.qp_num), sendCQ: send, recvCQ: recv}, nil
 }
 
+var errDestroyed = fmt.Errorf("post: queue pair is destroyed: %w", rdma.ErrClosed)
+
 // Num implements rdma.QP.
 func (q *qp) Num() uint32 { return q.num }
 
 // PostSend implements rdma.QP.
 func (q *qp) PostSend(wrs []rdma.SendWR) (int, error) {
-	if len(wrs) == 0 {
+	switch {
+	case q.destroyed.Load():
+		return 0, errDestroyed
+	case len(wrs) == 0:
 		return 0, nil
 	}
 	done := C.post_send(q.c, (*C.struct_send_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
@@ -100,7 +112,10 @@ func (q *qp) PostSend(wrs []rdma.SendWR) (int, error) {
 
 // PostRecv implements rdma.QP.
 func (q *qp) PostRecv(wrs []rdma.RecvWR) (int, error) {
-	if len(wrs) == 0 {
+	switch {
+	case q.destroyed.Load():
+		return 0, errDestroyed
+	case len(wrs) == 0:
 		return 0, nil
 	}
 	done := C.post_recv(q.c, (*C.struct_recv_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
@@ -114,7 +129,7 @@ func (q *qp) PostRecv(wrs []rdma.RecvWR) (int, error) {
 func (q *qp) Fail() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.failed || q.destroyed {
+	if q.failed || q.destroyed.Load() {
 		return nil
 	}
 	attr := C.struct_ibv_qp_attr{qp_state: C.IBV_QPS_ERR}
@@ -129,9 +144,9 @@ func (q *qp) Fail() error {
 func (q *qp) destroy() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.destroyed {
+	if q.destroyed.Load() {
 		return nil
 	}
-	q.destroyed = true
+	q.destroyed.Store(true)
 	return destroyed(fmt.Sprintf("queue pair %d", q.num), C.ibv_destroy_qp(q.c))
 }

@@ -3,16 +3,15 @@ package control
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"sync"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 // Controlled is what a socket controls.
@@ -42,15 +41,12 @@ const (
 // What a client gets to send a request, and to read the answer. Tests have less time.
 var readTimeout, answerTimeout = 5 * time.Second, 5 * time.Second
 
-// Listen makes the socket, for its owner only. It accepts maxClients connections at a
-// time.
+// Listen makes the socket, for the calling user and root only. It accepts maxClients
+// connections at a time.
 func Listen(path string) (net.Listener, error) {
-	l, err := net.Listen("unix", path)
+	l, err := rundir.Listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("make control socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(fmt.Errorf("make control socket: %w", err), l.Close())
 	}
 	return &limited{Listener: l, free: make(chan struct{}, maxClients), closed: make(chan struct{})}, nil
 }

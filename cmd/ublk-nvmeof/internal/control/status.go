@@ -1,8 +1,8 @@
-// Package control is how a server and the command talk: HTTP and JSON over the
-// server's unix socket.
+// Package control is the protocol between a server and the command: HTTP and JSON
+// over the Unix socket of the server.
 //
 //	GET  /v1/status                      → 200 Status
-//	POST /v1/disconnect {"force": true}  → 200 once all is ended, or an exit.Error:
+//	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
 package control
 

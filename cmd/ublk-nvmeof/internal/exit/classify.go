@@ -16,9 +16,9 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// classify finds the code of an error by what is in its chain, the most
-// specific first: a step's deadline is a timeout only if the step does not say
-// more.
+// classify finds the code of an error by the errors in its chain, the most specific
+// first. For example, a deadline means Timeout only if the step that it ended says
+// nothing more specific.
 func classify(err error) Code {
 	for _, s := range []struct {
 		err  error
@@ -68,7 +68,7 @@ func classify(err error) Code {
 	return Other
 }
 
-// refusal tells an unknown subsystem from a host that is not admitted.
+// refusal distinguishes an unknown subsystem from a host that is not admitted.
 func refusal(err error, s nvme.Status) Code {
 	switch s.Code() {
 	case nvme.StatusConnectInvalidHost:
@@ -86,9 +86,9 @@ func refusal(err error, s nvme.Status) Code {
 	return Negotiation
 }
 
-// stepCode classifies a step of the RDMA connection manager. Resolving fails
-// because of addresses and routes, in whatever way; what comes later fails
-// because somebody does not answer.
+// stepCode classifies the error of a step of the RDMA connection manager. Steps that
+// resolve always fail because of an address or a route. Later steps fail because
+// somebody does not answer.
 func stepCode(e *rdma.StepError) Code {
 	switch {
 	case strings.HasPrefix(e.Step, "resolve"):
@@ -110,8 +110,8 @@ func isTimeout(err error) bool {
 		errors.Is(err, syscall.ETIMEDOUT)
 }
 
-// Connecting explains why a host could not connect: in words for its cause,
-// then what the layers below said.
+// Connecting explains why a host could not connect: first in words for the cause, then
+// by the errors of the layers below.
 func Connecting(peer, subsystem, host string, err error) *Error {
 	code := Of(err)
 	var words string

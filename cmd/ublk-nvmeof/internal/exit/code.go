@@ -1,5 +1,5 @@
-// Package exit says how the command ends: one exit code per cause, and the one
-// line that explains it. The table here is what --help prints.
+// Package exit defines how the command ends: an exit code for each cause of
+// failure, and one line that explains it. --help prints the table of codes.
 package exit
 
 import (
@@ -11,7 +11,7 @@ import (
 // Code is a process's exit code.
 type Code int
 
-// Exit codes. Numbers are a contract with scripts: they do not change.
+// Exit codes. Scripts rely on the numbers, so they do not change.
 const (
 	OK             Code = 0
 	Other          Code = 1
@@ -36,7 +36,7 @@ var meanings = [nCodes]string{
 	OK:             "done",
 	Other:          "another failure; the message says which",
 	Usage:          "wrong flag, value or argument; nothing was done",
-	Permission:     "no permission: root, or CAP_SYS_ADMIN and access to the device nodes, is needed",
+	Permission:     "no permission; the message says for what. Devices need root, or CAP_SYS_ADMIN and access to their nodes",
 	NoUblk:         "the ublk driver, or the kernel's NBD client, is not there and could not be loaded",
 	NoRDMA:         "no RDMA device leads to the target, or its modules are missing",
 	Unreachable:    "the address is unknown, or no route leads to it",
@@ -51,7 +51,7 @@ var meanings = [nCodes]string{
 	NotFound:       "no such device, controller or namespace",
 }
 
-// String is the meaning of the code.
+// String returns the meaning of the code.
 func (c Code) String() string {
 	if c >= 0 && c < nCodes {
 		return meanings[c]
@@ -59,7 +59,7 @@ func (c Code) String() string {
 	return fmt.Sprintf("exit code %d", int(c))
 }
 
-// Table is all codes with their meanings, one a line, for --help.
+// Table returns all codes with their meanings, one in a line, for --help.
 func Table() string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)

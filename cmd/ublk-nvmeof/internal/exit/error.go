@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// Error is an error whose exit code is known. It travels as JSON from a server
-// to the command that waits for it.
+// Error is an error with an exit code. A server sends it as JSON to the command that
+// waits for it.
 type Error struct {
 	Code    Code   `json:"code"`
 	Message string `json:"error"` // one line
@@ -15,13 +15,14 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Message }
 
-// Errorf makes an Error. Like fmt.Errorf, but what it wraps is only text.
+// Errorf formats an Error like fmt.Errorf, but it wraps nothing: only the text of its
+// arguments remains.
 func Errorf(c Code, format string, args ...any) *Error {
 	return &Error{Code: c, Message: oneLine(fmt.Sprintf(format, args...))}
 }
 
-// From makes an Error of any error: the Error in its chain, with the text of
-// the whole chain, or one with the code that Of finds. From(nil) is nil.
+// From makes an Error of any error, with the code that Of finds and the text of the
+// whole chain. From(nil) is nil.
 func From(err error) *Error {
 	if err == nil {
 		return nil
@@ -29,7 +30,8 @@ func From(err error) *Error {
 	return &Error{Code: Of(err), Message: oneLine(err.Error())}
 }
 
-// Of is the exit code of an error.
+// Of returns the exit code of an error: that of an Error in its chain, or the one that
+// the other errors in it call for.
 func Of(err error) Code {
 	if err == nil {
 		return OK
@@ -41,5 +43,5 @@ func Of(err error) Code {
 	return classify(err)
 }
 
-// oneLine joins the lines of joined errors.
+// oneLine makes one line of the lines of joined errors.
 func oneLine(s string) string { return strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ") }

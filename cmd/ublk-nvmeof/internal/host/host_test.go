@@ -25,12 +25,12 @@ func TestNotify(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Setenv("NOTIFY_SOCKET", name)
-		if err := Notify("READY=1"); err != nil {
+		if err := Notify("READY=1", "STATUS=a\nMAINPID=1"); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 100)
 		n, err := l.Read(b)
-		if err != nil || string(b[:n]) != "READY=1" {
+		if err != nil || string(b[:n]) != "READY=1\nSTATUS=a MAINPID=1" {
 			t.Errorf("%s: %q, %v", name, b[:n], err)
 		}
 		l.Close()

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Module is a kernel module with the device nodes that show that it is there,
-// loaded or built in.
+// Module is a kernel module, and the device nodes that exist if it is loaded or built
+// in.
 type Module struct {
 	Name string
 	node string // pattern
 }
 
-// The modules that serving needs. The RDMA device's own driver is not among
-// them: which one that is, is the operator's choice.
+// The modules that a server needs. The driver of the RDMA device is not among them,
+// because the operator chooses it.
 var (
 	UblkDrv  = Module{"ublk_drv", "/dev/ublk-control"}
 	NBD      = Module{"nbd", "/dev/nbd0"}
@@ -26,14 +26,14 @@ var (
 	IBUverbs = Module{"ib_uverbs", "/dev/infiniband/uverbs*"}
 )
 
-// Present says whether the module's device node is there.
+// Present reports whether a device node of the module exists.
 func (m Module) Present() bool {
 	nodes, err := filepath.Glob(m.node)
 	return err == nil && len(nodes) > 0
 }
 
-// Load loads the module and those that it depends on. It is no error if it is
-// there already.
+// Load loads the module and the modules that it depends on. It is no error if they are
+// loaded already.
 func (m Module) Load() error {
 	k, err := kmod.New(kmod.SetInitFunc(initModule))
 	if err != nil {
@@ -48,9 +48,9 @@ func (m Module) Load() error {
 	return nil
 }
 
-// initModule has the kernel load a file. Distributions compress their modules,
-// and kmod neither unpacks them nor, left to itself, tells the kernel to do it
-// (CONFIG_MODULE_DECOMPRESS), not for the dependencies.
+// initModule makes the kernel load a file. Distributions compress their modules.
+// kmod does not decompress them, and for dependencies it does not ask the kernel
+// to do that either (CONFIG_MODULE_DECOMPRESS).
 func initModule(path, params string, flags int) error {
 	switch filepath.Ext(path) {
 	case ".gz", ".xz", ".zst":

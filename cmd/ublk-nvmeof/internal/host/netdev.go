@@ -14,7 +14,8 @@ type Route struct {
 	RDMA   string // RDMA device on it; empty if there is none
 }
 
-// RouteTo asks the routing table; nothing is sent.
+// RouteTo looks a target up in the routing table. It sends nothing. source may be
+// zero.
 func RouteTo(remote netip.AddrPort, source netip.Addr) (Route, error) {
 	var local *net.UDPAddr
 	if source.IsValid() {
@@ -33,16 +34,16 @@ func RouteTo(remote netip.AddrPort, source netip.Addr) (Route, error) {
 	if err != nil {
 		return Route{}, err
 	}
-	// The library means "there is none" by an error as well as by an empty
-	// name, and has no other errors that matter here.
+	// If there is none, the library returns an error or an empty name. It has no other
+	// errors that matter here.
 	dev, _ := rdmamap.GetRdmaDeviceForNetdevice(netdev)
 	return Route{Netdev: netdev, RDMA: dev}, nil
 }
 
-// RDMADevices are the RDMA devices of this host, if any.
+// RDMADevices returns the names of the RDMA devices of this host.
 func RDMADevices() []string { return rdmamap.GetRdmaDeviceList() }
 
-// owner is the network device that has an address.
+// owner returns the name of the network device that has an address.
 func owner(addr netip.Addr) (string, error) {
 	devs, err := net.Interfaces()
 	if err != nil {

@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 )
 
-// Notify tells the service manager, if there is one that wants to know
-// ($NOTIFY_SOCKET, sd_notify(3)): "READY=1", "STOPPING=1", "STATUS=…".
-func Notify(state string) error {
+// Notify sends assignments to the service manager, as sd_notify(3) does: "READY=1",
+// "STOPPING=1", "STATUS=…". A newline in an assignment becomes a space. Without
+// $NOTIFY_SOCKET there is nothing to do.
+func Notify(assignments ...string) error {
 	name := os.Getenv("NOTIFY_SOCKET")
 	if name == "" {
 		return nil
@@ -18,7 +20,11 @@ func Notify(state string) error {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
 	defer c.Close()
-	if _, err := c.Write([]byte(state)); err != nil {
+	var lines []string
+	for _, a := range assignments {
+		lines = append(lines, strings.ReplaceAll(a, "\n", " "))
+	}
+	if _, err := c.Write([]byte(strings.Join(lines, "\n"))); err != nil {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
 	return nil

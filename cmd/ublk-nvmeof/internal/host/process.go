@@ -3,22 +3,25 @@ package host
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// gcPercent lets the heap, which is small and grows by control commands only,
-// triple before it is collected: collections disturb the loops.
+// gcPercent lets the heap triple before it is collected, because collections disturb
+// the loops. The heap is small, and only control commands make it grow.
 const gcPercent = 200
 
-// SetIOFlusher marks the calling thread as one that block I/O depends on: the
-// kernel then does not wait for block I/O when it needs memory for it
-// (PR_SET_IO_FLUSHER). Threads and programs that it starts inherit the mark; a
-// running program's other threads do not get it. So a server is started, or
-// replaced by exec, from a marked thread.
+// SetIOFlusher marks the calling thread as one that block I/O depends on
+// (PR_SET_IO_FLUSHER): when it allocates memory, the kernel does not wait for block
+// I/O. Threads and programs that the thread starts inherit the mark, but the other
+// running threads of the process do not get it. So a server is executed from a
+// marked thread.
 func SetIOFlusher() error {
 	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become an I/O flusher: %w", err)
@@ -26,19 +29,19 @@ func SetIOFlusher() error {
 	return nil
 }
 
-// IsIOFlusher says whether the calling thread is marked.
+// IsIOFlusher reports whether the calling thread is marked.
 func IsIOFlusher() bool {
 	on, err := unix.PrctlRetInt(unix.PR_GET_IO_FLUSHER, 0, 0, 0, 0)
 	return err == nil && on == 1
 }
 
-// SetName is what ps calls the process.
+// SetName sets the name of the process that ps shows.
 func SetName(name string) error { return os.WriteFile("/proc/self/comm", []byte(name), 0) }
 
-// Prepare makes the process fit to serve a block device with so many loops. It
-// does what it can; the error says what it could not.
+// Prepare makes the process fit to serve a block device with the given number of
+// loops. It does as much as it can; the error says what it could not do.
 func Prepare(loops int) error {
-	// The loops keep a P each while they wait for the next request.
+	// Each loop keeps a P while it waits for the next request.
 	if n := loops + 2; runtime.GOMAXPROCS(0) < n {
 		runtime.GOMAXPROCS(n)
 	}
@@ -54,8 +57,50 @@ func Prepare(loops int) error {
 		errs = append(errs, fmt.Errorf("lock memory: %w", err))
 	}
 	// The end of the server is the end of its file systems.
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(oomScoreAdj), 0); err != nil {
 		errs = append(errs, fmt.Errorf("protect from the OOM killer: %w", err))
 	}
 	return errors.Join(errs...)
+}
+
+// oomScoreAdj makes the OOM killer leave half of the machine's memory out of
+// account when it looks for the largest process (oom_badness in mm/oom_kill.c).
+// That spares a server as long as it behaves. With -1000 the kernel would rather
+// kill everything else for a server that has run out of bounds.
+const oomScoreAdj = "-500"
+
+// CloseOnExec keeps all descriptors but standard input, output and error from
+// programs that this process starts or becomes: they may be of the caller's
+// locks, pipes or devices. Those that exec.Cmd.ExtraFiles names are passed on.
+func CloseOnExec() error {
+	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	if err == nil {
+		return nil
+	}
+	// A container may refuse the system call.
+	entries, rerr := os.ReadDir("/proc/self/fd")
+	if rerr != nil {
+		return fmt.Errorf("keep descriptors from a child: %w", errors.Join(err, rerr))
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
+}
+
+// OOMKills is how many processes the kernel has killed since its start because
+// memory ran out, of the machine or of a control group.
+func OOMKills() (uint64, error) {
+	text, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strconv.ParseUint(strings.TrimSpace(n), 10, 64)
+		}
+	}
+	return 0, errors.New("/proc/vmstat has no oom_kill")
 }

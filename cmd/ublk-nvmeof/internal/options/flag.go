@@ -12,14 +12,14 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// flagValue is a flag whose value is checked when it is set, so that a wrong one is
-// reported with its flag, and nothing else has happened.
+// flagValue is a flag whose value is checked when it is set, so that the error names
+// the flag and nothing else has happened yet.
 type flagValue[T any] struct {
 	dst    *T
 	parse  func(string) (T, error)
 	format func(T) string
-	kind   string // what --help calls a value
-	want   string // what is accepted
+	kind   string // name of a value in --help
+	want   string // accepted values, for errors
 }
 
 // String implements pflag.Value.
@@ -46,7 +46,7 @@ func (v *flagValue[T]) Set(s string) error {
 // Want says what the flag accepts.
 func (v *flagValue[T]) Want() string { return v.want }
 
-// rejected is the cause of a wrong value.
+// rejected is the error of a value that is not accepted.
 type rejected struct {
 	want string
 	why  error
@@ -59,12 +59,12 @@ func (r *rejected) Error() string {
 	return fmt.Sprintf("%v; want %s", r.why, r.want)
 }
 
-// errUnwanted is for values about which there is nothing to say but what would
-// have been right.
+// errUnwanted is the cause if all that can be said of a value is which ones are
+// accepted.
 var errUnwanted = errors.New("not wanted")
 
-// FlagError is the one line about a command line that does not parse: the flag,
-// the value, and what is accepted.
+// FlagError makes the one line about a flag that does not parse: the flag, its value,
+// and the accepted values.
 func FlagError(err error) error {
 	var invalid *pflag.InvalidValueError
 	var missing *pflag.ValueRequiredError
@@ -104,7 +104,7 @@ func wanted(f *pflag.Flag) string {
 	return "a " + f.Value.Type()
 }
 
-// number is a whole number lo..hi.
+// number is a flag for a whole number from lo to hi.
 func number[T int | int64 | uint8 | uint16 | uint32](dst *T, lo, hi int64, what string) *flagValue[T] {
 	return &flagValue[T]{
 		dst: dst,
@@ -121,7 +121,8 @@ func number[T int | int64 | uint8 | uint16 | uint32](dst *T, lo, hi int64, what 
 	}
 }
 
-// seconds is a whole number of seconds lo..hi, as nvme-cli's timeouts are.
+// seconds is a flag for a whole number of seconds from lo to hi, like the timeouts of
+// nvme-cli.
 func seconds(dst *time.Duration, lo, hi int64, want string) *flagValue[time.Duration] {
 	return &flagValue[time.Duration]{
 		dst: dst,
@@ -138,7 +139,7 @@ func seconds(dst *time.Duration, lo, hi int64, want string) *flagValue[time.Dura
 	}
 }
 
-// duration is a Go duration or a whole number of seconds.
+// duration is a flag for a Go duration or a whole number of seconds.
 func duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
 	return &flagValue[time.Duration]{
 		dst: dst,
@@ -158,7 +159,7 @@ func duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration
 	}
 }
 
-// size is a number of bytes, a multiple of unit in lo..hi.
+// size is a flag for a number of bytes, a multiple of unit from lo to hi.
 func size(dst *int, unit, lo, hi int) *flagValue[int] {
 	want := fmt.Sprintf("a size like 64KiB, %s to %s", ibytes(lo), ibytes(hi))
 	return &flagValue[int]{
@@ -181,7 +182,7 @@ func size(dst *int, unit, lo, hi int) *flagValue[int] {
 	}
 }
 
-// ibytes writes a size so that size reads the same again.
+// ibytes formats a size so that the flag size parses it to the same value.
 func ibytes(n int) string {
 	switch {
 	case n >= humanize.MiByte && n%humanize.MiByte == 0:
@@ -192,7 +193,7 @@ func ibytes(n int) string {
 	return fmt.Sprintf("%dB", n)
 }
 
-// OneOf is one of some words.
+// OneOf is a flag for one of the words.
 func OneOf(dst *string, words ...string) *flagValue[string] {
 	return &flagValue[string]{
 		dst: dst,
@@ -216,7 +217,7 @@ func orList(words []string) string {
 	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
-// text is a string that check accepts.
+// text is a flag for a string that check accepts.
 func text(dst *string, kind, want string, check func(string) error) *flagValue[string] {
 	return &flagValue[string]{
 		dst: dst,
@@ -229,8 +230,8 @@ func text(dst *string, kind, want string, check func(string) error) *flagValue[s
 	}
 }
 
-// numbers collects whole numbers lo..hi, from repeated flags and from lists
-// with commas.
+// numbers is a flag that collects whole numbers from lo to hi. It may be repeated, and
+// a value may be a list with commas.
 type numbers struct {
 	dst    *[]uint32
 	lo, hi uint32
@@ -244,7 +245,7 @@ func (v *numbers) String() string {
 	return strings.Join(v.GetSlice(), ",")
 }
 
-// GetSlice gives the numbers as texts.
+// GetSlice returns the numbers in decimal.
 func (v *numbers) GetSlice() []string {
 	var out []string
 	for _, n := range *v.dst {

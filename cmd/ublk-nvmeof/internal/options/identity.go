@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/nvme"
 )
 
@@ -16,6 +18,10 @@ type Sources struct {
 	LookupEnv func(string) (string, bool)  // nil: os.LookupEnv
 	ReadFile  func(string) ([]byte, error) // nil: os.ReadFile
 	NewUUID   func() nvme.UUID             // nil: nvme.NewUUID
+	// Keep stores a generated identifier for the next time and returns the name of
+	// the file with what is in it, which somebody else may have stored before.
+	// nil: in the user's persistent directory.
+	Keep func(text string) (file, kept string, err error)
 }
 
 func (s Sources) withDefaults() Sources {
@@ -28,45 +34,79 @@ func (s Sources) withDefaults() Sources {
 	if s.NewUUID == nil {
 		s.NewUUID = nvme.NewUUID
 	}
+	if s.Keep == nil {
+		s.Keep = keepHostID
+	}
 	return s
+}
+
+// keepHostID is Sources.Keep of this host.
+func keepHostID(text string) (file, kept string, err error) {
+	dir, err := rundir.Persistent()
+	if err != nil {
+		return "", "", err
+	}
+	if err := rundir.Make(dir, 0o755); err != nil {
+		return "", "", err
+	}
+	file = filepath.Join(dir, "hostid")
+	line, err := rundir.Keep(file, []byte(text+"\n"), 0o644)
+	return file, string(line), err
 }
 
 // machineIDs name the machine, if they are there.
 var machineIDs = []string{"/sys/class/dmi/id/product_uuid", "/proc/device-tree/ibm,partition-uuid"}
 
-// identity finds the host's name and identifier as libnvme does (tree.c,
-// nvme_host_get_ids), which is why targets see the same host as before: what
-// the flags say, else the environment (set but empty: none), else the files of
-// /etc/nvme. Without an identifier, the UUID in the name is it, else the
-// machine's, else a random one. Without a name, it is made of the identifier.
-func identity(nqnFlag, idFlag string, from Sources) (string, nvme.UUID, error) {
+// identity is how targets know this host.
+type identity struct {
+	nqn      string
+	id       nvme.UUID
+	file     string   // that holds a generated id; empty: the id is not generated
+	warnings []string // for the log
+}
+
+const wantUUID = "want a UUID like 12345678-1234-1234-1234-123456789abc"
+
+// findIdentity finds the host's name and identifier as libnvme does (tree.c,
+// nvme_host_get_ids), so that targets see the same host: what the flags say,
+// else the environment (a variable that is set but empty hides the file), else
+// the files of /etc/nvme. Without an identifier, it is the UUID in the name,
+// else the machine's. libnvme would make up a new one each time if there is none
+// of these; here it is kept. Without a name, the name is made from the
+// identifier.
+func findIdentity(nqnFlag, idFlag string, from Sources) (identity, error) {
 	from = from.withDefaults()
 	nqn, nqnFrom, err := from.given(nqnFlag, "-q/--hostnqn", "LIBNVME_HOSTNQN", "/etc/nvme/hostnqn")
 	if err != nil {
-		return "", nvme.UUID{}, err
+		return identity{}, err
 	}
 	text, idFrom, err := from.given(idFlag, "-I/--hostid", "LIBNVME_HOSTID", "/etc/nvme/hostid")
 	if err != nil {
-		return "", nvme.UUID{}, err
+		return identity{}, err
 	}
 	if nqn != "" {
 		if err := nvme.ValidateNQN(nqn); err != nil {
-			return "", nvme.UUID{}, fmt.Errorf("%s %q: %w; want a name of 1 to 223 bytes", nqnFrom, nqn, err)
+			return identity{}, fmt.Errorf("%s %q: %w; want a name of 1 to 223 bytes", nqnFrom, nqn, err)
 		}
 	}
-	var id nvme.UUID
-	switch {
-	case text != "":
-		if id, err = nvme.ParseUUID(text); err != nil || id.IsZero() {
-			return "", nvme.UUID{}, fmt.Errorf("%s %q: want a UUID like 12345678-1234-1234-1234-123456789abc", idFrom, text)
+	out := identity{nqn: nqn}
+	if text != "" {
+		if out.id, err = nvme.ParseUUID(text); err != nil || out.id.IsZero() {
+			return identity{}, fmt.Errorf("%s %q: %s", idFrom, text, wantUUID)
 		}
-	default:
-		id = from.derive(nqn)
+	} else if err := from.derive(&out); err != nil {
+		return identity{}, err
 	}
 	if nqn == "" {
-		nqn = nvme.UUIDNQN(id)
+		out.nqn = nvme.UUIDNQN(out.id)
 	}
-	return nqn, id, nil
+	// Distributions put two random UUIDs into the files of /etc/nvme. That is odd, but
+	// it is one host everywhere.
+	bothFiles := filepath.IsAbs(nqnFrom) && filepath.IsAbs(idFrom)
+	if named, ok := uuidOf(out.nqn); ok && named != out.id && !bothFiles {
+		out.warnings = append(out.warnings, fmt.Sprintf("host NQN %q has another UUID than the host id %s; a target may take them for two hosts", out.nqn, out.id))
+	}
+	return out, nil
 }
 
 // given is what flag, environment or file say, and which of them it was.
@@ -88,12 +128,18 @@ func (s Sources) given(flag, flagName, env, file string) (value, source string, 
 	return strings.TrimSpace(line), file, nil
 }
 
+// uuidOf is the UUID in an NQN that has one.
+func uuidOf(nqn string) (nvme.UUID, bool) {
+	_, after, ok := strings.Cut(nqn, "uuid:")
+	id, err := nvme.ParseUUID(after)
+	return id, ok && err == nil && !id.IsZero()
+}
+
 // derive finds an identifier for a host that was given none.
-func (s Sources) derive(nqn string) nvme.UUID {
-	if _, after, ok := strings.Cut(nqn, "uuid:"); ok {
-		if id, err := nvme.ParseUUID(after); err == nil && !id.IsZero() {
-			return id
-		}
+func (s Sources) derive(out *identity) (err error) {
+	var ok bool
+	if out.id, ok = uuidOf(out.nqn); ok {
+		return nil
 	}
 	for _, file := range machineIDs {
 		text, err := s.ReadFile(file)
@@ -103,10 +149,21 @@ func (s Sources) derive(nqn string) nvme.UUID {
 		id, err := nvme.ParseUUID(strings.Trim(string(text), "\x00 \n"))
 		// Firmware without an identifier says all zeroes or all ones.
 		if err == nil && !id.IsZero() && id != allOnes {
-			return id
+			out.id = id
+			return nil
 		}
 	}
-	return s.NewUUID()
+	out.id = s.NewUUID()
+	file, kept, err := s.Keep(out.id.String())
+	if err != nil {
+		out.warnings = append(out.warnings, fmt.Sprintf("host id %s was generated and cannot be kept, so the next connect will be another host's; use --hostid or /etc/nvme/hostid (%v)", out.id, err))
+		return nil
+	}
+	out.file = file
+	if out.id, err = nvme.ParseUUID(strings.TrimSpace(kept)); err != nil || out.id.IsZero() {
+		return fmt.Errorf("%s %q: %s; remove the file to have one generated", file, kept, wantUUID)
+	}
+	return nil
 }
 
 var allOnes = func() (id nvme.UUID) {

@@ -3,7 +3,11 @@ package options
 import (
 	"errors"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
 	"ublk-nvmeof/nvme"
@@ -32,6 +36,7 @@ var nowhere = Sources{
 		}
 		return id
 	},
+	Keep: func(text string) (string, string, error) { return "/kept", text, nil },
 }
 
 func sources(env, files map[string]string) Sources {
@@ -80,9 +85,12 @@ func TestIdentityPrecedence(t *testing.T) {
 		{"empty files", "", "", nil, vars{nqnFile: "\n", "/etc/nvme/hostid": ""}, nvme.NQNUUIDPrefix + idRandom, idRandom},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			nqn, id, err := identity(tt.nqn, tt.id, sources(tt.env, tt.files))
-			if err != nil || nqn != tt.wantNQN || id.String() != tt.wantID {
-				t.Errorf("got %s %s, %v; want %s %s", nqn, id, err, tt.wantNQN, tt.wantID)
+			got, err := findIdentity(tt.nqn, tt.id, sources(tt.env, tt.files))
+			if err != nil || got.nqn != tt.wantNQN || got.id.String() != tt.wantID {
+				t.Errorf("got %+v, %v; want %s %s", got, err, tt.wantNQN, tt.wantID)
+			}
+			if generated := tt.wantID == idRandom; (got.file == "/kept") != generated || len(got.warnings) > 0 {
+				t.Errorf("kept in %q, warnings %q", got.file, got.warnings)
 			}
 		})
 	}
@@ -99,13 +107,81 @@ func TestIdentityErrorsNameTheirSource(t *testing.T) {
 		{vars{"LIBNVME_HOSTID": "a"}, nil, `$LIBNVME_HOSTID "a": want a UUID`},
 		{nil, vars{"/etc/nvme/hostid": "b\n"}, `/etc/nvme/hostid "b": want a UUID`},
 	} {
-		if _, _, err := identity("", "", sources(tt.env, tt.files)); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := findIdentity("", "", sources(tt.env, tt.files)); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%v, want %q", err, tt.want)
 		}
 	}
 	s := nowhere
 	s.ReadFile = func(string) ([]byte, error) { return nil, fs.ErrPermission }
-	if _, _, err := identity("", "", s); !errors.Is(err, fs.ErrPermission) {
+	if _, err := findIdentity("", "", s); !errors.Is(err, fs.ErrPermission) {
 		t.Errorf("%v, want a permission error", err)
+	}
+}
+
+// A name with a UUID and another identifier are two hosts to some targets.
+func TestIdentityWarnsOfTwoUUIDs(t *testing.T) {
+	got, err := findIdentity(nvme.NQNUUIDPrefix+idNQN, idFlag, nowhere)
+	if err != nil || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], idNQN) || !strings.Contains(got.warnings[0], "host id "+idFlag) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for name, from := range map[string]Sources{
+		"name in the file, id given":        sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN}),
+		"name in the environment, id given": sources(vars{"LIBNVME_HOSTNQN": nvme.NQNUUIDPrefix + idNQN}, nil),
+	} {
+		if got, err := findIdentity("", idFlag, from); err != nil || len(got.warnings) != 1 {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+	// As Debian's nvme-cli makes them.
+	files := sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN, "/etc/nvme/hostid": idFile})
+	if got, err := findIdentity("", "", files); err != nil || len(got.warnings) > 0 {
+		t.Errorf("both from files: %+v, %v", got, err)
+	}
+	for nqn, id := range map[string]string{nvme.NQNUUIDPrefix + idNQN: idNQN, "nqn.plain": idFlag} {
+		if got, err := findIdentity(nqn, id, nowhere); err != nil || len(got.warnings) > 0 {
+			t.Errorf("%s %s: %+v, %v", nqn, id, got, err)
+		}
+	}
+}
+
+// A generated identifier is the same the next time, and for two that start at
+// the same time.
+func TestGeneratedIdentityIsKept(t *testing.T) {
+	t.Setenv("STATE_DIRECTORY", filepath.Join(t.TempDir(), "state"))
+	from := nowhere
+	from.NewUUID, from.Keep = nil, nil
+	ids := make([]string, 8)
+	var wg sync.WaitGroup
+	for i := range ids {
+		wg.Go(func() {
+			got, err := findIdentity("", "", from)
+			if err != nil || len(got.warnings) > 0 || got.file != os.Getenv("STATE_DIRECTORY")+"/hostid" {
+				t.Errorf("%+v, %v", got, err)
+			}
+			ids[i] = got.nqn + " " + got.id.String()
+		})
+	}
+	wg.Wait()
+	for _, id := range ids {
+		if id != ids[0] {
+			t.Errorf("two hosts: %q", ids)
+		}
+	}
+	file := os.Getenv("STATE_DIRECTORY") + "/hostid"
+	if err := os.WriteFile(file, []byte("nonsense\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := findIdentity("", "", from); err == nil || !strings.Contains(err.Error(), file+` "nonsense\n": want a UUID`) {
+		t.Errorf("a file without a UUID: %v", err)
+	}
+}
+
+func TestGeneratedIdentityThatCannotBeKept(t *testing.T) {
+	from := nowhere
+	from.Keep = func(string) (string, string, error) { return "", "", syscall.EROFS }
+	got, err := findIdentity("", "", from)
+	if err != nil || got.id.String() != idRandom || got.file != "" || len(got.warnings) != 1 ||
+		!strings.Contains(got.warnings[0], "cannot be kept") || !strings.Contains(got.warnings[0], "read-only file system") {
+		t.Errorf("%+v, %v", got, err)
 	}
 }

@@ -1,5 +1,5 @@
-// Package options is what an operator may say about a connection: the flags of
-// connect, their checks and defaults, and the identity of this host.
+// Package options defines the flags of connect and target, with their checks and
+// defaults, and finds the identity of this host.
 package options
 
 import (
@@ -20,12 +20,13 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 )
 
-// Limits and defaults that are not the initiator's.
+// Limits and defaults that do not come from the initiator.
 const (
 	maxQueues           = 65535
 	maxTransfer         = 1 << 20
@@ -40,27 +41,27 @@ const (
 	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
 )
 
-// Forever is a controller loss timeout that never ends.
+// Forever is a controller loss timeout without a limit.
 const Forever = -1 * time.Second
 
-// Off is a fast I/O fail timeout that is not in use.
+// Off is a fast I/O fail timeout that is not used.
 const Off = -1 * time.Second
 
-// What becomes of the devices when the server dies.
+// Values of --on-crash: what happens to the devices when the server dies.
 const (
 	Requeue = "requeue"
 	Fail    = "fail"
 	Remove  = "remove"
 )
 
-// Providers of --provider.
+// Values of --provider.
 const (
 	AutoProvider = "auto"
 	Verbs        = "verbs"
 	RoCE         = "roce"
 )
 
-// Front ends.
+// Values of --frontend.
 const (
 	Auto      = "auto"
 	Ublk      = "ublk"       // /dev/ublkbN
@@ -71,16 +72,22 @@ const (
 // AutoDevice lets the driver choose the number of the ublk device.
 const AutoDevice = -1
 
-// Connect is what to connect to, and how.
+// Connect holds the flags of connect: the target and the way to connect to it.
 type Connect struct {
 	Transport  string
-	Address    string // numeric or a host name, as given
+	Address    string // as given: numeric or a host name
 	Port       uint16
 	NQN        string
-	SourceAddr netip.Addr // zero: the route's
+	SourceAddr netip.Addr // zero: that of the route
 
 	HostNQN string
 	HostID  nvme.UUID
+	// HostIDFile is the file that keeps a generated HostID; empty if it was not
+	// generated.
+	HostIDFile string
+	// Warnings are about values that are accepted but may not be meant. They are
+	// for the log.
+	Warnings []string
 
 	Queues        poller.Request
 	QueueSize     int
@@ -94,20 +101,20 @@ type Connect struct {
 
 	MaxIO       int
 	PollMax     int
-	Device      int      // AutoDevice, or of the first namespace
+	Device      int      // number of the first device, or AutoDevice
 	NSIDs       []uint32 // nil: all
 	Provider    string
 	LoadModules string
 	Frontend    string // Auto, Ublk, NBD or NBDSocket
-	Socket      string // of NBDSocket: a path or host:port; empty: in the run directory
-	TLS         string // of NBDSocket: directory of certificates; empty: no TLS
+	Socket      string // for NBDSocket: a path or host:port; empty: in the server's directory
+	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
 
-	hostID string // as given by the flag
+	hostID string // value of the flag
 }
 
-// Default is what holds without any flag.
+// Default returns the values of all flags that are not given.
 func Default() *Connect {
 	return &Connect{
 		Transport: "rdma", Port: defaultPort,
@@ -118,55 +125,56 @@ func Default() *Connect {
 	}
 }
 
-// AddFlags defines the flags of connect. Names, short forms, units and defaults
-// of the first block are nvme-cli's.
+// AddFlags defines the flags of connect. The names, short forms, units and defaults of
+// the first block are those of nvme-cli.
 func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
 	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
-		"traddr", "a", "address of the target (required)")
+		"traddr", "a", "address or host name of the target (required)")
 	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
-	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: the route's)")
+	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
-		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or made from the host id)")
+		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
-		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, or the machine's)")
+		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
 	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
-		"I/O queues; those for reads if there are write queues (default: one per online CPU, which is also the most)")
-	f.Lookup("nr-io-queues").DefValue = "" // it is in the text
-	f.VarP(number(&c.Queues.Write, 0, maxQueues, "a number"), "nr-write-queues", "W", "queues for everything but reads")
-	f.VarP(number(&c.Queues.Poll, 0, maxQueues, "a number"), "nr-poll-queues", "P", "queues that are polled without interrupts")
-	f.VarP(number(&c.QueueSize, initiator.MinQueueSize, initiator.MaxQueueSize, "a number"), "queue-size", "Q", "entries per I/O queue")
+		"number of I/O queues, or of read queues if there are write queues (default and limit: one per online CPU)")
+	f.Lookup("nr-io-queues").DefValue = "" // the description says it
+	f.VarP(number(&c.Queues.Write, 0, maxQueues, "a number"), "nr-write-queues", "W", "number of queues for everything but reads")
+	f.VarP(number(&c.Queues.Poll, 0, maxQueues, "a number"), "nr-poll-queues", "P", "number of queues that are polled, without interrupts")
+	f.VarP(number(&c.QueueSize, initiator.MinQueueSize, initiator.MaxQueueSize, "a number"), "queue-size", "Q", "number of entries of each I/O queue")
 	f.VarP(seconds(&c.KeepAlive, 0, maxKeepAliveSeconds, fmt.Sprintf("seconds, 0 (which is %d) to %d", initiator.DefaultKeepAlive/time.Second, maxKeepAliveSeconds)),
 		"keep-alive-tmo", "k", "keep alive timeout")
-	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to reconnect")
+	f.VarP(seconds(&c.Reconnect, 1, 1<<31-1, "seconds, 1 or more"), "reconnect-delay", "c", "time between two attempts to connect again")
 	f.VarP(seconds(&c.Loss, -1<<31, 1<<31-1, "seconds, or a negative number for no limit"), "ctrl-loss-tmo", "l",
-		"time after which a lost controller is given up")
+		"time after which a lost controller is given up, and its requests fail")
 	f.VarP(seconds(&c.FastIOFail, -1<<31, 1<<31-1, "seconds, or a negative number for never"), "fast-io-fail-tmo", "F",
-		"time after which requests of a lost controller fail instead of waiting")
-	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is connected to the subsystem at this address")
-	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 leaves it to the system")
-	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to do without submission queue flow control")
+		"time after which requests of a lost controller fail, although it is not given up yet")
+	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is already connected to the subsystem at this address")
+	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 is the default of the system")
+	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to work without submission queue flow control")
 
 	page := os.Getpagesize()
-	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "largest request; each queue has queue-size buffers of it")
-	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "largest read or write that goes to the poll queues")
-	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "what makes the devices: the ublk driver, the kernel's NBD client, or a socket for NBD clients; auto takes the first that the machine has")
+	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
+	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"where the front end nbd-socket listens, and chooses it (default: a socket in the run directory that only this target has)")
+		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
-		"serve only NBD clients that speak TLS, with server-cert.pem and server-key.pem in this directory; with ca-cert.pem there, only those that it has certified")
-	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN, or /dev/nbdN, for the first namespace, N+1 for the second, … (default: free ones)")
-	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "only these namespaces (default: all)")
-	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device on the route")
-	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "load ublk_drv, nbd, rdma_ucm and ib_uverbs when they are missing")
-	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what becomes of the devices when the server dies: requests wait for recover, or fail until then, or the devices go away")
-	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "limit for connecting")
+		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
+	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
+	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
+	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
+	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
-// Complete checks what no single flag can, and finds the identity of the host.
+// Complete checks the flags in combination and finds the identity of the host. It is
+// called once, after the flags are parsed.
 func (c *Connect) Complete(from Sources) error {
 	switch {
 	case c.Address == "":
@@ -200,16 +208,17 @@ func (c *Connect) Complete(from Sources) error {
 	case c.TLS != "" && c.Frontend != NBDSocket:
 		return fmt.Errorf("--nbd-tls %q: want it with --frontend %s, not %s", c.TLS, NBDSocket, c.Frontend)
 	}
-	_, err := c.TLSConfig()
-	if err != nil {
+	if _, err := c.TLSConfig(); err != nil {
 		return err
 	}
-	c.HostNQN, c.HostID, err = identity(c.HostNQN, c.hostID, from)
+	host, err := findIdentity(c.HostNQN, c.hostID, from)
+	c.HostNQN, c.HostID, c.HostIDFile = host.nqn, host.id, host.file
+	c.Warnings = append(c.Warnings, host.warnings...)
 	return err
 }
 
-// TLSConfig reads the certificates for NBD clients, which have the names that other
-// programs look for, too. It is nil without TLS.
+// TLSConfig reads the certificates for NBD clients. Their files have the names that
+// other NBD programs use. Without TLS the result is nil.
 func (c *Connect) TLSConfig() (*tls.Config, error) {
 	if c.TLS == "" {
 		return nil, nil
@@ -235,10 +244,21 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 	return config, nil
 }
 
-// Resolve finds the numeric address of the target.
-func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
+// Peer is the target's address and port as they were given.
+func (c *Connect) Peer() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
+
+// Named says whether the target's address is a host name, which may have other
+// addresses the next time.
+func (c *Connect) Named() bool {
+	_, err := netip.ParseAddr(c.Address)
+	return err != nil
+}
+
+// Resolve finds the numeric addresses of the target, at least one, in the order
+// in which they are to be tried.
+func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(c.Address); err == nil {
-		return netip.AddrPortFrom(a.Unmap(), c.Port), nil
+		return []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), c.Port)}, nil
 	}
 	network := "ip"
 	switch {
@@ -250,15 +270,24 @@ func (c *Connect) Resolve(ctx context.Context) (netip.AddrPort, error) {
 	}
 	found, err := net.DefaultResolver.LookupNetIP(ctx, network, c.Address)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("resolve %s: %w", c.Address, err)
+		return nil, fmt.Errorf("resolve %s: %w", c.Address, err)
 	}
-	return netip.AddrPortFrom(found[0].Unmap(), c.Port), nil
+	var out []netip.AddrPort
+	for _, a := range found {
+		if checkUnicast(a) == nil {
+			out = append(out, netip.AddrPortFrom(a.Unmap(), c.Port))
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("resolve %s: %v is no address of a target", c.Address, found)
+	}
+	return out, nil
 }
 
-// Args writes the flags of f that were set as arguments again.
+// Args returns the flags of f that were set, as arguments that set them again.
 func Args(f *pflag.FlagSet) []string {
 	var args []string
-	// Visit would only see what f itself has parsed.
+	// Visit would visit only the flags that f itself has parsed.
 	f.VisitAll(func(flag *pflag.Flag) {
 		if flag.Changed {
 			args = append(args, "--"+flag.Name+"="+flag.Value.String())
@@ -287,8 +316,8 @@ func checkUnicast(a netip.Addr) error {
 	return nil
 }
 
-// hostName says whether s may be a host name: labels of letters, digits and
-// hyphens, the last one not of digits only, which would be a mistyped address.
+// hostName reports whether s can be a host name: labels of letters, digits and
+// hyphens. A last label of digits only would be a mistyped address.
 func hostName(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	if s == "" || len(s) > 253 {
@@ -315,12 +344,9 @@ func checkSubsystem(s string) error {
 	return nvme.ValidateNQN(s)
 }
 
-// maxSocketPath is what struct sockaddr_un has room for.
-const maxSocketPath = 107
-
 func checkSocket(s string) error {
 	if strings.HasPrefix(s, "/") {
-		if len(s) > maxSocketPath {
+		if rundir.CheckSocket(s) != nil {
 			return errUnwanted
 		}
 		return nil

@@ -214,7 +214,7 @@ func TestResolve(t *testing.T) {
 		c := Default()
 		c.Address = address
 		got, err := c.Resolve(context.Background())
-		if err != nil || got.String() != want {
+		if err != nil || len(got) != 1 || got[0].String() != want || c.Named() {
 			t.Errorf("%s: %v, %v, want %s", address, got, err, want)
 		}
 	}
@@ -222,6 +222,9 @@ func TestResolve(t *testing.T) {
 	cancel()
 	c := Default()
 	c.Address = "name.invalid"
+	if !c.Named() || c.Peer() != "name.invalid:4420" {
+		t.Errorf("%t %s", c.Named(), c.Peer())
+	}
 	if got, err := c.Resolve(ctx); err == nil {
 		t.Errorf("an unknown name resolves to %v", got)
 	}

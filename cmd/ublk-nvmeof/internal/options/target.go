@@ -3,8 +3,10 @@ package options
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -14,17 +16,32 @@ import (
 
 // Target is what a target serves, and how.
 type Target struct {
-	Address    netip.AddrPort // to listen on
-	Provider   string
-	InCapsule  int // bytes of in-capsule data, < 0: none
-	QueueSize  int
-	MaxIO      int // bytes per command
+	Address   netip.AddrPort // to listen on
+	Provider  string
+	InCapsule int // bytes of in-capsule data, < 0: none
+	QueueSize int
+	MaxIO     int   // bytes per command
+	Memory    int64 // bytes for namespaces in memory and caches; 0: as the machine allows
+
+	Quiesce         time.Duration // CQT
+	ANATransition   time.Duration // ANATT
+	RetryDelays     [3]time.Duration
+	KeepAlive       string // Traffic or Commands
+	NoWriteCache    bool
+	NamespacesAfter time.Duration // after the start
+
 	Subsystems []Subsystem
 	Faults     []string // see FaultWords
 
 	addr netip.Addr
 	port uint16
 }
+
+// What keeps a controller alive.
+const (
+	Traffic  = "traffic"
+	Commands = "commands"
+)
 
 // Subsystem is a subsystem of a target.
 type Subsystem struct {
@@ -39,6 +56,7 @@ func DefaultTarget() *Target {
 	return &Target{
 		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: defaultPort, Provider: AutoProvider,
 		InCapsule: target.DefaultInCapsule, QueueSize: target.DefaultQueueSize, MaxIO: target.DefaultMaxTransfer,
+		KeepAlive: Traffic, ANATransition: 10 * time.Second,
 	}
 }
 
@@ -51,7 +69,9 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device with the address")
 	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "most entries of an I/O queue")
 	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "most data of a write that comes with the command, 0 for none")
-	f.Var(size(&t.MaxIO, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer>>8, target.DefaultMaxTransfer), "max-io-size", "largest command, a power of two")
+	f.Var(size(&t.MaxIO, target.MinTransfer/2, target.MinTransfer, target.DefaultMaxTransfer), "max-io-size", "largest command, a power of two (MDTS)")
+	f.Var(bytesOf(&t.Memory), "memory-limit", "most memory for namespaces with ram=SIZE and for their caches (default: three quarters of what is available)")
+	t.addTestFlags(f)
 
 	last := func(flag string, set func(*Subsystem, string) error) func(string) error {
 		return func(text string) error {
@@ -67,7 +87,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		}
 		t.Subsystems = append(t.Subsystems, Subsystem{NQN: nqn})
 		return nil
-	}}, "nqn", "n", "subsystem; several by repeating it, each with the flags below that follow")
+	}}, "nqn", "n", "NQN of a subsystem; repeat it for several, each followed by its own flags of those below")
 	f.Var(&each{kind: "namespace", want: NamespaceWords, take: last("namespace", func(s *Subsystem, text string) error {
 		n, err := ParseNamespace(text)
 		s.Namespaces = append(s.Namespaces, n)
@@ -76,15 +96,82 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.Var(&each{kind: "nqn", want: "the name of a host", take: last("allow-host", func(s *Subsystem, nqn string) error {
 		s.AllowHosts = append(s.AllowHosts, nqn)
 		return nvme.ValidateNQN(nqn)
-	})}, "allow-host", "host that may connect to the subsystem (default: any)")
+	})}, "allow-host", "NQN of a host that may connect to the subsystem (default: any host)")
 	f.Var(&each{kind: "number", want: fmt.Sprintf("a number, 1 to %d", nvme.MaxQueues), take: last("max-queues", func(s *Subsystem, text string) error {
 		return number(&s.MaxQueues, 1, nvme.MaxQueues, "a number").Set(text)
-	})}, "max-queues", fmt.Sprintf("most I/O queues that a controller of the subsystem gets (default %d)", target.DefaultMaxQueues))
+	})}, "max-queues", fmt.Sprintf("largest number of I/O queues of a controller of the subsystem (default %d)", target.DefaultMaxQueues))
 	f.Var(&each{kind: "fault", want: FaultWords, take: func(text string) error {
 		_, err := ParseFault(text)
 		t.Faults = append(t.Faults, text)
 		return err
-	}}, "fault", "fault to begin with: "+FaultWords)
+	}}, "fault", "fault that is set from the start: "+FaultWords)
+}
+
+// addTestFlags defines flags that only a test of hosts needs.
+func (t *Target) addTestFlags(f *pflag.FlagSet) {
+	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "list no namespace until so long after the start, as a target that opens its port first")
+	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its answer")
+	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "command quiesce time to announce (CQT)")
+	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "longest time in the ANA state change to announce (ANATT)")
+	f.Var(&retryDelays{&t.RetryDelays}, "retry-delays", "delays to announce for a status with crd=1, 2 and 3 (CRDT), separated by commas")
+	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "what keeps a controller alive: every command, which is announced (TBKAS), or only Keep Alive commands")
+}
+
+// multiple is a time of 0 to 65535 units.
+func multiple(dst *time.Duration, unit time.Duration) *flagValue[time.Duration] {
+	return &flagValue[time.Duration]{
+		dst: dst,
+		parse: func(s string) (time.Duration, error) {
+			d, err := time.ParseDuration(s)
+			if err != nil || d < 0 || d%unit != 0 || d/unit > math.MaxUint16 {
+				return 0, errUnwanted
+			}
+			return d, nil
+		},
+		format: time.Duration.String,
+		kind:   "duration",
+		want:   fmt.Sprintf("a multiple of %v up to %v", unit, math.MaxUint16*unit),
+	}
+}
+
+// retryDelays are up to three times with commas between them.
+type retryDelays struct{ dst *[3]time.Duration }
+
+func (v *retryDelays) String() string {
+	if v.dst == nil || *v.dst == ([3]time.Duration{}) {
+		return ""
+	}
+	return fmt.Sprintf("%v,%v,%v", v.dst[0], v.dst[1], v.dst[2])
+}
+
+func (v *retryDelays) Type() string { return "durations" }
+
+func (v *retryDelays) Want() string {
+	return "one to three times, " + multiple(nil, 100*time.Millisecond).want + ", separated by commas"
+}
+
+func (v *retryDelays) Set(s string) error {
+	var delays [3]time.Duration
+	for i, text := range strings.Split(s, ",") {
+		if i >= len(delays) || multiple(&delays[i], 100*time.Millisecond).Set(text) != nil {
+			return &rejected{want: v.Want(), why: errUnwanted}
+		}
+	}
+	*v.dst = delays
+	return nil
+}
+
+// bytesOf is a size of at least 1.
+func bytesOf(dst *int64) *flagValue[int64] {
+	return &flagValue[int64]{
+		dst: dst, parse: ParseSize, kind: "size", want: "a size like 64MiB, up to 1PiB",
+		format: func(n int64) string {
+			if n == 0 {
+				return ""
+			}
+			return ibytes(int(n))
+		},
+	}
 }
 
 // Complete checks what no single flag can.

@@ -1,6 +1,7 @@
-// Package output writes what the command says: tables for people, JSON for
-// programs. Names in JSON are nvme-cli's where it has one; schema_version is
-// ours.
+// Package output writes the results of the command: tables for people and JSON for
+// programs. Names in JSON are those of nvme-cli where it has one; schema_version is
+// specific to this program. Tables contain printable text only, whatever a peer
+// says; JSON is exact.
 package output
 
 import (
@@ -16,16 +17,16 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
 
-// SchemaVersion is that of the JSON written here.
+// SchemaVersion is the version of the JSON that this package writes.
 const SchemaVersion = 1
 
-// Formats of --output-format.
+// Values of --output-format.
 const (
 	Normal = "normal"
 	JSON   = "json"
 )
 
-// none stands for what is not known.
+// none stands for an unknown value.
 const none = "-"
 
 func writeJSON(w io.Writer, v any) error {
@@ -49,7 +50,7 @@ type connected struct {
 	SchemaVersion int            `json:"schema_version"`
 }
 
-// Connected says which devices a new connection has. verbose adds the queues.
+// Connected writes the devices of a new connection. verbose adds the queues.
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
@@ -66,9 +67,10 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 		return writeJSON(w, out)
 	}
+	s, paths = printable(s), printable(paths)
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
-		// Not what one might expect, so it is said why.
-		if _, err := fmt.Fprintf(w, "front end %s\n", because(s.Frontend, s.FrontendReason)); err != nil {
+		// This is not the usual front end, so the reason is given.
+		if _, err := fmt.Fprintf(w, "front end %s\n", withReason(s.Frontend, s.FrontendReason)); err != nil {
 			return err
 		}
 	}
@@ -78,22 +80,22 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	if !verbose {
 		return nil
 	}
-	if _, err := fmt.Fprintf(w, "front end %s\nprovider %s\n", because(s.Frontend, s.FrontendReason), because(s.Provider, s.ProviderReason)); err != nil {
+	if _, err := fmt.Fprintf(w, "front end %s\nprovider %s\n", withReason(s.Frontend, s.FrontendReason), withReason(s.Provider, s.ProviderReason)); err != nil {
 		return err
 	}
 	return classTable(w, s.Queues)
 }
 
-// because is what was chosen, and why.
-func because(what, reason string) string {
+// withReason writes a choice with its reason.
+func withReason(what, reason string) string {
 	if reason == "" {
 		return orNone(what)
 	}
 	return what + " (" + reason + ")"
 }
 
-// classTable is what was asked for, what was granted, and who serves a class
-// that got nothing.
+// classTable writes for each class how many queues were requested and granted, and
+// which class serves it.
 func classTable(out io.Writer, q control.Queues) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "class\trequested\tgranted\tmapped")
@@ -113,9 +115,9 @@ func classes(q control.Queues) []class {
 	return []class{{"read", q.Read}, {"default", q.Default}, {"poll", q.Poll}}
 }
 
-// summary is the queues on one line: requested/granted per class, with the
-// class that serves it instead, if it got none. Classes that nobody asked for
-// are left out.
+// summary writes the queues on one line: requested/granted for each class, followed by
+// the class that serves it if it was granted none. Classes without a request are
+// left out.
 func summary(q control.Queues) string {
 	var parts []string
 	for _, c := range classes(q) {
@@ -134,7 +136,7 @@ func summary(q control.Queues) string {
 	return strings.Join(parts, ", ")
 }
 
-// Address is a target's address as nvme-cli writes it.
+// Address returns the address of a target as nvme-cli writes it.
 func Address(s control.Status) string {
 	a := "traddr=" + s.TrAddr + ",trsvcid=" + s.TrSvcID
 	if s.HostTrAddr != "" {
@@ -153,7 +155,7 @@ func endpoint(s control.Status) string {
 	return s.TrAddr + ":" + s.TrSvcID
 }
 
-// listed is a device in the list, nvme-cli's fields first.
+// listed is a device in the JSON list, with the fields of nvme-cli first.
 type listed struct {
 	NameSpace    uint32
 	DevicePath   string
@@ -176,13 +178,14 @@ type list struct {
 	Controllers   []control.Status `json:"controllers"`
 }
 
-// List shows servers and their devices. JSON has everything; verbose is for
-// people.
+// List writes servers and their devices. JSON has all details with or without
+// verbose.
 func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
-	switch {
-	case format == JSON:
+	if format == JSON {
 		return listJSON(w, servers)
-	case verbose:
+	}
+	servers = printable(servers)
+	if verbose {
 		return listVerbose(w, servers)
 	}
 	return listTable(w, servers)
@@ -235,7 +238,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row := func(name, format string, args ...any) {
 			fmt.Fprintf(w, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
 		}
-		row("state", "%s", condition(s))
+		row("state", "%s", stateText(s))
 		source := ""
 		if s.HostTrAddr != "" {
 			source = " from " + s.HostTrAddr
@@ -244,11 +247,11 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
 		if s.Model != "" {
-			row("controller", "id %d, model %q, serial %q, firmware %q, NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
+			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
-			row("front end", "%s", because(s.Frontend, s.FrontendReason))
-			row("provider", "%s", because(s.Provider, s.ProviderReason))
+			row("front end", "%s", withReason(s.Frontend, s.FrontendReason))
+			row("provider", "%s", withReason(s.Provider, s.ProviderReason))
 		}
 		if s.RDMADevice != "" {
 			row("rdma", "device %s, memory %s, in-capsule data %s, submission queue flow control %s",
@@ -265,9 +268,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 				p.Sent, p.Retransmitted, p.Received, p.Timeouts, p.OutOfSequence, p.Duplicates, p.NAKsSent, p.NAKsReceived, p.RNRNAKs, p.BadICRC, p.Dropped, p.Congestion)
 		}
 		for _, d := range s.Devices {
-			row(d.Path(), "%s", describe(d))
+			row(d.Path(), "%s", deviceText(d))
 			if d.Queues > 0 {
-				row("", "%s", counters(d.Counters))
+				row("", "%s", countersText(d.Counters))
 			}
 		}
 		for j, l := range s.Lanes {
@@ -281,8 +284,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 	return nil
 }
 
-// condition is the state with its history.
-func condition(s control.Status) string {
+// stateText writes the state with its history.
+func stateText(s control.Status) string {
 	text := s.State
 	if s.Since != "" {
 		text += " since " + s.Since
@@ -296,7 +299,7 @@ func condition(s control.Status) string {
 	return text
 }
 
-func describe(d control.Device) string {
+func deviceText(d control.Device) string {
 	parts := []string{fmt.Sprintf("namespace %d", d.NSID)}
 	if d.Size > 0 {
 		parts = append(parts, size(d.Size), fmt.Sprintf("blocks of %d", d.BlockSize),
@@ -314,7 +317,7 @@ func describe(d control.Device) string {
 	return strings.Join(parts, ", ")
 }
 
-func counters(c control.IO) string {
+func countersText(c control.IO) string {
 	return fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards, %d write zeroes, %d errors, %d batches",
 		c.Reads, humanize.IBytes(c.ReadBytes), c.Writes, humanize.IBytes(c.WrittenBytes), c.Flushes, c.Discards, c.WriteZeroes, c.Errors, c.Batches)
 }

@@ -3,6 +3,8 @@ package output
 import (
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -23,7 +25,7 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 	if format == JSON {
 		return writeJSON(out, targets{SchemaVersion, all})
 	}
-	for _, t := range all {
+	for _, t := range printable(all) {
 		address := t.TrAddr + ":" + t.TrSvcID
 		if strings.Contains(t.TrAddr, ":") {
 			address = "[" + t.TrAddr + "]:" + t.TrSvcID
@@ -33,15 +35,15 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 		for _, s := range t.Subsystems {
 			hosts := "any host"
 			if len(s.AllowHosts) > 0 {
-				hosts = "host " + strings.Join(s.AllowHosts, ", ")
+				hosts = "host " + safe(strings.Join(s.AllowHosts, ", "))
 			}
-			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", s.NQN, hosts, s.MaxQueues)
+			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", safe(s.NQN), hosts, s.MaxQueues)
 			for _, n := range s.Namespaces {
 				mode := "read-write"
 				if n.ReadOnly {
 					mode = "read-only"
 				}
-				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s\n", n.NSID, n.Data, humanize.IBytes(uint64(n.Size)), n.BlockSize, mode)
+				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s, %s\n", n.NSID, safe(n.Data), humanize.IBytes(uint64(n.Size)), n.BlockSize, mode, identity(n))
 			}
 		}
 		if verbose {
@@ -54,28 +56,54 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 	return nil
 }
 
+// identity is how hosts recognize a namespace.
+func identity(n targetserver.NamespaceStatus) string {
+	switch {
+	case n.UUID == "":
+		return "no uuid"
+	case n.NewAtStart:
+		return "uuid " + n.UUID + ", another one at each start"
+	}
+	return "uuid " + n.UUID
+}
+
+// safe is text of a file system or of a peer as it may be shown on a terminal: what
+// is not to be seen, and a quote or backslash, is written as in a Go string.
+func safe(text string) string {
+	quoted := strconv.Quote(text)
+	return quoted[1 : len(quoted)-1]
+}
+
 // describeTarget is who is connected, what is wrong on purpose, and what was done.
 func describeTarget(w io.Writer, t targetserver.Status) {
 	for _, s := range t.Subsystems {
 		for _, group := range sortedKeys(s.ANA) {
-			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], s.NQN)
+			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], safe(s.NQN))
 		}
 	}
 	for _, c := range t.Controllers {
-		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues\n", c.CNTLID, c.HostNQN, c.NQN, c.Queues)
+		ending := ""
+		if c.Ending {
+			ending = ", ending"
+		}
+		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues%s\n", c.CNTLID, safe(c.HostNQN), safe(c.NQN), c.Queues, ending)
 	}
-	f := t.Faults
+	f, on := t.Faults, map[bool]string{true: "on"}
 	for _, row := range [][2]string{
-		{"grant", f.Grant}, {"reject", f.Reject}, {"refuse", f.Refuse}, {"stall", map[bool]string{true: "on"}[f.Stalled]},
+		{"grant", f.Grant}, {"reject", f.Reject}, {"refuse", f.Refuse}, {"stall", on[f.Stalled]},
+		{"freeze", on[f.Frozen]}, {"namespaces hidden", on[f.Hidden]},
 	} {
 		if row[1] != "" {
 			fmt.Fprintf(w, "  %s\t%s\n", row[0], row[1])
 		}
 	}
 	for _, c := range f.Commands {
-		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
+		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, safe(c.What))
 	}
 	fmt.Fprintf(w, "  connections\t%d, %d accepted, %d rejected\n", t.Connections, t.Connects, t.Rejects)
+	for _, why := range slices.Sorted(maps.Keys(t.Refusals)) {
+		fmt.Fprintf(w, "  refused\t%d, %s\n", t.Refusals[why], why)
+	}
 	fmt.Fprintf(w, "  commands\t%d reads (%s), %d writes (%s), %d errors\n",
 		t.Reads, humanize.IBytes(t.ReadBytes), t.Writes, humanize.IBytes(t.WriteBytes), t.Errors)
 }

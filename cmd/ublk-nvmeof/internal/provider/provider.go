@@ -1,5 +1,5 @@
-// Package provider chooses how RDMA is done: with an RDMA device, by
-// rdma/verbs, or without one, by rdma/roce.
+// Package provider chooses how RDMA is done: rdma/verbs with an RDMA device, or
+// rdma/roce without one.
 package provider
 
 import (
@@ -14,11 +14,12 @@ import (
 	"ublk-nvmeof/rdma/verbs"
 )
 
-// Choice is the name of a provider and why it is this one.
+// Choice is the name of a provider and the reason for it.
 type Choice struct{ Name, Reason string }
 
-// Choose is what --provider means for a host and the address of its target, or
-// for a target and its own address, given the route there.
+// Choose applies the flag --provider. addr is the address of the target, for a host, or
+// the own address, for a target; route and err are what host.RouteTo returned for
+// it.
 func Choose(flag string, addr netip.Addr, route host.Route, err error) Choice {
 	return choose(flag, addr, route, err, verbs.Supported, len(host.RDMADevices()) > 0)
 }
@@ -41,16 +42,17 @@ func choose(flag string, addr netip.Addr, route host.Route, err error, supported
 	return c
 }
 
-// ForHost opens a provider that connects. One that is an io.Closer has to be
-// closed.
+// ForHost opens a provider that connects. If it is an io.Closer, the caller closes
+// it.
 func ForHost(name string) (rdma.Provider, error) {
 	return open(name, roce.Config{OnDemand: true, Receivers: receivers()})
 }
 
-// Counters are what a provider counts that handles packets itself.
+// Counters are the packet counters of a provider that handles packets itself.
 type Counters = roce.Counters
 
-// CountersOf is how to read the counters of a provider; nil if it has none.
+// CountersOf returns a function that reads the counters of a provider, or nil if it has
+// none.
 func CountersOf(p rdma.Provider) func() Counters {
 	if c, ok := p.(interface{ Snapshot() Counters }); ok {
 		return c.Snapshot
@@ -63,7 +65,8 @@ func ForTarget(name string, addr netip.Addr) (rdma.Provider, error) {
 	return open(name, roce.Config{Addrs: []netip.Addr{addr}, Receivers: receivers()})
 }
 
-// receivers is a receive loop for each CPU, as there are I/O queues, within reason.
+// receivers is the number of receive loops: one for each CPU, as for I/O queues, but at
+// most 8.
 func receivers() int { return min(runtime.NumCPU(), 8) }
 
 func open(name string, cfg roce.Config) (rdma.Provider, error) {

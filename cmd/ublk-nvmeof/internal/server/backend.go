@@ -90,12 +90,12 @@ var actual = backend{
 	route:        host.RouteTo,
 	provider:     provider.ForHost,
 	prepare:      host.Prepare,
-	loop:         poller.New,
+	loop:         explainedLoop,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, host.ExplainMemlock(err)
 		}
 		var found []namespace
 		for _, ns := range c.Namespaces() {
@@ -122,6 +122,12 @@ var actual = backend{
 	list:    ublk.List,
 	remove:  ublk.Remove,
 	abandon: ublk.Abandon,
+}
+
+// explainedLoop makes a loop; an error names the limit that is in the way.
+func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
+	l, err := poller.New(cfg)
+	return l, host.ExplainMemlock(err)
 }
 
 // ublkDevice is a ublk.Device.

@@ -21,10 +21,11 @@ import (
 // reserve finds the target's address and takes a name: a new one, that of a dead
 // server, or for the time being that of the server which runs and is succeeded.
 func (s *server) reserve(ctx context.Context) error {
-	var err error
-	if s.remote, err = s.opts.Resolve(ctx); err != nil {
+	found, err := s.opts.Resolve(ctx)
+	if err != nil {
 		return exit.Errorf(exit.Unreachable, "%v", err)
 	}
+	s.remote = s.reachable(found)
 	if s.cfg.Succeeds != "" {
 		err = s.succeed()
 	} else {
@@ -123,6 +124,9 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		Associated: s.record.associated, Log: s.log,
 	}
+	if s.opts.Named() {
+		cfg.Resolve = s.opts.Resolve
+	}
 	if s.opts.FastIOFail != options.Off {
 		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
 	}
@@ -137,7 +141,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 	if exit.Of(err) == exit.NoRDMA {
 		return s.noRDMA(err)
 	}
-	return exit.Connecting(s.remote.String(), s.opts.NQN, s.opts.HostNQN, err)
+	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
 }
 
 // serveNamespaces takes over the devices that wait for a server, or makes those of

@@ -1,14 +1,17 @@
-// Package server is the process that serves one subsystem: it composes an RDMA
-// provider, run loops, a controller and one ublk device per namespace, keeps
-// them until it is told to end, and takes them apart in the reverse order.
+// Package server is the process that serves one subsystem. It makes an RDMA provider,
+// loops, a controller and a device for each namespace, keeps them until it is told
+// to end, and takes them apart in the reverse order.
 //
 // # Ending
 //
-// Whatever asks for the end (a signal, a disconnect request, the last device
-// being deleted by somebody else), the order is the same and every step is
-// bounded: devices, whose requests in flight are waited for; if those do not
-// come back, the controller is aborted, which makes them fail; then the
-// controller's orderly leave; then the loops. A step that does not end in time
-// is given up with everything that depends on it: the process ends anyway, and
-// the kernel takes back what is left.
+// A signal, a disconnect request, or the removal of the last device from outside ends
+// the server. The order of steps is always the same, and each step has a time limit:
+//
+//  1. The devices end, after the requests in flight. If these do not complete, the
+//     controller is aborted, which makes them fail.
+//  2. The controller leaves the target in order.
+//  3. The loops end.
+//
+// A step that exceeds its limit is abandoned together with everything that depends on
+// it. The process ends nevertheless, and the kernel frees what is left.
 package server

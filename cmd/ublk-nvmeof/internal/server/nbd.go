@@ -214,24 +214,6 @@ func removeDeadSocket(path string) error {
 	return nil
 }
 
-// inQuery writes a path that was escaped for a form as clients of NBD read it: they do
-// not take "+" for a space. A slash needs no escape.
-var inQuery = strings.NewReplacer("+", "%20", "%2F", "/")
-
-// uri is where a client finds an export, with TLS if it is secure.
-func uri(at net.Addr, name string, secure bool) string {
-	u := url.URL{Scheme: "nbd", Path: "/" + name}
-	if secure {
-		u.Scheme = "nbds"
-	}
-	if at.Network() == "unix" {
-		u.Scheme += "+unix"
-		return u.Scheme + "://" + u.EscapedPath() + "?socket=" + inQuery.Replace(url.QueryEscape(at.String()))
-	}
-	u.Host = at.String()
-	return u.String()
-}
-
 // exportOf describes the export of a namespace, which is named by its number.
 func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 	x := &export{
@@ -240,7 +222,7 @@ func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 		queueInfo:   queueInfo{Queues: n.queues, Depth: n.depth, MaxIO: min(n.maxIO, int(ns.device.Geometry().MaxIO))},
 	}
 	if n.address != nil {
-		x.record = state.Device{Kind: state.NBDSocket, URI: uri(n.address, x.name, n.secure)}
+		x.record = state.Device{Kind: state.NBDSocket, URI: exportURI(n.address, x.name, n.secure)}
 	}
 	return x
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -12,6 +13,17 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/rdma"
 )
+
+// reachable is the first of the target's addresses that a route leads to, or the
+// first if there is none.
+func (s *server) reachable(addresses []netip.AddrPort) netip.AddrPort {
+	for _, a := range addresses {
+		if _, err := s.back.route(a, s.opts.SourceAddr); err == nil {
+			return a
+		}
+	}
+	return addresses[0]
+}
 
 // chooseProvider opens the provider that was asked for, or the one that the
 // route to the target calls for, and notes which it is and why.

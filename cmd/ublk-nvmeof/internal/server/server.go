@@ -150,7 +150,7 @@ func (s *server) forget(ctx context.Context) error {
 
 // announce tells everybody that the devices are usable.
 func (s *server) announce() error {
-	if err := host.Notify("READY=1\nSTATUS=serving " + s.opts.NQN); err != nil {
+	if err := host.Notify("READY=1", "STATUS=serving "+s.opts.NQN); err != nil {
 		s.log.Warn("service manager not told", "error", err)
 	}
 	if s.cfg.Ready == nil {

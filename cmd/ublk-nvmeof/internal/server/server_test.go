@@ -597,7 +597,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := state.Target{Address: remote, NQN: o.NQN, HostNQN: o.HostNQN}
+	target := state.Target{Address: remote[0], NQN: o.NQN, HostNQN: o.HostNQN}
 	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false)
 	if err != nil {
 		t.Fatal(err)

@@ -82,6 +82,9 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 	if now.Reason != nil {
 		out.Reason = printable(now.Reason.Error())
 	}
+	if connected.Address.IsValid() {
+		out.TrAddr = connected.Address.Addr().String()
+	}
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
 	out.Model, out.Serial, out.Firmware = printable(connected.Model), printable(connected.Serial), printable(connected.Firmware)
 	out.RDMADevice, out.Memory = connected.Device, "registered"

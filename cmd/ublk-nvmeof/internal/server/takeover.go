@@ -188,35 +188,30 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	if d.UUID == "" && d.NGUID == "" && d.EUI64 == "" {
 		s.log.Warn("namespace has no identifier; whether it is the one that the device was made for, only its sizes tell", "device", d.Path(), "nsid", d.NSID)
 	}
-	if err := keepPromises(d, ns); err != nil {
-		return ns, fmt.Errorf("%s must not be served on: namespace %d %w", d.Path(), d.NSID, err)
-	}
 	return ns, nil
 }
 
-// sameNamespace says why a namespace is not the one that a device was made for: one
-// of its identifiers or its block size differs, or an identifier is not there any
-// more. The error continues a sentence.
+// sameNamespace says why a namespace is not, or may not be, the one that a device was
+// made for. As for a namespace of a lost association, an identifier that both have has
+// to be equal and none may differ; without any identifier the number and the size have to
+// do. The error continues a sentence.
 func sameNamespace(d state.Device, ns namespace) error {
-	complete := d.Told != state.Told{} // older versions noted the UUID only
-	for _, id := range []struct {
-		name, was, now string
-		known          bool
-	}{
-		{"UUID", d.UUID, ns.uuid, true},
-		{"NGUID", d.NGUID, ns.nguid, complete},
-		{"EUI64", d.EUI64, ns.eui64, complete},
+	known := false
+	for _, id := range []struct{ name, was, now string }{
+		{"UUID", d.UUID, ns.uuid}, {"NGUID", d.NGUID, ns.nguid}, {"EUI64", d.EUI64, ns.eui64},
 	} {
 		switch {
-		case !id.known, id.was == id.now:
-		case id.was == "" && !complete:
-		case id.was == "":
-			return fmt.Errorf("had no %s and has %s now", id.name, id.now)
-		case id.now == "":
-			return fmt.Errorf("had %s %s and has none now", id.name, id.was)
+		case id.was == "" || id.now == "":
+		case id.was == id.now:
+			known = true
 		default:
 			return fmt.Errorf("had %s %s and has %s now", id.name, id.was, id.now)
 		}
+	}
+	none := d.UUID+d.NGUID+d.EUI64+ns.uuid+ns.nguid+ns.eui64 == ""
+	complete := d.Told != state.Told{} // older versions noted the UUID only
+	if !known && !none && (complete || d.UUID != "") {
+		return errors.New("has no identifier in common with the one that the device was made for")
 	}
 	if !complete {
 		return nil
@@ -225,38 +220,8 @@ func sameNamespace(d state.Device, ns namespace) error {
 	if g.LogicalBlock != d.Told.BlockSize {
 		return fmt.Errorf("had blocks of %d bytes and has %d now", d.Told.BlockSize, g.LogicalBlock)
 	}
-	if size := g.Sectors << block.SectorShift; d.UUID == "" && d.NGUID == "" && d.EUI64 == "" && size != d.Told.Size {
+	if size := g.Sectors << block.SectorShift; none && size != d.Told.Size {
 		return fmt.Errorf("has no identifier, had %d bytes and has %d now", d.Told.Size, size)
-	}
-	return nil
-}
-
-// promiser is a back end that can keep to what the users of a device were told by an
-// earlier process, where that differs from what it would tell them now: from then on,
-// its geometry is what was told where users do not learn of changes. The error says what
-// it cannot keep to, and continues a sentence.
-type promiser interface {
-	Promise(told block.Geometry) error
-}
-
-// keepPromises makes sure that a namespace can be what the users of a device were
-// told. Clients of a socket connect again, and are told anew. The error continues a
-// sentence.
-func keepPromises(d state.Device, ns namespace) error {
-	if d.Kind == state.NBDSocket || d.Told == (state.Told{}) {
-		return nil
-	}
-	now := ns.device.Geometry()
-	if p, ok := ns.device.(promiser); ok {
-		told := now
-		told.Sectors, told.LogicalBlock = d.Told.Size>>block.SectorShift, d.Told.BlockSize
-		told.MaxIO, told.VolatileCache, told.ReadOnly = d.Told.MaxIO, d.Told.VolatileCache, d.Told.ReadOnly
-		told.MaxDiscardSectors = uint32(min(d.Told.MaxDiscard>>block.SectorShift, 1<<32-1))
-		told.MaxZeroesSectors = uint32(min(d.Told.MaxZeroes>>block.SectorShift, 1<<32-1))
-		return p.Promise(told)
-	}
-	if now.VolatileCache && !d.Told.VolatileCache {
-		return errors.New("has a volatile write cache now, and users of the device were told that it has none: they would not flush it")
 	}
 	return nil
 }

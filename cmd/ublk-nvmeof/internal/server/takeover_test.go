@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -27,7 +26,7 @@ func dead(t *testing.T, o *options.Connect, dir string, change func(*state.Entry
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := state.Target{Address: remote, NQN: o.NQN, HostNQN: o.HostNQN}
+	target := state.Target{Address: remote[0], NQN: o.NQN, HostNQN: o.HostNQN}
 	e, err := state.Dir(dir).Reserve(t.Context(), target, []string{"--nqn=" + o.NQN, "--nr-io-queues=1"}, true)
 	if err != nil {
 		t.Fatal(err)
@@ -117,9 +116,8 @@ func TestTakesOverNothingElse(t *testing.T) {
 		want   string
 	}{
 		"UUID":         {func(n *namespace) { n.uuid = "other" }, "had UUID uuid-1 and has other now"},
-		"no UUID":      {func(n *namespace) { n.uuid = "" }, "had UUID uuid-1 and has none now"},
-		"NGUID":        {func(n *namespace) { n.nguid = "ff" }, "had no NGUID and has ff now"},
-		"EUI64":        {func(n *namespace) { n.eui64 = "ee" }, "had no EUI64 and has ee now"},
+		"no UUID":      {func(n *namespace) { n.uuid = "" }, "has no identifier in common"},
+		"NGUID only":   {func(n *namespace) { n.uuid, n.nguid = "", "ff" }, "has no identifier in common"},
 		"block size":   {func(n *namespace) { n.device = disk{nsid: 1, block: 4096} }, "had blocks of 512 bytes and has 4096 now"},
 		"another NSID": {func(n *namespace) { n.nsid = 9 }, "not namespace 1"},
 	} {
@@ -147,67 +145,43 @@ func TestTakesOverNothingElse(t *testing.T) {
 	}
 }
 
-// keeper is a disk that keeps to what users were told, or does not.
-type keeper struct {
-	disk
-	told block.Geometry
-	err  error
-}
-
-func (k *keeper) Promise(told block.Geometry) error {
-	k.told = told
-	return k.err
-}
-
-// What users of a block device were told holds for them: above all that there is no
-// cache which they would have to flush.
-func TestKeepPromises(t *testing.T) {
-	dry := describeRecord(namespace{device: disk{nsid: 1, dry: true}}, state.Device{NSID: 1})
-	socket, old := dry, dry
-	socket.Kind, socket.URI, old.Told = state.NBDSocket, "nbd://x/1", state.Told{}
-	nbdDevice := dry
-	nbdDevice.Kind = state.NBD
-	cached := disk{nsid: 1}
-	for name, tt := range map[string]struct {
-		device state.Device
-		now    block.Device
-		want   string
+// What tells whether a namespace is the one that is on record.
+func TestSameNamespace(t *testing.T) {
+	of := func(uuid, nguid, eui64 string) namespace {
+		return namespace{nsid: 1, uuid: uuid, nguid: nguid, eui64: eui64, device: disk{nsid: 1}}
+	}
+	for _, tt := range []struct {
+		name     string
+		was, now namespace
+		old      bool // the record is of an older version
+		same     bool
 	}{
-		"no cache":                    {dry, disk{nsid: 1, dry: true}, ""},
-		"a cache now":                 {dry, cached, "volatile write cache"},
-		"a cache now, nbd":            {nbdDevice, cached, "volatile write cache"},
-		"a cache, and a client anew":  {socket, cached, ""},
-		"a cache, and it is not told": {old, cached, ""},
-		"a cache before":              {describeRecord(namespace{device: cached}, state.Device{NSID: 1}), disk{nsid: 1, dry: true}, ""},
-		"kept":                        {dry, &keeper{disk: cached}, ""},
-		"not kept":                    {dry, &keeper{disk: cached, err: errors.New("cannot flush")}, "cannot flush"},
+		{"all equal", of("a", "b", "c"), of("a", "b", "c"), false, true},
+		{"one equal, one new", of("a", "", ""), of("a", "b", ""), false, true},
+		{"one equal, one gone", of("a", "b", ""), of("", "b", ""), false, true},
+		{"one equal, one not", of("a", "b", ""), of("a", "x", ""), false, false},
+		{"none in common", of("a", "", ""), of("", "b", ""), false, false},
+		{"none any more", of("a", "", ""), of("", "", ""), false, false},
+		{"none before", of("", "", ""), of("a", "", ""), false, false},
+		{"none at all", of("", "", ""), of("", "", ""), false, true},
+		{"an old record", of("a", "", ""), of("a", "b", ""), true, true},
+		{"an old record, another", of("a", "", ""), of("x", "b", ""), true, false},
+		{"an old record, no UUID now", of("a", "", ""), of("", "b", ""), true, false},
+		{"an old record without", of("", "", ""), of("", "b", ""), true, true},
 	} {
-		err := keepPromises(tt.device, namespace{nsid: 1, device: tt.now})
-		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
-			t.Errorf("%s: %v, want %q", name, err, tt.want)
+		record := describeRecord(tt.was, state.Device{})
+		if tt.old {
+			record.Told = state.Told{}
 		}
-		if k, ok := tt.now.(*keeper); ok && (k.told.VolatileCache || k.told.Sectors != 2048 || k.told.LogicalBlock != 512 || k.told.MaxIO != 1<<20) {
-			t.Errorf("%s: told %+v", name, k.told)
-		}
-	}
-}
-
-// Records of older versions have the UUID only.
-func TestSameNamespaceOfOldRecord(t *testing.T) {
-	ns := namespace{nsid: 1, uuid: "a", nguid: "b", eui64: "c", device: disk{nsid: 1, block: 4096}}
-	for uuid, same := range map[string]bool{"a": true, "": true, "x": false} {
-		if err := sameNamespace(state.Device{NSID: 1, UUID: uuid}, ns); (err == nil) != same {
-			t.Errorf("UUID %q: %v", uuid, err)
+		if err := sameNamespace(record, tt.now); (err == nil) != tt.same {
+			t.Errorf("%s: %v", tt.name, err)
 		}
 	}
-	// Without any identifier only the size tells.
-	bare := namespace{nsid: 1, device: disk{nsid: 1}}
-	record := describeRecord(bare, state.Device{})
-	if err := sameNamespace(record, bare); err != nil {
-		t.Error(err)
-	}
-	if err := sameNamespace(record, namespace{nsid: 1, device: disk{nsid: 2}}); err == nil {
-		t.Error("another size is the same namespace")
+	bare := of("", "", "")
+	other := bare
+	other.device = disk{nsid: 2}
+	if err := sameNamespace(describeRecord(bare, state.Device{}), other); err == nil {
+		t.Error("without identifiers, another size is the same namespace")
 	}
 }
 
@@ -308,23 +282,18 @@ func TestCollectSocket(t *testing.T) {
 	leaves(t, dir, ".controllers.json")
 }
 
-func TestURI(t *testing.T) {
-	for _, tt := range []struct {
-		at     net.Addr
-		secure bool
-		want   string
-	}{
-		{&net.UnixAddr{Name: "/run/nbd.sock", Net: "unix"}, false, "nbd+unix:///7?socket=/run/nbd.sock"},
-		{&net.UnixAddr{Name: "/a b/c+d&e=%f#", Net: "unix"}, true, "nbds+unix:///7?socket=/a%20b/c%2Bd%26e%3D%25f%23"},
-		{&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 10809}, false, "nbd://127.0.0.1:10809/7"},
-		{&net.TCPAddr{IP: net.ParseIP("fe80::1"), Zone: "eth0", Port: 1}, true, "nbds://[fe80::1%25eth0]:1/7"},
+// Records of older versions say where the server listens in the addresses of the
+// devices only.
+func TestListensAt(t *testing.T) {
+	for _, at := range []net.Addr{
+		&net.UnixAddr{Name: "/run/nbd.sock", Net: "unix"},
+		&net.UnixAddr{Name: "/a b/c+d&e=%f#", Net: "unix"},
+		&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 10809},
+		&net.TCPAddr{IP: net.ParseIP("fe80::1"), Zone: "eth0", Port: 1},
 	} {
-		got := uri(tt.at, "7", tt.secure)
-		if got != tt.want {
-			t.Errorf("%v: %s, want %s", tt.at, got, tt.want)
-		}
-		if at := listensAt(state.State{Devices: []state.Device{{Kind: state.NBDSocket, URI: got}}}); at != tt.at.String() {
-			t.Errorf("%s is at %s, want %v", got, at, tt.at)
+		uri := exportURI(at, "7", false)
+		if got := listensAt(state.State{Devices: []state.Device{{Kind: state.NBDSocket, URI: uri}}}); got != at.String() {
+			t.Errorf("%s is at %s, want %v", uri, got, at)
 		}
 	}
 }

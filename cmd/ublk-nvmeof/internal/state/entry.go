@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 // DuplicateError is a target that a server, which may be about to, connects to.
@@ -42,7 +44,7 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(string(d), 0o755); err != nil {
+	if err := rundir.Make(string(d), 0o755); err != nil {
 		return nil, fmt.Errorf("make run directory: %w", err)
 	}
 	unlock, err := d.lock(ctx)

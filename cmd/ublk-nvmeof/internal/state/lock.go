@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 const (
@@ -27,10 +30,11 @@ const (
 // lock ends with the process. Errors: fs.ErrNotExist if there is no run directory;
 // one that names who has the lock, and is ctx' error or context.DeadlineExceeded.
 func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
-	fd, err := d.openLock()
+	file, err := d.openLock()
 	if err != nil {
 		return nil, fmt.Errorf("lock run directory %s: %w", d, err)
 	}
+	fd := int(file.Fd())
 	began := time.Now()
 	limited, cancel := context.WithTimeout(ctx, lockTime)
 	defer cancel()
@@ -38,16 +42,16 @@ func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
 		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 		switch {
 		case err == nil:
-			return func() { unix.Close(fd) }, nil
+			return func() { file.Close() }, nil
 		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
-			unix.Close(fd)
+			file.Close()
 			return nil, fmt.Errorf("lock run directory %s: %w", d, err)
 		}
 		select {
 		case <-time.After(lockRetry):
 		case <-limited.Done():
 			holder := lockHolder(fd)
-			unix.Close(fd)
+			file.Close()
 			return nil, fmt.Errorf("lock run directory %s: %s has it locked, waited %v: %w",
 				d, holder, time.Since(began).Round(time.Millisecond), context.Cause(limited))
 		}
@@ -55,40 +59,19 @@ func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
 }
 
 // openLock opens the lock file, in a directory where nobody else can replace it.
-func (d Dir) openLock() (fd int, err error) {
-	dir, err := unix.Open(string(d), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+func (d Dir) openLock() (*os.File, error) {
+	f, err := rundir.OpenFile(filepath.Join(string(d), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
-	defer unix.Close(dir)
-	if err := ownedAlone(dir, unix.S_IWGRP|unix.S_IWOTH); err != nil {
-		return -1, err
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s can be opened, and so locked, by others (mode %04o); want 0600", f.Name(), info.Mode().Perm())
 	}
-	fd, err = unix.Openat(dir, lockFile, unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return -1, fmt.Errorf("open %s: %w", lockFile, err)
+		return nil, errors.Join(err, f.Close())
 	}
-	if err := ownedAlone(fd, unix.S_IRWXG|unix.S_IRWXO); err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("%s: %w", lockFile, err)
-	}
-	return fd, nil
-}
-
-// ownedAlone makes sure that a file is this user's, or root's, and that others do
-// not have rights.
-func ownedAlone(fd int, rights uint32) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
-	if me := uint32(os.Geteuid()); st.Uid != me && st.Uid != 0 {
-		return fmt.Errorf("it belongs to user %d, not to %d or root", st.Uid, me)
-	}
-	if st.Mode&rights != 0 {
-		return fmt.Errorf("its mode %04o gives other users rights that nobody but its owner may have: %04o", st.Mode&0o7777, st.Mode&rights)
-	}
-	return nil
+	return f, nil
 }
 
 // lockHolder names the process that has a file locked.

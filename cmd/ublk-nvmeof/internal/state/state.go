@@ -43,9 +43,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultDir is the run directory.
-const DefaultDir Dir = "/run/ublk-nvmeof"
-
 // SchemaVersion is that of state.json. Fields may be added to a version; those
 // that a record lacks are unknown.
 const SchemaVersion = 1

@@ -21,11 +21,14 @@ type Status struct {
 	Connections int    `json:"connections"` // at this moment
 	Connects    uint64 `json:"connects"`    // accepted since the start
 	Rejects     uint64 `json:"rejects"`     // refused since the start
-	Reads       uint64 `json:"reads"`
-	Writes      uint64 `json:"writes"`
-	ReadBytes   uint64 `json:"read_bytes"`
-	WriteBytes  uint64 `json:"write_bytes"`
-	Errors      uint64 `json:"errors"`
+	// Refusals are connect requests and Connect commands that were refused since
+	// the start, by reason.
+	Refusals   map[string]uint64 `json:"refusals"`
+	Reads      uint64            `json:"reads"`
+	Writes     uint64            `json:"writes"`
+	ReadBytes  uint64            `json:"read_bytes"`
+	WriteBytes uint64            `json:"write_bytes"`
+	Errors     uint64            `json:"errors"`
 }
 
 // Subsystem is a subsystem of a target.
@@ -44,6 +47,9 @@ type NamespaceStatus struct {
 	Size      int64  `json:"size"`
 	BlockSize int    `json:"block_size"`
 	ReadOnly  bool   `json:"read_only"`
+	UUID      string `json:"uuid,omitempty"`
+	// NewAtStart says that the UUID is another one at each start of the target.
+	NewAtStart bool `json:"new_at_start,omitempty"`
 }
 
 // Controller is a connected host.
@@ -52,12 +58,16 @@ type Controller struct {
 	NQN     string `json:"subsysnqn"`
 	HostNQN string `json:"hostnqn"`
 	Queues  int    `json:"queues"` // I/O queues
+	// Ending says that the host is gone, but not yet the last of its commands.
+	Ending bool `json:"ending,omitempty"`
 }
 
 // Faults are what is wrong with a target on purpose.
 type Faults struct {
 	Grant    string  `json:"grant,omitempty"`   // what is granted, whatever is asked for
 	Stalled  bool    `json:"stalled,omitempty"` // no command is begun
+	Frozen   bool    `json:"frozen,omitempty"`  // nothing is done at all
+	Hidden   bool    `json:"hidden,omitempty"`  // no namespace is listed
 	Reject   string  `json:"reject,omitempty"`  // connect requests
 	Refuse   string  `json:"refuse,omitempty"`  // Connect commands
 	Commands []Fault `json:"commands"`
@@ -89,6 +99,16 @@ type (
 	// StallRequest stops and starts the target's answers.
 	StallRequest struct {
 		On bool `json:"on"`
+	}
+	// FreezeRequest makes the target do nothing at all for so long, up to an hour; 0
+	// ends it.
+	FreezeRequest struct {
+		Milliseconds int64 `json:"milliseconds"`
+	}
+	// HideRequest makes the target list no namespace for so long, up to an hour; 0
+	// ends it.
+	HideRequest struct {
+		Milliseconds int64 `json:"milliseconds"`
 	}
 	// FaultRequest adds a fault; see options.FaultWords.
 	FaultRequest struct {

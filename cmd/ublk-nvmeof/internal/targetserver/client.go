@@ -36,6 +36,10 @@ func path(request any) string {
 		return "/v1/drop"
 	case StallRequest:
 		return "/v1/stall"
+	case FreezeRequest:
+		return "/v1/freeze"
+	case HideRequest:
+		return "/v1/namespace/hide"
 	case FaultRequest:
 		return "/v1/fault"
 	case UnfaultRequest:

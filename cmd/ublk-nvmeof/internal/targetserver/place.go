@@ -11,15 +11,19 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 const (
 	namePrefix = "target"
 	socketFile = "control.sock"
+	lockFile   = "lock"
 )
 
-// place is the directory of a running target. The lock on it ends with the
-// process, so one that can be locked is left over.
+// place is the directory of a running target. The target holds a lock on a file
+// in it, which only its user can open. The lock ends with the process, so a
+// directory whose lock is free was left by a dead target.
 type place struct {
 	name, dir string
 	lock      *os.File
@@ -32,38 +36,37 @@ func takePlace(runDir string) (*place, error) {
 	for n := 0; ; n++ {
 		p := &place{name: namePrefix + strconv.Itoa(n)}
 		p.dir = filepath.Join(runDir, p.name)
-		for {
-			err := p.take()
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // its owner was just removing it
-			}
-			if err == nil {
-				return p, nil
-			}
-			if !errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, fmt.Errorf("make directory for a target: %w", err)
-			}
-			break
+		err := p.take()
+		for errors.Is(err, fs.ErrNotExist) {
+			err = p.take() // its owner was just removing it
+		}
+		switch {
+		case err == nil:
+			return p, nil
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("make directory for a target: %w", err)
 		}
 	}
 }
 
-// take locks the directory; EWOULDBLOCK if somebody has it.
+// take makes and locks the directory. The error is EWOULDBLOCK if a running
+// target has it, and fs.ErrNotExist if a target has just removed it.
 func (p *place) take() error {
-	if err := os.MkdirAll(p.dir, 0o755); err != nil {
+	if err := rundir.Make(p.dir, 0o755); err != nil {
 		return err
 	}
-	f, err := os.Open(p.dir)
+	path := filepath.Join(p.dir, lockFile)
+	f, err := rundir.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return errors.Join(err, f.Close())
 	}
-	mine, err := f.Stat()
+	locked, err := f.Stat()
 	if err == nil {
 		var there fs.FileInfo
-		if there, err = os.Stat(p.dir); err == nil && !os.SameFile(mine, there) {
+		if there, err = os.Lstat(path); err == nil && !os.SameFile(locked, there) {
 			err = fs.ErrNotExist
 		}
 	}
@@ -79,9 +82,15 @@ func (p *place) take() error {
 	return nil
 }
 
-// leave gives the name back.
+// leave gives the name back. The directory is renamed before anything in it is
+// removed, so that another target that makes it again loses nothing.
 func (p *place) leave() error {
-	return errors.Join(os.RemoveAll(p.dir), p.lock.Close())
+	old := filepath.Join(filepath.Dir(p.dir), fmt.Sprintf(".%s-%d", p.name, os.Getpid()))
+	err := os.Rename(p.dir, old)
+	if err == nil {
+		err = os.RemoveAll(old)
+	}
+	return errors.Join(err, p.lock.Close())
 }
 
 // List finds the names of the targets that run, in order, and takes away what

@@ -2,11 +2,12 @@ package roce
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -14,44 +15,45 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// port is a socket with all that uses it. Locks are taken in the order
-// port.recvMu, port.mu, pair.mu, then all others.
-type port struct {
-	provider *Provider
-	sock     *socket
-	done     chan struct{}           // closed at the end of the receive loop
-	wake     int                     // eventfd that the receive loop looks at
-	file     *os.File                // a copy of the socket for the runtime's poller, unless sole
-	sole     bool                    // for one queue pair and what belongs to it
-	manager  *port                   // has the state of the connections: itself, or another
-	group    atomic.Pointer[[]*port] // of the manager: those that share the UDP port
-	driven   atomic.Bool             // somebody else takes the packets
+// endpoint is a socket with all that uses it. Locks are taken in the order
+// endpoint.recvMu, endpoint.mu, queuePair.mu, then all others.
+type endpoint struct {
+	provider  *Provider
+	sock      *socket
+	done      chan struct{}               // closed at the end of the receive loop
+	wake      int                         // eventfd that the receive loop of a dedicated endpoint looks at
+	file      *os.File                    // a copy of the socket for the runtime's poller, unless dedicated
+	dedicated bool                        // for one queue pair and what belongs to it
+	manager   *endpoint                   // has the state of the connections: itself, or another
+	group     atomic.Pointer[[]*endpoint] // of the manager: those that share the UDP port
+	driven    atomic.Bool                 // somebody else takes the packets
 
-	recvMu sync.Mutex // the outermost lock; guards what follows, and receiving
-	dirty  []*pair    // to settle after the batch
-	shut   bool       // the socket is closed
+	recvMu sync.Mutex   // the outermost lock; guards what follows, and receiving
+	dirty  []*queuePair // to settle after the batch
+	shut   bool         // the socket is closed
+
+	fdMu    sync.Mutex // innermost; guards what follows, and wake against its end
+	fdUsers int        // the endpoint itself, and completion queues that tell its socket (PacketFD)
 
 	// tamper stands between socket and queue pairs; tests lose packets by it.
 	tamper func(packet []byte, deliver func([]byte))
 
-	eventsMu   sync.Mutex // innermost; guards what follows
-	collecting bool       // packets are being taken
-	events     []*queue   // whose events wait until they are
+	eventsMu   sync.Mutex         // innermost; guards what follows
+	collecting bool               // packets are being taken
+	events     []*completionQueue // whose events wait until they are
 
-	pairsMu sync.RWMutex // guards pairs
-	pairs   map[uint32]*pair
+	qpsMu sync.RWMutex // guards pairs
+	qps   map[uint32]*queuePair
 
-	mu        sync.Mutex // guards what follows, and the state of the IDs
-	closed    bool
-	listeners map[uint16]*listener
-	ids       map[uint32]*connID   // by our communication id
-	byPeer    map[peerID]*connID   // those that came by a request
-	byQP      map[peerQP]*connID   // connections and requests by the peer's queue pair
-	farewells map[uint32]*farewell // by our communication id
-	halfOpen  int                  // requests that have no answer
-	tokens    float64              // requests that may be taken now
-	refilled  time.Time            // when tokens was right
-	mads      uint32               // datagrams sent; their sequence numbers
+	mu         sync.Mutex // guards what follows, and the state of the IDs
+	closed     bool
+	listeners  map[uint16]*listener
+	ids        map[uint32]*connID   // by our communication id
+	byPeer     map[peerID]*connID   // those that came by a request
+	byQP       map[peerQP]*connID   // connections and requests by the peer's queue pair
+	farewells  map[uint32]*farewell // by our communication id
+	handshakes handshakes
+	mads       uint32 // datagrams sent; their sequence numbers
 }
 
 // peerID is a communication id of a peer.
@@ -66,20 +68,20 @@ type peerQP struct {
 	qpn  uint32
 }
 
-func newPort(p *Provider, s *socket, sole bool) (*port, error) {
+func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	o := &port{
-		provider: p, sock: s, done: make(chan struct{}), wake: wake, sole: sole,
-		pairs: make(map[uint32]*pair), listeners: make(map[uint16]*listener),
+	o := &endpoint{
+		provider: p, sock: s, done: make(chan struct{}), wake: wake, fdUsers: 1, dedicated: dedicated,
+		qps: make(map[uint32]*queuePair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
-		farewells: make(map[uint32]*farewell),
-		tokens:    float64(p.cfg.MaxRequestRate), refilled: time.Now(),
+		farewells:  make(map[uint32]*farewell),
+		handshakes: handshakes{bySource: make(map[netip.Addr]int), rates: make(map[netip.Addr]*bucket)},
 	}
 	o.manager = o
-	if !sole {
+	if !dedicated {
 		fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
 			return nil, errors.Join(os.NewSyscallError("fcntl", err), unix.Close(wake))
@@ -92,23 +94,23 @@ func newPort(p *Provider, s *socket, sole bool) (*port, error) {
 	return o, nil
 }
 
-// addPair gives a queue pair a random number that is free.
-func (p *port) addPair(q *pair) {
-	p.pairsMu.Lock()
-	defer p.pairsMu.Unlock()
+// addQP gives a queue pair a random number that is free.
+func (p *endpoint) addQP(q *queuePair) {
+	p.qpsMu.Lock()
+	defer p.qpsMu.Unlock()
 	for {
 		q.num = random32() & 0xffffff
-		if q.num >= 16 && p.ownerOf(q.num) == p && p.pairs[q.num] == nil { // the first are special, to some
-			p.pairs[q.num] = q
+		if q.num >= 16 && p.ownerOf(q.num) == p && p.qps[q.num] == nil { // the first are special, to some
+			p.qps[q.num] = q
 			return
 		}
 	}
 }
 
-func (p *port) removePair(q *pair) {
-	p.pairsMu.Lock()
-	defer p.pairsMu.Unlock()
-	delete(p.pairs, q.num)
+func (p *endpoint) removeQP(q *queuePair) {
+	p.qpsMu.Lock()
+	defer p.qpsMu.Unlock()
+	delete(p.qps, q.num)
 }
 
 // drivenCheck is how often the receive loop takes packets that somebody else
@@ -116,9 +118,9 @@ func (p *port) removePair(q *pair) {
 const drivenCheck = 1000
 
 // run is the receive loop.
-func (p *port) run() {
+func (p *endpoint) run() {
 	defer close(p.done)
-	if !p.sole {
+	if !p.dedicated {
 		p.runShared()
 		return
 	}
@@ -142,9 +144,9 @@ func (p *port) run() {
 	}
 }
 
-// runShared is run for a port whose packets nobody else takes. The runtime's
+// runShared is run for an endpoint whose packets nobody else takes. The runtime's
 // poller wakes it with less ado than a thread of its own.
-func (p *port) runShared() {
+func (p *endpoint) runShared() {
 	raw, err := p.file.SyscallConn()
 	if err == nil {
 		err = raw.Read(func(uintptr) bool { return !p.receive() })
@@ -155,9 +157,9 @@ func (p *port) runShared() {
 }
 
 // receive takes all packets that are there; false if there will be no others.
-func (p *port) receive() bool {
+func (p *endpoint) receive() bool {
 	for {
-		more, err := p.turn()
+		more, err := p.receiveBatch()
 		if err != nil {
 			if !errors.Is(err, rdma.ErrClosed) {
 				p.broken(err)
@@ -170,41 +172,80 @@ func (p *port) receive() bool {
 	}
 }
 
+// mostBatches bounds what one call takes of who has other things to do: 32 messages of up to
+// 64 KiB each time.
+const mostBatches = 4
+
+// receiveSome is receive for who serves other things, too. What it leaves is the receive
+// loop's: nothing need come that would make anybody look.
+func (p *endpoint) receiveSome() {
+	for range mostBatches {
+		if more, err := p.receiveBatch(); err != nil || !more {
+			return // the loop will meet the error too
+		}
+	}
+	p.nudge()
+}
+
 // nudge makes the receive loop look at what changed.
-func (p *port) nudge() {
-	if _, err := unix.Write(p.wake, eventfdOne); err != nil {
-		panic("roce: write eventfd: " + err.Error()) // not even 2^64 events fill it
+func (p *endpoint) nudge() {
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers > 0 {
+		_, _ = unix.Write(p.wake, eventfdOne) // fails only if 2^64-2 of them were not read
 	}
 }
 
-// turn takes the packets that are there and lets their queue pairs answer. It
+// hold keeps the descriptors open until release, whatever becomes of the endpoint: their
+// numbers are known to somebody who does not know that it was closed. False: it is too late.
+func (p *endpoint) hold() bool {
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers == 0 {
+		return false
+	}
+	p.fdUsers++
+	return true
+}
+
+// release undoes hold.
+func (p *endpoint) release() error {
+	p.fdMu.Lock()
+	defer p.fdMu.Unlock()
+	if p.fdUsers--; p.fdUsers > 0 {
+		return nil
+	}
+	return errors.Join(p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))
+}
+
+// receiveBatch takes the packets that are there and lets their queue pairs answer. It
 // says whether there is more to do at once.
-func (p *port) turn() (more bool, err error) {
+func (p *endpoint) receiveBatch() (more bool, err error) {
 	p.recvMu.Lock()
 	defer p.recvMu.Unlock()
 	if p.shut {
 		return false, rdma.ErrClosed
 	}
-	return p.turnLocked()
+	return p.receiveBatchLocked()
 }
 
-// poll is turn for who polls a completion queue in vain: it need not wait for
+// poll is receiveBatch for who polls a completion queue in vain: it need not wait for
 // the receive loop to be scheduled. While the loop is at it there is no need.
-func (p *port) poll() {
+func (p *endpoint) poll() {
 	if !p.recvMu.TryLock() {
 		return
 	}
 	more := false
 	if !p.shut {
-		more, _ = p.turnLocked() // the loop will meet the error too
+		more, _ = p.receiveBatchLocked() // the loop will meet the error too
 	}
 	p.recvMu.Unlock()
-	if more && p.sole {
+	if more && p.dedicated {
 		p.nudge() // no packet need come that would wake the loop for the rest
 	}
 }
 
-func (p *port) turnLocked() (more bool, err error) {
+func (p *endpoint) receiveBatchLocked() (more bool, err error) {
 	n, err := p.sock.receive()
 	if n > 0 {
 		p.collect(true)
@@ -238,14 +279,14 @@ func (p *port) turnLocked() (more bool, err error) {
 
 // collect begins and ends the time in which events wait, so that who is woken
 // finds all completions of the batch. Afterwards events is the caller's.
-func (p *port) collect(on bool) {
+func (p *endpoint) collect(on bool) {
 	p.eventsMu.Lock()
 	p.collecting = on
 	p.eventsMu.Unlock()
 }
 
 // postpone says whether the event of a queue will be made later.
-func (p *port) postpone(q *queue) bool {
+func (p *endpoint) postpone(q *completionQueue) bool {
 	p.eventsMu.Lock()
 	defer p.eventsMu.Unlock()
 	if p.collecting {
@@ -255,12 +296,12 @@ func (p *port) postpone(q *queue) bool {
 }
 
 // broken says why nothing can be received any more, to all connections.
-func (p *port) broken(err error) {
+func (p *endpoint) broken(err error) {
 	m := p.manager
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, id := range m.ids {
-		if m != p && (id.qp == nil || id.qp.port != p) {
+		if m != p && (id.qp == nil || id.qp.endpoint != p) {
 			continue
 		}
 		if id.qp != nil {
@@ -271,7 +312,7 @@ func (p *port) broken(err error) {
 }
 
 // datagrams takes what UDP_GRO joined apart.
-func (p *port) datagrams(a *arrival) {
+func (p *endpoint) datagrams(a *arrival) {
 	for i, data := 0, a.data; len(data) > 0; i++ {
 		n := min(a.segment, len(data))
 		packet := data[:n]
@@ -286,7 +327,7 @@ func (p *port) datagrams(a *arrival) {
 
 // tampered is packet through tamper. It has copies, so that without it nothing
 // escapes to the heap.
-func (p *port) tampered(a arrival, packet []byte, i int) {
+func (p *endpoint) tampered(a arrival, packet []byte, i int) {
 	p.tamper(packet, func(packet []byte) { p.packet(&a, packet, i) })
 }
 
@@ -294,7 +335,7 @@ func (p *port) tampered(a arrival, packet []byte, i int) {
 const maxID = batchPackets - 1
 
 // packet takes one packet, the i-th of its group.
-func (p *port) packet(a *arrival, packet []byte, i int) {
+func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 	c := &p.provider.counters
 	h, payload, ok := wire.Parse(packet)
 	if !ok {
@@ -312,16 +353,17 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 			return
 		}
 		c.packetsReceived.Add(1)
-		p.manager.manage(m, a.src, a.dst.Addr())
+		p.manager.manage(m, netip.AddrPortFrom(withScope(a.src.Addr(), a.scope), a.src.Port()), withScope(a.dst.Addr(), a.scope))
 		return
 	}
 	owner := p.ownerOf(h.DestQP)
-	q := owner.pair(h.DestQP)
+	q := owner.qp(h.DestQP)
 	if q == nil {
 		c.unknownQP.Add(1)
 		return
 	}
-	if a.src.Addr() != q.there || a.dst.Addr() != q.here {
+	port := q.peerPort.Load()
+	if a.src.Addr() != q.there || a.dst.Addr() != q.here || a.scope != q.scope || port != 0 && port != uint32(a.src.Port()) {
 		c.wrongAddress.Add(1)
 		return
 	}
@@ -344,7 +386,8 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 	q.receive(&h, packet, payload, a.congested)
 	if owner != p {
 		c.strays.Add(1)
-		for q.settle() {
+		if q.settle() && q.settling.CompareAndSwap(false, true) {
+			go q.settleAll() // its own loop does not know of it, and this one has others to serve
 		}
 		return
 	}
@@ -354,15 +397,15 @@ func (p *port) packet(a *arrival, packet []byte, i int) {
 	}
 }
 
-// pair is the queue pair with a number, or nil.
-func (p *port) pair(qpn uint32) *pair {
-	p.pairsMu.RLock()
-	defer p.pairsMu.RUnlock()
-	return p.pairs[qpn]
+// qp is the queue qp with a number, or nil.
+func (p *endpoint) qp(qpn uint32) *queuePair {
+	p.qpsMu.RLock()
+	defer p.qpsMu.RUnlock()
+	return p.qps[qpn]
 }
 
 // sendMAD sends one message of the connection manager.
-func (p *port) sendMAD(to *path, m *wire.MAD) {
+func (p *endpoint) sendMAD(to *path, m *wire.MAD) {
 	p.mads++
 	b := m.Packet(p.mads & 0xffffff)
 	msg, base := plainMessage(to, b)
@@ -386,20 +429,14 @@ func plainMessage(to *path, b []byte) ([]message, uint32) {
 }
 
 // close ends the receive loop and everything else.
-func (p *port) close() error {
+func (p *endpoint) close() error {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
 		return nil
 	}
-	var ids []*connID
-	for _, id := range p.ids {
-		ids = append(ids, id)
-	}
-	var listeners []*listener
-	for _, l := range p.listeners {
-		listeners = append(listeners, l)
-	}
+	p.closed = true // nothing new begins
+	ids, listeners := slices.Collect(maps.Values(p.ids)), slices.Collect(maps.Values(p.listeners))
 	p.mu.Unlock()
 	var errs []error
 	for _, l := range listeners {
@@ -409,11 +446,13 @@ func (p *port) close() error {
 		errs = append(errs, id.Close())
 	}
 	p.mu.Lock()
-	p.closed = true
 	for _, f := range p.farewells {
 		f.timer.Stop()
 	}
 	clear(p.farewells)
+	if p.handshakes.timer != nil {
+		p.handshakes.timer.Stop()
+	}
 	p.mu.Unlock()
 	p.recvMu.Lock()
 	p.shut = true
@@ -423,5 +462,5 @@ func (p *port) close() error {
 		errs = append(errs, p.file.Close())
 	}
 	<-p.done
-	return errors.Join(append(errs, p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))...)
+	return errors.Join(append(errs, p.release())...)
 }

@@ -12,6 +12,8 @@ import (
 func TestParseNamespace(t *testing.T) {
 	for _, text := range []string{
 		"ram=1048576B", "file=/a/b,nsid=3,block-size=4096B,read-only,cache=8192B,ana-group=2,uuid=12345678-1234-1234-1234-123456789abc", "device=/dev/null",
+		"file=/a b/c,,d,,/e=f\n\"%,nsid=3", "file=/a,,,nsid=3", "file=/a,,,,b",
+		"file=/a,,b,,,,c,shared,uuid=none,nguid=000102030405060708090a0b0c0d0e0f,eui64=0001020304050607",
 	} {
 		n, err := ParseNamespace(text)
 		if err != nil || n.String() != text {
@@ -19,17 +21,23 @@ func TestParseNamespace(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"":                        "it begins with what holds the data",
-		"nsid=1":                  "it begins with what holds the data",
-		"file=":                   "it begins with what holds the data",
-		"ram=x":                   "want a size",
-		"ram=0":                   "want a size",
-		"ram=1MiB,nsid=0":         "want a number, 1 to 1024",
-		"ram=1MiB,block-size=8K":  "want 512, 1KiB, 2KiB or 4KiB",
-		"ram=1MiB,ana-group=33":   "want a number, 1 to 32",
-		"ram=1MiB,uuid=1":         "want a UUID",
-		"ram=1MiB,read-only=true": `"read-only" means nothing`,
-		"ram=1MiB,ram=1MiB":       `"ram" means nothing`,
+		"":                                "it begins with what holds the data",
+		"nsid=1":                          "it begins with what holds the data",
+		"file=":                           "want a path",
+		"ram=x":                           "want a size",
+		"ram=0":                           "want a size",
+		"ram=1MiB,nsid=0":                 "want a number, 1 to 1024",
+		"ram=1MiB,block-size=8K":          "want 512, 1KiB, 2KiB or 4KiB",
+		"ram=1MiB,ana-group=33":           "want a number, 1 to 32",
+		"ram=1MiB,uuid=1":                 "want a UUID",
+		"ram=1MiB,read-only=true":         `read-only="true": want read-only alone`,
+		"ram=2PiB":                        "want at most 1.0 PiB",
+		"ram=1,,0":                        "want a size",
+		"ram=1MiB,shared":                 "memory is of one namespace",
+		"ram=1MiB,nguid=00":               "want 32 hexadecimal digits",
+		"ram=1MiB,eui64=0000000000000000": "not all 0",
+		"ram=1MiB,uuid=00000000-0000-0000-0000-000000000000": "that is not zero",
+		"ram=1MiB,ram=1MiB": `"ram" means nothing`,
 	} {
 		if _, err := ParseNamespace(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", text, err, want)
@@ -46,11 +54,17 @@ func TestParseFault(t *testing.T) {
 		"dnr,status=0x281":                    {Status: 0x281 | nvme.StatusDNR},
 		"status=6":                            {Status: nvme.StatusInternal},
 		"corrupt=sqhead":                      {Corrupt: target.CorruptSQHead},
+		"corrupt=lost,lid=4,count=1": {Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminGetLogPage}, Selectors: []uint8{4}},
+			Count: 1, Corrupt: target.CorruptLost},
+		"cns=3,status=2,dnr":   {Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{3}}, Status: 2 | nvme.StatusDNR},
+		"fid=7,drop":           {Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminSetFeatures, nvme.AdminGetFeatures}, Selectors: []uint8{7}}, Drop: true},
+		"hold=6s,opcode=write": {Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Hold: 6 * time.Second},
+		"status=0x82,crd=3":    {Status: 0x82 | 3<<11},
 	} {
 		got, err := ParseFault(text)
 		if err != nil || got.Delay != want.Delay || got.Drop != want.Drop || got.Disconnect != want.Disconnect || got.Status != want.Status ||
 			got.Corrupt != want.Corrupt || got.Skip != want.Skip || got.Count != want.Count || got.Admin != want.Admin || got.QID != want.QID ||
-			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) {
+			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) || string(got.Selectors) != string(want.Selectors) || got.Hold != want.Hold {
 			t.Errorf("%s: %+v, %v", text, got, err)
 		}
 	}
@@ -65,6 +79,11 @@ func TestParseFault(t *testing.T) {
 		"drop,count=0":          "want a number",
 		"drop,qid=65536":        "want a number, 1 to 65535",
 		"stall":                 `"stall" means nothing`,
+		"drop,dnr":              "want status=CODE as well",
+		"hold=1s,admin":         "do not enter a store",
+		"drop,admin=1":          "want admin alone",
+		"status=6,crd=4":        "want a number, 1 to 3",
+		"cns=256,drop":          "want a number, 0 to 255",
 		"drop,admin,opcode=dsm": "want a number or abort",
 	} {
 		if _, err := ParseFault(text); err == nil || !strings.Contains(err.Error(), want) {

@@ -3,7 +3,7 @@ package initiator
 import (
 	"errors"
 	"fmt"
-	"time"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -13,26 +13,19 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// maxRetries bounds how often a command is sent again after an error status
-// without Do Not Retry (nvme_core.max_retries).
-const maxRetries = 5
-
-// pathRetryDelay is the time until a command is sent again that failed for a
-// reason on the way to the namespace.
-const pathRetryDelay = 200 * time.Millisecond
-
-// pair is an I/O queue pair on the lane that drives it. All of it is the
-// lane's.
-type pair struct {
+// queuePair is an I/O queue pair on the lane that drives it. All of it is the
+// lane's, except inflight.
+type queuePair struct {
 	*connection
 	assoc *association
 	lane  *lane
 	class poller.Class
 
-	inCapsule uint32 // bytes of data that a capsule may carry
-	checkHead bool   // SQ flow control is on, so responses carry SQHD
-	requests  []*request
-	waiting   fifo // requests without a slot
+	inCapsule uint32        // bytes of data that a capsule may carry
+	checkHead bool          // SQ flow control is on, so responses carry SQHD
+	requests  []*request    // by slot: the command in flight is the request's
+	waiting   fifo          // requests without a slot
+	inflight  atomic.Uint32 // requests in both; any goroutine reads it
 	reaped    []uint16
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // an event will come for the next response
@@ -40,8 +33,8 @@ type pair struct {
 	unacked   int
 }
 
-func newPair(a *association, conn *connection, l *lane, class poller.Class, inCapsule uint32, checkHead bool) *pair {
-	return &pair{
+func newQueuePair(a *association, conn *connection, l *lane, class poller.Class, inCapsule uint32, checkHead bool) *queuePair {
+	return &queuePair{
 		connection: conn, assoc: a, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
 		requests: make([]*request, conn.sq.Slots()),
 		reaped:   make([]uint16, conn.sq.Slots()),
@@ -49,7 +42,7 @@ func newPair(a *association, conn *connection, l *lane, class poller.Class, inCa
 }
 
 // attach makes the loop hear of what comes for the pair. Loop only.
-func (p *pair) attach() error {
+func (p *queuePair) attach() error {
 	l := p.lane.loop
 	fd := p.cq.FD()
 	if fd >= 0 {
@@ -72,7 +65,7 @@ func (p *pair) attach() error {
 }
 
 // detach undoes attach. Any goroutine but the loop.
-func (p *pair) detach() error {
+func (p *queuePair) detach() error {
 	l := p.lane.loop
 	var errs []error
 	if p.receiver != nil {
@@ -95,51 +88,102 @@ type packets struct{ rdma.Receiver }
 func (r packets) Event(int) { r.Receive() }
 
 // start sends a request with the next flush, or queues it for a slot.
-func (p *pair) start(r *request) {
+func (p *queuePair) start(r *request) {
+	p.inflight.Store(p.inflight.Load() + 1)
+	p.enter(r)
+}
+
+// enter is start for a request that the queue pair has counted already.
+func (p *queuePair) enter(r *request) {
 	if p.lost || p.waiting.head != nil || !p.push(r) {
 		p.waiting.push(r)
 	}
 }
 
-// push builds the command of a request; false without a free slot.
-func (p *pair) push(r *request) bool {
+// finish ends a request of this queue pair.
+func (p *queuePair) finish(r *request, errno uint16) {
+	p.inflight.Store(p.inflight.Load() - 1)
+	p.lane.finish(r, errno)
+}
+
+// push builds the next command of a request; false without a free slot. A request
+// takes more than one command when a limit of the target has become smaller than it
+// was when the front end learned it.
+func (p *queuePair) push(r *request) bool {
+	ns := r.home.ns
+	terms := ns.terms.Load()
+	if r.io.Op == block.OpDiscard && terms.discard == 0 {
+		p.finish(r, uint16(unix.EOPNOTSUPP))
+		return true
+	}
 	slot, cmd, ok := p.sq.Get()
 	if !ok {
 		return false
 	}
+	if r.assoc != p.assoc {
+		// What an earlier association transferred may be lost with a target's cache.
+		r.assoc, r.progress = p.assoc, 0
+	}
 	p.requests[slot] = r
 	r.posted = p.lane.ctrl.clock.Load()
-	ns := r.home.ns
-	lba := r.io.Sector >> ns.sectorShift
-	blocks := r.io.Sectors >> ns.sectorShift
 	var capsule rdma.SGE
 	switch r.io.Op {
 	case block.OpRead:
+		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetRead(ns.id, lba, blocks, false)
-		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.io.Sectors<<block.SectorShift, r.home.rkey, false)
+		cmd.SetKeyedSGL(r.home.addr(r.io.Tag)+r.offset(), length, r.home.rkey, false)
 	case block.OpWrite:
-		cmd.SetWrite(ns.id, lba, blocks, r.io.Flags&block.FUA != 0)
-		capsule = p.inline(cmd, r, r.io.Sectors<<block.SectorShift)
+		lba, blocks, length := r.piece(terms.transfer)
+		cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
+		capsule = p.inline(cmd, r, r.offset(), length)
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case block.OpDiscard:
+		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
-		capsule = p.inline(cmd, r, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
+		capsule = p.inline(cmd, r, 0, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
 	case block.OpWriteZeroes:
-		cmd.SetWriteZeroes(ns.id, lba, blocks, r.io.Flags&block.FUA != 0, ns.deallocateZeroes && r.io.Flags&block.NoUnmap == 0)
+		if terms.zeroes == 0 {
+			// The target could once. Zeroes are written from the request's buffer.
+			lba, blocks, length := r.piece(min(terms.transfer, uint32(r.home.maxIO)>>block.SectorShift))
+			clear(r.home.Buffer(r.io.Tag)[:length])
+			cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
+			capsule = p.inline(cmd, r, 0, length)
+			break
+		}
+		lba, blocks, _ := r.piece(terms.zeroes)
+		cmd.SetWriteZeroes(ns.id, lba, blocks, r.durable(terms), terms.deallocateZeroes && r.io.Flags&block.NoUnmap == 0)
 	}
 	p.sq.Push(slot, capsule)
 	return true
 }
 
-// inline gives a command the first n bytes of its request's buffer to read: in
-// the capsule if they fit, by key otherwise.
-func (p *pair) inline(cmd *nvme.Command, r *request, n uint32) rdma.SGE {
+// piece is what the next command of a request covers: at most limit sectors of what
+// is left, in logical blocks and in bytes.
+func (r *request) piece(limit uint32) (lba uint64, blocks, length uint32) {
+	shift := r.home.ns.sectorShift
+	r.sent = min(r.io.Sectors-r.progress, limit)
+	return (r.io.Sector + uint64(r.progress)) >> shift, r.sent >> shift, r.sent << block.SectorShift
+}
+
+// offset is where the next command's data are in the request's buffer.
+func (r *request) offset() uint64 { return uint64(r.progress) << block.SectorShift }
+
+// durable says whether the data have to be on stable media when the command ends.
+// A front end without a volatile cache sends no flush.
+func (r *request) durable(t *terms) bool {
+	return r.io.Flags&block.FUA != 0 || t.volatileCache && r.home.writeThrough
+}
+
+// inline gives a command n bytes of its request's buffer to read: in the capsule
+// if they fit, by key otherwise.
+func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint32) rdma.SGE {
+	addr := r.home.addr(r.io.Tag) + offset
 	if n <= p.inCapsule {
 		cmd.SetInCapsuleSGL(0, n)
-		return rdma.SGE{Addr: r.home.addr(r.io.Tag), Length: n, LKey: r.home.lkey}
+		return rdma.SGE{Addr: addr, Length: n, LKey: r.home.lkey}
 	}
-	cmd.SetKeyedSGL(r.home.addr(r.io.Tag), n, r.home.rkey, false)
+	cmd.SetKeyedSGL(addr, n, r.home.rkey, false)
 	return rdma.SGE{}
 }
 
@@ -155,7 +199,7 @@ func putRange(b []byte, blocks uint32, lba uint64) uint32 {
 }
 
 // poll posts what was pushed and takes what was answered.
-func (p *pair) poll() int {
+func (p *queuePair) poll() int {
 	if p.lost {
 		return 0
 	}
@@ -177,7 +221,7 @@ func (p *pair) poll() int {
 	return n
 }
 
-func (p *pair) answers() int {
+func (p *queuePair) answers() int {
 	events, err := p.cq.Poll()
 	for i := range events {
 		e := &events[i]
@@ -193,21 +237,7 @@ func (p *pair) answers() int {
 			p.fail(fmt.Errorf("response with submission queue head %d beyond the queue", e.Completion.SQHead()))
 			return i
 		}
-		r := p.requests[slot]
-		status := e.Completion.Status()
-		r.errno = 0
-		if !status.OK() {
-			r.errno = errnoOf(status)
-			if retryable(status) && r.tries < maxRetries {
-				p.retry(slot, r, status)
-				continue
-			}
-			p.lane.ctrl.reportStatus(r, status)
-		}
-		if p.sq.Answer(slot) {
-			p.requests[slot] = nil
-			p.lane.finish(r, r.errno)
-		}
+		p.answer(slot, e.Completion.Status())
 	}
 	if err != nil {
 		p.fail(err)
@@ -215,39 +245,60 @@ func (p *pair) answers() int {
 	return len(events)
 }
 
-// retryable says that the target may do better next time.
-func retryable(s nvme.Status) bool { return !s.DNR() }
+// answer takes the response to the command in a slot.
+func (p *queuePair) answer(slot uint16, status nvme.Status) {
+	c, r := p.lane.ctrl, p.requests[slot]
+	r.errno = 0
+	if status.OK() {
+		r.progress += r.sent
+		if r.progress < r.io.Sectors && r.sent > 0 {
+			// The buffer stays with us, so the SEND that may still read it does
+			// not matter.
+			p.sq.Answer(slot)
+			p.requests[slot] = nil
+			p.enter(r)
+			return
+		}
+	} else {
+		if c.mayRetry(p.assoc, r, status) {
+			p.retry(slot, r, status)
+			return
+		}
+		r.errno = errnoOf(status)
+		c.reportStatus(r, status)
+	}
+	if p.sq.Answer(slot) {
+		p.requests[slot] = nil
+		p.finish(r, r.errno)
+	}
+}
 
 // retry sends a command again, after the delay that the target asked for. It
 // may allocate: errors are not the hot path.
-func (p *pair) retry(slot uint16, r *request, status nvme.Status) {
-	r.tries++
+func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
 	// A retry uses the buffer again, it does not give it back, so the SEND that
 	// may still read it does not matter.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
-	delay := time.Duration(p.assoc.identify.CRDT(status.CRD())) * 100 * time.Millisecond
-	if delay == 0 && status.IsPathError() {
-		// Of a namespace that is about to go, too; the event may take a moment.
-		delay = pathRetryDelay
-	}
+	delay := l.ctrl.retryDelay(p.assoc, status)
 	if delay == 0 {
-		p.start(r)
+		p.enter(r)
 		return
 	}
-	time.AfterFunc(delay, func() { l.send(r) })
+	p.inflight.Store(p.inflight.Load() - 1)
+	l.delay(r, delay)
 }
 
 // sends collects completed SENDs.
-func (p *pair) sends() int {
+func (p *queuePair) sends() int {
 	n, err := p.sq.Reap(p.reaped)
 	for _, slot := range p.reaped[:n] {
 		// A command that is sent again has left its slot already.
 		if r := p.requests[slot]; r != nil {
 			p.requests[slot] = nil
-			p.lane.finish(r, r.errno)
+			p.finish(r, r.errno)
 		}
 	}
 	if err != nil {
@@ -257,7 +308,7 @@ func (p *pair) sends() int {
 }
 
 // arm implements the pair's part of poller.Source.
-func (p *pair) arm() poller.Readiness {
+func (p *queuePair) arm() poller.Readiness {
 	switch {
 	case p.lost:
 		return poller.Sleep
@@ -266,6 +317,9 @@ func (p *pair) arm() poller.Readiness {
 	case p.sq.Held() > 0:
 		// The response was faster than the acknowledgement of its SEND, which
 		// is on its way.
+		return poller.Spin
+	case p.waiting.head != nil && p.sq.Starved():
+		// Slots are given back by completions of SENDs, which make no event.
 		return poller.Spin
 	case p.sq.Outstanding() == 0:
 		return poller.Sleep
@@ -283,7 +337,7 @@ func (p *pair) arm() poller.Readiness {
 }
 
 // Event implements poller.Watcher.
-func (p *pair) Event(n int) {
+func (p *queuePair) Event(n int) {
 	p.armed = false
 	// Accounting takes a lock in libibverbs.
 	if p.unacked += n; p.unacked >= 64 {
@@ -291,7 +345,7 @@ func (p *pair) Event(n int) {
 	}
 }
 
-func (p *pair) ack() {
+func (p *queuePair) ack() {
 	if p.unacked > 0 {
 		p.cq.Ack(p.unacked)
 		p.unacked = 0
@@ -299,7 +353,7 @@ func (p *pair) ack() {
 }
 
 // fail leaves the queue pair alone and gives up the association.
-func (p *pair) fail(err error) {
+func (p *queuePair) fail(err error) {
 	if !p.lost {
 		p.lost = true
 		p.assoc.fail(fmt.Errorf("I/O queue %d: %w", p.qid, err))
@@ -309,7 +363,7 @@ func (p *pair) fail(err error) {
 // tend looks after the commands in flight, with each tick of the controller's clock.
 // One that has waited for more than limit ticks ends the association. Before that the
 // target may only be slow; whether its adapter still knows the queue pair is asked.
-func (p *pair) tend(now, limit uint32) {
+func (p *queuePair) tend(now, limit uint32) {
 	if p.lost {
 		return
 	}

@@ -10,22 +10,25 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// queue is a namespace on one lane: the block.Queue that a front end uses. All
+// nsQueue is a namespace on one lane: the block.Queue that a front end uses. All
 // of it is the lane's.
-type queue struct {
-	lane     *lane
-	ns       *Namespace
-	mr       rdma.MR
-	slab     []byte
-	base     uint64
-	rkey     uint32 // keys change with the device, between associations
-	lkey     uint32
-	maxIO    int
-	requests []request // by tag
-	done     fifo
+type nsQueue struct {
+	lane         *lane
+	ns           *Namespace
+	writeThrough bool // the front end's device has no volatile cache
+	mr           rdma.MR
+	slab         []byte
+	base         uint64
+	rkey         uint32 // keys change with the device, between associations
+	lkey         uint32
+	maxIO        int
+	requests     []request // by tag
+	done         fifo
+	refused      []block.Result // of tags that name no request
 }
 
-// OpenQueue implements block.Device.
+// OpenQueue implements block.Device. A queue that would exceed Config.MaxMemory
+// is refused with a *MemoryError.
 func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	switch {
 	case i < 0 || i >= len(ns.ctrl.lanes):
@@ -35,10 +38,14 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	case cfg.MaxIO < unix.Getpagesize() || cfg.MaxIO%unix.Getpagesize() != 0:
 		return nil, fmt.Errorf("open queue %d: maximum I/O of %d bytes is no multiple of the page size", i, cfg.MaxIO)
 	}
-	q := &queue{lane: ns.ctrl.lanes[i], ns: ns, maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth)}
+	q := &nsQueue{
+		lane: ns.ctrl.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
+		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth),
+	}
 	if err := ns.ctrl.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
 	}
+	ns.open.Add(1)
 	for i := range q.requests {
 		q.requests[i].home = q
 	}
@@ -46,63 +53,50 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 }
 
 // Buffer implements block.Queue.
-func (q *queue) Buffer(tag uint16) []byte {
+func (q *nsQueue) Buffer(tag uint16) []byte {
 	at := int(tag) * q.maxIO
 	return q.slab[at : at+q.maxIO : at+q.maxIO]
 }
 
 // addr is the address of a tag's buffer for the target and in an SGE.
-func (q *queue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q.maxIO) }
+func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q.maxIO) }
 
 // Submit implements block.Queue.
-func (q *queue) Submit(reqs []block.Request) {
+func (q *nsQueue) Submit(reqs []block.Request) {
 	l := q.lane
 	l.submitted.Store(l.submitted.Load() + uint64(len(reqs)))
+	terms := q.ns.terms.Load()
 	for i := range reqs {
-		r := &q.requests[reqs[i].Tag]
-		r.io = reqs[i]
-		r.tries = 0
-		if e := q.check(&r.io); e != 0 {
-			l.finish(r, e)
+		io := &reqs[i]
+		if int(io.Tag) >= len(q.requests) || q.requests[io.Tag].submitted {
+			q.refused = append(q.refused, block.Result{Tag: io.Tag, Errno: uint16(unix.EINVAL)})
 			continue
 		}
-		r.class = l.ctrl.classOf(&r.io)
+		r := &q.requests[io.Tag]
+		r.submitted = true
+		r.begin(*io)
+		if e := io.Check(terms.sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
+			l.finish(r, uint16(e))
+			continue
+		}
+		r.class = l.ctrl.classOf(io)
 		l.dispatch(r)
 	}
 }
 
-// check refuses what must not be sent: above all a transfer longer than the
-// buffer, whose key would let the target reach beyond it.
-func (q *queue) check(io *block.Request) uint16 {
-	mask := uint64(1)<<q.ns.sectorShift - 1
-	switch io.Op {
-	case block.OpRead, block.OpWrite:
-		if io.Sectors == 0 || uint64(io.Sectors)<<block.SectorShift > uint64(q.maxIO) {
-			return uint16(unix.EINVAL)
-		}
-	case block.OpDiscard, block.OpWriteZeroes:
-		if io.Sectors == 0 {
-			return uint16(unix.EINVAL)
-		}
-	case block.OpFlush:
-		return 0
-	default:
-		return uint16(unix.EOPNOTSUPP)
-	}
-	if (io.Sector|uint64(io.Sectors))&mask != 0 {
-		return uint16(unix.EINVAL)
-	}
-	return 0
-}
-
 // Reap implements block.Queue.
-func (q *queue) Reap(done []block.Result) int {
+func (q *nsQueue) Reap(done []block.Result) int {
 	n := 0
+	if len(q.refused) > 0 {
+		n = copy(done, q.refused)
+		q.refused = q.refused[n:]
+	}
 	for n < len(done) {
 		r := q.done.pop()
 		if r == nil {
 			break
 		}
+		r.submitted = false
 		done[n] = block.Result{Tag: r.io.Tag, Errno: r.errno}
 		n++
 	}
@@ -113,7 +107,10 @@ func (q *queue) Reap(done []block.Result) int {
 }
 
 // Close implements block.Queue.
-func (q *queue) Close() error { return q.ns.ctrl.mem.shut(q) }
+func (q *nsQueue) Close() error {
+	q.ns.open.Add(-1)
+	return q.ns.ctrl.mem.shut(q)
+}
 
 // classOf is the queue class of a request: ublk passes no hint that an
 // application polls, so size decides what is polled.

@@ -1,0 +1,95 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ringError is an io_uring that cannot be had, with the cause and the remedy.
+type ringError struct {
+	why string
+	err error
+}
+
+func (e *ringError) Error() string {
+	return fmt.Sprintf("io_uring cannot be used (%v): %s", e.err, e.why)
+}
+
+func (e *ringError) Unwrap() error { return e.err }
+
+// CheckIOUring says why this process cannot make an io_uring, without which it
+// cannot serve anything, and what would help. nil: it can.
+func CheckIOUring() error {
+	var params [120]byte // struct io_uring_params of linux/io_uring.h
+	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params)), 0)
+	switch errno {
+	case 0:
+		return unix.Close(int(fd))
+	case unix.ENOMEM:
+		return ExplainMemlock(fmt.Errorf("set up io_uring: %w", errno))
+	}
+	disabled, _ := os.ReadFile("/proc/sys/kernel/io_uring_disabled") // since Linux 6.6
+	status, _ := os.ReadFile("/proc/self/status")
+	return explainRing(errno, strings.TrimSpace(string(disabled)), string(status))
+}
+
+// explainRing explains an error of io_uring_setup(2), with what is in
+// /proc/sys/kernel/io_uring_disabled and /proc/self/status.
+func explainRing(errno unix.Errno, disabled, status string) error {
+	const remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile (docs/ci.md)"
+	filtered := false
+	for line := range strings.Lines(status) {
+		if mode, ok := strings.CutPrefix(line, "Seccomp:"); ok {
+			filtered = strings.TrimSpace(mode) == "2"
+		}
+	}
+	why := "the kernel refuses it"
+	switch {
+	case errno == unix.EPERM && disabled == "2":
+		why = "the administrator has disabled it for every process; sysctl kernel.io_uring_disabled=0 enables it"
+	case errno == unix.EPERM && disabled == "1" && !filtered:
+		why = "the administrator has disabled it for users without CAP_SYS_ADMIN that are not in the group kernel.io_uring_group; sysctl kernel.io_uring_disabled=0 enables it"
+	case filtered:
+		why = "a seccomp filter, as containers have, refuses the system call; " + remedy
+	case errno == unix.ENOSYS:
+		why = "this kernel is built without it (CONFIG_IO_URING), or a sandbox hides it"
+	}
+	return &ringError{why, errno}
+}
+
+// loopMemory is about what a loop locks, in KiB.
+const loopMemory = 100
+
+// ExplainMemlock adds to an error of too little memory that the limit of locked
+// memory is the cause, if there is one, and what would help. Other errors, and
+// nil, are returned as they are.
+func ExplainMemlock(err error) error {
+	var limit unix.Rlimit
+	if !errors.Is(err, unix.ENOMEM) || mayLock() || unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil {
+		return err
+	}
+	return explainMemlock(err, limit.Cur)
+}
+
+// explainMemlock is ExplainMemlock for a limit in bytes.
+func explainMemlock(err error, limit uint64) error {
+	if limit == unix.RLIM_INFINITY {
+		return err
+	}
+	return fmt.Errorf("%w: the processes of this user may lock %d KiB of memory (RLIMIT_MEMLOCK), and each I/O queue takes about %d KiB, "+
+		"with an RDMA device its buffers as well; raise the limit (ulimit -l, LimitMEMLOCK= of a service, --ulimit memlock= of a container), or ask for fewer queues (--nr-io-queues)",
+		err, limit>>10, loopMemory)
+}
+
+// mayLock says whether the process has CAP_IPC_LOCK, for which there is no limit.
+func mayLock() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	err := unix.Capget(&header, &data[0])
+	return err == nil && data[0].Effective&(1<<unix.CAP_IPC_LOCK) != 0
+}

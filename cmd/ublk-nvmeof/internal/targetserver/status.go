@@ -1,0 +1,66 @@
+package targetserver
+
+import (
+	"os"
+	"slices"
+	"strconv"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/target"
+)
+
+// status describes everything.
+func (s *server) status() Status {
+	snap := s.target.Snapshot()
+	addr := s.target.Addr()
+	out := Status{
+		SchemaVersion: SchemaVersion, Name: s.place.name, PID: os.Getpid(),
+		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
+		Provider: s.choice.Name, ProviderReason: s.choice.Reason,
+		Subsystems: []Subsystem{}, Controllers: []Controller{},
+		Connections: snap.Connections, Connects: snap.Connects, Rejects: snap.Rejects, Refusals: snap.Refusals,
+		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
+		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
+	}
+	for _, c := range snap.Controllers {
+		io := slices.DeleteFunc(slices.Clone(c.Queues), func(q target.QueueStats) bool { return q.QID == 0 })
+		out.Controllers = append(out.Controllers, Controller{CNTLID: c.CNTLID, NQN: c.SubNQN, HostNQN: c.HostNQN, Queues: len(io), Ending: c.Ending})
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out.Faults = s.standing
+	out.Faults.Frozen, out.Faults.Hidden = s.target.Faults().Frozen(), s.target.Faults().Hidden()
+	out.Faults.Commands = []Fault{}
+	for _, f := range s.faults {
+		out.Faults.Commands = append(out.Faults.Commands, f.Fault)
+	}
+	for _, sub := range s.subsystems {
+		d := Subsystem{NQN: sub.cfg.NQN, MaxQueues: sub.cfg.MaxQueues, AllowHosts: sub.cfg.AllowHosts, ANA: map[string]string{}, Namespaces: []NamespaceStatus{}}
+		for group, state := range sub.ana {
+			d.ANA[group] = state
+		}
+		for _, n := range sub.namespaces {
+			d.Namespaces = append(d.Namespaces, n.status())
+		}
+		out.Subsystems = append(out.Subsystems, d)
+	}
+	return out
+}
+
+func (n *namespace) status() NamespaceStatus {
+	out := NamespaceStatus{
+		NSID: n.NSID(), Data: n.spec.File, BlockSize: n.spec.BlockSize, ReadOnly: n.ReadOnly(), NewAtStart: n.newAtStart(),
+	}
+	if id := n.UUID(); !id.IsZero() {
+		out.UUID = id.String()
+	}
+	if n.ram != nil {
+		out.Data, out.Size = "ram", n.ram.Size()
+	} else {
+		out.Size = n.file.Size()
+	}
+	if out.BlockSize == 0 {
+		out.BlockSize = 512
+	}
+	return out
+}

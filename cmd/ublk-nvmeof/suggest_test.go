@@ -1,0 +1,51 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+)
+
+// A verb or a flag that does not exist is named as such, whatever else is wrong,
+// with the one that was probably meant.
+func TestUnknownVerbsAndFlags(t *testing.T) {
+	for args, want := range map[string]string{
+		"discover -t rdma -a 10.0.0.1":  `unknown command "discover" for "ublk-nvmeof"; want one of completion, connect, disconnect, `,
+		"--run-dir /x connect-all -q y": `unknown command "connect-all" for "ublk-nvmeof"; did you mean "connect"?`,
+		"lst --json":                    `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
+		"id-ctrl /dev/nvme0":            `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, connect, `,
+		"target grnat -q":               `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
+		"target namespace rezise 1 1G":  `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
+		"connect --nqm x":               `connect: unknown flag: --nqm; did you mean "--nqn"?`,
+		"connect --nr-io-queue=3":       `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
+		"connect --hdr-digest":          `connect: unknown flag: --hdr-digest` + "\n",
+		"connect -A 10.0.0.1":           `connect: unknown flag: -A; did you mean "-a"?`,
+		"connect -g":                    `connect: unknown flag: -g` + "\n",
+		"-a 10.0.0.1 -n nqn.x":          `unknown shorthand flag: 'a' in -a; flags follow the command, see ublk-nvmeof --help`,
+		"disconnect --froce -n x":       `disconnect: unknown flag: --froce; did you mean "--force"?`,
+		"serv --report-fd=3":            `unknown command "serv"`, // serve is hidden
+		"target fault drop --nsid 3":    `target fault: unknown flag: --nsid`,
+	} {
+		stdout, stderr, code := program(t, strings.Fields(args)...)
+		if code != exit.Usage || stdout != "" || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: exit code %d, %q %q, want %q", args, code, stdout, stderr, want)
+		}
+	}
+	for _, args := range []string{"help", "help connect", "completion bash", "__complete con", "--help", "target --help", "-h"} {
+		if _, stderr, code := program(t, strings.Fields(args)...); code != exit.OK {
+			t.Errorf("%s: exit code %d, %q", args, code, stderr)
+		}
+	}
+}
+
+func TestEdits(t *testing.T) {
+	for words, want := range map[string]int{
+		"/": 0, "a/": 1, "/abc": 3, "abc/abc": 0, "abc/ABC": 0, "list/lst": 1, "froce/force": 2, "discover/disconnect": 4, "kitten/sitting": 3, "ü/u": 1,
+	} {
+		a, b, _ := strings.Cut(words, "/")
+		if got := edits(a, b); got != want {
+			t.Errorf("%q and %q: %d, want %d", a, b, got, want)
+		}
+	}
+}

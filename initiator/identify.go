@@ -1,0 +1,224 @@
+package initiator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/nvme"
+)
+
+// maxTransfer is the largest I/O offered, whatever more the controller takes.
+const maxTransfer = 1 << 20
+
+// badDataError is an answer of the target that makes no sense. The target may do
+// better next time.
+type badDataError struct{ error }
+
+func badData(format string, args ...any) error { return &badDataError{fmt.Errorf(format, args...)} }
+
+func (e *badDataError) Unwrap() error { return e.error }
+
+// errInactive is a namespace id that names no namespace at present.
+var errInactive = errors.New("namespace is not active")
+
+// refused says that a controller does not have what a command asks for, and will not
+// have it next time. Any other error status may pass.
+func refused(err error) bool {
+	var s nvme.Status
+	if !errors.As(err, &s) {
+		return false
+	}
+	return s.DNR() || s.Code() == nvme.StatusInvalidOpcode || s.Code() == nvme.StatusInvalidField
+}
+
+// inactive says that the status is that of a namespace id without a namespace.
+func inactive(err error) bool {
+	var s nvme.Status
+	return errors.As(err, &s) && s.Code() == nvme.StatusInvalidNamespace
+}
+
+// activeNamespaces reads the list of active namespaces page by page.
+func (c *Controller) activeNamespaces(ctx context.Context, a *association) ([]uint32, error) {
+	most := a.identify.NN()
+	if n := a.identify.MNAN(); n > 0 {
+		most = min(most, n)
+	}
+	var all []uint32
+	for from := uint32(0); ; {
+		var page [adminPage]byte
+		if err := a.admin.identify(ctx, nvme.CNSActiveNSList, from, &page); err != nil {
+			return nil, err
+		}
+		ids, err := nvme.ActiveNSListAt(page[:]).NSIDs()
+		switch {
+		case err != nil:
+			return nil, badData("%w", err)
+		case len(ids) > 0 && ids[0] <= from:
+			return nil, badData("namespace %d is in the list after %d", ids[0], from)
+		}
+		all = append(all, ids...)
+		switch {
+		case len(all) > maxNamespaces && uint64(len(all)) > uint64(most):
+			return nil, badData("the list has more than the %d namespaces that the controller can have", most)
+		case len(all) > maxNamespaces:
+			return all[:maxNamespaces], nil
+		case len(ids) < adminPage/4:
+			return all, nil
+		}
+		from = ids[len(ids)-1]
+	}
+}
+
+// identifyLimits reads the limits of the NVM command set. known is false if they have
+// to be read once more.
+func (c *Controller) identifyLimits(ctx context.Context, a *association) (limits *nvme.IdentifyControllerNVM, known bool, err error) {
+	limits = new(nvme.IdentifyControllerNVM)
+	cmd := nvme.Command{}
+	cmd.SetIdentify(nvme.CNSControllerCSI, 0, nvme.CSINVM)
+	_, err = a.admin.exec(ctx, &cmd, nil, limits[:])
+	switch {
+	case err == nil:
+		return limits, true, nil
+	case refused(err):
+		return limits, true, nil // older than the command
+	}
+	return limits, false, c.tolerate(a, "identify NVM limits", err)
+}
+
+// UnusableError is a namespace that cannot be a block device here.
+type UnusableError struct{ Reason string }
+
+func (e *UnusableError) Error() string { return "unusable: " + e.Reason }
+
+// identifyNamespace finds out what a namespace is. Errors: errInactive,
+// *UnusableError, and those after which it is unknown.
+func (c *Controller) identifyNamespace(ctx context.Context, a *association, id uint32, limits *nvme.IdentifyControllerNVM) (*Namespace, error) {
+	ns := &Namespace{ctrl: c, id: id}
+	var page [adminPage]byte
+	err := a.admin.identify(ctx, nvme.CNSNamespaceDescriptors, id, &page)
+	switch {
+	case err == nil:
+		if ns.ids, err = nvme.ParseNamespaceDescriptors(page[:]); err != nil {
+			return nil, badData("identification descriptors: %w", err)
+		}
+	case inactive(err):
+		return nil, errInactive
+	case !refused(err):
+		return nil, fmt.Errorf("identification descriptors: %w", err)
+	}
+	if csi := ns.ids.CSI; csi != nvme.CSINVM {
+		return nil, &UnusableError{fmt.Sprintf("command set %d is not NVM", csi)}
+	}
+	var id0 nvme.IdentifyNamespace
+	err = a.admin.identify(ctx, nvme.CNSNamespace, id, (*[adminPage]byte)(&id0))
+	switch {
+	case inactive(err):
+		return nil, errInactive
+	case err != nil:
+		return nil, err
+	case id0.NSZE() == 0:
+		return nil, errInactive // the structure of an inactive namespace is zeroes
+	}
+	// Controllers without descriptors have identifiers here.
+	ns.ids = union(ns.ids, nvme.NamespaceIDs{NGUID: id0.NGUID(), EUI64: id0.EUI64()})
+	if ns.geometry, err = geometryOf(a, &id0, limits); err != nil {
+		return nil, err
+	}
+	if err := c.identifyIndependent(ctx, a, ns); err != nil {
+		return nil, fmt.Errorf("properties of any command set: %w", err)
+	}
+	ns.sectorShift = uint8(bits.TrailingZeros32(ns.geometry.LogicalBlock >> block.SectorShift))
+	ns.terms.Store(termsOf(ns.geometry, id0.WriteZeroesDEAC() && id0.DeallocatedRead() == nvme.DLFEATZeroes))
+	return ns, nil
+}
+
+// identifyIndependent learns what newer controllers say of a namespace beside its
+// command set: that it has no volatile cache, whatever the controller has.
+func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns *Namespace) error {
+	if a.version < nvme.NewVersion(2, 0, 0) && !a.cap.CRIMS() {
+		return nil
+	}
+	var id nvme.IdentifyNSIndependent
+	err := a.admin.identify(ctx, nvme.CNSNSIndependent, ns.id, (*[adminPage]byte)(&id))
+	if errors.As(err, new(nvme.Status)) {
+		return nil // the cache is taken to be there
+	}
+	if id.NSFEAT()&nvme.NSIndependentNoVWC != 0 {
+		ns.geometry.VolatileCache = false
+	}
+	return err
+}
+
+// geometryOf translates identify data as Linux' nvme_update_disk_info does.
+func geometryOf(a *association, id *nvme.IdentifyNamespace, limits *nvme.IdentifyControllerNVM) (block.Geometry, error) {
+	var g block.Geometry
+	format := id.Format()
+	switch {
+	case id.NCAP() == 0:
+		return g, &UnusableError{"no capacity"}
+	case format.MS != 0:
+		return g, &UnusableError{fmt.Sprintf("%d bytes of metadata per block", format.MS)}
+	case format.LBADS < 9 || format.LBADS > 12:
+		return g, &UnusableError{fmt.Sprintf("block size 2^%d is not 512..4096", format.LBADS)}
+	case id.NSZE() > math.MaxUint64>>(format.LBADS):
+		return g, &UnusableError{"capacity is beyond 2^64 bytes"}
+	}
+	lbs := uint32(1) << format.LBADS
+	perBlock := lbs >> block.SectorShift
+	g = block.Geometry{
+		Sectors:       id.NSZE() * uint64(perBlock),
+		LogicalBlock:  lbs,
+		PhysicalBlock: lbs,
+		IOMin:         lbs,
+		MaxIO:         maxTransfer,
+		VolatileCache: a.identify.VWC()&nvme.VWCPresent != 0,
+		ReadOnly:      id.WriteProtected(),
+	}
+	if n := a.identify.MaxTransfer(a.cap.MPSMIN()); n > 0 {
+		g.MaxIO = uint32(min(n, maxTransfer))
+	}
+	atomically := uint32(1) // blocks
+	if n := id.NAWUPF(); n > 0 && id.NSFEAT()&nvme.NSFEATAtomic != 0 {
+		atomically = uint32(n) + 1
+	}
+	if id.OPTPERF()&1 != 0 {
+		g.IOMin = lbs * (uint32(id.NPWG()) + 1)
+		atomically = min(atomically, uint32(id.NPWG())+1)
+		g.IOOpt = lbs * (uint32(id.NOWS()) + 1)
+	}
+	g.PhysicalBlock = lbs * floorPow2(atomically)
+	if n := uint32(id.NOIOB()); n > 0 && n&(n-1) == 0 {
+		g.ChunkSectors = n * perBlock
+	}
+	if a.identify.ONCS()&nvme.ONCSDSM != 0 {
+		g.MaxDiscardSectors = math.MaxUint32
+		if n := limits.DMRSL(); n > 0 {
+			g.MaxDiscardSectors = saturate(uint64(n) * uint64(perBlock))
+		}
+		g.DiscardGranularity = lbs
+		if id.OPTPERF()&1 != 0 {
+			g.DiscardGranularity = max(lbs, lbs*(uint32(id.NPDG())+1))
+		}
+	}
+	if a.identify.ONCS()&nvme.ONCSWriteZeroes != 0 {
+		// NLB has 16 bits, and the limit is that of a transfer unless the
+		// controller names another.
+		n := uint64(g.MaxIO) >> block.SectorShift
+		if shift := uint(limits.WZSL()); shift > 0 {
+			n = uint64(1) << min(shift+3+uint(a.cap.MPSMIN()), 40)
+		}
+		g.MaxZeroesSectors = saturate(min(n, 65536*uint64(perBlock)))
+	}
+	if err := g.Validate(); err != nil {
+		return g, &UnusableError{err.Error()}
+	}
+	return g, nil
+}
+
+func floorPow2(n uint32) uint32 { return 1 << (bits.Len32(n) - 1) }
+
+func saturate(n uint64) uint32 { return uint32(min(n, math.MaxUint32)) }

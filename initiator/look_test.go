@@ -1,0 +1,429 @@
+package initiator
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/rdmatest"
+)
+
+// lookSetup is a controller with a fake target, on which namespaces change.
+type lookSetup struct {
+	fabric *rdmatest.Fabric
+	target *fakeTarget
+	loops  []*poller.Loop
+	ctrl   *Controller
+	heard  chan string
+}
+
+func newLookSetup(t *testing.T, set func(*fakeTarget, *Config)) *lookSetup {
+	t.Helper()
+	s := &lookSetup{fabric: rdmatest.NewFabric(), loops: newLoops(t, 1), heard: make(chan string, 64)}
+	s.target = newFakeTarget(t, s.fabric, 1<<20)
+	cfg := testConfig(s.fabric.Provider(hostAddr), s.loops, poller.Request{IO: 1})
+	cfg.ReconnectDelay = 10 * time.Millisecond
+	cfg.Changed = func(ns *Namespace, what Change) { s.heard <- fmt.Sprintf("%d %v", ns.NSID(), what) }
+	if set != nil {
+		set(s.target, &cfg)
+	}
+	s.ctrl = connect(t, cfg)
+	t.Cleanup(func() { closeController(t, s.ctrl) })
+	return s
+}
+
+// restart changes what the target is while the host is cut off from it.
+func (s *lookSetup) restart(change func(*fakeTarget)) {
+	s.target.mu.Lock()
+	change(s.target)
+	s.target.mu.Unlock()
+	s.fabric.KillAll(hostAddr)
+}
+
+func (s *lookSetup) expect(t *testing.T, want string) {
+	t.Helper()
+	select {
+	case got := <-s.heard:
+		if got != want {
+			t.Fatalf("heard %q, want %q", got, want)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatalf("%q was not heard", want)
+	}
+}
+
+func (s *lookSetup) expectNothing(t *testing.T) {
+	t.Helper()
+	select {
+	case got := <-s.heard:
+		t.Fatalf("heard %q", got)
+	default:
+	}
+}
+
+func (s *lookSetup) write(t *testing.T, ns *Namespace) unix.Errno {
+	t.Helper()
+	return unix.Errno(single(t, s.loops[0], ns, block.Request{Op: block.OpWrite, Sectors: 8}))
+}
+
+// whatever a look asks for.
+func isLook(qid uint16, cmd *nvme.Command) bool {
+	return qid == 0 && cmd.Opcode() == nvme.AdminIdentify && cmd.CNS() != nvme.CNSController
+}
+
+// TestLookFails: when one command of the look after an event fails, nothing happens to
+// the namespaces that are there, and the new one is found by a later look.
+func TestLookFails(t *testing.T) {
+	for _, status := range []nvme.Status{nvme.StatusInternal, nvme.StatusANAInaccessible, nvme.StatusNamespaceNotReady, nvme.StatusInternal | nvme.StatusDNR} {
+		for skip := range 8 {
+			t.Run(fmt.Sprintf("%v, command %d", status, skip), func(t *testing.T) {
+				var left atomic.Int32 // commands until the one that fails
+				left.Store(-1)
+				s := newLookSetup(t, func(f *fakeTarget, _ *Config) {
+					f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+						return status, isLook(qid, cmd) && left.Add(-1) == 0
+					}
+				})
+				ns := s.ctrl.Namespaces()[0]
+				left.Store(int32(skip + 1))
+				s.target.change(func() { s.target.namespaces = []uint32{1, 5} })
+				s.expect(t, "5 added")
+				if e := s.write(t, ns); e != 0 {
+					t.Errorf("write: %v", e)
+				}
+				s.expectNothing(t)
+			})
+		}
+	}
+}
+
+// TestPartlyIdentified: a namespace that cannot be identified does not keep the others
+// from being served, neither at the first connect nor at a later one, and is added when
+// it can be.
+func TestPartlyIdentified(t *testing.T) {
+	for _, status := range []nvme.Status{nvme.StatusInternal, nvme.StatusANAInaccessible, nvme.StatusNamespaceNotReady, nvme.StatusInternal | nvme.StatusDNR} {
+		t.Run(status.String(), func(t *testing.T) {
+			var fails atomic.Bool
+			fails.Store(true)
+			s := newLookSetup(t, func(f *fakeTarget, _ *Config) {
+				f.namespaces = []uint32{1, 2}
+				f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+					return status, isLook(qid, cmd) && cmd.CNS() == nvme.CNSNamespace && cmd.NSID() == 2 && fails.Load()
+				}
+			})
+			if all := s.ctrl.Namespaces(); len(all) != 1 || all[0].NSID() != 1 {
+				t.Fatalf("%d namespaces", len(all))
+			}
+			s.restart(func(*fakeTarget) {})
+			if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+				t.Errorf("write: %v", e)
+			}
+			fails.Store(false)
+			s.expect(t, "2 added")
+		})
+	}
+}
+
+// TestIdentifiers: what identifies a namespace after an outage, and what does not.
+func TestIdentifiers(t *testing.T) {
+	refused := func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+		return nvme.StatusInvalidField | nvme.StatusDNR, isLook(qid, cmd) && cmd.CNS() == nvme.CNSNamespaceDescriptors
+	}
+	t.Run("another NGUID without descriptors", func(t *testing.T) {
+		s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.intercept, f.nguid = refused, [16]byte{0xaa} })
+		ns := s.ctrl.Namespaces()[0]
+		s.restart(func(f *fakeTarget) { f.nguid = [16]byte{0xbb} })
+		s.expect(t, "1 removed")
+		s.expect(t, "1 added")
+		if e := s.write(t, ns); e != unix.ENODEV {
+			t.Errorf("write: %v", e)
+		}
+		if n := s.target.commands[nvme.OpWrite]; n != 0 {
+			t.Errorf("%d writes reached the other volume", n)
+		}
+	})
+	t.Run("the same NGUID without descriptors", func(t *testing.T) {
+		s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.intercept, f.nguid = refused, [16]byte{0xaa} })
+		s.restart(func(*fakeTarget) {})
+		if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+			t.Errorf("write: %v", e)
+		}
+	})
+	t.Run("descriptors are gone for a while", func(t *testing.T) {
+		var gone atomic.Bool
+		s := newLookSetup(t, func(f *fakeTarget, _ *Config) {
+			f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+				status, answer := refused(qid, cmd)
+				return status, answer && gone.Load()
+			}
+		})
+		gone.Store(true)
+		s.restart(func(*fakeTarget) {})
+		done := make(chan unix.Errno, 1)
+		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+		select {
+		case e := <-done:
+			t.Fatalf("write to a namespace that is not known: %v", e)
+		case <-time.After(300 * time.Millisecond):
+		}
+		gone.Store(false)
+		if e := <-done; e != 0 {
+			t.Errorf("write: %v", e)
+		}
+		s.expectNothing(t)
+	})
+}
+
+// TestLateNamespaces: a target that restarts opens its port before its namespaces are
+// there. Requests wait for them as for the target itself.
+func TestLateNamespaces(t *testing.T) {
+	t.Run("come back", func(t *testing.T) {
+		s := newLookSetup(t, nil)
+		s.restart(func(f *fakeTarget) { f.namespaces = nil })
+		done := make(chan unix.Errno, 1)
+		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+		waitFor(t, "the next association", func() bool { i := s.ctrl.Info(); return i.State == StateLive && i.Losses == 1 })
+		// Another one comes first, with an event.
+		s.target.change(func() { s.target.namespaces = []uint32{7} })
+		s.expect(t, "7 added")
+		s.target.mu.Lock()
+		s.target.namespaces = []uint32{1, 7}
+		s.target.mu.Unlock()
+		if e := <-done; e != 0 {
+			t.Errorf("write: %v", e)
+		}
+		s.expectNothing(t)
+	})
+	t.Run("fast_io_fail_tmo", func(t *testing.T) {
+		s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.FastIOFail = 200 * time.Millisecond })
+		ns := s.ctrl.Namespaces()[0]
+		s.restart(func(f *fakeTarget) { f.namespaces = nil })
+		if e := s.write(t, ns); e != unix.ENOLINK {
+			t.Errorf("write: %v", e)
+		}
+		s.target.change(func() { s.target.namespaces = []uint32{1} })
+		waitFor(t, "the namespace", func() bool { return s.write(t, ns) == 0 })
+		s.expectNothing(t)
+	})
+	t.Run("ctrl_loss_tmo", func(t *testing.T) {
+		s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.CtrlLoss = time.Second })
+		ns := s.ctrl.Namespaces()[0]
+		s.restart(func(f *fakeTarget) { f.namespaces = nil })
+		if e := s.write(t, ns); e != unix.ENODEV {
+			t.Errorf("write: %v", e)
+		}
+		s.expect(t, "1 removed")
+	})
+}
+
+// TestUnansweredLook: a look whose answer is lost ends the association, and the next
+// one finds everything.
+func TestUnansweredLook(t *testing.T) {
+	var lose atomic.Bool
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		cfg.AdminTimeout = 300 * time.Millisecond
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			return noAnswer, isLook(qid, cmd) && cmd.CNS() == nvme.CNSActiveNSList && lose.Swap(false)
+		}
+	})
+	lose.Store(true)
+	s.target.change(func() { s.target.namespaces = []uint32{1, 5} })
+	s.expect(t, "5 added")
+	if i := s.ctrl.Info(); i.Losses != 1 {
+		t.Errorf("%d associations lost, reason %v", i.Losses, i.Reason)
+	}
+}
+
+// TestUnansweredLog: the same for the log page of an event.
+func TestUnansweredLog(t *testing.T) {
+	var lose atomic.Bool
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		cfg.AdminTimeout = 300 * time.Millisecond
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			return noAnswer, qid == 0 && cmd.Opcode() == nvme.AdminGetLogPage && lose.Swap(false)
+		}
+	})
+	lose.Store(true)
+	s.target.change(func() { s.target.namespaces = []uint32{1, 5} })
+	s.expect(t, "5 added")
+	s.target.change(func() { s.target.namespaces = []uint32{1, 5, 6} })
+	s.expect(t, "6 added")
+}
+
+// TestShrunkLimits: a target that comes back with smaller limits gets more and smaller
+// commands.
+func TestShrunkLimits(t *testing.T) {
+	s := newLookSetup(t, nil)
+	ns := s.ctrl.Namespaces()[0]
+	f := newFrontEnd(t, ns, s.loops, 16, 128<<10, 21)
+	f.run(500)
+	for _, step := range []struct {
+		mdts uint8
+		oncs uint16
+	}{{1, nvme.ONCSDSM | nvme.ONCSWriteZeroes}, {2, nvme.ONCSDSM}, {8, nvme.ONCSDSM | nvme.ONCSWriteZeroes}} {
+		f.start(3000)
+		s.restart(func(t *fakeTarget) {
+			t.mdts, t.oncs = step.mdts, step.oncs
+			t.maxEntries, t.inCapsule = 16, 0
+		})
+		for _, err := range f.wait(time.Minute) {
+			t.Error(err)
+		}
+		if got := ns.Geometry().MaxIO; int(got) != min(4096<<step.mdts, maxTransfer) {
+			t.Errorf("largest I/O is %d", got)
+		}
+		f.run(500)
+	}
+	f.close()
+	s.expectNothing(t)
+
+	s.restart(func(t *fakeTarget) { t.oncs = nvme.ONCSWriteZeroes })
+	waitFor(t, "the end of discards", func() bool { return ns.Geometry().MaxDiscardSectors == 0 })
+	if e := unix.Errno(single(t, s.loops[0], ns, block.Request{Op: block.OpDiscard, Sectors: 8})); e != unix.EOPNOTSUPP {
+		t.Errorf("discard: %v", e)
+	}
+}
+
+// TestPiecesFitTheTarget: no command is larger than what the target takes at present.
+func TestPiecesFitTheTarget(t *testing.T) {
+	s := newLookSetup(t, nil)
+	ns := s.ctrl.Namespaces()[0]
+	q, err := ns.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 64 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	s.restart(func(f *fakeTarget) { f.mdts, f.record = 2, true })
+	waitFor(t, "the smaller limit", func() bool { return ns.Geometry().MaxIO == 16<<10 })
+	if e := submit(t, s.loops[0], q, block.Request{Op: block.OpWrite, Sector: 8, Sectors: 120}); e != 0 {
+		t.Fatalf("write: %v", e)
+	}
+	if e := submit(t, s.loops[0], q, block.Request{Op: block.OpWriteZeroes, Sector: 8, Sectors: 120}); e != 0 {
+		t.Fatalf("write zeroes: %v", e)
+	}
+	s.target.mu.Lock()
+	defer s.target.mu.Unlock()
+	next := uint64(8)
+	for i, cmd := range s.target.recorded {
+		if i == 4 {
+			next = 8
+		}
+		if cmd.NLB() > 32 || cmd.SLBA() != next {
+			t.Errorf("command %d: %v of %d blocks at %d, want at most 32 at %d", i, cmd.Opcode(), cmd.NLB(), cmd.SLBA(), next)
+		}
+		next += uint64(cmd.NLB())
+	}
+	if len(s.target.recorded) != 8 || next != 128 {
+		t.Errorf("%d commands, up to block %d", len(s.target.recorded), next)
+	}
+}
+
+// TestCacheAppears: a device that was told that it has no volatile cache sends no
+// flush. When the controller comes to have one, its writes bypass the cache.
+func TestCacheAppears(t *testing.T) {
+	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.vwc = 0 })
+	ns := s.ctrl.Namespaces()[0]
+	if ns.Geometry().VolatileCache {
+		t.Fatal("there is a cache already")
+	}
+	s.restart(func(f *fakeTarget) { f.vwc, f.record = nvme.VWCPresent, true })
+	waitFor(t, "the cache", func() bool { return ns.Geometry().VolatileCache })
+	for _, writeThrough := range []bool{true, false} {
+		q, err := ns.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096, WriteThrough: writeThrough})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, op := range []block.Op{block.OpWrite, block.OpWriteZeroes} {
+			if e := submit(t, s.loops[0], q, block.Request{Op: op, Sectors: 8}); e != 0 {
+				t.Errorf("%v: %v", op, e)
+			}
+			s.target.mu.Lock()
+			last := s.target.recorded[len(s.target.recorded)-1]
+			s.target.mu.Unlock()
+			if last.FUA() != writeThrough {
+				t.Errorf("%v with write through %v: FUA %v", op, writeThrough, last.FUA())
+			}
+		}
+		q.Close()
+	}
+}
+
+// TestEndlessList: a target that lists more namespaces than it can have is not
+// believed, and does not take memory.
+func TestEndlessList(t *testing.T) {
+	s := newLookSetup(t, nil)
+	list := make([]uint32, 100_000)
+	for i := range list {
+		list[i] = uint32(i + 1)
+	}
+	s.target.change(func() { s.target.namespaces = list })
+	waitFor(t, "the third look", func() bool {
+		s.target.mu.Lock()
+		defer s.target.mu.Unlock()
+		return s.target.looks >= 4
+	})
+	if n := len(s.ctrl.Namespaces()); n != 1 {
+		t.Errorf("%d namespaces", n)
+	}
+	s.target.mu.Lock()
+	s.target.namespaces = []uint32{1, 2}
+	s.target.mu.Unlock()
+	s.expect(t, "2 added")
+}
+
+// TestReplacedAllTheTime: namespaces that come and go are not remembered for ever.
+func TestReplacedAllTheTime(t *testing.T) {
+	s := newLookSetup(t, nil)
+	for n := range 2 * maxGone {
+		waitFor(t, "the association", func() bool { i := s.ctrl.Info(); return i.State == StateLive && i.Losses == n })
+		s.restart(func(f *fakeTarget) { f.uuid[0]++ })
+		s.expect(t, "1 removed")
+		s.expect(t, "1 added")
+	}
+	if n := len(s.ctrl.Namespaces()); n > maxGone+1 {
+		t.Errorf("%d namespaces are remembered", n)
+	}
+}
+
+// TestMemoryBudget: queues are opened as long as their buffers stay below the limit.
+func TestMemoryBudget(t *testing.T) {
+	s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.MaxMemory = 5 << 20 })
+	ns := s.ctrl.Namespaces()[0]
+	cfg := block.QueueConfig{Depth: 32, MaxIO: 64 << 10}
+	var open []block.Queue
+	for range 2 {
+		q, err := ns.OpenQueue(0, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, q)
+	}
+	_, err := ns.OpenQueue(0, cfg)
+	var memory *MemoryError
+	if !errors.As(err, &memory) || memory.Want != 2<<20 || memory.Used != 4<<20 || memory.Limit != 5<<20 {
+		t.Errorf("error %v", err)
+	}
+	if got := s.ctrl.Info().Memory; got != (MemoryInfo{Used: 4 << 20, Limit: 5 << 20}) {
+		t.Errorf("%+v", got)
+	}
+	for _, q := range open {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+		if q.Close() == nil {
+			t.Error("closed twice")
+		}
+	}
+	if q, err := ns.OpenQueue(0, cfg); err != nil {
+		t.Error(err)
+	} else {
+		q.Close()
+	}
+}

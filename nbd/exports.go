@@ -1,0 +1,175 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/poller"
+)
+
+// ErrExists says that there is an export of that name. It may be on its way out, and
+// the new one can be added when Remove of the other has returned nil.
+var ErrExists = errors.New("NBD export exists")
+
+// export is an Export while it is served.
+type export struct {
+	Export
+	buffer  int            // bytes of a tag's buffer
+	share   int            // tags that a connection may hold
+	shards  []*shard       // by loop
+	removed bool           // guarded by Server.mu: no client gets it any more
+	ending  sync.WaitGroup // of connections in transmission
+}
+
+// Add offers another export, from now on. Errors are those of New, ErrStopped and
+// ErrExists.
+func (s *Server) Add(x Export) error {
+	if err := x.check(); err != nil {
+		return fmt.Errorf("export %q: %w", x.Name, err)
+	}
+	e := &export{Export: x, buffer: bufferSize(s.cfg.MaxIO, x.Device.Geometry())}
+	e.share, _ = split(s.cfg.Depth)
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	switch {
+	case s.isEnded():
+		return ErrStopped
+	case slices.ContainsFunc(s.exports, func(have *export) bool { return have.Name == x.Name }):
+		return fmt.Errorf("export %q: %w", x.Name, ErrExists)
+	}
+	locks := &stripes{loops: s.pollers()}
+	for i := range s.loops {
+		back, err := x.Device.OpenQueue(i, block.QueueConfig{Depth: s.cfg.Depth, MaxIO: e.buffer})
+		if err != nil {
+			return errors.Join(fmt.Errorf("export %q: open queue %d: %w", x.Name, i, err), s.closeShards(e))
+		}
+		e.shards = append(e.shards, newShard(back, x.Device, e.buffer, s.cfg.Depth, locks))
+	}
+	for i, l := range s.loops {
+		if err := l.Call(func() { l.worker.shards = append(l.worker.shards, e.shards[i]) }); err != nil {
+			return errors.Join(fmt.Errorf("export %q: %w", x.Name, err), s.closeShards(e))
+		}
+	}
+	s.mu.Lock()
+	s.exports = append(s.exports, e)
+	s.mu.Unlock()
+	return nil
+}
+
+func (s *Server) pollers() []*poller.Loop {
+	var all []*poller.Loop
+	for _, l := range s.loops {
+		all = append(all, l.Loop)
+	}
+	return all
+}
+
+// closeShards gives an export's memory back. No request is in flight, unless its loop
+// has ended: then the memory stays, because the back end may still use it.
+func (s *Server) closeShards(e *export) error {
+	var errs []error
+	for i, sh := range e.shards {
+		l := s.loops[i]
+		remove := func() {
+			w := l.worker
+			w.shards = slices.DeleteFunc(w.shards, func(have *shard) bool { return have == sh })
+			if n := sh.inflight + len(sh.reqs); n > 0 {
+				errs = append(errs, fmt.Errorf("export %q: %w with %d requests in flight", e.Name, poller.ErrStopped, n))
+				return
+			}
+			errs = append(errs, sh.back.Close())
+		}
+		if l.Call(remove) != nil { // the loop is no more
+			remove()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Remove ends an export, as Stop ends all. There is no error if there is none of that
+// name.
+func (s *Server) Remove(ctx context.Context, name string, force bool) error {
+	s.mu.Lock()
+	i := slices.IndexFunc(s.exports, func(e *export) bool { return e.Name == name })
+	if i < 0 {
+		s.mu.Unlock()
+		return nil
+	}
+	e := s.exports[i]
+	if n := s.users(e); n > 0 && !force {
+		s.mu.Unlock()
+		return fmt.Errorf("remove export %q: %w: %d connections", name, ErrBusy, n)
+	}
+	e.removed = true
+	s.mu.Unlock()
+	if err := s.await(ctx, &e.ending, e); err != nil {
+		return fmt.Errorf("remove export %q: %w", name, err)
+	}
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	s.mu.Lock()
+	i = slices.Index(s.exports, e)
+	if i >= 0 {
+		s.exports = slices.Delete(s.exports, i, i+1)
+	}
+	s.mu.Unlock()
+	if i < 0 || s.closed {
+		return nil // somebody was faster
+	}
+	return s.closeShards(e)
+}
+
+// users counts the connections of an export. The caller holds mu.
+func (s *Server) users(e *export) int {
+	n := 0
+	for c := range s.conns {
+		if c.offer.export == e {
+			n++
+		}
+	}
+	return n
+}
+
+// Users is how many connections use an export.
+func (s *Server) Users(name string) int {
+	e := s.find(name)
+	if e == nil {
+		return 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.users(e)
+}
+
+// find is the export of a name, or nil.
+func (s *Server) find(name string) *export {
+	for _, e := range s.list() {
+		if e.Name == name || name == "" {
+			return e
+		}
+	}
+	return nil
+}
+
+// list is all exports that clients can choose from.
+func (s *Server) list() []*export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(s.exports), func(e *export) bool { return e.removed })
+}
+
+// Snapshot is what was counted for an export, on all loops, to the last batch of
+// each.
+func (s *Server) Snapshot(name string) Stats {
+	var total Stats
+	if e := s.find(name); e != nil {
+		for _, sh := range e.shards {
+			total.add(sh.snapshot())
+		}
+	}
+	return total
+}

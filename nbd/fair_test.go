@@ -1,0 +1,277 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"encoding/binary"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/block"
+)
+
+// hogs are clients that take all that they can get and never give it back. Each of the
+// first kind asks for more replies than it may have, and reads none. Each of the second
+// announces a large write, and sends a part of it.
+func hogs(t testing.TB, path string, n int) (readers, writers []*client) {
+	t.Helper()
+	for range n {
+		c := connect(t, path, "", false)
+		var b []byte
+		for range 200 {
+			b = append(b, requestBytes(request{magic: magicRequest, kind: cmdRead, length: 1 << 20})...)
+		}
+		c.send(b)
+		readers = append(readers, c)
+		c = connect(t, path, "", false)
+		c.send(requestBytes(request{magic: magicRequest, kind: cmdWrite, length: 4 << 20}), make([]byte, 1000))
+		writers = append(writers, c)
+	}
+	return readers, writers
+}
+
+// exchange is what an honest client does.
+func exchange(t testing.TB, c *client, structured bool) {
+	t.Helper()
+	data := randomBytes(1 << 20)
+	c.write(1<<20, data)
+	if got := c.load(request{offset: 1 << 20, length: 1 << 20}, structured); !slices.Equal(got, data) {
+		t.Error("other data")
+	}
+	c.do(request{kind: cmdFlush}, nil)
+	c.do(request{kind: cmdZeroes, offset: 4 << 20, length: 1 << 20}, nil)
+	c.write(5<<20+100, data[:1000])
+}
+
+// TestHogs serves others while clients keep what they have for as long as they like.
+func TestHogs(t *testing.T) {
+	for _, depth := range []int{16, 128} {
+		s, path := newServer(t, Config{
+			Exports: []Export{{Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}},
+			Depth:   depth, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: time.Hour,
+		})
+		early := connect(t, path, "", false)
+		hogs(t, path, 2)
+		for _, structured := range []bool{false, true} {
+			exchange(t, connect(t, path, "", structured), structured)
+		}
+		exchange(t, early, false)
+		if n := s.Connections()[0]; n != 7 {
+			t.Errorf("%d connections", n)
+		}
+	}
+}
+
+// TestStall disconnects the clients that stand still, and no others.
+func TestStall(t *testing.T) {
+	_, path := newServer(t, Config{
+		Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 32, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: 400 * time.Millisecond,
+	})
+	idle, half := connect(t, path, "", false), connect(t, path, "", false)
+	half.send(requestBytes(request{magic: magicRequest, kind: cmdFlush})[:10])
+	slow := connect(t, path, "", false)
+	slow.ask(request{kind: cmdRead, length: 16 << 20}, nil)
+	slowly := make(chan error)
+	go func() { // 128 KiB in a fifth of the time, for some three times
+		var err error
+		buf := make([]byte, 128<<10)
+		for range 15 {
+			time.Sleep(80 * time.Millisecond)
+			if _, err = io.ReadFull(slow, buf); err != nil {
+				break
+			}
+		}
+		slowly <- err
+	}()
+	readers, writers := hogs(t, path, 3)
+	for _, c := range writers {
+		c.closed()
+	}
+	for _, c := range readers {
+		_, _ = io.Copy(io.Discard, c) // it ends
+	}
+	if err := <-slowly; err != nil {
+		t.Errorf("a slow client: %v", err)
+	}
+	half.send(requestBytes(request{magic: magicRequest, kind: cmdFlush})[10:])
+	for _, c := range []*client{idle, half} {
+		if c == idle {
+			c.ask(request{kind: cmdFlush}, nil)
+		}
+		if e := c.simple(0); e != 0 {
+			t.Errorf("error %d", e)
+		}
+	}
+}
+
+// TestStallTLS disconnects a client that reads nothing through TLS, too, and all of
+// what serves it ends.
+func TestStallTLS(t *testing.T) {
+	server, peer := testTLS(t)
+	s, path := newServer(t, Config{Exports: twoExports(t), TLS: server, StallTimeout: 200 * time.Millisecond})
+	c := secure(t, path, peer)
+	c.option(optGo, infoData(""))
+	c.answers(optGo)
+	for range 100 {
+		c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
+	}
+	await(t, "the end of the client", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return len(s.peers.served) == 0
+	})
+}
+
+// secure begins a negotiation within TLS.
+func secure(t testing.TB, path string, peer *tls.Config) *client {
+	t.Helper()
+	c := dial(t, path)
+	c.hello()
+	c.option(optStartTLS, nil)
+	if a := c.answers(optStartTLS); a[0].rep != repAck {
+		t.Fatalf("%+v", a)
+	}
+	c.Conn = tls.Client(c.Conn, peer)
+	return c
+}
+
+// TestStrangers lets clients in while a thousand others say nothing.
+func TestStrangers(t *testing.T) {
+	server, peer := testTLS(t)
+	s, path := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 20})
+	for range 1000 {
+		nc, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+	}
+	first := secure(t, path, peer)
+	first.option(optInfo, infoData("first")) // it is within TLS, and takes its time
+	first.answers(optInfo)
+	for range 100 {
+		nc, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+	}
+	for _, c := range []*client{first, secure(t, path, peer)} {
+		c.option(optGo, infoData("first"))
+		if a := c.answers(optGo); a[len(a)-1].rep != repAck {
+			t.Fatalf("%+v", a)
+		}
+		exchangeSmall(t, c)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.peers.negotiating); n > 20 {
+		t.Errorf("%d clients negotiate", n)
+	}
+}
+
+func exchangeSmall(t testing.TB, c *client) {
+	t.Helper()
+	c.write(512, randomBytes(4096))
+	c.do(request{kind: cmdFlush}, nil)
+}
+
+// TestMaxConns refuses one client too many, before and after it has chosen.
+func TestMaxConns(t *testing.T) {
+	_, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 2})
+	late := dial(t, path)
+	late.hello()
+	old := dial(t, path)
+	old.read(18)
+	connect(t, path, "", false)
+	connect(t, path, "", false)
+	dial(t, path).closed()
+	late.option(optGo, infoData("first"))
+	if a := late.answers(optGo); a[0] != (answer{repErrPolicy, "2 clients are served already"}) {
+		t.Errorf("%+v", a)
+	}
+	late.option(optInfo, infoData("first")) // it may go on asking
+	late.answers(optInfo)
+	old.send(be(uint32(3)))
+	old.option(optExportName, []byte("first"))
+	old.closed()
+}
+
+// TestManyOptions lets a client ask as much as it likes, in its time.
+func TestManyOptions(t *testing.T) {
+	var exports []Export
+	dev := newNull(t, block.Geometry{})
+	for i := range 300 {
+		exports = append(exports, Export{Name: strings.Repeat("x", i+1), Device: dev})
+	}
+	_, path := newServer(t, Config{Exports: exports, Depth: 16, MaxIO: 4096, Loops: newLoops(t, 1)})
+	c := dial(t, path)
+	c.hello()
+	for range 4 {
+		for _, e := range exports {
+			c.option(optInfo, infoData(e.Name))
+			if a := c.answers(optInfo); a[len(a)-1].rep != repAck {
+				t.Fatalf("%+v", a)
+			}
+		}
+	}
+	// All information that can be asked for is not too much, either.
+	all := make([]infoType, 1<<16-1)
+	c.option(optInfo, infoData("x", all...))
+	if a := c.answers(optInfo); a[len(a)-1].rep != repAck {
+		t.Errorf("%+v", a)
+	}
+	if out := run(t, "nbdinfo", "--list", "nbd+unix:///?socket="+path); strings.Count(out, "export-size:") != len(exports) {
+		t.Errorf("nbdinfo lists %d", strings.Count(out, "export-size:"))
+	}
+	c.option(optGo, infoData("x"))
+	c.answers(optGo)
+	c.do(request{kind: cmdFlush}, nil)
+}
+
+// TestUnreadFlood carries on although a client sends requests without an end, and reads
+// nothing.
+func TestUnreadFlood(t *testing.T) {
+	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Loops: newLoops(t, 1), StallTimeout: time.Hour})
+	for _, r := range []request{{kind: cmdFlush}, {kind: 99}, {kind: cmdTrim, length: 1 << 20}, {kind: cmdWrite, offset: 1 << 60}} {
+		c := connect(t, path, "", false)
+		r.magic = magicRequest
+		flood := slices.Repeat(requestBytes(r), 1000)
+		if err := c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		for { // until nothing more goes into the socket
+			if _, err := c.Write(flood); err != nil {
+				break
+			}
+		}
+		exchange(t, connect(t, path, "", false), false)
+	}
+}
+
+// TestSlowConsumerOrder reads the replies to many requests late, and finds all of them.
+func TestSlowConsumerOrder(t *testing.T) {
+	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 16, MaxIO: 16 << 10, Loops: newLoops(t, 1)})
+	c := connect(t, path, "", false)
+	want := map[uint64]uint32{}
+	var b []byte
+	for i := range uint64(300) {
+		r := request{magic: magicRequest, kind: cmdRead, cookie: i, length: uint32(512 * (1 + i*37%900))}
+		want[i] = r.length
+		b = append(b, requestBytes(r)...)
+	}
+	c.send(b)
+	for len(want) > 0 {
+		h := c.read(simpleSize)
+		cookie := binary.BigEndian.Uint64(h[8:])
+		length, ok := want[cookie]
+		if !ok || binary.BigEndian.Uint32(h[4:]) != 0 {
+			t.Fatalf("reply %x", h)
+		}
+		delete(want, cookie)
+		c.read(int(length))
+	}
+}

@@ -1,0 +1,263 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// acceptRetry is the pause after an error that passes, as having too many files open.
+const acceptRetry = 100 * time.Millisecond
+
+// peer is a connection that was accepted, until it ends.
+type peer struct {
+	conn  net.Conn // as it was accepted
+	name  string   // for the log
+	stage peerStage
+}
+
+// peerStage is how far one has come. It only ever increases.
+type peerStage uint8
+
+const (
+	peerStranger peerStage = iota // it negotiates
+	peerSecure                    // it negotiates within TLS
+	peerServed                    // it has chosen an export
+	peerGone
+)
+
+// peers are those of a server, guarded by its mu. Those that negotiate have places of
+// their own. When all of these are taken, the one that has been there longest has to
+// go, those within TLS last: however many connect and say nothing, one that goes on
+// gets through.
+type peers struct {
+	maxServed, maxNegotiating int
+
+	served      map[*peer]bool
+	negotiating []*peer // in the order of their arrival
+}
+
+func (c *peers) init(maxServed, maxNegotiating int) {
+	c.maxServed, c.maxNegotiating, c.served = maxServed, maxNegotiating, map[*peer]bool{}
+}
+
+// enter counts a client in that negotiates, and says which one has to go for it, or nil.
+func (c *peers) enter(x *peer) (evicted *peer, err error) {
+	if err := c.full(); err != nil {
+		return nil, err
+	}
+	if len(c.negotiating) >= c.maxNegotiating {
+		i := max(0, slices.IndexFunc(c.negotiating, func(y *peer) bool { return y.stage == peerStranger }))
+		evicted = c.negotiating[i]
+		c.leave(evicted)
+	}
+	c.negotiating = append(c.negotiating, x)
+	return evicted, nil
+}
+
+func (c *peers) full() error {
+	if len(c.served) >= c.maxServed {
+		return fmt.Errorf("%d clients are served already", len(c.served))
+	}
+	return nil
+}
+
+// serve counts a client as one that is served.
+func (c *peers) serve(x *peer) error {
+	if x.stage == peerGone {
+		return errEvicted
+	}
+	if err := c.full(); err != nil {
+		return err
+	}
+	c.leave(x)
+	x.stage = peerServed
+	c.served[x] = true
+	return nil
+}
+
+// leave counts a client out.
+func (c *peers) leave(x *peer) {
+	if i := slices.Index(c.negotiating, x); i >= 0 {
+		c.negotiating = slices.Delete(c.negotiating, i, i+1)
+	}
+	delete(c.served, x)
+	x.stage = peerGone
+}
+
+// hangUp ends clients in negotiation; or all, of which those that are served have
+// something to close only if they use TLS.
+func (c *peers) hangUp(all bool) {
+	for _, x := range c.negotiating {
+		_ = x.conn.Close()
+	}
+	if all {
+		for x := range c.served {
+			_ = x.conn.Close()
+		}
+	}
+}
+
+var errEvicted = errors.New("others negotiate, and this client has taken longest")
+
+// Serve takes clients from l, a listener for unix or TCP sockets, until Stop, which
+// closes it and is no error, or until it fails.
+func (s *Server) Serve(l net.Listener) error {
+	s.mu.Lock()
+	if s.ended {
+		s.mu.Unlock()
+		return errors.Join(ErrStopped, l.Close())
+	}
+	s.listeners = append(s.listeners, l)
+	s.mu.Unlock()
+	for {
+		nc, err := l.Accept()
+		switch {
+		case err == nil:
+			s.take(nc)
+		case s.isEnded():
+			return nil
+		case passes(err):
+			s.refusals.warn(s.cfg.Log, "NBD client not accepted", "error", err)
+			select {
+			case <-time.After(acceptRetry):
+			case <-s.stopped:
+			}
+		default:
+			return fmt.Errorf("accept NBD client: %w", err)
+		}
+	}
+}
+
+func passes(err error) bool {
+	for _, e := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED, unix.EPROTO} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// take serves a client from its first word to its last.
+func (s *Server) take(nc net.Conn) {
+	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String())}
+	evicted, err := s.enter(x)
+	if evicted != nil {
+		_ = evicted.conn.Close()
+		s.refusals.warn(s.cfg.Log, "NBD client turned away", "client", evicted.name, "reason", errEvicted)
+	}
+	if err != nil {
+		s.refusals.warn(s.cfg.Log, "NBD client turned away", "client", x.name, "reason", err)
+		_ = nc.Close()
+		return
+	}
+	go func() {
+		defer s.ending.Done()
+		defer s.leave(x)
+		log := s.cfg.Log.With("client", x.name)
+		n, o, err := s.greet(x)
+		if err != nil {
+			log.Debug("NBD client not served", "reason", printable(err.Error()))
+			return
+		}
+		s.events.info(log, "NBD client connected", "export", o.export.Name)
+		err = s.serve(n, o)
+		s.events.info(log, "NBD client gone", "export", o.export.Name, "error", err)
+	}()
+}
+
+// enter counts a client in. It says which one has to go for it, or nil.
+func (s *Server) enter(x *peer) (evicted *peer, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return nil, ErrStopped
+	}
+	if evicted, err = s.peers.enter(x); err == nil {
+		s.ending.Add(1)
+	}
+	return evicted, err
+}
+
+// leave counts a client out.
+func (s *Server) leave(x *peer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.peers.leave(x)
+	_ = x.conn.Close() // it may be, already
+}
+
+// greet negotiates within the time for that.
+func (s *Server) greet(x *peer) (*negotiation, offer, error) {
+	nc := x.conn
+	if err := nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout)); err != nil {
+		return nil, offer{}, err
+	}
+	n := &negotiation{srv: s, conn: nc}
+	n.secured = func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if x.stage == peerStranger {
+			x.stage = peerSecure
+		}
+	}
+	n.chosen = func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.peers.serve(x)
+	}
+	o, err := n.run()
+	if err != nil {
+		return nil, offer{}, err
+	}
+	return n, o, nc.SetDeadline(time.Time{})
+}
+
+// serve hands a client to a loop, and returns when it has gone.
+func (s *Server) serve(n *negotiation, o offer) error {
+	if secure, ok := n.conn.(*tls.Conn); ok {
+		return s.serveTLS(secure, o)
+	}
+	fd, err := takeFile(n.conn)
+	if err != nil {
+		return err
+	}
+	return s.transmit(fd, o, stallTicks)
+}
+
+// takeFile makes a blocking descriptor of a connection, and closes that.
+func takeFile(nc net.Conn) (fd int, err error) {
+	defer func() { err = errors.Join(err, nc.Close()) }()
+	sc, ok := nc.(syscall.Conn)
+	if !ok {
+		return -1, fmt.Errorf("%T is no socket", nc)
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	var dup error
+	err = raw.Control(func(p uintptr) { fd, dup = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) })
+	if err = errors.Join(err, dup); err != nil {
+		return -1, fmt.Errorf("duplicate socket: %w", err)
+	}
+	return fd, nil
+}
+
+// printable is what a peer said, without anything that a terminal or a log takes for
+// more than text, and not longer than a line.
+func printable(s string) string {
+	const longest = 500
+	if len(s) > longest {
+		s = s[:longest] + "..."
+	}
+	q := strconv.QuoteToASCII(s)
+	return q[1 : len(q)-1]
+}

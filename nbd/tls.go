@@ -1,0 +1,114 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// askAnyCertificate is a configuration that accepts the same clients as c, and does not
+// tell them the names of the authorities that it accepts.
+//
+// When GnuTLS is told names, it looks through its certificates for one of theirs whose
+// key fits a signature algorithm of the request; and since it takes
+// rsa_pss_rsae_sha256, the only kind that TLS 1.3 has for RSA keys, for one of
+// RSASSA-PSS keys, it finds none, and sends no certificate. When it is not told names,
+// it sends the certificate that it has.
+func askAnyCertificate(c *tls.Config) *tls.Config {
+	c = c.Clone()
+	if choose := c.GetConfigForClient; choose != nil {
+		c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			other, err := choose(hello)
+			if other == nil || err != nil {
+				return other, err
+			}
+			return askAnyCertificate(other), nil
+		}
+	}
+	switch c.ClientAuth {
+	case tls.VerifyClientCertIfGiven:
+		c.ClientAuth = tls.RequestClientCert
+	case tls.RequireAndVerifyClientCert:
+		c.ClientAuth = tls.RequireAnyClientCert
+	default:
+		return c
+	}
+	roots, next, now := c.ClientCAs, c.VerifyConnection, c.Time
+	if now == nil {
+		now = time.Now
+	}
+	c.ClientCAs = nil
+	c.VerifyConnection = func(state tls.ConnectionState) error { // called for resumed sessions, too
+		if len(state.PeerCertificates) > 0 {
+			chains, err := verifyClient(state.PeerCertificates, roots, now())
+			if err != nil {
+				return err
+			}
+			state.VerifiedChains = chains
+		}
+		if next != nil {
+			return next(state)
+		}
+		return nil
+	}
+	return c
+}
+
+// verifyClient verifies what a client has sent: its certificate and others that lead to
+// a root. No roots are the system's, as in crypto/tls.
+func verifyClient(certs []*x509.Certificate, roots *x509.CertPool, now time.Time) ([][]*x509.Certificate, error) {
+	opts := x509.VerifyOptions{
+		Roots: roots, CurrentTime: now, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	for _, cert := range certs[1:] {
+		opts.Intermediates.AddCert(cert)
+	}
+	chains, err := certs[0].Verify(opts)
+	if err != nil {
+		return nil, &tls.CertificateVerificationError{UnverifiedCertificates: certs, Err: err}
+	}
+	return chains, nil
+}
+
+// serveTLS puts a socket pair between a client and its loop.
+func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("make socket pair: %w", err)
+	}
+	file := os.NewFile(uintptr(fds[1]), "TLS")
+	plain, err := net.FileConn(file)
+	_ = file.Close()
+	if err != nil {
+		return errors.Join(fmt.Errorf("use socket pair: %w", err), unix.Close(fds[0]))
+	}
+	inner := plain.(*net.UnixConn)
+	var pumps sync.WaitGroup
+	pumps.Go(func() {
+		_, _ = io.Copy(inner, secure)
+		_ = inner.CloseWrite()
+	})
+	pumps.Go(func() {
+		_, _ = io.Copy(secure, inner)
+		_ = secure.CloseWrite()
+		_ = secure.NetConn().Close() // ends the other pump
+		_ = inner.Close()
+	})
+	err = s.transmit(fds[0], o, stallTicks)
+	// The client gets what was sent, if it reads that.
+	patience := s.cfg.StallTimeout
+	if err != nil {
+		patience = 0
+	}
+	_ = secure.SetWriteDeadline(time.Now().Add(patience))
+	pumps.Wait()
+	return err
+}

@@ -1,0 +1,272 @@
+package nbd
+
+import (
+	"ublk-nvmeof/block"
+)
+
+// piece is the part of a request that one tag is used for.
+type piece struct {
+	sector  uint64 // whole blocks that the back end transfers
+	sectors uint32
+	skip    uint32 // where in them the client's bytes are
+	length  uint32 // the client's bytes
+}
+
+// partial says whether the client's bytes are less than the blocks.
+func (p *piece) partial() bool { return p.length < p.sectors<<block.SectorShift }
+
+// piece is the first piece of a transfer of the bytes from at to end. A piece of a
+// write is whole blocks, or a part of one.
+func (s *shard) piece(at, end uint64, write bool) piece {
+	b := &s.bounds
+	unit := uint64(b.block)
+	first, last := at&^(unit-1), (end+unit-1)&^(unit-1)
+	if write {
+		last = end &^ (unit - 1)
+		if at != first || last <= first {
+			last = first + unit
+		}
+	}
+	n := min(last-first, uint64(b.piece))
+	if b.chunk > 0 {
+		n = min(n, b.chunk-first%b.chunk)
+	}
+	return piece{
+		sector: first >> block.SectorShift, sectors: uint32(n >> block.SectorShift),
+		skip: uint32(at - first), length: uint32(min(first+n, end) - at),
+	}
+}
+
+// pieces is the number of pieces of a read, up to most.
+func (s *shard) pieces(at, end uint64, most int) int {
+	n := 0
+	for ; at < end && n < most; n++ {
+		p := s.piece(at, end, false)
+		at += uint64(p.length)
+	}
+	return n
+}
+
+// data is where the client's bytes of a tag are. Those of a write of a part of a block
+// wait behind the block for their merge.
+func (s *shard) data(i uint16) []byte {
+	g := &s.tags[i]
+	at := g.skip
+	if g.task.kind == cmdWrite && g.partial() {
+		at = s.bounds.block
+	}
+	return s.back.Buffer(i)[at : at+g.length]
+}
+
+// merge puts the client's bytes into their block, which was read.
+func (s *shard) merge(i uint16) {
+	g := &s.tags[i]
+	into := s.back.Buffer(i)[g.skip : g.skip+g.length]
+	if g.task.kind == cmdZeroes {
+		clear(into)
+		return
+	}
+	copy(into, s.data(i))
+}
+
+// start has the back end do what a tag is for, as soon as no other change is in the
+// way.
+func (s *shard) start(i uint16) {
+	g := &s.tags[i]
+	g.task.busy++
+	if !s.lock(g) {
+		s.stripes.parked.Add(1)
+		s.parked = append(s.parked, i) // poll tries again before the loop sleeps
+		return
+	}
+	s.issue(i)
+}
+
+// lock locks the stripes that a change needs.
+func (s *shard) lock(g *tag) bool {
+	switch {
+	case g.task.kind == cmdRead, g.op == block.OpFlush:
+		return true
+	case g.partial():
+		return s.stripes.exclude(g.sector)
+	}
+	return s.stripes.share(g.sector, g.sectors)
+}
+
+func (s *shard) unlock(g *tag) {
+	switch {
+	case g.task.kind == cmdRead, g.op == block.OpFlush:
+	case g.partial():
+		s.stripes.include(g.sector)
+	default:
+		s.stripes.unshare(g.sector, g.sectors)
+	}
+}
+
+// unpark starts what waited for stripes, and says how much that was.
+func (s *shard) unpark() int {
+	if len(s.parked) == 0 {
+		return 0
+	}
+	n := 0
+	for _, i := range s.parked {
+		if s.lock(&s.tags[i]) {
+			s.stripes.parked.Add(-1)
+			s.issue(i)
+			continue
+		}
+		s.parked[n] = i
+		n++
+	}
+	started := len(s.parked) - n
+	s.parked = s.parked[:n]
+	return started
+}
+
+// issue hands a tag to the back end with the next Submit: all of it, or as much as the
+// device takes by now. The back end transfers to and from the beginning of the buffer.
+// So a write is done from its beginning on, what is left being moved there, and a read
+// from its end.
+func (s *shard) issue(i uint16) {
+	g := &s.tags[i]
+	r := block.Request{Sector: g.sector, Sectors: g.sectors - g.moved, Tag: i, Op: g.op}
+	switch g.op {
+	case block.OpRead:
+		left := r.Sectors
+		r.Sectors = min(left, s.bounds.piece>>block.SectorShift)
+		r.Sector += uint64(left - r.Sectors)
+	case block.OpWrite:
+		r.Sectors = min(r.Sectors, s.bounds.piece>>block.SectorShift)
+		if g.moved > 0 {
+			r.Sectors = min(r.Sectors, g.moved) // so that what is moved is not moved over what is left
+			from := g.moved << block.SectorShift
+			buf := s.back.Buffer(i)
+			copy(buf, buf[from:from+r.Sectors<<block.SectorShift])
+		}
+		r.Sector += uint64(g.moved)
+		r.Flags = g.task.flags
+	case block.OpFlush:
+		r.Sector, r.Sectors = 0, 0
+	default:
+		r.Flags = g.task.flags
+	}
+	g.active = r.Sectors
+	s.reqs = append(s.reqs, r)
+}
+
+// shrunk says whether the device takes less by now than what it has refused.
+func (s *shard) shrunk(g *tag) bool {
+	s.refresh()
+	switch g.op {
+	case block.OpRead, block.OpWrite:
+		return g.active > s.bounds.piece>>block.SectorShift
+	case block.OpDiscard:
+		return g.active > s.bounds.discard
+	case block.OpWriteZeroes:
+		return g.active > s.bounds.zeroes
+	}
+	return false
+}
+
+// finish takes a tag from the back end.
+func (s *shard) finish(i uint16, errno uint16) {
+	g := &s.tags[i]
+	t := g.task
+	switch {
+	case errno != 0 && s.shrunk(g):
+		if g.op == block.OpRead || g.op == block.OpWrite {
+			s.issue(i)
+			return
+		}
+	case errno != 0:
+		t.fail(codeOf(errno))
+	default:
+		if s.proceed(i) {
+			return
+		}
+	}
+	s.unlock(g)
+	t.busy--
+	switch t.kind {
+	case cmdRead:
+		t.conn.readDone(i)
+	case cmdWrite:
+		s.release(i)
+		t.conn.writeDone(t)
+	default:
+		if t.code != 0 || !s.advance(i) {
+			s.release(i)
+			t.conn.answer(t)
+		}
+	}
+}
+
+// proceed takes note of what the back end has done, and says whether it has more to do
+// while the same stripes are locked.
+func (s *shard) proceed(i uint16) (more bool) {
+	g := &s.tags[i]
+	if g.op == block.OpRead {
+		left := (g.sectors - g.moved) << block.SectorShift
+		if n := g.active << block.SectorShift; n < left {
+			buf := s.back.Buffer(i)
+			copy(buf[left-n:left], buf[:n])
+		}
+	}
+	g.moved += g.active
+	switch {
+	case g.op == block.OpFlush:
+		return false
+	case g.moved < g.sectors:
+	case g.op == block.OpRead && g.task.kind != cmdRead:
+		s.merge(i)
+		g.op, g.moved = block.OpWrite, 0
+	default:
+		if g.task.kind == cmdTrim || g.task.kind == cmdZeroes {
+			g.task.at += uint64(g.length)
+		}
+		return false
+	}
+	s.issue(i)
+	return true
+}
+
+// advance starts the next step of a flush, trim or write zeroes, and says whether there
+// was one: a range may be longer than what the back end does at once, and what has to
+// be on stable media needs a flush behind it.
+func (s *shard) advance(i uint16) bool {
+	g := &s.tags[i]
+	t := g.task
+	if t.at < t.end && (t.kind == cmdTrim && s.bounds.discard == 0 || t.kind == cmdZeroes && s.bounds.zeroes == 0) {
+		s.refresh() // it was not so when the client was told
+	}
+	switch {
+	case t.kind == cmdTrim && t.at < t.end && s.bounds.discard > 0:
+		g.op, g.piece = block.OpDiscard, s.step(t, s.bounds.discard)
+	case t.kind == cmdZeroes && t.at < t.end:
+		g.piece = s.piece(t.at, t.end, true)
+		switch {
+		case g.partial():
+			g.op = block.OpRead
+		case s.bounds.zeroes > 0:
+			g.op, g.piece = block.OpWriteZeroes, s.step(t, s.bounds.zeroes)
+		default: // the device cannot do it any more
+			g.op = block.OpWrite
+			clear(s.back.Buffer(i)[:g.length])
+		}
+	case t.sync:
+		t.sync = false
+		g.op, g.piece = block.OpFlush, piece{}
+	default:
+		return false
+	}
+	g.moved = 0
+	s.start(i)
+	return true
+}
+
+// step is the next whole blocks of a trim or write zeroes, up to most sectors.
+func (s *shard) step(t *task, most uint32) piece {
+	last := t.end &^ uint64(s.bounds.block-1)
+	n := min((last-t.at)>>block.SectorShift, uint64(most))
+	return piece{sector: t.at >> block.SectorShift, sectors: uint32(n), length: uint32(n << block.SectorShift)}
+}

@@ -1,0 +1,232 @@
+package roce
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"ublk-nvmeof/rdma/roce/wire"
+)
+
+// A connect request costs the passive side a queue pair and its memory before anything shows
+// that its sender is where it says it is. So the connections in this state are few, few for
+// each source, and for a short time; requests are taken at a limited rate; and who has not
+// proven itself, by a message or a packet that needs what it was told, gets no more bytes than
+// came from it.
+
+const (
+	// halfOpenTime is how long a connection may be half-open: three times what Linux waits
+	// before it repeats a request.
+	halfOpenTime = 15 * time.Second
+	// evictionAge is how old a half-open connection has to be to make room for another. What
+	// comes in between is dropped: it will ask again.
+	evictionAge = 200 * time.Millisecond
+	// burst is for how many seconds' worth of requests may come at once.
+	burst = 4
+	// maxSources bounds the sources whose rate is known.
+	maxSources = 4096
+)
+
+// source is what limits per source go by: an address, or, as one host of IPv6 has as many as
+// it likes, its network.
+func source(a netip.Addr) netip.Addr {
+	if a.Is4() || a.IsLinkLocalUnicast() {
+		return a
+	}
+	net, _ := a.Prefix(64) // fits IPv6
+	return net.Addr()
+}
+
+// bucket is a token bucket.
+type bucket struct {
+	tokens   float64
+	refilled time.Time // when tokens was right; zero: it is full
+}
+
+func (b *bucket) take(now time.Time, rate int) bool {
+	most := float64(rate) * burst
+	if b.refilled.IsZero() {
+		b.tokens = most
+	} else {
+		b.tokens = min(most, b.tokens+now.Sub(b.refilled).Seconds()*float64(rate))
+	}
+	b.refilled = now
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
+
+// handshakes are the half-open connections of an endpoint, and how many may come. It is
+// guarded by the endpoint's lock.
+type handshakes struct {
+	open     []*connID // in the order of their requests, until they are established or closed
+	bySource map[netip.Addr]int
+	all      bucket
+	rates    map[netip.Addr]*bucket
+	timer    *time.Timer // runs while there are any
+}
+
+// admit says whether one more message of a stranger may be looked at.
+func (p *endpoint) admit(from netip.Addr) bool {
+	h, cfg, now := &p.handshakes, &p.provider.cfg, time.Now()
+	src := source(from)
+	b := h.rates[src]
+	if b == nil {
+		if len(h.rates) >= maxSources {
+			clear(h.rates) // each may have a burst again
+		}
+		b = new(bucket)
+		h.rates[src] = b
+	}
+	return b.take(now, cfg.MaxRequestRatePerSource) && h.all.take(now, cfg.MaxRequestRate)
+}
+
+// begin adds a half-open connection.
+func (p *endpoint) begin(id *connID) {
+	h := &p.handshakes
+	h.open = append(h.open, id)
+	h.bySource[source(id.path.remote.Addr())]++
+	switch {
+	case h.timer == nil:
+		h.timer = time.AfterFunc(halfOpenTime, p.expire)
+	case len(h.open) == 1:
+		h.timer.Reset(halfOpenTime)
+	}
+}
+
+// settled takes out a connection that is not half-open any more.
+func (p *endpoint) settled(id *connID) {
+	h := &p.handshakes
+	i := slices.Index(h.open, id)
+	if i < 0 {
+		return
+	}
+	h.open = slices.Delete(h.open, i, i+1)
+	src := source(id.path.remote.Addr())
+	if h.bySource[src]--; h.bySource[src] == 0 {
+		delete(h.bySource, src)
+	}
+}
+
+// makeRoom says whether there is room for one more half-open connection. If not, an old one
+// ends: of the same source, if that has too many, or of the one that has most.
+func (p *endpoint) makeRoom(from netip.Addr) bool {
+	h, cfg := &p.handshakes, &p.provider.cfg
+	own := source(from)
+	room := func() bool {
+		return h.bySource[own] < cfg.MaxHalfOpenPerSource && len(h.open) < cfg.MaxHalfOpen
+	}
+	if room() {
+		return true
+	}
+	busiest := own
+	if h.bySource[own] < cfg.MaxHalfOpenPerSource {
+		for other, n := range h.bySource {
+			if n > h.bySource[busiest] {
+				busiest = other
+			}
+		}
+	}
+	i := slices.IndexFunc(h.open, func(id *connID) bool {
+		return id.state != idEnded && source(id.path.remote.Addr()) == busiest
+	})
+	if i >= 0 && time.Since(h.open[i].arrived) >= evictionAge {
+		p.provider.counters.halfOpenEvicted.Add(1)
+		p.abandon(h.open[i])
+	}
+	return room()
+}
+
+// expire ends half-open connections that took too long.
+func (p *endpoint) expire() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return
+	}
+	h := &p.handshakes
+	for _, id := range slices.Clone(h.open) {
+		left := halfOpenTime - time.Since(id.arrived)
+		if left > 0 {
+			h.timer.Reset(left)
+			return
+		}
+		if id.state != idEnded {
+			p.provider.counters.halfOpenExpired.Add(1)
+			p.abandon(id)
+		}
+	}
+	if len(h.open) > 0 { // ended, but not closed yet
+		h.timer.Reset(halfOpenTime)
+	}
+}
+
+// abandon ends a half-open connection. One that nobody has accepted is gone with it; others
+// are their owner's to close.
+func (p *endpoint) abandon(id *connID) {
+	l := id.listener
+	if i := slices.Index(l.requests, id); i >= 0 {
+		l.requests = slices.Delete(l.requests, i, i+1)
+		id.end()
+		id.closed = true
+		p.forget(id)
+		return
+	}
+	id.end()
+	id.respond(answer{err: errGaveUp})
+}
+
+// forget takes an ID that is closed out of all tables.
+func (p *endpoint) forget(id *connID) {
+	delete(p.ids, id.comm)
+	if id.passive {
+		p.settled(id)
+		if key := (peerID{id.path.remote.Addr(), id.peerComm}); p.byPeer[key] == id {
+			delete(p.byPeer, key)
+		}
+	}
+	if key := (peerQP{id.peerGUID, id.peerQPN}); p.byQP[key] == id {
+		delete(p.byQP, key)
+	}
+}
+
+// halfOpen says whether nothing has shown yet that the peer is where it says it is.
+func (id *connID) halfOpen() bool {
+	return id.passive && (id.state == idRequested || id.state == idAccepting)
+}
+
+// send sends a message of a handshake. The peer of a half-open connection gets as many as came
+// from it: its address may be that of somebody else.
+func (id *connID) send(m *wire.MAD) {
+	if id.halfOpen() {
+		if id.owed == 0 {
+			id.endpoint.provider.counters.answersWithheld.Add(1)
+			return
+		}
+		id.owed--
+	}
+	id.endpoint.sendMAD(id.path, m)
+}
+
+// confirmations is how often an RTU is sent again: the passive side asks for it only when it
+// is asked again itself, and may have nobody else to hear from.
+const confirmations = 3
+
+// confirm sends the RTU again, some times, until something has come from the peer. The lock is
+// held.
+func (id *connID) confirm(tries int) {
+	id.confirmation = time.AfterFunc(resendTime(tries), func() {
+		p := id.endpoint
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if id.closed || id.state != idEstablished || id.qp.heardOfPeer() {
+			return
+		}
+		p.sendMAD(id.path, id.last)
+		if tries+1 < confirmations {
+			id.confirm(tries + 1)
+		}
+	})
+}

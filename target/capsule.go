@@ -1,0 +1,116 @@
+package target
+
+import (
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+)
+
+// receive gives a buffer back to the queue pair.
+func (q *queue) receive(i int) {
+	q.recvs = append(q.recvs, rdma.RecvWR{ID: kindRecv | uint64(i), SGE: rdma.SGE{
+		Addr: q.in.Addr() + uint64(i*q.capsule), Length: uint32(q.capsule), LKey: q.in.LKey(),
+	}})
+}
+
+// command is the command in a receive buffer.
+func (q *queue) command(i int) *nvme.Command {
+	return nvme.CommandAt(q.in.Bytes()[i*q.capsule:])
+}
+
+// advance moves the submission queue head over one command.
+func (q *queue) advance() {
+	if q.sqSize > 0 && !q.noFlow {
+		if q.sqHead++; q.sqHead >= q.sqSize {
+			q.sqHead = 0
+		}
+	}
+}
+
+// reportedHead is what completions say of the submission queue.
+func (q *queue) reportedHead() uint16 {
+	if q.noFlow {
+		return 0xFFFF
+	}
+	return q.sqHead
+}
+
+// completion takes the next place in the ring of completions, at offset at of
+// q.out, and makes the SEND of it. It was reserved before.
+func (q *queue) completion(data extent) (wr rdma.SendWR, at int) {
+	pos := int(q.posted % uint64(len(q.responses)))
+	q.posted++
+	q.responses[pos].data = data
+	at = pos * nvme.CompletionSize
+	return rdma.SendWR{
+		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: q.signaled(), NumSGE: 1,
+		SGE: [2]rdma.SGE{{Addr: q.out.Addr() + uint64(at), Length: nvme.CompletionSize, LKey: q.out.LKey()}},
+	}, at
+}
+
+// lazyLimit is how many completions are sent without asking whether they have
+// arrived.
+const lazyLimit = 8
+
+// signaled says whether the next completion is to be confirmed, with all before
+// it: the host says of none but these that it has them. Whatever a command may
+// wait for is free without that of the others.
+func (q *queue) signaled() bool {
+	q.lazy++
+	if q.lazy < lazyLimit && q.free.find(chunksFor(uint32(q.target.cfg.MaxTransfer))) >= 0 && q.reserved < len(q.responses)/2 {
+		return false
+	}
+	q.lazy = 0
+	return true
+}
+
+// respond answers a command. Its chunks stay until the SEND is complete,
+// because the RDMA WRITE before it may read them.
+func (q *queue) respond(i int, result uint64, s nvme.Status) {
+	r := &q.reqs[i]
+	cmd := q.command(i)
+	if !s.OK() {
+		q.stats.errors.Add(1)
+	}
+	if r.corrupt == CorruptLost {
+		q.drop(i)
+		return
+	}
+	q.advance()
+	wr, at := q.completion(r.data)
+	done := nvme.CompletionAt(q.out.Bytes()[at:])
+	done.Set(result, q.reportedHead(), cmd.CID(), s)
+	if r.invalidate {
+		wr.Op, wr.RKey = rdma.SendInvalidate, r.key
+	}
+	if r.corrupt != CorruptNone {
+		q.corrupt(r, &wr, done)
+	}
+	q.answers = append(q.answers, wr)
+	q.done(i)
+}
+
+// done forgets a command and gives its buffer back.
+func (q *queue) done(i int) {
+	q.reqs[i] = request{}
+	q.receive(i)
+}
+
+// drop ends a command without an answer.
+func (q *queue) drop(i int) {
+	q.advance()
+	q.free.flip(q.reqs[i].data)
+	q.reserved--
+	q.done(i)
+}
+
+// confirm ends the completions up to the one at pos of the ring: SENDs end in
+// order.
+func (q *queue) confirm(pos int) {
+	for at := -1; at != pos; q.confirmed++ {
+		at = int(q.confirmed % uint64(len(q.responses)))
+		r := &q.responses[at]
+		q.free.flip(r.data)
+		r.data = extent{}
+		q.reserved--
+	}
+}

@@ -1,0 +1,235 @@
+package target
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
+)
+
+const pollBatch = 32 // work completions handled between two posts
+
+// Kinds of work requests, in the upper half of their id. The lower half is the
+// receive buffer, or the position in the ring of completions.
+const (
+	kindRecv = uint64(iota+1) << 32
+	kindRead // the RDMA READ of a command
+	kindSend // a completion
+	kindData // an RDMA WRITE; seen only when it fails
+	kindMask = uint64(math.MaxUint32) << 32
+)
+
+// run establishes the connection and serves it until it ends, and says why it
+// ended.
+func (q *queue) run() error {
+	defer q.cancel()
+	accept := nvme.RDMAAccept{CRQSize: uint16(q.depth)}.Marshal()
+	ctx, cancel := context.WithTimeout(q.ctx, q.target.cfg.ConnectTimeout)
+	defer cancel()
+	err := q.id.Accept(ctx, rdma.ConnParam{PrivateData: accept[:], InitiatorDepth: readDepth, RetryCount: 7, RNRRetryCount: 7, FlowControl: true})
+	if err != nil {
+		return err
+	}
+	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, q.expire)
+	defer handshake.Stop()
+	q.target.running.Go(q.watch)
+	if q.receiver != nil {
+		q.receiver.Receiving(true)
+	}
+	faults := &q.target.faults
+	for !q.stopped.Load() {
+		n, err := q.cq.Poll(q.wcs[:])
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			if n, err = q.wait(); err != nil {
+				return err
+			}
+		}
+		if faults.Frozen() && !faults.awaitThaw(q.target.ctx) {
+			return q.killed()
+		}
+		for i := range q.wcs[:n] {
+			if err := q.complete(&q.wcs[i]); err != nil {
+				return err
+			}
+		}
+		if err := q.work(); err != nil {
+			return err
+		}
+	}
+	return q.killed()
+}
+
+// expire ends the queue unless it is connected by now.
+func (q *queue) expire() {
+	if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
+		time.Sleep(afterThaw)
+	}
+	if !q.joined.Load() {
+		q.kill("no Connect command came")
+	}
+}
+
+// watch ends the queue when the connection ends.
+func (q *queue) watch() {
+	for ev := range q.id.Events() {
+		switch ev.Type {
+		case rdma.EventDisconnected, rdma.EventDeviceRemoved, rdma.EventQPFatal:
+			if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
+				time.Sleep(afterThaw)
+			}
+			q.kill(ev.Type.String())
+		}
+	}
+}
+
+// wait sleeps until there is something to do, unless there are completions.
+func (q *queue) wait() (int, error) {
+	if !q.armed {
+		if err := q.cq.Arm(); err != nil {
+			return 0, err
+		}
+		q.armed = true
+		if n, err := q.cq.Poll(q.wcs[:]); n > 0 || err != nil {
+			return n, err
+		}
+	}
+	if _, err := unix.Poll(q.fds[:], q.timeout()); err != nil && err != unix.EINTR {
+		return 0, os.NewSyscallError("poll", err)
+	}
+	if q.fds[0].Revents != 0 {
+		if n, _ := unix.Read(q.cq.FD(), q.event[:]); n == len(q.event) {
+			q.cq.Ack(1)
+			q.armed = false
+		}
+	}
+	if q.fds[1].Revents != 0 {
+		_, _ = unix.Read(q.wakeFD, q.event[:]) // empty or not
+	}
+	if q.fds[2].Revents != 0 {
+		q.receiver.Receive()
+	}
+	return 0, nil
+}
+
+// timeout is how long to sleep for delayed commands, in milliseconds.
+func (q *queue) timeout() int {
+	if len(q.delayed) == 0 {
+		return -1
+	}
+	least := time.Duration(math.MaxInt32) * time.Millisecond
+	for _, i := range q.delayed {
+		least = min(least, time.Until(q.reqs[i].due))
+	}
+	return int(max(0, least+time.Millisecond-1) / time.Millisecond)
+}
+
+// complete handles a work completion.
+func (q *queue) complete(wc *rdma.WC) error {
+	if wc.Status != rdma.WCSuccess {
+		return fmt.Errorf("work request failed: %v", wc.Status)
+	}
+	i := int(uint32(wc.ID))
+	switch wc.ID & kindMask {
+	case kindRecv:
+		if wc.Bytes < nvme.CommandSize {
+			return fmt.Errorf("capsule of %d bytes", wc.Bytes)
+		}
+		q.reqs[i].bytes = wc.Bytes
+		if q.ctrl != nil && !q.ctrl.alive.Load() && q.keepsAlive(i) {
+			q.ctrl.alive.Store(true)
+		}
+		q.enqueue(i)
+	case kindRead:
+		q.finish(i)
+	case kindSend:
+		q.confirm(i)
+	}
+	return nil
+}
+
+// keepsAlive says whether the arrival of a command tells that its host is alive.
+func (q *queue) keepsAlive(i int) bool {
+	return !q.target.cfg.CommandKeepAlive || q.qid == 0 && q.command(i).Opcode() == nvme.AdminKeepAlive
+}
+
+func (q *queue) enqueue(i int) {
+	q.pending[(q.first+q.count)%len(q.pending)] = uint16(i)
+	q.count++
+}
+
+// work begins what can begin, and posts what came of it.
+func (q *queue) work() error {
+	if len(q.delayed) > 0 {
+		q.wakeDelayed()
+	}
+	for q.count > 0 && !q.stopped.Load() {
+		if !q.begin(int(q.pending[q.first])) {
+			break
+		}
+		q.first = (q.first + 1) % len(q.pending)
+		q.count--
+	}
+	if q.qid == 0 && q.ctrl != nil {
+		q.sendEvents()
+	}
+	return q.post()
+}
+
+// wakeDelayed puts commands whose time has come back in the line.
+func (q *queue) wakeDelayed() {
+	now := time.Now()
+	kept := q.delayed[:0]
+	for _, i := range q.delayed {
+		if now.Before(q.reqs[i].due) {
+			kept = append(kept, i)
+			continue
+		}
+		q.reserved-- // begin takes it again
+		q.enqueue(int(i))
+	}
+	q.delayed = kept
+}
+
+// sendEvents answers asynchronous event requests.
+func (q *queue) sendEvents() {
+	for q.reserved < len(q.responses) {
+		cid, dw0, ok := q.ctrl.next()
+		if !ok {
+			return
+		}
+		q.reserved++
+		sge, at := q.completion(extent{})
+		nvme.CompletionAt(q.out.Bytes()[at:]).Set(uint64(dw0), q.reportedHead(), cid, nvme.StatusSuccess)
+		q.answers = append(q.answers, sge)
+	}
+}
+
+// post posts receives first, so that no answer gets to the host before there is
+// room for the command that it lets the host send. Then come data and, behind
+// all of it, completions: packets of one length cost least.
+func (q *queue) post() error {
+	if len(q.recvs) > 0 {
+		if _, err := q.qp.PostRecv(q.recvs); err != nil {
+			return err
+		}
+		q.recvs = q.recvs[:0]
+	}
+	q.sends = append(q.sends, q.answers...)
+	q.answers = q.answers[:0]
+	if len(q.sends) > 0 {
+		if _, err := q.qp.PostSend(q.sends); err != nil {
+			return err
+		}
+		q.sends = q.sends[:0]
+	}
+	return nil
+}

@@ -1,0 +1,167 @@
+package target
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"ublk-nvmeof/nvme"
+)
+
+// NamespaceConfig describes a Namespace.
+type NamespaceConfig struct {
+	NSID      uint32    // 1..MaxNamespaces; 0: the lowest that is free
+	Store     Store     // required; stays the caller's, see [Namespace.Drained]
+	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512. The size of the store is a multiple
+	UUID      nvme.UUID // zero: see Identity
+	// Identity is what the UUID is made of if that is zero, together with the NQN
+	// and the NSID: the same three give the same UUID at every start, as hosts
+	// expect of a target that was restarted. Empty: the UUID is random.
+	Identity string
+	NoUUID   bool     // hosts are told no UUID
+	NGUID    [16]byte // zero: none
+	EUI64    [8]byte  // zero: none
+	ReadOnly bool
+	ANAGroup uint32 // 1..MaxANAGroups; 0: 1
+}
+
+// Namespace is a namespace of a Subsystem.
+type Namespace struct {
+	subsystem *Subsystem
+	cfg       NamespaceConfig
+	shift     uint8 // log2 of the block size
+	group     *atomic.Uint32
+	blocks    atomic.Uint64
+	readOnly  atomic.Bool
+	sizeMu    sync.Mutex // for changes of blocks
+}
+
+// NSID is the id of the namespace.
+func (n *Namespace) NSID() uint32 { return n.cfg.NSID }
+
+// UUID is the UUID of the namespace, zero if it has none.
+func (n *Namespace) UUID() nvme.UUID { return n.cfg.UUID }
+
+// identitySpace is the name space of the UUIDs that are made of an Identity.
+var identitySpace = nvme.UUID{0x8a, 0x4e, 0x0e, 0x2b, 0x6c, 0x51, 0x4f, 0x0d, 0x9b, 0x7c, 0x36, 0x1d, 0xe0, 0x5a, 0x42, 0x97}
+
+func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
+	if cfg.BlockSize == 0 {
+		cfg.BlockSize = 512
+	}
+	switch {
+	case cfg.NoUUID:
+		cfg.UUID = nvme.UUID{}
+	case cfg.UUID.IsZero() && cfg.Identity != "":
+		cfg.UUID = nvme.NameUUID(identitySpace, fmt.Sprintf("%s\n%d\n%s", s.cfg.NQN, cfg.NSID, cfg.Identity))
+	case cfg.UUID.IsZero():
+		cfg.UUID = nvme.NewUUID()
+	}
+	if cfg.ANAGroup == 0 {
+		cfg.ANAGroup = 1
+	}
+	n := &Namespace{subsystem: s, cfg: cfg}
+	for 1<<n.shift < cfg.BlockSize {
+		n.shift++
+	}
+	switch {
+	case cfg.Store == nil:
+		return nil, errors.New("namespace: no store")
+	case cfg.BlockSize < 512 || cfg.BlockSize > 4096 || 1<<n.shift != cfg.BlockSize:
+		return nil, fmt.Errorf("namespace: block size of %d bytes is no power of two from 512 to 4096", cfg.BlockSize)
+	case cfg.NSID > MaxNamespaces:
+		return nil, fmt.Errorf("namespace: id %d is above %d", cfg.NSID, MaxNamespaces)
+	case cfg.ANAGroup > MaxANAGroups:
+		return nil, fmt.Errorf("namespace: ana group %d is above %d", cfg.ANAGroup, MaxANAGroups)
+	}
+	n.group = &s.ana[cfg.ANAGroup-1]
+	n.readOnly.Store(cfg.ReadOnly)
+	size := cfg.Store.Size()
+	if err := n.checkSize(size); err != nil {
+		return nil, err
+	}
+	n.blocks.Store(uint64(size) >> n.shift)
+	return n, nil
+}
+
+// checkSize refuses a size that is no whole number of blocks, or none.
+func (n *Namespace) checkSize(size int64) error {
+	if block := int64(1) << n.shift; size < block || size%block != 0 {
+		return fmt.Errorf("namespace: size of %d bytes is no multiple of the block size, %d, above 0", size, block)
+	}
+	return nil
+}
+
+// Drained waits until no command uses the store of a namespace that was removed or
+// replaced. After that the store may be closed. The error is that of ctx.
+func (n *Namespace) Drained(ctx context.Context) error {
+	return n.subsystem.target.drained(ctx)
+}
+
+// Revalidate takes notice of the store's size, as far as it is whole blocks, and
+// tells the hosts if it changed.
+func (n *Namespace) Revalidate() {
+	n.sizeMu.Lock()
+	defer n.sizeMu.Unlock()
+	n.revalidate(n.blocks.Load())
+}
+
+// revalidate is Revalidate for hosts that know of so many blocks.
+func (n *Namespace) revalidate(known uint64) {
+	blocks := uint64(max(0, n.cfg.Store.Size())) >> n.shift
+	n.blocks.Store(blocks)
+	if blocks != known {
+		n.subsystem.notify(eventNamespace, n.cfg.NSID)
+	}
+}
+
+// Resize lets change give the store another size in bytes, and tells the hosts. If
+// it gets smaller, that waits until no command is beyond its end, and nothing of a
+// cache; the error is then perhaps that of ctx. After an error the namespace is as
+// large as it was.
+func (n *Namespace) Resize(ctx context.Context, size int64, change func() error) error {
+	if err := n.checkSize(size); err != nil {
+		return err
+	}
+	n.sizeMu.Lock()
+	defer n.sizeMu.Unlock()
+	known := n.blocks.Load()
+	var err error
+	if blocks := uint64(size) >> n.shift; blocks < known {
+		n.blocks.Store(blocks)
+		if err = n.subsystem.target.drained(ctx); err == nil {
+			err = n.cfg.Store.Flush()
+		}
+	}
+	if err == nil {
+		err = change()
+	}
+	n.revalidate(known)
+	return err
+}
+
+// ReadOnly says whether the namespace is protected from changes.
+func (n *Namespace) ReadOnly() bool { return n.readOnly.Load() }
+
+// SetReadOnly protects the namespace from changes, or no longer, and tells the
+// hosts. It is what the write protection feature does.
+func (n *Namespace) SetReadOnly(on bool) {
+	if n.readOnly.Swap(on) != on {
+		n.subsystem.notify(eventNamespace, n.cfg.NSID)
+	}
+}
+
+// access is the status of a command to a namespace in this ANA state.
+func (n *Namespace) access() nvme.Status {
+	switch nvme.ANAState(n.group.Load()) {
+	case nvme.ANAInaccessible:
+		return nvme.StatusANAInaccessible
+	case nvme.ANAPersistentLoss:
+		return nvme.StatusANAPersistentLoss
+	case nvme.ANAChange:
+		return nvme.StatusANATransition
+	}
+	return nvme.StatusSuccess
+}

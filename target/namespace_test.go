@@ -1,0 +1,151 @@
+package target
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/nvme"
+)
+
+// TestIdentity: a namespace that is added again is the same one to its hosts if
+// its subsystem, its id and what holds its data are the same.
+func TestIdentity(t *testing.T) {
+	uuid := func(nqn string, cfg NamespaceConfig) nvme.UUID {
+		t.Helper()
+		r := newRig(t, Config{}, SubsystemConfig{})
+		s, err := r.target.AddSubsystem(SubsystemConfig{NQN: nqn, AllowAny: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Store = NewRAM(4096)
+		n, err := s.AddNamespace(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n.UUID()
+	}
+	first := uuid("nqn.a", NamespaceConfig{Identity: "/disk"})
+	if got := uuid("nqn.a", NamespaceConfig{NSID: 1, Identity: "/disk"}); got != first || first.IsZero() {
+		t.Errorf("after a restart %v, was %v", got, first)
+	}
+	for name, other := range map[string]nvme.UUID{
+		"another subsystem": uuid("nqn.b", NamespaceConfig{Identity: "/disk"}),
+		"another id":        uuid("nqn.a", NamespaceConfig{NSID: 2, Identity: "/disk"}),
+		"another file":      uuid("nqn.a", NamespaceConfig{Identity: "/disk2"}),
+		"no identity":       uuid("nqn.a", NamespaceConfig{}),
+	} {
+		if other == first || other.IsZero() {
+			t.Errorf("%s: %v", name, other)
+		}
+	}
+	if got := uuid("nqn.a", NamespaceConfig{NoUUID: true, Identity: "/disk"}); !got.IsZero() {
+		t.Errorf("without a UUID: %v", got)
+	}
+	given := nvme.NewUUID()
+	if got := uuid("nqn.a", NamespaceConfig{UUID: given, Identity: "/disk"}); got != given {
+		t.Errorf("given %v, got %v", given, got)
+	}
+}
+
+// TestIdentifiers: a namespace with NGUID and EUI-64 and without a UUID.
+func TestIdentifiers(t *testing.T) {
+	cfg := NamespaceConfig{NoUUID: true, NGUID: [16]byte{1}, EUI64: [8]byte{2}}
+	r, _, _ := newDisk(t, Config{}, 1<<20, cfg)
+	a := r.admin(testNQN)
+	ids, err := nvme.ParseNamespaceDescriptors(a.identify(nvme.CNSNamespaceDescriptors, 1))
+	if err != nil || ids.NGUID != cfg.NGUID || ids.EUI64 != cfg.EUI64 || !ids.UUID.IsZero() {
+		t.Errorf("descriptors %+v, %v", ids, err)
+	}
+	if ns := nvme.IdentifyNamespaceAt(a.identify(nvme.CNSNamespace, 1)); ns.NGUID() != cfg.NGUID || ns.EUI64() != cfg.EUI64 {
+		t.Errorf("NGUID %x, EUI64 %x", ns.NGUID(), ns.EUI64())
+	}
+}
+
+// TestSizes: a namespace is whole blocks, and not none.
+func TestSizes(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	for _, c := range []struct {
+		size  int64
+		block int
+	}{{0, 512}, {511, 512}, {1000, 512}, {4096 + 512, 4096}} {
+		if _, err := r.subsys.AddNamespace(NamespaceConfig{Store: NewRAM(c.size), BlockSize: c.block}); err == nil {
+			t.Errorf("%d bytes in blocks of %d are accepted", c.size, c.block)
+		}
+	}
+	ram := NewRAM(4096)
+	n, err := r.subsys.AddNamespace(NamespaceConfig{Store: ram})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{-1, 0, 1000, MaxRAM + 512} {
+		if err := n.Resize(t.Context(), size, func() error { return ram.Resize(size) }); err == nil || ram.Size() != 4096 || n.blocks.Load() != 8 {
+			t.Errorf("%d bytes: %v, store of %d, %d blocks", size, err, ram.Size(), n.blocks.Load())
+		}
+	}
+}
+
+// TestStoreAtRest: a namespace that is removed, replaced or shrunk waits for what
+// is inside its store, and lets nothing in that came before.
+func TestStoreAtRest(t *testing.T) {
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	for name, change := range map[string]func(r *rig, g *gate, n *Namespace) func(ctx context.Context) error{
+		"remove": func(r *rig, _ *gate, n *Namespace) func(context.Context) error {
+			if err := r.subsys.RemoveNamespace(1); err != nil {
+				r.t.Error(err)
+			}
+			return n.Drained
+		},
+		"replace": func(r *rig, _ *gate, n *Namespace) func(context.Context) error {
+			if _, err := r.subsys.ReplaceNamespace(NamespaceConfig{NSID: 1, Store: NewRAM(1 << 20)}); err != nil {
+				r.t.Error(err)
+			}
+			return n.Drained
+		},
+		"shrink": func(_ *rig, g *gate, n *Namespace) func(context.Context) error {
+			return func(ctx context.Context) error {
+				return n.Resize(ctx, 4096, func() error { return g.Resize(4096) })
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, g, a, io := heldWrite(t)
+			n := r.subsys.namespace(1)
+			// A second write waits in the queue behind the one that is held.
+			var cmd nvme.Command
+			cmd.SetWrite(1, 64, 8, false)
+			cmd.SetInCapsuleSGL(0, 4096)
+			io.send(&cmd, bytes.Repeat([]byte{2}, 4096))
+			wait := change(r, g, n)
+			if err := wait(short); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("with a command inside: %v", err)
+			}
+			time.AfterFunc(20*time.Millisecond, g.open)
+			if err := wait(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			size := g.Size()
+			if name == "shrink" && size != 4096 {
+				t.Errorf("%d bytes", size)
+			}
+			for _, want := range []nvme.Status{0, map[bool]nvme.Status{true: nvme.StatusLBAOutOfRange | dnr, false: nvme.StatusInvalidNamespace | dnr}[name == "shrink"]} {
+				if name == "replace" && want != 0 {
+					want = 0 // the new namespace has it
+				}
+				if !io.await() || io.response.Status() != want {
+					t.Errorf("response %v, want %v", &io.response, want)
+				}
+			}
+			a.property(nvme.PropCSTS, false)
+			var got [1]byte
+			if size > 64*512 {
+				if _, err := g.ReadAt(got[:], 64*512); err != nil || got[0] != 0 {
+					t.Errorf("the old store has %d, %v", got[0], err)
+				}
+			}
+		})
+	}
+}

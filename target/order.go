@@ -1,8 +1,0 @@
-//go:build !race
-
-package target
-
-// order is for builds with the race detector.
-type order struct{}
-
-func (*order) mark() {}
