@@ -52,7 +52,7 @@ run ublk-nvmeof target --background -a $addr -s $port -n $nqn --namespace ram=25
 
 step "Connect, with a socket for NBD clients in front"
 run ublk-nvmeof connect -a $addr -s $port -n $nqn -i 2 -c 1 --provider roce --frontend nbd-socket
-uri="nbd+unix:///1?socket=$work/run/ctrl0/nbd.sock"
+uri="nbd+unix:///1?socket=$(ls "$work"/run/nbd-*.sock)"
 run ublk-nvmeof list -v | grep -E '^\$|state|end|provider|rdma|queues|nbd'
 
 step "What a client sees"

@@ -60,7 +60,7 @@ func remains(t fataler) []string {
 	var found []string
 	for _, pattern := range []string{
 		"/dev/ublk[bc]*",
-		"/run/ublk-nvmeof/*",
+		"/run/ublk-nvmeof/[^.]*", // the rest is the directory's own
 		"/sys/block/nbd*/pid",
 		"/sys/class/nvme/nvme*",
 		"/sys/kernel/config/nvmet/subsystems/*",

@@ -131,3 +131,29 @@ func TestNoDriver(t *testing.T) {
 		t.Errorf("features: %v", err)
 	}
 }
+
+// A back end of another block size cannot be what users of a device were told, one with
+// other limits can.
+func TestMismatch(t *testing.T) {
+	g := block.Geometry{Sectors: 2048, LogicalBlock: 512, PhysicalBlock: 512, MaxIO: 1 << 20, MaxDiscardSectors: 8}
+	told := paramsOf(g, 256<<10).basic
+	for name, tt := range map[string]struct {
+		change func(*block.Geometry)
+		want   string // of the error
+	}{
+		"the same":         {func(*block.Geometry) {}, ""},
+		"another size":     {func(h *block.Geometry) { h.Sectors = 4096 }, ""},
+		"write protected":  {func(h *block.Geometry) { h.ReadOnly = true }, ""},
+		"no discard":       {func(h *block.Geometry) { h.MaxDiscardSectors = 0 }, ""},
+		"a cache":          {func(h *block.Geometry) { h.VolatileCache = true }, ""},
+		"smaller requests": {func(h *block.Geometry) { h.MaxIO = 65536 }, ""},
+		"block size":       {func(h *block.Geometry) { h.LogicalBlock, h.PhysicalBlock = 4096, 4096 }, "block size is 4096, the device has 512"},
+	} {
+		now := g
+		tt.change(&now)
+		err := mismatch(&told, now)
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v, want %q", name, err, tt.want)
+		}
+	}
+}

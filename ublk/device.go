@@ -28,6 +28,8 @@ type Device struct {
 	char   int      // descriptor of ublkcN, or -1
 	serves []*serving
 	asked  bool // Stop was asked for; the end is no surprise
+	// writeThrough says that users were told that there is no volatile cache.
+	writeThrough bool
 
 	broken chan struct{} // closed when the device cannot go on: cause
 	once   sync.Once     // of broken
@@ -108,6 +110,7 @@ func (d *Device) start(ctx context.Context, cfg Config) error {
 	if err := d.add(ctx, cfg, geometry, known); err != nil {
 		return err
 	}
+	d.writeThrough = !geometry.VolatileCache
 	p := paramsOf(geometry, uint32(d.info.MaxIO))
 	if err := d.command(ctx, call{cmd: setParams, buf: bytesOf(&p)}); err != nil {
 		return err
@@ -234,7 +237,7 @@ func (d *Device) open(i int, cfg Config) (*serving, error) {
 	if err != nil {
 		return nil, err
 	}
-	back, err := cfg.Device.OpenQueue(i, block.QueueConfig{Depth: d.info.Depth, MaxIO: d.info.MaxIO})
+	back, err := cfg.Device.OpenQueue(i, block.QueueConfig{Depth: d.info.Depth, MaxIO: d.info.MaxIO, WriteThrough: d.writeThrough})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open queue %d of the back end: %w", i, err), unix.Munmap(mem))
 	}

@@ -16,7 +16,10 @@ import (
 // Recover serves a device of ours whose server died, in its place: the block
 // device never went away, and with RecoveryRequeue its users only waited. info
 // is what List or Get said of it; number of queues, depth, size of the buffers
-// and policy are the device's, not cfg's. Whatever the dead server had sent
+// and policy are the device's, not cfg's. Whether cfg.Device holds the same data is the
+// caller's to know; a back end of another block size is refused. If the users of the
+// device were told that it has no volatile cache, the queues of the back end are opened
+// write-through. Whatever the dead server had sent
 // must have no effect any more when Recover is called, because the driver sends
 // the requests that were in flight again.
 //
@@ -53,10 +56,11 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 	}
 	d.info = info
 	geometry := cfg.Device.Geometry()
-	sectors, err := d.takeOver(ctx, geometry)
+	told, err := d.takeOver(ctx, geometry)
 	if err != nil {
 		return err
 	}
+	d.writeThrough = told.attrs&attrVolatileCache == 0
 	d.added = true
 	if d.char, err = openChar(ctx, info.ID); err != nil {
 		return err
@@ -70,36 +74,36 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 	if err := d.command(ctx, call{cmd: endRecovery, data: uint64(os.Getpid())}); err != nil {
 		return err
 	}
-	if sectors == geometry.Sectors {
+	if told.devSectors == geometry.Sectors {
 		return nil
 	}
 	// It was resized while nobody served it. I/O beyond its end fails anyway.
 	if err := d.resize(ctx, geometry.Sectors); err != nil {
-		d.log.Warn("size of the device is not that of its back end", "device", d.Path(), "sectors", sectors, "back_end", geometry.Sectors, "err", err)
+		d.log.Warn("size of the device is not that of its back end", "device", d.Path(), "sectors", told.devSectors, "back_end", geometry.Sectors, "err", err)
 	}
 	return nil
 }
 
 // takeOver waits until the driver has noticed that the server died, and begins
-// the recovery if the back end can be what the device is. It returns the size of
-// the device.
-func (d *Device) takeOver(ctx context.Context, g block.Geometry) (sectors uint64, err error) {
+// the recovery if the back end can be what the device is. It returns what the driver was
+// told of the device.
+func (d *Device) takeOver(ctx context.Context, g block.Geometry) (told paramBasic, err error) {
 	pause := time.Millisecond
 	for {
 		var now Info
 		now, err = d.ctl.info(ctx, d.info.ID)
 		switch {
 		case err != nil:
-			return 0, err
+			return told, err
 		case !now.Ours() || now.Cookie != d.info.Cookie:
-			return 0, ErrNotOurs
+			return told, ErrNotOurs
 		case now.State == Dead:
-			return 0, fmt.Errorf("%w: nothing waits for a server", ErrStopped)
+			return told, fmt.Errorf("%w: nothing waits for a server", ErrStopped)
 		case now.State == Live && served(now.PID):
-			return 0, fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
+			return told, fmt.Errorf("%w: process %d serves it", ErrBusy, now.PID)
 		case now.State != Live:
-			if sectors, err = d.compare(ctx, g); err != nil {
-				return 0, err
+			if told, err = d.compare(ctx, g); err != nil {
+				return told, err
 			}
 			err = d.command(ctx, call{cmd: startRecovery})
 			switch {
@@ -108,16 +112,16 @@ func (d *Device) takeOver(ctx context.Context, g block.Geometry) (sectors uint64
 			case errors.Is(err, unix.EINVAL) && now.Features.Has(UserRecovery):
 				// A server has begun a recovery and died before it fetched; older
 				// drivers (6.12) do not begin it twice.
-				return sectors, nil
+				return told, nil
 			default:
-				return sectors, err
+				return told, err
 			}
 		}
 		select {
 		case <-time.After(pause): // the driver makes no event of it
 			pause = min(2*pause, openBackoff)
 		case <-ctx.Done():
-			return 0, errors.Join(context.Cause(ctx), err)
+			return told, errors.Join(context.Cause(ctx), err)
 		}
 	}
 }
@@ -139,23 +143,28 @@ func served(pid int) bool {
 }
 
 // compare makes sure that the back end can still be what the users of the
-// device have seen: what the driver was told cannot be changed any more, but for
-// the size, which is returned.
-func (d *Device) compare(ctx context.Context, g block.Geometry) (sectors uint64, err error) {
+// device have seen: what the driver was told, which it returns, cannot be changed any
+// more, but for the size.
+func (d *Device) compare(ctx context.Context, g block.Geometry) (told paramBasic, err error) {
 	if err := g.Validate(); err != nil {
-		return 0, err
+		return told, err
 	}
-	told := params{len: paramsSize}
-	if err := d.command(ctx, call{cmd: getParams, buf: bytesOf(&told)}); err != nil {
-		return 0, err
+	p := params{len: paramsSize}
+	if err := d.command(ctx, call{cmd: getParams, buf: bytesOf(&p)}); err != nil {
+		return told, err
 	}
-	switch now := paramsOf(g, uint32(d.info.MaxIO)); {
-	case now.basic.logicalBlockShift != told.basic.logicalBlockShift:
-		return 0, fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.basic.logicalBlockShift)
-	case uint32(d.info.MaxIO) > g.MaxIO:
-		return 0, fmt.Errorf("back end takes %d bytes at a time, the device %d", g.MaxIO, d.info.MaxIO)
+	return p.basic, mismatch(&p.basic, g)
+}
+
+// mismatch says why a back end cannot be what the driver was told; nil if it can. A
+// back end serves requests up to the size that its queues were opened with, whatever its
+// limits have become, and without a volatile cache if it is asked for that
+// (block.QueueConfig). What else it can do less well costs users only time.
+func mismatch(told *paramBasic, g block.Geometry) error {
+	if shift(g.LogicalBlock) != told.logicalBlockShift {
+		return fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.logicalBlockShift)
 	}
-	return told.basic.devSectors, nil
+	return nil
 }
 
 // Abandon deletes a device of ours that waits for a server and will not get

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -29,7 +30,8 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
-	succeed    string // the server to take over from
+	succeed    string // the running server to take over from
+	recover    string // the dead server to take over from
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -83,22 +85,32 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	// Serving works without it; the server says so.
-	_ = host.SetIOFlusher()
-	args := append([]string{programName, "serve", "--run-dir=" + string(dir)}, options.Args(c.shown)...)
+	args := append(serveArgs(dir), options.Args(c.shown)...)
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
-	path := self()
 	if c.foreground {
+		_ = host.SetIOFlusher() // serving works without it; the server says so
 		if err := host.CloseOnExec(); err != nil {
 			return err
 		}
-		return fmt.Errorf("become the server: %w", unix.Exec(path, args, os.Environ()))
+		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
-	s, err := launch(path, args, c.opts.Timeout)
+	s, err := startServer(args, c.opts.Timeout)
 	if err != nil {
 		return err
 	}
 	return c.show(cmd.OutOrStdout(), s)
+}
+
+// serveArgs are the first words of a server's command line.
+func serveArgs(dir state.Dir) []string {
+	return []string{programName, "serve", "--run-dir=" + string(dir)}
+}
+
+// startServer starts a server in the background, and waits until its devices are
+// usable.
+func startServer(args []string, timeout time.Duration) (control.Status, error) {
+	_ = host.SetIOFlusher() // serving works without it; the server says so
+	return launch(self(), args, timeout)
 }
 
 func newServe(runDir dirFunc) *cobra.Command {
@@ -113,6 +125,7 @@ func newServe(runDir dirFunc) *cobra.Command {
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
 	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
+	cmd.Flags().StringVar(&c.recover, "recover", "", "name of the dead server to take over from")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -207,7 +220,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)
 	defer stop()
-	cfg.Options, cfg.Dir, cfg.Succeeds = c.opts, dir, c.succeed
+	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	reserved := cfg.Reserved
 	cfg.Reserved = func(e *state.Entry) error {
@@ -225,9 +238,9 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		<-ctx.Done()
 		more := make(chan os.Signal, 2)
 		signal.Notify(more, signals...)
-		<-more
+		cfg.Log.Warn("another signal: requests in flight are not waited for any more", "signal", (<-more).String())
 		close(hurry)
-		<-more
+		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))
 	}()
 	return server.Run(ctx, cfg)

@@ -17,7 +17,8 @@ func newGC(runDir dirFunc) *cobra.Command {
 		Long: `Removes ublk devices whose server died and that cannot be recovered, and the records
 of servers that no longer exist. Only devices that this program added are removed.
 Devices that wait for a server are kept (recover starts one, disconnect removes
-them), and so are devices that somebody has open.`,
+them), and so are sockets whose clients may wait for one, and devices that somebody
+has open.`,
 		Args: cobra.NoArgs,
 		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -44,6 +45,6 @@ them), and so are devices that somebody has open.`,
 			return errors.Join(errs...)
 		}),
 	}
-	cmd.Flags().BoolVarP(&dry, "dry-run", "n", false, "only print what would be removed")
+	cmd.Flags().BoolVarP(&dry, "dry-run", "n", false, "only say what would be removed")
 	return cmd
 }

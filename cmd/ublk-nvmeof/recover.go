@@ -4,11 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -21,19 +22,22 @@ func newRecover(runDir dirFunc) *cobra.Command {
 		Use:   "recover {--all | NQN | DEVICE…}",
 		Short: "Start a server for the devices of one that died",
 		Long: `Starts a new server in place of one that died, with the same flags. The new server
-connects again, takes over the devices, and serves the requests that wait. The dead
-server is given by the NQN of its subsystem, by one of its devices, or by its name,
-such as ctrl0 (see list -v). connect to the same target does the same.`,
+connects again, waits until the target has ended the controllers of the dead server,
+takes over the devices, and serves the requests that wait. The dead server is given by
+the NQN of its subsystem, by one of its devices, or by its name, such as ctrl0 (see
+list -v). connect to the same target does the same.
+
+A device is recovered only with the namespace that it was made for. What cannot be
+recovered stays as it is, and recover can be tried again. disconnect gives it up.`,
 		RunE: verb("recover", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {
 				return err
 			}
-			records, err := dead(dir, all, args)
-			if err != nil {
-				return err
+			records, errs := dead(dir, all, args)
+			if !all && len(errs) > 0 {
+				return errors.Join(errs...)
 			}
-			var errs []error
 			for _, r := range records {
 				if err := serveOn(cmd, dir, r, format); err != nil {
 					errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
@@ -47,43 +51,81 @@ such as ctrl0 (see list -v). connect to the same target does the same.`,
 	return cmd
 }
 
-// dead are the records of dead servers that a command line names.
-func dead(dir state.Dir, all bool, names []string) ([]state.Record, error) {
+// dead are the records of dead servers that a command line names, each once. The
+// errors are about those that it names and that are not there, not dead, or cannot be
+// read.
+func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	if all == (len(names) > 0) {
-		return nil, usage(errors.New("want --all, or what to recover"))
+		return nil, []error{usage(errors.New("want --all, or what to recover"))}
 	}
 	records, err := dir.List()
 	if err != nil {
-		return nil, err
-	}
-	if all {
-		return slices.DeleteFunc(records, func(r state.Record) bool { return r.Alive || r.Err != nil }), nil
+		return nil, []error{err}
 	}
 	var chosen []state.Record
-	for _, name := range names {
-		i := slices.IndexFunc(records, func(r state.Record) bool {
-			return serves(r, name) || r.Err == nil && r.Target.NQN == name && !r.Alive
-		})
+	var errs []error
+	take := func(r state.Record) {
 		switch {
-		case i < 0:
-			return nil, exit.Errorf(exit.NotFound, "%s: no dead server has it", name)
-		case records[i].Err != nil:
-			return nil, fmt.Errorf("%s: %w", name, records[i].Err)
-		case records[i].Alive:
-			return nil, exit.Errorf(exit.AlreadyServed, "%s: %s serves it, process %d", name, records[i].Name, records[i].Process.PID)
+		case slices.ContainsFunc(chosen, func(c state.Record) bool { return c.Name == r.Name }):
+		case r.Err != nil:
+			errs = append(errs, fmt.Errorf("%s: %w", r.Name, r.Err))
+		default:
+			chosen = append(chosen, r)
 		}
-		chosen = append(chosen, records[i])
 	}
-	return chosen, nil
+	if all {
+		for _, r := range records {
+			if !r.Alive {
+				take(r)
+			}
+		}
+		return chosen, errs
+	}
+	for _, name := range names {
+		found := deadOf(records, name)
+		if len(found) == 0 {
+			errs = append(errs, noDead(records, name))
+		}
+		for _, r := range found {
+			take(r)
+		}
+	}
+	return chosen, errs
+}
+
+// deadOf are the records of dead servers that have a name: that of the server, of a
+// device, or the NQN.
+func deadOf(records []state.Record, name string) []state.Record {
+	return slices.DeleteFunc(slices.Clone(records), func(r state.Record) bool {
+		return r.Alive || !serves(r, name) && r.Target.NQN != name
+	})
+}
+
+// noDead says why there is nothing to recover by a name.
+func noDead(records []state.Record, name string) error {
+	for _, r := range records {
+		if r.Alive && serves(r, name) {
+			return exit.Errorf(exit.AlreadyServed, "%s: %s serves it, process %d", name, r.Name, r.Process.PID)
+		}
+	}
+	return exit.Errorf(exit.NotFound, "%s: no dead server has it", name)
 }
 
 // serveOn starts a server with a dead one's flags.
 func serveOn(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
-	_ = host.SetIOFlusher() // the server says if it is not
-	args := append([]string{programName, "serve", "--run-dir=" + string(dir)}, r.Args...)
-	s, err := launch(self(), args, options.Default().Timeout)
+	args := append(append(serveArgs(dir), "--recover="+r.Name), r.Args...)
+	s, err := startServer(args, timeoutOf(r))
 	if err != nil {
 		return err
 	}
 	return output.Connected(cmd.OutOrStdout(), s, format, false)
+}
+
+// timeoutOf is the limit for connecting that a server on record was given.
+func timeoutOf(r state.Record) time.Duration {
+	opts := options.Default()
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	opts.AddFlags(f)
+	_ = f.Parse(r.Args) // the server says what is wrong with them
+	return opts.Timeout
 }

@@ -1,14 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -36,12 +35,13 @@ even if the old one did not.`,
 			if err != nil {
 				return err
 			}
+			var errs []error
 			for _, r := range records {
 				if err := replace(cmd, dir, r, format); err != nil {
-					return fmt.Errorf("%s: %w", r.Name, err)
+					errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
 				}
 			}
-			return nil
+			return errors.Join(errs...)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
@@ -69,9 +69,8 @@ func running(dir state.Dir, names []string) ([]state.Record, error) {
 
 // replace starts a server that takes over from one that runs.
 func replace(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
-	_ = host.SetIOFlusher() // the server says if it is not
-	args := append([]string{programName, "serve", "--run-dir=" + string(dir), "--succeed=" + r.Name}, r.Args...)
-	s, err := launch(self(), args, options.Default().Timeout)
+	args := append(append(serveArgs(dir), "--succeed="+r.Name), r.Args...)
+	s, err := startServer(args, timeoutOf(r))
 	if err != nil {
 		return err
 	}

@@ -68,7 +68,7 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
-	}},
+	}, testing: []string{"rdma/roce", "target"}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},

@@ -19,6 +19,9 @@ import (
 // Client talks to the server behind a socket, one request per call.
 type Client struct{ http http.Client }
 
+// maxAnswer is far above the status of a server with 1024 namespaces.
+const maxAnswer = 16 << 20
+
 // NewClient does not connect yet.
 func NewClient(socket string) *Client {
 	return &Client{http.Client{Transport: &http.Transport{
@@ -78,9 +81,12 @@ func (c *Client) Do(ctx context.Context, method, path string, body, result any) 
 		return fmt.Errorf("ask server: %w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(resp.Body)
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return fmt.Errorf("ask server: %w", err)
+	}
+	if len(answer) > maxAnswer {
+		return fmt.Errorf("ask server: its answer is longer than %d bytes", maxAnswer)
 	}
 	if resp.StatusCode != http.StatusOK {
 		var e exit.Error

@@ -1,14 +1,20 @@
 package control
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -57,12 +63,18 @@ func TestHandOver(t *testing.T) {
 // serve puts f behind a socket.
 func serve(t *testing.T, f *fake) *Client {
 	t.Helper()
+	c, _ := serveAt(t, f)
+	return c
+}
+
+func serveAt(t *testing.T, f *fake) (c *Client, socket string) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "control") // t.TempDir may be longer than a socket's name
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "control.sock")
+	socket = filepath.Join(dir, "control.sock")
 	l, err := Listen(socket)
 	if err != nil {
 		t.Fatal(err)
@@ -74,7 +86,9 @@ func serve(t *testing.T, f *fake) *Client {
 	joined := make(chan error, 1)
 	go func() { joined <- s.Serve(l) }()
 	t.Cleanup(func() {
-		if err := s.Shutdown(context.Background()); err != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := s.Shutdown(ctx); err != nil {
 			t.Error(err)
 		}
 		if err := <-joined; !errors.Is(err, http.ErrServerClosed) {
@@ -84,7 +98,7 @@ func serve(t *testing.T, f *fake) *Client {
 			t.Errorf("the socket is left: %v", err)
 		}
 	})
-	return NewClient(socket)
+	return NewClient(socket), socket
 }
 
 func TestStatus(t *testing.T) {
@@ -174,4 +188,78 @@ func TestBadRequests(t *testing.T) {
 			t.Errorf("%s %s %.20q: %s, want %d", tt.method, tt.path, tt.body, resp.Status, tt.want)
 		}
 	}
+}
+
+// Clients that ask for nothing, or read nothing, keep neither the server nor others
+// for long, and only so many are there at a time.
+func TestFlood(t *testing.T) {
+	read, answer := readTimeout, answerTimeout
+	readTimeout, answerTimeout = 500*time.Millisecond, 3*time.Second
+	t.Cleanup(func() { readTimeout, answerTimeout = read, answer }) // after the server's end
+	const long = 512 << 10                                          // above what a socket's buffer takes
+	f := &fake{status: Status{SchemaVersion: SchemaVersion, Name: strings.Repeat("x", long)}}
+	c, socket := serveAt(t, f)
+	var conns []net.Conn
+	for i := range 2 * maxClients {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+		if i%2 == 0 { // an answer that it does not read
+			if _, err := io.WriteString(conn, "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	began := time.Now()
+	if s, err := c.Status(ctx); err != nil || len(s.Name) != long {
+		t.Fatalf("after %v: %v", time.Since(began), err)
+	}
+	// All have been given up, but for those that wait to be accepted behind the client.
+	for _, conn := range conns {
+		_ = conn.SetReadDeadline(time.Now().Add(time.Minute))
+		if _, err := io.Copy(io.Discard, conn); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a client is kept: %v", err)
+		}
+	}
+}
+
+// What is longer than any answer is not read to its end.
+func TestEndlessAnswer(t *testing.T) {
+	f := &fake{status: Status{SchemaVersion: SchemaVersion, Name: strings.Repeat("x", maxAnswer)}}
+	if _, err := serve(t, f).Status(t.Context()); err == nil || !strings.Contains(err.Error(), "longer than") {
+		t.Error(err)
+	}
+}
+
+// FuzzRequests sends any bytes as a request. Whatever they are, nothing happens but
+// what a request that makes sense asks for.
+func FuzzRequests(f *testing.F) {
+	for _, text := range []string{
+		"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n",
+		"POST /v1/disconnect HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{\"force\": true}",
+		"POST /v1/disconnect HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+		"POST /v1/handover HTTP/1.1\r\nHost: x\r\n\r\n",
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		req, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(text)))
+		if err != nil {
+			return
+		}
+		c := &fake{}
+		w := httptest.NewRecorder()
+		NewServer(c, slog.New(slog.DiscardHandler)).Handler.ServeHTTP(w, req)
+		if w.Code < 200 || w.Code > 499 {
+			t.Errorf("answer %d", w.Code)
+		}
+		if len(c.asked) > 0 && (req.Method != http.MethodPost || req.URL.Path != "/v1/disconnect" || w.Code != http.StatusOK) {
+			t.Errorf("%s %s: disconnected, answer %d", req.Method, req.URL, w.Code)
+		}
+	})
 }

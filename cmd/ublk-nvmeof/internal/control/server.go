@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -30,19 +31,62 @@ type disconnectRequest struct {
 	Force bool `json:"force"`
 }
 
-// Bounds on what a client may keep busy.
+// Bounds on what clients may keep busy.
 const (
-	headerTimeout = 5 * time.Second
-	maxBody       = 4096
+	maxClients = 32 // at a time; more of them wait to be accepted
+	maxHeader  = 4096
+	maxBody    = 4096
 )
 
-// Listen makes the socket, for the calling user and root only.
+// What a client gets to send a request, and to read the answer. Tests have less time.
+var readTimeout, answerTimeout = 5 * time.Second, 5 * time.Second
+
+// Listen makes the socket, for the calling user and root only. It accepts maxClients
+// connections at a time.
 func Listen(path string) (net.Listener, error) {
 	l, err := rundir.Listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("make control socket: %w", err)
 	}
-	return l, nil
+	return &limited{Listener: l, free: make(chan struct{}, maxClients), closed: make(chan struct{})}, nil
+}
+
+// limited is a listener with a bound on accepted connections that are open.
+type limited struct {
+	net.Listener
+	free   chan struct{} // holds a token for each connection
+	closed chan struct{}
+	once   sync.Once // of closed
+}
+
+func (l *limited) Accept() (net.Conn, error) {
+	select {
+	case l.free <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.free
+		return nil, err
+	}
+	return &counted{Conn: c, release: sync.OnceFunc(func() { <-l.free })}, nil
+}
+
+func (l *limited) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// counted is a connection of a limited listener.
+type counted struct {
+	net.Conn
+	release func()
+}
+
+func (c *counted) Close() error {
+	defer c.release()
+	return c.Conn.Close()
 }
 
 // NewServer answers requests for c. Serve it on what Listen gave; Shutdown it to
@@ -76,15 +120,19 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		}
 		Answer(w, http.StatusOK, struct{}{})
 	})
-	return &http.Server{
-		Handler:           mux,
-		ReadHeaderTimeout: headerTimeout,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	srv := &http.Server{
+		Handler:        mux,
+		ReadTimeout:    readTimeout,
+		MaxHeaderBytes: maxHeader,
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
+	srv.SetKeepAlivesEnabled(false) // each request has a connection of its own
+	return srv
 }
 
-// Answer writes body as JSON.
+// Answer writes body as JSON. A client that does not read it is given up.
 func Answer(w http.ResponseWriter, code int, body any) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout)) // of a real connection
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(body) // the client is gone: nobody to tell

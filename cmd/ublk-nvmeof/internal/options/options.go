@@ -162,7 +162,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
 	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: nbd.sock in the server's directory)")
+		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
 		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")

@@ -2,15 +2,16 @@ package server
 
 import (
 	"context"
-	"errors"
-	"log/slog"
+	"encoding/hex"
 	"net/netip"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -28,15 +29,22 @@ type controller interface {
 
 // namespace is what the server needs of an initiator.Namespace.
 type namespace struct {
-	nsid   uint32
-	uuid   string
-	device block.Device
+	nsid               uint32
+	uuid, nguid, eui64 string // empty: it has none
+	device             block.Device
+}
+
+// queueInfo says how a device takes requests.
+type queueInfo struct {
+	Queues int
+	Depth  int // requests in flight per queue
+	MaxIO  int // bytes of the largest one
 }
 
 // device is what the server needs of a ublk.Device, or of what stands in its place.
 type device interface {
 	Record() state.Device
-	Info() ublk.Info // queues, depth and request size
+	Queues() queueInfo
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
 	SetReadOnly(readOnly bool) error
@@ -44,7 +52,7 @@ type device interface {
 	Stop(ctx context.Context, force bool) error
 	Done() <-chan struct{}
 	Err() error
-	Snapshot() ublk.Stats
+	Counters() control.IO
 }
 
 // backend makes what a server is composed of. Tests have one that needs neither
@@ -53,17 +61,19 @@ type backend struct {
 	load      func(host.Module) error // nil if the module is there
 	available func() error            // ublk
 	nbd       func() error            // the kernel's NBD client
-	route     func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
-	provider  func(name string) (rdma.Provider, error)
-	prepare   func(loops int) error
-	loop      func(poller.Config) (*poller.Loop, error)
-	connect   func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
-	start     func(context.Context, ublk.Config) (device, error)
-	recover   func(context.Context, ublk.Info, ublk.Config) (device, error)
-	get       func(ctx context.Context, id int) (ublk.Info, error)
-	list      func(context.Context) ([]ublk.Info, error)
-	remove    func(context.Context, ublk.Info) error
-	abandon   func(ctx context.Context, info ublk.Info, force bool) error
+	// nbdConnected says whether a device of it is connected that has this cookie.
+	nbdConnected func(id int, cookie uint64) (bool, error)
+	route        func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
+	provider     func(name string) (rdma.Provider, error)
+	prepare      func(loops int) error
+	loop         func(poller.Config) (*poller.Loop, error)
+	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
+	start        func(context.Context, ublk.Config) (device, error)
+	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
+	get          func(ctx context.Context, id int) (ublk.Info, error)
+	list         func(context.Context) ([]ublk.Info, error)
+	remove       func(context.Context, ublk.Info) error
+	abandon      func(ctx context.Context, info ublk.Info, force bool) error
 }
 
 // actual is the backend of a server.
@@ -74,15 +84,13 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available: ublk.Available,
-	nbd:       nbdAvailable,
-	route:     host.RouteTo,
-	provider:  provider.ForHost,
-	prepare:   host.Prepare,
-	loop: func(cfg poller.Config) (*poller.Loop, error) {
-		l, err := poller.New(cfg)
-		return l, host.ExplainMemlock(err)
-	},
+	available:    ublk.Available,
+	nbd:          nbdAvailable,
+	nbdConnected: nbd.Connected,
+	route:        host.RouteTo,
+	provider:     provider.ForHost,
+	prepare:      host.Prepare,
+	loop:         explainedLoop,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
@@ -116,75 +124,46 @@ var actual = backend{
 	abandon: ublk.Abandon,
 }
 
+// explainedLoop makes a loop; an error names the limit that is in the way.
+func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
+	l, err := poller.New(cfg)
+	return l, host.ExplainMemlock(err)
+}
+
 // ublkDevice is a ublk.Device.
 type ublkDevice struct{ *ublk.Device }
 
 // Record implements device.
 func (d ublkDevice) Record() state.Device {
-	return state.Device{ID: d.ID(), Cookie: d.Device.Info().Cookie}
+	return state.Device{ID: d.ID(), Cookie: d.Info().Cookie}
+}
+
+// Queues implements device.
+func (d ublkDevice) Queues() queueInfo {
+	i := d.Info()
+	return queueInfo{Queues: i.Queues, Depth: i.Depth, MaxIO: i.MaxIO}
+}
+
+// Counters implements device.
+func (d ublkDevice) Counters() control.IO {
+	n := d.Snapshot().Total()
+	return control.IO{
+		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
+		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+	}
 }
 
 func describe(ns *initiator.Namespace) namespace {
 	n := namespace{nsid: ns.NSID(), device: ns}
-	if id := ns.IDs().UUID; !id.IsZero() {
-		n.uuid = id.String()
+	ids := ns.IDs()
+	if !ids.UUID.IsZero() {
+		n.uuid = ids.UUID.String()
+	}
+	if ids.NGUID != [16]byte{} {
+		n.nguid = hex.EncodeToString(ids.NGUID[:])
+	}
+	if ids.EUI64 != [8]byte{} {
+		n.eui64 = hex.EncodeToString(ids.EUI64[:])
 	}
 	return n
-}
-
-// Waiting is what Clear does about devices that wait for another server.
-type Waiting uint8
-
-// What to do about devices that wait.
-const (
-	Keep      Waiting = iota // nothing
-	EndUnused                // remove them, unless somebody uses them
-	EndAll                   // remove them; what waits for them fails
-)
-
-// Clear takes away what a dead server left: its devices, each only if it
-// still is the server's and nobody can use it any more, or as waiting says, and
-// its record. It returns false if a device is still there.
-func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log *slog.Logger) (bool, error) {
-	return dir.Clear(ctx, name, actual.reap(log, waiting))
-}
-
-// reap is for state.Dir.
-func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, state.Record) bool {
-	return func(ctx context.Context, r state.Record) bool {
-		for _, d := range r.Devices {
-			gone, err := b.gone(ctx, d, waiting)
-			if err != nil {
-				log.Warn("a dead server's device is still there", "server", r.Name, "device", d.Path(), "error", err)
-			}
-			if !gone {
-				return false
-			}
-		}
-		return true
-	}
-}
-
-// gone says whether nothing is left of a device of a dead server, after
-// removing it if that is wanted or if nobody can use it any more.
-func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
-	if d.Kind != state.Ublk {
-		return goneNBD(ctx, d, waiting)
-	}
-	info, err := b.get(ctx, d.ID)
-	switch {
-	case errors.Is(err, ublk.ErrNoDevice), errors.Is(err, ublk.ErrNoDriver):
-		return true, nil
-	case err != nil:
-		return false, err
-	case info.Cookie != d.Cookie:
-		return true, nil // somebody else's by now
-	case info.State == ublk.Dead:
-		err = b.remove(ctx, info)
-	case waiting == Keep || info.State == ublk.Live:
-		return false, nil
-	default:
-		err = b.abandon(ctx, info, waiting == EndAll)
-	}
-	return err == nil || errors.Is(err, ublk.ErrNoDevice), err
 }

@@ -3,13 +3,13 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"slices"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
-	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/ublk"
 )
 
@@ -28,9 +28,9 @@ type Finding struct {
 }
 
 // Collect finds what dead servers left: ublk devices that this program added, and
-// records. With remove it removes what nobody can use any more; devices that wait
-// for a server that is on record, and those that somebody has open, it leaves
-// alone. The order is devices, then records.
+// records. With remove it removes what nobody can use any more. What another server
+// can serve on, and what somebody has open, it leaves alone; and so it does with what
+// it does not understand. The order is devices, then records.
 func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error) {
 	found, err := actual.collect(ctx, dir)
 	if err != nil {
@@ -90,20 +90,8 @@ func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error)
 		}
 	}
 	for _, r := range records {
-		if r.Err != nil || r.Alive {
-			continue
-		}
-		left := slices.ContainsFunc(r.Devices, func(d state.Device) bool {
-			if d.Kind == state.NBD {
-				there, err := nbd.Connected(d.ID, d.Cookie)
-				return there || err != nil
-			}
-			return slices.ContainsFunc(devices, func(i ublk.Info) bool {
-				return i.ID == d.ID && i.Cookie == d.Cookie && i.State != ublk.Dead
-			})
-		})
-		if !left {
-			found = append(found, Finding{What: r.Name, Why: "record of a server that is no more", Remove: true})
+		if f, ok := b.findingOf(r, devices); ok {
+			found = append(found, f)
 		}
 	}
 	return found, nil
@@ -115,15 +103,55 @@ func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	k := slices.IndexFunc(records, func(r state.Record) bool {
 		return slices.ContainsFunc(r.Devices, func(d state.Device) bool { return d.Kind == state.Ublk && d.ID == i.ID && d.Cookie == i.Cookie })
 	})
+	unread := slices.IndexFunc(records, func(r state.Record) bool { return r.Err != nil })
 	switch {
 	case i.State == ublk.Live, k >= 0 && records[k].Alive:
 		return f, false // served
+	case k < 0 && unread >= 0:
+		f.Why = fmt.Sprintf("no server that can be read has it on record; %s may have, which cannot", records[unread].Name)
 	case i.State == ublk.Dead:
 		f.Why, f.Remove = "its server is no more, and its block device is gone", true
 	case k >= 0:
 		f.Why = "waits for a server; recover serves it on, disconnect ends it"
 	default:
 		f.Why, f.Remove = "waits for a server, and none has it on record", true
+	}
+	return f, true
+}
+
+// findingOf says what is to be said of a record, if anything is. One with a ublk
+// device that waits needs no words: the device has them.
+func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool) {
+	f := Finding{What: r.Name}
+	if r.Err != nil {
+		f.Why = r.Err.Error()
+		return f, true
+	}
+	if r.Alive {
+		return f, false
+	}
+	for _, d := range r.Devices {
+		switch d.Kind {
+		case state.NBDSocket:
+			f.Why = fmt.Sprintf("clients may wait for %s; recover serves it on, disconnect ends it", d.URI)
+			return f, true
+		case state.NBD:
+			if there, err := b.nbdConnected(d.ID, d.Cookie); there || err != nil {
+				f.Why = d.Path() + " is connected; disconnect ends it"
+				return f, true
+			}
+		case state.Ublk:
+			if slices.ContainsFunc(devices, func(i ublk.Info) bool {
+				return i.ID == d.ID && i.Cookie == d.Cookie && i.State != ublk.Dead
+			}) {
+				return f, false
+			}
+		}
+	}
+	f.Remove = true
+	f.Why = "its server is no more, and so are its devices"
+	if len(r.Devices) == 0 {
+		f.Why = "its server is no more, and had no device"
 	}
 	return f, true
 }

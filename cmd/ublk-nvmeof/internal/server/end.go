@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 )
 
@@ -26,9 +28,6 @@ var (
 	// to do the rest.
 	hurried = pace{grace: 1200 * time.Millisecond, abort: 500 * time.Millisecond, leave: 500 * time.Millisecond, loops: 200 * time.Millisecond}
 )
-
-// answerTime is for a control request to get its answer.
-const answerTime = time.Second
 
 // errEnding is why requests fail that do not come back in time.
 var errEnding = errors.New("the device ends and requests were not answered in time")
@@ -49,12 +48,12 @@ func (s *server) Disconnect(ctx context.Context, force bool) error {
 // even that, takes away.
 func (s *server) end(ctx context.Context, force bool, p pace) error {
 	select {
-	case <-s.turn:
+	case <-s.changes:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { s.turn <- struct{}{} }()
-	if s.over {
+	defer func() { s.changes <- struct{}{} }()
+	if s.closed {
 		return nil
 	}
 	if !force {
@@ -70,20 +69,33 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 		s.finish(err)
 		return err
 	}
-	err := errors.Join(s.endNBD(p), s.endController(ctx, p), s.endLoops(p))
-	if err == nil {
-		err = bounded(p.loops, s.closeProvider)
-	}
+	err := s.endBelow(ctx, p)
 	s.finish(err)
 	return err
 }
 
-// finish lets run return. The caller has the turn.
+// endBelow ends what the devices were made of, top down. What does not end still uses
+// what is below it, so that stays.
+func (s *server) endBelow(ctx context.Context, p pace) error {
+	for _, step := range []func() error{
+		func() error { return s.endNBD(p) },
+		func() error { return s.endController(ctx, p) },
+		func() error { return s.endLoops(p) },
+		func() error { return bounded(p.loops, s.closeProvider) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// finish lets run return. The caller holds changes.
 func (s *server) finish(left error) {
 	if left != nil {
 		s.log.Error("ended with something left", "error", left)
 	}
-	s.over = true
+	s.closed = true
 	close(s.ended)
 }
 
@@ -116,6 +128,7 @@ func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 		return err
 	}
 	s.log.Warn("requests in flight are given up", "error", err)
+	s.aborted = true
 	s.ctrl.Abort(errEnding)
 	limit, cancel = context.WithTimeout(ctx, p.abort)
 	defer cancel()
@@ -145,17 +158,19 @@ func (s *server) stopAll(ctx context.Context, force bool) error {
 	}
 	wg.Wait()
 	var left []*serving
-	var records []state.Device
 	for i, v := range all {
 		if errs[i] != nil {
 			left = append(left, v)
-			records = append(records, recordOf(v.namespace, v.dev))
 		}
 	}
 	s.mu.Lock()
 	s.serving = left
 	s.mu.Unlock()
-	errs = append(errs, s.record(func(r *state.State) { r.Devices = records }))
+	errs = append(errs, s.record.update(func(r *state.State) {
+		r.Devices = slices.DeleteFunc(slices.Clone(r.Devices), func(d state.Device) bool {
+			return !slices.ContainsFunc(left, func(v *serving) bool { return sameDevice(d, v.dev.Record()) })
+		})
+	}))
 	return errors.Join(errs...)
 }
 
@@ -165,7 +180,11 @@ func (s *server) endController(ctx context.Context, p pace) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.leave)
 	defer cancel()
-	if err := bounded(p.leave+p.abort, func() error { return s.ctrl.Close(ctx) }); err != nil {
+	live := s.ctrl.Info().State == initiator.StateLive
+	err := bounded(p.leave+p.abort, func() error { return s.ctrl.Close(ctx) })
+	// Only then all commands have been answered, the target has none of them.
+	s.record.finish(err == nil && live && !s.aborted)
+	if err != nil {
 		// A target that does not answer must not keep anybody here.
 		s.log.Warn("leave the subsystem", "error", err)
 		if errors.Is(err, errStuck) {

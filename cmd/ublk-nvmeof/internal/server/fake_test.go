@@ -13,6 +13,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/block/null"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -33,12 +34,14 @@ type world struct {
 	loadErr    error
 	ublkErr    error
 	nbdErr     error
+	nbdLeft    bool     // a device of a dead server is connected
 	rdmaErr    error    // of verbs
 	provider   []string // those that were tried
 	route      host.Route
 	routeErr   error
 	connectErr error
 	nsids      []uint32
+	change     func(*namespace) // what the target's namespaces are, if not the usual
 	startErr   map[uint32]error // by namespace id
 	busy       map[int]bool     // by device id
 	stuck      map[int]bool     // Stop does not return until Abort
@@ -87,9 +90,10 @@ func (w *world) backend() backend {
 			}
 			return nil
 		},
-		available: func() error { return w.ublkErr },
-		nbd:       func() error { return w.nbdErr },
-		route:     func(netip.AddrPort, netip.Addr) (host.Route, error) { return w.route, w.routeErr },
+		available:    func() error { return w.ublkErr },
+		nbd:          func() error { return w.nbdErr },
+		nbdConnected: func(int, uint64) (bool, error) { return w.nbdLeft, nil },
+		route:        func(netip.AddrPort, netip.Addr) (host.Route, error) { return w.route, w.routeErr },
 		provider: func(name string) (rdma.Provider, error) {
 			w.provider = append(w.provider, name)
 			if name == options.RoCE {
@@ -176,15 +180,35 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 	w.ctrl = &fakeController{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
 	var found []namespace
 	for _, id := range w.nsids {
-		found = append(found, namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{id}})
+		found = append(found, w.namespace(id))
 	}
 	return w.ctrl, found, nil
 }
 
-type disk struct{ nsid uint32 }
+// namespace is what the target has behind a namespace id.
+func (w *world) namespace(id uint32) namespace {
+	ns := namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{nsid: id}}
+	if w.change != nil {
+		w.change(&ns)
+	}
+	return ns
+}
+
+// described is a device of a namespace, as it is on record.
+func (w *world) described(id uint32, d state.Device) state.Device {
+	return describeRecord(w.namespace(id), d)
+}
+
+type disk struct {
+	nsid  uint32
+	block uint32 // 0: 512
+	dry   bool   // without a volatile cache
+	copy  int    // makes it another one
+}
 
 func (d disk) Geometry() block.Geometry {
-	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: 512, PhysicalBlock: 512, MaxIO: 1 << 20, VolatileCache: true}
+	size := max(512, d.block)
+	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: size, PhysicalBlock: size, MaxIO: 1 << 20, VolatileCache: !d.dry}
 }
 func (d disk) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	n, err := null.New(null.Config{Geometry: d.Geometry()})
@@ -251,16 +275,26 @@ func (c *fakeController) Close(ctx context.Context) error {
 	return nil
 }
 
+// failStart makes the devices of a namespace fail to start; nil: not any more.
+func (w *world) failStart(nsid uint32, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.startErr[nsid] = err
+}
+
 func (w *world) start(_ context.Context, cfg ublk.Config) (device, error) {
 	nsid := cfg.Device.(disk).nsid
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if err := w.startErr[nsid]; err != nil {
 		return nil, err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	id := cfg.ID
 	if id < 0 {
 		id = len(w.started)
+	}
+	if w.devices[id] != nil {
+		return nil, ublk.ErrIDTaken
 	}
 	w.started = append(w.started, cfg)
 	w.events = append(w.events, fmt.Sprintf("start ublkb%d", id))
@@ -282,8 +316,8 @@ func (d *fakeDevice) Record() state.Device {
 	return state.Device{ID: d.id, Cookie: uint64(1000 + d.id)}
 }
 
-func (d *fakeDevice) Info() ublk.Info {
-	return ublk.Info{ID: d.id, Queues: len(d.cfg.Loops), Depth: d.cfg.Depth, MaxIO: d.cfg.MaxIO, Cookie: uint64(1000 + d.id)}
+func (d *fakeDevice) Queues() queueInfo {
+	return queueInfo{Queues: len(d.cfg.Loops), Depth: d.cfg.Depth, MaxIO: d.cfg.MaxIO}
 }
 
 func (d *fakeDevice) Resize(_ context.Context, sectors uint64) error {
@@ -343,11 +377,9 @@ func (d *fakeDevice) Done() <-chan struct{} { return d.done }
 
 func (d *fakeDevice) Err() error { return d.err }
 
-func (d *fakeDevice) Snapshot() ublk.Stats {
-	return ublk.Stats{Queues: []ublk.QueueStats{{Reads: 1, ReadBytes: 4096}, {Reads: 2, ReadBytes: 8192}}}
-}
+func (d *fakeDevice) Counters() control.IO { return control.IO{Reads: 3, ReadBytes: 12288} }
 
-// leaves checks that nothing is left in the run directory.
+// leaves checks what is left in the run directory, beside the lock.
 func leaves(t *testing.T, dir string, want ...string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -356,7 +388,9 @@ func leaves(t *testing.T, dir string, want ...string) {
 	}
 	var names []string
 	for _, e := range entries {
-		names = append(names, e.Name())
+		if e.Name() != ".lock" {
+			names = append(names, e.Name())
+		}
 	}
 	if !slices.Equal(names, want) {
 		t.Errorf("the run directory has %s, want %q", strings.Join(names, " "), want)

@@ -54,7 +54,7 @@ func TestChooseFront(t *testing.T) {
 			o.Device = 3
 		}
 		s := &server{opts: o, back: w.backend(), log: slog.New(slog.NewTextHandler(t.Output(), nil))}
-		if tt.leftByNBD {
+		if w.nbdLeft = tt.leftByNBD; w.nbdLeft {
 			s.waiting = []state.Device{{Kind: state.NBD, ID: 1}}
 		}
 		got, err := s.chooseFront()
@@ -153,7 +153,7 @@ func TestNBDSocket(t *testing.T) {
 	w.nsids, o.Frontend = []uint32{1, 7}, options.NBDSocket
 	r := begin(t, w, o, dir)
 	s := r.waitReady()
-	path := filepath.Join(dir, "ctrl0", "nbd.sock")
+	path := filepath.Join(dir, "nbd-23e2becd5a5238d9.sock")
 	if len(s.Devices) != 2 || s.Devices[1].Path() != "nbd+unix:///7?socket="+path || s.Frontend != options.NBDSocket || s.FrontendReason != "asked for" {
 		t.Errorf("%+v", s)
 	}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -12,9 +13,16 @@ import (
 	"ublk-nvmeof/initiator"
 )
 
-// retirePause is the time between two attempts to end a device without a
-// namespace, which somebody uses.
-const retirePause = time.Second
+const (
+	// retirePause is the time between two attempts to end a device without a
+	// namespace, which somebody uses.
+	retirePause = time.Second
+	// A change that cannot be carried out is tried again after retryPause, then
+	// after twice that, and so on up to retryPauseMax, until it succeeds, means
+	// nothing any more, or the server ends.
+	retryPause    = time.Second
+	retryPauseMax = 30 * time.Second
+)
 
 // change is what happened to a namespace.
 type change struct {
@@ -22,10 +30,17 @@ type change struct {
 	what initiator.Change
 }
 
+// pending is a change that is to be carried out.
+type pending struct {
+	change
+	due   time.Time     // zero: at once
+	pause time.Duration // before the next attempt
+}
+
 // changed notes a change, for follow. It does not block. Any goroutine.
 func (s *server) changed(ns namespace, what initiator.Change) {
 	s.mu.Lock()
-	s.changes = append(s.changes, change{ns, what})
+	s.reported = append(s.reported, change{ns, what})
 	s.mu.Unlock()
 	select {
 	case s.news <- struct{}{}:
@@ -37,87 +52,142 @@ func (s *server) changed(ns namespace, what initiator.Change) {
 // namespace gets a device; the device of one that is gone fails its I/O, and goes
 // away as soon as nobody has it open; sizes and write protection are passed on.
 func (s *server) follow(ctx context.Context) {
-	var again <-chan time.Time
+	var timer <-chan time.Time
 	for {
 		select {
 		case <-s.news:
-		case <-again:
+		case <-timer:
 		case <-ctx.Done():
 			return
 		}
-		again = nil
-		if !s.exclusively(ctx, func() {
-			for _, c := range s.takeChanges() {
-				if err := s.apply(ctx, c); err != nil {
-					s.log.Error("device does not follow its namespace", "nsid", c.nsid, "change", c.what.String(), "error", err)
-				}
-			}
-			if !s.retire(ctx) {
-				again = time.After(retirePause)
-			}
-		}) {
+		var next time.Time
+		if !s.exclusively(ctx, func() { next = s.keepUp(ctx) }) {
 			return
+		}
+		timer = nil
+		if !next.IsZero() {
+			timer = time.After(time.Until(next))
 		}
 	}
 }
 
-// exclusively runs fn while nobody starts or ends; false if all has ended.
-func (s *server) exclusively(ctx context.Context, fn func()) bool {
-	select {
-	case <-s.turn:
-	case <-ctx.Done():
-		return false
+// keepUp carries out what can be carried out now, and says when there is more to do;
+// zero if there is not. The caller holds changes.
+func (s *server) keepUp(ctx context.Context) (next time.Time) {
+	for _, c := range s.takeReported() {
+		s.note(c)
 	}
-	defer func() { s.turn <- struct{}{} }()
-	if s.over {
-		return false
+	if !s.retire(ctx) {
+		next = time.Now().Add(retirePause)
 	}
-	fn()
-	return true
+	var left []*pending
+	for _, p := range s.pending {
+		if time.Now().Before(p.due) || !s.attempt(ctx, p) {
+			left = append(left, p)
+			if next.IsZero() || p.due.Before(next) {
+				next = p.due
+			}
+		}
+	}
+	s.pending = left
+	return next
 }
 
-func (s *server) takeChanges() []change {
+func (s *server) takeReported() []change {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	all := s.changes
-	s.changes = nil
+	all := s.reported
+	s.reported = nil
 	return all
 }
 
-// apply carries a change out. The caller has the turn.
-func (s *server) apply(ctx context.Context, c change) error {
+// note takes up a change. It replaces what is pending of the same kind; nothing is
+// pending of a namespace that is gone.
+func (s *server) note(c change) {
 	v := s.servingOf(c.device)
-	switch c.what {
-	case initiator.Added:
-		if v != nil {
-			v.orphan = false
-			return nil
-		}
-		if len(s.opts.NSIDs) > 0 && !slices.Contains(s.opts.NSIDs, c.nsid) {
-			return nil
-		}
-		ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
-		defer cancel()
-		return s.startDevice(ctx, c.namespace, options.AutoDevice, true)
-	case initiator.Removed:
+	s.pending = slices.DeleteFunc(s.pending, func(p *pending) bool {
+		return p.device == c.device && (p.what == c.what || c.what == initiator.Removed)
+	})
+	switch {
+	case c.what == initiator.Removed:
 		if v != nil {
 			v.orphan = true
 		}
-	case initiator.Resized:
-		if v == nil {
-			return nil
-		}
-		sectors := c.device.Geometry().Sectors
-		if err := v.dev.Resize(ctx, sectors); err != nil {
-			return err
-		}
-		s.log.Info("device resized", "device", v.dev.Record().Path(), "bytes", sectors<<block.SectorShift)
-	case initiator.WriteProtection:
-		if v != nil {
-			return v.dev.SetReadOnly(c.device.Geometry().ReadOnly)
-		}
+	case c.what == initiator.Added && v != nil:
+		v.orphan = false
+	case c.what == initiator.Added && len(s.opts.NSIDs) > 0 && !slices.Contains(s.opts.NSIDs, c.nsid):
+	default:
+		s.pending = append(s.pending, &pending{change: c, pause: retryPause})
+	}
+}
+
+// errHeld is that the device of the namespace which had this number before is still
+// in use.
+var errHeld = errors.New("its predecessor is in use")
+
+// attempt tries to carry a change out, and says whether there is nothing more to do
+// about it. The caller holds changes.
+func (s *server) attempt(ctx context.Context, p *pending) bool {
+	switch err := s.apply(ctx, p.change); {
+	case err == nil:
+		return true
+	case errors.Is(err, errHeld):
+		p.due = time.Now().Add(retirePause)
+		return false
+	case errors.Is(err, errors.ErrUnsupported):
+		s.log.Error("device does not follow its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
+		return true
+	default:
+		s.log.Error("device does not follow its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
+		p.due = time.Now().Add(p.pause)
+		p.pause = min(2*p.pause, retryPauseMax)
+		return false
+	}
+}
+
+// apply carries a change out. The caller holds changes.
+func (s *server) apply(ctx context.Context, c change) error {
+	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
+	defer cancel()
+	v := s.servingOf(c.device)
+	switch {
+	case c.what == initiator.Added && v == nil:
+		return s.offer(ctx, c.namespace)
+	case v == nil:
+		return nil
+	case c.what == initiator.Resized:
+		return s.resize(ctx, v)
+	case c.what == initiator.WriteProtection:
+		return v.dev.SetReadOnly(c.device.Geometry().ReadOnly)
 	}
 	return nil
+}
+
+// offer makes the device of a namespace that was added. An export has the number of
+// its namespace for a name, so the one that had it before has to go first.
+func (s *server) offer(ctx context.Context, ns namespace) error {
+	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
+		return errHeld
+	}
+	return s.startDevice(ctx, ns, options.AutoDevice, true)
+}
+
+// resize gives a device the size of its namespace.
+func (s *server) resize(ctx context.Context, v *serving) error {
+	sectors := v.device.Geometry().Sectors
+	if err := v.dev.Resize(ctx, sectors); err != nil {
+		return err
+	}
+	record := v.dev.Record()
+	s.log.Info("device resized", "device", record.Path(), "bytes", sectors<<block.SectorShift)
+	return s.record.update(func(r *state.State) {
+		r.Devices = slices.Clone(r.Devices)
+		for i := range r.Devices {
+			if sameDevice(r.Devices[i], record) {
+				r.Devices[i].Told.Size = sectors << block.SectorShift
+			}
+		}
+	})
 }
 
 // servingOf is what serves a namespace; nil if nothing does.
@@ -131,54 +201,38 @@ func (s *server) servingOf(ns block.Device) *serving {
 }
 
 // retire ends the devices without a namespace that nobody uses, and says whether
-// none is left. The caller has the turn.
+// none is left. The caller holds changes.
 func (s *server) retire(ctx context.Context) bool {
 	done := true
 	for _, v := range s.devices() {
 		if !v.orphan {
 			continue
 		}
-		record := v.dev.Record()
-		switch err := v.dev.Stop(ctx, false); {
-		case isBusy(err):
+		if err := s.retireDevice(ctx, v); err != nil {
 			done = false
-			continue
-		case err != nil:
-			s.log.Error("device without a namespace does not end", "device", record.Path(), "error", err)
-			done = false
-			continue
-		}
-		s.log.Info("device without a namespace has ended", "device", record.Path(), "nsid", v.nsid)
-		s.mu.Lock()
-		s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
-		s.mu.Unlock()
-		if err := s.record(func(r *state.State) {
-			r.Devices = slices.DeleteFunc(r.Devices, func(d state.Device) bool { return d.Path() == record.Path() && d.Cookie == record.Cookie })
-		}); err != nil {
-			s.log.Error("device is still on record", "device", record.Path(), "error", err)
+			if !isBusy(err) {
+				s.log.Error("device without a namespace does not end", "device", v.dev.Record().Path(), "error", err)
+			}
 		}
 	}
 	return done
 }
 
-// mind waits for the end of a device. When one ends by itself and none is left,
-// so ends the server.
-func (s *server) mind(v *serving) {
-	<-v.dev.Done()
-	if err := v.dev.Err(); err != nil {
-		s.log.Error("device has ended", "device", v.dev.Record().Path(), "error", err)
+// retireDevice ends a device, unless somebody uses it.
+func (s *server) retireDevice(ctx context.Context, v *serving) error {
+	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
+	defer cancel()
+	record := v.dev.Record()
+	if err := v.dev.Stop(ctx, false); err != nil {
+		return err
 	}
-	for _, w := range s.devices() {
-		if !ended(w.dev) {
-			return
-		}
+	s.log.Info("device without a namespace has ended", "device", record.Path(), "nsid", v.nsid)
+	s.mu.Lock()
+	s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
+	s.mu.Unlock()
+	if err := s.record.removeDevice(record); err != nil {
+		// The next change of the record takes it off.
+		return fmt.Errorf("device is still on record: %w", err)
 	}
-	if v.dev.Err() != nil {
-		s.idle.Do(func() { close(s.none) })
-	}
-}
-
-// errReplaced is a namespace that is not the one that a device was made for.
-func errReplaced(d state.Device, now string) error {
-	return fmt.Errorf("%s: namespace %d was %s and is %s", d.Path(), d.NSID, d.UUID, now)
+	return nil
 }

@@ -188,7 +188,8 @@ func TestServe(t *testing.T) {
 	}
 	records, err := state.Dir(r.dir).List()
 	if err != nil || len(records) != 1 || records[0].Phase != state.Live || !records[0].Alive ||
-		!slices.Equal(records[0].Devices, []state.Device{{ID: 0, Cookie: 1000, NSID: 1, UUID: "uuid-1"}, {ID: 1, Cookie: 1001, NSID: 7, UUID: "uuid-7"}}) {
+		!slices.Equal(records[0].Devices, []state.Device{w.described(1, state.Device{ID: 0, Cookie: 1000}), w.described(7, state.Device{ID: 1, Cookie: 1001})}) ||
+		records[0].Devices[1].UUID != "uuid-7" || records[0].Devices[1].Told != (state.Told{Size: 7 << 20, BlockSize: 512, MaxIO: 1 << 20, VolatileCache: true}) {
 		t.Errorf("record: %+v, %v", records, err)
 	}
 
@@ -397,7 +398,7 @@ func TestStuckRequests(t *testing.T) {
 			if err := r.wait("abort", "stop ublkb0", "close controller"); err != nil {
 				t.Error(err)
 			}
-			leaves(t, r.dir)
+			leaves(t, r.dir, ".controllers.json") // the target may still have the requests
 		})
 	}
 }
@@ -416,7 +417,7 @@ func TestWedgedDevice(t *testing.T) {
 		t.Errorf("the end was asked for by somebody who was told: %v", err)
 	}
 	records, err := state.Dir(r.dir).List()
-	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{{ID: 1, Cookie: 1001, NSID: 2, UUID: "uuid-2"}}) {
+	if err != nil || len(records) != 1 || !slices.Equal(records[0].Devices, []state.Device{w.described(2, state.Device{ID: 1, Cookie: 1001})}) {
 		t.Errorf("on record: %+v, %v", records, err)
 	}
 }
@@ -433,7 +434,7 @@ func TestSilentTarget(t *testing.T) {
 	if err := r.wait("stop ublkb0", "close controller"); err != nil {
 		t.Error(err)
 	}
-	leaves(t, r.dir)
+	leaves(t, r.dir, ".controllers.json") // it has not said that it has ended the controller
 }
 
 // When the controller is lost, the devices stay and the status says why.
@@ -450,6 +451,18 @@ func TestLostController(t *testing.T) {
 	if err := r.wait("stop ublkb0", "close controller"); err != nil {
 		t.Error(err)
 	}
+	leaves(t, r.dir, ".controllers.json") // the target may still have commands
+	next := newWorld()
+	r = begin(t, next, lab(), r.dir)
+	r.waitReady()
+	if got := next.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [5]", "start ublkb0"}) {
+		t.Errorf("the next server: %q", got)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	leaves(t, r.dir)
 }
 
 // A server without devices has nothing to do.
@@ -540,8 +553,8 @@ func TestReap(t *testing.T) {
 			if tt.left.ID == 5 {
 				r.Devices[0].ID = 5
 			}
-			if got := b.reap(slog.New(slog.DiscardHandler), tt.waiting)(t.Context(), r); got != tt.gone {
-				t.Errorf("gone: %t", got)
+			if got, err := b.reap(slog.New(slog.DiscardHandler), tt.waiting)(t.Context(), r); got != tt.gone || err != nil {
+				t.Errorf("gone: %t, %v", got, err)
 			}
 			if got := w.happened(); !slices.Equal(got, tt.then) {
 				t.Errorf("happened: %q, want %q", got, tt.then)
@@ -585,7 +598,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 		t.Fatal(err)
 	}
 	target := state.Target{Address: remote[0], NQN: o.NQN, HostNQN: o.HostNQN}
-	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false, func(context.Context, state.Record) bool { return true })
+	e, err := state.Dir(dir).Reserve(t.Context(), target, nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -641,7 +654,7 @@ func TestNamespaces(t *testing.T) {
 			}
 		}
 	}
-	ns := func(id uint32) namespace { return namespace{nsid: id, device: disk{id}} }
+	ns := func(id uint32) namespace { return namespace{nsid: id, device: disk{nsid: id}} }
 	w.changed(ns(3), initiator.Added)
 	await("start ublkb2")
 	w.changed(ns(1), initiator.Resized)
@@ -743,6 +756,11 @@ func TestCollect(t *testing.T) {
 			t.Errorf("%s: said %t, remove %t (%s)", tt.name, said, f.Remove, f.Why)
 		}
 	}
+	// A record that cannot be read may be that of any device.
+	unread := []state.Record{{State: state.State{Name: "ctrl3"}, Err: os.ErrInvalid}}
+	if f, said := finding(ublk.Info{ID: 3, Cookie: cookie, State: ublk.Quiesced}, unread); !said || f.Remove || !strings.Contains(f.Why, "ctrl3") {
+		t.Errorf("a record cannot be read: %+v", f)
+	}
 	// Devices of other programs are not looked at, dead servers' records go with
 	// the last device, and what was there at one look only is left alone.
 	b := newWorld().backend()
@@ -823,4 +841,34 @@ func TestTakesOverWhatIsThere(t *testing.T) {
 		t.Error(err)
 	}
 	leaves(t, dir)
+}
+
+// A change that cannot be carried out is tried again until it can be, or until its
+// namespace is gone.
+func TestNamespacesRetry(t *testing.T) {
+	w := newWorld()
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	w.failStart(2, errors.New("no memory"))
+	w.failStart(3, errors.New("no memory"))
+	for id := range uint32(2) {
+		w.changed(w.namespace(id+2), initiator.Added)
+	}
+	time.Sleep(retryPause / 2)
+	w.changed(w.namespace(3), initiator.Removed)
+	w.failStart(2, nil)
+	w.failStart(3, nil)
+	for end := time.Now().Add(20 * time.Second); !slices.Contains(w.happened(), "start ublkb1"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not tried again: %q", w.happened())
+		}
+	}
+	s, err := r.client().Status(t.Context())
+	if err != nil || len(s.Devices) != 2 || s.Devices[1].NSID != 2 {
+		t.Errorf("%+v, %v", s.Devices, err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
 }

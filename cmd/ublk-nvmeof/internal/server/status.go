@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"time"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
@@ -16,7 +17,7 @@ func (s *server) Status() control.Status {
 	defer s.mu.Unlock()
 	o := s.opts
 	out := control.Status{
-		SchemaVersion: control.SchemaVersion, Name: s.entry.Name, PID: os.Getpid(),
+		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
@@ -79,13 +80,13 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 		out.Since = now.Since.UTC().Format(time.RFC3339)
 	}
 	if now.Reason != nil {
-		out.Reason = now.Reason.Error()
+		out.Reason = printable(now.Reason.Error())
 	}
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
-	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
+	out.Model, out.Serial, out.Firmware = printable(connected.Model), printable(connected.Serial), printable(connected.Firmware)
 	out.RDMADevice, out.Memory = connected.Device, "registered"
 	out.InCapsule, out.SQFlow, out.QueueSize = connected.InCapsule, connected.SQFlow, connected.QueueSize
 	out.Queues = describeQueues(connected.Plan)
@@ -111,16 +112,12 @@ func addLoop(out *control.Lane, s poller.Stats) {
 }
 
 func describeDevice(v *serving) control.Device {
-	g, info, total := v.device.Geometry(), v.dev.Info(), v.dev.Snapshot().Total()
+	g, q := v.device.Geometry(), v.dev.Queues()
 	return control.Device{
 		Device: v.dev.Record().Name(), NSID: v.nsid, UUID: v.uuid,
-		Size: g.Sectors << 9, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
-		Queues: info.Queues, QueueDepth: info.Depth, MaxIO: info.MaxIO,
-		BufferBytes: info.Queues * info.Depth * info.MaxIO,
-		Counters: control.IO{
-			Reads: total.Reads, Writes: total.Writes, ReadBytes: total.ReadBytes, WrittenBytes: total.WrittenBytes,
-			Flushes: total.Flushes, Discards: total.Discards, WriteZeroes: total.WriteZeroes,
-			Errors: total.Errors, Batches: total.Batches,
-		},
+		Size: g.Sectors << block.SectorShift, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
+		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
+		BufferBytes: q.Queues * q.Depth * q.MaxIO,
+		Counters:    v.dev.Counters(),
 	}
 }

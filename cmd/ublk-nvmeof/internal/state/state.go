@@ -1,19 +1,37 @@
-// Package state keeps a directory for each server in a run directory. The directory
-// records which target the server serves and which devices belong to it. The record
-// outlives the server, so that the devices of a dead server are found, but it does
-// not outlive the boot.
+// Package state keeps one directory per server in a run directory: the record of
+// what the server serves, at which target, with which controllers and devices. A
+// record survives its server, so that another one can serve the devices on.
 //
-//	/run/ublk-nvmeof/                  locked (flock) while a server takes its name
-//	/run/ublk-nvmeof/ctrl0/state.json  replaced by rename
+//	/run/ublk-nvmeof/.lock             held (flock) while records come and go
+//	/run/ublk-nvmeof/.controllers.json controllers of servers whose record is gone
+//	/run/ublk-nvmeof/ctrl0/state.json  the record, replaced by rename
 //	/run/ublk-nvmeof/ctrl0/control.sock
-//	/run/ublk-nvmeof/ctrl0/log         of a server in the background
+//	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
+//
+// # What a record is for
+//
+// The controller ids on record are what keeps an old write from landing over a
+// newer one: a target may still execute commands of a server that died, and
+// whoever connects to the subsystem next has to wait for the end of that server's
+// controllers. So an id is on record before the first command goes to its
+// controller, and until the target is known to have ended it; when the record
+// itself is removed before that, the ids move to .controllers.json.
+//
+// The devices on record say who they belong to. Their numbers, names and socket
+// addresses are not given to another subsystem while they are on record, because
+// a client may still know the device by them.
+//
+// A record ends when its server ends in order, when a dead server is disconnected,
+// when gc finds that nothing of it can be served on, or when a successor has taken
+// everything over and has replaced it by its own. Nothing else removes it.
 package state
 
 import (
-	"context"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -21,14 +39,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
-
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
-// SchemaVersion is that of state.json.
+// SchemaVersion is that of state.json. Fields may be added to a version; those
+// that a record lacks are unknown.
 const SchemaVersion = 1
 
 const (
@@ -36,7 +52,9 @@ const (
 	socketFile = "control.sock"
 	logFile    = "log"
 	namePrefix = "ctrl"
-	lockRetry  = 5 * time.Millisecond
+	// maxStateSize is far above the record of the 1024 namespaces that Linux allows
+	// a controller.
+	maxStateSize = 16 << 20
 )
 
 // Phase is how far a server has come.
@@ -54,6 +72,10 @@ type Target struct {
 	NQN     string         `json:"nqn"`
 	HostNQN string         `json:"hostnqn"`
 }
+
+// sameSubsystem says whether two connections share controller ids: a target tells
+// controllers of a subsystem apart by their ids, and hosts by their names.
+func (t Target) sameSubsystem(u Target) bool { return t.NQN == u.NQN && t.HostNQN == u.HostNQN }
 
 // Kind is what a device is.
 type Kind string
@@ -74,7 +96,25 @@ type Device struct {
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
-	UUID   string `json:"uuid,omitempty"` // of the namespace, if it has one
+	// What the namespace is, as far as it has these identifiers, and what the users
+	// of the device were told of it. Told is zero in records of older versions, which
+	// have the UUID only.
+	UUID  string `json:"uuid,omitempty"`
+	NGUID string `json:"nguid,omitempty"` // hexadecimal
+	EUI64 string `json:"eui64,omitempty"` // hexadecimal
+	Told  Told   `json:"told,omitzero"`
+}
+
+// Told is what users of a device were told when it was made. They may not learn
+// of changes, so a successor has to keep to it. Sizes are in bytes.
+type Told struct {
+	Size          uint64 `json:"size"`
+	BlockSize     uint32 `json:"block_size"`
+	MaxIO         uint32 `json:"max_io_size"`
+	MaxDiscard    uint64 `json:"max_discard_size"`
+	MaxZeroes     uint64 `json:"max_write_zeroes_size"`
+	VolatileCache bool   `json:"volatile_cache"`
+	ReadOnly      bool   `json:"read_only"`
 }
 
 // Path is the block device's node, or the URI of one that is a socket.
@@ -91,6 +131,21 @@ func (d Device) Path() string {
 // Name is the path without the directory.
 func (d Device) Name() string { return strings.TrimPrefix(d.Path(), "/dev/") }
 
+// check says what a record cannot say of a device.
+func (d Device) check() error {
+	switch {
+	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket:
+		return fmt.Errorf("kind %q is unknown", d.Kind)
+	case d.ID < 0:
+		return fmt.Errorf("id %d is negative", d.ID)
+	case d.NSID == 0:
+		return errors.New("nsid is 0")
+	case d.Kind == NBDSocket && d.URI == "":
+		return errors.New("uri is empty")
+	}
+	return nil
+}
+
 // State is what state.json holds.
 type State struct {
 	SchemaVersion int      `json:"schema_version"`
@@ -100,9 +155,50 @@ type State struct {
 	Target        Target   `json:"target"`
 	Args          []string `json:"args"` // flags that give the same connection again
 	Devices       []Device `json:"devices"`
+	// Listen is where the NBD server of the devices listens: the path of a unix
+	// socket, or HOST:PORT. Empty: it does not.
+	Listen string `json:"listen,omitempty"`
 	// Controllers are the ids of the controllers at the target that may still
-	// work on commands of this server, or of those before it.
+	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
+}
+
+// check names the first field that makes no sense.
+func (s *State) check() error {
+	if s.Process.PID <= 0 {
+		return fmt.Errorf("process: pid %d is no process", s.Process.PID)
+	}
+	if s.Target.NQN == "" {
+		return errors.New("target: nqn is empty")
+	}
+	for i, d := range s.Devices {
+		if err := d.check(); err != nil {
+			return fmt.Errorf("devices[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// parse reads a state. Of a state of another version it returns the target and the
+// process, as far as they are there, with the error.
+func parse(text []byte) (State, error) {
+	var head struct {
+		SchemaVersion int     `json:"schema_version"`
+		Process       Process `json:"process"`
+		Target        Target  `json:"target"`
+	}
+	if err := json.Unmarshal(text, &head); err != nil {
+		return State{}, err
+	}
+	if head.SchemaVersion != SchemaVersion {
+		return State{SchemaVersion: head.SchemaVersion, Process: head.Process, Target: head.Target},
+			fmt.Errorf("schema version %d is not %d: another version of this program wrote it", head.SchemaVersion, SchemaVersion)
+	}
+	var s State
+	if err := json.Unmarshal(text, &s); err != nil {
+		return State{}, err
+	}
+	return s, s.check()
 }
 
 // Dir is a run directory.
@@ -112,15 +208,15 @@ type Dir string
 type Record struct {
 	State
 	Alive bool  // the server runs
-	Err   error // state.json cannot be read; only Name is known
+	Err   error // state.json cannot be read; of the state, only Name is sure
 	dir   string
 }
 
 // Socket is the path of the server's control socket.
 func (r Record) Socket() string { return filepath.Join(r.dir, socketFile) }
 
-// Remove removes the record. The server must be dead, or be the caller.
-func (r Record) Remove() error { return os.RemoveAll(r.dir) }
+// Log is where the server may log to.
+func (r Record) Log() string { return filepath.Join(r.dir, logFile) }
 
 // List finds all servers, in the order of their names.
 func (d Dir) List() ([]Record, error) {
@@ -136,11 +232,10 @@ func (d Dir) List() ([]Record, error) {
 		if _, ok := number(e.Name()); !ok || !e.IsDir() {
 			continue
 		}
-		r, err := d.read(e.Name())
+		r, err := d.Find(e.Name())
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // just made, or just removed
 		}
-		r.Err = err
 		records = append(records, r)
 	}
 	slices.SortFunc(records, func(a, b Record) int {
@@ -158,204 +253,73 @@ func number(name string) (int, bool) {
 	return n, ok && err == nil && n >= 0
 }
 
-func (d Dir) read(name string) (Record, error) {
+// Find is the record of a server. The error is that of the record, or
+// fs.ErrNotExist.
+func (d Dir) Find(name string) (Record, error) {
 	r := Record{dir: filepath.Join(string(d), name)}
-	r.Name = name
-	text, err := os.ReadFile(filepath.Join(r.dir, stateFile))
-	if err != nil {
-		return r, err
-	}
-	if err := json.Unmarshal(text, &r.State); err != nil {
-		return r, fmt.Errorf("read %s: %w", filepath.Join(r.dir, stateFile), err)
-	}
-	if r.SchemaVersion != SchemaVersion {
-		err = fmt.Errorf("read %s: schema version %d is not %d", filepath.Join(r.dir, stateFile), r.SchemaVersion, SchemaVersion)
+	file := filepath.Join(r.dir, stateFile)
+	text, err := readFile(file)
+	if err == nil {
+		r.State, err = parse(text)
 	}
 	r.Name = name
 	r.Alive = r.Process.Alive()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("read %s: %w", file, err)
+	}
+	r.Err = err
 	return r, err
 }
 
-// DuplicateError is a target that a server, which may be about to, connects to.
-type DuplicateError struct{ Record Record }
-
-func (e *DuplicateError) Error() string {
-	return fmt.Sprintf("%s serves %s at %s already (%s, process %d)",
-		e.Record.Name, e.Record.Target.NQN, e.Record.Target.Address, e.Record.Phase, e.Record.Process.PID)
-}
-
-// Entry is the caller's own record.
-type Entry struct {
-	Record
-}
-
-// Reserve takes a name for the calling process, which connects to target.
-// Unless duplicate is set, a live server with the same target is a
-// *DuplicateError, and the record of a dead one whose devices are still there
-// passes to the caller, who finds them in the Entry. Records of dead servers are
-// removed if reap, which gets each of them, says that nothing of them is left.
-func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool, reap func(context.Context, Record) bool) (*Entry, error) {
-	self, err := Of(os.Getpid())
+// readFile reads a regular file of a size that makes sense, and waits for nothing.
+func readFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if p := (*fs.PathError)(nil); errors.As(err, &p) {
+		return nil, p.Err // the caller names the file
+	}
 	if err != nil {
 		return nil, err
 	}
-	if err := rundir.Make(string(d), 0o755); err != nil {
-		return nil, fmt.Errorf("make run directory: %w", err)
-	}
-	unlock, err := d.lock(ctx)
+	defer f.Close()
+	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	records, err := d.List()
-	if err != nil {
-		return nil, err
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("it is no regular file, but %v", info.Mode().Type())
 	}
-	var heirless *Record
-	for _, r := range records {
-		switch {
-		case r.Err != nil:
-		case r.Alive && r.Target == target && !duplicate:
-			return nil, &DuplicateError{r}
-		case r.Alive:
-		case reap(ctx, r):
-			if err := r.Remove(); err != nil {
-				return nil, fmt.Errorf("remove what %s left: %w", r.Name, err)
-			}
-		case r.Target == target && !duplicate && heirless == nil:
-			heirless = &r
-		}
+	text, err := io.ReadAll(io.LimitReader(f, maxStateSize+1))
+	if err == nil && len(text) > maxStateSize {
+		err = fmt.Errorf("it is longer than %d bytes", maxStateSize)
 	}
-	if heirless != nil {
-		return (&Entry{*heirless}).adopt(self, args)
-	}
-	e := &Entry{Record{State: State{
-		SchemaVersion: SchemaVersion, Process: self, Phase: Connecting, Target: target, Args: args,
-	}}}
-	return e, e.take(d)
+	return text, err
 }
 
-// Find is the record of a server.
-func (d Dir) Find(name string) (Record, error) { return d.read(name) }
-
-// Adopt makes the record of a server that has ended the caller's.
-func (d Dir) Adopt(ctx context.Context, name string, args []string) (*Entry, error) {
-	self, err := Of(os.Getpid())
+// writeFile replaces a file by another one, or leaves it as it is. A process that
+// dies meanwhile leaves one or the other.
+func writeFile(path string, content any) (err error) {
+	text, err := json.MarshalIndent(content, "", "\t")
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
 	}
-	unlock, err := d.lock(ctx)
+	next := path + ".new"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("write %s: %w", path, err)
 	}
-	defer unlock()
-	r, err := d.read(name)
-	switch {
-	case err != nil:
-		return nil, err
-	case r.Alive:
-		return nil, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
+	_, err = io.Copy(f, bytes.NewReader(append(text, '\n')))
+	if cerr := f.Close(); err == nil {
+		err = cerr
 	}
-	return (&Entry{r}).adopt(self, args)
-}
-
-// adopt makes a dead server's record that of another process. The caller has the
-// lock.
-func (e *Entry) adopt(by Process, args []string) (*Entry, error) {
-	if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove a dead server's socket: %w", err)
-	}
-	e.Process, e.Phase, e.Args = by, Connecting, args
-	return e, e.Save()
-}
-
-// Clear removes the record of a dead server if reap says that nothing of it is
-// left, and says whether that is so. It is true, too, if there is no such record.
-func (d Dir) Clear(ctx context.Context, name string, reap func(context.Context, Record) bool) (bool, error) {
-	unlock, err := d.lock(ctx)
-	if errors.Is(err, fs.ErrNotExist) {
-		return true, nil
+	if err == nil {
+		err = os.Rename(next, path)
 	}
 	if err != nil {
-		return false, err
-	}
-	defer unlock()
-	r, err := d.read(name)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return true, nil
-	case err != nil:
-		return false, err
-	case r.Alive:
-		return false, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
-	case !reap(ctx, r):
-		return false, nil
-	}
-	return true, r.Remove()
-}
-
-// take makes the directory with the first free name. The caller has the lock.
-func (e *Entry) take(d Dir) error {
-	for n := 0; ; n++ {
-		e.Name = namePrefix + strconv.Itoa(n)
-		e.dir = filepath.Join(string(d), e.Name)
-		err := os.Mkdir(e.dir, 0o755)
-		if errors.Is(err, fs.ErrExist) {
-			// Without a state it belongs to nobody: its maker, who had the
-			// lock, died before writing one.
-			if _, err := os.Stat(filepath.Join(e.dir, stateFile)); !errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-		} else if err != nil {
-			return fmt.Errorf("make state directory: %w", err)
-		}
-		if err := e.Save(); err != nil {
-			return errors.Join(err, e.Remove())
-		}
-		return nil
-	}
-}
-
-// Save writes the state, all of it or nothing.
-func (e *Entry) Save() error {
-	text, err := json.MarshalIndent(e.State, "", "\t")
-	if err != nil {
-		return fmt.Errorf("encode state: %w", err)
-	}
-	file := filepath.Join(e.dir, stateFile)
-	next := file + ".new"
-	if err := os.WriteFile(next, append(text, '\n'), 0o644); err != nil {
-		return fmt.Errorf("write state: %w", err)
-	}
-	if err := os.Rename(next, file); err != nil {
-		return fmt.Errorf("write state: %w", err)
+		_ = os.Remove(next) // it holds nothing that is not elsewhere
+		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
-}
-
-// Log is where the server may log to.
-func (e *Entry) Log() string { return filepath.Join(e.dir, logFile) }
-
-// lock keeps other servers from taking a name. The lock ends with the process.
-func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
-	fd, err := unix.Open(string(d), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("lock run directory: %w", err)
-	}
-	for {
-		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
-		switch {
-		case err == nil:
-			return func() { unix.Close(fd) }, nil
-		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
-			unix.Close(fd)
-			return nil, fmt.Errorf("lock run directory: %w", err)
-		}
-		select {
-		case <-time.After(lockRetry):
-		case <-ctx.Done():
-			unix.Close(fd)
-			return nil, fmt.Errorf("lock run directory: %w", context.Cause(ctx))
-		}
-	}
 }

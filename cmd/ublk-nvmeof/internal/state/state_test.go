@@ -2,15 +2,21 @@ package state
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -18,11 +24,11 @@ var (
 	ctx = context.Background()
 )
 
-func nothingLeft(context.Context, Record) bool { return true }
+func nothingLeft(context.Context, Record) (bool, error) { return true, nil }
 
 func reserve(t *testing.T, d Dir, target Target) *Entry {
 	t.Helper()
-	e, err := d.Reserve(ctx, target, []string{"--nqn=" + target.NQN}, false, nothingLeft)
+	e, err := d.Reserve(ctx, target, []string{"--nqn=" + target.NQN}, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,10 +87,10 @@ func TestLife(t *testing.T) {
 	if files, _ := filepath.Glob(filepath.Join(string(d), "ctrl0", "*")); len(files) != 1 {
 		t.Errorf("beside the state there is %v", files)
 	}
-	if err := e.Remove(); err != nil {
+	if err := e.Retire(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	if left, _ := filepath.Glob(filepath.Join(string(d), "*")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(string(d), "[^.]*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }
@@ -93,10 +99,10 @@ func TestDuplicates(t *testing.T) {
 	d := Dir(t.TempDir())
 	reserve(t, d, lab)
 	var dup *DuplicateError
-	if _, err := d.Reserve(ctx, lab, nil, false, nothingLeft); !errors.As(err, &dup) || dup.Record.Name != "ctrl0" {
+	if _, err := d.Reserve(ctx, lab, nil, false); !errors.As(err, &dup) || dup.Record.Name != "ctrl0" {
 		t.Errorf("%v, want a duplicate of ctrl0", err)
 	}
-	if e, err := d.Reserve(ctx, lab, nil, true, nothingLeft); err != nil || e.Name != "ctrl1" {
+	if e, err := d.Reserve(ctx, lab, nil, true); err != nil || e.Name != "ctrl1" {
 		t.Errorf("%v, %v", e, err)
 	}
 	for _, change := range []func(*Target){
@@ -114,54 +120,154 @@ func TestDuplicates(t *testing.T) {
 	}
 }
 
-// What a dead server left is shown, passes to the next server of the same
-// target, is in nobody else's way, and goes when nothing of it is left.
-func TestDeadServer(t *testing.T) {
-	d := Dir(t.TempDir())
-	e := reserve(t, d, lab)
+// die makes the record that of a dead process.
+func die(t *testing.T, e *Entry) {
+	t.Helper()
 	e.Process = deadProcess(t)
-	e.Devices = []Device{{ID: 0, NSID: 1}}
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// What a dead server left is shown, passes to the next server of the same
+// target, and is in nobody else's way. Nobody else's start removes it.
+func TestDeadServer(t *testing.T) {
+	d := Dir(t.TempDir())
+	e := reserve(t, d, lab)
+	e.Devices = []Device{{Kind: NBDSocket, URI: "nbd+unix:///1?socket=/x", NSID: 1}}
+	e.Listen = "/x"
+	die(t, e)
 	if got := list(t, d); len(got) != 1 || got[0].Alive {
 		t.Fatalf("%+v", got)
 	}
-	asked := 0
-	devicesLeft := func(_ context.Context, r Record) bool {
-		asked++
-		if r.Name != "ctrl0" || len(r.Devices) != 1 {
-			t.Errorf("asked about %+v", r)
-		}
-		return false
-	}
 	other := lab
 	other.NQN = "nqn.other"
-	for i, c := range []struct {
+	for _, c := range []struct {
 		target    Target
 		duplicate bool
 	}{{other, false}, {lab, true}} {
-		e, err := d.Reserve(ctx, c.target, nil, c.duplicate, devicesLeft)
-		if want := "ctrl1"; err != nil || asked != i+1 || e.Name != want || len(e.Devices) != 0 {
-			t.Fatalf("%v, %v, asked %d times, want %s", e, err, asked, want)
+		e, err := d.Reserve(ctx, c.target, nil, c.duplicate)
+		if err != nil || e.Name != "ctrl1" || e.Inherited || len(e.Devices) != 0 {
+			t.Fatalf("%+v, %v", e, err)
 		}
-		if err := e.Remove(); err != nil {
+		if err := e.Retire(ctx, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	heir, err := d.Reserve(ctx, lab, []string{"--x"}, false, devicesLeft)
-	if err != nil || heir.Name != "ctrl0" || len(heir.Devices) != 1 || heir.Phase != Connecting {
+	heir, err := d.Reserve(ctx, lab, []string{"--x"}, false)
+	if err != nil || heir.Name != "ctrl0" || !heir.Inherited || len(heir.Devices) != 1 || heir.Listen != "/x" || heir.Phase != Connecting {
 		t.Fatalf("%+v, %v", heir, err)
 	}
-	if got := list(t, d); len(got) != 1 || !got[0].Alive || len(got[0].Devices) != 1 {
+	// Until the heir has taken it over, it is what the dead server left.
+	if got := list(t, d); len(got) != 1 || !got[0].Alive || len(got[0].Devices) != 1 || !slices.Equal(got[0].Args, []string{"--nqn=nqn.lab"}) {
 		t.Fatalf("%+v", got)
 	}
-	heir.Process = deadProcess(t)
-	if err := heir.Save(); err != nil {
+	die(t, heir)
+	if third := reserve(t, d, other); third.Name != "ctrl1" {
+		t.Errorf("%s, and ctrl0 is a dead server's", third.Name)
+	}
+	again, err := d.Adopt(ctx, "ctrl0")
+	if err != nil || again.Name != "ctrl0" || len(again.Devices) != 1 {
+		t.Errorf("%+v, %v", again, err)
+	}
+	if _, err := d.Adopt(ctx, "ctrl0"); err == nil {
+		t.Error("a live server's record was given away")
+	}
+	if _, err := d.Adopt(ctx, "ctrl9"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("adopt what is not there: %v", err)
+	}
+}
+
+// Whoever starts a server for a subsystem gets the controllers of all that died
+// before, however their records ended, until they are known to have ended.
+func TestControllersAreKept(t *testing.T) {
+	elsewhere, stranger, host := lab, lab, lab
+	elsewhere.Address = netip.MustParseAddrPort("10.0.2.16:4420")
+	stranger.NQN = "nqn.other"
+	host.HostNQN = "nqn.host2"
+	dies := func(t *testing.T, d Dir, ids ...uint16) *Entry {
+		t.Helper()
+		e := reserve(t, d, lab)
+		e.Controllers = Distinct(append(e.Controllers, ids...))
+		die(t, e)
+		return e
+	}
+	cleared := func(t *testing.T, d Dir, e *Entry) {
+		t.Helper()
+		if ok, err := d.Clear(ctx, e.Name, nothingLeft); !ok || err != nil {
+			t.Fatalf("%t, %v", ok, err)
+		}
+	}
+	for _, tt := range []struct {
+		name      string
+		before    func(t *testing.T, d Dir)
+		target    Target
+		duplicate bool
+		want      []uint16
+	}{
+		{"connect again", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, false, []uint16{3, 4}},
+		{"duplicate", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, true, []uint16{3, 4}},
+		{"by another address", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, elsewhere, false, []uint16{3, 4}},
+		{"another subsystem", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, stranger, false, nil},
+		{"another host", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, host, false, nil},
+		{"cleared", func(t *testing.T, d Dir) { cleared(t, d, dies(t, d, 3, 4)) }, lab, false, []uint16{3, 4}},
+		{"cleared twice", func(t *testing.T, d Dir) {
+			cleared(t, d, dies(t, d, 3, 4))
+			cleared(t, d, dies(t, d, 4, 5))
+		}, elsewhere, false, []uint16{3, 4, 5}},
+		{"ended in disorder", func(t *testing.T, d Dir) {
+			if err := reserve(t, d, lab).Retire(ctx, []uint16{7}); err != nil {
+				t.Fatal(err)
+			}
+		}, lab, false, []uint16{7}},
+		{"ended in order", func(t *testing.T, d Dir) {
+			if err := reserve(t, d, lab).Retire(ctx, nil); err != nil {
+				t.Fatal(err)
+			}
+		}, lab, false, nil},
+		{"cleared, and the next one died before it asked", func(t *testing.T, d Dir) {
+			cleared(t, d, dies(t, d, 3, 4))
+			die(t, reserve(t, d, lab))
+		}, lab, false, []uint16{3, 4}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := Dir(filepath.Join(t.TempDir(), "run"))
+			tt.before(t, d)
+			e, err := d.Reserve(ctx, tt.target, nil, tt.duplicate)
+			if err != nil || !slices.Equal(e.Controllers, tt.want) {
+				t.Fatalf("%v, %v, want %v", e, err, tt.want)
+			}
+			saved, err := d.Find(e.Name)
+			if err != nil || !slices.Equal(saved.Controllers, tt.want) {
+				t.Errorf("on record %v, %v", saved.Controllers, err)
+			}
+		})
+	}
+}
+
+// A record that cannot be written is the one that was there before.
+func TestSaveFails(t *testing.T) {
+	d := Dir(t.TempDir())
+	e := reserve(t, d, lab)
+	blocked := filepath.Join(string(d), "ctrl0", "state.json.new")
+	if err := os.MkdirAll(filepath.Join(blocked, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if third := reserve(t, d, other); third.Name != "ctrl0" {
-		t.Errorf("%s, want the name that is free again", third.Name)
+	e.Controllers = []uint16{9}
+	if err := e.Save(); err == nil || !strings.Contains(err.Error(), "state.json") {
+		t.Errorf("%v", err)
+	}
+	if got := list(t, d); len(got) != 1 || got[0].Err != nil || len(got[0].Controllers) != 0 {
+		t.Errorf("%+v", got)
+	}
+	if err := os.RemoveAll(blocked); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(blocked, []byte("left by a process that died"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Save(); err != nil || len(list(t, d)[0].Controllers) != 1 {
+		t.Errorf("%v", err)
 	}
 }
 
@@ -178,7 +284,7 @@ func TestClear(t *testing.T) {
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
 	}
-	if ok, err := d.Clear(ctx, e.Name, func(context.Context, Record) bool { return false }); ok || err != nil || len(list(t, d)) != 1 {
+	if ok, err := d.Clear(ctx, e.Name, func(context.Context, Record) (bool, error) { return false, nil }); ok || err != nil || len(list(t, d)) != 1 {
 		t.Errorf("something left: %v, %v, %v", ok, err, list(t, d))
 	}
 	if ok, err := d.Clear(ctx, e.Name, nothingLeft); !ok || err != nil || len(list(t, d)) != 0 {
@@ -247,7 +353,7 @@ func TestReserveRace(t *testing.T) {
 	won := make(chan string, 8)
 	for range cap(won) {
 		wg.Go(func() {
-			e, err := d.Reserve(ctx, lab, nil, false, nothingLeft)
+			e, err := d.Reserve(ctx, lab, nil, false)
 			var dup *DuplicateError
 			switch {
 			case err == nil:
@@ -263,6 +369,8 @@ func TestReserveRace(t *testing.T) {
 	}
 }
 
+// A lock that somebody else has is not waited for for ever, and the error says who
+// has it.
 func TestLockIsBounded(t *testing.T) {
 	d := Dir(t.TempDir())
 	unlock, err := d.lock(ctx)
@@ -272,8 +380,85 @@ func TestLockIsBounded(t *testing.T) {
 	defer unlock()
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer cancel()
-	if _, err := d.Reserve(short, lab, nil, false, nothingLeft); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%v, want a deadline", err)
+	_, err = d.Reserve(short, lab, nil, false)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (%s", os.Getpid(), os.Args[0])) {
+		t.Errorf("%v, want a deadline, and this process", err)
+	}
+	if _, err := d.Clear(short, "ctrl0", nothingLeft); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("clear: %v", err)
+	}
+}
+
+// Whoever may read the run directory cannot keep others from it.
+func TestLockOfTheDirectory(t *testing.T) {
+	d := Dir(t.TempDir())
+	fd, err := unix.Open(string(d), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Flock(fd, unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if _, err := d.Reserve(short, lab, nil, false); err != nil {
+		t.Error(err)
+	}
+	if st, err := os.Stat(filepath.Join(string(d), lockFile)); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+}
+
+// What others could replace or lock is refused.
+func TestUnsafeDirectory(t *testing.T) {
+	refused := func(name string, d Dir, want string) {
+		t.Helper()
+		if _, err := d.Reserve(ctx, lab, nil, false); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+	root := t.TempDir()
+	open := filepath.Join(root, "open")
+	if err := os.Mkdir(open, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	refused("writable by all", Dir(open), "mode 0777")
+	link := filepath.Join(root, "link")
+	if err := os.Symlink(t.TempDir(), link); err != nil {
+		t.Fatal(err)
+	}
+	refused("a link", Dir(link), "symbolic link")
+	planted := Dir(t.TempDir())
+	victim := filepath.Join(root, "victim")
+	if err := os.Symlink(victim, filepath.Join(string(planted), lockFile)); err != nil {
+		t.Fatal(err)
+	}
+	refused("a lock that is a link", planted, "symbolic link")
+	if _, err := os.Stat(victim); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link was followed: %v", err)
+	}
+	shared := Dir(t.TempDir())
+	if err := os.WriteFile(filepath.Join(string(shared), lockFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(string(shared), lockFile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	refused("a lock that all may open", shared, "mode 0644")
+}
+
+func TestFindHolder(t *testing.T) {
+	locks := "1: POSIX  ADVISORY  WRITE 5 08:01:77 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 6 00:19:77 0 EOF\nnonsense\n" +
+		"2: FLOCK  ADVISORY  WRITE 7 00:19:177 0 EOF\n3: FLOCK  ADVISORY  WRITE 8 00:19:77 0 EOF\n"
+	if got := findHolder([]byte(locks), 77); got != 8 {
+		t.Errorf("%d", got)
+	}
+	if got := findHolder([]byte(locks), 7); got != 0 {
+		t.Errorf("%d", got)
 	}
 }
 
@@ -296,15 +481,120 @@ func TestStrangeContents(t *testing.T) {
 	write("ctrl2/state.json", `{"schema_version": 99}`)
 	write("other/state.json", "{}")
 	write("ctrlx", "")
+	if err := unix.Mkfifo(filepath.Join(string(d), "ctrl1", "state.json.new"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	got := list(t, d)
 	if len(got) != 2 || got[0].Name != "ctrl0" || got[0].Err == nil || got[1].Name != "ctrl2" || got[1].Err == nil {
 		t.Errorf("%+v", got)
 	}
-	e, err := d.Reserve(ctx, lab, nil, false, func(_ context.Context, r Record) bool {
-		t.Errorf("asked about %s", r.Name)
-		return true
-	})
-	if err != nil || e.Name != "ctrl1" {
+	e, err := d.Reserve(ctx, lab, nil, false)
+	if err != nil || e.Name != "ctrl1" || len(e.Unreadable) != 2 {
 		t.Errorf("%v, %v", e, err)
 	}
+}
+
+// A damaged record, and one of another version, is named and never removed. One that
+// is known to be of the same subsystem is not passed over.
+func TestDamaged(t *testing.T) {
+	good := func(change func(map[string]any)) string {
+		m := map[string]any{
+			"schema_version": 1, "process": map[string]any{"pid": 1, "start": 2, "boot": "b"}, "phase": "live",
+			"target":  map[string]any{"address": "10.0.2.15:4420", "nqn": lab.NQN, "hostnqn": lab.HostNQN},
+			"devices": []any{map[string]any{"id": 0, "nsid": 1}},
+		}
+		change(m)
+		text, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	device := func(d map[string]any) string {
+		return good(func(m map[string]any) { m["devices"] = []any{d} })
+	}
+	for _, tt := range []struct {
+		name, text, want string
+		refused          bool
+	}{
+		{"good", good(func(map[string]any) {}), "", false},
+		{"empty", "", "unexpected end", false},
+		{"cut off", good(func(map[string]any) {})[:100], "unexpected end", false},
+		{"something after it", good(func(map[string]any) {}) + "x", "after top-level value", false},
+		{"newer", good(func(m map[string]any) { m["schema_version"] = 2 }), "schema version 2 is not 1", true},
+		{"no process", good(func(m map[string]any) { delete(m, "process") }), "process: pid 0", true},
+		{"no NQN", good(func(m map[string]any) { m["target"] = map[string]any{} }), "target: nqn is empty", false},
+		{"kind", device(map[string]any{"kind": "floppy", "nsid": 1}), `devices[0]: kind "floppy" is unknown`, true},
+		{"id", device(map[string]any{"id": -1, "nsid": 1}), "devices[0]: id -1 is negative", true},
+		{"nsid", device(map[string]any{"id": 1}), "devices[0]: nsid is 0", true},
+		{"socket", device(map[string]any{"kind": "nbd-socket", "nsid": 1}), "devices[0]: uri is empty", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := Dir(t.TempDir())
+			file := filepath.Join(string(d), "ctrl0", "state.json")
+			if err := os.Mkdir(filepath.Dir(file), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, []byte(tt.text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			r := list(t, d)[0]
+			if tt.want == "" {
+				if r.Err != nil {
+					t.Error(r.Err)
+				}
+				return
+			}
+			if r.Err == nil || !strings.Contains(r.Err.Error(), tt.want) || !strings.Contains(r.Err.Error(), file) || r.Name != "ctrl0" {
+				t.Errorf("%q: %v, want %q and the file", r.Name, r.Err, tt.want)
+			}
+			if done, err := d.Clear(ctx, "ctrl0", nothingLeft); done || err == nil {
+				t.Errorf("clear: %t, %v", done, err)
+			}
+			e, err := d.Reserve(ctx, lab, nil, false)
+			if tt.refused && (err == nil || !strings.Contains(err.Error(), file)) || !tt.refused && (err != nil || e.Name != "ctrl1") {
+				t.Errorf("reserve: %+v, %v", e, err)
+			}
+			if now, err := os.ReadFile(file); err != nil || string(now) != tt.text {
+				t.Errorf("the file is %q, %v", now, err)
+			}
+		})
+	}
+	// What targets may still work on is not passed over either.
+	d := Dir(t.TempDir())
+	file := filepath.Join(string(d), controllersFile)
+	if err := os.WriteFile(file, []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Reserve(ctx, lab, nil, false); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("%v", err)
+	}
+	if left := list(t, d); len(left) != 0 {
+		t.Errorf("left: %+v", left)
+	}
+}
+
+// FuzzState reads anything, and writes again what it has read.
+func FuzzState(f *testing.F) {
+	f.Add([]byte(`{"schema_version":1,"process":{"pid":1},"target":{"address":"1.2.3.4:5","nqn":"n"},"devices":[{"kind":"nbd","id":1,"nsid":1,"told":{"size":1}}],"controllers":[1]}`))
+	f.Add([]byte(`{"schema_version":2}`))
+	f.Add([]byte(`{`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, err := parse(text)
+		if err != nil {
+			return
+		}
+		for _, d := range s.Devices {
+			if d.Path() == "" || d.NSID == 0 {
+				t.Errorf("%+v", d)
+			}
+		}
+		again, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if back, err := parse(again); err != nil || !reflect.DeepEqual(back, s) {
+			t.Errorf("%+v, then %+v, %v", s, back, err)
+		}
+	})
 }

@@ -1,0 +1,207 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/poller"
+)
+
+// reserve finds the target's address and takes a name: a new one, that of a dead
+// server, or for the time being that of the server which runs and is succeeded.
+func (s *server) reserve(ctx context.Context) error {
+	found, err := s.opts.Resolve(ctx)
+	if err != nil {
+		return exit.Errorf(exit.Unreachable, "%v", err)
+	}
+	s.remote = s.reachable(found)
+	if s.cfg.Succeeds != "" {
+		err = s.succeed()
+	} else {
+		err = s.take(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	if s.cfg.Reserved != nil {
+		if err := s.cfg.Reserved(s.record.entry); err != nil {
+			return errors.Join(err, s.forget(ctx))
+		}
+	}
+	return nil
+}
+
+// target is what the server connects to, as it is on record.
+func (s *server) target() state.Target {
+	return state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
+}
+
+// start makes everything, bottom up. What it made is in s, also when it fails. No
+// I/O is possible before the controllers of earlier servers have ended.
+func (s *server) start(ctx context.Context) error {
+	chosen, err := s.chooseFront()
+	if err != nil {
+		return err
+	}
+	s.log.Info("front end chosen", "frontend", chosen.name, "because", chosen.reason)
+	s.mu.Lock()
+	s.front = chosen
+	s.mu.Unlock()
+	found, err := s.connect(ctx)
+	if err != nil {
+		return err
+	}
+	if !s.record.isOwn() {
+		if err := s.relieve(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.outlive(ctx); err != nil {
+		return err
+	}
+	return s.serveNamespaces(ctx, found)
+}
+
+// connect makes the loops and the controller, and returns the namespaces.
+func (s *server) connect(ctx context.Context) ([]namespace, error) {
+	cfg, err := s.initiatorConfig()
+	if err != nil {
+		return nil, err
+	}
+	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
+	ctrl, found, err := s.back.connect(ctx, cfg, s.changed)
+	if err != nil {
+		return nil, s.explain(ctx, err)
+	}
+	info := ctrl.Info()
+	s.mu.Lock()
+	s.ctrl, s.info = ctrl, info
+	s.mu.Unlock()
+	s.depth = info.QueueSize
+	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
+	return found, nil
+}
+
+func (s *server) initiatorConfig() (initiator.Config, error) {
+	rdmaProvider, err := s.chooseProvider()
+	if err != nil {
+		return initiator.Config{}, err
+	}
+	queues := s.opts.Queues.Clip(runtime.NumCPU())
+	if err := s.back.prepare(queues.Loops()); err != nil {
+		s.log.Warn("process is not as protected as it should be", "error", err)
+	}
+	if !host.IsIOFlusher() {
+		s.log.Warn("not marked as I/O flusher: swapping to this device may deadlock")
+	}
+	var loops []*poller.Loop
+	for i := range queues.Loops() {
+		l, err := s.back.loop(poller.Config{Name: fmt.Sprintf("nvmeof-loop-%d", i)})
+		if err != nil {
+			return initiator.Config{}, err
+		}
+		loops = append(loops, l)
+		s.mu.Lock()
+		s.loops = loops
+		s.mu.Unlock()
+	}
+	cfg := initiator.Config{
+		Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr,
+		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
+		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
+		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
+		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
+		Associated: s.record.associated, Log: s.log,
+	}
+	if s.opts.Named() {
+		cfg.Resolve = s.opts.Resolve
+	}
+	if s.opts.FastIOFail != options.Off {
+		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
+	}
+	return cfg, nil
+}
+
+// explain says in words why the target could not be connected to.
+func (s *server) explain(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
+		return cause // told to end
+	}
+	if exit.Of(err) == exit.NoRDMA {
+		return s.noRDMA(err)
+	}
+	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
+}
+
+// serveNamespaces takes over the devices that wait for a server, or makes those of
+// the namespaces that are wanted. When devices were taken over, namespaces that have
+// never had one get theirs later, as if they were added now.
+func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
+	known := s.record.state().Devices
+	devices, err := s.recoverDevices(ctx, found)
+	if err != nil {
+		return err
+	}
+	if len(devices) > 0 {
+		if err := s.record.takenOver(s.target(), s.cfg.Args, devices); err != nil {
+			return err
+		}
+		s.waiting = nil
+		for _, ns := range found {
+			if !slices.ContainsFunc(known, func(d state.Device) bool { return d.NSID == ns.nsid }) {
+				s.changed(ns, initiator.Added)
+			}
+		}
+		return nil
+	}
+	if err := s.record.takenOver(s.target(), s.cfg.Args, nil); err != nil {
+		return err
+	}
+	s.waiting = nil
+	chosen, err := s.choose(found)
+	if err != nil {
+		return err
+	}
+	return s.startDevices(ctx, chosen)
+}
+
+// choose takes the namespaces that are wanted.
+func (s *server) choose(found []namespace) ([]namespace, error) {
+	if len(s.opts.NSIDs) == 0 {
+		if len(found) == 0 {
+			return nil, exit.Errorf(exit.NotFound, "subsystem %s has no namespace that can be used", s.opts.NQN)
+		}
+		return found, nil
+	}
+	var chosen []namespace
+	for _, id := range s.opts.NSIDs {
+		i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == id })
+		if i < 0 {
+			return nil, exit.Errorf(exit.NotFound, "--namespace \"%d\": subsystem %s has %s", id, s.opts.NQN, nsids(found))
+		}
+		chosen = append(chosen, found[i])
+	}
+	return chosen, nil
+}
+
+func nsids(found []namespace) string {
+	if len(found) == 0 {
+		return "no namespace that can be used"
+	}
+	var ids []string
+	for _, n := range found {
+		ids = append(ids, fmt.Sprint(n.nsid))
+	}
+	return "only " + strings.Join(ids, ", ")
+}

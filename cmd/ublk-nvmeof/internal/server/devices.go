@@ -1,0 +1,214 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/ublk"
+)
+
+// undoTime bounds the end of a device that has just been made and cannot be served.
+const undoTime = 5 * time.Second
+
+// startDevices makes one device per namespace, all on the same loops. Each is
+// on record before the next one is made.
+func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
+	for i, ns := range chosen {
+		id := s.opts.Device
+		if id != options.AutoDevice {
+			id += i
+		}
+		if err := s.startDevice(ctx, ns, id, i > 0); err != nil {
+			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
+		}
+	}
+	return s.record.update(func(r *state.State) { r.Phase = state.Live })
+}
+
+// startDevice makes the device of a namespace. later says that the loops have
+// served another one. A device that cannot be put on record is not served.
+func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bool) error {
+	if s.front.name == options.NBDSocket {
+		return s.startExport(ctx, ns)
+	}
+	d, err := s.makeDevice(ctx, ns, id, later)
+	if err != nil {
+		return err
+	}
+	if err := s.record.addDevice(s.recordOf(ns, d)); err != nil {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		defer cancel()
+		if serr := d.Stop(undo, true); serr != nil {
+			s.addServing(ns, d) // it is there, and ends with the server
+			return errors.Join(err, serr)
+		}
+		return errors.Join(err, s.record.removeDevice(s.recordOf(ns, d)))
+	}
+	s.addServing(ns, d)
+	return nil
+}
+
+// startExport makes a namespace an export of the socket. It is on record before a
+// client can use it.
+func (s *server) startExport(ctx context.Context, ns namespace) error {
+	if err := s.openNBD(); err != nil {
+		return err
+	}
+	wanted := s.nbd.exportOf(ns, s.opts.NQN)
+	record := describeRecord(ns, wanted.record)
+	if err := s.record.addDevice(record); err != nil {
+		return errors.Join(err, s.record.removeDevice(record))
+	}
+	d, err := s.export(ctx, ns, -1)
+	if err != nil {
+		return errors.Join(err, s.record.removeDevice(record))
+	}
+	s.addServing(ns, d)
+	return nil
+}
+
+// makeDevice makes the block device of a namespace. A number that is on record of a
+// dead server stays that server's.
+func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later bool) (device, error) {
+	kind := state.Ublk
+	if s.front.name == options.NBD {
+		kind = state.NBD
+	}
+	start := func(id int) (device, error) {
+		if kind == state.NBD {
+			return s.export(ctx, ns, id)
+		}
+		return s.back.start(ctx, ublk.Config{
+			ID: id, Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO,
+			Recovery: policies[s.opts.OnCrash], KeepAffinity: later, Log: s.log,
+		})
+	}
+	kept, err := s.keptNumbers(kind)
+	if err != nil {
+		return nil, err
+	}
+	if id != options.AutoDevice {
+		if r, ok := kept[id]; ok {
+			return nil, errKept(state.Device{Kind: kind, ID: id}.Path(), r)
+		}
+		return start(id)
+	}
+	if len(kept) == 0 {
+		return start(id)
+	}
+	// The driver does not know of the numbers that are kept.
+	for id := range maxTried {
+		if _, ok := kept[id]; ok {
+			continue
+		}
+		d, err := start(id)
+		if errors.Is(err, ublk.ErrIDTaken) || errors.Is(err, nbd.ErrTaken) {
+			continue
+		}
+		return d, err
+	}
+	return nil, fmt.Errorf("no device number below %d is free: %w", maxTried, ublk.ErrIDTaken)
+}
+
+// maxTried is how many numbers are tried for a device.
+const maxTried = 4096
+
+var policies = map[string]ublk.RecoveryPolicy{
+	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
+}
+
+// addServing adds a device to what is served.
+func (s *server) addServing(ns namespace, d device) {
+	v := &serving{namespace: ns, dev: d}
+	s.mu.Lock()
+	s.serving = append(s.serving, v)
+	s.mu.Unlock()
+	go s.mind(v)
+}
+
+// mind waits for the end of a device. When one ends by itself and none is left,
+// so ends the server.
+func (s *server) mind(v *serving) {
+	<-v.dev.Done()
+	if err := v.dev.Err(); err != nil {
+		s.log.Error("device has ended", "device", v.dev.Record().Path(), "error", err)
+	}
+	for _, w := range s.devices() {
+		if !ended(w.dev) {
+			return
+		}
+	}
+	if v.dev.Err() != nil {
+		s.idle.Do(func() { close(s.noDevice) })
+	}
+}
+
+// recordOf is what is on record of a device.
+func (s *server) recordOf(ns namespace, d device) state.Device { return describeRecord(ns, d.Record()) }
+
+// describeRecord adds to a device what its namespace is, and what its users are told.
+func describeRecord(ns namespace, d state.Device) state.Device {
+	g := ns.device.Geometry()
+	d.NSID, d.UUID, d.NGUID, d.EUI64 = ns.nsid, ns.uuid, ns.nguid, ns.eui64
+	d.Told = state.Told{
+		Size: g.Sectors << block.SectorShift, BlockSize: g.LogicalBlock, MaxIO: g.MaxIO,
+		MaxDiscard: uint64(g.MaxDiscardSectors) << block.SectorShift, MaxZeroes: uint64(g.MaxZeroesSectors) << block.SectorShift,
+		VolatileCache: g.VolatileCache, ReadOnly: g.ReadOnly,
+	}
+	return d
+}
+
+// keptBy are the records of other servers that died, in whose place others may serve.
+func (s *server) keptBy(has func(state.Record) bool) ([]state.Record, error) {
+	records, err := s.cfg.Dir.List()
+	if err != nil {
+		return nil, err
+	}
+	own := s.record.state().Name
+	var kept []state.Record
+	for _, r := range records {
+		if r.Err == nil && !r.Alive && r.Name != own && has(r) {
+			kept = append(kept, r)
+		}
+	}
+	return kept, nil
+}
+
+// keptNumbers are the device numbers that dead servers had, which their users may
+// still know.
+func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
+	kept := map[int]state.Record{}
+	records, err := s.keptBy(func(r state.Record) bool { return len(r.Devices) > 0 })
+	for _, r := range records {
+		for _, d := range r.Devices {
+			if d.Kind == kind {
+				kept[d.ID] = r
+			}
+		}
+	}
+	return kept, err
+}
+
+// errKept refuses what is a dead server's.
+func errKept(what string, r state.Record) error {
+	return fmt.Errorf("%w: %s is that of %s, which served %s and died; recover serves it on, disconnect %s ends it",
+		ublk.ErrIDTaken, what, r.Name, r.Target.NQN, r.Name)
+}
+
+// printable is text of a peer as text: what a terminal would take for more is
+// replaced.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r == '\ufffd' {
+			return '?'
+		}
+		return r
+	}, text)
+}

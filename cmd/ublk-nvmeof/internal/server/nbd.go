@@ -1,0 +1,348 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/nbd"
+)
+
+const (
+	// minNBDDepth is the least that package nbd takes.
+	minNBDDepth = 16
+	// maxSocketPath is what struct sockaddr_un has room for.
+	maxSocketPath = 107
+)
+
+// nbdServer is the NBD server that all namespaces are exports of.
+type nbdServer struct {
+	*nbd.Server
+	address net.Addr // where it listens; nil: it serves the kernel's client only
+	secure  bool     // clients need TLS
+	queues  int
+	depth   int
+	maxIO   int
+}
+
+// openNBD makes the NBD server, unless there is one. It listens where its record says
+// before a client can come.
+func (s *server) openNBD() error {
+	if s.nbd != nil {
+		return nil
+	}
+	secure, err := s.opts.TLSConfig()
+	if err != nil {
+		return err
+	}
+	depth := max(s.depth, minNBDDepth)
+	srv, err := nbd.New(nbd.Config{
+		Loops: s.loops, Depth: depth, MaxIO: s.opts.MaxIO, Log: s.log,
+		TLS: secure, RequireTLS: secure != nil,
+	})
+	if err != nil {
+		return err
+	}
+	n := &nbdServer{Server: srv, secure: secure != nil, queues: len(s.loops), depth: depth, maxIO: s.opts.MaxIO}
+	if s.front.name == options.NBDSocket {
+		if err := s.acceptClients(n); err != nil {
+			undo, cancel := context.WithTimeout(context.Background(), undoTime)
+			defer cancel()
+			return errors.Join(fmt.Errorf("listen for NBD clients: %w", err), srv.Stop(undo, true))
+		}
+	}
+	s.nbd = n
+	return nil
+}
+
+// acceptClients lets clients connect to a socket.
+func (s *server) acceptClients(n *nbdServer) error {
+	l, err := s.listenNBD()
+	if err != nil {
+		return err
+	}
+	n.address = l.Addr()
+	if err := s.record.update(func(r *state.State) { r.Listen = l.Addr().String() }); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	go func() {
+		if err := n.Serve(l); err != nil && !errors.Is(err, nbd.ErrStopped) {
+			s.log.Error("NBD clients are not accepted any more", "error", err)
+		}
+	}()
+	return nil
+}
+
+// listenNBD listens where NBD clients look for this server, and only where none
+// looks for another one that has died.
+func (s *server) listenNBD() (net.Listener, error) {
+	address, err := s.nbdAddress()
+	if err != nil {
+		return nil, err
+	}
+	network := "tcp"
+	if strings.HasPrefix(address, "/") {
+		network = "unix"
+	}
+	if network == "unix" {
+		if len(address) > maxSocketPath {
+			return nil, exit.Errorf(exit.Other, "the path %s has %d bytes, a socket's has at most %d; want --nbd-socket with a shorter one", address, len(address), maxSocketPath)
+		}
+		if err := s.checkKept(address); err != nil {
+			return nil, err
+		}
+		if err := removeDeadSocket(address); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return nil, err
+	}
+	if network == "tcp" {
+		if err := s.checkKept(l.Addr().String()); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
+	return l, nil
+}
+
+// nbdAddress is where this server listens for NBD clients: where it was told to, where
+// its predecessor did, or at a path that is made of its target, so that no other
+// subsystem ever has it. A second server of the same target gets another one.
+func (s *server) nbdAddress() (string, error) {
+	if s.opts.Socket != "" {
+		return s.opts.Socket, nil
+	}
+	own := s.record.state()
+	if address := listensAt(own); address != "" {
+		return address, nil
+	}
+	t := s.target()
+	sum := sha256.Sum256([]byte(t.Address.String() + "\x00" + t.NQN + "\x00" + t.HostNQN))
+	path := filepath.Join(string(s.cfg.Dir), "nbd-"+hex.EncodeToString(sum[:8]))
+	records, err := s.cfg.Dir.List()
+	if err != nil {
+		return "", err
+	}
+	for _, r := range records {
+		if r.Name != own.Name && listensAt(r.State) == path+".sock" {
+			return path + "-" + own.Name + ".sock", nil
+		}
+	}
+	return path + ".sock", nil
+}
+
+// listensAt is where the NBD server on record listens; empty if it does not. Older
+// versions noted it in the addresses of the devices only.
+func listensAt(r state.State) string {
+	if r.Listen != "" {
+		return r.Listen
+	}
+	for _, d := range r.Devices {
+		if d.Kind != state.NBDSocket {
+			continue
+		}
+		u, err := url.Parse(d.URI)
+		switch {
+		case err != nil:
+		case u.Host != "":
+			return u.Host
+		case u.Query().Get("socket") != "":
+			return u.Query().Get("socket")
+		}
+	}
+	return ""
+}
+
+// checkKept refuses an address where clients of a dead server may look for it.
+func (s *server) checkKept(address string) error {
+	kept, err := s.keptBy(func(r state.Record) bool {
+		at := listensAt(r.State)
+		return at != "" && sameAddress(at, address)
+	})
+	if err != nil || len(kept) == 0 {
+		return err
+	}
+	return errKept(address, kept[0])
+}
+
+// sameAddress says whether a client of one address could reach a server at the other.
+func sameAddress(a, b string) bool {
+	if a == b {
+		return true
+	}
+	x, xerr := netip.ParseAddrPort(a)
+	y, yerr := netip.ParseAddrPort(b)
+	if xerr != nil || yerr != nil || x.Port() != y.Port() {
+		return false
+	}
+	return x.Addr().Unmap() == y.Addr().Unmap() || x.Addr().IsUnspecified() || y.Addr().IsUnspecified()
+}
+
+// removeDeadSocket removes a socket that nobody listens on.
+func removeDeadSocket(path string) error {
+	c, err := net.Dial("unix", path)
+	switch {
+	case err == nil:
+		_ = c.Close()
+		return exit.Errorf(exit.DeviceTaken, "somebody listens at %s", path)
+	case errors.Is(err, unix.ECONNREFUSED):
+		if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
+			return fmt.Errorf("%s is there, and no socket", path)
+		}
+		return os.Remove(path)
+	}
+	return nil
+}
+
+// exportOf describes the export of a namespace, which is named by its number.
+func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
+	x := &export{
+		srv: n.Server, name: strconv.FormatUint(uint64(ns.nsid), 10), done: make(chan struct{}),
+		description: fmt.Sprintf("namespace %d of %s", ns.nsid, nqn),
+		queueInfo:   queueInfo{Queues: n.queues, Depth: n.depth, MaxIO: min(n.maxIO, int(ns.device.Geometry().MaxIO))},
+	}
+	if n.address != nil {
+		x.record = state.Device{Kind: state.NBDSocket, URI: exportURI(n.address, x.name, n.secure)}
+	}
+	return x
+}
+
+// export makes a namespace an export, and with the front end nbd a block device of that.
+func (s *server) export(ctx context.Context, ns namespace, id int) (device, error) {
+	if err := s.openNBD(); err != nil {
+		return nil, err
+	}
+	x := s.nbd.exportOf(ns, s.opts.NQN)
+	if err := s.nbd.Add(nbd.Export{Name: x.name, Description: x.description, Device: ns.device}); err != nil {
+		return nil, err
+	}
+	if s.front.name == options.NBDSocket {
+		return x, nil
+	}
+	// The kernel cannot be given new connections after a crash that would make up for
+	// what was in flight, so nothing waits for them.
+	var err error
+	x.dev, err = s.nbd.Start(ctx, nbd.DeviceConfig{Index: id, Export: x.name, Log: s.log})
+	if err != nil {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		return nil, errors.Join(err, s.nbd.Remove(undo, x.name, true))
+	}
+	x.record = state.Device{Kind: state.NBD, ID: x.dev.Index(), Cookie: x.dev.Cookie()}
+	return x, nil
+}
+
+// endNBD ends the NBD server, when all devices have ended.
+func (s *server) endNBD(p pace) error {
+	if s.nbd == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), p.abort)
+	defer cancel()
+	return s.nbd.Stop(ctx, true)
+}
+
+// export is a namespace that is served by NBD, with the kernel's device or without.
+type export struct {
+	srv         *nbd.Server
+	name        string
+	description string
+	dev         *nbd.Device // nil: a socket
+	record      state.Device
+	queueInfo   queueInfo
+	once        sync.Once
+	done        chan struct{} // closed when the export is gone
+}
+
+// Record implements device.
+func (x *export) Record() state.Device { return x.record }
+
+// Queues implements device.
+func (x *export) Queues() queueInfo { return x.queueInfo }
+
+// InUse implements device.
+func (x *export) InUse() error {
+	if x.dev != nil {
+		return x.dev.InUse()
+	}
+	if n := x.srv.Users(x.name); n > 0 {
+		return fmt.Errorf("%w: %d connections", nbd.ErrBusy, n)
+	}
+	return nil
+}
+
+// Resize implements device. A client of a socket learns sizes when it connects.
+func (x *export) Resize(ctx context.Context, sectors uint64) error {
+	if x.dev == nil {
+		return nil
+	}
+	return x.dev.Resize(ctx, sectors<<block.SectorShift)
+}
+
+// SetReadOnly implements device: a client learns it when it connects. Until then the
+// namespace refuses what it has to.
+func (x *export) SetReadOnly(bool) error { return nil }
+
+// HandOver implements device.
+func (x *export) HandOver(context.Context) error {
+	return fmt.Errorf("hand over %s: %w", x.record.Path(), errors.ErrUnsupported)
+}
+
+// Stop implements device.
+func (x *export) Stop(ctx context.Context, force bool) error {
+	if x.dev != nil {
+		if err := x.dev.Stop(ctx, force); err != nil {
+			return err
+		}
+	}
+	if err := x.srv.Remove(ctx, x.name, force); err != nil {
+		return err
+	}
+	x.once.Do(func() { close(x.done) })
+	return nil
+}
+
+// Done implements device.
+func (x *export) Done() <-chan struct{} {
+	if x.dev != nil {
+		return x.dev.Done()
+	}
+	return x.done
+}
+
+// Err implements device.
+func (x *export) Err() error {
+	if x.dev != nil {
+		return x.dev.Err()
+	}
+	return nil
+}
+
+// Counters implements device.
+func (x *export) Counters() control.IO {
+	n := x.srv.Snapshot(x.name)
+	return control.IO{
+		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
+		Flushes: n.Flushes, Discards: n.Trims, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+	}
+}

@@ -1,0 +1,164 @@
+package server
+
+import (
+	"context"
+	"slices"
+	"sync"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+// maxControllers is how many controllers of one server are kept on record. The
+// target has ended a controller before I/O goes to the next one, so one would do;
+// more of them cover a target that does not keep to that.
+const maxControllers = 16
+
+// record is the server's entry in the run directory. Any goroutine.
+type record struct {
+	mu    sync.Mutex // guards what follows
+	entry *state.Entry
+	// own says that the entry is this server's. Before that it is a copy of the
+	// record of a server that still runs, and not saved.
+	own bool
+	// inherited says that the entry was another server's, and not everything on it
+	// is served yet: it stays, whatever happens.
+	inherited bool
+	// before are the controllers of earlier servers that the target may still
+	// have; used are this server's, the oldest first.
+	before, used []uint16
+	// finished says that the target has ended all commands of this server.
+	finished bool
+}
+
+func newRecord(e *state.Entry) *record {
+	return &record{entry: e, own: true, inherited: e.Inherited, before: e.Controllers}
+}
+
+// copyOf is the record of a server that runs, for the server that will replace it.
+func copyOf(r state.Record) *record {
+	return &record{entry: &state.Entry{Record: r}, before: r.Controllers}
+}
+
+// become makes the record that of a predecessor that has ended.
+func (r *record) become(e *state.Entry) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entry, r.own, r.inherited, r.before = e, true, true, e.Controllers
+	return r.save()
+}
+
+// save writes the entry, if it is this server's. The caller holds mu.
+func (r *record) save() error {
+	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	if !r.own {
+		return nil
+	}
+	return r.entry.Save()
+}
+
+// update changes the state and saves it. After an error the change holds, but is not
+// on record until an update succeeds.
+func (r *record) update(change func(*state.State)) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change(&r.entry.State)
+	return r.save()
+}
+
+// associated notes a controller that is about to get commands, for the next server.
+func (r *record) associated(cntlid uint16) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.used = state.Distinct(append(r.used, cntlid))
+	r.used = r.used[max(0, len(r.used)-maxControllers):]
+	return r.save()
+}
+
+// earlier are the controllers of earlier servers that the target may still have.
+func (r *record) earlier() []uint16 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.before)
+}
+
+// outlived notes that the target has ended the controllers of earlier servers.
+func (r *record) outlived() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.before = nil
+	return r.save()
+}
+
+// finish notes whether the target has ended all commands of this server.
+func (r *record) finish(finished bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.finished = finished
+}
+
+// takenOver notes that everything on an inherited record is served, by a server
+// with these flags at this target.
+func (r *record) takenOver(target state.Target, args []string, devices []state.Device) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.entry.Target, r.entry.Args, r.entry.Devices, r.entry.Phase = target, args, devices, state.Live
+	if err := r.save(); err != nil {
+		return err
+	}
+	r.inherited = false
+	return nil
+}
+
+// retire removes the record, unless something on it is still there or is for
+// another server.
+func (r *record) retire(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.own || r.inherited || len(r.entry.Devices) > 0 {
+		return nil
+	}
+	unfinished := r.before
+	if !r.finished {
+		unfinished = state.Distinct(slices.Concat(r.before, r.used))
+	}
+	return r.entry.Retire(ctx, unfinished)
+}
+
+func (r *record) isOwn() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.own
+}
+
+// state is a copy of what is on record.
+func (r *record) state() state.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.entry.State
+	s.Devices = slices.Clone(s.Devices)
+	return s
+}
+
+// socket is the path of the control socket.
+func (r *record) socket() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.entry.Socket()
+}
+
+// addDevice notes a device.
+func (r *record) addDevice(d state.Device) error {
+	return r.update(func(s *state.State) { s.Devices = append(s.Devices, d) })
+}
+
+// removeDevice forgets a device that has ended.
+func (r *record) removeDevice(d state.Device) error {
+	return r.update(func(s *state.State) {
+		s.Devices = slices.DeleteFunc(slices.Clone(s.Devices), func(e state.Device) bool { return sameDevice(d, e) })
+	})
+}
+
+// sameDevice says whether two records are of one device.
+func sameDevice(a, b state.Device) bool {
+	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI
+}

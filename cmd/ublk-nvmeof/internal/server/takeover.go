@@ -1,0 +1,242 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/ublk"
+)
+
+// A server takes over from another one that died (connect and recover) or that
+// leaves (upgrade). The order is: connect, have the other leave, wait until the
+// target has ended all of its controllers, look whether each namespace is the one
+// that its device was made for, and only then serve the devices. Until all of them
+// are served the record stays as the other server left it, but for the process and
+// for the controllers, which only become more.
+
+// take takes a name, perhaps that of a dead server with what it left.
+func (s *server) take(ctx context.Context) error {
+	var e *state.Entry
+	var err error
+	if s.cfg.Recovers != "" {
+		e, err = s.cfg.Dir.Adopt(ctx, s.cfg.Recovers)
+	} else {
+		e, err = s.cfg.Dir.Reserve(ctx, s.target(), s.cfg.Args, s.opts.Duplicate)
+	}
+	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
+		return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", err)
+	}
+	if errors.Is(err, os.ErrNotExist) && s.cfg.Recovers != "" {
+		return exit.Errorf(exit.NotFound, "%s is not on record any more", s.cfg.Recovers)
+	}
+	if err != nil {
+		return err
+	}
+	for _, unread := range e.Unreadable {
+		s.log.Warn("a server's record cannot be read; what it left is not known", "error", unread)
+	}
+	s.record = newRecord(e)
+	s.warnOfOtherHosts()
+	if e.Inherited {
+		s.waiting = e.Devices
+		s.log.Info("takes over what a dead server left", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
+	}
+	return nil
+}
+
+// warnOfOtherHosts says which dead servers of the subsystem had another host NQN. The
+// target would not tell this host whether their controllers have ended.
+func (s *server) warnOfOtherHosts() {
+	others, err := s.keptBy(func(r state.Record) bool {
+		return r.Target.NQN == s.opts.NQN && r.Target.HostNQN != s.opts.HostNQN && len(r.Controllers) > 0
+	})
+	if err != nil {
+		s.log.Warn("records of other servers are not known", "error", err)
+	}
+	for _, r := range others {
+		s.log.Warn("a server of the same subsystem died that had another host NQN; the target may still execute its writes, and cannot be asked",
+			"server", r.Name, "hostnqn", r.Target.HostNQN)
+	}
+}
+
+// succeed prepares the place of a server that runs: it has to be asked to leave.
+func (s *server) succeed() error {
+	r, err := s.cfg.Dir.Find(s.cfg.Succeeds)
+	switch {
+	case errors.Is(err, os.ErrNotExist), err == nil && !r.Alive:
+		return exit.Errorf(exit.NotFound, "%s does not run", s.cfg.Succeeds)
+	case err != nil:
+		return err
+	}
+	s.record, s.waiting = copyOf(r), r.Devices
+	return nil
+}
+
+// relieve has the server that runs leave, and takes its place.
+func (s *server) relieve(ctx context.Context) error {
+	r := s.record.entry.Record
+	p, err := r.Process.Open()
+	if err == nil {
+		defer p.Close()
+		limit, cancel := context.WithTimeout(ctx, leaveTime)
+		defer cancel()
+		s.log.Info("takes over from a server", "server", r.Name, "process", r.Process.PID)
+		refused := control.NewClient(r.Socket()).HandOver(limit)
+		if e := (*exit.Error)(nil); errors.As(refused, &e) {
+			return fmt.Errorf("%s does not hand over: %w", r.Name, refused)
+		}
+		if err := p.Wait(limit); err != nil {
+			return errors.Join(fmt.Errorf("wait for the end of process %d: %w", r.Process.PID, err), refused)
+		}
+	} else if !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	e, err := s.cfg.Dir.Adopt(ctx, r.Name)
+	if err != nil {
+		return err
+	}
+	s.waiting = e.Devices
+	if err := s.record.become(e); err != nil {
+		return err
+	}
+	return s.listen()
+}
+
+// outlive waits for the end of what earlier servers have at the target.
+func (s *server) outlive(ctx context.Context) error {
+	ids := s.record.earlier()
+	if len(ids) == 0 {
+		return nil
+	}
+	s.log.Info("waits until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
+	if err := s.ctrl.Outlive(ctx, ids...); err != nil {
+		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
+	}
+	return s.record.outlived()
+}
+
+// heirloom is a device of another server, and the namespace that is to serve it.
+type heirloom struct {
+	state.Device
+	namespace
+}
+
+// recordWith is what is on record of the device from now on: its users were told what
+// they were told, but for the size, unless they connect to it anew.
+func (h heirloom) recordWith(now state.Device) state.Device {
+	if h.Kind == state.NBDSocket || h.Told == (state.Told{}) {
+		return now
+	}
+	size := now.Told.Size
+	now.Told = h.Told
+	now.Told.Size = size
+	return now
+}
+
+// recoverDevices serves the devices of another server on. Those that went away
+// with it are left out of what it returns, which is to be on record.
+func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state.Device, error) {
+	var all []heirloom
+	for _, w := range s.waiting {
+		gone, err := s.back.gone(ctx, w, Keep)
+		if err != nil {
+			return nil, err
+		}
+		if gone {
+			s.log.Warn("device is gone", "device", w.Path(), "nsid", w.NSID)
+			continue
+		}
+		ns, err := s.heirOf(w, found)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, heirloom{w, ns})
+	}
+	var devices []state.Device
+	for i, h := range all {
+		d, err := s.recoverDevice(ctx, h, i > 0)
+		if err != nil {
+			return nil, fmt.Errorf("namespace %d: %w", h.nsid, err)
+		}
+		s.addServing(h.namespace, d)
+		devices = append(devices, h.recordWith(s.recordOf(h.namespace, d)))
+		if h.device.Geometry().ReadOnly != h.Told.ReadOnly {
+			s.changed(h.namespace, initiator.WriteProtection)
+		}
+	}
+	return devices, nil
+}
+
+// heirOf is the namespace that a device was made for, as it is now.
+func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
+	i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
+	if i < 0 {
+		return namespace{}, exit.Errorf(exit.NotFound, "%s: subsystem %s has %s, not namespace %d", d.Path(), s.opts.NQN, nsids(found), d.NSID)
+	}
+	ns := found[i]
+	if err := sameNamespace(d, ns); err != nil {
+		return ns, fmt.Errorf("%s must not be served on: namespace %d %w; disconnect ends the device", d.Path(), d.NSID, err)
+	}
+	if d.UUID == "" && d.NGUID == "" && d.EUI64 == "" {
+		s.log.Warn("namespace has no identifier; whether it is the one that the device was made for, only its sizes tell", "device", d.Path(), "nsid", d.NSID)
+	}
+	return ns, nil
+}
+
+// sameNamespace says why a namespace is not, or may not be, the one that a device was
+// made for. As for a namespace of a lost association, an identifier that both have has
+// to be equal and none may differ; without any identifier the number and the size have to
+// do. The error continues a sentence.
+func sameNamespace(d state.Device, ns namespace) error {
+	known := false
+	for _, id := range []struct{ name, was, now string }{
+		{"UUID", d.UUID, ns.uuid}, {"NGUID", d.NGUID, ns.nguid}, {"EUI64", d.EUI64, ns.eui64},
+	} {
+		switch {
+		case id.was == "" || id.now == "":
+		case id.was == id.now:
+			known = true
+		default:
+			return fmt.Errorf("had %s %s and has %s now", id.name, id.was, id.now)
+		}
+	}
+	none := d.UUID+d.NGUID+d.EUI64+ns.uuid+ns.nguid+ns.eui64 == ""
+	complete := d.Told != state.Told{} // older versions noted the UUID only
+	if !known && !none && (complete || d.UUID != "") {
+		return errors.New("has no identifier in common with the one that the device was made for")
+	}
+	if !complete {
+		return nil
+	}
+	g := ns.device.Geometry()
+	if g.LogicalBlock != d.Told.BlockSize {
+		return fmt.Errorf("had blocks of %d bytes and has %d now", d.Told.BlockSize, g.LogicalBlock)
+	}
+	if size := g.Sectors << block.SectorShift; none && size != d.Told.Size {
+		return fmt.Errorf("has no identifier, had %d bytes and has %d now", d.Told.Size, size)
+	}
+	return nil
+}
+
+// recoverDevice serves a device on. later says that the loops have served another one.
+func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (device, error) {
+	if h.Kind == state.NBDSocket {
+		return s.export(ctx, h.namespace, -1)
+	}
+	info, err := s.back.get(ctx, h.ID)
+	if err != nil {
+		return nil, err
+	}
+	if info.Cookie != h.Cookie {
+		return nil, fmt.Errorf("%s: %w", h.Path(), ublk.ErrNotOurs)
+	}
+	return s.back.recover(ctx, info, ublk.Config{Device: h.device, Loops: s.loops, KeepAffinity: later, Log: s.log})
+}

@@ -1,0 +1,320 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/ublk"
+)
+
+// dead leaves the record of a server that is no more.
+func dead(t *testing.T, o *options.Connect, dir string, change func(*state.Entry)) state.Record {
+	t.Helper()
+	remote, err := o.Resolve(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := state.Target{Address: remote[0], NQN: o.NQN, HostNQN: o.HostNQN}
+	e, err := state.Dir(dir).Reserve(t.Context(), target, []string{"--nqn=" + o.NQN, "--nr-io-queues=1"}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Process.Start++ // another process's
+	e.Phase, e.Controllers = state.Live, []uint16{3, 4}
+	change(e)
+	if err := e.Save(); err != nil {
+		t.Fatal(err)
+	}
+	return e.Record
+}
+
+// deadSocket leaves one with namespace 1 on a socket.
+func deadSocket(t *testing.T, w *world, o *options.Connect, dir string) state.Record {
+	t.Helper()
+	path := filepath.Join(dir, "of-old.sock")
+	return dead(t, o, dir, func(e *state.Entry) {
+		e.Listen = path
+		e.Devices = []state.Device{w.described(1, state.Device{Kind: state.NBDSocket, URI: "nbd+unix:///1?socket=" + path})}
+	})
+}
+
+// deadUblk leaves one with namespace 1 on /dev/ublkb4, which waits.
+func deadUblk(t *testing.T, w *world, o *options.Connect, dir string) state.Record {
+	t.Helper()
+	w.left[4] = ublk.Info{ID: 4, Cookie: 1004, State: ublk.Quiesced, Queues: 1, Depth: 64, MaxIO: 65536}
+	return dead(t, o, dir, func(e *state.Entry) {
+		e.Devices = []state.Device{w.described(1, state.Device{ID: 4, Cookie: 1004})}
+	})
+}
+
+// A socket is served on where its clients look for it, once the dead server's
+// controllers have ended.
+func TestTakesOverSocket(t *testing.T) {
+	for name, more := range map[string][]uint32{"the same namespaces": {1}, "one more": {1, 2}} {
+		t.Run(name, func(t *testing.T) {
+			w, o, dir := newWorld(), lab(), runDir(t)
+			left := deadSocket(t, w, o, dir)
+			w.nsids = more
+			r := begin(t, w, o, dir)
+			s := r.waitReady()
+			if s.Name != left.Name || s.Frontend != options.NBDSocket || len(s.Devices) != 1 || s.Devices[0].Path() != left.Devices[0].URI {
+				t.Errorf("%+v", s)
+			}
+			if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
+				t.Errorf("happened: %q", got)
+			}
+			for _, want := range more {
+				awaitDevice(t, r, want)
+			}
+			now, err := state.Dir(dir).Find(left.Name)
+			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
+				t.Errorf("on record %+v, %v", now, err)
+			}
+			r.stop()
+			if err := <-r.result; err != nil {
+				t.Error(err)
+			}
+			leaves(t, dir)
+		})
+	}
+}
+
+// awaitDevice waits until a namespace has a device.
+func awaitDevice(t *testing.T, r *running, nsid uint32) {
+	t.Helper()
+	for {
+		s, err := r.client().Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range s.Devices {
+			if d.NSID == nsid {
+				return
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// A namespace that is not the one that a device was made for is not served to its
+// users, of whatever front end. Nothing is touched, and the record stays.
+func TestTakesOverNothingElse(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(*namespace)
+		want   string
+	}{
+		"UUID":         {func(n *namespace) { n.uuid = "other" }, "had UUID uuid-1 and has other now"},
+		"no UUID":      {func(n *namespace) { n.uuid = "" }, "has no identifier in common"},
+		"NGUID only":   {func(n *namespace) { n.uuid, n.nguid = "", "ff" }, "has no identifier in common"},
+		"block size":   {func(n *namespace) { n.device = disk{nsid: 1, block: 4096} }, "had blocks of 512 bytes and has 4096 now"},
+		"another NSID": {func(n *namespace) { n.nsid = 9 }, "not namespace 1"},
+	} {
+		for kind, die := range map[string]func(*testing.T, *world, *options.Connect, string) state.Record{"ublk": deadUblk, "socket": deadSocket} {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				w, o, dir := newWorld(), lab(), runDir(t)
+				left := die(t, w, o, dir)
+				w.change = tt.change
+				r := begin(t, w, o, dir)
+				if err := <-r.result; err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), left.Devices[0].Path()) {
+					t.Errorf("%v, want %q", err, tt.want)
+				}
+				if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
+					t.Errorf("happened: %q", got)
+				}
+				now, err := state.Dir(dir).Find(left.Name)
+				if err != nil || !slices.Equal(now.Devices, left.Devices) || !slices.Equal(now.Args, left.Args) || now.Listen != left.Listen {
+					t.Errorf("on record %+v, %v, was %+v", now, err, left)
+				}
+				if _, err := net.Dial("unix", filepath.Join(dir, "of-old.sock")); err == nil {
+					t.Error("clients are served")
+				}
+			})
+		}
+	}
+}
+
+// What tells whether a namespace is the one that is on record.
+func TestSameNamespace(t *testing.T) {
+	of := func(uuid, nguid, eui64 string) namespace {
+		return namespace{nsid: 1, uuid: uuid, nguid: nguid, eui64: eui64, device: disk{nsid: 1}}
+	}
+	for _, tt := range []struct {
+		name     string
+		was, now namespace
+		old      bool // the record is of an older version
+		same     bool
+	}{
+		{"all equal", of("a", "b", "c"), of("a", "b", "c"), false, true},
+		{"one equal, one new", of("a", "", ""), of("a", "b", ""), false, true},
+		{"one equal, one gone", of("a", "b", ""), of("", "b", ""), false, true},
+		{"one equal, one not", of("a", "b", ""), of("a", "x", ""), false, false},
+		{"none in common", of("a", "", ""), of("", "b", ""), false, false},
+		{"none any more", of("a", "", ""), of("", "", ""), false, false},
+		{"none before", of("", "", ""), of("a", "", ""), false, false},
+		{"none at all", of("", "", ""), of("", "", ""), false, true},
+		{"an old record", of("a", "", ""), of("a", "b", ""), true, true},
+		{"an old record, another", of("a", "", ""), of("x", "b", ""), true, false},
+		{"an old record, no UUID now", of("a", "", ""), of("", "b", ""), true, false},
+		{"an old record without", of("", "", ""), of("", "b", ""), true, true},
+	} {
+		record := describeRecord(tt.was, state.Device{})
+		if tt.old {
+			record.Told = state.Told{}
+		}
+		if err := sameNamespace(record, tt.now); (err == nil) != tt.same {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+	bare := of("", "", "")
+	other := bare
+	other.device = disk{nsid: 2}
+	if err := sameNamespace(describeRecord(bare, state.Device{}), other); err == nil {
+		t.Error("without identifiers, another size is the same namespace")
+	}
+}
+
+// Device numbers that are on record of a dead server are not given to others.
+func TestNumbersAreKept(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	other := lab()
+	other.NQN = "nqn.other"
+	left := dead(t, other, dir, func(e *state.Entry) {
+		e.Devices = []state.Device{{ID: 0, Cookie: 1, NSID: 1}, {ID: 2, Cookie: 2, NSID: 2}, {Kind: state.NBD, ID: 1, NSID: 3}}
+	})
+	o := lab()
+	o.Device = 2
+	r := begin(t, w, o, dir)
+	if err := <-r.result; exit.Of(err) != exit.DeviceTaken || !strings.Contains(err.Error(), left.Name) || !strings.Contains(err.Error(), other.NQN) {
+		t.Errorf("%v (%d)", err, exit.Of(err))
+	}
+	w = newWorld()
+	w.nsids = []uint32{1, 2}
+	r = begin(t, w, lab(), dir)
+	if s := r.waitReady(); len(s.Devices) != 2 || s.Devices[0].Device != "ublkb1" || s.Devices[1].Device != "ublkb3" {
+		t.Errorf("%+v", s.Devices)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	if now, err := state.Dir(dir).Find(left.Name); err != nil || !slices.Equal(now.Devices, left.Devices) {
+		t.Errorf("%+v, %v", now, err)
+	}
+}
+
+// An upgrade that fails leaves the server that runs, and its record, as they are,
+// though it has no device.
+func TestUpgradeFails(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	left := dead(t, o, dir, func(e *state.Entry) { e.Process.Start-- }) // it lives
+	w.connectErr = errors.New("no target")
+	needRings(t)
+	err := run(t.Context(), Config{Options: o, Dir: state.Dir(dir), Log: slog.New(slog.DiscardHandler), Succeeds: left.Name}, w.backend())
+	if err == nil || !strings.Contains(err.Error(), "no target") {
+		t.Error(err)
+	}
+	if now, err := state.Dir(dir).Find(left.Name); err != nil || !now.Alive || !slices.Equal(now.Args, left.Args) || !slices.Equal(now.Controllers, left.Controllers) {
+		t.Errorf("%+v, %v", now, err)
+	}
+}
+
+// A device that cannot be put on record is not there.
+func TestRecordFull(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	r := begin(t, w, lab(), dir)
+	r.waitReady()
+	blocked := filepath.Join(dir, "ctrl0", "state.json.new")
+	if err := os.MkdirAll(filepath.Join(blocked, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.connected.Associated(6); err == nil {
+		t.Error("a controller that is not on record may be used")
+	}
+	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {
+		t.Errorf("on record: %v", got)
+	}
+	w.changed(w.namespace(2), initiator.Added)
+	for !slices.Contains(w.happened(), "stop ublkb1") {
+		time.Sleep(time.Millisecond)
+	}
+	if err := os.RemoveAll(blocked); err != nil {
+		t.Fatal(err)
+	}
+	awaitDevice(t, r, 2)
+	records, err := state.Dir(dir).List()
+	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || records[0].Devices[1].NSID != 2 || !slices.Equal(records[0].Controllers, []uint16{5, 6}) {
+		t.Errorf("on record: %+v, %v", records, err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+}
+
+// gc keeps what a socket's clients may wait for.
+func TestCollectSocket(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	left := deadSocket(t, w, lab(), dir)
+	b := w.backend()
+	b.list = func(context.Context) ([]ublk.Info, error) { return nil, ublk.ErrNoDriver }
+	found, err := b.collect(t.Context(), state.Dir(dir))
+	if err != nil || len(found) != 1 || found[0].What != left.Name || found[0].Remove || !strings.Contains(found[0].Why, left.Devices[0].URI) {
+		t.Errorf("%+v, %v", found, err)
+	}
+	if done, err := state.Dir(dir).Clear(t.Context(), left.Name, b.reap(slog.New(slog.DiscardHandler), Keep)); done || err != nil {
+		t.Errorf("cleared: %t, %v", done, err)
+	}
+	if done, err := state.Dir(dir).Clear(t.Context(), left.Name, b.reap(slog.New(slog.DiscardHandler), EndUnused)); !done || err != nil {
+		t.Errorf("disconnected: %t, %v", done, err)
+	}
+	leaves(t, dir, ".controllers.json")
+}
+
+// Records of older versions say where the server listens in the addresses of the
+// devices only.
+func TestListensAt(t *testing.T) {
+	for _, at := range []net.Addr{
+		&net.UnixAddr{Name: "/run/nbd.sock", Net: "unix"},
+		&net.UnixAddr{Name: "/a b/c+d&e=%f#", Net: "unix"},
+		&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 10809},
+		&net.TCPAddr{IP: net.ParseIP("fe80::1"), Zone: "eth0", Port: 1},
+	} {
+		uri := exportURI(at, "7", false)
+		if got := listensAt(state.State{Devices: []state.Device{{Kind: state.NBDSocket, URI: uri}}}); got != at.String() {
+			t.Errorf("%s is at %s, want %v", uri, got, at)
+		}
+	}
+}
+
+func TestSameAddress(t *testing.T) {
+	for _, tt := range []struct {
+		a, b string
+		same bool
+	}{
+		{"/a", "/a", true}, {"/a", "/b", false}, {"/a", "127.0.0.1:1", false},
+		{"127.0.0.1:1", "127.0.0.1:1", true}, {"127.0.0.1:1", "127.0.0.1:2", false}, {"127.0.0.1:1", "127.0.0.2:1", false},
+		{"[::]:1", "127.0.0.1:1", true}, {"0.0.0.0:1", "[::1]:1", true}, {"[::ffff:127.0.0.1]:1", "127.0.0.1:1", true},
+	} {
+		if sameAddress(tt.a, tt.b) != tt.same || sameAddress(tt.b, tt.a) != tt.same {
+			t.Errorf("%s, %s: want %t", tt.a, tt.b, tt.same)
+		}
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	if got := printable("a\x1b[31mb\nc\x7fd\u009be ü\u2028\xff"); got != "a?[31mb?c?d?e ü??" {
+		t.Errorf("%q", got)
+	}
+}

@@ -1,0 +1,79 @@
+package state
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// controllersFile has the controllers of servers whose record is gone.
+const controllersFile = ".controllers.json"
+
+// left are the controllers of servers whose record is gone, by subsystem.
+type left []leftBy
+
+type leftBy struct {
+	NQN         string   `json:"nqn"`
+	HostNQN     string   `json:"hostnqn"`
+	Controllers []uint16 `json:"controllers"`
+}
+
+func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
+
+func (l left) of(t Target) []uint16 {
+	i := slices.IndexFunc(l, func(b leftBy) bool { return b.isOf(t) })
+	if i < 0 {
+		return nil
+	}
+	return l[i].Controllers
+}
+
+func (l left) without(t Target) left {
+	return slices.DeleteFunc(slices.Clone(l), func(b leftBy) bool { return b.isOf(t) })
+}
+
+func (l left) with(t Target, ids []uint16) left {
+	all := Distinct(append(slices.Clone(l.of(t)), ids...))
+	return append(l.without(t), leftBy{t.NQN, t.HostNQN, all})
+}
+
+type controllersState struct {
+	SchemaVersion int  `json:"schema_version"`
+	Left          left `json:"left"`
+}
+
+// leftControllers reads the file. The caller has the lock.
+func (d Dir) leftControllers() (left, error) {
+	file := filepath.Join(string(d), controllersFile)
+	text, err := readFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var s controllersState
+	if err == nil {
+		err = json.Unmarshal(text, &s)
+	}
+	if err == nil && s.SchemaVersion != SchemaVersion {
+		err = fmt.Errorf("schema version %d is not %d: another version of this program wrote it", s.SchemaVersion, SchemaVersion)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s, which says what targets may still work on: %w", file, err)
+	}
+	return s.Left, nil
+}
+
+// saveLeft replaces the file. The caller has the lock.
+func (d Dir) saveLeft(l left) error {
+	file := filepath.Join(string(d), controllersFile)
+	if len(l) > 0 {
+		return writeFile(file, controllersState{SchemaVersion, l})
+	}
+	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove %s: %w", file, err)
+	}
+	return nil
+}

@@ -1,0 +1,239 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+)
+
+// DuplicateError is a target that a server, which may be about to, connects to.
+type DuplicateError struct{ Record Record }
+
+func (e *DuplicateError) Error() string {
+	return fmt.Sprintf("%s serves %s at %s already (%s, process %d)",
+		e.Record.Name, e.Record.Target.NQN, e.Record.Target.Address, e.Record.Phase, e.Record.Process.PID)
+}
+
+// Entry is the caller's own record.
+type Entry struct {
+	Record
+	// Inherited says that the record was another server's: its Args, Devices and
+	// Listen are still those of that server.
+	Inherited bool
+	// Unreadable are the records that could not be read, and may be of the same
+	// subsystem.
+	Unreadable []error
+
+	root Dir
+}
+
+// Reserve takes a name for the calling process, which connects to target.
+// Unless duplicate is set, a live server with the same target is a
+// *DuplicateError, and the record of a dead one passes to the caller, who finds
+// in the Entry what it left. Controllers of the Entry are those of all dead servers
+// of the subsystem: the caller has to wait for their end.
+func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool) (*Entry, error) {
+	self, err := Of(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	if err := rundir.Make(string(d), 0o755); err != nil {
+		return nil, fmt.Errorf("make run directory: %w", err)
+	}
+	unlock, err := d.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	records, err := d.List()
+	if err != nil {
+		return nil, err
+	}
+	var heirless *Record
+	var unreadable []error
+	for _, r := range records {
+		switch {
+		case r.Err != nil && r.Target.NQN == target.NQN:
+			return nil, fmt.Errorf("%s is about the same subsystem: %w", r.Name, r.Err)
+		case r.Err != nil:
+			unreadable = append(unreadable, r.Err)
+		case r.Target != target || duplicate:
+		case r.Alive:
+			return nil, &DuplicateError{r}
+		case heirless == nil:
+			heirless = &r
+		}
+	}
+	e := &Entry{root: d, Unreadable: unreadable}
+	if heirless != nil {
+		e.Record = *heirless
+		return e, e.adopt(self, records)
+	}
+	e.State = State{SchemaVersion: SchemaVersion, Process: self, Phase: Connecting, Target: target, Args: args}
+	return e, e.take(records)
+}
+
+// Adopt makes the record of a server that has ended the caller's. Controllers of
+// the Entry are as for Reserve.
+func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
+	self, err := Of(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := d.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	r, err := d.Find(name)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.Alive:
+		return nil, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
+	}
+	records, err := d.List()
+	if err != nil {
+		return nil, err
+	}
+	e := &Entry{Record: r, root: d}
+	return e, e.adopt(self, records)
+}
+
+// adopt makes a dead server's record that of another process. The rest of it
+// stays as it is until that process has taken everything over. The caller has the
+// lock.
+func (e *Entry) adopt(by Process, records []Record) error {
+	if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove a dead server's socket: %w", err)
+	}
+	e.Inherited, e.Alive = true, true
+	e.Process, e.Phase = by, Connecting
+	return e.inheritControllers(records)
+}
+
+// take makes the directory with the first free name. The caller has the lock.
+func (e *Entry) take(records []Record) error {
+	e.Alive = true
+	for n := 0; ; n++ {
+		e.Name = namePrefix + strconv.Itoa(n)
+		e.dir = filepath.Join(string(e.root), e.Name)
+		err := os.Mkdir(e.dir, 0o755)
+		if errors.Is(err, fs.ErrExist) {
+			// Without a state it belongs to nobody: its maker, who had the
+			// lock, died before writing one.
+			if _, err := os.Lstat(filepath.Join(e.dir, stateFile)); !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+		} else if err != nil {
+			return fmt.Errorf("make state directory: %w", err)
+		}
+		if err := e.inheritControllers(records); err != nil {
+			return errors.Join(err, os.RemoveAll(e.dir))
+		}
+		if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove a dead server's socket: %w", err)
+		}
+		return nil
+	}
+}
+
+// inheritControllers adds the controllers of all dead servers of the subsystem to
+// the entry, and saves it. Those without another record are on this one only from
+// now on. The caller has the lock.
+func (e *Entry) inheritControllers(records []Record) error {
+	left, err := e.root.leftControllers()
+	if err != nil {
+		return err
+	}
+	var ids []uint16
+	for _, r := range records {
+		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
+			ids = append(ids, r.Controllers...)
+		}
+	}
+	ids = append(ids, left.of(e.Target)...)
+	e.Controllers = Distinct(append(ids, e.Controllers...))
+	if err := e.Save(); err != nil {
+		return err
+	}
+	return e.root.saveLeft(left.without(e.Target))
+}
+
+// Distinct is ids with only the last of those that are the same.
+func Distinct(ids []uint16) []uint16 {
+	var out []uint16
+	for i, id := range ids {
+		if !slices.Contains(ids[i+1:], id) {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// Save writes the state, all of it or nothing.
+func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State) }
+
+// Retire removes the record of the calling process, which ends. unfinished are the
+// controllers that the target may still have: the next server of the subsystem will
+// wait for their end. After an error the record is still there.
+func (e *Entry) Retire(ctx context.Context, unfinished []uint16) error {
+	unlock, err := e.root.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return e.root.remove(e.Record, unfinished)
+}
+
+// Clear removes the record of a dead server if ended says that nothing of it is
+// left, and says whether that is so. It is true, too, if there is no such record.
+// What the server's controllers may still do is not forgotten.
+func (d Dir) Clear(ctx context.Context, name string, ended func(context.Context, Record) (bool, error)) (bool, error) {
+	unlock, err := d.lock(ctx)
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	r, err := d.Find(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return true, nil
+	case err != nil:
+		return false, err
+	case r.Alive:
+		return false, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
+	}
+	if done, err := ended(ctx, r); !done {
+		return false, err
+	}
+	return true, d.remove(r, r.Controllers)
+}
+
+// remove removes a record. The caller has the lock: without it a server that looks
+// for a free name could take the directory while it is removed.
+func (d Dir) remove(r Record, unfinished []uint16) error {
+	if len(unfinished) > 0 {
+		left, err := d.leftControllers()
+		if err != nil {
+			return err
+		}
+		if err := d.saveLeft(left.with(r.Target, unfinished)); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(r.dir); err != nil {
+		return fmt.Errorf("remove the record of %s: %w", r.Name, err)
+	}
+	return nil
+}

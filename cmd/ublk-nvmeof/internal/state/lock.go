@@ -1,0 +1,128 @@
+package state
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+)
+
+const (
+	// lockFile is a file of its own, which only its owner may open: whoever may
+	// open a file can lock it, and keep others from it.
+	lockFile = ".lock"
+	// lockTime is the longest wait for the lock. Those who hold it are shorter.
+	lockTime  = 10 * time.Second
+	lockRetry = 5 * time.Millisecond
+)
+
+// lock keeps records from coming and going, and waits for at most lockTime. The
+// lock ends with the process. Errors: fs.ErrNotExist if there is no run directory;
+// one that names who has the lock, and is ctx' error or context.DeadlineExceeded.
+func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
+	file, err := d.openLock()
+	if err != nil {
+		return nil, fmt.Errorf("lock run directory %s: %w", d, err)
+	}
+	fd := int(file.Fd())
+	began := time.Now()
+	limited, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	for {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { file.Close() }, nil
+		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
+			file.Close()
+			return nil, fmt.Errorf("lock run directory %s: %w", d, err)
+		}
+		select {
+		case <-time.After(lockRetry):
+		case <-limited.Done():
+			holder := lockHolder(fd)
+			file.Close()
+			return nil, fmt.Errorf("lock run directory %s: %s has it locked, waited %v: %w",
+				d, holder, time.Since(began).Round(time.Millisecond), context.Cause(limited))
+		}
+	}
+}
+
+// openLock opens the lock file, in a directory where nobody else can replace it.
+func (d Dir) openLock() (*os.File, error) {
+	f, err := rundir.OpenFile(filepath.Join(string(d), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s can be opened, and so locked, by others (mode %04o); want 0600", f.Name(), info.Mode().Perm())
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// lockHolder names the process that has a file locked.
+func lockHolder(fd int) string {
+	var st unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Fstat(fd, &st) != nil {
+		return "another process"
+	}
+	pid := findHolder(text, st.Ino)
+	if pid <= 0 {
+		return "another process"
+	}
+	return fmt.Sprintf("process %d (%s)", pid, command(pid))
+}
+
+// findHolder is the process that holds a flock on a file, in the format of
+// proc_locks(5); 0 if it is not there. The device is not compared, because some
+// file systems (btrfs) show another one there than in fstat.
+func findHolder(locks []byte, ino uint64) int {
+	lines := bufio.NewScanner(bytes.NewReader(locks))
+	for lines.Scan() {
+		f := strings.Fields(lines.Text()) // 1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF
+		if len(f) < 6 || f[1] != "FLOCK" {
+			continue
+		}
+		if strings.HasSuffix(f[5], ":"+strconv.FormatUint(ino, 10)) {
+			pid, _ := strconv.Atoi(f[4])
+			return pid
+		}
+	}
+	return 0
+}
+
+// command is what a process was started as, without what a terminal would take
+// for more than text.
+func command(pid int) string {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	if err != nil || len(text) == 0 {
+		return "its command is unknown"
+	}
+	const enough = 80
+	words := strings.TrimRight(string(text), "\x00")
+	words = strings.ReplaceAll(words, "\x00", " ")
+	if len(words) > enough {
+		words = words[:enough] + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, words)
+}
