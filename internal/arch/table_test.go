@@ -32,8 +32,8 @@ var table = map[string]row{
 	"rdma":  {},
 
 	// The data path.
-	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
-	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
+	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
 	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
