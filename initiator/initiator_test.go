@@ -584,27 +584,6 @@ func TestOldWrite(t *testing.T) {
 	}
 }
 
-// TestOldControllerStays: a target that does not end a controller within the
-// time that it has for that is not waited for.
-func TestOldControllerStays(t *testing.T) {
-	fabric := rdmatest.NewFabric()
-	target := newFakeTarget(t, fabric, 1<<20)
-	target.immortal = true
-	loops := newLoops(t, 1)
-	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
-	cfg.KeepAlive = 100 * time.Millisecond
-	c := connect(t, cfg)
-	began := time.Now()
-	fabric.KillAll(hostAddr)
-	if got := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpRead, Sectors: 8}); got != 0 {
-		t.Errorf("read: %v", unix.Errno(got))
-	}
-	if took := time.Since(began); took < time.Second {
-		t.Errorf("read after %v, and the old controller is there", took)
-	}
-	closeController(t, c)
-}
-
 // TestOutlive: a controller waits for the end of another host process' one.
 func TestOutlive(t *testing.T) {
 	fabric := rdmatest.NewFabric()
