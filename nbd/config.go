@@ -164,14 +164,14 @@ type offer struct {
 
 // offer describes the export. structured says what the client negotiated.
 func (e *export) offer(structured bool) offer {
-	g := e.Device.Geometry()
+	g := e.geometry()
 	o := offer{
-		export: e, size: min(g.Sectors, maxSize>>block.SectorShift) << block.SectorShift,
+		export: e, size: g.Sectors << block.SectorShift,
 		flags:    flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn,
 		minBlock: g.LogicalBlock, preferred: max(g.PhysicalBlock, 4096),
 		structured: structured,
 	}
-	o.maxRequest = max(e.atOnce(g), leastRequest)
+	o.maxRequest = max(e.atOnce(), leastRequest)
 	if e.ReadOnly || g.ReadOnly {
 		o.flags |= flagReadOnly
 	}
@@ -189,11 +189,11 @@ func (e *export) offer(structured bool) offer {
 
 // atOnce is the largest read, in bytes, that a connection has enough tags for at the
 // same time, at most largestRequest.
-func (e *export) atOnce(g block.Geometry) uint32 {
-	b := boundsOf(g, e.buffer)
+func (e *export) atOnce() uint32 {
+	b := boundsOf(e.geometry(), e.buffer)
 	most := uint64(b.buffer) * uint64(e.share)
 	if b.chunk > 0 { // every boundary may cost a tag more
 		most = min(uint64(b.buffer), b.chunk) * uint64(e.share-2) / 2
 	}
-	return max(uint32(min(most, largestRequest))&^(g.LogicalBlock-1), b.block)
+	return max(uint32(min(most, largestRequest))&^(b.block-1), b.block)
 }

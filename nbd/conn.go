@@ -290,7 +290,7 @@ func (c *conn) begin(r request) bool {
 		c.current = t
 		return true
 	case cmdRead:
-		size, most = s.cut(r.offset, r.offset+uint64(r.length))
+		size, most = s.pieceSize(r.offset, r.offset+uint64(r.length))
 		if most <= s.share {
 			least = most
 		}

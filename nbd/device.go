@@ -180,7 +180,7 @@ func (d *Device) limit() error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
-	want := uint64(e.atOnce(e.Device.Geometry()) >> 10)
+	want := uint64(e.atOnce() >> 10)
 	if have <= want {
 		return nil
 	}
@@ -300,14 +300,13 @@ func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duratio
 // Resize makes the device as large as its export has become, in bytes.
 func (d *Device) Resize(ctx context.Context, size uint64) error {
 	e := d.offer.export
-	g := e.Device.Geometry()
 	// First those that serve it, lest they refuse what the kernel may ask for.
 	d.mu.Lock()
 	d.offer.size = size // of connections to come
 	d.mu.Unlock()
 	d.srv.onConns(e, func(c *conn) { c.offer.size = size })
 	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
-		u64(attrSize, size).u64(attrBlockSize, uint64(g.LogicalBlock))
+		u64(attrSize, size).u64(attrBlockSize, uint64(d.offer.minBlock))
 	if _, err := kernelDo(ctx, nlReconfigure, attrs); err != nil {
 		return fmt.Errorf("resize %s: %w", d.Path(), err)
 	}

@@ -11,6 +11,14 @@ import (
 	"ublk-nvmeof/poller"
 )
 
+// geometry is what the device is now, in blocks as they were when it was added.
+func (e *export) geometry() block.Geometry {
+	g := e.Device.Geometry()
+	g.LogicalBlock = e.block
+	g.Sectors = min(g.Sectors, maxSize>>block.SectorShift) &^ (uint64(e.block>>block.SectorShift) - 1)
+	return g
+}
+
 // ErrExists says that there is an export of that name. It may be on its way out, and
 // the new one can be added when Remove of the other has returned nil.
 var ErrExists = errors.New("NBD export exists")
@@ -18,6 +26,7 @@ var ErrExists = errors.New("NBD export exists")
 // export is an Export while it is served.
 type export struct {
 	Export
+	block   uint32         // bytes of a logical block, for good
 	buffer  int            // bytes of a tag's buffer
 	share   int            // tags that a connection may hold
 	shards  []*shard       // by loop
@@ -31,7 +40,8 @@ func (s *Server) Add(x Export) error {
 	if err := x.check(); err != nil {
 		return fmt.Errorf("export %q: %w", x.Name, err)
 	}
-	e := &export{Export: x, buffer: bufferSize(s.cfg.MaxIO, x.Device.Geometry())}
+	g := x.Device.Geometry()
+	e := &export{Export: x, block: g.LogicalBlock, buffer: bufferSize(s.cfg.MaxIO, g)}
 	e.share, _ = split(s.cfg.Depth)
 	s.changing.Lock()
 	defer s.changing.Unlock()

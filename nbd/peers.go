@@ -151,7 +151,7 @@ func (s *Server) Serve(l net.Listener) error {
 		nc, err := l.Accept()
 		switch {
 		case err == nil:
-			s.take(nc)
+			s.accept(nc)
 		case s.isEnded():
 			return nil
 		case passes(err):
@@ -175,8 +175,8 @@ func passes(err error) bool {
 	return false
 }
 
-// take serves a client from its first word to its last.
-func (s *Server) take(nc net.Conn) {
+// accept serves a client from its first word to its last.
+func (s *Server) accept(nc net.Conn) {
 	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), source: sourceOf(nc)}
 	evicted, err := s.enter(x)
 	if evicted != nil {

@@ -21,7 +21,6 @@ type shard struct {
 	back    block.Queue
 	device  block.Device
 	stripes *stripes
-	buffer  int // bytes of a tag's buffer
 	bounds  bounds
 
 	tags    []tag
@@ -96,7 +95,7 @@ func split(depth int) (share, reserve int) {
 
 func newShard(back block.Queue, d block.Device, buffer, depth int, st *stripes) *shard {
 	s := &shard{
-		back: back, device: d, stripes: st, buffer: buffer, bounds: boundsOf(d.Geometry(), buffer), free: none,
+		back: back, device: d, stripes: st, bounds: boundsOf(d.Geometry(), buffer), free: none,
 		tags: make([]tag, depth), parked: make([]uint16, 0, depth), reqs: make([]block.Request, 0, depth), nFree: depth,
 	}
 	s.share, s.reserve = split(depth)
@@ -108,9 +107,9 @@ func newShard(back block.Queue, d block.Device, buffer, depth int, st *stripes) 
 
 // refresh learns what the device's limits are now.
 func (s *shard) refresh() {
-	now := boundsOf(s.device.Geometry(), s.buffer)
-	now.block = s.bounds.block
-	s.bounds = now
+	g := s.device.Geometry()
+	g.LogicalBlock = s.bounds.block
+	s.bounds = boundsOf(g, int(s.bounds.buffer))
 }
 
 // allow says how many tags a connection may take now that can use from least to most:

@@ -58,10 +58,10 @@ func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 	return n
 }
 
-// cut says how large the pieces of a read are to be, and how many these are; or one
+// pieceSize says how large the pieces of a read are to be, and how many these are; or one
 // more than a connection may have at the same time. They are as large as the device
 // takes them, or as large as a buffer if that makes fewer and it matters: see issue.
-func (s *shard) cut(at, end uint64) (size uint32, n int) {
+func (s *shard) pieceSize(at, end uint64) (size uint32, n int) {
 	size = s.bounds.piece
 	if n = s.pieces(at, end, size, s.share+1); n > s.share && size < s.bounds.buffer {
 		size = s.bounds.buffer
