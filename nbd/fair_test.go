@@ -138,6 +138,32 @@ func TestStallTLS(t *testing.T) {
 	})
 }
 
+// TestStopTLS has a client within TLS get the reply to a request that is in flight when
+// the server is stopped.
+func TestStopTLS(t *testing.T) {
+	server, peer := testTLS(t)
+	g := newGate(t, block.Geometry{})
+	g.shut.Store(true)
+	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, TLS: server})
+	c := secure(t, path, peer)
+	c.option(optGo, infoData(""))
+	c.answers(optGo)
+	c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
+	await(t, "the request", func() bool { return g.inside.Load() > 0 })
+	stopped := make(chan error)
+	go func() { stopped <- s.Stop(testContext(t), true) }()
+	<-s.stopped
+	g.open()
+	if e := c.simple(0); e != 0 {
+		t.Errorf("error %d", e)
+	}
+	c.read(1 << 20)
+	c.closed()
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+}
+
 // secure begins a negotiation within TLS.
 func secure(t testing.TB, path string, peer *tls.Config) *client {
 	t.Helper()

@@ -105,9 +105,9 @@ func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
 		_ = inner.Close()
 	})
 	err = s.transmit(fds[0], o, stallTicks)
-	if err != nil {
+	if errors.Is(err, errStalled) {
 		_ = secure.NetConn().Close()
-	} else { // the client gets what was sent, if it reads that
+	} else { // the last replies are still on their way to the client
 		_ = secure.SetWriteDeadline(time.Now().Add(s.cfg.StallTimeout))
 	}
 	pumps.Wait()
