@@ -126,10 +126,17 @@ func (s *shard) allow(c *conn, least, most int) int {
 	switch {
 	case n >= least:
 		return min(n, most)
-	case c.held == 0 && s.nFree > 0:
+	case s.entitled(c, least):
 		return max(n, 1)
 	}
 	return 0
+}
+
+// entitled reports whether a connection gets a tag in any case. The kernel's client rather
+// waits for all that it needs: an error in a read that is streamed would cost its
+// connection.
+func (s *shard) entitled(c *conn, least int) bool {
+	return c.held == 0 && s.nFree > 0 && (least == 1 || c.patience > 0)
 }
 
 // take gives a tag to a task. One is free.
@@ -179,7 +186,7 @@ func (s *shard) resume() {
 		next := c.after
 		own, pool := s.share-c.held, s.nFree-s.reserve
 		switch {
-		case own >= c.want && pool >= c.want && !blocked, c.held == 0 && s.nFree > 0:
+		case own >= c.want && pool >= c.want && !blocked, s.entitled(c, c.want):
 			s.waiting.remove(c)
 			c.wait, s.resuming = waitNone, c
 			c.parse()
