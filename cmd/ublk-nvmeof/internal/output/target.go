@@ -56,25 +56,25 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 	return nil
 }
 
-// identity is how hosts recognize a namespace.
+// identity says how hosts recognize a namespace.
 func identity(n targetserver.NamespaceStatus) string {
 	switch {
 	case n.UUID == "":
 		return "no uuid"
 	case n.NewAtStart:
-		return "uuid " + n.UUID + ", another one at each start"
+		return "uuid " + n.UUID + ", a new one at each start"
 	}
 	return "uuid " + n.UUID
 }
 
-// safe is text of a file system or of a peer as it may be shown on a terminal: what
-// is not to be seen, and a quote or backslash, is written as in a Go string.
+// safe makes text of a file system or of a peer fit for a terminal: characters that
+// are not printable, quotes and backslashes are escaped as in a Go string.
 func safe(text string) string {
 	quoted := strconv.Quote(text)
 	return quoted[1 : len(quoted)-1]
 }
 
-// describeTarget is who is connected, what is wrong on purpose, and what was done.
+// describeTarget shows controllers, faults and counters.
 func describeTarget(w io.Writer, t targetserver.Status) {
 	for _, s := range t.Subsystems {
 		for _, group := range sortedKeys(s.ANA) {
