@@ -148,6 +148,11 @@ func (q *queue) reply(i int, data []byte, length uint64) {
 	r.data = q.free.take(r.length)
 	into := q.bytes(r.data)
 	clear(into[copy(into, data):])
+	if r.rule != nil {
+		for _, p := range r.rule.Patches {
+			p.apply(into[:length])
+		}
+	}
 	q.transfer(i, rdma.Write, r.length)
 	q.respond(i, 0, nvme.StatusSuccess)
 }

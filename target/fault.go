@@ -83,6 +83,22 @@ type Fault struct {
 	Disconnect bool        // end the connection
 	Status     nvme.Status // answer with this, with or without nvme.StatusDNR
 	Corrupt    Corruption  // of the completion or the data
+	// Patches overwrite bytes of the data that an admin command returns, such as
+	// fields of Identify. Those beyond the end of the data do nothing.
+	Patches []Patch
+}
+
+// Patch is bytes at an offset.
+type Patch struct {
+	Offset int
+	Bytes  []byte
+}
+
+// apply overwrites the bytes of data.
+func (p Patch) apply(data []byte) {
+	if p.Offset >= 0 && p.Offset < len(data) {
+		copy(data[p.Offset:], p.Bytes)
+	}
 }
 
 // rule is a fault that was added.
@@ -118,6 +134,7 @@ type Faults struct {
 // applies to a command counts, in the order in which they were added.
 func (f *Faults) Add(fault Fault) (remove func()) {
 	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
+	fault.Patches = slices.Clone(fault.Patches)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
 	return func() {

@@ -242,6 +242,7 @@ The first fault that hits a command counts. For example:
   target fault admin,opcode=keep-alive,drop           keep alive commands get no answer
   target fault cns=3,status=0x2,dnr                   Identify has no namespace descriptors
   target fault cns=0,nsid=2,status=0x6                namespace 2 cannot be identified
+  target fault cns=1,patch=1792:ffffffff              Identify Controller has a huge IOCCSZ
   target fault lid=4,count=1,corrupt=lost             the answer to a Get Log Page is lost`
 
 func faultVerb(runDir dirFunc) *cobra.Command {
