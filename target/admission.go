@@ -89,13 +89,18 @@ func (t *Target) admitted(q *queue) {
 	}
 }
 
+// whyGaveWay is the reason for the end of a connection by giveWay.
+const whyGaveWay = "too many others wait for a Connect command"
+
 // giveWay ends a queue that is not connected. The lock is held.
 func (t *Target) giveWay(q *queue) {
 	a := &t.admission
 	a.forget(q)
 	a.ending++
 	q.gaveWay = true
-	q.kill("too many connections without a Connect command")
+	t.refusals["connection: "+whyGaveWay]++
+	t.log.Warn("connection ends", "host", q.host, "reason", whyGaveWay)
+	q.kill(whyGaveWay)
 }
 
 // forget takes a queue from those that are not connected.

@@ -74,7 +74,10 @@ func (q *queue) expire() {
 		time.Sleep(afterThaw)
 	}
 	if !q.joined.Load() {
-		q.kill("no Connect command came")
+		const why = "no Connect command came"
+		q.target.refused("connection: " + why)
+		q.target.log.Warn("connection ends", "host", q.host, "reason", why)
+		q.kill(why)
 	}
 }
 
