@@ -60,8 +60,8 @@ func (t *Target) admit(host netip.Addr) error {
 }
 
 // admitted takes notice of a queue that was made after admit. Too many that are
-// not connected make the oldest end, of this host or of all.
-func (t *Target) admitted(q *queue) {
+// not connected make the oldest end, of this host or of all; it is returned.
+func (t *Target) admitted(q *queue) (ends *queue) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := &t.admission
@@ -79,14 +79,18 @@ func (t *Target) admitted(q *queue) {
 	}
 	switch {
 	case count >= maxUnconnectedPerHost:
-		t.giveWay(oldest)
+		ends = oldest
 	case len(a.unconnected) >= maxUnconnected:
-		t.giveWay(a.unconnected[0])
+		ends = a.unconnected[0]
+	}
+	if ends != nil {
+		t.giveWay(ends)
 	}
 	a.unconnected = append(a.unconnected, q)
 	if t.ctx.Err() != nil {
 		q.kill("target closes") // Close did not see this queue
 	}
+	return ends
 }
 
 // whyGaveWay is the reason for the end of a connection by giveWay.
@@ -99,7 +103,6 @@ func (t *Target) giveWay(q *queue) {
 	a.ending++
 	q.gaveWay = true
 	t.refusals["connection: "+whyGaveWay]++
-	t.log.Warn("connection ends", "host", q.host, "reason", whyGaveWay)
 	q.kill(whyGaveWay)
 }
 
@@ -179,6 +182,8 @@ func (t *Target) open(id rdma.ID) (*queue, error) {
 		t.ended(host, nil)
 		return nil, err
 	}
-	t.admitted(q)
+	if ends := t.admitted(q); ends != nil {
+		t.log.Warn("connection ends", "host", ends.host, "reason", whyGaveWay)
+	}
 	return q, nil
 }
