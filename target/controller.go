@@ -221,11 +221,11 @@ func (c *controller) finishStop() {
 // flush flushes all namespaces, and then completes a shutdown. An error sets CSTS.CFS.
 func (c *controller) flush() {
 	err := c.subsystem.flush()
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if err != nil {
 		c.subsystem.target.cfg.Log.Error("flush at shutdown failed", "controller", c.id, "err", err)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.stopping = stopNone
 	c.csts = nvme.NewCSTS(false, err != nil, nvme.ShutdownStatusNormal)
 	if c.cc.SHN() != nvme.ShutdownNone {
