@@ -253,6 +253,21 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 		"disconnect and connect": func(s *site, r state.Record) error {
 			return errors.Join(s.run("disconnect", r.Name), s.run(s.connectArgs(r.Target.NQN)...))
 		},
+		"killed while it recovers": func(s *site, r state.Record) error {
+			cut := make(chan error, 1)
+			go func() { cut <- s.run("recover", r.Name) }()
+			for {
+				if now := s.record(r.Target.NQN); now.Alive && len(now.Controllers) > len(r.Controllers) {
+					s.kill(now)
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			if err := <-cut; err == nil {
+				return errors.New("recovered by a server that was killed")
+			}
+			return s.run("recover", r.Name)
+		},
 		"failed recover and connect": func(s *site, r state.Record) error {
 			if err := s.run("recover", r.Name, "--output-format=json", "--run-dir", s.dir+"/none"); err == nil {
 				return errors.New("recovered from a run directory that does not exist")
@@ -354,7 +369,9 @@ func TestClientsStayWithTheirDisk(t *testing.T) {
 		t.Error(err)
 	}
 	again("recover a", "disk a")
-	if err := errors.Join(s.run("disconnect", a), s.run("disconnect", b), s.run(s.connectArgs(b)...)); err != nil {
+	// The server may take a moment to see that its client has left.
+	eventually(t, "a is disconnected", func() bool { return s.run("disconnect", "-d", first.Name) == nil })
+	if err := errors.Join(s.run("disconnect", b), s.run(s.connectArgs(b)...)); err != nil {
 		t.Error(err)
 	}
 	again("disconnect a, connect b", "")

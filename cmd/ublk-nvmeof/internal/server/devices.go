@@ -29,7 +29,11 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
 		}
 	}
-	return s.record.update(func(r *state.State) { r.Phase = state.Live })
+	if err := s.record.update(func(r *state.State) { r.Phase = state.Live }); err != nil {
+		return err
+	}
+	s.acceptClients()
+	return nil
 }
 
 // startDevice makes the device of a namespace. later says that the loops have

@@ -169,7 +169,11 @@ func (s *server) offer(ctx context.Context, ns namespace) error {
 	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
 		return errHeld
 	}
-	return s.startDevice(ctx, ns, options.AutoDevice, true)
+	if err := s.startDevice(ctx, ns, options.AutoDevice, true); err != nil {
+		return err
+	}
+	s.acceptClients()
+	return nil
 }
 
 // resize gives a device the size of its namespace.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -298,7 +299,28 @@ func TestListensAt(t *testing.T) {
 	}
 }
 
+// A name with several addresses means the target that is on record.
+func TestAddressOnRecord(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	first, second := netip.MustParseAddrPort("127.0.0.9:4420"), netip.MustParseAddrPort("127.0.0.1:4420") // the one of lab
+	s := &server{cfg: Config{Dir: state.Dir(dir)}, opts: o, back: w.backend()}
+	if got, err := s.address([]netip.AddrPort{first, second}); got != first || err != nil {
+		t.Errorf("%v, %v, want the first", got, err)
+	}
+	dead(t, o, dir, func(*state.Entry) {})
+	if got, err := s.address([]netip.AddrPort{first, second}); got != second || err != nil {
+		t.Errorf("%v, %v, want the one on record", got, err)
+	}
+}
+
 func TestSameAddress(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Symlink(dir, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if !sameAddress(filepath.Join(dir, "s"), filepath.Join(dir, "link", "s")) {
+		t.Error("a link makes another address of it")
+	}
 	for _, tt := range []struct {
 		a, b string
 		same bool

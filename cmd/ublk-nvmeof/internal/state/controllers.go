@@ -10,6 +10,9 @@ import (
 	"slices"
 )
 
+// maxLeft bounds how many controllers are kept of one subsystem: the newest.
+const maxLeft = 1024
+
 // controllersFile has the controllers of servers whose record is gone.
 const controllersFile = ".controllers.json"
 
@@ -38,7 +41,7 @@ func (l left) without(t Target) left {
 
 func (l left) with(t Target, ids []uint16) left {
 	all := Distinct(append(slices.Clone(l.of(t)), ids...))
-	return append(l.without(t), leftBy{t.NQN, t.HostNQN, all})
+	return append(l.without(t), leftBy{t.NQN, t.HostNQN, all[max(0, len(all)-maxLeft):]})
 }
 
 type controllersState struct {
