@@ -461,11 +461,17 @@ func TestRecordsStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	uuid := parseUUID(t, first.Devices[0].UUID)
-	if _, err := s.subs[a].AddNamespace(target.NamespaceConfig{NSID: 1, Store: disks[a], UUID: uuid}); err != nil {
-		t.Fatal(err)
-	}
+	late := make(chan error, 1)
+	go func() { // the port is there first
+		time.Sleep(time.Second)
+		_, err := s.subs[a].AddNamespace(target.NamespaceConfig{NSID: 1, Store: disks[a], UUID: uuid})
+		late <- err
+	}()
 	if _, stderr, code := s.program("recover", "--all"); code == exit.OK || !strings.Contains(stderr, filepath.Join(bad, "state.json")) || strings.Contains(stderr, first.Name+":") {
 		t.Errorf("recover, and a record cannot be read: exit code %d, %s", code, stderr)
+	}
+	if err := <-late; err != nil {
+		t.Fatal(err)
 	}
 	if got, err := s.client(s.record(a)).read(6); got != "disk a" || err != nil {
 		t.Errorf("%q, %v", got, err)

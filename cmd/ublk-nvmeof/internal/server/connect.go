@@ -171,6 +171,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 // never had one get theirs later, as if they were added now.
 func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 	known := s.record.state().Devices
+	found = s.awaitNamespaces(ctx, found)
 	devices, err := s.recoverDevices(ctx, found)
 	if err != nil {
 		return err

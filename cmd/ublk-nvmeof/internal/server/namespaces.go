@@ -42,6 +42,11 @@ func (s *server) changed(ns namespace, what initiator.Change) {
 	s.mu.Lock()
 	s.reported = append(s.reported, change{ns, what})
 	s.mu.Unlock()
+	s.tell()
+}
+
+// tell has follow look at what was reported.
+func (s *server) tell() {
 	select {
 	case s.news <- struct{}{}:
 	default:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -121,6 +122,53 @@ func (s *server) outlive(ctx context.Context) error {
 		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
 	}
 	return s.record.outlived()
+}
+
+// namespaceWait is how long namespaces may be missing that a device waits for: a target
+// that restarts may open its port before its namespaces are there. Tests wait for less.
+var namespaceWait = 10 * time.Second
+
+// awaitNamespaces waits until the namespaces of all devices that are taken over have been
+// found, and returns what was found.
+func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []namespace {
+	ctx, cancel := context.WithTimeout(ctx, namespaceWait)
+	defer cancel()
+	defer s.tell() // follow has to see what was reported meanwhile
+	for said := false; ; said = true {
+		found = s.withAdded(found)
+		missing := slices.IndexFunc(s.waiting, func(d state.Device) bool {
+			return !slices.ContainsFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
+		})
+		if missing < 0 {
+			return found
+		}
+		if !said {
+			s.log.Info("waits for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
+		}
+		select {
+		case <-s.news:
+		case <-ctx.Done():
+			return found
+		}
+	}
+}
+
+// withAdded is found with the namespaces that were added since.
+func (s *server) withAdded(found []namespace) []namespace {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.reported {
+		isIt := func(n namespace) bool { return n.device == c.device }
+		switch c.what {
+		case initiator.Added:
+			if !slices.ContainsFunc(found, isIt) {
+				found = append(found, c.namespace)
+			}
+		case initiator.Removed:
+			found = slices.DeleteFunc(found, isIt)
+		}
+	}
+	return found
 }
 
 // heirloom is a device of another server, and the namespace that is to serve it.

@@ -109,6 +109,31 @@ func awaitDevice(t *testing.T, r *running, nsid uint32) {
 	}
 }
 
+func init() { namespaceWait = 300 * time.Millisecond }
+
+// A namespace that comes after the target's port is waited for.
+func TestWaitsForNamespace(t *testing.T) {
+	namespaceWait = 20 * time.Second
+	t.Cleanup(func() { namespaceWait = 300 * time.Millisecond }) // after the server's end
+	w, o, dir := newWorld(), lab(), runDir(t)
+	deadUblk(t, w, o, dir)
+	w.nsids = nil
+	r := begin(t, w, o, dir)
+	for !slices.Contains(w.happened(), "outlive [3 4]") {
+		time.Sleep(time.Millisecond)
+	}
+	w.changed(w.namespace(7), initiator.Added)
+	w.changed(w.namespace(1), initiator.Added)
+	if s := r.waitReady(); len(s.Devices) != 1 || s.Devices[0].Device != "ublkb4" {
+		t.Errorf("%+v", s.Devices)
+	}
+	awaitDevice(t, r, 7)
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+}
+
 // A namespace that is not the one that a device was made for is not served to its
 // users, of whatever front end. Nothing is touched, and the record stays.
 func TestTakesOverNothingElse(t *testing.T) {
