@@ -90,6 +90,9 @@ func (q *Queue) Bind(qp rdma.QP) { q.qp = qp }
 
 // Fill posts every buffer. Once, before the connection is established.
 func (q *Queue) Fill() error {
+	if q.slab == nil {
+		return fmt.Errorf("post receive: %w", rdma.ErrClosed)
+	}
 	q.wrs = q.wrs[:0]
 	for i := range q.depth {
 		q.recycle(uint64(i))
@@ -97,13 +100,15 @@ func (q *Queue) Fill() error {
 	return q.post()
 }
 
-// Close frees what New made. The QP is closed already.
+// Close frees what New made. The QP is to be closed before; an error says that it was
+// not, and nothing is freed then. A second Close does nothing, and so do the other
+// methods after it, which give rdma.ErrClosed where they can.
 func (q *Queue) Close() error {
-	err := q.cq.Close()
-	if e := q.mr.Close(); err == nil {
-		err = e
+	if err := q.cq.Close(); err != nil {
+		return err
 	}
-	return err
+	q.wrs, q.slab = q.wrs[:0], nil
+	return q.mr.Close()
 }
 
 func (q *Queue) recycle(buffer uint64) {
@@ -129,6 +134,9 @@ func (q *Queue) post() error {
 // is lost; events that came before it are given all the same.
 func (q *Queue) Poll() ([]Event, error) {
 	q.events = q.events[:0]
+	if q.slab == nil {
+		return nil, fmt.Errorf("poll completions: %w", rdma.ErrClosed)
+	}
 	n, err := q.cq.Poll(q.wcs)
 	if err != nil {
 		return nil, fmt.Errorf("poll completions: %w", err)

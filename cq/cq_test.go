@@ -1,8 +1,11 @@
 package cq
 
 import (
+	"errors"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
@@ -13,6 +16,8 @@ type adapter struct {
 	bytes  []byte
 	posted []rdma.RecvWR
 	done   []rdma.WC
+	closed int   // calls of Close
+	busy   error // what it gives
 }
 
 const base = 0x10000
@@ -24,7 +29,7 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return region{a}, nil
 }
-func (a *adapter) Close() error                        { return nil }
+func (a *adapter) Close() error                        { a.closed++; return a.busy }
 func (a *adapter) MoveMR(rdma.MR) error                { return nil }
 func (a *adapter) Num() uint32                         { return 1 }
 func (a *adapter) PostSend([]rdma.SendWR) (int, error) { return 0, nil }
@@ -161,4 +166,38 @@ func BenchmarkPoll(b *testing.B) {
 		q.Poll()
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*32), "ns/response")
+}
+
+// TestCloseOrder: a queue that is closed too early stays whole; one that is closed does no harm.
+func TestCloseOrder(t *testing.T) {
+	a := new(adapter)
+	q, err := New(a, a, Config{Depth: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q.Bind(a)
+	if err := q.Fill(); err != nil {
+		t.Fatal(err)
+	}
+	a.busy = unix.EBUSY
+	if err := q.Close(); !errors.Is(err, unix.EBUSY) || a.closed != 1 {
+		t.Errorf("close in use: %v, %d calls", err, a.closed)
+	}
+	a.respond(5)
+	if events, err := q.Poll(); len(events) != 1 || err != nil {
+		t.Errorf("%d events: %v", len(events), err)
+	}
+	a.busy = nil
+	for range 2 {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	a.done = append(a.done, rdma.WC{Bytes: cqeSize, Recv: true})
+	if events, err := q.Poll(); len(events) != 0 || !errors.Is(err, rdma.ErrClosed) {
+		t.Errorf("%d events: %v", len(events), err)
+	}
+	if err := q.Fill(); !errors.Is(err, rdma.ErrClosed) {
+		t.Errorf("fill: %v", err)
+	}
 }

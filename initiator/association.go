@@ -23,8 +23,8 @@ type association struct {
 	cap      nvme.Cap
 	version  nvme.Version
 	identify nvme.IdentifyController
-	depth    int // of the I/O queues
-	plan     poller.Plan
+	depth    int               // of the I/O queues
+	plan     poller.Assignment // of the granted queues to classes and loops
 	pairs    []*queuePair
 	removed  atomic.Bool     // the RDMA device goes away
 	watching sync.WaitGroup  // the goroutines that hear of each connection
@@ -42,6 +42,14 @@ func (a *association) fail(err error) {
 	select {
 	case a.lost <- err:
 	default:
+	}
+}
+
+// lookAtNamespaces has the namespaces looked at soon. Any goroutine.
+func (a *association) lookAtNamespaces() {
+	select {
+	case a.changed <- struct{}{}:
+	default: // a look is due already
 	}
 }
 
@@ -282,7 +290,7 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 	if err != nil {
 		return err
 	}
-	a.plan = poller.Split(c.cfg.Queues, nvme.GrantedQueues(granted))
+	a.plan = poller.Assign(c.cfg.Queues, nvme.GrantedQueues(granted), len(c.lanes))
 	if a.plan.Queues() == 0 {
 		return ErrNoQueues
 	}
@@ -290,9 +298,8 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 }
 
 func (c *Controller) connectIO(ctx context.Context, a *association) error {
-	owners := poller.Map(a.plan, len(c.lanes)).Owner
-	for i, owner := range owners {
-		p, err := c.connectPair(ctx, a, uint16(i+1), owner)
+	for i, owner := range a.plan.Owner {
+		p, err := c.connectQueuePair(ctx, a, uint16(i+1), owner)
 		if err != nil {
 			return fmt.Errorf("queue %d: %w", i+1, err)
 		}
@@ -302,7 +309,7 @@ func (c *Controller) connectIO(ctx context.Context, a *association) error {
 	return nil
 }
 
-func (c *Controller) connectPair(ctx context.Context, a *association, qid uint16, owner int) (*queuePair, error) {
+func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid uint16, owner int) (*queuePair, error) {
 	class := a.plan.ClassOf(int(qid))
 	q := queueParam{
 		remote: a.remote, qid: qid, depth: a.depth, cntlid: a.cntlid,

@@ -114,16 +114,15 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 // attach gives each lane its part of the association. All of them let go of
 // the one before already.
 func (c *Controller) attach(a *association) error {
-	m := poller.Map(a.plan, len(c.lanes))
 	for _, l := range c.lanes {
 		var own []*queuePair
 		var route [nClasses]*queuePair
 		for i, p := range a.pairs {
-			if m.Owner[i] == l.index {
+			if a.plan.Owner[i] == l.index {
 				own = append(own, p)
 			}
 		}
-		for class, qid := range m.Queue[l.index] {
+		for class, qid := range a.plan.Queue[l.index] {
 			route[class] = a.pairs[qid-1]
 		}
 		var err error
@@ -217,7 +216,7 @@ func (c *Controller) supervise(a *association) {
 		}
 		c.leaveDevice(a.removed.Load())
 		var err error
-		if a, err = c.reconnect(lost); err != nil {
+		if a, err = c.reconnect(lost, reason); err != nil {
 			if !errors.Is(err, errClosed) {
 				c.die(err)
 			}
@@ -264,9 +263,9 @@ func (c *Controller) pause() time.Duration {
 }
 
 // reconnect makes the next association: at once, then at intervals. The loss times
-// count from the beginning of the outage. The error is why the controller ends
-// instead.
-func (c *Controller) reconnect(lost time.Time) (*association, error) {
+// count from the beginning of the outage. The last one was lost for reason err. The
+// error that is returned is why the controller ends instead.
+func (c *Controller) reconnect(lost time.Time, err error) (*association, error) {
 	ctx := c.life
 	giveUp := make(<-chan time.Time) // never
 	if c.cfg.CtrlLoss > 0 {
@@ -279,7 +278,6 @@ func (c *Controller) reconnect(lost time.Time) (*association, error) {
 		fast := time.AfterFunc(time.Until(c.outage.Add(c.cfg.FastIOFail)), c.failFast)
 		defer fast.Stop()
 	}
-	var err error
 	for pause := c.pause(); ; pause = c.cfg.ReconnectDelay {
 		select {
 		case <-time.After(pause):
@@ -455,10 +453,7 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
 		a.fail(errors.New("controller reports a persistent internal error"))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
-		select {
-		case a.changed <- struct{}{}:
-		default: // a look is due already
-		}
+		a.lookAtNamespaces()
 	}
 }
 
@@ -571,7 +566,7 @@ func (c *Controller) Info() Info {
 	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
-		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan
+		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
 	}

@@ -266,6 +266,9 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 		}
 		r.errno = errnoOf(status)
 		c.reportStatus(r, status)
+		if status.Code() == nvme.StatusInvalidNamespace {
+			p.assoc.lookAtNamespaces() // the event may be lost
+		}
 	}
 	if p.sq.Answer(slot) {
 		p.requests[slot] = nil

@@ -52,15 +52,18 @@ type Config struct {
 	HandshakeTimeout time.Duration
 	// StallTimeout is how long a client may take nothing of its replies, or send
 	// nothing of the data of a write, before it is disconnected: less than 64 KiB
-	// in that time, if as much is due. At least 8 ms; 0 is 30 seconds. The kernel's
-	// client of Start is never disconnected for that.
+	// in that time, if as much is due. While another connection can do nothing for
+	// want of buffers, a quarter of that time is enough. At least 8 ms; 0 is 30
+	// seconds. The kernel's client of Start is never disconnected for that.
 	StallTimeout time.Duration
-	// MaxConns is how many clients are served at the same time. One more is refused.
-	// Each takes some 100 KiB. 0 is 1024.
+	// MaxConns is how many clients are served at the same time, and three quarters
+	// of that how many of one source: a certificate, or else an address or a local
+	// user. One more is refused. Each takes some 100 KiB. 0 is 1024.
 	MaxConns int
 	// MaxHandshakes is how many clients may be choosing an export at the same time.
-	// For one more, the one that has taken longest is disconnected. Each takes up to
-	// 200 KiB. 0 is 256.
+	// For one more, one of the source that has most of them is disconnected, the one
+	// that has taken longest; clients within TLS come last. Each takes up to 200 KiB.
+	// 0 is 256.
 	MaxHandshakes int
 	// Log hears of changes of state; nil is nobody.
 	Log *slog.Logger
@@ -188,9 +191,9 @@ func (e *export) offer(structured bool) offer {
 // same time, at most largestRequest.
 func (e *export) atOnce(g block.Geometry) uint32 {
 	b := boundsOf(g, e.buffer)
-	most := uint64(b.piece) * uint64(e.share)
+	most := uint64(b.buffer) * uint64(e.share)
 	if b.chunk > 0 { // every boundary may cost a tag more
-		most = min(uint64(b.piece), b.chunk) * uint64(e.share-2) / 2
+		most = min(uint64(b.buffer), b.chunk) * uint64(e.share-2) / 2
 	}
 	return max(uint32(min(most, largestRequest))&^(g.LogicalBlock-1), b.block)
 }

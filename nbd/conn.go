@@ -280,7 +280,7 @@ func (c *conn) begin(r request) bool {
 		}
 		return true
 	}
-	least, most := 1, 1
+	least, most, size := 1, 1, uint32(0)
 	switch r.kind {
 	case cmdWrite:
 		t := c.takeTask(r)
@@ -290,7 +290,7 @@ func (c *conn) begin(r request) bool {
 		c.current = t
 		return true
 	case cmdRead:
-		most = s.pieces(r.offset, r.offset+uint64(r.length), s.share+1)
+		size, most = s.cut(r.offset, r.offset+uint64(r.length))
 		if most <= s.share {
 			least = most
 		}
@@ -303,7 +303,7 @@ func (c *conn) begin(r request) bool {
 	t := c.takeTask(r)
 	if r.kind == cmdRead {
 		t.whole = r.flags&cmdFlagDF != 0 || !c.offer.structured
-		t.streamed = n < most
+		t.size, t.streamed = size, n < most
 		c.lay(t, n)
 		if t.streamed {
 			c.current = t
@@ -467,6 +467,10 @@ var errStalled = errors.New("client neither reads its replies nor sends what it 
 // tick looks whether the client stands still, and says whether it has to be looked at
 // again.
 func (c *conn) tick() (busy bool) {
+	patience := c.patience
+	if c.shard.starved {
+		patience = min(patience, 1)
+	}
 	waits := [2]bool{dirRecv: c.recv == opPending && c.filling != none, dirSend: c.send == opPending}
 	for dir, waiting := range waits {
 		p := &c.progress[dir]
@@ -477,7 +481,7 @@ func (c *conn) tick() (busy bool) {
 			continue
 		}
 		busy = true
-		if p.ticks++; c.patience > 0 && p.ticks > c.patience {
+		if p.ticks++; patience > 0 && p.ticks > patience {
 			c.cut(errStalled)
 			c.settle()
 			return false

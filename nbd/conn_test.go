@@ -20,95 +20,94 @@ import (
 	"ublk-nvmeof/poller"
 )
 
+// testDepth and testMaxIO are the server's of TestRequests, testMost what one of its
+// connections reads at once, and testSize the size of its exports.
+const (
+	testDepth, testMaxIO = 16, 16 << 10
+	testMost             = testDepth * 3 / 4 * testMaxIO
+	testSize             = 1 << 20
+)
+
+// inOneChunk is no error if the client takes structured replies, and else codeInval.
+const inOneChunk = ^code(0)
+
+// requests is all that can be asked for, right and wrong: of rw, which has blocks of
+// 1024 bytes, by aware, a client of it that knows the block size, of ro, which is
+// read-only, and of plain, which has no trim and write zeroes.
+var requests = []struct {
+	name   string
+	client string
+	r      request
+	want   code
+}{
+	{"write", "rw", request{kind: cmdWrite, offset: 1024, length: 2048}, 0},
+	{"write of the largest size", "rw", request{kind: cmdWrite, offset: 3072, length: testMost}, 0},
+	{"write to the end", "rw", request{kind: cmdWrite, offset: testSize - 1024, length: 1024}, 0},
+	{"FUA", "rw", request{kind: cmdWrite, flags: cmdFlagFUA, length: 1024}, 0},
+	{"write beyond the end", "rw", request{kind: cmdWrite, offset: testSize - 1024, length: 2048}, codeNoSpace},
+	{"write far beyond", "rw", request{kind: cmdWrite, offset: ^uint64(0) - 1023, length: 1024}, codeNoSpace},
+	{"write of more than all buffers", "rw", request{kind: cmdWrite, length: testDepth*testMaxIO + 1024}, 0},
+	{"write not aligned", "rw", request{kind: cmdWrite, offset: 512, length: 1024}, 0},
+	{"write of half a block", "rw", request{kind: cmdWrite, length: 512}, 0},
+	{"write not aligned, though the client knows the block size", "aware", request{kind: cmdWrite, offset: 512, length: 1024}, codeInval},
+	{"write of nothing", "rw", request{kind: cmdWrite}, codeInval},
+	{"write with unknown flag", "rw", request{kind: cmdWrite, flags: 1 << 9, length: 1024}, codeInval},
+	{"write to read-only", "ro", request{kind: cmdWrite, length: 1024}, codePerm},
+	{"read", "rw", request{kind: cmdRead, length: 4096}, 0},
+	{"read of the largest size", "rw", request{kind: cmdRead, offset: testSize - testMost, length: testMost}, 0},
+	{"read of read-only", "ro", request{kind: cmdRead, offset: 512, length: 512}, 0},
+	{"read beyond the end", "rw", request{kind: cmdRead, offset: testSize, length: 1024}, codeInval},
+	{"read over the end of the address space", "rw", request{kind: cmdRead, offset: ^uint64(0) - 1023, length: 2048}, codeInval},
+	{"read of more than all buffers", "rw", request{kind: cmdRead, length: testDepth*testMaxIO + 1024}, 0},
+	{"read of 4 GiB", "rw", request{kind: cmdRead, length: ^uint32(1023)}, codeInval},
+	{"read not aligned", "rw", request{kind: cmdRead, offset: 1, length: 1024}, 0},
+	{"read not aligned, though the client knows the block size", "aware", request{kind: cmdRead, offset: 1, length: 1024}, codeInval},
+	{"read in one chunk", "rw", request{kind: cmdRead, flags: cmdFlagDF, length: 1024}, inOneChunk},
+	{"flush", "rw", request{kind: cmdFlush}, 0},
+	{"flush of read-only", "ro", request{kind: cmdFlush}, 0},
+	{"flush of a range", "rw", request{kind: cmdFlush, length: 1024}, codeInval},
+	{"trim", "rw", request{kind: cmdTrim, offset: 4096, length: 64 << 10}, 0},
+	{"trim with FUA", "rw", request{kind: cmdTrim, flags: cmdFlagFUA, length: 1024}, 0},
+	{"trim beyond the end", "rw", request{kind: cmdTrim, offset: testSize, length: 1024}, codeInval},
+	{"trim of read-only", "ro", request{kind: cmdTrim, length: 1024}, codePerm},
+	{"trim that is not offered", "plain", request{kind: cmdTrim, length: 1024}, codeInval},
+	{"zeroes", "rw", request{kind: cmdZeroes, flags: cmdFlagNoHole | cmdFlagFUA, length: testSize}, 0},
+	{"zeroes beyond the end", "rw", request{kind: cmdZeroes, offset: 1024, length: testSize}, codeNoSpace},
+	{"zeroes that are not offered", "plain", request{kind: cmdZeroes, length: 1024}, codeInval},
+	{"fast zeroes", "rw", request{kind: cmdZeroes, flags: 1 << 4, length: 1024}, codeInval},
+	{"cache", "rw", request{kind: 5, length: 1024}, codeInval},
+	{"block status", "rw", request{kind: 7, length: 1024}, codeInval},
+	{"unknown kind", "rw", request{kind: 1000, length: 1024}, codeInval},
+}
+
 // TestRequests asks for everything, right and wrong, on one connection after the
 // other, which nothing of it may end.
 func TestRequests(t *testing.T) {
-	const depth, maxIO = 16, 16 << 10
-	const most = depth * 3 / 4 * maxIO
 	s, path := newServer(t, Config{
-		Depth: depth, MaxIO: maxIO,
+		Depth: testDepth, MaxIO: testMaxIO,
 		Exports: []Export{
 			{Name: "rw", Device: newRAM(t, block.Geometry{Sectors: 2048, LogicalBlock: 1024, VolatileCache: true, MaxDiscardSectors: 10, MaxZeroesSectors: 10})},
 			{Name: "ro", Device: newRAM(t, block.Geometry{Sectors: 2048}), ReadOnly: true},
 			{Name: "plain", Device: must(null.New(null.Config{Geometry: block.Geometry{Sectors: 2048}}))},
 		},
 	})
-	const size = 1 << 20
 	for _, structured := range []bool{false, true} {
-		rw, ro, plain := connect(t, path, "rw", structured), connect(t, path, "ro", structured), connect(t, path, "plain", structured)
-		aware := connect(t, path, "rw", structured, infoBlockSize)
-		df := codeInval
-		if structured {
-			df = 0
+		clients := map[string]*client{"aware": connect(t, path, "rw", structured, infoBlockSize)}
+		for _, name := range []string{"rw", "ro", "plain"} {
+			clients[name] = connect(t, path, name, structured)
 		}
-		for i, tt := range []struct {
-			name string
-			c    *client
-			r    request
-			want code
-		}{
-			{"write", rw, request{kind: cmdWrite, offset: 1024, length: 2048}, 0},
-			{"write of the largest size", rw, request{kind: cmdWrite, offset: 3072, length: most}, 0},
-			{"write to the end", rw, request{kind: cmdWrite, offset: size - 1024, length: 1024}, 0},
-			{"FUA", rw, request{kind: cmdWrite, flags: cmdFlagFUA, length: 1024}, 0},
-			{"write beyond the end", rw, request{kind: cmdWrite, offset: size - 1024, length: 2048}, codeNoSpace},
-			{"write far beyond", rw, request{kind: cmdWrite, offset: ^uint64(0) - 1023, length: 1024}, codeNoSpace},
-			{"write of more than all buffers", rw, request{kind: cmdWrite, length: depth*maxIO + 1024}, 0},
-			{"write not aligned", rw, request{kind: cmdWrite, offset: 512, length: 1024}, 0},
-			{"write of half a block", rw, request{kind: cmdWrite, length: 512}, 0},
-			{"write not aligned, though the client knows the block size", aware, request{kind: cmdWrite, offset: 512, length: 1024}, codeInval},
-			{"write of nothing", rw, request{kind: cmdWrite}, codeInval},
-			{"write with unknown flag", rw, request{kind: cmdWrite, flags: 1 << 9, length: 1024}, codeInval},
-			{"write to read-only", ro, request{kind: cmdWrite, length: 1024}, codePerm},
-			{"read", rw, request{kind: cmdRead, length: 4096}, 0},
-			{"read of the largest size", rw, request{kind: cmdRead, offset: size - most, length: most}, 0},
-			{"read of read-only", ro, request{kind: cmdRead, offset: 512, length: 512}, 0},
-			{"read beyond the end", rw, request{kind: cmdRead, offset: size, length: 1024}, codeInval},
-			{"read over the end of the address space", rw, request{kind: cmdRead, offset: ^uint64(0) - 1023, length: 2048}, codeInval},
-			{"read of more than all buffers", rw, request{kind: cmdRead, length: depth*maxIO + 1024}, 0},
-			{"read of 4 GiB", rw, request{kind: cmdRead, length: ^uint32(1023)}, codeInval},
-			{"read not aligned", rw, request{kind: cmdRead, offset: 1, length: 1024}, 0},
-			{"read not aligned, though the client knows the block size", aware, request{kind: cmdRead, offset: 1, length: 1024}, codeInval},
-			{"read in one chunk", rw, request{kind: cmdRead, flags: cmdFlagDF, length: 1024}, df},
-			{"flush", rw, request{kind: cmdFlush}, 0},
-			{"flush of read-only", ro, request{kind: cmdFlush}, 0},
-			{"flush of a range", rw, request{kind: cmdFlush, length: 1024}, codeInval},
-			{"trim", rw, request{kind: cmdTrim, offset: 4096, length: 64 << 10}, 0},
-			{"trim with FUA", rw, request{kind: cmdTrim, flags: cmdFlagFUA, length: 1024}, 0},
-			{"trim beyond the end", rw, request{kind: cmdTrim, offset: size, length: 1024}, codeInval},
-			{"trim of read-only", ro, request{kind: cmdTrim, length: 1024}, codePerm},
-			{"trim that is not offered", plain, request{kind: cmdTrim, length: 1024}, codeInval},
-			{"zeroes", rw, request{kind: cmdZeroes, flags: cmdFlagNoHole | cmdFlagFUA, length: size}, 0},
-			{"zeroes beyond the end", rw, request{kind: cmdZeroes, offset: 1024, length: size}, codeNoSpace},
-			{"zeroes that are not offered", plain, request{kind: cmdZeroes, length: 1024}, codeInval},
-			{"fast zeroes", rw, request{kind: cmdZeroes, flags: 1 << 4, length: 1024}, codeInval},
-			{"cache", rw, request{kind: 5, length: 1024}, codeInval},
-			{"block status", rw, request{kind: 7, length: 1024}, codeInval},
-			{"unknown kind", rw, request{kind: 1000, length: 1024}, codeInval},
-		} {
+		for i, tt := range requests {
 			tt.r.cookie = uint64(i) << 40
-			var data []byte
-			if tt.r.kind == cmdWrite {
-				data = make([]byte, tt.r.length)
+			if tt.want == inOneChunk && structured {
+				tt.want = 0
+			} else if tt.want == inOneChunk {
+				tt.want = codeInval
 			}
-			tt.c.ask(tt.r, data)
-			got := code(0)
-			switch {
-			case !structured || tt.r.kind != cmdRead:
-				if got = tt.c.simple(tt.r.cookie); got == 0 && tt.r.kind == cmdRead {
-					tt.c.read(int(tt.r.length))
-				}
-			default:
-				var data []byte
-				if data, got = tt.c.chunks(tt.r); got == 0 && len(data) != int(tt.r.length) {
-					t.Errorf("%s: %d bytes", tt.name, len(data))
-				}
-			}
-			if got != tt.want {
+			if got := clients[tt.client].answer(tt.r, structured); got != tt.want {
 				t.Errorf("%s: error %d, want %d", tt.name, got, tt.want)
 			}
 		}
-		for _, c := range []*client{rw, ro, plain, aware} {
+		for _, c := range clients {
 			c.ask(request{kind: cmdDisc}, nil)
 			c.closed()
 		}
@@ -118,6 +117,28 @@ func TestRequests(t *testing.T) {
 	if got.Reads != want.Reads || got.Writes != want.Writes || got.Flushes != want.Flushes || got.Trims != want.Trims || got.WriteZeroes != want.WriteZeroes {
 		t.Errorf("counted %+v, want %+v", got, want)
 	}
+}
+
+// answer sends a request, with zeroes to write, and reads the whole reply.
+func (c *client) answer(r request, structured bool) code {
+	c.t.Helper()
+	var data []byte
+	if r.kind == cmdWrite {
+		data = make([]byte, r.length)
+	}
+	c.ask(r, data)
+	if structured && r.kind == cmdRead {
+		data, e := c.chunks(r)
+		if e == 0 && len(data) != int(r.length) {
+			c.t.Errorf("%d bytes, want %d", len(data), r.length)
+		}
+		return e
+	}
+	e := c.simple(r.cookie)
+	if e == 0 && r.kind == cmdRead {
+		c.read(int(r.length))
+	}
+	return e
 }
 
 func must[T any](v T, err error) T {
@@ -205,7 +226,6 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 		}
 		c.send(reads)
 		for len(spans) > 0 {
-			at, length := 0, 0
 			b := c.read(simpleSize)
 			cookie := binary.BigEndian.Uint64(b[8:])
 			s, ok := spans[cookie]
@@ -213,7 +233,8 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 				c.t.Errorf("reply to %d", cookie)
 				return
 			}
-			if at, length = s.at, s.length; structured {
+			at, length := s.at, s.length
+			if structured {
 				b = append(b, c.read(dataHeader-simpleSize)...)
 				at, length = int(binary.BigEndian.Uint64(b[structuredSize:])-from), int(binary.BigEndian.Uint32(b[16:])-8)
 			}

@@ -151,6 +151,9 @@ func TestKernelLarge(t *testing.T) {
 	if got := sysfs(t, d, "queue/max_sectors_kb"); got != "96" { // 12 buffers of two blocks
 		t.Errorf("max_sectors_kb %s", got)
 	}
+	if err := d.Resize(testContext(t), 64<<20); err != nil || sysfs(t, d, "queue/max_sectors_kb") != "96" {
+		t.Errorf("after a new size: %v, max_sectors_kb %s", err, sysfs(t, d, "queue/max_sectors_kb"))
+	}
 	file, data := randomFile(t, 32<<20)
 	for _, most := range []string{"", "4096", sysfs(t, d, "queue/max_hw_sectors_kb")} {
 		if most != "" { // somebody may set it anew
@@ -287,6 +290,34 @@ func TestDisconnected(t *testing.T) {
 	if err := Disconnect(testContext(t), left.Index(), left.Cookie(), false); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestKernelOrder ends the server before its device.
+func TestKernelOrder(t *testing.T) {
+	requireKernel(t)
+	s, l, _ := plainServer(t, newRAM(t, block.Geometry{}))
+	d, err := s.Start(testContext(t), DeviceConfig{Index: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Stop(testContext(t), true); err != nil {
+		t.Error(err)
+	}
+	if err := l.Stop(); err != nil {
+		t.Error(err)
+	}
+	<-d.Done()
+	if err := d.Err(); !errors.Is(err, ErrDisconnected) {
+		t.Error(err)
+	}
+	if err := d.Reconfigure(testContext(t), 0, 0); !errors.Is(err, ErrNoDevice) {
+		t.Errorf("new connections: %v", err)
+	}
+	if err := d.Resize(testContext(t), 32<<20); err != nil {
+		t.Logf("new size: %v", err) // the kernel may still take it
+	}
+	stopDevice(t, d, true)
+	stopDevice(t, d, false)
 }
 
 // TestKernelInFlight stops a device whose back end does not answer.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -62,6 +63,18 @@ func TestHogs(t *testing.T) {
 		if n := s.Connections()[0]; n != 7 {
 			t.Errorf("%d connections", n)
 		}
+	}
+}
+
+// TestManyHogs does not wait for the whole time when there is no tag left.
+func TestManyHogs(t *testing.T) {
+	const stall = 8 * time.Second
+	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: stall})
+	start := time.Now()
+	hogs(t, path, 8)
+	exchange(t, connect(t, path, "", false), false)
+	if d := time.Since(start); d > stall*3/4 {
+		t.Errorf("%v of a time-out of %v", d, stall)
 	}
 }
 
@@ -177,6 +190,92 @@ func exchangeSmall(t testing.TB, c *client) {
 	t.Helper()
 	c.write(512, randomBytes(4096))
 	c.do(request{kind: cmdFlush}, nil)
+}
+
+// TestFlood lets a client in while another connects, again and again, as fast as it can.
+func TestFlood(t *testing.T) {
+	server, peer := testTLS(t)
+	s, _ := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 64})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = s.Serve(l) }() // Stop ends it
+	stop := make(chan struct{})
+	var attack sync.WaitGroup
+	for range 4 {
+		attack.Go(func() {
+			var held []net.Conn
+			for {
+				select {
+				case <-stop:
+					for _, nc := range held {
+						_ = nc.Close()
+					}
+					return
+				default:
+				}
+				nc, err := net.Dial("tcp", l.Addr().String())
+				if err != nil {
+					continue
+				}
+				if held = append(held, nc); len(held) > 200 {
+					_ = held[0].Close()
+					held = held[1:]
+				}
+			}
+		})
+	}
+	for range 5 {
+		// Another address is another source.
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}, Timeout: patience}
+		nc, err := d.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		if err := nc.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		c := &client{t, nc}
+		c.hello()
+		c.option(optStartTLS, nil)
+		c.answers(optStartTLS)
+		c.Conn = tls.Client(nc, peer)
+		c.option(optGo, infoData("first"))
+		if a := c.answers(optGo); a[len(a)-1].rep != repAck {
+			t.Fatalf("%+v", a)
+		}
+		exchangeSmall(t, c)
+	}
+	close(stop)
+	attack.Wait()
+}
+
+// TestSources keeps places for other sources.
+func TestSources(t *testing.T) {
+	server, peer := testTLS(t)
+	a := newAuthority(t, "ECDSA")
+	server.ClientAuth, server.ClientCAs = tls.VerifyClientCertIfGiven, a.pool()
+	_, path := newServer(t, Config{Exports: twoExports(t), TLS: server, MaxConns: 8})
+	for range 6 {
+		connect(t, path, "", false)
+	}
+	c := dial(t, path)
+	c.hello()
+	c.option(optGo, infoData("first"))
+	if got := c.answers(optGo); got[0].rep != repErrPolicy {
+		t.Errorf("a client too many of one source: %+v", got)
+	}
+	peer.Certificates = []tls.Certificate{a.pair("client")}
+	for range 2 {
+		c := secure(t, path, peer)
+		c.option(optGo, infoData("first"))
+		if got := c.answers(optGo); got[len(got)-1].rep != repAck {
+			t.Errorf("a client of another source: %+v", got)
+		}
+	}
+	dial(t, path).closed()
 }
 
 // TestMaxConns refuses one client too many, before and after it has chosen.

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"runtime"
 	"testing"
@@ -83,7 +84,7 @@ func (l *link) send(b []byte, cut int) {
 func (l *link) reply(r request) (data []byte, e code, hungUp bool) {
 	read := func(n int) []byte {
 		b := make([]byte, n)
-		if _, err := io.ReadFull(l, b); err == unix.EAGAIN {
+		if _, err := io.ReadFull(l, b); errors.Is(err, unix.EAGAIN) {
 			l.t.Fatalf("no reply to %+v", r)
 		} else if err != nil {
 			hungUp = true

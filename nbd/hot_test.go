@@ -81,7 +81,8 @@ func newNull(t testing.TB, g block.Geometry) *null.Device {
 }
 
 // TestNoAllocation has requests of every kind, among them some that need several
-// tags, and some that wait for tags.
+// tags, some that wait for tags, some that are streamed, and some that are merged with
+// a block.
 func TestNoAllocation(t *testing.T) {
 	g := block.Geometry{VolatileCache: true, MaxDiscardSectors: 8, MaxZeroesSectors: 8}
 	s, _ := newServer(t, Config{Exports: []Export{{Device: newNull(t, g)}}, Depth: 16, MaxIO: 16 << 10, Loops: newLoops(t, 1)})
@@ -89,13 +90,23 @@ func TestNoAllocation(t *testing.T) {
 		"read": {kind: cmdRead, length: 4096}, "large read": {kind: cmdRead, length: 100 << 10},
 		"write": {kind: cmdWrite, length: 4096}, "large write": {kind: cmdWrite, length: 100 << 10},
 		"flush": {kind: cmdFlush}, "trim": {kind: cmdTrim, length: 64 << 10}, "zeroes": {kind: cmdZeroes, flags: cmdFlagFUA, length: 64 << 10},
-		"refused": {kind: cmdWrite, offset: 1, length: 512},
+		"huge read": {kind: cmdRead, length: 1 << 20}, "huge write": {kind: cmdWrite, length: 1 << 20},
+		"unaligned read": {kind: cmdRead, offset: 100, length: 5000}, "unaligned write": {kind: cmdWrite, offset: 100, length: 5000},
+		"unaligned zeroes": {kind: cmdZeroes, offset: 100, length: 5000},
+		"refused":          {kind: cmdWrite, offset: 1 << 60, length: 512},
 	} {
 		for _, structured := range []bool{false, true} {
-			out, in := batch(20, r, structured)
+			n := 20
+			if r.length >= 1<<20 {
+				n = 4
+			}
+			if structured && r.kind == cmdRead {
+				r.flags = cmdFlagDF // else a huge one is cut into chunks, depending on how fast it is read
+			}
+			out, in := batch(n, r, structured)
 			p := newPipe(t, s, "", structured)
-			if n := testing.AllocsPerRun(50, func() { p.do(out, in) }); n > 0 {
-				t.Errorf("%s, structured %t: %v allocations in 20 requests", name, structured, n)
+			if allocs := testing.AllocsPerRun(50, func() { p.do(out, in) }); allocs > 0 {
+				t.Errorf("%s, structured %t: %v allocations in %d requests", name, structured, allocs, n)
 			}
 		}
 	}

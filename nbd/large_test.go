@@ -103,7 +103,6 @@ type shrinking struct {
 	refused atomic.Int32
 	flushes atomic.Int32
 	fua     atomic.Int32
-	largest atomic.Uint32
 }
 
 func newShrinking(d block.Device) *shrinking {
@@ -199,6 +198,30 @@ func TestShrinkingLimits(t *testing.T) {
 	}
 	if dev.refused.Load() == 0 {
 		t.Error("nothing was refused: the test tests nothing")
+	}
+}
+
+// TestShrunkReadError tells of an error in a read that is as large as the server said
+// when the client came, however small the limit is now, without hanging up.
+func TestShrunkReadError(t *testing.T) {
+	dev := newShrinking(&badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 1000})
+	s, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
+	r := request{magic: magicRequest, kind: cmdRead, length: s.exports[0].atOnce(dev.Geometry())}
+	if r.length != 12*64<<10 {
+		t.Errorf("%d bytes at once", r.length)
+	}
+	c := connect(t, path, "", false)
+	dev.change(func(g *block.Geometry) { g.MaxIO = 4096 })
+	for range 2 { // the second time, the limit is known
+		c.ask(r, nil)
+		if e := c.simple(0); e != codeIO {
+			t.Errorf("error %d", e)
+		}
+	}
+	data := randomBytes(768 << 10)
+	c.write(1<<20, data)
+	if got := c.load(request{offset: 1 << 20, length: 768 << 10}, false); !bytes.Equal(got, data) {
+		t.Error("other data")
 	}
 }
 

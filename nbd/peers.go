@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -18,9 +19,10 @@ const acceptRetry = 100 * time.Millisecond
 
 // peer is a connection that was accepted, until it ends.
 type peer struct {
-	conn  net.Conn // as it was accepted
-	name  string   // for the log
-	stage peerStage
+	conn   net.Conn // as it was accepted
+	name   string   // for the log
+	source string   // whose it is, as far as can be known
+	stage  peerStage
 }
 
 // peerStage is how far one has come. It only ever increases.
@@ -34,18 +36,21 @@ const (
 )
 
 // peers are those of a server, guarded by its mu. Those that negotiate have places of
-// their own. When all of these are taken, the one that has been there longest has to
-// go, those within TLS last: however many connect and say nothing, one that goes on
-// gets through.
+// their own. When all of these are taken, one has to go that is not within TLS yet, of
+// the source that has most: the one that has been there longest. So one that goes on
+// gets through, however many connect and say nothing. Of the places of those that are
+// served, no source gets more than three quarters.
 type peers struct {
 	maxServed, maxNegotiating int
 
 	served      map[*peer]bool
-	negotiating []*peer // in the order of their arrival
+	bySource    map[string]int // of those that are served
+	negotiating []*peer        // in the order of their arrival
 }
 
 func (c *peers) init(maxServed, maxNegotiating int) {
-	c.maxServed, c.maxNegotiating, c.served = maxServed, maxNegotiating, map[*peer]bool{}
+	c.maxServed, c.maxNegotiating = maxServed, maxNegotiating
+	c.served, c.bySource = map[*peer]bool{}, map[string]int{}
 }
 
 // enter counts a client in that negotiates, and says which one has to go for it, or nil.
@@ -54,12 +59,28 @@ func (c *peers) enter(x *peer) (evicted *peer, err error) {
 		return nil, err
 	}
 	if len(c.negotiating) >= c.maxNegotiating {
-		i := max(0, slices.IndexFunc(c.negotiating, func(y *peer) bool { return y.stage == peerStranger }))
-		evicted = c.negotiating[i]
+		evicted = c.worst()
 		c.leave(evicted)
 	}
 	c.negotiating = append(c.negotiating, x)
 	return evicted, nil
+}
+
+// worst is the client that has to go when too many negotiate.
+func (c *peers) worst() *peer {
+	count := map[string]int{}
+	for _, x := range c.negotiating {
+		if x.stage == peerStranger {
+			count[x.source]++
+		}
+	}
+	worst := c.negotiating[0]
+	for _, x := range c.negotiating {
+		if x.stage == peerStranger && (worst.stage != peerStranger || count[x.source] > count[worst.source]) {
+			worst = x
+		}
+	}
+	return worst
 }
 
 func (c *peers) full() error {
@@ -77,9 +98,13 @@ func (c *peers) serve(x *peer) error {
 	if err := c.full(); err != nil {
 		return err
 	}
+	if n := c.bySource[x.source]; n >= c.maxServed-c.maxServed/4 {
+		return fmt.Errorf("%d clients of %s are served already", n, x.source)
+	}
 	c.leave(x)
 	x.stage = peerServed
 	c.served[x] = true
+	c.bySource[x.source]++
 	return nil
 }
 
@@ -88,7 +113,12 @@ func (c *peers) leave(x *peer) {
 	if i := slices.Index(c.negotiating, x); i >= 0 {
 		c.negotiating = slices.Delete(c.negotiating, i, i+1)
 	}
-	delete(c.served, x)
+	if c.served[x] {
+		delete(c.served, x)
+		if c.bySource[x.source]--; c.bySource[x.source] == 0 {
+			delete(c.bySource, x.source)
+		}
+	}
 	x.stage = peerGone
 }
 
@@ -147,7 +177,7 @@ func passes(err error) bool {
 
 // take serves a client from its first word to its last.
 func (s *Server) take(nc net.Conn) {
-	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String())}
+	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), source: sourceOf(nc)}
 	evicted, err := s.enter(x)
 	if evicted != nil {
 		_ = evicted.conn.Close()
@@ -207,6 +237,9 @@ func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 		if x.stage == peerStranger {
 			x.stage = peerSecure
 		}
+		if certs := n.conn.(*tls.Conn).ConnectionState().PeerCertificates; len(certs) > 0 {
+			x.source = fmt.Sprintf("certificate %.8x", sha256.Sum256(certs[0].Raw))
+		}
 	}
 	n.chosen = func() error {
 		s.mu.Lock()
@@ -218,6 +251,28 @@ func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 		return nil, offer{}, err
 	}
 	return n, o, nc.SetDeadline(time.Time{})
+}
+
+// sourceOf is whose a connection is: that of an address, or of a local user.
+func sourceOf(nc net.Conn) string {
+	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
+		return a.IP.String()
+	}
+	u, ok := nc.(*net.UnixConn)
+	if !ok {
+		return ""
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ""
+	}
+	source := ""
+	_ = raw.Control(func(fd uintptr) { // else it is of no known source
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			source = fmt.Sprintf("user %d", cred.Uid)
+		}
+	})
+	return source
 }
 
 // serve hands a client to a loop, and returns when it has gone.

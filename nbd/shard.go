@@ -33,6 +33,7 @@ type shard struct {
 	waiting  connList // connections that want tags, in order
 	resuming *conn    // the one whose turn it is
 	freed    bool     // tags were released since resume looked
+	starved  bool     // at the last tick, a connection without a tag waited
 
 	parked   []uint16 // tags that wait for stripes
 	reqs     []block.Request
@@ -57,7 +58,8 @@ type tag struct {
 // bounds are how large a request to the back end may be. They may change.
 type bounds struct {
 	block   uint32 // bytes of a logical block; does not change
-	piece   uint32 // bytes of a read or write, whole blocks
+	buffer  uint32 // bytes of a tag's buffer, whole blocks; does not change
+	piece   uint32 // bytes of a read or write, whole blocks, at most buffer
 	chunk   uint64 // bytes; a read or write does not cross a multiple; 0: no such rule
 	discard uint32 // sectors, whole blocks; 0: the device has no discard
 	zeroes  uint32 // the same of write zeroes
@@ -66,7 +68,8 @@ type bounds struct {
 func boundsOf(g block.Geometry, buffer int) bounds {
 	b := bounds{block: g.LogicalBlock, chunk: uint64(g.ChunkSectors) << block.SectorShift}
 	whole := ^(g.LogicalBlock - 1)
-	b.piece = max(uint32(min(buffer, int(g.MaxIO)))&whole, b.block)
+	b.buffer = uint32(buffer) & whole
+	b.piece = max(min(b.buffer, g.MaxIO&whole), b.block)
 	if b.chunk%uint64(b.block) != 0 {
 		b.chunk = 0
 	}
@@ -184,6 +187,17 @@ func (s *shard) resume() {
 			blocked = true
 		}
 		c = next
+	}
+}
+
+// tick looks at the device, and at those who wait.
+func (s *shard) tick() {
+	s.refresh()
+	s.starved = false
+	for c := s.waiting.head; c != nil; c = c.after {
+		if c.held == 0 {
+			s.starved = true
+		}
 	}
 }
 

@@ -25,6 +25,7 @@ type task struct {
 	at, end  uint64 // bytes that no tag is for yet; for a trim or write zeroes: not done yet
 	busy     int    // tags at the back end, or parked
 	sync     bool   // a flush follows
+	size     uint32 // of the pieces of a read
 	streamed bool
 	whole    bool // a read whose data may not be sent in several chunks
 	state    replyState
@@ -88,7 +89,7 @@ func (c *conn) dropData(t *task) {
 func (c *conn) lay(t *task, n int) {
 	s := c.shard
 	for ; n > 0 && t.at < t.end; n-- {
-		p := s.piece(t.at, t.end, false)
+		p := s.readPiece(t.at, t.end, t.size)
 		i := s.take(t, p)
 		t.at += uint64(p.length)
 		if t.tail == none {
@@ -105,7 +106,7 @@ func (c *conn) lay(t *task, n int) {
 // layMore goes on with a streamed read. It says false if it has to wait for tags.
 func (c *conn) layMore(t *task) bool {
 	for t.code == 0 && t.at < t.end {
-		left := c.shard.pieces(t.at, t.end, c.shard.share)
+		left := c.shard.pieces(t.at, t.end, t.size, c.shard.share)
 		n := c.shard.allow(c, 1, left)
 		if n == 0 {
 			c.shard.enqueue(c, 1)
@@ -163,7 +164,7 @@ func (c *conn) fill(t *task) bool {
 			s.enqueue(c, 1)
 			return false
 		}
-		c.filling, c.filled = s.take(t, s.piece(t.at, t.end, true)), 0
+		c.filling, c.filled = s.take(t, s.writePiece(t.at, t.end)), 0
 	}
 	have := c.input[c.from:c.to]
 	if len(have) == 0 {

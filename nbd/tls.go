@@ -103,12 +103,11 @@ func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
 		_ = inner.Close()
 	})
 	err = s.transmit(fds[0], o, stallTicks)
-	// The client gets what was sent, if it reads that.
-	patience := s.cfg.StallTimeout
 	if err != nil {
-		patience = 0
+		_ = secure.NetConn().Close()
+	} else { // the client gets what was sent, if it reads that
+		_ = secure.SetWriteDeadline(time.Now().Add(s.cfg.StallTimeout))
 	}
-	_ = secure.SetWriteDeadline(time.Now().Add(patience))
 	pumps.Wait()
 	return err
 }

@@ -15,19 +15,29 @@ type piece struct {
 // partial says whether the client's bytes are less than the blocks.
 func (p *piece) partial() bool { return p.length < p.sectors<<block.SectorShift }
 
-// piece is the first piece of a transfer of the bytes from at to end. A piece of a
-// write is whole blocks, or a part of one.
-func (s *shard) piece(at, end uint64, write bool) piece {
-	b := &s.bounds
-	unit := uint64(b.block)
-	first, last := at&^(unit-1), (end+unit-1)&^(unit-1)
-	if write {
-		last = end &^ (unit - 1)
-		if at != first || last <= first {
-			last = first + unit
-		}
+// readPiece is the first piece, of up to most bytes, of a read of the bytes from at to
+// end.
+func (s *shard) readPiece(at, end uint64, most uint32) piece {
+	unit := uint64(s.bounds.block)
+	return s.piece(at, end, (end+unit-1)&^(unit-1), most)
+}
+
+// writePiece is the first piece of a write: whole blocks, or a part of one.
+func (s *shard) writePiece(at, end uint64) piece {
+	unit := uint64(s.bounds.block)
+	first, last := at&^(unit-1), end&^(unit-1)
+	if at != first || last <= first {
+		last = first + unit
 	}
-	n := min(last-first, uint64(b.piece))
+	return s.piece(at, end, last, s.bounds.piece)
+}
+
+// piece is the first piece of a transfer of the bytes from at to end, in blocks that
+// end at last.
+func (s *shard) piece(at, end, last uint64, most uint32) piece {
+	b := &s.bounds
+	first := at &^ uint64(b.block-1)
+	n := min(last-first, uint64(most))
 	if b.chunk > 0 {
 		n = min(n, b.chunk-first%b.chunk)
 	}
@@ -37,14 +47,27 @@ func (s *shard) piece(at, end uint64, write bool) piece {
 	}
 }
 
-// pieces is the number of pieces of a read, up to most.
-func (s *shard) pieces(at, end uint64, most int) int {
+// pieces is the number of pieces of a read, each of up to size bytes; or most, if there
+// are more.
+func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 	n := 0
 	for ; at < end && n < most; n++ {
-		p := s.piece(at, end, false)
+		p := s.readPiece(at, end, size)
 		at += uint64(p.length)
 	}
 	return n
+}
+
+// cut says how large the pieces of a read are to be, and how many these are; or one
+// more than a connection may have at the same time. They are as large as the device
+// takes them, or as large as a buffer if that makes fewer and it matters: see issue.
+func (s *shard) cut(at, end uint64) (size uint32, n int) {
+	size = s.bounds.piece
+	if n = s.pieces(at, end, size, s.share+1); n > s.share && size < s.bounds.buffer {
+		size = s.bounds.buffer
+		n = s.pieces(at, end, size, s.share+1)
+	}
+	return size, n
 }
 
 // data is where the client's bytes of a tag are. Those of a write of a part of a block
@@ -243,7 +266,7 @@ func (s *shard) advance(i uint16) bool {
 	case t.kind == cmdTrim && t.at < t.end && s.bounds.discard > 0:
 		g.op, g.piece = block.OpDiscard, s.step(t, s.bounds.discard)
 	case t.kind == cmdZeroes && t.at < t.end:
-		g.piece = s.piece(t.at, t.end, true)
+		g.piece = s.writePiece(t.at, t.end)
 		switch {
 		case g.partial():
 			g.op = block.OpRead

@@ -117,7 +117,7 @@ func (w *worker) watch() {
 func (w *worker) tick() {
 	w.watching = false
 	for _, s := range w.shards {
-		s.refresh()
+		s.tick()
 	}
 	busy := false
 	for _, c := range w.conns {

@@ -147,13 +147,15 @@ func (q *Queue) CQ() rdma.CQ { return q.cq }
 // Bind gives the queue its QP.
 func (q *Queue) Bind(qp rdma.QP) { q.qp = qp }
 
-// Close frees what New made. The QP is closed already.
+// Close frees what New made. The QP is to be closed before; an error says that it was
+// not, and nothing is freed then. A second Close does nothing, and so do the other
+// methods after it, which give rdma.ErrClosed where they can.
 func (q *Queue) Close() error {
-	err := q.cq.Close()
-	if e := q.mr.Close(); err == nil {
-		err = e
+	if err := q.cq.Close(); err != nil {
+		return err
 	}
-	return err
+	q.free, q.batch, q.slab = q.free[:0], q.batch[:0], nil
+	return q.mr.Close()
 }
 
 // Outstanding is the number of commands taken and not answered.
@@ -187,6 +189,9 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 // with a length travels in the capsule, behind the command, gathered from where
 // it lies.
 func (q *Queue) Push(slot uint16, data rdma.SGE) {
+	if q.slab == nil {
+		return // closed
+	}
 	at := int(slot) * capsuleSize
 	nvme.CommandAt(q.slab[at : at+capsuleSize]).SetCID(q.commandID(slot))
 
@@ -230,8 +235,11 @@ func (q *Queue) Flush() (int, error) {
 // Probe has the target's adapter say that it is there, if it is not being asked
 // already. If it is not, the queue pair fails.
 func (q *Queue) Probe() error {
-	if q.probing {
+	switch {
+	case q.probing:
 		return nil
+	case q.slab == nil:
+		return fmt.Errorf("post probe: %w", rdma.ErrClosed)
 	}
 	if _, err := q.qp.PostSend([]rdma.SendWR{{ID: probeID, Op: rdma.Write, Signaled: true}}); err != nil {
 		return fmt.Errorf("post probe: %w", err)
@@ -290,6 +298,9 @@ func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval |
 // until it gives 0. done has room for at least Slots. An error means that the
 // queue pair is lost.
 func (q *Queue) Reap(done []uint16) (int, error) {
+	if q.slab == nil {
+		return 0, fmt.Errorf("poll send completions: %w", rdma.ErrClosed)
+	}
 	n := 0
 	for {
 		got, err := q.cq.Poll(q.wcs)

@@ -1,9 +1,12 @@
 package sq
 
 import (
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/rdma"
 )
@@ -15,14 +18,18 @@ type adapter struct {
 	memory
 }
 
-type memory struct{ bytes []byte }
+type memory struct {
+	bytes  []byte
+	closed int   // calls, of the completion queue's and the region's Close
+	busy   error // what they give
+}
 
 func (m *memory) Bytes() []byte { return m.bytes }
 func (m *memory) Addr() uint64  { return 0x10000 }
 func (m *memory) LKey() uint32  { return 7 }
 func (m *memory) RKey() uint32  { return 8 }
 func (*memory) Release() error  { return nil }
-func (m *memory) Close() error  { return nil }
+func (m *memory) Close() error  { m.closed++; return m.busy }
 
 func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
 func (a *adapter) AllocPD() (rdma.PD, error)                { return a, nil }
@@ -333,5 +340,44 @@ func BenchmarkSubmitAnswer(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/command")
 		})
+	}
+}
+
+// TestCloseOrder: a queue that is closed too early stays whole; one that is closed does no harm.
+func TestCloseOrder(t *testing.T) {
+	q, a := newQueue(t, 8)
+	slot, _, ok := q.Get()
+	if !ok {
+		t.Fatal("no slot")
+	}
+	a.busy = unix.EBUSY
+	if err := q.Close(); !errors.Is(err, unix.EBUSY) || a.closed != 1 {
+		t.Errorf("close in use: %v, %d calls", err, a.closed)
+	}
+	q.Push(slot, rdma.SGE{}) // the capsules are still there
+	if n, err := q.Flush(); n != 1 || err != nil {
+		t.Errorf("posted %d: %v", n, err)
+	}
+	a.busy = nil
+	for range 2 {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	a.bytes = nil // unmapped
+	if _, _, ok := q.Get(); ok {
+		t.Error("a slot of a closed queue")
+	}
+	for range 100 {
+		q.Push(slot, rdma.SGE{})
+	}
+	if n, err := q.Flush(); n != 0 || err != nil {
+		t.Errorf("posted %d: %v", n, err)
+	}
+	if err := q.Probe(); !errors.Is(err, rdma.ErrClosed) {
+		t.Errorf("probe: %v", err)
+	}
+	if n, err := q.Reap(make([]uint16, 16)); n != 0 || !errors.Is(err, rdma.ErrClosed) {
+		t.Errorf("reaped %d: %v", n, err)
 	}
 }

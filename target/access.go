@@ -63,14 +63,14 @@ func (t *Target) drained(ctx context.Context) error {
 		}
 	}
 	t.mu.Unlock()
-	for pause := 50 * time.Microsecond; len(busy) > 0; pause = min(2*pause, 10*time.Millisecond) {
+	for pause := 50 * time.Microsecond; ; pause = min(2*pause, 10*time.Millisecond) {
 		for q, n := range busy {
 			if q.access.Load() != n {
 				delete(busy, q)
 			}
 		}
-		if len(busy) == 0 {
-			break
+		if len(busy) == 0 && t.flushes.Load() == 0 {
+			return nil
 		}
 		select {
 		case <-time.After(pause):
@@ -78,5 +78,4 @@ func (t *Target) drained(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	return nil
 }

@@ -127,6 +127,8 @@ func (q *queue) setWriteCache(on bool) nvme.Status {
 }
 
 func (q *queue) protect(cmd *nvme.Command) nvme.Status {
+	q.access.Add(1)
+	defer q.exit()
 	ns := q.ctrl.subsystem.namespace(cmd.NSID())
 	if ns == nil {
 		return nvme.StatusInvalidNamespace | dnr

@@ -94,8 +94,8 @@ func TestStrangers(t *testing.T) {
 // TestLimits: connections of one host and the memory of queues are bounded, and
 // come back when they are not used any more.
 func TestLimits(t *testing.T) {
-	r, _, _ := newDisk(t, Config{MaxPerHost: 4, QueueMemory: 8 << 20}, 1<<20, NamespaceConfig{})
-	a := r.admin(testNQN) // 2 MiB and 2 KiB
+	r, _, _ := newDisk(t, Config{MaxPerHost: 4, QueueMemory: 6 << 20}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN) // 1 MiB and 2 KiB
 	first := r.io(a, 1, 128)
 	full := r.mustDial(2, 128)
 	cmd, _ := full.connectCommand(testNQN, 2, a.cntlid, 0)

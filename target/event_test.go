@@ -130,6 +130,9 @@ func TestLogPages(t *testing.T) {
 	}{
 		{nvme.LogSMART, 512, 1024, 0, nvme.StatusInvalidSGLDataLength},
 		{nvme.LogSMART, 512, 512, 516, nvme.StatusInvalidField},
+		{nvme.LogSMART, 512, 512, 1 << 63, nvme.StatusInvalidField},
+		{nvme.LogANA, 512, 512, 1<<64 - 4, nvme.StatusInvalidField},
+		{nvme.LogChangedNamespaces, 4096, 4096, 1<<64 - 4096, nvme.StatusInvalidField},
 		{nvme.LogDiscovery, 512, 512, 0, nvme.StatusInvalidField},
 		{0x55, 512, 512, 0, nvme.StatusInvalidField},
 	} {

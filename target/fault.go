@@ -270,8 +270,8 @@ func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 		}
 		q.reserved++
 		first := *done
-		again, at := q.completion(extent{})
+		duplicate, at := q.completion(extent{})
 		*nvme.CompletionAt(q.out.Bytes()[at:]) = first
-		q.answers = append(q.answers, again)
+		q.answers = append(q.answers, duplicate)
 	}
 }

@@ -50,6 +50,21 @@ func TestIdentity(t *testing.T) {
 	}
 }
 
+// TestSerial: a subsystem has the same serial number at every start, and another
+// one than other subsystems.
+func TestSerial(t *testing.T) {
+	serial := func(nqn string) string {
+		c := SubsystemConfig{NQN: nqn}
+		if err := c.setDefaults(); err != nil {
+			t.Fatal(err)
+		}
+		return c.Serial
+	}
+	if a, b := serial("nqn.a"), serial("nqn.b"); a != serial("nqn.a") || a == b || len(a) != 20 {
+		t.Errorf("%q and %q", a, b)
+	}
+}
+
 // TestIdentifiers: a namespace with NGUID and EUI-64 and without a UUID.
 func TestIdentifiers(t *testing.T) {
 	cfg := NamespaceConfig{NoUUID: true, NGUID: [16]byte{1}, EUI64: [8]byte{2}}
@@ -147,5 +162,132 @@ func TestStoreAtRest(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// pieces is a store that notes how long the ranges are that it zeroes.
+type pieces struct {
+	*RAM
+	lengths chan int64
+}
+
+func (p *pieces) WriteZeroes(_, length int64) error { p.lengths <- length; return nil }
+func (p *pieces) Discard(_, length int64) error     { p.lengths <- length; return nil }
+
+// TestLongRanges: a command that zeroes gigabytes goes piece by piece, and ends
+// between two of them with its queue or its namespace.
+func TestLongRanges(t *testing.T) {
+	const size = 4 << 40
+	discard := func(h *hostQueue) *nvme.Command {
+		var cmd nvme.Command
+		cmd.SetDSM(1, 1)
+		nvme.PutDSMRange(h.data.Bytes(), 0, 1<<32-1, 5)
+		return h.keyed(&cmd, nvme.DSMRangeSize)
+	}
+	next := func(t *testing.T, p *pieces) int64 {
+		t.Helper()
+		select {
+		case n := <-p.lengths:
+			return n
+		case <-time.After(patience):
+			t.Fatal("no piece")
+		}
+		return 0
+	}
+	setup := func(t *testing.T) (*rig, *pieces, *hostQueue) {
+		r := newRig(t, Config{}, SubsystemConfig{})
+		p := &pieces{NewRAM(size), make(chan int64)}
+		if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 1, Store: p}); err != nil {
+			t.Fatal(err)
+		}
+		return r, p, r.io(r.admin(testNQN), 1, 32)
+	}
+	t.Run("whole", func(t *testing.T) {
+		_, p, h := setup(t)
+		var cmd nvme.Command
+		cmd.SetWriteZeroes(1, 0, 65536, false, true) // 32 MiB
+		h.send(&cmd, nil)
+		if n := next(t, p); n != 32<<20 {
+			t.Errorf("%d bytes", n)
+		}
+		if !h.await() || !h.response.Status().OK() {
+			t.Errorf("response %v", &h.response)
+		}
+		h.send(discard(h), nil)
+		for left := int64(1<<32-1) * 512; left > 0; {
+			n := next(t, p)
+			if left -= n; n > maxPiece {
+				t.Fatalf("a piece of %d bytes", n)
+			}
+		}
+		if !h.await() || !h.response.Status().OK() {
+			t.Errorf("response %v", &h.response)
+		}
+	})
+	for name, end := range map[string]func(r *rig){
+		"queue": func(r *rig) { r.target.Faults().Disconnect(1) },
+		"namespace": func(r *rig) {
+			if err := r.subsys.RemoveNamespace(1); err != nil {
+				r.t.Error(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, p, h := setup(t)
+			h.send(discard(h), nil)
+			next(t, p)
+			end(r)
+			h.t = t
+			ended := make(chan bool, 1)
+			go func() { ended <- h.await() && h.response.Status() == nvme.StatusInvalidNamespace|dnr }()
+			for n := 0; ; n++ {
+				select {
+				case <-p.lengths:
+					if n > 2 {
+						t.Fatal("it goes on")
+					}
+					continue
+				case answered := <-ended:
+					if answered != (name == "namespace") {
+						t.Errorf("response %v", &h.response)
+					}
+				}
+				break
+			}
+		})
+	}
+}
+
+// TestExtremes: fields of commands at the ends of their ranges.
+func TestExtremes(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	h := r.io(r.admin(testNQN), 1, 32)
+	var cmd nvme.Command
+	for _, slba := range []uint64{2041, 2048, 1 << 32, 1<<55 - 1, 1 << 55, 1<<63 - 1, 1 << 63, 1<<64 - 8, 1<<64 - 1} {
+		cmd.SetRead(1, slba, 8, false)
+		h.want(nvme.StatusLBAOutOfRange|dnr, h.keyed(&cmd, 4096))
+		cmd.SetWrite(1, slba, 8, false)
+		h.want(nvme.StatusLBAOutOfRange|dnr, h.keyed(&cmd, 4096))
+		cmd.SetWriteZeroes(1, slba, 65536, false, true)
+		h.want(nvme.StatusLBAOutOfRange|dnr, &cmd)
+		cmd.SetDSM(1, 1)
+		nvme.PutDSMRange(h.data.Bytes(), 0, 1<<32-1, slba)
+		h.want(nvme.StatusLBAOutOfRange|dnr, h.keyed(&cmd, nvme.DSMRangeSize))
+	}
+	for _, c := range []struct {
+		offset uint64
+		length uint32
+		status nvme.Status
+	}{
+		{1<<64 - 1, 512, nvme.StatusInvalidSGLOffset}, {1<<64 - 512, 512, nvme.StatusInvalidSGLOffset}, {0, 1<<32 - 1, nvme.StatusInvalidSGLOffset},
+		{4096, 512, nvme.StatusInvalidSGLOffset}, {3584, 512, nvme.StatusInvalidSGLDataLength},
+	} {
+		cmd.SetWrite(1, 0, 1, false)
+		cmd.SetInCapsuleSGL(c.offset, c.length)
+		h.want(c.status|dnr, &cmd, make([]byte, 512)...)
+	}
+	for _, nsid := range []uint32{0, 2, MaxNamespaces + 1, 1 << 31, nvme.NSIDAll} {
+		cmd.SetFlush(nsid)
+		h.want(nvme.StatusInvalidNamespace|dnr, &cmd)
 	}
 }

@@ -131,7 +131,7 @@ func (q *queue) ring() int { return 2*q.depth + aerLimit }
 func (q *queue) chunks() int {
 	least := chunksFor(uint32(q.target.cfg.MaxTransfer))
 	if q.qid == 0 {
-		return max(least, minChunks)
+		return max(least, adminDepth)
 	}
 	return min(max(2*least, minChunks, q.depth), maxChunks)
 }

@@ -80,6 +80,7 @@ type Snapshot struct {
 	Controllers []ControllerStats
 	Admin, IO   Counts // of all queues since New, those that ended too
 	Connections int    // at this moment
+	QueueMemory int64  // bytes of connected queues, see [Config.QueueMemory]
 	Connects    uint64 // connect requests accepted
 	Rejects     uint64 // connect requests refused
 	// Refusals counts connect requests and Connect commands that were refused, by
@@ -94,7 +95,7 @@ func (t *Target) Snapshot() Snapshot {
 	for q := range t.queues {
 		sum.add(q)
 	}
-	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), Connects: t.connects, Rejects: t.rejects, Refusals: maps.Clone(t.refusals)}
+	snap := Snapshot{Admin: sum.admin, IO: sum.io, Connections: len(t.queues), QueueMemory: t.admission.memory, Connects: t.connects, Rejects: t.rejects, Refusals: maps.Clone(t.refusals)}
 	t.mu.Unlock()
 	for _, c := range t.controllers.of(nil) {
 		snap.Controllers = append(snap.Controllers, c.snapshot())

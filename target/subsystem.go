@@ -1,7 +1,6 @@
 package target
 
 import (
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -28,8 +27,8 @@ const (
 // SubsystemConfig describes a Subsystem.
 type SubsystemConfig struct {
 	NQN        string   // required
-	Serial     string   // at most 20 bytes; empty: random
-	Model      string   // at most 40 bytes; empty: a name of this software
+	Serial     string   // at most 20 bytes of printable ASCII; empty: made of the NQN, the same at every start
+	Model      string   // at most 40 bytes of printable ASCII; empty: a name of this software
 	AllowAny   bool     // every host may connect
 	AllowHosts []string // NQNs of those that may, without AllowAny
 	MaxQueues  int      // I/O queues per controller, 1..65535; 0: 128. See SetMaxQueues
@@ -40,9 +39,8 @@ func (c *SubsystemConfig) setDefaults() error {
 		return fmt.Errorf("subsystem: %w", err)
 	}
 	if c.Serial == "" {
-		var b [10]byte
-		_, _ = rand.Read(b[:]) // never fails
-		c.Serial = hex.EncodeToString(b[:])
+		id := nvme.NameUUID(identitySpace, c.NQN)
+		c.Serial = hex.EncodeToString(id[:10])
 	}
 	if c.Model == "" {
 		c.Model = defaultModel
@@ -240,6 +238,8 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 
 // flush makes all that was written to the namespaces durable.
 func (s *Subsystem) flush() error {
+	s.target.flushes.Add(1) // before the table is looked at, as in enter
+	defer s.target.flushes.Add(-1)
 	s.mu.Lock()
 	table := s.table
 	s.mu.Unlock()

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -158,6 +159,7 @@ type Target struct {
 	cancel   context.CancelFunc
 
 	controllers registry
+	flushes     atomic.Int64 // of whole subsystems, under way
 
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem

@@ -158,7 +158,7 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	cmd.Dir = "/" // it must not keep a file system busy
-	killsBefore, _ := host.OOMKills()
+	before, unknown := host.OOMKills()
 	err = cmd.Start()
 	w.Close()
 	if err != nil {
@@ -180,22 +180,37 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	if err := cmd.Wait(); cmd.ProcessState == nil {
 		return control.Status{}, fmt.Errorf("the server died: %w", err)
 	}
-	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, killsBefore))
+	after, err := host.OOMKills()
+	memory := memoryLeft
+	switch {
+	case unknown != nil || err != nil:
+		memory = memoryUnknown
+	case after > before:
+		memory = memoryRanOut
+	}
+	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, memory))
 }
 
+// memory says whether the kernel killed a process while a server was starting.
+type memory uint8
+
+const (
+	memoryUnknown memory = iota
+	memoryLeft
+	memoryRanOut
+)
+
 // obituary says how a server died that has not said so itself. log is the path of
-// its log, if it has one, and killsBefore is what host.OOMKills was before its
-// start.
-func obituary(p *os.ProcessState, log string, killsBefore uint64) string {
+// its log, if it has one.
+func obituary(p *os.ProcessState, log string, m memory) string {
 	text := fmt.Sprintf("it ended with exit code %d and reported nothing", p.ExitCode())
 	if s, ok := p.Sys().(syscall.WaitStatus); ok && s.Signaled() {
 		text = "it was killed by " + unix.SignalName(s.Signal())
-		kills, err := host.OOMKills()
 		switch {
 		case s.Signal() != syscall.SIGKILL:
-		case err != nil:
+		case m == memoryUnknown:
 			text += ", perhaps because the machine or its control group was out of memory; see the kernel's log"
-		case kills > killsBefore:
+		case m == memoryRanOut:
 			text += ", and the kernel has killed a process meanwhile because memory ran out; a smaller --queue-size, --max-io-size or --nr-io-queues needs less"
 		}
 	}

@@ -20,6 +20,7 @@ import (
 // A server that dies without a report is said to have died of its exit code or
 // signal, with the last line of its log.
 func TestLaunchSaysHowAServerDied(t *testing.T) {
+	const killed = "kill -KILL $$" // the rest depends on the machine's memory
 	log := filepath.Join(t.TempDir(), "log")
 	if err := os.WriteFile(log, []byte("first\nlevel=ERROR msg=\"the last\"\n\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -29,17 +30,44 @@ func TestLaunchSaysHowAServerDied(t *testing.T) {
 		"exit 3":                     "it ended with exit code 3 and reported nothing",
 		logs + "exit 0":              `it ended with exit code 0 and reported nothing; its log ends with: level=ERROR msg="the last"`,
 		logs + "kill -SEGV $$":       `it was killed by SIGSEGV; its log ends with: level=ERROR msg="the last"`,
-		"kill -KILL $$":              "it was killed by SIGKILL",
+		killed:                       "it was killed by SIGKILL",
 		`echo '{"log": "/x"}' >&3; `: "it ended with exit code 0 and reported nothing",
 	} {
 		path, args := shell(script)
-		if _, err := launch(path, args, time.Minute); err == nil || err.Error() != "the server died: "+want {
+		_, err := launch(path, args, time.Minute)
+		if err == nil || !strings.HasPrefix(err.Error(), "the server died: "+want) ||
+			script != killed && err.Error() != "the server died: "+want {
 			t.Errorf("%s: %v, want %s", script, err, want)
 		}
 	}
 	path, args := shell(logs + `echo '{"status": {"name": "ctrl9"}}' >&3`)
 	if s, err := launch(path, args, time.Minute); err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// A server that the kernel has killed for its memory is told from one that
+// somebody has killed.
+func TestObituaryNamesMemory(t *testing.T) {
+	ended := func(script string) *os.ProcessState {
+		cmd := exec.CommandContext(t.Context(), "/bin/sh", "-c", script)
+		_ = cmd.Run() // it dies
+		return cmd.ProcessState
+	}
+	for _, tt := range []struct {
+		script string
+		memory memory
+		want   string
+	}{
+		{"kill -KILL $$", memoryLeft, "it was killed by SIGKILL"},
+		{"kill -KILL $$", memoryUnknown, "it was killed by SIGKILL, perhaps because the machine or its control group was out of memory; see the kernel's log"},
+		{"kill -KILL $$", memoryRanOut, "it was killed by SIGKILL, and the kernel has killed a process meanwhile because memory ran out; a smaller --queue-size, --max-io-size or --nr-io-queues needs less"},
+		{"kill -TERM $$", memoryRanOut, "it was killed by SIGTERM"},
+		{"exit 2", memoryRanOut, "it ended with exit code 2 and reported nothing"},
+	} {
+		if got := obituary(ended(tt.script), "", tt.memory); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.script, got, tt.want)
+		}
 	}
 }
 

@@ -92,6 +92,7 @@ func TestURIOfASocketWithAnyName(t *testing.T) {
 		t.Fatal(stderr)
 	}
 	defer un("target", "stop")
+	defer un("disconnect", "--force", "-n", "nqn.a") // if it is not ended below
 	path := filepath.Join(tmp, "a b&c=d+e%2Ff#g?h\"\n,ü")
 	stdout, stderr, code := un("connect", "-a", loopback(), "-n", "nqn.a", "-i", "1", "--provider", "roce", "--nbd-socket", path)
 	if code != exit.OK {

@@ -32,8 +32,8 @@ var table = map[string]row{
 	"rdma":  {},
 
 	// The data path.
-	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
-	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest"}},
+	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
+	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
 	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
@@ -75,7 +75,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", sys,
+		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 		"cmd/ublk-nvmeof/internal/state",

@@ -275,7 +275,7 @@ func (id *connID) established(ctx context.Context) error {
 // unheard adds to the error of a request without answer what may be the reason.
 func (id *connID) unheard(err error) error {
 	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
-	if id.endpoint.sock.local.Port() == port || sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
+	if id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
 		return err
 	}
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
@@ -306,6 +306,7 @@ func (id *connID) nobodyThere() bool {
 // Connect implements rdma.ID. After an error only Close is of use.
 func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, error) {
 	const step = "connect"
+	param.RetryCount, param.RNRRetryCount = min(param.RetryCount, 7), min(param.RNRRetryCount, 7)
 	if err := checkPrivate(param.PrivateData, wire.RequestPrivate); err != nil {
 		return nil, id.stepError(step, err)
 	}

@@ -48,8 +48,8 @@ type Config struct {
 	// bits of IPv6. 0 is 16.
 	MaxHalfOpenPerSource int
 	// MaxRequestRate bounds the connect requests taken per second, of which those of four
-	// seconds may come at once; 0 is 256. MaxRequestRatePerSource is the same for each source;
-	// 0 is 64.
+	// seconds may come at once; 0 is 1024. MaxRequestRatePerSource is the same for each source;
+	// 0 is 256.
 	MaxRequestRate          int
 	MaxRequestRatePerSource int
 
@@ -63,8 +63,8 @@ type Config struct {
 const (
 	defaultHalfOpen          = 64
 	defaultHalfOpenPerSource = 16
-	defaultRate              = 256
-	defaultRatePerSource     = 64
+	defaultRate              = 1024
+	defaultRatePerSource     = 256
 )
 
 // Provider makes connections. Its methods may be called from any goroutine.
@@ -167,8 +167,9 @@ func (p *Provider) open(addr netip.AddrPort, dedicated bool, manager *endpoint) 
 	return o, nil
 }
 
-// Close closes the sockets and waits for the receive loops. All IDs and
-// listeners should have been closed before; what is left is cut off.
+// Close closes the sockets and waits for the receive loops. IDs and listeners that are
+// still open are closed first; completion queues, regions and domains stay their owners'
+// to close.
 func (p *Provider) Close() error {
 	p.mu.Lock()
 	endpoints := slices.Clone(p.endpoints)
@@ -282,7 +283,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	if o.closed {
 		return fail(rdma.ErrClosed)
 	}
-	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), tos))
+	id := o.newID(newPath(o.sock, local, netip.AddrPortFrom(to, p.cfg.Port), min(tos, 255)))
 	id.mtu = payloadMTU(mtu, o.dedicated && sameHost(local, to))
 	id.local, id.remote = netip.AddrPortFrom(named(local), ephemeral()), netip.AddrPortFrom(shown, remote.Port())
 	return id, nil

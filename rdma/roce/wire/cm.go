@@ -156,9 +156,9 @@ func (r *Request) Put(m *MAD) {
 		b[43] |= 1
 	}
 	set24(b[44:], r.PSN)
-	b[47] = cmTimeouts<<3 | r.RetryCount&7
+	b[47] = cmTimeouts<<3 | min(r.RetryCount, 7)
 	binary.BigEndian.PutUint16(b[48:], DefaultPKey)
-	b[50] = mtuCode(r.MTU)<<4 | r.RNRRetryCount&7
+	b[50] = mtuCode(r.MTU)<<4 | min(r.RNRRetryCount, 7)
 	b[51] = 15 << 4 // CM retries
 	b[52], b[53], b[54], b[55] = 0xff, 0xff, 0xff, 0xff
 	src, dst := r.Source.As16(), r.Destination.As16()
@@ -235,7 +235,7 @@ func (r *Reply) Put(m *MAD) {
 	if r.FlowControl {
 		b[26] |= 1
 	}
-	b[27] = r.RNRRetryCount << 5
+	b[27] = min(r.RNRRetryCount, 7) << 5
 	binary.BigEndian.PutUint64(b[28:], r.GUID)
 	copy(b[36:], r.Private[:])
 }

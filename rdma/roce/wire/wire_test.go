@@ -333,3 +333,20 @@ func BenchmarkCheck(b *testing.B) {
 		}
 	})
 }
+
+// TestRetryCounts: what is more than the fields hold is the most that they do.
+func TestRetryCounts(t *testing.T) {
+	for _, n := range []uint8{7, 8, 255} {
+		m := NewMAD(REQ, 1, 2, 0)
+		r := Request{RetryCount: n, RNRRetryCount: n, MTU: 1024, Source: netip.MustParseAddr("192.0.2.1"), Destination: netip.MustParseAddr("192.0.2.2")}
+		r.Put(m)
+		if got, ok := ParseRequest(m); !ok || got.RetryCount != 7 || got.RNRRetryCount != 7 {
+			t.Errorf("%d: %d and %d", n, got.RetryCount, got.RNRRetryCount)
+		}
+		a := Reply{RNRRetryCount: n}
+		a.Put(m)
+		if got := ParseReply(m).RNRRetryCount; got != 7 {
+			t.Errorf("%d: %d", n, got)
+		}
+	}
+}

@@ -48,8 +48,11 @@ func classify(err error) Code {
 		refused initiator.ConnectStatus
 		status  nvme.Status
 		answer  *initiator.StepError
+		memory  *initiator.MemoryError
 	)
 	switch {
+	case errors.As(err, &memory):
+		return NoMemory
 	case errors.As(err, &reject):
 		return Rejected
 	case errors.As(err, &refused):

@@ -29,7 +29,8 @@ const (
 	AlreadyServed  Code = 13
 	Busy           Code = 14
 	NotFound       Code = 15
-	nCodes              = 16
+	NoMemory       Code = 16
+	nCodes              = 17
 )
 
 var meanings = [nCodes]string{
@@ -49,6 +50,7 @@ var meanings = [nCodes]string{
 	AlreadyServed:  "already connected",
 	Busy:           "the device is in use",
 	NotFound:       "no such device, controller or namespace",
+	NoMemory:       "the I/O buffers need more memory than they may have; the message says how much",
 }
 
 // String returns the meaning of the code.

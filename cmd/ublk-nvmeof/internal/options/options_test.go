@@ -62,6 +62,7 @@ func TestWrongValues(t *testing.T) {
 		{"--max-io-size", []string{"", "x", "-4KiB", "4 parsecs", "1,024KiB"}, "want a size like 64KiB, 4KiB to 1MiB"},
 		{"--max-io-size", []string{"0", "2MiB", "1GiB", "512"}, "bytes; want a size like 64KiB, 4KiB to 1MiB"},
 		{"--max-io-size", []string{"128k", "1M", "5000"}, "are no multiple of 4096; want a size"},
+		{"--memory-limit", []string{"", "x", "0", "-1GiB", "2PiB"}, "want a size like 64MiB, up to 1PiB"},
 		{"--poll-max-size", []string{"0", "511", "2MiB"}, "bytes; want a size like 64KiB, 512B to 1MiB"},
 		{"--device-id", []string{"-1", "-2", "1048576", "x", "", "ublkb0"}, "want a number, 0 to 1048575"},
 		{"--namespace", []string{"0", "4294967295", "x", "", "1,", "1,,2", "-1"}, "want namespace ids, 1 to 4294967294, several"},

@@ -23,6 +23,8 @@ type Target struct {
 	MaxIO     int   // bytes per command
 	Memory    int64 // bytes for namespaces in memory and caches; 0: as the machine allows
 
+	QueueMemory int64 // bytes; 0: as the machine allows
+
 	Quiesce         time.Duration // CQT
 	ANATransition   time.Duration // ANATT
 	RetryDelays     [3]time.Duration
@@ -71,6 +73,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "most data of a write that comes with the command, 0 for none")
 	f.Var(size(&t.MaxIO, target.MinTransfer/2, target.MinTransfer, target.DefaultMaxTransfer), "max-io-size", "largest command, a power of two (MDTS)")
 	f.Var(bytesOf(&t.Memory), "memory-limit", "most memory for namespaces with ram=SIZE and for their caches (default: three quarters of what is available)")
+	f.Var(bytesOf(&t.QueueMemory), "queue-memory", "most memory for the queues of all hosts (default: a quarter of the machine's, at least 256MiB)")
 	t.addTestFlags(f)
 
 	last := func(flag string, set func(*Subsystem, string) error) func(string) error {

@@ -35,15 +35,15 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 		for _, s := range t.Subsystems {
 			hosts := "any host"
 			if len(s.AllowHosts) > 0 {
-				hosts = "host " + safe(strings.Join(s.AllowHosts, ", "))
+				hosts = "host " + strings.Join(s.AllowHosts, ", ")
 			}
-			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", safe(s.NQN), hosts, s.MaxQueues)
+			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", s.NQN, hosts, s.MaxQueues)
 			for _, n := range s.Namespaces {
 				mode := "read-write"
 				if n.ReadOnly {
 					mode = "read-only"
 				}
-				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s, %s\n", n.NSID, safe(n.Data), humanize.IBytes(uint64(n.Size)), n.BlockSize, mode, identity(n))
+				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s, %s\n", n.NSID, n.Data, humanize.IBytes(uint64(n.Size)), n.BlockSize, mode, identity(n))
 			}
 		}
 		if verbose {
@@ -67,18 +67,11 @@ func identity(n targetserver.NamespaceStatus) string {
 	return "uuid " + n.UUID
 }
 
-// safe is text of a file system or of a peer as it may be shown on a terminal: what
-// is not to be seen, and a quote or backslash, is written as in a Go string.
-func safe(text string) string {
-	quoted := strconv.Quote(text)
-	return quoted[1 : len(quoted)-1]
-}
-
 // describeTarget is who is connected, what is wrong on purpose, and what was done.
 func describeTarget(w io.Writer, t targetserver.Status) {
 	for _, s := range t.Subsystems {
 		for _, group := range sortedKeys(s.ANA) {
-			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], safe(s.NQN))
+			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], s.NQN)
 		}
 	}
 	for _, c := range t.Controllers {
@@ -86,7 +79,7 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		if c.Ending {
 			ending = ", ending"
 		}
-		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues%s\n", c.CNTLID, safe(c.HostNQN), safe(c.NQN), c.Queues, ending)
+		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues%s\n", c.CNTLID, c.HostNQN, c.NQN, c.Queues, ending)
 	}
 	f, on := t.Faults, map[bool]string{true: "on"}
 	for _, row := range [][2]string{
@@ -98,9 +91,10 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		}
 	}
 	for _, c := range f.Commands {
-		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, safe(c.What))
+		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
 	}
-	fmt.Fprintf(w, "  connections\t%d, %d accepted, %d rejected\n", t.Connections, t.Connects, t.Rejects)
+	fmt.Fprintf(w, "  connections\t%d with %s of queues, %d accepted, %d rejected\n",
+		t.Connections, humanize.IBytes(uint64(max(0, t.QueueMemory))), t.Connects, t.Rejects)
 	for _, why := range slices.Sorted(maps.Keys(t.Refusals)) {
 		fmt.Fprintf(w, "  refused\t%d, %s\n", t.Refusals[why], why)
 	}

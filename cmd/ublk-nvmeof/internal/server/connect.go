@@ -144,7 +144,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
-		Associated: s.record.associated, Log: s.log,
+		MaxMemory: s.opts.Memory, Associated: s.record.associated, Log: s.log,
 	}
 	if s.opts.Named() {
 		cfg.Resolve = s.opts.Resolve

@@ -20,6 +20,9 @@ const undoTime = 5 * time.Second
 // startDevices makes one device per namespace, all on the same loops. Each is
 // on record before the next one is made.
 func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
+	if err := s.checkMemory(chosen); err != nil {
+		return err
+	}
 	for i, ns := range chosen {
 		id := s.opts.Device
 		if id != options.AutoDevice {

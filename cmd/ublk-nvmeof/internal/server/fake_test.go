@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,7 @@ type world struct {
 	events []string
 
 	missing    []string // modules
+	memory     int64    // bytes of I/O buffers at most; 0: enough
 	loadErr    error
 	ublkErr    error
 	nbdErr     error
@@ -233,6 +235,7 @@ func (c *fakeController) Info() initiator.Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2}}}
+	i.Memory = initiator.MemoryInfo{Limit: cmp.Or(c.world.memory, 1<<30)}
 	if c.reason != nil {
 		i.State, i.Reason = initiator.StateDead, c.reason
 		return i

@@ -19,8 +19,9 @@ type Status struct {
 	Faults      Faults       `json:"faults"`
 
 	Connections int    `json:"connections"` // at this moment
-	Connects    uint64 `json:"connects"`    // accepted since the start
-	Rejects     uint64 `json:"rejects"`     // refused since the start
+	QueueMemory int64  `json:"queue_memory"`
+	Connects    uint64 `json:"connects"` // accepted since the start
+	Rejects     uint64 `json:"rejects"`  // refused since the start
 	// Refusals are connect requests and Connect commands that were refused since
 	// the start, by reason.
 	Refusals   map[string]uint64 `json:"refusals"`

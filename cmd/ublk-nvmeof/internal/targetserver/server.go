@@ -141,7 +141,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	}
 	s.target, err = target.New(target.Config{
 		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true,
-		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO,
+		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, QueueMemory: o.QueueMemory,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
 	return err

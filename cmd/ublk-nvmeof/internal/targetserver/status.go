@@ -18,7 +18,7 @@ func (s *server) status() Status {
 		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
 		Provider: s.choice.Name, ProviderReason: s.choice.Reason,
 		Subsystems: []Subsystem{}, Controllers: []Controller{},
-		Connections: snap.Connections, Connects: snap.Connects, Rejects: snap.Rejects, Refusals: snap.Refusals,
+		Connections: snap.Connections, QueueMemory: snap.QueueMemory, Connects: snap.Connects, Rejects: snap.Rejects, Refusals: snap.Refusals,
 		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
 		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
 	}
