@@ -1183,7 +1183,7 @@ func killable(ctx context.Context, t testing.TB) (info Info, kill func()) {
 	}
 }
 
-// TestRecover: the device of a killed server is served on, and no read failed.
+// TestRecover: another process takes over the device of a killed server, and no read fails.
 func TestRecover(t *testing.T) {
 	requireUblk(t)
 	ctx := testContext(t)

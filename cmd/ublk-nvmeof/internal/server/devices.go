@@ -205,7 +205,7 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 
 // errKept refuses what is a dead server's.
 func errKept(what string, r state.Record) error {
-	return fmt.Errorf("%w: %s is that of %s, which served %s and died; recover serves it on, disconnect %s ends it",
+	return fmt.Errorf("%w: %s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
 		ublk.ErrIDTaken, what, r.Name, r.Target.NQN, r.Name)
 }
 

@@ -205,7 +205,6 @@ type disk struct {
 	nsid  uint32
 	block uint32 // 0: 512
 	dry   bool   // without a volatile cache
-	copy  int    // makes it another one
 }
 
 func (d disk) Geometry() block.Geometry {

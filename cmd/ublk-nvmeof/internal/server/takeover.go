@@ -231,7 +231,7 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	}
 	ns := found[i]
 	if err := sameNamespace(d, ns); err != nil {
-		return ns, fmt.Errorf("%s must not be served on: namespace %d %w; disconnect ends the device", d.Path(), d.NSID, err)
+		return ns, fmt.Errorf("%s cannot be recovered: namespace %d %w; disconnect removes the device", d.Path(), d.NSID, err)
 	}
 	if d.UUID == "" && d.NGUID == "" && d.EUI64 == "" {
 		s.log.Warn("namespace has no identifier; whether it is the one that the device was made for, only its sizes tell", "device", d.Path(), "nsid", d.NSID)

@@ -60,8 +60,8 @@ func deadUblk(t *testing.T, w *world, o *options.Connect, dir string) state.Reco
 	})
 }
 
-// A socket is served on where its clients look for it, once the dead server's
-// controllers have ended.
+// A socket is recovered where its clients look for it, once the controllers of the dead
+// server have ended.
 func TestTakesOverSocket(t *testing.T) {
 	for name, more := range map[string][]uint32{"the same namespaces": {1}, "one more": {1, 2}} {
 		t.Run(name, func(t *testing.T) {

@@ -22,7 +22,7 @@
 // a client may still know the device by them.
 //
 // A record ends when its server ends in order, when a dead server is disconnected,
-// when gc finds that nothing of it can be served on, or when a successor has taken
+// when gc finds that nothing of it can be recovered, or when a successor has taken
 // everything over and has replaced it by its own. Nothing else removes it.
 package state
 
