@@ -33,6 +33,7 @@ type association struct {
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at namespaces left nothing unknown
 	reported map[string]bool // what tolerate has logged
+	unknown  error           // the last one that tolerate took
 	changed  chan struct{}   // namespaces have to be looked at
 }
 

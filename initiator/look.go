@@ -46,13 +46,20 @@ const firstLookTime = 2 * time.Second
 // maxNamespaces bounds what a target can make the host remember.
 const maxNamespaces = 4096
 
-// firstLook identifies the namespaces of a controller that connects.
+// firstLook identifies the namespaces of a controller that connects. It is an error if
+// nothing can be learned about any of them.
 func (c *Controller) firstLook(ctx context.Context, a *association) error {
 	limit := time.Now().Add(firstLookTime)
 	for pause := lookPause; ; pause = min(2*pause, lookPauseMax) {
 		complete, err := c.look(ctx, a)
-		if err != nil || complete || time.Now().Add(pause).After(limit) {
+		switch {
+		case err != nil, complete:
 			return err
+		case !time.Now().Add(pause).After(limit):
+		case len(c.Namespaces()) == 0:
+			return a.unknown
+		default:
+			return nil
 		}
 		select {
 		case <-time.After(pause):
@@ -213,7 +220,7 @@ func (c *Controller) tolerate(a *association, step string, err error) error {
 		if a.reported[step] {
 			level = slog.LevelDebug
 		}
-		a.reported[step] = true
+		a.reported[step], a.unknown = true, fmt.Errorf("%s: %w", step, err)
 		c.cfg.Log.Log(context.Background(), level, "something about namespaces is not known; it is asked once more", "step", step, "error", err)
 		return nil
 	}
