@@ -96,6 +96,18 @@ func (r *record) finish(finished bool) {
 	r.finished = finished
 }
 
+// left notes that this server has left the target, if it has, on a record that stays for
+// the next one.
+func (r *record) left() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.finished {
+		return nil
+	}
+	r.used = nil
+	return r.save()
+}
+
 // takenOver notes that everything on an inherited record is served, by a server
 // with these flags at this target.
 func (r *record) takenOver(target state.Target, args []string, devices []state.Device) error {

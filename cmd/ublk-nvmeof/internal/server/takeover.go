@@ -209,6 +209,7 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 		all = append(all, heirloom{w, ns})
 	}
 	var devices []state.Device
+	s.recovering = len(all) > 0
 	for i, h := range all {
 		d, err := s.recoverDevice(ctx, h, i > 0)
 		if err != nil {
@@ -221,6 +222,21 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 		}
 	}
 	return devices, nil
+}
+
+// leaveWaiting ends a server that could not take everything over. A device that it has
+// begun to take over is given back by the end of the process only. If there is none, no I/O
+// has been sent, and the server leaves the target in order, so that the next server need
+// not wait for the end of its controller.
+func (s *server) leaveWaiting(ctx context.Context) error {
+	if s.recovering {
+		return nil
+	}
+	if err := s.endBelow(ctx, orderly); err != nil {
+		s.log.Warn("ended with something left", "error", err)
+		return nil
+	}
+	return s.record.left()
 }
 
 // heirOf is the namespace that a device was made for, as it is now.

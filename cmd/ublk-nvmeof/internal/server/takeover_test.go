@@ -156,11 +156,11 @@ func TestTakesOverNothingElse(t *testing.T) {
 				if err := <-r.result; err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), left.Devices[0].Path()) {
 					t.Errorf("%v, want %q", err, tt.want)
 				}
-				if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
+				if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]", "close controller"}) {
 					t.Errorf("happened: %q", got)
 				}
 				now, err := state.Dir(dir).Find(left.Name)
-				if err != nil || !slices.Equal(now.Devices, left.Devices) || !slices.Equal(now.Args, left.Args) || now.Listen != left.Listen {
+				if err != nil || len(now.Controllers) > 0 || !slices.Equal(now.Devices, left.Devices) || !slices.Equal(now.Args, left.Args) || now.Listen != left.Listen {
 					t.Errorf("on record %+v, %v, was %+v", now, err, left)
 				}
 				if _, err := net.Dial("unix", filepath.Join(dir, "of-old.sock")); err == nil {
