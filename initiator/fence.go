@@ -44,7 +44,7 @@ func (c *Controller) patience(a *association) time.Duration {
 // sent to.
 func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0]); err != nil {
+		if err := c.fence(ctx, a, c.unfenced[0], a.born); err != nil {
 			return err
 		}
 		c.unfenced = c.unfenced[1:]
@@ -53,15 +53,15 @@ func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 }
 
 // fence waits until controller cntlid is no more at the target of a, or until a
-// target that keeps its time has ended it anyway. That time counts from when the
-// target answered anew: the timers of one that stood still did not run before. The
+// target that keeps its time has ended it anyway. That time counts from since, which is when
+// the target answered anew, or later: the timers of one that stood still did not run before. The
 // error is that a, or ctx, ended before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16) error {
+func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, since time.Time) error {
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
 	began, alive := time.Now(), time.Now()
-	until := a.born.Add(c.patience(a))
+	until := since.Add(c.patience(a))
 	pause := fencePause
 	for asked := 1; ; asked++ {
 		there, err := c.exists(ctx, a, cntlid)
@@ -127,6 +127,7 @@ func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) 
 // whose commands will be sent again by this one, or until it should have. To be
 // called before the first I/O.
 func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
+	began := time.Now() // the earlier process may have ended just now
 	for _, id := range cntlids {
 		for {
 			c.mu.Lock()
@@ -134,7 +135,11 @@ func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				if err = c.fence(ctx, a, id); err == nil {
+				since := began
+				if a.born.After(since) {
+					since = a.born
+				}
+				if err = c.fence(ctx, a, id, since); err == nil {
 					break
 				}
 			}

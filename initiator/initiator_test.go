@@ -628,6 +628,32 @@ func TestOutlive(t *testing.T) {
 	closeController(t, second)
 }
 
+// TestOutliveLater: the time that the target has to end a controller of an earlier process
+// counts from when the wait for it begins. That process may have ended long after this
+// controller was made, as in an upgrade.
+func TestOutliveLater(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 2)
+	cfg := testConfig(fabric.Provider(hostAddr), loops[:1], poller.Request{IO: 1})
+	cfg.KeepAlive = 100 * time.Millisecond
+	first := connect(t, cfg)
+	cfg.Loops = loops[1:]
+	second := connect(t, cfg)
+	second.mu.Lock()
+	second.assoc.born = second.assoc.born.Add(-time.Minute)
+	second.mu.Unlock()
+	began := time.Now()
+	if err := second.Outlive(t.Context(), first.Info().CNTLID); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took < time.Second {
+		t.Errorf("the target has the controller, and was given %v to end it", took)
+	}
+	closeController(t, first)
+	closeController(t, second)
+}
+
 // TestGivenUp: after ctrl_loss_tmo the controller is dead and requests fail;
 // after fast_io_fail_tmo they fail, but the controller comes back.
 func TestGivenUp(t *testing.T) {
