@@ -32,19 +32,19 @@ const (
 // silent (NVMe Base 2.1, "Communication Loss Handling"; TP4129): up to twice the keep
 // alive timeout, or three times if it takes any command as a sign of life (TBKAS), and
 // the time that it names for quiescing commands (CQT). A second is ours.
-func (c *Controller) patience(a *association) time.Duration {
+func (c *Controller) patience(a *association, keepAlive time.Duration) time.Duration {
 	timeouts := time.Duration(2)
 	if a.identify.TBKAS() {
 		timeouts = 3
 	}
-	return timeouts*c.cfg.KeepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
+	return timeouts*keepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
 }
 
 // fenceAll waits until the target of a has ended every controller that commands were
 // sent to.
 func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0], a.born); err != nil {
+		if err := c.fence(ctx, a, c.unfenced[0], a.born.Add(c.patience(a, c.cfg.KeepAlive))); err != nil {
 			return err
 		}
 		c.unfenced = c.unfenced[1:]
@@ -52,16 +52,15 @@ func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	return nil
 }
 
-// fence waits until controller cntlid is no more at the target of a, or until a
-// target that keeps its time has ended it anyway. That time counts from since, which is when
-// the target answered anew, or later: the timers of one that stood still did not run before. The
+// fence waits until controller cntlid is no more at the target of a, or until the time
+// until, when a target that keeps its time has ended it anyway. That is patience after the
+// target answered anew, or later: the timers of one that stood still did not run before. The
 // error is that a, or ctx, ended before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, since time.Time) error {
+func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, until time.Time) error {
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
 	began, alive := time.Now(), time.Now()
-	until := since.Add(c.patience(a))
 	pause := fencePause
 	for asked := 1; ; asked++ {
 		there, err := c.exists(ctx, a, cntlid)
@@ -124,9 +123,10 @@ func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) 
 }
 
 // Outlive waits until the target has ended controllers of an earlier process,
-// whose commands will be sent again by this one, or until it should have. To be
-// called before the first I/O.
-func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
+// whose commands will be sent again by this one, or until it should have: by their keep
+// alive timeout, if that is longer than this controller's. To be called before the first
+// I/O.
+func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	began := time.Now() // the earlier process may have ended just now
 	for _, id := range cntlids {
 		for {
@@ -139,7 +139,7 @@ func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
 				if a.born.After(since) {
 					since = a.born
 				}
-				if err = c.fence(ctx, a, id, since); err == nil {
+				if err = c.fence(ctx, a, id, since.Add(c.patience(a, max(keepAlive, c.cfg.KeepAlive)))); err == nil {
 					break
 				}
 			}

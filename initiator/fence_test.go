@@ -16,12 +16,12 @@ import (
 func TestPatience(t *testing.T) {
 	c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}}
 	a := &association{}
-	if got := c.patience(a); got != 11*time.Second {
+	if got := c.patience(a, c.cfg.KeepAlive); got != 11*time.Second {
 		t.Errorf("%v", got)
 	}
 	a.identify.SetCTRATT(nvme.CTRATTTBKAS)
 	a.identify.SetCQT(2500)
-	if got := c.patience(a); got != 18500*time.Millisecond {
+	if got := c.patience(a, c.cfg.KeepAlive); got != 18500*time.Millisecond {
 		t.Errorf("with traffic based keep alive and 2.5 s to quiesce: %v", got)
 	}
 }
@@ -33,7 +33,7 @@ func TestFenceAfterFreeze(t *testing.T) {
 		f.immortal = true
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
-	patience := s.ctrl.patience(s.ctrl.assoc)
+	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
 	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 	s.fabric.KillAll(hostAddr)
 	time.Sleep(patience + 200*time.Millisecond) // the freeze

@@ -615,7 +615,7 @@ func TestOutlive(t *testing.T) {
 	cfg.Loops = loops[1:]
 	second := connect(t, cfg)
 	gone := make(chan error, 1)
-	go func() { gone <- second.Outlive(t.Context(), first.Info().CNTLID) }()
+	go func() { gone <- second.Outlive(t.Context(), 0, first.Info().CNTLID) }()
 	select {
 	case err := <-gone:
 		t.Fatalf("not waited: %v", err)
@@ -644,11 +644,19 @@ func TestOutliveLater(t *testing.T) {
 	second.assoc.born = second.assoc.born.Add(-time.Minute)
 	second.mu.Unlock()
 	began := time.Now()
-	if err := second.Outlive(t.Context(), first.Info().CNTLID); err != nil {
+	if err := second.Outlive(t.Context(), 0, first.Info().CNTLID); err != nil {
 		t.Error(err)
 	}
 	if took := time.Since(began); took < time.Second {
 		t.Errorf("the target has the controller, and was given %v to end it", took)
+	}
+	// The earlier process may have had a longer keep alive timeout.
+	began = time.Now()
+	if err := second.Outlive(t.Context(), time.Second, first.Info().CNTLID); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took < 3*time.Second {
+		t.Errorf("the target has the controller, and was given %v to end it, with a keep alive timeout of a second", took)
 	}
 	closeController(t, first)
 	closeController(t, second)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func (s *server) take(ctx context.Context) error {
 	for _, unread := range e.Unreadable {
 		s.log.Warn("a server's record cannot be read; what it left is not known", "error", unread)
 	}
-	s.record = newRecord(e)
+	s.record = newRecord(e, s.keepAlive())
 	s.warnOfOtherHosts()
 	if e.Inherited {
 		s.waiting = e.Devices
@@ -77,7 +78,7 @@ func (s *server) succeed() error {
 	case err != nil:
 		return err
 	}
-	s.record, s.waiting = copyOf(r), r.Devices
+	s.record, s.waiting = copyOf(r, s.keepAlive()), r.Devices
 	return nil
 }
 
@@ -111,14 +112,19 @@ func (s *server) relieve(ctx context.Context) error {
 	return s.listen()
 }
 
+// keepAlive is the keep alive timeout of this server's controllers.
+func (s *server) keepAlive() time.Duration {
+	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
+}
+
 // outlive waits for the end of what earlier servers have at the target.
 func (s *server) outlive(ctx context.Context) error {
-	ids := s.record.earlier()
+	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
 		return nil
 	}
 	s.log.Info("waits until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
-	if err := s.ctrl.Outlive(ctx, ids...); err != nil {
+	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
 		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
 	}
 	return s.record.outlived()

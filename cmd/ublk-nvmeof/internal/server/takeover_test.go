@@ -33,7 +33,7 @@ func dead(t *testing.T, o *options.Connect, dir string, change func(*state.Entry
 		t.Fatal(err)
 	}
 	e.Process.Start++ // another process's
-	e.Phase, e.Controllers = state.Live, []uint16{3, 4}
+	e.Phase, e.Controllers, e.KeepAlive = state.Live, []uint16{3, 4}, 60
 	change(e)
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
@@ -76,11 +76,14 @@ func TestTakesOverSocket(t *testing.T) {
 			if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
 				t.Errorf("happened: %q", got)
 			}
+			if w.keepAlive != time.Minute {
+				t.Errorf("the dead server's keep alive timeout was %v", w.keepAlive)
+			}
 			for _, want := range more {
 				awaitDevice(t, r, want)
 			}
 			now, err := state.Dir(dir).Find(left.Name)
-			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
+			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || now.KeepAlive != 5 || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
 				t.Errorf("on record %+v, %v", now, err)
 			}
 			r.stop()

@@ -161,6 +161,9 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
+	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
+	// bounds when the target notices that their server is gone. 0: unknown.
+	KeepAlive int `json:"keep_alive_tmo,omitempty"`
 }
 
 // check names the first field that makes no sense.
@@ -170,6 +173,9 @@ func (s *State) check() error {
 	}
 	if s.Target.NQN == "" {
 		return errors.New("target: nqn is empty")
+	}
+	if s.KeepAlive < 0 {
+		return fmt.Errorf("keep_alive_tmo %d is negative", s.KeepAlive)
 	}
 	for i, d := range s.Devices {
 		if err := d.check(); err != nil {
