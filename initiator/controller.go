@@ -145,7 +145,7 @@ func (c *Controller) attach(a *association) error {
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, time.Now()
 	}
-	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a)
+	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
 	return nil
 }
 

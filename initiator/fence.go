@@ -39,19 +39,19 @@ const (
 // silent (NVMe Base 2.1, "Communication Loss Handling"; TP4129): up to twice the keep
 // alive timeout, or three times if it takes any command as a sign of life (TBKAS), and
 // the time that it names for quiescing commands (CQT). A second is ours.
-func (c *Controller) patience(a *association) time.Duration {
+func (c *Controller) patience(a *association, keepAlive time.Duration) time.Duration {
 	timeouts := time.Duration(2)
 	if a.identify.TBKAS() {
 		timeouts = 3
 	}
-	return timeouts*c.cfg.KeepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
+	return timeouts*keepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
 }
 
 // fenceAll waits until the target of a has ended every controller that commands were
 // sent to.
 func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0]); err != nil {
+		if err := c.fence(ctx, a, c.unfenced[0], c.cfg.KeepAlive); err != nil {
 			return err
 		}
 		c.unfenced = c.unfenced[1:]
@@ -66,17 +66,18 @@ type fencing struct {
 	cntlid   uint16
 	began    time.Time
 	answered time.Time     // when the target last answered anything
-	lived    time.Duration // what the target has lived through since it made the new controller
+	lived    time.Duration // what the target has lived through since the wait began
 	reported bool
 }
 
-// fence waits until controller cntlid is no more at the target of a. The error is that
-// a, or ctx, ended before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16) error {
+// fence waits until controller cntlid, which had the given keep alive timeout, is no more
+// at the target of a. The error is that a, or ctx, ended before.
+func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, keepAlive time.Duration) error {
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
-	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: a.born}
+	patience := c.patience(a, keepAlive)
+	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: time.Now()}
 	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
 		presence, err := c.ask(ctx, a, cntlid)
 		if err == nil {
@@ -86,16 +87,16 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16) e
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case presence == unclear && f.lived >= c.patience(a):
+		case presence == unclear && f.lived >= patience:
 			c.cfg.Log.Warn("target does not say whether it has the old controller, which it must have ended by now; I/O continues",
 				"controller", cntlid, "error", err)
 			return nil
 		}
 		f.report(err)
 		wait := pause
-		if presence == joined && f.lived >= c.patience(a) {
+		if presence == joined && f.lived >= patience {
 			// Questions may be what keeps the old controller alive.
-			wait = c.patience(a)
+			wait = patience
 		}
 		if err := f.wait(ctx, wait); err != nil {
 			return &StepError{"wait for the end of the old controller", err}
@@ -201,9 +202,10 @@ func existenceOf(err error) existence {
 	return unclear
 }
 
-// Outlive waits until the target has ended controllers of an earlier process,
-// whose commands will be sent again by this one. To be called before the first I/O.
-func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
+// Outlive waits until the target has ended controllers of an earlier process, which had
+// the given keep alive timeout, and whose commands will be sent again by this one. To be
+// called before the first I/O.
+func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	for _, id := range cntlids {
 		for {
 			c.mu.Lock()
@@ -211,7 +213,7 @@ func (c *Controller) Outlive(ctx context.Context, cntlids ...uint16) error {
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				if err = c.fence(ctx, a, id); err == nil && c.serves(a) {
+				if err = c.fence(ctx, a, id, max(keepAlive, c.cfg.KeepAlive)); err == nil && c.serves(a) {
 					break
 				}
 			}

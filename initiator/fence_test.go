@@ -20,12 +20,12 @@ import (
 func TestPatience(t *testing.T) {
 	c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}}
 	a := &association{}
-	if got := c.patience(a); got != 11*time.Second {
+	if got := c.patience(a, c.cfg.KeepAlive); got != 11*time.Second {
 		t.Errorf("%v", got)
 	}
 	a.identify.SetCTRATT(nvme.CTRATTTBKAS)
 	a.identify.SetCQT(2500)
-	if got := c.patience(a); got != 18500*time.Millisecond {
+	if got := c.patience(a, c.cfg.KeepAlive); got != 18500*time.Millisecond {
 		t.Errorf("with traffic based keep alive and 2.5 s to quiesce: %v", got)
 	}
 }
@@ -50,7 +50,7 @@ func TestFenceAfterFreeze(t *testing.T) {
 		vague(f, cfg)
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
-	patience := s.ctrl.patience(s.ctrl.assoc)
+	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
 	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 	s.fabric.KillAll(hostAddr)
 	time.Sleep(patience + 200*time.Millisecond) // the freeze
@@ -142,7 +142,7 @@ func TestVagueTarget(t *testing.T) {
 		vague(f, cfg)
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
-	patience := s.ctrl.patience(s.ctrl.assoc)
+	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
 	began := time.Now()
 	s.fabric.KillAll(hostAddr)
 	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
@@ -150,6 +150,26 @@ func TestVagueTarget(t *testing.T) {
 	}
 	if took := time.Since(began); took < patience || took > 4*patience {
 		t.Errorf("sent after %v, patience is %v", took, patience)
+	}
+}
+
+// TestOutliveLater: the time that the target has to end a controller of an earlier process
+// counts from when the wait for it begins, and by that process' keep alive timeout if that
+// is longer. The process may have ended long after this controller was made, as in an
+// upgrade.
+func TestOutliveLater(t *testing.T) {
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		vague(f, cfg)
+		cfg.KeepAlive = 100 * time.Millisecond
+	})
+	for _, keepAlive := range []time.Duration{0, 500 * time.Millisecond} {
+		began := time.Now()
+		if err := s.ctrl.Outlive(t.Context(), keepAlive, 777); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took < 2*keepAlive+time.Second {
+			t.Errorf("the target was given %v, with a keep alive timeout of %v", took, keepAlive)
+		}
 	}
 }
 

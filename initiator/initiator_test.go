@@ -596,7 +596,7 @@ func TestOutlive(t *testing.T) {
 	cfg.Loops = loops[1:]
 	second := connect(t, cfg)
 	gone := make(chan error, 1)
-	go func() { gone <- second.Outlive(t.Context(), first.Info().CNTLID) }()
+	go func() { gone <- second.Outlive(t.Context(), 0, first.Info().CNTLID) }()
 	select {
 	case err := <-gone:
 		t.Fatalf("not waited: %v", err)

@@ -13,11 +13,11 @@ import (
 // the size is what it was.
 func (d *Device) Resize(ctx context.Context, sectors uint64) error {
 	select {
-	case <-d.turn:
+	case <-d.idle:
 	case <-ctx.Done():
 		return fmt.Errorf("resize %s: %w", d.Path(), context.Cause(ctx))
 	}
-	defer func() { d.turn <- struct{}{} }()
+	defer func() { d.idle <- struct{}{} }()
 	if d.ctl == nil {
 		return fmt.Errorf("resize %s: %w", d.Path(), ErrStopped)
 	}

@@ -35,7 +35,7 @@ const (
 // in the kernel's io-wq threads; a command that hangs there is given up, and
 // costs its buffer.
 type control struct {
-	turn chan struct{} // holds a token while nobody uses what follows
+	idle chan struct{} // holds a token while nobody uses what follows
 	fd   int           // controlPath
 	wake int           // eventfd, ends a wait
 	ring *uring.Ring
@@ -53,8 +53,8 @@ func openControl() (*control, error) {
 	if err != nil {
 		return nil, openError(controlPath, err)
 	}
-	c := &control{turn: make(chan struct{}, 1), fd: fd, wake: -1, seq: firstCommand}
-	c.turn <- struct{}{}
+	c := &control{idle: make(chan struct{}, 1), fd: fd, wake: -1, seq: firstCommand}
+	c.idle <- struct{}{}
 	if err := c.open(); err != nil {
 		return nil, errors.Join(err, c.close())
 	}
@@ -122,8 +122,8 @@ type call struct {
 // the command; with ctx' error alone the command may still have its effect.
 func (c *control) do(ctx context.Context, k call) error {
 	select {
-	case <-c.turn:
-		defer func() { c.turn <- struct{}{} }()
+	case <-c.idle:
+		defer func() { c.idle <- struct{}{} }()
 	case <-ctx.Done():
 		return fmt.Errorf("%v: %w", k.cmd, context.Cause(ctx))
 	}

@@ -20,9 +20,9 @@ import (
 type Device struct {
 	log  *slog.Logger
 	info Info // as granted
-	// turn holds a token while nobody starts, stops or clears up. It guards
+	// idle holds a token while nobody starts, stops or clears up. It guards
 	// what follows, down to the next comment.
-	turn   chan struct{}
+	idle   chan struct{}
 	ctl    *control // nil once all is done
 	added  bool     // the driver has the device
 	char   int      // descriptor of ublkcN, or -1
@@ -80,13 +80,13 @@ func Start(ctx context.Context, cfg Config) (*Device, error) {
 
 func newDevice() *Device {
 	return &Device{
-		turn: make(chan struct{}, 1), char: -1, broken: make(chan struct{}), done: make(chan struct{}),
+		idle: make(chan struct{}, 1), char: -1, broken: make(chan struct{}), done: make(chan struct{}),
 	}
 }
 
 // run hands a device that is served to whoever stops it.
 func (d *Device) run() {
-	d.turn <- struct{}{}
+	d.idle <- struct{}{}
 	go d.watch()
 }
 

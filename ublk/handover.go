@@ -17,12 +17,12 @@ const drainTime = 500 * time.Millisecond
 // must end soon, without Stop, which blocks from now on.
 func (d *Device) HandOver(ctx context.Context) error {
 	select {
-	case <-d.turn: // for good: nobody may clear up
+	case <-d.idle: // for good: nobody may clear up
 	case <-ctx.Done():
 		return fmt.Errorf("hand over %s: %w", d.Path(), context.Cause(ctx))
 	}
 	if d.ctl == nil {
-		d.turn <- struct{}{}
+		d.idle <- struct{}{}
 		return fmt.Errorf("hand over %s: %w", d.Path(), ErrStopped)
 	}
 	if !d.info.Features.Has(Quiesce | UserRecovery) {

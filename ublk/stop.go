@@ -45,11 +45,11 @@ func (d *Device) Stop(ctx context.Context, force bool) error {
 
 func (d *Device) stop(ctx context.Context, force bool) error {
 	select {
-	case <-d.turn:
+	case <-d.idle:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { d.turn <- struct{}{} }()
+	defer func() { d.idle <- struct{}{} }()
 	if d.ctl == nil {
 		return nil
 	}
@@ -104,7 +104,7 @@ func (d *Device) tryStop(ctx context.Context) error {
 }
 
 // clear undoes what start did, in reverse, from wherever things stand. The
-// order matters: see the package documentation. The caller has the turn.
+// order matters: see the package documentation. The caller has taken the token of idle.
 func (d *Device) clear(ctx context.Context) error {
 	if d.ctl == nil {
 		return nil
@@ -215,8 +215,8 @@ func (d *Device) watch() {
 	case <-d.broken:
 	}
 
-	<-d.turn
-	defer func() { d.turn <- struct{}{} }()
+	<-d.idle
+	defer func() { d.idle <- struct{}{} }()
 	if d.ctl == nil { // Stop did it
 		d.log.Info("ublk device stopped")
 		close(d.done)
@@ -243,7 +243,7 @@ func (d *Device) watch() {
 	}
 }
 
-// linger clears up for as long as it takes. The caller has the turn.
+// linger clears up for as long as it takes. The caller has taken the token of idle.
 func (d *Device) linger() {
 	d.log.Error("ublk device hangs", "device", d.Path())
 	if err := d.clear(context.Background()); err != nil {

@@ -466,6 +466,9 @@ func TestCache(t *testing.T) {
 		t.Run(fmt.Sprintf("volatile=%v", volatile), func(t *testing.T) {
 			back := &recorder{Device: newRAM(t, block.Geometry{VolatileCache: volatile})}
 			d := start(t, Config{ID: -1, Device: back, Loops: newLoops(t, 1)})
+			if got := back.writeThrough.Load() > 0; got == volatile {
+				t.Errorf("queues are opened write-through: %v", got)
+			}
 			buf := directBuffer(t, 4096)
 			fd := openDisk(t, d, unix.O_RDWR|unix.O_DIRECT)
 			if _, err := unix.Pwrite(fd, buf, 0); err != nil {
@@ -496,6 +499,7 @@ func TestCache(t *testing.T) {
 type recorder struct {
 	block.Device
 	fua, flushes atomic.Int64
+	writeThrough atomic.Int64 // queues that were opened so
 }
 
 type recorderQueue struct {
@@ -504,6 +508,9 @@ type recorderQueue struct {
 }
 
 func (r *recorder) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
+	if cfg.WriteThrough {
+		r.writeThrough.Add(1)
+	}
 	q, err := r.Device.OpenQueue(i, cfg)
 	return recorderQueue{q, r}, err
 }
@@ -1176,13 +1183,17 @@ func killable(ctx context.Context, t testing.TB) (info Info, kill func()) {
 	}
 }
 
-// TestRecover: the device of a killed server is served on, and no read failed.
+// TestRecover: another process takes over the device of a killed server, and no read fails.
 func TestRecover(t *testing.T) {
 	requireUblk(t)
 	ctx := testContext(t)
 	info, kill := killable(ctx, t)
-	// Half as large, which drivers that can pass on.
-	cfg := Config{Device: newNull(t, block.Geometry{Sectors: newRAM(t, block.Geometry{}).Geometry().Sectors / 2}), Loops: newLoops(t, info.Queues)}
+	// Half as large, which drivers that can pass on; with a cache, which users do not
+	// know of; with a limit below the size of the device's requests.
+	back := &recorder{Device: newNull(t, block.Geometry{
+		Sectors: newRAM(t, block.Geometry{}).Geometry().Sectors / 2, VolatileCache: true, MaxIO: uint32(info.MaxIO / 2),
+	})}
+	cfg := Config{Device: back, Loops: newLoops(t, info.Queues)}
 	if _, err := Recover(ctx, info, cfg); !errors.Is(err, ErrBusy) {
 		t.Errorf("recover from a server that lives: %v", err)
 	}
@@ -1204,6 +1215,9 @@ func TestRecover(t *testing.T) {
 	d, err := Recover(ctx, info, cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if n := back.writeThrough.Load(); n != int64(info.Queues) {
+		t.Errorf("%d of %d queues are opened write-through", n, info.Queues)
 	}
 	if err := reads.Wait(); err != nil {
 		t.Errorf("read through the recovery: %v", err)

@@ -253,6 +253,21 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 		"disconnect and connect": func(s *site, r state.Record) error {
 			return errors.Join(s.run("disconnect", r.Name), s.run(s.connectArgs(r.Target.NQN)...))
 		},
+		"killed while it recovers": func(s *site, r state.Record) error {
+			cut := make(chan error, 1)
+			go func() { cut <- s.run("recover", r.Name) }()
+			for {
+				if now := s.record(r.Target.NQN); now.Alive && len(now.Controllers) > len(r.Controllers) {
+					s.kill(now)
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			if err := <-cut; err == nil {
+				return errors.New("recovered by a server that was killed")
+			}
+			return s.run("recover", r.Name)
+		},
 		"failed recover and connect": func(s *site, r state.Record) error {
 			if err := s.run("recover", r.Name, "--output-format=json", "--run-dir", s.dir+"/none"); err == nil {
 				return errors.New("recovered from a run directory that does not exist")
@@ -354,7 +369,9 @@ func TestClientsStayWithTheirDisk(t *testing.T) {
 		t.Error(err)
 	}
 	again("recover a", "disk a")
-	if err := errors.Join(s.run("disconnect", a), s.run("disconnect", b), s.run(s.connectArgs(b)...)); err != nil {
+	// The server may take a moment to see that its client has left.
+	eventually(t, "a is disconnected", func() bool { return s.run("disconnect", "-d", first.Name) == nil })
+	if err := errors.Join(s.run("disconnect", b), s.run(s.connectArgs(b)...)); err != nil {
 		t.Error(err)
 	}
 	again("disconnect a, connect b", "")
@@ -444,11 +461,17 @@ func TestRecordsStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	uuid := parseUUID(t, first.Devices[0].UUID)
-	if _, err := s.subs[a].AddNamespace(target.NamespaceConfig{NSID: 1, Store: disks[a], UUID: uuid}); err != nil {
-		t.Fatal(err)
-	}
+	late := make(chan error, 1)
+	go func() { // the port is there first
+		time.Sleep(time.Second)
+		_, err := s.subs[a].AddNamespace(target.NamespaceConfig{NSID: 1, Store: disks[a], UUID: uuid})
+		late <- err
+	}()
 	if _, stderr, code := s.program("recover", "--all"); code == exit.OK || !strings.Contains(stderr, filepath.Join(bad, "state.json")) || strings.Contains(stderr, first.Name+":") {
 		t.Errorf("recover, and a record cannot be read: exit code %d, %s", code, stderr)
+	}
+	if err := <-late; err != nil {
+		t.Fatal(err)
 	}
 	if got, err := s.client(s.record(a)).read(6); got != "disk a" || err != nil {
 		t.Errorf("%q, %v", got, err)

@@ -283,9 +283,9 @@ func clearUp(ctx context.Context, dir state.Dir, r state.Record, waiting server.
 		case <-time.After(clearRetry):
 		case <-ctx.Done():
 			if err != nil {
-				return fmt.Errorf("the server is gone, its devices and its record are still there: %w", err)
+				return fmt.Errorf("the server is gone, but its devices and its record are still there: %w", err)
 			}
-			return exit.Errorf(exit.Busy, "the server is gone, its devices are still there; --force ends them, recover serves them on")
+			return exit.Errorf(exit.Busy, "the server is gone, its devices are still there; --force removes them, recover takes them over")
 		}
 	}
 }

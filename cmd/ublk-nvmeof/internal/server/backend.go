@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"net/netip"
+	"time"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -22,7 +23,7 @@ type controller interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
 	Err() error
-	Outlive(ctx context.Context, cntlids ...uint16) error
+	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }

@@ -28,9 +28,9 @@ type Finding struct {
 }
 
 // Collect finds what dead servers left: ublk devices that this program added, and
-// records. With remove it removes what nobody can use any more. What another server
-// can serve on, and what somebody has open, it leaves alone; and so it does with what
-// it does not understand. The order is devices, then records.
+// records. With remove it removes what nobody can use any more. It keeps what another server
+// can take over, what somebody has open, and what it does not understand. The order is
+// devices, then records.
 func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error) {
 	found, err := actual.collect(ctx, dir)
 	if err != nil {
@@ -112,7 +112,7 @@ func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	case i.State == ublk.Dead:
 		f.Why, f.Remove = "its server is no more, and its block device is gone", true
 	case k >= 0:
-		f.Why = "waits for a server; recover serves it on, disconnect ends it"
+		f.Why = "waits for a server; recover takes it over, disconnect removes it"
 	default:
 		f.Why, f.Remove = "waits for a server, and none has it on record", true
 	}
@@ -133,11 +133,11 @@ func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool)
 	for _, d := range r.Devices {
 		switch d.Kind {
 		case state.NBDSocket:
-			f.Why = fmt.Sprintf("clients may wait for %s; recover serves it on, disconnect ends it", d.URI)
+			f.Why = fmt.Sprintf("clients may wait for %s; recover takes it over, disconnect gives it up", d.URI)
 			return f, true
 		case state.NBD:
 			if there, err := b.nbdConnected(d.ID, d.Cookie); there || err != nil {
-				f.Why = d.Path() + " is connected; disconnect ends it"
+				f.Why = d.Path() + " is connected; disconnect removes it"
 				return f, true
 			}
 		case state.Ublk:

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -25,7 +26,9 @@ func (s *server) reserve(ctx context.Context) error {
 	if err != nil {
 		return exit.Errorf(exit.Unreachable, "%v", err)
 	}
-	s.remote = s.reachable(found)
+	if s.remote, err = s.address(found); err != nil {
+		return err
+	}
 	if s.cfg.Succeeds != "" {
 		err = s.succeed()
 	} else {
@@ -40,6 +43,25 @@ func (s *server) reserve(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// address is the one of the target's addresses that is on record of a server, so that a
+// name with several of them means the same target each time, or the first that can be
+// reached.
+func (s *server) address(found []netip.AddrPort) (netip.AddrPort, error) {
+	if len(found) > 1 {
+		records, err := s.cfg.Dir.List()
+		if err != nil {
+			return netip.AddrPort{}, err
+		}
+		for _, r := range records {
+			t := r.Target
+			if r.Err == nil && t.NQN == s.opts.NQN && t.HostNQN == s.opts.HostNQN && slices.Contains(found, t.Address) {
+				return t.Address, nil
+			}
+		}
+	}
+	return s.reachable(found), nil
 }
 
 // target is what the server connects to, as it is on record.
@@ -149,6 +171,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 // never had one get theirs later, as if they were added now.
 func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 	known := s.record.state().Devices
+	found = s.awaitNamespaces(ctx, found)
 	devices, err := s.recoverDevices(ctx, found)
 	if err != nil {
 		return err
@@ -158,6 +181,7 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 			return err
 		}
 		s.waiting = nil
+		s.acceptClients()
 		for _, ns := range found {
 			if !slices.ContainsFunc(known, func(d state.Device) bool { return d.NSID == ns.nsid }) {
 				s.changed(ns, initiator.Added)

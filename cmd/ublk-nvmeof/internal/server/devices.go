@@ -32,7 +32,11 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 			return fmt.Errorf("namespace %d: %w", ns.nsid, err)
 		}
 	}
-	return s.record.update(func(r *state.State) { r.Phase = state.Live })
+	if err := s.record.update(func(r *state.State) { r.Phase = state.Live }); err != nil {
+		return err
+	}
+	s.acceptClients()
+	return nil
 }
 
 // startDevice makes the device of a namespace. later says that the loops have
@@ -201,7 +205,7 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 
 // errKept refuses what is a dead server's.
 func errKept(what string, r state.Record) error {
-	return fmt.Errorf("%w: %s is that of %s, which served %s and died; recover serves it on, disconnect %s ends it",
+	return fmt.Errorf("%w: %s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
 		ublk.ErrIDTaken, what, r.Name, r.Target.NQN, r.Name)
 }
 

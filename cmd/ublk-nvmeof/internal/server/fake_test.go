@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/block/null"
@@ -36,9 +37,10 @@ type world struct {
 	loadErr    error
 	ublkErr    error
 	nbdErr     error
-	nbdLeft    bool     // a device of a dead server is connected
-	rdmaErr    error    // of verbs
-	provider   []string // those that were tried
+	keepAlive  time.Duration // of controllers that were waited for
+	nbdLeft    bool          // a device of a dead server is connected
+	rdmaErr    error         // of verbs
+	provider   []string      // those that were tried
 	route      host.Route
 	routeErr   error
 	connectErr error
@@ -205,7 +207,6 @@ type disk struct {
 	nsid  uint32
 	block uint32 // 0: 512
 	dry   bool   // without a volatile cache
-	copy  int    // makes it another one
 }
 
 func (d disk) Geometry() block.Geometry {
@@ -259,8 +260,9 @@ func (c *fakeController) lose(err error) {
 	close(c.done)
 }
 
-func (c *fakeController) Outlive(_ context.Context, cntlids ...uint16) error {
+func (c *fakeController) Outlive(_ context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	c.world.note("outlive %v", cntlids)
+	c.world.keepAlive = keepAlive
 	return nil
 }
 

@@ -48,7 +48,7 @@ func (s *server) chooseFront() (frontEnd, error) {
 // inheritedFront is the front end of the devices that are taken over; none if there
 // are no devices.
 func (s *server) inheritedFront() (frontEnd, error) {
-	const inherited = "that of the devices that are served on"
+	const inherited = "that of the devices that are recovered"
 	var f frontEnd
 	for _, d := range s.waiting {
 		switch d.Kind {
@@ -62,12 +62,12 @@ func (s *server) inheritedFront() (frontEnd, error) {
 				return frontEnd{}, err
 			}
 			if there {
-				return frontEnd{}, exit.Errorf(exit.Other, "%s was left by a dead server and cannot be served on: the kernel would not send what was in flight again; disconnect ends it", d.Path())
+				return frontEnd{}, exit.Errorf(exit.Other, "%s was left by a dead server and cannot be recovered, because the kernel would not send what was in flight again; disconnect removes it", d.Path())
 			}
 		}
 	}
 	if f.name != "" && s.opts.Frontend != options.Auto && s.opts.Frontend != f.name {
-		return frontEnd{}, exit.Errorf(exit.Other, "--frontend %q: a dead server left %s, which %s serves on; recover does, disconnect ends it",
+		return frontEnd{}, exit.Errorf(exit.Other, "--frontend %q: a dead server left %s, which only %s can take over; recover does that, disconnect removes it",
 			s.opts.Frontend, s.waiting[0].Path(), f.name)
 	}
 	if f.name == options.Ublk {

@@ -42,6 +42,11 @@ func (s *server) changed(ns namespace, what initiator.Change) {
 	s.mu.Lock()
 	s.reported = append(s.reported, change{ns, what})
 	s.mu.Unlock()
+	s.tell()
+}
+
+// tell has follow look at what was reported.
+func (s *server) tell() {
 	select {
 	case s.news <- struct{}{}:
 	default:
@@ -169,7 +174,11 @@ func (s *server) offer(ctx context.Context, ns namespace) error {
 	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
 		return errHeld
 	}
-	return s.startDevice(ctx, ns, options.AutoDevice, true)
+	if err := s.startDevice(ctx, ns, options.AutoDevice, true); err != nil {
+		return err
+	}
+	s.acceptClients()
+	return nil
 }
 
 // resize gives a device the size of its namespace.

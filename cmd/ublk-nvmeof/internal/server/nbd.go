@@ -36,15 +36,16 @@ const (
 // nbdServer is the NBD server that all namespaces are exports of.
 type nbdServer struct {
 	*nbd.Server
-	address net.Addr // where it listens; nil: it serves the kernel's client only
-	secure  bool     // clients need TLS
-	queues  int
-	depth   int
-	maxIO   int
+	listener net.Listener // nil: it serves the kernel's client only
+	accepts  bool         // it takes clients from the listener
+	secure   bool         // clients need TLS
+	queues   int
+	depth    int
+	maxIO    int
 }
 
-// openNBD makes the NBD server, unless there is one. It listens where its record says
-// before a client can come.
+// openNBD makes the NBD server, unless there is one. The address where it listens is on
+// record. Clients that connect wait until acceptClients is called.
 func (s *server) openNBD() error {
 	if s.nbd != nil {
 		return nil
@@ -63,7 +64,7 @@ func (s *server) openNBD() error {
 	}
 	n := &nbdServer{Server: srv, secure: secure != nil, queues: len(s.loops), depth: depth, maxIO: s.opts.MaxIO}
 	if s.front.name == options.NBDSocket {
-		if err := s.acceptClients(n); err != nil {
+		if err := s.listenNBD(n); err != nil {
 			undo, cancel := context.WithTimeout(context.Background(), undoTime)
 			defer cancel()
 			return errors.Join(fmt.Errorf("listen for NBD clients: %w", err), srv.Stop(undo, true))
@@ -73,27 +74,37 @@ func (s *server) openNBD() error {
 	return nil
 }
 
-// acceptClients lets clients connect to a socket.
-func (s *server) acceptClients(n *nbdServer) error {
-	l, err := s.listenNBD()
+// listenNBD opens the socket of the NBD server and puts its address on record.
+func (s *server) listenNBD(n *nbdServer) error {
+	l, err := s.bindNBD()
 	if err != nil {
 		return err
 	}
-	n.address = l.Addr()
 	if err := s.record.update(func(r *state.State) { r.Listen = l.Addr().String() }); err != nil {
 		return errors.Join(err, l.Close())
 	}
-	go func() {
-		if err := n.Serve(l); err != nil && !errors.Is(err, nbd.ErrStopped) {
-			s.log.Error("NBD clients are not accepted any more", "error", err)
-		}
-	}()
+	n.listener = l
 	return nil
 }
 
-// listenNBD listens where NBD clients look for this server, and only where none
-// looks for another one that has died.
-func (s *server) listenNBD() (net.Listener, error) {
+// acceptClients lets the NBD server take clients, if it has a socket and does not do so
+// yet. Everything that they may use is on record and has an export by then.
+func (s *server) acceptClients() {
+	n := s.nbd
+	if n == nil || n.listener == nil || n.accepts {
+		return
+	}
+	n.accepts = true
+	go func() {
+		if err := n.Serve(n.listener); err != nil && !errors.Is(err, nbd.ErrStopped) {
+			s.log.Error("NBD clients are not accepted any more", "error", err)
+		}
+	}()
+}
+
+// bindNBD listens where NBD clients look for this server, and only where none looks for
+// another one that has died.
+func (s *server) bindNBD() (net.Listener, error) {
 	address, err := s.nbdAddress()
 	if err != nil {
 		return nil, err
@@ -187,7 +198,7 @@ func (s *server) checkKept(address string) error {
 
 // sameAddress says whether a client of one address could reach a server at the other.
 func sameAddress(a, b string) bool {
-	if a == b {
+	if a == b || strings.HasPrefix(a, "/") && strings.HasPrefix(b, "/") && realPath(a) == realPath(b) {
 		return true
 	}
 	x, xerr := netip.ParseAddrPort(a)
@@ -196,6 +207,16 @@ func sameAddress(a, b string) bool {
 		return false
 	}
 	return x.Addr().Unmap() == y.Addr().Unmap() || x.Addr().IsUnspecified() || y.Addr().IsUnspecified()
+}
+
+// realPath is the path of a socket without symbolic links in its directory, as far as
+// they can be followed.
+func realPath(path string) string {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(dir, filepath.Base(path))
 }
 
 // removeDeadSocket removes a socket that nobody listens on.
@@ -221,8 +242,8 @@ func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 		description: fmt.Sprintf("namespace %d of %s", ns.nsid, nqn),
 		queueInfo:   queueInfo{Queues: n.queues, Depth: n.depth, MaxIO: min(n.maxIO, int(ns.device.Geometry().MaxIO))},
 	}
-	if n.address != nil {
-		x.record = state.Device{Kind: state.NBDSocket, URI: exportURI(n.address, x.name, n.secure)}
+	if n.listener != nil {
+		x.record = state.Device{Kind: state.NBDSocket, URI: exportURI(n.listener.Addr(), x.name, n.secure)}
 	}
 	return x
 }
@@ -259,7 +280,11 @@ func (s *server) endNBD(p pace) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), p.abort)
 	defer cancel()
-	return s.nbd.Stop(ctx, true)
+	err := s.nbd.Stop(ctx, true)
+	if s.nbd.listener != nil && !s.nbd.accepts {
+		err = errors.Join(err, s.nbd.listener.Close())
+	}
+	return err
 }
 
 // export is a namespace that is served by NBD, with the kernel's device or without.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"sync"
+	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -26,30 +27,40 @@ type record struct {
 	// before are the controllers of earlier servers that the target may still
 	// have; used are this server's, the oldest first.
 	before, used []uint16
+	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
+	// used, in seconds.
+	keepAliveBefore, keepAlive int
 	// finished says that the target has ended all commands of this server.
 	finished bool
 }
 
-func newRecord(e *state.Entry) *record {
-	return &record{entry: e, own: true, inherited: e.Inherited, before: e.Controllers}
+func newRecord(e *state.Entry, keepAlive time.Duration) *record {
+	return &record{
+		entry: e, own: true, inherited: e.Inherited, before: e.Controllers,
+		keepAliveBefore: e.KeepAlive, keepAlive: int(keepAlive / time.Second),
+	}
 }
 
 // copyOf is the record of a server that runs, for the server that will replace it.
-func copyOf(r state.Record) *record {
-	return &record{entry: &state.Entry{Record: r}, before: r.Controllers}
+func copyOf(r state.Record, keepAlive time.Duration) *record {
+	return &record{
+		entry: &state.Entry{Record: r}, before: r.Controllers,
+		keepAliveBefore: r.KeepAlive, keepAlive: int(keepAlive / time.Second),
+	}
 }
 
 // become makes the record that of a predecessor that has ended.
 func (r *record) become(e *state.Entry) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.entry, r.own, r.inherited, r.before = e, true, true, e.Controllers
+	r.entry, r.own, r.inherited, r.before, r.keepAliveBefore = e, true, true, e.Controllers, e.KeepAlive
 	return r.save()
 }
 
 // save writes the entry, if it is this server's. The caller holds mu.
 func (r *record) save() error {
 	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	r.entry.KeepAlive = max(r.keepAliveBefore, r.keepAlive)
 	if !r.own {
 		return nil
 	}
@@ -74,18 +85,19 @@ func (r *record) associated(cntlid uint16) error {
 	return r.save()
 }
 
-// earlier are the controllers of earlier servers that the target may still have.
-func (r *record) earlier() []uint16 {
+// earlier are the controllers of earlier servers that the target may still have, and
+// their longest keep alive timeout.
+func (r *record) earlier() (ids []uint16, keepAlive time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Clone(r.before)
+	return slices.Clone(r.before), time.Duration(r.keepAliveBefore) * time.Second
 }
 
 // outlived notes that the target has ended the controllers of earlier servers.
 func (r *record) outlived() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.before = nil
+	r.before, r.keepAliveBefore = nil, 0
 	return r.save()
 }
 
@@ -94,6 +106,18 @@ func (r *record) finish(finished bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.finished = finished
+}
+
+// left notes that this server has left the target, if it has, on a record that stays for
+// the next one.
+func (r *record) left() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.finished {
+		return nil
+	}
+	r.used = nil
+	return r.save()
 }
 
 // takenOver notes that everything on an inherited record is served, by a server

@@ -62,6 +62,8 @@ type server struct {
 	// waiting are the devices of another server that this one takes over. Until
 	// all of them are served, nothing is ended: they wait on, for the next.
 	waiting []state.Device
+	// recovering says that one of them was begun to be taken over.
+	recovering bool
 
 	cancel  context.CancelCauseFunc // ends start
 	changes chan struct{}           // holds a token while nobody starts, ends or changes devices
@@ -115,8 +117,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	}
 	err := s.start(starting)
 	if err != nil && len(s.waiting) > 0 {
-		// The end of the process gives back what was taken over already.
-		return exit.From(errors.Join(err, s.sock.close()))
+		return exit.From(errors.Join(err, s.leaveWaiting(context.WithoutCancel(ctx)), s.sock.close()))
 	}
 	s.changes <- struct{}{}
 	if err == nil {

@@ -1,11 +1,13 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -43,7 +45,7 @@ func (s *server) take(ctx context.Context) error {
 	for _, unread := range e.Unreadable {
 		s.log.Warn("a server's record cannot be read; what it left is not known", "error", unread)
 	}
-	s.record = newRecord(e)
+	s.record = newRecord(e, s.keepAlive())
 	s.warnOfOtherHosts()
 	if e.Inherited {
 		s.waiting = e.Devices
@@ -76,7 +78,7 @@ func (s *server) succeed() error {
 	case err != nil:
 		return err
 	}
-	s.record, s.waiting = copyOf(r), r.Devices
+	s.record, s.waiting = copyOf(r, s.keepAlive()), r.Devices
 	return nil
 }
 
@@ -110,17 +112,69 @@ func (s *server) relieve(ctx context.Context) error {
 	return s.listen()
 }
 
+// keepAlive is the keep alive timeout of this server's controllers.
+func (s *server) keepAlive() time.Duration {
+	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
+}
+
 // outlive waits for the end of what earlier servers have at the target.
 func (s *server) outlive(ctx context.Context) error {
-	ids := s.record.earlier()
+	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
 		return nil
 	}
 	s.log.Info("waits until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
-	if err := s.ctrl.Outlive(ctx, ids...); err != nil {
+	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
 		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
 	}
 	return s.record.outlived()
+}
+
+// namespaceWait is how long namespaces may be missing that a device waits for: a target
+// that restarts may open its port before its namespaces are there. Tests wait for less.
+var namespaceWait = 10 * time.Second
+
+// awaitNamespaces waits until the namespaces of all devices that are taken over have been
+// found, and returns what was found.
+func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []namespace {
+	ctx, cancel := context.WithTimeout(ctx, namespaceWait)
+	defer cancel()
+	defer s.tell() // follow has to see what was reported meanwhile
+	for said := false; ; said = true {
+		found = s.withAdded(found)
+		missing := slices.IndexFunc(s.waiting, func(d state.Device) bool {
+			return !slices.ContainsFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
+		})
+		if missing < 0 {
+			return found
+		}
+		if !said {
+			s.log.Info("waits for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
+		}
+		select {
+		case <-s.news:
+		case <-ctx.Done():
+			return found
+		}
+	}
+}
+
+// withAdded is found with the namespaces that were added since.
+func (s *server) withAdded(found []namespace) []namespace {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.reported {
+		isIt := func(n namespace) bool { return n.device == c.device }
+		switch c.what {
+		case initiator.Added:
+			if !slices.ContainsFunc(found, isIt) {
+				found = append(found, c.namespace)
+			}
+		case initiator.Removed:
+			found = slices.DeleteFunc(found, isIt)
+		}
+	}
+	return found
 }
 
 // heirloom is a device of another server, and the namespace that is to serve it.
@@ -161,6 +215,7 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 		all = append(all, heirloom{w, ns})
 	}
 	var devices []state.Device
+	s.recovering = len(all) > 0
 	for i, h := range all {
 		d, err := s.recoverDevice(ctx, h, i > 0)
 		if err != nil {
@@ -175,6 +230,21 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	return devices, nil
 }
 
+// leaveWaiting ends a server that could not take everything over. A device that it has
+// begun to take over is given back by the end of the process only. If there is none, no I/O
+// has been sent, and the server leaves the target in order, so that the next server need
+// not wait for the end of its controller.
+func (s *server) leaveWaiting(ctx context.Context) error {
+	if s.recovering {
+		return nil
+	}
+	if err := s.endBelow(ctx, orderly); err != nil {
+		s.log.Warn("ended with something left", "error", err)
+		return nil
+	}
+	return s.record.left()
+}
+
 // heirOf is the namespace that a device was made for, as it is now.
 func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
@@ -183,7 +253,7 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	}
 	ns := found[i]
 	if err := sameNamespace(d, ns); err != nil {
-		return ns, fmt.Errorf("%s must not be served on: namespace %d %w; disconnect ends the device", d.Path(), d.NSID, err)
+		return ns, fmt.Errorf("%s cannot be recovered: namespace %d %w; disconnect removes the device", d.Path(), d.NSID, err)
 	}
 	if d.UUID == "" && d.NGUID == "" && d.EUI64 == "" {
 		s.log.Warn("namespace has no identifier; whether it is the one that the device was made for, only its sizes tell", "device", d.Path(), "nsid", d.NSID)

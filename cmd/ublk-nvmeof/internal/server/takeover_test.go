@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -32,7 +33,7 @@ func dead(t *testing.T, o *options.Connect, dir string, change func(*state.Entry
 		t.Fatal(err)
 	}
 	e.Process.Start++ // another process's
-	e.Phase, e.Controllers = state.Live, []uint16{3, 4}
+	e.Phase, e.Controllers, e.KeepAlive = state.Live, []uint16{3, 4}, 60
 	change(e)
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
@@ -59,8 +60,8 @@ func deadUblk(t *testing.T, w *world, o *options.Connect, dir string) state.Reco
 	})
 }
 
-// A socket is served on where its clients look for it, once the dead server's
-// controllers have ended.
+// A socket is recovered where its clients look for it, once the controllers of the dead
+// server have ended.
 func TestTakesOverSocket(t *testing.T) {
 	for name, more := range map[string][]uint32{"the same namespaces": {1}, "one more": {1, 2}} {
 		t.Run(name, func(t *testing.T) {
@@ -75,11 +76,14 @@ func TestTakesOverSocket(t *testing.T) {
 			if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
 				t.Errorf("happened: %q", got)
 			}
+			if w.keepAlive != time.Minute {
+				t.Errorf("the dead server's keep alive timeout was %v", w.keepAlive)
+			}
 			for _, want := range more {
 				awaitDevice(t, r, want)
 			}
 			now, err := state.Dir(dir).Find(left.Name)
-			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
+			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || now.KeepAlive != 5 || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
 				t.Errorf("on record %+v, %v", now, err)
 			}
 			r.stop()
@@ -108,6 +112,31 @@ func awaitDevice(t *testing.T, r *running, nsid uint32) {
 	}
 }
 
+func init() { namespaceWait = 300 * time.Millisecond }
+
+// A namespace that comes after the target's port is waited for.
+func TestWaitsForNamespace(t *testing.T) {
+	namespaceWait = 20 * time.Second
+	t.Cleanup(func() { namespaceWait = 300 * time.Millisecond }) // after the server's end
+	w, o, dir := newWorld(), lab(), runDir(t)
+	deadUblk(t, w, o, dir)
+	w.nsids = nil
+	r := begin(t, w, o, dir)
+	for !slices.Contains(w.happened(), "outlive [3 4]") {
+		time.Sleep(time.Millisecond)
+	}
+	w.changed(w.namespace(7), initiator.Added)
+	w.changed(w.namespace(1), initiator.Added)
+	if s := r.waitReady(); len(s.Devices) != 1 || s.Devices[0].Device != "ublkb4" {
+		t.Errorf("%+v", s.Devices)
+	}
+	awaitDevice(t, r, 7)
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+}
+
 // A namespace that is not the one that a device was made for is not served to its
 // users, of whatever front end. Nothing is touched, and the record stays.
 func TestTakesOverNothingElse(t *testing.T) {
@@ -130,11 +159,11 @@ func TestTakesOverNothingElse(t *testing.T) {
 				if err := <-r.result; err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), left.Devices[0].Path()) {
 					t.Errorf("%v, want %q", err, tt.want)
 				}
-				if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]"}) {
+				if got := w.happened(); !slices.Equal(got, []string{"loop", "connect", "outlive [3 4]", "close controller"}) {
 					t.Errorf("happened: %q", got)
 				}
 				now, err := state.Dir(dir).Find(left.Name)
-				if err != nil || !slices.Equal(now.Devices, left.Devices) || !slices.Equal(now.Args, left.Args) || now.Listen != left.Listen {
+				if err != nil || len(now.Controllers) > 0 || !slices.Equal(now.Devices, left.Devices) || !slices.Equal(now.Args, left.Args) || now.Listen != left.Listen {
 					t.Errorf("on record %+v, %v, was %+v", now, err, left)
 				}
 				if _, err := net.Dial("unix", filepath.Join(dir, "of-old.sock")); err == nil {
@@ -298,7 +327,28 @@ func TestListensAt(t *testing.T) {
 	}
 }
 
+// A name with several addresses means the target that is on record.
+func TestAddressOnRecord(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	first, second := netip.MustParseAddrPort("127.0.0.9:4420"), netip.MustParseAddrPort("127.0.0.1:4420") // the one of lab
+	s := &server{cfg: Config{Dir: state.Dir(dir)}, opts: o, back: w.backend()}
+	if got, err := s.address([]netip.AddrPort{first, second}); got != first || err != nil {
+		t.Errorf("%v, %v, want the first", got, err)
+	}
+	dead(t, o, dir, func(*state.Entry) {})
+	if got, err := s.address([]netip.AddrPort{first, second}); got != second || err != nil {
+		t.Errorf("%v, %v, want the one on record", got, err)
+	}
+}
+
 func TestSameAddress(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Symlink(dir, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if !sameAddress(filepath.Join(dir, "s"), filepath.Join(dir, "link", "s")) {
+		t.Error("a link makes another address of it")
+	}
 	for _, tt := range []struct {
 		a, b string
 		same bool

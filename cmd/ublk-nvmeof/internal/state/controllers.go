@@ -10,6 +10,9 @@ import (
 	"slices"
 )
 
+// maxLeft bounds how many controllers are kept of one subsystem: the newest.
+const maxLeft = 1024
+
 // controllersFile has the controllers of servers whose record is gone.
 const controllersFile = ".controllers.json"
 
@@ -20,25 +23,29 @@ type leftBy struct {
 	NQN         string   `json:"nqn"`
 	HostNQN     string   `json:"hostnqn"`
 	Controllers []uint16 `json:"controllers"`
+	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // as State.KeepAlive
 }
 
 func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
 
-func (l left) of(t Target) []uint16 {
+// of is what was left of a subsystem.
+func (l left) of(t Target) leftBy {
 	i := slices.IndexFunc(l, func(b leftBy) bool { return b.isOf(t) })
 	if i < 0 {
-		return nil
+		return leftBy{NQN: t.NQN, HostNQN: t.HostNQN}
 	}
-	return l[i].Controllers
+	return l[i]
 }
 
 func (l left) without(t Target) left {
 	return slices.DeleteFunc(slices.Clone(l), func(b leftBy) bool { return b.isOf(t) })
 }
 
-func (l left) with(t Target, ids []uint16) left {
-	all := Distinct(append(slices.Clone(l.of(t)), ids...))
-	return append(l.without(t), leftBy{t.NQN, t.HostNQN, all})
+func (l left) with(t Target, ids []uint16, keepAlive int) left {
+	b := l.of(t)
+	all := Distinct(append(slices.Clone(b.Controllers), ids...))
+	b.Controllers, b.KeepAlive = all[max(0, len(all)-maxLeft):], max(b.KeepAlive, keepAlive)
+	return append(l.without(t), b)
 }
 
 type controllersState struct {

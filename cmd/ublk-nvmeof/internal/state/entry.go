@@ -157,10 +157,13 @@ func (e *Entry) inheritControllers(records []Record) error {
 	for _, r := range records {
 		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
 			ids = append(ids, r.Controllers...)
+			e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
 		}
 	}
-	ids = append(ids, left.of(e.Target)...)
+	gone := left.of(e.Target)
+	ids = append(ids, gone.Controllers...)
 	e.Controllers = Distinct(append(ids, e.Controllers...))
+	e.KeepAlive = max(e.KeepAlive, gone.KeepAlive)
 	if err := e.Save(); err != nil {
 		return err
 	}
@@ -228,7 +231,7 @@ func (d Dir) remove(r Record, unfinished []uint16) error {
 		if err != nil {
 			return err
 		}
-		if err := d.saveLeft(left.with(r.Target, unfinished)); err != nil {
+		if err := d.saveLeft(left.with(r.Target, unfinished, r.KeepAlive)); err != nil {
 			return err
 		}
 	}

@@ -22,7 +22,7 @@
 // a client may still know the device by them.
 //
 // A record ends when its server ends in order, when a dead server is disconnected,
-// when gc finds that nothing of it can be served on, or when a successor has taken
+// when gc finds that nothing of it can be recovered, or when a successor has taken
 // everything over and has replaced it by its own. Nothing else removes it.
 package state
 
@@ -161,6 +161,9 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
+	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
+	// bounds when the target notices that their server is gone. 0: unknown.
+	KeepAlive int `json:"keep_alive_tmo,omitempty"`
 }
 
 // check names the first field that makes no sense.
@@ -170,6 +173,9 @@ func (s *State) check() error {
 	}
 	if s.Target.NQN == "" {
 		return errors.New("target: nqn is empty")
+	}
+	if s.KeepAlive < 0 {
+		return fmt.Errorf("keep_alive_tmo %d is negative", s.KeepAlive)
 	}
 	for i, d := range s.Devices {
 		if err := d.check(); err != nil {

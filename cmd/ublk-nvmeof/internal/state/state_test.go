@@ -189,6 +189,7 @@ func TestControllersAreKept(t *testing.T) {
 		t.Helper()
 		e := reserve(t, d, lab)
 		e.Controllers = Distinct(append(e.Controllers, ids...))
+		e.KeepAlive = max(e.KeepAlive, 7*len(ids))
 		die(t, e)
 		return e
 	}
@@ -240,6 +241,9 @@ func TestControllersAreKept(t *testing.T) {
 			saved, err := d.Find(e.Name)
 			if err != nil || !slices.Equal(saved.Controllers, tt.want) {
 				t.Errorf("on record %v, %v", saved.Controllers, err)
+			}
+			if slices.Contains(tt.want, 4) != (saved.KeepAlive == 14) {
+				t.Errorf("keep alive timeout %d on record", saved.KeepAlive)
 			}
 		})
 	}
