@@ -18,6 +18,7 @@ type fio struct {
 	socket, output string
 	cmd            *exec.Cmd
 	done           chan error
+	begun          time.Time
 	runs           int
 	requests       int
 	longest        time.Duration
@@ -40,6 +41,7 @@ func (f *fio) resume() {
 	if err := f.cmd.Start(); err != nil {
 		fatalf("fio: %v", err)
 	}
+	f.begun = time.Now()
 	f.done = make(chan error, 1)
 	go func(c *exec.Cmd, done chan error) { done <- c.Wait() }(f.cmd, f.done)
 	f.runs++
@@ -60,6 +62,7 @@ func (f *fio) pause() {
 	if f.cmd == nil {
 		return
 	}
+	time.Sleep(time.Until(f.begun.Add(2 * time.Second))) // before, it might end without a word
 	f.check()
 	if err := f.cmd.Process.Signal(syscall.SIGINT); err != nil {
 		fatalf("end fio: %v", err)
