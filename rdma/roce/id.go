@@ -250,8 +250,8 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answe
 	}
 }
 
-// established waits until the peer has shown that it got the REP. That is sent again only when
-// the REQ comes again, and the endpoint bounds the time (halfOpenTime).
+// established waits until the peer has proven that it got the REP. The REP is repeated only
+// when the REQ is, and the endpoint bounds the time (halfOpenTime).
 func (id *connID) established(ctx context.Context) error {
 	for {
 		select {

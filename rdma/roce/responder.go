@@ -105,8 +105,8 @@ func (r *readJobs) drop(from, to uint64) {
 	r.n = kept
 }
 
-// readHistory are the READ requests that were taken last, as many as a peer may have
-// outstanding. It asks again for none before these.
+// readHistory holds the READ requests that were taken last, as many as a peer may have
+// outstanding. A peer repeats no older one.
 type readHistory struct {
 	taken [maxReadAtomic]takenRead
 	next  int
@@ -365,9 +365,9 @@ func (q *queuePair) takeRead(r wire.RETH, payload int) {
 	q.msn++
 }
 
-// readAgain takes a READ request, or the rest of one, that was seen before. Anything else
-// that claims to be one is dropped, and so is one whose key has gone since: an error would
-// let whoever guesses one of half of all sequence numbers end the connection.
+// readAgain takes a READ request, or the rest of one, that was seen before. Any other request
+// with an old sequence number is dropped, and so is one whose key has gone since. An error would
+// end the connection for anybody who guesses one of half of all sequence numbers.
 func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
 	if !q.recent.has(psn, &r, q.mtu) || !q.readable(&r) {
 		q.provider.counters.staleReads.Add(1)
