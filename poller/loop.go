@@ -181,7 +181,7 @@ type awake struct{}
 
 func (awake) Event(int) {}
 
-// finish ends the loop on its thread: whoever waits for it is let go when
+// finish ends the loop on its thread. Goroutines that wait for it are let go when
 // nothing of it is left.
 func (l *Loop) finish(err error) {
 	if err != nil {

@@ -328,21 +328,23 @@ type CQ interface {
 	Close() error
 }
 
-// Receiver is a CQ of a provider that is part of this process, for who polls it
-// and would rather take its packets himself than be woken by the provider when
-// it has done so.
+// Receiver is a CQ of a provider that handles packets in this process. The goroutine
+// that polls it can take the packets too, instead of being woken by the provider after
+// the provider took them.
 type Receiver interface {
 	CQ
-	// PacketFD is readable, and not to be read, when there are packets for the
-	// CQ's QP. It is -1 if several QPs share the packets, which the provider
-	// then takes.
+	// PacketFD is readable when there are packets for the CQ's QP; the caller waits
+	// for that and does not read. It is -1 if several QPs share the packets, which the
+	// provider takes then, and after Close. Until Close it stays the caller's to wait
+	// for, even if the QP or the provider is closed.
 	PacketFD() int
-	// Receive takes the packets that are there. What they complete makes no
-	// event, so Poll comes next. On the goroutine of Poll, as if it were one.
+	// Receive takes packets that are there, a bounded number; the provider takes the
+	// others. Work requests that they complete make no event, so call Poll next. It
+	// counts as a Poll for the rule of one goroutine at a time.
 	Receive()
-	// Receiving says whether the caller calls Receive when PacketFD is readable.
-	// Until it does, and whenever it has not for a second, the provider does.
-	// Any goroutine.
+	// Receiving tells the provider whether the caller will call Receive when PacketFD
+	// is readable. Without that, and when no call has come for a second, the provider
+	// takes the packets. Any goroutine.
 	Receiving(on bool)
 }
 

@@ -24,7 +24,7 @@
 //  1. The kernel reads and writes memory that an SQE names until the command's
 //     last CQE. Only memory outside the Go heap and stack may be named (mmap),
 //     or heap memory held by a runtime.Pinner. A Message's own memory is on the
-//     heap, whose objects stay where they are: who uses it keeps it reachable.
+//     heap, whose objects stay where they are: the caller keeps it reachable.
 //  2. An SQE is valid until the next Submit or Wait, a CQE until Seen. Both
 //     point into memory that Close unmaps.
 //  3. A ring keeps the files of its pending commands open as long as its file

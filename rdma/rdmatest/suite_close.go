@@ -15,9 +15,9 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// The suite closes the objects of a connection in every order. A step that comes too early may
-// be an error (EBUSY); whatever was closed can still be called, without a panic and without a
-// write to a descriptor that is somebody else's by now.
+// The suite closes the objects of a connection in every order. Closing too early may be an error
+// (EBUSY). What was closed can still be called: no call panics, reads or writes a descriptor
+// that was closed, or closes it once more.
 
 // piece is an object of a connection.
 type piece struct {
@@ -104,7 +104,7 @@ func closeInOrder(t *testing.T, s Setup, order []int, active bool) {
 		gone = gone || pieces[i].name == "memory region" && err == nil
 		strangers.add(t)
 		one.useAll(dev, provider, l.Addr(), gone)
-		// The other side, whoever it may have to do with.
+		// The other side may share the provider.
 		other := a
 		if active {
 			other = p

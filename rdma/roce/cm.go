@@ -139,7 +139,7 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		return // the sender repeats it
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
-		// The peer has forgotten that connection, or somebody pretends it.
+		// The peer has forgotten that connection, or the request is forged.
 		switch {
 		case old.state == idEstablished:
 			old.qp.probe()

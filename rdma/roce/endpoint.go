@@ -26,7 +26,7 @@ type endpoint struct {
 	dedicated bool                        // for one queue pair and what belongs to it
 	manager   *endpoint                   // has the state of the connections: itself, or another
 	group     atomic.Pointer[[]*endpoint] // of the manager: those that share the UDP port
-	driven    atomic.Bool                 // somebody else takes the packets
+	driven    atomic.Bool                 // the caller of Receive takes the packets
 
 	recvMu sync.Mutex   // the outermost lock; guards what follows, and receiving
 	dirty  []*queuePair // to settle after the batch
@@ -144,8 +144,8 @@ func (p *endpoint) run() {
 	}
 }
 
-// runShared is run for an endpoint whose packets nobody else takes. The runtime's
-// poller wakes it with less ado than a thread of its own.
+// runShared is run for an endpoint that several queue pairs share, so that only it takes
+// the packets. The runtime's poller wakes it at less cost than a thread of its own.
 func (p *endpoint) runShared() {
 	raw, err := p.file.SyscallConn()
 	if err == nil {
@@ -277,7 +277,7 @@ func (p *endpoint) receiveBatchLocked() (more bool, err error) {
 	return n == recvMessages || len(kept) > 0, err
 }
 
-// collect begins and ends the time in which events wait, so that who is woken
+// collect begins and ends the time in which events wait, so that the goroutine that is woken
 // finds all completions of the batch. Afterwards events is the caller's.
 func (p *endpoint) collect(on bool) {
 	p.eventsMu.Lock()

@@ -156,8 +156,8 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	}
 	data := p.member(recv.vector)
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
-		// Packets of one queue pair alone can be taken by who serves it. The
-		// peer answers to where our messages come from, from now on.
+		// The thread that serves a queue pair can take its packets if the socket
+		// has no others. The peer sends to where our messages come from, from now on.
 		if own, err := p.provider.openDedicated(id.path.local.Addr(), p); err == nil {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}

@@ -11,8 +11,8 @@ import (
 const (
 	// notReadyCode is the timer of the RNR NAKs that we send: 640 µs.
 	notReadyCode = 12
-	// settlePackets bounds the READ responses of one turn, so that a peer who
-	// reads much does not starve the others.
+	// settlePackets bounds the READ responses that are sent at a time, so that a peer
+	// that reads much does not starve the others.
 	settlePackets = 256
 	maxMessage    = 1 << 30
 )
@@ -454,7 +454,7 @@ func (q *queuePair) sendAck(s wire.Syndrome, psn uint64) {
 	q.out.add(wire.BTHLen+wire.AETHLen, nil, nil)
 }
 
-// sendResponses answers READs; false if some are left for the next turn.
+// sendResponses answers READs; false if some are left for the next call.
 func (q *queuePair) sendResponses() bool {
 	q.pd.mu.RLock()
 	defer q.pd.mu.RUnlock()
