@@ -28,7 +28,7 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	return region{a}, nil
 }
 func (a *adapter) Close() error                        { a.closed++; return a.busy }
-func (a *adapter) MoveMR(rdma.MR) error                { return nil }
+func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
 func (a *adapter) Num() uint32                         { return 1 }
 func (a *adapter) PostSend([]rdma.SendWR) (int, error) { return 0, nil }
 func (a *adapter) Fail() error                         { return nil }

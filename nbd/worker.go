@@ -55,11 +55,11 @@ func (w *worker) Poll() int {
 func (w *worker) Arm() poller.Readiness {
 	for _, q := range w.queues {
 		if len(q.reqs) > 0 {
-			return poller.Again
+			return poller.Busy
 		}
 	}
 	if len(w.due) > 0 {
-		return poller.Again
+		return poller.Busy
 	}
 	return poller.Sleep
 }

@@ -504,7 +504,7 @@ func (l *Loop) arm() Readiness {
 		case Spin:
 			all = Spin
 		default:
-			return Again
+			return Busy
 		}
 	}
 	return all

@@ -173,7 +173,7 @@ type Access uint8
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
 //
 // AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
-// region then has none until MoveMR. Without it, such a SEND ends the connection with a remote
+// region then has none until ReregisterMR. Without it, such a SEND ends the connection with a remote
 // access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
 // 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
 const (
@@ -188,11 +188,11 @@ type PD interface {
 	// AllocMR maps length bytes (rounded up to pages), populates and
 	// registers them.
 	AllocMR(length int, access Access) (MR, error)
-	// MoveMR registers a region of another domain of this provider here
+	// ReregisterMR registers a region of another domain of this provider here
 	// instead, perhaps on another device: the same memory at the same address
 	// with the same rights, and new keys. Nothing may use the region meanwhile.
 	// On an error it is where it was. A region may have been Released before.
-	MoveMR(mr MR) error
+	ReregisterMR(mr MR) error
 	Close() error
 }
 
@@ -202,7 +202,7 @@ type MR interface {
 	Addr() uint64  // address to name in an SGE or to the peer
 	LKey() uint32
 	RKey() uint32
-	// Release ends the registration and keeps the memory, until MoveMR
+	// Release ends the registration and keeps the memory, until ReregisterMR
 	// registers it again. Idempotent.
 	Release() error
 	Close() error

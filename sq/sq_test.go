@@ -36,7 +36,7 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return &a.memory, nil
 }
-func (a *adapter) MoveMR(rdma.MR) error                { return nil }
+func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
 func (a *adapter) Num() uint32                         { return 1 }
 func (a *adapter) PostRecv([]rdma.RecvWR) (int, error) { return 0, nil }
 func (a *adapter) Fail() error                         { return nil }
