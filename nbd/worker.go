@@ -78,11 +78,11 @@ func (w *worker) Poll() int {
 func (w *worker) Arm() poller.Readiness {
 	for _, s := range w.shards {
 		if len(s.reqs) > 0 {
-			return poller.Again
+			return poller.Busy
 		}
 	}
 	if len(w.due) > 0 {
-		return poller.Again
+		return poller.Busy
 	}
 	return poller.Sleep
 }
