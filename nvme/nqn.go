@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"unicode/utf8"
 )
@@ -93,7 +92,7 @@ func NewUUID() UUID {
 func NameUUID(space UUID, name string) UUID {
 	h := sha1.New()
 	h.Write(space[:]) // never fails
-	io.WriteString(h, name)
+	h.Write([]byte(name))
 	u := UUID(h.Sum(nil)[:16])
 	u[6] = u[6]&0x0F | 0x50
 	u[8] = u[8]&0x3F | 0x80

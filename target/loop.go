@@ -68,11 +68,22 @@ func (q *queuePair) run() error {
 	return q.killed()
 }
 
+// sitOutFreeze returns when the target is not frozen, and has had a moment to go on with
+// what waited meanwhile.
+func (q *queuePair) sitOutFreeze() {
+	ctx, faults := q.target.ctx, &q.target.faults
+	if !faults.Frozen() || !faults.awaitThaw(ctx) {
+		return
+	}
+	select {
+	case <-time.After(afterThaw):
+	case <-ctx.Done():
+	}
+}
+
 // expire ends the queue unless it is connected by now.
 func (q *queuePair) expire() {
-	if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
-		time.Sleep(afterThaw)
-	}
+	q.sitOutFreeze()
 	if !q.joined.Load() {
 		const why = "no Connect command came"
 		q.target.refused("connection: " + why)
@@ -86,9 +97,7 @@ func (q *queuePair) watch() {
 	for ev := range q.id.Events() {
 		switch ev.Type {
 		case rdma.EventDisconnected, rdma.EventDeviceRemoved, rdma.EventQPFatal:
-			if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
-				time.Sleep(afterThaw)
-			}
+			q.sitOutFreeze()
 			q.kill(ev.Type.String())
 		}
 	}
