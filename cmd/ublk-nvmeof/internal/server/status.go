@@ -33,7 +33,7 @@ func (s *server) Status() control.Status {
 		out.Packets = &control.Packets{
 			Sent: c.PacketsSent, Received: c.PacketsReceived, Retransmitted: c.Retransmits, Timeouts: c.Timeouts,
 			OutOfSequence: c.OutOfSequence, Duplicates: c.Duplicates, NAKsSent: c.NAKsSent, NAKsReceived: c.NAKsReceived,
-			RNRNAKs: c.RNRNAKs, BadICRC: c.BadICRC, Dropped: c.Malformed + c.UnknownQP + c.WrongAddress,
+			RNRNAKs: c.RNRNAKs, BadICRC: c.BadICRC, Dropped: c.Malformed + c.UnknownQP + c.WrongAddress + c.StaleReads + c.Unsolicited + c.StaleMessages,
 			Congestion: c.Marks + c.Notes,
 		}
 	}
