@@ -3,6 +3,7 @@ package initiator
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"runtime"
 	"sync"
@@ -40,28 +41,29 @@ type fakeTarget struct {
 	intercept    func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) // bool: answer with the status, do nothing else
 	tamper       func(qid uint16, c *nvme.Completion) bool               // false: do not answer
 
-	mu       sync.Mutex // guards what follows
-	commands map[nvme.Opcode]int
-	byQueue  map[uint16]int
-	cc       nvme.CC
-	uuid     nvme.UUID // of every namespace
-	blocks   uint64    // of every namespace, if not what the disk has
-	readOnly bool
-	mdts     uint8
-	oncs     uint16
-	vwc      uint8
-	nguid    [16]byte // of every namespace
-	crdt     uint16
-	anatt    uint8
-	looks    int  // first pages of the list of namespaces that were asked for
-	record   bool // keep the I/O commands other than reads
-	recorded []nvme.Command
-	events   []nvme.AsyncEvent // to be sent
-	shutdown bool
-	lastID   uint16
-	queues   map[uint16]int // connections of each controller
-	asked    map[uint16]int // I/O queues that were asked for, of each controller
-	immortal bool           // controllers never end
+	mu        sync.Mutex // guards what follows
+	commands  map[nvme.Opcode]int
+	byQueue   map[uint16]int
+	cc        nvme.CC
+	uuid      nvme.UUID // of every namespace
+	blocks    uint64    // of every namespace, if not what the disk has
+	readOnly  bool
+	mdts      uint8
+	oncs      uint16
+	vwc       uint8
+	nguid     [16]byte // of every namespace
+	crdt      uint16
+	anatt     uint8
+	looks     int  // first pages of the list of namespaces that were asked for
+	record    bool // keep the I/O commands other than reads
+	recorded  []nvme.Command
+	events    []nvme.AsyncEvent // to be sent
+	shutdown  bool
+	lastID    uint16
+	queues    map[uint16]int     // connections of each controller
+	asked     map[uint16]int     // I/O queues that were asked for, of each controller
+	connected map[[2]uint16]bool // queues that are connected, by controller and number
+	immortal  bool               // controllers never end
 }
 
 const fakeNQN = "nqn.2026-01.org.example:fake"
@@ -78,7 +80,7 @@ func newFakeTarget(t testing.TB, fabric *rdmatest.Fabric, size int) *fakeTarget 
 		inCapsule: 4096, maxEntries: 128, lbads: 9, namespaces: []uint32{1},
 		uuid: nvme.NewUUID(), commands: map[nvme.Opcode]int{}, byQueue: map[uint16]int{},
 		mdts: 8, oncs: nvme.ONCSDSM | nvme.ONCSWriteZeroes, vwc: nvme.VWCPresent,
-		queues: map[uint16]int{}, asked: map[uint16]int{},
+		queues: map[uint16]int{}, asked: map[uint16]int{}, connected: map[[2]uint16]bool{},
 	}
 	f.grant.Store(128)
 	var err error
@@ -194,8 +196,9 @@ func (c *fakeConn) receive(i uint64) error {
 
 func (c *fakeConn) close() {
 	c.f.mu.Lock()
-	if !c.f.immortal {
+	if !c.f.immortal && c.cntlid > 0 {
 		c.f.queues[c.cntlid]--
+		delete(c.f.connected, [2]uint16{c.cntlid, c.qid})
 	}
 	c.f.mu.Unlock()
 	c.qp.Fail()
@@ -298,6 +301,15 @@ func (c *fakeConn) event() error {
 	c.f.mu.Unlock()
 	c.done.Set(uint64(ev), c.head, c.listener, nvme.StatusSuccess)
 	return c.respond()
+}
+
+// end ends a controller that was immortal so far, and all after it.
+func (f *fakeTarget) end(cntlid uint16) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.immortal = false
+	f.queues[cntlid] = 0
+	maps.DeleteFunc(f.connected, func(q [2]uint16, _ bool) bool { return q[0] == cntlid })
 }
 
 // change changes something about the namespaces, and says so.
@@ -425,12 +437,16 @@ func (c *fakeConn) fabrics(cmd *nvme.Command, inline []byte) (uint64, nvme.Statu
 		if c.qid == 0 {
 			c.f.lastID++
 			c.cntlid = c.f.lastID
+		} else if id := data.CNTLID(); c.f.connected[[2]uint16{id, c.qid}] {
+			c.f.asked[id]++
+			return 0, nvme.StatusCommandSequence | nvme.StatusDNR, nil
 		} else if c.f.asked[data.CNTLID()]++; c.f.queues[data.CNTLID()] <= 0 {
 			return uint64(nvme.NewConnectInvalidParam(16, true)), nvme.StatusConnectInvalidParam | nvme.StatusDNR, nil
 		} else {
 			c.cntlid = data.CNTLID()
 		}
 		c.f.queues[c.cntlid]++
+		c.f.connected[[2]uint16{c.cntlid, c.qid}] = true
 		return uint64(nvme.NewConnectResult(c.cntlid, false)), nvme.StatusSuccess, nil
 	case nvme.FabricsPropertyGet:
 		offset, _, _ := cmd.Property()

@@ -3,9 +3,9 @@ package initiator
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
+	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
 
@@ -18,14 +18,21 @@ import (
 // connections does so at once; one that has not, when the keep alive timer
 // expires.
 //
-// Whether a controller is there still is asked by a Connect of an I/O queue to
-// it. "Invalid parameter: controller id" says that it is not.
+// Whether a controller is there still is asked by a Connect of an I/O queue to it.
+// "Invalid parameter: controller id" says that it is not. As long as the target says
+// that it is, nothing is sent: only the loss times bound that. An answer that says
+// neither, or none, is no permission. Then the time decides within which a target ends
+// such a controller, and of that only what the target demonstrably lived through.
 
-// The time between two such questions begins with fencePause and doubles: each
-// costs the target a connection.
+// The time between two questions begins with fencePause and doubles: each costs the
+// target a connection.
 const (
 	fencePause    = 10 * time.Millisecond
 	fencePauseMax = 500 * time.Millisecond
+	// fenceStep is how much of the time between two answers counts as time in which
+	// the target's timers ran. A target that stood still for longer does not get the
+	// rest counted.
+	fenceStep = time.Second
 )
 
 // patience is the time within which a target ends a controller whose host fell
@@ -44,7 +51,7 @@ func (c *Controller) patience(a *association, keepAlive time.Duration) time.Dura
 // sent to.
 func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0], a.born.Add(c.patience(a, c.cfg.KeepAlive))); err != nil {
+		if err := c.fence(ctx, a, c.unfenced[0], c.cfg.KeepAlive); err != nil {
 			return err
 		}
 		c.unfenced = c.unfenced[1:]
@@ -52,82 +59,153 @@ func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	return nil
 }
 
-// fence waits until controller cntlid is no more at the target of a, or until the time
-// until, when a target that keeps its time has ended it anyway. That is patience after the
-// target answered anew, or later: the timers of one that stood still did not run before. The
-// error is that a, or ctx, ended before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, until time.Time) error {
+// fencing is one wait for the end of an old controller.
+type fencing struct {
+	ctrl     *Controller
+	a        *association
+	cntlid   uint16
+	began    time.Time
+	answered time.Time     // when the target last answered anything
+	lived    time.Duration // what the target has lived through since it made the new controller
+	reported bool
+}
+
+// fence waits until controller cntlid, which had the given keep alive timeout, is no more
+// at the target of a. The error is that a, or ctx, ended before.
+func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, keepAlive time.Duration) error {
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
-	began, alive := time.Now(), time.Now()
-	pause := fencePause
-	for asked := 1; ; asked++ {
-		there, err := c.exists(ctx, a, cntlid)
+	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: a.born}
+	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
+		presence, err := c.ask(ctx, a, cntlid)
+		if err == nil {
+			f.alive()
+		}
 		switch {
-		case err == nil && !there:
-			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(began).Round(time.Millisecond))
+		case presence == ended:
+			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case time.Now().After(until):
-			c.cfg.Log.Warn("target still has the old controller, which it should have ended; I/O goes on", "controller", cntlid, "error", err)
+		case presence == unclear && f.lived >= c.patience(a, keepAlive):
+			c.cfg.Log.Warn("target does not say whether it has the old controller, which it must have ended by now; I/O continues",
+				"controller", cntlid, "error", err)
 			return nil
-		case asked == 1:
-			c.cfg.Log.Info("target still has the old controller; I/O waits for its end", "controller", cntlid,
-				"at_most", time.Until(until).Round(time.Second), "error", err)
 		}
-		if time.Since(alive) > c.cfg.KeepAlive/4 {
-			alive = time.Now()
-			if err := c.ping(ctx, a); err != nil {
-				return &StepError{"wait for the end of the old controller", err}
-			}
+		f.report(err)
+		wait := pause
+		if presence == joined && f.lived >= c.patience(a, keepAlive) {
+			// Questions may be what keeps the old controller alive.
+			wait = c.patience(a, keepAlive)
 		}
-		select {
-		case <-time.After(pause):
-			pause = min(2*pause, fencePauseMax)
-		case err := <-a.lost:
-			a.fail(err) // for who waits for it
+		if err := f.wait(ctx, wait); err != nil {
 			return &StepError{"wait for the end of the old controller", err}
-		case <-ctx.Done():
-			return &StepError{"wait for the end of the old controller", context.Cause(ctx)}
 		}
 	}
 }
 
-// exists asks whether the target has a controller.
-func (c *Controller) exists(ctx context.Context, a *association, cntlid uint16) (bool, error) {
+// alive notes that the target has answered.
+func (f *fencing) alive() {
+	now := time.Now()
+	f.lived += min(now.Sub(f.answered), fenceStep)
+	f.answered = now
+}
+
+// report logs the first wait.
+func (f *fencing) report(err error) {
+	if f.reported {
+		return
+	}
+	f.reported = true
+	f.ctrl.cfg.Log.Info("target has the old controller, or does not say; I/O waits for its end", "controller", f.cntlid, "error", err)
+}
+
+// wait keeps the new association alive for some time.
+func (f *fencing) wait(ctx context.Context, d time.Duration) error {
+	for end := time.Now().Add(d); ; {
+		left := time.Until(end)
+		select {
+		case <-time.After(min(left, f.ctrl.cfg.KeepAlive/4)):
+		case err := <-f.a.lost:
+			f.a.fail(err) // for the goroutine that serves the association
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if time.Since(f.answered) >= f.ctrl.cfg.KeepAlive/4 {
+			if err := f.ctrl.ping(ctx, f.a); err != nil {
+				return err
+			}
+			f.alive()
+		}
+		if time.Now().After(end) {
+			return nil
+		}
+	}
+}
+
+// answer to whether a target has a controller.
+type existence uint8
+
+const (
+	unclear existence = iota // no answer, or one that does not tell
+	ended                    // the target does not know the controller
+	present                  // the target has it
+	joined                   // the target has it, and made the connection its queue for a moment
+)
+
+// ask asks whether the target has a controller. It is no longer than the new
+// association can do without a sign of life.
+func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (existence, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
+	defer cancel()
 	q := queueParam{remote: a.remote, qid: 1, depth: MinQueueSize, cntlid: cntlid}
 	conn, err := c.dial(ctx, q)
 	if err != nil {
-		return false, err
+		return unclear, err
 	}
 	// Its own memory: the association may end while the target reads it.
 	mr, err := c.mem.domain().AllocMR(adminPage, rdma.AccessRemoteRead)
 	if err != nil {
-		return false, errors.Join(err, conn.close())
+		return unclear, errors.Join(err, conn.close())
 	}
 	err = c.establish(ctx, conn, q)
 	if err == nil {
 		_, err = c.connectCommand(ctx, conn, q, mr, 0)
 	}
-	err = errors.Join(conn.close(), mr.Close(), err)
-	var param ConnectParam
-	switch {
-	case errors.As(err, &param) && param.IsCNTLID():
-		return false, nil
-	case errors.As(err, new(ConnectStatus)):
-		return true, nil // it was found, and refuses: the queue is there, for one
-	case err != nil:
-		return false, fmt.Errorf("ask for controller %d: %w", cntlid, err)
+	if cerr := errors.Join(conn.close(), mr.Close()); cerr != nil {
+		c.cfg.Log.Warn("end the connection that asked for the old controller", "error", cerr)
 	}
-	return true, nil
+	presence := existenceOf(err)
+	if presence != unclear {
+		err = nil
+	}
+	return presence, err
+}
+
+// existenceOf reads the answer to a Connect of queue 1 to a controller. A target that
+// looks at the queue has found the controller: nvmet and this project's target say
+// that the queue exists (Command Sequence Error, DNR), SPDK that its id is wrong.
+func existenceOf(err error) existence {
+	var param ConnectParam
+	var refused ConnectStatus
+	switch {
+	case err == nil:
+		return joined
+	case errors.As(err, &param) && param.IsCNTLID():
+		return ended
+	case errors.As(err, &param) && !nvme.ConnectInvalidParam(param).InData():
+		return present
+	case errors.As(err, &refused) && nvme.Status(refused).Code() == nvme.StatusCommandSequence:
+		return present
+	}
+	return unclear
 }
 
 // Outlive waits until the target has ended controllers of an earlier process,
-// whose commands will be sent again by this one, or until it should have: by their keep
-// alive timeout, if that is longer than this controller's. To be called before the first
+// whose commands will be sent again by this one. keepAlive is the longest keep alive timeout
+// that they had, if that is longer than this controller's. To be called before the first
 // I/O.
 func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
-	began := time.Now() // the earlier process may have ended just now
 	for _, id := range cntlids {
 		for {
 			c.mu.Lock()
@@ -135,11 +213,7 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				since := began
-				if a.born.After(since) {
-					since = a.born
-				}
-				if err = c.fence(ctx, a, id, since.Add(c.patience(a, max(keepAlive, c.cfg.KeepAlive)))); err == nil {
+				if err = c.fence(ctx, a, id, max(keepAlive, c.cfg.KeepAlive)); err == nil && c.serves(a) {
 					break
 				}
 			}
@@ -154,4 +228,11 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 		}
 	}
 	return nil
+}
+
+// serves says whether a is the association in use.
+func (c *Controller) serves(a *association) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.assoc == a
 }

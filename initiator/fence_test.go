@@ -2,8 +2,12 @@ package initiator
 
 import (
 	"context"
+	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/nvme"
@@ -26,11 +30,24 @@ func TestPatience(t *testing.T) {
 	}
 }
 
+// vague has the target answer questions for controllers that have ended, or not, with a
+// status that does not tell which.
+func vague(f *fakeTarget, _ *Config) {
+	f.connect = func(p nvme.ConnectParams, data *nvme.ConnectData) nvme.Status {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if p.QID > 0 && data.CNTLID() != f.lastID {
+			return nvme.StatusInternal
+		}
+		return nvme.StatusSuccess
+	}
+}
+
 // TestFenceAfterFreeze: the time that a target has for ending the old controller counts
 // from when it answers anew, because its timers did not run while it stood still.
 func TestFenceAfterFreeze(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
-		f.immortal = true
+		vague(f, cfg)
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
 	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
@@ -43,14 +60,123 @@ func TestFenceAfterFreeze(t *testing.T) {
 		t.Errorf("write: %v", e)
 	}
 	if took := time.Since(thawed); took < patience {
-		t.Errorf("a write was sent %v after the thaw, while the target had the old controller", took)
+		t.Errorf("a write was sent %v after the thaw", took)
+	}
+}
+
+// TestFenceCountsAnswers: of the time between two answers only a step counts. The target
+// may have stood still for the rest.
+func TestFenceCountsAnswers(t *testing.T) {
+	f := &fencing{answered: time.Now().Add(-time.Hour)}
+	f.alive()
+	if f.lived != fenceStep {
+		t.Errorf("lived for %v after an answer that took an hour", f.lived)
+	}
+	f.alive()
+	if f.lived > fenceStep+time.Second/2 {
+		t.Errorf("lived for %v", f.lived)
+	}
+}
+
+// TestNoAnswerIsNoPermission: a target that does not answer the question for the old
+// controller, and nothing else either, is waited for.
+func TestNoAnswerIsNoPermission(t *testing.T) {
+	var frozen atomic.Bool
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		f.immortal = true
+		cfg.KeepAlive = 200 * time.Millisecond
+		f.intercept = func(uint16, *nvme.Command) (nvme.Status, bool) { return noAnswer, frozen.Load() }
+	})
+	old := s.ctrl.Info().CNTLID
+	s.fabric.KillAll(hostAddr)
+	waitFor(t, "a question", func() bool {
+		s.target.mu.Lock()
+		defer s.target.mu.Unlock()
+		return s.target.asked[old] > 1
+	})
+	frozen.Store(true)
+	q, err := s.ctrl.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	s.loops[0].Call(func() { q.Submit([]block.Request{{Op: block.OpWrite, Sectors: 8}}) })
+	time.Sleep(2500 * time.Millisecond) // longer than the patience
+	if state := s.ctrl.Info().State; state != StateConnecting {
+		t.Errorf("state %v", state)
+	}
+	s.target.end(old)
+	frozen.Store(false)
+	waitFor(t, "the write", func() bool {
+		n := 0
+		s.loops[0].Call(func() { n = q.Reap(make([]block.Result, 1)) })
+		return n == 1
+	})
+}
+
+// TestOldControllerStays: as long as the target says that it has the old controller,
+// nothing is sent. The loss times bound that.
+func TestOldControllerStays(t *testing.T) {
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		f.immortal = true
+		cfg.KeepAlive = 100 * time.Millisecond
+		cfg.FastIOFail = 3 * time.Second
+	})
+	s.fabric.KillAll(hostAddr)
+	began := time.Now()
+	if e := s.write(t, s.ctrl.Namespaces()[0]); e != unix.ENOLINK {
+		t.Errorf("write: %v", e)
+	}
+	if took := time.Since(began); took < 2*time.Second {
+		t.Errorf("failed after %v", took)
+	}
+	if n := s.target.commands[nvme.OpWrite]; n != 0 {
+		t.Errorf("%d writes arrived while the old controller was there", n)
+	}
+}
+
+// TestVagueTarget: a target that never says whether it has the old controller is not
+// waited for longer than it may take to end it.
+func TestVagueTarget(t *testing.T) {
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		vague(f, cfg)
+		cfg.KeepAlive = 100 * time.Millisecond
+	})
+	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
+	began := time.Now()
+	s.fabric.KillAll(hostAddr)
+	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if took := time.Since(began); took < patience || took > 4*patience {
+		t.Errorf("sent after %v, patience is %v", took, patience)
+	}
+}
+
+// TestExistence: what targets say of a controller.
+func TestExistence(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want existence
+	}{
+		{nil, joined},
+		{fmt.Errorf("x: %w (%w)", ConnectStatus(nvme.StatusConnectInvalidParam|nvme.StatusDNR), ConnectParam(nvme.NewConnectInvalidParam(16, true))), ended},
+		{fmt.Errorf("x: %w (%w)", ConnectStatus(nvme.StatusConnectInvalidParam|nvme.StatusDNR), ConnectParam(nvme.NewConnectInvalidParam(42, false))), present},
+		{fmt.Errorf("x: %w (%w)", ConnectStatus(nvme.StatusConnectInvalidParam|nvme.StatusDNR), ConnectParam(nvme.NewConnectInvalidParam(512, true))), unclear},
+		{ConnectStatus(nvme.StatusCommandSequence | nvme.StatusDNR), present},
+		{ConnectStatus(nvme.StatusConnectControllerBusy), unclear},
+		{context.DeadlineExceeded, unclear},
+	} {
+		if got := existenceOf(c.err); got != c.want {
+			t.Errorf("%v: %d, want %d", c.err, got, c.want)
+		}
 	}
 }
 
 // TestFenceIsKept: an association that is lost while it waits for the end of an old
 // controller leaves that to the next one.
 func TestFenceIsKept(t *testing.T) {
-	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.immortal = true })
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) { f.immortal, cfg.KeepAlive = true, 200*time.Millisecond })
 	old := s.ctrl.Info().CNTLID
 	asked := func() int {
 		s.target.mu.Lock()
@@ -71,11 +197,8 @@ func TestFenceIsKept(t *testing.T) {
 	if n := s.target.commands[nvme.OpWrite]; n != 0 {
 		t.Errorf("%d writes arrived while the old controller was there", n)
 	}
-	for id := range s.target.queues {
-		s.target.queues[id] = 0
-	}
-	s.target.immortal = false
 	s.target.mu.Unlock()
+	s.target.end(old)
 	waitFor(t, "the write", func() bool {
 		n := 0
 		s.loops[0].Call(func() { n = q.Reap(make([]block.Result, 1)) })
