@@ -7,8 +7,11 @@
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
 #	                VMFLAGS=--parallel with CPUs that are emulated at the same time
-#	make soak       the scenario soak with N=100 crashes, and half as many deaths of
-#	                a target with a volatile cache, on KERNELS
+#	make soak       the scenarios soak*, N=100 times what they do, half as many deaths of
+#	                a target with a volatile cache, and a target whose namespaces come 10 s
+#	                after its port, on KERNELS
+#	make soak-native  MINUTES=15 of whatever can go wrong, on this machine (root); no VM,
+#	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
 #	make frozen     a target whose machine stands still for 40 s: two VMs, on KERNELS
 #	make demo       all of it once, on this machine, without VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
@@ -22,6 +25,8 @@ RUN     ?= .
 BENCH   ?=
 VMFLAGS ?=
 N       ?= 100
+MINUTES ?= 15
+SOAKFLAGS ?=
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
@@ -42,7 +47,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak frozen demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -88,9 +93,13 @@ test-vm: build
 
 soak: build
 	for k in $(KERNELS); do \
-		UN_SOAK=$(N) UN_DURABILITY=$$((($(N) + 1) / 2)) go -C e2e test -v -count=1 -timeout=130m -run '^TestScenarios$$/^soak$$|^TestDurability$$' \
-			-exec "$(CURDIR)/build/vm $(VMFLAGS) --kernel $$k --timeout 125m --out $(CURDIR)/build/log/$$k" . ; \
+		UN_SOAK=$(N) UN_DURABILITY=$$((($(N) + 1) / 2)) UN_AWAY=10 go -C e2e test -v -count=1 -timeout=250m -run '^TestScenarios$$/^(soak.*|restart)$$|^TestDurability$$' \
+			-exec "$(CURDIR)/build/vm $(VMFLAGS) --kernel $$k --timeout 240m --out $(CURDIR)/build/log/$$k" . ; \
 	done
+
+soak-native: build
+	go -C e2e build -o ../build/soak ./soak
+	e2e/soak-native.sh -minutes $(MINUTES) $(SOAKFLAGS)
 
 frozen: build
 	for k in $(KERNELS); do e2e/frozen.sh $$k; done
@@ -111,4 +120,4 @@ lint:
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
 
 clean:
-	rm -rf build/ublk-nvmeof build/vm build/demo build/test build/log
+	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log

@@ -5,8 +5,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -30,7 +28,7 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	return region{a}, nil
 }
 func (a *adapter) Close() error                        { a.closed++; return a.busy }
-func (a *adapter) MoveMR(rdma.MR) error                { return nil }
+func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
 func (a *adapter) Num() uint32                         { return 1 }
 func (a *adapter) PostSend([]rdma.SendWR) (int, error) { return 0, nil }
 func (a *adapter) Fail() error                         { return nil }
@@ -179,8 +177,8 @@ func TestCloseOrder(t *testing.T) {
 	if err := q.Fill(); err != nil {
 		t.Fatal(err)
 	}
-	a.busy = unix.EBUSY
-	if err := q.Close(); !errors.Is(err, unix.EBUSY) || a.closed != 1 {
+	a.busy = errBusy
+	if err := q.Close(); !errors.Is(err, errBusy) || a.closed != 1 {
 		t.Errorf("close in use: %v, %d calls", err, a.closed)
 	}
 	a.respond(5)
@@ -201,3 +199,5 @@ func TestCloseOrder(t *testing.T) {
 		t.Errorf("fill: %v", err)
 	}
 }
+
+var errBusy = errors.New("in use")

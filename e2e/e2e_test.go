@@ -99,6 +99,7 @@ func TestScenarios(t *testing.T) {
 					env.Setenv("ROOT", root)
 					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
 					env.Setenv("UN_SOAK", os.Getenv("UN_SOAK"))
+					env.Setenv("UN_AWAY", os.Getenv("UN_AWAY"))
 					return nil
 				},
 			})

@@ -26,6 +26,8 @@
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
 #	                      the host's RDMA device, or the packets to it, from it or both
 #	                      ways (UDP port 4791)
+#	restart SECONDS       the target goes away and comes back with its port first: for so long
+#	                      it has no namespace
 #	far ADDR [MTU]        an RDMA device on eth1, the cable to another VM, with an address
 #	outside [MTU]         a network namespace "outside" without any RDMA device, with a
 #	                      cable to one outside of it: 10.0.4.1 and fd00:4::1 are in it,
@@ -363,6 +365,23 @@ lab_up() {
 	esac
 }
 
+# lab_restart SECONDS does what is seen of a target that restarts, and opens its port
+# before its namespaces are there. The port is closed long enough for hosts to notice.
+lab_restart() {
+	local link ns subsys=$lab_nvmet/subsystems/$LAB_NQN
+	link=$(lab_ports "$LAB_NQN" | head -n 1)/subsystems/$LAB_NQN
+	rm "$link" || return
+	for ns in "$subsys"/namespaces/*/; do
+		lab_set "$ns/enable" 0 || return
+	done
+	sleep 1
+	ln -s "$subsys" "$link" || return
+	sleep "$1"
+	for ns in "$subsys"/namespaces/*/; do
+		lab_set "$ns/enable" 1 || return
+	done
+}
+
 lab_target_down() {
 	local nqn=${1:-$LAB_NQN} subsys port ns path dir host
 	subsys=$lab_nvmet/subsystems/$nqn
@@ -421,7 +440,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | \
+	rxe | target | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
 		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"

@@ -66,7 +66,7 @@ type fencing struct {
 	cntlid   uint16
 	began    time.Time
 	answered time.Time     // when the target last answered anything
-	lived    time.Duration // what the target has lived through since it made the new controller
+	lived    time.Duration // what the target has lived through since the wait began
 	reported bool
 }
 
@@ -76,7 +76,8 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 	if cntlid == a.cntlid {
 		return nil // its id is ours now
 	}
-	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: a.born}
+	patience := c.patience(a, keepAlive)
+	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: time.Now()}
 	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
 		presence, err := c.ask(ctx, a, cntlid)
 		if err == nil {
@@ -86,16 +87,16 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case presence == unclear && f.lived >= c.patience(a, keepAlive):
+		case presence == unclear && f.lived >= patience:
 			c.cfg.Log.Warn("target does not say whether it has the old controller, which it must have ended by now; I/O continues",
 				"controller", cntlid, "error", err)
 			return nil
 		}
 		f.report(err)
 		wait := pause
-		if presence == joined && f.lived >= c.patience(a, keepAlive) {
+		if presence == joined && f.lived >= patience {
 			// Questions may be what keeps the old controller alive.
-			wait = c.patience(a, keepAlive)
+			wait = patience
 		}
 		if err := f.wait(ctx, wait); err != nil {
 			return &StepError{"wait for the end of the old controller", err}
@@ -201,10 +202,9 @@ func existenceOf(err error) existence {
 	return unclear
 }
 
-// Outlive waits until the target has ended controllers of an earlier process,
-// whose commands will be sent again by this one. keepAlive is the longest keep alive timeout
-// that they had, if that is longer than this controller's. To be called before the first
-// I/O.
+// Outlive waits until the target has ended controllers of an earlier process, which had
+// the given keep alive timeout, and whose commands will be sent again by this one. To be
+// called before the first I/O.
 func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	for _, id := range cntlids {
 		for {

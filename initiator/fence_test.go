@@ -153,6 +153,26 @@ func TestVagueTarget(t *testing.T) {
 	}
 }
 
+// TestOutliveLater: the time that the target has to end a controller of an earlier process
+// counts from when the wait for it begins, and by that process' keep alive timeout if that
+// is longer. The process may have ended long after this controller was made, as in an
+// upgrade.
+func TestOutliveLater(t *testing.T) {
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		vague(f, cfg)
+		cfg.KeepAlive = 100 * time.Millisecond
+	})
+	for _, keepAlive := range []time.Duration{0, 500 * time.Millisecond} {
+		began := time.Now()
+		if err := s.ctrl.Outlive(t.Context(), keepAlive, 777); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took < 2*keepAlive+time.Second {
+			t.Errorf("the target was given %v, with a keep alive timeout of %v", took, keepAlive)
+		}
+	}
+}
+
 // TestExistence: what targets say of a controller.
 func TestExistence(t *testing.T) {
 	for _, c := range []struct {

@@ -413,6 +413,8 @@ func TestSilentLoss(t *testing.T) {
 	<-lost
 	// The SEND is complete; nothing is outstanding whose retries could run out.
 	fabric.Cut(id)
+	old := ctl.Info().CNTLID
+	time.AfterFunc(2*cfg.KeepAlive, func() { target.end(old) }) // as its keep alive timer does
 	for _, err := range f.wait(time.Minute) {
 		t.Error(err)
 	}

@@ -60,14 +60,14 @@ func (l *lane) Arm() poller.Readiness {
 	answer := poller.Sleep
 	for _, p := range l.pairs {
 		switch p.arm() {
-		case poller.Again:
-			return poller.Again
+		case poller.Busy:
+			return poller.Busy
 		case poller.Spin:
 			answer = poller.Spin
 		}
 	}
 	if l.inbox.Load() != nil {
-		return poller.Again
+		return poller.Busy
 	}
 	return answer
 }

@@ -52,7 +52,7 @@ func (m *memory) gather() error {
 		if pd == m.pd {
 			continue
 		}
-		if err := m.pd.MoveMR(q.mr); err != nil {
+		if err := m.pd.ReregisterMR(q.mr); err != nil {
 			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), m.name, err)
 		}
 		q.rkey, q.lkey = q.mr.RKey(), q.mr.LKey()

@@ -316,7 +316,7 @@ func (p *queuePair) arm() poller.Readiness {
 	case p.lost:
 		return poller.Sleep
 	case p.sq.Pending() > 0:
-		return poller.Again
+		return poller.Busy
 	case p.sq.Held() > 0:
 		// The response was faster than the acknowledgement of its SEND, which
 		// is on its way.

@@ -19,20 +19,21 @@ type Export struct {
 	// Name is what clients ask for, at most 4096 bytes; the first export is also
 	// the one with the empty name.
 	Name string
-	// Description is for people.
+	// Description is free text for people, at most 4096 bytes.
 	Description string
 	// Device is the back end.
 	Device block.Device
-	// ReadOnly refuses changes, as a read-only Device does anyway.
+	// ReadOnly makes the export refuse changes. An export of a read-only device
+	// always does.
 	ReadOnly bool
 }
 
-// Config says what New serves, and how.
+// Config configures New.
 type Config struct {
-	// Exports are what clients can choose from, before Add and Remove.
+	// Exports are the first exports. Add and Remove change them later.
 	Exports []Export
-	// Loops serve the connections; loop i opens queue i of every export's device.
-	// They run until after Stop.
+	// Loops serve the connections. Loop i opens queue i of every export's device. The
+	// loops must run until Stop has returned.
 	Loops []*poller.Loop
 	// Depth is the number of buffers of an export on each loop, 16..4096; 0 is
 	// 128. A connection may use three quarters of them; see Fairness in the package
@@ -43,29 +44,33 @@ type Config struct {
 	// logical blocks. The back end allocates Loops × Depth × MaxIO for each export.
 	// Larger requests are served in pieces.
 	MaxIO int
-	// TLS lets clients ask for TLS; nil is without. RequireTLS serves nobody else.
+	// TLS lets clients ask for TLS; nil refuses that. With RequireTLS a client has to
+	// ask for TLS.
 	// ConnectionState.VerifiedChains of its client certificates is known to its own
 	// VerifyConnection only.
 	TLS        *tls.Config
 	RequireTLS bool
-	// HandshakeTimeout is for a client to choose an export; 0 is a minute.
+	// HandshakeTimeout is the time that a client has to choose an export; 0 is a
+	// minute.
 	HandshakeTimeout time.Duration
-	// StallTimeout is how long a client may take nothing of its replies, or send
-	// nothing of the data of a write, before it is disconnected: less than 64 KiB
-	// in that time, if as much is due. While another connection can do nothing for
-	// want of buffers, a quarter of that time is enough. At least 8 ms; 0 is 30
-	// seconds. The kernel's client of Start is never disconnected for that.
+	// StallTimeout bounds how long a client may stand still that has replies to read,
+	// or has announced the data of a write. If less than 64 KiB, and less than all,
+	// is transferred in that time, the client is disconnected. A quarter of the time
+	// is enough while another connection can do nothing because there is no free
+	// buffer. At least 8 ms; 0 is 30 seconds. The kernel's client (Start) is never
+	// disconnected for that.
 	StallTimeout time.Duration
-	// MaxConns is how many clients are served at the same time, and three quarters
-	// of that how many of one source: a certificate, or else an address or a local
-	// user. One more is refused. Each takes some 100 KiB. 0 is 1024.
+	// MaxConns is the largest number of clients in the transmission phase; 0 is 1024.
+	// Clients of one source get at most three quarters of these places. A source is a
+	// client certificate; without one, an IP address or a local user. Further clients
+	// are refused. A client takes about 100 KiB of memory.
 	MaxConns int
-	// MaxHandshakes is how many clients may be choosing an export at the same time.
-	// For one more, one of the source that has most of them is disconnected, the one
-	// that has taken longest; clients within TLS come last. Each takes up to 200 KiB.
-	// 0 is 256.
+	// MaxHandshakes is the largest number of clients that negotiate at the same time;
+	// 0 is 256. When another one connects, the server disconnects the one that has
+	// negotiated longest, of those without TLS and of the source that has most of
+	// them. A client takes up to 200 KiB of memory.
 	MaxHandshakes int
-	// Log hears of changes of state; nil is nobody.
+	// Log receives changes of state; nil discards them.
 	Log *slog.Logger
 }
 
@@ -80,8 +85,9 @@ const (
 	defaultMaxConns  = 1024
 	defaultMaxShakes = 256
 	maxName          = 4096 // proto.md: the longest string
-	// largestRequest is what a client may send that was not told of a limit, and
-	// leastRequest what every server should take (proto.md: maximum payload size).
+	// largestRequest is the largest read or write that a client may send which does
+	// not know the server's limit. leastRequest is the least that a server should
+	// advertise (proto.md: maximum payload size).
 	largestRequest = 32 << 20
 	leastRequest   = 1 << 20
 	// maxSize is the largest export, in bytes: offsets are signed in most clients.
@@ -150,7 +156,7 @@ func (e *Export) check() error {
 	return g.Validate()
 }
 
-// offer is an export as a client sees it, at the moment when it asks.
+// offer describes an export to one client, as of the moment when the client asks.
 type offer struct {
 	export     *export
 	size       uint64 // bytes
@@ -162,16 +168,17 @@ type offer struct {
 	aligned    bool // the client knows minBlock
 }
 
-// offer describes the export. structured says what the client negotiated.
+// offer describes the export. structured says whether the client has negotiated
+// structured replies.
 func (e *export) offer(structured bool) offer {
-	g := e.Device.Geometry()
+	g := e.geometry()
 	o := offer{
-		export: e, size: min(g.Sectors, maxSize>>block.SectorShift) << block.SectorShift,
+		export: e, size: g.Sectors << block.SectorShift,
 		flags:    flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn,
 		minBlock: g.LogicalBlock, preferred: max(g.PhysicalBlock, 4096),
 		structured: structured,
 	}
-	o.maxRequest = max(e.atOnce(g), leastRequest)
+	o.maxRequest = max(e.atOnce(), leastRequest)
 	if e.ReadOnly || g.ReadOnly {
 		o.flags |= flagReadOnly
 	}
@@ -189,11 +196,11 @@ func (e *export) offer(structured bool) offer {
 
 // atOnce is the largest read, in bytes, that a connection has enough tags for at the
 // same time, at most largestRequest.
-func (e *export) atOnce(g block.Geometry) uint32 {
-	b := boundsOf(g, e.buffer)
+func (e *export) atOnce() uint32 {
+	b := boundsOf(e.geometry(), e.buffer)
 	most := uint64(b.buffer) * uint64(e.share)
 	if b.chunk > 0 { // every boundary may cost a tag more
 		most = min(uint64(b.buffer), b.chunk) * uint64(e.share-2) / 2
 	}
-	return max(uint32(min(most, largestRequest))&^(g.LogicalBlock-1), b.block)
+	return max(uint32(min(most, largestRequest))&^(b.block-1), b.block)
 }

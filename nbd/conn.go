@@ -13,54 +13,55 @@ import (
 )
 
 const (
-	// inputSize is how much is received ahead of what is known to be data: several
-	// small requests, and of a large one not so much that copying it matters.
+	// inputSize is how much is received before it is known where it belongs. It holds
+	// several small requests, and so little of a large one that the copy does not
+	// matter.
 	inputSize = 32 << 10
-	// maxTasks is how many requests of a connection are carried out at the same time.
-	// More than that are read later. The kernel's client sends 128.
+	// maxTasks is the number of requests of a connection that are carried out at the
+	// same time. The kernel's client sends 128. Further requests are read later.
 	maxTasks = 256
-	// sendBuffer is how much of the replies waits in a unix socket.
+	// sendBuffer is the size of a unix socket's send buffer in bytes.
 	sendBuffer = 1 << 20
-	// maxSkip is the data of a refused write that is read and dropped. A client that
-	// announces more is disconnected: none sends more than largestRequest.
+	// maxSkip bounds the data of a refused write that is read and dropped. A client that
+	// announces more is disconnected. No honest client sends more than largestRequest.
 	maxSkip = 2 * largestRequest
 )
 
-// phase is how far a connection has come. It only ever increases.
+// phase is the phase of a connection's life. It only ever increases.
 type phase uint8
 
 const (
-	phaseNew      phase = iota // no loop has it yet
+	phaseNew      phase = iota // not on a loop yet
 	phaseServing               // requests are taken
 	phaseDraining              // no more requests are taken; those that were begun are answered
 	phaseBroken                // nothing is sent any more; it ends with what the back end has of it
 	phaseClosed                // done is closed
 )
 
-// wait is why the next request, or the rest of one, waits.
+// wait is what the next request, or the rest of the current one, waits for.
 type wait uint8
 
 const (
 	waitNone  wait = iota
-	waitTask       // for a task of this connection
-	waitShare      // for tags of this connection, which has its share
-	waitTags       // for any tags: it is in shard.waiting
+	waitTask       // a free task of this connection
+	waitShare      // tags that this connection holds: it has its share
+	waitTags       // any free tags: the connection is in shard.waiting
 )
 
-// operation is a command of the loop's ring on the socket, in one direction.
+// operation is the state of the ring's command on the socket, in one direction.
 type operation uint8
 
 const (
 	opIdle      operation = iota
-	opPending             // its completion is to come
-	opCancelled           // the same, and it was asked to end soon
+	opPending             // the kernel has it
+	opCancelled           // the kernel has it, and was asked to cancel it
 )
 
-// conn is a connection in the transmission phase. All of it is its loop's, but admitted,
-// done and, once that is closed, err.
+// conn is a connection in the transmission phase. All of it belongs to its loop, except
+// admitted, done and, once done is closed, err.
 //
-// It is done when it takes no more requests, no operation is pending on its socket, and
-// no task is left.
+// A connection is closed when it takes no more requests, has no operation pending on its
+// socket, and has no task left.
 type conn struct {
 	worker *worker
 	shard  *shard
@@ -68,44 +69,44 @@ type conn struct {
 	fd     int
 	offer  offer
 	phase  phase
-	err    error // why it ended, if not in order
+	err    error // why it ended; nil if the client has left in order
 	done   chan struct{}
 
 	admitted bool // see Server.admit; guarded by the server's mu
 
-	// Receiving. What comes next is data to skip, or data of the write that is
-	// current, or a header.
+	// Receiving. The next bytes are data to skip, or data of the current write, or a
+	// header.
 	input    []byte
-	from, to int // what of input is not looked at
+	from, to int // the part of input that is not parsed yet
 	incoming *uring.Message
 	recv     operation
 	skip     uint32
-	filling  uint16 // tag that gets the data, or none
-	filled   uint32 // bytes of it
+	filling  uint16 // tag that data is received into, or none
+	filled   uint32 // bytes of data that it has
 
 	// Requests.
-	current       *task // write whose data, or read whose pieces, are not all there
+	current       *task // write that lacks data, or read that lacks tags
 	freeTasks     *task
-	tasks         int // that are not free
-	held          int // tags
+	tasks         int // number of tasks in use
+	held          int // number of tags
 	wait          wait
-	want          int   // tags that it waits for
+	want          int   // number of tags that it waits for
 	before, after *conn // in shard.waiting
 
 	// Sending.
-	replies  taskList // those that are due
+	replies  taskList // due, not sent yet
 	outgoing *uring.Message
 	send     operation
 	listed   bool     // in worker.due
-	tags     []uint16 // whose data is in outgoing
-	answered []*task  // whose reply ends in outgoing
+	tags     []uint16 // their data is in outgoing
+	answered []*task  // their replies end in outgoing
 
-	patience int // ticks that the client may stand still; 0: for ever
+	patience int // number of ticks that the client may stand still; 0 is for ever
 	progress [2]progress
 }
 
-// newConn prepares a connection over a stream socket that is not O_NONBLOCK, and is
-// the caller's to close after done. Any goroutine.
+// newConn makes a connection over a stream socket, which must not be O_NONBLOCK. The
+// caller closes the socket after done. Any goroutine.
 func newConn(fd int, o offer) (*conn, error) {
 	input, err := hostmem.Map(inputSize)
 	if err != nil {
@@ -124,8 +125,8 @@ func newConn(fd int, o offer) (*conn, error) {
 	return c, nil
 }
 
-// widen makes room for replies to large reads in a unix socket, so that they are sent
-// with fewer interruptions. TCP sees to that itself.
+// widen enlarges the send buffer of a unix socket, so that replies to large reads are
+// sent in fewer steps. The kernel adapts the buffers of TCP sockets itself.
 func widen(fd int) {
 	if domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
 		return
@@ -135,11 +136,11 @@ func widen(fd int) {
 	}
 }
 
-// unmap gives memory back, after done. Any goroutine.
+// unmap gives the connection's memory back, after done. Any goroutine.
 func (c *conn) unmap() error { return hostmem.Unmap(c.input) }
 
-// parse works on what was received, as far as that is possible, and asks for more. It
-// does no harm if there is nothing to do.
+// parse handles as much of the input as it can, and asks for more. It may be called at any
+// time.
 func (c *conn) parse() {
 	for c.wait == waitNone {
 		t := c.current
@@ -167,7 +168,7 @@ func (c *conn) parse() {
 	}
 }
 
-// skipData drops the data of a write that was refused. It says false if there is none.
+// skipData drops data of a refused write. It returns false if more has to be received.
 func (c *conn) skipData() bool {
 	n := min(c.skip, uint32(c.to-c.from))
 	c.from += int(n)
@@ -178,14 +179,14 @@ func (c *conn) skipData() bool {
 	return true
 }
 
-// receive asks for what is needed next: the rest of a buffer, and after the last one,
-// or else, the input.
+// receive starts to receive what comes next: data into the buffer of a tag, if one is
+// being filled, and then, unless another buffer follows, headers into the input.
 func (c *conn) receive() {
 	if c.recv != opIdle {
 		return
 	}
 	c.incoming.Reset()
-	more := uint64(0) // data that comes before the next header, without that for a buffer
+	more := uint64(0) // data of the write that belongs into further buffers
 	if c.filling != none {
 		room := c.room()
 		c.incoming.Add(room)
@@ -193,7 +194,7 @@ func (c *conn) receive() {
 		c.worker.watch()
 	}
 	if more == 0 {
-		// What is left is the beginning of a header.
+		// What is left in the input is the beginning of a header.
 		c.to = copy(c.input, c.input[c.from:c.to])
 		c.from = 0
 		c.incoming.Add(c.input[c.to:])
@@ -238,8 +239,8 @@ func (c *conn) received(res int32) {
 	c.parse()
 }
 
-// nextRequest begins the next request. It says false if there is none, or if it has to
-// wait.
+// nextRequest starts the next request. It returns false if there is none yet, or if it has
+// to wait.
 func (c *conn) nextRequest() bool {
 	have := c.input[c.from:c.to]
 	if len(have) < requestSize {
@@ -265,7 +266,7 @@ func (c *conn) nextRequest() bool {
 	return true
 }
 
-// begin starts a request, or refuses it. It says false if it has to wait for tags.
+// begin starts or refuses a request. It returns false if the request has to wait for tags.
 func (c *conn) begin(r request) bool {
 	s := c.shard
 	if e := c.check(r); e != 0 {
@@ -290,7 +291,7 @@ func (c *conn) begin(r request) bool {
 		c.current = t
 		return true
 	case cmdRead:
-		size, most = s.cut(r.offset, r.offset+uint64(r.length))
+		size, most = s.pieceSize(r.offset, r.offset+uint64(r.length))
 		if most <= s.share {
 			least = most
 		}
@@ -314,15 +315,15 @@ func (c *conn) begin(r request) bool {
 	return true
 }
 
-// beginSteps starts a flush, trim or write zeroes, for which there is a tag. A flush is
-// always passed on: only the back end knows whether it is needed, from one to the next.
+// beginSteps starts a flush, trim or write zeroes. A tag is free. Flushes are always passed
+// on: only the back end knows at each moment whether they are needed.
 func (c *conn) beginSteps(t *task, flags uint16) {
 	s := c.shard
 	t.sync = t.kind == cmdFlush || flags&cmdFlagFUA != 0
 	if flags&cmdFlagNoHole != 0 {
 		t.flags |= block.NoUnmap
 	}
-	if t.kind == cmdTrim { // of a block in part, nothing can be said
+	if t.kind == cmdTrim { // whole blocks only
 		unit := uint64(s.bounds.block)
 		t.at, t.end = (t.at+unit-1)&^(unit-1), t.end&^(unit-1)
 	}
@@ -339,8 +340,8 @@ var flagsOf = [...]uint16{
 	cmdTrim: cmdFlagFUA, cmdZeroes: cmdFlagFUA | cmdFlagNoHole,
 }
 
-// check says why a request is refused; 0: it is not. A client that was told of the block
-// size keeps to it, as the specification demands; any other need not.
+// check returns the error of a request that is refused, or 0. A client that has asked for
+// the block size has to align its requests to it, as the specification demands.
 func (c *conn) check(r request) code {
 	o := &c.offer
 	switch {
@@ -364,14 +365,14 @@ func (c *conn) check(r request) code {
 			return codeNoSpace
 		}
 		return codeInval
-	case r.flags&cmdFlagDF != 0 && r.length > largestRequest: // its length may not fit into a chunk
+	case r.flags&cmdFlagDF != 0 && r.length > largestRequest: // the length may not fit into a chunk
 		return codeOverflow
 	}
 	return 0
 }
 
-// end lets no request follow. What was begun is finished, but for a write whose data
-// is not all there.
+// end stops taking requests. Those that were started are finished and answered, except a
+// write whose data has not all arrived.
 func (c *conn) end(err error) {
 	if c.phase != phaseServing {
 		return
@@ -384,19 +385,19 @@ func (c *conn) end(err error) {
 		c.dropWrite()
 		return
 	}
-	c.cancel(&c.recv, dirRecv) // its buffer is the kernel's until then
+	c.cancel(&c.recv, dirRecv) // until that has ended, the buffer is the kernel's
 }
 
-// stopWaiting takes a connection out of the queue for tags.
+// stopWaiting ends a wait.
 func (c *conn) stopWaiting() {
 	if c.wait == waitTags {
 		c.shard.waiting.remove(c)
-		c.shard.freed = true // what it would not take is for the next
+		c.shard.freed = true // the next may go on now
 	}
 	c.wait = waitNone
 }
 
-// dropWrite gives up a write whose data is not all there.
+// dropWrite ends a write whose data has not all arrived.
 func (c *conn) dropWrite() {
 	if t := c.current; t != nil && t.kind == cmdWrite {
 		c.giveUpWrite(t)
@@ -424,19 +425,19 @@ func (c *conn) cut(err error) {
 	c.dropReplies()
 }
 
-// leave ends the connection in order; see Server.Stop.
+// leave ends the connection after its replies; see Server.Stop.
 func (c *conn) leave() {
 	c.end(ErrStopped)
 	c.settle()
 }
 
-// abandon ends it without looking after the client.
+// abandon ends the connection without more replies.
 func (c *conn) abandon() {
 	c.cut(ErrStopped)
 	c.settle()
 }
 
-// cancel ends an operation that is pending.
+// cancel asks the kernel to end an operation.
 func (c *conn) cancel(op *operation, dir uint64) {
 	if *op != opPending {
 		return
@@ -446,7 +447,7 @@ func (c *conn) cancel(op *operation, dir uint64) {
 	s.Opcode, s.Addr = uring.OpAsyncCancel, c.data(dir)
 }
 
-// settle ends the connection when there is nothing left to wait for.
+// settle closes the connection if it has ended and nothing is left to wait for.
 func (c *conn) settle() {
 	if (c.phase == phaseDraining || c.phase == phaseBroken) && c.recv == opIdle && c.send == opIdle && c.tasks == 0 {
 		c.phase = phaseClosed
@@ -454,18 +455,18 @@ func (c *conn) settle() {
 	}
 }
 
-// progress is what a client did lately in one direction.
+// progress tells how much a client transfers in one direction.
 type progress struct {
 	moved uint64 // bytes
-	seen  uint64 // of those, when the count of ticks began
-	ticks int
+	seen  uint64 // moved at tick 0
+	ticks int    // since the client has last moved leastProgress bytes
 }
 
-// errStalled says that a client stood still.
+// errStalled ends the connection of a client that stands still.
 var errStalled = errors.New("client neither reads its replies nor sends what it announced")
 
-// tick looks whether the client stands still, and says whether it has to be looked at
-// again.
+// tick ends the connection if the client stands still. It returns true if there has to be
+// another tick.
 func (c *conn) tick() (busy bool) {
 	patience := c.patience
 	if c.shard.starved {

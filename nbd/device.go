@@ -27,17 +27,18 @@ var (
 	ErrPermission = errors.New("no permission to use NBD devices")
 	// ErrTaken: the device with the wanted number is connected.
 	ErrTaken = errors.New("NBD device number is taken")
-	// ErrNoDevice: the device is not there, or not connected, or somebody else's.
+	// ErrNoDevice: the device does not exist, is not connected, or has another cookie.
 	ErrNoDevice = errors.New("no such NBD device")
 	// ErrDisconnected: somebody else disconnected the device.
 	ErrDisconnected = errors.New("NBD device was disconnected from outside")
 )
 
 const (
-	// noTimeout is as good as none. Without any, the kernel takes a request of 30
-	// seconds for a dead connection, and sends it again on another.
+	// noTimeout is in effect no timeout. If none is set, the kernel assumes after 30
+	// seconds without a reply that the connection is dead, and sends the request
+	// again on another.
 	noTimeout = 30 * 24 * time.Hour
-	// busyPatience is what a short-lived opener, such as udev's, gets.
+	// busyPatience is how long Stop waits for a short-lived opener, such as udev.
 	busyPatience = 500 * time.Millisecond
 	busyBackoff  = 20 * time.Millisecond
 	// maxConnections is what fits into a netlink message of 64 KiB, and more than the
@@ -47,25 +48,27 @@ const (
 
 // DeviceConfig says which device the kernel makes of an export.
 type DeviceConfig struct {
-	// Index is the number N of /dev/nbdN; -1 is a free one.
+	// Index is the number N of /dev/nbdN; -1 lets the kernel choose a free one.
 	Index int
-	// Export is its name.
+	// Export is the name of the export.
 	Export string
-	// Connections are sockets between the kernel and the server; 0 is one for each
-	// loop.
+	// Connections is the number of sockets between the kernel and the server,
+	// 1..1024; 0 is one for each loop.
 	Connections int
-	// Timeout is after which the kernel gives a request up, and its connection, and
-	// sends it again on another; 0 is never. It is rounded up to seconds.
+	// Timeout is how long the kernel waits for a reply. Then it closes the connection
+	// and sends the request again on another. 0 waits for ever. It is rounded up to
+	// seconds.
 	Timeout time.Duration
-	// DeadConn is how long requests wait for a connection when all are lost, as they
-	// are when this process ends; then they fail. It is rounded up to seconds.
+	// DeadConn is how long requests wait for a new connection after all connections
+	// are lost, for example because this process has ended. Then they fail. It is
+	// rounded up to seconds.
 	DeadConn time.Duration
-	// Log hears of changes of state; nil is the server's.
+	// Log receives changes of state; nil is the server's log.
 	Log *slog.Logger
 }
 
-// Available says whether the kernel has an NBD client: nil, ErrNoDriver, or what
-// keeps us from asking.
+// Available returns nil if the kernel has an NBD client, ErrNoDriver if it has none, or
+// the error that prevented the question.
 func Available() error {
 	g, err := openKernel()
 	if err != nil {
@@ -87,7 +90,7 @@ type Device struct {
 
 	mu    sync.Mutex // guards what follows
 	offer offer      // its export does not change
-	live  int        // connections, and who makes some
+	live  int        // connections, and holds; see hold
 	asked bool       // Stop was called
 	ended bool       // done is closed: it gets no more connections
 
@@ -131,19 +134,20 @@ func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 	return d, nil
 }
 
-// newCookie tells our device from one that gets its number later.
+// newCookie returns a random number that tells the device from later ones with the same
+// index.
 func newCookie() uint64 {
 	var b [8]byte
 	_, _ = rand.Read(b[:]) // it does not fail
 	return binary.NativeEndian.Uint64(b[:])
 }
 
-// backend is the cookie as the kernel keeps it.
+// backend is the identifier that the kernel stores with the device.
 func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
 
 func (d *Device) start(ctx context.Context) error {
-	// The kernel is always to flush: that the device has no volatile cache now does not
-	// mean that it has none later.
+	// The kernel has to send flushes even if the device has no volatile cache now: it
+	// may have one later.
 	var attrs attributes
 	if d.cfg.Index >= 0 {
 		attrs = attrs.u32(attrIndex, uint32(d.cfg.Index))
@@ -166,9 +170,10 @@ func (d *Device) start(ctx context.Context) error {
 	return nil
 }
 
-// limit has the kernel send no larger requests than there are tags for at the same
-// time. Larger ones are served, too, but an error in the middle of a read could only be
-// told by closing the connection. The kernel takes no limit by netlink.
+// limit lowers the kernel's largest request to what a connection has tags for at the
+// same time. Larger requests work, too, but the only way to report an error in the
+// middle of a large read would be to close the connection. The netlink interface has no
+// attribute for this limit, so it is set in sysfs.
 func (d *Device) limit() error {
 	e := d.offer.export
 	path := filepath.Join("/sys/block", disk(d.index), "queue/max_sectors_kb")
@@ -180,18 +185,19 @@ func (d *Device) limit() error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
-	want := uint64(e.atOnce(e.Device.Geometry()) >> 10)
+	want := uint64(e.atOnce() >> 10)
 	if have <= want {
 		return nil
 	}
-	// The kernel takes no less than a page.
+	// The kernel accepts nothing below a page.
 	want = max(want, uint64(os.Getpagesize()>>10))
 	return os.WriteFile(path, []byte(strconv.FormatUint(want, 10)), 0)
 }
 
 // connect gives the kernel n new connections by a command, and serves them.
 func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int) (attributes, error) {
-	// Meanwhile the device does not end, even if the first connection does so at once.
+	// The first connection may end at once. The hold keeps the device from ending with
+	// it.
 	if err := d.hold(); err != nil {
 		return nil, err
 	}
@@ -227,7 +233,7 @@ func (d *Device) serve(fd int) error {
 	s.ending.Add(1)
 	s.mu.Unlock()
 	d.mu.Lock()
-	d.live++ // the caller holds the device
+	d.live++ // the caller has a hold
 	o := d.offer
 	d.mu.Unlock()
 	go func() {
@@ -237,7 +243,7 @@ func (d *Device) serve(fd int) error {
 	return nil
 }
 
-// hold keeps a device that has not ended from ending, until drop.
+// hold keeps the device from ending until drop. It fails if the device has ended.
 func (d *Device) hold() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -248,7 +254,8 @@ func (d *Device) hold() error {
 	return nil
 }
 
-// drop ends a connection, or a hold; with the last of them the device ends.
+// drop releases a hold or the place of a connection that has ended with err. The device
+// ends with the last of them.
 func (d *Device) drop(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -276,9 +283,9 @@ func (d *Device) watch() {
 	d.log.Info("NBD device stopped")
 }
 
-// Reconfigure replaces connections that were lost, and changes the time limits; 0 is
-// as in DeviceConfig. A device that has lost all of them has ended, and stays so: the
-// error is ErrNoDevice.
+// Reconfigure replaces lost connections and changes the timeouts, whose zero values mean
+// the same as in DeviceConfig. A device that has lost all connections has ended for good:
+// the error is ErrNoDevice.
 func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duration) error {
 	if timeout == 0 {
 		timeout = noTimeout
@@ -300,27 +307,26 @@ func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duratio
 // Resize makes the device as large as its export has become, in bytes.
 func (d *Device) Resize(ctx context.Context, size uint64) error {
 	e := d.offer.export
-	g := e.Device.Geometry()
-	// First those that serve it, lest they refuse what the kernel may ask for.
+	// The connections have to know first: the kernel may use the new size at once.
 	d.mu.Lock()
-	d.offer.size = size // of connections to come
+	d.offer.size = size // for later connections
 	d.mu.Unlock()
 	d.srv.onConns(e, func(c *conn) { c.offer.size = size })
 	attrs := attributes(nil).u32(attrIndex, uint32(d.index)).text(attrBackend, backend(d.cookie)).
-		u64(attrSize, size).u64(attrBlockSize, uint64(g.LogicalBlock))
+		u64(attrSize, size).u64(attrBlockSize, uint64(d.offer.minBlock))
 	if _, err := kernelDo(ctx, nlReconfigure, attrs); err != nil {
 		return fmt.Errorf("resize %s: %w", d.Path(), err)
 	}
 	return nil
 }
 
-// Stop ends the device: requests in flight are done, the block device has no size, its
-// number is free.
+// Stop ends the device. When it returns, requests in flight are done, the block device
+// has no size, and its number is free.
 //
-// Without force a device in use is left alone, with ErrBusy. With force users get I/O
-// errors, and the number is free when the last of them has closed the block device.
-// When ctx is done Stop gives up; it can be called again. Stop of a device that is over
-// returns nil.
+// Without force, Stop of a device in use changes nothing and returns ErrBusy. With
+// force, users get I/O errors, and the number is free when the last user has closed the
+// block device. When ctx is done, Stop returns an error and may be called again. Stop of
+// a device that has ended returns nil.
 func (d *Device) Stop(ctx context.Context, force bool) error {
 	d.mu.Lock()
 	asked := d.asked
@@ -346,7 +352,7 @@ func (d *Device) Stop(ctx context.Context, force bool) error {
 // Index is the number N of /dev/nbdN.
 func (d *Device) Index() int { return d.index }
 
-// Cookie tells the device from others that had or get its number.
+// Cookie tells the device from earlier and later ones with the same number.
 func (d *Device) Cookie() uint64 { return d.cookie }
 
 // Path is the block device's node.
@@ -366,7 +372,8 @@ func (d *Device) Err() error {
 	}
 }
 
-// InUse is ErrBusy if somebody uses the block device, as far as can be seen.
+// InUse returns ErrBusy if the block device has a user. See internal/diskuse for the
+// users that it cannot see.
 func (d *Device) InUse() error {
 	fd, err := claim(context.Background(), d.index)
 	if err != nil {
@@ -377,8 +384,8 @@ func (d *Device) InUse() error {
 
 func disk(index int) string { return "nbd" + strconv.Itoa(index) }
 
-// claim is diskuse.Claim, for a device whose openers that are about to go are waited
-// for.
+// claim is diskuse.Claim, but it waits a moment for users that are about to close the
+// device.
 func claim(ctx context.Context, index int) (int, error) {
 	patience := time.After(busyPatience)
 	for {
@@ -397,12 +404,12 @@ func claim(ctx context.Context, index int) (int, error) {
 	}
 }
 
-// Connected says whether /dev/nbdN is connected to a server, alive or not, which
-// started it with the given cookie.
+// Connected reports whether /dev/nbdN is still the device that was started with this
+// cookie, whether its server is alive or not.
 func Connected(index int, cookie uint64) (bool, error) {
 	text, err := os.ReadFile("/sys/block/" + disk(index) + "/backend")
 	if errors.Is(err, os.ErrNotExist) {
-		return false, nil // the kernel shows it while the device is connected
+		return false, nil // the file exists only while the device is connected
 	}
 	if err != nil {
 		return false, fmt.Errorf("look for %s: %w", disk(index), err)
@@ -410,9 +417,9 @@ func Connected(index int, cookie uint64) (bool, error) {
 	return strings.TrimSpace(string(text)) == backend(cookie), nil
 }
 
-// Disconnect ends a device that this process or one that has died has started, and
-// that is still the one with this cookie: else it is ErrNoDevice. See Device.Stop about
-// force.
+// Disconnect ends a device that this process, or one that has died, has started. It
+// returns ErrNoDevice if /dev/nbdN is not the device with this cookie. For force see
+// Device.Stop.
 func Disconnect(ctx context.Context, index int, cookie uint64, force bool) error {
 	if err := disconnect(ctx, index, cookie, force); err != nil {
 		return fmt.Errorf("disconnect /dev/%s: %w", disk(index), err)

@@ -242,6 +242,7 @@ func TestReconfigure(t *testing.T) {
 			return d.live == n
 		}
 	}
+	awaitService(t, s, 2)
 	cutOne()
 	await(t, "the loss of a connection", live(1))
 	if err := write(); err != nil {
@@ -253,6 +254,22 @@ func TestReconfigure(t *testing.T) {
 	if err := write(); err != nil {
 		t.Errorf("with two connections again: %v", err)
 	}
+}
+
+// awaitService waits until loops serve n connections.
+func awaitService(t *testing.T, s *Server, n int) {
+	t.Helper()
+	await(t, "the connections' service", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		admitted := 0
+		for c := range s.conns {
+			if c.admitted {
+				admitted++
+			}
+		}
+		return admitted == n
+	})
 }
 
 // TestDisconnected has somebody else take the device away, and then a dead server's
@@ -271,17 +288,7 @@ func TestDisconnected(t *testing.T) {
 	}
 
 	left := startDevice(t, s, DeviceConfig{Index: -1})
-	await(t, "the connections' service", func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		n := 0
-		for c := range s.conns {
-			if c.admitted {
-				n++
-			}
-		}
-		return n == left.cfg.Connections
-	})
+	awaitService(t, s, left.cfg.Connections)
 	s.onConns(nil, (*conn).abandon)
 	<-left.Done()
 	if there, err := Connected(left.Index(), left.Cookie()); err != nil || !there {

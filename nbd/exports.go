@@ -11,27 +11,36 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// ErrExists says that there is an export of that name. It may be on its way out, and
-// the new one can be added when Remove of the other has returned nil.
+// geometry is the device's geometry now, but with the block size that it was added with.
+func (e *export) geometry() block.Geometry {
+	g := e.Device.Geometry()
+	g.LogicalBlock = e.block
+	g.Sectors = min(g.Sectors, maxSize>>block.SectorShift) &^ (uint64(e.block>>block.SectorShift) - 1)
+	return g
+}
+
+// ErrExists says that there is an export of that name already. Another one can be added
+// after Remove of the first has returned nil.
 var ErrExists = errors.New("NBD export exists")
 
 // export is an Export while it is served.
 type export struct {
 	Export
+	block   uint32         // bytes of a logical block; does not change
 	buffer  int            // bytes of a tag's buffer
 	share   int            // tags that a connection may hold
 	shards  []*shard       // by loop
-	removed bool           // guarded by Server.mu: no client gets it any more
+	removed bool           // it gets no more clients; guarded by Server.mu
 	ending  sync.WaitGroup // of connections in transmission
 }
 
-// Add offers another export, from now on. Errors are those of New, ErrStopped and
-// ErrExists.
+// Add offers another export. Errors are those of New, ErrStopped and ErrExists.
 func (s *Server) Add(x Export) error {
 	if err := x.check(); err != nil {
 		return fmt.Errorf("export %q: %w", x.Name, err)
 	}
-	e := &export{Export: x, buffer: bufferSize(s.cfg.MaxIO, x.Device.Geometry())}
+	g := x.Device.Geometry()
+	e := &export{Export: x, block: g.LogicalBlock, buffer: bufferSize(s.cfg.MaxIO, g)}
 	e.share, _ = split(s.cfg.Depth)
 	s.changing.Lock()
 	defer s.changing.Unlock()
@@ -68,8 +77,8 @@ func (s *Server) pollers() []*poller.Loop {
 	return all
 }
 
-// closeShards gives an export's memory back. No request is in flight, unless its loop
-// has ended: then the memory stays, because the back end may still use it.
+// closeShards gives an export's memory back. If a loop has ended with requests in flight,
+// the back end may still use their memory, so it is kept, and the error says so.
 func (s *Server) closeShards(e *export) error {
 	var errs []error
 	for i, sh := range e.shards {
@@ -83,15 +92,15 @@ func (s *Server) closeShards(e *export) error {
 			}
 			errs = append(errs, sh.back.Close())
 		}
-		if l.Call(remove) != nil { // the loop is no more
+		if l.Call(remove) != nil { // the loop has ended
 			remove()
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// Remove ends an export, as Stop ends all. There is no error if there is none of that
-// name.
+// Remove ends an export, in the same way as Stop ends all of them. If there is no export
+// of that name, it returns nil.
 func (s *Server) Remove(ctx context.Context, name string, force bool) error {
 	s.mu.Lock()
 	i := slices.IndexFunc(s.exports, func(e *export) bool { return e.Name == name })
@@ -118,7 +127,7 @@ func (s *Server) Remove(ctx context.Context, name string, force bool) error {
 	}
 	s.mu.Unlock()
 	if i < 0 || s.closed {
-		return nil // somebody was faster
+		return nil // another Remove or Stop was faster
 	}
 	return s.closeShards(e)
 }
@@ -134,7 +143,7 @@ func (s *Server) users(e *export) int {
 	return n
 }
 
-// Users is how many connections use an export.
+// Users returns the number of connections to an export.
 func (s *Server) Users(name string) int {
 	e := s.find(name)
 	if e == nil {
@@ -162,8 +171,8 @@ func (s *Server) list() []*export {
 	return slices.DeleteFunc(slices.Clone(s.exports), func(e *export) bool { return e.removed })
 }
 
-// Snapshot is what was counted for an export, on all loops, to the last batch of
-// each.
+// Snapshot returns the counters of an export, summed over all loops. Each loop's are as
+// of its last batch.
 func (s *Server) Snapshot(name string) Stats {
 	var total Stats
 	if e := s.find(name); e != nil {

@@ -5,11 +5,14 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
 )
@@ -64,6 +67,54 @@ func TestHogs(t *testing.T) {
 			t.Errorf("%d connections", n)
 		}
 	}
+}
+
+// TestPatientReads has reads of clients that are never disconnected, as the kernel's, wait
+// for each other instead of being streamed: the one that fails gets its error.
+func TestPatientReads(t *testing.T) {
+	g := &gate{Device: &badBlock{Device: newRAM(t, block.Geometry{}), sector: 1000}, loops: newLoops(t, 1)}
+	g.shut.Store(true)
+	s, _ := newServer(t, Config{Exports: []Export{{Device: g}}, Depth: 16, MaxIO: 64 << 10, Loops: g.loops})
+	t.Cleanup(g.open)
+	var clients []*client
+	for i := range 2 {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone := make(chan error, 1)
+		go func() { gone <- s.transmit(fds[0], s.find("").offer(false), 0) }()
+		file := os.NewFile(uintptr(fds[1]), "client")
+		nc, err := net.FileConn(file)
+		_ = file.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := nc.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = nc.Close()
+			if err := <-gone; err != nil {
+				t.Error(err)
+			}
+		})
+		c := &client{t, nc}
+		clients = append(clients, c)
+		c.ask(request{kind: cmdRead, offset: uint64(1-i) << 20, length: 12 * 64 << 10}, nil)
+		await(t, "the client's turn", func() (handled bool) {
+			_ = g.loops[0].Call(func() { handled = g.inside.Load() == 12 && (i == 0 || s.exports[0].shards[0].waiting.head != nil) })
+			return handled
+		})
+	}
+	g.open()
+	for i, want := range []code{0, codeIO} {
+		if e := clients[i].simple(0); e != want {
+			t.Errorf("client %d: error %d", i, e)
+		}
+	}
+	clients[0].read(12 * 64 << 10)
+	clients[1].do(request{kind: cmdFlush}, nil)
 }
 
 // TestManyHogs does not wait for the whole time when there is no tag left.
@@ -136,6 +187,32 @@ func TestStallTLS(t *testing.T) {
 		defer s.mu.Unlock()
 		return len(s.peers.served) == 0
 	})
+}
+
+// TestStopTLS has a client within TLS get the reply to a request that is in flight when
+// the server is stopped.
+func TestStopTLS(t *testing.T) {
+	server, peer := testTLS(t)
+	g := newGate(t, block.Geometry{})
+	g.shut.Store(true)
+	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, TLS: server})
+	c := secure(t, path, peer)
+	c.option(optGo, infoData(""))
+	c.answers(optGo)
+	c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
+	await(t, "the request", func() bool { return g.inside.Load() > 0 })
+	stopped := make(chan error)
+	go func() { stopped <- s.Stop(testContext(t), true) }()
+	<-s.stopped
+	g.open()
+	if e := c.simple(0); e != 0 {
+		t.Errorf("error %d", e)
+	}
+	c.read(1 << 20)
+	c.closed()
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
 }
 
 // secure begins a negotiation within TLS.

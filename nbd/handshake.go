@@ -10,11 +10,11 @@ import (
 	"net"
 )
 
-// Bounds on what a client may say before it has chosen an export.
-// Its time is bounded by Config.HandshakeTimeout.
+// Bounds on the memory of a negotiation. Its time is bounded by
+// Config.HandshakeTimeout, and so is the number of options.
 const (
-	maxOptionData = 4 + maxName + 2 + 2*math.MaxUint16 // the longest that is right: of INFO
-	maxTooBig     = 1 << 20                            // read, and refused; more ends the connection
+	maxOptionData = 4 + maxName + 2 + 2*math.MaxUint16 // of the longest INFO that is well-formed
+	maxTooBig     = 1 << 20                            // up to this, data is skipped and the option refused
 )
 
 var (
@@ -26,16 +26,16 @@ var (
 type negotiation struct {
 	srv        *Server
 	conn       net.Conn     // *tls.Conn after STARTTLS
-	secured    func()       // called when TLS is there
-	chosen     func() error // called before a choice is granted; the error is why not
+	secured    func()       // called when TLS is established
+	chosen     func() error // called before an export is granted; an error refuses it
 	noZeroes   bool
 	fixed      bool
 	structured bool
 	data       []byte
 }
 
-// run lets the client choose an export. The connection it goes on with may be another
-// one: TLS.
+// run negotiates until the client has chosen an export. Then n.conn is the connection
+// to go on with, which is a *tls.Conn if the client has asked for TLS.
 func (n *negotiation) run() (offer, error) {
 	hello := binary.BigEndian.AppendUint64(nil, magicHello)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
@@ -64,11 +64,11 @@ func (n *negotiation) run() (offer, error) {
 	}
 }
 
-// errTooBig is an option whose data was read and dropped.
+// errTooBig is an option with too much data.
 var errTooBig = errors.New("option data is too long")
 
-// readOption reads an option, and its data into n.data, which is nil if there were
-// too many.
+// readOption reads an option, and its data into n.data. If the data is longer than
+// maxOptionData, n.data is nil.
 func (n *negotiation) readOption() (option, error) {
 	var head [16]byte
 	if _, err := io.ReadFull(n.conn, head[:]); err != nil {
@@ -93,7 +93,7 @@ func (n *negotiation) readOption() (option, error) {
 	return opt, nil
 }
 
-// do carries an option out. chosen says that the transmission phase follows.
+// do carries an option out. chosen reports whether the transmission phase follows.
 func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	if !n.fixed && opt != optExportName {
 		return o, false, fmt.Errorf("option %d of a client that is not fixed newstyle", opt)
@@ -103,7 +103,7 @@ func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	case n.data == nil:
 		return o, false, n.reply(opt, repErrTooBig, nil)
 	case opt == optAbort:
-		_ = n.reply(opt, repAck, nil) // it may be gone
+		_ = n.reply(opt, repAck, nil) // the client may have gone
 		return o, false, errAborted
 	case opt == optStartTLS:
 		return o, false, n.startTLS(secure)
@@ -131,7 +131,8 @@ func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	return o, false, n.refuse(opt, repErrUnsup, "the option is not supported")
 }
 
-// exportName is the old way to choose, which cannot be refused but by hanging up.
+// exportName carries EXPORT_NAME out, which can only be refused by closing the
+// connection.
 func (n *negotiation) exportName() (offer, error) {
 	e := n.srv.find(string(n.data))
 	if e == nil {
@@ -150,7 +151,7 @@ func (n *negotiation) exportName() (offer, error) {
 	return o, err
 }
 
-// info answers INFO and GO. found says that it was a success.
+// info carries INFO and GO out. found reports whether the export was granted.
 func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	name, about, ok := parseInfo(n.data)
 	if !ok {
@@ -190,10 +191,10 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	return o, true, n.reply(opt, repAck, nil)
 }
 
-// asked is what a client wants to know of an export.
+// asked is the information that a client has asked for.
 type asked struct{ name, description, blockSize bool }
 
-// parseInfo reads the data of INFO and GO: a name, and what the client asks about.
+// parseInfo decodes the data of INFO and GO: a name and a list of information types.
 func parseInfo(data []byte) (name string, about asked, ok bool) {
 	be := binary.BigEndian
 	if len(data) < 4 {
@@ -237,7 +238,7 @@ func (n *negotiation) list() error {
 	return n.reply(optList, repAck, nil)
 }
 
-// startTLS goes on within TLS, where nothing holds that was said before.
+// startTLS carries STARTTLS out. What was negotiated before it is forgotten.
 func (n *negotiation) startTLS(secure bool) error {
 	switch {
 	case len(n.data) > 0:

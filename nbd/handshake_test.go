@@ -227,7 +227,7 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(slices.Concat(hello, opt(optStartTLS, nil), opt(4, nil)))
 	s := &Server{}
 	for _, e := range twoExports(f) {
-		s.exports = append(s.exports, &export{Export: e})
+		s.exports = append(s.exports, &export{Export: e, block: e.Device.Geometry().LogicalBlock})
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		n := &negotiation{srv: s, conn: &script{in: bytes.NewReader(in)}, secured: func() {}, chosen: func() error { return nil }}

@@ -201,12 +201,34 @@ func TestShrinkingLimits(t *testing.T) {
 	}
 }
 
+// TestNoGeometry has a device say nothing any more, as one that is gone may.
+func TestNoGeometry(t *testing.T) {
+	dev := newShrinking(&badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 1000})
+	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
+	c := connect(t, path, "", false)
+	dev.change(func(g *block.Geometry) { *g = block.Geometry{} })
+	for _, r := range []request{
+		{kind: cmdRead, length: 1 << 20}, {kind: cmdWrite, length: 1 << 20}, {kind: cmdTrim, length: 1 << 20}, {kind: cmdZeroes, length: 1 << 20},
+	} {
+		if e := c.answer(r, false); e == 0 && r.kind != cmdTrim { // that is advice
+			t.Errorf("request %d is done", r.kind)
+		}
+	}
+	late := dial(t, path)
+	late.hello()
+	late.option(optGo, infoData(""))
+	late.answers(optGo)
+	if e := late.answer(request{kind: cmdRead, length: 512}, false); e != codeInval {
+		t.Errorf("error %d", e)
+	}
+}
+
 // TestShrunkReadError tells of an error in a read that is as large as the server said
 // when the client came, however small the limit is now, without hanging up.
 func TestShrunkReadError(t *testing.T) {
 	dev := newShrinking(&badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 1000})
 	s, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
-	r := request{magic: magicRequest, kind: cmdRead, length: s.exports[0].atOnce(dev.Geometry())}
+	r := request{magic: magicRequest, kind: cmdRead, length: s.exports[0].atOnce()}
 	if r.length != 12*64<<10 {
 		t.Errorf("%d bytes at once", r.length)
 	}

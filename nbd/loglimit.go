@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// logLimit keeps clients from filling the log: it passes logBurst messages on, and then
-// one every logPause, with the number of those that it did not. Any goroutine.
+// logLimit keeps clients from filling the log. It passes a burst of logBurst messages, and
+// then one message per logPause, with the number of messages that it has dropped. Any
+// goroutine.
 type logLimit struct {
 	mu      sync.Mutex
 	left    int
@@ -39,7 +40,7 @@ func (l *logLimit) log(log *slog.Logger, level slog.Level, msg string, args []an
 	log.Log(context.Background(), level, msg, args...) //nolint:sloglint // its callers have the texts
 }
 
-// allow says whether a message may be logged, and how many were not before it.
+// allow reports whether a message may be logged, and how many were dropped before it.
 func (l *logLimit) allow(now time.Time) (dropped int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -14,37 +14,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// acceptRetry is the pause after an error that passes, as having too many files open.
+// acceptRetry is the pause after a temporary error, such as too many open files.
 const acceptRetry = 100 * time.Millisecond
 
-// peer is a connection that was accepted, until it ends.
+// peer is an accepted connection.
 type peer struct {
 	conn   net.Conn // as it was accepted
 	name   string   // for the log
-	source string   // whose it is, as far as can be known
+	source string   // see sourceOf
 	stage  peerStage
 }
 
-// peerStage is how far one has come. It only ever increases.
+// peerStage is the stage of a peer's life. It only ever increases.
 type peerStage uint8
 
 const (
-	peerStranger peerStage = iota // it negotiates
-	peerSecure                    // it negotiates within TLS
-	peerServed                    // it has chosen an export
+	peerStranger peerStage = iota // negotiates
+	peerSecure                    // negotiates within TLS
+	peerServed                    // has chosen an export
 	peerGone
 )
 
-// peers are those of a server, guarded by its mu. Those that negotiate have places of
-// their own. When all of these are taken, one has to go that is not within TLS yet, of
-// the source that has most: the one that has been there longest. So one that goes on
-// gets through, however many connect and say nothing. Of the places of those that are
-// served, no source gets more than three quarters.
+// peers are the peers of a server, guarded by its mu. There are maxNegotiating places for
+// peers that negotiate, and maxServed for those in the transmission phase. When a peer
+// connects and all places for negotiations are taken, the peer that worst returns is
+// disconnected. So a client that negotiates without delay is not shut out by many that
+// are silent. One source gets at most three quarters of the other places.
 type peers struct {
 	maxServed, maxNegotiating int
 
 	served      map[*peer]bool
-	bySource    map[string]int // of those that are served
+	bySource    map[string]int // number of those served
 	negotiating []*peer        // in the order of their arrival
 }
 
@@ -53,7 +53,8 @@ func (c *peers) init(maxServed, maxNegotiating int) {
 	c.served, c.bySource = map[*peer]bool{}, map[string]int{}
 }
 
-// enter counts a client in that negotiates, and says which one has to go for it, or nil.
+// enter adds a peer that negotiates. If another one has to be disconnected for it, enter
+// returns that.
 func (c *peers) enter(x *peer) (evicted *peer, err error) {
 	if err := c.full(); err != nil {
 		return nil, err
@@ -66,7 +67,8 @@ func (c *peers) enter(x *peer) (evicted *peer, err error) {
 	return evicted, nil
 }
 
-// worst is the client that has to go when too many negotiate.
+// worst is the peer to disconnect when too many negotiate: of those without TLS the
+// oldest of the source that has most of them, or else the oldest of all.
 func (c *peers) worst() *peer {
 	count := map[string]int{}
 	for _, x := range c.negotiating {
@@ -90,7 +92,7 @@ func (c *peers) full() error {
 	return nil
 }
 
-// serve counts a client as one that is served.
+// serve moves a peer to the transmission phase.
 func (c *peers) serve(x *peer) error {
 	if x.stage == peerGone {
 		return errEvicted
@@ -108,7 +110,7 @@ func (c *peers) serve(x *peer) error {
 	return nil
 }
 
-// leave counts a client out.
+// leave removes a peer.
 func (c *peers) leave(x *peer) {
 	if i := slices.Index(c.negotiating, x); i >= 0 {
 		c.negotiating = slices.Delete(c.negotiating, i, i+1)
@@ -122,8 +124,8 @@ func (c *peers) leave(x *peer) {
 	x.stage = peerGone
 }
 
-// hangUp ends clients in negotiation; or all, of which those that are served have
-// something to close only if they use TLS.
+// hangUp closes the connections of peers that negotiate, or of all. Those in the
+// transmission phase have given their socket to a loop unless they use TLS.
 func (c *peers) hangUp(all bool) {
 	for _, x := range c.negotiating {
 		_ = x.conn.Close()
@@ -137,8 +139,8 @@ func (c *peers) hangUp(all bool) {
 
 var errEvicted = errors.New("others negotiate, and this client has taken longest")
 
-// Serve takes clients from l, a listener for unix or TCP sockets, until Stop, which
-// closes it and is no error, or until it fails.
+// Serve accepts clients from l, a listener for unix or TCP sockets, until l fails, or
+// until Stop, which closes l. After Stop it returns nil.
 func (s *Server) Serve(l net.Listener) error {
 	s.mu.Lock()
 	if s.ended {
@@ -151,7 +153,7 @@ func (s *Server) Serve(l net.Listener) error {
 		nc, err := l.Accept()
 		switch {
 		case err == nil:
-			s.take(nc)
+			s.accept(nc)
 		case s.isEnded():
 			return nil
 		case passes(err):
@@ -175,8 +177,8 @@ func passes(err error) bool {
 	return false
 }
 
-// take serves a client from its first word to its last.
-func (s *Server) take(nc net.Conn) {
+// accept serves a client in a goroutine of its own.
+func (s *Server) accept(nc net.Conn) {
 	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), source: sourceOf(nc)}
 	evicted, err := s.enter(x)
 	if evicted != nil {
@@ -203,7 +205,7 @@ func (s *Server) take(nc net.Conn) {
 	}()
 }
 
-// enter counts a client in. It says which one has to go for it, or nil.
+// enter adds a client. If another one has to be disconnected for it, enter returns that.
 func (s *Server) enter(x *peer) (evicted *peer, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -216,15 +218,15 @@ func (s *Server) enter(x *peer) (evicted *peer, err error) {
 	return evicted, err
 }
 
-// leave counts a client out.
+// leave removes a client.
 func (s *Server) leave(x *peer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.peers.leave(x)
-	_ = x.conn.Close() // it may be, already
+	_ = x.conn.Close() // it may be closed already
 }
 
-// greet negotiates within the time for that.
+// greet negotiates with a client, for HandshakeTimeout at most.
 func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 	nc := x.conn
 	if err := nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout)); err != nil {
@@ -253,7 +255,7 @@ func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 	return n, o, nc.SetDeadline(time.Time{})
 }
 
-// sourceOf is whose a connection is: that of an address, or of a local user.
+// sourceOf identifies the origin of a connection: an IP address, or a local user.
 func sourceOf(nc net.Conn) string {
 	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
 		return a.IP.String()
@@ -267,7 +269,7 @@ func sourceOf(nc net.Conn) string {
 		return ""
 	}
 	source := ""
-	_ = raw.Control(func(fd uintptr) { // else it is of no known source
+	_ = raw.Control(func(fd uintptr) { // an error leaves the source empty
 		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
 			source = fmt.Sprintf("user %d", cred.Uid)
 		}
@@ -275,7 +277,7 @@ func sourceOf(nc net.Conn) string {
 	return source
 }
 
-// serve hands a client to a loop, and returns when it has gone.
+// serve serves a client in the transmission phase, and returns when it has gone.
 func (s *Server) serve(n *negotiation, o offer) error {
 	if secure, ok := n.conn.(*tls.Conn); ok {
 		return s.serveTLS(secure, o)
@@ -287,7 +289,7 @@ func (s *Server) serve(n *negotiation, o offer) error {
 	return s.transmit(fd, o, stallTicks)
 }
 
-// takeFile makes a blocking descriptor of a connection, and closes that.
+// takeFile duplicates the descriptor of a connection and closes the connection.
 func takeFile(nc net.Conn) (fd int, err error) {
 	defer func() { err = errors.Join(err, nc.Close()) }()
 	sc, ok := nc.(syscall.Conn)
@@ -306,8 +308,8 @@ func takeFile(nc net.Conn) (fd int, err error) {
 	return fd, nil
 }
 
-// printable is what a peer said, without anything that a terminal or a log takes for
-// more than text, and not longer than a line.
+// printable makes text of a peer safe for terminals and logs: it escapes everything but
+// printable ASCII, and cuts long text off.
 func printable(s string) string {
 	const longest = 500
 	if len(s) > longest {

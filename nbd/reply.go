@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// sendPieces is of how many pieces of memory a message of replies is made, at most. The
+// sendPieces is the largest number of pieces of memory in a message of replies. The
 // system's limit is 1024 (IOV_MAX).
 const sendPieces = 128
 
@@ -32,7 +32,7 @@ func (l *taskList) pop() {
 	}
 }
 
-// answer has the reply to a request sent, soon. No tag of it is at the back end.
+// answer makes the reply to a request due. None of its tags is at the back end.
 func (c *conn) answer(t *task) {
 	c.shard.count(t)
 	if c.phase == phaseBroken && t.state == replyNone {
@@ -43,7 +43,8 @@ func (c *conn) answer(t *task) {
 	c.due(t)
 }
 
-// due has the reply to a request sent, or its beginning.
+// due makes the reply to a request, or its beginning, due: the worker sends it in this
+// pass.
 func (c *conn) due(t *task) {
 	if t.state == replyNone {
 		t.state = replyDue
@@ -55,11 +56,11 @@ func (c *conn) due(t *task) {
 	}
 }
 
-// errPart is a read that fails when a part of its data is sent. A client with simple
-// replies cannot be told otherwise.
+// errPart ends the connection of a client that cannot be told of an error in another way:
+// a part of the data of a read was sent, in a reply that cannot end with an error.
 var errPart = errors.New("a read failed after a part of its data was sent")
 
-// sendDue sends the replies that are due, as many as go into a message.
+// sendDue sends as many of the due replies as fit into a message.
 func (c *conn) sendDue() {
 	if c.send != opIdle || c.phase >= phaseBroken {
 		return
@@ -72,7 +73,7 @@ func (c *conn) sendDue() {
 				c.settle()
 				return
 			}
-			break // what is before it goes out first
+			break // the replies before it are sent first
 		}
 		if !c.compose(t) {
 			break
@@ -85,11 +86,12 @@ func (c *conn) sendDue() {
 	}
 }
 
-// compose adds to the message what there is of a reply, and says whether that is all.
+// compose adds a reply to the message, as far as it is ready and fits. It returns true if
+// the reply is complete then.
 func (c *conn) compose(t *task) bool {
 	if t.kind != cmdRead || t.code != 0 {
 		if t.busy > 0 || c.current == t {
-			return false // it is streamed, and not over
+			return false // it is streamed, and has not ended
 		}
 		if t.kind == cmdRead && c.offer.structured {
 			c.outgoing.Add(putError(t.header[:], t.cookie, t.code))
@@ -121,8 +123,8 @@ func (c *conn) compose(t *task) bool {
 	return true
 }
 
-// composeHeader adds what comes before the data of a tag: of the first one the header
-// of the reply, and of each a header of its own, if it is a chunk of its own.
+// composeHeader adds the header before the data of a tag, if there is one: the header of
+// the reply before the first tag, or a chunk's before each tag.
 func (c *conn) composeHeader(t *task, g *tag) {
 	first := t.state != replyOpen
 	t.state = replyOpen
@@ -182,7 +184,7 @@ func (c *conn) sent(res int32) {
 	c.settle()
 }
 
-// dropReplies gives up the replies that are due.
+// dropReplies drops the due replies.
 func (c *conn) dropReplies() {
 	for c.replies.head != nil {
 		t := c.replies.head
@@ -191,10 +193,10 @@ func (c *conn) dropReplies() {
 	}
 }
 
-// dropReply gives up a reply that is in no list.
+// dropReply drops the reply to a task that is in no list.
 func (c *conn) dropReply(t *task) {
 	if t.busy > 0 {
-		t.state = replyDropped // the last tag that comes back ends it
+		t.state = replyDropped // the task ends when its last tag is back
 		return
 	}
 	c.dropTask(t)

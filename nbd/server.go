@@ -20,17 +20,18 @@ var ErrBusy = errors.New("NBD export is in use")
 // ErrStopped says that the server has ended.
 var ErrStopped = errors.New("NBD server has ended")
 
-// Server serves exports to clients. Its methods may be called from any goroutine but
-// the loops', and in any order.
+// Server serves exports to clients. Its methods may be called in any order, from any
+// goroutine except the loops'.
 type Server struct {
 	cfg     Config
 	loops   []*loop
 	stopped chan struct{} // closed when no client is taken any more
 
-	changing sync.Mutex // one at a time opens and closes queues; before mu
+	changing sync.Mutex // held while queues are opened or closed; taken before mu
 	closed   bool       // the back ends' memory is given back; guarded by changing
 
-	// mu guards what follows. Loops take it, so who holds it must not wait for a loop.
+	// mu guards the fields below. Loops take it, so nothing that holds it may wait for
+	// a loop.
 	mu        sync.Mutex
 	ended     bool      // stopped is closed
 	exports   []*export // the first is the default; changed with both locks held
@@ -43,7 +44,7 @@ type Server struct {
 	events   logLimit
 }
 
-// loop is a poller.Loop with what the server does there.
+// loop is a poller.Loop and the server's worker on it.
 type loop struct {
 	*poller.Loop
 	worker *worker
@@ -84,8 +85,9 @@ func (s *Server) isEnded() bool {
 	return s.ended
 }
 
-// transmit serves a socket, which it closes, on the loop with the fewest connections.
-// A client that stands still for patience ticks is disconnected; 0 is never.
+// transmit serves a client in the transmission phase, on the loop with the fewest
+// connections, and closes its socket. A client that stands still for patience ticks is
+// disconnected; 0 is never.
 func (s *Server) transmit(fd int, o offer, patience int) error {
 	defer unix.Close(fd)
 	if err := unix.SetNonblock(fd, false); err != nil {
@@ -108,7 +110,7 @@ func (s *Server) transmit(fd int, o offer, patience int) error {
 	case <-c.done:
 		return errors.Join(c.err, c.unmap())
 	case <-l.Done():
-		// Its memory may still be the kernel's: it stays.
+		// The kernel may still use the connection's memory, so it is not unmapped.
 		return fmt.Errorf("serve NBD client: %w", ErrStopped)
 	}
 }
@@ -127,8 +129,8 @@ func (s *Server) begin(c *conn) (*loop, error) {
 	return l, nil
 }
 
-// admit begins to serve, on the loop: who finds the connection admitted and calls the
-// loop finds it with its worker; who ends the server or the export before that, here.
+// admit starts a connection on its loop, unless the server or the export has ended
+// meanwhile. Once the connection is marked as admitted, onConns finds it on the loop.
 func (s *Server) admit(c *conn, l *loop) error {
 	s.mu.Lock()
 	refused := s.ended || c.offer.export.removed
@@ -149,7 +151,7 @@ func (s *Server) finish(c *conn) {
 	c.offer.export.ending.Done()
 }
 
-// Connections is how many clients are in the transmission phase on each loop.
+// Connections returns the number of clients in the transmission phase, by loop.
 func (s *Server) Connections() (perLoop []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,13 +161,13 @@ func (s *Server) Connections() (perLoop []int) {
 	return perLoop
 }
 
-// Stop ends the server: no new client, no new request, requests in flight done and
-// answered, all connections closed, memory given back.
+// Stop ends the server. It refuses new clients and new requests, waits until the requests
+// in flight are done and answered, closes all connections, and gives memory back.
 //
-// Without force, a server with clients is left alone, with ErrBusy. When ctx is done,
-// replies that clients do not read are given up, and if there are still requests in
-// flight, the error says so; it can be called again. Stop of a server that has ended
-// returns nil.
+// Without force, Stop of a server with clients changes nothing and returns ErrBusy. When
+// ctx is done, Stop no longer waits for clients to read their replies. If requests are
+// still in flight then, it returns an error and may be called again. Stop of a server
+// that has ended returns nil.
 func (s *Server) Stop(ctx context.Context, force bool) error {
 	if err := s.refuseClients(force); err != nil {
 		return fmt.Errorf("stop NBD server: %w", err)
@@ -176,7 +178,7 @@ func (s *Server) Stop(ctx context.Context, force bool) error {
 	return s.close()
 }
 
-// await ends the connections of an export, or all (nil), and waits for that.
+// await ends the connections of an export, or of all exports (nil), and waits for them.
 func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) error {
 	s.onConns(e, (*conn).leave)
 	gone := make(chan struct{})
@@ -203,7 +205,7 @@ func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) e
 	}
 }
 
-// cutPatience is for the kernel to end what it does on a socket.
+// cutPatience is how long await waits for the kernel to cancel operations on sockets.
 const cutPatience = 100 * time.Millisecond
 
 // refuseClients closes the listeners, and ends negotiations.
@@ -225,7 +227,8 @@ func (s *Server) refuseClients(force bool) error {
 	return nil
 }
 
-// onConns calls fn for the admitted connections of an export, or all (nil), each on its loop.
+// onConns calls fn for the admitted connections of an export, or of all exports (nil),
+// each on its loop.
 func (s *Server) onConns(e *export, fn func(*conn)) {
 	s.mu.Lock()
 	all := map[*loop][]*conn{}
@@ -259,7 +262,7 @@ func (s *Server) close() error {
 		errs = append(errs, s.closeShards(e))
 	}
 	for _, l := range s.loops {
-		_ = l.Call(func() { // it may be no more
+		_ = l.Call(func() { // the loop may have ended
 			if w := l.worker; w.attached {
 				l.Detach(w)
 				l.Unhandle(w.base)

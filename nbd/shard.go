@@ -12,16 +12,16 @@ const reapBatch = 64
 // none is no tag.
 const none = ^uint16(0)
 
-// shard is an export on one loop: the back end's queue there, and the queue's tags,
-// which all connections of that loop to the export share. All of it is the loop's.
+// shard is the part of an export on one loop: the back end's queue, and the queue's tags,
+// which the connections to the export on that loop share. All of it belongs to the loop.
 //
-// A tag is free, or belongs to a task: it is filled with data of the client, or waits
-// for stripes, or is at the back end (from Submit to Reap), or its data is sent.
+// A tag is free, or it belongs to a task. Then it is being filled with data of the
+// client, or waits for stripes, or is at the back end (from Submit to Reap), or its data
+// is being sent.
 type shard struct {
 	back    block.Queue
 	device  block.Device
 	stripes *stripes
-	buffer  int // bytes of a tag's buffer
 	bounds  bounds
 
 	tags    []tag
@@ -30,39 +30,40 @@ type shard struct {
 	reserve int // tags that only connections without a tag may take
 	share   int // tags that a connection may hold
 
-	waiting  connList // connections that want tags, in order
-	resuming *conn    // the one whose turn it is
-	freed    bool     // tags were released since resume looked
-	starved  bool     // at the last tick, a connection without a tag waited
+	waiting  connList // connections that wait for tags, the first one first
+	resuming *conn    // the one that resume is about to continue
+	freed    bool     // tags were released since the last resume
+	starved  bool     // at the last tick, a connection without any tag was waiting
 
-	parked   []uint16 // tags that wait for stripes
+	parked   []uint16 // tags that wait for stripes; see stripes.go
 	reqs     []block.Request
 	done     [reapBatch]block.Result
-	inflight int // at the back end
+	inflight int // number of requests at the back end
 
 	counters
 }
 
-// tag is a buffer of the back end, and the part of a task that is done with it.
+// tag is a tag of the back end's queue, with its buffer, and the piece of a task that it is
+// used for.
 type tag struct {
 	piece
 	task   *task
-	next   uint16   // of the data of a read, or of the list of free tags
-	op     block.Op // what the back end does, or did last
-	ready  bool     // the data of a read is there
-	moved  uint32   // sectors that are done
-	active uint32   // sectors at the back end
+	next   uint16   // in the data of a read, or in the list of free tags
+	op     block.Op // operation at the back end, or the next one
+	ready  bool     // the data of a read is complete
+	moved  uint32   // sectors that op has done
+	active uint32   // sectors that are at the back end
 	header [dataHeader]byte
 }
 
-// bounds are how large a request to the back end may be. They may change.
+// bounds are the limits of requests to the back end. They may change.
 type bounds struct {
 	block   uint32 // bytes of a logical block; does not change
 	buffer  uint32 // bytes of a tag's buffer, whole blocks; does not change
 	piece   uint32 // bytes of a read or write, whole blocks, at most buffer
-	chunk   uint64 // bytes; a read or write does not cross a multiple; 0: no such rule
-	discard uint32 // sectors, whole blocks; 0: the device has no discard
-	zeroes  uint32 // the same of write zeroes
+	chunk   uint64 // bytes; reads and writes do not cross a multiple of it; 0 is no such rule
+	discard uint32 // sectors of a discard, whole blocks; 0 if there is no discard
+	zeroes  uint32 // sectors of a write zeroes, whole blocks; 0 if there is none
 }
 
 func boundsOf(g block.Geometry, buffer int) bounds {
@@ -78,8 +79,8 @@ func boundsOf(g block.Geometry, buffer int) bounds {
 	return b
 }
 
-// bufferSize is the size of a tag's buffer in bytes: a multiple of the page size, and
-// room for two logical blocks; see merge.
+// bufferSize is the size of a tag's buffer in bytes: a multiple of the page size with room
+// for two logical blocks, which merge needs.
 func bufferSize(maxIO int, g block.Geometry) int {
 	page := os.Getpagesize()
 	n := min(maxIO, int(g.MaxIO)) / page * page
@@ -87,8 +88,8 @@ func bufferSize(maxIO int, g block.Geometry) int {
 	return max(n, least)
 }
 
-// split is how the tags of a queue are given out: share is how many a connection may
-// hold, reserve how many are kept for connections that hold none.
+// split divides the tags of a queue. A connection may hold up to share. The last reserve
+// free tags are for connections that hold none.
 func split(depth int) (share, reserve int) {
 	reserve = depth / 4
 	return depth - reserve, reserve
@@ -96,7 +97,7 @@ func split(depth int) (share, reserve int) {
 
 func newShard(back block.Queue, d block.Device, buffer, depth int, st *stripes) *shard {
 	s := &shard{
-		back: back, device: d, stripes: st, buffer: buffer, bounds: boundsOf(d.Geometry(), buffer), free: none,
+		back: back, device: d, stripes: st, bounds: boundsOf(d.Geometry(), buffer), free: none,
 		tags: make([]tag, depth), parked: make([]uint16, 0, depth), reqs: make([]block.Request, 0, depth), nFree: depth,
 	}
 	s.share, s.reserve = split(depth)
@@ -106,32 +107,39 @@ func newShard(back block.Queue, d block.Device, buffer, depth int, st *stripes) 
 	return s
 }
 
-// refresh learns what the device's limits are now.
+// refresh updates the bounds from the device.
 func (s *shard) refresh() {
-	now := boundsOf(s.device.Geometry(), s.buffer)
-	now.block = s.bounds.block
-	s.bounds = now
+	g := s.device.Geometry()
+	g.LogicalBlock = s.bounds.block
+	s.bounds = boundsOf(g, int(s.bounds.buffer))
 }
 
-// allow says how many tags a connection may take now that can use from least to most:
-// 0 if it has to wait. A connection without a tag gets one as long as there are any,
-// even if it asked for more: it can always go on, however slowly.
+// allow returns how many tags a connection may take now that needs at least least tags and
+// can use up to most, or 0 if it has to wait. A connection that holds no tag gets one if
+// any is free, even if that is less than least.
 func (s *shard) allow(c *conn, least, most int) int {
 	n := min(s.nFree-s.reserve, s.share-c.held)
 	if s.waiting.head != nil && s.resuming != c {
-		n = 0 // others wait
+		n = 0 // it is not its turn
 	}
 	s.resuming = nil
 	switch {
 	case n >= least:
 		return min(n, most)
-	case c.held == 0 && s.nFree > 0:
+	case s.entitled(c, least):
 		return max(n, 1)
 	}
 	return 0
 }
 
-// take gives a free tag, of which there is one, to a task.
+// entitled reports whether a connection gets a tag in any case. The kernel's client rather
+// waits for all that it needs: an error in a read that is streamed would cost its
+// connection.
+func (s *shard) entitled(c *conn, least int) bool {
+	return c.held == 0 && s.nFree > 0 && (least == 1 || c.patience > 0)
+}
+
+// take gives a tag to a task. One is free.
 func (s *shard) take(t *task, p piece) uint16 {
 	i := s.free
 	g := &s.tags[i]
@@ -142,7 +150,7 @@ func (s *shard) take(t *task, p piece) uint16 {
 	return i
 }
 
-// release makes a tag free.
+// release frees a tag.
 func (s *shard) release(i uint16) {
 	g := &s.tags[i]
 	c := g.task.conn
@@ -155,7 +163,7 @@ func (s *shard) release(i uint16) {
 	}
 }
 
-// enqueue has a connection wait until it may take n tags.
+// enqueue makes a connection wait until it may take n tags.
 func (s *shard) enqueue(c *conn, n int) {
 	c.want = n
 	if s.share-c.held < n {
@@ -166,8 +174,8 @@ func (s *shard) enqueue(c *conn, n int) {
 	s.waiting.push(c)
 }
 
-// resume lets connections go on that wait for tags. One that wants more than there are
-// is not overtaken, except by those that hold none.
+// resume continues connections that wait for tags, in order. A connection that cannot go
+// on yet is overtaken only by connections that hold no tag.
 func (s *shard) resume() {
 	if !s.freed || s.waiting.head == nil {
 		return
@@ -178,7 +186,7 @@ func (s *shard) resume() {
 		next := c.after
 		own, pool := s.share-c.held, s.nFree-s.reserve
 		switch {
-		case own >= c.want && pool >= c.want && !blocked, c.held == 0 && s.nFree > 0:
+		case own >= c.want && pool >= c.want && !blocked, s.entitled(c, c.want):
 			s.waiting.remove(c)
 			c.wait, s.resuming = waitNone, c
 			c.parse()
@@ -190,7 +198,7 @@ func (s *shard) resume() {
 	}
 }
 
-// tick looks at the device, and at those who wait.
+// tick updates the bounds, and looks for starved connections.
 func (s *shard) tick() {
 	s.refresh()
 	s.starved = false
@@ -201,8 +209,8 @@ func (s *shard) tick() {
 	}
 }
 
-// poll hands the new requests to the back end, takes its results, and says how many
-// things it did.
+// poll hands new requests to the back end and takes its results. It returns the number of
+// both.
 func (s *shard) poll() int {
 	n := len(s.reqs)
 	if n > 0 {

@@ -51,8 +51,8 @@ var counterOf = [...]counter{
 	cmdRead: nReads, cmdWrite: nWrites, cmdFlush: nFlushes, cmdTrim: nTrims, cmdZeroes: nZeroes,
 }
 
-// counters are those of a shard. They are written by the loop, into now, and shown to others once per batch, in
-// seen.
+// counters are those of a shard. The loop counts in now, and copies now to seen once per
+// batch, for other goroutines.
 type counters struct {
 	now  [nCounters]uint64
 	_    cpu.CacheLinePad
@@ -60,7 +60,7 @@ type counters struct {
 	_    cpu.CacheLinePad
 }
 
-// publish shows the counters. Loop only.
+// publish copies the counters to seen. Loop only.
 func (c *counters) publish() {
 	for i := range c.now {
 		if c.seen[i].Load() != c.now[i] {
@@ -69,7 +69,7 @@ func (c *counters) publish() {
 	}
 }
 
-// snapshot is what publish showed. Any goroutine may call it.
+// snapshot returns the counters as of the last publish. Any goroutine may call it.
 func (c *counters) snapshot() Stats {
 	return Stats{
 		Reads: c.seen[nReads].Load(), Writes: c.seen[nWrites].Load(),

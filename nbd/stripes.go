@@ -7,31 +7,31 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// A write of less than a logical block reads the block, changes a part of it and writes
-// it back. No other change of that block may happen in between, on whatever loop. So
-// every change of an export locks the stripes that its range is in: shared, if it
-// changes whole blocks, or exclusively, if it changes a part of one. Nobody waits for a
-// lock. A change that does not get its stripes is parked, and tried again when some are
-// released.
+// A write of a part of a logical block reads the block, merges the new bytes and writes
+// the block back. No other change of the block may happen in between, on any loop. So the
+// range of an export is divided into stripes with a lock each. A change of whole blocks
+// takes shared locks, and a change of a part of a block takes an exclusive lock. No thread
+// ever waits for a lock: a change that does not get its locks is parked, and its loop
+// tries again when locks are released.
 
 const (
-	stripeShift = 16 // log2 of the bytes of a range that has one stripe
+	stripeShift = 16 // log2 of the bytes of a stripe
 	nStripes    = 1 << 10
 
 	stripeExclusive uint32 = 1 << 31 // locked exclusively
-	stripeWanted    uint32 = 1 << 30 // wanted exclusively: no more shared locks
-	// The other bits count the shared locks.
+	stripeWanted    uint32 = 1 << 30 // a change waits for an exclusive lock: no new shared locks
+	// The other bits are the number of shared locks.
 )
 
-// stripes are the locks of an export. Any loop.
+// stripes are the locks of an export. All loops use them. Stripes that are nStripes apart
+// have the same lock.
 type stripes struct {
 	locks  [nStripes]atomic.Uint32
-	parked atomic.Int32 // changes that wait for a release
+	parked atomic.Int32 // number of parked changes, on all loops
 	loops  []*poller.Loop
 }
 
-// stripeRange is the stripes of a range: n of them from first on, after the last of all
-// comes stripe 0.
+// stripeRange returns the first stripe of a range and the number of locks to take.
 func stripeRange(sector uint64, sectors uint32) (first, n uint64) {
 	first = sector << block.SectorShift >> stripeShift
 	last := ((sector+uint64(sectors))<<block.SectorShift - 1) >> stripeShift
@@ -40,7 +40,7 @@ func stripeRange(sector uint64, sectors uint32) (first, n uint64) {
 
 func (s *stripes) at(i uint64) *atomic.Uint32 { return &s.locks[i%nStripes] }
 
-// share locks the stripes of a range of whole blocks, all or none.
+// share takes shared locks of a range, all or none.
 func (s *stripes) share(sector uint64, sectors uint32) bool {
 	first, n := stripeRange(sector, sectors)
 	for i := range n {
@@ -66,7 +66,7 @@ func tryShare(lock *atomic.Uint32) bool {
 	}
 }
 
-// unshare releases what share has locked.
+// unshare releases the locks of share.
 func (s *stripes) unshare(sector uint64, sectors uint32) {
 	first, n := stripeRange(sector, sectors)
 	for i := range n {
@@ -80,7 +80,7 @@ func (s *stripes) unshareOne(lock *atomic.Uint32) {
 	}
 }
 
-// exclude locks the stripe of a block exclusively.
+// exclude takes the exclusive lock of a block.
 func (s *stripes) exclude(sector uint64) bool {
 	first, _ := stripeRange(sector, 1)
 	lock := s.at(first)
@@ -96,14 +96,14 @@ func (s *stripes) exclude(sector uint64) bool {
 	}
 }
 
-// include releases what exclude has locked.
+// include releases the lock of exclude.
 func (s *stripes) include(sector uint64) {
 	first, _ := stripeRange(sector, 1)
 	s.at(first).And(^stripeExclusive)
 	s.wake()
 }
 
-// wake has the loops try what is parked.
+// wake makes all loops try their parked changes again.
 func (s *stripes) wake() {
 	if s.parked.Load() == 0 {
 		return

@@ -2,19 +2,19 @@ package nbd
 
 import "ublk-nvmeof/block"
 
-// task is a request that is being carried out. Each connection has its own, so that
-// requests without data, and replies that are not read, are at nobody else's expense.
+// task is a request that is being carried out. Each connection has tasks of its own, so
+// replies without data that a client does not read cost other clients nothing.
 //
-// A read is laid: its pieces get tags, and go to the back end. If it has got tags for
-// all of it at once, nothing is sent before all of its data is there, and an error is a
-// reply like any other. Otherwise it is streamed: pieces are sent as they come, and
-// their tags used again for the next.
+// A read is laid out: its pieces get tags and go to the back end. If all pieces get a tag
+// at once, the reply is sent when all data is there, and an error is an ordinary reply.
+// Otherwise the read is streamed: each piece is sent when it is ready, and its tag is
+// used for a later piece.
 //
-// The pieces of a write get a tag each, as the data comes, and release it when the back
-// end is done. All else has one tag, and goes on step by step; see advance.
+// Each piece of a write gets a tag when its data arrives, and releases it when the back
+// end is done. Other requests have one tag, and are done in steps; see advance.
 type task struct {
 	conn   *conn
-	next   *task // of those that are free, or of the replies
+	next   *task // in the list of free tasks, or of replies
 	cookie uint64
 	offset uint64 // of the request, bytes
 	length uint32
@@ -22,36 +22,36 @@ type task struct {
 	flags  block.Flags
 	code   code // the first error
 
-	at, end  uint64 // bytes that no tag is for yet; for a trim or write zeroes: not done yet
-	busy     int    // tags at the back end, or parked
-	sync     bool   // a flush follows
+	at, end  uint64 // the bytes without a tag; of a trim or write zeroes, those not done yet
+	busy     int    // number of tags at the back end or parked
+	sync     bool   // a flush follows the other steps
 	size     uint32 // of the pieces of a read
 	streamed bool
-	whole    bool // a read whose data may not be sent in several chunks
+	whole    bool // the data of a read may not be sent in several chunks
 	state    replyState
 	head     uint16 // tags with data to send, in order
 	tail     uint16
 	header   [dataHeader]byte
 }
 
-// replyState is how far the reply of a task has come.
+// replyState is the state of the reply to a task.
 type replyState uint8
 
 const (
-	replyNone    replyState = iota // no reply is due
-	replyDue                       // in the list of replies
-	replyOpen                      // in the list, and its beginning has been sent
-	replyDropped                   // there will be none: the task ends with its last tag
+	replyNone    replyState = iota // not due
+	replyDue                       // in conn.replies
+	replyOpen                      // in conn.replies; its beginning has been sent
+	replyDropped                   // no reply is sent; the task ends with its last tag
 )
 
-// fail notes an error, if it is the first.
+// fail records the first error of a task.
 func (t *task) fail(c code) {
 	if t.code == 0 {
 		t.code = c
 	}
 }
 
-// takeTask takes a free task, of which there is one, for a request.
+// takeTask takes a task for a request. One is free.
 func (c *conn) takeTask(r request) *task {
 	t := c.freeTasks
 	c.freeTasks = t.next
@@ -63,19 +63,19 @@ func (c *conn) takeTask(r request) *task {
 	return t
 }
 
-// freeTask ends a task, which has no tag.
+// freeTask ends a task that has no tag.
 func (c *conn) freeTask(t *task) {
 	t.next, c.freeTasks = c.freeTasks, t
 	c.tasks--
 }
 
-// dropTask ends a task that has no tag at the back end, and no reply.
+// dropTask ends a task without a reply. None of its tags is at the back end.
 func (c *conn) dropTask(t *task) {
 	c.dropData(t)
 	c.freeTask(t)
 }
 
-// dropData releases the tags of a read whose data is not sent.
+// dropData releases the tags of a read whose data is not going to be sent.
 func (c *conn) dropData(t *task) {
 	for t.head != none {
 		i := t.head
@@ -85,7 +85,7 @@ func (c *conn) dropData(t *task) {
 	t.tail = none
 }
 
-// lay gives the next n pieces of a read a tag each, of which there are enough.
+// lay gives the next n pieces of a read a tag each, and starts them. n tags are free.
 func (c *conn) lay(t *task, n int) {
 	s := c.shard
 	for ; n > 0 && t.at < t.end; n-- {
@@ -103,7 +103,7 @@ func (c *conn) lay(t *task, n int) {
 	}
 }
 
-// layMore goes on with a streamed read. It says false if it has to wait for tags.
+// layMore continues a streamed read. It returns false if the read has to wait for tags.
 func (c *conn) layMore(t *task) bool {
 	for t.code == 0 && t.at < t.end {
 		left := c.shard.pieces(t.at, t.end, t.size, c.shard.share)
@@ -121,7 +121,7 @@ func (c *conn) layMore(t *task) bool {
 	return true
 }
 
-// readDone is the end of a piece of a read.
+// readDone takes a piece of a read from the back end.
 func (c *conn) readDone(i uint16) {
 	g := &c.shard.tags[i]
 	t := g.task
@@ -147,13 +147,13 @@ func (c *conn) readDone(i uint16) {
 	}
 }
 
-// fill receives the next data of a write. It says false if there is none, or if it has
-// to wait for a tag.
+// fill puts received data of a write into its buffers. It returns false if more has to be
+// received, or if the write has to wait for a tag.
 func (c *conn) fill(t *task) bool {
 	if c.recv != opIdle {
 		return false
 	}
-	if t.code != 0 { // the rest would be in vain
+	if t.code != 0 { // the rest of the data is of no use
 		c.skip = uint32(t.end - t.at)
 		c.giveUpWrite(t)
 		return true
@@ -177,10 +177,10 @@ func (c *conn) fill(t *task) bool {
 	return true
 }
 
-// room is where the next data of a write belongs.
+// room is the memory for the next data of a write.
 func (c *conn) room() []byte { return c.shard.data(c.filling)[c.filled:] }
 
-// fillBy takes note of n bytes that were put into room.
+// fillBy records that n bytes were put into room, and starts a piece that is complete.
 func (c *conn) fillBy(n int) {
 	s, i := c.shard, c.filling
 	g := &s.tags[i]
@@ -201,7 +201,7 @@ func (c *conn) fillBy(n int) {
 	s.start(i)
 }
 
-// writeDone is the end of a piece of a write.
+// writeDone answers a write if its last piece is done.
 func (c *conn) writeDone(t *task) {
 	if t.busy > 0 || c.current == t {
 		return
@@ -214,8 +214,8 @@ func (c *conn) writeDone(t *task) {
 	c.answer(t)
 }
 
-// giveUpWrite ends a write whose data is not all there, and that is answered with its
-// error, or not at all if it has none.
+// giveUpWrite ends a write whose data has not all arrived. If it has failed, it is answered
+// with the error, and else not at all.
 func (c *conn) giveUpWrite(t *task) {
 	if c.filling != none {
 		c.shard.release(c.filling)

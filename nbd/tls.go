@@ -14,14 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// askAnyCertificate is a configuration that accepts the same clients as c, and does not
-// tell them the names of the authorities that it accepts.
+// askAnyCertificate returns a configuration that accepts the same clients as c, but does
+// not send the names of the accepted authorities with the request for a certificate.
 //
-// When GnuTLS is told names, it looks through its certificates for one of theirs whose
-// key fits a signature algorithm of the request; and since it takes
-// rsa_pss_rsae_sha256, the only kind that TLS 1.3 has for RSA keys, for one of
-// RSASSA-PSS keys, it finds none, and sends no certificate. When it is not told names,
-// it sends the certificate that it has.
+// When a request names authorities, a GnuTLS client sends only a certificate that one of
+// them has issued, and whose key matches a signature algorithm of the request. It takes
+// rsa_pss_rsae_sha256 and its like, which are all that TLS 1.3 allows for RSA keys, for
+// algorithms of RSASSA-PSS keys. So it finds that its RSA certificate does not match, and
+// sends none. When a request names no authority, a client with a single certificate
+// sends that.
 func askAnyCertificate(c *tls.Config) *tls.Config {
 	c = c.Clone()
 	if choose := c.GetConfigForClient; choose != nil {
@@ -62,8 +63,8 @@ func askAnyCertificate(c *tls.Config) *tls.Config {
 	return c
 }
 
-// verifyClient verifies what a client has sent: its certificate and others that lead to
-// a root. No roots are the system's, as in crypto/tls.
+// verifyClient verifies the certificates that a client has sent, in the same way as
+// crypto/tls does. nil roots are the system's.
 func verifyClient(certs []*x509.Certificate, roots *x509.CertPool, now time.Time) ([][]*x509.Certificate, error) {
 	opts := x509.VerifyOptions{
 		Roots: roots, CurrentTime: now, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
@@ -78,7 +79,8 @@ func verifyClient(certs []*x509.Certificate, roots *x509.CertPool, now time.Time
 	return chains, nil
 }
 
-// serveTLS puts a socket pair between a client and its loop.
+// serveTLS serves a TLS client through a socket pair: the loop has one end, and two
+// goroutines copy between the other end and the client.
 func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -103,9 +105,9 @@ func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
 		_ = inner.Close()
 	})
 	err = s.transmit(fds[0], o, stallTicks)
-	if err != nil {
+	if errors.Is(err, errStalled) {
 		_ = secure.NetConn().Close()
-	} else { // the client gets what was sent, if it reads that
+	} else { // the last replies are still on their way to the client
 		_ = secure.SetWriteDeadline(time.Now().Add(s.cfg.StallTimeout))
 	}
 	pumps.Wait()

@@ -4,25 +4,25 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// piece is the part of a request that one tag is used for.
+// piece is a part of a request, which one tag transfers.
 type piece struct {
-	sector  uint64 // whole blocks that the back end transfers
+	sector  uint64 // first sector; the back end transfers whole blocks
 	sectors uint32
-	skip    uint32 // where in them the client's bytes are
-	length  uint32 // the client's bytes
+	skip    uint32 // bytes before the client's bytes
+	length  uint32 // number of the client's bytes
 }
 
-// partial says whether the client's bytes are less than the blocks.
+// partial reports whether the client's bytes are less than whole blocks.
 func (p *piece) partial() bool { return p.length < p.sectors<<block.SectorShift }
 
-// readPiece is the first piece, of up to most bytes, of a read of the bytes from at to
-// end.
+// readPiece is the first piece of a read of the bytes from at to end. It has up to most
+// bytes.
 func (s *shard) readPiece(at, end uint64, most uint32) piece {
 	unit := uint64(s.bounds.block)
 	return s.piece(at, end, (end+unit-1)&^(unit-1), most)
 }
 
-// writePiece is the first piece of a write: whole blocks, or a part of one.
+// writePiece is the first piece of a write: whole blocks, or a part of one block.
 func (s *shard) writePiece(at, end uint64) piece {
 	unit := uint64(s.bounds.block)
 	first, last := at&^(unit-1), end&^(unit-1)
@@ -32,8 +32,8 @@ func (s *shard) writePiece(at, end uint64) piece {
 	return s.piece(at, end, last, s.bounds.piece)
 }
 
-// piece is the first piece of a transfer of the bytes from at to end, in blocks that
-// end at last.
+// piece is the first piece of a transfer of the bytes from at to end. Its blocks end at
+// last or before.
 func (s *shard) piece(at, end, last uint64, most uint32) piece {
 	b := &s.bounds
 	first := at &^ uint64(b.block-1)
@@ -47,8 +47,7 @@ func (s *shard) piece(at, end, last uint64, most uint32) piece {
 	}
 }
 
-// pieces is the number of pieces of a read, each of up to size bytes; or most, if there
-// are more.
+// pieces is the number of pieces of up to size bytes of a read, or most, if there are more.
 func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 	n := 0
 	for ; at < end && n < most; n++ {
@@ -58,10 +57,11 @@ func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 	return n
 }
 
-// cut says how large the pieces of a read are to be, and how many these are; or one
-// more than a connection may have at the same time. They are as large as the device
-// takes them, or as large as a buffer if that makes fewer and it matters: see issue.
-func (s *shard) cut(at, end uint64) (size uint32, n int) {
+// pieceSize chooses the size of the pieces of a read. It returns the size and the number
+// of pieces, but not more than share+1. Usually a piece is as large as the device accepts.
+// If a connection may not hold as many tags, a piece is as large as a buffer, and issue
+// hands it to the device in parts.
+func (s *shard) pieceSize(at, end uint64) (size uint32, n int) {
 	size = s.bounds.piece
 	if n = s.pieces(at, end, size, s.share+1); n > s.share && size < s.bounds.buffer {
 		size = s.bounds.buffer
@@ -70,8 +70,8 @@ func (s *shard) cut(at, end uint64) (size uint32, n int) {
 	return size, n
 }
 
-// data is where the client's bytes of a tag are. Those of a write of a part of a block
-// wait behind the block for their merge.
+// data is the memory of a tag's client bytes. Those of a write of a part of a block are
+// behind the block in the buffer, until merge.
 func (s *shard) data(i uint16) []byte {
 	g := &s.tags[i]
 	at := g.skip
@@ -81,7 +81,7 @@ func (s *shard) data(i uint16) []byte {
 	return s.back.Buffer(i)[at : at+g.length]
 }
 
-// merge puts the client's bytes into their block, which was read.
+// merge copies the client's bytes into their block, which has been read.
 func (s *shard) merge(i uint16) {
 	g := &s.tags[i]
 	into := s.back.Buffer(i)[g.skip : g.skip+g.length]
@@ -92,20 +92,19 @@ func (s *shard) merge(i uint16) {
 	copy(into, s.data(i))
 }
 
-// start has the back end do what a tag is for, as soon as no other change is in the
-// way.
+// start issues a tag, now or when its stripes are free.
 func (s *shard) start(i uint16) {
 	g := &s.tags[i]
 	g.task.busy++
 	if !s.lock(g) {
 		s.stripes.parked.Add(1)
-		s.parked = append(s.parked, i) // poll tries again before the loop sleeps
+		s.parked = append(s.parked, i) // unpark tries again before the loop sleeps
 		return
 	}
 	s.issue(i)
 }
 
-// lock locks the stripes that a change needs.
+// lock locks the stripes of a change. It returns false if they are not free.
 func (s *shard) lock(g *tag) bool {
 	switch {
 	case g.task.kind == cmdRead, g.op == block.OpFlush:
@@ -126,7 +125,7 @@ func (s *shard) unlock(g *tag) {
 	}
 }
 
-// unpark starts what waited for stripes, and says how much that was.
+// unpark issues parked tags whose stripes are free now, and returns their number.
 func (s *shard) unpark() int {
 	if len(s.parked) == 0 {
 		return 0
@@ -146,10 +145,10 @@ func (s *shard) unpark() int {
 	return started
 }
 
-// issue hands a tag to the back end with the next Submit: all of it, or as much as the
-// device takes by now. The back end transfers to and from the beginning of the buffer.
-// So a write is done from its beginning on, what is left being moved there, and a read
-// from its end.
+// issue hands a tag to the back end with the next Submit. If the piece is larger than what
+// the device accepts now, it is handed over in parts. The back end transfers to and from
+// the beginning of the buffer. So the parts of a write are moved there one after the
+// other, and the parts of a read are moved away from there, the last part first.
 func (s *shard) issue(i uint16) {
 	g := &s.tags[i]
 	r := block.Request{Sector: g.sector, Sectors: g.sectors - g.moved, Tag: i, Op: g.op}
@@ -161,7 +160,7 @@ func (s *shard) issue(i uint16) {
 	case block.OpWrite:
 		r.Sectors = min(r.Sectors, s.bounds.piece>>block.SectorShift)
 		if g.moved > 0 {
-			r.Sectors = min(r.Sectors, g.moved) // so that what is moved is not moved over what is left
+			r.Sectors = min(r.Sectors, g.moved) // so that it is not copied over the rest
 			from := g.moved << block.SectorShift
 			buf := s.back.Buffer(i)
 			copy(buf, buf[from:from+r.Sectors<<block.SectorShift])
@@ -177,7 +176,7 @@ func (s *shard) issue(i uint16) {
 	s.reqs = append(s.reqs, r)
 }
 
-// shrunk says whether the device takes less by now than what it has refused.
+// shrunk reports whether the back end has refused more than the device accepts by now.
 func (s *shard) shrunk(g *tag) bool {
 	s.refresh()
 	switch g.op {
@@ -224,8 +223,8 @@ func (s *shard) finish(i uint16, errno uint16) {
 	}
 }
 
-// proceed takes note of what the back end has done, and says whether it has more to do
-// while the same stripes are locked.
+// proceed records a success of the back end. If there is more to do for the same piece, it
+// issues that and returns true.
 func (s *shard) proceed(i uint16) (more bool) {
 	g := &s.tags[i]
 	if g.op == block.OpRead {
@@ -253,14 +252,13 @@ func (s *shard) proceed(i uint16) (more bool) {
 	return true
 }
 
-// advance starts the next step of a flush, trim or write zeroes, and says whether there
-// was one: a range may be longer than what the back end does at once, and what has to
-// be on stable media needs a flush behind it.
+// advance starts the next step of a flush, trim or write zeroes. It returns false if there
+// is none left. A long range is done in several steps, and FUA is a flush at the end.
 func (s *shard) advance(i uint16) bool {
 	g := &s.tags[i]
 	t := g.task
 	if t.at < t.end && (t.kind == cmdTrim && s.bounds.discard == 0 || t.kind == cmdZeroes && s.bounds.zeroes == 0) {
-		s.refresh() // it was not so when the client was told
+		s.refresh() // the client was told that the device can do it
 	}
 	switch {
 	case t.kind == cmdTrim && t.at < t.end && s.bounds.discard > 0:
@@ -272,7 +270,7 @@ func (s *shard) advance(i uint16) bool {
 			g.op = block.OpRead
 		case s.bounds.zeroes > 0:
 			g.op, g.piece = block.OpWriteZeroes, s.step(t, s.bounds.zeroes)
-		default: // the device cannot do it any more
+		default: // the device cannot do it any more: write zeroes
 			g.op = block.OpWrite
 			clear(s.back.Buffer(i)[:g.length])
 		}
@@ -287,7 +285,7 @@ func (s *shard) advance(i uint16) bool {
 	return true
 }
 
-// step is the next whole blocks of a trim or write zeroes, up to most sectors.
+// step is the next piece of a trim or write zeroes: whole blocks, up to most sectors.
 func (s *shard) step(t *task, most uint32) piece {
 	last := t.end &^ uint64(s.bounds.block-1)
 	n := min((last-t.at)>>block.SectorShift, uint64(most))

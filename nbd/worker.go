@@ -14,8 +14,8 @@ type submitter interface {
 	SQE() *uring.SQE // never nil
 }
 
-// worker is what a server does on one loop, of which it is a poller.Source and a
-// poller.Handler. All of it is the loop's.
+// worker is the part of a server on one loop, as a poller.Source and a poller.Handler.
+// All of it belongs to the loop.
 type worker struct {
 	index    int
 	ring     submitter
@@ -23,9 +23,9 @@ type worker struct {
 	attached bool
 	shards   []*shard
 	conns    []*conn // by slot; nil: free
-	due      []*conn // those that have replies to send; see conn.listed
+	due      []*conn // connections with replies to send; see conn.listed
 
-	watching bool   // a tick is to come
+	watching bool   // the timer runs
 	interval []byte // between ticks, struct __kernel_timespec
 }
 
@@ -37,8 +37,8 @@ const (
 	dataTick = 1 << 40
 )
 
-// stallTicks is how many ticks make up Config.StallTimeout. leastProgress is how many
-// bytes a client has to take or send in that time, if as many wait for it.
+// stallTicks is the number of ticks in Config.StallTimeout. leastProgress is how many bytes
+// a client has to transfer in that time, unless less is left.
 const (
 	stallTicks    = 8
 	leastProgress = 64 << 10
@@ -78,11 +78,11 @@ func (w *worker) Poll() int {
 func (w *worker) Arm() poller.Readiness {
 	for _, s := range w.shards {
 		if len(s.reqs) > 0 {
-			return poller.Again
+			return poller.Busy
 		}
 	}
 	if len(w.due) > 0 {
-		return poller.Again
+		return poller.Busy
 	}
 	return poller.Sleep
 }
@@ -101,8 +101,8 @@ func (w *worker) Complete(data uint64, res int32, _ uint32) {
 	}
 }
 
-// watch has the clients looked at after an interval. While none has to do anything, the
-// loop is left asleep.
+// watch starts the timer for the next tick. While no client has anything to read or
+// send, there is no tick, and the loop can sleep.
 func (w *worker) watch() {
 	if w.watching {
 		return
@@ -113,7 +113,7 @@ func (w *worker) watch() {
 	s.UserData = w.base | dataTick
 }
 
-// tick looks for clients that stand still, and for other limits of the devices.
+// tick looks for clients that stand still, and for changed limits of the devices.
 func (w *worker) tick() {
 	w.watching = false
 	for _, s := range w.shards {
@@ -130,7 +130,7 @@ func (w *worker) tick() {
 	}
 }
 
-// add begins a connection.
+// add starts a connection.
 func (w *worker) add(c *conn) {
 	c.worker, c.shard, c.phase = w, c.offer.export.shards[w.index], phaseServing
 	c.shard.refresh()
@@ -150,7 +150,7 @@ func (w *worker) add(c *conn) {
 	c.parse()
 }
 
-// remove ends a connection, of which nothing is pending.
+// remove ends a connection. It has no operation pending and no task left.
 func (w *worker) remove(c *conn) {
 	w.conns[c.slot] = nil
 	close(c.done)

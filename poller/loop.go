@@ -181,7 +181,7 @@ type awake struct{}
 
 func (awake) Event(int) {}
 
-// finish ends the loop on its thread: whoever waits for it is let go when
+// finish ends the loop on its thread. Goroutines that wait for it are let go when
 // nothing of it is left.
 func (l *Loop) finish(err error) {
 	if err != nil {
@@ -504,7 +504,7 @@ func (l *Loop) arm() Readiness {
 		case Spin:
 			all = Spin
 		default:
-			return Again
+			return Busy
 		}
 	}
 	return all

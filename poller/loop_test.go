@@ -712,7 +712,7 @@ func TestFlight(t *testing.T) {
 		}
 		return 0
 	}
-	f.arm = func() Readiness { arms++; return Again }
+	f.arm = func() Readiness { arms++; return Busy }
 	on(t, l, func() {
 		l.Attach(f)
 		spins := func() uint64 {

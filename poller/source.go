@@ -3,14 +3,14 @@ package poller
 // Readiness is a Source's answer to Arm.
 type Readiness uint8
 
-// Answers to Arm. The zero value is no answer and is taken as Again.
+// Answers to Arm. The zero value is no answer and is taken as Busy.
 const (
 	Unset Readiness = iota
 	// Sleep: nothing is pending, and an event (a Watcher's, a Handler's or a
 	// Wake) will come when something is.
 	Sleep
-	// Again: something arrived meanwhile; poll before sleeping.
-	Again
+	// Busy: something arrived meanwhile; poll before sleeping.
+	Busy
 	// Spin: something is in flight that makes no event; keep polling.
 	Spin
 )

@@ -172,7 +172,7 @@ type Access uint8
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
 //
 // AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
-// region then has none until MoveMR. Without it, such a SEND ends the connection with a remote
+// region then has none until ReregisterMR. Without it, such a SEND ends the connection with a remote
 // access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
 // 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
 const (
@@ -187,11 +187,11 @@ type PD interface {
 	// AllocMR maps length bytes (rounded up to pages), populates and
 	// registers them.
 	AllocMR(length int, access Access) (MR, error)
-	// MoveMR registers a region of another domain of this provider here
+	// ReregisterMR registers a region of another domain of this provider here
 	// instead, perhaps on another device: the same memory at the same address
 	// with the same rights, and new keys. Nothing may use the region meanwhile.
 	// On an error it is where it was. A region may have been Released before.
-	MoveMR(mr MR) error
+	ReregisterMR(mr MR) error
 	Close() error
 }
 
@@ -201,7 +201,7 @@ type MR interface {
 	Addr() uint64  // address to name in an SGE or to the peer
 	LKey() uint32
 	RKey() uint32
-	// Release ends the registration and keeps the memory, until MoveMR
+	// Release ends the registration and keeps the memory, until ReregisterMR
 	// registers it again. Idempotent.
 	Release() error
 	Close() error
@@ -327,21 +327,23 @@ type CQ interface {
 	Close() error
 }
 
-// Receiver is a CQ of a provider that is part of this process, for who polls it
-// and would rather take its packets himself than be woken by the provider when
-// it has done so.
+// Receiver is a CQ of a provider that handles packets in this process. The goroutine
+// that polls it can take the packets too, instead of being woken by the provider after
+// the provider took them.
 type Receiver interface {
 	CQ
-	// PacketFD is readable, and not to be read, when there are packets for the
-	// CQ's QP. It is -1 if several QPs share the packets, which the provider
-	// then takes.
+	// PacketFD is readable when there are packets for the CQ's QP; the caller waits
+	// for that and does not read. It is -1 if several QPs share the packets, which the
+	// provider takes then, and after Close. Until Close it stays the caller's to wait
+	// for, even if the QP or the provider is closed.
 	PacketFD() int
-	// Receive takes the packets that are there. What they complete makes no
-	// event, so Poll comes next. On the goroutine of Poll, as if it were one.
+	// Receive takes packets that are there, a bounded number; the provider takes the
+	// others. Work requests that they complete make no event, so call Poll next. It
+	// counts as a Poll for the rule of one goroutine at a time.
 	Receive()
-	// Receiving says whether the caller calls Receive when PacketFD is readable.
-	// Until it does, and whenever it has not for a second, the provider does.
-	// Any goroutine.
+	// Receiving tells the provider whether the caller will call Receive when PacketFD
+	// is readable. Without that, and when no call has come for a second, the provider
+	// takes the packets. Any goroutine.
 	Receiving(on bool)
 }
 

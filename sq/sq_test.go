@@ -6,8 +6,6 @@ import (
 	"slices"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/rdma"
 )
 
@@ -38,7 +36,7 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return &a.memory, nil
 }
-func (a *adapter) MoveMR(rdma.MR) error                { return nil }
+func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
 func (a *adapter) Num() uint32                         { return 1 }
 func (a *adapter) PostRecv([]rdma.RecvWR) (int, error) { return 0, nil }
 func (a *adapter) Fail() error                         { return nil }
@@ -350,8 +348,8 @@ func TestCloseOrder(t *testing.T) {
 	if !ok {
 		t.Fatal("no slot")
 	}
-	a.busy = unix.EBUSY
-	if err := q.Close(); !errors.Is(err, unix.EBUSY) || a.closed != 1 {
+	a.busy = errBusy
+	if err := q.Close(); !errors.Is(err, errBusy) || a.closed != 1 {
 		t.Errorf("close in use: %v, %d calls", err, a.closed)
 	}
 	q.Push(slot, rdma.SGE{}) // the capsules are still there
@@ -381,3 +379,5 @@ func TestCloseOrder(t *testing.T) {
 		t.Errorf("reaped %d: %v", n, err)
 	}
 }
+
+var errBusy = errors.New("in use")

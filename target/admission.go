@@ -60,8 +60,8 @@ func (t *Target) admit(host netip.Addr) error {
 }
 
 // admitted takes notice of a queue that was made after admit. Too many that are
-// not connected make the oldest end, of this host or of all.
-func (t *Target) admitted(q *queue) {
+// not connected make the oldest end, of this host or of all; it is returned.
+func (t *Target) admitted(q *queue) (ends *queue) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := &t.admission
@@ -79,15 +79,22 @@ func (t *Target) admitted(q *queue) {
 	}
 	switch {
 	case count >= maxUnconnectedPerHost:
-		t.giveWay(oldest)
+		ends = oldest
 	case len(a.unconnected) >= maxUnconnected:
-		t.giveWay(a.unconnected[0])
+		ends = a.unconnected[0]
+	}
+	if ends != nil {
+		t.giveWay(ends)
 	}
 	a.unconnected = append(a.unconnected, q)
 	if t.ctx.Err() != nil {
 		q.kill("target closes") // Close did not see this queue
 	}
+	return ends
 }
+
+// whyGaveWay is the reason for the end of a connection by giveWay.
+const whyGaveWay = "too many others wait for a Connect command"
 
 // giveWay ends a queue that is not connected. The lock is held.
 func (t *Target) giveWay(q *queue) {
@@ -95,7 +102,8 @@ func (t *Target) giveWay(q *queue) {
 	a.forget(q)
 	a.ending++
 	q.gaveWay = true
-	q.kill("too many connections without a Connect command")
+	t.refusals["connection: "+whyGaveWay]++
+	q.kill(whyGaveWay)
 }
 
 // forget takes a queue from those that are not connected.
@@ -174,6 +182,8 @@ func (t *Target) open(id rdma.ID) (*queue, error) {
 		t.ended(host, nil)
 		return nil, err
 	}
-	t.admitted(q)
+	if ends := t.admitted(q); ends != nil {
+		t.log.Warn("connection ends", "host", ends.host, "reason", whyGaveWay)
+	}
 	return q, nil
 }

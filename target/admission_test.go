@@ -74,6 +74,9 @@ func TestStrangers(t *testing.T) {
 		t.Errorf("%d without Connect", unconnected)
 	}
 	a.property(nvme.PropCSTS, false)
+	if n := r.target.Snapshot().Refusals["connection: "+whyGaveWay]; n < 2*maxUnconnected {
+		t.Errorf("%d connections gave way", n)
+	}
 	// One host has its own limit.
 	for range 2 * maxUnconnectedPerHost {
 		_, _ = r.knock(t, netip.AddrFrom4([4]byte{203, 0, 113, 1}))

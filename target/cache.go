@@ -6,14 +6,14 @@ import (
 	"sync"
 )
 
-// cachePage is the unit of Cache. It starts at a multiple of itself, so the last
-// one of a store may be shorter.
+// cachePage is the size of a page of Cache. Pages are aligned, so the last page of a
+// store may be shorter.
 const cachePage = 4096
 
-// Cache is a [Store] that behaves like a disk with a volatile write cache: what
-// was written stays in this process's memory until a flush, or until there is
-// no room for it, and is lost if the process ends without Close. What goes out
-// for want of room is picked at random.
+// Cache is a [Store] that behaves like a disk with a volatile write cache: data that
+// is written stays in the memory of this process until a flush, or until the cache
+// is full, and is lost if the process ends without Close. A full cache writes back
+// pages at random.
 type Cache struct {
 	store Store
 	limit int // pages
@@ -22,8 +22,8 @@ type Cache struct {
 	dirty map[int64][]byte // by page number
 }
 
-// NewCache puts a cache of limit bytes, one page at least, before a store, which
-// nobody else may use from now on.
+// NewCache returns a cache of limit bytes, at least one page, in front of a store.
+// Only the cache may use the store from now on.
 func NewCache(store Store, limit int64) *Cache {
 	return &Cache{store: store, limit: int(max(1, limit/cachePage)), dirty: make(map[int64][]byte)}
 }
@@ -134,7 +134,8 @@ func (c *Cache) WriteZeroes(off, length int64) error {
 	return c.through(off, length, c.store.WriteZeroes)
 }
 
-// through ends what is cached of a range, and then lets the store change it.
+// through writes back the cached pages of a range, and then calls change for the
+// range.
 func (c *Cache) through(off, length int64, change func(off, length int64) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -17,7 +17,7 @@ func (q *queue) command(i int) *nvme.Command {
 	return nvme.CommandAt(q.in.Bytes()[i*q.capsule:])
 }
 
-// advance moves the submission queue head over one command.
+// advance moves the head of the submission queue by one command.
 func (q *queue) advance() {
 	if q.sqSize > 0 && !q.noFlow {
 		if q.sqHead++; q.sqHead >= q.sqSize {
@@ -26,7 +26,7 @@ func (q *queue) advance() {
 	}
 }
 
-// reportedHead is what completions say of the submission queue.
+// reportedHead is the submission queue head that completions carry.
 func (q *queue) reportedHead() uint16 {
 	if q.noFlow {
 		return 0xFFFF
@@ -34,8 +34,8 @@ func (q *queue) reportedHead() uint16 {
 	return q.sqHead
 }
 
-// completion takes the next place in the ring of completions, at offset at of
-// q.out, and makes the SEND of it. It was reserved before.
+// completion takes the next entry of the ring of completions, which is at offset at
+// of q.out, and returns the SEND for it. The caller has reserved the entry.
 func (q *queue) completion(data extent) (wr rdma.SendWR, at int) {
 	pos := int(q.posted % uint64(len(q.responses)))
 	q.posted++
@@ -47,13 +47,14 @@ func (q *queue) completion(data extent) (wr rdma.SendWR, at int) {
 	}, at
 }
 
-// lazyLimit is how many completions are sent without asking whether they have
-// arrived.
+// lazyLimit is the largest number of SENDs in a row of which at most the last one
+// is signaled.
 const lazyLimit = 8
 
-// signaled says whether the next completion is to be confirmed, with all before
-// it: the host says of none but these that it has them. Whatever a command may
-// wait for is free without that of the others.
+// signaled says whether the SEND of the next completion is signaled. Its work
+// completion confirms all completions before it too, and frees their chunks and ring
+// entries. So it may be unsignaled only while there are enough of both for any
+// command.
 func (q *queue) signaled() bool {
 	q.lazy++
 	if q.lazy < lazyLimit && q.free.find(chunksFor(uint32(q.target.cfg.MaxTransfer))) >= 0 && q.reserved < len(q.responses)/2 {
@@ -63,8 +64,8 @@ func (q *queue) signaled() bool {
 	return true
 }
 
-// respond answers a command. Its chunks stay until the SEND is complete,
-// because the RDMA WRITE before it may read them.
+// respond completes a command. It keeps the command's chunks until the SEND is
+// confirmed, because the RDMA WRITE before it may still read them.
 func (q *queue) respond(i int, result uint64, s nvme.Status) {
 	r := &q.reqs[i]
 	cmd := q.command(i)
@@ -95,7 +96,7 @@ func (q *queue) done(i int) {
 	q.receive(i)
 }
 
-// drop ends a command without an answer.
+// drop ends a command without a completion.
 func (q *queue) drop(i int) {
 	q.advance()
 	q.free.flip(q.reqs[i].data)
@@ -103,8 +104,8 @@ func (q *queue) drop(i int) {
 	q.done(i)
 }
 
-// confirm ends the completions up to the one at pos of the ring: SENDs end in
-// order.
+// confirm frees what the completions up to the one at index pos of the ring hold.
+// SENDs complete in order.
 func (q *queue) confirm(pos int) {
 	for at := -1; at != pos; q.confirmed++ {
 		at = int(q.confirmed % uint64(len(q.responses)))

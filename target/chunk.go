@@ -14,16 +14,17 @@ const (
 
 func chunksFor(length uint32) int { return int((length + chunkSize - 1) / chunkSize) }
 
-// extent is neighbouring chunks: memory in one piece, so that a transfer is one work
-// request.
+// extent is a number of adjacent chunks. A transfer is one work request because its
+// memory is contiguous.
 type extent struct{ first, n uint8 }
 
 var _ [256 - maxChunks]struct{} // an extent fits
 
-// chunks says which chunks of a queue's data memory are free, a bit for each.
+// chunks has a bit for each chunk of a queue's data memory, which is set if the
+// chunk is free.
 type chunks [maxChunks / 64]uint64
 
-// find is the first of n neighbouring chunks that are free, or negative.
+// find returns the first of n adjacent free chunks, or -1.
 func (c *chunks) find(n int) int {
 	for from := 0; ; {
 		first := c.next(from, 0)
@@ -36,8 +37,8 @@ func (c *chunks) find(n int) int {
 	}
 }
 
-// next is the first chunk from one on that is free, or in use if flip is all ones;
-// maxChunks if there is none.
+// next returns the first chunk at or after from that is free, or, if flip is all
+// ones, in use; maxChunks if there is none.
 func (c *chunks) next(from int, flip uint64) int {
 	for from < maxChunks {
 		if w := (c[from/64] ^ flip) >> (from % 64); w != 0 {
@@ -48,7 +49,8 @@ func (c *chunks) next(from int, flip uint64) int {
 	return maxChunks
 }
 
-// take takes chunks for length bytes, of which find found enough.
+// take takes chunks for length bytes. The caller has found out that there are
+// enough.
 func (c *chunks) take(length uint32) extent {
 	r := extent{n: uint8(chunksFor(length))}
 	if r.n > 0 {
@@ -58,7 +60,7 @@ func (c *chunks) take(length uint32) extent {
 	return r
 }
 
-// flip gives an extent back, or makes it used.
+// flip makes free chunks used, and used ones free.
 func (c *chunks) flip(r extent) {
 	for i := int(r.first); i < int(r.first)+int(r.n); i++ {
 		c[i/64] ^= 1 << (i % 64)
@@ -71,8 +73,8 @@ func (q *queue) bytes(r extent) []byte {
 	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is part of one chunk
 }
 
-// transfer makes the RDMA READ or WRITE of length bytes of a command's data, from or
-// into its chunks.
+// transfer queues the RDMA READ or WRITE that moves length bytes between the host's
+// memory and the chunks of a command.
 func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
 	r := &q.reqs[i]
 	if length == 0 || op == rdma.Write && r.corrupt == CorruptLost {

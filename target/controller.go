@@ -16,7 +16,7 @@ const (
 	readyTimeout     = 15                // CAP.TO and CRTO, in 500 ms
 )
 
-// event is what an asynchronous event tells of.
+// event is a kind of asynchronous event.
 type event uint8
 
 const (
@@ -38,9 +38,9 @@ var events = [numEvents]struct {
 	eventDiscovery: {nvme.AENDiscoveryChange, nvme.NewAsyncEvent(nvme.EventNotice, nvme.NoticeDiscoveryChanged, nvme.LogDiscovery), nvme.LogDiscovery},
 }
 
-// controller is what a host got by the Connect of its admin queue. With that
-// queue it ends, and it is known, so that its id names it, until all its queues
-// have left. A queue leaves when it executes no command and never will again.
+// controller is created by the Connect command of an admin queue, and ends with that
+// queue. Its id stays known until all its queues have left. A queue leaves when no
+// command of it executes any more.
 type controller struct {
 	subsystem *Subsystem
 	id        uint16
@@ -93,15 +93,15 @@ func (c *controller) end(reason string) {
 	if c.timer != nil {
 		c.timer.Stop()
 	}
-	// It stays ready: what arrives until the queues have ended gets no answer, or
-	// a true one, but no error that a host would pass on.
+	// The controller stays ready: a command that arrives before its queue has ended
+	// must not be completed with an error that the host would report.
 	for _, q := range c.queues {
 		q.kill(reason)
 	}
 }
 
-// join adds a queue. It is refused if the controller ended, if it has a queue of
-// that id, and, for I/O queues, if the controller is not enabled.
+// join adds a queue. It returns false if the controller has ended or has a queue with
+// this id, and, for I/O queues, if the controller is not enabled.
 func (c *controller) join(q *queue) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -112,8 +112,8 @@ func (c *controller) join(q *queue) bool {
 	return true
 }
 
-// leave takes a queue away that executes no command any more. With the admin
-// queue the controller ends, and with its last queue it is forgotten.
+// leave removes a queue that executes no command any more. The controller ends with
+// its admin queue, and is forgotten with its last queue.
 func (c *controller) leave(q *queue) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -127,7 +127,7 @@ func (c *controller) leave(q *queue) {
 	}
 }
 
-// stop is what a host asked a controller for that has to end all I/O first.
+// stop is a request of the host that is complete when no I/O command executes.
 type stop uint8
 
 const (
@@ -137,9 +137,9 @@ const (
 	stopFlush // a shutdown whose I/O queues have left
 )
 
-// configure is a write of CC. A reset and a shutdown end the I/O queues; CSTS
-// says that it is done when their commands have ended. A controller cannot be
-// enabled before that.
+// configure carries out a write of CC. A reset and a shutdown end the I/O queues, and
+// CSTS says that they are complete when the commands of those queues have ended.
+// Until then the controller cannot be enabled.
 func (c *controller) configure(cc nvme.CC) nvme.Status {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -166,8 +166,8 @@ func (c *controller) configure(cc nvme.CC) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-// enable makes the controller ready, unless CC wants what there is not. The lock
-// is held.
+// enable makes the controller ready, or sets CSTS.CFS if CC asks for something that
+// is not supported. The caller holds the lock.
 func (c *controller) enable() {
 	cc := c.cc
 	if cc.MPS() != 0 || cc.AMS() != 0 || cc.CSS() != nvme.CCSelectNVM && cc.CSS() != nvme.CCSelectAll ||
@@ -180,7 +180,7 @@ func (c *controller) enable() {
 	c.setKeepAlive(c.kato)
 }
 
-// stop ends readiness, keep alive and the I/O queues. The lock is held.
+// stop disables the controller and ends its I/O queues. The caller holds the lock.
 func (c *controller) stop(why stop, reason string) {
 	c.ready.Store(false)
 	if c.timer != nil {
@@ -198,8 +198,8 @@ func (c *controller) stop(why stop, reason string) {
 	c.finishStop()
 }
 
-// finishStop finishes a reset or a shutdown once no I/O queue is left. The lock is
-// held.
+// finishStop completes a reset or a shutdown if no I/O queue is left. The caller
+// holds the lock.
 func (c *controller) finishStop() {
 	io := len(c.queues)
 	if c.queues[0] != nil {
@@ -218,15 +218,14 @@ func (c *controller) finishStop() {
 	}
 }
 
-// flush makes what the subsystem holds durable, which ends a shutdown. An error
-// shows as CSTS.CFS.
+// flush flushes all namespaces, and then completes a shutdown. An error sets CSTS.CFS.
 func (c *controller) flush() {
 	err := c.subsystem.flush()
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if err != nil {
 		c.subsystem.target.cfg.Log.Error("flush at shutdown failed", "controller", c.id, "err", err)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.stopping = stopNone
 	c.csts = nvme.NewCSTS(false, err != nil, nvme.ShutdownStatusNormal)
 	if c.cc.SHN() != nvme.ShutdownNone {
@@ -234,7 +233,8 @@ func (c *controller) flush() {
 	}
 }
 
-// setKeepAlive sets the timeout and begins anew; the lock is held.
+// setKeepAlive sets the keep alive timeout and restarts the timer; 0 stops it. The
+// caller holds the lock.
 func (c *controller) setKeepAlive(d time.Duration) {
 	c.kato = d
 	if c.timer != nil {
@@ -246,7 +246,7 @@ func (c *controller) setKeepAlive(d time.Duration) {
 	}
 }
 
-// restartKeepAlive lets the host be silent for its whole timeout from now on.
+// restartKeepAlive restarts the keep alive timer if it runs.
 func (c *controller) restartKeepAlive() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -255,8 +255,8 @@ func (c *controller) restartKeepAlive() {
 	}
 }
 
-// expire ends the controller unless a command came: traffic counts. A target that
-// is stalled or frozen expires nothing.
+// expire ends the controller if no command has kept it alive since the timer was
+// started. It restarts the timer while the target is stalled or frozen.
 func (c *controller) expire() {
 	c.mu.Lock()
 	if c.ended || c.kato == 0 {
@@ -275,8 +275,8 @@ func (c *controller) expire() {
 	c.fail("keep alive expired")
 }
 
-// notify tells the host of an event, unless it does not want to hear of it or
-// has not read the log since the last time.
+// notify tells the host of an event, unless the host disabled it or has not read the
+// log page since the last one.
 func (c *controller) notify(e event, nsid uint32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -293,7 +293,8 @@ func (c *controller) notify(e event, nsid uint32) {
 	}
 }
 
-// request parks an asynchronous event request; false if there are too many.
+// request keeps an Asynchronous Event Request until there is an event. It returns
+// false if there are too many.
 func (c *controller) request(cid uint16) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -304,7 +305,8 @@ func (c *controller) request(cid uint16) bool {
 	return true
 }
 
-// next is an event to tell the host, and the request to tell it by.
+// next takes an event that the host is to be told of, and a request to complete
+// with it.
 func (c *controller) next() (cid uint16, dw0 nvme.AsyncEvent, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -316,7 +318,7 @@ func (c *controller) next() (cid uint16, dw0 nvme.AsyncEvent, ok bool) {
 	return cid, dw0, true
 }
 
-// unmask lets an event be told again: its log was read.
+// unmask allows the next event whose log page is log, because the host has read it.
 func (c *controller) unmask(log uint8) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -327,7 +329,7 @@ func (c *controller) unmask(log uint8) {
 	}
 }
 
-// takeChanged is log page 04h; unless it is kept it begins anew.
+// takeChanged returns log page 04h, and clears it unless keep is set.
 func (c *controller) takeChanged(keep bool) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()

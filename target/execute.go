@@ -7,8 +7,8 @@ import (
 
 const dnr = nvme.StatusDNR
 
-// begin begins a command. It reports false when something that the command
-// needs is in use; then it is to be called again.
+// begin begins a command. It returns false if the command has to wait for chunks or
+// for a ring entry; the caller tries again later.
 func (q *queue) begin(i int) bool {
 	r := &q.reqs[i]
 	s := q.describe(i)
@@ -49,7 +49,7 @@ const (
 	flagsPSDT  = 0xC0
 )
 
-// describe takes the data descriptor of a command apart.
+// describe reads the data descriptor of a command.
 func (q *queue) describe(i int) nvme.Status {
 	r, cmd := &q.reqs[i], q.command(i)
 	r.addr, r.length, r.key, r.invalidate, r.inline = 0, 0, 0, false, false
@@ -79,7 +79,8 @@ func (q *queue) describe(i int) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-// execute carries a command out, as far as that needs no data of the host.
+// execute carries out a command. If the command needs data of the host, finish does
+// the rest when the data has arrived.
 func (q *queue) execute(i int) {
 	cmd := q.command(i)
 	switch {
@@ -102,8 +103,8 @@ func (q *queue) execute(i int) {
 	}
 }
 
-// fetch gets the first length bytes of a command's data, and finishes it with
-// them.
+// fetch reads the first length bytes of a command's data from the host, and finishes
+// the command when they have arrived.
 func (q *queue) fetch(i int, length uint32) {
 	if q.reqs[i].inline {
 		q.finish(i)
@@ -113,7 +114,7 @@ func (q *queue) fetch(i int, length uint32) {
 	q.transfer(i, rdma.Read, length)
 }
 
-// finish carries a command out whose data is there.
+// finish carries out a command whose data has arrived.
 func (q *queue) finish(i int) {
 	if q.command(i).Opcode() == nvme.OpFabrics {
 		q.connect(i)
@@ -128,7 +129,7 @@ func (q *queue) inlineData(i int) []byte {
 	return q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(r.addr):][:r.length]
 }
 
-// arrived is data that came for a command.
+// arrived is the data of a command, which was in its capsule or was fetched.
 func (q *queue) arrived(i int) []byte {
 	if q.reqs[i].inline {
 		return q.inlineData(i)
@@ -136,8 +137,8 @@ func (q *queue) arrived(i int) []byte {
 	return q.bytes(q.reqs[i].data)
 }
 
-// reply answers a command with data, filled up with zeroes to the length that
-// the host wants, which must be the descriptor's.
+// reply completes a command with data, padded with zeroes to length. The length of
+// the data descriptor has to be the same.
 func (q *queue) reply(i int, data []byte, length uint64) {
 	r := &q.reqs[i]
 	if uint64(r.length) != length {
@@ -147,6 +148,11 @@ func (q *queue) reply(i int, data []byte, length uint64) {
 	r.data = q.free.take(r.length)
 	into := q.bytes(r.data)
 	clear(into[copy(into, data):])
+	if r.rule != nil {
+		for _, p := range r.rule.Patches {
+			p.apply(into[:length])
+		}
+	}
 	q.transfer(i, rdma.Write, r.length)
 	q.respond(i, 0, nvme.StatusSuccess)
 }

@@ -13,15 +13,14 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Match says which commands a fault hits.
+// Match selects the commands that a fault applies to.
 type Match struct {
 	Admin   bool          // those of admin queues, instead of those of I/O queues
 	QID     uint16        // with Admin unset: those of this queue; 0: of every I/O queue
 	NSID    uint32        // those to this namespace; 0: to any
 	Opcodes []nvme.Opcode // those with one of these opcodes; empty: all but Fabrics commands
-	// Selectors are what an Identify, Get Log Page, Set or Get Features asks for:
-	// its CNS, LID or FID, which share the low byte of CDW10; empty: any. With
-	// others they mean nothing.
+	// Selectors are values of the low byte of CDW10, which is the CNS of an Identify,
+	// the LID of a Get Log Page and the FID of a Set or Get Features; empty: any.
 	Selectors []uint8
 }
 
@@ -38,7 +37,7 @@ func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
 	return slices.Contains(m.Opcodes, cmd.Opcode())
 }
 
-// Corruption is something wrong with the answer to a command.
+// Corruption is what is wrong with the completion or the data of a command.
 type Corruption uint8
 
 // Corruptions.
@@ -66,9 +65,9 @@ func (c Corruption) String() string {
 	return fmt.Sprintf("corruption %d", uint8(c))
 }
 
-// Fault is what happens to the commands that match. Of Drop, Disconnect and
-// Status the first that is set counts; the command is then not carried out. A
-// Status may have a CRD field, see [Config.RetryDelays].
+// Fault is what happens to the commands that match. If Drop, Disconnect or Status
+// is set, the command is not carried out; of several, the first in this order
+// counts. A Status may have a CRD field, see [Config.RetryDelays].
 type Fault struct {
 	Match
 	Skip  int // spare so many that match first
@@ -76,13 +75,30 @@ type Fault struct {
 
 	Delay time.Duration // before anything else; a queue delays no more commands than it has entries
 	Drop  bool          // never answer
-	// Hold keeps an I/O command inside its store for so long. It is carried out
-	// then even if its connection, or its controller, has ended meanwhile. Its
-	// queue does nothing else.
+	// Hold keeps an I/O command inside its store for this time. Then the command is
+	// carried out, even if its connection or its controller has ended by then. Its
+	// queue executes no other command meanwhile. If the target is closed, the command
+	// is not carried out.
 	Hold       time.Duration
 	Disconnect bool        // end the connection
 	Status     nvme.Status // answer with this, with or without nvme.StatusDNR
 	Corrupt    Corruption  // of the completion or the data
+	// Patches overwrite bytes of the data that an admin command returns, such as
+	// fields of Identify. Those beyond the end of the data do nothing.
+	Patches []Patch
+}
+
+// Patch is bytes at an offset.
+type Patch struct {
+	Offset int
+	Bytes  []byte
+}
+
+// apply overwrites the bytes of data.
+func (p Patch) apply(data []byte) {
+	if p.Offset >= 0 && p.Offset < len(data) {
+		copy(data[p.Offset:], p.Bytes)
+	}
 }
 
 // rule is a fault that was added.
@@ -92,7 +108,7 @@ type rule struct {
 	seen int
 }
 
-// strikes counts a command that matches, and says whether it is hit.
+// strikes counts a command that matches, and says whether the fault applies to it.
 func (r *rule) strikes() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -100,8 +116,7 @@ func (r *rule) strikes() bool {
 	return r.seen > r.Skip && (r.Count == 0 || r.seen <= r.Skip+r.Count)
 }
 
-// Faults makes a target misbehave. All methods may be called from any
-// goroutine at any time; nothing is wrong until one is.
+// Faults makes a target misbehave. Any goroutine may call its methods at any time.
 type Faults struct {
 	target  *Target
 	mu      sync.Mutex // for changes of rules, of what is hidden, and of frozen
@@ -115,10 +130,11 @@ type Faults struct {
 	connect atomic.Uint32
 }
 
-// Add adds a fault, which the returned function takes away again. The first
-// that hits a command counts, in the order of adding.
+// Add adds a fault; the returned function removes it. Only the first fault that
+// applies to a command counts, in the order in which they were added.
 func (f *Faults) Add(fault Fault) (remove func()) {
 	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
+	fault.Patches = slices.Clone(fault.Patches)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
 	return func() {
@@ -128,7 +144,7 @@ func (f *Faults) Add(fault Fault) (remove func()) {
 	}
 }
 
-// change replaces the rules by what edit makes of a copy.
+// change replaces the rules by the result of edit, which gets a copy of them.
 func (f *Faults) change(edit func([]*rule) []*rule) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -143,7 +159,7 @@ func (f *Faults) change(edit func([]*rule) []*rule) {
 	f.rules.Store(&rules)
 }
 
-// Clear ends all faults: stalls, freezes and hidden namespaces, too.
+// Clear ends all faults, including stalls, freezes and hidden namespaces.
 func (f *Faults) Clear() {
 	f.change(func([]*rule) []*rule { return nil })
 	f.grant.Store(0)
@@ -154,20 +170,19 @@ func (f *Faults) Clear() {
 	f.HideNamespaces(0)
 }
 
-// Grant makes the answer to a host that asks for I/O queues n (1..65535); 0
-// ends it, and a negative n makes it an error.
+// Grant sets the number of I/O queues that every host is granted, 1..65535. 0 ends
+// this; with a negative n, the request for queues fails.
 func (f *Faults) Grant(n int) {
 	f.grant.Store(int32(max(-1, min(n, nvme.MaxQueues))))
 }
 
-// RejectConnects refuses connect requests for this reason; 0 ends it.
+// RejectConnects rejects connect requests for this reason; 0 ends it.
 func (f *Faults) RejectConnects(reason nvme.RDMARejectStatus) { f.reject.Store(uint32(reason)) }
 
-// FailConnects answers the Connect commands of all queues with a status;
-// success ends it.
+// FailConnects completes all Connect commands with this status; success ends it.
 func (f *Faults) FailConnects(s nvme.Status) { f.connect.Store(uint32(s)) }
 
-// Stall makes the target begin no command until it ends. Connections stay.
+// Stall makes the target begin no command while on. Connections stay.
 func (f *Faults) Stall(on bool) {
 	f.stalled.Store(on)
 	if on {
@@ -180,15 +195,15 @@ func (f *Faults) Stall(on bool) {
 	}
 }
 
-// Disconnect ends the connections of all controllers' queues with this id, or
-// all connections if qid is negative, and says how many.
+// Disconnect ends the connections of the queues with this id, of all controllers; if
+// qid is negative, it ends all connections. It returns their number.
 func (f *Faults) Disconnect(qid int) int {
 	return f.target.disconnect(func(q *queue) bool { return qid < 0 || int(q.qid) == qid }, "fault: disconnect")
 }
 
-// HideNamespaces makes the target look for so long as if no namespace had been
-// added yet, as a target does that opens its port first. Then hosts are told of
-// each. 0 ends it.
+// HideNamespaces hides all namespaces for this time, like a target that opens its
+// port before it adds its namespaces. After it, hosts are notified of each
+// namespace. 0 ends it at once.
 func (f *Faults) HideNamespaces(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -209,8 +224,8 @@ func (f *Faults) HideNamespaces(d time.Duration) {
 // Hidden says whether namespaces are hidden.
 func (f *Faults) Hidden() bool { return f.hidden.Load() }
 
-// judge looks whether a fault hits a command. It reports true if the command
-// is not to be carried out now.
+// judge applies the first fault that matches a command. It returns true if the
+// command is not to be carried out now.
 func (q *queue) judge(i int, rules []*rule) bool {
 	r, cmd := &q.reqs[i], q.command(i)
 	for _, rule := range rules {
@@ -228,8 +243,8 @@ func (q *queue) judge(i int, rules []*rule) bool {
 	return false
 }
 
-// strike does to a command what its fault says. It reports true if the command
-// is not to be carried out.
+// strike applies the fault of a command whose delay is over. It returns true if the
+// command is not to be carried out.
 func (q *queue) strike(i int) bool {
 	switch rule := q.reqs[i].rule; {
 	case rule.Drop:
@@ -245,7 +260,7 @@ func (q *queue) strike(i int) bool {
 	return true
 }
 
-// spoil makes noise of a command's data.
+// spoil overwrites a command's data with random bytes.
 func (q *queue) spoil(r *request) {
 	b := q.bytes(r.data)
 	for i := 0; i < len(b); i += 8 {
@@ -253,7 +268,7 @@ func (q *queue) spoil(r *request) {
 	}
 }
 
-// corrupt spoils a completion that is about to be sent as wr.
+// corrupt changes a completion, and the work request that sends it.
 func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 	switch r.corrupt {
 	case CorruptID:

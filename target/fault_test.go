@@ -192,6 +192,14 @@ func TestFaultSelector(t *testing.T) {
 	f.Clear()
 	a.identify(nvme.CNSNamespaceDescriptors, 1)
 
+	f.Add(Fault{Match: Match{Admin: true, Selectors: []uint8{nvme.CNSController}}, Patches: []Patch{
+		{1792, []byte{255, 255, 255, 255}}, {4095, []byte{1, 2}}, {4096, []byte{1}}, {1 << 40, []byte{1}}, {-1, []byte{1}},
+	}})
+	if id := nvme.IdentifyControllerAt(a.identify(nvme.CNSController, 0)); id.IOCCSZ() != 1<<32-1 || id[4095] != 1 {
+		t.Errorf("IOCCSZ %#x", id.IOCCSZ())
+	}
+	f.Clear()
+
 	if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 2, Store: NewRAM(1 << 20)}); err != nil {
 		t.Fatal(err)
 	}

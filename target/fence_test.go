@@ -2,6 +2,8 @@ package target
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"sync"
 	"testing"
 	"time"
@@ -149,5 +151,47 @@ func TestResetWaitsForCommands(t *testing.T) {
 			admin.setCC(enabled)
 			r.io(admin, 1, 32)
 		})
+	}
+}
+
+// slowFlush is a store whose flushes wait until they are let through.
+type slowFlush struct {
+	*RAM
+	entered, leave chan struct{}
+}
+
+func (s *slowFlush) Flush() error {
+	s.entered <- struct{}{}
+	<-s.leave
+	return nil
+}
+
+// TestShutdownFlushes: a shutdown is complete when everything is durable, and the
+// store is in use until then.
+func TestShutdownFlushes(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	s := &slowFlush{NewRAM(1 << 20), make(chan struct{}), make(chan struct{})}
+	n, err := r.subsys.AddNamespace(NamespaceConfig{Store: s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := r.admin(testNQN)
+	a.setCC(nvme.NewCC(nvme.CCSelectNVM).WithEN(true).WithSHN(nvme.ShutdownNormal))
+	<-s.entered
+	if c := nvme.CSTS(a.property(nvme.PropCSTS, false)); c.SHST() != nvme.ShutdownStatusRunning {
+		t.Errorf("status %v while a flush is under way", c)
+	}
+	if err := r.subsys.RemoveNamespace(1); err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := n.Drained(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the store is at rest: %v", err)
+	}
+	close(s.leave)
+	a.untilStatus(nvme.NewCSTS(false, false, nvme.ShutdownStatusComplete))
+	if err := n.Drained(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

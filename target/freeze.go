@@ -11,16 +11,16 @@ type freeze struct {
 	thawed chan struct{}
 }
 
-// afterThaw is how long a target that was frozen takes no notice of connections
-// that ended meanwhile: it first does what had arrived, as a process does that
-// was stopped and goes on.
+// afterThaw is the time after a freeze in which the end of connections is not
+// noticed yet. In it the target executes the commands that had arrived, as a process
+// does that was stopped and continues.
 const afterThaw = 50 * time.Millisecond
 
-// Freeze makes the target do nothing at all for so long, as if its machine were
-// paused: commands and connect requests wait, timers stand still, and no
-// controller ends. Then everything goes on where it stood, and keep alive timers
-// begin anew. What is inside a store ends there. 0 thaws at once. Changes by this
-// package's API are not held up.
+// Freeze makes the target do nothing for this time, as if its machine were paused:
+// commands and connect requests wait, timers stop, and no controller ends. Then the
+// target continues where it was; keep alive timers restart. Store operations that
+// have begun are not stopped. 0 ends a freeze at once. The methods of this package
+// still work.
 func (f *Faults) Freeze(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// io carries out an I/O command, as far as that needs no data of the host.
+// io carries out an I/O command. If the command needs data of the host, finishIO
+// does the rest when the data has arrived.
 func (q *queue) io(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	ns := q.ctrl.subsystem.namespace(cmd.NSID())
@@ -42,7 +43,7 @@ func (q *queue) io(i int) {
 	}
 }
 
-// checkIO is the status of a command that is not to be carried out.
+// checkIO checks the fields of an I/O command.
 func (q *queue) checkIO(r *request, cmd *nvme.Command) nvme.Status {
 	op := cmd.Opcode()
 	length, ranged := uint64(0), true
@@ -53,7 +54,7 @@ func (q *queue) checkIO(r *request, cmd *nvme.Command) nvme.Status {
 	case nvme.OpFlush:
 		ranged = false
 	case nvme.OpDSM:
-		// Hosts send whole pages, so more than the ranges is allowed.
+		// Hosts send whole pages, so there may be more data than ranges.
 		if r.length < cmd.DSMRanges()*nvme.DSMRangeSize {
 			return nvme.StatusInvalidSGLDataLength | dnr
 		}
@@ -86,7 +87,7 @@ func (n *Namespace) offset(slba uint64) int64 { return int64(slba << n.shift) }
 // durable says whether a write has to be on stable media when it completes.
 func (q *queue) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cacheOff.Load() }
 
-// read answers a Read: data and completion go out in one post.
+// read carries out a Read. Data and completion are posted together.
 func (q *queue) read(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	r.data = q.free.take(r.length)
@@ -103,7 +104,7 @@ func (q *queue) read(i int) {
 	q.respond(i, 0, s)
 }
 
-// finishIO carries out a command whose data is there.
+// finishIO carries out an I/O command whose data has arrived.
 func (q *queue) finishIO(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	var s nvme.Status

@@ -35,8 +35,8 @@ func (q *queue) logPage(i int) {
 	q.reply(i, log[offset:], length)
 }
 
-// log is a whole log page, nil for one that does not exist. Reading from the
-// middle does not begin the list of changed namespaces anew.
+// log returns a whole log page, nil if it does not exist. A read from the middle does
+// not clear the list of changed namespaces.
 func (q *queue) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	c, s := q.ctrl, q.ctrl.subsystem
 	if s.discovery {
@@ -86,8 +86,8 @@ func (q *queue) smart(log *nvme.SMARTLog) {
 	log.SetHostWrites(writes)
 }
 
-// discoveryLog is log page 70h as the host of this queue sees it. Entries give
-// the address that the host came by, which is one that it can reach.
+// discoveryLog is log page 70h for the host of this queue. Entries have the address
+// that the host is connected to, because it can reach that one.
 func (q *queue) discoveryLog() ([]byte, error) {
 	subsystems, genctr := q.target.visible(q.ctrl.hostNQN)
 	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(len(subsystems)) + 1}.AppendTo(nil)

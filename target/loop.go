@@ -15,8 +15,8 @@ import (
 
 const pollBatch = 32 // work completions handled between two posts
 
-// Kinds of work requests, in the upper half of their id. The lower half is the
-// receive buffer, or the position in the ring of completions.
+// The upper half of a work request's id says what it is for. The lower half is the
+// index of the receive buffer, or of the completion in its ring.
 const (
 	kindRecv = uint64(iota+1) << 32
 	kindRead // the RDMA READ of a command
@@ -25,8 +25,8 @@ const (
 	kindMask = uint64(math.MaxUint32) << 32
 )
 
-// run establishes the connection and serves it until it ends, and says why it
-// ended.
+// run accepts the connection and serves it until it ends. It returns the reason for
+// the end.
 func (q *queue) run() error {
 	defer q.cancel()
 	accept := nvme.RDMAAccept{CRQSize: uint16(q.depth)}.Marshal()
@@ -74,7 +74,10 @@ func (q *queue) expire() {
 		time.Sleep(afterThaw)
 	}
 	if !q.joined.Load() {
-		q.kill("no Connect command came")
+		const why = "no Connect command came"
+		q.target.refused("connection: " + why)
+		q.target.log.Warn("connection ends", "host", q.host, "reason", why)
+		q.kill(why)
 	}
 }
 
@@ -91,7 +94,8 @@ func (q *queue) watch() {
 	}
 }
 
-// wait sleeps until there is something to do, unless there are completions.
+// wait returns the completions that are there. If there are none, it sleeps until
+// there is something to do, and returns 0.
 func (q *queue) wait() (int, error) {
 	if !q.armed {
 		if err := q.cq.Arm(); err != nil {
@@ -120,7 +124,8 @@ func (q *queue) wait() (int, error) {
 	return 0, nil
 }
 
-// timeout is how long to sleep for delayed commands, in milliseconds.
+// timeout is the time until the first delayed command is due, in milliseconds; -1
+// if there is none.
 func (q *queue) timeout() int {
 	if len(q.delayed) == 0 {
 		return -1
@@ -156,7 +161,7 @@ func (q *queue) complete(wc *rdma.WC) error {
 	return nil
 }
 
-// keepsAlive says whether the arrival of a command tells that its host is alive.
+// keepsAlive says whether a command restarts the keep alive timer.
 func (q *queue) keepsAlive(i int) bool {
 	return !q.target.cfg.CommandKeepAlive || q.qid == 0 && q.command(i).Opcode() == nvme.AdminKeepAlive
 }
@@ -166,7 +171,7 @@ func (q *queue) enqueue(i int) {
 	q.count++
 }
 
-// work begins what can begin, and posts what came of it.
+// work begins the commands that can begin, and posts the work requests that result.
 func (q *queue) work() error {
 	if len(q.delayed) > 0 {
 		q.wakeDelayed()
@@ -184,7 +189,7 @@ func (q *queue) work() error {
 	return q.post()
 }
 
-// wakeDelayed puts commands whose time has come back in the line.
+// wakeDelayed queues the delayed commands that are due.
 func (q *queue) wakeDelayed() {
 	now := time.Now()
 	kept := q.delayed[:0]
@@ -199,7 +204,7 @@ func (q *queue) wakeDelayed() {
 	q.delayed = kept
 }
 
-// sendEvents answers asynchronous event requests.
+// sendEvents completes Asynchronous Event Requests for the events that wait.
 func (q *queue) sendEvents() {
 	for q.reserved < len(q.responses) {
 		cid, dw0, ok := q.ctrl.next()
@@ -213,9 +218,9 @@ func (q *queue) sendEvents() {
 	}
 }
 
-// post posts receives first, so that no answer gets to the host before there is
-// room for the command that it lets the host send. Then come data and, behind
-// all of it, completions: packets of one length cost least.
+// post posts receives first: a completion lets the host send another command, which
+// needs a receive buffer. Then it posts data, and completions last: it is cheapest
+// to send packets of the same length in a row.
 func (q *queue) post() error {
 	if len(q.recvs) > 0 {
 		if _, err := q.qp.PostRecv(q.recvs); err != nil {

@@ -16,9 +16,9 @@ type NamespaceConfig struct {
 	Store     Store     // required; stays the caller's, see [Namespace.Drained]
 	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512. The size of the store is a multiple
 	UUID      nvme.UUID // zero: see Identity
-	// Identity is what the UUID is made of if that is zero, together with the NQN
-	// and the NSID: the same three give the same UUID at every start, as hosts
-	// expect of a target that was restarted. Empty: the UUID is random.
+	// Identity, the NQN and the NSID determine the UUID if that is zero: the
+	// namespace has the same UUID after a restart of the target, as hosts expect.
+	// Empty: the UUID is random.
 	Identity string
 	NoUUID   bool     // hosts are told no UUID
 	NGUID    [16]byte // zero: none
@@ -86,7 +86,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	return n, nil
 }
 
-// checkSize refuses a size that is no whole number of blocks, or none.
+// checkSize fails unless size is a whole number of blocks, and at least one.
 func (n *Namespace) checkSize(size int64) error {
 	if block := int64(1) << n.shift; size < block || size%block != 0 {
 		return fmt.Errorf("namespace: size of %d bytes is no multiple of the block size, %d, above 0", size, block)
@@ -95,20 +95,21 @@ func (n *Namespace) checkSize(size int64) error {
 }
 
 // Drained waits until no command uses the store of a namespace that was removed or
-// replaced. After that the store may be closed. The error is that of ctx.
+// replaced. Then the store may be closed. It fails only if ctx ends.
 func (n *Namespace) Drained(ctx context.Context) error {
 	return n.subsystem.target.drained(ctx)
 }
 
-// Revalidate takes notice of the store's size, as far as it is whole blocks, and
-// tells the hosts if it changed.
+// Revalidate reads the store's size, rounded down to whole blocks, and notifies the
+// hosts if it has changed.
 func (n *Namespace) Revalidate() {
 	n.sizeMu.Lock()
 	defer n.sizeMu.Unlock()
 	n.revalidate(n.blocks.Load())
 }
 
-// revalidate is Revalidate for hosts that know of so many blocks.
+// revalidate reads the store's size, and notifies the hosts if it is not the one that
+// they know.
 func (n *Namespace) revalidate(known uint64) {
 	blocks := uint64(max(0, n.cfg.Store.Size())) >> n.shift
 	n.blocks.Store(blocks)
@@ -117,10 +118,10 @@ func (n *Namespace) revalidate(known uint64) {
 	}
 }
 
-// Resize lets change give the store another size in bytes, and tells the hosts. If
-// it gets smaller, that waits until no command is beyond its end, and nothing of a
-// cache; the error is then perhaps that of ctx. After an error the namespace is as
-// large as it was.
+// Resize calls change, which sets the size of the store to size bytes, and notifies
+// the hosts. If the namespace shrinks, it first waits until no command uses the part
+// that goes away, and flushes the store; it fails if ctx ends meanwhile. After an
+// error the namespace has the size of the store.
 func (n *Namespace) Resize(ctx context.Context, size int64, change func() error) error {
 	if err := n.checkSize(size); err != nil {
 		return err
@@ -145,15 +146,15 @@ func (n *Namespace) Resize(ctx context.Context, size int64, change func() error)
 // ReadOnly says whether the namespace is protected from changes.
 func (n *Namespace) ReadOnly() bool { return n.readOnly.Load() }
 
-// SetReadOnly protects the namespace from changes, or no longer, and tells the
-// hosts. It is what the write protection feature does.
+// SetReadOnly sets or clears write protection and notifies the hosts, like the
+// Namespace Write Protection feature.
 func (n *Namespace) SetReadOnly(on bool) {
 	if n.readOnly.Swap(on) != on {
 		n.subsystem.notify(eventNamespace, n.cfg.NSID)
 	}
 }
 
-// access is the status of a command to a namespace in this ANA state.
+// access is the status that the ANA state gives to commands.
 func (n *Namespace) access() nvme.Status {
 	switch nvme.ANAState(n.group.Load()) {
 	case nvme.ANAInaccessible:

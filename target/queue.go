@@ -25,14 +25,14 @@ type request struct {
 	data  extent
 	ns    *Namespace
 
-	// Of the data descriptor.
+	// These come from the data descriptor.
 	addr       uint64
 	length     uint32
 	key        uint32
 	invalidate bool
 	inline     bool
 
-	// Of faults.
+	// These belong to faults.
 	judged  bool // faults were looked at
 	held    bool // its Hold is over
 	rule    *rule
@@ -40,14 +40,15 @@ type request struct {
 	corrupt Corruption
 }
 
-// response is a completion on its way.
+// response is a completion that was sent and is not confirmed yet.
 type response struct {
 	data extent // to be freed when it was sent
 }
 
-// queue is one connection: an admin or I/O queue of a controller. Until its host
-// has sent a Connect it has memory for that one command. All methods are for the
-// goroutine of run, except wake and kill.
+// queue is an admin or I/O queue of a controller, on a connection of its own. It
+// has memory for one command until its Connect command is accepted, and for all its
+// commands after that. Only the goroutine of run calls its methods, except wake and
+// kill.
 type queue struct {
 	target *Target
 	id     rdma.ID
@@ -64,7 +65,7 @@ type queue struct {
 	capsule int // bytes of each
 	inline  int // bytes of in-capsule data
 
-	// access is odd while the queue is inside a store; others read it.
+	// access is odd while the queue is inside a store. Other goroutines read it.
 	access atomic.Uint64
 	ctrl   *controller // nil before Connect
 	joined atomic.Bool // ctrl is set, for others
@@ -91,7 +92,7 @@ type queue struct {
 	wcs     [pollBatch]rdma.WC
 	armed   bool
 	fds     [3]unix.PollFd
-	// receiver is nil if the provider takes the packets.
+	// receiver is nil if the provider receives the packets itself.
 	receiver rdma.Receiver
 	event    [8]byte
 	other    []byte // what Compare compares with
@@ -106,7 +107,7 @@ type queue struct {
 	reason  string
 }
 
-// newQueue makes what a connection needs until its host has sent a Connect.
+// newQueue makes a queue that can receive a Connect command.
 func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
 	q := &queue{
 		target: t, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1,
@@ -123,7 +124,7 @@ func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
 	return q, nil
 }
 
-// ring is the number of completions that can be on their way.
+// ring is the largest number of completions that are sent and not confirmed.
 func (q *queue) ring() int { return 2*q.depth + aerLimit }
 
 // chunks is the number of chunks of a connected queue. An admin queue has enough
@@ -151,7 +152,7 @@ func (q *queue) allocate() (err error) {
 	if err := q.allocateBuffers(1, nvme.ConnectDataSize); err != nil {
 		return err
 	}
-	// What holds a chunk has one work request, and so has a completion.
+	// Each command that holds chunks has one work request, and each completion another.
 	maxSend := q.chunks() + q.ring()
 	if q.cq, err = dev.CreateCQ(q.depth+maxSend+1, true, int(q.qid)); err != nil {
 		return err
@@ -179,8 +180,8 @@ func (q *queue) allocate() (err error) {
 	return nil
 }
 
-// allocateBuffers replaces the receive buffers and the data memory, which nothing
-// is outstanding for.
+// allocateBuffers replaces the receive buffers and the data memory. No work request
+// that uses the old ones may be outstanding.
 func (q *queue) allocateBuffers(capsules, data int) error {
 	in, err := q.pd.AllocMR(capsules*q.capsule, rdma.AccessLocalWrite)
 	if err != nil {
@@ -199,8 +200,9 @@ func (q *queue) allocateBuffers(capsules, data int) error {
 	return errors.Join(old[0].Close(), old[1].Close())
 }
 
-// grow gives a queue whose Connect is in receive buffer 0, and has all its data,
-// the memory for all its commands. The error is want of memory.
+// grow allocates the memory for all commands of a queue. The Connect command is in
+// receive buffer 0 and all its data has arrived. Errors mean that there is not
+// enough memory.
 func (q *queue) grow() error {
 	size := int64(q.depth*q.capsule + q.chunks()*chunkSize)
 	if err := q.target.takeMemory(size); err != nil {
@@ -233,8 +235,8 @@ func (q *queue) close() error {
 	return errors.Join(err, q.release())
 }
 
-// release frees what does not end with the ID; that must be closed, or have no
-// queue pair. What allocate did not come to is nil.
+// release frees everything but the ID. After an error of allocate, the objects that
+// it did not make are nil.
 func (q *queue) release() error {
 	if q.qp != nil {
 		if err := q.id.Close(); err != nil { // again, or because allocate failed late
@@ -256,8 +258,7 @@ func (q *queue) release() error {
 	return errors.Join(errs...)
 }
 
-// wake makes run look at what changed. It may be called from any goroutine, at
-// any time.
+// wake makes run look for work. Any goroutine may call it at any time.
 func (q *queue) wake() {
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
@@ -268,7 +269,7 @@ func (q *queue) wake() {
 
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
-// kill makes run return soon. It may be called from any goroutine, at any time.
+// kill makes run return soon. Any goroutine may call it at any time.
 func (q *queue) kill(reason string) {
 	q.wakeMu.Lock()
 	if q.reason == "" {

@@ -68,14 +68,14 @@ type ControllerStats struct {
 	CNTLID  uint16
 	SubNQN  string
 	HostNQN string
-	// Ending says that no queue may join: the controller is known until the last
-	// of its queues, and with it the last of its commands, has ended.
+	// Ending says that the controller has ended, but not yet all its queues and
+	// commands.
 	Ending bool
 	Queues []QueueStats // by QID
 }
 
-// Snapshot is the state of a target at one moment, more or less: counts go on
-// while they are read.
+// Snapshot is the state of a target. It is not exact, because counters change while
+// they are read.
 type Snapshot struct {
 	Controllers []ControllerStats
 	Admin, IO   Counts // of all queues since New, those that ended too

@@ -10,14 +10,14 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// Store holds the data of a namespace. Offsets and lengths are in bytes, whole
-// blocks, and within the size that the namespace has. Methods are called by
-// several queues at a time; they block the queue that calls. ReadAt and WriteAt
-// get registered memory and must not keep it.
+// Store holds the data of a namespace. Offsets and lengths are in bytes; they are
+// whole blocks within the size of the namespace. Several queues call the methods at
+// the same time, and each call blocks its queue. ReadAt and WriteAt get registered
+// memory and must not keep it.
 //
-// An error becomes the status of the command. One that wraps an [nvme.Status]
-// is answered with that status, as it is; ENOSPC with "capacity exceeded", any
-// other with an internal error, both with "do not retry".
+// An error determines the status of the command: the [nvme.Status] that it wraps;
+// otherwise "capacity exceeded" for ENOSPC and "internal error" for all others, both
+// with "do not retry".
 type Store interface {
 	io.ReaderAt
 	io.WriterAt
@@ -31,7 +31,7 @@ type Store interface {
 	Size() int64
 }
 
-// storeStatus is the status of a command whose store said err.
+// storeStatus is the status of a command whose store returned err.
 func storeStatus(err error) nvme.Status {
 	if err == nil {
 		return nvme.StatusSuccess

@@ -67,7 +67,8 @@ func (c *SubsystemConfig) setDefaults() error {
 	return nil
 }
 
-// printable says whether s is of the characters that Identify may have.
+// printable says whether s consists of printable ASCII characters, as Identify
+// requires.
 func printable(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
 }
@@ -78,9 +79,9 @@ type Subsystem struct {
 	cfg       SubsystemConfig
 	discovery bool
 	maxQueues atomic.Int32
-	// namespaces is what hosts see of table, replaced as a whole.
+	// namespaces is the part of table that hosts see. It is replaced as a whole.
 	namespaces atomic.Pointer[[]*Namespace]
-	// ana holds the states by group id less one, read on the I/O path.
+	// ana holds the state of each group, by group id minus one. The I/O path reads it.
 	ana [MaxANAGroups]atomic.Uint32
 
 	mu         sync.Mutex   // guards what follows, and changes of what is above
@@ -102,9 +103,9 @@ func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
 // NQN is the name of the subsystem.
 func (s *Subsystem) NQN() string { return s.cfg.NQN }
 
-// SetMaxQueues changes how many I/O queues (1..65535) a controller gets. Hosts
-// see it when they next ask, which is when they connect anew; queues that exist
-// stay. To have them connect anew, call DropControllers.
+// SetMaxQueues changes the largest number of I/O queues of a controller, 1..65535.
+// It takes effect when a host connects the next time. Call DropControllers to make
+// hosts reconnect.
 func (s *Subsystem) SetMaxQueues(n int) error {
 	if n < 1 || n > nvme.MaxQueues {
 		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", n, nvme.MaxQueues)
@@ -131,15 +132,14 @@ func (s *Subsystem) notify(e event, nsid uint32) {
 	}
 }
 
-// AddNamespace adds a namespace and tells the hosts. Errors are of the
-// configuration, or an id that is taken.
+// AddNamespace adds a namespace and notifies the hosts. It fails if the configuration
+// is wrong or the id is taken.
 func (s *Subsystem) AddNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	return s.setNamespace(cfg, false)
 }
 
-// ReplaceNamespace puts another namespace in the place of the one with the id
-// of cfg, and tells the hosts. For commands to the old one it is as if that were
-// removed.
+// ReplaceNamespace replaces the namespace with the id of cfg, and notifies the hosts.
+// Commands to the old namespace end as after RemoveNamespace.
 func (s *Subsystem) ReplaceNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	return s.setNamespace(cfg, true)
 }
@@ -177,8 +177,8 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 	return n, nil
 }
 
-// RemoveNamespace removes a namespace and tells the hosts. Commands that are inside
-// its store go on, see [Namespace.Drained]; others find it gone.
+// RemoveNamespace removes a namespace and notifies the hosts. Commands that are
+// inside its store continue, see [Namespace.Drained]; all others fail.
 func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
 	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
@@ -193,8 +193,8 @@ func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	return nil
 }
 
-// publish makes a table the one that hosts see, unless namespaces are hidden. It is
-// not changed any more. The lock is held.
+// publish replaces the table of namespaces, which the caller does not change any
+// more. Hosts see it unless namespaces are hidden. The caller holds the lock.
 func (s *Subsystem) publish(table []*Namespace) {
 	s.table = table
 	if s.target.faults.hidden.Load() {
@@ -203,7 +203,7 @@ func (s *Subsystem) publish(table []*Namespace) {
 	s.namespaces.Store(&table)
 }
 
-// republish follows a change of what is hidden, and tells the hosts.
+// republish shows or hides the namespaces, and notifies the hosts.
 func (s *Subsystem) republish() {
 	s.mu.Lock()
 	table := s.table
@@ -225,7 +225,7 @@ func (s *Subsystem) namespace(nsid uint32) *Namespace {
 	return nil
 }
 
-// active lists the ids of namespaces above nsid.
+// active lists the ids above nsid of the namespaces that hosts see.
 func (s *Subsystem) active(nsid uint32) []uint32 {
 	var ids []uint32
 	for _, n := range *s.namespaces.Load() {
@@ -252,8 +252,8 @@ func (s *Subsystem) flush() error {
 	return errors.Join(errs...)
 }
 
-// SetANAState sets the state of an ANA group (1..MaxANAGroups) on this target,
-// and tells the hosts. All groups begin optimized.
+// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the
+// hosts. At first, all groups are optimized.
 func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	switch state {
 	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:

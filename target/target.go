@@ -18,7 +18,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Limits and defaults, nvmet's where it has them.
+// Limits and defaults. They are those of nvmet where it has such a limit.
 const (
 	DefaultInCapsule      = 4096
 	DefaultQueueSize      = 128
@@ -27,8 +27,8 @@ const (
 	DefaultMaxConnections = 1024
 	DefaultConnectTimeout = 10 * time.Second
 
-	// MinTransfer is the smallest limit that MDTS can say: twice the smallest memory
-	// page. 0 in MDTS is no limit.
+	// MinTransfer is the smallest limit that MDTS can express: two memory pages of the
+	// smallest size. MDTS 0 means that there is no limit.
 	MinTransfer = 2 * pageSize
 
 	pageSize     = 4096 // CAP.MPSMIN
@@ -52,29 +52,30 @@ type Config struct {
 	MaxConnections int // connections at a time; 0: 1024
 	MaxPerHost     int // connections of one address; 0: three quarters of MaxConnections
 
-	// QueueMemory bounds the memory of connected queues, in bytes: each I/O queue
-	// takes its entries × (64 + InCapsule), and 32 KiB for each entry, at least twice
-	// MaxTransfer and at most 4 MiB; 0: a quarter of the machine's, at least 256 MiB.
+	// QueueMemory is the largest sum of the memory of all connected queues, in bytes.
+	// An I/O queue takes (64 + InCapsule) bytes and 32 KiB for each of its entries,
+	// where the second part is between twice MaxTransfer, or 2 MiB, and 4 MiB; an admin
+	// queue takes about 1 MiB. 0: a quarter of the machine's memory, at least 256 MiB.
 	QueueMemory int64
 
-	// Deferred leaves connect requests unanswered until [Target.Start] is called, so
-	// that the first host finds what is to be there.
+	// Deferred makes connect requests wait until [Target.Start] is called, so that the
+	// first host finds all subsystems and namespaces.
 	Deferred bool
 
-	// QuiesceTime is what controllers announce as their command quiesce time (CQT),
-	// whole milliseconds up to 65535; 0 is not reported. The target cannot keep
-	// such a promise by itself: a store may take any time. Hosts that ask for a
-	// controller's id are told the truth whatever is announced.
+	// QuiesceTime is the command quiesce time that controllers announce (CQT), whole
+	// milliseconds up to 65535; 0: not reported. The target does not enforce it: a
+	// store may take any time. A host that asks for a controller by its id gets the
+	// right answer whatever is announced.
 	QuiesceTime time.Duration
-	// ANATransition is how long an ANA group is announced to stay in the change state
-	// at most (ANATT), whole seconds up to 255; 0: 10 s. Nothing ends that state but
-	// [Subsystem.SetANAState].
+	// ANATransition is the longest time in the ANA change state that controllers
+	// announce (ANATT), whole seconds up to 255; 0: 10 s. The target does not enforce
+	// it: the state ends by [Subsystem.SetANAState].
 	ANATransition time.Duration
-	// CommandKeepAlive makes Keep Alive commands the only ones that keep a
-	// controller alive. Without it all commands do, and CTRATT says so (TBKAS).
+	// CommandKeepAlive makes Keep Alive commands the only ones that restart the keep
+	// alive timer. Without it every command does, and CTRATT announces that (TBKAS).
 	CommandKeepAlive bool
-	// NoWriteCache makes every write durable before it is answered, and controllers
-	// say that there is no volatile write cache (VWC).
+	// NoWriteCache makes every write durable before its completion, and controllers
+	// announce that there is no volatile write cache (VWC 0).
 	NoWriteCache bool
 	// RetryDelays are CRDT1 to CRDT3, whole multiples of 100 ms up to 6553.5 s. A
 	// status with a CRD field (see [nvme.Status.CRD]) refers to them.
@@ -173,8 +174,7 @@ type Target struct {
 	refusals   map[string]uint64 // by reason
 }
 
-// New listens. Subsystems are added later; until then only the discovery
-// subsystem exists.
+// New starts to listen. At first only the discovery subsystem exists.
 func New(cfg Config) (*Target, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -200,7 +200,7 @@ func New(cfg Config) (*Target, error) {
 	return t, nil
 }
 
-// Start answers connect requests. Of more than one call the first counts.
+// Start begins to answer connect requests. Later calls do nothing.
 func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
 
 // Addr is the address that the target listens on.
@@ -218,8 +218,8 @@ func (t *Target) Close() error {
 	return err
 }
 
-// AddSubsystem adds a subsystem without namespaces. Errors are of the
-// configuration, or a NQN that exists.
+// AddSubsystem adds a subsystem without namespaces. It fails if the configuration is
+// wrong or the NQN exists.
 func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -237,9 +237,9 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	return s, nil
 }
 
-// RemoveSubsystem removes a subsystem and ends the connections to it. Commands
-// that are executing go on; the ids of their controllers stay known, also to
-// another subsystem of this name, until they have ended.
+// RemoveSubsystem removes a subsystem and ends the connections to it. Commands that
+// execute continue; until they have ended, the ids of their controllers stay known,
+// also to a new subsystem of the same name.
 func (t *Target) RemoveSubsystem(nqn string) error {
 	t.mu.Lock()
 	s := t.subsystems[nqn]

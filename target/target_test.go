@@ -338,6 +338,9 @@ func TestConnectTimeout(t *testing.T) {
 		t.Errorf("response %v", &silent.response)
 	}
 	h.property(nvme.PropCSTS, false) // has been connected for longer than the other was
+	if n := r.target.Snapshot().Refusals["connection: no Connect command came"]; n != 1 {
+		t.Errorf("%d connections are counted", n)
+	}
 }
 
 func TestConfigErrors(t *testing.T) {

@@ -174,7 +174,7 @@ func (q *queue) Poll() int {
 // see poller.Source.
 func (q *queue) Arm() poller.Readiness {
 	if len(q.reqs) > 0 {
-		return poller.Again
+		return poller.Busy
 	}
 	return poller.Sleep
 }

@@ -220,8 +220,8 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 				on, err := onOff(args[1])
 				return targetserver.ReadOnlyRequest{NQN: r.nqn, NSID: uint32(n), On: on}, err
 			}),
-		without(change(runDir, "hide {TIME | off}", "List no namespaces for a time",
-			"Hosts find none, as with a target that has just been started and opens its port first,\nand are told of them when the time is over.",
+		without(change(runDir, "hide {TIME | off}", "Hide all namespaces for a time",
+			"Hosts find none, as with a target that opens its port before it adds its namespaces, and\nare notified of each when the time is over.",
 			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 				ms, err := milliseconds(args[0])
 				return targetserver.HideRequest{Milliseconds: ms}, err
@@ -237,13 +237,14 @@ The first fault that hits a command counts. For example:
   target fault opcode=write,count=3,status=0x6        three writes end with "internal error"
   target fault opcode=read,delay=2s                   reads are slow
   target fault opcode=read,disconnect                 each read ends its connection
-  target fault opcode=write,count=1,hold=6s           a write is inside the store for 6 s, and lands
-                                                      then, whatever becomes of its connection
-  target fault opcode=read,count=1,status=0x82,crd=1  "not ready", to be repeated after CRDT1
+  target fault opcode=write,count=1,hold=6s           a write stays inside the store for 6 s and is
+                                                      carried out then, even if its connection ends
+  target fault opcode=read,count=1,status=0x82,crd=1  "not ready", to be retried after CRDT1
                                                       (target --retry-delays)
   target fault admin,opcode=keep-alive,drop           keep alive commands get no answer
   target fault cns=3,status=0x2,dnr                   Identify has no namespace descriptors
   target fault cns=0,nsid=2,status=0x6                namespace 2 cannot be identified
+  target fault cns=1,patch=1792:ffffffff              Identify Controller has a huge IOCCSZ
   target fault lid=4,count=1,corrupt=lost             the answer to a Get Log Page is lost`
 
 func faultVerb(runDir dirFunc) *cobra.Command {
@@ -277,8 +278,8 @@ func stallVerb(runDir dirFunc) *cobra.Command {
 }
 
 func freezeVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "freeze {TIME | off}", "Do nothing at all for a time",
-		"Commands and connect requests wait, timers stand still and no controller ends, as if the\nmachine were paused. Then everything goes on where it stood.",
+	return without(change(runDir, "freeze {TIME | off}", "Do nothing for a time",
+		"Commands and connect requests wait, timers stop and no controller ends, as if the machine\nwere paused. Then the target continues where it was.",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			ms, err := milliseconds(args[0])
 			return targetserver.FreezeRequest{Milliseconds: ms}, err

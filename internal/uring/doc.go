@@ -20,13 +20,13 @@
 //
 // # Hazards
 //
-//  1. The kernel reads and writes memory that an SQE names until the last CQE of the
-//     command. Such memory must be outside the Go heap and stack (mmap), or be held by
-//     a runtime.Pinner. The memory of a Message is on the heap, whose objects do not
-//     move; the caller must keep it reachable.
-//  2. An SQE is valid until the next Submit or Wait, a CQE until Seen. Both point into
-//     memory that Close unmaps.
-//  3. A ring keeps the files of its pending commands open as long as one of these
-//     exists: its file descriptor, a mapping of it, or a registration of its
-//     descriptor in a living thread. Close removes all three.
+//  1. The kernel reads and writes memory that an SQE names until the command's
+//     last CQE. Only memory outside the Go heap and stack may be named (mmap),
+//     or heap memory held by a runtime.Pinner. A Message's own memory is on the
+//     heap, whose objects stay where they are: the caller keeps it reachable.
+//  2. An SQE is valid until the next Submit or Wait, a CQE until Seen. Both
+//     point into memory that Close unmaps.
+//  3. A ring keeps the files of its pending commands open as long as its file
+//     descriptor, a mapping of it, or a registration of its descriptor in a
+//     living thread exists. Close removes all three.
 package uring

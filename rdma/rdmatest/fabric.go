@@ -88,7 +88,7 @@ func (f *Fabric) Objects() Objects {
 	return f.objects
 }
 
-// wake makes everybody who waits for a fault to end look again.
+// wake makes all goroutines that wait for the end of a fault look again.
 func (f *Fabric) wake() {
 	close(f.changed)
 	f.changed = make(chan struct{})

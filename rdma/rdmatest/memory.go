@@ -40,17 +40,17 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	return m, nil
 }
 
-// MoveMR implements rdma.PD.
-func (p *protectionDomain) MoveMR(region rdma.MR) error {
+// ReregisterMR implements rdma.PD.
+func (p *protectionDomain) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*memoryRegion)
 	if !ok {
-		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
 	}
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if m.closed || p.closed {
-		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
+		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
 	}
 	m.release()
 	f.nextKey += 2

@@ -65,7 +65,7 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 		{"QueueFull", testQueueFull},
 		{"TwoElements", testTwoElements},
 		{"WriteRead", testWriteRead},
-		{"MoveMR", testMoveMR},
+		{"ReregisterMR", testReregisterMR},
 		{"Invalidate", testInvalidate},
 		{"InvalidateRefused", testInvalidateRefused},
 		{"RemoteAccess", testRemoteAccess},

@@ -15,9 +15,9 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// The suite closes the objects of a connection in every order. A step that comes too early may
-// be an error (EBUSY); whatever was closed can still be called, without a panic and without a
-// write to a descriptor that is somebody else's by now.
+// The suite closes the objects of a connection in every order. Closing too early may be an error
+// (EBUSY). What was closed can still be called: no call panics, reads or writes a descriptor
+// that was closed, or closes it once more.
 
 // piece is an object of a connection.
 type piece struct {
@@ -104,7 +104,7 @@ func closeInOrder(t *testing.T, s Setup, order []int, active bool) {
 		gone = gone || pieces[i].name == "memory region" && err == nil
 		strangers.add(t)
 		one.useAll(dev, provider, l.Addr(), gone)
-		// The other side, whoever it may have to do with.
+		// The other side may share the provider.
 		other := a
 		if active {
 			other = p
@@ -140,14 +140,14 @@ func (s *side) useAll(dev rdma.Device, provider rdma.Provider, addr netip.AddrPo
 	_ = s.mr.RKey()
 	_ = dev.Attr()
 	if mr, err := s.pd.AllocMR(4096, 0); err == nil {
-		_ = s.pd.MoveMR(mr)
+		_ = s.pd.ReregisterMR(mr)
 		_ = mr.Close()
-		if s.pd.MoveMR(mr) == nil {
-			s.t.Error("a closed region was moved")
+		if s.pd.ReregisterMR(mr) == nil {
+			s.t.Error("a closed region was registered again")
 		}
 	}
-	if noMemory && s.pd.MoveMR(s.mr) == nil {
-		s.t.Error("a closed region was moved")
+	if noMemory && s.pd.ReregisterMR(s.mr) == nil {
+		s.t.Error("a closed region was registered again")
 	}
 	cfg := rdma.QPConfig{SendCQ: s.sendCQ, RecvCQ: s.recvCQ, MaxSendWR: 1, MaxRecvWR: 1, MaxSendSGE: 1, MaxRecvSGE: 1}
 	if _, err := s.id.CreateQP(s.pd, cfg); err == nil {
@@ -192,7 +192,7 @@ func (c *canaries) check(t *testing.T) {
 	}
 }
 
-// testCloseUsed: a queue pair is not made of what is closed, nor a region moved there.
+// testCloseUsed: a queue pair is not made of what is closed, nor a region registered there.
 func testCloseUsed(t *testing.T, s Setup) {
 	id := resolve(t, s, listen(t, s).Addr())
 	dev := id.Device()
@@ -206,8 +206,8 @@ func testCloseUsed(t *testing.T, s Setup) {
 	check(t, err)
 	closer(t, mr)
 	key := mr.LKey()
-	if err := closed.MoveMR(mr); !errors.Is(err, rdma.ErrClosed) || mr.LKey() != key {
-		t.Errorf("moved to a closed domain: %v, key %#x, was %#x", err, mr.LKey(), key)
+	if err := closed.ReregisterMR(mr); !errors.Is(err, rdma.ErrClosed) || mr.LKey() != key {
+		t.Errorf("registered in a closed domain: %v, key %#x, was %#x", err, mr.LKey(), key)
 	}
 	if _, err := closed.AllocMR(4096, 0); !errors.Is(err, rdma.ErrClosed) {
 		t.Errorf("region in a closed domain: %v", err)

@@ -224,9 +224,9 @@ func testWriteRead(t *testing.T, s Setup) {
 	}
 }
 
-// testMoveMR moves a region that was allocated in a domain of its own into that
+// testReregisterMR moves a region that was allocated in a domain of its own into that
 // of a connection: it keeps its memory, and the peer reaches it by its new key.
-func testMoveMR(t *testing.T, s Setup) {
+func testReregisterMR(t *testing.T, s Setup) {
 	a, p := connection(t, s, config{})
 	other, err := p.id.Device().AllocPD()
 	check(t, err)
@@ -235,12 +235,12 @@ func testMoveMR(t *testing.T, s Setup) {
 	closer(t, mr)
 	pattern(mr.Bytes(), 1)
 	addr := mr.Addr()
-	check(t, p.pd.MoveMR(mr))
-	check(t, other.MoveMR(mr)) // back
+	check(t, p.pd.ReregisterMR(mr))
+	check(t, other.ReregisterMR(mr)) // back
 	check(t, mr.Release())
 	check(t, other.Close()) // nothing of the region is left there
 	check(t, mr.Release())
-	check(t, p.pd.MoveMR(mr))
+	check(t, p.pd.ReregisterMR(mr))
 	if mr.Addr() != addr {
 		t.Errorf("region is at %#x, was at %#x", mr.Addr(), addr)
 	}
@@ -277,7 +277,7 @@ func testInvalidate(t *testing.T, s Setup) {
 	}
 	a.waitOK(a.sendCQ, 3)
 	// The region can have a new key.
-	check(t, p.pd.MoveMR(p.mr))
+	check(t, p.pd.ReregisterMR(p.mr))
 	a.postSend(a.remoteWR(4, rdma.Write, 0, 8, p, 0))
 	a.waitOK(a.sendCQ, 4)
 	old := a.remoteWR(5, rdma.Write, 0, 8, p, 0)

@@ -59,7 +59,7 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	case wire.DREQ:
 		p.onDisconnect(id, m, src, dst)
 	case wire.MRA:
-		if id != nil && (id.state == idConnecting || id.state == idAccepting) {
+		if id != nil && id.state == idConnecting {
 			select {
 			case id.patient <- struct{}{}:
 			default:
@@ -76,7 +76,7 @@ func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
 		(!ours(id.peerGUID) || src.Port() == remote.Port() || src.Port() == id.endpoint.provider.cfg.Port)
 }
 
-// refuseStranger sends a REJ to who has no ID here.
+// refuseStranger sends a REJ for a message that belongs to no ID.
 func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Addr, guid uint64, of uint8, reason uint16) {
 	r := wire.Reject{Of: of, Reason: reason}
 	a := wire.NewMAD(wire.REJ, m.TID(), 0, m.Local())
@@ -136,10 +136,10 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 	if !p.makeRoom(src.Addr()) || len(l.requests) >= l.backlog {
 		c.requestsDropped.Add(1)
-		return // it will ask again
+		return // the sender repeats it
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
-		// The peer has forgotten that connection, or somebody pretends it.
+		// The peer has forgotten that connection, or the request is forged.
 		switch {
 		case old.state == idEstablished:
 			old.qp.probe()

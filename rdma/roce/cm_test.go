@@ -2,6 +2,7 @@ package roce
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -68,5 +69,27 @@ func TestFarewellWithoutAnswer(t *testing.T) {
 		}
 	case <-time.After(patience):
 		t.Fatal("no event")
+	}
+}
+
+// TestLostConfirmation: a passive side that has lost the RTU is established all the same, though
+// nobody sends anything else.
+func TestLostConfirmation(t *testing.T) {
+	var lost atomic.Int32
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: func() func([]byte, func([]byte)) {
+		return func(p []byte, deliver func([]byte)) {
+			if h, payload, ok := wire.Parse(p); ok && lost.Load() < 2 {
+				if m, ok := wire.ParseMAD(&h, p, payload); ok && m.Attribute() == wire.RTU {
+					lost.Add(1)
+					return
+				}
+			}
+			deliver(p)
+		}
+	}})
+	join(t, host, target, 16, 4096, false)
+	if n := lost.Load(); n != 2 {
+		t.Errorf("%d were lost", n)
 	}
 }

@@ -30,7 +30,7 @@ type Counters struct {
 	RequestsDropped uint64 // of those, over the rate or without room
 	HalfOpenEvicted uint64 // handshakes that ended to make room for others
 	HalfOpenExpired uint64 // handshakes that took too long
-	AnswersWithheld uint64 // messages not sent to who has not proven to be where it says it is
+	AnswersWithheld uint64 // messages not sent to peers that had not proven their address
 	StaleMessages   uint64 // dropped: messages of the connection manager that belong to no handshake under way
 }
 

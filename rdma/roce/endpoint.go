@@ -26,7 +26,7 @@ type endpoint struct {
 	dedicated bool                        // for one queue pair and what belongs to it
 	manager   *endpoint                   // has the state of the connections: itself, or another
 	group     atomic.Pointer[[]*endpoint] // of the manager: those that share the UDP port
-	driven    atomic.Bool                 // somebody else takes the packets
+	driven    atomic.Bool                 // the caller of Receive takes the packets
 
 	recvMu sync.Mutex   // the outermost lock; guards what follows, and receiving
 	dirty  []*queuePair // to settle after the batch
@@ -42,7 +42,7 @@ type endpoint struct {
 	collecting bool               // packets are being taken
 	events     []*completionQueue // whose events wait until they are
 
-	qpsMu sync.RWMutex // guards pairs
+	qpsMu sync.RWMutex // guards qps
 	qps   map[uint32]*queuePair
 
 	mu         sync.Mutex // guards what follows, and the state of the IDs
@@ -113,8 +113,8 @@ func (p *endpoint) removeQP(q *queuePair) {
 	delete(p.qps, q.num)
 }
 
-// drivenCheck is how often the receive loop takes packets that somebody else
-// should have taken, in milliseconds. He may be busy; the peer wants answers.
+// drivenCheck is how often, in milliseconds, the receive loop takes packets that the
+// caller of Receive should have taken. The caller may be busy; the peer wants answers.
 const drivenCheck = 1000
 
 // run is the receive loop.
@@ -144,8 +144,8 @@ func (p *endpoint) run() {
 	}
 }
 
-// runShared is run for an endpoint whose packets nobody else takes. The runtime's
-// poller wakes it with less ado than a thread of its own.
+// runShared is run for an endpoint that several queue pairs share, so that only it takes
+// the packets. The runtime's poller wakes it at less cost than a thread of its own.
 func (p *endpoint) runShared() {
 	raw, err := p.file.SyscallConn()
 	if err == nil {
@@ -172,12 +172,12 @@ func (p *endpoint) receive() bool {
 	}
 }
 
-// mostBatches bounds what one call takes of who has other things to do: 32 messages of up to
-// 64 KiB each time.
+// mostBatches bounds what one call of Receive takes, since its caller has other things to do.
+// A batch is at most 32 messages of 64 KiB.
 const mostBatches = 4
 
-// receiveSome is receive for who serves other things, too. What it leaves is the receive
-// loop's: nothing need come that would make anybody look.
+// receiveSome is receive with a bound. The receive loop takes what it leaves: the socket may
+// not become readable once more to make the caller look.
 func (p *endpoint) receiveSome() {
 	for range mostBatches {
 		if more, err := p.receiveBatch(); err != nil || !more {
@@ -196,8 +196,8 @@ func (p *endpoint) nudge() {
 	}
 }
 
-// hold keeps the descriptors open until release, whatever becomes of the endpoint: their
-// numbers are known to somebody who does not know that it was closed. False: it is too late.
+// hold keeps the descriptors open until release, even if the endpoint is closed: the caller
+// has told their numbers to others. It is false if they are closed already.
 func (p *endpoint) hold() bool {
 	p.fdMu.Lock()
 	defer p.fdMu.Unlock()
@@ -229,8 +229,8 @@ func (p *endpoint) receiveBatch() (more bool, err error) {
 	return p.receiveBatchLocked()
 }
 
-// poll is receiveBatch for who polls a completion queue in vain: it need not wait for
-// the receive loop to be scheduled. While the loop is at it there is no need.
+// poll is receiveBatch for a caller that polls an empty completion queue, so that it need not
+// wait for the receive loop to be scheduled. It does nothing while the loop takes packets.
 func (p *endpoint) poll() {
 	if !p.recvMu.TryLock() {
 		return
@@ -277,7 +277,7 @@ func (p *endpoint) receiveBatchLocked() (more bool, err error) {
 	return n == recvMessages || len(kept) > 0, err
 }
 
-// collect begins and ends the time in which events wait, so that who is woken
+// collect begins and ends the time in which events wait, so that the goroutine that is woken
 // finds all completions of the batch. Afterwards events is the caller's.
 func (p *endpoint) collect(on bool) {
 	p.eventsMu.Lock()

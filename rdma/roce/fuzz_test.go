@@ -222,6 +222,10 @@ func FuzzResponder(f *testing.F) {
 	f.Add([]byte{14, 0, 4, 4, 0, 0, 4, 0, 4, 0, 0, 0})                                                         // invalidate
 	f.Add([]byte{12, 0, 0, 4, 0, 2, 10, 0, 4, 255, 0, 3, 12, 0, 0, 255, 255, 0})                               // private, foreign, beyond
 	f.Add([]byte{4, 0, 4, 0, 0, 0, 4, 0, 4, 0, 0, 0, 4, 0, 4, 0, 0, 0, 5, 0, 4, 0, 0, 0x80, 9, 0, 4, 0, 0, 0}) // no receives
+	f.Add([]byte{10, 0, 60, 60, 127, 0})                                                                       // beyond the end
+	f.Add([]byte{12, 0, 0, 100, 127, 0})                                                                       // READ beyond the end
+	f.Add([]byte{10, 0, 4, 4, 0, 2})                                                                           // private
+	f.Add([]byte{12, 0, 0, 4, 0, 6, 10, 0, 4, 4, 0, 6})                                                        // by its local key
 	f.Fuzz(func(t *testing.T, in []byte) {
 		s := newSpecimen(t, host, addr)
 		mayWrite := false
@@ -238,7 +242,7 @@ func FuzzResponder(f *testing.F) {
 			case 1:
 				r.RKey++
 			case 2:
-				r.RKey, r.VA = s.private.RKey(), s.private.Addr()
+				r.RKey, r.VA = s.private.RKey(), s.private.Addr()+fuzzArea
 			case 3:
 				r.RKey, r.VA = s.foreign.RKey(), s.foreign.Addr()
 			case 4:
@@ -257,7 +261,11 @@ func FuzzResponder(f *testing.F) {
 			} else {
 				r.Put(ext)
 			}
+			alive := s.state() == qpReady
 			s.packet(op, psn, ext[:op.HeaderLen()-wire.BTHLen], make([]byte, min(2*int(b[2]), fuzzMTU+8)))
+			if op == wire.ReadRequest && alive && psn == before && r.RKey != s.e.mr.RKey() && r.Length > 0 && s.state() == qpReady {
+				t.Fatalf("a READ with key %#x was taken", r.RKey)
+			}
 			s.poll()
 			if b[5]&0x80 == 0 && s.state() == qpReady { // receives come back
 				for _, slot := range s.done {
@@ -293,6 +301,7 @@ func FuzzRequester(f *testing.F) {
 	f.Add([]byte{3, 8, 0, 0, 13, 0, 0, 0, 13, 0, 0, 0, 13, 0, 0, 0, 15, 0, 0, 0})  // time, congestion
 	f.Add([]byte{1, 10, 0, 0, 1, 10, 0, 0, 11, 1, 0, 0, 8, 1, 0, 0})               // response to a WRITE
 	f.Add([]byte{4, 10, 0, 0, 8, 0, 0, 0, 0, 20, 0, 0, 5, 1, 0, 0, 8, 1, 0, 0})    // probe, bad key
+	f.Add([]byte{2, 255, 0, 0, 10, 0, 0, 0, 10, 1, 0, 0, 10, 0, 0, 0})             // a response is missing
 	f.Fuzz(func(t *testing.T, in []byte) {
 		s := newSpecimen(t, host, addr)
 		reads := map[uint64]readUnderTest{}

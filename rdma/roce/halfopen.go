@@ -9,26 +9,26 @@ import (
 )
 
 // A connect request costs the passive side a queue pair and its memory before anything shows
-// that its sender is where it says it is. So the connections in this state are few, few for
-// each source, and for a short time; requests are taken at a limited rate; and who has not
-// proven itself, by a message or a packet that needs what it was told, gets no more bytes than
-// came from it.
+// that the request came from the address that it names. So there are few connections in this
+// state, few for each source, and each for a short time; requests are taken at a limited rate;
+// and until a peer has proven that it receives our messages, it gets no more bytes than came
+// from its address.
 
 const (
 	// halfOpenTime is how long a connection may be half-open: three times what Linux waits
 	// before it repeats a request.
 	halfOpenTime = 15 * time.Second
-	// evictionAge is how old a half-open connection has to be to make room for another. What
-	// comes in between is dropped: it will ask again.
+	// evictionAge is how old a half-open connection has to be to make room for another. If none
+	// is, the new request is dropped, and its sender repeats it.
 	evictionAge = 200 * time.Millisecond
-	// burst is for how many seconds' worth of requests may come at once.
+	// burst is how many seconds' worth of requests may come at once.
 	burst = 4
-	// maxSources bounds the sources whose rate is known.
+	// maxSources bounds the sources whose rates are kept.
 	maxSources = 4096
 )
 
-// source is what limits per source go by: an address, or, as one host of IPv6 has as many as
-// it likes, its network.
+// source is the key of the limits per source: an address of IPv4 or a link-local one, otherwise
+// a network of IPv6, because a host has all the addresses of its own.
 func source(a netip.Addr) netip.Addr {
 	if a.Is4() || a.IsLinkLocalUnicast() {
 		return a
@@ -75,7 +75,7 @@ func (p *endpoint) admit(from netip.Addr) bool {
 	b := h.rates[src]
 	if b == nil {
 		if len(h.rates) >= maxSources {
-			clear(h.rates) // each may have a burst again
+			clear(h.rates) // which allows each of them another burst
 		}
 		b = new(bucket)
 		h.rates[src] = b
@@ -110,8 +110,8 @@ func (p *endpoint) settled(id *connID) {
 	}
 }
 
-// makeRoom says whether there is room for one more half-open connection. If not, an old one
-// ends: of the same source, if that has too many, or of the one that has most.
+// makeRoom says whether there is room for one more half-open connection. If there is not, it
+// ends the oldest one of the same source, if that has too many, or of the source that has most.
 func (p *endpoint) makeRoom(from netip.Addr) bool {
 	h, cfg := &p.handshakes, &p.provider.cfg
 	own := source(from)
@@ -163,8 +163,8 @@ func (p *endpoint) expire() {
 	}
 }
 
-// abandon ends a half-open connection. One that nobody has accepted is gone with it; others
-// are their owner's to close.
+// abandon ends a half-open connection. If Listener.Accept has returned it already, its owner
+// still has to close it.
 func (p *endpoint) abandon(id *connID) {
 	l := id.listener
 	if i := slices.Index(l.requests, id); i >= 0 {
@@ -192,13 +192,13 @@ func (p *endpoint) forget(id *connID) {
 	}
 }
 
-// halfOpen says whether nothing has shown yet that the peer is where it says it is.
+// halfOpen says whether the peer has not proven yet that it receives our messages.
 func (id *connID) halfOpen() bool {
 	return id.passive && (id.state == idRequested || id.state == idAccepting)
 }
 
-// send sends a message of a handshake. The peer of a half-open connection gets as many as came
-// from it: its address may be that of somebody else.
+// send sends a message of a handshake. While the connection is half-open, the peer gets as many
+// as came from it, because its address may be forged.
 func (id *connID) send(m *wire.MAD) {
 	if id.halfOpen() {
 		if id.owed == 0 {
@@ -210,12 +210,11 @@ func (id *connID) send(m *wire.MAD) {
 	id.endpoint.sendMAD(id.path, m)
 }
 
-// confirmations is how often an RTU is sent again: the passive side asks for it only when it
-// is asked again itself, and may have nobody else to hear from.
+// confirmations is how often an RTU is repeated. The passive side does not repeat its REP to ask
+// for one, and may get no other packet.
 const confirmations = 3
 
-// confirm sends the RTU again, some times, until something has come from the peer. The lock is
-// held.
+// confirm repeats the RTU until a packet has come from the peer. The lock is held.
 func (id *connID) confirm(tries int) {
 	id.confirmation = time.AfterFunc(resendTime(tries), func() {
 		p := id.endpoint

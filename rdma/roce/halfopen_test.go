@@ -146,7 +146,7 @@ func TestRequestFlood(t *testing.T) {
 	if n := most(); half > 10 || n > 10+5 {
 		t.Errorf("%d half-open connections at the end, %d at most, want 10", half, n)
 	}
-	if c.RequestsDropped < rounds*each || c.HalfOpenEvicted == 0 {
+	if c.RequestsDropped < rounds*each/2 || c.HalfOpenEvicted == 0 {
 		t.Errorf("%d answers, %+v", packets, c)
 	}
 }

@@ -156,8 +156,8 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	}
 	data := p.member(recv.vector)
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
-		// Packets of one queue pair alone can be taken by who serves it. The
-		// peer answers to where our messages come from, from now on.
+		// The thread that serves a queue pair can take its packets if the socket
+		// has no others. The peer sends to where our messages come from, from now on.
 		if own, err := p.provider.openDedicated(id.path.local.Addr(), p); err == nil {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}
@@ -250,8 +250,8 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answe
 	}
 }
 
-// established waits until the peer has shown that it got the REP. That is sent again only when
-// the REQ comes again, and the endpoint bounds the time (halfOpenTime).
+// established waits until the peer has proven that it got the REP. The REP is repeated only
+// when the REQ is, and the endpoint bounds the time (halfOpenTime).
 func (id *connID) established(ctx context.Context) error {
 	for {
 		select {

@@ -75,20 +75,20 @@ func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	return m, nil
 }
 
-// MoveMR implements rdma.PD.
-func (d *domain) MoveMR(mr rdma.MR) error {
+// ReregisterMR implements rdma.PD.
+func (d *domain) ReregisterMR(mr rdma.MR) error {
 	m, ok := mr.(*region)
 	if !ok {
-		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
-		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
+		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
 	}
 	// The place in the new domain is taken first, so that an error changes nothing.
 	if err := d.use(); err != nil {
-		return fmt.Errorf("move memory region: %w", err)
+		return fmt.Errorf("reregister memory region: %w", err)
 	}
 	m.release()
 	d.mu.Lock()

@@ -40,9 +40,9 @@ type Config struct {
 	// of their receive completion queues, of which there are as many.
 	Receivers int
 	// MaxHalfOpen bounds the connections that are half-open: requested or accepted, but
-	// nothing has shown yet that the peer got our answer. 0 is 64. When there are so many, one
-	// that is older than 200 ms makes room for the next, one of the source that has most. None
-	// stays half-open for more than 15 s.
+	// the peer has not proven yet that it got our answer. 0 is 64. When there are so many, the
+	// oldest of the source that has most makes room for the next, if it is older than 200 ms.
+	// None stays half-open for more than 15 s.
 	MaxHalfOpen int
 	// MaxHalfOpenPerSource is the same for each source: an address of IPv4, a network of 64
 	// bits of IPv6. 0 is 16.

@@ -64,8 +64,8 @@ type queuePair struct {
 	out   *batch
 	dest  uint32 // the peer's queue pair
 	mtu   int    // of the path: payload bytes per packet
-	// unproven: no packet has come that only the peer can have sent: a request with the
-	// sequence number that it was told.
+	// unproven says that no packet has come that only the peer can have sent, which is a
+	// request with the sequence number that our REQ or REP named.
 	unproven bool
 
 	requester
@@ -340,8 +340,8 @@ func (q *queuePair) heardOfPeer() bool {
 	return !q.unproven || q.una != q.firstPSN
 }
 
-// congested takes a mark of a router. Who sent too much is asked to send less: the
-// peer, or we who READ too much.
+// congested takes a mark of a router. If the peer's requests met congestion, it is asked to
+// send less; if they are responses to our READs, we ask for less.
 func (q *queuePair) congested(op wire.Opcode) {
 	q.provider.counters.marks.Add(1)
 	switch op {

@@ -11,8 +11,8 @@ import (
 const (
 	// notReadyCode is the timer of the RNR NAKs that we send: 640 µs.
 	notReadyCode = 12
-	// settlePackets bounds the READ responses of one turn, so that a peer who
-	// reads much does not starve the others.
+	// settlePackets bounds the READ responses that are sent at a time, so that a peer
+	// that reads much does not starve the others.
 	settlePackets = 256
 	maxMessage    = 1 << 30
 )
@@ -105,8 +105,8 @@ func (r *readJobs) drop(from, to uint64) {
 	r.n = kept
 }
 
-// readHistory are the READ requests that were taken last, as many as a peer may have
-// outstanding. It asks again for none before these.
+// readHistory holds the READ requests that were taken last, as many as a peer may have
+// outstanding. A peer repeats no older one.
 type readHistory struct {
 	taken [maxReadAtomic]takenRead
 	next  int
@@ -365,9 +365,9 @@ func (q *queuePair) takeRead(r wire.RETH, payload int) {
 	q.msn++
 }
 
-// readAgain takes a READ request, or the rest of one, that was seen before. Anything else
-// that claims to be one is dropped, and so is one whose key has gone since: an error would
-// let whoever guesses one of half of all sequence numbers end the connection.
+// readAgain takes a READ request, or the rest of one, that was seen before. Any other request
+// with an old sequence number is dropped, and so is one whose key has gone since. An error would
+// end the connection for anybody who guesses one of half of all sequence numbers.
 func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
 	if !q.recent.has(psn, &r, q.mtu) || !q.readable(&r) {
 		q.provider.counters.staleReads.Add(1)
@@ -454,7 +454,7 @@ func (q *queuePair) sendAck(s wire.Syndrome, psn uint64) {
 	q.out.add(wire.BTHLen+wire.AETHLen, nil, nil)
 }
 
-// sendResponses answers READs; false if some are left for the next turn.
+// sendResponses answers READs; false if some are left for the next call.
 func (q *queuePair) sendResponses() bool {
 	q.pd.mu.RLock()
 	defer q.pd.mu.RUnlock()

@@ -234,7 +234,7 @@ func (id *cmID) dispatch(ev cmEvent) {
 	}
 	select {
 	case id.steps <- ev:
-	default: // nobody waits for a step, and nobody will
+	default: // no step waits for it
 	}
 }
 

@@ -46,19 +46,19 @@ func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	return &mr{c: c, access: access, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
 }
 
-// MoveMR implements rdma.PD. The old registration ends after the new one was
+// ReregisterMR implements rdma.PD. The old registration ends after the new one was
 // made, or ended with its device.
-func (p *pd) MoveMR(region rdma.MR) error {
+func (p *pd) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*mr)
 	if !ok {
-		return fmt.Errorf("move memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	p.mu.RLock()
 	defer p.mu.RUnlock()
 	if m.closed || p.closed {
-		return fmt.Errorf("move memory region: %w", rdma.ErrClosed)
+		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
 	}
 	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(m.mem)), C.size_t(len(m.mem)), accessFlags(m.access))
 	if c == nil {

@@ -1,9 +1,11 @@
 package options
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -12,7 +14,7 @@ import (
 
 // FaultWords are what ParseFault wants.
 const FaultWords = "delay=TIME, hold=TIME (inside the store), drop, disconnect, status=CODE with dnr or crd=1..3 or without, " +
-	"corrupt=id|duplicate|short|sqhead|key|data|lost; " +
+	"corrupt=id|duplicate|short|sqhead|key|data|lost, patch=OFFSET:HEX (of what an admin command returns, several by several); " +
 	"for admin, qid=N, nsid=N, opcode=NAME (several by several), cns=N, lid=N, fid=N; skip=N, count=N"
 
 var corruptions = map[string]target.Corruption{
@@ -109,6 +111,16 @@ var faultWords = words[faultText]{
 		t.crd, err = f.number(1, 3)
 		return err
 	},
+	"patch": func(t *faultText, f field) error {
+		offset, digits, _ := strings.Cut(f.value, ":")
+		n, err := strconv.ParseUint(offset, 0, 31)
+		b, herr := hex.DecodeString(digits)
+		if err != nil || herr != nil || len(b) == 0 {
+			return f.wrong("an offset, a colon and pairs of hexadecimal digits, like 1792:ffffffff")
+		}
+		t.Patches = append(t.Patches, target.Patch{Offset: int(n), Bytes: b})
+		return nil
+	},
 	"corrupt": func(t *faultText, f field) error {
 		if t.Corrupt = corruptions[f.value]; t.Corrupt == target.CorruptNone {
 			return f.wrong("id, duplicate, short, sqhead, key, data or lost")
@@ -163,8 +175,10 @@ func ParseFault(text string) (target.Fault, error) {
 	switch {
 	case t.Status.OK() && (t.dnr || t.crd != 0):
 		return target.Fault{}, errors.New("dnr and crd are bits of a status; want status=CODE as well")
-	case t.Delay == 0 && t.Hold == 0 && !t.Drop && !t.Disconnect && t.Status.OK() && t.Corrupt == target.CorruptNone:
+	case t.Delay == 0 && t.Hold == 0 && !t.Drop && !t.Disconnect && t.Status.OK() && t.Corrupt == target.CorruptNone && len(t.Patches) == 0:
 		return target.Fault{}, errors.New("it does nothing")
+	case len(t.Patches) > 0 && !t.Admin:
+		return target.Fault{}, errors.New("patch: want admin, cns, lid or fid as well")
 	case t.Hold != 0 && t.Admin:
 		return target.Fault{}, errors.New("hold: admin commands do not enter a store")
 	}

@@ -110,14 +110,14 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	}}, "fault", "fault that is set from the start: "+FaultWords)
 }
 
-// addTestFlags defines flags that only a test of hosts needs.
+// addTestFlags defines the flags that are meant for tests of hosts.
 func (t *Target) addTestFlags(f *pflag.FlagSet) {
-	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "list no namespace until so long after the start, as a target that opens its port first")
-	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its answer")
+	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces until this time after the start, like a target that opens its port first")
+	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its completion")
 	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "command quiesce time to announce (CQT)")
 	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "longest time in the ANA state change to announce (ANATT)")
 	f.Var(&retryDelays{&t.RetryDelays}, "retry-delays", "delays to announce for a status with crd=1, 2 and 3 (CRDT), separated by commas")
-	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "what keeps a controller alive: every command, which is announced (TBKAS), or only Keep Alive commands")
+	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "what restarts the keep alive timer: every command, which is announced (TBKAS), or only Keep Alive commands")
 }
 
 // multiple is a time of 0 to 65535 units.

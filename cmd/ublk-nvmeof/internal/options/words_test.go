@@ -1,6 +1,7 @@
 package options
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -60,11 +61,15 @@ func TestParseFault(t *testing.T) {
 		"fid=7,drop":           {Match: target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminSetFeatures, nvme.AdminGetFeatures}, Selectors: []uint8{7}}, Drop: true},
 		"hold=6s,opcode=write": {Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Hold: 6 * time.Second},
 		"status=0x82,crd=3":    {Status: 0x82 | 3<<11},
+		"cns=1,patch=1792:ffff,patch=0x4d:00": {
+			Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{1}},
+			Patches: []target.Patch{{Offset: 1792, Bytes: []byte{255, 255}}, {Offset: 77, Bytes: []byte{0}}}},
 	} {
 		got, err := ParseFault(text)
 		if err != nil || got.Delay != want.Delay || got.Drop != want.Drop || got.Disconnect != want.Disconnect || got.Status != want.Status ||
 			got.Corrupt != want.Corrupt || got.Skip != want.Skip || got.Count != want.Count || got.Admin != want.Admin || got.QID != want.QID ||
-			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) || string(got.Selectors) != string(want.Selectors) || got.Hold != want.Hold {
+			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) || string(got.Selectors) != string(want.Selectors) || got.Hold != want.Hold ||
+			!reflect.DeepEqual(got.Patches, want.Patches) {
 			t.Errorf("%s: %+v, %v", text, got, err)
 		}
 	}
@@ -84,6 +89,10 @@ func TestParseFault(t *testing.T) {
 		"drop,admin=1":          "want admin alone",
 		"status=6,crd=4":        "want a number, 1 to 3",
 		"cns=256,drop":          "want a number, 0 to 255",
+		"cns=1,patch=1792":      "like 1792:ffffffff",
+		"cns=1,patch=-1:00":     "like 1792:ffffffff",
+		"cns=1,patch=1:0":       "like 1792:ffffffff",
+		"patch=1:00":            "want admin, cns, lid or fid",
 		"drop,admin,opcode=dsm": "want a number or abort",
 	} {
 		if _, err := ParseFault(text); err == nil || !strings.Contains(err.Error(), want) {

@@ -56,18 +56,18 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 	return nil
 }
 
-// identity is how hosts recognize a namespace.
+// identity says how hosts recognize a namespace.
 func identity(n targetserver.NamespaceStatus) string {
 	switch {
 	case n.UUID == "":
 		return "no uuid"
 	case n.NewAtStart:
-		return "uuid " + n.UUID + ", another one at each start"
+		return "uuid " + n.UUID + ", a new one at each start"
 	}
 	return "uuid " + n.UUID
 }
 
-// describeTarget is who is connected, what is wrong on purpose, and what was done.
+// describeTarget shows controllers, faults and counters.
 func describeTarget(w io.Writer, t targetserver.Status) {
 	for _, s := range t.Subsystems {
 		for _, group := range sortedKeys(s.ANA) {

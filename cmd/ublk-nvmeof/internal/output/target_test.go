@@ -8,8 +8,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
 )
 
-// TestTargetsEscapes: what a host or a file is called gets to no terminal as it
-// is.
+// TestTargetsEscapes: names of hosts and files are escaped.
 func TestTargetsEscapes(t *testing.T) {
 	const evil = "x\x1b[2J\ny\u202e"
 	var out bytes.Buffer
@@ -29,7 +28,7 @@ func TestTargetsEscapes(t *testing.T) {
 	if strings.ContainsAny(text, "\x1b\u202e") || strings.Contains(text, "\ny") {
 		t.Errorf("%q", text)
 	}
-	for _, want := range []string{`/x\x1b[2J\ny\u202e`, "no uuid", "uuid u2, another one at each start", "uuid u3\n", "ending", "3, unknown subsystem"} {
+	for _, want := range []string{`/x\x1b[2J\ny\u202e`, "no uuid", "uuid u2, a new one at each start", "uuid u3\n", "ending", "3, unknown subsystem"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in %s", want, text)
 		}

@@ -49,7 +49,7 @@ type NamespaceStatus struct {
 	BlockSize int    `json:"block_size"`
 	ReadOnly  bool   `json:"read_only"`
 	UUID      string `json:"uuid,omitempty"`
-	// NewAtStart says that the UUID is another one at each start of the target.
+	// NewAtStart says that the UUID is a new one at each start of the target.
 	NewAtStart bool `json:"new_at_start,omitempty"`
 }
 
@@ -59,7 +59,7 @@ type Controller struct {
 	NQN     string `json:"subsysnqn"`
 	HostNQN string `json:"hostnqn"`
 	Queues  int    `json:"queues"` // I/O queues
-	// Ending says that the host is gone, but not yet the last of its commands.
+	// Ending says that the controller has ended, but not yet all its commands.
 	Ending bool `json:"ending,omitempty"`
 }
 
@@ -101,13 +101,11 @@ type (
 	StallRequest struct {
 		On bool `json:"on"`
 	}
-	// FreezeRequest makes the target do nothing at all for so long, up to an hour; 0
-	// ends it.
+	// FreezeRequest freezes the target for a time of up to an hour; 0 ends the freeze.
 	FreezeRequest struct {
 		Milliseconds int64 `json:"milliseconds"`
 	}
-	// HideRequest makes the target list no namespace for so long, up to an hour; 0
-	// ends it.
+	// HideRequest hides all namespaces for a time of up to an hour; 0 shows them.
 	HideRequest struct {
 		Milliseconds int64 `json:"milliseconds"`
 	}

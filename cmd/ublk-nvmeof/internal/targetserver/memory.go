@@ -13,11 +13,11 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 )
 
-// budget bounds the memory of namespaces. Pages are taken only when they are
-// written, so what is promised counts, not what is used.
+// budget bounds the memory of namespaces. It counts the sizes of namespaces and not
+// the pages that they use: pages are allocated when they are first written.
 type budget struct{ limit, promised int64 }
 
-// take promises n more bytes, or fewer if n is negative.
+// take adds n bytes to what is promised; n may be negative.
 func (b *budget) take(n int64) error {
 	if n > b.limit-b.promised {
 		return exit.Errorf(exit.Usage, "%s in memory, with the %s of other namespaces and caches, exceed the limit of %s; want less, or a larger --memory-limit",
@@ -27,12 +27,11 @@ func (b *budget) take(n int64) error {
 	return nil
 }
 
-// memoryLimit is the limit that holds if none is asked for: three quarters of the
-// memory that this process can have.
+// memoryLimit is the default limit: three quarters of the available memory.
 func memoryLimit() int64 { return availableMemory() / 4 * 3 }
 
-// availableMemory is the memory in bytes that the machine, and the control groups
-// of this process, can give.
+// availableMemory is the memory in bytes that this process can still allocate, by
+// the machine and by its control groups.
 func availableMemory() int64 {
 	least := int64(1<<63 - 1)
 	var info unix.Sysinfo_t

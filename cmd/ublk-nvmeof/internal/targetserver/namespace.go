@@ -21,19 +21,18 @@ type subsystem struct {
 	removed    []*namespace // whose stores are still in use
 }
 
-// namespace is a namespace and what holds its data. Exactly one of ram and file is
-// set.
+// namespace is a namespace and its store. Exactly one of ram and file is set.
 type namespace struct {
 	*target.Namespace
 	spec     options.Namespace
 	ram      *target.RAM
 	file     *target.File
 	closer   io.Closer // closes the store, and a cache before it
-	promised int64     // memory
+	promised int64     // bytes of memory, see budget
 }
 
-// restTime is how long a request waits until no command is inside a store. A store
-// that is slower than that is closed when it is at rest.
+// restTime bounds the time that a request waits until no command is inside a store.
+// After it, a removed store is closed in the background.
 const restTime = 5 * time.Second
 
 func (s *server) addSubsystem(c options.Subsystem) error {
@@ -84,7 +83,7 @@ func (n *namespace) newAtStart() bool {
 	return n.ram != nil && n.spec.UUID.IsZero() && !n.spec.NoUUID
 }
 
-// openStore opens what holds the data of a namespace, within the limit of memory.
+// openStore opens the store of a namespace, within the limit of memory.
 func (s *server) openStore(n *namespace) (store target.Store, err error) {
 	spec := n.spec
 	if spec.File == "" {
@@ -133,7 +132,8 @@ func openFile(spec options.Namespace) (*target.File, error) {
 	return f, nil
 }
 
-// promise takes memory for a namespace, or gives some back if size is negative.
+// promise takes size bytes of the memory limit for a namespace, or gives them back
+// if size is negative.
 func (s *server) promise(n *namespace, size int64) error {
 	err := s.memory.take(size)
 	if err == nil {
@@ -142,12 +142,12 @@ func (s *server) promise(n *namespace, size int64) error {
 	return err
 }
 
-// closeStore closes the store of a namespace that uses it no more, or never did.
+// closeStore closes the store of a namespace, which does not use it any more.
 func (s *server) closeStore(n *namespace) error {
 	return errors.Join(n.closer.Close(), s.promise(n, -n.promised))
 }
 
-// closeStores closes all stores. The target is closed, or has none.
+// closeStores closes all stores. The target is closed.
 func (s *server) closeStores() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,8 +182,8 @@ func (s *server) add(r AddRequest) (Done, error) {
 	return Done{NSID: n.NSID()}, nil
 }
 
-// remove removes a namespace, and closes its store once it is at rest. It returns
-// when it is, or after restTime.
+// remove removes a namespace, and closes its store when no command is inside it. It
+// returns then, or after restTime.
 func (s *server) remove(r RemoveRequest) (Done, error) {
 	sub, n, err := s.take(r)
 	if err != nil {
@@ -202,7 +202,7 @@ func (s *server) remove(r RemoveRequest) (Done, error) {
 	return Done{}, nil
 }
 
-// take takes a namespace away from its subsystem.
+// take removes a namespace from its subsystem.
 func (s *server) take(r RemoveRequest) (*subsystem, *namespace, error) {
 	s.changes.Lock()
 	defer s.changes.Unlock()
@@ -220,8 +220,8 @@ func (s *server) take(r RemoveRequest) (*subsystem, *namespace, error) {
 	return sub, n, nil
 }
 
-// retire waits until the store of a namespace that was removed is at rest, and
-// closes it. If the target ends before, that closes it.
+// retire waits until no command is inside the store of a removed namespace, and
+// closes it. If the target ends first, closeStores closes it.
 func (s *server) retire(sub *subsystem, n *namespace) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -274,8 +274,8 @@ func (s *server) resize(r ResizeRequest) (Done, error) {
 	return Done{}, errors.Join(err, s.promise(n, min(0, more)))
 }
 
-// mayResize finds the namespace of a request, and how much more memory it will
-// take, which is promised.
+// mayResize checks a request. It returns the namespace and the number of bytes of
+// memory that it will take more, which are promised.
 func (s *server) mayResize(r ResizeRequest) (n *namespace, more int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

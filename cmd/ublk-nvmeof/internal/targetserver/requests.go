@@ -73,8 +73,8 @@ func (s *server) mux() *http.ServeMux {
 	return mux
 }
 
-// Requests. The lock is held, but by those for namespaces, which may wait, nobody
-// holds it.
+// These carry out requests. They are called with the lock held, except those that
+// change namespaces: they may wait, and take the lock themselves.
 
 // named are the subsystems that a request means.
 func (s *server) named(nqn string) ([]*subsystem, error) {

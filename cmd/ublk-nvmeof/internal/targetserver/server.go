@@ -132,7 +132,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// open makes the target, which answers nobody before it is started.
+// open makes the target. It answers no connect request before it is started.
 func (s *server) open(p rdma.Provider) (err error) {
 	o := s.opts
 	s.memory.limit = o.Memory
@@ -147,7 +147,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	return err
 }
 
-// configure makes everything that the command line asks for.
+// configure adds what the command line asks for.
 func (s *server) configure() error {
 	s.target.Faults().HideNamespaces(s.opts.NamespacesAfter)
 	for _, c := range s.opts.Subsystems {
@@ -163,7 +163,7 @@ func (s *server) configure() error {
 	return nil
 }
 
-// web is the control socket and who answers on it.
+// web is the HTTP server on the control socket.
 type web struct {
 	server *http.Server
 	served chan error
@@ -185,7 +185,7 @@ func (s *server) listen() (*web, error) {
 	return w, nil
 }
 
-// close lets the last answers out.
+// close waits until the last answers are sent, for a second at most.
 func (w *web) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// fault is something that goes wrong, and is over when run returns, but for faults of
+// commands, which the caller clears.
+type fault struct {
+	name  string
+	kills bool // the server or the target
+	run   func()
+}
+
+// commandFaults are faults of commands, for target fault. A fault without an end of
+// its own is cleared after a second.
+var commandFaults = []string{
+	"opcode=write,delay=300ms,count=20", "opcode=read,delay=300ms,count=20",
+	"opcode=write,hold=2s,count=4", "opcode=flush,delay=2s,count=3",
+	"opcode=write,disconnect,count=2", "opcode=read,disconnect,count=2", "opcode=flush,disconnect,count=1",
+	"opcode=write,skip=20,disconnect,count=1", "qid=1,disconnect,count=1",
+	"opcode=write,status=0x6,count=2", "opcode=read,status=0x6,count=2", "opcode=flush,status=0x6,count=2",
+	"opcode=write,status=0x82,crd=1,count=4", "opcode=read,status=0x82,crd=3,count=2",
+	"opcode=write-zeroes,status=0x6,count=1", "opcode=write-zeroes,disconnect,count=1",
+	"corrupt=id,count=1", "corrupt=duplicate,count=1", "corrupt=short,count=1", "corrupt=sqhead,count=1",
+	"opcode=read,corrupt=key,count=1", "opcode=write,corrupt=key,count=1",
+	"opcode=write,corrupt=lost,count=1", "opcode=read,drop,count=1",
+	"admin,opcode=keep-alive,drop,count=2", "admin,opcode=keep-alive,disconnect,count=1",
+	"admin,opcode=keep-alive,corrupt=id,count=1", "admin,opcode=keep-alive,status=0x6,count=1",
+}
+
+// adminFaults are faults of commands that a host sends when it connects, or looks at
+// its namespaces.
+var adminFaults = []string{
+	"admin,opcode=identify,status=0x6,count=1", "admin,opcode=identify,skip=2,status=0x6,count=2",
+	"admin,opcode=identify,disconnect,count=1", "admin,opcode=identify,skip=3,disconnect,count=1",
+	"cns=3,status=0x6,count=2", "cns=0,nsid=2,status=0x6,count=2", "cns=2,status=0x6,count=1",
+	"lid=4,count=1,corrupt=lost", "lid=4,count=1,corrupt=data", "lid=4,count=1,status=0x6",
+	"admin,opcode=identify,drop,count=1", "admin,opcode=fabrics,disconnect,count=1",
+	"admin,opcode=set-features,status=0x6,count=1", "admin,opcode=set-features,disconnect,count=1",
+	"opcode=fabrics,disconnect,count=1", "admin,opcode=async-event,status=0x6,count=1",
+}
+
+// networks are what happens to packets.
+var networks = []condition{
+	{name: "loss of 1%", lost: 0.01},
+	{name: "loss of 5%", lost: 0.05},
+	{name: "duplicates", doubled: 0.02},
+	{name: "all of it", lost: 0.02, doubled: 0.01, damaged: 0.001, slowed: 0.3, delay: time.Millisecond, jitter: time.Millisecond},
+	{name: "loss of 20%", lost: 0.2},
+	{name: "cut", lost: 1},
+	{name: "delay", slowed: 1, delay: 2 * time.Millisecond, jitter: time.Millisecond},
+	{name: "reordering", slowed: 0.25, delay: 5 * time.Millisecond},
+	{name: "damage", damaged: 0.005},
+}
+
+// faults returns what can go wrong, or of that what only names.
+func (s *soak) faults(random *rand.Rand, only string) []fault {
+	pause := func(least, most time.Duration) {
+		time.Sleep(least + time.Duration(random.Int64N(int64(most-least+1))))
+	}
+	of := func(list []string) string { return list[random.IntN(len(list))] }
+	all := []fault{
+		{name: "command", run: func() {
+			f := of(commandFaults)
+			logf("  %s", f)
+			s.control("fault", f)
+			pause(time.Second, 2*time.Second)
+		}},
+		{name: "admin", run: func() {
+			f := of(adminFaults)
+			logf("  %s", f)
+			s.control("fault", f)
+			s.control("namespace", "add", "ram=1MiB,nsid=9")
+			s.control("drop")
+			pause(time.Second, 3*time.Second)
+			s.control("namespace", "remove", "9")
+			pause(0, time.Second)
+		}},
+		{name: "drop", run: func() {
+			args := []string{"drop"}
+			if random.IntN(2) == 0 {
+				args = append(args, fmt.Sprint("--qid=", random.IntN(5)))
+			}
+			s.control(args...)
+			pause(0, time.Second)
+		}},
+		{name: "grant", run: func() {
+			s.control("grant", fmt.Sprint(1+random.IntN(6)))
+			s.control("drop")
+			pause(0, 2*time.Second)
+		}},
+		{name: "freeze", run: func() {
+			length := 100*time.Millisecond + time.Duration(random.Int64N(int64(9*time.Second)))
+			s.control("freeze", length.String())
+			pause(length, length)
+		}},
+		{name: "stall", run: func() {
+			s.control("stall", "on")
+			pause(100*time.Millisecond, 4*time.Second)
+			s.control("stall", "off")
+		}},
+		{name: "refuse", run: func() {
+			verb, status := "reject", "6"
+			if random.IntN(2) == 0 {
+				verb, status = "refuse", "0x182"
+			}
+			s.control(verb, status)
+			s.control("drop")
+			pause(0, 3*time.Second)
+			s.control(verb, "off")
+		}},
+		{name: "restart", run: func() { // its namespaces come later than its port
+			s.control("reject", "6")
+			s.control("drop")
+			s.control("namespace", "hide", "2s")
+			s.control("reject", "off")
+			pause(2*time.Second, 3*time.Second)
+		}},
+		{name: "ana", run: func() {
+			s.control("ana", "2", of([]string{"change", "inaccessible", "non-optimized"}))
+			pause(0, 3*time.Second)
+			s.control("ana", "2", "optimized")
+		}},
+		{name: "network", run: func() {
+			n := networks[random.IntN(len(networks))]
+			logf("  %v", n)
+			s.cable.condition.Store(&n)
+			pause(time.Second, 6*time.Second)
+			s.cable.condition.Store(&condition{})
+		}},
+		{name: "kill", kills: true, run: func() {
+			s.kill()
+			pause(0, time.Second)
+			s.recover()
+		}},
+		{name: "kill with held writes", kills: true, run: func() {
+			s.control("fault", "opcode=write,hold=3s,count=3")
+			pause(200*time.Millisecond, 500*time.Millisecond)
+			s.kill()
+			s.recover()
+		}},
+		{name: "kill in a bad network", kills: true, run: func() {
+			n := networks[random.IntN(4)]
+			logf("  %v", n)
+			s.cable.condition.Store(&n)
+			pause(0, time.Second)
+			s.kill()
+			s.recover()
+			s.cable.condition.Store(&condition{})
+		}},
+		{name: "target killed", kills: true, run: func() {
+			s.endTarget(syscall.SIGKILL)
+			pause(0, 2*time.Second)
+			s.startTarget(of([]string{"0s", "0s", "2s"}))
+		}},
+		{name: "both killed", kills: true, run: func() {
+			s.kill()
+			s.endTarget(syscall.SIGKILL)
+			s.startTarget(of([]string{"0s", "1s"}))
+			s.recover()
+		}},
+	}
+	if only == "" {
+		return all
+	}
+	var chosen []fault
+	for _, f := range all {
+		if strings.Contains(","+only+",", ","+f.name+",") {
+			chosen = append(chosen, f)
+		}
+	}
+	if len(chosen) == 0 {
+		fatalf("--only %q names no fault", only)
+	}
+	return chosen
+}
