@@ -15,7 +15,7 @@ const maxPiece = 64 << 20
 // enter begins a command's access to blocks of its namespace, unless the
 // namespace was removed or shrunk since the command arrived. Only between it and
 // exit a queue uses a store.
-func (q *queue) enter(i int, slba, nlb uint64) nvme.Status {
+func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 	r := &q.reqs[i]
 	q.access.Add(1) // before the table is looked at: drained looks the other way round
 	s := nvme.StatusSuccess
@@ -37,7 +37,7 @@ func (q *queue) enter(i int, slba, nlb uint64) nvme.Status {
 }
 
 // exit ends an access.
-func (q *queue) exit() { q.access.Add(1) }
+func (q *queuePair) exit() { q.access.Add(1) }
 
 // hold keeps a command inside its store, whatever becomes of its connection. If
 // the target closes, the command is not carried out.
@@ -56,7 +56,7 @@ func (t *Target) hold(d time.Duration) nvme.Status {
 // call. The error is that of ctx.
 func (t *Target) drained(ctx context.Context) error {
 	t.mu.Lock()
-	busy := map[*queue]uint64{}
+	busy := map[*queuePair]uint64{}
 	for q := range t.queues {
 		if n := q.access.Load(); n%2 == 1 {
 			busy[q] = n

@@ -8,7 +8,7 @@ import (
 
 // admin carries out an admin command. None of those that are known brings data
 // of the host.
-func (q *queue) admin(i int) {
+func (q *queuePair) admin(i int) {
 	cmd := q.command(i)
 	op := cmd.Opcode()
 	if q.ctrl.subsystem.discovery {
@@ -59,7 +59,7 @@ const (
 	writeProtect     = 1
 )
 
-func (q *queue) setFeature(cmd *nvme.Command) (uint32, nvme.Status) {
+func (q *queuePair) setFeature(cmd *nvme.Command) (uint32, nvme.Status) {
 	c, value := q.ctrl, cmd.CDW11()
 	switch fid := cmd.FeatureID(); {
 	case fid == nvme.FeatureAsyncEvent:
@@ -96,7 +96,7 @@ func (q *queue) setFeature(cmd *nvme.Command) (uint32, nvme.Status) {
 
 // grantQueues answers how many queues the controller has; as nvmet, whatever
 // the host asked for.
-func (q *queue) grantQueues(asked uint32) (uint32, nvme.Status) {
+func (q *queuePair) grantQueues(asked uint32) (uint32, nvme.Status) {
 	if asked&0xFFFF == 0xFFFF || asked>>16 == 0xFFFF {
 		return 0, nvme.StatusInvalidField | dnr
 	}
@@ -115,7 +115,7 @@ func (q *queue) grantQueues(asked uint32) (uint32, nvme.Status) {
 
 // setWriteCache turns the volatile write cache on or off; what is in it is made
 // durable first.
-func (q *queue) setWriteCache(on bool) nvme.Status {
+func (q *queuePair) setWriteCache(on bool) nvme.Status {
 	if q.target.cfg.NoWriteCache {
 		return nvme.StatusInvalidField | dnr
 	}
@@ -126,7 +126,7 @@ func (q *queue) setWriteCache(on bool) nvme.Status {
 	return storeStatus(q.ctrl.subsystem.flush())
 }
 
-func (q *queue) protect(cmd *nvme.Command) nvme.Status {
+func (q *queuePair) protect(cmd *nvme.Command) nvme.Status {
 	q.access.Add(1)
 	defer q.exit()
 	ns := q.ctrl.subsystem.namespace(cmd.NSID())
@@ -150,7 +150,7 @@ func (q *queue) protect(cmd *nvme.Command) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-func (q *queue) getFeature(i int) {
+func (q *queuePair) getFeature(i int) {
 	c, cmd := q.ctrl, q.command(i)
 	fid := cmd.FeatureID()
 	if fid == nvme.FeatureHostID && !c.subsystem.discovery {

@@ -23,7 +23,7 @@ const (
 type admission struct {
 	opening     int                // connections that are being made
 	hosts       map[netip.Addr]int // connections by address, those that are being made too
-	unconnected []*queue           // without a successful Connect, by age
+	unconnected []*queuePair       // without a successful Connect, by age
 	ending      int                // queues that gave way and have not ended
 	memory      int64              // bytes of connected queues
 }
@@ -61,14 +61,14 @@ func (t *Target) admit(host netip.Addr) error {
 
 // admitted takes notice of a queue that was made after admit. Too many that are
 // not connected make the oldest end, of this host or of all; it is returned.
-func (t *Target) admitted(q *queue) (ends *queue) {
+func (t *Target) admitted(q *queuePair) (ends *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := &t.admission
 	a.opening--
 	t.queues[q] = struct{}{}
 	t.connects++
-	var oldest *queue // of this host
+	var oldest *queuePair // of this host
 	count := 0
 	for _, other := range a.unconnected {
 		if other.host == q.host {
@@ -97,7 +97,7 @@ func (t *Target) admitted(q *queue) (ends *queue) {
 const whyGaveWay = "too many others wait for a Connect command"
 
 // giveWay ends a queue that is not connected. The lock is held.
-func (t *Target) giveWay(q *queue) {
+func (t *Target) giveWay(q *queuePair) {
 	a := &t.admission
 	a.forget(q)
 	a.ending++
@@ -107,7 +107,7 @@ func (t *Target) giveWay(q *queue) {
 }
 
 // forget takes a queue from those that are not connected.
-func (a *admission) forget(q *queue) {
+func (a *admission) forget(q *queuePair) {
 	for i, other := range a.unconnected {
 		if other == q {
 			a.unconnected = append(a.unconnected[:i], a.unconnected[i+1:]...)
@@ -117,7 +117,7 @@ func (a *admission) forget(q *queue) {
 }
 
 // connected takes notice of a successful Connect.
-func (t *Target) connected(q *queue) {
+func (t *Target) connected(q *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.admission.forget(q)
@@ -125,7 +125,7 @@ func (t *Target) connected(q *queue) {
 
 // ended gives back what a host had: of a queue, or, if that is nil, of a
 // connection that was admitted and not made.
-func (t *Target) ended(host netip.Addr, q *queue) {
+func (t *Target) ended(host netip.Addr, q *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := &t.admission
@@ -158,7 +158,7 @@ func (t *Target) takeMemory(n int64) error {
 
 // open makes the queue of a connect request. An error that wraps no
 // nvme.RDMARejectStatus is want of resources.
-func (t *Target) open(id rdma.ID) (*queue, error) {
+func (t *Target) open(id rdma.ID) (*queuePair, error) {
 	if reason := nvme.RDMARejectStatus(t.faults.reject.Load()); reason != 0 {
 		return nil, fmt.Errorf("fault: %w", reason)
 	}
@@ -177,7 +177,7 @@ func (t *Target) open(id rdma.ID) (*queue, error) {
 	if err := t.admit(host); err != nil {
 		return nil, err
 	}
-	q, err := newQueue(t, id, req)
+	q, err := newQueuePair(t, id, req)
 	if err != nil {
 		t.ended(host, nil)
 		return nil, err

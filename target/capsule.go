@@ -6,19 +6,19 @@ import (
 )
 
 // receive gives a buffer back to the queue pair.
-func (q *queue) receive(i int) {
+func (q *queuePair) receive(i int) {
 	q.recvs = append(q.recvs, rdma.RecvWR{ID: kindRecv | uint64(i), SGE: rdma.SGE{
 		Addr: q.in.Addr() + uint64(i*q.capsule), Length: uint32(q.capsule), LKey: q.in.LKey(),
 	}})
 }
 
 // command is the command in a receive buffer.
-func (q *queue) command(i int) *nvme.Command {
+func (q *queuePair) command(i int) *nvme.Command {
 	return nvme.CommandAt(q.in.Bytes()[i*q.capsule:])
 }
 
 // advance moves the head of the submission queue by one command.
-func (q *queue) advance() {
+func (q *queuePair) advance() {
 	if q.sqSize > 0 && !q.noFlow {
 		if q.sqHead++; q.sqHead >= q.sqSize {
 			q.sqHead = 0
@@ -27,7 +27,7 @@ func (q *queue) advance() {
 }
 
 // reportedHead is the submission queue head that completions carry.
-func (q *queue) reportedHead() uint16 {
+func (q *queuePair) reportedHead() uint16 {
 	if q.noFlow {
 		return 0xFFFF
 	}
@@ -36,7 +36,7 @@ func (q *queue) reportedHead() uint16 {
 
 // completion takes the next entry of the ring of completions, which is at offset at
 // of q.out, and returns the SEND for it. The caller has reserved the entry.
-func (q *queue) completion(data extent) (wr rdma.SendWR, at int) {
+func (q *queuePair) completion(data extent) (wr rdma.SendWR, at int) {
 	pos := int(q.posted % uint64(len(q.responses)))
 	q.posted++
 	q.responses[pos].data = data
@@ -55,7 +55,7 @@ const lazyLimit = 8
 // completion confirms all completions before it too, and frees their chunks and ring
 // entries. So it may be unsignaled only while there are enough of both for any
 // command.
-func (q *queue) signaled() bool {
+func (q *queuePair) signaled() bool {
 	q.lazy++
 	if q.lazy < lazyLimit && q.free.find(chunksFor(uint32(q.target.cfg.MaxTransfer))) >= 0 && q.reserved < len(q.responses)/2 {
 		return false
@@ -66,7 +66,7 @@ func (q *queue) signaled() bool {
 
 // respond completes a command. It keeps the command's chunks until the SEND is
 // confirmed, because the RDMA WRITE before it may still read them.
-func (q *queue) respond(i int, result uint64, s nvme.Status) {
+func (q *queuePair) respond(i int, result uint64, s nvme.Status) {
 	r := &q.reqs[i]
 	cmd := q.command(i)
 	if !s.OK() {
@@ -91,13 +91,13 @@ func (q *queue) respond(i int, result uint64, s nvme.Status) {
 }
 
 // done forgets a command and gives its buffer back.
-func (q *queue) done(i int) {
+func (q *queuePair) done(i int) {
 	q.reqs[i] = request{}
 	q.receive(i)
 }
 
 // drop ends a command without a completion.
-func (q *queue) drop(i int) {
+func (q *queuePair) drop(i int) {
 	q.advance()
 	q.free.flip(q.reqs[i].data)
 	q.reserved--
@@ -106,7 +106,7 @@ func (q *queue) drop(i int) {
 
 // confirm frees what the completions up to the one at index pos of the ring hold.
 // SENDs complete in order.
-func (q *queue) confirm(pos int) {
+func (q *queuePair) confirm(pos int) {
 	for at := -1; at != pos; q.confirmed++ {
 		at = int(q.confirmed % uint64(len(q.responses)))
 		r := &q.responses[at]

@@ -68,14 +68,14 @@ func (c *chunks) flip(r extent) {
 }
 
 // bytes is the memory of an extent.
-func (q *queue) bytes(r extent) []byte {
+func (q *queuePair) bytes(r extent) []byte {
 	data := q.data.Bytes()[int(r.first)*chunkSize:]
 	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is part of one chunk
 }
 
 // transfer queues the RDMA READ or WRITE that moves length bytes between the host's
 // memory and the chunks of a command.
-func (q *queue) transfer(i int, op rdma.SendOp, length uint32) {
+func (q *queuePair) transfer(i int, op rdma.SendOp, length uint32) {
 	r := &q.reqs[i]
 	if length == 0 || op == rdma.Write && r.corrupt == CorruptLost {
 		return

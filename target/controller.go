@@ -52,7 +52,7 @@ type controller struct {
 	cacheOff atomic.Bool // the host turned the volatile write cache off
 
 	mu       sync.Mutex // guards what follows
-	queues   map[uint16]*queue
+	queues   map[uint16]*queuePair
 	ended    bool // no queue may join
 	stopping stop // what waits for the I/O queues to leave
 	cc       nvme.CC
@@ -70,7 +70,7 @@ type controller struct {
 func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 	c := &controller{
 		subsystem: s, hostNQN: data.HostNQN(), hostID: data.HostID(),
-		queues: map[uint16]*queue{}, granted: int(s.maxQueues.Load()),
+		queues: map[uint16]*queuePair{}, granted: int(s.maxQueues.Load()),
 		enabled: nvme.AENNamespaceAttribute | nvme.AENANAChange,
 	}
 	if s.discovery {
@@ -102,7 +102,7 @@ func (c *controller) end(reason string) {
 
 // join adds a queue. It returns false if the controller has ended or has a queue with
 // this id, and, for I/O queues, if the controller is not enabled.
-func (c *controller) join(q *queue) bool {
+func (c *controller) join(q *queuePair) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended || c.queues[q.qid] != nil || q.qid != 0 && !c.ready.Load() {
@@ -114,7 +114,7 @@ func (c *controller) join(q *queue) bool {
 
 // leave removes a queue that executes no command any more. The controller ends with
 // its admin queue, and is forgotten with its last queue.
-func (c *controller) leave(q *queue) {
+func (c *controller) leave(q *queuePair) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.queues, q.qid)

@@ -9,7 +9,7 @@ const dnr = nvme.StatusDNR
 
 // begin begins a command. It returns false if the command has to wait for chunks or
 // for a ring entry; the caller tries again later.
-func (q *queue) begin(i int) bool {
+func (q *queuePair) begin(i int) bool {
 	r := &q.reqs[i]
 	s := q.describe(i)
 	need := 0
@@ -50,7 +50,7 @@ const (
 )
 
 // describe reads the data descriptor of a command.
-func (q *queue) describe(i int) nvme.Status {
+func (q *queuePair) describe(i int) nvme.Status {
 	r, cmd := &q.reqs[i], q.command(i)
 	r.addr, r.length, r.key, r.invalidate, r.inline = 0, 0, 0, false, false
 	if cmd.Flags()&(flagsFused|flagsPSDT) != nvme.PSDTSGL {
@@ -81,7 +81,7 @@ func (q *queue) describe(i int) nvme.Status {
 
 // execute carries out a command. If the command needs data of the host, finish does
 // the rest when the data has arrived.
-func (q *queue) execute(i int) {
+func (q *queuePair) execute(i int) {
 	cmd := q.command(i)
 	switch {
 	case q.ctrl == nil:
@@ -105,7 +105,7 @@ func (q *queue) execute(i int) {
 
 // fetch reads the first length bytes of a command's data from the host, and finishes
 // the command when they have arrived.
-func (q *queue) fetch(i int, length uint32) {
+func (q *queuePair) fetch(i int, length uint32) {
 	if q.reqs[i].inline {
 		q.finish(i)
 		return
@@ -115,7 +115,7 @@ func (q *queue) fetch(i int, length uint32) {
 }
 
 // finish carries out a command whose data has arrived.
-func (q *queue) finish(i int) {
+func (q *queuePair) finish(i int) {
 	if q.command(i).Opcode() == nvme.OpFabrics {
 		q.connect(i)
 		return
@@ -124,13 +124,13 @@ func (q *queue) finish(i int) {
 }
 
 // inlineData is the in-capsule data of a command.
-func (q *queue) inlineData(i int) []byte {
+func (q *queuePair) inlineData(i int) []byte {
 	r := &q.reqs[i]
 	return q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(r.addr):][:r.length]
 }
 
 // arrived is the data of a command, which was in its capsule or was fetched.
-func (q *queue) arrived(i int) []byte {
+func (q *queuePair) arrived(i int) []byte {
 	if q.reqs[i].inline {
 		return q.inlineData(i)
 	}
@@ -139,7 +139,7 @@ func (q *queue) arrived(i int) []byte {
 
 // reply completes a command with data, padded with zeroes to length. The length of
 // the data descriptor has to be the same.
-func (q *queue) reply(i int, data []byte, length uint64) {
+func (q *queuePair) reply(i int, data []byte, length uint64) {
 	r := &q.reqs[i]
 	if uint64(r.length) != length {
 		q.respond(i, 0, nvme.StatusInvalidSGLDataLength|dnr)

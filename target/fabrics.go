@@ -7,7 +7,7 @@ import (
 )
 
 // connect finishes a Connect, whose data is there.
-func (q *queue) connect(i int) {
+func (q *queuePair) connect(i int) {
 	data := nvme.ConnectDataAt(q.arrived(i))
 	why := q.join(q.command(i).ConnectParams(), data)
 	if why == nil && q.grow() != nil {
@@ -31,7 +31,7 @@ func (q *queue) connect(i int) {
 }
 
 // join makes the controller, or adds the queue to it.
-func (q *queue) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
+func (q *queuePair) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 	if s := nvme.Status(q.target.faults.connect.Load()); !s.OK() {
 		return &refusal{status: s, why: "fault"}
 	}
@@ -78,7 +78,7 @@ func (q *queue) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 }
 
 // create makes the controller of an admin queue.
-func (q *queue) create(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
+func (q *queuePair) create(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 	if data.CNTLID() != nvme.CNTLIDDynamic {
 		return refusedController
 	}
@@ -102,7 +102,7 @@ func (q *queue) create(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectDat
 }
 
 // property carries out a Fabrics command on a connected queue.
-func (q *queue) property(i int) {
+func (q *queuePair) property(i int) {
 	cmd, c := q.command(i), q.ctrl
 	offset, size8, ok := cmd.Property()
 	t := cmd.FCType()

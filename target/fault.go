@@ -198,7 +198,7 @@ func (f *Faults) Stall(on bool) {
 // Disconnect ends the connections of the queues with this id, of all controllers; if
 // qid is negative, it ends all connections. It returns their number.
 func (f *Faults) Disconnect(qid int) int {
-	return f.target.disconnect(func(q *queue) bool { return qid < 0 || int(q.qid) == qid }, "fault: disconnect")
+	return f.target.disconnect(func(q *queuePair) bool { return qid < 0 || int(q.qid) == qid }, "fault: disconnect")
 }
 
 // HideNamespaces hides all namespaces for this time, like a target that opens its
@@ -226,7 +226,7 @@ func (f *Faults) Hidden() bool { return f.hidden.Load() }
 
 // judge applies the first fault that matches a command. It returns true if the
 // command is not to be carried out now.
-func (q *queue) judge(i int, rules []*rule) bool {
+func (q *queuePair) judge(i int, rules []*rule) bool {
 	r, cmd := &q.reqs[i], q.command(i)
 	for _, rule := range rules {
 		if !rule.hits(q.qid, cmd) || !rule.strikes() {
@@ -245,7 +245,7 @@ func (q *queue) judge(i int, rules []*rule) bool {
 
 // strike applies the fault of a command whose delay is over. It returns true if the
 // command is not to be carried out.
-func (q *queue) strike(i int) bool {
+func (q *queuePair) strike(i int) bool {
 	switch rule := q.reqs[i].rule; {
 	case rule.Drop:
 		q.drop(i)
@@ -261,7 +261,7 @@ func (q *queue) strike(i int) bool {
 }
 
 // spoil overwrites a command's data with random bytes.
-func (q *queue) spoil(r *request) {
+func (q *queuePair) spoil(r *request) {
 	b := q.bytes(r.data)
 	for i := 0; i < len(b); i += 8 {
 		binary.NativeEndian.PutUint64(b[i:], rand.Uint64())
@@ -269,7 +269,7 @@ func (q *queue) spoil(r *request) {
 }
 
 // corrupt changes a completion, and the work request that sends it.
-func (q *queue) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
+func (q *queuePair) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) {
 	switch r.corrupt {
 	case CorruptID:
 		done.SetCID(^done.CID())

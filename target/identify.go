@@ -9,7 +9,7 @@ import (
 )
 
 // identify answers an Identify.
-func (q *queue) identify(i int) {
+func (q *queuePair) identify(i int) {
 	cmd, s := q.command(i), q.ctrl.subsystem
 	nsid, cns, csi := cmd.NSID(), cmd.CNS(), cmd.IdentifyCSI()
 	page := make([]byte, nvme.IdentifySize)
@@ -63,7 +63,7 @@ func (q *queue) identify(i int) {
 
 // identifyController fills in Identify Controller. The error is a text that
 // does not fit, which the configuration excludes.
-func (q *queue) identifyController(id *nvme.IdentifyController) error {
+func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 	c, s, cfg := q.ctrl, q.ctrl.subsystem, &q.target.cfg
 	err := errors.Join(id.SetSN(s.cfg.Serial), id.SetMN(s.cfg.Model), id.SetFR(firmware), id.SetSUBNQN(s.cfg.NQN))
 	id.SetMDTS(uint8(bits.TrailingZeros(uint(cfg.MaxTransfer / pageSize))))

@@ -9,7 +9,7 @@ import (
 
 // io carries out an I/O command. If the command needs data of the host, finishIO
 // does the rest when the data has arrived.
-func (q *queue) io(i int) {
+func (q *queuePair) io(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	ns := q.ctrl.subsystem.namespace(cmd.NSID())
 	if ns == nil {
@@ -44,7 +44,7 @@ func (q *queue) io(i int) {
 }
 
 // checkIO checks the fields of an I/O command.
-func (q *queue) checkIO(r *request, cmd *nvme.Command) nvme.Status {
+func (q *queuePair) checkIO(r *request, cmd *nvme.Command) nvme.Status {
 	op := cmd.Opcode()
 	length, ranged := uint64(0), true
 	switch op {
@@ -85,10 +85,10 @@ func (n *Namespace) within(slba, nlb uint64) bool {
 func (n *Namespace) offset(slba uint64) int64 { return int64(slba << n.shift) }
 
 // durable says whether a write has to be on stable media when it completes.
-func (q *queue) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cacheOff.Load() }
+func (q *queuePair) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cacheOff.Load() }
 
 // read carries out a Read. Data and completion are posted together.
-func (q *queue) read(i int) {
+func (q *queuePair) read(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	r.data = q.free.take(r.length)
 	s := q.enter(i, cmd.SLBA(), uint64(cmd.NLB()))
@@ -105,7 +105,7 @@ func (q *queue) read(i int) {
 }
 
 // finishIO carries out an I/O command whose data has arrived.
-func (q *queue) finishIO(i int) {
+func (q *queuePair) finishIO(i int) {
 	r, cmd := &q.reqs[i], q.command(i)
 	var s nvme.Status
 	switch cmd.Opcode() {
@@ -124,7 +124,7 @@ func (q *queue) finishIO(i int) {
 	q.respond(i, 0, s)
 }
 
-func (q *queue) write(i int) nvme.Status {
+func (q *queuePair) write(i int) nvme.Status {
 	r, cmd := &q.reqs[i], q.command(i)
 	if s := q.enter(i, cmd.SLBA(), uint64(cmd.NLB())); !s.OK() {
 		return s
@@ -134,7 +134,7 @@ func (q *queue) write(i int) nvme.Status {
 	return storeStatus(err)
 }
 
-func (q *queue) flush(i int) nvme.Status {
+func (q *queuePair) flush(i int) nvme.Status {
 	if s := q.enter(i, 0, 0); !s.OK() {
 		return s
 	}
@@ -142,7 +142,7 @@ func (q *queue) flush(i int) nvme.Status {
 	return storeStatus(q.reqs[i].ns.cfg.Store.Flush())
 }
 
-func (q *queue) compare(i int) nvme.Status {
+func (q *queuePair) compare(i int) nvme.Status {
 	r, cmd := &q.reqs[i], q.command(i)
 	if q.other == nil {
 		q.other = make([]byte, chunkSize)
@@ -167,7 +167,7 @@ func (q *queue) compare(i int) nvme.Status {
 
 // discard carries out a Dataset Management whose ranges are in data. All ranges
 // are checked before the first is discarded.
-func (q *queue) discard(i int, data []byte) nvme.Status {
+func (q *queuePair) discard(i int, data []byte) nvme.Status {
 	ns, cmd := q.reqs[i].ns, q.command(i)
 	if !cmd.DSMDeallocate() {
 		return nvme.StatusSuccess // hints
@@ -189,7 +189,7 @@ func (q *queue) discard(i int, data []byte) nvme.Status {
 
 // zero discards or zeroes blocks in pieces. The end of the queue or of the
 // namespace ends it between two of them.
-func (q *queue) zero(i int, zero func(s Store, off, length int64) error, slba, nlb uint64) nvme.Status {
+func (q *queuePair) zero(i int, zero func(s Store, off, length int64) error, slba, nlb uint64) nvme.Status {
 	ns := q.reqs[i].ns
 	for {
 		n := min(nlb, maxPiece>>ns.shift)

@@ -13,7 +13,7 @@ const (
 )
 
 // logPage answers a Get Log Page.
-func (q *queue) logPage(i int) {
+func (q *queuePair) logPage(i int) {
 	c, cmd := q.ctrl, q.command(i)
 	lid, length, offset, rae := cmd.LogPage()
 	if uint64(q.reqs[i].length) != length {
@@ -37,7 +37,7 @@ func (q *queue) logPage(i int) {
 
 // log returns a whole log page, nil if it does not exist. A read from the middle does
 // not clear the list of changed namespaces.
-func (q *queue) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
+func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	c, s := q.ctrl, q.ctrl.subsystem
 	if s.discovery {
 		if lid != nvme.LogDiscovery {
@@ -66,7 +66,7 @@ func (q *queue) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 }
 
 // smart fills in the counts of this controller.
-func (q *queue) smart(log *nvme.SMARTLog) {
+func (q *queuePair) smart(log *nvme.SMARTLog) {
 	var reads, writes, read, written uint64
 	q.ctrl.mu.Lock()
 	for _, io := range q.ctrl.queues {
@@ -88,7 +88,7 @@ func (q *queue) smart(log *nvme.SMARTLog) {
 
 // discoveryLog is log page 70h for the host of this queue. Entries have the address
 // that the host is connected to, because it can reach that one.
-func (q *queue) discoveryLog() ([]byte, error) {
+func (q *queuePair) discoveryLog() ([]byte, error) {
 	subsystems, genctr := q.target.visible(q.ctrl.hostNQN)
 	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(len(subsystems)) + 1}.AppendTo(nil)
 	errs := []error{}
@@ -101,7 +101,7 @@ func (q *queue) discoveryLog() ([]byte, error) {
 	return log, errors.Join(errs...)
 }
 
-func (q *queue) appendEntry(log []byte, nqn string, kind nvme.SubsystemType) ([]byte, error) {
+func (q *queuePair) appendEntry(log []byte, nqn string, kind nvme.SubsystemType) ([]byte, error) {
 	addr := q.id.LocalAddr()
 	var e nvme.DiscoveryEntry
 	e.SetTRTYPE(nvme.TransportRDMA)

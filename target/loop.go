@@ -27,7 +27,7 @@ const (
 
 // run accepts the connection and serves it until it ends. It returns the reason for
 // the end.
-func (q *queue) run() error {
+func (q *queuePair) run() error {
 	defer q.cancel()
 	accept := nvme.RDMAAccept{CRQSize: uint16(q.depth)}.Marshal()
 	ctx, cancel := context.WithTimeout(q.ctx, q.target.cfg.ConnectTimeout)
@@ -69,7 +69,7 @@ func (q *queue) run() error {
 }
 
 // expire ends the queue unless it is connected by now.
-func (q *queue) expire() {
+func (q *queuePair) expire() {
 	if faults := &q.target.faults; faults.Frozen() && faults.awaitThaw(q.target.ctx) {
 		time.Sleep(afterThaw)
 	}
@@ -82,7 +82,7 @@ func (q *queue) expire() {
 }
 
 // watch ends the queue when the connection ends.
-func (q *queue) watch() {
+func (q *queuePair) watch() {
 	for ev := range q.id.Events() {
 		switch ev.Type {
 		case rdma.EventDisconnected, rdma.EventDeviceRemoved, rdma.EventQPFatal:
@@ -96,7 +96,7 @@ func (q *queue) watch() {
 
 // wait returns the completions that are there. If there are none, it sleeps until
 // there is something to do, and returns 0.
-func (q *queue) wait() (int, error) {
+func (q *queuePair) wait() (int, error) {
 	if !q.armed {
 		if err := q.cq.Arm(); err != nil {
 			return 0, err
@@ -126,7 +126,7 @@ func (q *queue) wait() (int, error) {
 
 // timeout is the time until the first delayed command is due, in milliseconds; -1
 // if there is none.
-func (q *queue) timeout() int {
+func (q *queuePair) timeout() int {
 	if len(q.delayed) == 0 {
 		return -1
 	}
@@ -138,7 +138,7 @@ func (q *queue) timeout() int {
 }
 
 // complete handles a work completion.
-func (q *queue) complete(wc *rdma.WC) error {
+func (q *queuePair) complete(wc *rdma.WC) error {
 	if wc.Status != rdma.WCSuccess {
 		return fmt.Errorf("work request failed: %v", wc.Status)
 	}
@@ -162,17 +162,17 @@ func (q *queue) complete(wc *rdma.WC) error {
 }
 
 // keepsAlive says whether a command restarts the keep alive timer.
-func (q *queue) keepsAlive(i int) bool {
+func (q *queuePair) keepsAlive(i int) bool {
 	return !q.target.cfg.CommandKeepAlive || q.qid == 0 && q.command(i).Opcode() == nvme.AdminKeepAlive
 }
 
-func (q *queue) enqueue(i int) {
+func (q *queuePair) enqueue(i int) {
 	q.pending[(q.first+q.count)%len(q.pending)] = uint16(i)
 	q.count++
 }
 
 // work begins the commands that can begin, and posts the work requests that result.
-func (q *queue) work() error {
+func (q *queuePair) work() error {
 	if len(q.delayed) > 0 {
 		q.wakeDelayed()
 	}
@@ -190,7 +190,7 @@ func (q *queue) work() error {
 }
 
 // wakeDelayed queues the delayed commands that are due.
-func (q *queue) wakeDelayed() {
+func (q *queuePair) wakeDelayed() {
 	now := time.Now()
 	kept := q.delayed[:0]
 	for _, i := range q.delayed {
@@ -205,7 +205,7 @@ func (q *queue) wakeDelayed() {
 }
 
 // sendEvents completes Asynchronous Event Requests for the events that wait.
-func (q *queue) sendEvents() {
+func (q *queuePair) sendEvents() {
 	for q.reserved < len(q.responses) {
 		cid, dw0, ok := q.ctrl.next()
 		if !ok {
@@ -221,7 +221,7 @@ func (q *queue) sendEvents() {
 // post posts receives first: a completion lets the host send another command, which
 // needs a receive buffer. Then it posts data, and completions last: it is cheapest
 // to send packets of the same length in a row.
-func (q *queue) post() error {
+func (q *queuePair) post() error {
 	if len(q.recvs) > 0 {
 		if _, err := q.qp.PostRecv(q.recvs); err != nil {
 			return err

@@ -45,11 +45,11 @@ type response struct {
 	data extent // to be freed when it was sent
 }
 
-// queue is an admin or I/O queue of a controller, on a connection of its own. It
+// queuePair is an admin or I/O queue of a controller, on a connection of its own. It
 // has memory for one command until its Connect command is accepted, and for all its
 // commands after that. Only the goroutine of run calls its methods, except wake and
 // kill.
-type queue struct {
+type queuePair struct {
 	target *Target
 	id     rdma.ID
 	host   netip.Addr // address of the host
@@ -107,9 +107,9 @@ type queue struct {
 	reason  string
 }
 
-// newQueue makes a queue that can receive a Connect command.
-func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
-	q := &queue{
+// newQueuePair makes a queue that can receive a Connect command.
+func newQueuePair(t *Target, id rdma.ID, req nvme.RDMARequest) (*queuePair, error) {
+	q := &queuePair{
 		target: t, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1,
 	}
 	q.ctx, q.cancel = context.WithCancel(t.ctx)
@@ -125,11 +125,11 @@ func newQueue(t *Target, id rdma.ID, req nvme.RDMARequest) (*queue, error) {
 }
 
 // ring is the largest number of completions that are sent and not confirmed.
-func (q *queue) ring() int { return 2*q.depth + aerLimit }
+func (q *queuePair) ring() int { return 2*q.depth + aerLimit }
 
 // chunks is the number of chunks of a connected queue. An admin queue has enough
 // for the largest transfer.
-func (q *queue) chunks() int {
+func (q *queuePair) chunks() int {
 	least := chunksFor(uint32(q.target.cfg.MaxTransfer))
 	if q.qid == 0 {
 		return max(least, adminDepth)
@@ -138,7 +138,7 @@ func (q *queue) chunks() int {
 }
 
 // allocate makes the queue pair and the memory for one command, the Connect.
-func (q *queue) allocate() (err error) {
+func (q *queuePair) allocate() (err error) {
 	q.reqs, q.pending = make([]request, 1), make([]uint16, 1)
 	q.responses = make([]response, q.ring())
 	q.free.flip(extent{n: 1})
@@ -182,7 +182,7 @@ func (q *queue) allocate() (err error) {
 
 // allocateBuffers replaces the receive buffers and the data memory. No work request
 // that uses the old ones may be outstanding.
-func (q *queue) allocateBuffers(capsules, data int) error {
+func (q *queuePair) allocateBuffers(capsules, data int) error {
 	in, err := q.pd.AllocMR(capsules*q.capsule, rdma.AccessLocalWrite)
 	if err != nil {
 		return err
@@ -203,7 +203,7 @@ func (q *queue) allocateBuffers(capsules, data int) error {
 // grow allocates the memory for all commands of a queue. The Connect command is in
 // receive buffer 0 and all its data has arrived. Errors mean that there is not
 // enough memory.
-func (q *queue) grow() error {
+func (q *queuePair) grow() error {
 	size := int64(q.depth*q.capsule + q.chunks()*chunkSize)
 	if err := q.target.takeMemory(size); err != nil {
 		return err
@@ -226,7 +226,7 @@ func (q *queue) grow() error {
 }
 
 // close ends the connection and frees everything.
-func (q *queue) close() error {
+func (q *queuePair) close() error {
 	err := q.id.Close()
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
@@ -237,7 +237,7 @@ func (q *queue) close() error {
 
 // release frees everything but the ID. After an error of allocate, the objects that
 // it did not make are nil.
-func (q *queue) release() error {
+func (q *queuePair) release() error {
 	if q.qp != nil {
 		if err := q.id.Close(); err != nil { // again, or because allocate failed late
 			return err
@@ -259,7 +259,7 @@ func (q *queue) release() error {
 }
 
 // wake makes run look for work. Any goroutine may call it at any time.
-func (q *queue) wake() {
+func (q *queuePair) wake() {
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
 	if q.wakeFD >= 0 {
@@ -270,7 +270,7 @@ func (q *queue) wake() {
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
 // kill makes run return soon. Any goroutine may call it at any time.
-func (q *queue) kill(reason string) {
+func (q *queuePair) kill(reason string) {
 	q.wakeMu.Lock()
 	if q.reason == "" {
 		q.reason = reason
@@ -281,14 +281,14 @@ func (q *queue) kill(reason string) {
 	q.wake()
 }
 
-func (q *queue) killed() error {
+func (q *queuePair) killed() error {
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
 	return errors.New(q.reason)
 }
 
 // leave tells the controller that the queue is gone.
-func (q *queue) leave() {
+func (q *queuePair) leave() {
 	if q.ctrl != nil {
 		q.ctrl.leave(q)
 	}

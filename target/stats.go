@@ -48,7 +48,7 @@ type totals struct{ admin, io Counts }
 
 func newTotals() totals { return totals{newCounts(), newCounts()} }
 
-func (t *totals) add(q *queue) {
+func (t *totals) add(q *queuePair) {
 	if q.qid == 0 {
 		t.admin.add(&q.stats)
 	} else {

@@ -166,7 +166,7 @@ type Target struct {
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
 	genctr     uint64 // of the discovery log
-	queues     map[*queue]struct{}
+	queues     map[*queuePair]struct{}
 	admission  admission
 	past       totals
 	connects   uint64
@@ -181,7 +181,7 @@ func New(cfg Config) (*Target, error) {
 	}
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
-		subsystems: map[string]*Subsystem{}, queues: map[*queue]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
+		subsystems: map[string]*Subsystem{}, queues: map[*queuePair]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
 		admission: admission{hosts: map[netip.Addr]int{}},
 	}
 	t.log = limitedLog(cfg.Log)
@@ -213,7 +213,7 @@ func (t *Target) Faults() *Faults { return &t.faults }
 func (t *Target) Close() error {
 	t.cancel()
 	err := t.listener.Close()
-	t.disconnect(func(*queue) bool { return true }, "target closes")
+	t.disconnect(func(*queuePair) bool { return true }, "target closes")
 	t.running.Wait()
 	return err
 }
@@ -323,7 +323,7 @@ func (t *Target) serve(id rdma.ID) {
 }
 
 // disconnect ends the connections of the queues that match, and says how many.
-func (t *Target) disconnect(match func(*queue) bool, reason string) int {
+func (t *Target) disconnect(match func(*queuePair) bool, reason string) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n := 0

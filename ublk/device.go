@@ -41,7 +41,7 @@ type Device struct {
 
 // serving is a queue with its loop and its memory.
 type serving struct {
-	*queue
+	*hwQueue
 	loop  *poller.Loop
 	ended chan struct{} // closed by the loop: the driver and the back end hold nothing
 	descs []byte        // mapping; nil when the memory is given back
@@ -242,7 +242,7 @@ func (d *Device) open(i int, cfg Config) (*serving, error) {
 		return nil, errors.Join(fmt.Errorf("open queue %d of the back end: %w", i, err), unix.Munmap(mem))
 	}
 	s := &serving{loop: cfg.Loops[i], ended: make(chan struct{}), descs: mem}
-	s.queue = newQueue(i, descs, back, d.info.MaxIO, func() { close(s.ended) }, d.fail)
+	s.hwQueue = newHWQueue(i, descs, back, d.info.MaxIO, func() { close(s.ended) }, d.fail)
 	return s, nil
 }
 
@@ -252,9 +252,9 @@ func (s *serving) begin(char int) error {
 		return context.Canceled
 	}
 	s.begun = true
-	s.base = s.loop.Handle(s.queue)
-	s.loop.Attach(s.queue)
-	s.queue.start(s.loop, char, s.base)
+	s.base = s.loop.Handle(s.hwQueue)
+	s.loop.Attach(s.hwQueue)
+	s.hwQueue.start(s.loop, char, s.base)
 	return s.loop.Ring().Submit()
 }
 
@@ -271,7 +271,7 @@ func (s *serving) retire() {
 // ended. Loop only.
 func (s *serving) finish() error {
 	if s.begun {
-		s.loop.Detach(s.queue)
+		s.loop.Detach(s.hwQueue)
 		s.loop.Unhandle(s.base)
 		s.begun, s.retired = false, true
 	}

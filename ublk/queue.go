@@ -21,14 +21,14 @@ type submitter interface {
 	SQE() *uring.SQE // never nil
 }
 
-// queue is one hardware queue: it serves the driver's requests from a
+// hwQueue is one hardware queue: it serves the driver's requests from a
 // block.Queue. It is the poller.Source and poller.Handler of one loop, and
 // everything here is used on that loop only, but where it says otherwise.
 //
 // A tag is in one of three hands: the driver's (a FETCH or COMMIT_AND_FETCH of
 // it is pending), the back end's (from Submit to Reap), or, between Complete
 // and Poll of one pass, in reqs.
-type queue struct {
+type hwQueue struct {
 	ring  submitter
 	back  block.Queue
 	descs []ioDesc  // shared with the driver, by tag; valid while we hold the tag
@@ -37,14 +37,14 @@ type queue struct {
 	limit uint32    // sectors of the largest read or write
 	addrs []uint64  // of the tags' buffers
 
-	reqs  []block.Request // taken from the driver in this pass; capacity is the depth
-	done  [reapBatch]block.Result
-	moves []move // by tag: what the request is
+	reqs      []block.Request // taken from the driver in this pass; capacity is the depth
+	done      [reapBatch]block.Result
+	transfers []transfer // by tag: what the request is
 
 	fetching int  // tags in the driver's hand
 	inflight int  // tags in the back end's hand
 	ending   bool // a tag came back for good: the driver is stopping
-	over     bool // ended was called
+	reported bool // ended was called
 
 	// Called on the loop: ended once, when the driver has given all tags back
 	// and the back end holds none; failed when a command was refused.
@@ -54,8 +54,8 @@ type queue struct {
 	counters
 }
 
-// move is what the result of a tag in flight is counted as.
-type move struct {
+// transfer is what the result of a tag in flight is counted as.
+type transfer struct {
 	bytes uint32 // the driver's result of success
 	op    block.Op
 }
@@ -72,12 +72,12 @@ var counterOf = [...]counter{
 	block.OpDiscard: nDiscards, block.OpWriteZeroes: nWriteZeroes,
 }
 
-// newQueue prepares queue number index over its descriptors and back end.
-func newQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended func(), failed func(error)) *queue {
-	q := &queue{
+// newHWQueue prepares queue number index over its descriptors and back end.
+func newHWQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended func(), failed func(error)) *hwQueue {
+	q := &hwQueue{
 		back: back, descs: descs, index: uint16(index), limit: uint32(maxIO >> block.SectorShift),
 		ended: ended, failed: failed,
-		addrs: make([]uint64, len(descs)), moves: make([]move, len(descs)), reqs: make([]block.Request, 0, len(descs)),
+		addrs: make([]uint64, len(descs)), transfers: make([]transfer, len(descs)), reqs: make([]block.Request, 0, len(descs)),
 	}
 	for tag := range q.addrs {
 		q.addrs[tag] = hostmem.Addr(back.Buffer(uint16(tag)))
@@ -87,7 +87,7 @@ func newQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended func
 
 // start fetches all tags: char is the descriptor of ublkcN, base is
 // poller.Loop.Handle's.
-func (q *queue) start(ring submitter, char int, base uint64) {
+func (q *hwQueue) start(ring submitter, char int, base uint64) {
 	q.ring = ring
 	q.entry = uring.SQE{Opcode: uring.OpURingCmd, FD: int32(char), UserData: base}
 	q.entry.SetCmdOp(uint32(fetchReq))
@@ -99,7 +99,7 @@ func (q *queue) start(ring submitter, char int, base uint64) {
 
 // give hands a tag to the driver, with the result of the request that it
 // carried: bytes of a read or write, 0 of others, or a negative errno.
-func (q *queue) give(tag uint16, result int32) {
+func (q *hwQueue) give(tag uint16, result int32) {
 	s := q.ring.SQE()
 	*s = q.entry
 	s.UserData |= uint64(tag)
@@ -108,7 +108,7 @@ func (q *queue) give(tag uint16, result int32) {
 }
 
 // Complete takes a tag from the driver; see poller.Handler.
-func (q *queue) Complete(data uint64, res int32, _ uint32) {
+func (q *hwQueue) Complete(data uint64, res int32, _ uint32) {
 	tag := uint16(data)
 	q.fetching--
 	if res != 0 {
@@ -118,7 +118,7 @@ func (q *queue) Complete(data uint64, res int32, _ uint32) {
 	d := &q.descs[tag]
 	flags, sectors := d.opFlags, d.nrSectors
 	op := opOf[flags&opMask]
-	m := move{op: op}
+	m := transfer{op: op}
 	switch op {
 	case block.OpRead, block.OpWrite:
 		if sectors > q.limit {
@@ -130,7 +130,7 @@ func (q *queue) Complete(data uint64, res int32, _ uint32) {
 		q.refuse(tag, unix.EOPNOTSUPP)
 		return
 	}
-	q.moves[tag] = m
+	q.transfers[tag] = m
 	q.reqs = append(q.reqs, block.Request{
 		Sector: d.startSector, Sectors: sectors, Tag: tag, Op: op, Flags: flagsOf(flags),
 	})
@@ -143,7 +143,7 @@ func flagsOf(f uint32) block.Flags {
 
 // Poll hands the new requests to the back end and the back end's results to the
 // driver; see poller.Source.
-func (q *queue) Poll() int {
+func (q *hwQueue) Poll() int {
 	n := len(q.reqs)
 	if n > 0 {
 		q.inflight += n
@@ -155,7 +155,7 @@ func (q *queue) Poll() int {
 		k := q.back.Reap(q.done[:])
 		for i := range q.done[:k] {
 			r := &q.done[i]
-			q.commit(r.Tag, q.moves[r.Tag], r.Errno)
+			q.commit(r.Tag, q.transfers[r.Tag], r.Errno)
 		}
 		q.inflight -= k
 		n += k
@@ -172,7 +172,7 @@ func (q *queue) Poll() int {
 
 // Arm has nothing to request: the driver's commands complete by themselves;
 // see poller.Source.
-func (q *queue) Arm() poller.Readiness {
+func (q *hwQueue) Arm() poller.Readiness {
 	if len(q.reqs) > 0 {
 		return poller.Busy
 	}
@@ -180,7 +180,7 @@ func (q *queue) Arm() poller.Readiness {
 }
 
 // commit ends a request that the back end is done with.
-func (q *queue) commit(tag uint16, m move, errno uint16) {
+func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
 	q.now[counterOf[m.op]]++
 	switch {
 	case errno != 0:
@@ -200,14 +200,14 @@ func (q *queue) commit(tag uint16, m move, errno uint16) {
 }
 
 // refuse ends a request that the back end cannot be asked for.
-func (q *queue) refuse(tag uint16, errno unix.Errno) {
+func (q *hwQueue) refuse(tag uint16, errno unix.Errno) {
 	q.now[nErrors]++
 	q.publish()
 	q.give(tag, -int32(errno))
 }
 
 // aborted takes a tag that the driver gave back without a request.
-func (q *queue) aborted(tag uint16, res int32) {
+func (q *hwQueue) aborted(tag uint16, res int32) {
 	q.ending = true
 	if errno := unix.Errno(-res); errno != unix.ENODEV {
 		q.failed(fmt.Errorf("serve queue %d tag %d: %w", q.index, tag, errno))
@@ -218,11 +218,11 @@ func (q *queue) aborted(tag uint16, res int32) {
 // end reports the end when there is nothing left to wait for. Requests that
 // the back end still holds are committed all the same, by the only command
 // there is: the driver gives that tag back too.
-func (q *queue) end() {
-	if !q.ending || q.over || q.fetching+q.inflight+len(q.reqs) > 0 {
+func (q *hwQueue) end() {
+	if !q.ending || q.reported || q.fetching+q.inflight+len(q.reqs) > 0 {
 		return
 	}
-	q.over = true
+	q.reported = true
 	q.ended()
 }
 

@@ -58,7 +58,7 @@ const testMaxIO = 8 << 10
 
 // testQueue is a started queue between a fake ring and back.
 type testQueue struct {
-	*queue
+	*hwQueue
 	ring   *ring
 	back   *backEnd
 	ends   int
@@ -73,7 +73,7 @@ func newTestQueue(t testing.TB, depth int) *testQueue {
 	}
 	t.Cleanup(func() { _ = hostmem.Unmap(mem) })
 	q := &testQueue{ring: new(ring), back: &backEnd{mem: mem, size: testMaxIO}}
-	q.queue = newQueue(3, make([]ioDesc, depth), q.back, testMaxIO, func() { q.ends++ }, func(err error) { q.failed = err })
+	q.hwQueue = newHWQueue(3, make([]ioDesc, depth), q.back, testMaxIO, func() { q.ends++ }, func(err error) { q.failed = err })
 	return q
 }
 
@@ -287,7 +287,7 @@ func TestFailure(t *testing.T) {
 }
 
 // nullQueue is a queue over the null back end.
-func nullQueue(t testing.TB, depth int) (*queue, *ring) {
+func nullQueue(t testing.TB, depth int) (*hwQueue, *ring) {
 	t.Helper()
 	dev, err := null.New(null.Config{})
 	if err != nil {
@@ -298,7 +298,7 @@ func nullQueue(t testing.TB, depth int) (*queue, *ring) {
 		t.Fatal(err)
 	}
 	r := new(ring)
-	q := newQueue(0, make([]ioDesc, depth), back, 4096, func() {}, func(error) {})
+	q := newHWQueue(0, make([]ioDesc, depth), back, 4096, func() {}, func(error) {})
 	q.start(r, 0, testBase)
 	for tag := range q.descs {
 		q.descs[tag] = ioDesc{opFlags: opRead, nrSectors: 8, startSector: uint64(tag)}
