@@ -9,11 +9,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// maxControllers is how many controllers of one server are kept on record. The
-// target has ended a controller before I/O goes to the next one, so one would do;
-// more of them cover a target that does not keep to that.
-const maxControllers = 16
-
 // record is the server's entry in the run directory. Any goroutine.
 type record struct {
 	mu    sync.Mutex // guards what follows
@@ -25,7 +20,7 @@ type record struct {
 	// is served yet: it stays, whatever happens.
 	inherited bool
 	// before are the controllers of earlier servers that the target may still
-	// have; used are this server's, the oldest first.
+	// have; used is this server's, which I/O may have been sent to.
 	before, used []uint16
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
 	// used, in seconds.
@@ -76,13 +71,19 @@ func (r *record) update(change func(*state.State)) error {
 	return r.save()
 }
 
-// associated notes a controller that is about to get commands, for the next server.
+// associated notes a controller that is about to get commands, for the next server. The
+// target has ended the one before by then. To go on asking for it could be to ask for
+// another server's, which got the same id.
 func (r *record) associated(cntlid uint16) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.used = state.Distinct(append(r.used, cntlid))
-	r.used = r.used[max(0, len(r.used)-maxControllers):]
-	return r.save()
+	last := r.used
+	r.used = []uint16{cntlid}
+	if err := r.save(); err != nil {
+		r.used = last
+		return err
+	}
+	return nil
 }
 
 // earlier are the controllers of earlier servers that the target may still have, and
@@ -93,12 +94,17 @@ func (r *record) earlier() (ids []uint16, keepAlive time.Duration) {
 	return slices.Clone(r.before), time.Duration(r.keepAliveBefore) * time.Second
 }
 
-// outlived notes that the target has ended the controllers of earlier servers.
-func (r *record) outlived() error {
+// outlived notes that the target has ended the controllers of earlier servers, also on the
+// records of those servers that stay.
+func (r *record) outlived(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	ended := r.before
 	r.before, r.keepAliveBefore = nil, 0
-	return r.save()
+	if err := r.save(); err != nil {
+		return err
+	}
+	return r.entry.Forget(ctx, ended)
 }
 
 // finish notes whether the target has ended all commands of this server.

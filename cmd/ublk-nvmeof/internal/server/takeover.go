@@ -127,7 +127,7 @@ func (s *server) outlive(ctx context.Context) error {
 	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
 		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
 	}
-	return s.record.outlived()
+	return s.record.outlived(ctx)
 }
 
 // namespaceWait is how long namespaces may be missing that a device waits for: a target

@@ -170,6 +170,35 @@ func (e *Entry) inheritControllers(records []Record) error {
 	return e.root.saveLeft(left.without(e.Target))
 }
 
+// Forget takes controllers that the target has ended off the records of all dead servers
+// of the subsystem: the target may give their ids to other controllers now.
+func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
+	unlock, err := e.root.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	records, err := e.root.List()
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		if r.Err != nil || r.Alive || !r.Target.sameSubsystem(e.Target) {
+			continue
+		}
+		kept := slices.DeleteFunc(slices.Clone(r.Controllers), func(id uint16) bool { return slices.Contains(ended, id) })
+		if len(kept) == len(r.Controllers) {
+			continue
+		}
+		dead := Entry{Record: r}
+		dead.Controllers = kept
+		if err := dead.Save(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Distinct is ids with only the last of those that are the same.
 func Distinct(ids []uint16) []uint16 {
 	var out []uint16

@@ -249,6 +249,31 @@ func TestControllersAreKept(t *testing.T) {
 	}
 }
 
+// What has ended is asked for no more, by nobody: its id may be another controller's.
+func TestForget(t *testing.T) {
+	d := Dir(t.TempDir())
+	first := reserve(t, d, lab)
+	first.Controllers = []uint16{3, 4}
+	die(t, first)
+	other := lab
+	other.NQN = "nqn.other"
+	stranger := reserve(t, d, other)
+	stranger.Controllers = []uint16{3}
+	die(t, stranger)
+	e, err := d.Reserve(ctx, lab, nil, true)
+	if err != nil || !slices.Equal(e.Controllers, []uint16{3, 4}) {
+		t.Fatalf("%+v, %v", e, err)
+	}
+	if err := e.Forget(ctx, []uint16{3}); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][]uint16{first.Name: {4}, stranger.Name: {3}, e.Name: {3, 4}} {
+		if r, err := d.Find(name); err != nil || !slices.Equal(r.Controllers, want) {
+			t.Errorf("%s has %v, %v, want %v", name, r.Controllers, err, want)
+		}
+	}
+}
+
 // A record that cannot be written is the one that was there before.
 func TestSaveFails(t *testing.T) {
 	d := Dir(t.TempDir())
