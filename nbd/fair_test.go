@@ -131,19 +131,19 @@ func TestManyHogs(t *testing.T) {
 
 // TestStall disconnects the clients that stand still, and no others.
 func TestStall(t *testing.T) {
-	_, path := newServer(t, Config{
-		Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 32, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: 400 * time.Millisecond,
+	s, path := newServer(t, Config{
+		Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 32, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: 2 * time.Second,
 	})
 	idle, half := connect(t, path, "", false), connect(t, path, "", false)
 	half.send(requestBytes(request{magic: magicRequest, kind: cmdFlush})[:10])
 	slow := connect(t, path, "", false)
 	slow.ask(request{kind: cmdRead, length: 16 << 20}, nil)
-	slowly := make(chan error)
-	go func() { // 128 KiB in a fifth of the time, for some three times
+	slowly := make(chan error, 1)
+	go func() { // 128 KiB in an eighth of the time, and for longer than that
 		var err error
 		buf := make([]byte, 128<<10)
-		for range 15 {
-			time.Sleep(80 * time.Millisecond)
+		for range 12 {
+			time.Sleep(250 * time.Millisecond)
 			if _, err = io.ReadFull(slow, buf); err != nil {
 				break
 			}
@@ -154,11 +154,14 @@ func TestStall(t *testing.T) {
 	for _, c := range writers {
 		c.closed()
 	}
-	for _, c := range readers {
-		_, _ = io.Copy(io.Discard, c) // it ends
-	}
 	if err := <-slowly; err != nil {
 		t.Errorf("a slow client: %v", err)
+	}
+	_ = slow.Close()
+	// Not before they are all gone may anything be read: it would be a reason to stay.
+	await(t, "the end of those that do not read", func() bool { return s.Users("") == 2 })
+	for _, c := range readers {
+		_, _ = io.Copy(io.Discard, c) // it ends
 	}
 	half.send(requestBytes(request{magic: magicRequest, kind: cmdFlush})[10:])
 	for _, c := range []*client{idle, half} {
