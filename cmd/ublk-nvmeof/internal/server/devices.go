@@ -23,6 +23,12 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 	if err := s.checkMemory(chosen); err != nil {
 		return err
 	}
+	if s.front.name == options.NBDSocket {
+		if err := s.startExports(ctx, chosen...); err != nil {
+			return err
+		}
+		chosen = nil
+	}
 	for i, ns := range chosen {
 		id := s.opts.Device
 		if id != options.AutoDevice {
@@ -43,41 +49,45 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 // served another one. A device that cannot be put on record is not served.
 func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bool) error {
 	if s.front.name == options.NBDSocket {
-		return s.startExport(ctx, ns)
+		return s.startExports(ctx, ns)
 	}
 	d, err := s.makeDevice(ctx, ns, id, later)
 	if err != nil {
 		return err
 	}
-	if err := s.record.addDevice(s.recordOf(ns, d)); err != nil {
+	if err := s.record.addDevices(s.recordOf(ns, d)); err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 		defer cancel()
 		if serr := d.Stop(undo, true); serr != nil {
 			s.addServing(ns, d) // it is there, and ends with the server
 			return errors.Join(err, serr)
 		}
-		return errors.Join(err, s.record.removeDevice(s.recordOf(ns, d)))
+		return errors.Join(err, s.record.removeDevices(s.recordOf(ns, d)))
 	}
 	s.addServing(ns, d)
 	return nil
 }
 
-// startExport makes a namespace an export of the socket. It is on record before a
-// client can use it.
-func (s *server) startExport(ctx context.Context, ns namespace) error {
+// startExports makes namespaces exports of the socket. All of them are on record before
+// a client can use one.
+func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	if err := s.openNBD(); err != nil {
 		return err
 	}
-	wanted := s.nbd.exportOf(ns, s.opts.NQN)
-	record := describeRecord(ns, wanted.record)
-	if err := s.record.addDevice(record); err != nil {
-		return errors.Join(err, s.record.removeDevice(record))
+	var records []state.Device
+	for _, ns := range chosen {
+		records = append(records, describeRecord(ns, s.nbd.exportOf(ns, s.opts.NQN).record))
 	}
-	d, err := s.export(ctx, ns, -1)
-	if err != nil {
-		return errors.Join(err, s.record.removeDevice(record))
+	if err := s.record.addDevices(records...); err != nil {
+		return errors.Join(err, s.record.removeDevices(records...))
 	}
-	s.addServing(ns, d)
+	for i, ns := range chosen {
+		d, err := s.export(ctx, ns, -1)
+		if err != nil {
+			return errors.Join(fmt.Errorf("namespace %d: %w", ns.nsid, err), s.record.removeDevices(records[i:]...))
+		}
+		s.addServing(ns, d)
+	}
 	return nil
 }
 

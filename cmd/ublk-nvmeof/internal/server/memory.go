@@ -20,7 +20,7 @@ func (s *server) checkMemory(chosen []namespace) error {
 	if need <= memory.Limit-memory.Used {
 		return nil
 	}
-	return exit.Errorf(exit.NoMemory, "I/O buffers for %d namespaces need %s (each %d queues of %d requests of %s), and %s may be used; "+
+	return exit.Errorf(exit.NoMemory, "I/O buffers for %d namespaces need %s (each %d queues of %d requests of %s), and %s is available to them; "+
 		"lower --queue-size or --max-io-size, choose fewer namespaces with --namespace, or raise --memory-limit",
 		len(chosen), humanize.IBytes(uint64(need)), len(s.loops), s.depth, humanize.IBytes(uint64(largest)),
 		humanize.IBytes(uint64(max(0, memory.Limit-memory.Used))))

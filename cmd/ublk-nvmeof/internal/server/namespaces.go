@@ -239,7 +239,7 @@ func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	s.mu.Lock()
 	s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
 	s.mu.Unlock()
-	if err := s.record.removeDevice(record); err != nil {
+	if err := s.record.removeDevices(record); err != nil {
 		// The next change of the record takes it off.
 		return fmt.Errorf("device is still on record: %w", err)
 	}

@@ -176,15 +176,17 @@ func (r *record) socket() string {
 	return r.entry.Socket()
 }
 
-// addDevice notes a device.
-func (r *record) addDevice(d state.Device) error {
-	return r.update(func(s *state.State) { s.Devices = append(s.Devices, d) })
+// addDevices notes devices.
+func (r *record) addDevices(all ...state.Device) error {
+	return r.update(func(s *state.State) { s.Devices = append(s.Devices, all...) })
 }
 
-// removeDevice forgets a device that has ended.
-func (r *record) removeDevice(d state.Device) error {
+// removeDevices forgets devices that have ended.
+func (r *record) removeDevices(all ...state.Device) error {
 	return r.update(func(s *state.State) {
-		s.Devices = slices.DeleteFunc(slices.Clone(s.Devices), func(e state.Device) bool { return sameDevice(d, e) })
+		s.Devices = slices.DeleteFunc(slices.Clone(s.Devices), func(have state.Device) bool {
+			return slices.ContainsFunc(all, func(d state.Device) bool { return sameDevice(d, have) })
+		})
 	})
 }
 
