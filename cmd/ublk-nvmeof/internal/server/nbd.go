@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"net/url"
@@ -120,7 +121,7 @@ func (s *server) bindNBD() (net.Listener, error) {
 		if err := s.checkKept(address); err != nil {
 			return nil, err
 		}
-		if err := removeDeadSocket(address); err != nil {
+		if err := s.takeSocket(address); err != nil {
 			return nil, err
 		}
 	}
@@ -184,8 +185,40 @@ func listensAt(r state.State) string {
 	return ""
 }
 
+// takeSocket removes a dead server's socket if it is on this server's record, or in this
+// run directory at the path that only this target has. Whose socket another one was is
+// not known, and neither is what its clients wait for.
+func (s *server) takeSocket(address string) error {
+	own := listensAt(s.record.state())
+	if s.opts.Socket == "" || own != "" && sameAddress(own, address) {
+		return removeDeadSocket(address)
+	}
+	info, err := os.Lstat(address)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case isListening(address):
+		return exit.Errorf(exit.DeviceTaken, "somebody listens at %s", address)
+	case err == nil && info.Mode().Type() == os.ModeSocket:
+		return exit.Errorf(exit.DeviceTaken, "%s is a socket already, and no record here says whose; clients may wait there for another target. Remove it if none does", address)
+	case err == nil:
+		return exit.Errorf(exit.DeviceTaken, "%s is there, and no socket", address)
+	default:
+		return err
+	}
+}
+
 // checkKept refuses an address where clients of a dead server may look for it.
 func (s *server) checkKept(address string) error {
+	records, err := s.cfg.Dir.List()
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		if r.Err != nil && s.opts.Socket != "" {
+			return fmt.Errorf("the record of %s cannot be read, so whether its clients look for it at %s is not known: %w", r.Name, address, r.Err)
+		}
+	}
 	kept, err := s.keptBy(func(r state.Record) bool {
 		at := listensAt(r.State)
 		return at != "" && sameAddress(at, address)
@@ -217,6 +250,16 @@ func realPath(path string) string {
 		return filepath.Clean(path)
 	}
 	return filepath.Join(dir, filepath.Base(path))
+}
+
+// isListening says whether a process accepts connections at the path of a socket.
+func isListening(path string) bool {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return false
+	}
+	_ = c.Close()
+	return true
 }
 
 // removeDeadSocket removes a socket that nobody listens on.

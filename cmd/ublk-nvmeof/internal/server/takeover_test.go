@@ -214,6 +214,46 @@ func TestSameNamespace(t *testing.T) {
 	}
 }
 
+// A socket that is on no record is not taken from whoever waits there, and with a record
+// that cannot be read no address is known to be free.
+func TestSocketsOfOthers(t *testing.T) {
+	dir := runDir(t)
+	path := filepath.Join(t.TempDir(), "s.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := lab()
+	o.Frontend, o.Socket = options.NBDSocket, path
+	r := begin(t, newWorld(), o, dir)
+	if err := <-r.result; exit.Of(err) != exit.DeviceTaken || !strings.Contains(err.Error(), "somebody listens") {
+		t.Errorf("while somebody listens: %v", err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	r = begin(t, newWorld(), o, dir)
+	if err := <-r.result; exit.Of(err) != exit.DeviceTaken || !strings.Contains(err.Error(), "no record") {
+		t.Errorf("with a dead socket: %v", err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket was taken: %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	unreadable := filepath.Join(dir, "ctrl7")
+	if err := os.Mkdir(unreadable, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(unreadable, "state.json"), []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r = begin(t, newWorld(), o, dir)
+	if err := <-r.result; err == nil || !strings.Contains(err.Error(), "ctrl7") {
+		t.Errorf("with an unreadable record: %v", err)
+	}
+}
+
 // Device numbers that are on record of a dead server are not given to others.
 func TestNumbersAreKept(t *testing.T) {
 	w, dir := newWorld(), runDir(t)
