@@ -45,6 +45,7 @@ type Controller struct {
 	start   time.Time               // of now
 	clock   atomic.Uint32           // seconds while live; what lanes stamp commands with
 	suspect atomic.Pointer[request] // the request that may be what ends the associations
+	blamed  atomic.Bool             // the last association was lost with that request in flight
 
 	mem memory
 
@@ -200,20 +201,12 @@ func (c *Controller) supervise(a *association) {
 			return // Close goes on with the association
 		}
 		lost := time.Now()
-		if lost.Sub(live) >= c.cfg.KeepAlive {
-			c.outage, c.brief = lost, 0
-		} else {
-			// It has not proved to be better than the one before.
-			c.brief++
-			if c.outage.IsZero() {
-				c.outage = lost
-			}
-		}
 		c.lose(reason, lost)
 		c.cfg.Log.Warn("association lost", "reason", reason)
 		if err := c.release(a); err != nil {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
+		c.countLoss(lost, lost.Sub(live))
 		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost, reason); err != nil {
@@ -223,6 +216,25 @@ func (c *Controller) supervise(a *association) {
 			return
 		}
 	}
+}
+
+// countLoss says when the outage began that an association ends which has lived for some
+// time. An association that has not lived for long has not proved to be better than the
+// one before, and leaves the outage as it was, unless a request is what ended it: the
+// target is there for all others, and they must not fail for that request.
+func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
+	switch {
+	case lived >= c.cfg.KeepAlive:
+		c.outage, c.brief = lost, 0
+	case c.blamed.Swap(false):
+		c.outage, c.brief = lost, 1
+	default:
+		c.brief++
+		if c.outage.IsZero() {
+			c.outage = lost
+		}
+	}
+	c.blamed.Store(false)
 }
 
 // serve keeps an association alive, and returns why it does not any more.

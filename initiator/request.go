@@ -51,10 +51,14 @@ const (
 	// suspectLosses makes a request a suspect: it may be what ends the
 	// associations. Suspects are sent one at a time.
 	suspectLosses = 2
-	// maxBlames is how many associations may be lost with a request as the only
-	// suspect in flight. After that, and not before the I/O timeout has passed,
-	// the request fails.
-	maxBlames = 5
+	// minBlames is how many associations have to be lost with a request as the only
+	// suspect in flight before it fails for that.
+	minBlames = 3
+	// blamePause is the time before a suspect is sent once more. It doubles with each
+	// blame, up to blamePauseMax, so that the other suspects come first, and others
+	// have the target to themselves meanwhile.
+	blamePause    = 100 * time.Millisecond
+	blamePauseMax = 5 * time.Second
 )
 
 func (r *request) suspect() bool { return r.losses >= suspectLosses }
@@ -69,10 +73,25 @@ func (c *Controller) blame(r *request) (fail bool) {
 	if r.losses < math.MaxUint8 {
 		r.losses++
 	}
-	if c.suspect.CompareAndSwap(r, nil) {
+	if !c.suspect.CompareAndSwap(r, nil) {
+		return false
+	}
+	c.blamed.Store(true)
+	if r.blames < math.MaxUint8 {
 		r.blames++
 	}
-	return r.blames >= maxBlames && c.now()-r.firstLoss >= c.cfg.IOTimeout
+	r.due = c.now() + min(blamePause<<min(r.blames, 16), blamePauseMax)
+	return r.blames >= minBlames && c.now()-r.firstLoss >= c.blameTime()
+}
+
+// blameTime is how long a request at least may end associations. Others must not fail
+// for it before.
+func (c *Controller) blameTime() time.Duration {
+	limit := c.cfg.IOTimeout
+	if loss, bounded := c.lossTime(); bounded {
+		limit = min(limit, loss/2)
+	}
+	return limit
 }
 
 // maxRetries bounds how often a command is sent again after an error status
