@@ -141,6 +141,7 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 			s.recover()
 		}},
 		{name: "kill with held writes", kills: true, run: func() {
+			s.fio.pause() // it would wait until its writes were let go
 			s.control("fault", "opcode=write,hold=3s,count=3")
 			pause(200*time.Millisecond, 500*time.Millisecond)
 			s.kill()
