@@ -68,7 +68,7 @@ test-unit: setup
 	UN_REQUIRE=nbd-clients,netns go test -race -p 4 -shuffle=on ./...
 	# What allocates nothing is to do so without the detector, too.
 	go test -run Alloc ./...
-	go -C e2e test ./vm
+	go -C e2e test ./vm ./soak
 
 # One boot per kernel, all at once: much of what is tested is waiting. The VM's
 # limit is the one that counts: it shows what hangs. go test's is for a runner that

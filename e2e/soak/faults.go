@@ -11,9 +11,10 @@ import (
 // fault is something that goes wrong, and is over when run returns, but for faults of
 // commands, which the caller clears.
 type fault struct {
-	name  string
-	kills bool // the server or the target
-	run   func()
+	name   string
+	weight int  // how often, in comparison with others; 0 is 1
+	kills  bool // the server or the target
+	run    func()
 }
 
 // commandFaults are faults of commands, for target fault. A fault without an end of
@@ -64,15 +65,16 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 		time.Sleep(least + time.Duration(random.Int64N(int64(most-least+1))))
 	}
 	of := func(list []string) string { return list[random.IntN(len(list))] }
+	nextCommand, nextAdmin := deck(random, commandFaults), deck(random, adminFaults)
 	all := []fault{
-		{name: "command", run: func() {
-			f := of(commandFaults)
+		{name: "command", weight: 6, run: func() {
+			f := nextCommand()
 			logf("  %s", f)
 			s.control("fault", f)
 			pause(time.Second, 2*time.Second)
 		}},
-		{name: "admin", run: func() {
-			f := of(adminFaults)
+		{name: "admin", weight: 4, run: func() {
+			f := nextAdmin()
 			logf("  %s", f)
 			s.control("fault", f)
 			s.control("namespace", "add", "ram=1MiB,nsid=9")
@@ -126,7 +128,7 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 			pause(0, 3*time.Second)
 			s.control("ana", "2", "optimized")
 		}},
-		{name: "network", run: func() {
+		{name: "network", weight: 3, run: func() {
 			n := networks[random.IntN(len(networks))]
 			logf("  %v", n)
 			s.cable.condition.Store(&n)
@@ -139,6 +141,7 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 			s.recover()
 		}},
 		{name: "kill with held writes", kills: true, run: func() {
+			s.fio.pause() // it would wait until its writes were let go
 			s.control("fault", "opcode=write,hold=3s,count=3")
 			pause(200*time.Millisecond, 500*time.Millisecond)
 			s.kill()
@@ -165,17 +168,30 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 			s.recover()
 		}},
 	}
-	if only == "" {
-		return all
-	}
 	var chosen []fault
 	for _, f := range all {
-		if strings.Contains(","+only+",", ","+f.name+",") {
-			chosen = append(chosen, f)
+		if only == "" || strings.Contains(","+only+",", ","+f.name+",") {
+			for range max(1, f.weight) {
+				chosen = append(chosen, f)
+			}
 		}
 	}
 	if len(chosen) == 0 {
-		fatalf("--only %q names no fault", only)
+		fatalf("-only %q names no fault", only)
 	}
 	return chosen
+}
+
+// deck returns the elements of a list in random order, all of them before one comes
+// again.
+func deck(random *rand.Rand, list []string) func() string {
+	var order []int
+	return func() string {
+		if len(order) == 0 {
+			order = random.Perm(len(list))
+		}
+		next := list[order[0]]
+		order = order[1:]
+		return next
+	}
 }

@@ -17,7 +17,7 @@ import (
 type fio struct {
 	socket, output string
 	cmd            *exec.Cmd
-	done           chan error
+	done           chan struct{}
 	begun          time.Time
 	runs           int
 	requests       int
@@ -42,17 +42,16 @@ func (f *fio) resume() {
 		fatalf("fio: %v", err)
 	}
 	f.begun = time.Now()
-	f.done = make(chan error, 1)
-	go func(c *exec.Cmd, done chan error) { done <- c.Wait() }(f.cmd, f.done)
+	f.done = waitFor(f.cmd)
 	f.runs++
 }
 
 // check fails if fio has ended.
 func (f *fio) check() {
 	select {
-	case err := <-f.done:
+	case <-f.done:
 		text, _ := os.ReadFile(f.output)
-		fatalf("fio has ended: %v\n%s", err, text)
+		fatalf("fio has ended: %v\n%s", f.cmd.ProcessState, text)
 	default:
 	}
 }

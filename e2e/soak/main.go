@@ -39,7 +39,7 @@ type soak struct {
 
 	cable      *cable
 	target     *exec.Cmd
-	targetDone chan error
+	targetDone chan struct{}
 	targetLog  *os.File
 	loads      []*load
 	fio        *fio
@@ -272,8 +272,7 @@ func (s *soak) startTarget(namespacesAfter string) {
 	if err := s.target.Start(); err != nil {
 		fatalf("%v", err)
 	}
-	s.targetDone = make(chan error, 1)
-	go func(t *exec.Cmd, done chan error) { done <- t.Wait() }(s.target, s.targetDone)
+	s.targetDone = waitFor(s.target)
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		if _, err = s.command(s.program, "target", "list", "--run-dir", s.runDir()); err == nil {
 			if _, err = s.command(s.program, "target", "clear", "--run-dir", s.runDir()); err == nil {
@@ -285,6 +284,16 @@ func (s *soak) startTarget(namespacesAfter string) {
 			fatalf("target does not start: %v\n%s", err, text)
 		}
 	}
+}
+
+// waitFor returns what is closed when the process has ended.
+func waitFor(c *exec.Cmd) chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		_ = c.Wait() // how it ended is in c.ProcessState
+		close(done)
+	}()
+	return done
 }
 
 // endTarget kills the target by a signal. It returns how many goroutines it had, if the
