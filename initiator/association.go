@@ -134,6 +134,9 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return errors.New("target requires authentication, which is not supported")
 	}
 	a.cntlid, a.born = r.CNTLID(), time.Now()
+	if c.cfg.Made != nil {
+		c.cfg.Made(a.cntlid)
+	}
 	return nil
 }
 

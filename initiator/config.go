@@ -81,6 +81,14 @@ type Config struct {
 	// later one is tried again. It must not call back. May be nil.
 	Associated func(cntlid uint16) error
 
+	// Made is told the id of each controller as soon as the target has made it, and
+	// Superseded says whether another association of this host was given an id after
+	// this one: then the target has ended the controller that had it. Without them
+	// such an association is taken for the old controller. Both may be nil, and must
+	// not call back.
+	Made       func(cntlid uint16)
+	Superseded func(cntlid uint16) bool
+
 	// Changed hears what happens to namespaces once Connect has returned. It must
 	// neither block nor call back. nil: nobody.
 	Changed func(ns *Namespace, what Change)

@@ -87,6 +87,9 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
+		case presence != unclear && c.cfg.Superseded != nil && c.cfg.Superseded(cntlid):
+			c.cfg.Log.Debug("id of the old controller is another one's by now", "controller", cntlid)
+			return nil
 		case presence == unclear && f.lived >= patience:
 			c.cfg.Log.Warn("target does not say whether it has the old controller, which it must have ended by now; I/O continues",
 				"controller", cntlid, "error", err)

@@ -135,6 +135,36 @@ func TestOldControllerStays(t *testing.T) {
 	}
 }
 
+// TestSuperseded: a controller whose id another association of the host was given since
+// has ended, whatever the target says of that id.
+func TestSuperseded(t *testing.T) {
+	var made, other atomic.Uint32
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		f.immortal = true
+		cfg.Made = func(id uint16) { made.Store(uint32(id)) }
+		cfg.Superseded = func(id uint16) bool { return uint32(id) == other.Load() }
+	})
+	old := s.ctrl.Info().CNTLID
+	if made.Load() != uint32(old) {
+		t.Errorf("%d was made, it is %d", made.Load(), old)
+	}
+	s.fabric.KillAll(hostAddr)
+	done := make(chan unix.Errno, 1)
+	go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+	select {
+	case e := <-done:
+		t.Fatalf("write while the target has the controller: %v", e)
+	case <-time.After(300 * time.Millisecond):
+	}
+	other.Store(uint32(old))
+	if e := <-done; e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if made.Load() == uint32(old) {
+		t.Error("the next controller was not made known")
+	}
+}
+
 // TestVagueTarget: a target that never says whether it has the old controller is not
 // waited for longer than it may take to end it.
 func TestVagueTarget(t *testing.T) {

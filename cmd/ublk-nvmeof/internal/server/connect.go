@@ -144,7 +144,8 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
-		MaxMemory: s.opts.Memory, Associated: s.record.associated, Log: s.log,
+		MaxMemory: s.opts.Memory, Associated: s.record.associated,
+		Made: s.record.made, Superseded: s.superseded, Log: s.log,
 	}
 	if s.opts.Named() {
 		cfg.Resolve = s.opts.Resolve
@@ -153,6 +154,12 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
 	}
 	return cfg, nil
+}
+
+// superseded says whether another server here was given the id of a controller later.
+func (s *server) superseded(cntlid uint16) bool {
+	others, err := s.cfg.Dir.List()
+	return err == nil && s.record.supersededBy(others, cntlid)
 }
 
 // explain says in words why the target could not be connected to.

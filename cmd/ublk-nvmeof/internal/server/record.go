@@ -2,9 +2,12 @@ package server
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -22,6 +25,7 @@ type record struct {
 	// before are the controllers of earlier servers that the target may still
 	// have; used is this server's, which I/O may have been sent to.
 	before, used []uint16
+	newest       uint16 // controller of this server that the target made last
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
 	// used, in seconds.
 	keepAliveBefore, keepAlive int
@@ -55,6 +59,10 @@ func (r *record) become(e *state.Entry) error {
 // save writes the entry, if it is this server's. The caller holds mu.
 func (r *record) save() error {
 	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	r.entry.Made = maps.Clone(r.entry.Made)
+	maps.DeleteFunc(r.entry.Made, func(id uint16, _ int64) bool {
+		return id != r.newest && !slices.Contains(r.entry.Controllers, id)
+	})
 	r.entry.KeepAlive = max(r.keepAliveBefore, r.keepAlive)
 	if !r.own {
 		return nil
@@ -69,6 +77,35 @@ func (r *record) update(change func(*state.State)) error {
 	defer r.mu.Unlock()
 	change(&r.entry.State)
 	return r.save()
+}
+
+// made notes when the target made a controller. Its id is another server's no more.
+func (r *record) made(cntlid uint16) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return // then nothing is known about it
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.newest = cntlid
+	r.entry.Made = maps.Clone(r.entry.Made)
+	if r.entry.Made == nil {
+		r.entry.Made = map[uint16]int64{}
+	}
+	r.entry.Made[cntlid] = now.Nano()
+	_ = r.save() // without it others wait for longer
+}
+
+// supersededBy says whether one of the other records is of a server of the same target
+// that was given the id of a controller later than this one.
+func (r *record) supersededBy(others []state.Record, cntlid uint16) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at, known := r.entry.Made[cntlid]
+	return known && slices.ContainsFunc(others, func(o state.Record) bool {
+		return o.Err == nil && o.Name != r.entry.Name && o.Target.NQN == r.entry.Target.NQN &&
+			o.Target.Address == r.entry.Target.Address && o.Made[cntlid] > at
+	})
 }
 
 // associated notes a controller that is about to get commands, for the next server. The

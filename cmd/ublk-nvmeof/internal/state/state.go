@@ -161,6 +161,10 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
+	// Made is when the target made the controllers, and the newest one, which may not
+	// have commands yet: nanoseconds since the boot. An id that two servers were given is
+	// the controller of the later one.
+	Made map[uint16]int64 `json:"made,omitempty"`
 	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
 	// bounds when the target notices that their server is gone. 0: unknown.
 	KeepAlive int `json:"keep_alive_tmo,omitempty"`
