@@ -66,7 +66,7 @@ type fencing struct {
 	cntlid   uint16
 	began    time.Time
 	answered time.Time     // when the target last answered anything
-	lived    time.Duration // what the target has lived through since the wait began
+	lived    time.Duration // what the target has lived through since it last said that it has the controller
 	reported bool
 }
 
@@ -97,9 +97,12 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		}
 		f.report(err)
 		wait := pause
-		if presence == joined && f.lived >= patience {
+		if presence == joined && time.Since(f.began) >= patience {
 			// Questions may be what keeps the old controller alive.
 			wait = patience
+		}
+		if presence != unclear {
+			f.lived = 0 // only time in which the target does not tell counts
 		}
 		if err := f.wait(ctx, wait); err != nil {
 			return &StepError{"wait for the end of the old controller", err}

@@ -165,6 +165,38 @@ func TestSuperseded(t *testing.T) {
 	}
 }
 
+// TestVagueOnce: an answer that does not tell, after others that said that the controller
+// is there, is no permission.
+func TestVagueOnce(t *testing.T) {
+	var doubt atomic.Bool
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		f.immortal = true
+		cfg.KeepAlive = 100 * time.Millisecond
+		f.connect = func(p nvme.ConnectParams, data *nvme.ConnectData) nvme.Status {
+			if p.QID > 0 && doubt.Load() {
+				return nvme.StatusInternal
+			}
+			return nvme.StatusSuccess
+		}
+	})
+	old := s.ctrl.Info().CNTLID
+	s.fabric.KillAll(hostAddr)
+	done := make(chan unix.Errno, 1)
+	go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+	time.Sleep(2 * s.ctrl.lastPatience)
+	doubt.Store(true)
+	select {
+	case e := <-done:
+		t.Fatalf("write after one vague answer: %v", e)
+	case <-time.After(time.Second):
+	}
+	doubt.Store(false)
+	s.target.end(old)
+	if e := <-done; e != 0 {
+		t.Errorf("write: %v", e)
+	}
+}
+
 // TestVagueTarget: a target that never says whether it has the old controller is not
 // waited for longer than it may take to end it.
 func TestVagueTarget(t *testing.T) {
