@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nbd"
@@ -215,8 +216,8 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 
 // errKept refuses what is a dead server's.
 func errKept(what string, r state.Record) error {
-	return fmt.Errorf("%w: %s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
-		ublk.ErrIDTaken, what, r.Name, r.Target.NQN, r.Name)
+	return exit.Errorf(exit.DeviceTaken, "%s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
+		what, r.Name, r.Target.NQN, r.Name)
 }
 
 // printable is text of a peer as text: what a terminal would take for more is
