@@ -249,7 +249,7 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 // Peer is the target's address and port as they were given.
 func (c *Connect) Peer() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
 
-// Named says whether the target's address is a host name, which may have other
+// Named reports whether the target's address is a host name, which may have other
 // addresses the next time.
 func (c *Connect) Named() bool {
 	_, err := netip.ParseAddr(c.Address)

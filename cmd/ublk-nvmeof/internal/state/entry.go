@@ -38,7 +38,7 @@ type Entry struct {
 // Unless duplicate is set, a live server with the same target is a
 // *DuplicateError, and the record of a dead one passes to the caller, who finds
 // in the Entry what it left. Controllers of the Entry are those of all dead servers
-// of the subsystem: the caller has to wait for their end.
+// of the subsystem: the caller must wait for their end.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
