@@ -4,7 +4,7 @@
 //
 // # Ownership
 //
-// I/O memory belongs to the back end, because the back end has to register it with
+// I/O memory belongs to the back end, because the back end must register it with
 // the RDMA device. A front end borrows the buffer of a tag by Queue.Buffer and may
 // touch it only while it owns the tag. Submit passes the tag and its buffer to the
 // back end. The Result that Reap returns passes them back.

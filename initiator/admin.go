@@ -129,7 +129,7 @@ func (a *admin) lose(err error) {
 	}
 }
 
-// exec runs a command that the controller has to answer within the admin timeout,
+// exec runs a command that the controller must answer within the admin timeout,
 // or sooner if ctx ends. in is copied to where the target can read it before, out
 // is filled after; at most one of them, at most a page. A status other than success
 // is an error of type nvme.Status.

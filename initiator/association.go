@@ -184,7 +184,7 @@ func (p ConnectParam) IsCNTLID() bool {
 	return q.InData() && q.Offset() == 16
 }
 
-// in says whether p points into the name at byte offset of the Connect data.
+// in reports whether p points into the name at byte offset of the Connect data.
 func (p ConnectParam) in(offset uint16) bool {
 	q := nvme.ConnectInvalidParam(p)
 	return q.InData() && q.Offset() >= offset && q.Offset() < offset+256
@@ -339,7 +339,7 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	return newQueuePair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
 }
 
-// connectCommand makes the connection an I/O queue, and says whether the
+// connectCommand makes the connection an I/O queue, and reports whether the
 // target does SQ flow control. The command's data are at an offset of mr.
 func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.IOTimeout)

@@ -74,11 +74,11 @@ type Config struct {
 	// queue beyond it is not opened.
 	MaxMemory int64
 
-	// Associated is told the controller id of each association before anything is
-	// sent over it. Then the target has ended the controllers before, and only a
-	// process that takes over from this one has to care for it (Controller.Outlive).
-	// After an error nothing is sent: the first association fails to connect, a
-	// later one is tried again. It must not call back. May be nil.
+	// Associated is called with the controller id of each association before anything
+	// is sent over it. By then the target has ended all earlier controllers, so a process
+	// that takes over from this one needs to wait for this controller only
+	// (Controller.Outlive). After an error nothing is sent: Connect fails, or a later
+	// association is tried again. Associated must not call the Controller. It may be nil.
 	Associated func(cntlid uint16) error
 
 	// Made is told the id of each controller as soon as the target has made it, and

@@ -510,7 +510,7 @@ func (c *Controller) Err() error {
 	return c.reason
 }
 
-// Abort gives the association up for good, for a front end that has to end
+// Abort gives the association up for good, for a front end that must end
 // while the target does not answer: the controller dies of reason, and every
 // request, held, in flight or to come, fails as soon as the target can no longer
 // touch its buffer. Close is still due. Any goroutine.

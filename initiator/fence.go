@@ -9,36 +9,36 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// A write that was in flight when an association was lost is sent again over the
-// next. The target may still be working on the first copy, and must not finish
-// it after a newer write to the same blocks. So nothing is sent over the next
-// association until the target has ended the old one's controller, which it does
-// when all commands of its queues have ended (nvmet_sq_destroy; NVMe Base,
-// "Controller Level Reset"). A target that has heard of the end of the
-// connections does so at once; one that has not, when the keep alive timer
-// expires.
+// A write that was in flight when an association was lost is sent again over the next
+// association. The target may still be working on the first copy, and must not finish it
+// after a newer write to the same blocks. So the host sends nothing over the next
+// association until the target has ended the controller of the old one. A target ends a
+// controller when all commands of its queues have ended (nvmet_sq_destroy; NVMe Base,
+// "Controller Level Reset"). It does so at once if it learned of the end of the
+// connections, and otherwise when the keep alive timer expires.
 //
-// Whether a controller is there still is asked by a Connect of an I/O queue to it.
-// "Invalid parameter: controller id" says that it is not. As long as the target says
-// that it is, nothing is sent: only the loss times bound that. An answer that says
-// neither, or none, is no permission. Then the time decides within which a target ends
-// such a controller, and of that only what the target demonstrably lived through.
+// To find out whether a controller still exists, the host sends a Connect of an I/O queue
+// to it. "Invalid parameter: controller id" means that it does not exist. While the target
+// answers that it exists, the host sends nothing; only the loss times limit this wait.
+// Without an answer, or with an unclear one, the host must wait as well. It then sends
+// after the time within which a target ends such a controller. Only time in which the
+// target demonstrably ran counts.
 
-// The time between two questions begins with fencePause and doubles: each costs the
-// target a connection.
+// The pause between two questions is fencePause at first and doubles, because each question
+// costs the target a connection.
 const (
 	fencePause    = 10 * time.Millisecond
 	fencePauseMax = 500 * time.Millisecond
-	// fenceStep is how much of the time between two answers counts as time in which
-	// the target's timers ran. A target that stood still for longer does not get the
-	// rest counted.
+	// fenceStep is the largest part of the time between two answers that counts as time
+	// in which the target's timers ran. If the target stood still for longer, the rest
+	// does not count.
 	fenceStep = time.Second
 )
 
-// patience is the time within which a target ends a controller whose host fell
-// silent (NVMe Base 2.1, "Communication Loss Handling"; TP4129): up to twice the keep
-// alive timeout, or three times if it takes any command as a sign of life (TBKAS), and
-// the time that it names for quiescing commands (CQT). A second is ours.
+// patience returns the time within which a target ends a controller whose host fell silent
+// (NVMe Base 2.1, "Communication Loss Handling"; TP4129): up to twice the keep alive
+// timeout, or three times if any command restarts the target's timer (TBKAS), plus the
+// command quiesce time of the target (CQT). One second is added as a margin.
 func (c *Controller) patience(a *association, keepAlive time.Duration) time.Duration {
 	timeouts := time.Duration(2)
 	if a.identify.TBKAS() {
@@ -47,8 +47,8 @@ func (c *Controller) patience(a *association, keepAlive time.Duration) time.Dura
 	return timeouts*keepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
 }
 
-// fenceAll waits until the target of a has ended every controller that commands were
-// sent to.
+// fenceAll waits until the target of a has ended every earlier controller that received
+// commands.
 func (c *Controller) fenceAll(ctx context.Context, a *association) error {
 	for len(c.unfenced) > 0 {
 		if err := c.fence(ctx, a, c.unfenced[0], c.cfg.KeepAlive); err != nil {
@@ -70,11 +70,11 @@ type fencing struct {
 	reported bool
 }
 
-// fence waits until controller cntlid, which had the given keep alive timeout, is no more
-// at the target of a. The error is that a, or ctx, ended before.
+// fence waits until the target of a has ended the controller cntlid, which had the given
+// keep alive timeout. It returns an error if a fails or ctx is done before.
 func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, keepAlive time.Duration) error {
 	if cntlid == a.cntlid {
-		return nil // its id is ours now
+		return nil // the new controller has its id
 	}
 	patience := c.patience(a, keepAlive)
 	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: time.Now()}
@@ -91,7 +91,7 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 			c.cfg.Log.Debug("id of the old controller is another one's by now", "controller", cntlid)
 			return nil
 		case presence == unclear && f.lived >= patience:
-			c.cfg.Log.Warn("target does not say whether it has the old controller, which it must have ended by now; I/O continues",
+			c.cfg.Log.Warn("target does not tell whether the old controller exists, but must have ended it by now; I/O continues",
 				"controller", cntlid, "error", err)
 			return nil
 		}
@@ -110,7 +110,7 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 	}
 }
 
-// alive notes that the target has answered.
+// alive records an answer of the target.
 func (f *fencing) alive() {
 	now := time.Now()
 	f.lived += min(now.Sub(f.answered), fenceStep)
@@ -123,10 +123,10 @@ func (f *fencing) report(err error) {
 		return
 	}
 	f.reported = true
-	f.ctrl.cfg.Log.Info("target has the old controller, or does not say; I/O waits for its end", "controller", f.cntlid, "error", err)
+	f.ctrl.cfg.Log.Info("I/O waits until the target has ended the old controller", "controller", f.cntlid, "error", err)
 }
 
-// wait keeps the new association alive for some time.
+// wait waits for d and keeps the new association alive.
 func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 	for end := time.Now().Add(d); ; {
 		left := time.Until(end)
@@ -150,18 +150,18 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// answer to whether a target has a controller.
+// existence is the answer to whether a target has a controller.
 type existence uint8
 
 const (
-	unclear existence = iota // no answer, or one that does not tell
-	ended                    // the target does not know the controller
-	present                  // the target has it
-	joined                   // the target has it, and made the connection its queue for a moment
+	unclear existence = iota // no answer, or an unclear one
+	ended                    // the target does not have the controller
+	present                  // the target has the controller
+	joined                   // the target has the controller, which accepted the connection as its queue
 )
 
-// ask asks whether the target has a controller. It is no longer than the new
-// association can do without a sign of life.
+// ask asks whether the target has a controller. It takes at most half the keep alive
+// timeout, so that the new association stays alive.
 func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (existence, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
 	defer cancel()
@@ -170,7 +170,8 @@ func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (ex
 	if err != nil {
 		return unclear, err
 	}
-	// Its own memory: the association may end while the target reads it.
+	// The connection needs its own memory, because the association may end while the
+	// target reads it.
 	mr, err := c.mem.domain().AllocMR(adminPage, rdma.AccessRemoteRead)
 	if err != nil {
 		return unclear, errors.Join(err, conn.close())
@@ -180,7 +181,7 @@ func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (ex
 		_, err = c.connectCommand(ctx, conn, q, mr, 0)
 	}
 	if cerr := errors.Join(conn.close(), mr.Close()); cerr != nil {
-		c.cfg.Log.Warn("end the connection that asked for the old controller", "error", cerr)
+		c.cfg.Log.Warn("cannot close the connection that asked for the old controller", "error", cerr)
 	}
 	presence := existenceOf(err)
 	if presence != unclear {
@@ -189,9 +190,9 @@ func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (ex
 	return presence, err
 }
 
-// existenceOf reads the answer to a Connect of queue 1 to a controller. A target that
-// looks at the queue has found the controller: nvmet and this project's target say
-// that the queue exists (Command Sequence Error, DNR), SPDK that its id is wrong.
+// existenceOf interprets the answer to a Connect of queue 1 to a controller. A target that
+// checks the queue has found the controller: nvmet and package target answer that the
+// queue exists (Command Sequence Error, DNR), and SPDK that its id is wrong.
 func existenceOf(err error) existence {
 	var param ConnectParam
 	var refused ConnectStatus
@@ -208,9 +209,9 @@ func existenceOf(err error) existence {
 	return unclear
 }
 
-// Outlive waits until the target has ended controllers of an earlier process, which had
-// the given keep alive timeout, and whose commands will be sent again by this one. To be
-// called before the first I/O.
+// Outlive waits until the target has ended the given controllers of an earlier process.
+// keepAlive is their keep alive timeout. This process may then send their commands again.
+// Call Outlive before the first I/O.
 func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	for _, id := range cntlids {
 		for {
@@ -223,7 +224,7 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 					break
 				}
 			}
-			// The next association may do better.
+			// The next association may succeed.
 			select {
 			case <-time.After(fencePause):
 			case <-ctx.Done():
@@ -236,7 +237,7 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 	return nil
 }
 
-// serves says whether a is the association in use.
+// serves reports whether a is the association in use.
 func (c *Controller) serves(a *association) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -13,32 +13,31 @@ import (
 // nClasses is the number of queue classes.
 const nClasses = len(poller.Classes)
 
-// lane is what a controller does on one loop. Its fields are the loop's, except
-// those that say otherwise.
+// lane is the part of a controller on one loop. Only the loop uses its fields, unless a
+// comment says otherwise.
 //
-// A request that has left its namespace queue is in one of five places: in
-// flight or waiting for a slot in a queue pair, in the inbox of a lane, parked
-// on a lane, or finished. Every end of an association, a namespace or the
-// controller visits all of them.
+// A request that has left its namespace queue is in one of five places: in flight or
+// waiting for a slot in a queue pair, in the inbox of a lane, parked on a lane, or
+// finished. The end of an association, a namespace or the controller visits all places.
 type lane struct {
 	ctrl  *Controller
 	loop  *poller.Loop
 	index int
 
-	pairs  []*queuePair         // those that this lane drives
-	route  [nClasses]*queuePair // what serves a class; nil without an association
+	pairs  []*queuePair         // queue pairs of this lane
+	route  [nClasses]*queuePair // queue pair that serves a class; nil without an association
 	parked fifo                 // requests that cannot be sent now
 	alarm  *time.Timer          // runs redispatch for parked requests with a due time
-	ring   time.Duration        // when the alarm rings; on Controller.now's clock
-	fast   bool                 // without an association requests fail instead of waiting
+	ring   time.Duration        // time of the alarm, on Controller.now's clock
+	fast   bool                 // without an association, requests fail instead of waiting
 
 	_ cpu.CacheLinePad
-	// inbox is a stack of requests from other lanes: to be sent by a queue pair
-	// of this lane, or coming home. It needs no bound of its own, as each
-	// request is in it at most once. Any goroutine.
+	// inbox is a stack of requests from other lanes. A queue pair of this lane must send
+	// them, or they are done and return to their home lane. Its length is limited because
+	// each request is in it at most once. Any goroutine may use it.
 	inbox atomic.Pointer[request]
 	_     cpu.CacheLinePad
-	// Counters, written by the lane and read by anyone.
+	// The lane writes these counters; any goroutine may read them.
 	submitted, completed, handedOver, retried atomic.Uint64
 	_                                         cpu.CacheLinePad
 }
@@ -72,7 +71,7 @@ func (l *lane) Arm() poller.Readiness {
 	return answer
 }
 
-// send puts a request into this lane's inbox. Any goroutine.
+// send puts a request into this lane's inbox. Any goroutine may call it.
 func (l *lane) send(r *request) {
 	for {
 		head := l.inbox.Load()
@@ -85,7 +84,7 @@ func (l *lane) send(r *request) {
 }
 
 func (l *lane) receive() int {
-	// The stack has the newest on top; work in the order of arrival.
+	// The newest request is on top of the stack. Reverse it to the order of arrival.
 	var inOrder *request
 	n := 0
 	for r := l.inbox.Swap(nil); r != nil; n++ {
@@ -106,8 +105,8 @@ func (l *lane) receive() int {
 	return n
 }
 
-// dispatch gives a request to the queue pair that serves its class, or finds out
-// why it cannot.
+// dispatch gives a request to the queue pair that serves its class, or finishes or parks
+// it.
 func (l *lane) dispatch(r *request) {
 	p := l.route[r.class]
 	if p == nil || r.troubled || r.home.ns.presence.Load() != served {
@@ -123,8 +122,7 @@ func (l *lane) dispatch(r *request) {
 	p.lane.send(r)
 }
 
-// admit says whether a request may be sent now. A request that may not is
-// finished or parked.
+// admit reports whether a request may be sent now. If not, admit finishes or parks it.
 func (l *lane) admit(r *request) bool {
 	presence, connected := r.home.ns.presence.Load(), l.route[r.class] != nil
 	switch {
@@ -156,8 +154,8 @@ func (l *lane) delay(r *request, d time.Duration) {
 	l.parkUntil(r)
 }
 
-// parkUntil parks a request until its due time. Timers are not for the hot
-// path; only requests in trouble need one.
+// parkUntil parks a request until its due time. Only requests in trouble need a timer; the
+// hot path needs none.
 func (l *lane) parkUntil(r *request) {
 	l.parked.push(r)
 	if l.alarm != nil {
@@ -167,11 +165,11 @@ func (l *lane) parkUntil(r *request) {
 		l.alarm.Stop()
 	}
 	l.ring = r.due
-	// A loop that has ended holds no requests.
+	// Call fails only if the loop has ended, and such a loop holds no requests.
 	l.alarm = time.AfterFunc(r.due-l.ctrl.now(), func() { _ = l.loop.Call(l.redispatch) })
 }
 
-// redispatch looks at every parked request anew.
+// redispatch dispatches every parked request again.
 func (l *lane) redispatch() {
 	if l.alarm != nil {
 		l.alarm.Stop()
@@ -183,11 +181,12 @@ func (l *lane) redispatch() {
 	}
 }
 
-// finish ends a request and brings it home.
+// finish ends a request and returns it to its home lane.
 func (l *lane) finish(r *request, errno uint16) {
 	r.errno = errno
 	if r.troubled && l.ctrl.suspect.CompareAndSwap(r, nil) {
-		// Others may wait to be the suspect. Not from this loop: Call waits for it.
+		// Other requests may wait to be the suspect. This needs a goroutine, because
+		// redispatch waits for this loop.
 		go l.ctrl.redispatch()
 	}
 	if r.home.lane == l {
@@ -198,22 +197,22 @@ func (l *lane) finish(r *request, errno uint16) {
 	r.home.lane.send(r)
 }
 
-// connect gives the lane its part of an association, and sends what is parked.
-// Other lanes may still be without theirs, so requests are only dispatched to
-// queue pairs of this lane or handed over to lanes that park them until then.
+// connect gives the lane its part of an association, and dispatches the parked requests.
+// Other lanes may not have their part yet. They park requests that are handed over to them
+// until then.
 func (l *lane) connect(pairs []*queuePair, route [nClasses]*queuePair) {
 	l.pairs, l.route, l.fast = pairs, route, false
 	l.redispatch()
 }
 
-// disconnect takes the association away. Requests in flight stay with their
+// disconnect removes the association from the lane. Requests in flight stay with their
 // queue pairs until recover.
 func (l *lane) disconnect() {
 	l.pairs, l.route = nil, [nClasses]*queuePair{}
 }
 
-// recover parks the requests of a queue pair that is in the error state, so that
-// the next association sends them again.
+// recover parks the requests of a queue pair in the error state, so that the next
+// association sends them again.
 func (l *lane) recover(p *queuePair) {
 	for slot, r := range p.requests {
 		if r == nil {
@@ -234,7 +233,7 @@ func (l *lane) recover(p *queuePair) {
 	p.inflight.Store(0)
 }
 
-// failFast fails what is parked, and what comes until there is an association.
+// failFast fails the parked requests, and all requests until there is an association.
 func (l *lane) failFast() {
 	l.fast = true
 	l.redispatch()

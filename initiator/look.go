@@ -12,9 +12,8 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// What a controller knows of its namespaces is made by looks: one before each
-// association is used, one after each event, and further ones, at intervals, as long as
-// something is not known.
+// A controller learns about its namespaces by looks. It looks before it uses an
+// association, after each event, and repeatedly while anything is unknown.
 //
 //	         found, the same                  found, the same
 //	 (new) ──────────────────► served ◄──────────────────────┐
@@ -27,27 +26,28 @@ import (
 //	             │               ▼
 //	             └────────────► gone ── found, the same ─► served
 //
-// A look that fails changes nothing: a namespace that could not be identified is
-// neither another one nor gone, and does not keep the others from being served. Only a
-// namespace that was found over the present association can be missed.
+// A look that fails changes nothing: a namespace that could not be identified counts
+// neither as replaced nor as gone, and does not delay the others. Only a namespace that was
+// found over the present association can turn out to be missing.
 
-// Looks that are repeated because something is not known begin with lookPause between
-// them, which doubles up to lookPauseMax. After an event, too, looks are lookPause
-// apart, so that a flood of events does not make a flood of commands.
+// While anything is unknown, the pause between looks is lookPause at first and doubles up to
+// lookPauseMax. Looks after events are also at least lookPause apart, so that a flood of
+// events does not cause a flood of commands.
 const (
 	lookPause    = 100 * time.Millisecond
 	lookPauseMax = 5 * time.Second
 )
 
-// firstLookTime is how long Connect waits for namespaces that cannot be identified.
-// Those that are still unknown then are added when they are known.
+// firstLookTime is how long Connect waits for namespaces that cannot be identified. Those
+// that are still unknown are added later, when they have been identified.
 const firstLookTime = 2 * time.Second
 
-// maxNamespaces bounds what a target can make the host remember.
+// maxNamespaces is the largest number of namespaces that a controller keeps. It limits the
+// memory that a target can use up.
 const maxNamespaces = 4096
 
-// firstLook identifies the namespaces of a controller that connects. It is an error if
-// nothing can be learned about any of them.
+// firstLook identifies the namespaces of a controller that connects. It fails if none of
+// them can be identified.
 func (c *Controller) firstLook(ctx context.Context, a *association) error {
 	limit := time.Now().Add(firstLookTime)
 	for pause := lookPause; ; pause = min(2*pause, lookPauseMax) {
@@ -69,8 +69,8 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 	}
 }
 
-// watchNamespaces looks at the namespaces of an association when something about them
-// changes, and again while something is not known, until ctx is done.
+// watchNamespaces looks at the namespaces of an association after each change, and
+// repeatedly while anything is unknown, until ctx is done.
 func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 	complete := c.allKnown(a)
 	pause := lookPause
@@ -105,7 +105,7 @@ func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 	}
 }
 
-// allKnown says whether the last look over an association left nothing to be found.
+// allKnown reports whether the last look over an association found everything.
 func (c *Controller) allKnown(a *association) bool {
 	return a.known && !slices.ContainsFunc(c.Namespaces(), (*Namespace).isHeld)
 }
@@ -115,7 +115,7 @@ func (ns *Namespace) isHeld() bool {
 	return p == held || p == failing
 }
 
-// presences is what is known of all namespaces, to be compared.
+// presences returns the presence of each namespace, for comparison.
 func (c *Controller) presences() (all []presence) {
 	for _, ns := range c.Namespaces() {
 		all = append(all, ns.presence.Load())
@@ -123,8 +123,8 @@ func (c *Controller) presences() (all []presence) {
 	return all
 }
 
-// untilNextLook is pause, or the time until the requests of a held namespace have
-// waited for long enough.
+// untilNextLook returns pause, or the time until requests of a held namespace must fail
+// if that is less.
 func (c *Controller) untilNextLook(pause time.Duration) time.Duration {
 	now := time.Now()
 	for _, ns := range c.Namespaces() {
@@ -140,7 +140,7 @@ func (c *Controller) untilNextLook(pause time.Duration) time.Duration {
 	return pause
 }
 
-// expireHeld ends the patience for namespaces that have not come back.
+// expireHeld fails or removes held namespaces that have not come back in time.
 func (c *Controller) expireHeld(now time.Time) {
 	for _, ns := range c.Namespaces() {
 		if !ns.isHeld() {
@@ -149,15 +149,15 @@ func (c *Controller) expireHeld(now time.Time) {
 		waited := ns.heldFor(now)
 		switch {
 		case c.cfg.CtrlLoss > 0 && waited >= c.cfg.CtrlLoss:
-			c.remove(ns, fmt.Sprintf("it has not come back within %v", c.cfg.CtrlLoss))
+			c.remove(ns, fmt.Sprintf("it did not come back within %v", c.cfg.CtrlLoss))
 		case c.cfg.FastIOFail > 0 && waited >= c.cfg.FastIOFail && ns.presence.CompareAndSwap(held, failing):
-			c.cfg.Log.Warn("requests to a namespace that has not come back fail", "nsid", ns.id, "after", c.cfg.FastIOFail)
+			c.cfg.Log.Warn("namespace has not come back; its requests fail", "nsid", ns.id, "after", c.cfg.FastIOFail)
 		}
 	}
 }
 
-// look finds out what the namespaces are now. complete is false if it has to be
-// repeated. An error other than a status is one of the association.
+// look updates the namespaces. It returns false if it must be repeated, and an error if
+// the association failed.
 func (c *Controller) look(ctx context.Context, a *association) (complete bool, err error) {
 	defer func() { a.known = complete }()
 	limits, known, err := c.identifyLimits(ctx, a)
@@ -202,7 +202,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case there[ns.id]:
 		case ns.presence.Load() == served:
 			delete(a.found, ns.id)
-			c.remove(ns, "it is not there any more")
+			c.remove(ns, "the target does not list it any more")
 		case ns.isHeld():
 			complete = false
 		}
@@ -211,8 +211,8 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 	return complete, nil
 }
 
-// tolerate logs an error that leaves something unknown for now, once for each
-// association, and returns one that ends the association.
+// tolerate logs an error that leaves something unknown for now, once per association and
+// step, and returns nil. It returns an error that ends the association.
 func (c *Controller) tolerate(a *association, step string, err error) error {
 	var bad *badDataError
 	if errors.As(err, new(nvme.Status)) || errors.As(err, &bad) {
@@ -221,14 +221,14 @@ func (c *Controller) tolerate(a *association, step string, err error) error {
 			level = slog.LevelDebug
 		}
 		a.reported[step], a.unknown = true, fmt.Errorf("%s: %w", step, err)
-		c.cfg.Log.Log(context.Background(), level, "something about namespaces is not known; it is asked once more", "step", step, "error", err)
+		c.cfg.Log.Log(context.Background(), level, "information about namespaces is missing; asking again", "step", step, "error", err)
 		return nil
 	}
 	return fmt.Errorf("%s: %w", step, err)
 }
 
-// place finds the namespace that found is, or makes it a new one. It returns false if
-// that cannot be told.
+// place updates the known namespace that found is, or adds found as a new one. It returns
+// false if it cannot tell which.
 func (c *Controller) place(found *Namespace) bool {
 	for _, ns := range c.Namespaces() {
 		if ns.id != found.id {
@@ -259,7 +259,7 @@ func (c *Controller) place(found *Namespace) bool {
 	return true
 }
 
-// confirm serves a namespace that is the same as before, with what has changed of it.
+// confirm serves a namespace that is the same as before, with its changed properties.
 func (c *Controller) confirm(ns, found *Namespace) {
 	now := found.geometry
 	was := ns.adopt(found)
@@ -275,10 +275,10 @@ func (c *Controller) confirm(ns, found *Namespace) {
 	c.reportLimits(ns, was, now)
 }
 
-// reportLimits logs what a queue has to make up for.
+// reportLimits logs changes of limits for which open queues must compensate.
 func (c *Controller) reportLimits(ns *Namespace, was, now block.Geometry) {
 	if now.VolatileCache && !was.VolatileCache {
-		c.cfg.Log.Warn("namespace has a volatile cache now; writes of devices that were told otherwise bypass it", "nsid", ns.id)
+		c.cfg.Log.Warn("namespace has a volatile cache now; writes of devices without a cache bypass it", "nsid", ns.id)
 	}
 	if now.MaxIO < was.MaxIO || now.MaxDiscardSectors < was.MaxDiscardSectors || now.MaxZeroesSectors < was.MaxZeroesSectors {
 		c.cfg.Log.Warn("limits of namespace have shrunk; larger requests are split", "nsid", ns.id, "max_io", now.MaxIO,
@@ -286,15 +286,15 @@ func (c *Controller) reportLimits(ns *Namespace, was, now block.Geometry) {
 	}
 }
 
-// remove fails the requests of a namespace from now on: what they were meant for is
-// gone, and what stands in its place must not be written to.
+// remove makes the requests of a namespace fail from now on. The namespace is gone, and the
+// one that replaced it must not be written to.
 func (c *Controller) remove(ns *Namespace, reason string) {
 	if ns.presence.Swap(gone) != gone {
 		c.changed(ns, Removed, reason)
 	}
 }
 
-// removeOthers removes the namespaces with an id, but for one of them.
+// removeOthers removes all namespaces with an id, except one.
 func (c *Controller) removeOthers(id uint32, but *Namespace, reason string) {
 	for _, ns := range c.Namespaces() {
 		if ns.id == id && ns != but {
@@ -303,11 +303,11 @@ func (c *Controller) removeOthers(id uint32, but *Namespace, reason string) {
 	}
 }
 
-// maxGone is how many namespaces are remembered that are gone and that no front end
-// has open. One of them may come back.
+// maxGone is the number of gone namespaces without an open queue that a controller keeps,
+// because they may come back.
 const maxGone = 64
 
-// forget drops the oldest of those beyond maxGone.
+// forget drops the oldest such namespaces beyond maxGone.
 func (c *Controller) forget() {
 	unused := func(ns *Namespace) bool { return ns.presence.Load() == gone && ns.open.Load() == 0 }
 	c.mu.Lock()
@@ -327,10 +327,10 @@ func (c *Controller) forget() {
 	})
 }
 
-// changed tells the embedder.
+// changed reports a change to Config.Changed.
 func (c *Controller) changed(ns *Namespace, what Change, detail string) {
 	if c.Info().State == StateNew {
-		return // Connect returns what there is
+		return // Connect returns all namespaces
 	}
 	c.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
 	if c.cfg.Changed != nil {

@@ -10,24 +10,24 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// presence is whether the requests of a namespace may be sent.
+// presence tells whether the requests of a namespace may be sent.
 type presence = uint32
 
 const (
-	// held: the namespace has not been found over the present association yet.
-	// Requests wait. Targets that restart open their port before their namespaces
-	// are there.
+	// held: the namespace has not been found over the present association yet, and its
+	// requests wait. A target that restarts may open its port before its namespaces
+	// exist.
 	held presence = iota
-	// served: the namespace is what it was.
+	// served: the namespace is there, and is the same as before.
 	served
-	// failing: it has been held for longer than requests may wait.
+	// failing: the namespace has been held for longer than requests may wait.
 	failing
-	// gone: the target removed it or has another one in its place.
+	// gone: the target removed the namespace or has another one in its place.
 	gone
 )
 
-// terms are what may change of a namespace while it is used. They are immutable; a
-// change makes new ones.
+// terms are the properties of a namespace that may change while it is in use. A terms value
+// is immutable; a change makes a new one.
 type terms struct {
 	sectors          uint64 // capacity
 	transfer         uint32 // sectors of the largest read or write command
@@ -51,39 +51,38 @@ type Namespace struct {
 	id          uint32
 	sectorShift uint8 // log2 of 512-byte sectors per logical block
 
-	// Written by the goroutine that looks at namespaces, read by the loops.
+	// The goroutine that looks at namespaces writes these fields; the loops read them.
 	presence atomic.Uint32
 	terms    atomic.Pointer[terms]
-	open     atomic.Int32 // queues
+	open     atomic.Int32 // number of open queues
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex // guards the fields below
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
-	since    time.Time // when it began to be held
+	since    time.Time // start of the held state
 }
 
-// NSID is the namespace id.
+// NSID returns the namespace id.
 func (ns *Namespace) NSID() uint32 { return ns.id }
 
-// IDs are the globally unique identifiers of the namespace, as far as it has
-// them.
+// IDs returns the globally unique identifiers of the namespace. Identifiers that it does not
+// have are zero.
 func (ns *Namespace) IDs() nvme.NamespaceIDs {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	return ns.ids
 }
 
-// Geometry implements block.Device. It is that of the last look at the namespace.
-// Whatever becomes of its limits and its cache, queues that are open go on to do what
-// was offered when they were opened.
+// Geometry implements block.Device. It returns the geometry of the last look at the
+// namespace. Open queues keep the limits and the cache mode with which they were opened.
 func (ns *Namespace) Geometry() block.Geometry {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	return ns.geometry
 }
 
-// doubt is called when an association is lost: the namespace has to be found again
-// over the next.
+// doubt is called when an association is lost. The namespace must be found again over the
+// next association.
 func (ns *Namespace) doubt(when time.Time) {
 	if ns.presence.CompareAndSwap(served, held) {
 		ns.mu.Lock()
@@ -92,15 +91,15 @@ func (ns *Namespace) doubt(when time.Time) {
 	}
 }
 
-// heldFor is for how long the namespace has been held at the given time.
+// heldFor returns how long the namespace has been held at the given time.
 func (ns *Namespace) heldFor(now time.Time) time.Duration {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	return now.Sub(ns.since)
 }
 
-// adopt takes over what was found of the same namespace, and returns what stood
-// before.
+// adopt takes over the properties of found, which is the same namespace, and returns the
+// old geometry.
 func (ns *Namespace) adopt(found *Namespace) (was block.Geometry) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
@@ -111,17 +110,17 @@ func (ns *Namespace) adopt(found *Namespace) (was block.Geometry) {
 	return was
 }
 
-// identity is the answer to whether two looks were at the same namespace.
+// identity is the result of a comparison of two namespaces.
 type identity uint8
 
 const (
-	unknown identity = iota // no identifier tells
+	unknown identity = iota // they have no identifier in common
 	same
 	different
 )
 
-// compare says whether found is the namespace that ns was, in a state that a user of
-// ns may go on with. The reason is why not.
+// compare reports whether found is the same namespace as ns, with a block size that users of
+// ns can keep. If it is not the same, compare returns the reason.
 func (ns *Namespace) compare(found *Namespace) (identity, string) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
@@ -129,7 +128,7 @@ func (ns *Namespace) compare(found *Namespace) (identity, string) {
 	case different:
 		return different, "another namespace has its id"
 	case unknown:
-		return unknown, "its identifiers cannot be compared with those that it had"
+		return unknown, "its old and its new identifiers have none in common"
 	}
 	if was, is := ns.geometry.LogicalBlock, found.geometry.LogicalBlock; was != is {
 		return different, fmt.Sprintf("its block size was %d and is %d", was, is)
@@ -137,8 +136,8 @@ func (ns *Namespace) compare(found *Namespace) (identity, string) {
 	return same, ""
 }
 
-// compareIDs compares the identifiers that both have. Namespaces without any are
-// told apart by nothing but their number, and so are the same.
+// compareIDs compares the identifiers that both namespaces have. Namespaces without any
+// identifier differ only by number, so they are the same.
 func compareIDs(a, b nvme.NamespaceIDs) identity {
 	if a.CSI != b.CSI {
 		return different
@@ -173,7 +172,7 @@ func hasNone(ids nvme.NamespaceIDs) bool {
 	return ids.UUID.IsZero() && ids.NGUID == [16]byte{} && ids.EUI64 == [8]byte{}
 }
 
-// union is a with the identifiers that only b has.
+// union returns a with the identifiers that only b has.
 func union(a, b nvme.NamespaceIDs) nvme.NamespaceIDs {
 	if a.UUID.IsZero() {
 		a.UUID = b.UUID
@@ -193,10 +192,10 @@ type Change uint8
 // Changes.
 const (
 	ChangeUnset     Change = iota
-	Added                  // it is new, or it is back
-	Removed                // it is not there any more, or not what it was: requests fail with ENODEV
+	Added                  // the namespace is new, or is back
+	Removed                // the namespace is gone or was replaced; requests fail with ENODEV
 	Resized                // Geometry has the new size
-	WriteProtection        // Geometry says whether it may be written to now
+	WriteProtection        // Geometry has the new write protection
 )
 
 var changeNames = [...]string{"unset", "added", "removed", "resized", "write protection changed"}

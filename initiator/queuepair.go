@@ -13,8 +13,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// queuePair is an I/O queue pair on the lane that drives it. All of it is the
-// lane's, except inflight.
+// queuePair is an I/O queue pair. Only its lane uses its fields, except inflight.
 type queuePair struct {
 	*connection
 	assoc *association
@@ -23,13 +22,13 @@ type queuePair struct {
 
 	inCapsule uint32        // bytes of data that a capsule may carry
 	checkHead bool          // SQ flow control is on, so responses carry SQHD
-	requests  []*request    // by slot: the command in flight is the request's
+	requests  []*request    // by slot: the request of the command in flight
 	waiting   fifo          // requests without a slot
-	inflight  atomic.Uint32 // requests in both; any goroutine reads it
+	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
 	reaped    []uint16
 	receiver  rdma.Receiver // nil: the provider takes the packets
-	armed     bool          // an event will come for the next response
-	lost      bool          // the queue pair failed; it is left alone
+	armed     bool          // the next response causes an event
+	lost      bool          // the queue pair failed and is not used any more
 	unacked   int
 }
 
@@ -41,7 +40,8 @@ func newQueuePair(a *association, conn *connection, l *lane, class poller.Class,
 	}
 }
 
-// attach makes the loop hear of what comes for the pair. Loop only.
+// attach makes the loop watch the events and packets of the queue pair. Only the loop may
+// call it.
 func (p *queuePair) attach() error {
 	l := p.lane.loop
 	fd := p.cq.FD()
@@ -54,7 +54,7 @@ func (p *queuePair) attach() error {
 	if !ok || r.PacketFD() < 0 {
 		return nil
 	}
-	if fd >= 0 { // else the loop polls, which looks for packets
+	if fd >= 0 { // otherwise the loop polls, and a poll looks for packets
 		if err := l.WatchReadable(r.PacketFD(), packets{r}); err != nil {
 			return err
 		}
@@ -64,7 +64,7 @@ func (p *queuePair) attach() error {
 	return nil
 }
 
-// detach undoes attach. Any goroutine but the loop.
+// detach undoes attach. Any goroutine except the loop may call it.
 func (p *queuePair) detach() error {
 	l := p.lane.loop
 	var errs []error
@@ -81,7 +81,7 @@ func (p *queuePair) detach() error {
 	return errors.Join(errs...)
 }
 
-// packets is the Watcher of the packets of a pair.
+// packets is the Watcher for the packets of a queue pair.
 type packets struct{ rdma.Receiver }
 
 // Event implements poller.Watcher.
@@ -93,7 +93,7 @@ func (p *queuePair) start(r *request) {
 	p.enter(r)
 }
 
-// enter is start for a request that the queue pair has counted already.
+// enter is like start, for a request that the queue pair has already counted.
 func (p *queuePair) enter(r *request) {
 	if p.lost || p.waiting.head != nil || !p.push(r) {
 		p.waiting.push(r)
@@ -106,9 +106,9 @@ func (p *queuePair) finish(r *request, errno uint16) {
 	p.lane.finish(r, errno)
 }
 
-// push builds the next command of a request; false without a free slot. A request
-// takes more than one command when a limit of the target has become smaller than it
-// was when the front end learned it.
+// push builds the next command of a request. It returns false if no slot is free. A request
+// needs more than one command if a limit of the target has shrunk since the front end
+// learned it.
 func (p *queuePair) push(r *request) bool {
 	ns := r.home.ns
 	terms := ns.terms.Load()
@@ -121,7 +121,7 @@ func (p *queuePair) push(r *request) bool {
 		return false
 	}
 	if r.assoc != p.assoc {
-		// What an earlier association transferred may be lost with a target's cache.
+		// Data of an earlier association may be lost with the target's cache.
 		r.assoc, r.progress = p.assoc, 0
 	}
 	p.requests[slot] = r
@@ -144,7 +144,8 @@ func (p *queuePair) push(r *request) bool {
 		capsule = p.inline(cmd, r, 0, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
 	case block.OpWriteZeroes:
 		if terms.zeroes == 0 {
-			// The target could once. Zeroes are written from the request's buffer.
+			// The target does not support Write Zeroes any more. Write zeroes from the
+			// request's buffer.
 			lba, blocks, length := r.piece(min(terms.transfer, uint32(r.home.maxIO)>>block.SectorShift))
 			clear(r.home.Buffer(r.io.Tag)[:length])
 			cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
@@ -158,25 +159,25 @@ func (p *queuePair) push(r *request) bool {
 	return true
 }
 
-// piece is what the next command of a request covers: at most limit sectors of what
-// is left, in logical blocks and in bytes.
+// piece returns the range of the next command of a request: at most limit of the remaining
+// sectors, in logical blocks and in bytes.
 func (r *request) piece(limit uint32) (lba uint64, blocks, length uint32) {
 	shift := r.home.ns.sectorShift
 	r.sent = min(r.io.Sectors-r.progress, limit)
 	return (r.io.Sector + uint64(r.progress)) >> shift, r.sent >> shift, r.sent << block.SectorShift
 }
 
-// offset is where the next command's data are in the request's buffer.
+// offset returns the offset of the next command's data in the request's buffer.
 func (r *request) offset() uint64 { return uint64(r.progress) << block.SectorShift }
 
-// durable says whether the data have to be on stable media when the command ends.
-// A front end without a volatile cache sends no flush.
+// durable reports whether the data must be on stable media when the command completes. A
+// front end without a volatile cache sends no flush.
 func (r *request) durable(t *terms) bool {
 	return r.io.Flags&block.FUA != 0 || t.volatileCache && r.home.writeThrough
 }
 
-// inline gives a command n bytes of its request's buffer to read: in the capsule
-// if they fit, by key otherwise.
+// inline lets a command read n bytes of its request's buffer, in the capsule if they fit,
+// and by key otherwise.
 func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint32) rdma.SGE {
 	addr := r.home.addr(r.io.Tag) + offset
 	if n <= p.inCapsule {
@@ -187,8 +188,8 @@ func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint3
 	return rdma.SGE{}
 }
 
-// rangeListSize is the length of the buffer of a DSM command whatever the
-// number of ranges: there are controllers that always read all of it.
+// rangeListSize is the length of the buffer of a DSM command for any number of ranges,
+// because some controllers always read all of it.
 const rangeListSize = 4096
 
 func putRange(b []byte, blocks uint32, lba uint64) uint32 {
@@ -198,7 +199,7 @@ func putRange(b []byte, blocks uint32, lba uint64) uint32 {
 	return rangeListSize
 }
 
-// poll posts what was pushed and takes what was answered.
+// poll posts the pushed commands and handles responses.
 func (p *queuePair) poll() int {
 	if p.lost {
 		return 0
@@ -245,15 +246,14 @@ func (p *queuePair) answers() int {
 	return len(events)
 }
 
-// answer takes the response to the command in a slot.
+// answer handles the response to the command in a slot.
 func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	c, r := p.lane.ctrl, p.requests[slot]
 	r.errno = 0
 	if status.OK() {
 		r.progress += r.sent
 		if r.progress < r.io.Sectors && r.sent > 0 {
-			// The buffer stays with us, so the SEND that may still read it does
-			// not matter.
+			// The request keeps its buffer, so the SEND may still read it.
 			p.sq.Answer(slot)
 			p.requests[slot] = nil
 			p.enter(r)
@@ -276,13 +276,12 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	}
 }
 
-// retry sends a command again, after the delay that the target asked for. It
-// may allocate: errors are not the hot path.
+// retry sends a command again, after the delay that the target requested. It may allocate,
+// because errors are not on the hot path.
 func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
-	// A retry uses the buffer again, it does not give it back, so the SEND that
-	// may still read it does not matter.
+	// The request keeps its buffer, so the SEND may still read it.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
 	delay := l.ctrl.retryDelay(p.assoc, status)
@@ -298,7 +297,7 @@ func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 func (p *queuePair) sends() int {
 	n, err := p.sq.Reap(p.reaped)
 	for _, slot := range p.reaped[:n] {
-		// A command that is sent again has left its slot already.
+		// A command that is sent again has already left its slot.
 		if r := p.requests[slot]; r != nil {
 			p.requests[slot] = nil
 			p.finish(r, r.errno)
@@ -318,11 +317,10 @@ func (p *queuePair) arm() poller.Readiness {
 	case p.sq.Pending() > 0:
 		return poller.Busy
 	case p.sq.Held() > 0:
-		// The response was faster than the acknowledgement of its SEND, which
-		// is on its way.
+		// A response arrived before the completion of its SEND, which follows soon.
 		return poller.Spin
 	case p.waiting.head != nil && p.sq.Starved():
-		// Slots are given back by completions of SENDs, which make no event.
+		// Completions of SENDs free slots, and cause no event.
 		return poller.Spin
 	case p.sq.Outstanding() == 0:
 		return poller.Sleep
@@ -336,13 +334,13 @@ func (p *queuePair) arm() poller.Readiness {
 		return poller.Sleep
 	}
 	p.armed = true
-	return poller.Sleep // the loop polls once more before it does
+	return poller.Sleep // the loop polls once more before it sleeps
 }
 
 // Event implements poller.Watcher.
 func (p *queuePair) Event(n int) {
 	p.armed = false
-	// Accounting takes a lock in libibverbs.
+	// Ack takes a lock in libibverbs, so acknowledge many events at once.
 	if p.unacked += n; p.unacked >= 64 {
 		p.ack()
 	}
@@ -355,7 +353,7 @@ func (p *queuePair) ack() {
 	}
 }
 
-// fail leaves the queue pair alone and gives up the association.
+// fail stops the use of the queue pair and fails the association.
 func (p *queuePair) fail(err error) {
 	if !p.lost {
 		p.lost = true
@@ -363,9 +361,9 @@ func (p *queuePair) fail(err error) {
 	}
 }
 
-// tend looks after the commands in flight, with each tick of the controller's clock.
-// One that has waited for more than limit ticks ends the association. Before that the
-// target may only be slow; whether its adapter still knows the queue pair is asked.
+// tend checks the commands in flight at each tick of the controller's clock. A command that
+// is older than limit ticks fails the association. Before that the target may only be slow,
+// so tend probes whether its adapter still knows the queue pair.
 func (p *queuePair) tend(now, limit uint32) {
 	if p.lost {
 		return
@@ -389,8 +387,8 @@ func (p *queuePair) tend(now, limit uint32) {
 	}
 }
 
-// errnoOf keeps what the block layer must never see away from it: EAGAIN makes
-// io_uring clients retry for ever.
+// errnoOf returns the errno for a status. It is never EAGAIN, which makes io_uring clients
+// retry forever.
 func errnoOf(s nvme.Status) uint16 {
 	if s.Code() == nvme.StatusInvalidNamespace {
 		return uint16(unix.ENODEV) // as for a namespace that is known to be gone

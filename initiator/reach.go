@@ -60,7 +60,7 @@ func (c *Controller) reachOne(ctx context.Context, p queueParam, left int) (*con
 // addresses are those to try for the next association, in their order. The
 // address of the last association comes first. Until the target must have ended
 // that association's controller it is the only one: another address may be that
-// of another machine, which cannot say whether the controller still executes
+// of another machine, which cannot report whether the controller still executes
 // commands.
 func (c *Controller) addresses(ctx context.Context) ([]netip.AddrPort, error) {
 	c.mu.Lock()

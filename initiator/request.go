@@ -9,35 +9,35 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// request is one I/O on its way. Its owner is the lane that works on it; the
-// inbox passes it from one lane to another. A namespace queue has one per tag,
-// for ever.
+// request is one I/O in progress. It belongs to the lane that works on it; the inbox
+// passes it from one lane to another. A namespace queue has one request per tag, which it
+// reuses.
 type request struct {
 	next  *request // in a fifo or an inbox
 	home  *nsQueue
 	io    block.Request
 	class poller.Class
 	errno uint16
-	tries uint8 // commands that ended with an error status that counts
-	done  bool  // the result is on its way home
+	tries uint8 // commands that failed with a status that counts as a try
+	done  bool  // the result is in the inbox of the home lane
 
 	submitted bool         // between Submit and Reap
-	progress  uint32       // sectors that earlier commands over the association transferred
-	sent      uint32       // sectors of the command that is in flight
-	assoc     *association // that progress belongs to
+	progress  uint32       // sectors that earlier commands over assoc transferred
+	sent      uint32       // sectors of the command in flight
+	assoc     *association // association of progress
 	posted    uint32       // Controller.clock when the command was sent
 
-	// What follows is for requests in trouble. troubled says that one of the
-	// fields is set, so that the others need not be looked at on the hot path.
+	// The fields below are for requests in trouble. troubled is set if any of them is,
+	// so that the hot path checks only one field.
 	troubled  bool
 	losses    uint8         // associations that were lost with the request in flight
-	blames    uint8         // those in which it was the only suspect
-	firstLoss time.Duration // of losses; on Controller.now's clock
-	due       time.Duration // not to be sent before; 0: at once
-	pathSince time.Duration // first of a series of path related statuses; 0: none
+	blames    uint8         // losses in which the request was the only suspect
+	firstLoss time.Duration // time of the first loss, on Controller.now's clock
+	due       time.Duration // earliest time to send the request; 0: at once
+	pathSince time.Duration // time of the first of a series of path errors; 0: none
 }
 
-// begin takes a new I/O from a front end.
+// begin starts a new I/O of a front end.
 func (r *request) begin(io block.Request) {
 	r.io = io
 	r.errno, r.tries, r.sent, r.assoc = 0, 0, 0, nil
@@ -46,25 +46,25 @@ func (r *request) begin(io block.Request) {
 	}
 }
 
-// Requests that were in flight when associations were lost.
+// Limits for requests that were in flight when associations were lost.
 const (
-	// suspectLosses makes a request a suspect: it may be what ends the
-	// associations. Suspects are sent one at a time.
+	// After suspectLosses losses a request is a suspect: it may be the cause of the
+	// losses. Suspects are sent one at a time.
 	suspectLosses = 2
-	// minBlames is how many associations have to be lost with a request as the only
-	// suspect in flight before it fails for that.
+	// minBlames is the number of associations that must be lost with a request as the
+	// only suspect in flight before the request fails.
 	minBlames = 3
-	// blamePause is the time before a suspect is sent once more. It doubles with each
-	// blame, up to blamePauseMax, so that the other suspects come first, and others
-	// have the target to themselves meanwhile.
+	// blamePause is the time before a suspect is sent again. It doubles with each blame,
+	// up to blamePauseMax, so that other suspects come first and requests that are not
+	// suspects proceed meanwhile.
 	blamePause    = 100 * time.Millisecond
 	blamePauseMax = 5 * time.Second
 )
 
 func (r *request) suspect() bool { return r.losses >= suspectLosses }
 
-// blame counts an association that was lost with the request in flight, and says
-// whether the request has to fail for it.
+// blame counts an association that was lost with the request in flight, and reports
+// whether the request must fail.
 func (c *Controller) blame(r *request) (fail bool) {
 	if r.losses == 0 {
 		r.firstLoss = c.now()
@@ -84,8 +84,8 @@ func (c *Controller) blame(r *request) (fail bool) {
 	return r.blames >= minBlames && c.now()-r.firstLoss >= c.blameTime()
 }
 
-// blameTime is how long a request at least may end associations. Others must not fail
-// for it before.
+// blameTime returns the time for which a request may at least go on to end associations.
+// It is short enough that other requests do not fail before.
 func (c *Controller) blameTime() time.Duration {
 	limit := c.cfg.IOTimeout
 	if loss, bounded := c.lossTime(); bounded {
@@ -94,17 +94,16 @@ func (c *Controller) blameTime() time.Duration {
 	return limit
 }
 
-// maxRetries bounds how often a command is sent again after an error status
+// maxRetries is the number of times that a command is sent again after an error status
 // without Do Not Retry (nvme_core.max_retries).
 const maxRetries = 5
 
-// pathRetryDelay is the time until a command is sent again that failed for a
-// reason on the way to the namespace.
+// pathRetryDelay is the time before a command that failed with a path error is sent again.
 const pathRetryDelay = 200 * time.Millisecond
 
-// mayRetry says whether a command that ended with an error status is sent again.
-// Statuses that blame the path to the namespace are bounded by time, as the loss
-// of the association is, and do not count as tries.
+// mayRetry reports whether a command that failed with an error status is sent again.
+// Retries after path errors are limited by time, like those after the loss of the
+// association, and do not count as tries.
 func (c *Controller) mayRetry(a *association, r *request, s nvme.Status) bool {
 	switch {
 	case s.DNR():
@@ -124,8 +123,8 @@ func (c *Controller) mayRetry(a *association, r *request, s nvme.Status) bool {
 	return !bounded || now-r.pathSince < limit
 }
 
-// retryDelay is the time that a target asks for before a command is sent again.
-// It is at most the I/O timeout: a controller can ask for almost two hours.
+// retryDelay returns the time that the target requests before a command is sent again. It
+// is at most the I/O timeout, because a controller can request almost two hours.
 func (c *Controller) retryDelay(a *association, s nvme.Status) time.Duration {
 	delay := time.Duration(a.identify.CRDT(s.CRD())) * 100 * time.Millisecond
 	if delay == 0 && s.IsPathError() {
@@ -134,8 +133,8 @@ func (c *Controller) retryDelay(a *association, s nvme.Status) time.Duration {
 	return min(delay, c.cfg.IOTimeout)
 }
 
-// lossTime is how long a request may wait for a path to its namespace; bounded is
-// false for ever.
+// lossTime returns how long a request may wait for a path to its namespace. If bounded is
+// false, the request may wait forever.
 func (c *Controller) lossTime() (limit time.Duration, bounded bool) {
 	switch {
 	case c.cfg.FastIOFail > 0:
@@ -170,7 +169,7 @@ func (f *fifo) pop() *request {
 	return r
 }
 
-// take empties the list and returns what was in it.
+// take empties the list and returns its contents.
 func (f *fifo) take() fifo {
 	all := *f
 	*f = fifo{}

@@ -44,13 +44,13 @@ type Config struct {
 	// logical blocks. The back end allocates Loops × Depth × MaxIO for each export.
 	// Larger requests are served in pieces.
 	MaxIO int
-	// TLS lets clients ask for TLS; nil refuses that. With RequireTLS a client has to
+	// TLS lets clients ask for TLS; nil refuses that. With RequireTLS a client must
 	// ask for TLS.
 	// ConnectionState.VerifiedChains of its client certificates is known to its own
 	// VerifyConnection only.
 	TLS        *tls.Config
 	RequireTLS bool
-	// HandshakeTimeout is the time that a client has to choose an export; 0 is a
+	// HandshakeTimeout is the time within which a client must choose an export; 0 is a
 	// minute.
 	HandshakeTimeout time.Duration
 	// StallTimeout bounds how long a client may stand still that has replies to read,
@@ -168,7 +168,7 @@ type offer struct {
 	aligned    bool // the client knows minBlock
 }
 
-// offer describes the export. structured says whether the client has negotiated
+// offer describes the export. structured reports whether the client has negotiated
 // structured replies.
 func (e *export) offer(structured bool) offer {
 	g := e.geometry()

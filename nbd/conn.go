@@ -168,7 +168,7 @@ func (c *conn) parse() {
 	}
 }
 
-// skipData drops data of a refused write. It returns false if more has to be received.
+// skipData drops data of a refused write. It returns false if more must be received.
 func (c *conn) skipData() bool {
 	n := min(c.skip, uint32(c.to-c.from))
 	c.from += int(n)
@@ -266,7 +266,7 @@ func (c *conn) nextRequest() bool {
 	return true
 }
 
-// begin starts or refuses a request. It returns false if the request has to wait for tags.
+// begin starts or refuses a request. It returns false if the request must wait for tags.
 func (c *conn) begin(r request) bool {
 	s := c.shard
 	if e := c.check(r); e != 0 {
@@ -341,7 +341,7 @@ var flagsOf = [...]uint16{
 }
 
 // check returns the error of a request that is refused, or 0. A client that has asked for
-// the block size has to align its requests to it, as the specification demands.
+// the block size must align its requests to it, as the specification demands.
 func (c *conn) check(r request) code {
 	o := &c.offer
 	switch {
@@ -465,7 +465,7 @@ type progress struct {
 // errStalled ends the connection of a client that stands still.
 var errStalled = errors.New("client neither reads its replies nor sends what it announced")
 
-// tick ends the connection if the client stands still. It returns true if there has to be
+// tick ends the connection if the client stands still. It returns true if there must be
 // another tick.
 func (c *conn) tick() (busy bool) {
 	patience := c.patience

@@ -29,7 +29,7 @@ var (
 	ErrTaken = errors.New("NBD device number is taken")
 	// ErrNoDevice: the device does not exist, is not connected, or has another cookie.
 	ErrNoDevice = errors.New("no such NBD device")
-	// ErrDisconnected: somebody else disconnected the device.
+	// ErrDisconnected: another process disconnected the device.
 	ErrDisconnected = errors.New("NBD device was disconnected from outside")
 )
 
@@ -146,7 +146,7 @@ func newCookie() uint64 {
 func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
 
 func (d *Device) start(ctx context.Context) error {
-	// The kernel has to send flushes even if the device has no volatile cache now: it
+	// The kernel must send flushes even if the device has no volatile cache now: it
 	// may have one later.
 	var attrs attributes
 	if d.cfg.Index >= 0 {

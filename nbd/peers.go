@@ -53,7 +53,7 @@ func (c *peers) init(maxServed, maxNegotiating int) {
 	c.served, c.bySource = map[*peer]bool{}, map[string]int{}
 }
 
-// enter adds a peer that negotiates. If another one has to be disconnected for it, enter
+// enter adds a peer that negotiates. If another one must be disconnected for it, enter
 // returns that.
 func (c *peers) enter(x *peer) (evicted *peer, err error) {
 	if err := c.full(); err != nil {
@@ -205,7 +205,7 @@ func (s *Server) accept(nc net.Conn) {
 	}()
 }
 
-// enter adds a client. If another one has to be disconnected for it, enter returns that.
+// enter adds a client. If another one must be disconnected for it, enter returns that.
 func (s *Server) enter(x *peer) (evicted *peer, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

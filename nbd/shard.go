@@ -115,7 +115,7 @@ func (s *shard) refresh() {
 }
 
 // allow returns how many tags a connection may take now that needs at least least tags and
-// can use up to most, or 0 if it has to wait. A connection that holds no tag gets one if
+// can use up to most, or 0 if it must wait. A connection that holds no tag gets one if
 // any is free, even if that is less than least.
 func (s *shard) allow(c *conn, least, most int) int {
 	n := min(s.nFree-s.reserve, s.share-c.held)

@@ -103,7 +103,7 @@ func (c *conn) lay(t *task, n int) {
 	}
 }
 
-// layMore continues a streamed read. It returns false if the read has to wait for tags.
+// layMore continues a streamed read. It returns false if the read must wait for tags.
 func (c *conn) layMore(t *task) bool {
 	for t.code == 0 && t.at < t.end {
 		left := c.shard.pieces(t.at, t.end, t.size, c.shard.share)
@@ -147,8 +147,8 @@ func (c *conn) readDone(i uint16) {
 	}
 }
 
-// fill puts received data of a write into its buffers. It returns false if more has to be
-// received, or if the write has to wait for a tag.
+// fill puts received data of a write into its buffers. It returns false if more must be
+// received, or if the write must wait for a tag.
 func (c *conn) fill(t *task) bool {
 	if c.recv != opIdle {
 		return false

@@ -38,7 +38,7 @@ const (
 )
 
 // stallTicks is the number of ticks in Config.StallTimeout. leastProgress is how many bytes
-// a client has to transfer in that time, unless less is left.
+// a client must transfer in that time, unless less is left.
 const (
 	stallTicks    = 8
 	leastProgress = 64 << 10

@@ -49,14 +49,14 @@ type HostBehavior [512]byte
 // ACRE reports whether the host understands command retry delays.
 func (h *HostBehavior) ACRE() bool { return h[0] == 1 }
 
-// SetACRE says whether the host understands command retry delays. Without it a
+// SetACRE reports whether the host understands command retry delays. Without it a
 // controller must not return CRD in a [Status].
 func (h *HostBehavior) SetACRE(on bool) { h[0] = b2u8(on) }
 
 // LBAFEE reports whether the host understands extended LBA formats.
 func (h *HostBehavior) LBAFEE() bool { return h[2] == 1 }
 
-// SetLBAFEE says whether the host understands extended LBA formats.
+// SetLBAFEE reports whether the host understands extended LBA formats.
 func (h *HostBehavior) SetLBAFEE(on bool) { h[2] = b2u8(on) }
 
 func b2u8(on bool) uint8 {

@@ -485,7 +485,7 @@ func (l *Loop) idle() {
 	l.asleep.Store(false)
 }
 
-// inFlight says whether a source expects an answer soon.
+// inFlight reports whether a source expects an answer soon.
 func (l *Loop) inFlight() bool {
 	for _, f := range l.flights {
 		if f.InFlight() {
@@ -555,7 +555,7 @@ func (l *Loop) await() {
 	l.backoff = min(2*l.backoff, backoffMax)
 }
 
-// spin polls up to the limit, reading shared memory only, and says whether
+// spin polls up to the limit, reading shared memory only, and reports whether
 // something turned up.
 func (l *Loop) spin() bool {
 	if l.ring.Pending() > 0 {

@@ -147,7 +147,7 @@ func Assign(req Request, granted, loops int) Assignment {
 func (a *Assignment) OwnerOf(qid int) int { return a.Owner[qid-1] }
 
 // QueueOf is the queue to which loop l sends requests of class c, and whether the
-// loop has to hand them over to another one, which drives that queue. The plan has
+// loop must hand them over to another one, which drives that queue. The plan has
 // at least one queue.
 func (a *Assignment) QueueOf(l int, c Class) (qid int, handOver bool) {
 	qid = a.Queue[l][c]

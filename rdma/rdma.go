@@ -1,36 +1,36 @@
 // Package rdma defines the RDMA verbs and the RDMA connection manager as far as this
-// module needs them: interfaces, work requests, completions and errors. The providers
-// implement it: rdma/verbs with libibverbs and librdmacm, rdma/roce with RoCEv2 over
-// UDP, and rdma/rdmatest in process.
+// module needs them: interfaces, work requests, completions and errors. Three providers
+// implement it: rdma/verbs with libibverbs and librdmacm, rdma/roce with RoCEv2 over UDP,
+// and rdma/rdmatest within the process.
 //
 // # Ownership
 //
-// Registered memory is allocated by the provider, off the Go heap, and stays
-// mapped and pinned until MR.Close. Objects close in the reverse order of
-// their making: ID.Close (which destroys its QP) before the CQs and MRs that
-// the QP used, those before the PD. In another order, Close works or gives EBUSY,
-// and changes nothing then. Of what was closed, or belongs to a provider that was,
-// every method gives an error (ErrClosed) or does nothing, but for MR.Bytes, whose
-// memory is gone. No number of a descriptor is used after its end.
+// The provider allocates registered memory off the Go heap. It stays mapped and pinned
+// until MR.Close. Close objects in the reverse order of their creation: the ID (which
+// destroys its QP) before the CQs and MRs that the QP used, and those before the PD. In
+// another order, Close works, or changes nothing and returns EBUSY. After Close of an
+// object or of its provider, every method returns an error (ErrClosed) or does nothing,
+// except that the memory of MR.Bytes is gone. A provider never uses a descriptor number
+// after it closed the descriptor.
 //
 // # Concurrency
 //
-// PostSend of a QP is called by one goroutine at a time, and so is PostRecv. Poll, Arm
-// and Ack of a CQ are called by one goroutine at a time. All other methods may be called
-// from any goroutine. None of the five allocates memory.
+// One goroutine at a time may call PostSend of a QP, and one at a time PostRecv. One
+// goroutine at a time may call Poll, Arm and Ack of a CQ. Any goroutine may call all other
+// methods. These five methods allocate no memory.
 //
 // # Hazards
 //
 //  1. When a QP leaves the ready state because of an error, its outstanding work
-//     requests complete with WCFlushErr, in any order. The peer may write to memory
-//     whose key it has until QP.Fail has returned (rdma/verbs names an exception).
+//     requests complete with WCFlushErr, in any order. Until QP.Fail has returned, the
+//     peer may write to memory whose key it has (rdma/verbs documents an exception).
 //  2. A CQ event is one 8-byte read from CQ.FD. The reader of n events must call
 //     Ack(n) before Close, or Close waits forever.
 //  3. Call Arm before the last Poll, not after it: a completion that arrives between
-//     Poll and Arm makes no event.
-//  4. The slot of a send work request is free again when a completion of it, or of a
-//     later one, was polled. So at least one of any MaxSendWR consecutive work
-//     requests must be signaled.
+//     Poll and Arm causes no event.
+//  4. The slot of a send work request becomes free when the completion of that request,
+//     or of a later one, has been polled. So at least one of any MaxSendWR consecutive
+//     work requests must be signaled.
 package rdma
 
 import (
@@ -40,62 +40,62 @@ import (
 	"net/netip"
 )
 
-// Provider makes connections. Name is what --provider and the logs call it.
+// Provider makes connections.
 type Provider interface {
+	// Name returns the name that --provider and the logs use.
 	Name() string
-	// Resolve finds the device and the route that lead to remote (a unicast
-	// address and port). A valid local binds the source address; its port is
-	// ignored. ctx bounds both steps. tos < 0 leaves the type of service.
-	// Errors: *StepError.
+	// Resolve finds the device and the route to remote, a unicast address and port. If
+	// local is valid, it is the source address. ctx limits both steps. A tos < 0 keeps
+	// the default type of service. Errors are of type *StepError.
 	Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (ID, error)
-	// Listen accepts connections to addr; a port of 0 picks one.
+	// Listen listens for connections to addr. If the port is 0, it chooses one.
 	Listen(addr netip.AddrPort, backlog int) (Listener, error)
 }
 
 // ID is a connection identifier (rdma_cm_id): first resolved or requested,
 // then given a QP, then connected.
 type ID interface {
-	// Device is the RDMA device that the route goes through. It stays open as
-	// long as any ID on it.
+	// Device returns the RDMA device of the route. It stays open as long as any ID on
+	// it.
 	Device() Device
 	LocalAddr() netip.AddrPort
 	RemoteAddr() netip.AddrPort
-	// PrivateData is what came with the peer's connect request (on an accepted
-	// ID, before Accept), at most 56 bytes for the RC service. Here as in
-	// answers and rejects it may come padded with zeros.
+	// PrivateData returns the private data of the peer's connect request, at most 56
+	// bytes for the RC service. Call it on an ID from a Listener, before Accept. Private
+	// data of requests, answers and rejects may be padded with zeros.
 	PrivateData() []byte
 	// CreateQP makes the one reliable-connected QP of this ID.
 	CreateQP(pd PD, cfg QPConfig) (QP, error)
-	// Connect sends the request and waits for the answer: the peer's private
-	// data, or *RejectError, or *StepError. Receives should be posted before.
+	// Connect sends the request, waits for the answer, and returns the peer's private
+	// data. Errors are of type *RejectError or *StepError. Post receives before.
 	Connect(ctx context.Context, p ConnParam) (private []byte, err error)
-	// Accept answers a request that a Listener gave, and waits until the
-	// connection is established. Until then nothing shows that the peer exists:
-	// memory that is needed only afterwards is better allocated afterwards. The
-	// error says so if the peer does not answer, or if the provider ends the
-	// handshake to make room for others; then Close is left to call.
+	// Accept answers a request from a Listener, and waits until the connection is
+	// established. Until then nothing proves that the peer exists, so allocate memory
+	// for the connection afterwards if possible. Accept returns an error if the peer
+	// does not answer, or if the provider ends the handshake in favor of others. The
+	// caller must still call Close.
 	Accept(ctx context.Context, p ConnParam) error
-	// Reject refuses a request that a Listener gave, with at most 148 bytes.
+	// Reject refuses a request from a Listener. private has at most 148 bytes.
 	Reject(private []byte) error
-	// Events gives what happens to an established connection. The channel is
-	// buffered, never blocks the provider (later events are dropped, the first
-	// is kept), and is closed by Close.
+	// Events returns the channel of the events of an established connection. The channel
+	// is buffered and never blocks the provider: it keeps the first event and drops later
+	// ones when it is full. Close closes it.
 	Events() <-chan Event
-	// Disconnect asks for an orderly end (DREQ); it does not wait for the
-	// answer. The local QP goes to the error state.
+	// Disconnect sends a disconnect request (DREQ) and does not wait for the answer. The
+	// local QP goes to the error state.
 	Disconnect() error
-	// Close destroys the QP and the ID. It is idempotent, and bounded even
-	// with a silent peer.
+	// Close destroys the QP and the ID. It is idempotent, and its time is limited even if
+	// the peer is silent.
 	Close() error
 }
 
-// Listener accepts connection requests. How many handshakes may be unfinished is the
-// provider's to bound (roce.Config.MaxHalfOpen); how many connections may be established is
-// the caller's.
+// Listener accepts connection requests. The provider limits the number of unfinished
+// handshakes (roce.Config.MaxHalfOpen); the caller limits the number of established
+// connections.
 type Listener interface {
 	Addr() netip.AddrPort
-	// Accept waits for the next request. The ID still has to be answered with
-	// Accept or Reject.
+	// Accept waits for the next request. The caller must answer it with ID.Accept or
+	// ID.Reject.
 	Accept(ctx context.Context) (ID, error)
 	Close() error
 }
@@ -104,8 +104,8 @@ type Listener interface {
 // (rdma_conn_param).
 type ConnParam struct {
 	PrivateData        []byte // at most 56 bytes in a request, 196 in an answer
-	ResponderResources uint8  // RDMA READs of the peer that we serve at a time
-	InitiatorDepth     uint8  // RDMA READs that we have outstanding at a time
+	ResponderResources uint8  // largest number of concurrent RDMA READs of the peer
+	InitiatorDepth     uint8  // largest number of concurrent RDMA READs to the peer
 	RetryCount         uint8  // 0..7
 	RNRRetryCount      uint8  // 0..7, 7 = for ever
 	FlowControl        bool
@@ -137,7 +137,7 @@ func (t EventType) String() string {
 	return fmt.Sprintf("event %d", t)
 }
 
-// Event is one connection event; Detail is the provider's own word for it.
+// Event is one connection event. Detail describes it in the provider's own terms.
 type Event struct {
 	Type   EventType
 	Detail string
@@ -166,15 +166,16 @@ type Device interface {
 	CreateCQ(entries int, events bool, vector int) (CQ, error)
 }
 
-// Access are the rights on a memory region; local read is always given.
+// Access is the set of rights on a memory region. Local read is always allowed.
 type Access uint8
 
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
 //
-// AccessRemoteInvalidate lets the peer end the remote key, by SEND with invalidate. The
-// region then has none until ReregisterMR. Without it, such a SEND ends the connection with a remote
-// access error, and the key stays: a peer may only take back what it was offered (IBTA vol 1,
-// 10.6.7.2). A provider that cannot do it for ordinary regions gives ErrUnsupported.
+// AccessRemoteInvalidate allows the peer to invalidate the remote key by SEND with
+// invalidate. The region then has no remote key until ReregisterMR. Without this right, such
+// a SEND ends the connection with a remote access error, and the key stays valid (IBTA vol
+// 1, 10.6.7.2). A provider that does not support the right for ordinary regions returns
+// ErrUnsupported.
 const (
 	AccessLocalWrite Access = 1 << iota
 	AccessRemoteRead
@@ -184,13 +185,12 @@ const (
 
 // PD is a protection domain.
 type PD interface {
-	// AllocMR maps length bytes (rounded up to pages), populates and
-	// registers them.
+	// AllocMR maps length bytes, rounded up to pages, populates them and registers them.
 	AllocMR(length int, access Access) (MR, error)
-	// ReregisterMR registers a region of another domain of this provider here
-	// instead, perhaps on another device: the same memory at the same address
-	// with the same rights, and new keys. Nothing may use the region meanwhile.
-	// On an error it is where it was. A region may have been Released before.
+	// ReregisterMR moves a region from another domain of this provider, perhaps on
+	// another device, to this domain. Memory, address and rights stay the same, and the
+	// keys are new. The region must not be in use. On an error it stays in its old
+	// domain. The region may have been released before.
 	ReregisterMR(mr MR) error
 	Close() error
 }
@@ -198,17 +198,17 @@ type PD interface {
 // MR is a registered memory region.
 type MR interface {
 	Bytes() []byte // off the Go heap, page aligned, zeroed at first
-	Addr() uint64  // address to name in an SGE or to the peer
+	Addr() uint64  // address for an SGE or for the peer
 	LKey() uint32
 	RKey() uint32
-	// Release ends the registration and keeps the memory, until ReregisterMR
-	// registers it again. Idempotent.
+	// Release ends the registration and keeps the memory, so that ReregisterMR can
+	// register it again. It is idempotent.
 	Release() error
 	Close() error
 }
 
-// QPConfig sizes a queue pair. Every send WR states itself whether it is
-// signaled.
+// QPConfig holds the sizes of a queue pair. Each send work request has its own Signaled
+// flag.
 type QPConfig struct {
 	SendCQ, RecvCQ CQ
 	MaxSendWR      int
@@ -220,13 +220,13 @@ type QPConfig struct {
 // QP is a reliable-connected queue pair.
 type QP interface {
 	Num() uint32
-	// PostSend posts wrs in order and says how many were taken; all of them
-	// unless err. The slice is the caller's again when it returns.
+	// PostSend posts wrs in order and returns the number of posted work requests, which is
+	// less than len(wrs) only if err is not nil. It does not keep the slice.
 	PostSend(wrs []SendWR) (int, error)
 	PostRecv(wrs []RecvWR) (int, error)
-	// Fail moves the QP to the error state: outstanding work requests will
-	// complete with WCFlushErr. When it returns, the peer can no longer read
-	// or write our memory through this QP. Idempotent.
+	// Fail moves the QP to the error state. Outstanding work requests complete with
+	// WCFlushErr. When Fail returns, the peer can no longer read or write local memory
+	// through this QP. It is idempotent.
 	Fail() error
 }
 
@@ -256,7 +256,7 @@ type SendWR struct {
 	RKey       uint32 // Write, Read; the key to invalidate for SendInvalidate
 	Op         SendOp
 	Signaled   bool
-	NumSGE     uint8 // 0..2; 0 carries no bytes, and a Write of none needs no key
+	NumSGE     uint8 // 0..2; with 0 there is no data, and a Write needs no key
 	SGE        [2]SGE
 }
 
@@ -269,7 +269,7 @@ type RecvWR struct {
 // WCStatus is the outcome of a work request (ibv_wc_status, same numbers).
 type WCStatus uint8
 
-// Outcomes that callers tell apart; String knows all.
+// Outcomes that callers distinguish. String names all of them.
 const (
 	WCSuccess      WCStatus = 0
 	WCLocalProt    WCStatus = 4
@@ -295,14 +295,15 @@ func (s WCStatus) String() string {
 	return fmt.Sprintf("work completion status %d", s)
 }
 
-// WCFlags say what came with a receive.
+// WCFlags are the flags of a receive completion.
 type WCFlags uint8
 
-// WCWithInvalidate says that the peer invalidated our key WC.InvalidatedKey.
+// WCWithInvalidate is set if the peer invalidated the local region's key
+// WC.InvalidatedKey.
 const WCWithInvalidate WCFlags = 1
 
-// WC is a work completion. With Status != WCSuccess only ID, Status, QPNum and
-// Vendor mean anything.
+// WC is a work completion. If Status is not WCSuccess, only ID, Status, QPNum and Vendor
+// are valid.
 type WC struct {
 	ID             uint64
 	Bytes          uint32 // received bytes, receives only
@@ -316,34 +317,35 @@ type WC struct {
 
 // CQ is a completion queue.
 type CQ interface {
-	// Poll fills wcs and says how many; 0 when there is none.
+	// Poll stores completions in wcs and returns their number, which may be 0.
 	Poll(wcs []WC) (int, error)
-	// Arm asks for one event at the next completion. Error on a CQ without events.
+	// Arm requests one event at the next completion. It fails on a CQ without events.
 	Arm() error
-	// FD is non-blocking; each event is one 8-byte read. -1 without events, and after Close.
+	// FD returns a non-blocking descriptor; each event is one 8-byte read. It returns -1
+	// on a CQ without events, and after Close.
 	FD() int
-	// Ack accounts for n events that were read from FD.
+	// Ack acknowledges n events that were read from FD.
 	Ack(n int)
 	Close() error
 }
 
 // Receiver is a CQ of a provider that handles packets in this process. The goroutine
-// that polls it can take the packets too, instead of being woken by the provider after
-// the provider took them.
+// that polls the CQ can take the packets itself. Otherwise the provider takes them and
+// then wakes that goroutine.
 type Receiver interface {
 	CQ
-	// PacketFD is readable when there are packets for the CQ's QP; the caller waits
-	// for that and does not read. It is -1 if several QPs share the packets, which the
-	// provider takes then, and after Close. Until Close it stays the caller's to wait
-	// for, even if the QP or the provider is closed.
+	// PacketFD returns a descriptor that is readable when there are packets for the CQ's
+	// QP. The caller may wait for that, but must not read. It is -1 after Close, and if
+	// several QPs share the packets, because then the provider takes them. Until Close
+	// the caller may wait for the descriptor, even if the QP or the provider is closed.
 	PacketFD() int
-	// Receive takes packets that are there, a bounded number; the provider takes the
-	// others. Work requests that they complete make no event, so call Poll next. It
-	// counts as a Poll for the rule of one goroutine at a time.
+	// Receive takes a limited number of packets; the provider takes the others. Work
+	// requests that these packets complete cause no event, so call Poll next. Receive
+	// counts as Poll for the rule of one goroutine at a time.
 	Receive()
-	// Receiving tells the provider whether the caller will call Receive when PacketFD
-	// is readable. Without that, and when no call has come for a second, the provider
-	// takes the packets. Any goroutine.
+	// Receiving tells the provider whether the caller will call Receive when PacketFD is
+	// readable. If it is off, or if Receive has not been called for a second, the provider
+	// takes the packets. Any goroutine may call it.
 	Receiving(on bool)
 }
 
@@ -351,7 +353,7 @@ type Receiver interface {
 type StepError struct {
 	Step string // "resolve address", "resolve route", "connect", "accept", …
 	Peer netip.AddrPort
-	Err  error // what the library said, or the context's error
+	Err  error // error of the library or of the context
 }
 
 func (e *StepError) Error() string { return fmt.Sprintf("%s %s: %v", e.Step, e.Peer, e.Err) }
@@ -360,7 +362,7 @@ func (e *StepError) Unwrap() error { return e.Err }
 // RejectError is a connect request that the peer refused.
 type RejectError struct {
 	Peer    netip.AddrPort
-	Reason  int    // IBTA CM REJ reason; 8 = nobody listens, 10 = stale connection, 28 = by the consumer
+	Reason  int    // IBTA CM REJ reason; 8 = no listener, 10 = stale connection, 28 = by the consumer
 	Private []byte // the consumer's private data, only with Reason 28
 }
 
@@ -368,7 +370,7 @@ func (e *RejectError) Error() string {
 	return fmt.Sprintf("connect %s: rejected: %s", e.Peer, RejectReason(e.Reason))
 }
 
-// Reject reasons that callers tell apart (IBTA vol 1, 12.6.7.2).
+// Reject reasons that callers distinguish (IBTA vol 1, 12.6.7.2).
 const (
 	RejectInvalidServiceID = 8
 	RejectStaleConnection  = 10
@@ -390,7 +392,7 @@ var rejectReasons = map[int]string{
 	32: "invalid flow label", 33: "invalid alternate flow label",
 }
 
-// RejectReason is the text of a CM REJ reason code.
+// RejectReason returns the text of a CM REJ reason code.
 func RejectReason(code int) string {
 	if s, ok := rejectReasons[code]; ok {
 		return s

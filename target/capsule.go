@@ -51,7 +51,7 @@ func (q *queuePair) completion(data extent) (wr rdma.SendWR, at int) {
 // is signaled.
 const lazyLimit = 8
 
-// signaled says whether the SEND of the next completion is signaled. Its work
+// signaled reports whether the SEND of the next completion is signaled. Its work
 // completion confirms all completions before it too, and frees their chunks and ring
 // entries. So it may be unsignaled only while there are enough of both for any
 // command.

@@ -7,7 +7,7 @@ import (
 
 const dnr = nvme.StatusDNR
 
-// begin begins a command. It returns false if the command has to wait for chunks or
+// begin begins a command. It returns false if the command must wait for chunks or
 // for a ring entry; the caller tries again later.
 func (q *queuePair) begin(i int) bool {
 	r := &q.reqs[i]
@@ -138,7 +138,7 @@ func (q *queuePair) arrived(i int) []byte {
 }
 
 // reply completes a command with data, padded with zeroes to length. The length of
-// the data descriptor has to be the same.
+// the data descriptor must be the same.
 func (q *queuePair) reply(i int, data []byte, length uint64) {
 	r := &q.reqs[i]
 	if uint64(r.length) != length {

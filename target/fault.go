@@ -37,7 +37,7 @@ func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
 	return slices.Contains(m.Opcodes, cmd.Opcode())
 }
 
-// Corruption is what is wrong with the completion or the data of a command.
+// Corruption is the way in which the completion or the data of a command is wrong.
 type Corruption uint8
 
 // Corruptions.
@@ -108,7 +108,7 @@ type rule struct {
 	seen int
 }
 
-// strikes counts a command that matches, and says whether the fault applies to it.
+// strikes counts a command that matches, and reports whether the fault applies to it.
 func (r *rule) strikes() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -221,7 +221,7 @@ func (f *Faults) HideNamespaces(d time.Duration) {
 	}
 }
 
-// Hidden says whether namespaces are hidden.
+// Hidden reports whether namespaces are hidden.
 func (f *Faults) Hidden() bool { return f.hidden.Load() }
 
 // judge applies the first fault that matches a command. It returns true if the

@@ -21,7 +21,7 @@ type File struct {
 
 // FileConfig says how OpenFile opens a file.
 type FileConfig struct {
-	// ReadOnly opens for reading only; the namespace has to be read-only then, too.
+	// ReadOnly opens for reading only; the namespace must be read-only then, too.
 	ReadOnly bool
 	// Shared allows others that say so to have the file open at the same time.
 	// Without it a file is used by one namespace, or by read-only ones, and a block
@@ -112,16 +112,16 @@ func (f *File) control(op func(fd int) error) error {
 	return err
 }
 
-// Path is where the file is, without symbolic links.
+// Path returns the path of the file, without symbolic links.
 func (f *File) Path() string { return f.path }
 
-// Device says whether it is a block device, whose size cannot be changed.
+// Device reports whether it is a block device, whose size cannot be changed.
 func (f *File) Device() bool {
 	info, err := f.file.Stat()
 	return err == nil && info.Mode().Type() == fs.ModeDevice
 }
 
-// Resize changes the size of a file; what is added reads as zeroes.
+// Resize changes the size of a file; the added part reads as zeroes.
 func (f *File) Resize(size int64) error {
 	if err := f.file.Truncate(size); err != nil {
 		return fmt.Errorf("resize store: %w", err)

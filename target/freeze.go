@@ -60,7 +60,7 @@ func (f *Faults) end(z *freeze) {
 	close(z.thawed)
 }
 
-// Frozen says whether the target is frozen.
+// Frozen reports whether the target is frozen.
 func (f *Faults) Frozen() bool { return f.frozen.Load() != nil }
 
 // awaitThaw waits until the target is not frozen; false if ctx ends first.

@@ -84,7 +84,7 @@ func (n *Namespace) within(slba, nlb uint64) bool {
 
 func (n *Namespace) offset(slba uint64) int64 { return int64(slba << n.shift) }
 
-// durable says whether a write has to be on stable media when it completes.
+// durable reports whether a write must be on stable media when it completes.
 func (q *queuePair) durable(cmd *nvme.Command) bool { return cmd.FUA() || q.ctrl.cacheOff.Load() }
 
 // read carries out a Read. Data and completion are posted together.

@@ -170,7 +170,7 @@ func (q *queuePair) complete(wc *rdma.WC) error {
 	return nil
 }
 
-// keepsAlive says whether a command restarts the keep alive timer.
+// keepsAlive reports whether a command restarts the keep alive timer.
 func (q *queuePair) keepsAlive(i int) bool {
 	return !q.target.cfg.CommandKeepAlive || q.qid == 0 && q.command(i).Opcode() == nvme.AdminKeepAlive
 }

@@ -143,7 +143,7 @@ func (n *Namespace) Resize(ctx context.Context, size int64, change func() error)
 	return err
 }
 
-// ReadOnly says whether the namespace is protected from changes.
+// ReadOnly reports whether the namespace is protected from changes.
 func (n *Namespace) ReadOnly() bool { return n.readOnly.Load() }
 
 // SetReadOnly sets or clears write protection and notifies the hosts, like the

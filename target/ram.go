@@ -21,7 +21,7 @@ type RAM struct {
 	mapping *mapping
 }
 
-// mapping is the memory of a RAM, which has to be unmapped when nobody uses it.
+// mapping is the memory of a RAM, which must be unmapped when nobody uses it.
 type mapping struct {
 	pages []byte // whole pages; nil: none
 	data  []byte // the part that is the store
@@ -66,7 +66,7 @@ func (r *RAM) Close() error {
 	return r.mapping.unmap()
 }
 
-// Resize changes the size (0..MaxRAM); what is added reads as zeroes. The
+// Resize changes the size (0..MaxRAM); the added part reads as zeroes. The
 // namespace takes notice in [Namespace.Revalidate]. After an error the size is what it was.
 func (r *RAM) Resize(size int64) error {
 	if size < 0 || size > MaxRAM {

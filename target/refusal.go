@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// refusal is why a Connect is refused, and what its host is told.
+// refusal is the reason for refusing a Connect, and the status for the host.
 type refusal struct {
 	status nvme.Status
 	result uint64

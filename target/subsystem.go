@@ -67,7 +67,7 @@ func (c *SubsystemConfig) setDefaults() error {
 	return nil
 }
 
-// printable says whether s consists of printable ASCII characters, as Identify
+// printable reports whether s consists of printable ASCII characters, as Identify
 // requires.
 func printable(s string) bool {
 	return !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })

@@ -145,7 +145,7 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
-// fits says whether d can be written as a 16-bit number of units.
+// fits reports whether d can be written as a 16-bit number of units.
 func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <= math.MaxUint16 }
 
 // Target listens on one address.
@@ -203,10 +203,10 @@ func New(cfg Config) (*Target, error) {
 // Start begins to answer connect requests. Later calls do nothing.
 func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
 
-// Addr is the address that the target listens on.
+// Addr returns the address on which the target listens.
 func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }
 
-// Faults are the faults of this target.
+// Faults returns the faults of this target.
 func (t *Target) Faults() *Faults { return &t.faults }
 
 // Close ends all connections and waits until nothing of the target runs.

@@ -33,7 +33,7 @@ type Config struct {
 	// second device on the same loops wants it set: its queues have the same
 	// CPUs anyway.
 	KeepAffinity bool
-	// Log hears of changes of state; nil is nobody.
+	// Log receives changes of state. If it is nil, nothing is logged.
 	Log *slog.Logger
 }
 

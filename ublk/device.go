@@ -324,7 +324,7 @@ func (d *Device) ID() int { return d.info.ID }
 // Path is the block device's node. Partitions are beside it.
 func (d *Device) Path() string { return d.info.Path() }
 
-// Info is what the driver granted when the device was added. State and PID are
+// Info returns what the driver granted when the device was added. State and PID are
 // those of that moment; Get asks again.
 func (d *Device) Info() Info { return d.info }
 
@@ -336,7 +336,7 @@ func (d *Device) Features() Features { return d.info.Features }
 func (d *Device) Done() <-chan struct{} { return d.done }
 
 // Err says why the device ended, once Done is closed: nil after Stop;
-// ErrStopped if somebody else stopped or deleted it; the error of a queue or a
+// ErrStopped if another process stopped or deleted it; the error of a queue or a
 // loop. Before, it is nil.
 func (d *Device) Err() error {
 	select {
@@ -347,7 +347,7 @@ func (d *Device) Err() error {
 	}
 }
 
-// Snapshot is what the queues have counted, to the last batch of each.
+// Snapshot returns the counters of the queues, up to the last batch of each.
 func (d *Device) Snapshot() Stats {
 	s := Stats{Queues: make([]QueueStats, len(d.serves))}
 	for i, q := range d.serves {

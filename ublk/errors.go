@@ -18,6 +18,6 @@ var (
 	ErrNotOurs = errors.New("ublk device is not ours")
 	// ErrBusy: the device is in use.
 	ErrBusy = errors.New("ublk device is in use")
-	// ErrStopped: somebody else stopped or deleted the device.
+	// ErrStopped: another process stopped or deleted the device.
 	ErrStopped = errors.New("ublk device was stopped from outside")
 )

@@ -34,7 +34,7 @@ var featureNames = [...]string{
 	"NO_AUTO_PART_SCAN", "SHMEM_ZC", "IO_DESC_SIZE",
 }
 
-// Has says whether all flags of want are there.
+// Has reports whether all flags of want are there.
 func (f Features) Has(want Features) bool { return f&want == want }
 
 // String lists the names, separated by blanks.

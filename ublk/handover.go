@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// drainTime is what requests in flight get to end before the process does.
-// Those that do not are sent again by the next server.
+// drainTime is the time that requests in flight get to end before the process ends.
+// The next server sends the others again.
 const drainTime = 500 * time.Millisecond
 
 // HandOver ends the service for another process that Recovers the device: new

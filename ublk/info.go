@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// State is what a device is doing.
+// State is the state of a device.
 type State uint16
 
 // States, UBLK_S_DEV_*.
@@ -37,7 +37,7 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", uint16(s))
 }
 
-// Info is what the driver says of a device.
+// Info is the driver's description of a device.
 type Info struct {
 	ID       int
 	State    State
@@ -55,7 +55,7 @@ type Info struct {
 // Path is the block device's node.
 func (i Info) Path() string { return blockPath(i.ID) }
 
-// Ours says whether this package added the device, in this or in another
+// Ours reports whether this package added the device, in this or in another
 // process: the upper half of its Cookie is ours, the lower half is random, so
 // that a device is told from another that got its number later.
 func (i Info) Ours() bool { return i.Cookie>>32 == cookieMagic }
@@ -96,7 +96,8 @@ func GetFeatures(ctx context.Context) (Features, error) {
 	return f, errors.Join(err, c.close())
 }
 
-// Get is what the driver says of device id; ErrNoDevice if there is none.
+// Get returns the driver's description of device id. The error is ErrNoDevice if it does
+// not exist.
 func Get(ctx context.Context, id int) (Info, error) {
 	c, err := openControl()
 	if err != nil {
@@ -118,7 +119,7 @@ func List(ctx context.Context) ([]Info, error) {
 }
 
 // Remove deletes a device of ours whose server died: info is what List or Get
-// said of it. It touches nothing else: ErrNotOurs if somebody else's program
+// said of it. It touches nothing else: ErrNotOurs if another program
 // added the device, or if it is another one by now; ErrBusy if it is served,
 // about to be, or waits for a server; ErrNoDevice if it is gone.
 //

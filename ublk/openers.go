@@ -22,9 +22,9 @@ func claim(id int) (fd int, err error) {
 	return fd, err
 }
 
-// InUse is ErrBusy if somebody uses the block device, as far as claim can see;
-// nil if nobody does, or if the disk is gone. Stop without force looks itself.
-// This is for who has to know it of several devices before stopping the first.
+// InUse returns ErrBusy if the block device is in use, as far as claim can see, and
+// nil if it is not in use or if the disk is gone. Stop without force checks this itself.
+// InUse serves callers that check several devices before they stop the first.
 // Openers that are about to go, as udev's do, are waited for, for half a second.
 func (d *Device) InUse() error {
 	for patience := time.Now().Add(busyPatience); ; time.Sleep(busyBackoff) { //nolint:forbidigo // the kernel has no event for it

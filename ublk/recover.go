@@ -126,7 +126,7 @@ func (d *Device) takeOver(ctx context.Context, g block.Geometry) (told paramBasi
 	}
 }
 
-// served says whether a process exists and is more than a zombie: one that
+// served reports whether a process exists and is more than a zombie: one that
 // ended has closed its files, or is about to.
 func served(pid int) bool {
 	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
@@ -171,7 +171,7 @@ func mismatch(told *paramBasic, g block.Geometry) error {
 // one: what its users wait for fails. Without force, a device that somebody
 // uses is left alone. info is what List or Get said of it.
 //
-// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if somebody uses it or if
+// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if it is in use or if
 // it has a server.
 func Abandon(ctx context.Context, info Info, force bool) error {
 	c, err := openControl()

@@ -28,7 +28,7 @@ const (
 //
 // With force users get I/O errors, and the device number is free only when the
 // last of them has closed the block device. In either case requests in flight are
-// waited for, so a back end that does not answer has to fail its requests
+// waited for, so a back end that does not answer must fail its requests
 // first.
 //
 // When ctx is done Stop gives up, with an error that names the step; whatever
@@ -64,7 +64,7 @@ func (d *Device) stop(ctx context.Context, force bool) error {
 	return d.clear(ctx)
 }
 
-// stopUnused stops the disk unless somebody uses it.
+// stopUnused stops the disk unless it is in use.
 func (d *Device) stopUnused(ctx context.Context) error {
 	patience := time.After(busyPatience)
 	for {
@@ -164,7 +164,7 @@ func (d *Device) finish(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// dead says whether the queue's loop has ended.
+// dead reports whether the queue's loop has ended.
 func (s *serving) dead() bool {
 	select {
 	case <-s.loop.Done():

@@ -194,7 +194,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	return errors.Join(errs...)
 }
 
-// serves says whether a device, or the server itself, has a name.
+// serves reports whether a device, or the server itself, has a name.
 func serves(r state.Record, name string) bool {
 	name = strings.TrimPrefix(name, "/dev/")
 	return r.Name == name || slices.ContainsFunc(r.Devices, func(d state.Device) bool {

@@ -17,8 +17,7 @@ func newGC(runDir dirFunc) *cobra.Command {
 		Long: `Removes ublk devices whose server died and that cannot be recovered, and the records
 of servers that no longer exist. Only devices that this program added are removed.
 Devices that wait for a server are kept (recover starts one, disconnect removes
-them), and so are sockets whose clients may wait for one, and devices that somebody
-has open.`,
+them), and so are sockets whose clients may wait for a server, and open devices.`,
 		Args: cobra.NoArgs,
 		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

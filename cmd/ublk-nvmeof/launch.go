@@ -61,7 +61,7 @@ type reporter struct{ file *os.File }
 // logs names the server's log.
 func (r *reporter) logs(path string) error { return r.send(report{Log: path}) }
 
-// ready tells that the devices are usable. A server that cannot tell has to end,
+// ready tells that the devices are usable. A server that cannot tell must end,
 // because nobody would know of its devices.
 func (r *reporter) ready(s control.Status) error {
 	return errors.Join(r.send(report{Status: &s}), r.close())
@@ -191,7 +191,7 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, memory))
 }
 
-// memory says whether the kernel killed a process while a server was starting.
+// memory reports whether the kernel killed a process while a server was starting.
 type memory uint8
 
 const (

@@ -34,14 +34,14 @@ func newTarget(runDir dirFunc) *cobra.Command {
 		Use:   "target -n NQN --namespace ram=SIZE",
 		Short: "Run an NVMe over RDMA target for tests and demonstrations",
 		Long: `Serves namespaces in memory, in files or on block devices to hosts. With an RDMA
-device, every host can connect. Without one, hosts that speak RoCEv2 can, such as
-connect --provider roce on any machine. The target needs no kernel module, and
-without an RDMA device no privilege. SIGTERM or SIGINT ends it; in the background
-it ignores SIGHUP.
+device, every host can connect. Without one, hosts that speak RoCEv2 can connect,
+such as "connect --provider roce" on any machine. The target needs no kernel module,
+and without an RDMA device it needs no privilege. SIGTERM or SIGINT ends it; in the
+background it ignores SIGHUP.
 
-The commands below change a target while it runs, and make it misbehave. --target
-says which target is meant if several are running. Hosts are told of a change as
-the specification says. They see a new limit of queues when they connect again.`,
+The commands below change a running target or make it misbehave. If several targets
+run, --target selects one. Hosts are notified of changes as the specification
+requires. They see a new queue limit when they connect again.`,
 		Args: cobra.NoArgs,
 		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
 	}
@@ -71,8 +71,8 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	signals := endSignals
 	if x.readyFD >= 0 {
 		unix.CloseOnExec(x.readyFD)
-		// The flags, with their relative paths, have been read. It must not keep a file
-		// system busy.
+		// Relative paths of the flags have been resolved. The target must not keep a
+		// file system busy.
 		if err := os.Chdir("/"); err != nil {
 			return err
 		}
@@ -109,7 +109,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 }
 
 // startTarget runs the same command line in a session of its own, and returns
-// when the target is ready. What goes wrong before that, the target says itself.
+// when the target is ready. Until then the target reports errors itself.
 func startTarget(cmd *cobra.Command, dir string) error {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -132,7 +132,7 @@ func startTarget(cmd *cobra.Command, dir string) error {
 	}
 	err = errors.Join(err, c.Wait())
 	if code := c.ProcessState.ExitCode(); code > 0 {
-		return exit.Errorf(exit.Code(code), "it did not start")
+		return exit.Errorf(exit.Code(code), "the target did not start")
 	}
 	return fmt.Errorf("start target: %w", err)
 }

@@ -111,12 +111,12 @@ func TestTarget(t *testing.T) {
 		{"namespace add ram=1000B -n nqn.a", "no multiple of the block size", exit.Other},
 		{"namespace resize 1 1PiB -n nqn.a", "exceed the limit", exit.Usage},
 		{"namespace resize 1 1EiB -n nqn.a", "want at most 1.0 PiB", exit.Usage},
-		{"namespace hide 0", "want one like 10s", exit.Usage},
-		{"freeze 2h", "want one like 10s", exit.Usage},
+		{"namespace hide 0", "want a duration like 10s", exit.Usage},
+		{"freeze 2h", "want a duration like 10s", exit.Usage},
 		{"drop --qid 70000", "want a number, 0 to 65535", exit.Usage},
 		{"drop --qid 1 -n nqn.a", "want --nqn or --qid", exit.Usage},
 		{"ana 33 change -n nqn.a", "ana group 33", exit.Usage},
-		{"stall on --target target9", "no target target9 runs; there is target0", exit.NotFound},
+		{"stall on --target target9", "no target target9 runs; running targets: target0", exit.NotFound},
 	} {
 		if _, errs, code := un(strings.Fields(tt.args)...); code != tt.code || !strings.Contains(errs, tt.want) {
 			t.Errorf("%s: exit code %d, %s", tt.args, code, errs)

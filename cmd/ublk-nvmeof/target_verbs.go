@@ -17,17 +17,17 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// changeTime is what a target gets to carry out a request.
+// changeTime is the time limit for a target to carry out a request.
 const changeTime = 10 * time.Second
 
-// remote is a verb that asks a running target for something.
+// remote is a verb that sends a request to a running target.
 type remote struct {
 	runDir dirFunc
-	target string // its name; empty: the only one
+	target string // name of the target; empty: the only one that runs
 	nqn    string
 }
 
-// find finds the target.
+// find returns the run directory and the name of the target.
 func (r *remote) find() (dir, name string, err error) {
 	runDir, err := r.runDir()
 	if err != nil {
@@ -49,10 +49,10 @@ func (r *remote) find() (dir, name string, err error) {
 	case r.target == "":
 		return "", "", exit.Errorf(exit.Usage, "several targets run; want --target %s", strings.Join(names, " or "))
 	}
-	return "", "", exit.Errorf(exit.NotFound, "no target %s runs; there is %s", r.target, strings.Join(names, ", "))
+	return "", "", exit.Errorf(exit.NotFound, "no target %s runs; running targets: %s", r.target, strings.Join(names, ", "))
 }
 
-// gone waits until a target has ended.
+// gone waits until the target has ended.
 func gone(ctx context.Context, dir, name string) error {
 	for {
 		names, err := targetserver.List(dir)
@@ -62,12 +62,13 @@ func gone(ctx context.Context, dir, name string) error {
 		select {
 		case <-time.After(clearRetry):
 		case <-ctx.Done():
-			return exit.Errorf(exit.Timeout, "%s does not end", name)
+			return exit.Errorf(exit.Timeout, "%s did not end in time", name)
 		}
 	}
 }
 
-// change makes a verb of a function that turns arguments into a request.
+// change returns a verb that sends a target the request which a function makes
+// from the arguments.
 func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, request func(r *remote, args []string) (any, error)) *cobra.Command {
 	r := &remote{runDir: runDir}
 	cmd := &cobra.Command{Use: use, Short: short, Long: long, Args: args}
@@ -102,7 +103,7 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 	return cmd
 }
 
-// without hides --nqn where it means nothing.
+// without hides --nqn for a verb that does not use it.
 func without(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().Lookup("nqn").Hidden = true
 	return cmd
@@ -123,32 +124,32 @@ func onOff(text string) (bool, error) {
 	return text == "on", nil
 }
 
-// milliseconds reads a time from 1 ms to an hour; off is 0.
+// milliseconds parses a time from 1 ms to 1 h, or off, which is 0.
 func milliseconds(text string) (int64, error) {
 	if text == "off" {
 		return 0, nil
 	}
 	d, err := time.ParseDuration(text)
 	if err != nil || d < time.Millisecond || d > time.Hour {
-		return 0, fmt.Errorf("time %q: want one like 10s, from 1ms to 1h, or off", text)
+		return 0, fmt.Errorf("time %q: want a duration like 10s, from 1ms to 1h, or off", text)
 	}
 	return d.Milliseconds(), nil
 }
 
-// targetVerbs are the verbs about running targets.
+// targetVerbs returns the verbs that change or list running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	return []*cobra.Command{
 		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir),
 		faultVerb(runDir), clearVerb(runDir), stallVerb(runDir), freezeVerb(runDir), rejectVerb(runDir), refuseVerb(runDir),
-		without(change(runDir, "stop", "End a target in order", "",
+		without(change(runDir, "stop", "End a target", "",
 			cobra.NoArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
 	}
 }
 
 func grantVerb(runDir dirFunc) *cobra.Command {
 	var exactly bool
-	cmd := change(runDir, "grant {N | none}", "Limit the I/O queues that a controller gets",
-		"A host sees it when it connects the next time; target drop makes it. With none a host that asks gets an error.",
+	cmd := change(runDir, "grant {N | none}", "Limit the I/O queues of a controller",
+		"A host sees the new limit when it connects the next time; \"target drop\" makes it connect again.\nWith none, a host that asks for queues gets an error.",
 		cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
 			if args[0] == "none" {
 				return targetserver.GrantRequest{Exactly: true}, nil
@@ -156,26 +157,26 @@ func grantVerb(runDir dirFunc) *cobra.Command {
 			n, err := number("queues", args[0], 1, nvme.MaxQueues)
 			return targetserver.GrantRequest{NQN: r.nqn, Limit: n, Exactly: exactly}, err
 		})
-	cmd.Flags().BoolVar(&exactly, "exactly", false, "so many, whatever the host asks for")
+	cmd.Flags().BoolVar(&exactly, "exactly", false, "grant exactly N queues, whatever number the host requests")
 	return cmd
 }
 
 func dropVerb(runDir dirFunc) *cobra.Command {
 	qid := -1
-	cmd := change(runDir, "drop", "Drop connections", "Of all queues, or of those with one id.",
+	cmd := change(runDir, "drop", "Drop connections", "Drops the connections of all queues, or of the queues with one id.",
 		cobra.NoArgs, func(r *remote, _ []string) (any, error) {
 			if qid < -1 || qid > nvme.MaxQueues {
 				return nil, fmt.Errorf("--qid %d: want a number, 0 to %d", qid, nvme.MaxQueues)
 			}
 			return targetserver.DropRequest{NQN: r.nqn, QID: qid}, nil
 		})
-	cmd.Flags().IntVar(&qid, "qid", -1, "id of the queues, 0 is the admin queue (default: all)")
+	cmd.Flags().IntVar(&qid, "qid", -1, "id of the queues; 0 is the admin queue (default: all queues)")
 	return cmd
 }
 
 func anaVerb(runDir dirFunc) *cobra.Command {
 	return change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
-		"STATE: optimized, non-optimized, inaccessible, persistent-loss or change.",
+		"STATE is optimized, non-optimized, inaccessible, persistent-loss or change.",
 		cobra.ExactArgs(2), func(r *remote, args []string) (any, error) {
 			n, err := number("group", args[0], 1, 1<<32-1)
 			if err == nil {
@@ -188,7 +189,7 @@ func anaVerb(runDir dirFunc) *cobra.Command {
 func namespaceVerbs(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{Use: "namespace", Short: "Add, remove, change and hide namespaces", Args: cobra.NoArgs}
 	cmd.AddCommand(
-		change(runDir, "add NAMESPACE", "Add a namespace", "NAMESPACE: "+options.NamespaceWords+".",
+		change(runDir, "add NAMESPACE", "Add a namespace", "NAMESPACE is "+options.NamespaceWords+".",
 			cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
 				n, err := options.ParseNamespace(args[0])
 				if err != nil {
@@ -221,7 +222,7 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 				return targetserver.ReadOnlyRequest{NQN: r.nqn, NSID: uint32(n), On: on}, err
 			}),
 		without(change(runDir, "hide {TIME | off}", "Hide all namespaces for a time",
-			"Hosts find none, as with a target that opens its port before it adds its namespaces, and\nare notified of each when the time is over.",
+			"Hosts find no namespaces, as with a target that opens its port before it adds its namespaces.\nWhen the time has passed, hosts are notified of each namespace.",
 			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 				ms, err := milliseconds(args[0])
 				return targetserver.HideRequest{Milliseconds: ms}, err
@@ -232,23 +233,23 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 
 const faultExamples = `
 
-The first fault that hits a command counts. For example:
+If several faults match a command, the first one applies. For example:
 
-  target fault opcode=write,count=3,status=0x6        three writes end with "internal error"
-  target fault opcode=read,delay=2s                   reads are slow
+  target fault opcode=write,count=3,status=0x6        three writes fail with "internal error"
+  target fault opcode=read,delay=2s                   each read takes 2 s longer
   target fault opcode=read,disconnect                 each read ends its connection
-  target fault opcode=write,count=1,hold=6s           a write stays inside the store for 6 s and is
-                                                      carried out then, even if its connection ends
-  target fault opcode=read,count=1,status=0x82,crd=1  "not ready", to be retried after CRDT1
-                                                      (target --retry-delays)
-  target fault admin,opcode=keep-alive,drop           keep alive commands get no answer
-  target fault cns=3,status=0x2,dnr                   Identify has no namespace descriptors
+  target fault opcode=write,count=1,hold=6s           one write waits inside the store for 6 s and is
+                                                      then carried out, even if its connection ends
+  target fault opcode=read,count=1,status=0x82,crd=1  one read fails with "not ready", and the host
+                                                      retries it after CRDT1 (target --retry-delays)
+  target fault admin,opcode=keep-alive,drop           Keep Alive commands get no answer
+  target fault cns=3,status=0x2,dnr                   Identify returns no namespace descriptors
   target fault cns=0,nsid=2,status=0x6                namespace 2 cannot be identified
-  target fault cns=1,patch=1792:ffffffff              Identify Controller has a huge IOCCSZ
-  target fault lid=4,count=1,corrupt=lost             the answer to a Get Log Page is lost`
+  target fault cns=1,patch=1792:ffffffff              Identify Controller returns a huge IOCCSZ
+  target fault lid=4,count=1,corrupt=lost             the answer to one Get Log Page is lost`
 
 func faultVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "fault FAULT", "Make commands fail", "FAULT: "+options.FaultWords+"."+faultExamples,
+	return without(change(runDir, "fault FAULT", "Make commands fail", "FAULT is "+options.FaultWords+"."+faultExamples,
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			_, err := options.ParseFault(args[0])
 			if err != nil {
@@ -259,7 +260,7 @@ func faultVerb(runDir dirFunc) *cobra.Command {
 }
 
 func clearVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "clear [FAULT]", "End a fault, or everything that is wrong on purpose", "",
+	return without(change(runDir, "clear [FAULT]", "End one fault, or all faults, stalls, freezes and refusals", "",
 		cobra.MaximumNArgs(1), func(_ *remote, args []string) (any, error) {
 			if len(args) == 0 {
 				return targetserver.UnfaultRequest{}, nil
@@ -270,7 +271,7 @@ func clearVerb(runDir dirFunc) *cobra.Command {
 }
 
 func stallVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "stall {on | off}", "Begin no command; connections stay", "",
+	return without(change(runDir, "stall {on | off}", "Start no commands, and keep connections", "",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			on, err := onOff(args[0])
 			return targetserver.StallRequest{On: on}, err
@@ -278,8 +279,8 @@ func stallVerb(runDir dirFunc) *cobra.Command {
 }
 
 func freezeVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "freeze {TIME | off}", "Do nothing for a time",
-		"Commands and connect requests wait, timers stop and no controller ends, as if the machine\nwere paused. Then the target continues where it was.",
+	return without(change(runDir, "freeze {TIME | off}", "Freeze the target for a time",
+		"Commands and connect requests wait, timers stop and no controller ends, as if the machine\nwere paused. Afterwards the target continues.",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			ms, err := milliseconds(args[0])
 			return targetserver.FreezeRequest{Milliseconds: ms}, err
@@ -288,7 +289,7 @@ func freezeVerb(runDir dirFunc) *cobra.Command {
 
 func rejectVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "reject {STATUS | off}", "Reject connect requests",
-		"STATUS is that of NVMe/RDMA, like 6, which is \"no resources\".",
+		"STATUS is a status code of NVMe/RDMA, for example 6, \"no resources\".",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			if args[0] == "off" {
 				return targetserver.RejectRequest{}, nil
@@ -301,7 +302,7 @@ func rejectVerb(runDir dirFunc) *cobra.Command {
 func refuseVerb(runDir dirFunc) *cobra.Command {
 	var dnr bool
 	cmd := change(runDir, "refuse {STATUS | off}", "Answer Connect commands with a status",
-		"STATUS is status code type and code as in nvme-cli, like 0x182.",
+		"STATUS combines status code type and status code as nvme-cli does, for example 0x182.",
 		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
 			if args[0] == "off" {
 				return targetserver.RefuseRequest{}, nil
@@ -309,7 +310,7 @@ func refuseVerb(runDir dirFunc) *cobra.Command {
 			s, err := options.ParseStatus(args[0], dnr)
 			return targetserver.RefuseRequest{Status: int(s)}, err
 		})
-	cmd.Flags().BoolVar(&dnr, "dnr", false, "with \"do not retry\"")
+	cmd.Flags().BoolVar(&dnr, "dnr", false, "set the \"do not retry\" bit")
 	return without(cmd)
 }
 

@@ -10,7 +10,7 @@ import (
 
 // Need ends a test that cannot run: missing, unless nil, says what the machine
 // lacks. The test is skipped, or fails where the environment variable UN_REQUIRE,
-// a comma-separated list, names the capability as one that has to be there.
+// a comma-separated list, names the capability as one that must be there.
 func Need(t testing.TB, capability string, missing error) {
 	t.Helper()
 	switch {

@@ -66,7 +66,7 @@ func (q *completion) next() *CQE {
 // seen consumes the entry that next returned.
 func (q *completion) seen() { q.head++ }
 
-// ready says whether next would return an entry.
+// ready reports whether next would return an entry.
 func (q *completion) ready() bool { return q.head != q.ktail.Load() }
 
 // publish gives the slots of consumed entries back to the kernel.

@@ -247,7 +247,7 @@ func (r *Ring) Close() error {
 	return errors.Join(errs...)
 }
 
-// Supports says whether the kernel knows an opcode.
+// Supports reports whether the kernel knows an opcode.
 func (r *Ring) Supports(op Op) bool { return r.ops[op/64]>>(op%64)&1 != 0 }
 
 // Entries is the size of the submission queue.
@@ -271,11 +271,11 @@ func (r *Ring) Pending() int {
 	return int(r.sq.pending())
 }
 
-// CQReady says whether Next would return a completion. It reads shared memory
+// CQReady reports whether Next would return a completion. It reads shared memory
 // only.
 func (r *Ring) CQReady() bool { return !r.closed && r.cq.ready() }
 
-// TaskRun says whether completions wait to be made visible by Submit or Wait.
+// TaskRun reports whether completions wait to be made visible by Submit or Wait.
 // It reads shared memory only.
 func (r *Ring) TaskRun() bool {
 	return !r.closed && r.sq.kflags.Load()&(sqTaskrun|sqCQOverflow) != 0

@@ -198,7 +198,7 @@ func (q *queuePair) progress() {
 	}
 }
 
-// mayPass says whether faults let a work request through. If only its time has
+// mayPass reports whether faults let a work request through. If only its time has
 // not come, progress will be called again when it has.
 func (q *queuePair) mayPass(e *sendEntry) bool {
 	if !q.id.cut && (q.id.endpoint.silent || q.id.peer != nil && q.id.peer.endpoint.silent) {

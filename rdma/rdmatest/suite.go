@@ -165,7 +165,7 @@ func newSide(t testing.TB, id rdma.ID, cfg config) *side {
 	return s
 }
 
-// makeSide is newSide for goroutines other than the test's. The side has to be
+// makeSide is newSide for goroutines other than the test's. The side must be
 // closed even after an error.
 func makeSide(id rdma.ID, cfg config) (*side, error) {
 	cfg = cfg.withDefaults()

@@ -179,7 +179,7 @@ func (c *canaries) add(t *testing.T) {
 	}
 }
 
-// check says whether anybody has touched them, and closes them.
+// check reports whether anybody has touched them, and closes them.
 func (c *canaries) check(t *testing.T) {
 	var b [8]byte
 	for _, fd := range *c {

@@ -68,7 +68,7 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 }
 
-// isPeer says whether a message came from where the ID's peer is. Peers that are ours send
+// isPeer reports whether a message came from where the ID's peer is. Peers that are ours send
 // from the port that they receive at, or from the well-known one.
 func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
 	remote := id.path.remote
@@ -97,7 +97,7 @@ func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
 	return newPath(p.sock, dst, src, -1)
 }
 
-// ours says whether a CA GUID has our mark.
+// ours reports whether a CA GUID has our mark.
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
 // onRequest takes a REQ.

@@ -1,6 +1,6 @@
-// Package roce is an rdma.Provider without RDMA hardware and without kernel
-// modules: RoCEv2 reliable connections over ordinary UDP sockets. It talks to RDMA
-// NICs, to rdma_rxe of the kernel, and to itself.
+// Package roce is an rdma.Provider that needs neither RDMA hardware nor kernel modules. It
+// implements reliable connections of RoCEv2 over ordinary UDP sockets. Its peers are RDMA
+// NICs, the kernel's rdma_rxe, and this package.
 //
 // # Structure
 //
@@ -8,91 +8,91 @@
 // family. An endpoint has a socket, a receive loop (a goroutine), the connection
 // manager and the queue pairs. With several receivers, more endpoints without a
 // connection manager share the UDP port, and the kernel gives each the packets of its
-// own queue pairs. The receive loop takes a batch of packets, lets each queue pair
-// carry out what came for it, and then lets those queue pairs send acknowledgements,
-// READ responses and what their window allows, once per batch. A caller that polls an
-// empty completion queue takes a batch itself, so spinning does not depend on the
-// scheduler. PostSend sends at once, on the caller's goroutine. Package wire has the
-// formats.
+// own queue pairs. The receive loop takes a batch of packets and gives each packet to its
+// queue pair, which carries it out. Once per batch, these queue pairs then send
+// acknowledgements, READ responses and the requests that their window allows. A caller that
+// polls an empty completion queue takes a batch itself, so spinning does not depend on the
+// scheduler. PostSend sends at once, on the caller's goroutine. Package wire defines the
+// packet formats.
 //
-// Between two ends on one host, each queue pair has a dedicated endpoint at both ends.
-// Its packets concern nobody else, so the thread that serves the queue pair can take
-// them itself (rdma.Receiver) without waiting for the scheduler. The ends recognize
-// each other by the mark in their GUIDs, and answer to the UDP port that a message
-// came from. What never leaves the host's memory needs no checksum: the ICRC covers
-// only headers there. Nor do the MTUs of the standard apply: if the route takes it,
-// packets carry up to wire.HostMTU, which saves work for large transfers. No more is
-// under way than the receive buffer of such an endpoint has room for, which without
-// CAP_NET_ADMIN is net.core.rmem_max.
+// If both ends are on one host, each queue pair has a dedicated endpoint at both ends.
+// Only this queue pair gets packets there, so the thread that serves it can take them
+// itself (rdma.Receiver) without waiting for the scheduler. The ends recognize each other
+// by a mark in their GUIDs, and answer to the UDP port from which a message came. Data that
+// never leaves the host's memory needs no checksum, so the ICRC covers only headers. The
+// MTUs of the standard do not apply either: if the route allows it, packets carry up to
+// wire.HostMTU bytes, which saves work for large transfers. The data in flight is limited
+// to the receive buffer of such an endpoint, which without CAP_NET_ADMIN is limited to
+// net.core.rmem_max.
 //
 // # Cost
 //
-// The work of the kernel for each UDP message limits small transfers. So packets of the
-// same length are sent as one UDP_SEGMENT message. Post all WRITEs of a batch first and
-// then all SENDs, with one PostSend. Work requests that are not signaled do not ask the
-// peer for an acknowledgement.
+// The kernel's work for each UDP message limits small transfers. So the package sends
+// packets of the same length as one UDP_SEGMENT message. To benefit, post first all WRITEs
+// and then all SENDs of a batch, with one PostSend. Work requests that are not signaled do
+// not ask the peer for an acknowledgement.
 //
-// The posting and polling calls allocate nothing, but they do lock: each queue pair,
+// The posting and polling calls allocate nothing, but they take locks: each queue pair,
 // completion queue, protection domain and endpoint has a mutex. A 4 KiB read takes
 // about 33 locks at queue depth 1 and about 12 at queue depth 32, counted at both ends
-// together. With one thread per queue pair hardly any of them waits: fewer than one in
-// ten thousand did in that measurement, on two CPUs.
+// together. With one thread per queue pair, hardly any lock is contended: in that
+// measurement, on two CPUs, fewer than one in ten thousand was.
 //
 // # Security
 //
-// RoCE authenticates nothing. Whoever can see the packets of a connection can forge
-// them: use IPsec, or a network that strangers have no access to.
+// RoCE authenticates nothing. Anyone who can see the packets of a connection can forge
+// them. Use IPsec, or a network to which strangers have no access.
 //
-// A sender that cannot see the packets has to guess. A queue pair takes packets only
-// from its peer's address to its own address, so the sender has to forge the source
-// address, which its network may prevent (BCP 38); the peer's own host does not prevent it
-// for local users, unless the peer is of this package, whose packets also have to come
-// from its UDP port. What is left to guess is random (crypto/rand), but short:
+// An attacker who cannot see the packets must guess. A queue pair takes packets only from
+// its peer's address to its own address, so the attacker must forge the source address,
+// which the network may prevent (BCP 38). Local users of the peer's host need not forge
+// it, unless the peer uses this package: then packets must also come from the peer's UDP
+// port. The other values to guess are random (crypto/rand), but short:
 //
 //   - The queue pair number: 24 bits, without the first 16 numbers.
-//   - The sequence number of the next request: 24 bits at first. It counts packets, so it
-//     stays unknown to those who cannot count them. A request with both right is carried
-//     out: a SEND fills a receive, an RDMA READ or WRITE needs a key of 32 bits besides,
-//     and a request that is wrong in any other way ends the connection.
-//   - The sequence number of what is under way, for answers: 24 bits, of which up to 128,
-//     or up to 1024 during an RDMA READ, are right at a time, and none when nothing is under
-//     way. A forged refusal ends the connection; a forged acknowledgement makes it lose
-//     packets, and then end; a forged READ response with the one right number
-//     puts wrong bytes where the READ's should go.
+//   - The sequence number of the next request: 24 bits, random at first. It counts packets,
+//     so it stays unknown to an attacker who cannot count them. A request with the right
+//     queue pair number and sequence number is carried out. A SEND fills a receive. An RDMA
+//     READ or WRITE also needs a key of 32 bits. A request that is wrong in any other way
+//     ends the connection.
+//   - For answers, the sequence number of an outstanding request: 24 bits, of which up to
+//     128 values, or up to 1024 during an RDMA READ, are valid at a time, and none while
+//     nothing is outstanding. A forged refusal ends the connection. A forged acknowledgement
+//     makes the connection lose packets, and then end. A forged READ response, for which
+//     exactly one number is valid, puts wrong bytes into the destination of the READ.
 //
 // So one forged packet in 2^48 does harm in general, and one in 2^38 while RDMA READs are
-// outstanding. Anything else is dropped and counted (Counters). With the queue pair
-// number alone, a sender can slow the connection down: sequence errors and congestion
-// notifications make it send again, or less at a time.
+// outstanding. All others are dropped and counted (Counters). With the queue pair number
+// alone, an attacker can slow down the connection: sequence errors and congestion
+// notifications make it send packets again, or fewer at a time.
 //
-// Messages of the connection manager need the communication id (32 bits), and those of
-// a handshake its transaction id (64 bits; both random at the active side), or, to end
-// a connection, both communication ids and the queue pair number. A connect request that
-// names a queue pair which has a connection does not end that connection; the peer is
-// asked whether it still has it.
+// Messages of the connection manager need the communication id (32 bits). Those of a
+// handshake also need its transaction id (64 bits; both are random at the active side). A
+// message that ends a connection needs both communication ids and the queue pair number. A
+// connect request for a queue pair that is connected does not end that connection; the
+// provider asks the peer whether the connection still exists.
 //
-// A connect request costs the passive side memory before its sender has proven anything.
-// Config bounds how many handshakes may be unfinished, in all and per source, and how
-// many requests are taken per second. Until a peer has proven that it receives what
-// is sent to its address, by an RTU or by a request with the right sequence number, it gets
-// one message for each that came from there. A flood of requests from forged addresses
-// keeps new connections out some of the time; it does not touch established ones.
+// A connect request costs the passive side memory before the sender has proven anything.
+// Config limits the number of unfinished handshakes, in total and per source, and the rate
+// of requests. A peer proves that it receives messages at its address by an RTU or by a
+// request with the right sequence number. Until then it gets at most one message for each
+// message from that address. A flood of requests from forged addresses can keep out new
+// connections for some of the time; it does not affect established ones.
 //
-// Keys are random, valid in one protection domain, and end with the region. A protection
-// domain's keys may be used through each of its queue pairs: give peers that do not trust
-// each other domains of their own.
+// Keys are random, valid in one protection domain, and end with the region. Every queue
+// pair of a protection domain can use the domain's keys, so give peers that do not trust
+// each other separate domains.
 //
 // # Hazards
 //
-//  1. The ICRC covers addresses and ports, so there is no way through a NAT. It
-//     also covers the IPv4 identification, which a UDP socket does not show;
-//     it is recovered from the ICRC itself, which leaves 16 of the 32 bits as
-//     a check (26 between two of our own). IPv6 keeps all 32.
-//  2. In one network namespace with rdma_rxe the UDP port is taken. A host without
-//     the port (Config.OnDemand) can only talk to a target of this package,
-//     which recognizes the GUID in its messages and answers to the port that they
-//     came from.
-//  3. A path that takes smaller packets than its MTU promised fails the
-//     connection (RDMA has no fragmentation).
-//  4. Addresses of IPv6 that are link-local need a zone, the interface.
+//  1. The ICRC covers addresses and ports, so connections through a NAT fail. It also
+//     covers the IPv4 identification, which a UDP socket does not show. The package
+//     recovers the identification from the ICRC itself, which leaves 16 of the 32 bits as
+//     a check (26 if both ends use this package). IPv6 keeps all 32 bits.
+//  2. In a network namespace with rdma_rxe, the UDP port is in use. A host without the
+//     port (Config.OnDemand) can connect only to a target that uses this package, which
+//     recognizes the GUID in its messages and answers to the port from which they came.
+//  3. If a path does not carry packets as large as its MTU, the connection fails, because
+//     RDMA has no fragmentation.
+//  4. Link-local IPv6 addresses need a zone, which is the interface.
 package roce

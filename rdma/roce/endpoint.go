@@ -219,7 +219,7 @@ func (p *endpoint) release() error {
 }
 
 // receiveBatch takes the packets that are there and lets their queue pairs answer. It
-// says whether there is more to do at once.
+// reports whether there is more to do at once.
 func (p *endpoint) receiveBatch() (more bool, err error) {
 	p.recvMu.Lock()
 	defer p.recvMu.Unlock()
@@ -285,7 +285,7 @@ func (p *endpoint) collect(on bool) {
 	p.eventsMu.Unlock()
 }
 
-// postpone says whether the event of a queue will be made later.
+// postpone reports whether the event of a queue will be made later.
 func (p *endpoint) postpone(q *completionQueue) bool {
 	p.eventsMu.Lock()
 	defer p.eventsMu.Unlock()

@@ -18,7 +18,7 @@ const (
 	// halfOpenTime is how long a connection may be half-open: three times what Linux waits
 	// before it repeats a request.
 	halfOpenTime = 15 * time.Second
-	// evictionAge is how old a half-open connection has to be to make room for another. If none
+	// evictionAge is how old a half-open connection must be to make room for another. If none
 	// is, the new request is dropped, and its sender repeats it.
 	evictionAge = 200 * time.Millisecond
 	// burst is how many seconds' worth of requests may come at once.
@@ -68,7 +68,7 @@ type handshakes struct {
 	timer    *time.Timer // runs while there are any
 }
 
-// admit says whether one more message of a stranger may be looked at.
+// admit reports whether one more message of a stranger may be looked at.
 func (p *endpoint) admit(from netip.Addr) bool {
 	h, cfg, now := &p.handshakes, &p.provider.cfg, time.Now()
 	src := source(from)
@@ -110,7 +110,7 @@ func (p *endpoint) settled(id *connID) {
 	}
 }
 
-// makeRoom says whether there is room for one more half-open connection. If there is not, it
+// makeRoom reports whether there is room for one more half-open connection. If there is not, it
 // ends the oldest one of the same source, if that has too many, or of the source that has most.
 func (p *endpoint) makeRoom(from netip.Addr) bool {
 	h, cfg := &p.handshakes, &p.provider.cfg
@@ -164,7 +164,7 @@ func (p *endpoint) expire() {
 }
 
 // abandon ends a half-open connection. If Listener.Accept has returned it already, its owner
-// still has to close it.
+// must still close it.
 func (p *endpoint) abandon(id *connID) {
 	l := id.listener
 	if i := slices.Index(l.requests, id); i >= 0 {
@@ -192,7 +192,7 @@ func (p *endpoint) forget(id *connID) {
 	}
 }
 
-// halfOpen says whether the peer has not proven yet that it receives our messages.
+// halfOpen reports whether the peer has not proven yet that it receives our messages.
 func (id *connID) halfOpen() bool {
 	return id.passive && (id.state == idRequested || id.state == idAccepting)
 }

@@ -68,7 +68,7 @@ type connID struct {
 	reported     bool // EventDisconnected
 }
 
-// answer is what became of a connect request.
+// answer is the result of a connect request.
 type answer struct {
 	private []byte
 	err     error
@@ -284,7 +284,7 @@ func (id *connID) unheard(err error) error {
 // probeTime bounds the wait for an ICMP message.
 const probeTime = 100 * time.Millisecond
 
-// nobodyThere says whether the peer's host answers that nobody has the port of
+// nobodyThere reports whether the peer's host answers that nobody has the port of
 // RoCEv2. The socket of connections cannot tell: it is not connected.
 func (id *connID) nobodyThere() bool {
 	to := netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port)

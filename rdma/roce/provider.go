@@ -27,7 +27,7 @@ type Config struct {
 	// share a machine. One of them gets the port of RoCEv2. The others, and all
 	// that resolve an address of this machine, which belongs to the target
 	// there, get a port that only a target of this package answers to. Addrs
-	// has to be empty.
+	// must be empty.
 	OnDemand bool
 	// Port is the UDP port, here and at the peers; 0 is 4791.
 	Port uint16
@@ -236,7 +236,7 @@ func (p *Provider) endpointFor(local, remote netip.Addr) (*endpoint, error) {
 	return p.open(netip.AddrPortFrom(local, 0), true, nil)
 }
 
-// sameHost says whether two addresses are known to be of one host.
+// sameHost reports whether two addresses are known to be of one host.
 func sameHost(a, b netip.Addr) bool { return a == b || a.IsLoopback() }
 
 // Resolve implements rdma.Provider.

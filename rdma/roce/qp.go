@@ -283,7 +283,7 @@ func (q *queuePair) send() {
 }
 
 // settle does what a batch of packets, or a timer, made due.
-// It says whether more is to be done at once.
+// It reports whether more is to be done at once.
 func (q *queuePair) settle() (more bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -333,7 +333,7 @@ func (q *queuePair) receive(h *wire.BTH, packet, payload []byte, congested bool)
 	}
 }
 
-// heardOfPeer says whether the peer has sent a request, or answered one.
+// heardOfPeer reports whether the peer has sent a request, or answered one.
 func (q *queuePair) heardOfPeer() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()

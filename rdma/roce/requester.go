@@ -259,7 +259,7 @@ func (q *queuePair) carried(e *sendEntry, psn uint64) uint64 {
 	return e.before + min((psn-e.psn)*uint64(q.mtu), uint64(e.length))
 }
 
-// sendRead asks for the next part of a READ; false if that has to wait. There is room
+// sendRead asks for the next part of a READ; false if that must wait. There is room
 // for packets, and for bytes in them.
 func (q *queuePair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	i := q.nxt - e.psn
@@ -508,7 +508,7 @@ func (q *queuePair) peerMayBeReady() {
 	q.transmit()
 }
 
-// awaited says whether psn is that of a response to a READ that was asked for.
+// awaited reports whether psn is that of a response to a READ that was asked for.
 func (q *queuePair) awaited(psn uint64) bool {
 	if psn < q.una || psn >= q.top {
 		return false

@@ -52,7 +52,7 @@ type responder struct {
 	gapTop  uint64        // the last that was seen beyond it
 }
 
-// readJob is a READ of the peer that has to be answered.
+// readJob is a READ of the peer that must be answered.
 type readJob struct {
 	psn      uint64 // of the next response
 	left     wire.RETH
@@ -83,7 +83,7 @@ func (r *readJobs) insert(j readJob) bool {
 	return true
 }
 
-// room says whether there may be one more of n. It takes out jobs for that which the
+// room reports whether there may be one more of n. It takes out jobs for that which the
 // peer can no longer wait for: it asked again for the oldest, then got the answers that
 // were under way, and now asks for more.
 func (r *readJobs) room(n int) bool {
@@ -123,7 +123,7 @@ func (h *readHistory) add(r takenRead) {
 	h.next = (h.next + 1) % len(h.taken)
 }
 
-// has says whether r, at psn, is a request that was taken, or a part of one.
+// has reports whether r, at psn, is a request that was taken, or a part of one.
 func (h *readHistory) has(psn uint64, r *wire.RETH, mtu int) bool {
 	for i := range h.taken {
 		t := &h.taken[i]
@@ -235,7 +235,7 @@ func place(op wire.Opcode) (first, last bool) {
 	return true, true
 }
 
-// fits says whether a packet's payload has a length that its place allows.
+// fits reports whether a packet's payload has a length that its place allows.
 func (q *queuePair) fits(op wire.Opcode, n int) bool {
 	first, last := place(op)
 	switch {
@@ -337,7 +337,7 @@ func (q *queuePair) takeWrite(h *wire.BTH, payload []byte) {
 	}
 }
 
-// readable says whether the peer may READ this.
+// readable reports whether the peer may READ this.
 func (q *queuePair) readable(r *wire.RETH) bool {
 	if r.Length == 0 {
 		return true
@@ -378,8 +378,8 @@ func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
 	q.acknowledges(psn)
 }
 
-// acknowledges says that responses from psn on will be sent. No acknowledgement of
-// what came before has to be, nor should: rdma_rxe takes it for the end of a READ that
+// acknowledges records that responses from psn on will be sent. Earlier requests need no
+// acknowledgement then, and should get none: rdma_rxe takes it for the end of a READ that
 // it has a part of, and for the last response if it has the number of that.
 func (r *responder) acknowledges(psn uint64) {
 	if r.ackable <= psn {
@@ -410,7 +410,7 @@ func (q *queuePair) refuseAgain(h *wire.BTH) {
 }
 
 // respond sends READ responses and then one acknowledgement for all that came.
-// It says whether there is more to send.
+// It reports whether there is more to send.
 func (q *queuePair) respond() (more bool) {
 	if q.state != qpReady && q.state != qpFailed {
 		return false

@@ -23,7 +23,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Supported says whether this build can have a provider.
+// Supported reports whether this build can have a provider.
 const Supported = true
 
 // Provider makes connections through librdmacm. Its methods may be called from

@@ -10,7 +10,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Supported says whether this build can have a provider.
+// Supported reports whether this build can have a provider.
 const Supported = false
 
 // Provider cannot be made in this build.

@@ -160,10 +160,10 @@ const (
 	syndromeTypeMask          = 0xe0
 )
 
-// IsACK says whether it is a positive acknowledgement.
+// IsACK reports whether it is a positive acknowledgement.
 func (s Syndrome) IsACK() bool { return s&syndromeTypeMask == 0 }
 
-// IsNotReady says whether it is an RNR NAK.
+// IsNotReady reports whether it is an RNR NAK.
 func (s Syndrome) IsNotReady() bool { return s&syndromeTypeMask == NAKNotReady }
 
 // AETH is the acknowledgement extended transport header.

@@ -86,7 +86,7 @@ func explainMemlock(err error, limit uint64) error {
 		err, limit>>10, loopMemory)
 }
 
-// mayLock says whether the process has CAP_IPC_LOCK, for which there is no limit.
+// mayLock reports whether the process has CAP_IPC_LOCK, for which there is no limit.
 func mayLock() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

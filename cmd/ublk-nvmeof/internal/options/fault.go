@@ -13,9 +13,9 @@ import (
 )
 
 // FaultWords are what ParseFault wants.
-const FaultWords = "delay=TIME, hold=TIME (inside the store), drop, disconnect, status=CODE with dnr or crd=1..3 or without, " +
-	"corrupt=id|duplicate|short|sqhead|key|data|lost, patch=OFFSET:HEX (of what an admin command returns, several by several); " +
-	"for admin, qid=N, nsid=N, opcode=NAME (several by several), cns=N, lid=N, fid=N; skip=N, count=N"
+const FaultWords = "delay=TIME, hold=TIME (inside the store), drop, disconnect, status=CODE (also with dnr or crd=1..3), " +
+	"corrupt=id|duplicate|short|sqhead|key|data|lost, patch=OFFSET:HEX (in the data that an admin command returns, repeatable); " +
+	"to select commands: admin, qid=N, nsid=N, opcode=NAME (repeatable), cns=N, lid=N, fid=N; skip=N, count=N"
 
 var corruptions = map[string]target.Corruption{
 	"id": target.CorruptID, "duplicate": target.CorruptDuplicate, "short": target.CorruptShort,
@@ -176,11 +176,11 @@ func ParseFault(text string) (target.Fault, error) {
 	case t.Status.OK() && (t.dnr || t.crd != 0):
 		return target.Fault{}, errors.New("dnr and crd are bits of a status; want status=CODE as well")
 	case t.Delay == 0 && t.Hold == 0 && !t.Drop && !t.Disconnect && t.Status.OK() && t.Corrupt == target.CorruptNone && len(t.Patches) == 0:
-		return target.Fault{}, errors.New("it does nothing")
+		return target.Fault{}, errors.New("the fault does nothing")
 	case len(t.Patches) > 0 && !t.Admin:
 		return target.Fault{}, errors.New("patch: want admin, cns, lid or fid as well")
 	case t.Hold != 0 && t.Admin:
-		return target.Fault{}, errors.New("hold: admin commands do not enter a store")
+		return target.Fault{}, errors.New("hold: an admin command does not enter a store")
 	}
 	if t.dnr {
 		t.Status |= nvme.StatusDNR

@@ -172,7 +172,7 @@ func size(dst *int, unit, lo, hi int) *flagValue[int] {
 			case n < uint64(lo) || n > uint64(hi):
 				return 0, fmt.Errorf("that is %d bytes", n)
 			case n%uint64(unit) != 0:
-				return 0, fmt.Errorf("%d bytes are no multiple of %d", n, unit)
+				return 0, fmt.Errorf("%d bytes is not a multiple of %d", n, unit)
 			}
 			return int(n), nil
 		},

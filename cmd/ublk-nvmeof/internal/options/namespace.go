@@ -36,8 +36,8 @@ type Namespace struct {
 }
 
 // NamespaceWords are what ParseNamespace wants.
-const NamespaceWords = "ram=SIZE, file=PATH or device=PATH (a comma in PATH is written twice), then nsid=N, block-size=SIZE, read-only, cache=SIZE, " +
-	"ana-group=N, uuid=UUID or uuid=none, nguid=32 hex digits, eui64=16 hex digits, shared (PATH is used by several namespaces)"
+const NamespaceWords = "ram=SIZE, file=PATH or device=PATH (write a comma in PATH twice), then nsid=N, block-size=SIZE, read-only, cache=SIZE, " +
+	"ana-group=N, uuid=UUID or uuid=none, nguid=32 hex digits, eui64=16 hex digits, shared (several namespaces use PATH)"
 
 // ParseSize reads a size like 1GiB, in bytes, at least 1.
 func ParseSize(s string) (int64, error) {
@@ -97,7 +97,7 @@ var properties = words[Namespace]{
 	"shared": func(n *Namespace, f field) error {
 		n.Shared = true
 		if n.File == "" {
-			return errors.New("shared: memory is of one namespace")
+			return errors.New("shared: namespaces in memory cannot share it; want file=PATH or device=PATH")
 		}
 		return f.bare()
 	},
@@ -141,7 +141,7 @@ func ParseNamespace(text string) (Namespace, error) {
 		known := properties
 		if i == 0 {
 			if known = data; data[f.key] == nil {
-				return Namespace{}, errors.New("it begins with what holds the data")
+				return Namespace{}, errors.New("the first word must be ram, file or device")
 			}
 		}
 		if err := known.parse(&n, f); err != nil {

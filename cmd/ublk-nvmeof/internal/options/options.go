@@ -241,7 +241,7 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 	}
 	config.ClientCAs, config.ClientAuth = x509.NewCertPool(), tls.RequireAndVerifyClientCert
 	if !config.ClientCAs.AppendCertsFromPEM(text) {
-		return fail(fmt.Errorf("%s: no certificate is in it", authority))
+		return fail(fmt.Errorf("%s contains no certificate", authority))
 	}
 	return config, nil
 }
@@ -249,7 +249,7 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 // Peer is the target's address and port as they were given.
 func (c *Connect) Peer() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
 
-// Named says whether the target's address is a host name, which may have other
+// Named reports whether the target's address is a host name, which may have other
 // addresses the next time.
 func (c *Connect) Named() bool {
 	_, err := netip.ParseAddr(c.Address)
@@ -281,7 +281,7 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 		}
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("resolve %s: %v is no address of a target", c.Address, found)
+		return nil, fmt.Errorf("resolve %s: %v is not the address of a target", c.Address, found)
 	}
 	return out, nil
 }
@@ -311,9 +311,9 @@ func checkAddress(s string) error {
 func checkUnicast(a netip.Addr) error {
 	switch a := a.Unmap(); {
 	case a.IsUnspecified():
-		return errors.New("the unspecified address is nobody's")
+		return errors.New("the unspecified address is not the address of a target")
 	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return errors.New("a multicast or broadcast address is nobody's")
+		return errors.New("a multicast or broadcast address is not the address of a target")
 	}
 	return nil
 }

@@ -14,23 +14,23 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// Target is what a target serves, and how.
+// Target holds the options of a target.
 type Target struct {
 	Address   netip.AddrPort // to listen on
 	Provider  string
-	InCapsule int // bytes of in-capsule data, < 0: none
+	InCapsule int // bytes of in-capsule data; < 0: none
 	QueueSize int
 	MaxIO     int   // bytes per command
-	Memory    int64 // bytes for namespaces in memory and caches; 0: as the machine allows
+	Memory    int64 // bytes for namespaces in memory and caches; 0: chosen by available memory
 
-	QueueMemory int64 // bytes; 0: as the machine allows
+	QueueMemory int64 // bytes; 0: chosen by the machine's memory
 
 	Quiesce         time.Duration // CQT
 	ANATransition   time.Duration // ANATT
 	RetryDelays     [3]time.Duration
 	KeepAlive       string // Traffic or Commands
 	NoWriteCache    bool
-	NamespacesAfter time.Duration // after the start
+	NamespacesAfter time.Duration // time after the start at which namespaces appear
 
 	Subsystems []Subsystem
 	Faults     []string // see FaultWords
@@ -39,7 +39,7 @@ type Target struct {
 	port uint16
 }
 
-// What keeps a controller alive.
+// Values of Target.KeepAlive.
 const (
 	Traffic  = "traffic"
 	Commands = "commands"
@@ -53,7 +53,7 @@ type Subsystem struct {
 	Namespaces []Namespace
 }
 
-// DefaultTarget is what holds without any flag.
+// DefaultTarget returns the defaults of all flags.
 func DefaultTarget() *Target {
 	return &Target{
 		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: defaultPort, Provider: AutoProvider,
@@ -62,24 +62,24 @@ func DefaultTarget() *Target {
 	}
 }
 
-// AddFlags defines the flags of target. Those about a subsystem are about the
-// one that the last --nqn before them names.
+// AddFlags defines the flags of target. Each flag of a subsystem applies to the
+// subsystem of the last --nqn before it.
 func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(listenAddr(&t.addr), "traddr", "a", "address to listen on")
 	f.VarP(number(&t.port, 1, 65535, "a port"), "trsvcid", "s", "port to listen on")
-	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "how to do RDMA: with an RDMA device, or by RoCEv2 over UDP without one; auto looks for a device with the address")
-	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "most entries of an I/O queue")
-	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "most data of a write that comes with the command, 0 for none")
-	f.Var(size(&t.MaxIO, target.MinTransfer/2, target.MinTransfer, target.DefaultMaxTransfer), "max-io-size", "largest command, a power of two (MDTS)")
-	f.Var(bytesOf(&t.Memory), "memory-limit", "most memory for namespaces with ram=SIZE and for their caches (default: three quarters of what is available)")
-	f.Var(bytesOf(&t.QueueMemory), "queue-memory", "most memory for the queues of all hosts (default: a quarter of the machine's, at least 256MiB)")
+	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "use an RDMA device, or RoCEv2 over UDP without one; auto uses the RDMA device that has the address, if there is one")
+	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "largest number of entries of an I/O queue")
+	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "largest amount of data that a write carries with its command; 0 for none")
+	f.Var(size(&t.MaxIO, target.MinTransfer/2, target.MinTransfer, target.DefaultMaxTransfer), "max-io-size", "largest data transfer of a command, a power of two (MDTS)")
+	f.Var(bytesOf(&t.Memory), "memory-limit", "memory limit for namespaces with ram=SIZE and for caches (default: three quarters of the available memory)")
+	f.Var(bytesOf(&t.QueueMemory), "queue-memory", "memory limit for the queues of all hosts (default: a quarter of the machine's memory, at least 256MiB)")
 	t.addTestFlags(f)
 
 	last := func(flag string, set func(*Subsystem, string) error) func(string) error {
 		return func(text string) error {
 			if len(t.Subsystems) == 0 {
-				return fmt.Errorf("--%s is about the subsystem of the --nqn before it, and there is none", flag)
+				return fmt.Errorf("--%s applies to the subsystem of the --nqn before it; want --nqn first", flag)
 			}
 			return set(&t.Subsystems[len(t.Subsystems)-1], text)
 		}
@@ -90,7 +90,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		}
 		t.Subsystems = append(t.Subsystems, Subsystem{NQN: nqn})
 		return nil
-	}}, "nqn", "n", "NQN of a subsystem; repeat it for several, each followed by its own flags of those below")
+	}}, "nqn", "n", "NQN of a subsystem; for several subsystems repeat it, and let the flags of each subsystem follow its --nqn")
 	f.Var(&each{kind: "namespace", want: NamespaceWords, take: last("namespace", func(s *Subsystem, text string) error {
 		n, err := ParseNamespace(text)
 		s.Namespaces = append(s.Namespaces, n)
@@ -107,20 +107,20 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		_, err := ParseFault(text)
 		t.Faults = append(t.Faults, text)
 		return err
-	}}, "fault", "fault that is set from the start: "+FaultWords)
+	}}, "fault", "fault to set at the start: "+FaultWords)
 }
 
-// addTestFlags defines the flags that are meant for tests of hosts.
+// addTestFlags defines the flags for tests of hosts.
 func (t *Target) addTestFlags(f *pflag.FlagSet) {
-	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces until this time after the start, like a target that opens its port first")
+	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces for this time after the start, like a target that opens its port before it adds namespaces")
 	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its completion")
-	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "command quiesce time to announce (CQT)")
-	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "longest time in the ANA state change to announce (ANATT)")
-	f.Var(&retryDelays{&t.RetryDelays}, "retry-delays", "delays to announce for a status with crd=1, 2 and 3 (CRDT), separated by commas")
-	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "what restarts the keep alive timer: every command, which is announced (TBKAS), or only Keep Alive commands")
+	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "announced command quiesce time (CQT)")
+	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "announced limit of the time in ANA state change (ANATT)")
+	f.Var(&retryDelays{&t.RetryDelays}, "retry-delays", "announced retry delays for a status with crd=1, 2 and 3 (CRDT1 to CRDT3), separated by commas")
+	f.Var(OneOf(&t.KeepAlive, Traffic, Commands), "keep-alive", "restart the keep alive timer at every command, and announce that (TBKAS), or only at Keep Alive commands")
 }
 
-// multiple is a time of 0 to 65535 units.
+// multiple returns a flag for a time of 0 to 65535 units.
 func multiple(dst *time.Duration, unit time.Duration) *flagValue[time.Duration] {
 	return &flagValue[time.Duration]{
 		dst: dst,
@@ -137,7 +137,7 @@ func multiple(dst *time.Duration, unit time.Duration) *flagValue[time.Duration] 
 	}
 }
 
-// retryDelays are up to three times with commas between them.
+// retryDelays is a flag for up to three times, separated by commas.
 type retryDelays struct{ dst *[3]time.Duration }
 
 func (v *retryDelays) String() string {
@@ -164,7 +164,7 @@ func (v *retryDelays) Set(s string) error {
 	return nil
 }
 
-// bytesOf is a size of at least 1.
+// bytesOf returns a flag for a size of at least 1.
 func bytesOf(dst *int64) *flagValue[int64] {
 	return &flagValue[int64]{
 		dst: dst, parse: ParseSize, kind: "size", want: "a size like 64MiB, up to 1PiB",
@@ -177,7 +177,7 @@ func bytesOf(dst *int64) *flagValue[int64] {
 	}
 }
 
-// Complete checks what no single flag can.
+// Complete checks the flags as a whole and fills in Address.
 func (t *Target) Complete() error {
 	if len(t.Subsystems) == 0 {
 		return errors.New("-n/--nqn: no value is given; want the name of a subsystem")
@@ -192,7 +192,7 @@ func (t *Target) Complete() error {
 	return nil
 }
 
-// each is a flag that takes every value that it is given, in the order of the
+// each is a flag that may be repeated. It takes its values in the order of the
 // command line.
 type each struct {
 	kind, want string
@@ -232,7 +232,7 @@ func listenAddr(dst *netip.Addr) *flagValue[netip.Addr] {
 	}
 }
 
-// inCapsuleSize is size with 0.
+// inCapsuleSize returns a flag for a size that may also be 0.
 func inCapsuleSize(dst *int) *flagValue[int] {
 	v := size(dst, 16, 16, 16<<10)
 	some := v.parse

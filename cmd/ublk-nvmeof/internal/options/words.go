@@ -51,7 +51,7 @@ type words[T any] map[string]func(*T, field) error
 func (w words[T]) parse(into *T, f field) error {
 	parse := w[f.key]
 	if parse == nil {
-		return fmt.Errorf("%q means nothing", f.key)
+		return fmt.Errorf("unknown word %q", f.key)
 	}
 	return parse(into, f)
 }

@@ -22,8 +22,8 @@ func TestParseNamespace(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"":                                "it begins with what holds the data",
-		"nsid=1":                          "it begins with what holds the data",
+		"":                                "the first word must be ram, file or device",
+		"nsid=1":                          "the first word must be ram, file or device",
 		"file=":                           "want a path",
 		"ram=x":                           "want a size",
 		"ram=0":                           "want a size",
@@ -34,11 +34,11 @@ func TestParseNamespace(t *testing.T) {
 		"ram=1MiB,read-only=true":         `read-only="true": want read-only alone`,
 		"ram=2PiB":                        "want at most 1.0 PiB",
 		"ram=1,,0":                        "want a size",
-		"ram=1MiB,shared":                 "memory is of one namespace",
+		"ram=1MiB,shared":                 "namespaces in memory cannot share it",
 		"ram=1MiB,nguid=00":               "want 32 hexadecimal digits",
 		"ram=1MiB,eui64=0000000000000000": "not all 0",
 		"ram=1MiB,uuid=00000000-0000-0000-0000-000000000000": "that is not zero",
-		"ram=1MiB,ram=1MiB": `"ram" means nothing`,
+		"ram=1MiB,ram=1MiB": `unknown word "ram"`,
 	} {
 		if _, err := ParseNamespace(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", text, err, want)
@@ -74,8 +74,8 @@ func TestParseFault(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"":                      `"" means nothing`,
-		"opcode=read":           "it does nothing",
+		"":                      `unknown word ""`,
+		"opcode=read":           "the fault does nothing",
 		"drop,opcode=identify":  "want a number or compare, discard",
 		"drop,opcode=0x100":     "want a number or compare",
 		"delay=1":               "want a time",
@@ -83,9 +83,9 @@ func TestParseFault(t *testing.T) {
 		"corrupt=all":           "want id, duplicate, short",
 		"drop,count=0":          "want a number",
 		"drop,qid=65536":        "want a number, 1 to 65535",
-		"stall":                 `"stall" means nothing`,
+		"stall":                 `unknown word "stall"`,
 		"drop,dnr":              "want status=CODE as well",
-		"hold=1s,admin":         "do not enter a store",
+		"hold=1s,admin":         "does not enter a store",
 		"drop,admin=1":          "want admin alone",
 		"status=6,crd=4":        "want a number, 1 to 3",
 		"cns=256,drop":          "want a number, 0 to 255",

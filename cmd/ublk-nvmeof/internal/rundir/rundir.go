@@ -110,7 +110,7 @@ func Check(path string) error {
 }
 
 // OpenFile opens, or with os.O_CREATE makes, a regular file of the calling user.
-// Its directory has to pass the same check as in Make.
+// Its directory must pass the same check as in Make.
 func OpenFile(path string, flag int, perm fs.FileMode) (*os.File, error) {
 	dir, err := walk(filepath.Dir(path), nil, ours)
 	if err != nil {
@@ -144,7 +144,7 @@ func openAt(dir int, path string, flag int, perm fs.FileMode) (*os.File, error) 
 
 // Keep stores text, up to 64 KiB, in a file unless the file exists, and returns
 // what the file holds. It is all there or not at all, and callers at the same time, in any
-// process, get the same. The directory has to pass the same check as in Make.
+// process, get the same. The directory must pass the same check as in Make.
 func Keep(path string, text []byte, perm fs.FileMode) ([]byte, error) {
 	dir, err := walk(filepath.Dir(path), nil, ours)
 	if err != nil {
@@ -192,7 +192,7 @@ func writeAt(dir int, path string, text []byte, perm fs.FileMode) error {
 	return errors.Join(err, f.Close())
 }
 
-// CheckSocket says whether path is short enough for a socket.
+// CheckSocket reports whether path is short enough for a socket.
 func CheckSocket(path string) error {
 	if len(path) > MaxSocketPath {
 		return fmt.Errorf("%q has %d bytes; the path of a socket has at most %d", path, len(path), MaxSocketPath)
@@ -201,7 +201,7 @@ func CheckSocket(path string) error {
 }
 
 // Listen makes a socket to which only the calling user and root can connect. Its
-// directory has to pass the same check as in Make.
+// directory must pass the same check as in Make.
 func Listen(path string) (net.Listener, error) {
 	if err := CheckSocket(path); err != nil {
 		return nil, err
@@ -220,10 +220,10 @@ func Listen(path string) (net.Listener, error) {
 	return config.Listen(context.Background(), "unix", path)
 }
 
-// ours says whether the calling user owns a file whose owner is uid.
+// ours reports whether the calling user owns a file whose owner is uid.
 func ours(uid uint32) bool { return int(uid) == os.Geteuid() }
 
-// trusted says whether what the owner uid has made is as good as ours. In a user
+// trusted reports whether what the owner uid has made is as good as ours. In a user
 // namespace root may have no number, so the owner of / counts, too.
 func trusted(uid uint32) bool {
 	if uid == 0 || ours(uid) {
@@ -362,7 +362,7 @@ func readLink(dir int, name string) (string, error) {
 	return string(text[:n]), nil
 }
 
-// passable says whether only root and we can change what is in the directory,
+// passable reports whether only root and we can change what is in the directory,
 // or only their own entries of it (as in /tmp).
 func (w *walker) passable() error {
 	switch {
@@ -377,7 +377,7 @@ func (w *walker) passable() error {
 	return nil
 }
 
-// check says whether the directory itself may be used.
+// check reports whether the directory itself may be used.
 func (w *walker) check(owner func(uid uint32) bool) error {
 	switch {
 	case !owner(w.st.Uid):

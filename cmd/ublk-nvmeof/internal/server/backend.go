@@ -18,7 +18,7 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// controller is what the server needs of an initiator.Controller.
+// controller is the part of initiator.Controller that the server uses.
 type controller interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
@@ -28,21 +28,21 @@ type controller interface {
 	Close(ctx context.Context) error
 }
 
-// namespace is what the server needs of an initiator.Namespace.
+// namespace is the part of initiator.Namespace that the server uses.
 type namespace struct {
 	nsid               uint32
-	uuid, nguid, eui64 string // empty: it has none
+	uuid, nguid, eui64 string // empty: not present
 	device             block.Device
 }
 
-// queueInfo says how a device takes requests.
+// queueInfo describes the queues of a device.
 type queueInfo struct {
 	Queues int
 	Depth  int // requests in flight per queue
 	MaxIO  int // bytes of the largest one
 }
 
-// device is what the server needs of a ublk.Device, or of what stands in its place.
+// device is the part of ublk.Device, or of an NBD export, that the server uses.
 type device interface {
 	Record() state.Device
 	Queues() queueInfo
@@ -56,13 +56,14 @@ type device interface {
 	Counters() control.IO
 }
 
-// backend makes what a server is composed of. Tests have one that needs neither
-// a driver nor a target.
+// backend makes the parts of a server. Tests use a backend that needs neither a driver
+// nor a target.
 type backend struct {
-	load      func(host.Module) error // nil if the module is there
-	available func() error            // ublk
-	nbd       func() error            // the kernel's NBD client
-	// nbdConnected says whether a device of it is connected that has this cookie.
+	load      func(host.Module) error // returns nil if the module is loaded
+	available func() error            // checks for ublk
+	nbd       func() error            // checks for the kernel's NBD client
+	// nbdConnected reports whether the kernel's NBD client has this device connected
+	// with this cookie.
 	nbdConnected func(id int, cookie uint64) (bool, error)
 	route        func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
 	provider     func(name string) (rdma.Provider, error)
@@ -77,7 +78,7 @@ type backend struct {
 	abandon      func(ctx context.Context, info ublk.Info, force bool) error
 }
 
-// actual is the backend of a server.
+// actual is the backend outside of tests.
 var actual = backend{
 	load: func(m host.Module) error {
 		if m.Present() {
@@ -125,7 +126,7 @@ var actual = backend{
 	abandon: ublk.Abandon,
 }
 
-// explainedLoop makes a loop; an error names the limit that is in the way.
+// explainedLoop makes a loop. Its error names the limit that the loop exceeds.
 func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
 	l, err := poller.New(cfg)
 	return l, host.ExplainMemlock(err)

@@ -13,13 +13,13 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// secondLook is when a device that seems to be nobody's is looked at again: the
-// server that just adds it has it on record, or serves it, by then.
+// secondLook is the time after which a device without a server is checked again. A
+// server that is just adding it has recorded it, or serves it, by then.
 const secondLook = time.Second
 
-// Finding is something that a server left, and what is to be done about it.
+// Finding is a device or a record that a server left.
 type Finding struct {
-	What   string // a device's path, or a server's name
+	What   string // path of the device, or name of the server
 	Why    string
 	Remove bool // nobody can use it any more
 	Err    error
@@ -27,10 +27,10 @@ type Finding struct {
 	info ublk.Info
 }
 
-// Collect finds what dead servers left: ublk devices that this program added, and
-// records. With remove it removes what nobody can use any more. It keeps what another server
-// can take over, what somebody has open, and what it does not understand. The order is
-// devices, then records.
+// Collect finds the records of dead servers and the ublk devices that this program
+// added. If remove is set, it removes those that nobody can use any more. It keeps what
+// another server can take over, devices that are open, and records that it cannot read.
+// Devices come first, then records.
 func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error) {
 	found, err := actual.collect(ctx, dir)
 	if err != nil {
@@ -59,8 +59,8 @@ func Collect(ctx context.Context, dir state.Dir, remove bool) ([]Finding, error)
 	return found, nil
 }
 
-// both are the findings of the second look; only what was to be removed at both
-// is.
+// both returns the findings of the second check. It marks a finding for removal only
+// if both checks do.
 func both(first, second []Finding) []Finding {
 	for i := range second {
 		f := &second[i]
@@ -97,7 +97,7 @@ func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error)
 	return found, nil
 }
 
-// finding says what is to be said of a device of ours, if anything is.
+// finding returns the finding about a device of this program, and whether there is one.
 func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	f := Finding{What: i.Path(), info: i}
 	k := slices.IndexFunc(records, func(r state.Record) bool {
@@ -108,19 +108,19 @@ func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	case i.State == ublk.Live, k >= 0 && records[k].Alive:
 		return f, false // served
 	case k < 0 && unread >= 0:
-		f.Why = fmt.Sprintf("no server that can be read has it on record; %s may have, which cannot", records[unread].Name)
+		f.Why = fmt.Sprintf("no readable record names it; the record of %s cannot be read and may name it", records[unread].Name)
 	case i.State == ublk.Dead:
-		f.Why, f.Remove = "its server is no more, and its block device is gone", true
+		f.Why, f.Remove = "its server died, and its block device is gone", true
 	case k >= 0:
 		f.Why = "waits for a server; recover takes it over, disconnect removes it"
 	default:
-		f.Why, f.Remove = "waits for a server, and none has it on record", true
+		f.Why, f.Remove = "waits for a server, but no record names it", true
 	}
 	return f, true
 }
 
-// findingOf says what is to be said of a record, if anything is. One with a ublk
-// device that waits needs no words: the device has them.
+// findingOf returns the finding about a record, and whether there is one. A record with
+// a ublk device that waits has none, because the device has one.
 func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool) {
 	f := Finding{What: r.Name}
 	if r.Err != nil {
@@ -149,14 +149,14 @@ func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool)
 		}
 	}
 	f.Remove = true
-	f.Why = "its server is no more, and so are its devices"
+	f.Why = "its server died, and its devices are gone"
 	if len(r.Devices) == 0 {
-		f.Why = "its server is no more, and had no device"
+		f.Why = "its server died, and had no device"
 	}
 	return f, true
 }
 
-// discard removes a finding.
+// discard removes the device or the record of a finding.
 func (b *backend) discard(ctx context.Context, dir state.Dir, f *Finding) error {
 	switch {
 	case f.info.Cookie == 0:

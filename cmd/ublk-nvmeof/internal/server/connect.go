@@ -19,8 +19,8 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// reserve finds the target's address and takes a name: a new one, that of a dead
-// server, or for the time being that of the server which runs and is succeeded.
+// reserve finds the target's address and takes a name: a new one, the name of a dead
+// server, or, until it has left, the name of the running server that this one replaces.
 func (s *server) reserve(ctx context.Context) error {
 	found, err := s.opts.Resolve(ctx)
 	if err != nil {
@@ -45,9 +45,8 @@ func (s *server) reserve(ctx context.Context) error {
 	return nil
 }
 
-// address is the one of the target's addresses that is on record of a server, so that a
-// name with several of them means the same target each time, or the first that can be
-// reached.
+// address returns the target's address that a server has recorded, so that a host name
+// with several addresses always means the same target, or the first reachable address.
 func (s *server) address(found []netip.AddrPort) (netip.AddrPort, error) {
 	if len(found) > 1 {
 		records, err := s.cfg.Dir.List()
@@ -64,13 +63,13 @@ func (s *server) address(found []netip.AddrPort) (netip.AddrPort, error) {
 	return s.reachable(found), nil
 }
 
-// target is what the server connects to, as it is on record.
+// target returns the target as the record describes it.
 func (s *server) target() state.Target {
 	return state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
 }
 
-// start makes everything, bottom up. What it made is in s, also when it fails. No
-// I/O is possible before the controllers of earlier servers have ended.
+// start makes all parts, bottom up. They are in s even if start fails. No I/O is
+// possible before the controllers of earlier servers have ended.
 func (s *server) start(ctx context.Context) error {
 	chosen, err := s.chooseFront()
 	if err != nil {
@@ -122,10 +121,10 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	}
 	queues := s.opts.Queues.Clip(runtime.NumCPU())
 	if err := s.back.prepare(queues.Loops()); err != nil {
-		s.log.Warn("process is not as protected as it should be", "error", err)
+		s.log.Warn("process is not fully protected", "error", err)
 	}
 	if !host.IsIOFlusher() {
-		s.log.Warn("not marked as I/O flusher: swapping to this device may deadlock")
+		s.log.Warn("process is not marked as I/O flusher; swapping to this device may deadlock")
 	}
 	var loops []*poller.Loop
 	for i := range queues.Loops() {
@@ -151,7 +150,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		cfg.Resolve = s.opts.Resolve
 	}
 	if s.opts.FastIOFail != options.Off {
-		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // 0 is off there, and at once here
+		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // in initiator.Config 0 means off, here it means at once
 	}
 	return cfg, nil
 }
@@ -165,7 +164,7 @@ func (s *server) superseded(cntlid uint16) bool {
 // explain says in words why the target could not be connected to.
 func (s *server) explain(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
-		return cause // told to end
+		return cause // the server was asked to end
 	}
 	if exit.Of(err) == exit.NoRDMA {
 		return s.noRDMA(err)
@@ -173,9 +172,9 @@ func (s *server) explain(ctx context.Context, err error) error {
 	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
 }
 
-// serveNamespaces takes over the devices that wait for a server, or makes those of
-// the namespaces that are wanted. When devices were taken over, namespaces that have
-// never had one get theirs later, as if they were added now.
+// serveNamespaces takes over the devices that wait for a server, or makes devices for
+// the chosen namespaces. After a takeover, namespaces without a device get one later,
+// as if the target had just added them.
 func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 	known := s.record.state().Devices
 	found = s.awaitNamespaces(ctx, found)
@@ -207,11 +206,11 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 	return s.startDevices(ctx, chosen)
 }
 
-// choose takes the namespaces that are wanted.
+// choose returns the namespaces to serve.
 func (s *server) choose(found []namespace) ([]namespace, error) {
 	if len(s.opts.NSIDs) == 0 {
 		if len(found) == 0 {
-			return nil, exit.Errorf(exit.NotFound, "subsystem %s has no namespace that can be used", s.opts.NQN)
+			return nil, exit.Errorf(exit.NotFound, "subsystem %s has no usable namespace", s.opts.NQN)
 		}
 		return found, nil
 	}
@@ -228,7 +227,7 @@ func (s *server) choose(found []namespace) ([]namespace, error) {
 
 func nsids(found []namespace) string {
 	if len(found) == 0 {
-		return "no namespace that can be used"
+		return "no usable namespace"
 	}
 	var ids []string
 	for _, n := range found {

@@ -11,44 +11,44 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// Waiting is what Clear does about devices that wait for another server.
+// Waiting tells Clear what to do with devices that wait for another server.
 type Waiting uint8
 
-// What to do about devices that wait.
+// Values of Waiting.
 const (
-	Keep      Waiting = iota // nothing
-	EndUnused                // remove them, unless somebody uses them
-	EndAll                   // remove them; what waits for them fails
+	Keep      Waiting = iota // keep them
+	EndUnused                // remove them, unless they are in use
+	EndAll                   // remove them; waiting requests fail
 )
 
-// Clear takes away what a dead server left: its devices, each only if it
-// still is the server's and nobody can use it any more, or as waiting says, and
-// its record. It returns false if a device is still there.
+// Clear removes the devices and the record of a dead server. It removes a device only if
+// the device still belongs to that server, and if nobody can use it any more or waiting
+// says so. It returns false if a device remains.
 func Clear(ctx context.Context, dir state.Dir, name string, waiting Waiting, log *slog.Logger) (bool, error) {
 	return dir.Clear(ctx, name, actual.reap(log, waiting))
 }
 
-// reap is for state.Dir.
+// reap returns a function that removes a record's devices, for state.Dir.Clear.
 func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, state.Record) (bool, error) {
 	return func(ctx context.Context, r state.Record) (bool, error) {
 		for _, d := range r.Devices {
 			gone, err := b.gone(ctx, d, waiting)
 			if err != nil {
-				log.Warn("a dead server's device is still there", "server", r.Name, "device", d.Path(), "error", err)
+				log.Warn("the device of a dead server remains", "server", r.Name, "device", d.Path(), "error", err)
 			}
 			if !gone {
 				return false, nil
 			}
 		}
 		if path := listensAt(r.State); strings.HasPrefix(path, "/") {
-			_ = removeDeadSocket(path) // else the next one who wants it says so
+			_ = removeDeadSocket(path) // the next server at this path reports a failure
 		}
 		return true, nil
 	}
 }
 
-// gone says whether nothing is left of a device of a dead server, after
-// removing it if that is wanted or if nobody can use it any more.
+// gone reports whether a device of a dead server is gone. It removes the device first
+// if waiting says so or if nobody can use it any more.
 func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
 	switch d.Kind {
 	case state.NBDSocket:
@@ -64,7 +64,7 @@ func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bo
 	case err != nil:
 		return false, err
 	case info.Cookie != d.Cookie:
-		return true, nil // somebody else's by now
+		return true, nil // the number belongs to another device now
 	case info.State == ublk.Dead:
 		err = b.remove(ctx, info)
 	case waiting == Keep || info.State == ublk.Live:
@@ -75,7 +75,7 @@ func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bo
 	return err == nil || errors.Is(err, ublk.ErrNoDevice), err
 }
 
-// goneNBD is gone, for a device of the kernel's NBD client.
+// goneNBD is like gone, for a device of the kernel's NBD client.
 func (b *backend) goneNBD(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
 	there, err := b.nbdConnected(d.ID, d.Cookie)
 	if err != nil || !there {

@@ -15,11 +15,11 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// undoTime bounds the end of a device that has just been made and cannot be served.
+// undoTime limits the time to end a new device that cannot be served.
 const undoTime = 5 * time.Second
 
-// startDevices makes one device per namespace, all on the same loops. Each is
-// on record before the next one is made.
+// startDevices makes one device per namespace, all on the same loops. It records each
+// device before it makes the next.
 func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 	if err := s.checkMemory(chosen); err != nil {
 		return err
@@ -46,8 +46,8 @@ func (s *server) startDevices(ctx context.Context, chosen []namespace) error {
 	return nil
 }
 
-// startDevice makes the device of a namespace. later says that the loops have
-// served another one. A device that cannot be put on record is not served.
+// startDevice makes the device of a namespace. later is set if the loops have already
+// served a device. A device that cannot be recorded is not served.
 func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bool) error {
 	if s.front.name == options.NBDSocket {
 		return s.startExports(ctx, ns)
@@ -60,7 +60,7 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 		defer cancel()
 		if serr := d.Stop(undo, true); serr != nil {
-			s.addServing(ns, d) // it is there, and ends with the server
+			s.addServing(ns, d) // the device exists, and ends with the server
 			return errors.Join(err, serr)
 		}
 		return errors.Join(err, s.record.removeDevices(s.recordOf(ns, d)))
@@ -69,8 +69,8 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 	return nil
 }
 
-// startExports makes namespaces exports of the socket. All of them are on record before
-// a client can use one.
+// startExports makes namespaces exports of the socket. It records all of them before a
+// client can use one.
 func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	if err := s.openNBD(); err != nil {
 		return err
@@ -92,8 +92,8 @@ func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	return nil
 }
 
-// makeDevice makes the block device of a namespace. A number that is on record of a
-// dead server stays that server's.
+// makeDevice makes the block device of a namespace. It does not take a number that the
+// record of a dead server names.
 func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later bool) (device, error) {
 	kind := state.Ublk
 	if s.front.name == options.NBD {
@@ -121,7 +121,7 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 	if len(kept) == 0 {
 		return start(id)
 	}
-	// The driver does not know of the numbers that are kept.
+	// The driver does not know which numbers are kept.
 	for id := range maxTried {
 		if _, ok := kept[id]; ok {
 			continue
@@ -135,14 +135,14 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 	return nil, fmt.Errorf("no device number below %d is free: %w", maxTried, ublk.ErrIDTaken)
 }
 
-// maxTried is how many numbers are tried for a device.
+// maxTried is the number of device numbers that makeDevice tries.
 const maxTried = 4096
 
 var policies = map[string]ublk.RecoveryPolicy{
 	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
 }
 
-// addServing adds a device to what is served.
+// addServing adds a device to those that the server serves.
 func (s *server) addServing(ns namespace, d device) {
 	v := &serving{namespace: ns, dev: d}
 	s.mu.Lock()
@@ -151,8 +151,8 @@ func (s *server) addServing(ns namespace, d device) {
 	go s.mind(v)
 }
 
-// mind waits for the end of a device. When one ends by itself and none is left,
-// so ends the server.
+// mind waits for the end of a device. The server ends when its last device ends by
+// itself.
 func (s *server) mind(v *serving) {
 	<-v.dev.Done()
 	if err := v.dev.Err(); err != nil {
@@ -168,10 +168,11 @@ func (s *server) mind(v *serving) {
 	}
 }
 
-// recordOf is what is on record of a device.
+// recordOf returns the record of a device.
 func (s *server) recordOf(ns namespace, d device) state.Device { return describeRecord(ns, d.Record()) }
 
-// describeRecord adds to a device what its namespace is, and what its users are told.
+// describeRecord adds to the record of a device the identity of its namespace and the
+// properties that its users see.
 func describeRecord(ns namespace, d state.Device) state.Device {
 	g := ns.device.Geometry()
 	d.NSID, d.UUID, d.NGUID, d.EUI64 = ns.nsid, ns.uuid, ns.nguid, ns.eui64
@@ -183,7 +184,7 @@ func describeRecord(ns namespace, d state.Device) state.Device {
 	return d
 }
 
-// keptBy are the records of other servers that died, in whose place others may serve.
+// keptBy returns the records of other dead servers, which may still be recovered.
 func (s *server) keptBy(has func(state.Record) bool) ([]state.Record, error) {
 	records, err := s.cfg.Dir.List()
 	if err != nil {
@@ -199,8 +200,7 @@ func (s *server) keptBy(has func(state.Record) bool) ([]state.Record, error) {
 	return kept, nil
 }
 
-// keptNumbers are the device numbers that dead servers had, which their users may
-// still know.
+// keptNumbers returns the device numbers of dead servers, which users may still know.
 func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 	kept := map[int]state.Record{}
 	records, err := s.keptBy(func(r state.Record) bool { return len(r.Devices) > 0 })
@@ -214,14 +214,13 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 	return kept, err
 }
 
-// errKept refuses what is a dead server's.
+// errKept returns the error for a number or an address that a dead server keeps.
 func errKept(what string, r state.Record) error {
 	return exit.Errorf(exit.DeviceTaken, "%s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
 		what, r.Name, r.Target.NQN, r.Name)
 }
 
-// printable is text of a peer as text: what a terminal would take for more is
-// replaced.
+// printable replaces characters in a peer's text that a terminal would interpret.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r == '\ufffd' {

@@ -14,23 +14,23 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// pace bounds the steps of an end.
+// pace holds the time limits of the steps of an end.
 type pace struct {
-	grace time.Duration // for requests in flight
-	abort time.Duration // for them to fail, after that
-	leave time.Duration // for the controller
+	grace time.Duration // for requests in flight to complete
+	abort time.Duration // for aborted requests to fail
+	leave time.Duration // for the controller to leave the target
 	loops time.Duration
 }
 
 var (
 	orderly = pace{grace: 10 * time.Second, abort: 3 * time.Second, leave: 5 * time.Second, loops: 2 * time.Second}
-	// hurried is within what disconnect --force promises, with time left for it
-	// to do the rest.
+	// hurried keeps the promise of disconnect --force, and leaves it time for the rest
+	// of its work.
 	hurried = pace{grace: 1200 * time.Millisecond, abort: 500 * time.Millisecond, leave: 500 * time.Millisecond, loops: 200 * time.Millisecond}
 )
 
-// errEnding is why requests fail that do not come back in time.
-var errEnding = errors.New("the device ends and requests were not answered in time")
+// errEnding is the reason to abort requests that do not complete in time.
+var errEnding = errors.New("the device is ending and requests were not answered in time")
 
 // Disconnect implements control.Controlled.
 func (s *server) Disconnect(ctx context.Context, force bool) error {
@@ -42,10 +42,9 @@ func (s *server) Disconnect(ctx context.Context, force bool) error {
 	return s.end(ctx, force, p)
 }
 
-// end takes everything apart, top down. Without force it fails with
-// an error that isBusy if a device is in use, and nothing has changed. When it returns
-// another error, something is left that only the end of the process, or not
-// even that, takes away.
+// end takes all parts apart, top down. Without force, if a device is in use, it changes
+// nothing and returns an error for which isBusy is true. After any other error, parts
+// remain that only the end of the process can remove, or that outlive the process.
 func (s *server) end(ctx context.Context, force bool, p pace) error {
 	select {
 	case <-s.changes:
@@ -65,7 +64,7 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 		if !force && isBusy(err) {
 			return err
 		}
-		// What is below still serves what is left. Nobody waits for the rest.
+		// The lower parts still serve the devices that remain. Do not wait for them.
 		s.finish(err)
 		return err
 	}
@@ -74,8 +73,8 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 	return err
 }
 
-// endBelow ends what the devices were made of, top down. What does not end still uses
-// what is below it, so that stays.
+// endBelow ends the parts below the devices, top down. A part that does not end still
+// uses the parts below it, so those stay.
 func (s *server) endBelow(ctx context.Context, p pace) error {
 	for _, step := range []func() error{
 		func() error { return s.endNBD(p) },
@@ -90,17 +89,16 @@ func (s *server) endBelow(ctx context.Context, p pace) error {
 	return nil
 }
 
-// finish lets run return. The caller holds changes.
+// finish makes run return. The caller holds changes.
 func (s *server) finish(left error) {
 	if left != nil {
-		s.log.Error("ended with something left", "error", left)
+		s.log.Error("server ended, but not all its parts did", "error", left)
 	}
 	s.closed = true
 	close(s.ended)
 }
 
-// inUse is for several devices, so that not one is ended before another turns
-// out to be in use.
+// inUse checks all devices before any of them is ended.
 func (s *server) inUse() error {
 	all := s.devices()
 	if len(all) < 2 {
@@ -114,7 +112,7 @@ func (s *server) inUse() error {
 	return nil
 }
 
-// endDevices stops all devices. The ones that it could stop are off the record.
+// endDevices stops all devices. It removes those that stopped from the record.
 func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 	limit, cancel := context.WithTimeout(ctx, p.grace)
 	defer cancel()
@@ -127,7 +125,7 @@ func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 	if s.ctrl == nil {
 		return err
 	}
-	s.log.Warn("requests in flight are given up", "error", err)
+	s.log.Warn("aborting requests in flight", "error", err)
 	s.aborted = true
 	s.ctrl.Abort(errEnding)
 	limit, cancel = context.WithTimeout(ctx, p.abort)
@@ -182,10 +180,10 @@ func (s *server) endController(ctx context.Context, p pace) error {
 	defer cancel()
 	live := s.ctrl.Info().State == initiator.StateLive
 	err := bounded(p.leave+p.abort, func() error { return s.ctrl.Close(ctx) })
-	// Only then all commands have been answered, the target has none of them.
+	// Only then have all commands been answered, and the target executes none.
 	s.record.finish(err == nil && live && !s.aborted)
 	if err != nil {
-		// A target that does not answer must not keep anybody here.
+		// A target that does not answer must not delay the end.
 		s.log.Warn("leave the subsystem", "error", err)
 		if errors.Is(err, errStuck) {
 			return fmt.Errorf("leave the subsystem: %w", err)
@@ -204,10 +202,10 @@ func (s *server) endLoops(p pace) error {
 	return errors.Join(errs...)
 }
 
-var errStuck = errors.New("does not end in time")
+var errStuck = errors.New("did not end in time")
 
-// bounded runs fn, but not for longer than limit. What runs longer ends with
-// the process.
+// bounded runs fn and waits for it at most limit. After that, fn goes on until the
+// process ends.
 func bounded(limit time.Duration, fn func() error) error {
 	result := make(chan error, 1)
 	go func() { result <- fn() }()

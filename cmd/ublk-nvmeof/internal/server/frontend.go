@@ -12,14 +12,14 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// frontEnd is the front end of a server, and why it is this one.
+// frontEnd is the front end of a server, with the reason for the choice.
 type frontEnd struct {
 	name   string // options.Ublk, NBD or NBDSocket
 	reason string
 }
 
-// chooseFront finds the front end: that of the devices that are taken over, the one
-// that was asked for, or the first that this machine has or can load.
+// chooseFront chooses the front end: that of the devices to take over, the one that the
+// user requested, or the first that this machine has or can load.
 func (s *server) chooseFront() (frontEnd, error) {
 	const asked = "asked for"
 	if f, err := s.inheritedFront(); f.name != "" || err != nil {
@@ -39,16 +39,16 @@ func (s *server) chooseFront() (frontEnd, error) {
 	}
 	noNBD := s.driver(host.NBD, s.back.nbd, nbd.ErrNoDriver)
 	if noNBD == nil {
-		return frontEnd{options.NBD, "no ublk driver, but the kernel's NBD client"}, nil
+		return frontEnd{options.NBD, "there is no ublk driver, but the kernel's NBD client"}, nil
 	}
-	s.log.Info("block devices are not to be had", "ublk", noUblk, "nbd", noNBD)
+	s.log.Info("no driver for block devices is available", "ublk", noUblk, "nbd", noNBD)
 	return frontEnd{options.NBDSocket, "neither a ublk driver nor the kernel's NBD client can be used"}, nil
 }
 
-// inheritedFront is the front end of the devices that are taken over; none if there
-// are no devices.
+// inheritedFront returns the front end of the devices to take over. It is empty if
+// there are none.
 func (s *server) inheritedFront() (frontEnd, error) {
-	const inherited = "that of the devices that are recovered"
+	const inherited = "the recovered devices have it"
 	var f frontEnd
 	for _, d := range s.waiting {
 		switch d.Kind {
@@ -62,7 +62,7 @@ func (s *server) inheritedFront() (frontEnd, error) {
 				return frontEnd{}, err
 			}
 			if there {
-				return frontEnd{}, exit.Errorf(exit.Other, "%s was left by a dead server and cannot be recovered, because the kernel would not send what was in flight again; disconnect removes it", d.Path())
+				return frontEnd{}, exit.Errorf(exit.Other, "a dead server left %s, which cannot be recovered, because the kernel would not resend requests in flight; disconnect removes it", d.Path())
 			}
 		}
 	}
@@ -76,7 +76,7 @@ func (s *server) inheritedFront() (frontEnd, error) {
 	return f, nil
 }
 
-// driver makes sure that a driver can be used.
+// driver makes sure that a driver is available.
 func (s *server) driver(m host.Module, available func() error, none error) error {
 	var loading error
 	if s.opts.LoadModules == "auto" {
@@ -89,7 +89,8 @@ func (s *server) driver(m host.Module, available func() error, none error) error
 	return err
 }
 
-// nbdAvailable is nil if the kernel's NBD client can make devices that are seen here.
+// nbdAvailable returns nil if the kernel's NBD client can make devices that this
+// process sees.
 func nbdAvailable() error {
 	if err := nbd.Available(); err != nil {
 		return err
@@ -100,5 +101,5 @@ func nbdAvailable() error {
 	return nil
 }
 
-// isBusy says whether an error is that somebody uses a device.
+// isBusy reports whether the error says that a device is in use.
 func isBusy(err error) bool { return errors.Is(err, ublk.ErrBusy) || errors.Is(err, nbd.ErrBusy) }

@@ -6,8 +6,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 )
 
-// checkMemory computes what the I/O buffers of namespaces take, before any is taken,
-// and refuses what the controller may not use.
+// checkMemory returns an error if the I/O buffers of the namespaces would exceed the
+// controller's memory limit. It allocates nothing.
 func (s *server) checkMemory(chosen []namespace) error {
 	var need int64
 	largest := 0

@@ -15,11 +15,10 @@ import (
 
 const (
 	// retirePause is the time between two attempts to end a device without a
-	// namespace, which somebody uses.
+	// namespace that is still in use.
 	retirePause = time.Second
-	// A change that cannot be carried out is tried again after retryPause, then
-	// after twice that, and so on up to retryPauseMax, until it succeeds, means
-	// nothing any more, or the server ends.
+	// A change that fails is retried after retryPause, which doubles up to
+	// retryPauseMax, until the change succeeds or is obsolete, or the server ends.
 	retryPause    = time.Second
 	retryPauseMax = 30 * time.Second
 )
@@ -30,14 +29,14 @@ type change struct {
 	what initiator.Change
 }
 
-// pending is a change that is to be carried out.
+// pending is a change that has not been carried out yet.
 type pending struct {
 	change
 	due   time.Time     // zero: at once
 	pause time.Duration // before the next attempt
 }
 
-// changed notes a change, for follow. It does not block. Any goroutine.
+// changed reports a change to follow. It does not block. Any goroutine may call it.
 func (s *server) changed(ns namespace, what initiator.Change) {
 	s.mu.Lock()
 	s.reported = append(s.reported, change{ns, what})
@@ -45,7 +44,7 @@ func (s *server) changed(ns namespace, what initiator.Change) {
 	s.tell()
 }
 
-// tell has follow look at what was reported.
+// tell makes follow look at the reported changes.
 func (s *server) tell() {
 	select {
 	case s.news <- struct{}{}:
@@ -53,9 +52,9 @@ func (s *server) tell() {
 	}
 }
 
-// follow lets the devices follow the namespaces, until ctx is done. A new
-// namespace gets a device; the device of one that is gone fails its I/O, and goes
-// away as soon as nobody has it open; sizes and write protection are passed on.
+// follow applies changes of namespaces to the devices until ctx is done. A new namespace
+// gets a device. When a namespace is removed, its device fails its I/O and ends as soon
+// as it is not open any more. Sizes and write protection are passed on.
 func (s *server) follow(ctx context.Context) {
 	var timer <-chan time.Time
 	for {
@@ -76,8 +75,8 @@ func (s *server) follow(ctx context.Context) {
 	}
 }
 
-// keepUp carries out what can be carried out now, and says when there is more to do;
-// zero if there is not. The caller holds changes.
+// keepUp carries out the changes that are due. It returns the time of the next one, or
+// zero if there is none. The caller holds changes.
 func (s *server) keepUp(ctx context.Context) (next time.Time) {
 	for _, c := range s.takeReported() {
 		s.note(c)
@@ -106,8 +105,8 @@ func (s *server) takeReported() []change {
 	return all
 }
 
-// note takes up a change. It replaces what is pending of the same kind; nothing is
-// pending of a namespace that is gone.
+// note adds a change to the pending ones, in place of an older one of the same kind. A
+// removed namespace has no pending changes.
 func (s *server) note(c change) {
 	v := s.servingOf(c.device)
 	s.pending = slices.DeleteFunc(s.pending, func(p *pending) bool {
@@ -126,12 +125,12 @@ func (s *server) note(c change) {
 	}
 }
 
-// errHeld is that the device of the namespace which had this number before is still
-// in use.
+// errHeld means that an earlier namespace had the same number and that its device is
+// still in use.
 var errHeld = errors.New("its predecessor is in use")
 
-// attempt tries to carry a change out, and says whether there is nothing more to do
-// about it. The caller holds changes.
+// attempt tries to carry out a change, and reports whether it is settled. The caller
+// holds changes.
 func (s *server) attempt(ctx context.Context, p *pending) bool {
 	switch err := s.apply(ctx, p.change); {
 	case err == nil:
@@ -150,7 +149,7 @@ func (s *server) attempt(ctx context.Context, p *pending) bool {
 	}
 }
 
-// apply carries a change out. The caller holds changes.
+// apply carries out a change. The caller holds changes.
 func (s *server) apply(ctx context.Context, c change) error {
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
@@ -168,8 +167,8 @@ func (s *server) apply(ctx context.Context, c change) error {
 	return nil
 }
 
-// offer makes the device of a namespace that was added. An export has the number of
-// its namespace for a name, so the one that had it before has to go first.
+// offer makes the device of an added namespace. An export is named by the number of its
+// namespace, so an earlier export of that number must end first.
 func (s *server) offer(ctx context.Context, ns namespace) error {
 	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
 		return errHeld
@@ -199,7 +198,7 @@ func (s *server) resize(ctx context.Context, v *serving) error {
 	})
 }
 
-// servingOf is what serves a namespace; nil if nothing does.
+// servingOf returns the serving of a namespace, or nil.
 func (s *server) servingOf(ns block.Device) *serving {
 	for _, v := range s.devices() {
 		if v.device == ns && !ended(v.dev) {
@@ -209,8 +208,8 @@ func (s *server) servingOf(ns block.Device) *serving {
 	return nil
 }
 
-// retire ends the devices without a namespace that nobody uses, and says whether
-// none is left. The caller holds changes.
+// retire ends the unused devices without a namespace, and reports whether none is left.
+// The caller holds changes.
 func (s *server) retire(ctx context.Context) bool {
 	done := true
 	for _, v := range s.devices() {
@@ -220,14 +219,14 @@ func (s *server) retire(ctx context.Context) bool {
 		if err := s.retireDevice(ctx, v); err != nil {
 			done = false
 			if !isBusy(err) {
-				s.log.Error("device without a namespace does not end", "device", v.dev.Record().Path(), "error", err)
+				s.log.Error("cannot end a device without a namespace", "device", v.dev.Record().Path(), "error", err)
 			}
 		}
 	}
 	return done
 }
 
-// retireDevice ends a device, unless somebody uses it.
+// retireDevice ends a device, unless it is in use.
 func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
@@ -240,7 +239,7 @@ func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
 	s.mu.Unlock()
 	if err := s.record.removeDevices(record); err != nil {
-		// The next change of the record takes it off.
+		// The next change of the record removes the device.
 		return fmt.Errorf("device is still on record: %w", err)
 	}
 	return nil

@@ -28,25 +28,25 @@ import (
 )
 
 const (
-	// minNBDDepth is the least that package nbd takes.
+	// minNBDDepth is the smallest depth that package nbd accepts.
 	minNBDDepth = 16
-	// maxSocketPath is what struct sockaddr_un has room for.
+	// maxSocketPath is the longest path that fits into struct sockaddr_un.
 	maxSocketPath = 107
 )
 
-// nbdServer is the NBD server that all namespaces are exports of.
+// nbdServer is the NBD server whose exports are the namespaces.
 type nbdServer struct {
 	*nbd.Server
-	listener net.Listener // nil: it serves the kernel's client only
-	accepts  bool         // it takes clients from the listener
-	secure   bool         // clients need TLS
+	listener net.Listener // nil if it serves only the kernel's client
+	accepts  bool         // the server accepts clients from the listener
+	secure   bool         // clients must use TLS
 	queues   int
 	depth    int
 	maxIO    int
 }
 
-// openNBD makes the NBD server, unless there is one. The address where it listens is on
-// record. Clients that connect wait until acceptClients is called.
+// openNBD makes the NBD server, unless there is one, and records the address on which it
+// listens. Clients that connect wait until acceptClients is called.
 func (s *server) openNBD() error {
 	if s.nbd != nil {
 		return nil
@@ -75,7 +75,7 @@ func (s *server) openNBD() error {
 	return nil
 }
 
-// listenNBD opens the socket of the NBD server and puts its address on record.
+// listenNBD opens the socket of the NBD server and records its address.
 func (s *server) listenNBD(n *nbdServer) error {
 	l, err := s.bindNBD()
 	if err != nil {
@@ -88,8 +88,9 @@ func (s *server) listenNBD(n *nbdServer) error {
 	return nil
 }
 
-// acceptClients lets the NBD server take clients, if it has a socket and does not do so
-// yet. Everything that they may use is on record and has an export by then.
+// acceptClients makes the NBD server accept clients, if it has a socket and does not
+// accept them yet. By then everything that clients may use has been recorded and has an
+// export.
 func (s *server) acceptClients() {
 	n := s.nbd
 	if n == nil || n.listener == nil || n.accepts {
@@ -98,13 +99,13 @@ func (s *server) acceptClients() {
 	n.accepts = true
 	go func() {
 		if err := n.Serve(n.listener); err != nil && !errors.Is(err, nbd.ErrStopped) {
-			s.log.Error("NBD clients are not accepted any more", "error", err)
+			s.log.Error("NBD server stopped accepting clients", "error", err)
 		}
 	}()
 }
 
-// bindNBD listens where NBD clients look for this server, and only where none looks for
-// another one that has died.
+// bindNBD listens at the address where NBD clients look for this server. It refuses an
+// address where clients of a dead server may look for that server.
 func (s *server) bindNBD() (net.Listener, error) {
 	address, err := s.nbdAddress()
 	if err != nil {
@@ -116,7 +117,7 @@ func (s *server) bindNBD() (net.Listener, error) {
 	}
 	if network == "unix" {
 		if len(address) > maxSocketPath {
-			return nil, exit.Errorf(exit.Other, "the path %s has %d bytes, a socket's has at most %d; want --nbd-socket with a shorter one", address, len(address), maxSocketPath)
+			return nil, exit.Errorf(exit.Other, "the path %s has %d bytes, and the path of a socket at most %d; want --nbd-socket with a shorter path", address, len(address), maxSocketPath)
 		}
 		if err := s.checkKept(address); err != nil {
 			return nil, err
@@ -137,9 +138,10 @@ func (s *server) bindNBD() (net.Listener, error) {
 	return l, nil
 }
 
-// nbdAddress is where this server listens for NBD clients: where it was told to, where
-// its predecessor did, or at a path that is made of its target, so that no other
-// subsystem ever has it. A second server of the same target gets another one.
+// nbdAddress returns the address on which this server listens for NBD clients: the one
+// that the user gave, that of its predecessor, or a path that is derived from the target
+// and that no other subsystem ever has. A second server of the same target gets another
+// path.
 func (s *server) nbdAddress() (string, error) {
 	if s.opts.Socket != "" {
 		return s.opts.Socket, nil
@@ -163,8 +165,8 @@ func (s *server) nbdAddress() (string, error) {
 	return path + ".sock", nil
 }
 
-// listensAt is where the NBD server on record listens; empty if it does not. Older
-// versions noted it in the addresses of the devices only.
+// listensAt returns the address on which the recorded server listens for NBD clients, or
+// "". Older versions recorded it only in the addresses of the devices.
 func listensAt(r state.State) string {
 	if r.Listen != "" {
 		return r.Listen
@@ -185,9 +187,9 @@ func listensAt(r state.State) string {
 	return ""
 }
 
-// takeSocket removes a dead server's socket if it is on this server's record, or in this
-// run directory at the path that only this target has. Whose socket another one was is
-// not known, and neither is what its clients wait for.
+// takeSocket removes the socket of a dead server if this server's record names it, or if
+// it has the path in this run directory that only this target has. The owner of any other
+// socket is unknown, and so is the target that its clients expect.
 func (s *server) takeSocket(address string) error {
 	own := listensAt(s.record.state())
 	if s.opts.Socket == "" || own != "" && sameAddress(own, address) {
@@ -198,11 +200,11 @@ func (s *server) takeSocket(address string) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case isListening(address):
-		return exit.Errorf(exit.DeviceTaken, "somebody listens at %s", address)
+		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", address)
 	case err == nil && info.Mode().Type() == os.ModeSocket:
-		return exit.Errorf(exit.DeviceTaken, "%s is a socket already, and no record here says whose; clients may wait there for another target. Remove it if none does", address)
+		return exit.Errorf(exit.DeviceTaken, "%s is an existing socket that no record here names; clients may wait there for another target; remove it if no client does", address)
 	case err == nil:
-		return exit.Errorf(exit.DeviceTaken, "%s is there, and no socket", address)
+		return exit.Errorf(exit.DeviceTaken, "%s exists and is not a socket", address)
 	default:
 		return err
 	}
@@ -216,7 +218,7 @@ func (s *server) checkKept(address string) error {
 	}
 	for _, r := range records {
 		if r.Err != nil && s.opts.Socket != "" {
-			return fmt.Errorf("the record of %s cannot be read, so whether its clients look for it at %s is not known: %w", r.Name, address, r.Err)
+			return fmt.Errorf("the record of %s cannot be read, and its clients may look for it at %s: %w", r.Name, address, r.Err)
 		}
 	}
 	kept, err := s.keptBy(func(r state.Record) bool {
@@ -229,7 +231,7 @@ func (s *server) checkKept(address string) error {
 	return errKept(address, kept[0])
 }
 
-// sameAddress says whether a client of one address could reach a server at the other.
+// sameAddress reports whether a client of one address could reach a server at the other.
 func sameAddress(a, b string) bool {
 	if a == b || strings.HasPrefix(a, "/") && strings.HasPrefix(b, "/") && realPath(a) == realPath(b) {
 		return true
@@ -242,8 +244,8 @@ func sameAddress(a, b string) bool {
 	return x.Addr().Unmap() == y.Addr().Unmap() || x.Addr().IsUnspecified() || y.Addr().IsUnspecified()
 }
 
-// realPath is the path of a socket without symbolic links in its directory, as far as
-// they can be followed.
+// realPath returns the path of a socket with the symbolic links of its directory
+// resolved, if they can be.
 func realPath(path string) string {
 	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
 	if err != nil {
@@ -252,7 +254,7 @@ func realPath(path string) string {
 	return filepath.Join(dir, filepath.Base(path))
 }
 
-// isListening says whether a process accepts connections at the path of a socket.
+// isListening reports whether a process accepts connections at the path of a socket.
 func isListening(path string) bool {
 	c, err := net.Dial("unix", path)
 	if err != nil {
@@ -268,10 +270,10 @@ func removeDeadSocket(path string) error {
 	switch {
 	case err == nil:
 		_ = c.Close()
-		return exit.Errorf(exit.DeviceTaken, "somebody listens at %s", path)
+		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
 	case errors.Is(err, unix.ECONNREFUSED):
 		if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
-			return fmt.Errorf("%s is there, and no socket", path)
+			return fmt.Errorf("%s exists and is not a socket", path)
 		}
 		return os.Remove(path)
 	}
@@ -291,7 +293,8 @@ func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 	return x
 }
 
-// export makes a namespace an export, and with the front end nbd a block device of that.
+// export makes a namespace an export. With the front end nbd it also makes a block device
+// of the export.
 func (s *server) export(ctx context.Context, ns namespace, id int) (device, error) {
 	if err := s.openNBD(); err != nil {
 		return nil, err
@@ -303,8 +306,8 @@ func (s *server) export(ctx context.Context, ns namespace, id int) (device, erro
 	if s.front.name == options.NBDSocket {
 		return x, nil
 	}
-	// The kernel cannot be given new connections after a crash that would make up for
-	// what was in flight, so nothing waits for them.
+	// After a crash, new connections would not make the kernel resend requests in
+	// flight, so no request waits for a new server.
 	var err error
 	x.dev, err = s.nbd.Start(ctx, nbd.DeviceConfig{Index: id, Export: x.name, Log: s.log})
 	if err != nil {
@@ -316,7 +319,7 @@ func (s *server) export(ctx context.Context, ns namespace, id int) (device, erro
 	return x, nil
 }
 
-// endNBD ends the NBD server, when all devices have ended.
+// endNBD ends the NBD server after all devices have ended.
 func (s *server) endNBD(p pace) error {
 	if s.nbd == nil {
 		return nil
@@ -330,12 +333,13 @@ func (s *server) endNBD(p pace) error {
 	return err
 }
 
-// export is a namespace that is served by NBD, with the kernel's device or without.
+// export is a namespace that is served by NBD, with or without a device of the kernel's
+// client.
 type export struct {
 	srv         *nbd.Server
 	name        string
 	description string
-	dev         *nbd.Device // nil: a socket
+	dev         *nbd.Device // nil for the front end nbd-socket
 	record      state.Device
 	queueInfo   queueInfo
 	once        sync.Once
@@ -359,7 +363,8 @@ func (x *export) InUse() error {
 	return nil
 }
 
-// Resize implements device. A client of a socket learns sizes when it connects.
+// Resize implements device. A client of a socket learns the new size when it connects
+// again.
 func (x *export) Resize(ctx context.Context, sectors uint64) error {
 	if x.dev == nil {
 		return nil
@@ -367,8 +372,8 @@ func (x *export) Resize(ctx context.Context, sectors uint64) error {
 	return x.dev.Resize(ctx, sectors<<block.SectorShift)
 }
 
-// SetReadOnly implements device: a client learns it when it connects. Until then the
-// namespace refuses what it has to.
+// SetReadOnly implements device. A client learns of it when it connects again. Until then
+// the namespace refuses writes.
 func (x *export) SetReadOnly(bool) error { return nil }
 
 // HandOver implements device.

@@ -14,8 +14,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// reachable is the first of the target's addresses that a route leads to, or the
-// first if there is none.
+// reachable returns the first of the target's addresses that has a route, or the first
+// address if none has.
 func (s *server) reachable(addresses []netip.AddrPort) netip.AddrPort {
 	for _, a := range addresses {
 		if _, err := s.back.route(a, s.opts.SourceAddr); err == nil {
@@ -25,8 +25,8 @@ func (s *server) reachable(addresses []netip.AddrPort) netip.AddrPort {
 	return addresses[0]
 }
 
-// chooseProvider opens the provider that was asked for, or the one that the
-// route to the target calls for, and notes which it is and why.
+// chooseProvider opens the requested provider, or the one that fits the route to the
+// target, and stores the choice and its reason.
 func (s *server) chooseProvider() (rdma.Provider, error) {
 	route, err := s.back.route(s.remote, s.opts.SourceAddr)
 	choice := provider.Choose(s.opts.Provider, s.remote.Addr(), route, err)
@@ -54,7 +54,7 @@ func (s *server) chooseProvider() (rdma.Provider, error) {
 	return p, nil
 }
 
-// noRDMA says which network device would need an RDMA device.
+// noRDMA returns an error that names the network device on the route to the target.
 func (s *server) noRDMA(err error) error {
 	route, rerr := s.back.route(s.remote, s.opts.SourceAddr)
 	switch {
@@ -70,8 +70,8 @@ func (s *server) noRDMA(err error) error {
 	return exit.Errorf(exit.NoRDMA, "no RDMA device on %s, which leads to %s; %s (%v)", route.Netdev, s.remote, have, err)
 }
 
-// closeProvider ends a provider that has to be ended, when nothing uses it any
-// more.
+// closeProvider closes the provider, if it has a Close method. Nothing may use the
+// provider any more.
 func (s *server) closeProvider() error {
 	if s.closer == nil {
 		return nil

@@ -12,24 +12,24 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// record is the server's entry in the run directory. Any goroutine.
+// record is the server's entry in the run directory. Any goroutine may call its methods.
 type record struct {
 	mu    sync.Mutex // guards what follows
 	entry *state.Entry
-	// own says that the entry is this server's. Before that it is a copy of the
-	// record of a server that still runs, and not saved.
+	// own is set if the entry is this server's. Before that, the entry is a copy of the
+	// record of a running server and is not saved.
 	own bool
-	// inherited says that the entry was another server's, and not everything on it
-	// is served yet: it stays, whatever happens.
+	// inherited is set if the entry was another server's and this server does not serve
+	// all of its devices yet. Such an entry is never removed.
 	inherited bool
-	// before are the controllers of earlier servers that the target may still
-	// have; used is this server's, which I/O may have been sent to.
+	// before holds the controllers of earlier servers that the target may still have,
+	// and used the controller of this server that may have received I/O.
 	before, used []uint16
 	newest       uint16 // controller of this server that the target made last
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
 	// used, in seconds.
 	keepAliveBefore, keepAlive int
-	// finished says that the target has ended all commands of this server.
+	// finished is set when the target has ended all commands of this server.
 	finished bool
 }
 
@@ -40,7 +40,7 @@ func newRecord(e *state.Entry, keepAlive time.Duration) *record {
 	}
 }
 
-// copyOf is the record of a server that runs, for the server that will replace it.
+// copyOf returns a copy of the record of a running server, for its replacement.
 func copyOf(r state.Record, keepAlive time.Duration) *record {
 	return &record{
 		entry: &state.Entry{Record: r}, before: r.Controllers,
@@ -48,7 +48,7 @@ func copyOf(r state.Record, keepAlive time.Duration) *record {
 	}
 }
 
-// become makes the record that of a predecessor that has ended.
+// become takes over the entry of a predecessor that has ended.
 func (r *record) become(e *state.Entry) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -70,8 +70,8 @@ func (r *record) save() error {
 	return r.entry.Save()
 }
 
-// update changes the state and saves it. After an error the change holds, but is not
-// on record until an update succeeds.
+// update changes the state and saves it. After an error the change is kept in memory,
+// and the next successful update saves it.
 func (r *record) update(change func(*state.State)) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -123,7 +123,7 @@ func (r *record) associated(cntlid uint16) error {
 	return nil
 }
 
-// earlier are the controllers of earlier servers that the target may still have, and
+// earlier returns the controllers of earlier servers that the target may still have, and
 // their longest keep alive timeout.
 func (r *record) earlier() (ids []uint16, keepAlive time.Duration) {
 	r.mu.Lock()
@@ -131,8 +131,8 @@ func (r *record) earlier() (ids []uint16, keepAlive time.Duration) {
 	return slices.Clone(r.before), time.Duration(r.keepAliveBefore) * time.Second
 }
 
-// outlived notes that the target has ended the controllers of earlier servers, also on the
-// records of those servers that stay.
+// outlived records that the target has ended the controllers of earlier servers, also in
+// those servers' records that stay.
 func (r *record) outlived(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -144,15 +144,15 @@ func (r *record) outlived(ctx context.Context) error {
 	return r.entry.Forget(ctx, ended)
 }
 
-// finish notes whether the target has ended all commands of this server.
+// finish records whether the target has ended all commands of this server.
 func (r *record) finish(finished bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.finished = finished
 }
 
-// left notes that this server has left the target, if it has, on a record that stays for
-// the next one.
+// left records that this server has left the target, if it has. The record stays for the
+// next server.
 func (r *record) left() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -163,8 +163,8 @@ func (r *record) left() error {
 	return r.save()
 }
 
-// takenOver notes that everything on an inherited record is served, by a server
-// with these flags at this target.
+// takenOver records that a server with these flags and this target serves all devices of
+// an inherited record.
 func (r *record) takenOver(target state.Target, args []string, devices []state.Device) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -176,8 +176,8 @@ func (r *record) takenOver(target state.Target, args []string, devices []state.D
 	return nil
 }
 
-// retire removes the record, unless something on it is still there or is for
-// another server.
+// retire removes the record, unless one of its devices remains or another server needs
+// it.
 func (r *record) retire(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -197,7 +197,7 @@ func (r *record) isOwn() bool {
 	return r.own
 }
 
-// state is a copy of what is on record.
+// state returns a copy of the recorded state.
 func (r *record) state() state.State {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -206,19 +206,19 @@ func (r *record) state() state.State {
 	return s
 }
 
-// socket is the path of the control socket.
+// socket returns the path of the control socket.
 func (r *record) socket() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.entry.Socket()
 }
 
-// addDevices notes devices.
+// addDevices records devices.
 func (r *record) addDevices(all ...state.Device) error {
 	return r.update(func(s *state.State) { s.Devices = append(s.Devices, all...) })
 }
 
-// removeDevices forgets devices that have ended.
+// removeDevices removes devices that have ended from the record.
 func (r *record) removeDevices(all ...state.Device) error {
 	return r.update(func(s *state.State) {
 		s.Devices = slices.DeleteFunc(slices.Clone(s.Devices), func(have state.Device) bool {
@@ -227,7 +227,7 @@ func (r *record) removeDevices(all ...state.Device) error {
 	})
 }
 
-// sameDevice says whether two records are of one device.
+// sameDevice reports whether two records describe the same device.
 func sameDevice(a, b state.Device) bool {
 	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI
 }

@@ -20,34 +20,34 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// Config is what to serve, and who hears of it.
+// Config configures Run.
 type Config struct {
 	Options *options.Connect // complete
 	Args    []string         // flags that give Options again
 	Dir     state.Dir
 	Log     *slog.Logger
-	// Succeeds is the name of a server that runs, whose devices this one takes
-	// over once it is connected. Empty: none.
+	// Succeeds is the name of a running server. Once this server is connected, it
+	// takes over that server's devices. It may be empty.
 	Succeeds string
-	// Recovers is the name of a dead server, in whose place this one serves. Empty:
-	// that of a dead server with the same target, if there is one.
+	// Recovers is the name of a dead server that this server replaces. If it is empty,
+	// Run looks for a dead server with the same target.
 	Recovers string
-	// Reserved is called once the server has its state directory, where it may
-	// keep a log. nil: nobody wants to know.
+	// Reserved, if not nil, is called once the server has its state directory, where a
+	// log may be kept.
 	Reserved func(*state.Entry) error
-	// Ready is called once the devices are usable. An error ends the server.
+	// Ready is called when the devices are usable. An error ends the server.
 	Ready func(control.Status) error
-	// Hurry, when closed, shortens an end that is under way.
+	// Hurry is closed to shorten the end of the server.
 	Hurry <-chan struct{}
 }
 
-// Run serves until ctx is done (which is an orderly end, and no error), a
-// control request ends it, or nothing is left to serve. Errors have an
-// exit.Code; whatever was made until then has been undone.
+// Run serves until ctx is done, a control request ends it, or no device is left. It
+// returns nil after an orderly end, for which ctx may be canceled. Errors have an
+// exit.Code; on an error Run has undone what it made.
 func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 
-// server is a running server. The goroutine of run builds it and takes it
-// apart, or a control request does the latter.
+// server is a running server. The goroutine of run builds it. The same goroutine or a
+// control request takes it apart.
 type server struct {
 	cfg    Config
 	opts   *options.Connect
@@ -59,36 +59,36 @@ type server struct {
 	depth  int        // of the devices
 	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
 
-	// waiting are the devices of another server that this one takes over. Until
-	// all of them are served, nothing is ended: they wait on, for the next.
+	// waiting holds the devices of another server that this one takes over. Until all of
+	// them are served, none is ended, so that they can wait for the next server.
 	waiting []state.Device
-	// recovering says that one of them was begun to be taken over.
+	// recovering is set when the takeover of the first of them begins.
 	recovering bool
 
 	cancel  context.CancelCauseFunc // ends start
 	changes chan struct{}           // holds a token while nobody starts, ends or changes devices
 	closed  bool                    // guarded by changes: everything has ended
-	aborted bool                    // guarded by changes: requests in flight were given up
+	aborted bool                    // guarded by changes: requests in flight were aborted
 	ended   chan struct{}           // closed when closed is set
-	pending []*pending              // changes of namespaces to be carried out; guarded by changes
+	pending []*pending              // pending changes of namespaces; guarded by changes
 
 	mu       sync.Mutex // guards what follows
 	front    frontEnd
 	provider provider.Choice
-	closer   io.Closer                // the provider, if it has to be closed
-	packets  func() provider.Counters // nil: hardware has them
+	closer   io.Closer                // the provider, if it has a Close method
+	packets  func() provider.Counters // nil if the hardware counts packets
 	loops    []*poller.Loop
 	ctrl     controller
-	info     initiator.Info // when it was last seen connected
+	info     initiator.Info // of the controller when it was last seen connected
 	serving  []*serving
-	reported []change // changes of namespaces that follow has not seen
+	reported []change // changes of namespaces that follow has not handled
 
 	news     chan struct{} // something was reported
 	idle     sync.Once     // of noDevice
 	noDevice chan struct{} // closed when a device ended by itself and none is left
 }
 
-// serving is a namespace with the device that makes it visible.
+// serving is a namespace with its device.
 type serving struct {
 	namespace
 	dev    device
@@ -127,7 +127,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		s.serve(ctx)
 	}
 	if nerr := host.Notify("STOPPING=1"); nerr != nil {
-		s.log.Warn("service manager not told", "error", nerr)
+		s.log.Warn("cannot notify the service manager", "error", nerr)
 	}
 	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {
 		err = eerr
@@ -144,15 +144,15 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	return nil
 }
 
-// forget removes the record, unless something on it is still there.
+// forget removes the record, unless one of its devices remains.
 func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
 }
 
-// announce tells everybody that the devices are usable.
+// announce reports that the devices are usable.
 func (s *server) announce() error {
 	if err := host.Notify("READY=1", "STATUS=serving "+s.opts.NQN); err != nil {
-		s.log.Warn("service manager not told", "error", err)
+		s.log.Warn("cannot notify the service manager", "error", err)
 	}
 	if s.cfg.Ready == nil {
 		return nil
@@ -163,7 +163,7 @@ func (s *server) announce() error {
 	return nil
 }
 
-// serve lets the devices follow their namespaces until something ends the server.
+// serve applies changes of namespaces to the devices until the server must end.
 func (s *server) serve(ctx context.Context) {
 	following, stop := context.WithCancel(ctx)
 	var follower sync.WaitGroup
@@ -173,18 +173,18 @@ func (s *server) serve(ctx context.Context) {
 	follower.Wait()
 }
 
-// wait returns when something ends the server.
+// wait returns when the server must end.
 func (s *server) wait(ctx context.Context) {
 	lost := s.ctrl.Done()
 	for {
 		select {
 		case <-ctx.Done():
-			s.log.Info("told to end", "because", context.Cause(ctx))
+			s.log.Info("server was asked to end", "because", context.Cause(ctx))
 		case <-s.ended:
 		case <-s.noDevice:
 			s.log.Info("no device is left")
 		case <-lost:
-			// The devices stay, their I/O fails, and the status says why.
+			// The devices stay, and their I/O fails. The status has the reason.
 			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.ctrl.Err())
 			lost = nil
 			continue
@@ -193,8 +193,8 @@ func (s *server) wait(ctx context.Context) {
 	}
 }
 
-// exclusively runs fn while nobody else starts, ends or changes devices; false if
-// all has ended, or ctx is done.
+// exclusively runs fn while no other goroutine starts, ends or changes devices. It
+// returns false if the server has ended or ctx is done.
 func (s *server) exclusively(ctx context.Context, fn func()) bool {
 	select {
 	case <-s.changes:
@@ -209,7 +209,7 @@ func (s *server) exclusively(ctx context.Context, fn func()) bool {
 	return true
 }
 
-// devices are what is served, ended ones too.
+// devices returns all served devices, including those that have ended.
 func (s *server) devices() []*serving {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -10,7 +10,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
 
-// answerTime is for a control request to get its answer.
+// answerTime is the time limit for the answer to a control request.
 const answerTime = time.Second
 
 // socket is the control socket while it is served.
@@ -30,7 +30,7 @@ func (s *server) listen() error {
 	return nil
 }
 
-// close lets answers that are being written out.
+// close waits until answers in progress are written.
 func (k *socket) close() error {
 	if k == nil {
 		return nil

@@ -17,14 +17,14 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// A server takes over from another one that died (connect and recover) or that
-// leaves (upgrade). The order is: connect, have the other leave, wait until the
-// target has ended all of its controllers, look whether each namespace is the one
-// that its device was made for, and only then serve the devices. Until all of them
-// are served the record stays as the other server left it, but for the process and
-// for the controllers, which only become more.
+// A server takes over from another server that died (connect and recover) or that leaves
+// (upgrade). It connects, makes the other server leave, waits until the target has ended
+// all controllers of the other server, and checks that each namespace is the one for
+// which its device was made. Only then does it serve the devices. Until it serves all of
+// them, the record stays as the other server left it, except for the process and for
+// controllers that are added.
 
-// take takes a name, perhaps that of a dead server with what it left.
+// take takes a new name, or the name of a dead server together with its devices.
 func (s *server) take(ctx context.Context) error {
 	var e *state.Entry
 	var err error
@@ -37,39 +37,39 @@ func (s *server) take(ctx context.Context) error {
 		return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", err)
 	}
 	if errors.Is(err, os.ErrNotExist) && s.cfg.Recovers != "" {
-		return exit.Errorf(exit.NotFound, "%s is not on record any more", s.cfg.Recovers)
+		return exit.Errorf(exit.NotFound, "there is no record of %s any more", s.cfg.Recovers)
 	}
 	if err != nil {
 		return err
 	}
 	for _, unread := range e.Unreadable {
-		s.log.Warn("a server's record cannot be read; what it left is not known", "error", unread)
+		s.log.Warn("cannot read a server's record, so its devices are unknown", "error", unread)
 	}
 	s.record = newRecord(e, s.keepAlive())
 	s.warnOfOtherHosts()
 	if e.Inherited {
 		s.waiting = e.Devices
-		s.log.Info("takes over what a dead server left", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
+		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
 	return nil
 }
 
-// warnOfOtherHosts says which dead servers of the subsystem had another host NQN. The
+// warnOfOtherHosts logs the dead servers of the subsystem that had another host NQN. The
 // target would not tell this host whether their controllers have ended.
 func (s *server) warnOfOtherHosts() {
 	others, err := s.keptBy(func(r state.Record) bool {
 		return r.Target.NQN == s.opts.NQN && r.Target.HostNQN != s.opts.HostNQN && len(r.Controllers) > 0
 	})
 	if err != nil {
-		s.log.Warn("records of other servers are not known", "error", err)
+		s.log.Warn("cannot read the records of other servers", "error", err)
 	}
 	for _, r := range others {
-		s.log.Warn("a server of the same subsystem died that had another host NQN; the target may still execute its writes, and cannot be asked",
+		s.log.Warn("a dead server of the same subsystem had another host NQN; the target may still execute its writes, and this host cannot find out",
 			"server", r.Name, "hostnqn", r.Target.HostNQN)
 	}
 }
 
-// succeed prepares the place of a server that runs: it has to be asked to leave.
+// succeed prepares to replace a running server, which has yet to be asked to leave.
 func (s *server) succeed() error {
 	r, err := s.cfg.Dir.Find(s.cfg.Succeeds)
 	switch {
@@ -82,7 +82,7 @@ func (s *server) succeed() error {
 	return nil
 }
 
-// relieve has the server that runs leave, and takes its place.
+// relieve makes the running server leave, and takes its place.
 func (s *server) relieve(ctx context.Context) error {
 	r := s.record.entry.Record
 	p, err := r.Process.Open()
@@ -90,7 +90,7 @@ func (s *server) relieve(ctx context.Context) error {
 		defer p.Close()
 		limit, cancel := context.WithTimeout(ctx, leaveTime)
 		defer cancel()
-		s.log.Info("takes over from a server", "server", r.Name, "process", r.Process.PID)
+		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
 		refused := control.NewClient(r.Socket()).HandOver(limit)
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
 			return fmt.Errorf("%s does not hand over: %w", r.Name, refused)
@@ -112,34 +112,34 @@ func (s *server) relieve(ctx context.Context) error {
 	return s.listen()
 }
 
-// keepAlive is the keep alive timeout of this server's controllers.
+// keepAlive returns the keep alive timeout of this server's controllers.
 func (s *server) keepAlive() time.Duration {
 	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
 }
 
-// outlive waits for the end of what earlier servers have at the target.
+// outlive waits until the target has ended the controllers of earlier servers.
 func (s *server) outlive(ctx context.Context) error {
 	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
 		return nil
 	}
-	s.log.Info("waits until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
+	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
 	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
 		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
 	}
 	return s.record.outlived(ctx)
 }
 
-// namespaceWait is how long namespaces may be missing that a device waits for: a target
-// that restarts may open its port before its namespaces are there. Tests wait for less.
+// namespaceWait is how long the server waits for a missing namespace of a device. A
+// target that restarts may open its port before its namespaces exist. Tests shorten it.
 var namespaceWait = 10 * time.Second
 
-// awaitNamespaces waits until the namespaces of all devices that are taken over have been
-// found, and returns what was found.
+// awaitNamespaces waits for the namespaces of all devices to take over, and returns the
+// namespaces that it found.
 func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []namespace {
 	ctx, cancel := context.WithTimeout(ctx, namespaceWait)
 	defer cancel()
-	defer s.tell() // follow has to see what was reported meanwhile
+	defer s.tell() // for changes that were reported meanwhile
 	for said := false; ; said = true {
 		found = s.withAdded(found)
 		missing := slices.IndexFunc(s.waiting, func(d state.Device) bool {
@@ -149,7 +149,7 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 			return found
 		}
 		if !said {
-			s.log.Info("waits for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
+			s.log.Info("waiting for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
 		}
 		select {
 		case <-s.news:
@@ -159,7 +159,7 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 	}
 }
 
-// withAdded is found with the namespaces that were added since.
+// withAdded returns found with the namespaces that were added since.
 func (s *server) withAdded(found []namespace) []namespace {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,14 +177,14 @@ func (s *server) withAdded(found []namespace) []namespace {
 	return found
 }
 
-// heirloom is a device of another server, and the namespace that is to serve it.
+// heirloom is a device of another server, with the namespace that will serve it.
 type heirloom struct {
 	state.Device
 	namespace
 }
 
-// recordWith is what is on record of the device from now on: its users were told what
-// they were told, but for the size, unless they connect to it anew.
+// recordWith returns the new record of the device. Users still see the old properties,
+// except for the size, unless they connect again.
 func (h heirloom) recordWith(now state.Device) state.Device {
 	if h.Kind == state.NBDSocket || h.Told == (state.Told{}) {
 		return now
@@ -195,8 +195,8 @@ func (h heirloom) recordWith(now state.Device) state.Device {
 	return now
 }
 
-// recoverDevices serves the devices of another server on. Those that went away
-// with it are left out of what it returns, which is to be on record.
+// recoverDevices takes over the devices of another server and returns their new records.
+// It leaves out devices that ended together with the other server.
 func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state.Device, error) {
 	var all []heirloom
 	for _, w := range s.waiting {
@@ -230,22 +230,22 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	return devices, nil
 }
 
-// leaveWaiting ends a server that could not take everything over. A device that it has
-// begun to take over is given back by the end of the process only. If there is none, no I/O
-// has been sent, and the server leaves the target in order, so that the next server need
-// not wait for the end of its controller.
+// leaveWaiting ends a server that could not take over all devices. Only the end of the
+// process gives back a device whose takeover has begun. If there is no such device, no I/O
+// has been sent. The server then shuts down its controller, so that the next server need
+// not wait for it.
 func (s *server) leaveWaiting(ctx context.Context) error {
 	if s.recovering {
 		return nil
 	}
 	if err := s.endBelow(ctx, orderly); err != nil {
-		s.log.Warn("ended with something left", "error", err)
+		s.log.Warn("server ended, but not all its parts did", "error", err)
 		return nil
 	}
 	return s.record.left()
 }
 
-// heirOf is the namespace that a device was made for, as it is now.
+// heirOf returns the namespace for which a device was made, in its present state.
 func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
 	if i < 0 {
@@ -256,15 +256,15 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 		return ns, fmt.Errorf("%s cannot be recovered: namespace %d %w; disconnect removes the device", d.Path(), d.NSID, err)
 	}
 	if d.UUID == "" && d.NGUID == "" && d.EUI64 == "" {
-		s.log.Warn("namespace has no identifier; whether it is the one that the device was made for, only its sizes tell", "device", d.Path(), "nsid", d.NSID)
+		s.log.Warn("namespace has no identifier; only its sizes show that the device was made for it", "device", d.Path(), "nsid", d.NSID)
 	}
 	return ns, nil
 }
 
-// sameNamespace says why a namespace is not, or may not be, the one that a device was
-// made for. As for a namespace of a lost association, an identifier that both have has
-// to be equal and none may differ; without any identifier the number and the size have to
-// do. The error continues a sentence.
+// sameNamespace returns an error if a namespace is not, or may not be, the one for which
+// a device was made. As after the loss of an association, both must have an identifier in
+// common, and no identifier may differ. Without any identifier, number and size must be
+// equal. The error is the predicate of a sentence.
 func sameNamespace(d state.Device, ns namespace) error {
 	known := false
 	for _, id := range []struct{ name, was, now string }{
@@ -281,7 +281,7 @@ func sameNamespace(d state.Device, ns namespace) error {
 	none := d.UUID+d.NGUID+d.EUI64+ns.uuid+ns.nguid+ns.eui64 == ""
 	complete := d.Told != state.Told{} // older versions noted the UUID only
 	if !known && !none && (complete || d.UUID != "") {
-		return errors.New("has no identifier in common with the one that the device was made for")
+		return errors.New("has no identifier in common with the namespace for which the device was made")
 	}
 	if !complete {
 		return nil
@@ -296,7 +296,8 @@ func sameNamespace(d state.Device, ns namespace) error {
 	return nil
 }
 
-// recoverDevice serves a device on. later says that the loops have served another one.
+// recoverDevice takes over a device. later is set if the loops have already served
+// another device.
 func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (device, error) {
 	if h.Kind == state.NBDSocket {
 		return s.export(ctx, h.namespace, -1)

@@ -226,7 +226,7 @@ func TestSocketsOfOthers(t *testing.T) {
 	o := lab()
 	o.Frontend, o.Socket = options.NBDSocket, path
 	r := begin(t, newWorld(), o, dir)
-	if err := <-r.result; exit.Of(err) != exit.DeviceTaken || !strings.Contains(err.Error(), "somebody listens") {
+	if err := <-r.result; exit.Of(err) != exit.DeviceTaken || !strings.Contains(err.Error(), "another process listens") {
 		t.Errorf("while somebody listens: %v", err)
 	}
 	l.(*net.UnixListener).SetUnlinkOnClose(false)

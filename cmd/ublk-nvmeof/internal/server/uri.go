@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// exportURI is where an NBD client finds an export, with TLS if it is secure, in
-// the form of the NBD project's doc/uri.md.
+// exportURI returns the URI of an export for NBD clients, in the form of the NBD
+// project's doc/uri.md. If secure is set, the URI is one for TLS.
 func exportURI(at net.Addr, name string, secure bool) string {
 	u := url.URL{Scheme: "nbd", Host: at.String(), Path: "/" + name}
 	if secure {
@@ -26,8 +26,8 @@ func escapePath(path string) string {
 	return strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(path))
 }
 
-// socketOf is the path of the socket in the URI of an export, or empty if it is
-// none of a unix socket.
+// socketOf returns the path of the unix socket in the URI of an export, or "" if the URI
+// names none.
 func socketOf(uri string) string {
 	u, err := url.Parse(uri)
 	if err != nil || !strings.HasSuffix(u.Scheme, "+unix") {

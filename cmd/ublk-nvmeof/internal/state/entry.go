@@ -21,7 +21,7 @@ func (e *DuplicateError) Error() string {
 		e.Record.Name, e.Record.Target.NQN, e.Record.Target.Address, e.Record.Phase, e.Record.Process.PID)
 }
 
-// Entry is the caller's own record.
+// Entry is the record of the calling process.
 type Entry struct {
 	Record
 	// Inherited says that the record was another server's: its Args, Devices and
@@ -38,7 +38,7 @@ type Entry struct {
 // Unless duplicate is set, a live server with the same target is a
 // *DuplicateError, and the record of a dead one passes to the caller, who finds
 // in the Entry what it left. Controllers of the Entry are those of all dead servers
-// of the subsystem: the caller has to wait for their end.
+// of the subsystem: the caller must wait for their end.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -170,8 +170,8 @@ func (e *Entry) inheritControllers(records []Record) error {
 	return e.root.saveLeft(left.without(e.Target))
 }
 
-// Forget takes controllers that the target has ended off the records of all dead servers
-// of the subsystem: the target may give their ids to other controllers now.
+// Forget removes controllers that the target has ended from the records of all dead servers
+// of the subsystem, because the target may now give their ids to other controllers.
 func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
@@ -199,7 +199,7 @@ func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 	return nil
 }
 
-// Distinct is ids with only the last of those that are the same.
+// Distinct returns ids with only the last occurrence of each id.
 func Distinct(ids []uint16) []uint16 {
 	var out []uint16
 	for i, id := range ids {
@@ -210,12 +210,12 @@ func Distinct(ids []uint16) []uint16 {
 	return out
 }
 
-// Save writes the state, all of it or nothing.
+// Save replaces the saved state atomically.
 func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State) }
 
-// Retire removes the record of the calling process, which ends. unfinished are the
-// controllers that the target may still have: the next server of the subsystem will
-// wait for their end. After an error the record is still there.
+// Retire removes the record of the calling process, which is ending. unfinished are the
+// controllers that the target may still have; the next server of the subsystem waits
+// for their end. On an error the record remains.
 func (e *Entry) Retire(ctx context.Context, unfinished []uint16) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
@@ -225,9 +225,9 @@ func (e *Entry) Retire(ctx context.Context, unfinished []uint16) error {
 	return e.root.remove(e.Record, unfinished)
 }
 
-// Clear removes the record of a dead server if ended says that nothing of it is
-// left, and says whether that is so. It is true, too, if there is no such record.
-// What the server's controllers may still do is not forgotten.
+// Clear removes the record of a dead server if ended reports that none of its devices is
+// left, and returns that result. It also returns true if there is no such record. The
+// controllers of the server stay recorded.
 func (d Dir) Clear(ctx context.Context, name string, ended func(context.Context, Record) (bool, error)) (bool, error) {
 	unlock, err := d.lock(ctx)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -26,9 +26,9 @@ const (
 	lockRetry = 5 * time.Millisecond
 )
 
-// lock keeps records from coming and going, and waits for at most lockTime. The
-// lock ends with the process. Errors: fs.ErrNotExist if there is no run directory;
-// one that names who has the lock, and is ctx' error or context.DeadlineExceeded.
+// lock locks the set of records, and waits at most lockTime for the lock, which ends with
+// the process. The error is fs.ErrNotExist if there is no run directory. Otherwise it names
+// the process that holds the lock, and wraps ctx' error or context.DeadlineExceeded.
 func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
 	file, err := d.openLock()
 	if err != nil {

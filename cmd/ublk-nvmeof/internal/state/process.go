@@ -27,7 +27,7 @@ var boot = sync.OnceValues(func() (string, error) {
 	return strings.TrimSpace(string(text)), err
 })
 
-// Of is the process that has a number now.
+// Of returns the process that has the given number now.
 func Of(pid int) (Process, error) {
 	b, err := boot()
 	if err != nil {
@@ -40,7 +40,7 @@ func Of(pid int) (Process, error) {
 	return Process{PID: pid, Start: start, Boot: b}, nil
 }
 
-// Alive says whether the process still runs. A zombie does not.
+// Alive reports whether the process still runs. A zombie does not.
 func (p Process) Alive() bool {
 	if b, err := boot(); err != nil || b != p.Boot {
 		return false
@@ -67,7 +67,8 @@ func stat(pid int) (start uint64, state byte, err error) {
 // Handle is a process that cannot become another one.
 type Handle struct{ fd int }
 
-// Open gets hold of a process. os.ErrProcessDone if it is no more.
+// Open returns a handle of the process. The error is os.ErrProcessDone if the process has
+// ended.
 func (p Process) Open() (*Handle, error) {
 	fd, err := unix.PidfdOpen(p.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -108,5 +109,5 @@ func (h *Handle) Wait(ctx context.Context) error {
 	}
 }
 
-// Close lets go of the process.
+// Close releases the handle.
 func (h *Handle) Close() error { return unix.Close(h.fd) }

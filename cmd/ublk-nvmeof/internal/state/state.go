@@ -1,6 +1,6 @@
-// Package state keeps one directory per server in a run directory: the record of
-// what the server serves, at which target, with which controllers and devices. A
-// record survives its server, so that another one can serve the devices on.
+// Package state keeps one directory per server in a run directory. It contains the record
+// of the server: its target, its controllers and its devices. A record survives its
+// server, so that another server can take over the devices.
 //
 //	/run/ublk-nvmeof/.lock             held (flock) while records come and go
 //	/run/ublk-nvmeof/.controllers.json controllers of servers whose record is gone
@@ -10,20 +10,19 @@
 //
 // # What a record is for
 //
-// The controller ids on record are what keeps an old write from landing over a
-// newer one: a target may still execute commands of a server that died, and
-// whoever connects to the subsystem next has to wait for the end of that server's
-// controllers. So an id is on record before the first command goes to its
-// controller, and until the target is known to have ended it; when the record
-// itself is removed before that, the ids move to .controllers.json.
+// Recorded controller ids prevent an old write from overwriting a newer one. A target may
+// still execute commands of a dead server, and the next server of the subsystem must wait
+// until that server's controllers have ended. So an id is recorded before the first command
+// goes to its controller, and stays until the target has ended the controller. If the
+// record itself is removed before that, the ids move to .controllers.json.
 //
-// The devices on record say who they belong to. Their numbers, names and socket
-// addresses are not given to another subsystem while they are on record, because
-// a client may still know the device by them.
+// Recorded devices belong to the server of the record. While they are recorded, no other
+// subsystem gets their numbers, names and socket addresses, because clients may still use
+// them.
 //
-// A record ends when its server ends in order, when a dead server is disconnected,
-// when gc finds that nothing of it can be recovered, or when a successor has taken
-// everything over and has replaced it by its own. Nothing else removes it.
+// A record is removed when its server ends in order, when a dead server is disconnected,
+// when gc finds that none of its devices can be recovered, or when a successor has taken
+// over all devices and has replaced the record by its own.
 package state
 
 import (
@@ -43,7 +42,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SchemaVersion is that of state.json. Fields may be added to a version; those
+// SchemaVersion is the version of state.json. Fields may be added to a version; fields
 // that a record lacks are unknown.
 const SchemaVersion = 1
 
@@ -57,7 +56,7 @@ const (
 	maxStateSize = 16 << 20
 )
 
-// Phase is how far a server has come.
+// Phase is the phase of a server's life.
 type Phase string
 
 // Phases.
@@ -66,18 +65,18 @@ const (
 	Live       Phase = "live"
 )
 
-// Target is what makes two connections the same.
+// Target identifies a connection: connections with equal Targets are the same.
 type Target struct {
 	Address netip.AddrPort `json:"address"`
 	NQN     string         `json:"nqn"`
 	HostNQN string         `json:"hostnqn"`
 }
 
-// sameSubsystem says whether two connections share controller ids: a target tells
-// controllers of a subsystem apart by their ids, and hosts by their names.
+// sameSubsystem reports whether two connections share controller ids. A target
+// distinguishes controllers of a subsystem by their ids, and hosts by their names.
 func (t Target) sameSubsystem(u Target) bool { return t.NQN == u.NQN && t.HostNQN == u.HostNQN }
 
-// Kind is what a device is.
+// Kind is the kind of a device.
 type Kind string
 
 // Kinds.
@@ -87,9 +86,8 @@ const (
 	NBDSocket Kind = "nbd-socket" // a socket, at URI
 )
 
-// Device is a device that belongs to a server. Its number may pass to
-// somebody else's device later; the cookie tells them apart (ublk.Info.Cookie,
-// nbd.Device.Cookie).
+// Device is a device that belongs to a server. Another device may have its number later;
+// the cookie distinguishes them (ublk.Info.Cookie, nbd.Device.Cookie).
 type Device struct {
 	Kind   Kind   `json:"kind,omitempty"`
 	URI    string `json:"uri,omitempty"` // of NBDSocket, which has no number
@@ -105,8 +103,8 @@ type Device struct {
 	Told  Told   `json:"told,omitzero"`
 }
 
-// Told is what users of a device were told when it was made. They may not learn
-// of changes, so a successor has to keep to it. Sizes are in bytes.
+// Told holds the properties of a device that its users saw when it was made. Users may not
+// learn of changes, so a successor must keep these properties. Sizes are in bytes.
 type Told struct {
 	Size          uint64 `json:"size"`
 	BlockSize     uint32 `json:"block_size"`
@@ -117,7 +115,7 @@ type Told struct {
 	ReadOnly      bool   `json:"read_only"`
 }
 
-// Path is the block device's node, or the URI of one that is a socket.
+// Path returns the path of the block device, or the URI of a device that is a socket.
 func (d Device) Path() string {
 	switch d.Kind {
 	case NBD:
@@ -128,10 +126,10 @@ func (d Device) Path() string {
 	return "/dev/ublkb" + strconv.Itoa(d.ID)
 }
 
-// Name is the path without the directory.
+// Name returns the path without the directory.
 func (d Device) Name() string { return strings.TrimPrefix(d.Path(), "/dev/") }
 
-// check says what a record cannot say of a device.
+// check returns an error if the record of a device is not valid.
 func (d Device) check() error {
 	switch {
 	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket:
@@ -146,7 +144,7 @@ func (d Device) check() error {
 	return nil
 }
 
-// State is what state.json holds.
+// State is the contents of state.json.
 type State struct {
 	SchemaVersion int      `json:"schema_version"`
 	Name          string   `json:"name"`
@@ -155,8 +153,8 @@ type State struct {
 	Target        Target   `json:"target"`
 	Args          []string `json:"args"` // flags that give the same connection again
 	Devices       []Device `json:"devices"`
-	// Listen is where the NBD server of the devices listens: the path of a unix
-	// socket, or HOST:PORT. Empty: it does not.
+	// Listen is the address of the devices' NBD server: the path of a unix socket, or
+	// HOST:PORT. It is empty if there is no such server.
 	Listen string `json:"listen,omitempty"`
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
@@ -166,11 +164,11 @@ type State struct {
 	// the controller of the later one.
 	Made map[uint16]int64 `json:"made,omitempty"`
 	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
-	// bounds when the target notices that their server is gone. 0: unknown.
+	// determines when the target notices that their server is gone. 0: unknown.
 	KeepAlive int `json:"keep_alive_tmo,omitempty"`
 }
 
-// check names the first field that makes no sense.
+// check returns an error that names the first field that is not valid.
 func (s *State) check() error {
 	if s.Process.PID <= 0 {
 		return fmt.Errorf("process: pid %d is no process", s.Process.PID)
@@ -214,7 +212,7 @@ func parse(text []byte) (State, error) {
 // Dir is a run directory.
 type Dir string
 
-// Record is a server's state as List finds it.
+// Record is the state of a server as List found it.
 type Record struct {
 	State
 	Alive bool  // the server runs
@@ -222,13 +220,13 @@ type Record struct {
 	dir   string
 }
 
-// Socket is the path of the server's control socket.
+// Socket returns the path of the server's control socket.
 func (r Record) Socket() string { return filepath.Join(r.dir, socketFile) }
 
-// Log is where the server may log to.
+// Log returns the path of the server's log.
 func (r Record) Log() string { return filepath.Join(r.dir, logFile) }
 
-// List finds all servers, in the order of their names.
+// List returns the records of all servers, in the order of their names.
 func (d Dir) List() ([]Record, error) {
 	entries, err := os.ReadDir(string(d))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -256,14 +254,14 @@ func (d Dir) List() ([]Record, error) {
 	return records, nil
 }
 
-// number is the N of ctrlN.
+// number returns the N of ctrlN.
 func number(name string) (int, bool) {
 	digits, ok := strings.CutPrefix(name, namePrefix)
 	n, err := strconv.Atoi(digits)
 	return n, ok && err == nil && n >= 0
 }
 
-// Find is the record of a server. The error is that of the record, or
+// Find returns the record of a server. Its error is that of the record, or
 // fs.ErrNotExist.
 func (d Dir) Find(name string) (Record, error) {
 	r := Record{dir: filepath.Join(string(d), name)}

@@ -78,7 +78,7 @@ func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namesp
 	return n, nil
 }
 
-// newAtStart says whether the UUID is random.
+// newAtStart reports whether the UUID is random.
 func (n *namespace) newAtStart() bool {
 	return n.ram != nil && n.spec.UUID.IsZero() && !n.spec.NoUUID
 }
