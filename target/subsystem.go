@@ -166,9 +166,13 @@ func (s *Subsystem) setNamespace(cfg NamespaceConfig, replace bool) (*Namespace,
 		table = append(table, nil)
 	}
 	slot := &table[cfg.NSID-1]
-	if (*slot != nil) != replace {
+	switch exists := *slot != nil; {
+	case exists && !replace:
 		s.mu.Unlock()
-		return nil, fmt.Errorf("namespace: id %d exists: %t", cfg.NSID, !replace)
+		return nil, fmt.Errorf("namespace %d exists already", cfg.NSID)
+	case !exists && replace:
+		s.mu.Unlock()
+		return nil, fmt.Errorf("namespace %d does not exist", cfg.NSID)
 	}
 	*slot = n
 	s.publish(table)

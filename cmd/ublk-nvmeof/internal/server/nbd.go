@@ -126,11 +126,14 @@ func (s *server) bindNBD() (net.Listener, error) {
 			return nil, err
 		}
 	}
+	if at, err := netip.ParseAddrPort(address); err == nil && at.Addr().Is4() {
+		network = "tcp4" // 0.0.0.0 is not to mean every IPv6 address as well
+	}
 	l, err := net.Listen(network, address)
 	if err != nil {
 		return nil, err
 	}
-	if network == "tcp" {
+	if network != "unix" {
 		if err := s.checkKept(l.Addr().String()); err != nil {
 			return nil, errors.Join(err, l.Close())
 		}
