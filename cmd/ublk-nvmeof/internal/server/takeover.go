@@ -34,7 +34,7 @@ func (s *server) take(ctx context.Context) error {
 		e, err = s.cfg.Dir.Reserve(ctx, s.target(), s.cfg.Args, s.opts.Duplicate)
 	}
 	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
-		return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", err)
+		return alreadyConnected(ctx, dup)
 	}
 	if errors.Is(err, os.ErrNotExist) && s.cfg.Recovers != "" {
 		return exit.Errorf(exit.NotFound, "there is no record of %s any more", s.cfg.Recovers)
@@ -52,6 +52,20 @@ func (s *server) take(ctx context.Context) error {
 		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
 	return nil
+}
+
+// alreadyConnected explains what to do about the server that is connected to the target.
+// A server whose controller was given up stays until its devices are ended.
+func alreadyConnected(ctx context.Context, dup *state.DuplicateError) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	r := dup.Record
+	status, err := control.NewClient(r.Socket()).Status(ctx)
+	if err == nil && status.State == initiator.StateDead.String() {
+		return exit.Errorf(exit.AlreadyServed, "%s served %s and gave it up (%s); disconnect %s ends its devices, and then connect works",
+			r.Name, r.Target.NQN, status.Reason, r.Name)
+	}
+	return exit.Errorf(exit.AlreadyServed, "already connected: %v; --duplicate-connect allows another", dup)
 }
 
 // warnOfOtherHosts logs the dead servers of the subsystem that had another host NQN. The
@@ -125,7 +139,7 @@ func (s *server) outlive(ctx context.Context) error {
 	}
 	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
 	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
-		return fmt.Errorf("wait for the end of an earlier server's controllers: %w", err)
+		return fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say; try once more later: %w", s.remote, err)
 	}
 	return s.record.outlived(ctx)
 }

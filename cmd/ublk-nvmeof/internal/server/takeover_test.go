@@ -254,6 +254,24 @@ func TestSocketsOfOthers(t *testing.T) {
 	}
 }
 
+// TestConnectAfterGivenUp: the error of a connect to a target whose controller was given
+// up names the way out.
+func TestConnectAfterGivenUp(t *testing.T) {
+	w, dir := newWorld(), runDir(t)
+	r := begin(t, w, lab(), dir)
+	r.waitReady()
+	second := begin(t, newWorld(), lab(), dir)
+	if err := <-second.result; exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "--duplicate-connect") {
+		t.Errorf("while it is served: %v", err)
+	}
+	w.ctrl.lose(errors.New("given up after 12s"))
+	second = begin(t, newWorld(), lab(), dir)
+	err := <-second.result
+	if exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "given up after 12s") || !strings.Contains(err.Error(), "disconnect ctrl0") {
+		t.Errorf("after it was given up: %v", err)
+	}
+}
+
 // Device numbers that are on record of a dead server are not given to others.
 func TestNumbersAreKept(t *testing.T) {
 	w, dir := newWorld(), runDir(t)
