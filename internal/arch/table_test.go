@@ -84,7 +84,7 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
 	}},
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
-		"nvme", "rdma", "target", sys,
+		"nvme", "rdma", "target", "internal/hostmem", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},

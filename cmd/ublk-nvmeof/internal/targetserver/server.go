@@ -137,7 +137,9 @@ func (s *server) open(p rdma.Provider) (err error) {
 	o := s.opts
 	s.memory.limit = o.Memory
 	if o.Memory == 0 {
-		s.memory.limit = memoryLimit()
+		if s.memory.limit, err = memoryLimit(); err != nil {
+			return err
+		}
 	}
 	s.target, err = target.New(target.Config{
 		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true,
