@@ -56,6 +56,7 @@ func TestAssociatedFails(t *testing.T) {
 	if got := single(t, loops[0], c.Namespaces()[0], write, "b"); got != 0 {
 		t.Errorf("write after the loss: %v", unix.Errno(got))
 	}
+	waitFor(t, "the association", func() bool { return c.Info().State == StateLive })
 	mu.Lock()
 	if refused != 2 || len(noted) != 2 || !slices.Contains(noted, c.Info().CNTLID) {
 		t.Errorf("refused %d times, noted %v, in use %d", refused, noted, c.Info().CNTLID)

@@ -252,7 +252,6 @@ func TestSeam(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer q.Close()
-	s.target.intercept = nil
 	for _, c := range []struct {
 		io   block.Request
 		want unix.Errno
