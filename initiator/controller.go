@@ -223,10 +223,11 @@ func (c *Controller) supervise(a *association) {
 // one before, and leaves the outage as it was, unless a request is what ended it: the
 // target is there for all others, and they must not fail for that request.
 func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
+	blamed := c.blamed.Swap(false)
 	switch {
 	case lived >= c.cfg.KeepAlive:
 		c.outage, c.brief = lost, 0
-	case c.blamed.Swap(false):
+	case blamed:
 		c.outage, c.brief = lost, 1
 	default:
 		c.brief++
@@ -234,7 +235,6 @@ func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 			c.outage = lost
 		}
 	}
-	c.blamed.Store(false)
 }
 
 // serve keeps an association alive, and returns why it does not any more.

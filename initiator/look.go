@@ -72,7 +72,7 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 // watchNamespaces looks at the namespaces of an association after each change, and
 // repeatedly while anything is unknown, until ctx is done.
 func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
-	complete := c.allKnown(a)
+	complete := a.known
 	pause := lookPause
 	for {
 		var repeat <-chan time.Time
@@ -103,11 +103,6 @@ func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 			return
 		}
 	}
-}
-
-// allKnown reports whether the last look over an association found everything.
-func (c *Controller) allKnown(a *association) bool {
-	return a.known && !slices.ContainsFunc(c.Namespaces(), (*Namespace).isHeld)
 }
 
 func (ns *Namespace) isHeld() bool {

@@ -73,7 +73,7 @@ func (s *lookSetup) write(t *testing.T, ns *Namespace) unix.Errno {
 	return unix.Errno(single(t, s.loops[0], ns, block.Request{Op: block.OpWrite, Sectors: 8}))
 }
 
-// whatever a look asks for.
+// isLook reports whether a command is one of a look at namespaces.
 func isLook(qid uint16, cmd *nvme.Command) bool {
 	return qid == 0 && cmd.Opcode() == nvme.AdminIdentify && cmd.CNS() != nvme.CNSController
 }
