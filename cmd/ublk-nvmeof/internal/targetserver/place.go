@@ -36,11 +36,7 @@ func takePlace(runDir string) (*place, error) {
 	for n := 0; ; n++ {
 		p := &place{name: namePrefix + strconv.Itoa(n)}
 		p.dir = filepath.Join(runDir, p.name)
-		err := p.take()
-		for errors.Is(err, fs.ErrNotExist) {
-			err = p.take() // its owner was just removing it
-		}
-		switch {
+		switch err := p.take(); {
 		case err == nil:
 			return p, nil
 		case !errors.Is(err, unix.EWOULDBLOCK):
@@ -50,8 +46,18 @@ func takePlace(runDir string) (*place, error) {
 }
 
 // take makes and locks the directory. The error is EWOULDBLOCK if a running
-// target has it, and fs.ErrNotExist if a target has just removed it.
+// target has it.
 func (p *place) take() error {
+	for {
+		err := p.tryTake()
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+}
+
+// tryTake is take, but fs.ErrNotExist if the place was removed meanwhile.
+func (p *place) tryTake() error {
 	if err := rundir.Make(p.dir, 0o755); err != nil {
 		return err
 	}
@@ -71,9 +77,7 @@ func (p *place) take() error {
 		}
 	}
 	if err == nil {
-		if err = os.Remove(p.socket()); errors.Is(err, fs.ErrNotExist) {
-			err = nil
-		}
+		err = unlessGone(os.Remove(p.socket()))
 	}
 	if err != nil {
 		return errors.Join(err, f.Close())
@@ -82,15 +86,42 @@ func (p *place) take() error {
 	return nil
 }
 
-// leave gives the name back. The directory is renamed before anything in it is
-// removed, so that another target that makes it again loses nothing.
+// leave gives the name back and removes the directory. The lock is removed after
+// everything else. From then on another target may take the directory, which
+// therefore is removed only if it is empty.
 func (p *place) leave() error {
-	old := filepath.Join(filepath.Dir(p.dir), fmt.Sprintf(".%s-%d", p.name, os.Getpid()))
-	err := os.Rename(p.dir, old)
+	err := p.empty()
 	if err == nil {
-		err = os.RemoveAll(old)
+		err = unlessGone(os.Remove(filepath.Join(p.dir, lockFile)))
+	}
+	if err == nil {
+		if err = unlessGone(os.Remove(p.dir)); errors.Is(err, unix.ENOTEMPTY) {
+			err = nil
+		}
 	}
 	return errors.Join(err, p.lock.Close())
+}
+
+// empty removes everything in the directory but the lock.
+func (p *place) empty() error {
+	entries, err := os.ReadDir(p.dir)
+	if err = unlessGone(err); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != lockFile {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(p.dir, e.Name())))
+		}
+	}
+	return err
+}
+
+// unlessGone is the error unless it says that a file does not exist.
+func unlessGone(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // List finds the names of the targets that run, in order, and takes away what

@@ -1,10 +1,13 @@
 package targetserver
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestPlaceOfOthers: a target keeps nothing where others could have put something.
@@ -57,5 +60,75 @@ func TestPlaceOfOthers(t *testing.T) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+// TestPlaceLeft: nothing of a target is there once it is not listed any more, and
+// a target that takes the place at that moment keeps it.
+func TestPlaceLeft(t *testing.T) {
+	run := filepath.Join(t.TempDir(), "run")
+	for range 200 {
+		p, err := takePlace(run)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		left := make(chan error, 1)
+		go func() { left <- p.leave() }()
+		for {
+			names, err := List(run)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(names) == 0 {
+				break
+			}
+		}
+		if entries, err := os.ReadDir(run); err != nil || len(entries) > 0 {
+			t.Fatalf("left behind: %v, %v", entries, err)
+		}
+		if err := <-left; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestPlaceTakenAtOnce: a target that takes a place while another leaves has all
+// of it.
+func TestPlaceTakenAtOnce(t *testing.T) {
+	run := filepath.Join(t.TempDir(), "run")
+	p, err := takePlace(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		left := make(chan error, 1)
+		go func() { left <- p.leave() }()
+		next := &place{name: p.name, dir: p.dir}
+		for {
+			if err = next.take(); !errors.Is(err, unix.EWOULDBLOCK) {
+				break
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-left; err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"log", lockFile} {
+			if _, err := os.Stat(filepath.Join(p.dir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p = next
+	}
+	if err := p.leave(); err != nil {
+		t.Fatal(err)
 	}
 }
