@@ -59,6 +59,7 @@ type Controller struct {
 	end     context.CancelCauseFunc
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
+	queries chan struct{} // holds a token for each query in progress
 
 	mu           sync.Mutex // guards what follows
 	state        State
@@ -70,6 +71,7 @@ type Controller struct {
 	lastPatience time.Duration  // with it
 	assoc        *association
 	namespaces   []*Namespace
+	attached     chan struct{} // closed, and replaced, when an association is attached
 }
 
 // Connect connects to a subsystem and identifies its namespaces. ctx bounds the
@@ -85,6 +87,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
 		stopped: make(chan struct{}), dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory},
+		queries: make(chan struct{}, maxQueries), attached: make(chan struct{}),
 	}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
@@ -147,6 +150,8 @@ func (c *Controller) attach(a *association) error {
 		c.state, c.since = StateLive, time.Now()
 	}
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
+	close(c.attached)
+	c.attached = make(chan struct{})
 	return nil
 }
 
@@ -206,7 +211,7 @@ func (c *Controller) supervise(a *association) {
 		if err := c.release(a); err != nil {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
-		c.countLoss(lost, lost.Sub(live))
+		c.countLoss(lost, lost.Sub(live), errors.Is(reason, errReset))
 		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost, reason); err != nil {
@@ -221,11 +226,12 @@ func (c *Controller) supervise(a *association) {
 // countLoss says when the outage began that an association ends which has lived for some
 // time. An association that has not lived for long has not proved to be better than the
 // one before, and leaves the outage as it was, unless a request is what ended it: the
-// target is there for all others, and they must not fail for that request.
-func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
+// target is there for all others, and they must not fail for that request. Reset says
+// nothing about the target either.
+func (c *Controller) countLoss(lost time.Time, lived time.Duration, reset bool) {
 	blamed := c.blamed.Swap(false)
 	switch {
-	case lived >= c.cfg.KeepAlive:
+	case reset || lived >= c.cfg.KeepAlive:
 		c.outage, c.brief = lost, 0
 	case blamed:
 		c.outage, c.brief = lost, 1

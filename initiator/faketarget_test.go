@@ -553,10 +553,16 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 	case nvme.AdminAsyncEvent:
 		c.listens, c.listener = true, cmd.CID()
 		return 0, noAnswer, nil
-	case nvme.AdminGetLogPage:
-		clear(c.out.Bytes()[:4096])
-		s, err := c.movePage(cmd, inline, 4096)
+	case nvme.AdminGetLogPage: // each byte is the number of the page
+		lid, length, _, _ := cmd.LogPage()
+		page := c.out.Bytes()[:min(length, 4096)]
+		for i := range page {
+			page[i] = lid
+		}
+		s, err := c.movePage(cmd, inline, len(page))
 		return 0, s, err
+	case nvme.AdminGetFeatures:
+		return uint64(cmd.FeatureID()) << 8, nvme.StatusSuccess, nil
 	case nvme.AdminKeepAlive:
 		return 0, nvme.StatusSuccess, nil
 	}
