@@ -59,6 +59,7 @@ type Namespace struct {
 	mu       sync.Mutex // guards the fields below
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
+	used     uint64    // bytes that are allocated
 	since    time.Time // start of the held state
 }
 
@@ -71,6 +72,13 @@ func (ns *Namespace) IDs() nvme.NamespaceIDs {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	return ns.ids
+}
+
+// Used returns how many bytes of the namespace were allocated at the last look (NUSE).
+func (ns *Namespace) Used() uint64 {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	return ns.used
 }
 
 // Geometry implements block.Device. It returns the geometry of the last look at the
@@ -104,7 +112,7 @@ func (ns *Namespace) adopt(found *Namespace) (was block.Geometry) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	was = ns.geometry
-	ns.geometry = found.geometry
+	ns.geometry, ns.used = found.geometry, found.used
 	ns.ids = union(ns.ids, found.ids)
 	ns.terms.Store(found.terms.Load())
 	return was

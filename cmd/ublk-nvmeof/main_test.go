@@ -336,6 +336,14 @@ func (f *fake) Status() control.Status {
 
 func (f *fake) HandOver(context.Context) error { return nil }
 
+func (f *fake) Query(_ context.Context, q control.Query) (control.QueryResult, error) {
+	return control.QueryResult{Data: make([]byte, q.Length)}, nil
+}
+
+func (f *fake) Reset(context.Context) error { return nil }
+
+func (f *fake) Rescan(context.Context) error { return nil }
+
 func (f *fake) Disconnect(_ context.Context, force bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

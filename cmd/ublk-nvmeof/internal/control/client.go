@@ -59,6 +59,27 @@ func (c *Client) HandOver(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/handover", nil, nil)
 }
 
+// Query asks the controller. The error is an *exit.Error if the server or the controller
+// refused.
+func (c *Client) Query(ctx context.Context, q Query) (QueryResult, error) {
+	var a QueryResult
+	err := c.Do(ctx, http.MethodPost, "/v1/query", q, &a)
+	if err == nil && len(a.Data) != q.Length {
+		err = fmt.Errorf("ask server: it answered with %d bytes of %d", len(a.Data), q.Length)
+	}
+	return a, err
+}
+
+// Reset ends the controller's association, and returns when the next one is in use.
+func (c *Client) Reset(ctx context.Context) error {
+	return c.Do(ctx, http.MethodPost, "/v1/reset", nil, nil)
+}
+
+// Rescan has the server look at the namespaces.
+func (c *Client) Rescan(ctx context.Context) error {
+	return c.Do(ctx, http.MethodPost, "/v1/rescan", nil, nil)
+}
+
 // Do sends body, if any, as JSON and reads the answer into result, if that is not
 // nil. The error is an *exit.Error if the server refused.
 func (c *Client) Do(ctx context.Context, method, path string, body, result any) error {

@@ -25,6 +25,12 @@ type Controlled interface {
 	// server. When it has returned, the process ends. An error, exit.Other, means
 	// that nothing has changed.
 	HandOver(ctx context.Context) error
+	// Query asks the controller.
+	Query(ctx context.Context, q Query) (QueryResult, error)
+	// Reset ends the controller's association, and returns when the next one is in use.
+	Reset(ctx context.Context) error
+	// Rescan has the namespaces looked at.
+	Rescan(ctx context.Context) error
 }
 
 type disconnectRequest struct {
@@ -99,19 +105,15 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	mux.HandleFunc("POST /v1/disconnect", func(w http.ResponseWriter, r *http.Request) {
 		var req disconnectRequest
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
-			Answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "disconnect: %v", err))
+			answerError(w, exit.Errorf(exit.Usage, "disconnect: %v", err))
 			return
 		}
 		// The client may give up, ending must not.
-		err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force)
-		switch e := exit.From(err); {
-		case e == nil:
-			Answer(w, http.StatusOK, struct{}{})
-		case e.Code == exit.Busy:
-			Answer(w, http.StatusConflict, e)
-		default:
-			Answer(w, http.StatusInternalServerError, e)
+		if err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force); err != nil {
+			answerError(w, err)
+			return
 		}
+		Answer(w, http.StatusOK, struct{}{})
 	})
 	mux.HandleFunc("POST /v1/handover", func(w http.ResponseWriter, r *http.Request) {
 		if e := exit.From(c.HandOver(context.WithoutCancel(r.Context()))); e != nil {
@@ -120,6 +122,28 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		}
 		Answer(w, http.StatusOK, struct{}{})
 	})
+	mux.HandleFunc("POST /v1/query", func(w http.ResponseWriter, r *http.Request) {
+		var q Query
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&q); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "query: %v", err))
+			return
+		}
+		a, err := c.Query(r.Context(), q)
+		if err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, a)
+	})
+	for path, act := range map[string]func(context.Context) error{"POST /v1/reset": c.Reset, "POST /v1/rescan": c.Rescan} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			if err := act(r.Context()); err != nil {
+				answerError(w, err)
+				return
+			}
+			Answer(w, http.StatusOK, struct{}{})
+		})
+	}
 	srv := &http.Server{
 		Handler:        mux,
 		ReadTimeout:    readTimeout,
@@ -128,6 +152,19 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	}
 	srv.SetKeepAlivesEnabled(false) // each request has a connection of its own
 	return srv
+}
+
+// answerError writes the error of a request that was refused.
+func answerError(w http.ResponseWriter, err error) {
+	e := exit.From(err)
+	code := http.StatusInternalServerError
+	switch e.Code {
+	case exit.Usage:
+		code = http.StatusBadRequest
+	case exit.Busy:
+		code = http.StatusConflict
+	}
+	Answer(w, code, e)
 }
 
 // Answer writes body as JSON. A client that does not read it is given up.

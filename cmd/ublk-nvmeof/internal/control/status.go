@@ -4,6 +4,12 @@
 //	GET  /v1/status                      → 200 Status
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
+//	POST /v1/query Query                 → 200 QueryResult
+//	POST /v1/reset                       → 200 when the controller is connected again
+//	POST /v1/rescan                      → 200 at once
+//
+// What a server refuses is an exit.Error: 400 if the request makes no sense, 409 if it does
+// not suit the state of the server, else 500.
 package control
 
 import "strings"
@@ -104,18 +110,20 @@ type Class struct {
 
 // Device is a block device that the server serves.
 type Device struct {
-	Device      string `json:"device"` // ublkb0, nbd0, or an NBD URI
-	NSID        uint32 `json:"nsid"`
-	UUID        string `json:"uuid,omitempty"`
-	Size        uint64 `json:"size"`
-	BlockSize   uint32 `json:"block_size"`
-	ReadOnly    bool   `json:"read_only"`
-	WriteCache  bool   `json:"write_cache"`
-	Queues      int    `json:"queues"`
-	QueueDepth  int    `json:"queue_depth"`
-	MaxIO       int    `json:"max_io_size"`
-	BufferBytes int    `json:"buffer_bytes"`
-	Counters    IO     `json:"counters"`
+	Device string `json:"device"` // ublkb0, nbd0, or an NBD URI
+	NSID   uint32 `json:"nsid"`
+	UUID   string `json:"uuid,omitempty"`
+	Size   uint64 `json:"size"`
+	// Used is the part of Size that the target has allocated; nil: unknown.
+	Used        *uint64 `json:"used,omitempty"`
+	BlockSize   uint32  `json:"block_size"`
+	ReadOnly    bool    `json:"read_only"`
+	WriteCache  bool    `json:"write_cache"`
+	Queues      int     `json:"queues"`
+	QueueDepth  int     `json:"queue_depth"`
+	MaxIO       int     `json:"max_io_size"`
+	BufferBytes int     `json:"buffer_bytes"`
+	Counters    IO      `json:"counters"`
 }
 
 // Path is the block device's node, or its URI.
@@ -150,4 +158,17 @@ type Lane struct {
 	Waits         uint64 `json:"waits"`
 	BlockingWaits uint64 `json:"blocking_waits"`
 	Spins         uint64 `json:"spins"`
+}
+
+// Query is an admin command that changes nothing, for the controller (see
+// initiator.Controller.Query).
+type Query struct {
+	Command []byte `json:"command"` // 64 bytes
+	Length  int    `json:"length"`  // bytes of data
+}
+
+// QueryResult is what the controller answered.
+type QueryResult struct {
+	Result uint64 `json:"result"`
+	Data   []byte `json:"data,omitempty"`
 }

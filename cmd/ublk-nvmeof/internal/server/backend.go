@@ -13,6 +13,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -24,6 +25,9 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
+	Reset(ctx context.Context) error
+	Rescan() error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -33,6 +37,7 @@ type namespace struct {
 	nsid               uint32
 	uuid, nguid, eui64 string // empty: not present
 	device             block.Device
+	used               func() uint64 // bytes that are allocated; nil: unknown
 }
 
 // queueInfo describes the queues of a device.
@@ -156,7 +161,7 @@ func (d ublkDevice) Counters() control.IO {
 }
 
 func describe(ns *initiator.Namespace) namespace {
-	n := namespace{nsid: ns.NSID(), device: ns}
+	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used}
 	ids := ns.IDs()
 	if !ids.UUID.IsZero() {
 		n.uuid = ids.UUID.String()

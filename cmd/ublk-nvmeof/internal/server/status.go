@@ -113,11 +113,16 @@ func addLoop(out *control.Lane, s poller.Stats) {
 
 func describeDevice(v *serving) control.Device {
 	g, q := v.device.Geometry(), v.dev.Queues()
-	return control.Device{
+	d := control.Device{
 		Device: v.dev.Record().Name(), NSID: v.nsid, UUID: v.uuid,
 		Size: g.Sectors << block.SectorShift, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
 		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
 		Counters:    v.dev.Counters(),
 	}
+	if v.used != nil {
+		used := v.used()
+		d.Used = &used
+	}
+	return d
 }
