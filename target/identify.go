@@ -97,6 +97,7 @@ func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 		set(uint16(cfg.RetryDelays[i] / (100 * time.Millisecond)))
 	}
 	id.SetACL(3)
+	id.SetELPE(errorEntries - 1)
 	id.SetANATT(uint8(cfg.ANATransition / time.Second))
 	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
 	id.SetANAGRPMAX(MaxANAGroups)

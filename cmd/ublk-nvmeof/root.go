@@ -81,6 +81,7 @@ func newRoot() *cobra.Command {
 	}
 	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
 		newGC(visible), newList(visible), newTarget(runDir), newVersion())
+	root.AddCommand(inspectVerbs(visible)...)
 	return root
 }
 
