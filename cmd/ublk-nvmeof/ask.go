@@ -34,7 +34,7 @@ type asked struct {
 // askVerb makes a verb that asks one controller. flags adds what only this verb has.
 func askVerb(runDir dirFunc, use, short string, run func(*cobra.Command, *asked) error, flags ...func(*cobra.Command, *asked)) *cobra.Command {
 	a := &asked{}
-	name, _, _ := strings.Cut(use, " ")
+	name := firstField(use)
 	cmd := &cobra.Command{
 		Use: use, Short: short, Long: short + `.
 
@@ -61,6 +61,12 @@ list -v). The server that is connected to the controller sends the commands.`,
 	}
 	cmd.ValidArgsFunction = completeDevices(runDir)
 	return cmd
+}
+
+// firstField is the name of the verb in a line of usage.
+func firstField(use string) string {
+	name, _, _ := strings.Cut(use, " ")
+	return name
 }
 
 // rawFlag adds --raw-binary.

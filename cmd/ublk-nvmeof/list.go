@@ -28,8 +28,11 @@ and granted. "poll 1/0→default" means that one poll queue was requested, none 
 granted, and the default queues serve its requests.
 
 A server that died is shown as lost, with the devices that it left: recover starts
-a server for them, and disconnect removes them. JSON has all details, with or
-without -v.`,
+a server for them, and disconnect removes them.
+
+In JSON, "Devices" is that of nvme list: one object for each device, or, with -v, hosts
+with their subsystems, controllers and namespaces. What is not known is null.
+"controllers" has all details, with or without -v.`,
 		Args: cobra.NoArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

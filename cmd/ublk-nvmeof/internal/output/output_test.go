@@ -48,7 +48,7 @@ var live = control.Status{
 	},
 	KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, PollMax: 16384, BufferBytes: 128 << 20,
 	Devices: []control.Device{
-		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, BlockSize: 512,
+		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, Used: new(uint64(192 << 20)), BlockSize: 512,
 			WriteCache: true, Queues: 2, QueueDepth: 128, MaxIO: 256 << 10, BufferBytes: 64 << 20,
 			Counters: control.IO{Reads: 10, ReadBytes: 40960, Writes: 3, WrittenBytes: 1 << 20, Flushes: 1, Errors: 2, Batches: 9}},
 		{Device: "ublkb1", NSID: 7, Size: 5 << 40, BlockSize: 4096, ReadOnly: true, Queues: 2, QueueDepth: 128,
@@ -86,7 +86,10 @@ var connecting = control.Status{
 }
 
 func TestGolden(t *testing.T) {
-	all := []control.Status{live, plain, lost, connecting}
+	// other is another path to the subsystem of live.
+	other := connecting
+	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
+	all := []control.Status{live, plain, lost, connecting, other}
 	for _, tt := range []struct {
 		file  string
 		write func(*bytes.Buffer) error
@@ -94,6 +97,12 @@ func TestGolden(t *testing.T) {
 		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, false) }},
 		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, true) }},
 		{"list.json", func(b *bytes.Buffer) error { return List(b, all, JSON, false) }},
+		{"list-verbose.json", func(b *bytes.Buffer) error { return List(b, all, JSON, true) }},
+		{"list-subsys.txt", func(b *bytes.Buffer) error { return Subsystems(b, all, Normal) }},
+		{"list-subsys.json", func(b *bytes.Buffer) error { return Subsystems(b, all, JSON) }},
+		{"show-topology.txt", func(b *bytes.Buffer) error { return Topology(b, all, Normal) }},
+		{"show-topology.json", func(b *bytes.Buffer) error { return Topology(b, all, JSON) }},
+		{"list-subsys-empty.json", func(b *bytes.Buffer) error { return Subsystems(b, nil, JSON) }},
 		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, Normal, false) }},
 		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, JSON, true) }},
 		{"connect.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, false) }},
