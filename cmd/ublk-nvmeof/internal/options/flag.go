@@ -100,6 +100,9 @@ func wanted(f *pflag.Flag) string {
 		return "true or false"
 	case "count":
 		return "no value"
+	case "uint8", "uint16", "uint32", "uint64":
+		bits, _ := strconv.Atoi(strings.TrimPrefix(f.Value.Type(), "uint"))
+		return fmt.Sprintf("a number, 0 to %d", uint64(1)<<bits-1)
 	}
 	return "a " + f.Value.Type()
 }

@@ -151,14 +151,16 @@ func inspected() map[string]func(b *bytes.Buffer, format string) error {
 	}
 	values := map[uint32]uint64{nvme.PropCAP: 0x8000820F01007F, nvme.PropVS: 0x20100, nvme.PropCC: 0x460061, nvme.PropCSTS: 1, nvme.PropCRTO: 15}
 	return map[string]func(*bytes.Buffer, string) error{
-		"id-ctrl":       func(b *bytes.Buffer, f string) error { return IdentifyController(b, p.controller, f) },
-		"id-ns":         func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, p.namespace, 1, f) },
-		"list-ns":       func(b *bytes.Buffer, f string) error { return NamespaceList(b, []uint32{1, 7}, f) },
-		"ns-descs":      func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, p.descriptors, 1, f) },
-		"smart-log":     func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, f) },
-		"error-log":     func(b *bytes.Buffer, f string) error { return ErrorLog(b, p.errors, "ublkb0", f) },
-		"ana-log":       func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", f) },
-		"get-log":       func(b *bytes.Buffer, f string) error { return LogPage(b, []byte("log\x00 page\x1b and more"), "ublkb0", 2, 1, f) },
+		"id-ctrl":   func(b *bytes.Buffer, f string) error { return IdentifyController(b, p.controller, f) },
+		"id-ns":     func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, p.namespace, 1, f) },
+		"list-ns":   func(b *bytes.Buffer, f string) error { return NamespaceList(b, []uint32{1, 7}, f) },
+		"ns-descs":  func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, p.descriptors, 1, f) },
+		"smart-log": func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, f) },
+		"error-log": func(b *bytes.Buffer, f string) error { return ErrorLog(b, p.errors, "ublkb0", f) },
+		"ana-log":   func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", f) },
+		"get-log": func(b *bytes.Buffer, f string) error {
+			return LogPage(b, []byte("log\x00 page\x1b and more"), "ublkb0", 2, 1, f)
+		},
 		"get-feature":   func(b *bytes.Buffer, f string) error { return Features(b, features, true, f) },
 		"show-regs":     func(b *bytes.Buffer, f string) error { return Properties(b, values, true, f) },
 		"get-property":  func(b *bytes.Buffer, f string) error { return Property(b, nvme.PropVS, 0x20100, true, f) },

@@ -27,7 +27,9 @@ func tree(servers []control.Status) []*hostTree {
 	var hosts []*hostTree
 	subsystems := 0
 	for _, s := range servers {
-		h := find(hosts, func(h *hostTree) bool { return h.nqn == s.HostNQN && (h.id == s.HostID || h.id == "" || s.HostID == "") })
+		h := find(hosts, func(h *hostTree) bool {
+			return h.nqn == s.HostNQN && (h.id == s.HostID || h.id == "" || s.HostID == "")
+		})
 		if h == nil {
 			h = &hostTree{nqn: s.HostNQN}
 			hosts = append(hosts, h)
