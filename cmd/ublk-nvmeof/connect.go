@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -30,6 +32,8 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
+	idempotent bool
+	devidFile  string // to write the name of the device to; empty: none
 	succeed    string // the running server to take over from
 	recover    string // the dead server to take over from
 }
@@ -42,15 +46,58 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
 	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
+	f.BoolVar(&c.idempotent, "idempotent", false, "if this host is connected already, show the connection and succeed")
+	f.StringVar(&c.devidFile, "devid-file", "", "`file` to write the name of the device to when it is usable, for disconnect -d")
 	formatFlag(f, &c.format)
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
 // complete checks the flags as a whole.
-func (c *connection) complete() error { return usage(c.opts.Complete(options.Sources{})) }
+func (c *connection) complete() error {
+	if c.devidFile != "" {
+		if info, err := os.Stat(filepath.Dir(c.devidFile)); err != nil || !info.IsDir() {
+			return usage(fmt.Errorf("--devid-file %q: want a file in a directory that exists", c.devidFile))
+		}
+	}
+	return usage(c.opts.Complete(options.Sources{}))
+}
 
+// show reports a connection whose devices are usable.
 func (c *connection) show(w io.Writer, s control.Status) error {
+	if err := c.writeDevID(s); err != nil {
+		return err
+	}
 	return output.Connected(w, s, c.format, c.verbose)
+}
+
+// writeDevID writes the name of the first device to a file, for a service that is to
+// disconnect it.
+func (c *connection) writeDevID(s control.Status) error {
+	if c.devidFile == "" || len(s.Devices) == 0 {
+		return nil
+	}
+	if err := os.WriteFile(c.devidFile, []byte(s.Devices[0].Device+"\n"), 0o644); err != nil {
+		return fmt.Errorf("--devid-file: %w; %s is connected all the same", err, s.NQN)
+	}
+	return nil
+}
+
+// settle shows the connection that err is about, if it exists already and that is enough.
+func (c *connection) settle(cmd *cobra.Command, dir state.Dir, err error) error {
+	if !c.idempotent || exit.Of(err) != exit.AlreadyServed {
+		return err
+	}
+	records, lerr := dir.List()
+	if lerr != nil {
+		return errors.Join(err, lerr)
+	}
+	for _, r := range records {
+		t := r.Target
+		if r.Alive && r.Err == nil && t.NQN == c.opts.NQN && t.HostNQN == c.opts.HostNQN && (c.opts.Named() || t.Address.String() == c.opts.Peer()) {
+			return c.show(cmd.OutOrStdout(), statusOf(cmd.Context(), r))
+		}
+	}
+	return err // it has ended meanwhile
 }
 
 func newConnect(runDir dirFunc) *cobra.Command {
@@ -92,11 +139,12 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		if err := host.CloseOnExec(); err != nil {
 			return err
 		}
+		args = append(args, fmt.Sprintf("--idempotent=%t", c.idempotent), "--devid-file="+c.devidFile)
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
 	s, err := startServer(args, c.opts.Timeout)
 	if err != nil {
-		return err
+		return c.settle(cmd, dir, err)
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }
@@ -148,10 +196,18 @@ func newServe(runDir dirFunc) *cobra.Command {
 // serveForeground is connect --foreground, after it became the server.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.level(), ReplaceAttr: journalAttr}))
-	return c.serve(server.Config{
+	err := c.serve(server.Config{
 		Log:   log,
 		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
 	}, endSignals)
+	if err == nil {
+		return nil
+	}
+	dir, derr := c.runDir()
+	if derr != nil {
+		return err
+	}
+	return c.settle(cmd, dir, err)
 }
 
 // journalAttr leaves out the time where the journal notes it.

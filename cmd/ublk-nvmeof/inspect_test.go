@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -267,4 +268,44 @@ func TestHostNQN(t *testing.T) {
 	if stdout, _, code := program(t, "gen-hostnqn"); code != exit.OK || !strings.HasPrefix(stdout, "nqn.2014-08.org.nvmexpress:uuid:") {
 		t.Errorf("gen-hostnqn: exit code %d, %q", code, stdout)
 	}
+}
+
+// TestIdempotent connects twice. With --idempotent the second time is a success as well, and
+// the device is named in the file.
+func TestIdempotent(t *testing.T) {
+	i := newInspected(t, "--namespace", "ram=8MiB", "--namespace", "ram=8MiB,nsid=7")
+	defer i.close()
+	device := i.status().Devices[0].Device
+	file := filepath.Join(t.TempDir(), "devid")
+	again := []string{"connect", "-a", loopback(), "-n", inspectedNQN, "--provider", "roce", "--devid-file", file}
+	i.refuse(exit.AlreadyServed, "ctrl0", again...)
+	if _, err := os.Stat(file); err == nil {
+		t.Error("a device is named that was not connected")
+	}
+	for _, more := range [][]string{{}, {"--foreground"}} {
+		os.Remove(file)
+		var c struct{ Device, Controller string }
+		i.json(&c, append(append(again, "--idempotent"), more...)...)
+		text, err := os.ReadFile(file)
+		if err != nil || string(text) != device+"\n" || c.Device != device || c.Controller != "ctrl0" {
+			t.Errorf("%q: file %q, %v; %+v", more, text, err, c)
+		}
+	}
+	if s := i.status(); s.PID == 0 || s.State != "live" {
+		t.Errorf("%+v", s)
+	}
+	// Another connection is made as usual, and is its owner's.
+	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "1",
+		"-q", "nqn.other", "-f", "lo", "--idempotent", "--devid-file", file, "--owner", "csi", "--context", "test", "--fast_io_fail_tmo=3")
+	var l struct{ Controllers []control.Status }
+	i.json(&l, "list")
+	if len(l.Controllers) != 2 {
+		t.Fatalf("%d servers", len(l.Controllers))
+	}
+	other := l.Controllers[1]
+	text, err := os.ReadFile(file)
+	if err != nil || string(text) != other.Devices[0].Device+"\n" || other.Owner != "csi" || other.Context != "test" || other.FastFail != 3 || other.HostIface != "lo" || other.HostTrAddr != "127.0.0.1" {
+		t.Errorf("file %q, %v; %+v", text, err, other)
+	}
+	i.ok("disconnect", "-d", strings.TrimSpace(string(text)))
 }

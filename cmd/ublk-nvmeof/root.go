@@ -58,6 +58,7 @@ func newRoot() *cobra.Command {
 		},
 	}
 	root.SetFlagErrorFunc(flagError)
+	root.SetGlobalNormalizationFunc(options.Underscores)
 	dir := rundir.Default()
 	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
 	root.PersistentFlags().Lookup("run-dir").Hidden = true

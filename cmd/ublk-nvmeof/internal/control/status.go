@@ -27,9 +27,12 @@ type Status struct {
 	TrAddr     string `json:"traddr"`
 	TrSvcID    string `json:"trsvcid"`
 	HostTrAddr string `json:"host_traddr,omitempty"`
+	HostIface  string `json:"host_iface,omitempty"`
 	NQN        string `json:"subsysnqn"`
 	HostNQN    string `json:"hostnqn"`
 	HostID     string `json:"hostid"`
+	Context    string `json:"context,omitempty"`
+	Owner      string `json:"owner,omitempty"`
 
 	State  string `json:"state"`            // live, dead, …; "lost" of a server that is no more
 	Since  string `json:"since,omitempty"`  // when the state began, RFC 3339

@@ -69,6 +69,8 @@ func FlagError(err error) error {
 	var invalid *pflag.InvalidValueError
 	var missing *pflag.ValueRequiredError
 	switch {
+	case errors.As(err, &invalid) && errors.Is(invalid.Unwrap(), errForeign):
+		return fmt.Errorf("%s: %w", flagName(invalid.GetFlag()), errForeign)
 	case errors.As(err, &invalid):
 		return fmt.Errorf("%s %q: %w", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
 	case errors.As(err, &missing):

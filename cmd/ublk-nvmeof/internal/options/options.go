@@ -79,6 +79,7 @@ type Connect struct {
 	Port       uint16
 	NQN        string
 	SourceAddr netip.Addr // zero: that of the route
+	HostIface  string     // the interface that SourceAddr is of; empty: not given
 
 	HostNQN string
 	HostID  nvme.UUID
@@ -111,6 +112,8 @@ type Connect struct {
 	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
 	Timeout     time.Duration
+	Context     string // who connects, for others to see
+	Owner       string
 
 	hostID string // value of the flag
 }
@@ -137,6 +140,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
 	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
+	f.VarP(text(&c.HostIface, "interface", "the name of a network interface", checkWord), "host-iface", "f",
+		"network interface of this host, whose address is the source address")
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
@@ -157,6 +162,9 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is already connected to the subsystem at this address")
 	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 is the default of the system")
 	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to work without submission queue flow control")
+	f.Var(text(&c.Context, "word", "1 to 255 printable characters", checkWord), "context", "who connects, for list to show")
+	f.Var(text(&c.Owner, "word", "1 to 255 printable characters", checkWord), "owner", "who owns the connection, for list to show")
+	addForeign(f)
 
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
@@ -183,6 +191,9 @@ func (c *Connect) Complete(from Sources) error {
 		return errors.New("-a/--traddr: no value is given; want the address of the target")
 	case c.NQN == "":
 		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
+	}
+	if err := c.chooseSource(); err != nil {
+		return err
 	}
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
 		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)

@@ -142,6 +142,9 @@ func Address(s control.Status) string {
 	if s.HostTrAddr != "" {
 		a += ",host_traddr=" + s.HostTrAddr
 	}
+	if s.HostIface != "" {
+		a += ",host_iface=" + s.HostIface
+	}
 	return a
 }
 
@@ -236,6 +239,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row("address", "%s %s%s", s.Transport, endpoint(s), source)
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
+		if s.Owner != "" || s.Context != "" {
+			row("owner", "%s, context %s", orNone(s.Owner), orNone(s.Context))
+		}
 		if s.Model != "" {
 			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}

@@ -88,6 +88,7 @@ var connecting = control.Status{
 func TestGolden(t *testing.T) {
 	// other is another path to the subsystem of live.
 	other := connecting
+	other.HostIface, other.Owner, other.Context = "eth1", "csi", "node"
 	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
 	all := []control.Status{live, plain, lost, connecting, other}
 	for _, tt := range []struct {
