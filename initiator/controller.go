@@ -61,6 +61,8 @@ type Controller struct {
 	dead    chan struct{} // closed in StateDead
 	queries chan struct{} // holds a token for each query in progress
 
+	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
+
 	mu           sync.Mutex // guards what follows
 	state        State
 	since        time.Time      // of the state
@@ -71,6 +73,7 @@ type Controller struct {
 	lastPatience time.Duration  // with it
 	assoc        *association
 	namespaces   []*Namespace
+	closing      bool          // Close was called
 	attached     chan struct{} // closed, and replaced, when an association is attached
 }
 
@@ -530,6 +533,7 @@ func (c *Controller) Close(ctx context.Context) error {
 	if c.state != StateDead {
 		c.state, c.since = StateDeleting, time.Now()
 	}
+	c.closing = true
 	c.mu.Unlock()
 	c.end(errClosed)
 	<-c.stopped
@@ -544,7 +548,9 @@ func (c *Controller) Close(ctx context.Context) error {
 		}
 		errs = append(errs, c.release(a))
 	}
-	errs = append(errs, c.detachLanes(), c.mem.close())
+	errs = append(errs, c.detachLanes())
+	c.reservations.Wait()
+	errs = append(errs, c.mem.close())
 	return errors.Join(errs...)
 }
 

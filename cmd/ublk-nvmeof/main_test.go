@@ -345,6 +345,8 @@ func (f *fake) Query(_ context.Context, q control.Query) (control.QueryResult, e
 	return control.QueryResult{Data: make([]byte, q.Length)}, nil
 }
 
+func (f *fake) Reserve(_ context.Context, r control.Reservation) ([]byte, error) { return r.Data, nil }
+
 func (f *fake) Reset(context.Context) error { return nil }
 
 func (f *fake) Rescan(context.Context) error { return nil }

@@ -83,6 +83,7 @@ func newRoot() *cobra.Command {
 	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
 		newGC(visible), newList(visible), newTarget(runDir), newVersion())
 	root.AddCommand(inspectVerbs(visible)...)
+	root.AddCommand(reservationVerbs(visible)...)
 	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN())
 	return root
 }

@@ -70,6 +70,16 @@ func (c *Client) Query(ctx context.Context, q Query) (QueryResult, error) {
 	return a, err
 }
 
+// Reserve sends a reservation command, and returns the data of a report.
+func (c *Client) Reserve(ctx context.Context, r Reservation) ([]byte, error) {
+	var a QueryResult
+	err := c.Do(ctx, http.MethodPost, "/v1/reservation", r, &a)
+	if err == nil && len(a.Data) != len(r.Data) {
+		err = fmt.Errorf("ask server: it answered with %d bytes of %d", len(a.Data), len(r.Data))
+	}
+	return a.Data, err
+}
+
 // Reset ends the controller's association, and returns when the next one is in use.
 func (c *Client) Reset(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/reset", nil, nil)

@@ -23,12 +23,13 @@ import (
 
 // fake is a server that does as it is told.
 type fake struct {
-	status  Status
-	err     error
-	asked   []bool // force of each Disconnect
-	queries []Query
-	wait    chan struct{}
-	done    chan struct{} // closed when Disconnect returns
+	status   Status
+	err      error
+	asked    []bool // force of each Disconnect
+	queries  []Query
+	reserved []Reservation
+	wait     chan struct{}
+	done     chan struct{} // closed when Disconnect returns
 }
 
 func (f *fake) Status() Status { return f.status }
@@ -67,6 +68,11 @@ func (f *fake) Reset(ctx context.Context) error {
 	}
 }
 
+func (f *fake) Reserve(_ context.Context, r Reservation) ([]byte, error) {
+	f.reserved = append(f.reserved, r)
+	return bytes.Repeat([]byte{7}, len(r.Data)), f.err
+}
+
 func (f *fake) Rescan(context.Context) error { return f.err }
 
 func TestQuery(t *testing.T) {
@@ -79,10 +85,15 @@ func TestQuery(t *testing.T) {
 	if _, err := c.Query(t.Context(), Query{Length: 5000}); err == nil || !strings.Contains(err.Error(), "4096 bytes of 5000") {
 		t.Errorf("a short answer: %v", err)
 	}
+	reserve := Reservation{NSID: 3, Command: want.Command, Data: make([]byte, 4096)}
+	if got, err := c.Reserve(t.Context(), reserve); err != nil || len(got) != 4096 || got[9] != 7 || !reflect.DeepEqual(f.reserved, []Reservation{reserve}) {
+		t.Errorf("reservation: %d bytes, %v; asked %+v", len(got), err, f.reserved)
+	}
 	for name, do := range map[string]func() error{
-		"query":  func() error { _, err := c.Query(t.Context(), want); return err },
-		"reset":  func() error { return c.Reset(t.Context()) },
-		"rescan": func() error { return c.Rescan(t.Context()) },
+		"query":       func() error { _, err := c.Query(t.Context(), want); return err },
+		"reservation": func() error { _, err := c.Reserve(t.Context(), Reservation{NSID: 3}); return err },
+		"reset":       func() error { return c.Reset(t.Context()) },
+		"rescan":      func() error { return c.Rescan(t.Context()) },
 	} {
 		f.err = nil
 		if err := do(); err != nil {
@@ -244,6 +255,8 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/query", `{"command": 1}`, 400},
 		{"POST", "/v1/query", `{"command": "` + strings.Repeat("A", maxBody) + `"}`, 400},
 		{"GET", "/v1/query", "", 405},
+		{"POST", "/v1/reservation", `{"nsid": -1}`, 400},
+		{"POST", "/v1/reservation", `{"data": "` + strings.Repeat("A", maxReservation) + `"}`, 400},
 		{"GET", "/v1/reset", "", 405},
 		{"GET", "/v1/disconnect", "", 405},
 		{"POST", "/v1/status", "", 405},

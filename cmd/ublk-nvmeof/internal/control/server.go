@@ -27,6 +27,8 @@ type Controlled interface {
 	HandOver(ctx context.Context) error
 	// Query asks the controller.
 	Query(ctx context.Context, q Query) (QueryResult, error)
+	// Reserve sends a reservation command, and returns the data with those of a report.
+	Reserve(ctx context.Context, r Reservation) ([]byte, error)
 	// Reset ends the controller's association, and returns when the next one is in use.
 	Reset(ctx context.Context) error
 	// Rescan has the namespaces looked at.
@@ -42,6 +44,8 @@ const (
 	maxClients = 32 // at a time; more of them wait to be accepted
 	maxHeader  = 4096
 	maxBody    = 4096
+	// maxReservation is room for the zeroes of the longest report.
+	maxReservation = 8192
 )
 
 // What a client gets to send a request, and to read the answer. Tests have less time.
@@ -134,6 +138,19 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 			return
 		}
 		Answer(w, http.StatusOK, a)
+	})
+	mux.HandleFunc("POST /v1/reservation", func(w http.ResponseWriter, r *http.Request) {
+		var req Reservation
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReservation)).Decode(&req); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "reservation: %v", err))
+			return
+		}
+		data, err := c.Reserve(r.Context(), req)
+		if err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, QueryResult{Data: data})
 	})
 	for path, act := range map[string]func(context.Context) error{"POST /v1/reset": c.Reset, "POST /v1/rescan": c.Rescan} {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {

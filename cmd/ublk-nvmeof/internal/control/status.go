@@ -5,6 +5,7 @@
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
 //	POST /v1/query Query                 → 200 QueryResult
+//	POST /v1/reservation Reservation     → 200 QueryResult
 //	POST /v1/reset                       → 200 when the controller is connected again
 //	POST /v1/rescan                      → 200 at once
 //
@@ -168,6 +169,14 @@ type Lane struct {
 type Query struct {
 	Command []byte `json:"command"` // 64 bytes
 	Length  int    `json:"length"`  // bytes of data
+}
+
+// Reservation is a reservation command for a namespace that the server serves (see
+// initiator.Namespace.Reserve).
+type Reservation struct {
+	NSID    uint32 `json:"nsid"`
+	Command []byte `json:"command"` // 64 bytes
+	Data    []byte `json:"data"`    // keys, or zeroes as long as the report
 }
 
 // QueryResult is what the controller answered.

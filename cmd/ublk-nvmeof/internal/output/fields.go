@@ -101,7 +101,7 @@ func (p place) decode(b []byte) member {
 	m.value = n
 	switch p.kind {
 	case hexadecimal:
-		m.text = fmt.Sprintf("%#x", n)
+		m.text = hexText(n.Bytes())
 	case percent:
 		m.text = n.String() + "%"
 	case kelvins:
@@ -120,6 +120,20 @@ func number(b []byte) *big.Int {
 		reversed[len(b)-1-i] = c
 	}
 	return big.SetBytes(reversed)
+}
+
+// hexText writes a big-endian number as C does, where 0 has no 0x.
+func hexText(b []byte) string {
+	n := new(big.Int).SetBytes(b)
+	if n.Sign() == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%#x", n)
+}
+
+// hexNumber is hexText of a number.
+func hexNumber[T uint8 | uint16 | uint32](n T) string {
+	return hexText([]byte{byte(uint32(n) >> 24), byte(uint32(n) >> 16), byte(uint32(n) >> 8), byte(n)})
 }
 
 func temperature(kelvin int64) string { return fmt.Sprintf("%d °C (%d K)", kelvin-273, kelvin) }

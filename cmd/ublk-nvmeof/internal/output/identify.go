@@ -233,7 +233,7 @@ func IdentifyNamespace(w io.Writer, page []byte, nsid uint32, format string) err
 	for i := range min(int(id.NLBAF())+1, 64) {
 		f := page[128+4*i:]
 		formats = append(formats, object{
-			{name: "ms", value: le.Uint16(f)}, {name: "ds", value: f[2]}, {name: "rp", value: f[3]},
+			{name: "ms", value: le.Uint16(f)}, {name: "ds", value: f[2]}, {name: "rp", value: f[3], text: hexNumber(f[3])},
 		})
 	}
 	if format == JSON {
@@ -248,7 +248,7 @@ func IdentifyNamespace(w io.Writer, page []byte, nsid uint32, format string) err
 		if i == id.FormatIndex() {
 			inUse = "(in use)"
 		}
-		if _, err := fmt.Fprintf(w, "lbaf %2d : ms:%-3d lbads:%-2d rp:%#x %s\n", i, f[0].value, f[1].value, f[2].value, inUse); err != nil {
+		if _, err := fmt.Fprintf(w, "lbaf %2d : ms:%-3d lbads:%-2d rp:%s %s\n", i, f[0].value, f[1].value, f[2].text, inUse); err != nil {
 			return err
 		}
 	}
@@ -266,7 +266,7 @@ func NamespaceList(w io.Writer, ids []uint32, format string) error {
 	}
 	fmt.Fprintln(w, "NVME Namespace List:")
 	for i, id := range ids {
-		if _, err := fmt.Fprintf(w, "[%4d]:%#x\n", i, id); err != nil {
+		if _, err := fmt.Fprintf(w, "[%4d]:%s\n", i, hexNumber(id)); err != nil {
 			return err
 		}
 	}
@@ -290,7 +290,8 @@ func NamespaceDescriptors(w io.Writer, page []byte, nsid uint32, format string) 
 			value := descriptor(name, page[at+4:at+4+size])
 			list = append(list, object{
 				{name: "loc", value: at}, {name: "nidt", value: kind}, {name: "nidl", value: size},
-				{name: "Type", value: name}, {name: name, value: value},
+				{name: "Type", value: name}, {name: "type", value: name}, // up to nvme-cli 2.8
+				{name: name, value: value},
 			})
 			shown = append(shown, member{label: name, text: value})
 		}
@@ -309,7 +310,7 @@ func descriptor(name string, b []byte) string {
 	case name == "uuid" && len(b) == len(nvme.UUID{}):
 		return nvme.UUID(b).String()
 	case name == "csi":
-		return fmt.Sprintf("%#x", b[0])
+		return hexNumber(b[0])
 	}
 	return hex.EncodeToString(b)
 }

@@ -80,8 +80,8 @@ func errorEntry(b []byte) object {
 	field := le.Uint16(b[12:])
 	status := nvme.Status(field >> 1)
 	between := object{
-		{name: "status_field", value: uint16(status), label: "status_field", text: fmt.Sprintf("%#x (%s)", uint16(status), status)},
-		{name: "phase_tag", value: field & 1, label: "phase_tag", text: fmt.Sprintf("%#x", field&1)},
+		{name: "status_field", value: uint16(status), label: "status_field", text: fmt.Sprintf("%s (%s)", hexNumber(uint16(status)), status)},
+		{name: "phase_tag", value: field & 1, label: "phase_tag", text: hexNumber(field & 1)},
 	}
 	return append(append(append(object{}, o[:3]...), between...), o[3:]...)
 }
@@ -170,6 +170,6 @@ func LogPage(w io.Writer, log []byte, device string, lid uint8, nsid uint32, for
 			{name: "namespace_id", value: nsid}, {name: "data", value: hex.EncodeToString(log)},
 		})
 	}
-	fmt.Fprintf(w, "Device:%s log-id:%d namespace-id:%#x\n", Text(device), lid, nsid)
+	fmt.Fprintf(w, "Device:%s log-id:%d namespace-id:%s\n", Text(device), lid, hexNumber(nsid))
 	return Dump(w, log)
 }

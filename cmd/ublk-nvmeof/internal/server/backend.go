@@ -38,6 +38,7 @@ type namespace struct {
 	uuid, nguid, eui64 string // empty: not present
 	device             block.Device
 	used               func() uint64 // bytes that are allocated; nil: unknown
+	reserve            func(ctx context.Context, cmd *nvme.Command, data []byte) error
 }
 
 // queueInfo describes the queues of a device.
@@ -161,7 +162,7 @@ func (d ublkDevice) Counters() control.IO {
 }
 
 func describe(ns *initiator.Namespace) namespace {
-	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used}
+	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used, reserve: ns.Reserve}
 	ids := ns.IDs()
 	if !ids.UUID.IsZero() {
 		n.uuid = ids.UUID.String()

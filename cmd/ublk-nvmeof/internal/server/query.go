@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -30,6 +31,23 @@ func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResul
 	cmd := nvme.CommandAt(q.Command)
 	r.Result, err = ctrl.Query(ctx, cmd, r.Data)
 	return r, s.explainRefusal(cmd.Opcode().AdminString(), err)
+}
+
+// Reserve implements control.Controlled.
+func (s *server) Reserve(ctx context.Context, r control.Reservation) ([]byte, error) {
+	if len(r.Command) != nvme.CommandSize {
+		return nil, exit.Errorf(exit.Usage, "the command has %d bytes; want %d", len(r.Command), nvme.CommandSize)
+	}
+	cmd := nvme.CommandAt(r.Command)
+	for _, v := range s.devices() {
+		if v.nsid == r.NSID && v.reserve != nil {
+			if nvme.IsWrite(cmd) {
+				s.log.Info("reservation on request", "command", cmd.Opcode().IOString(), "nsid", v.nsid)
+			}
+			return r.Data, s.explainRefusal(cmd.Opcode().IOString(), v.reserve(ctx, cmd, r.Data))
+		}
+	}
+	return nil, exit.Errorf(exit.NotFound, "the server does not serve namespace %d", r.NSID)
 }
 
 // Reset implements control.Controlled.
@@ -79,6 +97,8 @@ func (s *server) explainRefusal(what string, err error) error {
 			reason = ": " + printable(now.Reason.Error())
 		}
 		return exit.Errorf(exit.Busy, "%s: the controller is not connected, it is %v%s", what, now.State, reason)
+	case errors.Is(err, os.ErrNotExist):
+		return exit.Errorf(exit.NotFound, "%s: %v", what, err)
 	case errors.As(err, &status):
 		return fmt.Errorf("%s: the target answered: %w", what, err)
 	}

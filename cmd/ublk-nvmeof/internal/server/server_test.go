@@ -873,6 +873,12 @@ func TestNamespacesRetry(t *testing.T) {
 // why it cannot.
 func TestQueries(t *testing.T) {
 	w := newWorld()
+	w.change = func(ns *namespace) {
+		ns.reserve = func(_ context.Context, _ *nvme.Command, data []byte) error {
+			copy(data, "reserved")
+			return w.queriesFail()
+		}
+	}
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
 	c := r.client()
@@ -885,6 +891,15 @@ func TestQueries(t *testing.T) {
 		if _, err := c.Query(t.Context(), q); exit.Of(err) != exit.Usage {
 			t.Errorf("%d bytes, length %d: %v", len(q.Command), q.Length, err)
 		}
+	}
+	if _, err := c.Reserve(t.Context(), control.Reservation{NSID: 9, Command: cmd[:]}); exit.Of(err) != exit.NotFound {
+		t.Errorf("a namespace that is not served: %v", err)
+	}
+	if _, err := c.Reserve(t.Context(), control.Reservation{NSID: 1, Command: cmd[:5]}); exit.Of(err) != exit.Usage {
+		t.Errorf("a short command: %v", err)
+	}
+	if data, err := c.Reserve(t.Context(), control.Reservation{NSID: 1, Command: cmd[:], Data: make([]byte, 8)}); err != nil || string(data) != "reserved" {
+		t.Errorf("reservation: %q, %v", data, err)
 	}
 	if err := errors.Join(c.Reset(t.Context()), c.Rescan(t.Context())); err != nil {
 		t.Error(err)
