@@ -309,3 +309,51 @@ func TestIdempotent(t *testing.T) {
 	}
 	i.ok("disconnect", "-d", strings.TrimSpace(string(text)))
 }
+
+// TestReservationVerbs: of two hosts, one reserves a namespace, and the other takes it over.
+func TestReservationVerbs(t *testing.T) {
+	i := newInspected(t, "--namespace", "ram=8MiB", "--namespace", "ram=8MiB,nsid=7")
+	defer i.close()
+	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "7",
+		"-q", "nqn.other", "-I", "11111111-2222-3333-4444-555555555555")
+	type report struct {
+		RType, RegCtl int
+		RegCtlExt     []struct {
+			RCSTS, RKey int
+			HostID      string
+		}
+	}
+	see := func(kind int, keys ...int) {
+		t.Helper()
+		var r report
+		i.json(&r, "resv-report", "ctrl1")
+		if r.RType != kind || r.RegCtl != len(keys) || len(r.RegCtlExt) != len(keys) {
+			t.Fatalf("%+v, want type %d, keys %v", r, kind, keys)
+		}
+		for n, key := range keys {
+			if r.RegCtlExt[n].RKey != key {
+				t.Fatalf("%+v, want type %d, keys %v", r, kind, keys)
+			}
+		}
+	}
+	see(0)
+	if text := i.ok("resv-register", "ctrl0", "-n", "7", "-k", "0xa1"); text != "NVME Reservation  success\n" {
+		t.Errorf("%q", text)
+	}
+	i.ok("resv-register", "ctrl1", "--nrkey", "0xb2")
+	i.ok("resv-acquire", "ctrl0", "-n", "7", "-c", "0xa1", "-t", "1")
+	see(1, 0xa1, 0xb2)
+	i.refuse(exit.Negotiation, "resv-acquire: reservation acquire: the target answered: nvme status 083h: reservation conflict", "resv-acquire", "ctrl1", "-c", "0xb2", "-t", "1")
+	i.ok("resv-acquire", "ctrl1", "-c", "0xb2", "-p", "0xa1", "-a", "2", "-t", "2")
+	see(2, 0xb2)
+	i.ok("resv-release", "ctrl1", "-c", "0xb2", "-t", "2")
+	see(0, 0xb2)
+	i.ok("resv-register", "ctrl1", "-c", "0xb2", "-r", "1")
+	see(0)
+	i.refuse(exit.Usage, `resv-acquire: -t/--rtype "0": want 1 to 6`, "resv-acquire", "ctrl1")
+	i.refuse(exit.Usage, `resv-register: -r/--rrega "3": want 0 to 2`, "resv-register", "ctrl1", "-r", "3")
+	i.refuse(exit.Usage, `resv-report: -d/--numd "5": want 6 to 1024`, "resv-report", "ctrl1", "-d", "5")
+	i.refuse(exit.NotFound, `resv-report: the server does not serve namespace 1`, "resv-report", "ctrl1", "-n", "1")
+	i.refuse(exit.Negotiation, `resv-report: reservation report: the target answered: nvme status 018h`, "resv-report", "ctrl1", "--eds=false")
+	i.ok("disconnect", "-d", "ctrl1")
+}
