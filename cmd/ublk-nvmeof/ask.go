@@ -12,6 +12,8 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
@@ -69,9 +71,19 @@ func firstField(use string) string {
 	return name
 }
 
-// rawFlag adds --raw-binary.
+// rawFlag adds --raw-binary, and the output format that means the same.
 func rawFlag(cmd *cobra.Command, a *asked) {
+	f := cmd.Flags().Lookup("output-format")
+	f.Value = options.OneOf(&a.format, output.Normal, output.JSON, output.Binary)
 	cmd.Flags().BoolVarP(&a.raw, "raw-binary", "b", false, "write the bytes as they are")
+}
+
+// humanFlag adds --human-readable, and --verbose, which means the same.
+func humanFlag(human *bool) func(*cobra.Command, *asked) {
+	return func(cmd *cobra.Command, _ *asked) {
+		cmd.Flags().BoolVarP(human, "human-readable", "H", false, "explain the values")
+		cmd.Flags().BoolVarP(human, "verbose", "v", false, "the same")
+	}
 }
 
 // namespaceFlag adds --namespace-id.

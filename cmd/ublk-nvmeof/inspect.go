@@ -25,7 +25,7 @@ func inspectVerbs(runDir dirFunc) []*cobra.Command {
 
 // write writes data as it is, if that is asked for, or with show.
 func (a *asked) write(cmd *cobra.Command, data []byte, show func(io.Writer) error) error {
-	if a.raw {
+	if a.raw || a.format == output.Binary {
 		_, err := cmd.OutOrStdout().Write(data)
 		return err
 	}
@@ -33,16 +33,18 @@ func (a *asked) write(cmd *cobra.Command, data []byte, show func(io.Writer) erro
 }
 
 func newIDCtrl(runDir dirFunc) *cobra.Command {
+	var human bool
 	return askVerb(runDir, "id-ctrl DEVICE", "Show the Identify data of a controller", func(cmd *cobra.Command, a *asked) error {
 		page, err := a.identify(nvme.CNSController, 0)
 		if err != nil {
 			return err
 		}
-		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyController(w, page, a.format) })
-	}, rawFlag)
+		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyController(w, page, human, a.format) })
+	}, rawFlag, humanFlag(&human))
 }
 
 func newIDNS(runDir dirFunc) *cobra.Command {
+	var human bool
 	return askVerb(runDir, "id-ns DEVICE", "Show the Identify data of a namespace", func(cmd *cobra.Command, a *asked) error {
 		nsid, err := a.namespace()
 		if err != nil {
@@ -52,8 +54,8 @@ func newIDNS(runDir dirFunc) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyNamespace(w, page, nsid, a.format) })
-	}, namespaceFlag, rawFlag)
+		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyNamespace(w, page, nsid, human, a.format) })
+	}, namespaceFlag, rawFlag, humanFlag(&human))
 }
 
 func newListNS(runDir dirFunc) *cobra.Command {
@@ -91,6 +93,7 @@ func newNSDescs(runDir dirFunc) *cobra.Command {
 }
 
 func newSmartLog(runDir dirFunc) *cobra.Command {
+	var human bool
 	return askVerb(runDir, "smart-log DEVICE", "Show the health log of a controller, or of a namespace if it has one", func(cmd *cobra.Command, a *asked) error {
 		nsid := uint32(nvme.NSIDAll)
 		if a.nsid != 0 {
@@ -100,10 +103,10 @@ func newSmartLog(runDir dirFunc) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return a.write(cmd, log, func(w io.Writer) error { return output.SMARTLog(w, log, a.name, nsid, a.format) })
+		return a.write(cmd, log, func(w io.Writer) error { return output.SMARTLog(w, log, a.name, nsid, human, a.format) })
 	}, func(cmd *cobra.Command, a *asked) {
 		cmd.Flags().Uint32VarP(&a.nsid, "namespace-id", "n", 0, "`id` of a namespace (default: the whole controller)")
-	}, rawFlag)
+	}, rawFlag, humanFlag(&human))
 }
 
 func newErrorLog(runDir dirFunc) *cobra.Command {
@@ -293,13 +296,12 @@ func newGetFeature(runDir dirFunc) *cobra.Command {
 			}
 		}
 		return output.Features(cmd.OutOrStdout(), all, human, a.format)
-	}, namespaceFlag, rawFlag, func(cmd *cobra.Command, _ *asked) {
+	}, namespaceFlag, rawFlag, humanFlag(&human), func(cmd *cobra.Command, _ *asked) {
 		f := cmd.Flags()
 		f.Uint8VarP(&r.id, "feature-id", "f", 0, "`number` of the feature (default: all)")
 		f.Uint8VarP(&r.sel, "sel", "s", 0, "`value` to show: 0 current, 1 default, 2 saved, 3 what is supported")
 		f.IntVarP(&r.length, "data-len", "l", -1, "`bytes` of data (default: what the feature has)")
 		f.Uint32VarP(&r.cdw11, "cdw11", "c", 0, "`value` of command dword 11")
-		f.BoolVarP(&human, "human-readable", "H", false, "explain the value")
 	})
 }
 
@@ -335,9 +337,7 @@ func newShowRegs(runDir dirFunc) *cobra.Command {
 			}
 		}
 		return output.Properties(cmd.OutOrStdout(), values, human, a.format)
-	}, func(cmd *cobra.Command, _ *asked) {
-		cmd.Flags().BoolVarP(&human, "human-readable", "H", false, "show the parts of each property")
-	})
+	}, humanFlag(&human))
 }
 
 func newGetProperty(runDir dirFunc) *cobra.Command {
@@ -353,9 +353,8 @@ func newGetProperty(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return output.Property(cmd.OutOrStdout(), offset, v, human, a.format)
-	}, func(cmd *cobra.Command, _ *asked) {
+	}, humanFlag(&human), func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().Uint32VarP(&offset, "offset", "O", 0, "`offset` of the property (required)")
-		cmd.Flags().BoolVarP(&human, "human-readable", "H", false, "show the parts of the property")
 	})
 }
 

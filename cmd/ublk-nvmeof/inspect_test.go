@@ -156,8 +156,15 @@ func TestInspect(t *testing.T) {
 	if raw := i.ok("get-log", "ctrl0", "-i", "2", "-l", "512", "-b"); len(raw) != 512 || raw[3] != 100 {
 		t.Errorf("get-log: %d bytes", len(raw))
 	}
-	if raw := i.ok("id-ctrl", "ctrl0", "-b"); len(raw) != 4096 || raw[24:28] != "ublk" {
-		t.Errorf("id-ctrl -b: %d bytes", len(raw))
+	for _, flag := range []string{"-b", "--output-format=binary"} {
+		if raw := i.ok("id-ctrl", "ctrl0", flag); len(raw) != 4096 || raw[24:28] != "ublk" {
+			t.Errorf("id-ctrl %s: %d bytes", flag, len(raw))
+		}
+	}
+	for _, flag := range []string{"-H", "-v"} {
+		if text := i.ok("id-ns", second, flag); !strings.Contains(text, "nmic    : 0x1\n  [0:0] : 0x1\tmay be shared by controllers\n") {
+			t.Errorf("id-ns %s: %s", flag, text)
+		}
 	}
 	if text := i.ok("get-feature", "ctrl0", "-f", "0x0f", "-H"); text != "get-feature:0x0f (Keep Alive Timer), Current value:0x00001388\n\tKeep Alive Timeout (KATO) in milliseconds: 5000\n" {
 		t.Errorf("get-feature: %q", text)

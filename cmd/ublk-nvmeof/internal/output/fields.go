@@ -20,6 +20,7 @@ const (
 	hexadecimal      // in JSON decimal, as all numbers
 	percent          // the same
 	kelvins          // the same
+	oui              // the same: six digits
 	text             // up to a zero byte
 	digits           // bytes in hexadecimal
 	uuid
@@ -102,6 +103,8 @@ func (p place) decode(b []byte) member {
 	switch p.kind {
 	case hexadecimal:
 		m.text = hexText(n.Bytes())
+	case oui:
+		m.text = fmt.Sprintf("%06x", n)
 	case percent:
 		m.text = n.String() + "%"
 	case kelvins:
@@ -138,13 +141,20 @@ func hexNumber[T uint8 | uint16 | uint32](n T) string {
 
 func temperature(kelvin int64) string { return fmt.Sprintf("%d °C (%d K)", kelvin-273, kelvin) }
 
-// writeText writes the members of an object for people, one in a line.
-func (o object) writeText(w io.Writer, width int) error {
+// writeText writes the members of an object for people, one in a line, with human each of
+// their bits as well.
+func (o object) writeText(w io.Writer, width int, human bool) error {
 	for _, m := range o {
 		if m.label == "" {
 			continue
 		}
 		if _, err := fmt.Fprintf(w, "%-*s: %s\n", width, m.label, Text(m.text)); err != nil {
+			return err
+		}
+		if !human {
+			continue
+		}
+		if err := m.writeBits(w); err != nil {
 			return err
 		}
 	}

@@ -20,7 +20,7 @@ var controllerPlaces = []place{
 	{name: "mn", at: 24, size: 40, kind: text},
 	{name: "fr", at: 64, size: 8, kind: text},
 	{name: "rab", at: 72, size: 1},
-	{name: "ieee", at: 73, size: 3, kind: hexadecimal},
+	{name: "ieee", at: 73, size: 3, kind: oui},
 	{name: "cmic", at: 76, size: 1, kind: hexadecimal},
 	{name: "mdts", at: 77, size: 1},
 	{name: "cntlid", at: 78, size: 2, kind: hexadecimal},
@@ -153,8 +153,8 @@ func powerState(b []byte) object {
 		bits("idle_scale", 18, 6, 3), bits("active_power_work", 22, 0, 7), bits("active_scale", 22, 6, 3))
 }
 
-// IdentifyController writes Identify Controller (CNS 01h).
-func IdentifyController(w io.Writer, page []byte, format string) error {
+// IdentifyController writes Identify Controller (CNS 01h), with human the bits of its fields.
+func IdentifyController(w io.Writer, page []byte, human bool, format string) error {
 	o := decode(page, controllerPlaces)
 	var states []object
 	for i := range min(int(page[powerStateCount])+1, maxPowerStates) {
@@ -164,7 +164,7 @@ func IdentifyController(w io.Writer, page []byte, format string) error {
 		return writeJSON(w, append(o, member{name: "psds", value: states}))
 	}
 	fmt.Fprintln(w, "NVME Identify Controller:")
-	if err := o.writeText(w, 10); err != nil {
+	if err := o.writeText(w, 10, human); err != nil {
 		return err
 	}
 	for i, s := range states {
@@ -220,8 +220,8 @@ var namespacePlaces = []place{
 // optimal are the names of the fields that a namespace has only if NSFEAT says so.
 var optimal = map[string]bool{"npwg": true, "npwa": true, "npdg": true, "npda": true, "nows": true}
 
-// IdentifyNamespace writes Identify Namespace (CNS 00h).
-func IdentifyNamespace(w io.Writer, page []byte, nsid uint32, format string) error {
+// IdentifyNamespace writes Identify Namespace (CNS 00h), with human the bits of its fields.
+func IdentifyNamespace(w io.Writer, page []byte, nsid uint32, human bool, format string) error {
 	id := nvme.IdentifyNamespaceAt(page)
 	var o object
 	for _, m := range decode(page, namespacePlaces) {
@@ -240,7 +240,7 @@ func IdentifyNamespace(w io.Writer, page []byte, nsid uint32, format string) err
 		return writeJSON(w, append(o, member{name: "lbafs", value: formats}))
 	}
 	fmt.Fprintf(w, "NVME Identify Namespace %d:\n", nsid)
-	if err := o.writeText(w, 8); err != nil {
+	if err := o.writeText(w, 8, human); err != nil {
 		return err
 	}
 	for i, f := range formats {
@@ -301,7 +301,7 @@ func NamespaceDescriptors(w io.Writer, page []byte, nsid uint32, format string) 
 		return writeJSON(w, object{{name: "ns-descs", value: list}})
 	}
 	fmt.Fprintf(w, "NVME Namespace Identification Descriptors NS %d:\n", nsid)
-	return shown.writeText(w, 8)
+	return shown.writeText(w, 8, false)
 }
 
 // descriptor writes the value of a namespace descriptor.

@@ -151,13 +151,16 @@ func inspected() map[string]func(b *bytes.Buffer, format string) error {
 	}
 	values := map[uint32]uint64{nvme.PropCAP: 0x8000820F01007F, nvme.PropVS: 0x20100, nvme.PropCC: 0x460061, nvme.PropCSTS: 1, nvme.PropCRTO: 15}
 	return map[string]func(*bytes.Buffer, string) error{
-		"id-ctrl":   func(b *bytes.Buffer, f string) error { return IdentifyController(b, p.controller, f) },
-		"id-ns":     func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, p.namespace, 1, f) },
-		"list-ns":   func(b *bytes.Buffer, f string) error { return NamespaceList(b, []uint32{1, 7}, f) },
-		"ns-descs":  func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, p.descriptors, 1, f) },
-		"smart-log": func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, f) },
-		"error-log": func(b *bytes.Buffer, f string) error { return ErrorLog(b, p.errors, "ublkb0", f) },
-		"ana-log":   func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", f) },
+		"id-ctrl":       func(b *bytes.Buffer, f string) error { return IdentifyController(b, p.controller, false, f) },
+		"id-ns":         func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, p.namespace, 1, false, f) },
+		"id-ctrl-human": func(b *bytes.Buffer, f string) error { return IdentifyController(b, p.controller, true, f) },
+		"id-ns-human":   func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, p.namespace, 1, true, f) },
+		"smart-human":   func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, true, f) },
+		"list-ns":       func(b *bytes.Buffer, f string) error { return NamespaceList(b, []uint32{1, 7}, f) },
+		"ns-descs":      func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, p.descriptors, 1, f) },
+		"smart-log":     func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, false, f) },
+		"error-log":     func(b *bytes.Buffer, f string) error { return ErrorLog(b, p.errors, "ublkb0", f) },
+		"ana-log":       func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", f) },
 		"get-log": func(b *bytes.Buffer, f string) error {
 			return LogPage(b, []byte("log\x00 page\x1b and more"), "ublkb0", 2, 1, f)
 		},
@@ -191,10 +194,10 @@ func TestInspectGolden(t *testing.T) {
 func TestInspectNoise(t *testing.T) {
 	page := noise(nvme.IdentifySize)
 	for name, write := range map[string]func(*bytes.Buffer, string) error{
-		"id-ctrl":     func(b *bytes.Buffer, f string) error { return IdentifyController(b, page, f) },
-		"id-ns":       func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, page, 1, f) },
+		"id-ctrl":     func(b *bytes.Buffer, f string) error { return IdentifyController(b, page, true, f) },
+		"id-ns":       func(b *bytes.Buffer, f string) error { return IdentifyNamespace(b, page, 1, true, f) },
 		"ns-descs":    func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, page, 1, f) },
-		"smart-log":   func(b *bytes.Buffer, f string) error { return SMARTLog(b, page[:512], "ublkb0", 1, f) },
+		"smart-log":   func(b *bytes.Buffer, f string) error { return SMARTLog(b, page[:512], "ublkb0", 1, true, f) },
 		"error-log":   func(b *bytes.Buffer, f string) error { return ErrorLog(b, page, "ublkb0", f) },
 		"resv-report": func(b *bytes.Buffer, f string) error { return Reservations(b, page, false, f) },
 		"extended":    func(b *bytes.Buffer, f string) error { return Reservations(b, page, true, f) },
@@ -209,6 +212,21 @@ func TestInspectNoise(t *testing.T) {
 					t.Errorf("%s, %s: character %q", name, format, r)
 				}
 			}
+		}
+	}
+}
+
+// TestBits: each name of a bit is of a field, and within it.
+func TestBits(t *testing.T) {
+	size := map[string]int{}
+	for _, places := range [][]place{controllerPlaces, namespacePlaces, smartPlaces} {
+		for _, p := range places {
+			size[p.name] = p.size
+		}
+	}
+	for name, bits := range bitNames {
+		if len(bits) > 8*size[name] {
+			t.Errorf("%s has %d bits, and %d names", name, 8*size[name], len(bits))
 		}
 	}
 }

@@ -37,8 +37,9 @@ var thermalPlaces = []place{
 	{name: "thm_temp2_total_time", at: 228, size: 4, label: "Thermal Management T2 Total Time"},
 }
 
-// SMARTLog writes the health log of a device.
-func SMARTLog(w io.Writer, log []byte, device string, nsid uint32, format string) error {
+// SMARTLog writes the health log of a device. With human, critical_warning has its bits, in
+// JSON as well.
+func SMARTLog(w io.Writer, log []byte, device string, nsid uint32, human bool, format string) error {
 	o := decode(log, smartPlaces)
 	for i := range 8 {
 		at := 200 + 2*i
@@ -50,10 +51,22 @@ func SMARTLog(w io.Writer, log []byte, device string, nsid uint32, format string
 	}
 	o = append(o, decode(log, thermalPlaces)...)
 	if format == JSON {
+		if human {
+			o[0].value = criticalWarning(log[0])
+		}
 		return writeJSON(w, o)
 	}
 	fmt.Fprintf(w, "Smart Log for NVME device:%s namespace-id:%x\n", Text(device), nsid)
-	return o.writeText(w, 40)
+	return o.writeText(w, 40, human)
+}
+
+// criticalWarning has the bits of the critical warning with nvme-cli's names.
+func criticalWarning(v byte) object {
+	o := object{{name: "value", value: v}}
+	for i, name := range []string{"available_spare", "temp_threshold", "reliability_degraded", "ro", "vmbu_failed", "pmr_ro"} {
+		o = append(o, member{name: name, value: v >> i & 1})
+	}
+	return o
 }
 
 // errorPlaces are the fields of an entry of the error log (Base, "Error Information").
@@ -98,7 +111,7 @@ func ErrorLog(w io.Writer, log []byte, device, format string) error {
 	fmt.Fprintf(w, "Error Log Entries for device:%s entries:%d\n", Text(device), len(entries))
 	for i, e := range entries {
 		fmt.Fprintf(w, ".................\n Entry[%2d]\n.................\n", i)
-		if err := e.writeText(w, 16); err != nil {
+		if err := e.writeText(w, 16, false); err != nil {
 			return err
 		}
 	}

@@ -24,6 +24,7 @@ const SchemaVersion = 1
 const (
 	Normal = "normal"
 	JSON   = "json"
+	Binary = "binary" // the bytes of a controller, where they are all that there is
 )
 
 // none stands for an unknown value.

@@ -42,7 +42,7 @@ func Properties(w io.Writer, values map[uint32]uint64, human bool, format string
 	if format == JSON {
 		return writeJSON(w, o)
 	}
-	return o.writeText(w, 8)
+	return o.writeText(w, 8, false)
 }
 
 // propertyParts writes what a property says, in the terms of the specification.

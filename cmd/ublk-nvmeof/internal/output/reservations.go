@@ -37,7 +37,7 @@ func Reservations(w io.Writer, report []byte, extended bool, format string) erro
 		return writeJSON(w, append(o, member{name: name, value: registrants}))
 	}
 	fmt.Fprintf(w, "\nNVME Reservation status:\n\n")
-	if err := o.writeText(w, 10); err != nil {
+	if err := o.writeText(w, 10, false); err != nil {
 		return err
 	}
 	for i, r := range registrants {
