@@ -240,3 +240,45 @@ func TestReservationOutlivesConnection(t *testing.T) {
 	again := &reserver{r.io(r.admin(testNQN), 1, 32), r.hostID}
 	again.may("back", true, true)
 }
+
+// TestPreemptAndAbortWaits: when a host is told that it has taken a namespace from another
+// one, no write of that host is inside the store any more, and none gets in.
+func TestPreemptAndAbortWaits(t *testing.T) {
+	r, g, admin, io := heldWrite(t)
+	victim := &reserver{r.io(admin, 2, 32), r.hostID}
+	victim.register(0, 0, 0, 11)
+	victim.acquire(0, 0, writeExclusive, 11, 0)
+	r.hostID = nvme.UUID{2}
+	a := r.admin(testNQN)
+	h := &reserver{r.io(a, 1, 32), r.hostID}
+	h.register(0, 0, 0, 22)
+	var cmd nvme.Command
+	cmd.SetReservationAcquire(1, preemptAndAbort, false, exclusiveAccess)
+	nvme.PutReservationKeys(h.data.Bytes(), 22, 11)
+	h.hostQueue.send(h.keyed(&cmd, nvme.ReservationKeys), nil)
+	answered := make(chan bool, 1)
+	go func() { answered <- h.await() }()
+	for {
+		if _, kind, _ := victim.report(); kind == exclusiveAccess { // the other host has it
+			break
+		}
+	}
+	for range 20 {
+		a.property(nvme.PropCSTS, false)
+	}
+	select {
+	case <-answered:
+		t.Error("the host was answered while a write of the other host was in the store")
+	default:
+	}
+	g.open()
+	if !<-answered || !h.response.Status().OK() {
+		t.Errorf("preempt and abort: %v", h.response.Status())
+	}
+	if !io.await() || !io.response.Status().OK() {
+		t.Errorf("the write: %v", io.response.Status())
+	}
+	cmd.SetWrite(1, 0, 8, false)
+	cmd.SetInCapsuleSGL(0, 4096)
+	io.want(conflict, &cmd, make([]byte, 4096)...)
+}
