@@ -256,8 +256,11 @@ func TestPreemptAndAbortWaits(t *testing.T) {
 	cmd.SetReservationAcquire(1, preemptAndAbort, false, exclusiveAccess)
 	nvme.PutReservationKeys(h.data.Bytes(), 22, 11)
 	h.hostQueue.send(h.keyed(&cmd, nvme.ReservationKeys), nil)
-	answered := make(chan bool, 1)
-	go func() { answered <- h.await() }()
+	answered, alive := make(chan struct{}), false
+	go func() {
+		alive = h.await()
+		close(answered)
+	}()
 	for {
 		if _, kind, _ := victim.report(); kind == exclusiveAccess { // the other host has it
 			break
@@ -272,7 +275,7 @@ func TestPreemptAndAbortWaits(t *testing.T) {
 	default:
 	}
 	g.open()
-	if !<-answered || !h.response.Status().OK() {
+	if <-answered; !alive || !h.response.Status().OK() {
 		t.Errorf("preempt and abort: %v", h.response.Status())
 	}
 	if !io.await() || !io.response.Status().OK() {
