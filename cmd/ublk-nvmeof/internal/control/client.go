@@ -119,6 +119,9 @@ func (c *Client) Do(ctx context.Context, method, path string, body, result any) 
 	if len(answer) > maxAnswer {
 		return fmt.Errorf("ask server: its answer is longer than %d bytes", maxAnswer)
 	}
+	if resp.StatusCode == http.StatusNotFound {
+		return fmt.Errorf("ask server: it runs another build of this program, which does not know %s", path)
+	}
 	if resp.StatusCode != http.StatusOK {
 		var e exit.Error
 		if err := json.Unmarshal(answer, &e); err != nil || e.Code == exit.OK {

@@ -242,6 +242,14 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
+// A server of another build may not know a request.
+func TestUnknownRequest(t *testing.T) {
+	err := serve(t, &fake{}).Do(t.Context(), http.MethodPost, "/v1/later", nil, nil)
+	if err == nil || err.Error() != "ask server: it runs another build of this program, which does not know /v1/later" {
+		t.Error(err)
+	}
+}
+
 func TestBadRequests(t *testing.T) {
 	c := serve(t, &fake{})
 	for _, tt := range []struct {
