@@ -91,6 +91,11 @@ func namespaceFlag(cmd *cobra.Command, a *asked) {
 	cmd.Flags().Uint32VarP(&a.nsid, "namespace-id", "n", 0, "`id` of a namespace (default: that of the device)")
 }
 
+// wholeFlag adds --namespace-id for a verb about the whole controller.
+func wholeFlag(cmd *cobra.Command, a *asked) {
+	cmd.Flags().Uint32VarP(&a.nsid, "namespace-id", "n", 0, "`id` of a namespace (default: the whole controller)")
+}
+
 // find finds the running server that a name means.
 func (a *asked) find(ctx context.Context, dir state.Dir, name string) error {
 	records, err := dir.List()
@@ -132,20 +137,21 @@ func (a *asked) namespace() (uint32, error) {
 		}
 		ids = append(ids, fmt.Sprint(d.NSID))
 	}
+	if len(ids) == 0 {
+		return 0, usage(errors.New("-n/--namespace-id: no value is given, and the server has no device; want the id of a namespace"))
+	}
 	return 0, usage(fmt.Errorf("-n/--namespace-id: no value is given; want one of %s", strings.Join(ids, ", ")))
 }
 
-// namespaceOr is like namespace, for a verb that can do without one.
-func (a *asked) namespaceOr(all uint32) uint32 {
+// namespaceOfDevice is the namespace that is given, or that of the device; 0 if the command
+// line names neither.
+func (a *asked) namespaceOfDevice() uint32 {
 	for _, d := range a.record.Devices {
 		if a.nsid == 0 && called(d, a.name) {
 			return d.NSID
 		}
 	}
-	if a.nsid != 0 {
-		return a.nsid
-	}
-	return all
+	return a.nsid
 }
 
 // query sends a command that reads n bytes.

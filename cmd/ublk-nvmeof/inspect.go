@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -95,18 +96,13 @@ func newNSDescs(runDir dirFunc) *cobra.Command {
 func newSmartLog(runDir dirFunc) *cobra.Command {
 	var human bool
 	return askVerb(runDir, "smart-log DEVICE", "Show the health log of a controller, or of a namespace if it has one", func(cmd *cobra.Command, a *asked) error {
-		nsid := uint32(nvme.NSIDAll)
-		if a.nsid != 0 {
-			nsid = a.nsid
-		}
+		nsid := cmp.Or(a.nsid, nvme.NSIDAll)
 		log, err := a.readLog(logRequest{lid: nvme.LogSMART, nsid: nsid, length: nvme.SMARTLogSize})
 		if err != nil {
 			return err
 		}
 		return a.write(cmd, log, func(w io.Writer) error { return output.SMARTLog(w, log, a.name, nsid, human, a.format) })
-	}, func(cmd *cobra.Command, a *asked) {
-		cmd.Flags().Uint32VarP(&a.nsid, "namespace-id", "n", 0, "`id` of a namespace (default: the whole controller)")
-	}, rawFlag, humanFlag(&human))
+	}, wholeFlag, rawFlag, humanFlag(&human))
 }
 
 func newErrorLog(runDir dirFunc) *cobra.Command {
@@ -206,13 +202,13 @@ func newGetLog(runDir dirFunc) *cobra.Command {
 			return usage(fmt.Errorf("-O/--ot \"%d\": want 0 for bytes or 1 for entries", offsetType))
 		}
 		r.length, r.byIndex = int(min(length, maxLog+1)), offsetType == 1
-		r.nsid = a.namespaceOr(nvme.NSIDAll)
+		r.nsid = cmp.Or(a.nsid, nvme.NSIDAll)
 		log, err := a.readLog(r)
 		if err != nil {
 			return err
 		}
 		return a.write(cmd, log, func(w io.Writer) error { return output.LogPage(w, log, a.name, r.lid, r.nsid, a.format) })
-	}, namespaceFlag, rawFlag, func(cmd *cobra.Command, _ *asked) {
+	}, wholeFlag, rawFlag, func(cmd *cobra.Command, _ *asked) {
 		f := cmd.Flags()
 		f.Uint8VarP(&r.lid, "log-id", "i", 0, "`number` of the log page (required)")
 		f.Uint32VarP(&length, "log-len", "l", 0, "`bytes` to read, a multiple of 4 (required)")
@@ -276,7 +272,7 @@ func newGetFeature(runDir dirFunc) *cobra.Command {
 		case r.length < -1 || r.length > nvme.IdentifySize:
 			return usage(fmt.Errorf("-l/--data-len \"%d\": want 0 to %d", r.length, nvme.IdentifySize))
 		}
-		r.nsid = a.namespaceOr(0)
+		r.nsid = a.namespaceOfDevice()
 		if cmd.Flags().Changed("feature-id") {
 			f, err := a.getFeature(r)
 			if err != nil {
