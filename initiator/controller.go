@@ -393,7 +393,8 @@ func (c *Controller) tend(a *association) {
 
 // startKeepAlive sends Keep Alive commands until the association ends, and ends it if
 // one is not answered. The controller's timer runs from the moment that the controller is
-// enabled, so the commands begin while the association is still being made.
+// enabled, so the commands begin while the association is still being made. Until it
+// serves, a target has at least the connect timeout for its answer.
 func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
 	a.alive.Go(func() {
@@ -407,7 +408,11 @@ func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 			case <-a.life.Done():
 				return
 			}
-			if err := c.ping(a.life, a); err != nil {
+			limit := c.cfg.KeepAlive
+			if !c.serves(a) {
+				limit = max(limit, c.cfg.ConnectTimeout)
+			}
+			if err := c.ping(a.life, a, limit); err != nil {
 				a.fail(err)
 			}
 		}
@@ -415,9 +420,9 @@ func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 	return nil
 }
 
-// ping sends one Keep Alive command.
-func (c *Controller) ping(ctx context.Context, a *association) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
+// ping sends one Keep Alive command, which must be answered within limit.
+func (c *Controller) ping(ctx context.Context, a *association, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var cmd nvme.Command
 	cmd.SetKeepAlive()

@@ -136,7 +136,7 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 			return context.Cause(ctx)
 		}
 		if time.Since(f.answered) >= f.ctrl.cfg.KeepAlive/4 {
-			if err := f.ctrl.ping(ctx, f.a); err != nil {
+			if err := f.ctrl.ping(ctx, f.a, f.ctrl.cfg.KeepAlive); err != nil {
 				return err
 			}
 			f.alive()

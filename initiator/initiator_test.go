@@ -426,8 +426,7 @@ func TestSilentLoss(t *testing.T) {
 }
 
 // TestSilentWhileConnecting: a target that falls silent while an association is being made
-// costs a keep alive timeout, or a connect timeout before the controller is enabled, but
-// not the time of the command that is not answered.
+// costs a connect timeout, but not the time of the command that is not answered.
 func TestSilentWhileConnecting(t *testing.T) {
 	for name, from := range map[string]func(qid uint16, cmd *nvme.Command) bool{
 		"property": func(_ uint16, cmd *nvme.Command) bool { return cmd.FCType() == nvme.FabricsPropertyGet },
