@@ -30,6 +30,7 @@ type NVMeController struct {
 // it.
 type KernelNVMe struct {
 	class  string // directory of sysfs with a directory for each controller
+	proc   string // directory of procfs
 	open   func(name string) (nvmeDevice, error)
 	asking chan struct{} // holds a token while a controller is asked
 }
@@ -47,7 +48,7 @@ type nvmeDevice interface {
 
 // NewKernelNVMe returns a KernelNVMe of this host.
 func NewKernelNVMe() *KernelNVMe {
-	return &KernelNVMe{class: "/sys/class/nvme", open: openNVMe, asking: make(chan struct{}, 1)}
+	return &KernelNVMe{class: "/sys/class/nvme", proc: "/proc", open: openNVMe, asking: make(chan struct{}, 1)}
 }
 
 // Has reports whether the target certainly has c now, as a controller of the kernel's
@@ -77,7 +78,7 @@ func (k *KernelNVMe) Has(ctx context.Context, c NVMeController) bool {
 
 func (k *KernelNVMe) has(c NVMeController) bool {
 	entries, err := os.ReadDir(k.class)
-	if err != nil {
+	if err != nil || len(entries) == 0 || !k.sharesNetwork() {
 		return false
 	}
 	for _, e := range entries {
@@ -86,6 +87,23 @@ func (k *KernelNVMe) has(c NVMeController) bool {
 		}
 	}
 	return false
+}
+
+// sharesNetwork reports whether the kernel's initiator certainly reaches the same targets
+// at the same addresses as this process. It is in the first network namespace
+// (nvme_rdma_alloc_queue in drivers/nvme/host/rdma.c), where kernel threads are, too.
+func (k *KernelNVMe) sharesNetwork() bool {
+	const kthreadd = "2"
+	name, err := os.ReadFile(filepath.Join(k.proc, kthreadd, "comm"))
+	if err != nil || strings.TrimSpace(string(name)) != "kthreadd" {
+		return false // a container with process ids of its own
+	}
+	kernel, err := os.Readlink(filepath.Join(k.proc, kthreadd, "ns/net"))
+	if err != nil {
+		return false
+	}
+	own, err := os.Readlink(filepath.Join(k.proc, "self/ns/net"))
+	return err == nil && own == kernel
 }
 
 // describes reports whether a controller is live and c according to sysfs.

@@ -53,7 +53,7 @@ var labDevice = fakeNVMe{number: "240:0", cntlid: 7, serial: "serial", model: "L
 func kernelWith(t *testing.T, device fakeNVMe, controllers ...map[string]string) *KernelNVMe {
 	t.Helper()
 	k := NewKernelNVMe()
-	k.class = t.TempDir()
+	k.class, k.proc = t.TempDir(), procWith(t, "kthreadd", "net:[1]", "net:[1]")
 	for i, attrs := range controllers {
 		dir := filepath.Join(k.class, "nvme"+string(rune('0'+i)))
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -67,6 +67,20 @@ func kernelWith(t *testing.T, device fakeNVMe, controllers ...map[string]string)
 	}
 	k.open = func(string) (nvmeDevice, error) { return device, nil }
 	return k
+}
+
+// procWith is a procfs with a process 2 and this process in network namespaces.
+func procWith(t *testing.T, name, kernel, own string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for process, network := range map[string]string{"2": kernel, "self": own} {
+		ns := filepath.Join(dir, process, "ns")
+		if err := errors.Join(os.MkdirAll(ns, 0o755), os.Symlink(network, filepath.Join(ns, "net")),
+			os.WriteFile(filepath.Join(dir, process, "comm"), []byte(name+"\n"), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
 }
 
 // with returns labAttrs with another value of one attribute.
@@ -133,6 +147,15 @@ func TestKernelHas(t *testing.T) {
 	k.open = func(string) (nvmeDevice, error) { return nil, os.ErrPermission }
 	if k.Has(t.Context(), lab) {
 		t.Error("a user who may not ask the controller believes sysfs")
+	}
+	for _, proc := range []string{
+		procWith(t, "kthreadd", "net:[1]", "net:[2]"), procWith(t, "sh", "net:[1]", "net:[1]"), t.TempDir(),
+	} {
+		k := kernelWith(t, labDevice, labAttrs)
+		k.proc = proc
+		if k.Has(t.Context(), lab) {
+			t.Error("a controller counts whose target may be in another network")
+		}
 	}
 	k.class += "/none"
 	if k.Has(t.Context(), lab) {

@@ -20,7 +20,7 @@ var (
 
 // madeAt describes a controller that was asked for at a time and made at once.
 func madeAt(at int64) state.Made {
-	return state.Made{Address: labAddress, Clock: "boot", Asked: at, Answered: at + 1}
+	return state.Made{Address: labAddress, Network: "net", Clock: "boot", Asked: at, Answered: at + 1}
 }
 
 // TestSuperseded: a controller has ended if another server, whatever its run directory is,

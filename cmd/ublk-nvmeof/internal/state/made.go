@@ -20,6 +20,7 @@ import (
 // are nanoseconds of CLOCK_MONOTONIC, which all processes of a boot share.
 type Made struct {
 	Address  netip.AddrPort `json:"address"` // of the target
+	Network  string         `json:"network"` // the network namespace, in which Address means the target
 	Clock    string         `json:"clock"`   // the boot and the time namespace; empty: the times are unknown
 	Asked    int64          `json:"asked"`
 	Answered int64          `json:"answered"`
@@ -29,14 +30,12 @@ type Made struct {
 // it was asked for; it must have a monotonic clock reading.
 func JustMade(address netip.AddrPort, asked time.Time) Made {
 	name, err := clock()
+	network, nerr := os.Readlink("/proc/self/ns/net")
 	var now unix.Timespec
-	if err == nil {
-		err = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	if errors.Join(err, nerr, unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)) != nil {
+		return Made{Address: address} // Before is false
 	}
-	if err != nil {
-		return Made{Address: address}
-	}
-	return Made{Address: address, Clock: name, Asked: now.Nano() - int64(time.Since(asked)), Answered: now.Nano()}
+	return Made{Address: address, Network: network, Clock: name, Asked: now.Nano() - int64(time.Since(asked)), Answered: now.Nano()}
 }
 
 // Before reports whether a controller was certainly made before another one.
@@ -147,7 +146,8 @@ func (h Host) Withdraw() error {
 }
 
 // GivenLater reports whether the target at address certainly gave the id of a controller
-// of the subsystem, which was made as told, to another server later.
+// of the subsystem, which was made as told, to another server later. Another target may
+// have the address in another network namespace.
 func (h Host) GivenLater(nqn string, address netip.AddrPort, cntlid uint16, made Made) bool {
 	for _, parent := range h {
 		dir := filepath.Join(parent, madeDir)
@@ -155,7 +155,7 @@ func (h Host) GivenLater(nqn string, address netip.AddrPort, cntlid uint16, made
 			continue
 		}
 		for _, n := range notices(dir) {
-			if m, ok := n.Made[cntlid]; ok && n.NQN == nqn && m.Address == address && made.Before(m) {
+			if m, ok := n.Made[cntlid]; ok && n.NQN == nqn && m.Address == address && m.Network == made.Network && made.Before(m) {
 				return true
 			}
 		}

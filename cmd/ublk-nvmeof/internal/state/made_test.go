@@ -9,7 +9,7 @@ import (
 )
 
 // at describes a controller that was asked for at a time, and made within 5.
-func at(asked int64) Made { return Made{lab.Address, "boot", asked, asked + 5} }
+func at(asked int64) Made { return Made{lab.Address, "net", "boot", asked, asked + 5} }
 
 // TestMadeBefore: of two controllers one is older only if the order is certain.
 func TestMadeBefore(t *testing.T) {
@@ -21,7 +21,7 @@ func TestMadeBefore(t *testing.T) {
 		"after":                  {at(20), at(10), false},
 		"same":                   {at(10), at(10), false},
 		"asked before an answer": {at(10), at(14), false},
-		"another boot":           {at(10), Made{lab.Address, "next boot", 20, 25}, false},
+		"another boot":           {at(10), Made{lab.Address, "net", "next boot", 20, 25}, false},
 		"unknown":                {Made{}, Made{Asked: 1, Answered: 2}, false},
 	} {
 		if got := c.a.Before(c.b); got != c.want {
@@ -32,6 +32,9 @@ func TestMadeBefore(t *testing.T) {
 	first := JustMade(lab.Address, asked)
 	if second := JustMade(lab.Address, time.Now()); !first.Before(second) || second.Before(first) {
 		t.Errorf("%+v, then %+v", first, second)
+	}
+	if network, err := os.Readlink("/proc/self/ns/net"); err != nil || first.Network != network || first.Address != lab.Address {
+		t.Errorf("%+v, in the network namespace %s", first, network)
 	}
 	if second := JustMade(lab.Address, asked); first.Before(second) {
 		t.Errorf("%+v, then %+v, asked for at the same time", first, second)
@@ -54,7 +57,8 @@ func TestGivenLater(t *testing.T) {
 		"another id":        {lab.NQN, lab.Address, 2, at(10), false},
 		"another subsystem": {"nqn.other", lab.Address, 1, at(10), false},
 		"another address":   {lab.NQN, other, 1, at(10), false},
-		"an earlier boot":   {lab.NQN, lab.Address, 1, Made{lab.Address, "last boot", 10, 15}, false},
+		"an earlier boot":   {lab.NQN, lab.Address, 1, Made{lab.Address, "net", "last boot", 10, 15}, false},
+		"another network":   {lab.NQN, lab.Address, 1, Made{lab.Address, "container", "boot", 10, 15}, false},
 	} {
 		h := Host{t.TempDir()}
 		if err := h.Notify(lab.NQN, map[uint16]Made{1: at(20)}); err != nil {
