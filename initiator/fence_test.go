@@ -3,6 +3,7 @@ package initiator
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -141,8 +142,13 @@ func TestSuperseded(t *testing.T) {
 	var made, other atomic.Uint32
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		f.immortal = true
-		cfg.Made = func(id uint16) { made.Store(uint32(id)) }
-		cfg.Superseded = func(id uint16) bool { return uint32(id) == other.Load() }
+		cfg.Made = func(_ netip.AddrPort, id uint16, _ time.Time) { made.Store(uint32(id)) }
+		cfg.Superseded = func(_ context.Context, p Present) bool {
+			if p.Address != cfg.Address || p.Serial == "" || p.Model == "" {
+				t.Errorf("asked for %+v", p)
+			}
+			return uint32(p.CNTLID) == other.Load()
+		}
 	})
 	old := s.ctrl.Info().CNTLID
 	if made.Load() != uint32(old) {

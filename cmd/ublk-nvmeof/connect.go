@@ -221,6 +221,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	ctx, stop := interruptible(signals...)
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
+	cfg.Host = sharedDirs()
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	reserved := cfg.Reserved
 	cfg.Reserved = func(e *state.Entry) error {

@@ -30,10 +30,23 @@ import (
 // TestMain lets the test be the program that it tests, because connect executes
 // its own file.
 func TestMain(m *testing.M) {
+	const sharedDir = "UBLK_NVMEOF_TEST_SHARED"
+	sharedDirs = func() state.Host { return state.Host{os.Getenv(sharedDir)} }
 	if os.Getenv("UBLK_NVMEOF_TEST_MAIN") != "" || len(os.Args) > 1 && os.Args[1] == "serve" {
 		main()
 	}
-	os.Exit(m.Run())
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "")
+		if err == nil {
+			err = os.Setenv(sharedDir, dir)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		return m.Run()
+	}())
 }
 
 // program runs the program with args, in this process.

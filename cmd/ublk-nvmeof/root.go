@@ -87,6 +87,10 @@ func newRoot() *cobra.Command {
 // systemDir is the run directory of root. Tests have another one.
 var systemDir = rundir.System
 
+// sharedDirs returns the directories that servers of all run directories share. Tests have
+// others.
+var sharedDirs = func() state.Host { return rundir.Shared() }
+
 // dirFunc returns the run directory. It is called after the flags are parsed.
 type dirFunc func() (state.Dir, error)
 

@@ -296,6 +296,9 @@ func stateText(s control.Status) string {
 	if s.Reason != "" {
 		text += ": " + s.Reason
 	}
+	if s.Failure != "" && s.Failure != s.Reason {
+		text += "; last attempt: " + s.Failure
+	}
 	return text
 }
 

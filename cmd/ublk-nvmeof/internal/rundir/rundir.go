@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -61,6 +62,22 @@ func Default() string {
 		return filepath.Join(dir, programName)
 	}
 	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(uid))
+}
+
+// Shared returns the directories in which what does not outlive a boot is found by all
+// processes of a host that may trust each other, whatever their environment is. The first
+// is Default; the others are only read. Root has System alone. Another user also has
+// System, and the directories that Default returns for this user in a session with and
+// without $XDG_RUNTIME_DIR.
+func Shared() []string {
+	dirs := []string{Default()}
+	uid := strconv.Itoa(os.Geteuid())
+	for _, dir := range []string{System, filepath.Join("/run/user", uid, programName), filepath.Join("/tmp", programName+"-"+uid)} {
+		if uid != "0" && !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
 }
 
 // Persistent is the directory for what outlives a boot: $STATE_DIRECTORY of a

@@ -69,6 +69,7 @@ type backend struct {
 	provider     func(name string) (rdma.Provider, error)
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
+	kernelHas    func(context.Context, host.NVMeController) bool
 	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
@@ -93,6 +94,7 @@ var actual = backend{
 	provider:     provider.ForHost,
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
+	kernelHas:    host.NewKernelNVMe().Has,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)

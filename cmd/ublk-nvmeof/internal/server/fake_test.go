@@ -32,8 +32,9 @@ type world struct {
 	mu     sync.Mutex // guards what follows
 	events []string
 
-	missing    []string // modules
-	memory     int64    // bytes of I/O buffers at most; 0: enough
+	missing    []string              // modules
+	memory     int64                 // bytes of I/O buffers at most; 0: enough
+	kernel     []host.NVMeController // of the kernel's initiator
 	loadErr    error
 	ublkErr    error
 	nbdErr     error
@@ -105,7 +106,8 @@ func (w *world) backend() backend {
 			}
 			return fakeProvider{name}, w.rdmaErr
 		},
-		prepare: func(int) error { return errors.New("not as root") },
+		kernelHas: func(_ context.Context, c host.NVMeController) bool { return slices.Contains(w.kernel, c) },
+		prepare:   func(int) error { return errors.New("not as root") },
 		loop: func(cfg poller.Config) (*poller.Loop, error) {
 			w.note("loop")
 			return poller.New(cfg)

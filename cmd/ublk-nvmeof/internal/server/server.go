@@ -25,6 +25,7 @@ type Config struct {
 	Options *options.Connect // complete
 	Args    []string         // flags that give Options again
 	Dir     state.Dir
+	Host    state.Host
 	Log     *slog.Logger
 	// Succeeds is the name of a running server. Once this server is connected, it
 	// takes over that server's devices. It may be empty.
@@ -107,6 +108,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	starting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
 
+	defer s.withdraw()
 	if err := s.reserve(starting); err != nil {
 		return exit.From(err)
 	}
@@ -147,6 +149,13 @@ func run(ctx context.Context, cfg Config, back backend) error {
 // forget removes the record, unless one of its devices remains.
 func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
+}
+
+// withdraw removes what made has told other servers.
+func (s *server) withdraw() {
+	if err := s.cfg.Host.Withdraw(); err != nil {
+		s.log.Warn("leave the servers of this host", "error", err)
+	}
 }
 
 // announce reports that the devices are usable.

@@ -437,6 +437,15 @@ func TestSilentTarget(t *testing.T) {
 	leaves(t, r.dir, ".controllers.json") // it has not said that it has ended the controller
 }
 
+// While the controller is not connected, the status says why, and why the last attempt failed.
+func TestFailureIsReported(t *testing.T) {
+	var s control.Status
+	describeController(&s, initiator.Info{Reason: errors.New("rain"), Failure: errors.New("still\nrain")}, initiator.Info{})
+	if s.Reason != "rain" || s.Failure != "still?rain" {
+		t.Errorf("reason %q, failure %q", s.Reason, s.Failure)
+	}
+}
+
 // When the controller is lost, the devices stay and the status says why.
 func TestLostController(t *testing.T) {
 	w := newWorld()

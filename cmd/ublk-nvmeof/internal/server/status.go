@@ -82,6 +82,9 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 	if now.Reason != nil {
 		out.Reason = printable(now.Reason.Error())
 	}
+	if now.Failure != nil {
+		out.Failure = printable(now.Failure.Error())
+	}
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
