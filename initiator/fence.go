@@ -237,6 +237,20 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 	return nil
 }
 
+// OutliveTime returns the longest time that Outlive may take while the target answers, for
+// controllers with the given keep alive timeout. A target ends such controllers within the
+// time of its patience. It may then turn out that Outlive's questions kept one of them
+// alive, so Outlive stops asking and waits that long once more.
+func (c *Controller) OutliveTime(keepAlive time.Duration) time.Duration {
+	c.mu.Lock()
+	a := c.assoc
+	c.mu.Unlock()
+	if a == nil { // lost; what the next one announces is unknown
+		a = &association{}
+	}
+	return 2 * c.patience(a, max(keepAlive, c.cfg.KeepAlive))
+}
+
 // serves reports whether a is the association in use.
 func (c *Controller) serves(a *association) bool {
 	c.mu.Lock()

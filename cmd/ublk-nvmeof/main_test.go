@@ -167,23 +167,26 @@ func shell(script string) (path string, args []string) {
 	return "/bin/sh", []string{"sh", "-c", script, "sh"}
 }
 
+// silent is for a launch that says nothing.
+func silent(string) {}
+
 func TestLaunch(t *testing.T) {
 	path, args := shell(`echo '{"status": {"name": "ctrl9"}}' >&3; exec 3>&-; exit 0`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	if err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
 	}
 	path, args = shell(`echo '{"error": {"code": 8, "error": "no such subsystem"}}' >&3; exit 8`)
-	if _, err := launch(path, args, time.Minute); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
+	if _, err := launch(t.Context(), path, args, time.Minute, silent); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
 		t.Errorf("%v", err)
 	}
 	for _, script := range []string{"exit 3", "kill -9 $$", "echo nonsense >&3"} {
 		path, args = shell(script)
-		if _, err := launch(path, args, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
+		if _, err := launch(t.Context(), path, args, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
 			t.Errorf("%s: %v", script, err)
 		}
 	}
-	if _, err := launch("/nonexistent", nil, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
+	if _, err := launch(t.Context(), "/nonexistent", nil, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
 		t.Error(err)
 	}
 }
@@ -194,7 +197,7 @@ func TestServerIsOnItsOwn(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "/nonexistent")
 	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
 printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "serial": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" || s.Serial != "" {
 		t.Errorf("%+v, %v", s, err)
 	}
@@ -218,8 +221,9 @@ func TestAwaitPassesASignalOn(t *testing.T) {
 	go func() {
 		cmd.Wait()
 		heard <- report{Error: exit.Errorf(exit.Other, "interrupted")}
+		close(heard)
 	}()
-	m, err := await(ctx, heard, cmd.Process, time.Minute)
+	m, err := await(ctx, heard, cmd.Process, time.Minute, silent)
 	if err != nil || m.Error == nil || cmd.ProcessState.ExitCode() != 0 {
 		t.Errorf("%+v, %v, %v", m, err, cmd.ProcessState)
 	}
@@ -230,7 +234,7 @@ func TestAwaitKills(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime); exit.Of(err) != exit.Timeout {
+	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime, silent); exit.Of(err) != exit.Timeout {
 		t.Error(err)
 	}
 	if err := cmd.Wait(); err == nil {
@@ -247,7 +251,7 @@ func TestIOFlusherPassesToPrograms(t *testing.T) {
 	// A shell's threads are one; the flags are those of the process that this
 	// thread starts.
 	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	var flags uint64
 	if err == nil {
 		_, err = fmt.Sscan(s.Name, &flags)

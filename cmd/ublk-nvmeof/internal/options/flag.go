@@ -139,8 +139,8 @@ func seconds(dst *time.Duration, lo, hi int64, want string) *flagValue[time.Dura
 	}
 }
 
-// duration is a flag for a Go duration or a whole number of seconds.
-func duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
+// Duration is a flag for a Go duration or a whole number of seconds.
+func Duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
 	return &flagValue[time.Duration]{
 		dst: dst,
 		parse: func(s string) (time.Duration, error) {

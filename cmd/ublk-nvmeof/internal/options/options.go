@@ -172,7 +172,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
 	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
-	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
 // Complete checks the flags in combination and finds the identity of the host. It is

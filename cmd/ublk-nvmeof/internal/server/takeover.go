@@ -131,17 +131,36 @@ func (s *server) keepAlive() time.Duration {
 	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
 }
 
-// outlive waits until the target has ended the controllers of earlier servers.
-func (s *server) outlive(ctx context.Context) error {
+// outliveMargin is added to the time within which the target ends controllers, for the
+// questions and answers, and for an association that has to be made again.
+const outliveMargin = 10 * time.Second
+
+// outlive waits until the target has ended the controllers of earlier servers. The time
+// limit follows from the keep alive timeouts, not from the time limit for connecting.
+// waited is false if there are no such controllers.
+func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
-		return nil
+		return false, nil
 	}
-	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
-	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
-		return fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say; try once more later: %w", s.remote, err)
+	limit := s.ctrl.OutliveTime(keepAlive) + outliveMargin
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline))
 	}
-	return s.record.outlived(ctx)
+	shown := limit.Round(time.Second)
+	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids), "at_most", shown)
+	if s.cfg.Waiting != nil {
+		s.cfg.Waiting(Wait{
+			For:     fmt.Sprintf("waits until the target at %s has ended the controllers of the earlier server", s.remote),
+			Seconds: int(shown / time.Second),
+		})
+	}
+	limited, stop := context.WithTimeout(ctx, limit)
+	defer stop()
+	if err := s.ctrl.Outlive(limited, keepAlive, ids...); err != nil {
+		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
+	}
+	return true, s.record.outlived(ctx)
 }
 
 // namespaceWait is how long the server waits for a missing namespace of a device. A
