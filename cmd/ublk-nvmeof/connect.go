@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -120,9 +121,15 @@ func startServer(ctx context.Context, args []string, timeout time.Duration, say 
 	return launch(ctx, self(), args, timeout, say)
 }
 
-// say returns a function that tells the user of a command why it takes long.
+// say returns a function that tells the user of a command why it takes long. Any
+// goroutine may call it.
 func say(cmd *cobra.Command) func(string) {
-	return func(text string) { cmd.PrintErrf("%s: %s: %s\n", programName, cmd.Name(), output.Text(text)) }
+	var mu sync.Mutex
+	return func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		cmd.PrintErrf("%s: %s: %s\n", programName, cmd.Name(), output.Text(text))
+	}
 }
 
 func newServe(runDir dirFunc) *cobra.Command {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -89,6 +90,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 			return live
 		}
 		s.State, s.Reason = "unknown", err.Error()
+		if errors.Is(err, context.DeadlineExceeded) {
+			s.Reason = fmt.Sprintf("%s did not answer within %v", processOf(r), statusTime)
+		}
 	}
 	return s
 }

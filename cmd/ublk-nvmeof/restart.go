@@ -41,13 +41,14 @@ func (s *restart) each(cmd *cobra.Command, dir state.Dir, how string, records []
 	defer stop()
 	errs := make([]error, len(records))
 	free := make(chan struct{}, maxRestarts)
+	tell := say(cmd)
 	var out sync.Mutex
 	var wg sync.WaitGroup
 	for i, r := range records {
 		free <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-free }()
-			status, err := s.one(ctx, cmd, dir, how, r)
+			status, err := s.one(ctx, dir, how, r, tell)
 			out.Lock()
 			defer out.Unlock()
 			if err == nil {
@@ -63,7 +64,7 @@ func (s *restart) each(cmd *cobra.Command, dir state.Dir, how string, records []
 }
 
 // one starts a server with the flags of another one.
-func (s *restart) one(ctx context.Context, cmd *cobra.Command, dir state.Dir, how string, r state.Record) (control.Status, error) {
+func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Record, tell func(string)) (control.Status, error) {
 	if ctx.Err() != nil {
 		return control.Status{}, context.Cause(ctx)
 	}
@@ -73,7 +74,7 @@ func (s *restart) one(ctx context.Context, cmd *cobra.Command, dir state.Dir, ho
 	if s.within != 0 {
 		args = append(args, "--within="+s.within.String())
 	}
-	return startServer(ctx, args, cmp.Or(s.within, timeoutOf(r)), say(cmd))
+	return startServer(ctx, args, cmp.Or(s.within, timeoutOf(r)), tell)
 }
 
 // timeoutOf is the limit for connecting that a server on record was given.

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -73,5 +76,30 @@ func TestRunningAreNamedOnce(t *testing.T) {
 	got, err := running(state.Dir(dir), []string{"ctrl1", "nqn.a", "ctrl0"})
 	if err != nil || len(got) != 2 || got[0].Name != "ctrl1" || got[1].Name != "ctrl0" {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// A server that is stopped is waited for as long as disconnect says, with its process
+// and the way out.
+func TestDisconnectSaysWhatItWaitsFor(t *testing.T) {
+	defer func(d time.Duration) { orderlyTime = d }(orderlyTime)
+	orderlyTime = sayAfter + time.Second
+	const nqn = "nqn.2026-01.org.example:stopped"
+	s := newSite(t, nqn)
+	s.put(nqn, newDisk("nothing"))
+	r := s.connect(nqn)
+	if err := syscall.Kill(r.Process.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server is stopped", r.Process.Stopped)
+	stdout, stderr, code := program(t, "disconnect", "--run-dir", s.dir, nqn)
+	who := fmt.Sprintf("process %d (which is stopped; SIGCONT continues it)", r.Process.PID)
+	want := fmt.Sprintf("ublk-nvmeof: disconnect: ctrl0 waits up to 3s until %s has ended its devices; --force does not wait\n"+
+		"ublk-nvmeof: disconnect: ctrl0: %s did not answer within 3s; --force kills it\n", who, who)
+	if code != exit.Timeout || stderr != want || stdout != "NQN:"+nqn+" disconnected 0 controller(s)\n" {
+		t.Errorf("exit code %d, %q, %q", code, stdout, stderr)
+	}
+	if stdout, stderr, code := program(t, "disconnect", "--run-dir", s.dir, "--force", nqn); code != exit.OK || stderr != "" {
+		t.Errorf("by force: exit code %d, %q, %q", code, stdout, stderr)
 	}
 }

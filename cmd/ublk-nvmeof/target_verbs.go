@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -86,6 +87,8 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			defer cancel()
 			done, err := targetserver.NewClient(targetserver.Socket(dir, name)).Do(ctx, what)
 			switch {
+			case errors.Is(err, context.DeadlineExceeded):
+				return exit.Errorf(exit.Timeout, "%s did not answer within %v", name, changeTime)
 			case err != nil:
 				return err
 			case what == any(targetserver.StopRequest{}):
