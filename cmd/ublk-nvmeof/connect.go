@@ -72,7 +72,7 @@ the connection.
 
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
 	}
 	c.addFlags(cmd)
@@ -139,7 +139,7 @@ func newServe(runDir dirFunc) *cobra.Command {
 		Use:    "serve",
 		Hidden: true,
 		Short:  "Run the server that connect starts",
-		Args:   cobra.NoArgs,
+		Args:   noArgs,
 	}
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")

@@ -31,7 +31,7 @@ granted, and the default queues serve its requests.
 A server that died is shown as lost, with the devices that it left: recover starts
 a server for them, and disconnect removes them. JSON has all details, with or
 without -v.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {

@@ -78,7 +78,7 @@ func TestUsage(t *testing.T) {
 	}{
 		{"", "no verb is given; see ublk-nvmeof --help"},
 		{"attach", `unknown command "attach" for "ublk-nvmeof"`},
-		{"connect extra", `unknown command "extra"`},
+		{"connect extra", `connect: "extra": want no argument`},
 		{"connect -a 10.0.2.15 -n nqn.x -Q 8", `connect: -Q/--queue-size "8": want a number, 16 to 1024`},
 		{"connect -a 10.0.2.15 -n nqn.x -i 0", `connect: -i/--nr-io-queues "0": want a number, 1 to 65535`},
 		{"connect -a 10.0.2.15 -n nqn.x -o yaml", `connect: -o/--output-format "yaml": want normal or json`},
@@ -89,7 +89,17 @@ func TestUsage(t *testing.T) {
 		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
 		{"disconnect", "disconnect: nothing is given; want -n NQN or -d DEVICE"},
 		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
-		{"list extra", `unknown command "extra"`},
+		{"list extra", `list: "extra": want no argument`},
+		{"--run-dir", "--run-dir: no value is given; want DIRECTORY"},
+		{"upgrade", "upgrade: no argument is given; want {NQN | DEVICE}…"},
+		{"recover", "recover: want --all, or the NQN of a subsystem, a device or the name of a server"},
+		{"target stop --target", "target stop: --target: no value is given; want NAME"},
+		{"target grant", "target grant: no argument is given; want {N | none}"},
+		{"target ana 1", "target ana: STATE is missing; want GROUP STATE"},
+		{"target namespace read-only 1", "target namespace read-only: {on | off} is missing; want NSID {on | off}"},
+		{"target namespace resize 1 1GiB 2", `target namespace resize: "2" is too much; want NSID [SIZE]`},
+		{"target clear 1 2", `target clear: "2" is too much; want [FAULT]`},
+		{"target drop 3", `target drop: "3": want no argument`},
 		{"list -o x", `list: -o/--output-format "x": want normal or json`},
 		{"target", "target: -n/--nqn: no value is given; want the name of a subsystem"},
 		{"target --namespace ram=1MiB", `--namespace applies to the subsystem of the --nqn before it`},
@@ -122,9 +132,13 @@ func TestHelpHasTheExitCodes(t *testing.T) {
 	if code != exit.OK || stderr != "" || !strings.Contains(stdout, exit.Table()) {
 		t.Errorf("exit code %d, stderr %q, stdout:\n%s", code, stderr, stdout)
 	}
-	for _, hidden := range []string{"\n  serve ", "run-dir"} {
-		if strings.Contains(stdout, hidden) {
-			t.Errorf("%q is shown", hidden)
+	if strings.Contains(stdout, "\n  serve ") {
+		t.Error("serve is shown")
+	}
+	for _, verb := range []string{"", "connect", "disconnect", "list", "recover", "upgrade", "gc", "target", "target list", "target namespace add"} {
+		help, _, _ := program(t, append(strings.Fields(verb), "--help")...)
+		if !strings.Contains(help, "--run-dir DIRECTORY") || !strings.Contains(help, "$XDG_RUNTIME_DIR") {
+			t.Errorf("help of %q does not show --run-dir:\n%s", verb, help)
 		}
 	}
 	for _, verb := range []string{"connect", "disconnect", "list", "target", "version", "completion"} {

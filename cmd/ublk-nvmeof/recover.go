@@ -50,7 +50,7 @@ recovered stays as it is, and recover can be tried again. disconnect gives it up
 // read.
 func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	if all == (len(names) > 0) {
-		return nil, []error{usage(errors.New("want --all, or what to recover"))}
+		return nil, []error{usage(errors.New("want --all, or the NQN of a subsystem, a device or the name of a server"))}
 	}
 	records, err := dir.List()
 	if err != nil {

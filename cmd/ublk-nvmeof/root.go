@@ -59,8 +59,10 @@ func newRoot() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(flagError)
 	dir := rundir.Default()
-	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
-	root.PersistentFlags().Lookup("run-dir").Hidden = true
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir,
+		"`DIRECTORY` of the records, logs and sockets of servers and targets (default: "+rundir.System+
+			" for root, "+programName+" in $XDG_RUNTIME_DIR or "+programName+"-UID in $TMPDIR for other users)")
+	root.PersistentFlags().Lookup("run-dir").DefValue = "" // the description says it
 	runDir := func() (state.Dir, error) {
 		d, err := filepath.Abs(dir) // a server has its own working directory
 		if err == nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"math"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -23,7 +24,7 @@ wait for a moment. If the new server cannot connect, the old one continues.
 The running server is given by the NQN of its subsystem, by one of its devices, or
 by its name, such as ctrl0 (see list -v). The new server runs in the background,
 even if the old one did not.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: wantArgs(1, math.MaxInt),
 		RunE: verb("upgrade", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {

@@ -95,6 +95,9 @@ func wanted(f *pflag.Flag) string {
 	if w, ok := f.Value.(interface{ Want() string }); ok {
 		return w.Want()
 	}
+	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
+		return name
+	}
 	switch f.Value.Type() {
 	case "bool":
 		return "true or false"
