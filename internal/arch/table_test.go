@@ -13,6 +13,7 @@ const (
 	kmod     = "github.com/pmorjan/kmod"
 	rdmamap  = "github.com/Mellanox/rdmamap"
 	humanize = "github.com/dustin/go-humanize"
+	english  = "github.com/dustin/go-humanize/english"
 )
 
 // row says what a package may import: packages of this module by their path
@@ -73,9 +74,9 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
-	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
+	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize, english}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, sys,
+		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 		"cmd/ublk-nvmeof/internal/state",

@@ -422,12 +422,6 @@ func TestSameAddress(t *testing.T) {
 	}
 }
 
-func TestPrintable(t *testing.T) {
-	if got := printable("a\x1b[31mb\nc\x7fd\u009be ü\u2028\xff"); got != "a?[31mb?c?d?e ü??" {
-		t.Errorf("%q", got)
-	}
-}
-
 // The wait for the controllers of a dead server is limited by their keep alive timeout,
 // which may be longer than the time limit for connecting, or by the time limit for
 // everything if there is one. It is announced.
