@@ -90,6 +90,6 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
 	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
 }
