@@ -87,7 +87,7 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available:    ublk.Available,
+	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
 	route:        host.RouteTo,
