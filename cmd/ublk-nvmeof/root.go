@@ -105,7 +105,10 @@ func checkRunDir(dir string) error {
 	}
 	var unsafe *rundir.UnsafeError
 	if errors.As(rundir.Check(dir), &unsafe) {
-		return fmt.Errorf("run directory %w; remove it, or set XDG_RUNTIME_DIR or --run-dir to a directory of your own", unsafe)
+		if unsafe.Path != dir {
+			return fmt.Errorf("run directory %s is not safe from other users because of %w; --run-dir chooses another directory", dir, unsafe)
+		}
+		return fmt.Errorf("run directory %w; --run-dir chooses another directory", unsafe)
 	}
 	return nil // other errors are those of whoever uses it
 }
