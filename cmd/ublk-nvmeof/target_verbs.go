@@ -152,7 +152,7 @@ func targetVerbs(runDir dirFunc) []*cobra.Command {
 func grantVerb(runDir dirFunc) *cobra.Command {
 	var exactly bool
 	cmd := change(runDir, "grant {N | none}", "Limit the I/O queues of a controller",
-		"A host sees the new limit when it connects the next time; \"target drop\" makes it connect again.\nWith none, a host that asks for queues gets an error.",
+		"A host sees the new limit when it connects the next time; \"target drop\" makes it connect again.\nWith none, a host that asks for queues gets an error. The limit N stays until it is changed;\n\"target clear\" does not change it, but ends none and --exactly.",
 		wantArgs(1, 1), func(r *remote, args []string) (any, error) {
 			if args[0] == "none" {
 				return targetserver.GrantRequest{Exactly: true}, nil
@@ -263,7 +263,9 @@ func faultVerb(runDir dirFunc) *cobra.Command {
 }
 
 func clearVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "clear [FAULT]", "End one fault, or all faults, stalls, freezes and refusals", "",
+	return without(change(runDir, "clear [FAULT]", "End one fault, or all faults, stalls, freezes and refusals",
+		"FAULT is the number that \"target fault\" printed and \"target list -v\" shows. Without it, everything ends\nthat the commands fault, stall, freeze, reject, refuse and namespace hide have begun, and what\n"+
+			"\"target grant none\" and \"target grant --exactly\" have set. The limit of \"target grant N\", the states\nof ANA groups and the namespaces stay as they are.",
 		wantArgs(0, 1), func(_ *remote, args []string) (any, error) {
 			if len(args) == 0 {
 				return targetserver.UnfaultRequest{}, nil

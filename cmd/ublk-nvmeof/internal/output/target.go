@@ -91,7 +91,11 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		}
 	}
 	for _, c := range f.Commands {
-		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
+		used := ""
+		if c.UsedUp {
+			used = " (used up)"
+		}
+		fmt.Fprintf(w, "  fault %d\t%s%s\n", c.ID, c.What, used)
 	}
 	fmt.Fprintf(w, "  connections\t%d with %s of queues, %d accepted, %d rejected\n",
 		t.Connections, humanize.IBytes(uint64(max(0, t.QueueMemory))), t.Connects, t.Rejects)

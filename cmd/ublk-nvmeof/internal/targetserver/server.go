@@ -58,8 +58,9 @@ type server struct {
 }
 
 type fault struct {
-	Fault
-	remove func()
+	id    int
+	what  string
+	added target.AddedFault
 }
 
 // Run serves until ctx is done, which is an orderly end, and no error, or a
