@@ -9,7 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"ublk-nvmeof/internal/testenv"
 	_ "ublk-nvmeof/rdma/verbs" // a change of it is one of the probe
 )
 
@@ -17,7 +16,9 @@ import (
 // changes it.
 func TestOnlyPrepareChangesTheProcess(t *testing.T) {
 	path, err := exec.LookPath("go")
-	testenv.Need(t, "go", err)
+	if err != nil {
+		t.Fatal(err)
+	}
 	probe := func(tags string, env ...string) string {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), path, "run", "-tags="+tags, "./testdata/probe")
