@@ -99,7 +99,7 @@ func deadOf(records []state.Record, name string) []state.Record {
 func noDead(records []state.Record, name string) error {
 	for _, r := range records {
 		if r.Alive && serves(r, name) {
-			return exit.Errorf(exit.AlreadyServed, "%s: %s serves it, process %d", name, r.Name, r.Process.PID)
+			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d)", name, r.Name, r.Process.PID)
 		}
 	}
 	return exit.Errorf(exit.NotFound, "%s: no dead server has it", name)

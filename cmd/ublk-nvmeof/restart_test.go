@@ -55,7 +55,7 @@ func TestRecoverAll(t *testing.T) {
 		once()
 	}
 	got := <-done
-	if got.code != exit.OK {
+	if got.code != exit.OK || strings.Contains(got.stderr, "level=") { // what is logged is in the server's log
 		t.Errorf("exit code %d, %s", got.code, got.stderr)
 	}
 	for _, nqn := range nqns {

@@ -110,7 +110,7 @@ func TestTarget(t *testing.T) {
 		{"grant 5 -n nqn.x", "no subsystem nqn.x", exit.NotFound},
 		{"clear 9", "no fault 9", exit.NotFound},
 		{"namespace add ram=100TiB -n nqn.a", "exceed the limit", exit.Usage},
-		{"namespace add ram=1000B -n nqn.a", "no multiple of the block size", exit.Other},
+		{"namespace add ram=1000B -n nqn.a", `"ram=1000B": namespace: size of 1000 B is no multiple of the block size`, exit.Other},
 		{"namespace resize 1 1PiB -n nqn.a", "exceed the limit", exit.Usage},
 		{"namespace resize 1 1EiB -n nqn.a", "want at most 1.0 PiB", exit.Usage},
 		{"namespace hide 0", "want a duration like 10s", exit.Usage},
@@ -148,6 +148,10 @@ func TestTargetNamesWhoHasThePort(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	if _, errs, code := execProgram(t, "--run-dir", runDir(t), "target", "-a", "192.0.2.99", "--provider", "roce", "-n", "nqn.a"); code != exit.Usage ||
+		!strings.Contains(errs, `target: -a/--traddr "192.0.2.99": this host does not have the address`) {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
 	_, errs, code := execProgram(t, "--run-dir", runDir(t), "target", "-a", addr, "--provider", "roce", "-n", "nqn.a", "--namespace", "ram=1MiB")
 	want := fmt.Sprintf("ublk-nvmeof: target: UDP port 4791 of %s is taken by process %d (", addr, pid)
 	if code != exit.Other || !strings.HasPrefix(errs, want) || strings.Contains(errs, "rxe") {

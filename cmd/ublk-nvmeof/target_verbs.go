@@ -158,6 +158,9 @@ func grantVerb(runDir dirFunc) *cobra.Command {
 				return targetserver.GrantRequest{Exactly: true}, nil
 			}
 			n, err := number("queues", args[0], 1, nvme.MaxQueues)
+			if err != nil {
+				err = fmt.Errorf("%w, or none", err)
+			}
 			return targetserver.GrantRequest{NQN: r.nqn, Limit: n, Exactly: exactly}, err
 		})
 	cmd.Flags().BoolVar(&exactly, "exactly", false, "grant exactly N queues, whatever number the host requests")
@@ -300,6 +303,9 @@ func rejectVerb(runDir dirFunc) *cobra.Command {
 				return targetserver.RejectRequest{}, nil
 			}
 			n, err := number("status", args[0], 1, uint64(nvme.RDMARejectInvalidCNTLID))
+			if err != nil {
+				err = fmt.Errorf("%w, or off", err)
+			}
 			return targetserver.RejectRequest{Status: n}, err
 		}))
 }
@@ -313,6 +319,9 @@ func refuseVerb(runDir dirFunc) *cobra.Command {
 				return targetserver.RefuseRequest{}, nil
 			}
 			s, err := options.ParseStatus(args[0], dnr)
+			if err != nil {
+				err = fmt.Errorf("%w, or off", err)
+			}
 			return targetserver.RefuseRequest{Status: int(s)}, err
 		})
 	cmd.Flags().BoolVar(&dnr, "dnr", false, "set the \"do not retry\" bit")

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/pflag"
 )
 
@@ -101,6 +102,8 @@ func wanted(f *pflag.Flag) string {
 	switch f.Value.Type() {
 	case "bool":
 		return "true or false"
+	case "int":
+		return "a whole number"
 	case "count":
 		return "no value"
 	}
@@ -173,7 +176,7 @@ func size(dst *int, unit, lo, hi int) *flagValue[int] {
 			case err != nil || strings.Contains(s, ","):
 				return 0, errUnwanted
 			case n < uint64(lo) || n > uint64(hi):
-				return 0, fmt.Errorf("that is %d bytes", n)
+				return 0, fmt.Errorf("that is %d %s", n, english.PluralWord(int(min(n, 2)), "byte", ""))
 			case n%uint64(unit) != 0:
 				return 0, fmt.Errorf("%d bytes is not a multiple of %d", n, unit)
 			}

@@ -276,7 +276,7 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	}
 	var out []netip.AddrPort
 	for _, a := range found {
-		if checkUnicast(a) == nil {
+		if checkUnicast(a, "target") == nil {
 			out = append(out, netip.AddrPortFrom(a.Unmap(), c.Port))
 		}
 	}
@@ -300,7 +300,7 @@ func Args(f *pflag.FlagSet) []string {
 
 func checkAddress(s string) error {
 	if a, err := netip.ParseAddr(s); err == nil {
-		return checkUnicast(a)
+		return checkUnicast(a, "target")
 	}
 	if !hostName(s) {
 		return errUnwanted
@@ -308,12 +308,13 @@ func checkAddress(s string) error {
 	return nil
 }
 
-func checkUnicast(a netip.Addr) error {
+// checkUnicast refuses addresses that are not of one machine, which is a target or a host.
+func checkUnicast(a netip.Addr, of string) error {
 	switch a := a.Unmap(); {
 	case a.IsUnspecified():
-		return errors.New("the unspecified address is not the address of a target")
+		return fmt.Errorf("the unspecified address is not the address of a %s", of)
 	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return errors.New("a multicast or broadcast address is not the address of a target")
+		return fmt.Errorf("a multicast or broadcast address is not the address of a %s", of)
 	}
 	return nil
 }
@@ -385,7 +386,7 @@ func sourceAddr(dst *netip.Addr) *flagValue[netip.Addr] {
 			if err != nil {
 				return a, errUnwanted
 			}
-			return a.Unmap(), checkUnicast(a)
+			return a.Unmap(), checkUnicast(a, "host")
 		},
 		format: func(a netip.Addr) string {
 			if !a.IsValid() {

@@ -167,7 +167,14 @@ func (v *retryDelays) Set(s string) error {
 // bytesOf returns a flag for a size of at least 1.
 func bytesOf(dst *int64) *flagValue[int64] {
 	return &flagValue[int64]{
-		dst: dst, parse: ParseSize, kind: "size", want: "a size like 64MiB, up to 1PiB",
+		dst: dst, kind: "size", want: "a size like 64MiB, up to 1PiB",
+		parse: func(s string) (int64, error) {
+			n, err := ParseSize(s)
+			if err != nil {
+				err = errUnwanted // ParseSize says no more
+			}
+			return n, err
+		},
 		format: func(n int64) string {
 			if n == 0 {
 				return ""

@@ -42,6 +42,7 @@ func (s *server) reserve(ctx context.Context) error {
 			return errors.Join(err, s.forget(ctx))
 		}
 	}
+	s.logTaken()
 	return nil
 }
 

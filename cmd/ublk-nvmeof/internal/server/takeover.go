@@ -42,16 +42,23 @@ func (s *server) take(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.record = newRecord(e, s.keepAlive())
+	if e.Inherited {
+		s.waiting = e.Devices
+	}
+	return nil
+}
+
+// logTaken logs what take has found, once there is a log.
+func (s *server) logTaken() {
+	e := s.record.entry
 	for _, unread := range e.Unreadable {
 		s.log.Warn("cannot read a server's record, so its devices are unknown", "error", unread)
 	}
-	s.record = newRecord(e, s.keepAlive())
 	s.warnOfOtherHosts()
 	if e.Inherited {
-		s.waiting = e.Devices
 		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
-	return nil
 }
 
 // alreadyConnected explains what to do about the server that is connected to the target.
@@ -107,7 +114,7 @@ func (s *server) relieve(ctx context.Context) error {
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
 		refused := control.NewClient(r.Socket()).HandOver(limit)
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
-			return fmt.Errorf("%s does not hand over: %w", r.Name, refused)
+			return fmt.Errorf("the running server does not hand over: %w", refused)
 		}
 		if err := p.Wait(limit); err != nil {
 			return errors.Join(fmt.Errorf("wait for the end of process %d: %w", r.Process.PID, err), refused)

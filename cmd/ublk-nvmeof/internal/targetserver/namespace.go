@@ -3,6 +3,7 @@ package targetserver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"slices"
@@ -59,6 +60,11 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 // there yet.
 func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namespace, err error) {
 	n := &namespace{spec: spec}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("\"%s\": %w", spec, err)
+		}
+	}()
 	store, err := s.openStore(n)
 	if err != nil {
 		return nil, err

@@ -207,8 +207,11 @@ func (s *server) provider() (rdma.Provider, error) {
 	route, err := host.RouteTo(s.opts.Address, netip.Addr{})
 	s.choice = provider.Choose(s.opts.Provider, addr, route, err)
 	p, err := s.cfg.open(s.choice.Name, addr)
-	if errors.Is(err, unix.EADDRINUSE) {
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
 		return nil, s.portTaken(err)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return nil, exit.Errorf(exit.Usage, "-a/--traddr \"%s\": this host does not have the address (%v)", addr, err)
 	}
 	if err == nil || s.choice.Name != options.Verbs || exit.Of(err) == exit.Permission {
 		return p, err
