@@ -271,8 +271,10 @@ func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time
 			}
 			last = m
 			if m.Wait != nil {
-				quiet.Reset(sayAfter)
 				limit.Reset(m.Wait.Limit() + timeout + undoTime)
+				if quiet.Stop(); m.Wait.For != "" {
+					quiet.Reset(sayAfter)
+				}
 			}
 		case <-quiet.C:
 			say(fmt.Sprintf("%s %s, up to %v", last.Name, last.Wait.For, last.Wait.Limit()))

@@ -193,7 +193,8 @@ func TestLaunchSaysWhatAServerWaitsFor(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	path, args := shell(`echo '{"name": "ctrl7", "log": "/x"}' >&3; echo '{"wait": {"for": "waits for a friend", "seconds": 90}}' >&3; ` +
+	path, args := shell(`echo '{"name": "ctrl7", "log": "/x"}' >&3; echo '{"wait": {"for": "waits for nobody", "seconds": 9}}' >&3; echo '{"wait": {}}' >&3; ` +
+		`echo '{"wait": {"for": "waits for a friend", "seconds": 90}}' >&3; ` +
 		`read word <` + fifo + `; echo '{"status": {"name": "ctrl7"}}' >&3`)
 	var said []string
 	// Without the wait, the limit would be 1 ms.

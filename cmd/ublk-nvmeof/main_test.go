@@ -133,6 +133,16 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// An empty path, as of a variable that is not set, is not the working directory.
+func TestEmptyRunDirectory(t *testing.T) {
+	for _, args := range []string{"list", "gc", "target list", "connect -a 127.0.0.1 -n nqn.x", "disconnect nqn.x"} {
+		_, stderr, code := program(t, append(strings.Fields(args), "--run-dir=")...)
+		if code != exit.Usage || !strings.HasSuffix(stderr, ": --run-dir: no path is given; want DIRECTORY\n") {
+			t.Errorf("%s: exit code %d, %q", args, code, stderr)
+		}
+	}
+}
+
 func TestHelpHasTheExitCodes(t *testing.T) {
 	stdout, stderr, code := program(t, "--help")
 	if code != exit.OK || stderr != "" || !strings.Contains(stdout, exit.Table()) {

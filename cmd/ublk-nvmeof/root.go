@@ -64,6 +64,9 @@ func newRoot() *cobra.Command {
 			" for root, "+programName+" in $XDG_RUNTIME_DIR or "+programName+"-UID in $TMPDIR for other users)")
 	root.PersistentFlags().Lookup("run-dir").DefValue = "" // the description says it
 	runDir := func() (state.Dir, error) {
+		if dir == "" {
+			return "", usage(errors.New("--run-dir: no path is given; want DIRECTORY"))
+		}
 		d, err := filepath.Abs(dir) // a server has its own working directory
 		if err == nil {
 			err = checkRunDir(d)

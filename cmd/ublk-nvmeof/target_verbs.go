@@ -350,6 +350,9 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 				ctx, cancel := context.WithTimeout(cmd.Context(), statusTime)
 				s, err := targetserver.NewClient(targetserver.Socket(dir, name)).Status(ctx)
 				cancel()
+				if errors.Is(err, context.DeadlineExceeded) {
+					err = fmt.Errorf("it did not answer within %v", statusTime)
+				}
 				if err != nil {
 					cmd.PrintErrf("%s: target list: %s: %s\n", programName, name, output.Text(err.Error()))
 					continue

@@ -37,7 +37,8 @@ type Config struct {
 	// only Options.Timeout and the times within which the target ends the controllers of
 	// earlier servers are limits.
 	Within time.Duration
-	// Waiting, if not nil, is called when the server begins a wait that may take long.
+	// Waiting, if not nil, is called when the server begins a wait that may take long, and
+	// when it ends that wait.
 	Waiting func(Wait)
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
@@ -48,7 +49,7 @@ type Config struct {
 	Hurry <-chan struct{}
 }
 
-// Wait is a wait before the devices are usable.
+// Wait is a wait before the devices are usable. The zero value is the end of a wait.
 type Wait struct {
 	For     string `json:"for"`     // the predicate of a sentence about the server
 	Seconds int    `json:"seconds"` // at most

@@ -112,6 +112,7 @@ func (s *server) relieve(ctx context.Context) error {
 		limit, cancel := context.WithTimeout(ctx, leaveTime)
 		defer cancel()
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
+		defer s.announceWait(leaveTime, "process %d has left its devices", r.Process.PID)()
 		refused := control.NewClient(r.Socket()).HandOver(limit)
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
 			return fmt.Errorf("the running server does not hand over: %w", refused)
@@ -142,6 +143,16 @@ func (s *server) keepAlive() time.Duration {
 // questions and answers, and for an association that has to be made again.
 const outliveMargin = 10 * time.Second
 
+// announceWait tells the command that started this server until what the server waits, and
+// how long at most. The caller calls over when the wait has ended.
+func (s *server) announceWait(limit time.Duration, format string, args ...any) (over func()) {
+	if s.cfg.Waiting == nil {
+		return func() {}
+	}
+	s.cfg.Waiting(Wait{For: "waits until " + fmt.Sprintf(format, args...), Seconds: int(limit.Round(time.Second) / time.Second)})
+	return func() { s.cfg.Waiting(Wait{}) }
+}
+
 // outlive waits until the target has ended the controllers of earlier servers. The time
 // limit follows from the keep alive timeouts, not from the time limit for connecting.
 // waited is false if there are no such controllers.
@@ -156,14 +167,10 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	}
 	shown := limit.Round(time.Second)
 	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids), "at_most", shown)
-	if s.cfg.Waiting != nil {
-		s.cfg.Waiting(Wait{
-			For:     fmt.Sprintf("waits until the target at %s has ended the controllers of the earlier server", s.remote),
-			Seconds: int(shown / time.Second),
-		})
-	}
+	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
+	defer over()
 	if err := s.ctrl.Outlive(limited, keepAlive, ids...); err != nil {
 		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
 	}
@@ -189,6 +196,7 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 			return found
 		}
 		if !said {
+			defer s.announceWait(namespaceWait, "the target has namespace %d", s.waiting[missing].NSID)()
 			s.log.Info("waiting for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
 		}
 		select {
