@@ -24,7 +24,7 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
-	OutliveTime(keepAlive time.Duration) time.Duration
+	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Abort(reason error)
 	Close(ctx context.Context) error
 }

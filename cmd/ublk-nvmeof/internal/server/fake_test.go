@@ -270,7 +270,9 @@ func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, c
 	return nil
 }
 
-func (c *fakeController) OutliveTime(keepAlive time.Duration) time.Duration { return 6 * keepAlive }
+func (c *fakeController) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	return time.Duration(3*n) * keepAlive
+}
 
 func (c *fakeController) Abort(reason error) {
 	c.world.note("abort")

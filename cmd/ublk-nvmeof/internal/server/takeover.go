@@ -161,7 +161,7 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	if len(ids) == 0 {
 		return false, nil
 	}
-	limit := s.ctrl.OutliveTime(keepAlive) + outliveMargin
+	limit := s.ctrl.OutliveTime(keepAlive, len(ids)) + outliveMargin
 	if deadline, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(deadline))
 	}
