@@ -251,6 +251,21 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 	return nil
 }
 
+// OutliveTime returns the longest time that Outlive takes for n controllers with the given
+// keep alive timeout, as long as the target answers. If the target does not tell whether
+// the controllers exist, Outlive waits for each of them as long as the target may need to
+// end it. It waits once more if its questions may have kept a controller alive.
+func (c *Controller) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	c.mu.Lock()
+	a := c.assoc
+	c.mu.Unlock()
+	if a == nil { // lost; what the next one announces is unknown
+		a = &association{}
+		a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+	}
+	return time.Duration(n+1) * c.patience(a, max(keepAlive, c.cfg.KeepAlive))
+}
+
 // serves reports whether a is the association in use.
 func (c *Controller) serves(a *association) bool {
 	c.mu.Lock()

@@ -31,6 +31,28 @@ func TestPatience(t *testing.T) {
 	}
 }
 
+// TestOutliveTime: the time follows from the keep alive timeout of the old controllers or
+// of the new one, whichever is longer, and from what the target announces.
+func TestOutliveTime(t *testing.T) {
+	a := &association{}
+	a.identify.SetCQT(2500)
+	for _, tt := range []struct {
+		assoc     *association
+		keepAlive time.Duration
+		n         int
+		want      time.Duration
+	}{
+		{a, 30 * time.Second, 1, 2 * 63500 * time.Millisecond},
+		{a, time.Second, 3, 4 * 13500 * time.Millisecond},
+		{nil, 30 * time.Second, 1, 2 * 91 * time.Second},
+	} {
+		c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}, assoc: tt.assoc}
+		if got := c.OutliveTime(tt.keepAlive, tt.n); got != tt.want {
+			t.Errorf("%v, %d controllers: %v, want %v", tt.keepAlive, tt.n, got, tt.want)
+		}
+	}
+}
+
 // vague has the target answer questions for controllers that have ended, or not, with a
 // status that does not tell which.
 func vague(f *fakeTarget, _ *Config) {

@@ -16,6 +16,9 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
+// DefaultPort is the UDP port of RoCEv2 (IBTA Annex A17).
+const DefaultPort = wire.Port
+
 // Config describes a Provider. The zero value serves all local addresses of
 // both families on the port of RoCEv2.
 type Config struct {
@@ -29,7 +32,7 @@ type Config struct {
 	// there, get a port that only a target of this package answers to. Addrs
 	// must be empty.
 	OnDemand bool
-	// Port is the UDP port, here and at the peers; 0 is 4791.
+	// Port is the UDP port, here and at the peers; 0 is DefaultPort.
 	Port uint16
 	// NoOffload does without UDP_SEGMENT and UDP_GRO, which are otherwise used
 	// where the kernel has them. Set it where a network card numbers the

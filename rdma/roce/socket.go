@@ -68,9 +68,6 @@ type socket struct {
 func openSocket(local netip.AddrPort, cfg socketConfig) (*socket, error) {
 	s := &socket{v4: local.Addr().Is4()}
 	if err := s.bind(local, cfg); err != nil {
-		if errors.Is(err, unix.EADDRINUSE) {
-			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
-		}
 		return nil, fmt.Errorf("open RoCE socket on %s: %w", local, err)
 	}
 	s.used = recvMessages

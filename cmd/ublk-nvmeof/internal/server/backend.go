@@ -24,6 +24,7 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -87,7 +88,7 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available:    ublk.Available,
+	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
 	route:        host.RouteTo,

@@ -42,6 +42,7 @@ func (s *server) reserve(ctx context.Context) error {
 			return errors.Join(err, s.forget(ctx))
 		}
 	}
+	s.logTaken()
 	return nil
 }
 
@@ -69,8 +70,9 @@ func (s *server) target() state.Target {
 }
 
 // start makes all parts, bottom up. They are in s even if start fails. No I/O is
-// possible before the controllers of earlier servers have ended.
-func (s *server) start(ctx context.Context) error {
+// possible before the controllers of earlier servers have ended. connecting is ctx with
+// the time limit for connecting, which does not include the wait for these controllers.
+func (s *server) start(ctx, connecting context.Context) error {
 	chosen, err := s.chooseFront()
 	if err != nil {
 		return err
@@ -79,19 +81,25 @@ func (s *server) start(ctx context.Context) error {
 	s.mu.Lock()
 	s.front = chosen
 	s.mu.Unlock()
-	found, err := s.connect(ctx)
+	found, err := s.connect(connecting)
 	if err != nil {
 		return err
 	}
 	if !s.record.isOwn() {
-		if err := s.relieve(ctx); err != nil {
+		if err := s.relieve(connecting); err != nil {
 			return err
 		}
 	}
-	if err := s.outlive(ctx); err != nil {
+	waited, err := s.outlive(ctx)
+	if err != nil {
 		return err
 	}
-	return s.serveNamespaces(ctx, found)
+	if waited {
+		again, stop := context.WithTimeout(ctx, s.opts.Timeout)
+		defer stop()
+		connecting = again
+	}
+	return s.serveNamespaces(connecting, found)
 }
 
 // connect makes the loops and the controller, and returns the namespaces.

@@ -229,7 +229,7 @@ func TestStartFails(t *testing.T) {
 		{"no ublk, not to be loaded", func(w *world, o *options.Connect) {
 			w.ublkErr, w.missing, o.LoadModules, o.Frontend = ublk.ErrNoDriver, []string{"ublk_drv"}, "never", options.Ublk
 		}, exit.NoUblk, "no ublk driver", nil},
-		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
+		{"no permission", func(w *world, o *options.Connect) { w.ublkErr, o.Frontend = ublk.ErrPermission, options.Ublk }, exit.Permission, "no permission", nil},
 		{"no RDMA at all", func(w *world, o *options.Connect) {
 			w.route.RDMA, o.Provider = "", options.Verbs
 			w.rdmaErr, w.missing, w.loadErr = rdma.ErrNoDevice, []string{"rdma_ucm", "ib_uverbs"}, errors.New("no such module")

@@ -49,6 +49,12 @@ func (p Process) Alive() bool {
 	return err == nil && start == p.Start && state != 'Z' && state != 'X'
 }
 
+// Stopped reports whether the process is stopped by a signal, or by a debugger.
+func (p Process) Stopped() bool {
+	start, state, err := stat(p.PID)
+	return err == nil && start == p.Start && (state == 'T' || state == 't')
+}
+
 // stat reads what tells processes apart (proc_pid_stat(5), fields 22 and 3).
 func stat(pid int) (start uint64, state byte, err error) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
