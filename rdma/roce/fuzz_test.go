@@ -501,7 +501,7 @@ func FuzzManage(f *testing.F) {
 		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open) != 0 {
+		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open)+p.handshakes.ending != 0 {
 			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), len(p.handshakes.open))
 		}
 		for _, farewell := range p.farewells {

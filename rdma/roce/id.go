@@ -55,7 +55,9 @@ type connID struct {
 	patient  chan struct{}  // MRA: the peer needs time
 	// Of the passive side.
 	listener *listener
-	owed     int // messages that the peer of a half-open connection may still get
+	owed     int        // messages that the peer of a half-open connection may still get
+	share    netip.Addr // of the half-open connections; see origin.share
+	ending   bool       // it was abandoned, and its owner must close it
 	// Of the active side.
 	confirmation *time.Timer
 
@@ -322,6 +324,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	}
 	id.state, id.param, id.psn = idConnecting, param, p.provider.cfg.psn()&0xffffff
 	id.tid = uint64(random32())<<32 | uint64(random32())
+	p.strangers.find(id.path.remote.Addr()).proven = true // as far as we care: it may ask us for a proof
 	r := wire.Request{
 		Port: id.remote.Port(), GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
 		ResponderResources: min(param.ResponderResources, maxReadAtomic),

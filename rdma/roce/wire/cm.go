@@ -70,12 +70,17 @@ func (m *MAD) Remote() uint32 { return binary.BigEndian.Uint32(m[body+4:]) }
 // Packet makes the packet with sequence number psn, without the ICRC.
 func (m *MAD) Packet(psn uint32) []byte {
 	b := make([]byte, MADPacketLen)
+	m.PutPacket(b, psn)
+	return b
+}
+
+// PutPacket puts what Packet makes into b, which is MADPacketLen bytes long.
+func (m *MAD) PutPacket(b []byte, psn uint32) {
 	h := BTH{Op: DatagramSendOnly, PKey: DefaultPKey, DestQP: CMQueuePair, PSN: psn}
 	h.Put(b)
 	binary.BigEndian.PutUint32(b[BTHLen:], cmQKey)
 	b[BTHLen+7] = CMQueuePair
 	copy(b[BTHLen+DETHLen:], m[:])
-	return b
 }
 
 // ParseMAD takes the message from a packet that Parse accepted.
