@@ -94,6 +94,40 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+// TestStrangersMakeRoom: hosts that connect all the time and say nothing do not end the
+// connection of another host before its Connect command can come.
+func TestStrangersMakeRoom(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	strangers := func(n int) {
+		for i := range n {
+			_, _ = r.knock(t, netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 4)}))
+		}
+	}
+	strangers(2 * maxUnconnected)
+	h := r.mustDial(0, adminDepth)
+	strangers(2 * maxUnconnected)
+	cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
+	h.want(0, cmd)
+}
+
+// TestEnding: while connections that gave way end, their hosts get no others, and new
+// hosts do.
+func TestEnding(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	busy, other := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
+	r.target.mu.Lock()
+	a := &r.target.admission
+	a.ending, a.endingOf[busy] = maxUnconnected/2, maxUnconnected/2
+	r.target.mu.Unlock()
+	if err := r.target.admit(busy); err == nil {
+		t.Error("a host whose connections end gets another one")
+	}
+	if err := r.target.admit(other); err != nil {
+		t.Errorf("another host gets none: %v", err)
+	}
+	r.target.ended(other, nil)
+}
+
 // TestLimits: connections of one host and the memory of queues are bounded, and
 // come back when they are not used any more.
 func TestLimits(t *testing.T) {

@@ -182,7 +182,7 @@ func New(cfg Config) (*Target, error) {
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
 		subsystems: map[string]*Subsystem{}, queues: map[*queuePair]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
-		admission: admission{hosts: map[netip.Addr]int{}},
+		admission: admission{hosts: map[netip.Addr]int{}, endingOf: map[netip.Addr]int{}},
 	}
 	t.log = limitedLog(cfg.Log)
 	t.faults.target = t
