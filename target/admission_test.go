@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -168,7 +169,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	log := slog.New(slog.NewTextHandler(&out, nil))
 	r := newRig(t, Config{Log: log}, SubsystemConfig{AllowHosts: []string{"nqn.other"}})
 	h := r.mustDial(0, adminDepth)
-	const n = 3 * logBurst
+	const n = 3 * loglimit.Burst
 	for range n {
 		cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 		h.want(nvme.StatusConnectInvalidHost|dnr, cmd)
@@ -182,27 +183,8 @@ func TestRefusalsAreCounted(t *testing.T) {
 		t.Error(err)
 	}
 	text := out.String()
-	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > logBurst+20 {
+	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > loglimit.Burst+20 {
 		t.Errorf("%d lines: %s", lines, text)
-	}
-}
-
-func TestLimitedLog(t *testing.T) {
-	var out bytes.Buffer
-	a := &allowance{left: logBurst}
-	l := slog.New(limited{slog.NewTextHandler(&out, nil), a}).With("x", 1).WithGroup("g")
-	for range logBurst + 7 {
-		l.Info("again")
-	}
-	a.mu.Lock()
-	a.since = a.since.Add(-logInterval)
-	a.mu.Unlock()
-	l.Info("last", "y", 2)
-	if got := strings.Count(out.String(), "msg=again x=1"); got < logBurst || got > logBurst+2 {
-		t.Errorf("%d records", got)
-	}
-	if text := out.String(); !strings.Contains(text, "msg=last x=1 g.y=2 g.omitted_before=") {
-		t.Errorf("%s", text)
 	}
 }
 
