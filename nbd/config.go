@@ -63,7 +63,8 @@ type Config struct {
 	// MaxConns is the largest number of clients in the transmission phase; 0 is 1024.
 	// Clients of one source get at most three quarters of these places. A source is a
 	// client certificate; without one, an IP address or a local user. Further clients
-	// are refused. A client takes about 100 KiB of memory.
+	// are refused, unless an idle one gives way; see Fairness in the package
+	// documentation. A client takes about 100 KiB of memory.
 	MaxConns int
 	// MaxHandshakes is the largest number of clients that negotiate at the same time;
 	// 0 is 256. When another one connects, the server disconnects the one that has

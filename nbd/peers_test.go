@@ -131,6 +131,7 @@ func TestIdleOfOneSource(t *testing.T) {
 func TestLargeHolder(t *testing.T) {
 	g := newGate(t, block.Geometry{})
 	s, _ := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxConns: 64})
+	t.Cleanup(g.open)
 	l := listenTCP(t, s)
 	small := connectFrom(t, l, "127.0.0.10")
 	exchangeSmall(t, small)
