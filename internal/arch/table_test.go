@@ -56,12 +56,12 @@ var table = map[string]row{
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
-	"internal/uring":   {may: []string{sys}},
-	"internal/hostmem": {may: []string{sys}},
-	"internal/diskuse": {may: []string{sys}},
+	"internal/uring":    {may: []string{sys}},
+	"internal/hostmem":  {may: []string{sys}},
+	"internal/diskuse":  {may: []string{sys}},
 	"internal/loglimit": {},
-	"internal/arch":    {},
-	testenv:            {},
+	"internal/arch":     {},
+	testenv:             {},
 
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.

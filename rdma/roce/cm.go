@@ -133,7 +133,7 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if !ok || l != nil && !l.bound.IsUnspecified() && l.bound != dst {
 		l = nil
 	}
-	o := p.strangers.find(src.Addr())
+	o := p.strangers.originOf(src.Addr(), r.Proof)
 	if !p.admit(o) || l != nil && (!p.makeRoom(o) || len(l.requests) >= l.backlog) {
 		c.requestsDropped.Add(1) // the sender repeats it
 		if l != nil {
@@ -163,11 +163,11 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
-	p.enqueue(l, r, m, src, dst)
+	p.enqueue(l, r, m, src, dst, o.share())
 }
 
-// enqueue makes an ID of a request and gives it to the listener.
-func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
+// enqueue makes an ID of a request and gives it to the listener. share is that of its sender.
+func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr, share originKey) {
 	id := p.newID(newPath(p.sock, dst, p.back(src, r.GUID), -1))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
 	id.local = netip.AddrPortFrom(named(dst), r.Port)
@@ -178,7 +178,7 @@ func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.A
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
 	id.listener, id.owed = l, 1
-	p.begin(id)
+	p.begin(id, share)
 	l.requests = append(l.requests, id)
 	l.signal()
 }
@@ -264,6 +264,9 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 		p.farewellDone(f, "both sides disconnected")
 	}
 	if id == nil {
+		if m.Remote() == 0 {
+			p.onChallenge(uint32(m.TID()), src, dst)
+		}
 		return
 	}
 	switch id.state {

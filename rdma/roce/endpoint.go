@@ -79,7 +79,7 @@ func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 		qps: make(map[uint32]*queuePair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
 		farewells:  make(map[uint32]*farewell),
-		handshakes: handshakes{byShare: make(map[netip.Addr]int)},
+		handshakes: handshakes{byShare: make(map[originKey]int)},
 		strangers:  newStrangers(dedicated),
 	}
 	o.manager = o

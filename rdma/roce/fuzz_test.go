@@ -463,9 +463,9 @@ func FuzzManage(f *testing.F) {
 		p.mu.Lock()
 		id.state, id.passive = idIdle+idState(state&0x7f)%idEnded, state&0x80 != 0
 		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
-		id.tid, id.listener = 1, l
+		id.tid, id.listener, id.asking = 1, l, wire.NewMAD(wire.REQ, 1, id.comm, 0)
 		if id.halfOpen() {
-			p.begin(id)
+			p.begin(id, strangersShare)
 		}
 		p.mu.Unlock()
 		if id.state > idRequested {

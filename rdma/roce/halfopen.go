@@ -1,7 +1,6 @@
 package roce
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -25,16 +24,16 @@ const (
 
 // handshakes are the half-open connections of an endpoint. It is guarded by the endpoint's lock.
 type handshakes struct {
-	open    []*connID          // in the order of their requests, until they are established or end
-	byShare map[netip.Addr]int // how many there are of each proven source, and of strangers
-	ending  int                // connections that were abandoned, and whose owner has not closed them yet
-	timer   *time.Timer        // runs while there are any
+	open    []*connID         // in the order of their requests, until they are established or end
+	byShare map[originKey]int // how many there are of each proven source, and of strangers
+	ending  int               // connections that were abandoned, and whose owner has not closed them yet
+	timer   *time.Timer       // runs while there are any
 }
 
-// begin adds a half-open connection.
-func (p *endpoint) begin(id *connID) {
+// begin adds a half-open connection to a share.
+func (p *endpoint) begin(id *connID, share originKey) {
 	h := &p.handshakes
-	id.share = p.strangers.find(id.path.remote.Addr()).share()
+	id.share = share
 	h.open = append(h.open, id)
 	h.byShare[id.share]++
 	switch {
@@ -88,7 +87,7 @@ func (p *endpoint) makeRoom(o *origin) bool {
 }
 
 // evict ends the oldest half-open connection of a share, if it has reached an age.
-func (p *endpoint) evict(share netip.Addr, age time.Duration) bool {
+func (p *endpoint) evict(share originKey, age time.Duration) bool {
 	h := &p.handshakes
 	i := slices.IndexFunc(h.open, func(id *connID) bool { return id.state != idEnded && id.share == share })
 	if i < 0 || time.Since(h.open[i].arrived) < age {

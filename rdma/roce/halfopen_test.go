@@ -290,11 +290,11 @@ func TestMakeRoom(t *testing.T) {
 		t.Helper()
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if n := p.handshakes.byShare[netip.Addr{}]; n != strangers {
+		if n := p.handshakes.byShare[strangersShare]; n != strangers {
 			t.Errorf("%s: %d half-open of strangers, want %d: %+v", when, n, strangers, target.Snapshot())
 		}
 		for i, want := range proven {
-			if n := p.handshakes.byShare[netip.AddrFrom4([4]byte{127, 0, 0, byte(11 + i)})]; n != want {
+			if n := p.handshakes.byShare[originKey{addr: netip.AddrFrom4([4]byte{127, 0, 0, byte(11 + i)})}]; n != want {
 				t.Errorf("%s: %d half-open of proven source %d, want %d: %+v", when, n, i, want, target.Snapshot())
 			}
 		}

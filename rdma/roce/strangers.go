@@ -23,6 +23,11 @@ import (
 // that by a DREP with the same transaction id (Linux: drivers/infiniband/core/cm.c,
 // cm_issue_drep). This id is a keyed hash of the address, so only a receiver of the challenge
 // knows it. When the stranger repeats its request, it is a proven source.
+//
+// That is as much as can be known of a host that uses another implementation: who forges the
+// address of a proven source can take what this source may have. A host of this package also
+// puts the lower half of the challenge's transaction id into its request, so the request itself
+// is confirmed. Confirmed requests count apart from the others of their source.
 
 const (
 	// burst is how many seconds' worth of messages may come at once.
@@ -72,24 +77,30 @@ func (b *bucket) take(now time.Time, rate int, above float64) bool {
 	return true
 }
 
-// origin is what is kept of a source.
+// originKey names a source.
+type originKey struct {
+	addr      netip.Addr // a result of source
+	confirmed bool       // its requests prove that they come from this address
+}
+
+// origin is what is kept of a source. Confirmed requests are a source of their own.
 type origin struct {
-	addr   netip.Addr // a result of source
-	proven bool       // it receives what is sent to its address, or we connect to it
+	key    originKey
+	proven bool // it receives what is sent to its address, or we connect to it
 	bucket bucket
 }
 
 // share is whose part of the half-open connections those of the source are: its own, or that of
 // all strangers.
-func (o *origin) share() netip.Addr {
+func (o *origin) share() originKey {
 	if o.proven {
-		return o.addr
+		return o.key
 	}
 	return strangersShare
 }
 
 // strangersShare is the share of all strangers.
-var strangersShare netip.Addr
+var strangersShare originKey
 
 // strangers is what an endpoint has for messages that belong to no connection. Its memory does
 // not grow. It is guarded by the endpoint's lock.
@@ -112,17 +123,19 @@ func newStrangers(dedicated bool) strangers {
 	return s
 }
 
-// find finds the source of an address. One that is new takes the place of the stranger that has
-// been silent longest, or else of such a source. The result is valid until the next call.
-func (s *strangers) find(a netip.Addr) *origin {
-	src := source(a)
-	b := src.As16()
+// find finds the source of an address.
+func (s *strangers) find(a netip.Addr) *origin { return s.lookup(originKey{addr: source(a)}) }
+
+// lookup finds a source. One that is new takes the place of the stranger that has been silent
+// longest, or else of such a source. The result is valid until the next call.
+func (s *strangers) lookup(key originKey) *origin {
+	b := key.addr.As16()
 	set := &s.origins[maphash.Bytes(s.seed, b[:])%uint64(len(s.origins))]
 	worst := &set[0]
 	for i := range set {
 		o := &set[i]
 		switch {
-		case o.addr == src:
+		case o.key == key:
 			return o
 		case o.proven != worst.proven:
 			if worst.proven {
@@ -132,8 +145,15 @@ func (s *strangers) find(a netip.Addr) *origin {
 			worst = o
 		}
 	}
-	*worst = origin{addr: src}
+	*worst = origin{key: key, proven: key.confirmed}
 	return worst
+}
+
+// originOf finds the source of a request with a proof, or 0.
+func (s *strangers) originOf(a netip.Addr, proof uint32) *origin {
+	key, now := originKey{addr: source(a)}, time.Now()
+	key.confirmed = proof != 0 && (proof == uint32(s.proof(key.addr, now)) || proof == uint32(s.proof(key.addr, now.Add(-challengeTime))))
+	return s.lookup(key)
 }
 
 // admit reports whether one more message of a source may be looked at. A proven source that has
@@ -168,17 +188,32 @@ func (p *endpoint) openProver() error {
 	return nil
 }
 
-// challenge asks a stranger for a proof that it receives what is sent to its address. guid is
-// that of its request.
+// challenge asks for a proof that a source receives what is sent to its address, unless a proof
+// would not help it. guid is that of its request.
 func (p *endpoint) challenge(o *origin, src netip.AddrPort, dst netip.Addr, guid uint64) {
-	s, cfg, now := &p.strangers, &p.provider.cfg, time.Now()
-	if o.proven || !o.bucket.take(now, cfg.MaxRequestRatePerSource, 0) || !s.challenges.take(now, challengeRate*cfg.MaxRequestRate, 0) {
+	s, now := &p.strangers, time.Now()
+	if o.key.confirmed || o.proven && !ours(guid) || !s.challenges.take(now, challengeRate*p.provider.cfg.MaxRequestRate, 0) {
 		return
 	}
 	p.provider.counters.challengesSent.Add(1)
-	tid := s.proof(o.addr, now)
+	tid := s.proof(o.key.addr, now)
 	p.outbox.path.set(s.prover, dst, p.back(src, guid), -1)
 	p.sendMAD(&p.outbox.path, wire.NewMAD(wire.DREQ, tid, uint32(tid), 0))
+}
+
+// onChallenge has the requests to a peer carry the proof that it asks for. The first challenge of
+// a request repeats it at once.
+func (p *endpoint) onChallenge(proof uint32, src netip.AddrPort, dst netip.Addr) {
+	for _, id := range p.ids {
+		if id.state != idConnecting || !id.isPeer(src, dst) {
+			continue
+		}
+		first := id.asking.Proof() == 0
+		id.asking.SetProof(proof)
+		if first {
+			p.sendMAD(id.path, id.asking)
+		}
+	}
 }
 
 // proof is the transaction id of a challenge to a source at a time.

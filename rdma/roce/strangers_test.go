@@ -40,6 +40,11 @@ func TestFloodOfFew(t *testing.T) {
 	testFlood(t, func(i uint32) netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, byte(10 + i%4)}) })
 }
 
+// TestFloodOfOwn is the same with requests from the address of the host itself.
+func TestFloodOfOwn(t *testing.T) {
+	testFlood(t, func(uint32) netip.Addr { return hostAddr })
+}
+
 func testFlood(t *testing.T, forged func(uint32) netip.Addr) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
@@ -121,7 +126,7 @@ func TestProvenFlood(t *testing.T) {
 		flood()
 	}
 	p.mu.Lock()
-	if n := p.handshakes.byShare[honest]; n != 8 {
+	if n := p.handshakes.byShare[originKey{addr: honest}]; n != 8 {
 		t.Errorf("%d of 8 requests of an honest host were taken: %+v", n, target.Snapshot())
 	}
 	p.mu.Unlock()
