@@ -34,7 +34,7 @@ const (
 	burst = 4
 	// sourceWays is how many sources share a set of the table of sources.
 	sourceWays = 4
-	// sourceSets is the number of sets: with 64 bytes for each source, 256 KiB. A dedicated
+	// sourceSets is the number of sets: with 72 bytes for each source, 288 KiB. A dedicated
 	// endpoint has one peer.
 	sourceSets, dedicatedSets = 1024, 1
 	// challengeTime is how long the answer to a challenge is good, at least. At most it is
