@@ -67,9 +67,9 @@ type Config struct {
 	// documentation. A client takes about 100 KiB of memory.
 	MaxConns int
 	// MaxHandshakes is the largest number of clients that negotiate at the same time;
-	// 0 is 256. When another one connects, the server disconnects the one that has
-	// negotiated longest, of those without TLS and of the source that has most of
-	// them. A client takes up to 200 KiB of memory.
+	// 0 is 256. When another one connects, the server disconnects one of the source that
+	// has most of them: of those without TLS the one that has negotiated longest, or else
+	// of all. A client takes up to 200 KiB of memory.
 	MaxHandshakes int
 	// Log receives changes of state; nil discards them.
 	Log *slog.Logger

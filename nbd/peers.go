@@ -91,18 +91,17 @@ func (c *peers) enter(x *peer) (evicted *peer) {
 	return evicted
 }
 
-// worst is the peer to disconnect when too many negotiate: of those without TLS the
-// oldest of the source that has most of them, or else the oldest of all.
+// worst is the peer to disconnect when too many negotiate: one of the source that has most
+// of them, and of these the oldest without TLS, or else the oldest.
 func (c *peers) worst() *peer {
 	count := map[string]int{}
 	for _, x := range c.negotiating {
-		if x.stage == peerStranger {
-			count[x.holder.source]++
-		}
+		count[x.holder.source]++
 	}
 	worst := c.negotiating[0]
 	for _, x := range c.negotiating {
-		if x.stage == peerStranger && (worst.stage != peerStranger || count[x.holder.source] > count[worst.holder.source]) {
+		n, most := count[x.holder.source], count[worst.holder.source]
+		if n > most || n == most && x.stage == peerStranger && worst.stage != peerStranger {
 			worst = x
 		}
 	}

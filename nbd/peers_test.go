@@ -176,6 +176,38 @@ func TestLargeHolder(t *testing.T) {
 	exchangeSmall(t, large[2])
 }
 
+// TestSilentTLS lets a client negotiate while one source has many negotiations within TLS that
+// do not go on, and begins others.
+func TestSilentTLS(t *testing.T) {
+	server, peer := testTLS(t)
+	s, _ := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 4})
+	l := listenTCP(t, s)
+	startTLS := func(c *client) {
+		c.send(be(uint32(3)))
+		c.option(optStartTLS, nil)
+		c.answers(optStartTLS)
+		c.Conn = tls.Client(c.Conn, peer)
+	}
+	for range 4 {
+		c := dialFrom(t, l, "127.0.0.11")
+		c.read(18)
+		startTLS(c)
+		c.option(optInfo, infoData("first"))
+		c.answers(optInfo)
+	}
+	c := dialFrom(t, l, "127.0.0.12")
+	c.read(18)
+	for range 2 {
+		dialFrom(t, l, "127.0.0.11").read(18)
+	}
+	startTLS(c)
+	c.option(optGo, infoData("first"))
+	if a := c.answers(optGo); a[len(a)-1].rep != repAck {
+		t.Fatalf("%+v", a)
+	}
+	exchangeSmall(t, c)
+}
+
 // TestRefusalsAreLogged: the log says which clients were not served, and why.
 func TestRefusalsAreLogged(t *testing.T) {
 	server, peer := testTLS(t)
