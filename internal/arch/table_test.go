@@ -47,22 +47,23 @@ var table = map[string]row{
 
 	// Front ends. They never see RDMA.
 	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
 
 	// Back ends that need no target.
 	"block/null": {may: []string{"block", "internal/hostmem", sys}},
 	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"nvme", "block", "rdma", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
-	"internal/uring":   {may: []string{sys}},
-	"internal/hostmem": {may: []string{sys}},
-	"internal/diskuse": {may: []string{sys}},
-	"internal/arch":    {},
-	testenv:            {},
+	"internal/uring":    {may: []string{sys}},
+	"internal/hostmem":  {may: []string{sys}},
+	"internal/diskuse":  {may: []string{sys}},
+	"internal/loglimit": {},
+	"internal/arch":     {},
+	testenv:             {},
 
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
