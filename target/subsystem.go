@@ -27,10 +27,10 @@ const (
 // SubsystemConfig describes a Subsystem.
 type SubsystemConfig struct {
 	NQN        string   // required
-	Serial     string   // at most 20 bytes of printable ASCII; empty: made of the NQN, the same at every start
+	Serial     string   // at most 20 bytes of printable ASCII; empty: derived from the NQN, the same at every start
 	Model      string   // at most 40 bytes of printable ASCII; empty: a name of this software
 	AllowAny   bool     // every host may connect
-	AllowHosts []string // NQNs of those that may, without AllowAny
+	AllowHosts []string // NQNs of the hosts that may connect without AllowAny
 	MaxQueues  int      // I/O queues per controller, 1..65535; 0: 128. See SetMaxQueues
 }
 
@@ -84,8 +84,8 @@ type Subsystem struct {
 	// ana holds the state of each group, by group id minus one. The I/O path reads it.
 	ana [MaxANAGroups]atomic.Uint32
 
-	mu         sync.Mutex   // guards what follows, and changes of what is above
-	table      []*Namespace // by namespace id less one
+	mu         sync.Mutex   // guards what follows, and changes of namespaces and ana
+	table      []*Namespace // by namespace id minus one
 	anaChanges uint64
 	anaCounts  [MaxANAGroups]uint64
 }
@@ -100,7 +100,7 @@ func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
 	return s
 }
 
-// NQN is the name of the subsystem.
+// NQN returns the name of the subsystem.
 func (s *Subsystem) NQN() string { return s.cfg.NQN }
 
 // SetMaxQueues changes the largest number of I/O queues of a controller, 1..65535.
@@ -125,7 +125,7 @@ func (s *Subsystem) allows(host string) bool {
 	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
 }
 
-// notify tells every controller of an event.
+// notify notifies every controller of an event.
 func (s *Subsystem) notify(e event, nsid uint32) {
 	for _, c := range s.target.controllers.of(s) {
 		c.notify(e, nsid)
@@ -220,7 +220,7 @@ func (s *Subsystem) republish() {
 	}
 }
 
-// namespace finds a namespace, nil if there is none.
+// namespace returns the namespace with this id, or nil.
 func (s *Subsystem) namespace(nsid uint32) *Namespace {
 	table := *s.namespaces.Load()
 	if i := nsid - 1; uint64(i) < uint64(len(table)) { // 0 wraps round
@@ -229,7 +229,7 @@ func (s *Subsystem) namespace(nsid uint32) *Namespace {
 	return nil
 }
 
-// active lists the ids above nsid of the namespaces that hosts see.
+// active returns the ids above nsid of the namespaces that hosts see.
 func (s *Subsystem) active(nsid uint32) []uint32 {
 	var ids []uint32
 	for _, n := range *s.namespaces.Load() {
@@ -240,9 +240,9 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 	return ids
 }
 
-// flush makes all that was written to the namespaces durable.
+// flush makes all data durable that was written to the namespaces.
 func (s *Subsystem) flush() error {
-	s.target.flushes.Add(1) // before the table is looked at, as in enter
+	s.target.flushes.Add(1) // before the table is read, as in enter
 	defer s.target.flushes.Add(-1)
 	s.mu.Lock()
 	table := s.table
@@ -256,8 +256,8 @@ func (s *Subsystem) flush() error {
 	return errors.Join(errs...)
 }
 
-// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the
-// hosts. At first, all groups are optimized.
+// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the hosts.
+// Initially, all groups are optimized.
 func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	switch state {
 	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:
@@ -280,7 +280,7 @@ func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	return nil
 }
 
-// anaLog is log page 0Ch; without namespaces if only the groups are asked for.
+// anaLog returns log page 0Ch, without namespace ids if groupsOnly is set.
 func (s *Subsystem) anaLog(groupsOnly bool) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
