@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// noArgs refuses arguments.
+// noArgs returns an error if there are arguments.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
@@ -48,8 +48,8 @@ func argNames(text string) []string {
 	})
 }
 
-// commandName is the name of a command with those above it, but without that of the
-// program, which begins every error.
+// commandName returns the name of a command and of the commands above it. It leaves out
+// the name of the program, with which every error begins.
 func commandName(cmd *cobra.Command) string {
 	return strings.TrimPrefix(cmd.CommandPath(), programName+" ")
 }

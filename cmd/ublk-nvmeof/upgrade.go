@@ -41,7 +41,8 @@ even if the old one did not.`,
 	return cmd
 }
 
-// running are the records of running servers that a command line names, each once.
+// running returns the records of the running servers that a command line names, each
+// once.
 func running(dir state.Dir, names []string) ([]state.Record, error) {
 	records, err := dir.List()
 	if err != nil {

@@ -13,21 +13,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process names a process so that another one, which gets its number later, is
-// not taken for it.
+// Process identifies a process. It does not match another process that gets the same
+// number later.
 type Process struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks after boot
-	Boot  string `json:"boot"`  // of which boot
+	Boot  string `json:"boot"`  // identifier of the boot
 }
 
-// boot is the identifier of this boot.
+// boot returns the identifier of this boot.
 var boot = sync.OnceValues(func() (string, error) {
 	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(text)), err
 })
 
-// Of returns the process that has the given number now.
+// Of returns the process that has this number now.
 func Of(pid int) (Process, error) {
 	b, err := boot()
 	if err != nil {
@@ -49,13 +49,14 @@ func (p Process) Alive() bool {
 	return err == nil && start == p.Start && state != 'Z' && state != 'X'
 }
 
-// Stopped reports whether the process is stopped by a signal, or by a debugger.
+// Stopped reports whether a signal or a debugger has stopped the process.
 func (p Process) Stopped() bool {
 	start, state, err := stat(p.PID)
 	return err == nil && start == p.Start && (state == 'T' || state == 't')
 }
 
-// stat reads what tells processes apart (proc_pid_stat(5), fields 22 and 3).
+// stat returns the start time and the state of a process (proc_pid_stat(5), fields 22
+// and 3).
 func stat(pid int) (start uint64, state byte, err error) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
@@ -70,7 +71,8 @@ func stat(pid int) (start uint64, state byte, err error) {
 	return start, fields[0][0], err
 }
 
-// Handle is a process that cannot become another one.
+// Handle refers to a process. It never refers to another process that gets the same
+// number later.
 type Handle struct{ fd int }
 
 // Open returns a handle of the process. The error is os.ErrProcessDone if the process has
@@ -99,9 +101,9 @@ func (h *Handle) Kill() error {
 	return err
 }
 
-// Wait waits until the process has ended.
+// Wait waits until the process has ended, or returns the cause of ctx.
 func (h *Handle) Wait(ctx context.Context) error {
-	const slice = 50 // milliseconds between two looks at ctx
+	const slice = 50 // milliseconds between two checks of ctx
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}}, slice)
 		switch {
