@@ -52,9 +52,9 @@ func (t *Target) admit(host netip.Addr) error {
 	a := &t.admission
 	switch {
 	case len(t.queues)+a.opening >= t.cfg.MaxConnections:
-		return fmt.Errorf("%d connections: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
+		return fmt.Errorf("the limit of %d connections is reached: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
 	case a.hosts[host] >= t.cfg.MaxPerHost:
-		return fmt.Errorf("%d connections of one host: %w", t.cfg.MaxPerHost, nvme.RDMARejectNoResources)
+		return fmt.Errorf("the limit of %d connections of one host is reached: %w", t.cfg.MaxPerHost, nvme.RDMARejectNoResources)
 	case a.ending >= maxUnconnected, a.ending >= maxUnconnected/2 && a.endingOf[host] > 0:
 		return fmt.Errorf("%d connections are ending: %w", a.ending, nvme.RDMARejectNoResources)
 	}
@@ -190,7 +190,7 @@ func (t *Target) open(id rdma.ID) (*queuePair, error) {
 		limit = adminDepth
 	}
 	if int(req.HSQSize) >= limit {
-		return nil, fmt.Errorf("queue %d of %d entries, at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
+		return nil, fmt.Errorf("queue %d has %d entries; want at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
 	}
 	host := id.RemoteAddr().Addr()
 	if err := t.admit(host); err != nil {

@@ -70,7 +70,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	case cfg.Store == nil:
 		return nil, errors.New("namespace: no store")
 	case cfg.BlockSize < 512 || cfg.BlockSize > 4096 || 1<<n.shift != cfg.BlockSize:
-		return nil, fmt.Errorf("namespace: block size of %d bytes is no power of two from 512 to 4096", cfg.BlockSize)
+		return nil, fmt.Errorf("namespace: block size of %d bytes is not a power of two from 512 to 4096", cfg.BlockSize)
 	case cfg.NSID > MaxNamespaces:
 		return nil, fmt.Errorf("namespace: id %d is above %d", cfg.NSID, MaxNamespaces)
 	case cfg.ANAGroup > MaxANAGroups:
@@ -89,7 +89,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 // checkSize fails unless size is a whole number of blocks, and at least one.
 func (n *Namespace) checkSize(size int64) error {
 	if block := int64(1) << n.shift; size < block || size%block != 0 {
-		return fmt.Errorf("namespace: size of %d B is no multiple of the block size, %d B, above 0", size, block)
+		return fmt.Errorf("namespace: size of %d bytes is not a positive multiple of the block size, %d bytes", size, block)
 	}
 	return nil
 }

@@ -50,13 +50,13 @@ func (c *SubsystemConfig) setDefaults() error {
 	}
 	switch {
 	case len(c.Serial) > 20:
-		return fmt.Errorf("subsystem: serial number of %d bytes, at most 20 fit", len(c.Serial))
+		return fmt.Errorf("subsystem: serial number has %d bytes; want at most 20", len(c.Serial))
 	case len(c.Model) > 40:
-		return fmt.Errorf("subsystem: model number of %d bytes, at most 40 fit", len(c.Model))
+		return fmt.Errorf("subsystem: model number has %d bytes; want at most 40", len(c.Model))
 	case !printable(c.Serial) || !printable(c.Model):
-		return fmt.Errorf("subsystem: serial number %q and model number %q are not printable ASCII alone", c.Serial, c.Model)
+		return fmt.Errorf("subsystem: serial number %q or model number %q has characters other than printable ASCII", c.Serial, c.Model)
 	case c.MaxQueues < 1 || c.MaxQueues > nvme.MaxQueues:
-		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", c.MaxQueues, nvme.MaxQueues)
+		return fmt.Errorf("subsystem: %d I/O queues; want 1 to %d", c.MaxQueues, nvme.MaxQueues)
 	}
 	for _, host := range c.AllowHosts {
 		if err := nvme.ValidateNQN(host); err != nil {
@@ -108,7 +108,7 @@ func (s *Subsystem) NQN() string { return s.cfg.NQN }
 // hosts reconnect.
 func (s *Subsystem) SetMaxQueues(n int) error {
 	if n < 1 || n > nvme.MaxQueues {
-		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", n, nvme.MaxQueues)
+		return fmt.Errorf("subsystem: %d I/O queues; want 1 to %d", n, nvme.MaxQueues)
 	}
 	s.maxQueues.Store(int32(n))
 	return nil
@@ -187,7 +187,7 @@ func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
 	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
 		s.mu.Unlock()
-		return fmt.Errorf("namespace: no id %d", nsid)
+		return fmt.Errorf("namespace %d does not exist", nsid)
 	}
 	table := slices.Clone(s.table)
 	table[nsid-1] = nil
@@ -262,10 +262,10 @@ func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	switch state {
 	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:
 	default:
-		return fmt.Errorf("subsystem: %v", state)
+		return fmt.Errorf("subsystem: unknown %v", state)
 	}
 	if group < 1 || group > MaxANAGroups {
-		return fmt.Errorf("subsystem: ana group %d is not 1..%d", group, MaxANAGroups)
+		return fmt.Errorf("subsystem: ana group %d; want 1 to %d", group, MaxANAGroups)
 	}
 	s.mu.Lock()
 	changed := s.ana[group-1].Swap(uint32(state)) != uint32(state)

@@ -117,17 +117,17 @@ func (c *Config) setDefaults() error {
 	c.InCapsule = max(0, c.InCapsule)
 	switch {
 	case c.InCapsule > maxInCapsule || c.InCapsule%16 != 0:
-		return fmt.Errorf("config: in-capsule data of %d bytes is no multiple of 16 up to %d", c.InCapsule, maxInCapsule)
+		return fmt.Errorf("config: in-capsule data of %d bytes is not a multiple of 16 up to %d", c.InCapsule, maxInCapsule)
 	case c.QueueSize < minQueueSize || c.QueueSize > maxQueueSize:
-		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, minQueueSize, maxQueueSize)
+		return fmt.Errorf("config: queue size %d; want %d to %d", c.QueueSize, minQueueSize, maxQueueSize)
 	case c.MaxTransfer < MinTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
-		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
+		return fmt.Errorf("config: transfer size %d is not a power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
-		return fmt.Errorf("config: %d connections", c.MaxConnections)
+		return fmt.Errorf("config: limit of %d connections; want at least 1", c.MaxConnections)
 	case c.MaxPerHost < 1:
-		return fmt.Errorf("config: %d connections of one host", c.MaxPerHost)
+		return fmt.Errorf("config: limit of %d connections of one host; want at least 1", c.MaxPerHost)
 	case c.QueueMemory < 0:
-		return fmt.Errorf("config: %d bytes of memory for queues", c.QueueMemory)
+		return fmt.Errorf("config: queue memory of %d bytes is negative", c.QueueMemory)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
 	case !fits(c.ANATransition, time.Second) || c.ANATransition > math.MaxUint8*time.Second:
@@ -137,7 +137,7 @@ func (c *Config) setDefaults() error {
 	}
 	for i, d := range c.RetryDelays {
 		if !fits(d, 100*time.Millisecond) {
-			return fmt.Errorf("config: retry delay %d, %v, is no multiple of 100ms up to 6553.5s", i+1, d)
+			return fmt.Errorf("config: retry delay %d, %v, is not a multiple of 100ms up to 6553.5s", i+1, d)
 		}
 	}
 	if c.Log == nil {
@@ -247,7 +247,7 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 	s := t.subsystems[nqn]
 	if s == nil {
 		t.mu.Unlock()
-		return fmt.Errorf("remove subsystem: no %s", nqn)
+		return fmt.Errorf("remove subsystem: %s does not exist", nqn)
 	}
 	delete(t.subsystems, nqn)
 	t.genctr++

@@ -22,7 +22,7 @@ func wantArgs(lo, hi int) cobra.PositionalArgs {
 		_, want, _ := strings.Cut(cmd.Use, " ")
 		switch names := argNames(want); {
 		case len(args) > hi:
-			return fmt.Errorf("%s: %q is too much; want %s", commandName(cmd), args[hi], want)
+			return fmt.Errorf("%s: %q is one argument too many; want %s", commandName(cmd), args[hi], want)
 		case len(args) >= lo:
 			return nil
 		case len(args) == 0:

@@ -212,7 +212,7 @@ func (c *connection) logIdentity(log *slog.Logger) {
 	}
 	log.Info("host identity", args...)
 	for _, w := range c.opts.Warnings {
-		log.Warn("host identity is odd", "reason", w)
+		log.Warn("unusual host identity", "reason", w)
 	}
 }
 
@@ -228,7 +228,7 @@ func (c *connection) level() slog.Level {
 // anything.
 func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
-		cfg.Log.Warn("process not named", "error", err)
+		cfg.Log.Warn("cannot set the name of the process", "error", err)
 	}
 	if err := c.complete(); err != nil {
 		return err
@@ -264,7 +264,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		<-ctx.Done()
 		more := make(chan os.Signal, 2)
 		signal.Notify(more, signals...)
-		cfg.Log.Warn("another signal: requests in flight are not waited for any more", "signal", (<-more).String())
+		cfg.Log.Warn("another signal: the server does not wait for requests in flight any more", "signal", (<-more).String())
 		close(hurry)
 		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))

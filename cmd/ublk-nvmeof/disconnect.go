@@ -224,7 +224,7 @@ func end(ctx context.Context, dir state.Dir, r state.Record, tell func(string)) 
 	told()
 	switch {
 	case exit.Of(err) == exit.Busy:
-		return fmt.Errorf("%w; --force ends it all the same", err)
+		return fmt.Errorf("%w; --force ends the server nevertheless", err)
 	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:

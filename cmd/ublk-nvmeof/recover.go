@@ -102,5 +102,5 @@ func noDead(records []state.Record, name string) error {
 			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d)", name, r.Name, r.Process.PID)
 		}
 	}
-	return exit.Errorf(exit.NotFound, "%s: no dead server has it", name)
+	return exit.Errorf(exit.NotFound, "%s: no dead server has this name, device or NQN", name)
 }

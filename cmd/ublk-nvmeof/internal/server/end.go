@@ -183,7 +183,7 @@ func (s *server) endController(ctx context.Context, p pace) error {
 	s.record.finish(err == nil && live && !s.aborted)
 	if err != nil {
 		// A target that does not answer must not delay the end.
-		s.log.Warn("leave the subsystem", "error", err)
+		s.log.Warn("cannot leave the subsystem", "error", err)
 		if errors.Is(err, errStuck) {
 			return fmt.Errorf("leave the subsystem: %w", err)
 		}

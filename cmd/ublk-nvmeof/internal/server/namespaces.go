@@ -139,10 +139,10 @@ func (s *server) attempt(ctx context.Context, p *pending) bool {
 		p.due = time.Now().Add(retirePause)
 		return false
 	case errors.Is(err, errors.ErrUnsupported):
-		s.log.Error("device does not follow its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
+		s.log.Error("device cannot follow a change of its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
 		return true
 	default:
-		s.log.Error("device does not follow its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
+		s.log.Error("device cannot follow a change of its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
 		p.due = time.Now().Add(p.pause)
 		p.pause = min(2*p.pause, retryPauseMax)
 		return false
@@ -240,7 +240,7 @@ func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	s.mu.Unlock()
 	if err := s.record.removeDevices(record); err != nil {
 		// The next change of the record removes the device.
-		return fmt.Errorf("device is still on record: %w", err)
+		return fmt.Errorf("remove the device from the record: %w", err)
 	}
 	return nil
 }

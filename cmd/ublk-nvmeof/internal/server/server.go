@@ -158,10 +158,10 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		err = eerr
 	}
 	if cerr := s.sock.close(); cerr != nil {
-		s.log.Warn("close control socket", "error", cerr)
+		s.log.Warn("cannot close the control socket", "error", cerr)
 	}
 	if ferr := s.forget(ctx); ferr != nil {
-		s.log.Error("remove state", "error", ferr)
+		s.log.Error("cannot remove the record", "error", ferr)
 	}
 	if err != nil {
 		return exit.From(err)
@@ -177,7 +177,7 @@ func (s *server) forget(ctx context.Context) error {
 // withdraw removes the notice that made published.
 func (s *server) withdraw() {
 	if err := s.cfg.Host.Withdraw(); err != nil {
-		s.log.Warn("leave the servers of this host", "error", err)
+		s.log.Warn("cannot withdraw the notice to other servers", "error", err)
 	}
 }
 

@@ -68,7 +68,7 @@ func (d Dir) leftControllers() (left, error) {
 		err = fmt.Errorf("schema version %d is not %d: another version of this program wrote it", s.SchemaVersion, SchemaVersion)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s, which says what targets may still work on: %w", file, err)
+		return nil, fmt.Errorf("read %s, which lists controllers that may still execute commands: %w", file, err)
 	}
 	return s.Left, nil
 }

@@ -62,7 +62,7 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	for _, r := range records {
 		switch {
 		case r.Err != nil && r.Target.NQN == target.NQN:
-			return nil, fmt.Errorf("%s is about the same subsystem: %w", r.Name, r.Err)
+			return nil, fmt.Errorf("%s is a record of the same subsystem: %w", r.Name, r.Err)
 		case r.Err != nil:
 			unreadable = append(unreadable, r.Err)
 		case r.Target != target || duplicate:

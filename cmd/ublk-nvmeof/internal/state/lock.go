@@ -69,7 +69,7 @@ func (d Dir) openLock() (*os.File, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && info.Mode().Perm()&0o077 != 0 {
-		err = fmt.Errorf("%s can be opened, and so locked, by others (mode %04o); want 0600", f.Name(), info.Mode().Perm())
+		err = fmt.Errorf("others can open %s, and therefore lock it (mode %04o); want 0600", f.Name(), info.Mode().Perm())
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

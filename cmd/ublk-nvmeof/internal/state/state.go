@@ -181,7 +181,7 @@ type State struct {
 // check returns an error that names the first field that is not valid.
 func (s *State) check() error {
 	if s.Process.PID <= 0 {
-		return fmt.Errorf("process: pid %d is no process", s.Process.PID)
+		return fmt.Errorf("process: pid %d is not positive", s.Process.PID)
 	}
 	if s.Target.NQN == "" {
 		return errors.New("target: nqn is empty")
@@ -305,7 +305,7 @@ func readFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("it is no regular file, but %v", info.Mode().Type())
+		return nil, fmt.Errorf("it is not a regular file, but %v", info.Mode().Type())
 	}
 	text, err := io.ReadAll(io.LimitReader(f, maxStateSize+1))
 	if err == nil && len(text) > maxStateSize {

@@ -77,7 +77,7 @@ func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namesp
 		return nil, errors.Join(err, s.closeStore(n))
 	}
 	if n.newAtStart() {
-		s.log.Debug("namespace in memory has another identity at each start of the target, unless it is given one with uuid=UUID",
+		s.log.Debug("namespace in memory gets a new identity at each start of the target; uuid=UUID gives it a permanent one",
 			"subsystem", sub.cfg.NQN, "nsid", n.NSID(), "uuid", n.UUID().String())
 	}
 	sub.namespaces = append(sub.namespaces, n)
@@ -264,7 +264,7 @@ func (s *server) retire(sub *subsystem, n *namespace) {
 	}
 	sub.removed = slices.Delete(sub.removed, i, i+1)
 	if err := s.closeStore(n); err != nil {
-		s.log.Error("store of a removed namespace", "subsystem", sub.cfg.NQN, "nsid", n.NSID(), "error", err)
+		s.log.Error("cannot close the store of a removed namespace", "subsystem", sub.cfg.NQN, "nsid", n.NSID(), "error", err)
 	}
 }
 
@@ -307,7 +307,7 @@ func (s *server) mayResize(r ResizeRequest) (n *namespace, more int64, err error
 	case r.Size < 0 || r.Size == 0 && n.ram != nil:
 		return nil, 0, exit.Errorf(exit.Usage, "a size is needed")
 	case r.Size > 0 && n.spec.Device:
-		return nil, 0, exit.Errorf(exit.Usage, "%s is a device, which has the size that it has", n.spec.File)
+		return nil, 0, exit.Errorf(exit.Usage, "%s is a device, whose size cannot be changed", n.spec.File)
 	case r.Size > target.MaxRAM:
 		return nil, 0, exit.Errorf(exit.Usage, "%d bytes; want at most %d", r.Size, int64(target.MaxRAM))
 	}

@@ -81,7 +81,7 @@ func Run(ctx context.Context, cfg Config) error {
 func (s *server) run(ctx context.Context) (err error) {
 	undo := func(what string, fn func() error) {
 		if uerr := fn(); uerr != nil {
-			s.log.Error("end", "of", what, "error", uerr)
+			s.log.Error("target did not end cleanly", "step", what, "error", uerr)
 			err = errors.Join(err, fmt.Errorf("%s: %w", what, uerr))
 		}
 	}
@@ -117,7 +117,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	defer undo("close control socket", web.close)
 	s.target.Start()
 	if err := host.Notify("READY=1"); err != nil {
-		s.log.Warn("service manager not told", "error", err)
+		s.log.Warn("cannot notify the service manager", "error", err)
 	}
 	if s.cfg.Ready != nil {
 		if err := s.cfg.Ready(s.status()); err != nil {
@@ -131,7 +131,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	}
 	s.log.Info("target ends")
 	if err := host.Notify("STOPPING=1"); err != nil {
-		s.log.Warn("service manager not told", "error", err)
+		s.log.Warn("cannot notify the service manager", "error", err)
 	}
 	return nil
 }
