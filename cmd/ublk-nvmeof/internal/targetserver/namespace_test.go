@@ -27,7 +27,7 @@ func TestSizesThatCannotBe(t *testing.T) {
 	refuse(ResizeRequest{NSID: 1, Size: 1 << 50}, exit.Usage, "exceed the limit")
 	refuse(ResizeRequest{NSID: 1, Size: 1<<63 - 1}, exit.Usage, "want at most")
 	refuse(ResizeRequest{NSID: 1, Size: -1}, exit.Usage, "a size is needed")
-	refuse(ResizeRequest{NSID: 1, Size: 1000}, exit.Other, "no multiple of the block size")
+	refuse(ResizeRequest{NSID: 1, Size: 1000}, exit.Other, "not a positive multiple of the block size")
 	// What was refused takes nothing of the limit, and what is removed gives it back.
 	do(t, client, ResizeRequest{NSID: 1, Size: 4 << 20})
 	refuse(AddRequest{Namespace: "ram=512B"}, exit.Usage, "exceed the limit")
