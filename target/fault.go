@@ -66,9 +66,9 @@ func (c Corruption) String() string {
 	return fmt.Sprintf("corruption %d", uint8(c))
 }
 
-// Fault is what happens to the commands that match. If Drop, Disconnect or Status is
-// set, the command is not executed. If several are set, the first in this order counts.
-// Status may have a CRD field, see [Config.RetryDelays].
+// Fault describes what happens to the commands that match. If Drop, Disconnect or
+// Status is set, the command is not executed. If several are set, the first in this
+// order counts. Status may have a CRD field, see [Config.RetryDelays].
 type Fault struct {
 	Match
 	Skip  int // number of matching commands that are spared first

@@ -23,7 +23,7 @@ const (
 	retryPauseMax = 30 * time.Second
 )
 
-// change is what happened to a namespace.
+// change is a change of a namespace.
 type change struct {
 	namespace
 	what initiator.Change

@@ -112,9 +112,9 @@ func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
 }
 
 // associated records a controller that is about to receive commands, for the next
-// server. It forgets the controller before, which the target has ended by then. Its id
-// may now belong to a controller of another server, for whose end the next server must
-// not wait.
+// server. It forgets the controller before, which the target has ended by then. The id
+// of that one may now belong to a controller of another server, and the next server
+// must not wait for its end.
 func (r *record) associated(cntlid uint16) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -280,10 +280,10 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	return devices, nil
 }
 
-// leaveWaiting ends a server that could not take over all devices. Only the end of the
-// process gives back a device whose takeover has begun. If there is no such device, no I/O
-// has been sent. The server then shuts down its controller, so that the next server need
-// not wait for it.
+// leaveWaiting ends a server that could not take over all devices. A device whose
+// takeover has begun is released only by the end of the process. If no takeover has
+// begun, no I/O has been sent. Then the server shuts down its controller, so that the
+// next server need not wait for it.
 func (s *server) leaveWaiting(ctx context.Context) error {
 	if s.recovering {
 		return nil
