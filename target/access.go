@@ -12,9 +12,9 @@ import (
 // ends.
 const maxPiece = 64 << 20
 
-// enter begins an access of a command to blocks of its namespace. A queue uses a store
-// only between enter and exit. An error status means that there is no access to exit,
-// for instance because the namespace was removed or shrunk since the command arrived.
+// enter begins a command's access to blocks of its namespace, unless the
+// namespace was removed or shrunk since the command arrived. Only between it and
+// exit a queue uses a store.
 func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 	r := &q.reqs[i]
 	q.access.Add(1) // before the table is read; drained is called after the table was changed

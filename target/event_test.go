@@ -143,7 +143,7 @@ func TestLogPages(t *testing.T) {
 	a.want(0, a.keyed(&cmd, 512)) // zeroes at the end
 }
 
-// TestKeepAlive checks that a controller expires if its host is silent.
+// TestKeepAlive lets a controller expire whose host is silent.
 func TestKeepAlive(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	silent, other := r.admin(testNQN), r.admin(testNQN)

@@ -52,7 +52,7 @@ func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	}
 	switch lid {
 	case nvme.LogError:
-		return make([]byte, nvme.ErrorLogEntrySize) // one entry without an error
+		return make([]byte, nvme.ErrorLogEntrySize) // none
 	case nvme.LogSMART:
 		log := make([]byte, nvme.SMARTLogSize)
 		q.smart(nvme.SMARTLogAt(log))

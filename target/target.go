@@ -267,7 +267,7 @@ func (t *Target) subsystem(nqn string) *Subsystem {
 	return t.subsystems[nqn]
 }
 
-// all returns all NVM subsystems.
+// all lists all NVM subsystems.
 func (t *Target) all() []*Subsystem {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -338,8 +338,7 @@ func (t *Target) disconnect(match func(*queuePair) bool, reason string) int {
 	return n
 }
 
-// visible returns the subsystems that a host may connect to, sorted by NQN, and the
-// generation counter of the discovery log.
+// visible lists the subsystems that a host may connect to, by NQN.
 func (t *Target) visible(host string) (subsystems []*Subsystem, genctr uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

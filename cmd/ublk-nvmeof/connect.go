@@ -49,7 +49,7 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
-// complete checks the flags together and fills in defaults.
+// complete checks the flags as a whole.
 func (c *connection) complete() error { return usage(c.opts.Complete(options.Sources{})) }
 
 func (c *connection) show(w io.Writer, s control.Status) error {
@@ -175,8 +175,7 @@ func (c *connection) serveForeground(cmd *cobra.Command) error {
 	}, endSignals)
 }
 
-// journalAttr leaves out the time if the log goes to the journal, which records the
-// time itself.
+// journalAttr leaves out the time where the journal notes it.
 func journalAttr(groups []string, a slog.Attr) slog.Attr {
 	if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
 		return slog.Attr{}
@@ -223,9 +222,8 @@ func (c *connection) level() slog.Level {
 	return slog.LevelInfo
 }
 
-// serve runs the server. The first signal ends it in order. After the second one it
-// does not wait for requests in flight, and after the third one it does not wait for
-// anything.
+// serve runs the server. The first signal ends it in order, the second does not
+// wait for requests in flight, the third does not wait for anything.
 func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
 		cfg.Log.Warn("cannot set the name of the process", "error", err)

@@ -84,7 +84,7 @@ is no such device.`,
 		return func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			var words []string
 			if dir, err := runDir(); err == nil {
-				records, _ := dir.List() // completion ignores errors
+				records, _ := dir.List() // a shell wants no errors
 				for _, r := range records {
 					words = append(words, pick(r)...)
 				}

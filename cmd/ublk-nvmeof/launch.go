@@ -123,9 +123,8 @@ func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
 	}, nil
 }
 
-// withoutNotify removes NOTIFY_SOCKET from an environment, so that a server in the
-// background does not report to the service manager in the name of the service that
-// started it.
+// withoutNotify keeps a server in the background from speaking for the service
+// that started it.
 func withoutNotify(env []string) []string {
 	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
 }

@@ -49,7 +49,7 @@ without -v.`,
 	return cmd
 }
 
-// statuses returns the status of all servers. It asks them at the same time.
+// statuses asks all servers for their status at the same time.
 func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
 	found := make([]control.Status, len(records))
 	var wg sync.WaitGroup

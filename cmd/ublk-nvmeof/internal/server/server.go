@@ -74,8 +74,8 @@ type server struct {
 	remote netip.AddrPort
 	record *record
 	sock   *socket
-	depth  int        // requests in flight per queue of a device
-	nbd    *nbdServer // for the front ends nbd and nbd-socket; nil if not open
+	depth  int        // of the devices
+	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
 
 	// waiting holds the devices of another server that this server takes over.
 	// Until all of them are served, none is ended, so that they can wait for the

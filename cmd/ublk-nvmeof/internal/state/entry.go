@@ -146,9 +146,9 @@ func (e *Entry) take(records []Record) error {
 	}
 }
 
-// inheritControllers adds the controllers of all dead servers of the subsystem to the
-// entry and saves the entry. From then on, the controllers without a record of their
-// own are only in this entry. The caller holds the lock.
+// inheritControllers adds the controllers of all dead servers of the subsystem to
+// the entry, and saves it. Those without another record are on this one only from
+// now on. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {

@@ -55,8 +55,7 @@ func (p Process) Stopped() bool {
 	return err == nil && start == p.Start && (state == 'T' || state == 't')
 }
 
-// stat returns the start time and the state of a process (proc_pid_stat(5), fields 22
-// and 3).
+// stat reads what tells processes apart (proc_pid_stat(5), fields 22 and 3).
 func stat(pid int) (start uint64, state byte, err error) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {

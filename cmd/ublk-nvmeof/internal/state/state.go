@@ -168,9 +168,9 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// execute commands of this server or of earlier ones, oldest first.
 	Controllers []uint16 `json:"controllers"`
-	// Made is when the target made the last controller with each of these ids. It
-	// also has the newest controller of the server, which may not have received
-	// commands yet. An id is missing if the time is not known.
+	// Made is when the target made the last controller of each of these ids, and the newest
+	// controller of the server, which may not have commands yet. Ids of which that is not
+	// known are missing.
 	Made map[uint16]Made `json:"made_at,omitempty"`
 	// KeepAlive is the longest keep alive timeout of the controllers, in seconds.
 	// It determines when the target notices that their server is gone. Zero means

@@ -250,8 +250,7 @@ func TestControllersAreKept(t *testing.T) {
 	}
 }
 
-// No server waits for a controller that has ended, because its id may belong to another
-// controller.
+// What has ended is asked for no more, by nobody: its id may be another controller's.
 func TestForget(t *testing.T) {
 	d := Dir(t.TempDir())
 	first := reserve(t, d, lab)

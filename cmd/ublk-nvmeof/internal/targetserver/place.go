@@ -21,9 +21,9 @@ const (
 	lockFile   = "lock"
 )
 
-// place is the directory of a running target. The target holds a lock on a file in it
-// that only its user can open. The lock ends with the process, so a directory with a
-// free lock was left by a dead target.
+// place is the directory of a running target. The target holds a lock on a file
+// in it, which only its user can open. The lock ends with the process, so a
+// directory whose lock is free was left by a dead target.
 type place struct {
 	name, dir string
 	lock      *os.File
@@ -31,7 +31,7 @@ type place struct {
 
 func (p *place) socket() string { return filepath.Join(p.dir, socketFile) }
 
-// takePlace takes the place with the first free name.
+// takePlace takes the first free name.
 func takePlace(runDir string) (*place, error) {
 	for n := 0; ; n++ {
 		p := &place{name: namePrefix + strconv.Itoa(n)}
@@ -45,8 +45,8 @@ func takePlace(runDir string) (*place, error) {
 	}
 }
 
-// take makes and locks the directory. The error is EWOULDBLOCK if a running target has
-// locked it.
+// take makes and locks the directory. The error is EWOULDBLOCK if a running
+// target has it.
 func (p *place) take() error {
 	for {
 		err := p.tryTake()
@@ -56,8 +56,7 @@ func (p *place) take() error {
 	}
 }
 
-// tryTake is like take, but returns fs.ErrNotExist if the directory was removed
-// meanwhile.
+// tryTake is take, but fs.ErrNotExist if the place was removed meanwhile.
 func (p *place) tryTake() error {
 	if err := rundir.Make(p.dir, 0o755); err != nil {
 		return err
@@ -87,9 +86,9 @@ func (p *place) tryTake() error {
 	return nil
 }
 
-// leave removes the directory and releases the lock. It removes the lock file last.
-// From then on another target may take the directory, so leave removes the directory
-// only if it is empty.
+// leave gives the name back and removes the directory. The lock is removed after
+// everything else. From then on another target may take the directory, which
+// therefore is removed only if it is empty.
 func (p *place) leave() error {
 	err := p.empty()
 	if err == nil {
@@ -103,7 +102,7 @@ func (p *place) leave() error {
 	return errors.Join(err, p.lock.Close())
 }
 
-// empty removes everything in the directory except the lock file.
+// empty removes everything in the directory but the lock.
 func (p *place) empty() error {
 	entries, err := os.ReadDir(p.dir)
 	if err = unlessGone(err); err != nil {
@@ -117,7 +116,7 @@ func (p *place) empty() error {
 	return err
 }
 
-// unlessGone returns err, or nil if err says that a file does not exist.
+// unlessGone is the error unless it says that a file does not exist.
 func unlessGone(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -125,8 +124,8 @@ func unlessGone(err error) error {
 	return err
 }
 
-// List returns the names of the running targets in the order of their numbers. It
-// removes the directories of dead targets.
+// List finds the names of the targets that run, in order, and takes away what
+// dead ones left.
 func List(runDir string) ([]string, error) {
 	entries, err := os.ReadDir(runDir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -145,7 +144,7 @@ func List(runDir string) ([]string, error) {
 		p := &place{name: e.Name(), dir: filepath.Join(runDir, e.Name())}
 		switch err := p.take(); {
 		case err == nil:
-			_ = p.leave() // the next List tries again
+			_ = p.leave() // the next one tries again
 		case errors.Is(err, unix.EWOULDBLOCK):
 			found = append(found, n)
 		}
@@ -158,5 +157,5 @@ func List(runDir string) ([]string, error) {
 	return names, nil
 }
 
-// Socket returns the path of the control socket of a target.
+// Socket is the control socket of a target.
 func Socket(runDir, name string) string { return filepath.Join(runDir, name, socketFile) }

@@ -117,7 +117,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	defer undo("close control socket", web.close)
 	s.target.Start()
 	if err := host.Notify("READY=1"); err != nil {
-		s.log.Warn("cannot notify the service manager", "error", err)
+		s.log.Warn("service manager not told", "error", err)
 	}
 	if s.cfg.Ready != nil {
 		if err := s.cfg.Ready(s.status()); err != nil {
@@ -131,7 +131,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	}
 	s.log.Info("target ends")
 	if err := host.Notify("STOPPING=1"); err != nil {
-		s.log.Warn("cannot notify the service manager", "error", err)
+		s.log.Warn("service manager not told", "error", err)
 	}
 	return nil
 }
@@ -245,7 +245,7 @@ func (s *server) targetOf(pid int) string {
 	defer cancel()
 	for _, name := range names {
 		if name == s.place.name {
-			continue // this target does not answer yet
+			continue // it does not answer yet
 		}
 		if status, err := NewClient(Socket(s.cfg.RunDir, name)).Status(ctx); err == nil && status.PID == pid {
 			return name
