@@ -145,8 +145,8 @@ func (e *Entry) take(records []Record) error {
 	}
 }
 
-// inheritControllers adds the controllers of all dead servers of the subsystem to
-// the entry, and saves it. Those without another record are on this one only from
+// inheritControllers adds to the entry the controllers of all dead servers of the
+// subsystem, and those that live servers inherited and may still wait for, and saves it. Those without another record are on this one only from
 // now on. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
@@ -155,14 +155,22 @@ func (e *Entry) inheritControllers(records []Record) error {
 	}
 	var ids []uint16
 	for _, r := range records {
-		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
-			ids = append(ids, r.Controllers...)
+		if r.Err != nil || !r.Target.sameSubsystem(e.Target) {
+			continue
+		}
+		unfinished := r.Controllers
+		if r.Alive {
+			unfinished = r.Earlier
+		}
+		if len(unfinished) > 0 {
+			ids = append(ids, unfinished...)
 			e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
 		}
 	}
 	gone := left.of(e.Target)
 	ids = append(ids, gone.Controllers...)
 	e.Controllers = Distinct(append(ids, e.Controllers...))
+	e.Earlier = e.Controllers
 	e.KeepAlive = max(e.KeepAlive, gone.KeepAlive)
 	if err := e.Save(); err != nil {
 		return err

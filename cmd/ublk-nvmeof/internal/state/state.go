@@ -159,6 +159,9 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
+	// Earlier are those of Controllers that this server inherited. Each server that
+	// starts waits for them, because this one may still be waiting.
+	Earlier []uint16 `json:"earlier_controllers,omitempty"`
 	// Made is when the target made the controllers, and the newest one, which may not
 	// have commands yet: nanoseconds since the boot. An id that two servers were given is
 	// the controller of the later one.
