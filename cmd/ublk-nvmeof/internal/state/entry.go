@@ -146,32 +146,35 @@ func (e *Entry) take(records []Record) error {
 }
 
 // inheritControllers adds to the entry the controllers of all dead servers of the
-// subsystem, and those that live servers inherited and may still wait for, and saves it. Those without another record are on this one only from
-// now on. The caller has the lock.
+// subsystem, and those that live servers inherited and may still wait for, and saves it.
+// Those without another record are on this one only from now on. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {
 		return err
 	}
-	var ids []uint16
+	gone := left.of(e.Target)
+	var sources []Record
 	for _, r := range records {
 		if r.Err != nil || !r.Target.sameSubsystem(e.Target) {
 			continue
 		}
-		unfinished := r.Controllers
 		if r.Alive {
-			unfinished = r.Earlier
+			r.Controllers = r.Earlier
 		}
-		if len(unfinished) > 0 {
-			ids = append(ids, unfinished...)
-			e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+		if len(r.Controllers) > 0 {
+			sources = append(sources, r)
 		}
 	}
-	gone := left.of(e.Target)
-	ids = append(ids, gone.Controllers...)
+	sources = append(sources, Record{State: State{Controllers: gone.Controllers, KeepAlive: gone.KeepAlive}})
+	var ids []uint16
+	for _, r := range sources {
+		ids = append(ids, r.Controllers...)
+		e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+	}
 	e.Controllers = Distinct(append(ids, e.Controllers...))
 	e.Earlier = e.Controllers
-	e.KeepAlive = max(e.KeepAlive, gone.KeepAlive)
+	e.Made = lastMade(sources)
 	if err := e.Save(); err != nil {
 		return err
 	}
