@@ -60,7 +60,7 @@ func (r *record) become(e *state.Entry) error {
 
 // save writes the entry, if it is this server's. The caller holds mu.
 func (r *record) save() error {
-	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	r.entry.Controllers, r.entry.Earlier = state.Distinct(slices.Concat(r.before, r.used)), r.before
 	r.entry.Made = maps.Clone(r.entry.Made)
 	maps.DeleteFunc(r.entry.Made, func(id uint16, _ state.Made) bool {
 		return id != r.newest && !slices.Contains(r.entry.Controllers, id)

@@ -146,9 +146,9 @@ func (e *Entry) take(records []Record) error {
 	}
 }
 
-// inheritControllers adds the controllers of all dead servers of the subsystem to
-// the entry, and saves it. Those without another record are on this one only from
-// now on. The caller has the lock.
+// inheritControllers adds to the entry the controllers of all dead servers of the
+// subsystem, and those that live servers inherited and may still wait for, and saves it.
+// Those without another record are on this one only from now on. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {
@@ -157,7 +157,13 @@ func (e *Entry) inheritControllers(records []Record) error {
 	gone := left.of(e.Target)
 	var sources []Record
 	for _, r := range records {
-		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
+		if r.Err != nil || !r.Target.sameSubsystem(e.Target) {
+			continue
+		}
+		if r.Alive {
+			r.Controllers = r.Earlier
+		}
+		if len(r.Controllers) > 0 {
 			sources = append(sources, r)
 		}
 	}
@@ -168,6 +174,7 @@ func (e *Entry) inheritControllers(records []Record) error {
 		e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
 	}
 	e.Controllers = Distinct(append(ids, e.Controllers...))
+	e.Earlier = e.Controllers
 	e.Made = lastMade(sources)
 	if err := e.Save(); err != nil {
 		return err

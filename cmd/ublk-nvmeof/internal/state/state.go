@@ -168,6 +168,9 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// execute commands of this server or of earlier ones, oldest first.
 	Controllers []uint16 `json:"controllers"`
+	// Earlier are those of Controllers that this server inherited. Each server that
+	// starts waits for them, because this one may still be waiting.
+	Earlier []uint16 `json:"earlier_controllers,omitempty"`
 	// Made is when the target made the last controller of each of these ids, and the newest
 	// controller of the server, which may not have commands yet. Ids of which that is not
 	// known are missing.

@@ -251,6 +251,32 @@ func TestControllersAreKept(t *testing.T) {
 }
 
 // What has ended is asked for no more, by nobody: its id may be another controller's.
+// TestInheritedByLiveServer starts two servers after a dead one was given up. The first
+// takes over its controllers, and both must wait for them.
+func TestInheritedByLiveServer(t *testing.T) {
+	d := Dir(filepath.Join(t.TempDir(), "run"))
+	dead := reserve(t, d, lab)
+	dead.Process, dead.Controllers, dead.KeepAlive = deadProcess(t), []uint16{7}, 9
+	if err := dead.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := d.Clear(ctx, dead.Name, nothingLeft); !done || err != nil {
+		t.Fatal(done, err)
+	}
+	first := reserve(t, d, lab)
+	first.Controllers = append(first.Controllers, 8) // its own
+	if err := first.Save(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := d.Reserve(ctx, lab, nil, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(second.Controllers, []uint16{7}) || second.KeepAlive != 9 {
+		t.Errorf("the second server waits for %v, keep alive timeout %d", second.Controllers, second.KeepAlive)
+	}
+}
+
 func TestForget(t *testing.T) {
 	d := Dir(t.TempDir())
 	first := reserve(t, d, lab)
