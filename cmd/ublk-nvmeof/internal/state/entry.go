@@ -148,7 +148,8 @@ func (e *Entry) take(records []Record) error {
 
 // inheritControllers adds to the entry the controllers of all dead servers of the
 // subsystem, and those that live servers inherited and may still wait for, and saves it.
-// Those without another record are on this one only from now on. The caller has the lock.
+// Those without another record are on this one only from now on, if their target has the
+// same address. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {
@@ -183,7 +184,9 @@ func (e *Entry) inheritControllers(records []Record) error {
 }
 
 // Forget removes controllers that the target has ended from the records of all dead servers
-// of the subsystem, because the target may now give their ids to other controllers.
+// of the same connection, because the target may now give their ids to other controllers.
+// A target at another address may be another one of the same subsystem, which does not know
+// these controllers, so its answer does not count.
 func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
@@ -195,7 +198,7 @@ func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 		return err
 	}
 	for _, r := range records {
-		if r.Err != nil || r.Alive || !r.Target.sameSubsystem(e.Target) {
+		if r.Err != nil || r.Alive || r.Target != e.Target {
 			continue
 		}
 		kept := slices.DeleteFunc(slices.Clone(r.Controllers), func(id uint16) bool { return slices.Contains(ended, id) })

@@ -301,6 +301,51 @@ func TestForget(t *testing.T) {
 	}
 }
 
+// A subsystem may have several targets that share its disks, each with controllers of its
+// own. A target says only of its own controllers that they have ended.
+func TestForgetByAddress(t *testing.T) {
+	d := Dir(t.TempDir())
+	other := lab
+	other.Address = netip.MustParseAddrPort("10.0.2.16:4420")
+	first := reserve(t, d, lab)
+	first.Controllers = []uint16{3}
+	die(t, first)
+	cleared := reserve(t, d, lab) // takes over from first
+	cleared.Controllers = []uint16{3, 4}
+	if err := cleared.Retire(ctx, cleared.Controllers); err != nil {
+		t.Fatal(err)
+	}
+	dead := reserve(t, d, lab)
+	if !slices.Equal(dead.Controllers, []uint16{3, 4}) {
+		t.Fatalf("%v", dead.Controllers)
+	}
+	die(t, dead)
+	if err := d.saveLeft(left{}.with(lab, []uint16{5}, 5)); err != nil {
+		t.Fatal(err)
+	}
+
+	e := reserve(t, d, other)
+	if !slices.Equal(e.Controllers, []uint16{3, 4, 5}) {
+		t.Errorf("at the other address: %v", e.Controllers)
+	}
+	if err := e.Forget(ctx, e.Controllers); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Retire(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	again, err := d.Adopt(ctx, dead.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Sort(again.Controllers); !slices.Equal(again.Controllers, []uint16{3, 4, 5}) {
+		t.Errorf("at the same address: %v", again.Controllers)
+	}
+	if text, err := os.ReadFile(filepath.Join(string(d), controllersFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left after that: %s, %v", text, err)
+	}
+}
+
 // If a record cannot be written, the old one remains.
 func TestSaveFails(t *testing.T) {
 	d := Dir(t.TempDir())
