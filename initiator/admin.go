@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,10 +27,10 @@ const (
 type admin struct {
 	conn    *connection
 	mr      rdma.MR
-	buffers chan int      // free pages of mr
-	timeout time.Duration // of a command
-	fail    func(error)   // hears once that the queue is lost
-	file    *os.File      // the completion channel, for the runtime's poller
+	buffers chan int     // free pages of mr
+	timeout atomic.Int64 // of a command, in nanoseconds
+	fail    func(error)  // hears once that the queue is lost
+	file    *os.File     // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
 	mu    sync.Mutex // guards conn's queues, calls and err
@@ -46,10 +47,11 @@ type adminCall struct {
 // hears once that the queue is lost.
 func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
-		conn: conn, timeout: timeout, fail: fail, buffers: make(chan int, adminBuffers),
+		conn: conn, fail: fail, buffers: make(chan int, adminBuffers),
 		calls: make([]*adminCall, conn.sq.Slots()),
 		lost:  make(chan struct{}), joined: make(chan struct{}),
 	}
+	a.setTimeout(timeout)
 	var err error
 	a.mr, err = pd.AllocMR(adminBuffers*adminPage, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
@@ -66,6 +68,9 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 	go a.run()
 	return a, nil
 }
+
+// setTimeout sets the time limit of the commands from now on. Any goroutine may call it.
+func (a *admin) setTimeout(d time.Duration) { a.timeout.Store(int64(d)) }
 
 // run takes responses until the queue is lost or closed.
 func (a *admin) run() {
@@ -138,7 +143,7 @@ func (a *admin) lose(err error) {
 // be concluded about it and its buffer stays with the target, so the association is
 // lost. Only a command that is canceled does not end it: its caller does.
 func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(a.timeout.Load()))
 	defer cancel()
 	c, err := a.transfer(ctx, cmd, in, out)
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {

@@ -58,7 +58,7 @@ type Config struct {
 	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
 
 	ConnectTimeout time.Duration // per address or route resolution, per connection, and for any sign of life while an association is made; 0: 10 s
-	AdminTimeout   time.Duration // per admin command; 0: 60 s
+	AdminTimeout   time.Duration // per admin command; 0: 60 s. While an association is made again, it is ConnectTimeout at first, and twice as much at each attempt
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 
 	// When the association is lost, it is made again: at once, then every

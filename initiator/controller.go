@@ -243,6 +243,7 @@ func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 
 // serve keeps an association alive, and returns why it does not any more.
 func (c *Controller) serve(a *association) error {
+	a.admin.setTimeout(c.cfg.AdminTimeout)
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.listen(a.life, a) })
 	helpers.Go(func() { c.watchNamespaces(a.life, a) })
@@ -396,12 +397,25 @@ func (c *Controller) tend(a *association) {
 	}
 }
 
+// setUpTimeout returns the time limit of the admin commands that make an association. I/O
+// waits when an association is made again, and a lost response must not cost it the whole
+// admin timeout. So the limit is short at first, and twice as long at each attempt for a
+// target that is slow.
+func (c *Controller) setUpTimeout() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.attempts == 0 { // Connect
+		return c.cfg.AdminTimeout
+	}
+	return min(c.cfg.AdminTimeout, c.cfg.ConnectTimeout<<min(c.attempts-1, 10))
+}
+
 // startKeepAlive sends Keep Alive commands until the association ends, and ends it if
 // one is not answered. The controller's timer runs from the moment that the controller is
 // enabled, so the commands begin while the association is still being made. Until it
 // serves, a target has at least the connect timeout for its answer.
 func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
-	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
+	a.admin.setTimeout(c.setUpTimeout())
 	a.alive.Go(func() {
 		// A controller that counts any command as a sign of life (TBKAS) does so in
 		// intervals of the timeout, and needs twice as many commands as others.

@@ -241,6 +241,26 @@ func TestUnansweredLook(t *testing.T) {
 	}
 }
 
+// TestLostAnswerAtReconnect: a response that is lost while an association is made again
+// costs the waiting I/O a connect timeout, not the admin timeout.
+func TestLostAnswerAtReconnect(t *testing.T) {
+	var lose atomic.Int32
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		cfg.AdminTimeout, cfg.ConnectTimeout = time.Hour, 500*time.Millisecond
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			return noAnswer, isLook(qid, cmd) && cmd.CNS() == nvme.CNSActiveNSList && lose.Add(-1) >= 0
+		}
+	})
+	lose.Store(2)
+	s.restart(func(*fakeTarget) {})
+	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if n := lose.Load(); n > 0 {
+		t.Errorf("%d responses were not lost", n)
+	}
+}
+
 // TestUnansweredLog: the same for the log page of an event.
 func TestUnansweredLog(t *testing.T) {
 	var lose atomic.Bool
