@@ -173,8 +173,8 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 	return a.do(ctx, cmd)
 }
 
-// do runs a command that has no data, or whose data are in registered memory already. It
-// returns when ctx is done, or before.
+// do runs a command without data, or whose data are where they have to be. The
+// controller has until ctx ends.
 func (a *admin) do(ctx context.Context, cmd *nvme.Command) (nvme.Completion, error) {
 	call := &adminCall{answer: make(chan nvme.Completion, 1)}
 	if err := a.start(cmd, call); err != nil {

@@ -45,8 +45,8 @@ type Config struct {
 	// does not accept it. If Resolve is nil, Address is the only address.
 	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
 
-	// Queues is the number of queues to request. It is limited by the number of CPUs.
-	// Loops are the threads that serve the queues, at least Queues.Loops() of them.
+	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
+	// threads to serve it, at least Queues.Loops() of them.
 	Queues poller.Request
 	Loops  []*poller.Loop
 

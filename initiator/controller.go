@@ -63,19 +63,20 @@ type Controller struct {
 	mu           sync.Mutex // guards what follows
 	state        State
 	since        time.Time      // of the state
-	reason       error          // why the association was lost the last time, or why the controller died
+	reason       error          // why it is not live, or was not the last time
 	losses       int            // associations lost
-	attempts     int            // attempts to reconnect since the last loss
-	failure      error          // error of the last attempt
+	attempts     int            // to make one since the last was lost
+	failure      error          // of the last of these attempts
 	remote       netip.AddrPort // of the last association
-	lastPatience time.Duration  // patience for its controller
+	lastPatience time.Duration  // with it
 	assoc        *association
 	namespaces   []*Namespace
 }
 
-// Connect connects to a subsystem and identifies its namespaces. It fails if ctx is done
-// first. Errors: *StepError, whose cause is a *rdma.StepError, a *rdma.RejectError, a
-// ConnectStatus, an nvme.Status, ErrNoQueues or the cause of ctx.
+// Connect connects to a subsystem and identifies its namespaces. ctx bounds the
+// whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
+// *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
+// error.
 func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -221,11 +222,10 @@ func (c *Controller) supervise(a *association) {
 	}
 }
 
-// countLoss records the loss of an association that was in use for the time lived. If the
-// association lived for at least the keep alive timeout, a new outage begins. Otherwise
-// it has not proved to be better than the one before, and the earlier outage continues. A
-// loss that is blamed on a request also begins a new outage: the target is there for all
-// other requests, which must not fail because of that request.
+// countLoss says when the outage began that an association ends which has lived for some
+// time. An association that has not lived for long has not proved to be better than the
+// one before, and leaves the outage as it was, unless a request is what ended it: the
+// target is there for all others, and they must not fail for that request.
 func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 	blamed := c.blamed.Swap(false)
 	switch {
@@ -402,7 +402,7 @@ func (c *Controller) tend(a *association) {
 // being made. Until the association is in use, the target has at least the connect
 // timeout to answer.
 func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
-	a.admin.timeout = c.cfg.AdminTimeout // from now on, keep alive notices a silent controller
+	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
 	a.alive.Go(func() {
 		// A controller with traffic based keep alive (TBKAS) may notice a command
 		// only at the end of an interval of the timeout, so it needs twice as

@@ -253,8 +253,8 @@ func (s *shard) proceed(i uint16) (more bool) {
 	return true
 }
 
-// advance starts the next step of a flush, trim or write zeroes. It returns false if no
-// step is left. A long range is done in several steps, and FUA is a flush at the end.
+// advance starts the next step of a flush, trim or write zeroes. It returns false if there
+// is none left. A long range is done in several steps, and FUA is a flush at the end.
 func (s *shard) advance(i uint16) bool {
 	g := &s.tags[i]
 	t := g.task

@@ -45,7 +45,7 @@ func ParseDiscoveryHeader(b []byte) (DiscoveryHeader, error) {
 	return h, nil
 }
 
-// AppendTo appends the header, which has DiscoveryHeaderSize bytes.
+// AppendTo appends the header, DiscoveryHeaderSize bytes.
 func (h DiscoveryHeader) AppendTo(b []byte) []byte {
 	var raw [DiscoveryHeaderSize]byte
 	le.PutUint64(raw[0:8], h.GenCtr)
@@ -291,8 +291,8 @@ func (c RDMACMS) String() string {
 	return unrecognized
 }
 
-// DiscoveryEntry is an entry of the discovery log. Text comes from the controller. It is
-// returned without padding, and must be made printable before it is sent to a terminal.
+// DiscoveryEntry is one entry of the discovery log. Text comes from the
+// controller, without padding and not fit for a terminal as it is.
 type DiscoveryEntry [DiscoveryEntrySize]byte
 
 // DiscoveryEntryAt returns the first 1024 bytes of b, without a copy. It panics if b is

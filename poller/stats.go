@@ -12,7 +12,7 @@ type Stats struct {
 	BlockingWaits uint64 // of these, waits without a bound
 	Spins         uint64 // polls that were made instead of waiting
 	Wakes         uint64 // writes to the eventfd by Wake
-	WatchFailures uint64 // watched files that can no longer be read
+	WatchFailures uint64 // files that can no longer be read
 }
 
 // publicStats is the copy of a loop's Stats that other goroutines read. Only the loop
@@ -39,8 +39,8 @@ func set(p *atomic.Uint64, v uint64) {
 	}
 }
 
-// Snapshot returns the counters. They are up to date when the loop waits, and up to 256
-// passes old when it is busy. Any goroutine may call it.
+// Snapshot reads the counters. They are up to date when the loop waits, and up
+// to 256 passes old when it is busy. Any goroutine.
 func (l *Loop) Snapshot() Stats {
 	p := &l.publics
 	return Stats{
