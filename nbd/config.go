@@ -132,7 +132,7 @@ func (c *Config) setDefaults() error {
 	case c.MaxConns < 1 || c.MaxHandshakes < 1:
 		return fmt.Errorf("MaxConns %d or MaxHandshakes %d is below 1", c.MaxConns, c.MaxHandshakes)
 	case c.RequireTLS && c.TLS == nil:
-		return errors.New("TLS is required, and not configured")
+		return errors.New("TLS is required but not configured")
 	}
 	if c.TLS != nil {
 		c.TLS = askAnyCertificate(c.TLS)
@@ -147,7 +147,7 @@ func (e *Export) check() error {
 	}
 	for _, text := range []string{e.Name, e.Description} {
 		if len(text) > maxName || !utf8.ValidString(text) || strings.ContainsRune(text, 0) {
-			return fmt.Errorf("its name or description is longer than %d bytes, or no UTF-8, or has a NUL", maxName)
+			return fmt.Errorf("its name or description is longer than %d bytes, is not UTF-8, or contains a NUL", maxName)
 		}
 	}
 	g := e.Device.Geometry()

@@ -19,7 +19,7 @@ const (
 
 var (
 	errAborted = errors.New("client ended the negotiation")
-	errNoTLS   = errors.New("client wants to go without TLS")
+	errNoTLS   = errors.New("client does not use TLS, which this server requires")
 )
 
 // negotiation is a connection before the transmission phase.

@@ -195,8 +195,8 @@ func (c *peers) hangUp(all bool) {
 }
 
 var (
-	errEvicted = errors.New("others negotiate, and this client has taken longest")
-	errGaveWay = errors.New("another client needs the place of this idle one")
+	errEvicted = errors.New("too many clients negotiate, and this one has taken longest")
+	errGaveWay = errors.New("another client needs the place of this idle client")
 )
 
 // Serve accepts clients from l, a listener for unix or TCP sockets. It returns the error

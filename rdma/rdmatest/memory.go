@@ -44,7 +44,7 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 func (p *protectionDomain) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*memoryRegion)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	f := p.device.endpoint.fabric
 	f.mu.Lock()

@@ -79,7 +79,7 @@ func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 func (d *domain) ReregisterMR(mr rdma.MR) error {
 	m, ok := mr.(*region)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -130,7 +130,7 @@ func New(cfg Config) (*Provider, error) {
 	}
 	if cfg.OnDemand {
 		if len(cfg.Addrs) > 0 {
-			return nil, fmt.Errorf("open RoCE socket: addresses, and on demand: %w", unix.EINVAL)
+			return nil, fmt.Errorf("open RoCE socket: both Addrs and OnDemand are set: %w", unix.EINVAL)
 		}
 		return p, nil
 	}

@@ -350,7 +350,7 @@ func (q *queuePair) completeSend(status rdma.WCStatus) {
 	if e.probe {
 		q.probing = 0
 		if status != rdma.WCSuccess && status != rdma.WCFlushErr {
-			q.id.report(rdma.EventDisconnected, "the peer began anew and does not answer any more")
+			q.id.report(rdma.EventDisconnected, "the peer has restarted and does not answer any more")
 		}
 		return
 	}

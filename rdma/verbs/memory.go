@@ -51,7 +51,7 @@ func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 func (p *pd) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*mr)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
