@@ -15,21 +15,21 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Data of an admin command travels through one of a few page-sized buffers:
-// identify data, and log pages read page by page, are not longer.
+// The data of an admin command passes through one of a few buffers of one page. Identify
+// data is not longer than a page, and log pages are read page by page.
 const (
 	adminBuffers = 8
 	adminPage    = 4096
 )
 
-// admin runs commands on the admin queue, from any goroutine. One goroutine of
-// its own takes the responses.
+// admin runs commands on the admin queue. Its methods may be called from any goroutine. A
+// goroutine of its own handles the responses.
 type admin struct {
 	conn    *connection
 	mr      rdma.MR
 	buffers chan int     // free pages of mr
-	timeout atomic.Int64 // of a command, in nanoseconds
-	fail    func(error)  // hears once that the queue is lost
+	timeout atomic.Int64 // limit for one command, in nanoseconds
+	fail    func(error)  // called once, when the queue is lost
 	file    *os.File     // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
@@ -43,8 +43,8 @@ type adminCall struct {
 	answer chan nvme.Completion
 }
 
-// newAdmin starts the admin queue of a connection that is established. fail
-// hears once that the queue is lost.
+// newAdmin starts the admin queue of an established connection. It calls fail once, when
+// the queue is lost.
 func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
 		conn: conn, fail: fail, buffers: make(chan int, adminBuffers),
@@ -72,7 +72,7 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 // setTimeout sets the time limit of the commands from now on. Any goroutine may call it.
 func (a *admin) setTimeout(d time.Duration) { a.timeout.Store(int64(d)) }
 
-// run takes responses until the queue is lost or closed.
+// run handles responses until the queue is lost or closed.
 func (a *admin) run() {
 	defer close(a.joined)
 	event := make([]byte, 8)
@@ -90,7 +90,7 @@ func (a *admin) run() {
 	}
 }
 
-// drain takes responses until there is none and an event is due for the next.
+// drain handles responses until there are none and the next one causes an event.
 func (a *admin) drain() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -134,14 +134,14 @@ func (a *admin) lose(err error) {
 	}
 }
 
-// exec runs a command that the controller must answer within the admin timeout,
-// or sooner if ctx ends. in is copied to where the target can read it before, out
-// is filled after; at most one of them, at most a page. A status other than success
-// is an error of type nvme.Status.
+// exec runs a command. The controller must answer within the admin timeout, and before
+// ctx is done. in is copied to the buffer that the target reads, and out is filled from
+// it after the command. At most one of them may be given, of at most one page. A status
+// other than success is an error of type nvme.Status.
 //
-// The controller may still execute a command that has run out of time. Nothing can
-// be concluded about it and its buffer stays with the target, so the association is
-// lost. Only a command that is canceled does not end it: its caller does.
+// If a command times out, the controller may still execute it, so its effect is unknown
+// and its buffer cannot be used again. The association is therefore lost. A command that
+// the caller cancels has no such effect, because the caller ends the association.
 func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(a.timeout.Load()))
 	defer cancel()

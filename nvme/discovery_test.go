@@ -65,7 +65,7 @@ func TestDiscoveryLog(t *testing.T) {
 	}
 }
 
-// The words are an interface: scripts match on nvme-cli's.
+// The words are an interface, because scripts look for those of nvme-cli.
 func TestDiscoveryWords(t *testing.T) {
 	type stringer interface{ String() string }
 	for want, values := range map[string][]stringer{
