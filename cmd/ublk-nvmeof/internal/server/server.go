@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -67,15 +68,16 @@ func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 // server is a running server. The goroutine of run builds it. The same goroutine or a
 // control request ends it.
 type server struct {
-	cfg    Config
-	opts   *options.Connect
-	log    *slog.Logger
-	back   backend
-	remote netip.AddrPort
-	record *record
-	sock   *socket
-	depth  int        // of the devices
-	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
+	cfg      Config
+	opts     *options.Connect
+	log      *slog.Logger
+	back     backend
+	remote   netip.AddrPort
+	record   *record
+	sock     *socket
+	notified atomic.Bool // other servers were told of the controllers of this one
+	depth    int         // of the devices
+	nbd      *nbdServer  // of the front ends nbd and nbd-socket; nil: not open
 
 	// waiting holds the devices of another server that this server takes over.
 	// Until all of them are served, none is ended, so that they can wait for the
@@ -174,8 +176,11 @@ func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
 }
 
-// withdraw removes the notice that made published.
+// withdraw removes the notice that made published, if it did.
 func (s *server) withdraw() {
+	if !s.notified.Load() {
+		return
+	}
 	if err := s.cfg.Host.Withdraw(); err != nil {
 		s.log.Warn("cannot withdraw the notice to other servers", "error", err)
 	}
