@@ -157,6 +157,7 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		case page := <-a.buffers:
 			buf := a.mr.Bytes()[page*adminPage:][:adminPage]
 			copy(buf, in)
+			clear(buf[len(in):n]) // a target that answers without data must not make old data count
 			cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(n), a.mr.RKey(), false)
 			c, err := a.do(ctx, cmd)
 			if err == nil || errors.As(err, new(nvme.Status)) {
@@ -248,6 +249,24 @@ func (a *admin) setFeature(ctx context.Context, fid uint8, value uint32) (uint32
 	cmd.SetSetFeatures(fid, value)
 	c, err := a.exec(ctx, &cmd, nil, nil)
 	return c.DW0(), err
+}
+
+// LogRequest says what to read of a log page.
+type LogRequest struct {
+	Page     uint8  // LID, a Log constant of package nvme
+	NSID     uint32 // 0 or nvme.NSIDAll for the controller
+	Offset   uint64 // in bytes, a multiple of 4
+	Specific uint8  // log specific parameter (LSP), 7 bits
+	Retain   bool   // keep the event that belongs to the page disabled (RAE)
+}
+
+// logPage reads a part of a log page, at most adminPage bytes.
+func (a *admin) logPage(ctx context.Context, r LogRequest, out []byte) error {
+	var cmd nvme.Command
+	cmd.SetGetLogPage(r.Page, r.NSID, uint32(len(out)), r.Offset, r.Retain)
+	cmd.SetLogSpecific(r.Specific)
+	_, err := a.exec(ctx, &cmd, nil, out)
+	return err
 }
 
 // close ends the admin queue and its connection.

@@ -72,15 +72,17 @@ type Controller struct {
 	namespaces   []*Namespace
 }
 
-// Connect connects to a subsystem and identifies its namespaces. ctx bounds the
-// whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
+// Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
+// bounds the whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
 // *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
 // error.
 func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	if !cfg.Discovery {
+		cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	}
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
@@ -215,6 +217,14 @@ func (c *Controller) supervise(a *association) {
 			}
 			return
 		}
+		c.discoveryChanged() // its events were lost with the association
+	}
+}
+
+// discoveryChanged says that the discovery log may have changed.
+func (c *Controller) discoveryChanged() {
+	if c.cfg.DiscoveryChanged != nil {
+		c.cfg.DiscoveryChanged()
 	}
 }
 
@@ -225,7 +235,7 @@ func (c *Controller) supervise(a *association) {
 func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 	blamed := c.blamed.Swap(false)
 	switch {
-	case lived >= c.cfg.KeepAlive:
+	case lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.outage, c.brief = lost, 0
 	case blamed:
 		c.outage, c.brief = lost, 1
@@ -340,7 +350,9 @@ func (c *Controller) announce(a *association) error {
 			return &StepError{"record controller id", err}
 		}
 	}
-	c.unfenced = append(c.unfenced, a.cntlid)
+	if !c.cfg.Discovery { // whose commands write nothing
+		c.unfenced = append(c.unfenced, a.cntlid)
+	}
 	return nil
 }
 
@@ -396,6 +408,9 @@ func (c *Controller) tend(a *association) {
 // sign of life only if it says so (TBKAS), and then counts in intervals, which
 // costs up to one more.
 func (c *Controller) keepAlive(ctx context.Context, a *association) {
+	if c.cfg.KeepAlive == 0 {
+		return
+	}
 	period := c.cfg.KeepAlive / 2
 	if a.identify.TBKAS() {
 		period /= 2
@@ -466,15 +481,14 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 		a.fail(errors.New("controller reports a persistent internal error"))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
 		a.lookAtNamespaces()
+	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
+		c.discoveryChanged()
 	}
 }
 
 func (c *Controller) readLog(ctx context.Context, a *association, page uint8) error {
-	var cmd nvme.Command
 	var out [adminPage]byte
-	cmd.SetGetLogPage(page, nvme.NSIDAll, adminPage, 0, false)
-	_, err := a.admin.exec(ctx, &cmd, nil, out[:])
-	return err
+	return a.admin.logPage(ctx, LogRequest{Page: page, NSID: nvme.NSIDAll}, out[:])
 }
 
 // reportStatus logs a request that fails for good.
@@ -580,7 +594,9 @@ func (c *Controller) Info() Info {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
-		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		if len(a.pairs) > 0 {
+			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		}
 	}
 	for _, l := range c.lanes {
 		i.Lanes = append(i.Lanes, LaneStats{

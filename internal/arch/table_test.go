@@ -37,6 +37,8 @@ var table = map[string]row{
 	"poller":    {may: []string{"internal/uring", sys}},
 	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
+	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
+
 	// RDMA providers, and the suite that all of them pass.
 	"rdma/verbs":     {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
 	"rdma/roce":      {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
