@@ -1,7 +1,6 @@
 package target
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -165,7 +164,8 @@ type Target struct {
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
-	genctr     uint64 // of the discovery log
+	referrals  []netip.AddrPort // in the discovery log
+	genctr     uint64           // of the discovery log
 	queues     map[*queuePair]struct{}
 	admission  admission
 	past       totals
@@ -233,7 +233,7 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	t.subsystems[cfg.NQN] = s
 	t.genctr++
 	t.mu.Unlock()
-	t.discovery.notify(eventDiscovery, 0)
+	t.notifyDiscovery(s.allows)
 	return s, nil
 }
 
@@ -251,7 +251,7 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 	t.genctr++
 	t.mu.Unlock()
 	s.DropControllers()
-	t.discovery.notify(eventDiscovery, 0)
+	t.notifyDiscovery(s.allows)
 	return nil
 }
 
@@ -334,19 +334,4 @@ func (t *Target) disconnect(match func(*queuePair) bool, reason string) int {
 		}
 	}
 	return n
-}
-
-// visible lists the subsystems that a host may connect to, by NQN.
-func (t *Target) visible(host string) (subsystems []*Subsystem, genctr uint64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, s := range t.subsystems {
-		if s.allows(host) {
-			subsystems = append(subsystems, s)
-		}
-	}
-	slices.SortFunc(subsystems, func(a, b *Subsystem) int {
-		return cmp.Compare(a.cfg.NQN, b.cfg.NQN)
-	})
-	return subsystems, t.genctr
 }
