@@ -95,6 +95,9 @@ func (q *queuePair) discoveryLog() ([]byte, error) {
 		e.SetSUBTYPE(kind)
 		e.SetEFLAGS(flags)
 		e.SetTREQ(treq)
+		if kind != nvme.SubsystemReferral { // the port of another service is its own affair
+			e.SetPORTID(1)
+		}
 		log = append(log, e[:]...)
 	}
 	ours := nvme.TREQNotSpecified | nvme.TREQDisableSQFlow
@@ -116,7 +119,6 @@ func fillEntry(e *nvme.DiscoveryEntry, nqn string, at netip.AddrPort) error {
 	if address.Is6() {
 		e.SetADRFAM(nvme.AddressIPv6)
 	}
-	e.SetPORTID(1)
 	e.SetCNTLID(nvme.CNTLIDDynamic)
 	e.SetASQSZ(adminDepth)
 	e.SetRDMAQPType(nvme.RDMAConnected)

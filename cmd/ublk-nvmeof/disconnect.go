@@ -165,21 +165,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 		return err
 	}
 	chosen, errs := choose(records, nqns, devices)
-	results := make([][]error, len(chosen))
-	var wg sync.WaitGroup
-	for i, w := range chosen {
-		results[i] = make([]error, len(w.records))
-		for j, r := range w.records {
-			wg.Go(func() {
-				if force {
-					results[i][j] = endByForce(cmd.Context(), dir, r, began)
-				} else {
-					results[i][j] = end(cmd.Context(), dir, r)
-				}
-			})
-		}
-	}
-	wg.Wait()
+	results := endAll(cmd.Context(), dir, chosen, force, began)
 	for i, w := range chosen {
 		n := 0
 		for j, err := range results[i] {
@@ -192,6 +178,26 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
 	}
 	return errors.Join(errs...)
+}
+
+// endAll ends servers, all at the same time, and returns an error for each.
+func endAll(ctx context.Context, dir state.Dir, chosen []wanted, force bool, began time.Time) [][]error {
+	results := make([][]error, len(chosen))
+	var wg sync.WaitGroup
+	for i, w := range chosen {
+		results[i] = make([]error, len(w.records))
+		for j, r := range w.records {
+			wg.Go(func() {
+				if force {
+					results[i][j] = endByForce(ctx, dir, r, began)
+				} else {
+					results[i][j] = end(ctx, dir, r)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	return results
 }
 
 // serves reports whether a device, or the server itself, has a name.

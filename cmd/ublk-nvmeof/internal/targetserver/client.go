@@ -58,6 +58,8 @@ func path(request any) string {
 		return "/v1/namespace/resize"
 	case ReadOnlyRequest:
 		return "/v1/namespace/read-only"
+	case ReferralRequest:
+		return "/v1/referral"
 	case StopRequest:
 		return "/v1/stop"
 	}

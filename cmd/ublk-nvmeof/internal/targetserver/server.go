@@ -157,6 +157,11 @@ func (s *server) configure() error {
 			return err
 		}
 	}
+	for _, to := range s.opts.Referrals {
+		if err := s.target.AddReferral(to); err != nil {
+			return exit.Errorf(exit.Usage, "--referral: %v", err)
+		}
+	}
 	for _, f := range s.opts.Faults {
 		if _, err := s.addFault(FaultRequest{f}); err != nil {
 			return err

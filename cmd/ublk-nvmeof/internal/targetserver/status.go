@@ -22,6 +22,9 @@ func (s *server) status() Status {
 		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
 		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
 	}
+	for _, to := range s.target.Referrals() {
+		out.Referrals = append(out.Referrals, to.String())
+	}
 	for _, c := range snap.Controllers {
 		io := slices.DeleteFunc(slices.Clone(c.Queues), func(q target.QueueStats) bool { return q.QID == 0 })
 		out.Controllers = append(out.Controllers, Controller{CNTLID: c.CNTLID, NQN: c.SubNQN, HostNQN: c.HostNQN, Queues: len(io), Ending: c.Ending})

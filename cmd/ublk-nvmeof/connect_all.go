@@ -1,0 +1,302 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/discovery"
+	"ublk-nvmeof/nvme"
+)
+
+// maxSubsystems is how many subsystems one run connects at most: a service may list
+// thousands, and each needs a process.
+const maxSubsystems = 256
+
+// gatherer is the verb connect-all.
+type gatherer struct {
+	runDir  dirFunc
+	opts    *options.Discovery
+	format  string
+	verbose bool
+
+	dir    state.Dir
+	errs   func(format string, args ...any) // to standard error
+	client *discoverer.Client
+}
+
+func newConnectAll(runDir dirFunc) *cobra.Command {
+	g := &gatherer{runDir: runDir, opts: options.DefaultDiscovery()}
+	cmd := &cobra.Command{
+		Use:   "connect-all",
+		Short: "Connect to all subsystems that discovery services list",
+		Long: `Asks a discovery service, and the services that it refers to, for the subsystems that
+this host may use, and connects to each as connect does. Without -a, the services of
+/etc/nvme/discovery.conf and the services and subsystems of the configuration of nvme-cli
+(-J) are used.
+
+A subsystem with several addresses is connected at the first that works. The others are
+named; they are not used. A subsystem that this host is connected to stays as it is. What
+fails does not keep the rest from being connected.`,
+		Args: cobra.NoArgs,
+		RunE: verb("connect-all", func(cmd *cobra.Command, _ []string) error { return g.run(cmd) }),
+	}
+	f := cmd.Flags()
+	g.opts.AddFlags(f)
+	formatFlag(f, &g.format)
+	f.BoolVarP(&g.verbose, "verbose", "v", false, "show which queues were requested and granted, and what is left out")
+	return cmd
+}
+
+func (g *gatherer) run(cmd *cobra.Command) (err error) {
+	if err := usage(g.opts.Complete(options.Sources{})); err != nil {
+		return err
+	}
+	if g.dir, err = g.runDir(); err != nil {
+		return err
+	}
+	g.errs = func(format string, args ...any) {
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s: connect-all: %s\n", programName, output.Text(fmt.Sprintf(format, args...)))
+	}
+	ctx, stop := interruptible(endSignals...)
+	defer stop()
+	level := slog.LevelWarn
+	if g.verbose {
+		level = slog.LevelDebug
+	}
+	g.client = discoverer.New(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
+	defer func() { err = errors.Join(err, g.client.Close()) }()
+	found, err := discoverer.Services(g.opts)
+	if err != nil {
+		return err
+	}
+	for _, s := range found.Skipped {
+		g.errs("%v", s)
+	}
+	subsystems, errs := g.collect(ctx, found)
+	results := g.connectAll(ctx, subsystems)
+	if err := output.ConnectedAll(cmd.OutOrStdout(), results, g.format, g.verbose); err != nil {
+		return err
+	}
+	for _, r := range results {
+		if r.Err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", r.NQN, r.Err))
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return errors.Join(append(found.Errors, errs...)...)
+}
+
+// subsystem is what one host may connect to, and where.
+type subsystem struct {
+	nqn, hostNQN string
+	paths        []path
+}
+
+// path is an address of a subsystem, and the flags to connect with.
+type path struct {
+	to   netip.AddrPort
+	with *options.Discovery
+}
+
+// subsystems are the subsystems that were found, in their order.
+type subsystems []*subsystem
+
+// add adds a path to a subsystem, unless it is there.
+func (all *subsystems) add(nqn string, p path) {
+	host := p.with.Connect.HostNQN
+	i := slices.IndexFunc(*all, func(s *subsystem) bool { return s.nqn == nqn && s.hostNQN == host })
+	if i < 0 {
+		i = len(*all)
+		*all = append(*all, &subsystem{nqn: nqn, hostNQN: host})
+	}
+	s := (*all)[i]
+	if !slices.ContainsFunc(s.paths, func(have path) bool { return have.to == p.to }) {
+		s.paths = append(s.paths, p)
+	}
+}
+
+// collect asks all services. The errors are about what could not be asked, or understood.
+func (g *gatherer) collect(ctx context.Context, found discoverer.Found) (all subsystems, errs []error) {
+	for _, s := range found.Subsystems {
+		within, cancel := context.WithTimeout(ctx, s.Options.Connect.Timeout)
+		endpoints, err := discoverer.Endpoints(within, s.Options)
+		cancel()
+		if err != nil {
+			errs = append(errs, s.Error(err))
+			continue
+		}
+		for _, at := range endpoints {
+			all.add(at.NQN, path{at.Address, s.Options})
+		}
+	}
+	for _, s := range found.Discovery {
+		if err := g.walk(ctx, s.Options, &all); err != nil {
+			errs = append(errs, s.Error(err))
+		}
+	}
+	return all, errs
+}
+
+// walk asks a service and those that it refers to. If it has several addresses, the first
+// that answers is taken.
+func (g *gatherer) walk(ctx context.Context, o *options.Discovery, all *subsystems) error {
+	within, cancel := context.WithTimeout(ctx, o.Connect.Timeout)
+	defer cancel()
+	roots, err := discoverer.Endpoints(within, o)
+	if err != nil {
+		return err
+	}
+	open := func(ctx context.Context, at discovery.Endpoint) (discovery.Conn, error) {
+		return g.client.Open(ctx, o, at)
+	}
+	var failed []error
+	for _, root := range roots {
+		var errs []error
+		answered := false
+		for p := range discovery.Walk(within, root, open, discovery.Limits{}) {
+			if p.Err != nil {
+				errs = append(errs, p.Err)
+				continue
+			}
+			answered = true
+			g.take(p, o, all)
+		}
+		if answered {
+			return errors.Join(errs...)
+		}
+		failed = append(failed, errs...)
+	}
+	return errors.Join(failed...)
+}
+
+// take adds what a log lists. Entries that cannot be used are reported, but for those of
+// other transports, which are somebody else's.
+func (g *gatherer) take(p discovery.Page, o *options.Discovery, all *subsystems) {
+	for i := range p.Log.Entries {
+		e := &p.Log.Entries[i]
+		at, err := e.Endpoint()
+		switch {
+		case err == nil && e.SUBTYPE() != nvme.SubsystemNVMe:
+		case err == nil && at.NQN == nvme.DiscoveryNQN:
+			g.errs("%s: entry %d is left out: a discovery subsystem has no namespaces", p.From.Address, i)
+		case err == nil:
+			all.add(at.NQN, path{at.Address, o})
+		case e.TRTYPE() == nvme.TransportRDMA || g.verbose:
+			g.errs("%s: entry %d is left out: %v", p.From.Address, i, err)
+		}
+	}
+}
+
+// connectAll connects to all subsystems, one after the other.
+func (g *gatherer) connectAll(ctx context.Context, all subsystems) (results []output.SubsystemResult) {
+	for _, s := range all {
+		if ctx.Err() != nil {
+			return results
+		}
+		r := output.SubsystemResult{NQN: s.nqn}
+		switch started, err := g.connected(s); {
+		case err != nil:
+			r.Err = err
+		case started != nil:
+			r.Outcome, r.Status = output.Already, *started
+			r.Quiet = g.opts.Quiet
+		case countStarted(results) >= maxSubsystems:
+			r.Err = fmt.Errorf("%d subsystems have been connected; run connect-all again for more", maxSubsystems)
+		default:
+			g.connect(ctx, s, &r)
+		}
+		if r.Err != nil {
+			r.Outcome = output.Failed
+		}
+		r.Further = further(s, r.Status)
+		results = append(results, r)
+	}
+	return results
+}
+
+func countStarted(results []output.SubsystemResult) (n int) {
+	for _, r := range results {
+		if r.Outcome == output.New {
+			n++
+		}
+	}
+	return n
+}
+
+// connected returns the status of the server that serves a subsystem already; nil if there
+// is none, or another one is wanted.
+func (g *gatherer) connected(s *subsystem) (*control.Status, error) {
+	records, err := g.dir.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		if r.Err == nil && r.Alive && r.Target.NQN == s.nqn && r.Target.HostNQN == s.hostNQN && !s.paths[0].with.Connect.Duplicate {
+			status := statusOf(context.Background(), r)
+			return &status, nil
+		}
+	}
+	// A dead server's devices are taken over at the address that they are connected to.
+	for _, r := range records {
+		if r.Err == nil && !r.Alive && r.Target.NQN == s.nqn && r.Target.HostNQN == s.hostNQN {
+			slices.SortStableFunc(s.paths, func(a, b path) int {
+				return rank(a.to == r.Target.Address) - rank(b.to == r.Target.Address)
+			})
+		}
+	}
+	return nil, nil
+}
+
+func rank(first bool) int {
+	if first {
+		return 0
+	}
+	return 1
+}
+
+// connect connects to a subsystem at its first address that works.
+func (g *gatherer) connect(ctx context.Context, s *subsystem, r *output.SubsystemResult) {
+	var errs []error
+	for _, p := range s.paths {
+		args := append(serveArgs(g.dir), p.with.ConnectArgs(p.to, s.nqn)...)
+		status, err := startServer(append(args, fmt.Sprintf("--verbose=%t", g.verbose)), p.with.Connect.Timeout)
+		switch {
+		case err == nil:
+			r.Outcome, r.Status = output.New, status
+			return
+		case exit.Of(err) == exit.AlreadyServed: // meanwhile, by somebody else
+			r.Outcome, r.Quiet = output.Already, g.opts.Quiet
+			return
+		}
+		errs = append(errs, err)
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	r.Err = errors.Join(errs...)
+}
+
+// further lists the addresses of a subsystem that its server does not use.
+func further(s *subsystem, used control.Status) (out []string) {
+	for _, p := range s.paths {
+		if used.Name != "" && p.to.String() != output.Endpoint(used) {
+			out = append(out, p.to.String())
+		}
+	}
+	return out
+}
