@@ -2,7 +2,11 @@
 // block devices, /dev/ublkbN.
 //
 //	connect     starts a server for a subsystem and returns when its devices are usable
+//	connect-all starts servers for what discovery services list
+//	discover    shows what a discovery service lists
 //	disconnect  ends servers
+//	disconnect-all
+//	            ends all servers
 //	list        shows servers and their devices
 //	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
