@@ -27,10 +27,12 @@ const maxSubsystems = 256
 
 // gatherer is the verb connect-all.
 type gatherer struct {
-	runDir  dirFunc
-	opts    *options.Discovery
-	format  string
-	verbose bool
+	runDir     dirFunc
+	opts       *options.Discovery
+	format     string
+	verbose    bool
+	foreground bool
+	stayFD     int
 
 	dir    state.Dir
 	errs   func(format string, args ...any) // to standard error
@@ -38,7 +40,7 @@ type gatherer struct {
 }
 
 func newConnectAll(runDir dirFunc) *cobra.Command {
-	g := &gatherer{runDir: runDir, opts: options.DefaultDiscovery()}
+	g := &gatherer{runDir: runDir, opts: options.DefaultDiscovery(), stayFD: -1}
 	cmd := &cobra.Command{
 		Use:   "connect-all",
 		Short: "Connect to all subsystems that discovery services list",
@@ -49,12 +51,20 @@ this host may use, and connects to each as connect does. Without -a, the service
 
 A subsystem with several addresses is connected at the first that works. The others are
 named; they are not used. A subsystem that this host is connected to stays as it is. What
-fails does not keep the rest from being connected.`,
+fails does not keep the rest from being connected.
+
+With --persistent, a process stays connected to the discovery services. When a service
+reports a change, the process connects the subsystems that it lists now and did not list
+before, and it tries again what could not be connected. It never disconnects anything.
+list -v shows it, and disconnect -d discovery0 or disconnect-all ends it.`,
 		Args: cobra.NoArgs,
 		RunE: verb("connect-all", func(cmd *cobra.Command, _ []string) error { return g.run(cmd) }),
 	}
 	f := cmd.Flags()
 	g.opts.AddFlags(f)
+	f.BoolVar(&g.foreground, "foreground", false, "with --persistent, stay connected in this process, for a terminal or a service manager (Type=notify)")
+	f.IntVar(&g.stayFD, "stay-fd", -1, "descriptor on which connect-all --persistent waits for the process that stays")
+	f.Lookup("stay-fd").Hidden = true
 	formatFlag(f, &g.format)
 	f.BoolVarP(&g.verbose, "verbose", "v", false, "show which queues were requested and granted, and what is left out")
 	return cmd
@@ -64,12 +74,32 @@ func (g *gatherer) run(cmd *cobra.Command) (err error) {
 	if err := usage(g.opts.Complete(options.Sources{})); err != nil {
 		return err
 	}
+	if g.foreground && !g.opts.Persistent {
+		return usage(errors.New("--foreground: want it with --persistent"))
+	}
 	if g.dir, err = g.runDir(); err != nil {
 		return err
 	}
 	g.errs = func(format string, args ...any) {
 		fmt.Fprintf(cmd.ErrOrStderr(), "%s: connect-all: %s\n", programName, output.Text(fmt.Sprintf(format, args...)))
 	}
+	found, err := discoverer.Services(g.opts)
+	if err != nil {
+		return err
+	}
+	services, err := g.persistent(found)
+	if err != nil {
+		return err
+	}
+	if g.stayFD >= 0 {
+		return g.stayInBackground(services)
+	}
+	return g.connectAndStay(cmd, found, services)
+}
+
+// connectAndStay connects what is found, and then stays connected to services, or has another
+// process do so.
+func (g *gatherer) connectAndStay(cmd *cobra.Command, found discoverer.Found, services []discoverer.Service) (err error) {
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
 	level := slog.LevelWarn
@@ -78,10 +108,6 @@ func (g *gatherer) run(cmd *cobra.Command) (err error) {
 	}
 	g.client = discoverer.New(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
 	defer func() { err = errors.Join(err, g.client.Close()) }()
-	found, err := discoverer.Services(g.opts)
-	if err != nil {
-		return err
-	}
 	for _, s := range found.Skipped {
 		g.errs("%v", s)
 	}
@@ -95,10 +121,19 @@ func (g *gatherer) run(cmd *cobra.Command) (err error) {
 			errs = append(errs, fmt.Errorf("%s: %w", r.NQN, r.Err))
 		}
 	}
-	if ctx.Err() != nil {
+	errs = append(found.Errors, errs...)
+	switch {
+	case ctx.Err() != nil:
 		return context.Cause(ctx)
+	case len(services) == 0:
+		return errors.Join(errs...)
+	case !g.foreground:
+		return errors.Join(append(errs, g.startKeeper(cmd))...)
 	}
-	return errors.Join(append(found.Errors, errs...)...)
+	for _, err := range errs {
+		g.errs("%v", err)
+	}
+	return g.stayInForeground(ctx, services)
 }
 
 // subsystem is what one host may connect to, and where.

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
@@ -109,7 +110,7 @@ func isDevice(s string) bool {
 		return true
 	}
 	s = strings.TrimPrefix(s, "/dev/")
-	for _, prefix := range []string{"ublkb", "ublkc", "nbd", "ctrl"} {
+	for _, prefix := range []string{"ublkb", "ublkc", "nbd", "ctrl", "discovery"} {
 		if n, ok := strings.CutPrefix(s, prefix); ok {
 			if _, err := strconv.ParseUint(n, 10, 32); err == nil {
 				return true
@@ -164,7 +165,9 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	if err != nil {
 		return err
 	}
+	devices, keeperErrs := endKeepers(cmd, dir, devices)
 	chosen, errs := choose(records, nqns, devices)
+	errs = append(errs, keeperErrs...)
 	results := endAll(cmd.Context(), dir, chosen, force, began)
 	for i, w := range chosen {
 		n := 0
@@ -178,6 +181,28 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
 	}
 	return errors.Join(errs...)
+}
+
+// endKeepers ends the processes among the names that stay connected to discovery services.
+// It returns the other names.
+func endKeepers(cmd *cobra.Command, dir state.Dir, names []string) (others []string, errs []error) {
+	keepers, err := discoverer.Keepers(string(dir))
+	if err != nil {
+		return names, []error{err}
+	}
+	for _, name := range names {
+		i := slices.IndexFunc(keepers, func(k discoverer.Keeper) bool { return k.Name == name })
+		if i < 0 {
+			others = append(others, name)
+			continue
+		}
+		if err := endKeeper(cmd.Context(), keepers[i]); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s ended\n", name)
+	}
+	return others, errs
 }
 
 // endAll ends servers, all at the same time, and returns an error for each.

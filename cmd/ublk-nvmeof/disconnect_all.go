@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -19,7 +21,9 @@ func newDisconnectAll(runDir dirFunc) *cobra.Command {
 		Use:   "disconnect-all",
 		Short: "End all servers, and remove their devices",
 		Long: `Ends all servers, as disconnect does: a server whose device is in use is not ended
-unless --force is given. What cannot be ended does not keep the rest from being ended.`,
+unless --force is given. Processes that stay connected to discovery services (connect-all
+--persistent) are ended first. What cannot be ended does not keep the rest from being
+ended.`,
 		Args: cobra.NoArgs,
 		RunE: verb("disconnect-all", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -43,8 +47,20 @@ func disconnectAll(cmd *cobra.Command, dir state.Dir, force, verbose bool) error
 	if err != nil {
 		return err
 	}
-	var chosen []wanted
+	keepers, err := discoverer.Keepers(string(dir))
+	if err != nil {
+		return err
+	}
 	var errs []error
+	for _, k := range keepers {
+		switch err := endKeeper(cmd.Context(), k); {
+		case err != nil:
+			errs = append(errs, err)
+		case verbose:
+			fmt.Fprintf(cmd.OutOrStdout(), "%s ended\n", k.Name)
+		}
+	}
+	var chosen []wanted
 	for _, r := range records {
 		if r.Err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", r.Name, r.Err))
@@ -62,4 +78,17 @@ func disconnectAll(cmd *cobra.Command, dir state.Dir, force, verbose bool) error
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// keeperTime is how long a keeper may take to end. It may be about to connect a subsystem.
+const keeperTime = 10 * time.Second
+
+// endKeeper ends a process that stays connected to discovery services.
+func endKeeper(ctx context.Context, k discoverer.Keeper) error {
+	ctx, cancel := context.WithTimeout(ctx, keeperTime)
+	defer cancel()
+	if err := k.End(ctx); err != nil {
+		return fmt.Errorf("%s, process %d: %w", k.Name, k.Process.PID, err)
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -40,12 +41,29 @@ without -v.`,
 			if err != nil {
 				return err
 			}
-			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), format, verbose)
+			keepers, err := persistentServices(dir)
+			if err != nil {
+				return err
+			}
+			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), keepers, format, verbose)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show all details of each server")
 	return cmd
+}
+
+// persistentServices are the processes that stay connected to discovery services.
+func persistentServices(dir state.Dir) (all []output.Keeper, err error) {
+	keepers, err := discoverer.Keepers(string(dir))
+	for _, k := range keepers {
+		o := output.Keeper{Name: k.Name, PID: k.Process.PID}
+		for _, s := range k.Services {
+			o.Services = append(o.Services, output.Service(s))
+		}
+		all = append(all, o)
+	}
+	return all, err
 }
 
 // statuses asks all servers for their status at the same time.

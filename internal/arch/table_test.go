@@ -78,8 +78,8 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-		"discovery", "initiator", "nvme", "rdma",
-	}},
+		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
+	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",

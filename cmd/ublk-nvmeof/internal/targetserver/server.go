@@ -16,6 +16,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/target"
 )
@@ -40,7 +41,7 @@ type server struct {
 	opts   *options.Target
 	log    *slog.Logger
 	choice provider.Choice
-	place  *place
+	place  *rundir.Place
 	target *target.Target
 	stop   chan struct{} // closed when a request ends the target
 	ended  chan struct{} // closed when the target has ended
@@ -81,12 +82,12 @@ func (s *server) run(ctx context.Context) (err error) {
 			err = errors.Join(err, fmt.Errorf("%s: %w", what, uerr))
 		}
 	}
-	if s.place, err = takePlace(s.cfg.RunDir); err != nil {
+	if s.place, err = rundir.TakePlace(s.cfg.RunDir, namePrefix); err != nil {
 		return err
 	}
-	defer undo("remove directory", s.place.leave)
+	defer undo("remove directory", s.place.Leave)
 	if s.cfg.Reserved != nil {
-		if err := s.cfg.Reserved(s.place.dir); err != nil {
+		if err := s.cfg.Reserved(s.place.Dir); err != nil {
 			return err
 		}
 	}
@@ -177,7 +178,7 @@ type web struct {
 }
 
 func (s *server) listen() (*web, error) {
-	l, err := control.Listen(s.place.socket())
+	l, err := control.Listen(Socket(s.cfg.RunDir, s.place.Name))
 	if err != nil {
 		return nil, err
 	}

@@ -14,7 +14,7 @@ func (s *server) status() Status {
 	snap := s.target.Snapshot()
 	addr := s.target.Addr()
 	out := Status{
-		SchemaVersion: SchemaVersion, Name: s.place.name, PID: os.Getpid(),
+		SchemaVersion: SchemaVersion, Name: s.place.Name, PID: os.Getpid(),
 		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
 		Provider: s.choice.Name, ProviderReason: s.choice.Reason,
 		Subsystems: []Subsystem{}, Controllers: []Controller{},
