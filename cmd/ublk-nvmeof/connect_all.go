@@ -21,9 +21,9 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// maxSubsystems is how many subsystems one run connects at most: a service may list
-// thousands, and each needs a process.
-const maxSubsystems = 256
+// maxServers is how many servers may run for connect-all to start one more: a service may
+// list thousands of subsystems, also one after the other.
+const maxServers = 256
 
 // gatherer is the verb connect-all.
 type gatherer struct {
@@ -244,14 +244,14 @@ func (g *gatherer) connectAll(ctx context.Context, all subsystems) (results []ou
 			return results
 		}
 		r := output.SubsystemResult{NQN: s.nqn}
-		switch started, err := g.connected(s); {
+		switch started, running, err := g.connected(ctx, s); {
 		case err != nil:
 			r.Err = err
 		case started != nil:
 			r.Outcome, r.Status = output.Already, *started
 			r.Quiet = g.opts.Quiet
-		case countStarted(results) >= maxSubsystems:
-			r.Err = fmt.Errorf("%d subsystems have been connected; run connect-all again for more", maxSubsystems)
+		case running >= maxServers:
+			r.Err = fmt.Errorf("not connected: %d servers run already, and connect-all starts no more; connect does", running)
 		default:
 			g.connect(ctx, s, &r)
 		}
@@ -264,26 +264,21 @@ func (g *gatherer) connectAll(ctx context.Context, all subsystems) (results []ou
 	return results
 }
 
-func countStarted(results []output.SubsystemResult) (n int) {
-	for _, r := range results {
-		if r.Outcome == output.New {
-			n++
-		}
-	}
-	return n
-}
-
-// connected returns the status of the server that serves a subsystem already; nil if there
-// is none, or another one is wanted.
-func (g *gatherer) connected(s *subsystem) (*control.Status, error) {
+// connected returns the status of the server that serves a subsystem already, or nil if there
+// is none or another one is wanted, and the number of servers that run.
+func (g *gatherer) connected(ctx context.Context, s *subsystem) (status *control.Status, running int, err error) {
 	records, err := g.dir.List()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	for _, r := range records {
-		if r.Err == nil && r.Alive && r.Target.NQN == s.nqn && r.Target.HostNQN == s.hostNQN && !s.paths[0].with.Connect.Duplicate {
-			status := statusOf(context.Background(), r)
-			return &status, nil
+		if !r.Alive {
+			continue
+		}
+		running++
+		if status == nil && r.Err == nil && r.Target.NQN == s.nqn && r.Target.HostNQN == s.hostNQN && !s.paths[0].with.Connect.Duplicate {
+			now := statusOf(ctx, r)
+			status = &now
 		}
 	}
 	// A dead server's devices are taken over at the address that they are connected to.
@@ -294,7 +289,7 @@ func (g *gatherer) connected(s *subsystem) (*control.Status, error) {
 			})
 		}
 	}
-	return nil, nil
+	return status, running, nil
 }
 
 func rank(first bool) int {

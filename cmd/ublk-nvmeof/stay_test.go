@@ -24,11 +24,19 @@ func (s *services) until(want string, args ...string) {
 			return
 		}
 		if time.Now().After(limit) {
-			log, _ := os.ReadFile(filepath.Join(s.dir, "discovery0", "log"))
-			s.t.Fatalf("%q: no %q in\n%s%s\nlog:\n%s", args, want, out, errs, log)
+			s.t.Fatalf("%q: no %q in\n%s%s\nlog:\n%s", args, want, out, errs, s.keeperLog())
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// keeperLog is the log of the process that stays, for failures.
+func (s *services) keeperLog() string {
+	log, err := os.ReadFile(filepath.Join(s.dir, "discovery0", "log"))
+	if err != nil {
+		return err.Error()
+	}
+	return string(log)
 }
 
 // TestPersistent: a process stays, connects what appears, tries again what failed, and ends
@@ -93,7 +101,7 @@ func TestPersistent(t *testing.T) {
 	list := s.ok("list", "-v")
 	if !strings.Contains(list, "nqn.second") || strings.Contains(list, "nqn.first") ||
 		!strings.Contains(list, "stays connected to discovery service "+at.String()+", nqn.2014-08.org.nvmexpress.discovery\n") || strings.Contains(list, "discovery1") {
-		t.Errorf("%s", list)
+		t.Errorf("%s\nlog:\n%s", list, s.keeperLog())
 	}
 	if out := s.ok("disconnect", "-d", "discovery0"); out != "discovery0 ended\n" {
 		t.Errorf("%s", out)
