@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -14,13 +15,13 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// until waits until a command's output has a text.
+// until waits until a command's output matches.
 func (s *services) until(want string, args ...string) {
 	s.t.Helper()
 	limit := time.Now().Add(20 * time.Second)
 	for {
 		out, errs, _ := s.run(args...)
-		if strings.Contains(out, want) {
+		if regexp.MustCompile(want).MatchString(out) {
 			return
 		}
 		if time.Now().After(limit) {
@@ -75,7 +76,7 @@ func TestPersistent(t *testing.T) {
 		t.Fatalf("exit code %d, %s%s", code, out, errs)
 	}
 	add("nqn.second", true)
-	s.until("nqn.second", "list")
+	s.until(`nqn.second .* live`, "list")
 
 	// Once more starts no other process, and a subsystem that was disconnected stays so.
 	if out, errs, code := s.connectAll(append(args, "-p", "-o", "json")...); code != exit.OK || errs != "" || strings.Count(connectedAll(t, out), "already connected") != 2 {
@@ -85,11 +86,11 @@ func TestPersistent(t *testing.T) {
 	empty := add("nqn.third", false) // which has no namespace yet
 	s.until("nqn.third", "discover", "-a", s.near, "-s", "4432", "--provider", "roce")
 	add("nqn.fourth", true)
-	s.until("nqn.fourth", "list")
+	s.until(`nqn.fourth .* live`, "list")
 	if _, err := empty.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)}); err != nil {
 		t.Fatal(err)
 	}
-	s.until("nqn.third", "list")
+	s.until(`nqn.third .* live`, "list")
 
 	// A subsystem that vanishes keeps its device, and what appears during an outage is found.
 	if err := tg.RemoveSubsystem("nqn.second"); err != nil {
@@ -97,7 +98,7 @@ func TestPersistent(t *testing.T) {
 	}
 	tg.Faults().Disconnect(0)
 	add("nqn.fifth", true)
-	s.until("nqn.fifth", "list")
+	s.until(`nqn.fifth .* live`, "list")
 	list := s.ok("list", "-v")
 	if !strings.Contains(list, "nqn.second") || strings.Contains(list, "nqn.first") ||
 		!strings.Contains(list, "stays connected to discovery service "+at.String()+", nqn.2014-08.org.nvmexpress.discovery\n") || strings.Contains(list, "discovery1") {
@@ -134,7 +135,7 @@ func TestPersistent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.until("nqn.late", "list")
+	s.until(`nqn.late .* live`, "list")
 	if out := s.ok("disconnect-all", "-v", "--force"); !strings.Contains(out, "discovery0 ended\n") || !strings.Contains(out, "disconnected from nqn.late\n") {
 		t.Errorf("%s", out)
 	}
