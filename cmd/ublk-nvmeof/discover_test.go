@@ -194,3 +194,62 @@ func TestConnectAllFiles(t *testing.T) {
 		t.Errorf("exit code %d, %s", code, errs)
 	}
 }
+
+// TestConfig: what is connected can be written to nvme-cli's configuration, and connected
+// again from there.
+func TestConfig(t *testing.T) {
+	s := newServices(t)
+	defer s.stop()
+	config := filepath.Join(s.dir, "config.json")
+	const before = `[{"hostnqn": "nqn.other", "secret": 1, "subsystems": [{"nqn": "nqn.tcp", "ports": [{"transport": "tcp", "traddr": "10.0.0.1"}]}]}]`
+	if err := os.WriteFile(config, []byte(before), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, code := s.connectAll("-a", s.far, "-s", "4431", "-l", "17", "-p"); code != exit.OK {
+		t.Fatalf("exit code %d, %s", code, errs)
+	}
+	shown := s.ok("config", "show")
+	for _, want := range []string{`"nqn":"nqn.both"`, `"nqn":"nqn.near"`, `"nqn":"nqn.far"`, `"ctrl_loss_tmo":17`, `"discovery":true`, `"persistent":true`, `"hostnqn":"nqn.host"`} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("no %s in %s", want, shown)
+		}
+	}
+	if out := s.ok("config", "write", "-J", config); out != "4 connections are in "+config+"\n" {
+		t.Errorf("%s", out)
+	}
+	text, err := os.ReadFile(config)
+	if err != nil || !strings.Contains(string(text), `"secret":1`) || !strings.Contains(string(text), `"transport":"tcp"`) || !strings.Contains(string(text), `"nqn":"nqn.near"`) {
+		t.Errorf("%v: %s", err, text)
+	}
+	s.ok("config", "write", "-J", config)
+	if again, err := os.ReadFile(config); err != nil || string(again) != string(text) {
+		t.Errorf("written again: %v: %s", err, again)
+	}
+	s.ok("disconnect-all", "--force")
+	out, errs, code := s.run("connect-all", "-J", config, "--provider", "roce", "--frontend", "nbd-socket", "-o", "json")
+	if code != exit.OK || strings.Count(connectedAll(t, out), " connected at") != 3 || !strings.Contains(errs, "subsystem nqn.tcp: port 0: skipped: transport tcp: not RDMA") {
+		t.Errorf("exit code %d, %s\n%s", code, errs, out)
+	}
+	if out := s.ok("list", "-v"); !strings.Contains(out, "discovery0: process") {
+		t.Errorf("%s", out)
+	}
+
+	if err := os.WriteFile(config, []byte("[{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, code := s.run("config", "write", "-J", config); code == exit.OK || !strings.Contains(errs, config+": unexpected EOF") {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
+	if text, err := os.ReadFile(config); err != nil || string(text) != "[{" {
+		t.Errorf("%v: %s", err, text)
+	}
+
+	conf := filepath.Join(s.dir, "discovery.conf")
+	if err := os.WriteFile(conf, []byte("# services\n-t rdma -a 10.0.0.1 -q nqn.a -I 12345678-1234-1234-1234-123456789abc -p\n-t tcp -a 10.0.0.2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code = s.run("config", "convert", conf)
+	if code != exit.OK || !strings.Contains(errs, "discovery.conf:3: skipped") || !strings.Contains(out, `"traddr":"10.0.0.1"`) || !strings.Contains(out, `"persistent":true`) || !strings.Contains(out, `"hostnqn":"nqn.a"`) {
+		t.Errorf("exit code %d, %s\n%s", code, errs, out)
+	}
+}

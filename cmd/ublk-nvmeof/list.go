@@ -42,8 +42,8 @@ without -v.`,
 				return err
 			}
 			keepers, err := persistentServices(dir)
-			if err != nil {
-				return err
+			if err != nil { // the rest can be shown
+				cmd.PrintErrf("%s: list: %s\n", programName, output.Text(err.Error()))
 			}
 			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), keepers, format, verbose)
 		}),

@@ -11,6 +11,7 @@
 //	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
 //	gc          removes what dead servers left and nobody can use any more
+//	config      shows and writes connections as the configuration of nvme-cli
 //	target      runs a target for tests and demonstrations
 //	version     prints the version of this build
 //

@@ -67,15 +67,16 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
-		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
-	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
-	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
-	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize}},
+	"cmd/ublk-nvmeof/internal/control":    {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
+	"cmd/ublk-nvmeof/internal/exit":       {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
+	"cmd/ublk-nvmeof/internal/host":       {may: []string{kmod, rdmamap, sys}},
+	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
+	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize}},
+	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",

@@ -35,12 +35,13 @@ type Kept struct {
 	Address string `json:"address"` // as it was given, with the port
 	NQN     string `json:"subsysnqn"`
 	HostNQN string `json:"hostnqn"`
+	HostID  string `json:"hostid"`
 }
 
 // kept describes a service.
 func (s Service) kept() Kept {
 	c := s.Options.Connect
-	return Kept{c.Peer(), c.NQN, c.HostNQN}
+	return Kept{c.Peer(), c.NQN, c.HostNQN, c.HostID.String()}
 }
 
 // Keep makes the calling process the keeper of services. The caller leaves the place at the

@@ -14,8 +14,11 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// confFile names discovery services, one line of flags for each.
-var confFile = "/etc/nvme/discovery.conf"
+// ConfFile names discovery services, one line of flags for each.
+const ConfFile = "/etc/nvme/discovery.conf"
+
+// confFile is ConfFile outside of tests.
+var confFile = ConfFile
 
 // Service is a discovery service, or a subsystem, that flags or a file name.
 type Service struct {
@@ -71,6 +74,15 @@ func Services(o *options.Discovery) (Found, error) {
 		return found, exit.Errorf(exit.Usage, "-a/--traddr: no value is given, and there is no %s; want the address of a discovery service", strings.Join(missing, " and no "))
 	}
 	return found, nil
+}
+
+// ReadConf returns what a file like ConfFile names.
+func ReadConf(o *options.Discovery, file string) (found Found, err error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return found, err
+	}
+	return found, readConf(&found, o, file, text)
 }
 
 // add adds a service that a file names by flags.

@@ -102,6 +102,9 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 // called once, after the flags are parsed.
 func (d *Discovery) Complete(from Sources) error { return d.Connect.complete(from) }
 
+// Flags returns the flags of the service and of the connections.
+func (d *Discovery) Flags() *pflag.FlagSet { return d.flags }
+
 // KeepAlive returns the keep alive timeout of a connection to a discovery service: the one
 // that was asked for, or else what is usual; 0 for a connection that is not kept.
 func (d *Discovery) KeepAlive() time.Duration {

@@ -32,7 +32,6 @@ const (
 	maxTransfer         = 1 << 20
 	defaultMaxIO        = 256 << 10
 	defaultPollMax      = 16 << 10
-	defaultPort         = 4420
 	defaultTimeout      = time.Minute
 	defaultReconnect    = 10 * time.Second
 	defaultLoss         = 600 * time.Second
@@ -40,6 +39,9 @@ const (
 	maxNSID             = 0xFFFFFFFE
 	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
 )
+
+// DefaultPort is the port of NVMe over RDMA.
+const DefaultPort = 4420
 
 // Forever is a controller loss timeout without a limit.
 const Forever = -1 * time.Second
@@ -118,7 +120,7 @@ type Connect struct {
 // Default returns the values of all flags that are not given.
 func Default() *Connect {
 	return &Connect{
-		Transport: "rdma", Port: defaultPort,
+		Transport: "rdma", Port: DefaultPort,
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,

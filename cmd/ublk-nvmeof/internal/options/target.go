@@ -57,7 +57,7 @@ type Subsystem struct {
 // DefaultTarget returns the defaults of all flags.
 func DefaultTarget() *Target {
 	return &Target{
-		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: defaultPort, Provider: AutoProvider,
+		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: DefaultPort, Provider: AutoProvider,
 		InCapsule: target.DefaultInCapsule, QueueSize: target.DefaultQueueSize, MaxIO: target.DefaultMaxTransfer,
 		KeepAlive: Traffic, ANATransition: 10 * time.Second,
 	}
@@ -234,7 +234,7 @@ func ParseReferral(text string) (netip.AddrPort, error) {
 		if a, err = netip.ParseAddr(strings.Trim(text, "[]")); err != nil {
 			return to, errUnwanted
 		}
-		to = netip.AddrPortFrom(a, defaultPort)
+		to = netip.AddrPortFrom(a, DefaultPort)
 	}
 	if to.Port() == 0 || to.Addr().Zone() != "" {
 		return to, errUnwanted

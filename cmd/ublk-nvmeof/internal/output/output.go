@@ -191,6 +191,7 @@ type Service struct {
 	Address string `json:"address"`
 	NQN     string `json:"subsysnqn"`
 	HostNQN string `json:"hostnqn"`
+	HostID  string `json:"hostid"`
 }
 
 // List writes servers and their devices. JSON has all details with or without
