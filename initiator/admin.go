@@ -36,6 +36,7 @@ type admin struct {
 	calls []*adminCall
 	err   error // why the queue is lost
 	lost  chan struct{}
+	users sync.WaitGroup // of mr; no one is added once the queue is lost
 }
 
 type adminCall struct {
@@ -153,11 +154,15 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	n := max(len(in), len(out))
 	if n > 0 {
+		if err := a.use(); err != nil {
+			return nvme.Completion{}, err
+		}
+		defer a.users.Done()
 		select {
 		case page := <-a.buffers:
 			buf := a.mr.Bytes()[page*adminPage:][:adminPage]
+			clear(buf[:n]) // the controller may fill less of it
 			copy(buf, in)
-			clear(buf[len(in):n]) // a target that answers without data must not make old data count
 			cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(n), a.mr.RKey(), false)
 			c, err := a.do(ctx, cmd)
 			if err == nil || errors.As(err, new(nvme.Status)) {
@@ -172,6 +177,16 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		}
 	}
 	return a.do(ctx, cmd)
+}
+
+// use keeps the buffers registered until users.Done is called.
+func (a *admin) use() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err == nil {
+		a.users.Add(1)
+	}
+	return a.err
 }
 
 // do runs a command without data, or whose data are where they have to be. The
@@ -274,5 +289,6 @@ func (a *admin) close() error {
 	a.lose(rdma.ErrClosed)
 	a.file.Close()
 	<-a.joined
+	a.users.Wait()
 	return errors.Join(a.conn.close(), a.mr.Close())
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -44,6 +45,41 @@ func TestReadLogWithoutData(t *testing.T) {
 	closeController(t, c)
 	if err := c.ReadLog(t.Context(), LogRequest{}, make([]byte, 4)); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestReadLogAtTheEnd: logs are read while associations end, and the controller.
+func TestReadLogAtTheEnd(t *testing.T) {
+	for range 20 {
+		fabric := rdmatest.NewFabric()
+		newFakeTarget(t, fabric, 1<<20).intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			return nvme.StatusSuccess, qid == 0 && cmd.Opcode() == nvme.AdminGetLogPage
+		}
+		cfg := testConfig(fabric.Provider(hostAddr), newLoops(t, 1), poller.Request{IO: 1})
+		cfg.ReconnectDelay = time.Millisecond
+		c := connect(t, cfg)
+		var readers sync.WaitGroup
+		stop := make(chan struct{})
+		for range 4 {
+			readers.Go(func() {
+				out := make([]byte, adminPage)
+				for {
+					_ = c.ReadLog(t.Context(), LogRequest{Page: nvme.LogSMART}, out) // the connection may be lost
+					select {
+					case <-stop:
+						return
+					default:
+					}
+				}
+			})
+		}
+		for losses := range 3 {
+			fabric.KillAll(hostAddr)
+			waitFor(t, "the next association", func() bool { i := c.Info(); return i.Losses > losses && i.State == StateLive })
+		}
+		closeController(t, c)
+		close(stop)
+		readers.Wait()
 	}
 }
 
