@@ -3,7 +3,6 @@ package discovery
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
@@ -21,8 +20,8 @@ func Open(ctx context.Context, cfg initiator.Config) (*initiator.Controller, err
 }
 
 // OpenUnique is Open for a connection that is kept. A service that has a name of its own
-// beside the well-known one is connected to by that name, which is the name under which
-// hosts and the service itself know such a connection.
+// beside the well-known one is connected to by that name, if it accepts it: hosts and the
+// service itself know such a connection by it.
 func OpenUnique(ctx context.Context, cfg initiator.Config) (*initiator.Controller, error) {
 	c, err := Open(ctx, cfg)
 	if err != nil {
@@ -39,7 +38,7 @@ func OpenUnique(ctx context.Context, cfg initiator.Config) (*initiator.Controlle
 	cfg.SubNQN = nqn
 	unique, err := Open(ctx, cfg)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("connect to the discovery service by its own name, %q: %w", nqn, err), c.Close(ctx))
+		return c, nil
 	}
 	_ = c.Close(ctx) // a service that is not left in order notices the end of the connection
 	return unique, nil

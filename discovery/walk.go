@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"net/netip"
 
 	"ublk-nvmeof/nvme"
 )
@@ -25,6 +26,16 @@ type Page struct {
 	Err   error
 }
 
+// Endpoint returns where an entry of the log leads to, as Entry.Endpoint does. A link-local
+// address is on the link by which the service was reached.
+func (p Page) Endpoint(e *Entry) (Endpoint, error) {
+	at, err := e.Endpoint()
+	if a := at.Address.Addr(); err == nil && a.Is6() && a.IsLinkLocalUnicast() {
+		at.Address = netip.AddrPortFrom(a.WithZone(p.From.Address.Addr().Zone()), at.Address.Port())
+	}
+	return at, err
+}
+
 // Referrals returns the services that the log refers to. Entries that cannot be used are
 // left out.
 func (p Page) Referrals() (out []Endpoint) {
@@ -36,7 +47,7 @@ func (p Page) Referrals() (out []Endpoint) {
 		if e.SUBTYPE() != nvme.SubsystemReferral {
 			continue
 		}
-		if at, err := e.Endpoint(); err == nil {
+		if at, err := p.Endpoint(e); err == nil {
 			out = append(out, at)
 		}
 	}

@@ -3,6 +3,7 @@ package discovery
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -107,6 +108,38 @@ func TestWalkTime(t *testing.T) {
 	}
 	if pages != 1 {
 		t.Errorf("%d pages after the end of the context", pages)
+	}
+}
+
+// TestWatchFlood: a service that reports changes all the time is not read all the time.
+func TestWatchFlood(t *testing.T) {
+	s := &service{log: encode(1)}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	Watch(ctx, at(1), WatchConfig{
+		Open: func(_ context.Context, _ Endpoint, changed func()) (Conn, error) {
+			s.before = func(initiator.LogRequest) { changed() }
+			return s.open(changed)
+		},
+		Report: func(Page) {}, Settle: time.Millisecond,
+	})
+	if s.reads > 2*60 { // two for each time
+		t.Errorf("%d reads in a second", s.reads)
+	}
+}
+
+// TestLinkLocal: an address of a link is on the link of the service that lists it.
+func TestLinkLocal(t *testing.T) {
+	var e nvme.DiscoveryEntry
+	e.SetTRTYPE(nvme.TransportRDMA)
+	e.SetADRFAM(nvme.AddressIPv6)
+	e.SetSUBTYPE(nvme.SubsystemReferral)
+	if err := errors.Join(e.SetTRADDR("fe80::2"), e.SetTRSVCID("4420"), e.SetSUBNQN(nvme.DiscoveryNQN)); err != nil {
+		t.Fatal(err)
+	}
+	p := Page{From: Endpoint{Address: netip.MustParseAddrPort("[fe80::1%eth7]:4420")}, Log: &Log{Entries: []Entry{{DiscoveryEntry: e}}}}
+	if got := p.Referrals(); len(got) != 1 || got[0].Address.String() != "[fe80::2%eth7]:4420" {
+		t.Errorf("%v", got)
 	}
 }
 

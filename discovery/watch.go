@@ -17,7 +17,7 @@ type WatchConfig struct {
 	// called Watch. After an error, the last log of the service stays what is known of it.
 	Report func(Page)
 	Limits Limits
-	Settle time.Duration // wait for more changes after one; 0: 200 ms
+	Settle time.Duration // wait for more changes after one, and up to 50 times as long if they do not end; 0: 200 ms
 	Poll   time.Duration // read the log again although no event came; 0: 10 min
 	Retry  time.Duration // after an error; 0: 10 s
 }
@@ -107,6 +107,9 @@ func (w *watcher) follow(ctx context.Context) {
 	}
 }
 
+// maxSettle is how many times the pause after a change may be WatchConfig.Settle.
+const maxSettle = 50
+
 // watch keeps the connection to one service until ctx is done.
 func (w *watcher) watch(ctx context.Context, at Endpoint) {
 	changed := make(chan struct{}, 1)
@@ -126,8 +129,10 @@ func (w *watcher) watch(ctx context.Context, at Endpoint) {
 		_ = conn.Close(end) // a service that is not left in order notices the end of the connection
 	}()
 	last := reported{}
+	settle := w.cfg.Settle
 	for {
 		log, err := Read(ctx, conn, w.cfg.Limits)
+		read := time.Now()
 		if ctx.Err() != nil || last.isNews(log, err) && !w.send(ctx, Page{From: at, Log: log, Err: err}) {
 			return
 		}
@@ -141,8 +146,14 @@ func (w *watcher) watch(ctx context.Context, at Endpoint) {
 		case <-ctx.Done():
 			return
 		}
+		// A service that reports changes without end costs less and less.
+		if time.Since(read) < settle {
+			settle = min(2*settle, maxSettle*w.cfg.Settle)
+		} else {
+			settle = w.cfg.Settle
+		}
 		select {
-		case <-time.After(w.cfg.Settle):
+		case <-time.After(settle):
 		case <-ctx.Done():
 			return
 		}

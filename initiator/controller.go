@@ -564,6 +564,7 @@ type Info struct {
 	Losses    int            // associations lost so far
 	Attempts  int            // to make one again, since then
 	Address   netip.AddrPort // of the target
+	SubNQN    string         // name by which the subsystem was connected to
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -589,7 +590,7 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
+	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan

@@ -224,7 +224,7 @@ func (g *gatherer) walk(ctx context.Context, o *options.Discovery, all *subsyste
 func (g *gatherer) take(p discovery.Page, o *options.Discovery, all *subsystems) {
 	for i := range p.Log.Entries {
 		e := &p.Log.Entries[i]
-		at, err := e.Endpoint()
+		at, err := p.Endpoint(e)
 		switch {
 		case err == nil && e.SUBTYPE() != nvme.SubsystemNVMe:
 		case err == nil && at.NQN == nvme.DiscoveryNQN:

@@ -47,7 +47,8 @@ func newDisconnect(runDir dirFunc) *cobra.Command {
 		Short: "End the servers of subsystems, and remove their devices",
 		Long: `Ends all servers of a subsystem, given by its NQN, or the server of one device. A
 device is given as /dev/ublkb0, ublkb0, /dev/nbd0 or an NBD URI; the name of a
-server, such as ctrl0, is accepted as well (see list -v).
+server, such as ctrl0, is accepted as well (see list -v), and that of a process that stays
+connected to discovery services, such as discovery0.
 
 A server whose device is in use is not ended unless --force is given. With --force
 the users of the device get I/O errors, and a server that does not end within

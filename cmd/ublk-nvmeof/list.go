@@ -29,8 +29,9 @@ and granted. "poll 1/0→default" means that one poll queue was requested, none 
 granted, and the default queues serve its requests.
 
 A server that died is shown as lost, with the devices that it left: recover starts
-a server for them, and disconnect removes them. JSON has all details, with or
-without -v.`,
+a server for them, and disconnect removes them. -v also shows the processes that stay
+connected to discovery services (connect-all --persistent). JSON has all details, with
+or without -v.`,
 		Args: cobra.NoArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()

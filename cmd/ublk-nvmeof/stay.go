@@ -190,7 +190,7 @@ func (k *keeper) learn(n news) {
 	k.known[from] = n.page.Log.Entries
 	k.log.Info("discovery log", "service", name, "entries", len(n.page.Log.Entries), "appeared", len(appeared), "vanished", len(vanished))
 	for i := range vanished {
-		if at, err := vanished[i].Endpoint(); err == nil {
+		if at, err := n.page.Endpoint(&vanished[i]); err == nil {
 			k.pending.remove(at, n.from.Connect.HostNQN)
 		}
 	}
@@ -232,6 +232,10 @@ func (k *keeper) connectPending(ctx context.Context) {
 // stayInForeground is connect-all --persistent --foreground after the first pass.
 func (g *gatherer) stayInForeground(ctx context.Context, services []discoverer.Service) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: g.level(), ReplaceAttr: journalAttr}))
+	if err := g.client.Close(); err != nil { // its log is for a command that ends
+		return err
+	}
+	g.client = discoverer.New(log)
 	return g.stay(ctx, services, log, func(_ *rundir.Place, what string) error {
 		log.Info(what)
 		return nil

@@ -108,6 +108,7 @@ func (c *Client) OpenToStay(ctx context.Context, o *options.Discovery, at discov
 	if err != nil {
 		return nil, exit.Connecting(at.Address.String(), at.NQN, cfg.HostNQN, err)
 	}
+	c.log.Info("connected to discovery service", "address", at.Address.String(), "nqn", conn.Info().SubNQN)
 	return conn, nil
 }
 
