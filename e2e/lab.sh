@@ -9,7 +9,8 @@
 #	rxe [MTU]             rxe0 over eth0, the interface's MTU in bytes (default: as it is)
 #	target [KEY=VALUE]…   a subsystem, its namespaces and its port; see lab_target
 #	list NQN 0|1          the first port serves one more subsystem, or no longer
-#	referral ADDR PORT    the first port refers hosts to the discovery service there
+#	referral ADDR PORT [TRANSPORT]
+#	                      the first port refers hosts to the discovery service there (rdma)
 #	grant N [NQN]         at most N I/O queues from now on; makes every host reconnect
 #	readonly NSID [NQN]   write protect a namespace
 #	file NSID MiB         one more namespace, on a file, which can be resized
@@ -143,7 +144,7 @@ lab_list() {
 lab_referral() {
 	local dir=$lab_nvmet/ports/1/referrals/$1
 	mkdir "$dir" || return
-	lab_set "$dir/addr_trtype" rdma || return
+	lab_set "$dir/addr_trtype" "${3:-rdma}" || return
 	lab_set "$dir/addr_adrfam" ipv4 || return
 	lab_set "$dir/addr_traddr" "$1" || return
 	lab_set "$dir/addr_trsvcid" "$2" || return

@@ -312,6 +312,29 @@ func (c RDMACMS) String() string {
 	return unrecognized
 }
 
+// TCPSecurity is the kind of secure channel of the TCP transport.
+type TCPSecurity uint8
+
+// Kinds of secure channel.
+const (
+	TCPSecurityNone  TCPSecurity = 0
+	TCPSecurityTLS   TCPSecurity = 1 // before 1.3
+	TCPSecurityTLS13 TCPSecurity = 2
+)
+
+// String names the kind.
+func (s TCPSecurity) String() string {
+	switch s {
+	case TCPSecurityNone:
+		return "none"
+	case TCPSecurityTLS:
+		return "tls"
+	case TCPSecurityTLS13:
+		return "tls13"
+	}
+	return unrecognized
+}
+
 // DiscoveryEntry is one entry of the discovery log. Text comes from the
 // controller, without padding and not fit for a terminal as it is.
 type DiscoveryEntry [DiscoveryEntrySize]byte
@@ -411,3 +434,9 @@ func (e *DiscoveryEntry) RDMAPKey() uint16 { return le.Uint16(e[776:778]) }
 
 // SetRDMAPKey sets RDMAPKey.
 func (e *DiscoveryEntry) SetRDMAPKey(v uint16) { le.PutUint16(e[776:778], v) }
+
+// TCPSecurity returns the kind of secure channel; valid on TCP.
+func (e *DiscoveryEntry) TCPSecurity() TCPSecurity { return TCPSecurity(e[768]) }
+
+// SetTCPSecurity sets TCPSecurity.
+func (e *DiscoveryEntry) SetTCPSecurity(v TCPSecurity) { e[768] = byte(v) }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -140,6 +141,7 @@ func (g *gatherer) connectAndStay(cmd *cobra.Command, found discoverer.Found, se
 type subsystem struct {
 	nqn, hostNQN string
 	paths        []path
+	tried        time.Time // when it could not be connected the last time
 }
 
 // path is an address of a subsystem, and the flags to connect with.

@@ -161,19 +161,51 @@ func (k *keeper) resolve(ctx context.Context, o *options.Discovery) (discovery.E
 // main goroutine, whose thread gives servers their marks.
 func (k *keeper) act(ctx context.Context) {
 	for {
-		var again <-chan time.Time
+		var next <-chan time.Time
 		if len(k.pending) > 0 {
-			again = time.After(k.opts.Connect.Reconnect)
+			next = time.After(time.Until(k.due()))
 		}
 		select {
 		case n := <-k.news:
 			k.learn(n)
-		case <-again:
+		case <-next:
 		case <-ctx.Done():
 			k.log.Info("the connections to the discovery services end; devices stay", "because", context.Cause(ctx))
 			return
 		}
 		k.connectPending(ctx)
+	}
+}
+
+// maxBatch is how many subsystems are tried before news is looked at again.
+const maxBatch = 8
+
+// due is when the next subsystem is to be tried.
+func (k *keeper) due() time.Time {
+	first := slices.MinFunc(k.pending, func(a, b *subsystem) int { return a.tried.Compare(b.tried) })
+	if first.tried.IsZero() {
+		return first.tried
+	}
+	return first.tried.Add(k.opts.Connect.Reconnect)
+}
+
+// connectPending tries subsystems that are due, those first that have waited longest.
+func (k *keeper) connectPending(ctx context.Context) {
+	var batch subsystems
+	for _, s := range slices.SortedStableFunc(slices.Values(k.pending), func(a, b *subsystem) int { return a.tried.Compare(b.tried) }) {
+		if len(batch) < maxBatch && (s.tried.IsZero() || time.Since(s.tried) >= k.opts.Connect.Reconnect) {
+			batch = append(batch, s)
+		}
+	}
+	for i, r := range k.connectAll(ctx, batch) {
+		s := batch[i]
+		if r.Err != nil {
+			k.log.Warn("subsystem is not connected yet", "nqn", s.nqn, "error", r.Err)
+			s.tried = time.Now()
+			continue
+		}
+		k.log.Info("subsystem", "nqn", s.nqn, "outcome", string(r.Outcome), "server", r.Status.Name, "unused_paths", r.Further)
+		k.pending = slices.DeleteFunc(k.pending, func(p *subsystem) bool { return p == s })
 	}
 }
 
@@ -205,28 +237,6 @@ func (all *subsystems) remove(at discovery.Endpoint, hostNQN string) {
 		}
 	}
 	*all = slices.DeleteFunc(*all, func(s *subsystem) bool { return len(s.paths) == 0 })
-}
-
-// connectPending connects what can be connected.
-func (k *keeper) connectPending(ctx context.Context) {
-	if len(k.pending) == 0 {
-		return
-	}
-	results := k.connectAll(ctx, k.pending)
-	var left subsystems
-	for i, s := range k.pending {
-		if i >= len(results) { // ctx is done
-			break
-		}
-		r := results[i]
-		if r.Err != nil {
-			k.log.Warn("subsystem is not connected yet", "nqn", s.nqn, "error", r.Err)
-			left = append(left, s)
-			continue
-		}
-		k.log.Info("subsystem", "nqn", s.nqn, "outcome", string(r.Outcome), "server", r.Status.Name, "unused_paths", r.Further)
-	}
-	k.pending = left
 }
 
 // stayInForeground is connect-all --persistent --foreground after the first pass.

@@ -57,7 +57,11 @@ func fields(e *discovery.Entry) []field {
 		{name: "traddr", label: "traddr:  ", value: e.TRADDR()},
 		{name: "eflags", label: "eflags:  ", value: e.EFLAGS().String()},
 	}
-	if e.TRTYPE() != nvme.TransportRDMA {
+	switch e.TRTYPE() {
+	case nvme.TransportTCP:
+		return append(out, field{name: "sectype", label: "sectype: ", value: e.TCPSecurity().String()})
+	case nvme.TransportRDMA:
+	default:
 		return out
 	}
 	return append(out,

@@ -165,7 +165,8 @@ func TestDiscovery(t *testing.T) {
 	// The fields of RDMA mean nothing on another transport.
 	log.Entries[0].SetTRTYPE(nvme.TransportTCP)
 	b.Reset()
-	if err := Discovery(&b, log, Normal); err != nil || strings.Contains(b.String(), "rdma") {
+	log.Entries[0].SetTCPSecurity(nvme.TCPSecurityTLS13)
+	if err := Discovery(&b, log, Normal); err != nil || strings.Contains(b.String(), "rdma") || !strings.HasSuffix(b.String(), "eflags:  none\nsectype: tls13\n") {
 		t.Errorf("%v: %q", err, b.String())
 	}
 }
