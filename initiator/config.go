@@ -143,7 +143,7 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.IOTimeout, defaultIOTimeout)
 	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
 	setDefault(&c.CtrlLoss, defaultCtrlLoss)
-	if c.MaxMemory == 0 {
+	if c.MaxMemory == 0 && !c.Discovery { // which has no I/O buffers
 		available, err := hostmem.Available()
 		if err != nil {
 			return fmt.Errorf("config: memory: %w", err)
