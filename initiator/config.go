@@ -65,7 +65,7 @@ type Config struct {
 	DisableSQFlow bool          // ask the target to do without SQ flow control
 	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
 
-	ConnectTimeout time.Duration // per address or route resolution and per connection; 0: 10 s
+	ConnectTimeout time.Duration // per address or route resolution, per connection, and for any sign of life while an association is made; 0: 10 s
 	AdminTimeout   time.Duration // per admin command; 0: 60 s
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 

@@ -96,7 +96,9 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err != nil {
 		return nil, errors.Join(err, c.mem.close())
 	}
-	if err := c.firstLook(ctx, a); err != nil {
+	during, cancel := a.during(ctx)
+	defer cancel()
+	if err := c.firstLook(during, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
 	}
 	for _, l := range c.lanes {
@@ -249,13 +251,10 @@ func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 
 // serve keeps an association alive, and returns why it does not any more.
 func (c *Controller) serve(a *association) error {
-	ctx, cancel := context.WithCancel(c.life)
 	var helpers sync.WaitGroup
-	helpers.Go(func() { c.keepAlive(ctx, a) })
-	helpers.Go(func() { c.listen(ctx, a) })
-	helpers.Go(func() { c.watchNamespaces(ctx, a) })
+	helpers.Go(func() { c.listen(a.life, a) })
+	helpers.Go(func() { c.watchNamespaces(a.life, a) })
 	defer helpers.Wait()
-	defer cancel()
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
 	for {
@@ -263,10 +262,8 @@ func (c *Controller) serve(a *association) error {
 		case <-second.C:
 			c.clock.Add(1)
 			c.tend(a)
-		case err := <-a.lost:
-			return err
-		case <-c.life.Done():
-			return context.Cause(c.life)
+		case <-a.life.Done():
+			return context.Cause(a.life)
 		}
 	}
 }
@@ -327,6 +324,8 @@ func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := a.during(ctx)
+	defer cancel()
 	if _, err := c.look(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
@@ -404,35 +403,41 @@ func (c *Controller) tend(a *association) {
 	}
 }
 
-// keepAlive sends Keep Alive commands. The controller counts any command as a
-// sign of life only if it says so (TBKAS), and then counts in intervals, which
-// costs up to one more.
-func (c *Controller) keepAlive(ctx context.Context, a *association) {
+// startKeepAlive sends Keep Alive commands until the association ends, and ends it if
+// one is not answered. The controller's timer runs from the moment that the controller is
+// enabled, so the commands begin while the association is still being made. Until it
+// serves, a target has at least the connect timeout for its answer.
+func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
+	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
 	if c.cfg.KeepAlive == 0 {
-		return
+		return nil
 	}
-	period := c.cfg.KeepAlive / 2
-	if a.identify.TBKAS() {
-		period /= 2
-	}
-	tick := time.NewTicker(period)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
+	a.alive.Go(func() {
+		// A controller that counts any command as a sign of life (TBKAS) does so in
+		// intervals of the timeout, and needs twice as many commands as others.
+		tick := time.NewTicker(c.cfg.KeepAlive / 4)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-a.life.Done():
+				return
+			}
+			limit := c.cfg.KeepAlive
+			if !c.serves(a) {
+				limit = max(limit, c.cfg.ConnectTimeout)
+			}
+			if err := c.ping(a.life, a, limit); err != nil {
+				a.fail(err)
+			}
 		}
-		if err := c.ping(ctx, a); err != nil && ctx.Err() == nil {
-			a.fail(err)
-			return
-		}
-	}
+	})
+	return nil
 }
 
-// ping sends one Keep Alive command.
-func (c *Controller) ping(ctx context.Context, a *association) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
+// ping sends one Keep Alive command, which must be answered within limit.
+func (c *Controller) ping(ctx context.Context, a *association, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var cmd nvme.Command
 	cmd.SetKeepAlive()

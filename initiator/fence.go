@@ -132,14 +132,11 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 		left := time.Until(end)
 		select {
 		case <-time.After(min(left, f.ctrl.cfg.KeepAlive/4)):
-		case err := <-f.a.lost:
-			f.a.fail(err) // for the goroutine that serves the association
-			return err
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 		if time.Since(f.answered) >= f.ctrl.cfg.KeepAlive/4 {
-			if err := f.ctrl.ping(ctx, f.a); err != nil {
+			if err := f.ctrl.ping(ctx, f.a, f.ctrl.cfg.KeepAlive); err != nil {
 				return err
 			}
 			f.alive()
@@ -220,7 +217,10 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				if err = c.fence(ctx, a, id, max(keepAlive, c.cfg.KeepAlive)); err == nil && c.serves(a) {
+				during, cancel := a.during(ctx)
+				err = c.fence(during, a, id, max(keepAlive, c.cfg.KeepAlive))
+				cancel()
+				if err == nil && c.serves(a) {
 					break
 				}
 			}
