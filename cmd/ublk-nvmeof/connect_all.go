@@ -112,8 +112,8 @@ func (g *gatherer) connectAndStay(cmd *cobra.Command, found discoverer.Found, se
 	for _, s := range found.Skipped {
 		g.errs("%v", s)
 	}
-	subsystems, errs := g.collect(ctx, found)
-	results := g.connectAll(ctx, subsystems)
+	listed, errs := g.collect(ctx, found)
+	results := g.connectAll(ctx, listed.all)
 	if err := output.ConnectedAll(cmd.OutOrStdout(), results, g.format, g.verbose); err != nil {
 		return err
 	}
@@ -139,10 +139,12 @@ func (g *gatherer) connectAndStay(cmd *cobra.Command, found discoverer.Found, se
 
 // subsystem is what one host may connect to, and where.
 type subsystem struct {
-	nqn, hostNQN string
-	paths        []path
-	tried        time.Time // when it could not be connected the last time
+	subsystemID
+	paths []path
+	tried time.Time // when it could not be connected the last time
 }
+
+type subsystemID struct{ nqn, hostNQN string }
 
 // path is an address of a subsystem, and the flags to connect with.
 type path struct {
@@ -151,20 +153,58 @@ type path struct {
 }
 
 // subsystems are the subsystems that were found, in their order.
-type subsystems []*subsystem
+type subsystems struct {
+	all  []*subsystem
+	byID map[subsystemID]*subsystem
+}
 
-// add adds a path to a subsystem, unless it is there.
-func (all *subsystems) add(nqn string, p path) {
-	host := p.with.Connect.HostNQN
-	i := slices.IndexFunc(*all, func(s *subsystem) bool { return s.nqn == nqn && s.hostNQN == host })
-	if i < 0 {
-		i = len(*all)
-		*all = append(*all, &subsystem{nqn: nqn, hostNQN: host})
+// Services can list anything. What is beyond these limits is left out.
+const (
+	maxSubsystems = 4096
+	maxPaths      = 64 // of a subsystem
+)
+
+// add adds a path to a subsystem, unless it is there. It returns false if there are too many.
+func (l *subsystems) add(nqn string, p path) bool {
+	id := subsystemID{nqn, p.with.Connect.HostNQN}
+	s := l.byID[id]
+	if s == nil {
+		if len(l.all) == maxSubsystems {
+			return false
+		}
+		if l.byID == nil {
+			l.byID = map[subsystemID]*subsystem{}
+		}
+		s = &subsystem{subsystemID: id}
+		l.byID[id] = s
+		l.all = append(l.all, s)
 	}
-	s := (*all)[i]
-	if !slices.ContainsFunc(s.paths, func(have path) bool { return have.to == p.to }) {
-		s.paths = append(s.paths, p)
+	if slices.ContainsFunc(s.paths, func(have path) bool { return have.to == p.to }) {
+		return true
 	}
+	if len(s.paths) == maxPaths {
+		return false
+	}
+	s.paths = append(s.paths, p)
+	return true
+}
+
+// remove removes a path of a subsystem.
+func (l *subsystems) remove(at discovery.Endpoint, hostNQN string) {
+	s := l.byID[subsystemID{at.NQN, hostNQN}]
+	if s == nil {
+		return
+	}
+	s.paths = slices.DeleteFunc(s.paths, func(p path) bool { return p.to == at.Address })
+	if len(s.paths) == 0 {
+		l.drop(s)
+	}
+}
+
+// drop removes a subsystem.
+func (l *subsystems) drop(s *subsystem) {
+	delete(l.byID, s.subsystemID)
+	l.all = slices.DeleteFunc(l.all, func(have *subsystem) bool { return have == s })
 }
 
 // collect asks all services. The errors are about what could not be asked, or understood.
@@ -178,7 +218,9 @@ func (g *gatherer) collect(ctx context.Context, found discoverer.Found) (all sub
 			continue
 		}
 		for _, at := range endpoints {
-			all.add(at.NQN, path{at.Address, s.Options})
+			if !all.add(at.NQN, path{at.Address, s.Options}) {
+				errs = append(errs, s.Error(fmt.Errorf("left out: there are more than %d subsystems, or more than %d addresses of this one", maxSubsystems, maxPaths)))
+			}
 		}
 	}
 	for _, s := range found.Discovery {
@@ -221,26 +263,40 @@ func (g *gatherer) walk(ctx context.Context, o *options.Discovery, all *subsyste
 	return errors.Join(failed...)
 }
 
+// maxComplaints is how many entries of a log are complained of one by one.
+const maxComplaints = 8
+
 // take adds what a log lists. Entries that cannot be used are reported, but for those of
 // other transports, which are somebody else's.
 func (g *gatherer) take(p discovery.Page, o *options.Discovery, all *subsystems) {
+	complaints := 0
+	leaveOut := func(i int, why string) {
+		if complaints++; complaints <= maxComplaints {
+			g.errs("%s: entry %d is left out: %s", p.From.Address, i, why)
+		}
+	}
 	for i := range p.Log.Entries {
 		e := &p.Log.Entries[i]
 		at, err := p.Endpoint(e)
 		switch {
 		case err == nil && e.SUBTYPE() != nvme.SubsystemNVMe:
 		case err == nil && at.NQN == nvme.DiscoveryNQN:
-			g.errs("%s: entry %d is left out: a discovery subsystem has no namespaces", p.From.Address, i)
+			leaveOut(i, "a discovery subsystem has no namespaces")
 		case err == nil:
-			all.add(at.NQN, path{at.Address, o})
+			if !all.add(at.NQN, path{at.Address, o}) {
+				leaveOut(i, fmt.Sprintf("there are more than %d subsystems, or more than %d addresses of this one", maxSubsystems, maxPaths))
+			}
 		case e.TRTYPE() == nvme.TransportRDMA || g.verbose:
-			g.errs("%s: entry %d is left out: %v", p.From.Address, i, err)
+			leaveOut(i, err.Error())
 		}
+	}
+	if more := complaints - maxComplaints; more > 0 {
+		g.errs("%s: %d more entries are left out", p.From.Address, more)
 	}
 }
 
 // connectAll connects to all subsystems, one after the other.
-func (g *gatherer) connectAll(ctx context.Context, all subsystems) (results []output.SubsystemResult) {
+func (g *gatherer) connectAll(ctx context.Context, all []*subsystem) (results []output.SubsystemResult) {
 	for _, s := range all {
 		if ctx.Err() != nil {
 			return results

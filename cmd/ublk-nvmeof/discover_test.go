@@ -2,14 +2,20 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/discovery"
+	"ublk-nvmeof/nvme"
 )
 
 // services is two targets without an RDMA device that refer to each other. Both have the
@@ -251,5 +257,48 @@ func TestConfig(t *testing.T) {
 	out, errs, code = s.run("config", "convert", conf)
 	if code != exit.OK || !strings.Contains(errs, "discovery.conf:3: skipped") || !strings.Contains(out, `"traddr":"10.0.0.1"`) || !strings.Contains(out, `"persistent":true`) || !strings.Contains(out, `"hostnqn":"nqn.a"`) {
 		t.Errorf("exit code %d, %s\n%s", code, errs, out)
+	}
+}
+
+// TestTakeHostile: logs that list whatever they can cost little time, memory and output.
+func TestTakeHostile(t *testing.T) {
+	began := time.Now()
+	var lines []string
+	g := &gatherer{errs: func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }}
+	o := options.DefaultDiscovery()
+	entry := func(nqn, address string) (e discovery.Entry) {
+		e.SetTRTYPE(nvme.TransportRDMA)
+		e.SetADRFAM(nvme.AddressIPv4)
+		e.SetSUBTYPE(nvme.SubsystemNVMe)
+		if err := errors.Join(e.SetSUBNQN(nqn), e.SetTRADDR(address), e.SetTRSVCID("4420")); err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	var all subsystems
+	for i := range 30 {
+		p := discovery.Page{Log: &discovery.Log{}}
+		for j := range 4096 {
+			p.Log.Entries = append(p.Log.Entries, entry(fmt.Sprintf("nqn.%d", i*4096+j), "10.0.0.1"), entry("nqn.0", fmt.Sprintf("10.1.%d.%d", j>>8, j&0xFF)))
+		}
+		g.take(p, o, &all)
+	}
+	bad := entry(nvme.DiscoveryNQN, "10.0.0.1")
+	g.take(discovery.Page{Log: &discovery.Log{Entries: slices.Repeat([]discovery.Entry{bad}, 4096)}}, o, &all)
+	if len(all.all) != maxSubsystems || len(all.all[0].paths) != maxPaths || len(lines) != 31*(maxComplaints+1) {
+		t.Errorf("%d subsystems, %d paths, %d lines", len(all.all), len(all.all[0].paths), len(lines))
+	}
+	if last := lines[len(lines)-1]; !strings.Contains(last, "4088 more entries are left out") {
+		t.Errorf("%s", last)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("that took %v", took)
+	}
+	// Paths that vanish are forgotten, and a subsystem with its last one.
+	for range maxPaths {
+		all.remove(discovery.Endpoint{Address: all.all[0].paths[0].to, NQN: "nqn.0"}, o.Connect.HostNQN)
+	}
+	if len(all.all) != maxSubsystems-1 || all.all[0].nqn != "nqn.1" {
+		t.Errorf("%d subsystems, the first is %s", len(all.all), all.all[0].nqn)
 	}
 }

@@ -74,7 +74,7 @@ type news struct {
 }
 
 // stay keeps connections to the services until ctx is done. ready is called once the process
-// has its place; nil for a process in the foreground.
+// has its place, with a sentence that says so.
 func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log *slog.Logger, ready func(*rundir.Place, string) error) (err error) {
 	place, record, err := discoverer.Keep(string(g.dir), services)
 	if err != nil {
@@ -140,6 +140,9 @@ func (k *keeper) watch(ctx context.Context, o *options.Discovery) {
 	})
 }
 
+// maxKnown is how many logs a keeper remembers: services may refer to other ones each time.
+const maxKnown = 256
+
 // resolve finds the address of a service, again and again if it must. It returns false if
 // ctx is done.
 func (k *keeper) resolve(ctx context.Context, o *options.Discovery) (discovery.Endpoint, bool) {
@@ -162,7 +165,7 @@ func (k *keeper) resolve(ctx context.Context, o *options.Discovery) (discovery.E
 func (k *keeper) act(ctx context.Context) {
 	for {
 		var next <-chan time.Time
-		if len(k.pending) > 0 {
+		if len(k.pending.all) > 0 {
 			next = time.After(time.Until(k.due()))
 		}
 		select {
@@ -182,7 +185,7 @@ const maxBatch = 8
 
 // due is when the next subsystem is to be tried.
 func (k *keeper) due() time.Time {
-	first := slices.MinFunc(k.pending, func(a, b *subsystem) int { return a.tried.Compare(b.tried) })
+	first := slices.MinFunc(k.pending.all, func(a, b *subsystem) int { return a.tried.Compare(b.tried) })
 	if first.tried.IsZero() {
 		return first.tried
 	}
@@ -191,8 +194,8 @@ func (k *keeper) due() time.Time {
 
 // connectPending tries subsystems that are due, those first that have waited longest.
 func (k *keeper) connectPending(ctx context.Context) {
-	var batch subsystems
-	for _, s := range slices.SortedStableFunc(slices.Values(k.pending), func(a, b *subsystem) int { return a.tried.Compare(b.tried) }) {
+	var batch []*subsystem
+	for _, s := range slices.SortedStableFunc(slices.Values(k.pending.all), func(a, b *subsystem) int { return a.tried.Compare(b.tried) }) {
 		if len(batch) < maxBatch && (s.tried.IsZero() || time.Since(s.tried) >= k.opts.Connect.Reconnect) {
 			batch = append(batch, s)
 		}
@@ -205,7 +208,7 @@ func (k *keeper) connectPending(ctx context.Context) {
 			continue
 		}
 		k.log.Info("subsystem", "nqn", s.nqn, "outcome", string(r.Outcome), "server", r.Status.Name, "unused_paths", r.Further)
-		k.pending = slices.DeleteFunc(k.pending, func(p *subsystem) bool { return p == s })
+		k.pending.drop(s)
 	}
 }
 
@@ -219,6 +222,9 @@ func (k *keeper) learn(n news) {
 		return
 	}
 	appeared, vanished := discovery.Diff(k.known[from], n.page.Log.Entries)
+	if len(k.known) >= maxKnown {
+		clear(k.known) // what they list is found to be connected already
+	}
 	k.known[from] = n.page.Log.Entries
 	k.log.Info("discovery log", "service", name, "entries", len(n.page.Log.Entries), "appeared", len(appeared), "vanished", len(vanished))
 	for i := range vanished {
@@ -227,16 +233,6 @@ func (k *keeper) learn(n news) {
 		}
 	}
 	k.take(discovery.Page{From: n.page.From, Log: &discovery.Log{Entries: appeared}}, n.from, &k.pending)
-}
-
-// remove removes a path of a subsystem.
-func (all *subsystems) remove(at discovery.Endpoint, hostNQN string) {
-	for _, s := range *all {
-		if s.nqn == at.NQN && s.hostNQN == hostNQN {
-			s.paths = slices.DeleteFunc(s.paths, func(p path) bool { return p.to == at.Address })
-		}
-	}
-	*all = slices.DeleteFunc(*all, func(s *subsystem) bool { return len(s.paths) == 0 })
 }
 
 // stayInForeground is connect-all --persistent --foreground after the first pass.
