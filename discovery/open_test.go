@@ -111,6 +111,57 @@ func TestOpenOther(t *testing.T) {
 	}
 }
 
+// TestOpenUnique: a service that has a name of its own is known by it, if the connection is
+// kept and the service takes the name.
+func TestOpenUnique(t *testing.T) {
+	const own = "nqn.2026-01.org.example:services"
+	l := newLab(t)
+	tg, err := target.New(target.Config{Provider: l.fabric.Provider(at(1).Address.Addr()), AddrPort: at(1).Address, DiscoveryNQN: own})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tg.Close()
+	l.target(at(2))
+	for _, c := range []struct {
+		to        Endpoint
+		open      func(context.Context, initiator.Config) (*initiator.Controller, error)
+		ask, want string
+	}{
+		{at(1), Open, "", nvme.DiscoveryNQN}, {at(1), OpenUnique, "", own}, {at(1), OpenUnique, nvme.DiscoveryNQN, own},
+		{at(1), OpenUnique, own, own}, {at(1), Open, own, own}, {at(2), OpenUnique, "", nvme.DiscoveryNQN},
+	} {
+		cfg := l.config(c.to)
+		cfg.SubNQN = c.ask
+		ctrl, err := c.open(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := ctrl.Info().SubNQN; got != c.want {
+			t.Errorf("%v asked for by %q is known as %s, want %s", c.to, c.ask, got, c.want)
+		}
+		log, err := Read(t.Context(), ctrl, Limits{})
+		if err != nil || len(log.Entries) != 1 || c.to == at(1) && log.Entries[0].NQN() != own {
+			t.Errorf("%+v, %v", log, err)
+		}
+		if err := ctrl.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	// A controller whose name leads nowhere is used by the well-known one.
+	const subnqn = 768 // in Identify Controller
+	tg.Faults().Add(target.Fault{
+		Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{nvme.CNSController}},
+		Patches: []target.Patch{{Offset: subnqn, Bytes: []byte("nqn.nowhere\x00")}},
+	})
+	ctrl, err := OpenUnique(t.Context(), l.config(at(1)))
+	if err != nil || ctrl.Info().SubNQN != nvme.DiscoveryNQN {
+		t.Fatalf("%v", err)
+	}
+	if err := ctrl.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestWatchTargets: subsystems that appear, a service that is referred to, and a connection
 // that is lost while the log changes.
 func TestWatchTargets(t *testing.T) {

@@ -101,7 +101,7 @@ func (q *queuePair) discoveryLog() ([]byte, error) {
 		log = append(log, e[:]...)
 	}
 	ours := nvme.TREQNotSpecified | nvme.TREQDisableSQFlow
-	add(nvme.SubsystemCurrentDiscovery, nvme.DiscoveryNQN, own, nvme.EntryPersistent, ours)
+	add(nvme.SubsystemCurrentDiscovery, q.target.cfg.DiscoveryNQN, own, nvme.EntryPersistent, ours)
 	for _, s := range subsystems {
 		add(nvme.SubsystemNVMe, s.cfg.NQN, own, 0, ours)
 	}

@@ -57,6 +57,10 @@ type Config struct {
 	// queue takes about 1 MiB. 0: a quarter of the machine's memory, at least 256 MiB.
 	QueueMemory int64
 
+	// DiscoveryNQN is a name of the discovery subsystem beside the well-known one, which
+	// its controllers and its log give; empty: there is none.
+	DiscoveryNQN string
+
 	// Deferred makes connect requests wait until [Target.Start] is called, so that the
 	// first host finds all subsystems and namespaces.
 	Deferred bool
@@ -138,6 +142,12 @@ func (c *Config) setDefaults() error {
 			return fmt.Errorf("config: retry delay %d, %v, is no multiple of 100ms up to 6553.5s", i+1, d)
 		}
 	}
+	if c.DiscoveryNQN == "" {
+		c.DiscoveryNQN = nvme.DiscoveryNQN
+	}
+	if err := nvme.ValidateNQN(c.DiscoveryNQN); err != nil {
+		return fmt.Errorf("config: discovery subsystem: %w", err)
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -187,7 +197,7 @@ func New(cfg Config) (*Target, error) {
 	t.log = limitedLog(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
-	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
+	t.discovery = newSubsystem(t, SubsystemConfig{NQN: cfg.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
 	t.discovery.discovery = true
 	var err error
 	if t.listener, err = cfg.Provider.Listen(cfg.AddrPort, backlog); err != nil {
@@ -225,7 +235,7 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 		return nil, err
 	}
 	t.mu.Lock()
-	if t.subsystems[cfg.NQN] != nil || cfg.NQN == nvme.DiscoveryNQN {
+	if t.subsystems[cfg.NQN] != nil || t.isDiscovery(cfg.NQN) {
 		t.mu.Unlock()
 		return nil, fmt.Errorf("add subsystem: %s exists", cfg.NQN)
 	}
@@ -257,12 +267,17 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 
 // subsystem finds the subsystem of a Connect; nil if there is none.
 func (t *Target) subsystem(nqn string) *Subsystem {
-	if nqn == nvme.DiscoveryNQN {
+	if t.isDiscovery(nqn) {
 		return t.discovery
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.subsystems[nqn]
+}
+
+// isDiscovery reports whether the discovery subsystem has a name.
+func (t *Target) isDiscovery(nqn string) bool {
+	return nqn == nvme.DiscoveryNQN || nqn == t.cfg.DiscoveryNQN
 }
 
 // all lists all NVM subsystems.

@@ -34,6 +34,7 @@ type Target struct {
 
 	Subsystems []Subsystem
 	Referrals  []netip.AddrPort // to other discovery services
+	Discovery  string           // own NQN of the discovery subsystem; empty: none
 	Faults     []string         // see FaultWords
 
 	addr netip.Addr
@@ -109,6 +110,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		t.Referrals = append(t.Referrals, to)
 		return err
 	}}, "referral", "refer hosts that ask for subsystems to the discovery service at an address as well; may be repeated: "+ReferralWords)
+	f.Var(text(&t.Discovery, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN), "discovery-nqn", "NQN of the discovery subsystem beside the well-known one (default: none)")
 	f.Var(&each{kind: "fault", want: FaultWords, take: func(text string) error {
 		_, err := ParseFault(text)
 		t.Faults = append(t.Faults, text)

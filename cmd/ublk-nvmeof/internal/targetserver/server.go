@@ -143,7 +143,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 		}
 	}
 	s.target, err = target.New(target.Config{
-		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true,
+		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true, DiscoveryNQN: o.Discovery,
 		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, QueueMemory: o.QueueMemory,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
