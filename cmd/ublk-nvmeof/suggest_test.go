@@ -11,10 +11,11 @@ import (
 // with the one that was probably meant.
 func TestUnknownVerbsAndFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"discover -t rdma -a 10.0.0.1":  `unknown command "discover" for "ublk-nvmeof"; want one of completion, connect, disconnect, `,
-		"--run-dir /x connect-all -q y": `unknown command "connect-all" for "ublk-nvmeof"; did you mean "connect"?`,
+		"dim -t rdma -a 10.0.0.1":       `unknown command "dim" for "ublk-nvmeof"; want one of completion, `,
+		"--run-dir /x connect-al -q y":  `unknown command "connect-al" for "ublk-nvmeof"; did you mean "connect-all"?`,
+		"discovery -a 10.0.0.1":         `unknown command "discovery" for "ublk-nvmeof"; did you mean "discover"?`,
 		"lst --json":                    `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
-		"id-ctrl /dev/nvme0":            `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, connect, `,
+		"id-ctrl /dev/nvme0":            `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, `,
 		"target grnat -q":               `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
 		"target namespace rezise 1 1G":  `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
 		"connect --nqm x":               `connect: unknown flag: --nqm; did you mean "--nqn"?`,
