@@ -140,6 +140,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(0, adminDepth-1, uint32(c.cfg.KeepAlive/time.Millisecond), c.cfg.DisableSQFlow)
+	asked := time.Now()
 	done, err := a.admin.exec(ctx, &cmd, data[:], nil)
 	if err != nil {
 		return connectError(done, err)
@@ -150,7 +151,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	}
 	a.cntlid, a.born = r.CNTLID(), time.Now()
 	if c.cfg.Made != nil {
-		c.cfg.Made(a.cntlid)
+		c.cfg.Made(a.remote, a.cntlid, asked)
 	}
 	return nil
 }

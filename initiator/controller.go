@@ -66,6 +66,7 @@ type Controller struct {
 	reason       error          // why it is not live, or was not the last time
 	losses       int            // associations lost
 	attempts     int            // to make one since the last was lost
+	failure      error          // of the last of these attempts
 	remote       netip.AddrPort // of the last association
 	lastPatience time.Duration  // with it
 	assoc        *association
@@ -150,6 +151,7 @@ func (c *Controller) attach(a *association) error {
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, time.Now()
 	}
+	c.failure = nil
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
 	return nil
 }
@@ -310,6 +312,9 @@ func (c *Controller) reconnect(lost time.Time, err error) (*association, error) 
 			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
 			return a, nil
 		}
+		c.mu.Lock()
+		c.failure = err
+		c.mu.Unlock()
 		c.cfg.Log.Warn("reconnect", "error", err, "next_in", c.cfg.ReconnectDelay)
 	}
 }
@@ -358,7 +363,7 @@ func (c *Controller) announce(a *association) error {
 func (c *Controller) lose(reason error, when time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.assoc, c.reason, c.attempts = nil, reason, 0
+	c.assoc, c.reason, c.attempts, c.failure = nil, reason, 0, nil
 	c.losses++
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
@@ -384,7 +389,7 @@ func (c *Controller) failFast() {
 func (c *Controller) die(err error) {
 	c.cfg.Log.Error("controller is given up", "reason", err)
 	c.mu.Lock()
-	c.state, c.since, c.reason = StateDead, time.Now(), err
+	c.state, c.since, c.reason, c.failure = StateDead, time.Now(), err, nil // err has the last failure
 	c.mu.Unlock()
 	close(c.dead)
 	c.failFast()
@@ -568,6 +573,7 @@ type Info struct {
 	Reason    error          // why the association was lost the last time
 	Losses    int            // associations lost so far
 	Attempts  int            // to make one again, since then
+	Failure   error          // of the last attempt, while there is no association
 	Address   netip.AddrPort // of the target
 	SubNQN    string         // name by which the subsystem was connected to
 	CNTLID    uint16
@@ -595,7 +601,7 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
+	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan

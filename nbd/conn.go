@@ -85,7 +85,8 @@ type conn struct {
 	filled   uint32 // bytes of data that it has
 
 	// Requests.
-	current       *task // write that lacks data, or read that lacks tags
+	requests      uint64 // number of those begun
+	current       *task  // write that lacks data, or read that lacks tags
 	freeTasks     *task
 	tasks         int // number of tasks in use
 	held          int // number of tags
@@ -262,6 +263,7 @@ func (c *conn) nextRequest() bool {
 	if !c.begin(r) {
 		return false
 	}
+	c.requests++
 	c.from += requestSize
 	return true
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -11,8 +12,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Limits on connections whose host has not sent a Connect. Beyond them the oldest
-// gives way: a host that means it sends its Connect at once.
+// Limits on connections whose host has not sent a Connect. Beyond them the oldest of
+// the host that has most gives way: a host that means it sends its Connect at once.
 const (
 	maxUnconnected        = 128
 	maxUnconnectedPerHost = 64
@@ -25,6 +26,7 @@ type admission struct {
 	hosts       map[netip.Addr]int // connections by address, those that are being made too
 	unconnected []*queuePair       // without a successful Connect, by age
 	ending      int                // queues that gave way and have not ended
+	endingOf    map[netip.Addr]int // the same by address
 	memory      int64              // bytes of connected queues
 }
 
@@ -51,7 +53,7 @@ func (t *Target) admit(host netip.Addr) error {
 		return fmt.Errorf("%d connections: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
 	case a.hosts[host] >= t.cfg.MaxPerHost:
 		return fmt.Errorf("%d connections of one host: %w", t.cfg.MaxPerHost, nvme.RDMARejectNoResources)
-	case a.ending >= maxUnconnected:
+	case a.ending >= maxUnconnected, a.ending >= maxUnconnected/2 && a.endingOf[host] > 0:
 		return fmt.Errorf("%d connections are ending: %w", a.ending, nvme.RDMARejectNoResources)
 	}
 	a.opening++
@@ -68,21 +70,7 @@ func (t *Target) admitted(q *queuePair) (ends *queuePair) {
 	a.opening--
 	t.queues[q] = struct{}{}
 	t.connects++
-	var oldest *queuePair // of this host
-	count := 0
-	for _, other := range a.unconnected {
-		if other.host == q.host {
-			if count++; oldest == nil {
-				oldest = other
-			}
-		}
-	}
-	switch {
-	case count >= maxUnconnectedPerHost:
-		ends = oldest
-	case len(a.unconnected) >= maxUnconnected:
-		ends = a.unconnected[0]
-	}
+	ends = a.excess(q.host)
 	if ends != nil {
 		t.giveWay(ends)
 	}
@@ -93,6 +81,29 @@ func (t *Target) admitted(q *queuePair) (ends *queuePair) {
 	return ends
 }
 
+// excess returns the queue that must give way to one more of a host that is not
+// connected, or nil: the oldest of this host if it has too many, or else of the host
+// that has most.
+func (a *admission) excess(host netip.Addr) *queuePair {
+	count := map[netip.Addr]int{}
+	for _, q := range a.unconnected {
+		count[q.host]++
+	}
+	busiest := host
+	if count[host] < maxUnconnectedPerHost {
+		if len(a.unconnected) < maxUnconnected {
+			return nil
+		}
+		for _, q := range a.unconnected {
+			if count[q.host] > count[busiest] {
+				busiest = q.host
+			}
+		}
+	}
+	i := slices.IndexFunc(a.unconnected, func(q *queuePair) bool { return q.host == busiest })
+	return a.unconnected[i]
+}
+
 // whyGaveWay is the reason for the end of a connection by giveWay.
 const whyGaveWay = "too many others wait for a Connect command"
 
@@ -101,6 +112,7 @@ func (t *Target) giveWay(q *queuePair) {
 	a := &t.admission
 	a.forget(q)
 	a.ending++
+	a.endingOf[q.host]++
 	q.gaveWay = true
 	t.refusals["connection: "+whyGaveWay]++
 	q.kill(whyGaveWay)
@@ -139,6 +151,9 @@ func (t *Target) ended(host netip.Addr, q *queuePair) {
 	a.forget(q)
 	if q.gaveWay {
 		a.ending--
+		if a.endingOf[host]--; a.endingOf[host] == 0 {
+			delete(a.endingOf, host)
+		}
 	}
 	a.memory -= q.memory
 	delete(t.queues, q)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -94,6 +95,40 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+// TestStrangersMakeRoom: hosts that connect all the time and say nothing do not end the
+// connection of another host before its Connect command can come.
+func TestStrangersMakeRoom(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	strangers := func(n int) {
+		for i := range n {
+			_, _ = r.knock(t, netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 4)}))
+		}
+	}
+	strangers(2 * maxUnconnected)
+	h := r.mustDial(0, adminDepth)
+	strangers(2 * maxUnconnected)
+	cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
+	h.want(0, cmd)
+}
+
+// TestEnding: while connections that gave way end, their hosts get no others, and new
+// hosts do.
+func TestEnding(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	busy, other := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
+	r.target.mu.Lock()
+	a := &r.target.admission
+	a.ending, a.endingOf[busy] = maxUnconnected/2, maxUnconnected/2
+	r.target.mu.Unlock()
+	if err := r.target.admit(busy); err == nil {
+		t.Error("a host whose connections end gets another one")
+	}
+	if err := r.target.admit(other); err != nil {
+		t.Errorf("another host gets none: %v", err)
+	}
+	r.target.ended(other, nil)
+}
+
 // TestLimits: connections of one host and the memory of queues are bounded, and
 // come back when they are not used any more.
 func TestLimits(t *testing.T) {
@@ -134,7 +169,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	log := slog.New(slog.NewTextHandler(&out, nil))
 	r := newRig(t, Config{Log: log}, SubsystemConfig{AllowHosts: []string{"nqn.other"}})
 	h := r.mustDial(0, adminDepth)
-	const n = 3 * logBurst
+	const n = 3 * loglimit.Burst
 	for range n {
 		cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 		h.want(nvme.StatusConnectInvalidHost|dnr, cmd)
@@ -148,27 +183,8 @@ func TestRefusalsAreCounted(t *testing.T) {
 		t.Error(err)
 	}
 	text := out.String()
-	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > logBurst+20 {
+	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > loglimit.Burst+20 {
 		t.Errorf("%d lines: %s", lines, text)
-	}
-}
-
-func TestLimitedLog(t *testing.T) {
-	var out bytes.Buffer
-	a := &allowance{left: logBurst}
-	l := slog.New(limited{slog.NewTextHandler(&out, nil), a}).With("x", 1).WithGroup("g")
-	for range logBurst + 7 {
-		l.Info("again")
-	}
-	a.mu.Lock()
-	a.since = a.since.Add(-logInterval)
-	a.mu.Unlock()
-	l.Info("last", "y", 2)
-	if got := strings.Count(out.String(), "msg=again x=1"); got < logBurst || got > logBurst+2 {
-		t.Errorf("%d records", got)
-	}
-	if text := out.String(); !strings.Contains(text, "msg=last x=1 g.y=2 g.omitted_before=") {
-		t.Errorf("%s", text)
 	}
 }
 

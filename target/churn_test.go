@@ -33,12 +33,12 @@ func TestChurn(t *testing.T) {
 			if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 2, Store: ram}); err != nil {
 				t.Error(err)
 			}
-			remove := r.target.Faults().Add(Fault{Match: Match{QID: 2}, Skip: 1, Count: 1, Status: nvme.StatusInternal})
+			added := r.target.Faults().Add(Fault{Match: Match{QID: 2}, Skip: 1, Count: 1, Status: nvme.StatusInternal})
 			r.target.Snapshot()
 			if err := r.subsys.RemoveNamespace(2); err != nil {
 				t.Error(err)
 			}
-			remove()
+			added.Remove()
 		}
 	})
 	t.Run("hosts", func(t *testing.T) {

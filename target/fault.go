@@ -130,18 +130,34 @@ type Faults struct {
 	connect atomic.Uint32
 }
 
-// Add adds a fault; the returned function removes it. Only the first fault that
-// applies to a command counts, in the order in which they were added.
-func (f *Faults) Add(fault Fault) (remove func()) {
+// AddedFault is a fault that was added. Any goroutine may call its methods.
+type AddedFault struct {
+	faults *Faults
+	rule   *rule
+}
+
+// Remove removes the fault.
+func (a AddedFault) Remove() {
+	a.faults.change(func(rules []*rule) []*rule {
+		return slices.DeleteFunc(rules, func(r *rule) bool { return r == a.rule })
+	})
+}
+
+// UsedUp reports whether the fault has applied to Count commands and applies to no more.
+func (a AddedFault) UsedUp() bool {
+	a.rule.mu.Lock()
+	defer a.rule.mu.Unlock()
+	return a.rule.Count != 0 && a.rule.seen >= a.rule.Skip+a.rule.Count
+}
+
+// Add adds a fault. Only the first fault that applies to a command counts, in the order
+// in which they were added.
+func (f *Faults) Add(fault Fault) AddedFault {
 	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
 	fault.Patches = slices.Clone(fault.Patches)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
-	return func() {
-		f.change(func(rules []*rule) []*rule {
-			return slices.DeleteFunc(rules, func(r *rule) bool { return r == added })
-		})
-	}
+	return AddedFault{f, added}
 }
 
 // change replaces the rules by the result of edit, which gets a copy of them.

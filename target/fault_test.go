@@ -21,17 +21,23 @@ func TestFaultStatus(t *testing.T) {
 	f := r.target.Faults()
 	var cmd nvme.Command
 	cmd.SetFlush(1)
-	remove := f.Add(Fault{Match: Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFlush}}, Skip: 1, Count: 2, Status: nvme.StatusUnrecoveredRead | dnr})
+	added := f.Add(Fault{Match: Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFlush}}, Skip: 1, Count: 2, Status: nvme.StatusUnrecoveredRead | dnr})
 	f.Add(Fault{Match: Match{NSID: 9}, Status: nvme.StatusInternal})
 	f.Add(Fault{Match: Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminKeepAlive}}, Status: nvme.StatusInternal})
 	h.want(0, &cmd)
 	h.want(nvme.StatusUnrecoveredRead|dnr, &cmd)
 	other.want(0, &cmd)
+	if added.UsedUp() {
+		t.Error("used up after one of two commands")
+	}
 	h.want(nvme.StatusUnrecoveredRead|dnr, &cmd)
+	if !added.UsedUp() {
+		t.Error("not used up after two commands")
+	}
 	h.want(0, &cmd)
 	cmd.SetFlush(9)
 	h.want(nvme.StatusInternal, &cmd)
-	remove()
+	added.Remove()
 	h.want(nvme.StatusInternal, &cmd)
 	a.property(nvme.PropCSTS, false)
 	cmd.SetKeepAlive()

@@ -31,11 +31,13 @@ type FileConfig struct {
 
 // Errors of OpenFile that callers tell apart.
 var (
-	ErrNotStorage = errors.New("neither a regular file nor a block device")
+	ErrNotStorage = errors.New("not storage; want a block device, or a regular file that holds data (files of the kernel, as in /proc and /sys, do not)")
 	ErrInUse      = errors.New("in use by another namespace, target, mount or program")
 )
 
-// OpenFile opens an existing file or block device; symbolic links are followed.
+// OpenFile opens an existing file or block device; symbolic links are followed. The error
+// is ErrNotStorage for anything else, and for files that a file system of the kernel makes
+// up, such as those in /proc and /sys.
 func OpenFile(name string, c FileConfig) (*File, error) {
 	mode := os.O_RDWR
 	if c.ReadOnly {
@@ -48,7 +50,7 @@ func OpenFile(name string, c FileConfig) (*File, error) {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	kind := info.Mode().Type()
-	if kind != 0 && kind != fs.ModeDevice {
+	if kind != 0 && kind != fs.ModeDevice || kind == 0 && ofKernel(name) {
 		return nil, fmt.Errorf("open store: %s: %w", name, ErrNotStorage)
 	}
 	if kind == fs.ModeDevice && !c.Shared {
@@ -72,6 +74,23 @@ func OpenFile(name string, c FileConfig) (*File, error) {
 		return nil, errors.Join(fmt.Errorf("open store: %w", err), f.Close())
 	}
 	return opened, nil
+}
+
+// ofKernel reports whether the file system of a path makes up its files, and reading and
+// writing them means something else than to keep data (linux/magic.h).
+func ofKernel(path string) bool {
+	const configFS = 0x62656570 // fs/configfs/mount.c
+	var st unix.Statfs_t
+	if unix.Statfs(path, &st) != nil {
+		return false // to open it will fail
+	}
+	switch uint32(st.Type) {
+	case unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC,
+		unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC, unix.BPF_FS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC,
+		unix.PSTOREFS_MAGIC, unix.EFIVARFS_MAGIC, unix.BINFMTFS_MAGIC, unix.NSFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, configFS:
+		return true
+	}
+	return false
 }
 
 // claim makes sure that the file is the one that was looked at, and that nobody

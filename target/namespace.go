@@ -89,7 +89,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 // checkSize fails unless size is a whole number of blocks, and at least one.
 func (n *Namespace) checkSize(size int64) error {
 	if block := int64(1) << n.shift; size < block || size%block != 0 {
-		return fmt.Errorf("namespace: size of %d bytes is no multiple of the block size, %d, above 0", size, block)
+		return fmt.Errorf("namespace: size of %d B is no multiple of the block size, %d B, above 0", size, block)
 	}
 	return nil
 }

@@ -257,6 +257,7 @@ func TestOpenFile(t *testing.T) {
 	defer l.Close()
 	for name, want := range map[string]error{
 		dir: ErrNotStorage, in("pipe"): ErrNotStorage, in("socket"): ErrNotStorage, "/dev/null": ErrNotStorage, "/dev/tty": ErrNotStorage,
+		"/proc/self/status": ErrNotStorage, "/proc/sys/kernel/hostname": ErrNotStorage, "/sys/kernel/uevent_seqnum": ErrNotStorage,
 		in("nothing"): fs.ErrNotExist,
 	} {
 		for _, readOnly := range []bool{false, true} {

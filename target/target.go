@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -192,9 +193,9 @@ func New(cfg Config) (*Target, error) {
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
 		subsystems: map[string]*Subsystem{}, queues: map[*queuePair]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
-		admission: admission{hosts: map[netip.Addr]int{}},
+		admission: admission{hosts: map[netip.Addr]int{}, endingOf: map[netip.Addr]int{}},
 	}
-	t.log = limitedLog(cfg.Log)
+	t.log = loglimit.New(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: cfg.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})

@@ -21,7 +21,7 @@ func newConfig(runDir dirFunc) *cobra.Command {
 		Short: "Show and write connections as the configuration of nvme-cli",
 		Long: `Works with config.json, the configuration of nvme-cli 2, which connect-all reads. Flags
 that nvme-cli does not have, such as --frontend, have no place in it.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	cmd.AddCommand(newConfigShow(runDir), newConfigWrite(runDir), newConfigConvert())
 	return cmd
@@ -33,7 +33,7 @@ func newConfigShow(runDir dirFunc) *cobra.Command {
 		Short: "Print the connections of the servers that run",
 		Long: `Prints the connections of all servers that run, and of the processes that stay connected
 to discovery services.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("config show", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -55,7 +55,7 @@ func newConfigWrite(runDir dirFunc) *cobra.Command {
 		Long: `Adds what config show prints to a file, so that connect-all connects it again. Everything
 else in the file stays as it is. If the file has a connection already, its values are
 replaced. The file is replaced as a whole, or not at all.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("config write", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -87,7 +87,7 @@ func newConfigConvert() *cobra.Command {
 		Short: "Print the services of discovery.conf as a configuration",
 		Long: `Prints the discovery services of FILE, by default /etc/nvme/discovery.conf, in the form of
 config.json. Lines without a host NQN or a host id get those of this host.`,
-		Args: cobra.MaximumNArgs(1),
+		Args: wantArgs(0, 1),
 		RunE: verb("config convert", func(cmd *cobra.Command, args []string) error {
 			if err := opts.Complete(options.Sources{}); err != nil {
 				return err

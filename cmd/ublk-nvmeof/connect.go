@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -30,8 +32,9 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
-	succeed    string // the running server to take over from
-	recover    string // the dead server to take over from
+	succeed    string        // the running server to take over from
+	recover    string        // the dead server to take over from
+	within     time.Duration // time limit for everything until the devices are usable; 0: see server.Config
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -69,7 +72,7 @@ the connection.
 
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
 	}
 	c.addFlags(cmd)
@@ -87,6 +90,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	args := append(serveArgs(dir), options.Args(c.shown)...)
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
+	if c.shown.Changed("timeout") {
+		args = append(args, "--within="+c.opts.Timeout.String())
+	}
 	if c.foreground {
 		_ = host.SetIOFlusher() // serving works without it; the server says so
 		if err := host.CloseOnExec(); err != nil {
@@ -94,7 +100,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		}
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
-	s, err := startServer(args, c.opts.Timeout)
+	ctx, stop := interruptible(endSignals...)
+	defer stop()
+	s, err := startServer(ctx, args, c.opts.Timeout, say(cmd))
 	if err != nil {
 		return err
 	}
@@ -108,9 +116,20 @@ func serveArgs(dir state.Dir) []string {
 
 // startServer starts a server in the background, and waits until its devices are
 // usable.
-func startServer(args []string, timeout time.Duration) (control.Status, error) {
+func startServer(ctx context.Context, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
 	_ = host.SetIOFlusher() // serving works without it; the server says so
-	return launch(self(), args, timeout)
+	return launch(ctx, self(), args, timeout, say)
+}
+
+// say returns a function that tells the user of a command why it takes long. Any
+// goroutine may call it.
+func say(cmd *cobra.Command) func(string) {
+	var mu sync.Mutex
+	return func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		cmd.PrintErrf("%s: %s: %s\n", programName, cmd.Name(), output.Text(text))
+	}
 }
 
 func newServe(runDir dirFunc) *cobra.Command {
@@ -120,12 +139,13 @@ func newServe(runDir dirFunc) *cobra.Command {
 		Use:    "serve",
 		Hidden: true,
 		Short:  "Run the server that connect starts",
-		Args:   cobra.NoArgs,
+		Args:   noArgs,
 	}
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
 	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
 	cmd.Flags().StringVar(&c.recover, "recover", "", "name of the dead server to take over from")
+	cmd.Flags().DurationVar(&c.within, "within", 0, "time limit for everything until the devices are usable")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -172,9 +192,10 @@ func (c *connection) serveBackground(r *reporter) error {
 			if err := log.open(e.Log()); err != nil {
 				return err
 			}
-			return r.logs(e.Log())
+			return r.reserved(e.Name, e.Log())
 		},
-		Ready: r.ready,
+		Waiting: r.waits,
+		Ready:   r.ready,
 	}
 	defer surviveHangup(cfg.Log)()
 	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
@@ -220,7 +241,8 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)
 	defer stop()
-	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
+	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers, cfg.Within = c.opts, dir, c.succeed, c.recover, c.within
+	cfg.Host = sharedDirs()
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	reserved := cfg.Reserved
 	cfg.Reserved = func(e *state.Entry) error {

@@ -58,7 +58,7 @@ With --persistent, a process stays connected to the discovery services. When a s
 reports a change, the process connects the subsystems that it lists now and did not list
 before, and it tries again what could not be connected. It never disconnects anything.
 list -v shows it, and disconnect -d discovery0 or disconnect-all ends it.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("connect-all", func(cmd *cobra.Command, _ []string) error { return g.run(cmd) }),
 	}
 	f := cmd.Flags()
@@ -362,7 +362,8 @@ func (g *gatherer) connect(ctx context.Context, s *subsystem, r *output.Subsyste
 	var errs []error
 	for _, p := range s.paths {
 		args := append(serveArgs(g.dir), p.with.ConnectArgs(p.to, s.nqn)...)
-		status, err := startServer(append(args, fmt.Sprintf("--verbose=%t", g.verbose)), p.with.Connect.Timeout)
+		args = append(args, fmt.Sprintf("--verbose=%t", g.verbose))
+		status, err := startServer(ctx, args, p.with.Connect.Timeout, func(text string) { g.errs("%s", text) })
 		switch {
 		case err == nil:
 			r.Outcome, r.Status = output.New, status

@@ -22,12 +22,15 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// Bounds on disconnecting one server in order. Its own bounds are shorter.
+// orderlyTime is the time limit for a server to end its devices in order. Its own limits
+// are shorter. Tests shorten it.
+var orderlyTime = 30 * time.Second
+
+// Bounds on what follows.
 const (
-	orderlyTime = 30 * time.Second
-	exitTime    = 5 * time.Second
-	clearTime   = 5 * time.Second
-	clearRetry  = 20 * time.Millisecond
+	exitTime   = 5 * time.Second
+	clearTime  = 5 * time.Second
+	clearRetry = 20 * time.Millisecond
 )
 
 // What disconnect --force has done by when, after its beginning, for all servers
@@ -53,7 +56,7 @@ connected to discovery services, such as discovery0.
 A server whose device is in use is not ended unless --force is given. With --force
 the users of the device get I/O errors, and a server that does not end within
 seconds is killed. When the command returns, the server has ended, or the error
-says why it has not.
+says why it has not. A server that does not answer is given up after 30 s.
 
 As with nvme-cli, it is no error if no server has the NQN. It is an error if there
 is no such device.`,
@@ -169,7 +172,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	devices, keeperErrs := endKeepers(cmd, dir, devices)
 	chosen, errs := choose(records, nqns, devices)
 	errs = append(errs, keeperErrs...)
-	results := endAll(cmd.Context(), dir, chosen, force, began)
+	results := endAll(cmd, dir, chosen, force, began)
 	for i, w := range chosen {
 		n := 0
 		for j, err := range results[i] {
@@ -207,17 +210,18 @@ func endKeepers(cmd *cobra.Command, dir state.Dir, names []string) (others []str
 }
 
 // endAll ends servers, all at the same time, and returns an error for each.
-func endAll(ctx context.Context, dir state.Dir, chosen []wanted, force bool, began time.Time) [][]error {
+func endAll(cmd *cobra.Command, dir state.Dir, chosen []wanted, force bool, began time.Time) [][]error {
 	results := make([][]error, len(chosen))
+	tell := say(cmd)
 	var wg sync.WaitGroup
 	for i, w := range chosen {
 		results[i] = make([]error, len(w.records))
 		for j, r := range w.records {
 			wg.Go(func() {
 				if force {
-					results[i][j] = endByForce(ctx, dir, r, began)
+					results[i][j] = endByForce(cmd.Context(), dir, r, began)
 				} else {
-					results[i][j] = end(ctx, dir, r)
+					results[i][j] = end(cmd.Context(), dir, r, tell)
 				}
 			})
 		}
@@ -234,8 +238,9 @@ func serves(r state.Record, name string) bool {
 	})
 }
 
-// end ends a server in order, and returns when it has ended.
-func end(ctx context.Context, dir state.Dir, r state.Record) error {
+// end ends a server in order, and returns when it has ended. It tells the user if that
+// takes long.
+func end(ctx context.Context, dir state.Dir, r state.Record, tell func(string)) error {
 	p, err := r.Process.Open()
 	switch {
 	case errors.Is(err, os.ErrProcessDone):
@@ -244,18 +249,57 @@ func end(ctx context.Context, dir state.Dir, r state.Record) error {
 		return err
 	}
 	defer p.Close()
-	limit, cancel := context.WithTimeout(ctx, orderlyTime)
-	defer cancel()
-	err = control.NewClient(r.Socket()).Disconnect(limit, false)
+	told := later(sayAfter, func() {
+		tell(fmt.Sprintf("%s waits up to %v until %s has ended its devices; --force does not wait", r.Name, orderlyTime, processOf(r)))
+	})
+	err = askInOrder(ctx, r)
+	told()
 	switch {
 	case exit.Of(err) == exit.Busy:
 		return fmt.Errorf("%w; --force ends it all the same", err)
 	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
-		return exit.Errorf(exit.Timeout, "process %d does not end", r.Process.PID)
+		return exit.Errorf(exit.Timeout, "%s does not end; --force kills it", processOf(r))
 	}
 	return clearUp(ctx, dir, r, server.EndUnused, time.Now().Add(clearTime))
+}
+
+// askInOrder asks a server to end in order, and waits until it has.
+func askInOrder(ctx context.Context, r state.Record) error {
+	limited, cancel := context.WithTimeout(ctx, orderlyTime)
+	defer cancel()
+	err := control.NewClient(r.Socket()).Disconnect(limited, false)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return exit.Errorf(exit.Timeout, "%s did not answer within %v; --force kills it", processOf(r), orderlyTime)
+	}
+	return err
+}
+
+// processOf names the process of a server, and says whether it is stopped.
+func processOf(r state.Record) string {
+	if r.Process.Stopped() {
+		return fmt.Sprintf("process %d (which is stopped; SIGCONT continues it)", r.Process.PID)
+	}
+	return fmt.Sprintf("process %d", r.Process.PID)
+}
+
+// later calls fn after some time, unless the function that it returns is called before.
+// That function returns when fn does not run any more.
+func later(d time.Duration, fn func()) (stop func()) {
+	done, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-time.After(d):
+			fn()
+		case <-done:
+		}
+	}()
+	return func() {
+		close(done)
+		<-ended
+	}
 }
 
 // endByForce ends a server whatever it does.

@@ -24,7 +24,7 @@ func newDisconnectAll(runDir dirFunc) *cobra.Command {
 unless --force is given. Processes that stay connected to discovery services (connect-all
 --persistent) are ended first. What cannot be ended does not keep the rest from being
 ended.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("disconnect-all", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -68,7 +68,7 @@ func disconnectAll(cmd *cobra.Command, dir state.Dir, force, verbose bool) error
 		}
 		chosen = append(chosen, wanted{nqn: r.Target.NQN, records: []state.Record{r}})
 	}
-	for i, results := range endAll(cmd.Context(), dir, chosen, force, began) {
+	for i, results := range endAll(cmd, dir, chosen, force, began) {
 		name := chosen[i].records[0].Name
 		switch err := results[0]; {
 		case err != nil:

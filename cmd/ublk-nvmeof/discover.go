@@ -27,7 +27,7 @@ JSON. The connection ends with the command.
 
 Without -a, the services of /etc/nvme/discovery.conf and of the configuration of nvme-cli
 (-J) are asked, one after the other.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("discover", func(cmd *cobra.Command, _ []string) error {
 			if err := usage(opts.Complete(options.Sources{})); err != nil {
 				return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,6 +23,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 )
 
 // self is the path of this program, or a link to it if its file has been
@@ -49,7 +51,9 @@ const undoTime = 30 * time.Second
 
 // report is a message of a server to the command that started it.
 type report struct {
-	Log    string          `json:"log,omitempty"` // path of the server's log
+	Name   string          `json:"name,omitempty"` // of the server
+	Log    string          `json:"log,omitempty"`  // path of the server's log
+	Wait   *server.Wait    `json:"wait,omitempty"` // what the server waits for now
 	Status *control.Status `json:"status,omitempty"`
 	Error  *exit.Error     `json:"error,omitempty"`
 }
@@ -58,8 +62,11 @@ type report struct {
 // pipe is closed after the status or the error.
 type reporter struct{ file *os.File }
 
-// logs names the server's log.
-func (r *reporter) logs(path string) error { return r.send(report{Log: path}) }
+// reserved names the server and its log.
+func (r *reporter) reserved(name, log string) error { return r.send(report{Name: name, Log: log}) }
+
+// waits tells what the server waits for. It goes on if nobody reads that.
+func (r *reporter) waits(w server.Wait) { _ = r.send(report{Wait: &w}) }
 
 // ready tells that the devices are usable. A server that cannot tell must end,
 // because nobody would know of its devices.
@@ -89,20 +96,19 @@ func (r *reporter) close() error {
 }
 
 // receive reads the messages of a server until the last one, or until the server
-// is dead, and returns all of them as one.
-func receive(r io.Reader) report {
+// is dead. It sends what is known after each message, and closes heard at the end.
+func receive(r io.Reader, heard chan<- report) {
+	defer close(heard)
 	var all report
 	for d := json.NewDecoder(r); all.Status == nil && all.Error == nil; {
 		var m report
 		if d.Decode(&m) != nil {
-			break // the server is dead, or is no server of ours
+			return // the server is dead, or is no server of ours
 		}
-		if m.Log != "" {
-			all.Log = m.Log
-		}
-		all.Status, all.Error = m.Status, m.Error
+		all.Name, all.Log = cmp.Or(m.Name, all.Name), cmp.Or(m.Log, all.Log)
+		all.Wait, all.Status, all.Error = m.Wait, m.Status, m.Error
+		heard <- all
 	}
-	return all
 }
 
 // background makes a command of this program that runs on when its session has
@@ -176,10 +182,10 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 // launch starts a server in the background and returns its status once its
 // devices are usable. Otherwise nothing of the server is left, and the error says
 // why, or how the server died. The server inherits the calling thread's marks
-// (host.SetIOFlusher).
-func launch(path string, args []string, timeout time.Duration) (control.Status, error) {
-	ctx, stop := interruptible(endSignals...)
-	defer stop()
+// (host.SetIOFlusher). say tells the user what the server waits for. timeout is the time
+// limit that the server has without waits that it announces. If ctx ends, the server is
+// asked to end.
+func launch(ctx context.Context, path string, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
@@ -197,8 +203,12 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	heard := make(chan report, 1)
-	go func() { heard <- receive(r) }()
-	m, err := await(ctx, heard, cmd.Process, timeout)
+	go receive(r, heard)
+	m, err := await(ctx, heard, cmd.Process, timeout, say)
+	go func() { // receive ends with the server
+		for range heard {
+		}
+	}()
 	switch {
 	case err != nil:
 		_ = cmd.Wait() // err says more
@@ -273,16 +283,34 @@ func lastLine(path string) string {
 	return string(text[bytes.LastIndexByte(text, '\n')+1:])
 }
 
-// await waits for the report of a server. It passes a signal on, and kills a server
+// sayAfter is how long a command may wait for a server before it says why.
+const sayAfter = 2 * time.Second
+
+// await waits for the last report of a server. It passes a signal on, and kills a server
 // that neither gets ready nor ends in time.
-func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration) (report, error) {
+func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration, say func(string)) (report, error) {
+	var last report
 	limit := time.NewTimer(timeout + undoTime)
 	defer limit.Stop()
+	quiet := time.NewTimer(sayAfter)
+	quiet.Stop()
+	defer quiet.Stop()
 	interrupted := ctx.Done()
 	for {
 		select {
-		case m := <-heard:
-			return m, nil
+		case m, ok := <-heard:
+			if !ok {
+				return last, nil
+			}
+			last = m
+			if m.Wait != nil {
+				limit.Reset(m.Wait.Limit() + timeout + undoTime)
+				if quiet.Stop(); m.Wait.For != "" {
+					quiet.Reset(sayAfter)
+				}
+			}
+		case <-quiet.C:
+			say(fmt.Sprintf("%s %s, up to %v", last.Name, last.Wait.For, last.Wait.Limit()))
 		case <-interrupted:
 			interrupted = nil
 			_ = p.Signal(syscall.SIGTERM) // it may have ended

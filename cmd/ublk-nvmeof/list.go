@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -32,7 +33,7 @@ A server that died is shown as lost, with the devices that it left: recover star
 a server for them, and disconnect removes them. -v also shows the processes that stay
 connected to discovery services (connect-all --persistent). JSON has all details, with
 or without -v.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -108,6 +109,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 			return live
 		}
 		s.State, s.Reason = "unknown", err.Error()
+		if errors.Is(err, context.DeadlineExceeded) {
+			s.Reason = fmt.Sprintf("%s did not answer within %v", processOf(r), statusTime)
+		}
 	}
 	return s
 }

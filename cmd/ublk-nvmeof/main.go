@@ -29,6 +29,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	_ "ublk-nvmeof/rdma/verbs/prepare" // before librdmacm is used
 )
 
 // No loop may run on the main thread: the thread does not end with its goroutine, and

@@ -59,9 +59,14 @@ func newRoot() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(flagError)
 	dir := rundir.Default()
-	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
-	root.PersistentFlags().Lookup("run-dir").Hidden = true
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir,
+		"`DIRECTORY` of the records, logs and sockets of servers and targets (default: "+rundir.System+
+			" for root, "+programName+" in $XDG_RUNTIME_DIR or "+programName+"-UID in $TMPDIR for other users)")
+	root.PersistentFlags().Lookup("run-dir").DefValue = "" // the description says it
 	runDir := func() (state.Dir, error) {
+		if dir == "" {
+			return "", usage(errors.New("--run-dir: no path is given; want DIRECTORY"))
+		}
 		d, err := filepath.Abs(dir) // a server has its own working directory
 		if err == nil {
 			err = checkRunDir(d)
@@ -87,6 +92,10 @@ func newRoot() *cobra.Command {
 // systemDir is the run directory of root. Tests have another one.
 var systemDir = rundir.System
 
+// sharedDirs returns the directories that servers of all run directories share. Tests have
+// others.
+var sharedDirs = func() state.Host { return rundir.Shared() }
+
 // dirFunc returns the run directory. It is called after the flags are parsed.
 type dirFunc func() (state.Dir, error)
 
@@ -103,7 +112,10 @@ func checkRunDir(dir string) error {
 	}
 	var unsafe *rundir.UnsafeError
 	if errors.As(rundir.Check(dir), &unsafe) {
-		return fmt.Errorf("run directory %w; remove it, or set XDG_RUNTIME_DIR or --run-dir to a directory of your own", unsafe)
+		if unsafe.Path != dir {
+			return fmt.Errorf("run directory %s is not safe from other users because of %w; --run-dir chooses another directory", dir, unsafe)
+		}
+		return fmt.Errorf("run directory %w; --run-dir chooses another directory", unsafe)
 	}
 	return nil // other errors are those of whoever uses it
 }

@@ -30,7 +30,7 @@ func checkVerb(root *cobra.Command, args []string) error {
 			known = append(known, c.Name())
 		}
 	}
-	hint := didYouMean(name, known, min(2, len(name)/2))
+	hint := didYouMean(name, known)
 	if hint == "" {
 		hint = "; want one of " + strings.Join(known, ", ")
 	}
@@ -61,10 +61,11 @@ func firstWord(cmd *cobra.Command, args []string) string {
 
 // flagError is the one line about a flag of cmd that does not parse.
 func flagError(cmd *cobra.Command, err error) error {
+	err = describeFlag(cmd, err)
 	if !cmd.HasParent() {
-		return fmt.Errorf("%w; flags follow the command, see %s --help", err, programName)
+		return fmt.Errorf("%w; the flags of a command follow its name, see %s --help", err, programName)
 	}
-	return fmt.Errorf("%s: %w", strings.TrimPrefix(cmd.CommandPath(), programName+" "), describeFlag(cmd, err))
+	return fmt.Errorf("%s: %w", commandName(cmd), err)
 }
 
 // describeFlag names the flag, and the one that was probably meant if it does not
@@ -86,16 +87,15 @@ func describeFlag(cmd *cobra.Command, err error) error {
 	})
 	name := missing.GetSpecifiedName()
 	if missing.GetSpecifiedShortnames() == "" {
-		return fmt.Errorf("unknown flag: --%s%s", name, didYouMean("--"+name, known, max(2, len(name)/3)))
+		return fmt.Errorf("unknown flag: --%s%s", name, didYouMean("--"+name, known))
 	}
-	return fmt.Errorf("unknown flag: -%s%s", name, didYouMean("-"+name, known, 0))
+	return fmt.Errorf("unknown flag: -%s%s", name, didYouMean("-"+name, known))
 }
 
-// didYouMean suggests the one of known that is nearest to word, if it takes at
-// most limit edits to make the one from the other, or the one that word begins
-// with. Upper and lower case are the same.
-func didYouMean(word string, known []string, limit int) string {
-	nearest := ""
+// didYouMean suggests the one of known that is nearest to word, if it is near, or the one
+// that word begins with. Upper and lower case are the same.
+func didYouMean(word string, known []string) string {
+	nearest, limit := "", near(word)
 	for _, k := range known {
 		if d := edits(word, k); d <= limit {
 			nearest, limit = k, d-1
@@ -112,25 +112,43 @@ func didYouMean(word string, known []string, limit int) string {
 	return fmt.Sprintf("; did you mean %q?", nearest)
 }
 
-// edits is how many letters have to be added, removed or replaced to make b from
-// a (the Levenshtein distance).
+// near is how many edits away from a word another one is still near: a mistyped word, not
+// a different one.
+func near(word string) int {
+	switch n := len(strings.TrimLeft(word, "-")); {
+	case n < 2:
+		return 0
+	case n < 6:
+		return 1
+	case n < 12:
+		return 2
+	}
+	return 3
+}
+
+// edits is how many letters have to be added, removed or replaced, or neighbors swapped,
+// to make b from a (optimal string alignment distance).
 func edits(a, b string) int {
 	from, to := []rune(strings.ToLower(a)), []rune(strings.ToLower(b))
-	row := make([]int, len(to)+1) // distances of a prefix of from to each prefix of to
-	for j := range row {
-		row[j] = j
+	d := make([][]int, len(from)+1) // distances of each prefix of from to each prefix of to
+	for i := range d {
+		d[i] = make([]int, len(to)+1)
+		d[i][0] = i
+	}
+	for j := range to {
+		d[0][j+1] = j + 1
 	}
 	for i, x := range from {
-		diagonal := row[0]
-		row[0] = i + 1
 		for j, y := range to {
-			replaced := diagonal
+			replaced := d[i][j]
 			if x != y {
 				replaced++
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+			d[i+1][j+1] = min(replaced, d[i][j+1]+1, d[i+1][j]+1)
+			if i > 0 && j > 0 && x == to[j-1] && y == from[i-1] {
+				d[i+1][j+1] = min(d[i+1][j+1], d[i-1][j-1]+1)
+			}
 		}
 	}
-	return row[len(to)]
+	return d[len(from)][len(to)]
 }

@@ -39,7 +39,7 @@ background it ignores SIGHUP.
 The commands below change a running target or make it misbehave. If several targets
 run, --target selects one. Hosts are notified of changes as the specification
 requires. They see a new queue limit when they connect again.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
 	}
 	f := cmd.Flags()

@@ -24,6 +24,7 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -69,6 +70,7 @@ type backend struct {
 	provider     func(name string) (rdma.Provider, error)
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
+	kernelHas    func(context.Context, host.NVMeController) bool
 	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
@@ -86,13 +88,14 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available:    ublk.Available,
+	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
 	route:        host.RouteTo,
 	provider:     provider.ForHost,
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
+	kernelHas:    host.NewKernelNVMe().Has,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)

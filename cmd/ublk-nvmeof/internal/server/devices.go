@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -218,14 +217,4 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 func errKept(what string, r state.Record) error {
 	return exit.Errorf(exit.DeviceTaken, "%s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
 		what, r.Name, r.Target.NQN, r.Name)
-}
-
-// printable replaces characters in a peer's text that a terminal would interpret.
-func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r == '\ufffd' {
-			return '?'
-		}
-		return r
-	}, text)
 }

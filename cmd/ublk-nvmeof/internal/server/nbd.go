@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
@@ -202,8 +203,8 @@ func (s *server) takeSocket(address string) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
-	case isListening(address):
-		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", address)
+	case dialSocket(address) == nil:
+		return errListens(address)
 	case err == nil && info.Mode().Type() == os.ModeSocket:
 		return exit.Errorf(exit.DeviceTaken, "%s is an existing socket that no record here names; clients may wait there for another target; remove it if no client does", address)
 	case err == nil:
@@ -257,23 +258,27 @@ func realPath(path string) string {
 	return filepath.Join(dir, filepath.Base(path))
 }
 
-// isListening reports whether a process accepts connections at the path of a socket.
-func isListening(path string) bool {
+// dialSocket returns nil if a process accepts connections at the path of a socket,
+// unix.ECONNREFUSED if none does and a file is there, or another error.
+func dialSocket(path string) error {
 	c, err := net.Dial("unix", path)
 	if err != nil {
-		return false
+		return err
 	}
-	_ = c.Close()
-	return true
+	return c.Close()
+}
+
+// errListens returns the error for a socket at which another process listens.
+func errListens(path string) error {
+	return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
 }
 
 // removeDeadSocket removes a socket that nobody listens on.
 func removeDeadSocket(path string) error {
-	c, err := net.Dial("unix", path)
+	err := dialSocket(path)
 	switch {
 	case err == nil:
-		_ = c.Close()
-		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
+		return errListens(path)
 	case errors.Is(err, unix.ECONNREFUSED):
 		if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
 			return fmt.Errorf("%s exists and is not a socket", path)
@@ -361,7 +366,7 @@ func (x *export) InUse() error {
 		return x.dev.InUse()
 	}
 	if n := x.srv.Users(x.name); n > 0 {
-		return fmt.Errorf("%w: %d connections", nbd.ErrBusy, n)
+		return fmt.Errorf("%w: %d %s", nbd.ErrBusy, n, english.PluralWord(n, "connection", ""))
 	}
 	return nil
 }

@@ -7,8 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
@@ -52,7 +50,11 @@ func copyOf(r state.Record, keepAlive time.Duration) *record {
 func (r *record) become(e *state.Entry) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	own, known := r.entry.Made[r.newest]
 	r.entry, r.own, r.inherited, r.before, r.keepAliveBefore = e, true, true, e.Controllers, e.KeepAlive
+	if last, ok := e.Made[r.newest]; known && (last.Before(own) || !ok && !slices.Contains(e.Controllers, r.newest)) {
+		r.setMade(r.newest, own)
+	}
 	return r.save()
 }
 
@@ -60,7 +62,7 @@ func (r *record) become(e *state.Entry) error {
 func (r *record) save() error {
 	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
 	r.entry.Made = maps.Clone(r.entry.Made)
-	maps.DeleteFunc(r.entry.Made, func(id uint16, _ int64) bool {
+	maps.DeleteFunc(r.entry.Made, func(id uint16, _ state.Made) bool {
 		return id != r.newest && !slices.Contains(r.entry.Controllers, id)
 	})
 	r.entry.KeepAlive = max(r.keepAliveBefore, r.keepAlive)
@@ -79,33 +81,33 @@ func (r *record) update(change func(*state.State)) error {
 	return r.save()
 }
 
-// made notes when the target made a controller. Its id is another server's no more.
-func (r *record) made(cntlid uint16) {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return // then nothing is known about it
-	}
+// made notes a controller that the target has made for this server, and returns when the
+// controllers of the record were made. The target has ended the controller of the record
+// that had the id before.
+func (r *record) made(cntlid uint16, m state.Made) map[uint16]state.Made {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.newest = cntlid
-	r.entry.Made = maps.Clone(r.entry.Made)
-	if r.entry.Made == nil {
-		r.entry.Made = map[uint16]int64{}
-	}
-	r.entry.Made[cntlid] = now.Nano()
-	_ = r.save() // without it others wait for longer
+	r.setMade(cntlid, m)
+	_ = r.save() // without it the next server waits for longer
+	return r.entry.Made
 }
 
-// supersededBy says whether one of the other records is of a server of the same target
-// that was given the id of a controller later than this one.
-func (r *record) supersededBy(others []state.Record, cntlid uint16) bool {
+// setMade changes a copy, because the map was given away. The caller holds mu.
+func (r *record) setMade(cntlid uint16, m state.Made) {
+	r.entry.Made = maps.Clone(r.entry.Made)
+	if r.entry.Made == nil {
+		r.entry.Made = map[uint16]state.Made{}
+	}
+	r.entry.Made[cntlid] = m
+}
+
+// lastMade returns when the last controller of the record with this id was made.
+func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	at, known := r.entry.Made[cntlid]
-	return known && slices.ContainsFunc(others, func(o state.Record) bool {
-		return o.Err == nil && o.Name != r.entry.Name && o.Target.NQN == r.entry.Target.NQN &&
-			o.Target.Address == r.entry.Target.Address && o.Made[cntlid] > at
-	})
+	m, known := r.entry.Made[cntlid]
+	return m, known
 }
 
 // associated notes a controller that is about to get commands, for the next server. The

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -25,6 +26,7 @@ type Config struct {
 	Options *options.Connect // complete
 	Args    []string         // flags that give Options again
 	Dir     state.Dir
+	Host    state.Host
 	Log     *slog.Logger
 	// Succeeds is the name of a running server. Once this server is connected, it
 	// takes over that server's devices. It may be empty.
@@ -32,6 +34,13 @@ type Config struct {
 	// Recovers is the name of a dead server that this server replaces. If it is empty,
 	// Run looks for a dead server with the same target.
 	Recovers string
+	// Within is the time limit for everything until the devices are usable. If it is zero,
+	// only Options.Timeout and the times within which the target ends the controllers of
+	// earlier servers are limits.
+	Within time.Duration
+	// Waiting, if not nil, is called when the server begins a wait that may take long, and
+	// when it ends that wait.
+	Waiting func(Wait)
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
 	Reserved func(*state.Entry) error
@@ -40,6 +49,15 @@ type Config struct {
 	// Hurry is closed to shorten the end of the server.
 	Hurry <-chan struct{}
 }
+
+// Wait is a wait before the devices are usable. The zero value is the end of a wait.
+type Wait struct {
+	For     string `json:"for"`     // the predicate of a sentence about the server
+	Seconds int    `json:"seconds"` // at most
+}
+
+// Limit returns the longest time that the wait may take.
+func (w Wait) Limit() time.Duration { return time.Duration(w.Seconds) * time.Second }
 
 // Run serves until ctx is done, a control request ends it, or no device is left. It
 // returns nil after an orderly end, for which ctx may be canceled. Errors have an
@@ -104,10 +122,16 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	starting, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s.cancel = cancel
-	starting, stop := context.WithTimeout(starting, s.opts.Timeout)
+	if cfg.Within != 0 {
+		var stop context.CancelFunc
+		starting, stop = context.WithTimeout(starting, cfg.Within)
+		defer stop()
+	}
+	connecting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
 
-	if err := s.reserve(starting); err != nil {
+	defer s.withdraw()
+	if err := s.reserve(connecting); err != nil {
 		return exit.From(err)
 	}
 	if s.record.isOwn() {
@@ -115,7 +139,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 			return exit.From(errors.Join(err, s.forget(ctx)))
 		}
 	}
-	err := s.start(starting)
+	err := s.start(starting, connecting)
 	if err != nil && len(s.waiting) > 0 {
 		return exit.From(errors.Join(err, s.leaveWaiting(context.WithoutCancel(ctx)), s.sock.close()))
 	}
@@ -147,6 +171,13 @@ func run(ctx context.Context, cfg Config, back backend) error {
 // forget removes the record, unless one of its devices remains.
 func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
+}
+
+// withdraw removes what made has told other servers.
+func (s *server) withdraw() {
+	if err := s.cfg.Host.Withdraw(); err != nil {
+		s.log.Warn("leave the servers of this host", "error", err)
+	}
 }
 
 // announce reports that the devices are usable.

@@ -42,16 +42,23 @@ func (s *server) take(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.record = newRecord(e, s.keepAlive())
+	if e.Inherited {
+		s.waiting = e.Devices
+	}
+	return nil
+}
+
+// logTaken logs what take has found, once there is a log.
+func (s *server) logTaken() {
+	e := s.record.entry
 	for _, unread := range e.Unreadable {
 		s.log.Warn("cannot read a server's record, so its devices are unknown", "error", unread)
 	}
-	s.record = newRecord(e, s.keepAlive())
 	s.warnOfOtherHosts()
 	if e.Inherited {
-		s.waiting = e.Devices
 		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
-	return nil
 }
 
 // alreadyConnected explains what to do about the server that is connected to the target.
@@ -105,9 +112,10 @@ func (s *server) relieve(ctx context.Context) error {
 		limit, cancel := context.WithTimeout(ctx, leaveTime)
 		defer cancel()
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
+		defer s.announceWait(leaveTime, "process %d has left its devices", r.Process.PID)()
 		refused := control.NewClient(r.Socket()).HandOver(limit)
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
-			return fmt.Errorf("%s does not hand over: %w", r.Name, refused)
+			return fmt.Errorf("the running server does not hand over: %w", refused)
 		}
 		if err := p.Wait(limit); err != nil {
 			return errors.Join(fmt.Errorf("wait for the end of process %d: %w", r.Process.PID, err), refused)
@@ -131,17 +139,42 @@ func (s *server) keepAlive() time.Duration {
 	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
 }
 
-// outlive waits until the target has ended the controllers of earlier servers.
-func (s *server) outlive(ctx context.Context) error {
+// outliveMargin is added to the time within which the target ends controllers, for the
+// questions and answers, and for an association that has to be made again.
+const outliveMargin = 10 * time.Second
+
+// announceWait tells the command that started this server until what the server waits, and
+// how long at most. The caller calls over when the wait has ended.
+func (s *server) announceWait(limit time.Duration, format string, args ...any) (over func()) {
+	if s.cfg.Waiting == nil {
+		return func() {}
+	}
+	s.cfg.Waiting(Wait{For: "waits until " + fmt.Sprintf(format, args...), Seconds: int(limit.Round(time.Second) / time.Second)})
+	return func() { s.cfg.Waiting(Wait{}) }
+}
+
+// outlive waits until the target has ended the controllers of earlier servers. The time
+// limit follows from the keep alive timeouts, not from the time limit for connecting.
+// waited is false if there are no such controllers.
+func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
-		return nil
+		return false, nil
 	}
-	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
-	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
-		return fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say; try once more later: %w", s.remote, err)
+	limit := s.ctrl.OutliveTime(keepAlive, len(ids)) + outliveMargin
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline))
 	}
-	return s.record.outlived(ctx)
+	shown := limit.Round(time.Second)
+	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids), "at_most", shown)
+	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
+	limited, stop := context.WithTimeout(ctx, limit)
+	defer stop()
+	defer over()
+	if err := s.ctrl.Outlive(limited, keepAlive, ids...); err != nil {
+		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
+	}
+	return true, s.record.outlived(ctx)
 }
 
 // namespaceWait is how long the server waits for a missing namespace of a device. A
@@ -163,6 +196,7 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 			return found
 		}
 		if !said {
+			defer s.announceWait(namespaceWait, "the target has namespace %d", s.waiting[missing].NSID)()
 			s.log.Info("waiting for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
 		}
 		select {

@@ -153,17 +153,21 @@ func (e *Entry) inheritControllers(records []Record) error {
 	if err != nil {
 		return err
 	}
-	var ids []uint16
+	gone := left.of(e.Target)
+	var sources []Record
 	for _, r := range records {
 		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
-			ids = append(ids, r.Controllers...)
-			e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+			sources = append(sources, r)
 		}
 	}
-	gone := left.of(e.Target)
-	ids = append(ids, gone.Controllers...)
+	sources = append(sources, Record{State: State{Controllers: gone.Controllers, KeepAlive: gone.KeepAlive}})
+	var ids []uint16
+	for _, r := range sources {
+		ids = append(ids, r.Controllers...)
+		e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+	}
 	e.Controllers = Distinct(append(ids, e.Controllers...))
-	e.KeepAlive = max(e.KeepAlive, gone.KeepAlive)
+	e.Made = lastMade(sources)
 	if err := e.Save(); err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
@@ -85,7 +86,7 @@ func lockHolder(fd int) string {
 	if pid <= 0 {
 		return "another process"
 	}
-	return fmt.Sprintf("process %d (%s)", pid, command(pid))
+	return fmt.Sprintf("process %d (%s)", pid, host.Command(pid))
 }
 
 // findHolder is the process that holds a flock on a file, in the format of
@@ -104,25 +105,4 @@ func findHolder(locks []byte, ino uint64) int {
 		}
 	}
 	return 0
-}
-
-// command is what a process was started as, without what a terminal would take
-// for more than text.
-func command(pid int) string {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
-	if err != nil || len(text) == 0 {
-		return "its command is unknown"
-	}
-	const enough = 80
-	words := strings.TrimRight(string(text), "\x00")
-	words = strings.ReplaceAll(words, "\x00", " ")
-	if len(words) > enough {
-		words = words[:enough] + "…"
-	}
-	return strings.Map(func(r rune) rune {
-		if !strconv.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, words)
 }

@@ -8,6 +8,11 @@
 //	/run/ublk-nvmeof/ctrl0/control.sock
 //	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
 //
+// In a directory that does not depend on the run directory (see Host), servers tell each
+// other which controllers targets have made for them:
+//
+//	/run/ublk-nvmeof/.made/PID-START.json
+//
 // # What a record is for
 //
 // Recorded controller ids prevent an old write from overwriting a newer one. A target may
@@ -15,6 +20,10 @@
 // until that server's controllers have ended. So an id is recorded before the first command
 // goes to its controller, and stays until the target has ended the controller. If the
 // record itself is removed before that, the ids move to .controllers.json.
+//
+// A target that has ended a controller may give its id to any other server of the host. So
+// a server also records when its controllers were made. If another server was given the id
+// later (Host.GivenLater), the controller has ended.
 //
 // Recorded devices belong to the server of the record. While they are recorded, no other
 // subsystem gets their numbers, names and socket addresses, because clients may still use
@@ -159,10 +168,10 @@ type State struct {
 	// Controllers are the ids of the controllers at the target that may still
 	// work on commands of this server, or of those before it, oldest first.
 	Controllers []uint16 `json:"controllers"`
-	// Made is when the target made the controllers, and the newest one, which may not
-	// have commands yet: nanoseconds since the boot. An id that two servers were given is
-	// the controller of the later one.
-	Made map[uint16]int64 `json:"made,omitempty"`
+	// Made is when the target made the last controller of each of these ids, and the newest
+	// controller of the server, which may not have commands yet. Ids of which that is not
+	// known are missing.
+	Made map[uint16]Made `json:"made_at,omitempty"`
 	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
 	// determines when the target notices that their server is gone. 0: unknown.
 	KeepAlive int `json:"keep_alive_tmo,omitempty"`

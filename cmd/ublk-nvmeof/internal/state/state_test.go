@@ -341,6 +341,27 @@ func TestProcess(t *testing.T) {
 	}
 }
 
+// A process that was killed needs some time to end. It is not alive meanwhile.
+func TestKilledProcess(t *testing.T) {
+	for range 50 {
+		cmd := exec.Command("sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		p, err := Of(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if p.Alive() {
+			t.Error("alive after it was killed")
+		}
+		_ = cmd.Wait() // its status is that of the signal
+	}
+}
+
 func TestKillAndWait(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
 	if err := cmd.Start(); err != nil {

@@ -79,6 +79,8 @@ type Faults struct {
 type Fault struct {
 	ID   int    `json:"id"`
 	What string `json:"fault"`
+	// UsedUp says that it has applied to as many commands as it may (count=N).
+	UsedUp bool `json:"used_up,omitempty"`
 }
 
 // Requests of the control socket. An empty NQN means all subsystems, or, where

@@ -3,6 +3,7 @@ package targetserver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"slices"
@@ -59,13 +60,18 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 // there yet.
 func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namespace, err error) {
 	n := &namespace{spec: spec}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("\"%s\": %w", spec, err)
+		}
+	}()
 	store, err := s.openStore(n)
 	if err != nil {
 		return nil, err
 	}
 	n.Namespace, err = sub.AddNamespace(target.NamespaceConfig{
 		NSID: spec.NSID, Store: store, BlockSize: spec.BlockSize, ReadOnly: spec.ReadOnly, ANAGroup: spec.ANAGroup,
-		Identity: spec.File, UUID: spec.UUID, NoUUID: spec.NoUUID, NGUID: spec.NGUID, EUI64: spec.EUI64,
+		Identity: n.identity(), UUID: spec.UUID, NoUUID: spec.NoUUID, NGUID: spec.NGUID, EUI64: spec.EUI64,
 	})
 	if err != nil {
 		return nil, errors.Join(err, s.closeStore(n))
@@ -76,6 +82,15 @@ func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namesp
 	}
 	sub.namespaces = append(sub.namespaces, n)
 	return n, nil
+}
+
+// identity returns what the UUID is derived from unless it is given: the path of the file
+// without symbolic links, so that a file has the same UUID by whatever path it is named.
+func (n *namespace) identity() string {
+	if n.file == nil {
+		return ""
+	}
+	return n.file.Path()
 }
 
 // newAtStart reports whether the UUID is random.
@@ -100,8 +115,12 @@ func (s *server) openStore(n *namespace) (store target.Store, err error) {
 		}
 		store, n.closer = n.file, n.file
 	}
+	if spec.Cache > store.Size() {
+		err := exit.Errorf(exit.Usage, "cache=%s: want at most the size of the namespace, %s", options.FormatSize(spec.Cache), options.FormatSize(store.Size()))
+		return nil, errors.Join(err, s.closeStore(n))
+	}
 	if spec.Cache != 0 {
-		if err := s.promise(n, min(spec.Cache, store.Size())); err != nil {
+		if err := s.promise(n, spec.Cache); err != nil {
 			return nil, errors.Join(err, s.closeStore(n))
 		}
 		c := target.NewCache(store, spec.Cache)

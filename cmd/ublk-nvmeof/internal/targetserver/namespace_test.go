@@ -1,6 +1,7 @@
 package targetserver
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,7 +32,8 @@ func TestSizesThatCannotBe(t *testing.T) {
 	do(t, client, ResizeRequest{NSID: 1, Size: 4 << 20})
 	refuse(AddRequest{Namespace: "ram=512B"}, exit.Usage, "exceed the limit")
 	do(t, client, RemoveRequest{NSID: 1})
-	do(t, client, AddRequest{Namespace: "ram=2MiB,cache=1GiB"})
+	refuse(AddRequest{Namespace: "ram=2MiB,cache=1GiB"}, exit.Usage, "cache=1.0 GiB: want at most the size of the namespace, 2.0 MiB")
+	do(t, client, AddRequest{Namespace: "ram=2MiB,cache=2MiB"})
 	do(t, client, RemoveRequest{NSID: 1})
 	do(t, client, AddRequest{Namespace: "ram=4MiB"})
 	do(t, client, ResizeRequest{NSID: 1, Size: 1 << 20})
@@ -72,25 +74,28 @@ func TestFiles(t *testing.T) {
 	refuse("file="+link, exit.Busy, "in use by another namespace")
 	refuse("file="+words+",shared", exit.Busy, "in use by another namespace")
 	refuse("device="+words, exit.Busy, "in use")
-	refuse("file=/dev/zero", exit.Usage, "neither a regular file nor a block device")
-	refuse("file="+dir, exit.Usage, "neither a regular file nor a block device")
+	refuse("file=/dev/zero", exit.Usage, "not storage; want a block device, or a regular file")
+	refuse("file=/proc/self/status", exit.Usage, "not storage; want a block device, or a regular file")
+	refuse("file="+dir, exit.Usage, "not storage; want a block device, or a regular file")
 	do(t, client, RemoveRequest{NSID: 1})
 	refuse("device="+words, exit.Usage, "is a file; want file=")
 	do(t, client, AddRequest{Namespace: "file=" + words + ",shared"})
 	do(t, client, AddRequest{Namespace: "file=" + link + ",shared"})
 }
 
-// TestSameIdentity: a target that is started again has the namespaces that it had.
+// TestSameIdentity: a target that is started again has the namespaces that it had, also
+// if a file is named by a symbolic link to it.
 func TestSameIdentity(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+	dir := t.TempDir()
+	file, link := filepath.Join(dir, "disk"), filepath.Join(dir, "link")
+	if err := errors.Join(os.WriteFile(file, make([]byte, 1<<20), 0o600), os.Symlink("disk", link)); err != nil {
 		t.Fatal(err)
 	}
 	const given = "12345678-1234-1234-1234-123456789abc"
 	var ids [2][3]string
 	for i := range ids {
 		t.Run("", func(t *testing.T) { // which ends the target
-			client, _ := begin(t, disk(t, "file="+file, "ram=1MiB", "ram=1MiB,uuid="+given))
+			client, _ := begin(t, disk(t, "file="+[]string{file, link}[i], "ram=1MiB", "ram=1MiB,uuid="+given))
 			s, err := client.Status(t.Context())
 			if err != nil {
 				t.Fatal(err)

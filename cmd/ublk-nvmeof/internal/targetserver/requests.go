@@ -210,7 +210,7 @@ func (s *server) addFault(r FaultRequest) (Done, error) {
 		return Done{}, exit.Errorf(exit.Usage, "fault %q: %v; want %s", r.Fault, err, options.FaultWords)
 	}
 	s.lastFault++
-	s.faults = append(s.faults, &fault{Fault{s.lastFault, r.Fault}, s.target.Faults().Add(f)})
+	s.faults = append(s.faults, &fault{s.lastFault, r.Fault, s.target.Faults().Add(f)})
 	return Done{ID: s.lastFault}, nil
 }
 
@@ -220,11 +220,11 @@ func (s *server) unfault(r UnfaultRequest) (Done, error) {
 		s.faults, s.standing = nil, Faults{}
 		return Done{}, nil
 	}
-	i := slices.IndexFunc(s.faults, func(f *fault) bool { return f.ID == r.ID })
+	i := slices.IndexFunc(s.faults, func(f *fault) bool { return f.id == r.ID })
 	if i < 0 {
 		return Done{}, exit.Errorf(exit.NotFound, "no fault %d", r.ID)
 	}
-	s.faults[i].remove()
+	s.faults[i].added.Remove()
 	s.faults = slices.Delete(s.faults, i, i+1)
 	return Done{}, nil
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
@@ -57,8 +59,9 @@ type server struct {
 }
 
 type fault struct {
-	Fault
-	remove func()
+	id    int
+	what  string
+	added target.AddedFault
 }
 
 // Run serves until ctx is done, which is an orderly end, and no error, or a
@@ -210,8 +213,47 @@ func (s *server) provider() (rdma.Provider, error) {
 	route, err := host.RouteTo(s.opts.Address, netip.Addr{})
 	s.choice = provider.Choose(s.opts.Provider, addr, route, err)
 	p, err := s.cfg.open(s.choice.Name, addr)
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return nil, s.portTaken(err)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return nil, exit.Errorf(exit.Usage, "-a/--traddr \"%s\": this host does not have the address (%v)", addr, err)
+	}
 	if err == nil || s.choice.Name != options.Verbs || exit.Of(err) == exit.Permission {
 		return p, err
 	}
 	return nil, exit.Errorf(exit.NoRDMA, "no RDMA device can be used (%v); --provider %s needs none", err, options.RoCE)
+}
+
+// portTaken names who has the UDP port that this target needs.
+func (s *server) portTaken(err error) error {
+	port := netip.AddrPortFrom(s.opts.Address.Addr(), provider.UDPPort)
+	holder, ok := host.UDPHolder(port)
+	if !ok {
+		return err
+	}
+	who := holder.String()
+	if name := s.targetOf(holder.PID); name != "" {
+		who = name + ", " + who
+	}
+	return exit.Errorf(exit.Other, "UDP port %d of %s is taken by %s; end that, or give another address with -a (%v)", port.Port(), port.Addr(), who, err)
+}
+
+// targetOf returns the name of the target that runs in a process, or "".
+func (s *server) targetOf(pid int) string {
+	names, err := List(s.cfg.RunDir)
+	if err != nil || pid == 0 {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	for _, name := range names {
+		if name == s.place.Name {
+			continue // it does not answer yet
+		}
+		if status, err := NewClient(Socket(s.cfg.RunDir, name)).Status(ctx); err == nil && status.PID == pid {
+			return name
+		}
+	}
+	return ""
 }

@@ -253,3 +253,17 @@ func TestStartFails(t *testing.T) {
 		}
 	}
 }
+
+// TestUsedUpFault: a fault that applies to no more commands is shown as such.
+func TestUsedUpFault(t *testing.T) {
+	client, _ := begin(t, disk(t, "ram=1MiB"))
+	do(t, client, FaultRequest{Fault: "cns=1,status=0x6,count=1"}) // Identify Controller
+	if _, err := connect(t, 1); err == nil {
+		t.Error("the fault did not apply")
+	}
+	do(t, client, FaultRequest{Fault: "drop,count=1"})
+	s, err := client.Status(t.Context())
+	if want := []Fault{{1, "cns=1,status=0x6,count=1", true}, {2, "drop,count=1", false}}; err != nil || !slices.Equal(s.Faults.Commands, want) {
+		t.Errorf("%+v, %v", s.Faults.Commands, err)
+	}
+}
