@@ -10,25 +10,25 @@ import (
 	"slices"
 )
 
-// maxLeft bounds how many controllers are kept of one subsystem: the newest.
+// maxLeft is the number of controllers of a subsystem that are kept, the newest ones.
 const maxLeft = 1024
 
-// controllersFile has the controllers of servers whose record is gone.
+// controllersFile is the file with the controllers of servers whose record is gone.
 const controllersFile = ".controllers.json"
 
-// left are the controllers of servers whose record is gone, by subsystem.
+// left holds the controllers of servers whose record is gone, by subsystem.
 type left []leftBy
 
 type leftBy struct {
 	NQN         string   `json:"nqn"`
 	HostNQN     string   `json:"hostnqn"`
 	Controllers []uint16 `json:"controllers"`
-	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // as State.KeepAlive
+	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // like State.KeepAlive
 }
 
 func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
 
-// of is what was left of a subsystem.
+// of returns the controllers of a subsystem.
 func (l left) of(t Target) leftBy {
 	i := slices.IndexFunc(l, func(b leftBy) bool { return b.isOf(t) })
 	if i < 0 {
@@ -53,7 +53,7 @@ type controllersState struct {
 	Left          left `json:"left"`
 }
 
-// leftControllers reads the file. The caller has the lock.
+// leftControllers reads the file. The caller holds the lock.
 func (d Dir) leftControllers() (left, error) {
 	file := filepath.Join(string(d), controllersFile)
 	text, err := readFile(file)
@@ -68,12 +68,12 @@ func (d Dir) leftControllers() (left, error) {
 		err = fmt.Errorf("schema version %d is not %d: another version of this program wrote it", s.SchemaVersion, SchemaVersion)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s, which says what targets may still work on: %w", file, err)
+		return nil, fmt.Errorf("read %s, which lists controllers that may still execute commands: %w", file, err)
 	}
 	return s.Left, nil
 }
 
-// saveLeft replaces the file. The caller has the lock.
+// saveLeft replaces the file. The caller holds the lock.
 func (d Dir) saveLeft(l left) error {
 	file := filepath.Join(string(d), controllersFile)
 	if len(l) > 0 {

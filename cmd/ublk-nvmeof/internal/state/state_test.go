@@ -44,7 +44,7 @@ func list(t *testing.T, d Dir) []Record {
 	return r
 }
 
-// deadProcess is a process that has ended, and was waited for.
+// deadProcess returns a process that has ended and was waited for.
 func deadProcess(t *testing.T) Process {
 	t.Helper()
 	cmd := exec.Command("sleep", "60")
@@ -120,7 +120,7 @@ func TestDuplicates(t *testing.T) {
 	}
 }
 
-// die makes the record that of a dead process.
+// die makes the process of the record a dead one.
 func die(t *testing.T, e *Entry) {
 	t.Helper()
 	e.Process = deadProcess(t)
@@ -129,8 +129,8 @@ func die(t *testing.T, e *Entry) {
 	}
 }
 
-// What a dead server left is shown, passes to the next server of the same
-// target, and is in nobody else's way. Nobody else's start removes it.
+// The record of a dead server is listed and passes to the next server of the same
+// target. It does not disturb other servers, and their start does not remove it.
 func TestDeadServer(t *testing.T) {
 	d := Dir(t.TempDir())
 	e := reserve(t, d, lab)
@@ -158,7 +158,8 @@ func TestDeadServer(t *testing.T) {
 	if err != nil || heir.Name != "ctrl0" || !heir.Inherited || len(heir.Devices) != 1 || heir.Listen != "/x" || heir.Phase != Connecting {
 		t.Fatalf("%+v, %v", heir, err)
 	}
-	// Until the heir has taken it over, it is what the dead server left.
+	// Until the new server has taken over everything, the record is as the dead
+	// server left it.
 	if got := list(t, d); len(got) != 1 || !got[0].Alive || len(got[0].Devices) != 1 || !slices.Equal(got[0].Args, []string{"--nqn=nqn.lab"}) {
 		t.Fatalf("%+v", got)
 	}
@@ -178,8 +179,8 @@ func TestDeadServer(t *testing.T) {
 	}
 }
 
-// Whoever starts a server for a subsystem gets the controllers of all that died
-// before, however their records ended, until they are known to have ended.
+// The next server of a subsystem gets the controllers of all its dead servers, however
+// their records ended, until it is known that they have ended.
 func TestControllersAreKept(t *testing.T) {
 	elsewhere, stranger, host := lab, lab, lab
 	elsewhere.Address = netip.MustParseAddrPort("10.0.2.16:4420")
@@ -274,7 +275,7 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// A record that cannot be written is the one that was there before.
+// If a record cannot be written, the old one remains.
 func TestSaveFails(t *testing.T) {
 	d := Dir(t.TempDir())
 	e := reserve(t, d, lab)
@@ -387,7 +388,7 @@ func TestKillAndWait(t *testing.T) {
 	if err := h.Wait(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if p.Alive() { // not waited for: a zombie
+	if p.Alive() { // a zombie, because it was not waited for
 		t.Error("a zombie is alive")
 	}
 	cmd.Wait()
@@ -396,7 +397,7 @@ func TestKillAndWait(t *testing.T) {
 	}
 }
 
-// Two servers that start at the same time do not both get the target.
+// If two servers start at the same time, only one gets the target.
 func TestReserveRace(t *testing.T) {
 	d := Dir(t.TempDir())
 	var wg sync.WaitGroup
@@ -419,8 +420,8 @@ func TestReserveRace(t *testing.T) {
 	}
 }
 
-// A lock that somebody else has is not waited for for ever, and the error says who
-// has it.
+// The wait for a lock that another process holds has a limit, and the error names that
+// process.
 func TestLockIsBounded(t *testing.T) {
 	d := Dir(t.TempDir())
 	unlock, err := d.lock(ctx)
@@ -439,7 +440,7 @@ func TestLockIsBounded(t *testing.T) {
 	}
 }
 
-// Whoever may read the run directory cannot keep others from it.
+// A user who may read the run directory, and locks it, does not keep servers from it.
 func TestLockOfTheDirectory(t *testing.T) {
 	d := Dir(t.TempDir())
 	fd, err := unix.Open(string(d), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -460,7 +461,7 @@ func TestLockOfTheDirectory(t *testing.T) {
 	}
 }
 
-// What others could replace or lock is refused.
+// A lock file that others could replace or lock is refused.
 func TestUnsafeDirectory(t *testing.T) {
 	refused := func(name string, d Dir, want string) {
 		t.Helper()
@@ -512,8 +513,8 @@ func TestFindHolder(t *testing.T) {
 	}
 }
 
-// What nobody can read is shown and left alone; what has no state is taken
-// over; what is not ours is not seen.
+// An unreadable record is listed and left alone. A directory without a state is taken
+// over. Other directories are ignored.
 func TestStrangeContents(t *testing.T) {
 	d := Dir(t.TempDir())
 	write := func(name, text string) {
@@ -544,8 +545,8 @@ func TestStrangeContents(t *testing.T) {
 	}
 }
 
-// A damaged record, and one of another version, is named and never removed. One that
-// is known to be of the same subsystem is not passed over.
+// A damaged record, or one of another version, is named and never removed. A damaged
+// record of the same subsystem is not ignored.
 func TestDamaged(t *testing.T) {
 	good := func(change func(map[string]any)) string {
 		m := map[string]any{
@@ -610,7 +611,7 @@ func TestDamaged(t *testing.T) {
 			}
 		})
 	}
-	// What targets may still work on is not passed over either.
+	// The file of controllers is not ignored either if it is damaged.
 	d := Dir(t.TempDir())
 	file := filepath.Join(string(d), controllersFile)
 	if err := os.WriteFile(file, []byte("{"), 0o644); err != nil {
@@ -624,7 +625,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// FuzzState reads anything, and writes again what it has read.
+// FuzzState parses any text. A state that was parsed can be written and parsed again.
 func FuzzState(f *testing.F) {
 	f.Add([]byte(`{"schema_version":1,"process":{"pid":1},"target":{"address":"1.2.3.4:5","nqn":"n"},"devices":[{"kind":"nbd","id":1,"nsid":1,"told":{"size":1}}],"controllers":[1]}`))
 	f.Add([]byte(`{"schema_version":2}`))
