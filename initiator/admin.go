@@ -37,6 +37,7 @@ type admin struct {
 	calls []*adminCall
 	err   error // why the queue is lost
 	lost  chan struct{}
+	users sync.WaitGroup // of mr; no one is added once the queue is lost
 }
 
 type adminCall struct {
@@ -158,9 +159,14 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	n := max(len(in), len(out))
 	if n > 0 {
+		if err := a.use(); err != nil {
+			return nvme.Completion{}, err
+		}
+		defer a.users.Done()
 		select {
 		case page := <-a.buffers:
 			buf := a.mr.Bytes()[page*adminPage:][:adminPage]
+			clear(buf[:n]) // the controller may fill less of it
 			copy(buf, in)
 			cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(n), a.mr.RKey(), false)
 			c, err := a.do(ctx, cmd)
@@ -176,6 +182,16 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		}
 	}
 	return a.do(ctx, cmd)
+}
+
+// use keeps the buffers registered until users.Done is called.
+func (a *admin) use() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err == nil {
+		a.users.Add(1)
+	}
+	return a.err
 }
 
 // do runs a command without data, or whose data are where they have to be. The
@@ -255,10 +271,29 @@ func (a *admin) setFeature(ctx context.Context, fid uint8, value uint32) (uint32
 	return c.DW0(), err
 }
 
+// LogRequest says what to read of a log page.
+type LogRequest struct {
+	Page     uint8  // LID, a Log constant of package nvme
+	NSID     uint32 // 0 or nvme.NSIDAll for the controller
+	Offset   uint64 // in bytes, a multiple of 4
+	Specific uint8  // log specific parameter (LSP), 7 bits
+	Retain   bool   // keep the event that belongs to the page disabled (RAE)
+}
+
+// logPage reads a part of a log page, at most adminPage bytes.
+func (a *admin) logPage(ctx context.Context, r LogRequest, out []byte) error {
+	var cmd nvme.Command
+	cmd.SetGetLogPage(r.Page, r.NSID, uint32(len(out)), r.Offset, r.Retain)
+	cmd.SetLogSpecific(r.Specific)
+	_, err := a.exec(ctx, &cmd, nil, out)
+	return err
+}
+
 // close ends the admin queue and its connection.
 func (a *admin) close() error {
 	a.lose(rdma.ErrClosed)
 	a.file.Close()
 	<-a.joined
+	a.users.Wait()
 	return errors.Join(a.conn.close(), a.mr.Close())
 }

@@ -102,15 +102,19 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	for _, step := range []struct {
 		name string
 		run  func(context.Context, *association) error
+		io   bool // only for a controller with I/O queues
 	}{
-		{"connect admin queue", c.connectAdmin},
-		{"enable controller", c.enable},
-		{"keep controller alive", c.startKeepAlive},
-		{"identify controller", c.identifyController},
-		{"negotiate I/O queues", c.negotiate},
-		{"connect I/O queues", c.connectIO},
-		{"configure events", c.configureEvents},
+		{"connect admin queue", c.connectAdmin, false},
+		{"enable controller", c.enable, false},
+		{"keep controller alive", c.startKeepAlive, false},
+		{"identify controller", c.identifyController, false},
+		{"negotiate I/O queues", c.negotiate, true},
+		{"connect I/O queues", c.connectIO, true},
+		{"configure events", c.configureEvents, false},
 	} {
+		if step.io && c.cfg.Discovery {
+			continue
+		}
 		if err := step.run(ctx, a); err != nil {
 			return a, &StepError{step.name, err}
 		}
@@ -281,18 +285,32 @@ func (c *Controller) identifyController(ctx context.Context, a *association) err
 	switch {
 	case id.CNTLID() != a.cntlid:
 		return fmt.Errorf("controller id %d, connected to %d", id.CNTLID(), a.cntlid)
+	case id.SGLS()&nvme.SGLSKeyed == 0:
+		return errors.New("controller does not support keyed SGLs")
+	case c.cfg.Discovery:
+		return checkDiscovery(id)
+	case id.CNTRLTYPE() == nvme.ControllerTypeDiscovery:
+		return errors.New("controller is a discovery controller, which has no namespaces")
 	case id.KAS() == 0:
 		return errors.New("controller does not support keep alive")
 	case id.IOCCSZ() < 4 || id.IORCSZ() < 1:
 		return fmt.Errorf("capsule sizes %d and %d (in 16 bytes) are below 4 and 1", id.IOCCSZ(), id.IORCSZ())
 	case id.ICDOFF() != 0:
 		return fmt.Errorf("in-capsule data offset %d is not supported", id.ICDOFF())
-	case id.SGLS()&nvme.SGLSKeyed == 0:
-		return errors.New("controller does not support keyed SGLs")
 	}
 	a.depth = min(c.cfg.QueueSize, int(a.cap.MQES())+1)
 	if m := int(id.MAXCMD()); m > 0 {
 		a.depth = min(a.depth, m)
+	}
+	return nil
+}
+
+// checkDiscovery checks what a discovery controller says of itself. Older ones do not
+// give their type, and nvmet's give no keep alive granularity although they support the
+// command.
+func checkDiscovery(id *nvme.IdentifyController) error {
+	if t := id.CNTRLTYPE(); t != 0 && t != nvme.ControllerTypeDiscovery {
+		return fmt.Errorf("controller is no discovery controller (type %d)", t)
 	}
 	return nil
 }
@@ -378,6 +396,9 @@ func (c *Controller) connectCommand(ctx context.Context, conn *connection, q que
 // as the controller supports them.
 func (c *Controller) configureEvents(ctx context.Context, a *association) error {
 	mask := a.identify.OAES() & (nvme.AENNamespaceAttribute | nvme.AENFirmwareActivation | nvme.AENANAChange)
+	if c.cfg.Discovery {
+		mask = a.identify.OAES() & nvme.AENDiscoveryChange
+	}
 	if mask == 0 {
 		return nil
 	}

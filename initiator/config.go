@@ -45,13 +45,21 @@ type Config struct {
 	// does not accept it. If Resolve is nil, Address is the only address.
 	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
 
+	// Discovery says that SubNQN is a discovery subsystem. Its controller has an admin
+	// queue and nothing else, so Queues and Loops stay empty.
+	Discovery bool
+	// DiscoveryChanged is called when the discovery log may have changed: after an event
+	// of the controller, and after the connection was lost and made again. It must neither
+	// block nor call back. nil: nobody.
+	DiscoveryChanged func()
+
 	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
 	// threads to serve it, at least Queues.Loops() of them.
 	Queues poller.Request
 	Loops  []*poller.Loop
 
 	QueueSize     int           // entries per I/O queue, 16..1024; 0: 128. The target may lower it
-	KeepAlive     time.Duration // 0: 5 s
+	KeepAlive     time.Duration // 0: 5 s; for a discovery controller: none, so the target may end it after a while
 	TOS           uint8         // type of service; 0: unset
 	DisableSQFlow bool          // ask the target not to use SQ flow control
 	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
@@ -114,9 +122,11 @@ func (c *Config) setDefaults() error {
 		return errors.New("config: no RDMA provider")
 	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
 		return errors.New("config: no target address")
+	case c.Discovery && c.Queues != (poller.Request{}):
+		return fmt.Errorf("config: queues %+v: a discovery controller has no I/O queues", c.Queues)
 	case len(c.Loops) < c.Queues.Loops():
 		return fmt.Errorf("config: %d loops for queues that need %d", len(c.Loops), c.Queues.Loops())
-	case c.Queues.IO < 1 || c.Queues.Write < 0 || c.Queues.Poll < 0:
+	case !c.Discovery && c.Queues.IO < 1 || c.Queues.Write < 0 || c.Queues.Poll < 0:
 		return fmt.Errorf("config: queues %+v: at least one I/O queue, none negative", c.Queues)
 	case c.QueueSize != 0 && (c.QueueSize < MinQueueSize || c.QueueSize > MaxQueueSize):
 		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, MinQueueSize, MaxQueueSize)
@@ -136,14 +146,16 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: host NQN: %w", err)
 	}
 	setDefault(&c.QueueSize, DefaultQueueSize)
-	setDefault(&c.KeepAlive, DefaultKeepAlive)
+	if !c.Discovery {
+		setDefault(&c.KeepAlive, DefaultKeepAlive)
+	}
 	setDefault(&c.PollMaxBytes, defaultPollMaxBytes)
 	setDefault(&c.ConnectTimeout, defaultConnectTimeout)
 	setDefault(&c.AdminTimeout, defaultAdminTimeout)
 	setDefault(&c.IOTimeout, defaultIOTimeout)
 	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
 	setDefault(&c.CtrlLoss, defaultCtrlLoss)
-	if c.MaxMemory == 0 {
+	if c.MaxMemory == 0 && !c.Discovery { // which has no I/O buffers
 		available, err := hostmem.Available()
 		if err != nil {
 			return fmt.Errorf("config: memory: %w", err)

@@ -73,15 +73,17 @@ type Controller struct {
 	namespaces   []*Namespace
 }
 
-// Connect connects to a subsystem and identifies its namespaces. ctx bounds the
-// whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
+// Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
+// bounds the whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
 // *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
 // error.
 func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	if !cfg.Discovery {
+		cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	}
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
@@ -219,6 +221,14 @@ func (c *Controller) supervise(a *association) {
 			}
 			return
 		}
+		c.discoveryChanged() // its events were lost with the association
+	}
+}
+
+// discoveryChanged says that the discovery log may have changed.
+func (c *Controller) discoveryChanged() {
+	if c.cfg.DiscoveryChanged != nil {
+		c.cfg.DiscoveryChanged()
 	}
 }
 
@@ -229,7 +239,7 @@ func (c *Controller) supervise(a *association) {
 func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 	blamed := c.blamed.Swap(false)
 	switch {
-	case lived >= c.cfg.KeepAlive:
+	case lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.outage, c.brief = lost, 0
 	case blamed:
 		c.outage, c.brief = lost, 1
@@ -345,7 +355,9 @@ func (c *Controller) announce(a *association) error {
 			return &StepError{"record controller id", err}
 		}
 	}
-	c.unfenced = append(c.unfenced, a.cntlid)
+	if !c.cfg.Discovery { // whose commands write nothing
+		c.unfenced = append(c.unfenced, a.cntlid)
+	}
 	return nil
 }
 
@@ -417,6 +429,9 @@ func (c *Controller) setUpTimeout() time.Duration {
 // timeout to answer.
 func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 	a.admin.setTimeout(c.setUpTimeout())
+	if c.cfg.KeepAlive == 0 {
+		return nil
+	}
 	a.alive.Go(func() {
 		// A controller with traffic based keep alive (TBKAS) may notice a command
 		// only at the end of an interval of the timeout, so it needs twice as
@@ -492,15 +507,14 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 		a.fail(errors.New("controller reports a persistent internal error"))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
 		a.lookAtNamespaces()
+	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
+		c.discoveryChanged()
 	}
 }
 
 func (c *Controller) readLog(ctx context.Context, a *association, page uint8) error {
-	var cmd nvme.Command
 	var out [adminPage]byte
-	cmd.SetGetLogPage(page, nvme.NSIDAll, adminPage, 0, false)
-	_, err := a.admin.exec(ctx, &cmd, nil, out[:])
-	return err
+	return a.admin.logPage(ctx, LogRequest{Page: page, NSID: nvme.NSIDAll}, out[:])
 }
 
 // reportStatus logs a request that fails with an error status.
@@ -579,6 +593,7 @@ type Info struct {
 	Attempts  int            // attempts to reconnect since then
 	Failure   error          // error of the last attempt, while there is no association
 	Address   netip.AddrPort // of the target
+	SubNQN    string         // name by which the subsystem was connected to
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -604,12 +619,14 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
+	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
-		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		if len(a.pairs) > 0 {
+			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		}
 	}
 	for _, l := range c.lanes {
 		i.Lanes = append(i.Lanes, LaneStats{

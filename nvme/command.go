@@ -405,6 +405,12 @@ func (c *Command) LogPage() (lid uint8, length, offset uint64, rae bool) {
 	return c[40], (numd + 1) * 4, le.Uint64(c[48:56]), c[41]&0x80 != 0
 }
 
+// LogSpecific returns the log specific parameter (LSP) of a Get Log Page, 7 bits.
+func (c *Command) LogSpecific() uint8 { return c[41] & 0x7f }
+
+// SetLogSpecific sets the log specific parameter of a Get Log Page, 7 bits.
+func (c *Command) SetLogSpecific(v uint8) { c[41] = c[41]&0x80 | v&0x7f }
+
 // SetAsyncEvent builds an Asynchronous Event Request.
 func (c *Command) SetAsyncEvent() { c.fill(AdminAsyncEvent, 0, 0, 0, 0) }
 

@@ -90,7 +90,7 @@ func TestCommandFields(t *testing.T) {
 		// Builders and descriptor setters, tested with golden bytes.
 		"Read", "Write", "WriteZeroes", "Flush", "DSM", "Identify", "SetFeatures", "GetFeatures", "GetLogPage",
 		"AsyncEvent", "KeepAlive", "Abort", "Connect", "PropertyGet", "PropertySet", "AuthSend", "AuthReceive",
-		"Disconnect", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
+		"Disconnect", "LogSpecific", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
 }
 
 // A controller reads the commands of a host.

@@ -30,10 +30,23 @@ type DiscoveryHeader struct {
 	NumRec uint64
 	// RecFmt is 0.
 	RecFmt uint16
+	// Returned tells which of the requested kinds of log this is, DiscoveryLog bits. 0
+	// from older controllers.
+	Returned uint8
+	// Length is the length of the whole log in bytes (TDLPL); 0 from older controllers.
+	Length uint32
 }
 
-// ParseDiscoveryHeader decodes the header from the first DiscoveryHeaderMin
-// bytes of the log.
+// Bits of the log specific parameter of a Get Log Page for the discovery log, and of
+// [DiscoveryHeader.Returned].
+const (
+	DiscoveryExtended = 1 << 0 // entries with attributes, of different lengths
+	DiscoveryPortOnly = 1 << 1 // only entries of the port that the host uses
+	DiscoveryAll      = 1 << 2 // entries of all subsystems, also of those that the host may not use
+)
+
+// ParseDiscoveryHeader decodes the header from the first bytes of the log, at least
+// DiscoveryHeaderMin. Returned and Length need 24 bytes, and are 0 if b has fewer.
 func ParseDiscoveryHeader(b []byte) (DiscoveryHeader, error) {
 	if len(b) < DiscoveryHeaderMin {
 		return DiscoveryHeader{}, fmt.Errorf("decode discovery header: %d bytes, want %d", len(b), DiscoveryHeaderMin)
@@ -42,8 +55,14 @@ func ParseDiscoveryHeader(b []byte) (DiscoveryHeader, error) {
 	if h.RecFmt != 0 {
 		return DiscoveryHeader{}, fmt.Errorf("decode discovery header: record format %d", h.RecFmt)
 	}
+	if len(b) >= discoveryLengthEnd {
+		h.Returned, h.Length = b[18], le.Uint32(b[20:24])
+	}
 	return h, nil
 }
+
+// discoveryLengthEnd is where the last field of the header ends.
+const discoveryLengthEnd = 24
 
 // AppendTo appends the header, DiscoveryHeaderSize bytes.
 func (h DiscoveryHeader) AppendTo(b []byte) []byte {
@@ -51,6 +70,8 @@ func (h DiscoveryHeader) AppendTo(b []byte) []byte {
 	le.PutUint64(raw[0:8], h.GenCtr)
 	le.PutUint64(raw[8:16], h.NumRec)
 	le.PutUint16(raw[16:18], h.RecFmt)
+	raw[18] = h.Returned
+	le.PutUint32(raw[20:24], h.Length)
 	return append(b, raw[:]...)
 }
 
@@ -291,6 +312,29 @@ func (c RDMACMS) String() string {
 	return unrecognized
 }
 
+// TCPSecurity is the kind of secure channel of the TCP transport.
+type TCPSecurity uint8
+
+// Kinds of secure channel.
+const (
+	TCPSecurityNone  TCPSecurity = 0
+	TCPSecurityTLS   TCPSecurity = 1 // before 1.3
+	TCPSecurityTLS13 TCPSecurity = 2
+)
+
+// String names the kind.
+func (s TCPSecurity) String() string {
+	switch s {
+	case TCPSecurityNone:
+		return "none"
+	case TCPSecurityTLS:
+		return "tls"
+	case TCPSecurityTLS13:
+		return "tls13"
+	}
+	return unrecognized
+}
+
 // DiscoveryEntry is one entry of the discovery log. Text comes from the
 // controller, without padding and not fit for a terminal as it is.
 type DiscoveryEntry [DiscoveryEntrySize]byte
@@ -390,3 +434,9 @@ func (e *DiscoveryEntry) RDMAPKey() uint16 { return le.Uint16(e[776:778]) }
 
 // SetRDMAPKey sets RDMAPKey.
 func (e *DiscoveryEntry) SetRDMAPKey(v uint16) { le.PutUint16(e[776:778], v) }
+
+// TCPSecurity returns the kind of secure channel; valid on TCP.
+func (e *DiscoveryEntry) TCPSecurity() TCPSecurity { return TCPSecurity(e[768]) }
+
+// SetTCPSecurity sets TCPSecurity.
+func (e *DiscoveryEntry) SetTCPSecurity(v TCPSecurity) { e[768] = byte(v) }
