@@ -16,6 +16,7 @@ const (
 
 	prometheus = "github.com/prometheus/client_golang"
 	exposition = "github.com/prometheus/common"
+	yaml       = "go.yaml.in/yaml/v2"
 )
 
 // row says what a package may import: packages of this module by their path
@@ -75,7 +76,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}},
+	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, pflag}},
 	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
