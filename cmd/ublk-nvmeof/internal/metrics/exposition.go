@@ -23,7 +23,7 @@ func (e *exposition) add(m metric, value float64, labels ...string) {
 	e.out <- v
 }
 
-// addHistogram sends a histogram. An operation that has not been timed has no buckets.
+// addHistogram sends a histogram. d has no buckets if no request was timed.
 func (e *exposition) addHistogram(m metric, d control.Durations, bounds []float64, labels ...string) {
 	buckets := make(map[float64]uint64, len(bounds))
 	n := uint64(0)
@@ -41,6 +41,15 @@ func (e *exposition) addHistogram(m metric, d control.Durations, bounds []float6
 		v = prometheus.NewInvalidMetric(m.Desc, err)
 	}
 	e.out <- v
+}
+
+// timed returns the operations to show histograms of: reads, writes, and others of which
+// a request was timed. Histograms are most of an exposition, and most devices see few
+// operations.
+func timed(d map[string]control.Durations) []string {
+	return slices.DeleteFunc(slices.Clone(operations), func(op string) bool {
+		return op != "read" && op != "write" && len(d[op].Buckets) == 0
+	})
 }
 
 func (e *exposition) server(s *control.Status) {
@@ -70,7 +79,7 @@ func (e *exposition) controller(s *control.Status) {
 	e.add(registered, float64(s.RegisteredBytes))
 	e.add(registeredLimit, float64(s.RegisteredLimit))
 	for stage, of := range s.Stages {
-		for _, op := range operations {
+		for _, op := range timed(of) {
 			e.addHistogram(stages, of[op], s.DurationBounds, clean(stage), op)
 		}
 	}
@@ -104,7 +113,7 @@ func (e *exposition) device(d control.Device, bounds []float64) {
 	e.add(failed, float64(max(n.Errors, failures)-failures), name, "other")
 	e.add(moved, float64(n.ReadBytes), name, "read")
 	e.add(moved, float64(n.WrittenBytes), name, "write")
-	for _, op := range operations {
+	for _, op := range timed(d.Durations) {
 		e.addHistogram(durations, d.Durations[op], bounds, name, op)
 	}
 }

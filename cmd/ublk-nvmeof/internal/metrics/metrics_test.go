@@ -93,6 +93,9 @@ func TestValues(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := b.String()
+	if strings.Contains(text, `ublk_nvmeof_request_duration_seconds_count{device="ublkb0",nqn="nqn.2026-01.org.example:disk",operation="flush"`) {
+		t.Error("there is a histogram of an operation that was never timed")
+	}
 	for _, want := range []string{
 		`ublk_nvmeof_up{NQN} 1`,
 		`ublk_nvmeof_controller_state{NQN,state="live"} 1`,
@@ -113,7 +116,7 @@ func TestValues(t *testing.T) {
 		`ublk_nvmeof_request_duration_seconds_bucket{NQN,device="ublkb0",operation="read",le="0.001"} 3`,
 		`ublk_nvmeof_request_duration_seconds_bucket{NQN,device="ublkb0",operation="read",le="+Inf"} 10`,
 		`ublk_nvmeof_request_duration_seconds_sum{NQN,device="ublkb0",operation="read"} 12.5`,
-		`ublk_nvmeof_request_duration_seconds_count{NQN,device="ublkb0",operation="flush"} 0`,
+		`ublk_nvmeof_request_duration_seconds_count{NQN,device="ublkb0",operation="write"} 0`,
 		`ublk_nvmeof_request_stage_duration_seconds_count{NQN,operation="read",stage="wire"} 10`,
 		`ublk_nvmeof_roce_packets_total{NQN,direction="received"} 2`,
 		`ublk_nvmeof_roce_dropped_packets_total{NQN,reason="malformed"} 10`,
