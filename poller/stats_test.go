@@ -46,6 +46,11 @@ func TestTimes(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}
+	for deadline := time.Now().Add(30 * time.Second); l.Snapshot().BlockingWaits == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the loop does not come to rest")
+		}
+	}
 	if got := until("asleep", func(s Stats) time.Duration { return s.Sleep }); got.Busy+got.Spin > 10*time.Millisecond {
 		t.Errorf("a loop without work ran: %+v", got)
 	}

@@ -69,7 +69,7 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 	defer cancel()
 	s := control.Status{
 		SchemaVersion: control.SchemaVersion, Name: r.Name, PID: r.Process.PID,
-		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN,
+		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN, Outages: control.Outages{Losses: map[string]int{}},
 		Devices: []control.Device{}, Lanes: []control.Lane{},
 	}
 	if a := r.Target.Address; a.IsValid() {

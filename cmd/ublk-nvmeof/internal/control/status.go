@@ -82,10 +82,10 @@ type Status struct {
 
 // Outages are the times without a connection to the target.
 type Outages struct {
-	Unavailable float64        `json:"unavailable"`      // seconds in all
-	Losses      map[string]int `json:"losses,omitempty"` // associations lost, by reason
-	Attempts    int            `json:"attempts"`         // to make one again
-	Reconnects  int            `json:"reconnects"`       // of these, successful ones
+	Unavailable float64        `json:"unavailable"` // seconds in all
+	Losses      map[string]int `json:"losses"`      // associations lost, by reason
+	Attempts    int            `json:"attempts"`    // to make one again
+	Reconnects  int            `json:"reconnects"`  // of these, successful ones
 }
 
 // Requests are the requests that have not ended.

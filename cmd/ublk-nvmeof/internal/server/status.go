@@ -24,7 +24,7 @@ func (s *server) Status() control.Status {
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
-		Devices: []control.Device{}, Lanes: []control.Lane{},
+		Devices: []control.Device{}, Lanes: []control.Lane{}, Outages: control.Outages{Losses: map[string]int{}},
 	}
 	if o.SourceAddr.IsValid() {
 		out.HostTrAddr = o.SourceAddr.String()
