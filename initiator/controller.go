@@ -353,7 +353,7 @@ func (c *Controller) lose(reason error, when time.Time) {
 	defer c.mu.Unlock()
 	c.assoc, c.reason, c.attempts = nil, reason, 0
 	c.losses++
-	c.outages.begin(when, reason)
+	c.outages.begin(when, c.reasonOf(reason))
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
 	}
@@ -521,7 +521,7 @@ func (c *Controller) Err() error {
 // while the target does not answer: the controller dies of reason, and every
 // request, held, in flight or to come, fails as soon as the target can no longer
 // touch its buffer. Close is still due. Any goroutine.
-func (c *Controller) Abort(reason error) { c.end(because(LossAborted, reason)) }
+func (c *Controller) Abort(reason error) { c.end(reason) }
 
 // Close leaves the subsystem in order: I/O queues, shutdown notification, admin
 // queue, each step bounded by ctx or sooner. The queues of the namespaces must

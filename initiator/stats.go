@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -49,9 +50,12 @@ func (e *lossError) Unwrap() error { return e.error }
 // because says what the loss of an association by err is counted as.
 func because(reason LossReason, err error) error { return &lossError{reason, err} }
 
-// reasonOf returns the reason that because gave. If it was given several times, the one
-// closest to the cause counts.
-func reasonOf(err error) LossReason {
+// reasonOf returns the reason for the loss of an association. If because was called several
+// times, the call closest to the cause counts.
+func (c *Controller) reasonOf(err error) LossReason {
+	if cause := context.Cause(c.life); cause != nil && errors.Is(err, cause) {
+		return LossAborted
+	}
 	reason := LossOther
 	for e := (*lossError)(nil); errors.As(err, &e); err = e.error {
 		reason = e.reason
@@ -259,8 +263,8 @@ type outages struct {
 	lost  [nLossReasons]int
 }
 
-func (o *outages) begin(when time.Time, reason error) {
-	o.lost[reasonOf(reason)]++
+func (o *outages) begin(when time.Time, reason LossReason) {
+	o.lost[reason]++
 	if o.since.IsZero() {
 		o.since = when
 	}

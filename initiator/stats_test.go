@@ -226,7 +226,7 @@ func TestLossReasons(t *testing.T) {
 			closeController(t, ctl)
 		})
 	}
-	if got := reasonOf(because(LossQueuePair, fmt.Errorf("queue: %w", because(LossProtocol, errors.New("nonsense"))))); got != LossProtocol {
+	if got := (&Controller{life: t.Context()}).reasonOf(because(LossQueuePair, fmt.Errorf("queue: %w", because(LossProtocol, errors.New("nonsense"))))); got != LossProtocol {
 		t.Errorf("the reason of an error with two is %v, want that of its cause", got)
 	}
 }
