@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -150,8 +152,8 @@ func TestMetrics(t *testing.T) {
 		name string
 		run  func(*measured)
 	}{
-		{"requests", (*measured).requests}, {"time", (*measured).scrapeTime}, {"top", (*measured).top},
-		{"outage", (*measured).outage}, {"address in use", (*measured).addressInUse}, {"death", (*measured).death},
+		{"requests", (*measured).requests}, {"top", (*measured).top}, {"outage", (*measured).outage},
+		{"address in use", (*measured).addressInUse}, {"death", (*measured).death},
 	} {
 		t.Run(look.name, func(t *testing.T) {
 			of := *m
@@ -223,18 +225,27 @@ func (m *measured) requests() {
 	}
 }
 
-// scrapeTime is that of 32 devices, of which the best of several counts.
-func (m *measured) scrapeTime() {
+// TestScrapeTime: a scrape of 32 devices takes at most 50 ms. The best of several counts,
+// because other work on the machine is not the scrape's. With the race detector, which
+// makes everything many times slower, there is no limit.
+func TestScrapeTime(t *testing.T) {
+	m := newMeasured(t)
+	defer m.end()
 	best, size := time.Hour, 0
 	for range 20 {
 		began := time.Now()
-		text, _ := scrape(m.T, "tcp", m.address, "/metrics")
+		text, _ := scrape(t, "tcp", m.address, "/metrics")
 		best, size = min(best, time.Since(began)), len(text)
 	}
-	m.Logf("a scrape of 32 devices takes %v and has %d bytes", best, size)
-	if best > 50*time.Millisecond {
-		m.Errorf("a scrape of 32 devices takes %v", best)
+	t.Logf("a scrape of 32 devices takes %v and has %d bytes", best, size)
+	if best > 50*time.Millisecond && !withRaceDetector() {
+		t.Errorf("a scrape of 32 devices takes %v", best)
 	}
+}
+
+func withRaceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 func (m *measured) top() {
