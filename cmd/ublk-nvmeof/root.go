@@ -85,7 +85,7 @@ func newRoot() *cobra.Command {
 		return state.Dir(systemDir), checkRunDir(systemDir)
 	}
 	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
-		newGC(visible), newList(visible), newTarget(runDir), newVersion())
+		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion())
 	return root
 }
 
