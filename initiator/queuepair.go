@@ -128,7 +128,7 @@ func (p *queuePair) push(r *request) bool {
 	p.requests[slot] = r
 	r.posted = p.lane.ctrl.clock.Load()
 	if r.timed {
-		r.timing.pushed = p.lane.stamp()
+		r.timing.pushed, r.timing.answered = p.lane.stamp(), 0
 	}
 	var capsule rdma.SGE
 	switch r.io.Op {
@@ -290,6 +290,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
+	r.timing.answered = 0 // the time until the command is sent again is no return
 	// The request keeps its buffer, so the SEND may still read it.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil

@@ -195,7 +195,7 @@ func (s *sampler) sample(second uint32) bool {
 type timing struct {
 	began    time.Duration // when the front end submitted the request
 	pushed   time.Duration // when its last command was written; 0: no command is in flight
-	answered time.Duration // when its last response was taken; 0: there was none
+	answered time.Duration // when the response to its last command was taken; 0: there is none
 	wire     time.Duration // total time of its commands that were answered
 }
 

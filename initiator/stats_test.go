@@ -293,6 +293,38 @@ func TestOutageTime(t *testing.T) {
 	}
 }
 
+// TestTimeOfRetry: the time that a request waits to be sent again is one of the queue, even
+// if it never comes to that.
+func TestTimeOfRetry(t *testing.T) {
+	w := newWire(t, target.Config{RetryDelays: [3]time.Duration{2 * time.Second}}, target.NamespaceConfig{})
+	loops := newLoops(t, 1)
+	c := connect(t, w.config(loops, poller.Request{IO: 1}))
+	q, err := c.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.target.Faults().Add(target.Fault{Status: nvme.StatusInternal | 1<<11, Count: 1})
+	if err := loops[0].Call(func() { q.Submit([]block.Request{{Op: block.OpRead, Sectors: 8}}) }); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the delay", func() bool { return c.Info().Lanes[0].Held == 1 })
+	began := time.Now()
+	waitFor(t, "some of the delay", func() bool { return time.Since(began) > 200*time.Millisecond })
+	c.Abort(errors.New("the test is over"))
+	var done [1]block.Result
+	waitFor(t, "the end of the request", func() bool {
+		n := 0
+		loops[0].Call(func() { n = q.Reap(done[:]) })
+		return n == 1
+	})
+	s := c.Info().Stages
+	if queue, back := s[StageQueue][block.OpRead], s[StageReturn][block.OpRead]; done[0].Errno == 0 || queue.Sum < 200*time.Millisecond || back.Sum >= 200*time.Millisecond {
+		t.Errorf("errno %d, %v in the queue, %v on the way back", done[0].Errno, queue.Sum, back.Sum)
+	}
+	q.Close()
+	closeController(t, c)
+}
+
 // TestOldestCommand: a command that the target does not answer shows its age.
 func TestOldestCommand(t *testing.T) {
 	w := newWire(t, target.Config{}, target.NamespaceConfig{})

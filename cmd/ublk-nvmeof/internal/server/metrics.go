@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -33,7 +34,11 @@ func (s *server) listenForScrapes(h http.Handler) (*socket, error) {
 	if address == "" {
 		return nil, nil
 	}
-	l, err := net.Listen("tcp", address)
+	network := "tcp"
+	if at, err := netip.ParseAddrPort(address); err == nil && at.Addr().Is4() {
+		network = "tcp4" // 0.0.0.0 is not to mean every IPv6 address as well
+	}
+	l, err := net.Listen(network, address)
 	switch {
 	case err == nil:
 	case len(s.waiting) > 0:
