@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -19,6 +20,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 )
 
 // sum adds the values of a metric whose labels contain all of with.
@@ -371,4 +373,36 @@ func (m *measured) death() {
 	// The next server listens there again.
 	m.un("recover", m.nqn)
 	m.await("the next server", func(text string) bool { up, _ := sum(text, "ublk_nvmeof_up"); return up == 1 })
+}
+
+// TestIsTerminal: only a terminal's screen is cleared.
+func TestIsTerminal(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if isTerminal(file) || isTerminal(io.Discard) {
+		t.Error("a file is a terminal")
+	}
+	pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pty.Close()
+	if !isTerminal(pty) {
+		t.Error("a terminal is none")
+	}
+	looks := 0
+	look := func() (output.Sample, error) {
+		looks++
+		return output.Sample{Time: time.Unix(int64(looks), 0)}, nil
+	}
+	if err := watch(t.Context(), file, look, time.Millisecond, 3, output.Normal); err != nil || looks != 4 {
+		t.Errorf("%d looks for 3 samples, %v", looks, err)
+	}
+	text, err := os.ReadFile(file.Name())
+	if err != nil || strings.Count(string(text), "SERVER") != 3 || strings.Contains(string(text), clearScreen) {
+		t.Errorf("%q, %v", text, err)
+	}
 }
