@@ -15,8 +15,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// knock sends a connect request and says what came of it. The connection stays
-// open, without a Connect command.
+// knock sends a connect request and returns the result. The connection stays open
+// without a Connect command.
 func (r *rig) knock(t *testing.T, from netip.Addr) (rdma.ID, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -41,8 +41,8 @@ func (r *rig) knock(t *testing.T, from netip.Addr) (rdma.ID, error) {
 	return id, err
 }
 
-// TestStrangers: hosts that connect and say nothing have little of the target, and
-// shut nobody out.
+// TestStrangers: hosts that connect and send no Connect command use few resources of
+// the target, and do not keep other hosts out.
 func TestStrangers(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
@@ -61,7 +61,7 @@ func TestStrangers(t *testing.T) {
 	for i := range 4 * maxUnconnected {
 		from := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 7)})
 		if i%3 == 0 {
-			from = netip.AddrFrom4([4]byte{198, 51, 100, 99}) // one that is busier
+			from = netip.AddrFrom4([4]byte{198, 51, 100, 99}) // another host, which has more connections
 		}
 		_, _ = r.knock(t, from)
 		if queues, unconnected, memory := most(); queues > 2*maxUnconnected || unconnected > maxUnconnected || memory > int64(queues)*64<<10 {
@@ -95,8 +95,8 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestStrangersMakeRoom: hosts that connect all the time and say nothing do not end the
-// connection of another host before its Connect command can come.
+// TestStrangersMakeRoom: hosts that connect all the time and send no Connect command do
+// not end the connection of another host before its Connect command arrives.
 func TestStrangersMakeRoom(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	strangers := func(n int) {
@@ -111,8 +111,8 @@ func TestStrangersMakeRoom(t *testing.T) {
 	h.want(0, cmd)
 }
 
-// TestEnding: while connections that gave way end, their hosts get no others, and new
-// hosts do.
+// TestEnding: while connections that gave way end, their hosts get no other
+// connections, but new hosts do.
 func TestEnding(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	busy, other := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
@@ -129,8 +129,8 @@ func TestEnding(t *testing.T) {
 	r.target.ended(other, nil)
 }
 
-// TestLimits: connections of one host and the memory of queues are bounded, and
-// come back when they are not used any more.
+// TestLimits: the connections of one host and the memory of queues are limited, and are
+// available again when they are not used any more.
 func TestLimits(t *testing.T) {
 	r, _, _ := newDisk(t, Config{MaxPerHost: 4, QueueMemory: 6 << 20}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN) // 1 MiB and 2 KiB
@@ -154,7 +154,7 @@ func TestLimits(t *testing.T) {
 			t.Fatal("the memory of a queue that ended is not free")
 		}
 	}
-	// Too little for a second controller, of which nothing is left.
+	// This is too little for a second controller, and nothing is left of it.
 	cmd, _ = other.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 	other.want(nvme.StatusConnectControllerBusy, cmd)
 	s := r.target.Snapshot()
@@ -163,7 +163,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreCounted: by reason, and logged, as far as a log holds.
+// TestRefusalsAreCounted: refusals are counted by reason, and logged at a limited rate.
 func TestRefusalsAreCounted(t *testing.T) {
 	var out bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&out, nil))
@@ -188,7 +188,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 	}
 }
 
-// TestNamelessHost: a host without a name is one of those that may be any.
+// TestNamelessHost: a host without a name may connect where every host may.
 func TestNamelessHost(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	connect := func(qid, cntlid uint16) *hostQueue {

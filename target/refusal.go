@@ -2,20 +2,20 @@ package target
 
 import "ublk-nvmeof/nvme"
 
-// refusal is the reason for refusing a Connect, and the status for the host.
+// refusal is the reason for refusing a Connect command, and the status for the host.
 type refusal struct {
 	status nvme.Status
 	result uint64
-	why    string // one of few, since it is counted by
+	why    string // a key of Target.refusals; there must be few different ones
 }
 
-// parameter refuses a Connect for the field at an offset of the command or of its
+// parameter returns the refusal for a wrong field at an offset of the command or of its
 // data.
 func parameter(offset uint16, inData bool, why string) *refusal {
 	return &refusal{nvme.StatusConnectInvalidParam | dnr, uint64(nvme.NewConnectInvalidParam(offset, inData)), why}
 }
 
-// Reasons to refuse a Connect. Offsets are those of the fields in question.
+// Reasons to refuse a Connect command. The offsets are those of the wrong fields.
 var (
 	refusedFormat     = &refusal{nvme.StatusConnectIncompatibleFormat | dnr, uint64(nvme.NewConnectInvalidParam(40, false)), "unknown record format"}
 	refusedQueueID    = parameter(42, false, "wrong queue id")
@@ -29,10 +29,10 @@ var (
 	refusedMemory     = &refusal{nvme.StatusConnectControllerBusy, 0, "no memory"}
 )
 
-// paramCNTLID is the offset of the controller id in the data of a Connect.
+// paramCNTLID is the offset of the controller id in the data of a Connect command.
 const paramCNTLID = 16
 
-// refused counts a connection or a Connect that was refused.
+// refused counts a connection or a Connect command that was refused.
 func (t *Target) refused(why string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

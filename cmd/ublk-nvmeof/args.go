@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// noArgs refuses arguments.
+// noArgs returns an error if there are arguments.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
@@ -22,7 +22,7 @@ func wantArgs(lo, hi int) cobra.PositionalArgs {
 		_, want, _ := strings.Cut(cmd.Use, " ")
 		switch names := argNames(want); {
 		case len(args) > hi:
-			return fmt.Errorf("%s: %q is too much; want %s", commandName(cmd), args[hi], want)
+			return fmt.Errorf("%s: %q is one argument too many; want %s", commandName(cmd), args[hi], want)
 		case len(args) >= lo:
 			return nil
 		case len(args) == 0:
@@ -48,8 +48,8 @@ func argNames(text string) []string {
 	})
 }
 
-// commandName is the name of a command with those above it, but without that of the
-// program, which begins every error.
+// commandName returns the name of a command and of the commands above it. It leaves out
+// the name of the program, with which every error begins.
 func commandName(cmd *cobra.Command) string {
 	return strings.TrimPrefix(cmd.CommandPath(), programName+" ")
 }

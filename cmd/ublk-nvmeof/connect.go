@@ -24,7 +24,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// connection is what connect and serve have in common.
+// connection holds the options that connect and serve have in common.
 type connection struct {
 	runDir     dirFunc
 	opts       *options.Connect
@@ -79,7 +79,7 @@ Invalid values are refused before anything else happens. Sizes are written like
 	return cmd
 }
 
-// connect starts the server, or becomes it.
+// connect starts the server in the background, or becomes the server.
 func (c *connection) connect(cmd *cobra.Command) error {
 	if err := c.complete(); err != nil {
 		return err
@@ -94,7 +94,7 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
-		_ = host.SetIOFlusher() // serving works without it; the server says so
+		_ = host.SetIOFlusher() // the server works without it and logs a warning
 		if err := host.CloseOnExec(); err != nil {
 			return err
 		}
@@ -109,7 +109,7 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	return c.show(cmd.OutOrStdout(), s)
 }
 
-// serveArgs are the first words of a server's command line.
+// serveArgs returns the first words of a server's command line.
 func serveArgs(dir state.Dir) []string {
 	return []string{programName, "serve", "--run-dir=" + string(dir)}
 }
@@ -117,12 +117,12 @@ func serveArgs(dir state.Dir) []string {
 // startServer starts a server in the background, and waits until its devices are
 // usable.
 func startServer(ctx context.Context, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
-	_ = host.SetIOFlusher() // serving works without it; the server says so
+	_ = host.SetIOFlusher() // the server works without it and logs a warning
 	return launch(ctx, self(), args, timeout, say)
 }
 
-// say returns a function that tells the user of a command why it takes long. Any
-// goroutine may call it.
+// say returns a function that tells the user of a command what the command waits for.
+// Any goroutine may call it.
 func say(cmd *cobra.Command) func(string) {
 	var mu sync.Mutex
 	return func(text string) {
@@ -158,14 +158,15 @@ func newServe(runDir dirFunc) *cobra.Command {
 			return nil
 		}
 		if r.failed(err) == nil {
-			os.Exit(int(err.Code)) // connect says it; twice is too often
+			os.Exit(int(err.Code)) // connect reports the error, so it is not printed twice
 		}
 		return err
 	}
 	return cmd
 }
 
-// serveForeground is connect --foreground, after it became the server.
+// serveForeground runs the server for connect --foreground, which has become this
+// process.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.level(), ReplaceAttr: journalAttr}))
 	return c.serve(server.Config{
@@ -182,8 +183,8 @@ func journalAttr(groups []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-// serveBackground is what connect starts. What is logged before there is a log
-// file goes to connect's standard error, as do panics.
+// serveBackground runs the server that connect has started. Until there is a log file,
+// logs go to the standard error of connect, and so do panics.
 func (c *connection) serveBackground(r *reporter) error {
 	log := &logFile{}
 	cfg := server.Config{
@@ -201,7 +202,8 @@ func (c *connection) serveBackground(r *reporter) error {
 	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
 }
 
-// logIdentity says how the target knows this host, and what is odd about it.
+// logIdentity logs the identity that the target knows for this host, and warnings about
+// it.
 func (c *connection) logIdentity(log *slog.Logger) {
 	args := []any{"hostnqn", c.opts.HostNQN, "hostid", c.opts.HostID.String()}
 	if c.opts.HostIDFile != "" {
@@ -209,7 +211,7 @@ func (c *connection) logIdentity(log *slog.Logger) {
 	}
 	log.Info("host identity", args...)
 	for _, w := range c.opts.Warnings {
-		log.Warn("host identity is odd", "reason", w)
+		log.Warn("unusual host identity", "reason", w)
 	}
 }
 
@@ -223,8 +225,8 @@ func (c *connection) level() slog.Level {
 // serve runs the server. The first signal ends it in order, the second does not
 // wait for requests in flight, the third does not wait for anything.
 func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
-	if err := host.SetName(programName); err != nil { // it is "exe" after executing self
-		cfg.Log.Warn("process not named", "error", err)
+	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
+		cfg.Log.Warn("cannot set the name of the process", "error", err)
 	}
 	if err := c.complete(); err != nil {
 		return err
@@ -236,8 +238,8 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err != nil {
 		return err
 	}
-	unix.Umask(0o022) // others may look
-	// A log that nobody reads any more is no reason to die.
+	unix.Umask(0o022) // other users may read the records
+	// The server must not die because nobody reads its log any more.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)
 	defer stop()
@@ -260,7 +262,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		<-ctx.Done()
 		more := make(chan os.Signal, 2)
 		signal.Notify(more, signals...)
-		cfg.Log.Warn("another signal: requests in flight are not waited for any more", "signal", (<-more).String())
+		cfg.Log.Warn("another signal: the server does not wait for requests in flight any more", "signal", (<-more).String())
 		close(hurry)
 		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))

@@ -25,18 +25,18 @@ import (
 // are shorter. Tests shorten it.
 var orderlyTime = 30 * time.Second
 
-// Bounds on what follows.
+// Time limits for the steps after that, and the pause between two attempts to clear up
 const (
 	exitTime   = 5 * time.Second
 	clearTime  = 5 * time.Second
 	clearRetry = 20 * time.Millisecond
 )
 
-// What disconnect --force has done by when, after its beginning, for all servers
-// at the same time: it is back within 5 s whatever happens.
+// Deadlines of the steps of disconnect --force, from its beginning. They apply to all
+// servers at the same time, so that the command always returns within 5 s.
 const (
-	probedBy  = 800 * time.Millisecond  // a server that does not answer at all is killed
-	askedBy   = 3000 * time.Millisecond // so is one that does not end by itself
+	probedBy  = 800 * time.Millisecond  // a server that has not answered is killed
+	askedBy   = 3000 * time.Millisecond // a server that has not ended by itself is killed
 	diedBy    = 3700 * time.Millisecond
 	clearedBy = 4400 * time.Millisecond
 )
@@ -106,7 +106,7 @@ is no such device.`,
 	return cmd
 }
 
-// isDevice tells a device or a server from an NQN.
+// isDevice reports whether s names a device or a server, and not a subsystem.
 func isDevice(s string) bool {
 	if scheme, _, ok := strings.Cut(s, "://"); ok && slices.Contains([]string{"nbd", "nbds", "nbd+unix", "nbds+unix"}, scheme) {
 		return true
@@ -122,15 +122,15 @@ func isDevice(s string) bool {
 	return false
 }
 
-// wanted are the servers that a command line names: those of an NQN, or that of
-// a device.
+// wanted holds the servers that an argument names: all servers of an NQN, or the server
+// of a device.
 type wanted struct {
 	nqn     string
 	records []state.Record
 }
 
-// choose finds the servers, each once. The errors are about what is not there,
-// or cannot be read.
+// choose returns the servers that a command line names, each once. Its errors are about
+// names without a server, and about records that cannot be read.
 func choose(records []state.Record, nqns, devices []string) (chosen []wanted, errs []error) {
 	taken := map[string]bool{}
 	take := func(w wanted, match func(state.Record) bool) wanted {
@@ -159,8 +159,8 @@ func choose(records []state.Record, nqns, devices []string) (chosen []wanted, er
 	return chosen, errs
 }
 
-// disconnect ends what was named, as much as it can, all at the same time, and
-// reports what it could not.
+// disconnect ends all named servers at the same time. It reports those that it could
+// not end.
 func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force bool) error {
 	began := time.Now()
 	records, err := dir.List()
@@ -198,7 +198,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	return errors.Join(errs...)
 }
 
-// serves reports whether a device, or the server itself, has a name.
+// serves reports whether name is that of the server or of one of its devices.
 func serves(r state.Record, name string) bool {
 	name = strings.TrimPrefix(name, "/dev/")
 	return r.Name == name || slices.ContainsFunc(r.Devices, func(d state.Device) bool {
@@ -224,7 +224,7 @@ func end(ctx context.Context, dir state.Dir, r state.Record, tell func(string)) 
 	told()
 	switch {
 	case exit.Of(err) == exit.Busy:
-		return fmt.Errorf("%w; --force ends it all the same", err)
+		return fmt.Errorf("%w; --force ends the server nevertheless", err)
 	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
@@ -244,7 +244,7 @@ func askInOrder(ctx context.Context, r state.Record) error {
 	return err
 }
 
-// processOf names the process of a server, and says whether it is stopped.
+// processOf describes the process of a server, and says whether it is stopped.
 func processOf(r state.Record) string {
 	if r.Process.Stopped() {
 		return fmt.Sprintf("process %d (which is stopped; SIGCONT continues it)", r.Process.PID)
@@ -252,8 +252,8 @@ func processOf(r state.Record) string {
 	return fmt.Sprintf("process %d", r.Process.PID)
 }
 
-// later calls fn after some time, unless the function that it returns is called before.
-// That function returns when fn does not run any more.
+// later calls fn after d, unless stop is called first. When stop returns, fn does not
+// run any more.
 func later(d time.Duration, fn func()) (stop func()) {
 	done, ended := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -270,7 +270,7 @@ func later(d time.Duration, fn func()) (stop func()) {
 	}
 }
 
-// endByForce ends a server whatever it does.
+// endByForce ends a server. It kills the server if it does not answer or does not end.
 func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.Time) error {
 	p, err := r.Process.Open()
 	switch {
@@ -291,7 +291,8 @@ func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.T
 	return clearUp(ctx, dir, r, server.EndAll, began.Add(clearedBy))
 }
 
-// askByForce asks a server to end, if it answers at all.
+// askByForce asks a server to end even if its devices are in use. It fails early if the
+// server does not answer a request for its status.
 func askByForce(ctx context.Context, r state.Record, began time.Time) error {
 	client := control.NewClient(r.Socket())
 	probe, cancel := context.WithDeadline(ctx, began.Add(probedBy))
@@ -310,8 +311,8 @@ func waitUntil(ctx context.Context, p *state.Handle, t time.Time) error {
 	return p.Wait(ctx)
 }
 
-// clearUp takes away what the server left, if anything. The kernel may take a
-// moment after its end.
+// clearUp removes the devices and the record that a server left. It retries until t,
+// because the kernel may need a moment after the end of the server.
 func clearUp(ctx context.Context, dir state.Dir, r state.Record, waiting server.Waiting, t time.Time) error {
 	ctx, cancel := context.WithDeadline(ctx, t)
 	defer cancel()

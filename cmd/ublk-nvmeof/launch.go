@@ -26,9 +26,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 )
 
-// self is the path of this program, or a link to it if its file has been
-// replaced since. The path is better where it is right, because ps shows the last
-// part of it as the name of a thread.
+// self returns the path of this program, or of a link to it if its file has been
+// replaced. The path is better because ps shows its last part as the name of a thread.
 func self() string {
 	const link = "/proc/self/exe"
 	running, err := os.Stat(link)
@@ -45,36 +44,35 @@ func self() string {
 	return path
 }
 
-// undoTime is how long a server may take, after its own timeout, to undo what it
-// has done.
+// undoTime is the time that a server has, after its own timeout, to undo its work.
 const undoTime = 30 * time.Second
 
 // report is a message of a server to the command that started it.
 type report struct {
 	Name   string          `json:"name,omitempty"` // of the server
 	Log    string          `json:"log,omitempty"`  // path of the server's log
-	Wait   *server.Wait    `json:"wait,omitempty"` // what the server waits for now
+	Wait   *server.Wait    `json:"wait,omitempty"` // the current wait of the server
 	Status *control.Status `json:"status,omitempty"`
 	Error  *exit.Error     `json:"error,omitempty"`
 }
 
-// reporter is the server's end of the pipe to the command that started it. The
-// pipe is closed after the status or the error.
+// reporter is the server's end of the pipe to the command that started it. The pipe is
+// closed after the status or the error.
 type reporter struct{ file *os.File }
 
-// reserved names the server and its log.
+// reserved reports the names of the server and of its log.
 func (r *reporter) reserved(name, log string) error { return r.send(report{Name: name, Log: log}) }
 
-// waits tells what the server waits for. It goes on if nobody reads that.
+// waits reports what the server waits for. The server continues if nobody reads that.
 func (r *reporter) waits(w server.Wait) { _ = r.send(report{Wait: &w}) }
 
-// ready tells that the devices are usable. A server that cannot tell must end,
-// because nobody would know of its devices.
+// ready reports that the devices are usable. A server whose report fails must end,
+// because nobody would know its devices.
 func (r *reporter) ready(s control.Status) error {
 	return errors.Join(r.send(report{Status: &s}), r.close())
 }
 
-// failed is the last thing that a server does. After ready it does nothing.
+// failed reports the error with which the server ends. It does nothing after ready.
 func (r *reporter) failed(err *exit.Error) error {
 	return errors.Join(r.send(report{Error: err}), r.close())
 }
@@ -95,15 +93,15 @@ func (r *reporter) close() error {
 	return err
 }
 
-// receive reads the messages of a server until the last one, or until the server
-// is dead. It sends what is known after each message, and closes heard at the end.
+// receive reads the messages of a server until the last one, or until the server has
+// died. After each message it sends what is known by then. It closes heard at the end.
 func receive(r io.Reader, heard chan<- report) {
 	defer close(heard)
 	var all report
 	for d := json.NewDecoder(r); all.Status == nil && all.Error == nil; {
 		var m report
 		if d.Decode(&m) != nil {
-			return // the server is dead, or is no server of ours
+			return // the server has died, or is another program
 		}
 		all.Name, all.Log = cmp.Or(m.Name, all.Name), cmp.Or(m.Log, all.Log)
 		all.Wait, all.Status, all.Error = m.Wait, m.Status, m.Error
@@ -111,9 +109,9 @@ func receive(r io.Reader, heard chan<- report) {
 	}
 }
 
-// background makes a command of this program that runs on when its session has
-// ended: in a session of its own, with nothing of the caller's but standard error
-// and out, which is its descriptor 3.
+// background returns a command of this program that continues when the session of the
+// caller ends. The command runs in its own session and inherits only standard error,
+// and out as its descriptor 3.
 func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
 	if err := host.CloseOnExec(); err != nil {
 		return nil, err
@@ -131,8 +129,8 @@ func withoutNotify(env []string) []string {
 	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
 }
 
-// surviveHangup keeps SIGHUP, which the end of a session may send, from ending a
-// server in the background, until stop is called.
+// surviveHangup makes this process ignore SIGHUP, which the end of a session may send,
+// until stop is called. It is for servers in the background.
 func surviveHangup(log *slog.Logger) (stop func()) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGHUP)
@@ -147,12 +145,12 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 	}
 }
 
-// launch starts a server in the background and returns its status once its
-// devices are usable. Otherwise nothing of the server is left, and the error says
-// why, or how the server died. The server inherits the calling thread's marks
-// (host.SetIOFlusher). say tells the user what the server waits for. timeout is the time
-// limit that the server has without waits that it announces. If ctx ends, the server is
-// asked to end.
+// launch starts a server in the background and returns its status once its devices are
+// usable. After an error nothing is left of the server, and the error has the reason,
+// or says how the server died. The server inherits the marks of the calling thread
+// (host.SetIOFlusher). say tells the user what the server waits for. timeout is the
+// time limit of the server without the waits that it announces. If ctx ends, launch
+// asks the server to end.
 func launch(ctx context.Context, path string, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -163,7 +161,7 @@ func launch(ctx context.Context, path string, args []string, timeout time.Durati
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
-	cmd.Dir = "/" // it must not keep a file system busy
+	cmd.Dir = "/" // the server must not keep a file system busy
 	before, unknown := host.OOMKills()
 	err = cmd.Start()
 	w.Close()
@@ -210,8 +208,8 @@ const (
 	memoryRanOut
 )
 
-// obituary says how a server died that has not said so itself. log is the path of
-// its log, if it has one.
+// obituary describes how a server died that has not reported an error itself. log is
+// the path of its log, or empty.
 func obituary(p *os.ProcessState, log string, m memory) string {
 	text := fmt.Sprintf("it ended with exit code %d and reported nothing", p.ExitCode())
 	if s, ok := p.Sys().(syscall.WaitStatus); ok && s.Signaled() {
@@ -230,8 +228,8 @@ func obituary(p *os.ProcessState, log string, m memory) string {
 	return text
 }
 
-// lastLine is the last line of a file that is not empty, or of its end if it is
-// longer than that.
+// lastLine returns the last line of a file that is not empty. It reads only the end of
+// a long file.
 func lastLine(path string) string {
 	const most = 4096
 	if path == "" {
@@ -239,22 +237,22 @@ func lastLine(path string) string {
 	}
 	f, err := rundir.OpenFile(path, os.O_RDONLY, 0)
 	if err != nil {
-		return "" // it was never made, or is gone
+		return "" // the file was never made, or was removed
 	}
 	defer f.Close()
 	if info, err := f.Stat(); err == nil && info.Size() > most {
-		_, _ = f.Seek(-most, io.SeekEnd) // else the beginning is read
+		_, _ = f.Seek(-most, io.SeekEnd) // after an error the beginning is read
 	}
 	text, _ := io.ReadAll(io.LimitReader(f, most))
 	text = bytes.TrimSpace(text)
 	return string(text[bytes.LastIndexByte(text, '\n')+1:])
 }
 
-// sayAfter is how long a command may wait for a server before it says why.
+// sayAfter is the time after which a command that waits for a server says why.
 const sayAfter = 2 * time.Second
 
-// await waits for the last report of a server. It passes a signal on, and kills a server
-// that neither gets ready nor ends in time.
+// await waits for the last report of a server. If ctx ends, it sends SIGTERM to the
+// server. It kills a server that neither becomes ready nor ends in time.
 func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration, say func(string)) (report, error) {
 	var last report
 	limit := time.NewTimer(timeout + undoTime)
@@ -280,7 +278,7 @@ func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time
 			say(fmt.Sprintf("%s %s, up to %v", last.Name, last.Wait.For, last.Wait.Limit()))
 		case <-interrupted:
 			interrupted = nil
-			_ = p.Signal(syscall.SIGTERM) // it may have ended
+			_ = p.Signal(syscall.SIGTERM) // the server may have ended
 		case <-limit.C:
 			_ = p.Kill()
 			return report{}, exit.Errorf(exit.Timeout, "the server did not get ready, and was killed")

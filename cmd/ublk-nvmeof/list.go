@@ -15,7 +15,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// statusTime is how long a server may take to answer a request for its status.
+// statusTime is the time limit for a server's answer to a request for its status.
 const statusTime = 2 * time.Second
 
 func newList(runDir dirFunc) *cobra.Command {
@@ -63,8 +63,8 @@ func statuses(ctx context.Context, records []state.Record, verb string, complain
 	return found
 }
 
-// statusOf returns the status that a server reports, or what its record says if it does
-// not answer.
+// statusOf returns the status that a server reports, or a status made from its record
+// if it does not answer.
 func statusOf(ctx context.Context, r state.Record) control.Status {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()

@@ -123,8 +123,8 @@ func TestUsage(t *testing.T) {
 		{"target grant", "target grant: no argument is given; want {N | none}"},
 		{"target ana 1", "target ana: STATE is missing; want GROUP STATE"},
 		{"target namespace read-only 1", "target namespace read-only: {on | off} is missing; want NSID {on | off}"},
-		{"target namespace resize 1 1GiB 2", `target namespace resize: "2" is too much; want NSID [SIZE]`},
-		{"target clear 1 2", `target clear: "2" is too much; want [FAULT]`},
+		{"target namespace resize 1 1GiB 2", `target namespace resize: "2" is one argument too many; want NSID [SIZE]`},
+		{"target clear 1 2", `target clear: "2" is one argument too many; want [FAULT]`},
 		{"target drop 3", `target drop: "3": want no argument`},
 		{"list -o x", `list: -o/--output-format "x": want normal or json`},
 		{"target", "target: -n/--nqn: no value is given; want the name of a subsystem"},
@@ -542,7 +542,7 @@ func TestDisconnectBusy(t *testing.T) {
 	for _, args := range [][]string{{"-n", "nqn.a"}, {"nqn.a"}, {"-d", "ublkb3"}, {"-d", "/dev/ublkb3"}, {"ublkb3"}, {"ctrl0"}} {
 		stdout, stderr, code := program(t, append([]string{"disconnect", "--run-dir", dir}, args...)...)
 		if code != exit.Busy || stdout != "NQN:nqn.a disconnected 0 controller(s)\n" ||
-			stderr != "ublk-nvmeof: disconnect: ctrl0: told to fail; --force ends it all the same\n" {
+			stderr != "ublk-nvmeof: disconnect: ctrl0: told to fail; --force ends the server nevertheless\n" {
 			t.Errorf("%q: exit code %d, %q %q", args, code, stdout, stderr)
 		}
 	}

@@ -45,9 +45,9 @@ recovered stays as it is, and recover can be tried again. disconnect gives it up
 	return cmd
 }
 
-// dead are the records of dead servers that a command line names, each once. The
-// errors are about those that it names and that are not there, not dead, or cannot be
-// read.
+// dead returns the records of the dead servers that a command line names, each once.
+// Its errors are about names without a server, servers that have not died, and records
+// that cannot be read.
 func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	if all == (len(names) > 0) {
 		return nil, []error{usage(errors.New("want --all, or the NQN of a subsystem, a device or the name of a server"))}
@@ -87,20 +87,20 @@ func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	return chosen, errs
 }
 
-// deadOf are the records of dead servers that have a name: that of the server, of a
-// device, or the NQN.
+// deadOf returns the records of the dead servers with a name: that of the server or of
+// one of its devices, or the NQN.
 func deadOf(records []state.Record, name string) []state.Record {
 	return slices.DeleteFunc(slices.Clone(records), func(r state.Record) bool {
 		return r.Alive || !serves(r, name) && r.Target.NQN != name
 	})
 }
 
-// noDead says why there is nothing to recover by a name.
+// noDead returns the error for a name without a dead server.
 func noDead(records []state.Record, name string) error {
 	for _, r := range records {
 		if r.Alive && serves(r, name) {
 			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d)", name, r.Name, r.Process.PID)
 		}
 	}
-	return exit.Errorf(exit.NotFound, "%s: no dead server has it", name)
+	return exit.Errorf(exit.NotFound, "%s: no dead server has this name, device or NQN", name)
 }

@@ -17,13 +17,13 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// maxRestarts is how many servers are started at the same time.
+// maxRestarts is the largest number of servers that are started at the same time.
 const maxRestarts = 8
 
 // restart starts servers in place of others, for recover and upgrade.
 type restart struct {
 	format string
-	within time.Duration // time limit for each server; 0: that of its flags and of its target
+	within time.Duration // time limit for each server; 0: derived from its flags and its target
 }
 
 func (s *restart) addFlags(f *pflag.FlagSet) {
@@ -33,8 +33,8 @@ func (s *restart) addFlags(f *pflag.FlagSet) {
 	f.Lookup("timeout").DefValue = "" // the description says it
 }
 
-// each starts a server in place of each of those on record. how is the flag for it, to
-// which the name of the old server is appended. It writes the results as they come, and
+// each starts a new server in place of each recorded one. how is the flag to which the
+// name of the old server is appended. It prints each result when it is known, and
 // returns an error for each server that did not start.
 func (s *restart) each(cmd *cobra.Command, dir state.Dir, how string, records []state.Record) []error {
 	ctx, stop := interruptible(endSignals...)
@@ -63,12 +63,13 @@ func (s *restart) each(cmd *cobra.Command, dir state.Dir, how string, records []
 	return errs
 }
 
-// one starts a server with the flags of another one.
+// one starts a server with the flags of another server.
 func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Record, tell func(string)) (control.Status, error) {
 	if ctx.Err() != nil {
 		return control.Status{}, context.Cause(ctx)
 	}
-	// The server inherits a mark of the thread, which ends with the goroutine.
+	// The server inherits a mark of this thread. The thread ends with the
+	// goroutine.
 	runtime.LockOSThread()
 	args := append(append(serveArgs(dir), how+r.Name), r.Args...)
 	if s.within != 0 {
@@ -77,11 +78,11 @@ func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Re
 	return startServer(ctx, args, cmp.Or(s.within, timeoutOf(r)), tell)
 }
 
-// timeoutOf is the limit for connecting that a server on record was given.
+// timeoutOf returns the time limit for connecting in the flags of a recorded server.
 func timeoutOf(r state.Record) time.Duration {
 	opts := options.Default()
 	f := pflag.NewFlagSet("", pflag.ContinueOnError)
 	opts.AddFlags(f)
-	_ = f.Parse(r.Args) // the server says what is wrong with them
+	_ = f.Parse(r.Args) // the server reports errors in its flags
 	return opts.Timeout
 }

@@ -41,7 +41,7 @@ func execute(args []string, out, errs io.Writer) error {
 	if err == nil || errors.As(err, &known) {
 		return err
 	}
-	// An error that is not from a command itself is from parsing the command line.
+	// All other errors come from parsing the command line.
 	return exit.Errorf(exit.Usage, "%v", err)
 }
 
@@ -67,13 +67,13 @@ func newRoot() *cobra.Command {
 		if dir == "" {
 			return "", usage(errors.New("--run-dir: no path is given; want DIRECTORY"))
 		}
-		d, err := filepath.Abs(dir) // a server has its own working directory
+		d, err := filepath.Abs(dir) // the working directory of a server is another one
 		if err == nil {
 			err = checkRunDir(d)
 		}
 		return state.Dir(d), err
 	}
-	// A user who has no servers sees those of root.
+	// A user without servers sees those of root.
 	visible := func() (state.Dir, error) {
 		own, err := runDir()
 		if err != nil || root.PersistentFlags().Changed("run-dir") {
@@ -96,15 +96,16 @@ var systemDir = rundir.System
 // others.
 var sharedDirs = func() state.Host { return rundir.Shared() }
 
-// dirFunc returns the run directory. It is called after the flags are parsed.
+// dirFunc returns the run directory. It is called after the flags have been parsed.
 type dirFunc func() (state.Dir, error)
 
 // maxRunDir is the longest run directory, in bytes, that leaves room for the
 // sockets in it.
 const maxRunDir = rundir.MaxSocketPath - len("/target9999/control.sock")
 
-// checkRunDir refuses a run directory that somebody else could have prepared, or
-// whose sockets nobody could connect to. It need not exist.
+// checkRunDir returns an error for a run directory that another user could have
+// prepared, or whose path is too long for the sockets in it. The directory need not
+// exist.
 func checkRunDir(dir string) error {
 	if len(dir) > maxRunDir {
 		return fmt.Errorf("run directory %q: it has %d bytes; want at most %d, because the path of a socket in it has at most %d",
@@ -117,12 +118,12 @@ func checkRunDir(dir string) error {
 		}
 		return fmt.Errorf("run directory %w; --run-dir chooses another directory", unsafe)
 	}
-	return nil // other errors are those of whoever uses it
+	return nil // the use of the directory reports other errors
 }
 
-// verb makes a function for cobra of one whose errors do not concern the command line,
-// unless they have the code exit.Usage. Messages begin with the name of the
-// command.
+// verb returns a RunE function for cobra that calls run and puts the name of the
+// command before its error. The error becomes an *exit.Error, so that execute does not
+// treat it as an error of the command line.
 func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		e := exit.From(run(cmd, args))
@@ -134,7 +135,7 @@ func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*
 	}
 }
 
-// usage makes an error of a command line that is parsed but makes no sense.
+// usage returns err as an error of the command line, with the code exit.Usage.
 func usage(err error) error {
 	if err == nil {
 		return nil
@@ -148,8 +149,8 @@ func formatFlag(f *pflag.FlagSet, dst *string) {
 	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "output format")
 }
 
-// interruptible returns a context that one of the signals ends. The signal is its
-// cause.
+// interruptible returns a context that ends when one of the signals arrives. Its cause
+// names the signal.
 func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := make(chan os.Signal, 1)

@@ -11,8 +11,9 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 )
 
-// checkVerb refuses a command line that names a verb that does not exist. cobra
-// would complain of its flags first, which the command above does not have.
+// checkVerb returns an error if a command line names an unknown verb. Without it, cobra
+// would first complain about the flags of that verb, which the command above does not
+// have.
 func checkVerb(root *cobra.Command, args []string) error {
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd(args...)
@@ -21,7 +22,7 @@ func checkVerb(root *cobra.Command, args []string) error {
 		return err
 	}
 	name := firstWord(cmd, rest)
-	if name == "" || strings.HasPrefix(name, "__") { // cobra's own
+	if name == "" || strings.HasPrefix(name, "__") { // an internal command of cobra
 		return nil
 	}
 	var known []string
@@ -37,8 +38,8 @@ func checkVerb(root *cobra.Command, args []string) error {
 	return fmt.Errorf("unknown command %q for %q%s", name, cmd.CommandPath(), hint)
 }
 
-// firstWord is the first of args that is neither a flag of cmd nor the value of
-// one. It is empty if there is none, or if a flag before it is unknown.
+// firstWord returns the first of args that is neither a flag of cmd nor the value of a
+// flag. It returns "" if there is none, or if a flag before it is unknown.
 func firstWord(cmd *cobra.Command, args []string) string {
 	for len(args) > 0 {
 		arg := args[0]
@@ -59,7 +60,7 @@ func firstWord(cmd *cobra.Command, args []string) string {
 	return ""
 }
 
-// flagError is the one line about a flag of cmd that does not parse.
+// flagError returns the error, of one line, for a flag of cmd that cannot be parsed.
 func flagError(cmd *cobra.Command, err error) error {
 	err = describeFlag(cmd, err)
 	if !cmd.HasParent() {
@@ -68,8 +69,8 @@ func flagError(cmd *cobra.Command, err error) error {
 	return fmt.Errorf("%s: %w", commandName(cmd), err)
 }
 
-// describeFlag names the flag, and the one that was probably meant if it does not
-// exist.
+// describeFlag adds the name of the flag to an error. If the flag does not exist, it
+// adds the one that was probably meant.
 func describeFlag(cmd *cobra.Command, err error) error {
 	var missing *pflag.NotExistError
 	if !errors.As(err, &missing) {
@@ -92,8 +93,8 @@ func describeFlag(cmd *cobra.Command, err error) error {
 	return fmt.Errorf("unknown flag: -%s%s", name, didYouMean("-"+name, known))
 }
 
-// didYouMean suggests the one of known that is nearest to word, if it is near, or the one
-// that word begins with. Upper and lower case are the same.
+// didYouMean suggests the one of known that is most similar to word, if it is similar
+// enough, or one that word begins with. Case does not matter.
 func didYouMean(word string, known []string) string {
 	nearest, limit := "", near(word)
 	for _, k := range known {
@@ -112,8 +113,8 @@ func didYouMean(word string, known []string) string {
 	return fmt.Sprintf("; did you mean %q?", nearest)
 }
 
-// near is how many edits away from a word another one is still near: a mistyped word, not
-// a different one.
+// near returns the largest number of edits between word and another word that was
+// probably meant.
 func near(word string) int {
 	switch n := len(strings.TrimLeft(word, "-")); {
 	case n < 2:
@@ -126,8 +127,8 @@ func near(word string) int {
 	return 3
 }
 
-// edits is how many letters have to be added, removed or replaced, or neighbors swapped,
-// to make b from a (optimal string alignment distance).
+// edits returns how many letters must be added, removed, replaced or swapped with a
+// neighbor to turn a into b (optimal string alignment distance).
 func edits(a, b string) int {
 	from, to := []rune(strings.ToLower(a)), []rune(strings.ToLower(b))
 	d := make([][]int, len(from)+1) // distances of each prefix of from to each prefix of to

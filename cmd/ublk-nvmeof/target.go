@@ -18,7 +18,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
 )
 
-// exporter is the target verb.
+// exporter holds the options of the command target.
 type exporter struct {
 	runDir     dirFunc
 	opts       *options.Target
@@ -108,8 +108,8 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	return targetserver.Run(ctx, cfg)
 }
 
-// startTarget runs the same command line in a session of its own, and returns
-// when the target is ready. Until then the target reports errors itself.
+// startTarget runs the same command line in its own session, and returns when the
+// target is ready. Until then the target reports errors itself.
 func startTarget(cmd *cobra.Command, dir string) error {
 	r, w, err := os.Pipe()
 	if err != nil {

@@ -110,7 +110,7 @@ func TestTarget(t *testing.T) {
 		{"grant 5 -n nqn.x", "no subsystem nqn.x", exit.NotFound},
 		{"clear 9", "no fault 9", exit.NotFound},
 		{"namespace add ram=100TiB -n nqn.a", "exceed the limit", exit.Usage},
-		{"namespace add ram=1000B -n nqn.a", `"ram=1000B": namespace: size of 1000 B is no multiple of the block size`, exit.Other},
+		{"namespace add ram=1000B -n nqn.a", `"ram=1000B": namespace: size of 1000 bytes is not a positive multiple of the block size`, exit.Other},
 		{"namespace resize 1 1PiB -n nqn.a", "exceed the limit", exit.Usage},
 		{"namespace resize 1 1EiB -n nqn.a", "want at most 1.0 PiB", exit.Usage},
 		{"namespace hide 0", "want a duration like 10s", exit.Usage},

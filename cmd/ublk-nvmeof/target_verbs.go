@@ -21,7 +21,7 @@ import (
 // changeTime is the time limit for a target to carry out a request.
 const changeTime = 10 * time.Second
 
-// remote is a verb that sends a request to a running target.
+// remote holds the options of a command that sends a request to a running target.
 type remote struct {
 	runDir dirFunc
 	target string // name of the target; empty: the only one that runs
@@ -68,7 +68,7 @@ func gone(ctx context.Context, dir, name string) error {
 	}
 }
 
-// change returns a verb that sends a target the request which a function makes
+// change returns a command that sends a request to a target. request makes the request
 // from the arguments.
 func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, request func(r *remote, args []string) (any, error)) *cobra.Command {
 	r := &remote{runDir: runDir}
@@ -106,7 +106,7 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 	return cmd
 }
 
-// without hides --nqn for a verb that does not use it.
+// without hides --nqn of a command that does not use it.
 func without(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().Lookup("nqn").Hidden = true
 	return cmd
@@ -139,7 +139,7 @@ func milliseconds(text string) (int64, error) {
 	return d.Milliseconds(), nil
 }
 
-// targetVerbs returns the verbs that change or list running targets.
+// targetVerbs returns the commands that change or list running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	return []*cobra.Command{
 		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir),

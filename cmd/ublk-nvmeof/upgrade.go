@@ -41,7 +41,8 @@ even if the old one did not.`,
 	return cmd
 }
 
-// running are the records of running servers that a command line names, each once.
+// running returns the records of the running servers that a command line names, each
+// once.
 func running(dir state.Dir, names []string) ([]state.Record, error) {
 	records, err := dir.List()
 	if err != nil {
@@ -53,7 +54,7 @@ func running(dir state.Dir, names []string) ([]state.Record, error) {
 			return !r.Alive || r.Err != nil || !serves(r, name) && r.Target.NQN != name
 		})
 		if len(found) == 0 {
-			return nil, exit.Errorf(exit.NotFound, "%s: no running server has it", name)
+			return nil, exit.Errorf(exit.NotFound, "%s: no running server has this name, device or NQN", name)
 		}
 		for _, r := range found {
 			if !slices.ContainsFunc(chosen, func(c state.Record) bool { return c.Name == r.Name }) {

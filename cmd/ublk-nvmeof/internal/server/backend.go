@@ -32,7 +32,7 @@ type controller interface {
 // namespace is the part of initiator.Namespace that the server uses.
 type namespace struct {
 	nsid               uint32
-	uuid, nguid, eui64 string // empty: not present
+	uuid, nguid, eui64 string // empty if the namespace does not have it
 	device             block.Device
 	timed              timed // nil: nothing is known of it
 }
@@ -47,7 +47,7 @@ type timed interface {
 type queueInfo struct {
 	Queues int
 	Depth  int // requests in flight per queue
-	MaxIO  int // bytes of the largest one
+	MaxIO  int // bytes of the largest request
 }
 
 // device is the part of ublk.Device, or of an NBD export, that the server uses.
@@ -67,7 +67,7 @@ type device interface {
 // backend makes the parts of a server. Tests use a backend that needs neither a driver
 // nor a target.
 type backend struct {
-	load      func(host.Module) error // returns nil if the module is loaded
+	load      func(host.Module) error // makes sure that the module is loaded
 	available func() error            // checks for ublk
 	nbd       func() error            // checks for the kernel's NBD client
 	// nbdConnected reports whether the kernel's NBD client has this device connected
@@ -142,7 +142,7 @@ func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
 	return l, host.ExplainMemlock(err)
 }
 
-// ublkDevice is a ublk.Device.
+// ublkDevice implements device with a ublk.Device.
 type ublkDevice struct{ *ublk.Device }
 
 // Record implements device.

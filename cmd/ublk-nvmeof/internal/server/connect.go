@@ -64,7 +64,7 @@ func (s *server) address(found []netip.AddrPort) (netip.AddrPort, error) {
 	return s.reachable(found), nil
 }
 
-// target returns the target as the record describes it.
+// target returns the target for the record.
 func (s *server) target() state.Target {
 	return state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
 }
@@ -163,8 +163,8 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	return cfg, nil
 }
 
-// made records a controller that the target has made, and tells the other servers of this
-// host.
+// made records a controller that the target has made, and notifies the other servers of
+// this host.
 func (s *server) made(target netip.AddrPort, cntlid uint16, asked time.Time) {
 	all := s.record.made(cntlid, state.JustMade(target, asked))
 	if err := s.cfg.Host.Notify(s.opts.NQN, all); err != nil {
@@ -172,8 +172,9 @@ func (s *server) made(target netip.AddrPort, cntlid uint16, asked time.Time) {
 	}
 }
 
-// superseded reports whether there is proof that the target gave the id of an old
-// controller to another server of this host, or to the kernel's initiator, since.
+// superseded reports whether there is proof that the target has given the id of an old
+// controller to another server of this host, or to the kernel's initiator, in the
+// meantime.
 func (s *server) superseded(ctx context.Context, p initiator.Present) bool {
 	made, known := s.record.lastMade(p.CNTLID)
 	if known && s.cfg.Host.GivenLater(s.opts.NQN, p.Address, p.CNTLID, made) {
@@ -185,10 +186,10 @@ func (s *server) superseded(ctx context.Context, p initiator.Present) bool {
 	})
 }
 
-// explain says in words why the target could not be connected to.
+// explain returns the error for a failure to connect to the target.
 func (s *server) explain(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
-		return cause // the server was asked to end
+		return cause // the server must end
 	}
 	if exit.Of(err) == exit.NoRDMA {
 		return s.noRDMA(err)

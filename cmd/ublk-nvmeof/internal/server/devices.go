@@ -68,8 +68,8 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 	return nil
 }
 
-// startExports makes namespaces exports of the socket. It records all of them before a
-// client can use one.
+// startExports makes an export of the socket for each namespace. It records all of them
+// before a client can use one.
 func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	if err := s.openNBD(); err != nil {
 		return err
@@ -141,7 +141,7 @@ var policies = map[string]ublk.RecoveryPolicy{
 	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
 }
 
-// addServing adds a device to those that the server serves.
+// addServing adds a device to the served devices and watches it.
 func (s *server) addServing(ns namespace, d device) {
 	v := &serving{namespace: ns, dev: d}
 	s.mu.Lock()

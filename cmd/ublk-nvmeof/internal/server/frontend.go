@@ -84,7 +84,8 @@ func (s *server) inheritedFront() (frontEnd, error) {
 	return f, nil
 }
 
-// driver makes sure that a driver is available.
+// driver makes sure that a driver is available. none is the error of available if there
+// is no driver.
 func (s *server) driver(m host.Module, available func() error, none error) error {
 	var loading error
 	if s.opts.LoadModules == "auto" {

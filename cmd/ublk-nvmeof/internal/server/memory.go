@@ -8,7 +8,7 @@ import (
 )
 
 // checkMemory returns an error if the I/O buffers of the namespaces would exceed the
-// controller's memory limit. It allocates nothing.
+// controller's memory limit. It does not allocate the buffers.
 func (s *server) checkMemory(chosen []namespace) error {
 	var need int64
 	largest := 0

@@ -60,7 +60,7 @@ func (r *record) become(e *state.Entry) error {
 
 // save writes the entry, if it is this server's. The caller holds mu.
 func (r *record) save() error {
-	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	r.entry.Controllers, r.entry.Earlier = state.Distinct(slices.Concat(r.before, r.used)), r.before
 	r.entry.Made = maps.Clone(r.entry.Made)
 	maps.DeleteFunc(r.entry.Made, func(id uint16, _ state.Made) bool {
 		return id != r.newest && !slices.Contains(r.entry.Controllers, id)
@@ -81,19 +81,20 @@ func (r *record) update(change func(*state.State)) error {
 	return r.save()
 }
 
-// made notes a controller that the target has made for this server, and returns when the
-// controllers of the record were made. The target has ended the controller of the record
-// that had the id before.
+// made records a controller that the target has made for this server, and returns when
+// the controllers of the record were made. If another controller of the record had the
+// same id, the target has ended it.
 func (r *record) made(cntlid uint16, m state.Made) map[uint16]state.Made {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.newest = cntlid
 	r.setMade(cntlid, m)
-	_ = r.save() // without it the next server waits for longer
+	_ = r.save() // if this fails, the next server may wait longer
 	return r.entry.Made
 }
 
-// setMade changes a copy, because the map was given away. The caller holds mu.
+// setMade replaces the map by a changed copy, because callers of made keep the map. The
+// caller holds mu.
 func (r *record) setMade(cntlid uint16, m state.Made) {
 	r.entry.Made = maps.Clone(r.entry.Made)
 	if r.entry.Made == nil {
@@ -110,9 +111,10 @@ func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
 	return m, known
 }
 
-// associated notes a controller that is about to get commands, for the next server. The
-// target has ended the one before by then. To go on asking for it could be to ask for
-// another server's, which got the same id.
+// associated records a controller that is about to receive commands, for the next
+// server. It forgets the controller before, which the target has ended by then. The id
+// of that one may now belong to a controller of another server, and the next server
+// must not wait for its end.
 func (r *record) associated(cntlid uint16) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -153,8 +155,8 @@ func (r *record) finish(finished bool) {
 	r.finished = finished
 }
 
-// left records that this server has left the target, if it has. The record stays for the
-// next server.
+// left records that this server has left the target, if it has. The record stays for
+// the next server.
 func (r *record) left() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -38,8 +38,8 @@ type Config struct {
 	// only Options.Timeout and the times within which the target ends the controllers of
 	// earlier servers are limits.
 	Within time.Duration
-	// Waiting, if not nil, is called when the server begins a wait that may take long, and
-	// when it ends that wait.
+	// Waiting, if not nil, is called when the server begins a wait that may take
+	// long, and when that wait ends.
 	Waiting func(Wait)
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
@@ -65,7 +65,7 @@ func (w Wait) Limit() time.Duration { return time.Duration(w.Seconds) * time.Sec
 func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 
 // server is a running server. The goroutine of run builds it. The same goroutine or a
-// control request takes it apart.
+// control request ends it.
 type server struct {
 	cfg    Config
 	opts   *options.Connect
@@ -77,14 +77,15 @@ type server struct {
 	depth  int        // of the devices
 	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
 
-	// waiting holds the devices of another server that this one takes over. Until all of
-	// them are served, none is ended, so that they can wait for the next server.
+	// waiting holds the devices of another server that this server takes over.
+	// Until all of them are served, none is ended, so that they can wait for the
+	// next server.
 	waiting []state.Device
-	// recovering is set when the takeover of the first of them begins.
+	// recovering is set when the takeover of the first of these devices begins.
 	recovering bool
 
-	cancel  context.CancelCauseFunc // ends start
-	changes chan struct{}           // holds a token while nobody starts, ends or changes devices
+	cancel  context.CancelCauseFunc // cancels start
+	changes chan struct{}           // a lock: holds a token while nobody starts, ends or changes devices
 	closed  bool                    // guarded by changes: everything has ended
 	aborted bool                    // guarded by changes: requests in flight were aborted
 	ended   chan struct{}           // closed when closed is set
@@ -101,8 +102,8 @@ type server struct {
 	serving  []*serving
 	reported []change // changes of namespaces that follow has not handled
 
-	news     chan struct{} // something was reported
-	idle     sync.Once     // of noDevice
+	news     chan struct{} // wakes follow: something was reported
+	idle     sync.Once     // closes noDevice
 	noDevice chan struct{} // closed when a device ended by itself and none is left
 }
 
@@ -157,10 +158,10 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		err = eerr
 	}
 	if cerr := s.sock.close(); cerr != nil {
-		s.log.Warn("close control socket", "error", cerr)
+		s.log.Warn("cannot close the control socket", "error", cerr)
 	}
 	if ferr := s.forget(ctx); ferr != nil {
-		s.log.Error("remove state", "error", ferr)
+		s.log.Error("cannot remove the record", "error", ferr)
 	}
 	if err != nil {
 		return exit.From(err)
@@ -173,10 +174,10 @@ func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
 }
 
-// withdraw removes what made has told other servers.
+// withdraw removes the notice that made published.
 func (s *server) withdraw() {
 	if err := s.cfg.Host.Withdraw(); err != nil {
-		s.log.Warn("leave the servers of this host", "error", err)
+		s.log.Warn("cannot withdraw the notice to other servers", "error", err)
 	}
 }
 

@@ -79,8 +79,8 @@ func ended(d device) bool {
 
 func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
 
-// describeController fills in the present state of the controller. While it is not
-// connected, the details are those of its last connection.
+// describeController fills in the present state of the controller. While the controller
+// is not connected, the details are those of its last connection.
 func describeController(out *control.Status, now, connected initiator.Info) {
 	out.State, out.Losses, out.Attempts = now.State.String(), now.Losses, now.Attempts
 	if !now.Since.IsZero() {

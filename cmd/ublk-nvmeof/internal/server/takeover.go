@@ -49,7 +49,7 @@ func (s *server) take(ctx context.Context) error {
 	return nil
 }
 
-// logTaken logs what take has found, once there is a log.
+// logTaken logs the findings of take. It is called when there is a log.
 func (s *server) logTaken() {
 	e := s.record.entry
 	for _, unread := range e.Unreadable {
@@ -61,8 +61,9 @@ func (s *server) logTaken() {
 	}
 }
 
-// alreadyConnected explains what to do about the server that is connected to the target.
-// A server whose controller was given up stays until its devices are ended.
+// alreadyConnected returns an error that says what to do about the server that is
+// connected to the target. A server whose controller was given up stays until its
+// devices are ended.
 func alreadyConnected(ctx context.Context, dup *state.DuplicateError) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
@@ -103,7 +104,7 @@ func (s *server) succeed() error {
 	return nil
 }
 
-// relieve makes the running server leave, and takes its place.
+// relieve makes the running server leave and takes over its record.
 func (s *server) relieve(ctx context.Context) error {
 	r := s.record.entry.Record
 	p, err := r.Process.Open()
@@ -139,12 +140,12 @@ func (s *server) keepAlive() time.Duration {
 	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
 }
 
-// outliveMargin is added to the time within which the target ends controllers, for the
-// questions and answers, and for an association that has to be made again.
+// outliveMargin is added to the time within which the target ends controllers. It is
+// for requests to the target and for a new association if one is needed.
 const outliveMargin = 10 * time.Second
 
-// announceWait tells the command that started this server until what the server waits, and
-// how long at most. The caller calls over when the wait has ended.
+// announceWait tells the command that started this server what the server waits for,
+// and how long at most. The caller must call over when the wait has ended.
 func (s *server) announceWait(limit time.Duration, format string, args ...any) (over func()) {
 	if s.cfg.Waiting == nil {
 		return func() {}
@@ -154,8 +155,8 @@ func (s *server) announceWait(limit time.Duration, format string, args ...any) (
 }
 
 // outlive waits until the target has ended the controllers of earlier servers. The time
-// limit follows from the keep alive timeouts, not from the time limit for connecting.
-// waited is false if there are no such controllers.
+// limit is derived from the keep alive timeouts, not from the time limit for
+// connecting. waited is false if there are no such controllers.
 func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	ids, keepAlive := s.record.earlier()
 	if len(ids) == 0 {
@@ -177,12 +178,12 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	return true, s.record.outlived(ctx)
 }
 
-// namespaceWait is how long the server waits for a missing namespace of a device. A
-// target that restarts may open its port before its namespaces exist. Tests shorten it.
+// namespaceWait is the longest wait for the missing namespace of a device. A target
+// that restarts may open its port before its namespaces exist. Tests shorten it.
 var namespaceWait = 10 * time.Second
 
-// awaitNamespaces waits for the namespaces of all devices to take over, and returns the
-// namespaces that it found.
+// awaitNamespaces waits for the namespaces of all devices to take over, and returns all
+// namespaces that exist then.
 func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []namespace {
 	ctx, cancel := context.WithTimeout(ctx, namespaceWait)
 	defer cancel()
@@ -207,7 +208,8 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 	}
 }
 
-// withAdded returns found with the namespaces that were added since.
+// withAdded returns found with the namespaces that were added since, and without those
+// that were removed.
 func (s *server) withAdded(found []namespace) []namespace {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,10 +280,10 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	return devices, nil
 }
 
-// leaveWaiting ends a server that could not take over all devices. Only the end of the
-// process gives back a device whose takeover has begun. If there is no such device, no I/O
-// has been sent. The server then shuts down its controller, so that the next server need
-// not wait for it.
+// leaveWaiting ends a server that could not take over all devices. A device whose
+// takeover has begun is released only by the end of the process. If no takeover has
+// begun, no I/O has been sent. Then the server shuts down its controller, so that the
+// next server need not wait for it.
 func (s *server) leaveWaiting(ctx context.Context) error {
 	if s.recovering {
 		return nil
@@ -309,10 +311,11 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	return ns, nil
 }
 
-// sameNamespace returns an error if a namespace is not, or may not be, the one for which
-// a device was made. As after the loss of an association, both must have an identifier in
-// common, and no identifier may differ. Without any identifier, number and size must be
-// equal. The error is the predicate of a sentence.
+// sameNamespace returns an error if a namespace is not, or may not be, the one for
+// which a device was made. The rules are those after the loss of an association: both
+// must have an identifier in common, and no identifier may differ. Without any
+// identifier, number and size must be equal. The error text is the predicate of a
+// sentence.
 func sameNamespace(d state.Device, ns namespace) error {
 	known := false
 	for _, id := range []struct{ name, was, now string }{
@@ -327,7 +330,7 @@ func sameNamespace(d state.Device, ns namespace) error {
 		}
 	}
 	none := d.UUID+d.NGUID+d.EUI64+ns.uuid+ns.nguid+ns.eui64 == ""
-	complete := d.Told != state.Told{} // older versions noted the UUID only
+	complete := d.Told != state.Told{} // older versions recorded only the UUID
 	if !known && !none && (complete || d.UUID != "") {
 		return errors.New("has no identifier in common with the namespace for which the device was made")
 	}

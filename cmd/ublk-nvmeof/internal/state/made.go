@@ -20,14 +20,14 @@ import (
 // are nanoseconds of CLOCK_MONOTONIC, which all processes of a boot share.
 type Made struct {
 	Address  netip.AddrPort `json:"address"` // of the target
-	Network  string         `json:"network"` // the network namespace, in which Address means the target
+	Network  string         `json:"network"` // the network namespace in which the target has Address
 	Clock    string         `json:"clock"`   // the boot and the time namespace; empty: the times are unknown
 	Asked    int64          `json:"asked"`
 	Answered int64          `json:"answered"`
 }
 
-// JustMade describes a controller that the target at address has just made. asked is when
-// it was asked for; it must have a monotonic clock reading.
+// JustMade describes a controller that the target at address has just made. asked is
+// the time of the request for it, and must have a monotonic clock reading.
 func JustMade(address netip.AddrPort, asked time.Time) Made {
 	name, err := clock()
 	network, nerr := os.Readlink("/proc/self/ns/net")
@@ -50,13 +50,13 @@ var clock = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	namespace, err := os.Readlink("/proc/self/ns/time")
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // the kernel may be built without it
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // the kernel may be built without time namespaces
 		return "", err
 	}
 	return b + " " + namespace, nil
 })
 
-// lastMade returns for each id when the last of the recorded controllers with that id was
+// lastMade returns by id when the last of the recorded controllers with that id was
 // made. An id is missing if the order of its controllers is not certain.
 func lastMade(records []Record) map[uint16]Made {
 	last := map[uint16]Made{}
@@ -79,24 +79,25 @@ func lastMade(records []Record) map[uint16]Made {
 		delete(last, id)
 	}
 	if len(last) == 0 {
-		return nil // as in a record without times
+		return nil // like a record without times
 	}
 	return last
 }
 
-// Notices are in this directory of each directory of a Host.
+// The directory for notices in each directory of a Host, and the extension of a notice.
 const (
 	madeDir   = ".made"
 	noticeExt = ".json"
 )
 
-// Host is where servers learn which controllers targets have made for other servers of this
-// host, whatever their run directories are: in the directories of rundir.Shared. Notices of
-// the calling process are in the first. A Host without directories has no notices.
+// Host lists the directories in which servers of this host tell each other which
+// controllers targets have made for them. They are the directories of rundir.Shared and
+// do not depend on the run directory. The notice of the calling process is in the first
+// one. A Host without directories has no notices.
 //
-// A wrong notice can make a server overwrite newer data with an old write. So notices count
-// only if they are in a directory of root or of the calling user that nobody else can
-// change (rundir.Check): a user believes root, and root believes nobody else.
+// A wrong notice can make a server overwrite newer data with an old write. So a notice
+// counts only if it is in a directory of root or of the calling user that nobody else
+// can change (rundir.Check). A user trusts root, but root trusts nobody else.
 type Host []string
 
 // notice is the contents of a file in a madeDir.
@@ -107,9 +108,9 @@ type notice struct {
 	Made          map[uint16]Made `json:"made"`
 }
 
-// Notify tells other servers which controllers of a subsystem were made for the calling
-// process, in place of what it told them before. It removes the notices of processes that
-// have ended.
+// Notify publishes the controllers of a subsystem that were made for the calling
+// process. It replaces the earlier notice of the process, and removes the notices of
+// processes that have ended.
 func (h Host) Notify(nqn string, made map[uint16]Made) error {
 	if len(h) == 0 {
 		return nil
@@ -145,9 +146,10 @@ func (h Host) Withdraw() error {
 	return nil
 }
 
-// GivenLater reports whether the target at address certainly gave the id of a controller
-// of the subsystem, which was made as told, to another server later. Another target may
-// have the address in another network namespace.
+// GivenLater reports whether the target at address has certainly given the id of a
+// controller of the subsystem to another server later. made is when the controller was
+// made. A target in another network namespace may have the same address and does not
+// count.
 func (h Host) GivenLater(nqn string, address netip.AddrPort, cntlid uint16, made Made) bool {
 	for _, parent := range h {
 		dir := filepath.Join(parent, madeDir)
@@ -163,8 +165,8 @@ func (h Host) GivenLater(nqn string, address netip.AddrPort, cntlid uint16, made
 	return false
 }
 
-// notices reads the notices in dir, by path. It leaves out files that it cannot read: they
-// may be of another version.
+// notices returns the notices in dir, by path. It leaves out files that it cannot read,
+// which may be of another version.
 func notices(dir string) map[string]notice {
 	found := map[string]notice{}
 	entries, _ := os.ReadDir(dir)

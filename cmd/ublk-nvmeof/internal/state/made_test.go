@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// at describes a controller that was asked for at a time, and made within 5.
+// at describes a controller that was requested at a time and made within 5 units.
 func at(asked int64) Made { return Made{lab.Address, "net", "boot", asked, asked + 5} }
 
-// TestMadeBefore: of two controllers one is older only if the order is certain.
+// TestMadeBefore: one controller is older than another only if their order is certain.
 func TestMadeBefore(t *testing.T) {
 	for name, c := range map[string]struct {
 		a, b Made
@@ -41,7 +41,8 @@ func TestMadeBefore(t *testing.T) {
 	}
 }
 
-// TestGivenLater: what counts as another server's controller with the same id.
+// TestGivenLater tests which notices prove that another server was given the same id
+// later.
 func TestGivenLater(t *testing.T) {
 	other := netip.MustParseAddrPort("10.0.2.16:4420")
 	for name, c := range map[string]struct {
@@ -74,8 +75,8 @@ func TestGivenLater(t *testing.T) {
 	}
 }
 
-// TestHostDirectories: notices of several directories count, and those of a directory that
-// somebody else could have prepared do not.
+// TestHostDirectories: notices in all directories of a Host count, except in a
+// directory that another user could have prepared.
 func TestHostDirectories(t *testing.T) {
 	mine, roots := t.TempDir(), t.TempDir()
 	if err := (Host{roots}).Notify(lab.NQN, map[uint16]Made{1: at(20)}); err != nil {
@@ -96,7 +97,7 @@ func TestHostDirectories(t *testing.T) {
 		t.Fatal(err)
 	}
 	if os.Geteuid() != 0 {
-		return // only root can give a directory away
+		return // only root can change the owner of a directory
 	}
 	if err := os.Chown(dir, 12345, 12345); err != nil {
 		t.Fatal(err)
@@ -106,7 +107,8 @@ func TestHostDirectories(t *testing.T) {
 	}
 }
 
-// TestNotices: a process has one notice, and removes those of processes that have ended.
+// TestNotices: a process has one notice, and removes the notices of processes that have
+// ended.
 func TestNotices(t *testing.T) {
 	h := Host{t.TempDir()}
 	dir := filepath.Join(h[0], madeDir)
@@ -147,8 +149,9 @@ func TestNotices(t *testing.T) {
 	}
 }
 
-// TestLastMade: controllers of several dead servers may have had one id. Then the last one
-// counts: it may still execute commands when another server was given the id between them.
+// TestLastMade: controllers of several dead servers may have had the same id. Then the
+// last one counts, because it may still execute commands even if another server was
+// given the id between them.
 func TestLastMade(t *testing.T) {
 	dead := deadProcess(t)
 	for what, begin := range map[string]func(Dir) (*Entry, error){

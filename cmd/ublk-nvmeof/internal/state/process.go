@@ -14,21 +14,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process names a process so that another one, which gets its number later, is
-// not taken for it.
+// Process identifies a process. It does not match another process that gets the same
+// number later.
 type Process struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks after boot
-	Boot  string `json:"boot"`  // of which boot
+	Boot  string `json:"boot"`  // identifier of the boot
 }
 
-// boot is the identifier of this boot.
+// boot returns the identifier of this boot.
 var boot = sync.OnceValues(func() (string, error) {
 	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(text)), err
 })
 
-// Of returns the process that has the given number now.
+// Of returns the process that has this number now.
 func Of(pid int) (Process, error) {
 	b, err := boot()
 	if err != nil {
@@ -90,7 +90,7 @@ func ends(pid int) bool {
 	return h.Wait(ctx) == nil
 }
 
-// Stopped reports whether the process is stopped by a signal, or by a debugger.
+// Stopped reports whether a signal or a debugger has stopped the process.
 func (p Process) Stopped() bool {
 	now, err := stat(p.PID)
 	return err == nil && now.start == p.Start && (now.state == 'T' || now.state == 't')
@@ -130,7 +130,8 @@ func stat(pid int) (status, error) {
 	return status{start, fields[0][0], flags&(pfExiting|pfSignaled) != 0}, nil
 }
 
-// Handle is a process that cannot become another one.
+// Handle refers to a process. It never refers to another process that gets the same
+// number later.
 type Handle struct{ fd int }
 
 // Open returns a handle of the process. The error is os.ErrProcessDone if the process has
@@ -159,9 +160,9 @@ func (h *Handle) Kill() error {
 	return err
 }
 
-// Wait waits until the process has ended.
+// Wait waits until the process has ended, or returns the cause of ctx.
 func (h *Handle) Wait(ctx context.Context) error {
-	const slice = 50 // milliseconds between two looks at ctx
+	const slice = 50 // milliseconds between two checks of ctx
 	for {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}}, slice)
 		switch {

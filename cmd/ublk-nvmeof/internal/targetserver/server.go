@@ -22,15 +22,16 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// Config is what to serve, and who hears of it.
+// Config configures Run.
 type Config struct {
 	Options *options.Target
 	RunDir  string
 	Log     *slog.Logger
-	// Reserved is called with the directory of the target, where it may keep a
-	// log. nil: nobody wants to know.
+	// Reserved, if not nil, is called with the directory of the target, which may
+	// contain a log.
 	Reserved func(dir string) error
-	// Ready is called once hosts may connect. An error ends the target.
+	// Ready, if not nil, is called once hosts can connect. An error ends the
+	// target.
 	Ready func(Status) error
 
 	open func(name string, addr netip.Addr) (rdma.Provider, error)
@@ -48,7 +49,7 @@ type server struct {
 	ended  chan struct{} // closed when the target has ended
 	once   sync.Once
 
-	changes    sync.Mutex // held by a request that changes namespaces, which may wait; taken before mu
+	changes    sync.Mutex // held by requests that change namespaces, which may wait; taken before mu
 	mu         sync.Mutex // guards what follows
 	subsystems []*subsystem
 	faults     []*fault
@@ -63,8 +64,8 @@ type fault struct {
 	added target.AddedFault
 }
 
-// Run serves until ctx is done, which is an orderly end, and no error, or a
-// request ends it. Errors have an exit.Code.
+// Run serves until ctx is done or a request ends the target. It returns nil after an
+// orderly end. Errors have an exit.Code.
 func Run(ctx context.Context, cfg Config) error {
 	if cfg.open == nil {
 		cfg.open = provider.ForTarget
@@ -76,11 +77,11 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// run makes everything, waits, and undoes it in the reverse order.
+// run makes all parts of the server, waits, and undoes everything in the reverse order.
 func (s *server) run(ctx context.Context) (err error) {
 	undo := func(what string, fn func() error) {
 		if uerr := fn(); uerr != nil {
-			s.log.Error("end", "of", what, "error", uerr)
+			s.log.Error("target did not end cleanly", "step", what, "error", uerr)
 			err = errors.Join(err, fmt.Errorf("%s: %w", what, uerr))
 		}
 	}
@@ -135,7 +136,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// open makes the target. It answers no connect request before it is started.
+// open makes the target, which answers no connect requests yet.
 func (s *server) open(p rdma.Provider) (err error) {
 	o := s.opts
 	s.memory.limit = o.Memory
@@ -152,7 +153,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	return err
 }
 
-// configure adds what the command line asks for.
+// configure adds the subsystems and faults of the command line.
 func (s *server) configure() error {
 	s.target.Faults().HideNamespaces(s.opts.NamespacesAfter)
 	for _, c := range s.opts.Subsystems {
@@ -190,7 +191,7 @@ func (s *server) listen() (*web, error) {
 	return w, nil
 }
 
-// close waits until the last answers are sent, for a second at most.
+// close waits until the last answers have been sent, for a second at most.
 func (w *web) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -201,7 +202,7 @@ func (w *web) close() error {
 	return err
 }
 
-// provider opens what --provider means for the address to listen on.
+// provider opens the requested provider, or the one that fits the address to listen on.
 func (s *server) provider() (rdma.Provider, error) {
 	addr := s.opts.Address.Addr()
 	route, err := host.RouteTo(s.opts.Address, netip.Addr{})
@@ -219,7 +220,8 @@ func (s *server) provider() (rdma.Provider, error) {
 	return nil, exit.Errorf(exit.NoRDMA, "no RDMA device can be used (%v); --provider %s needs none", err, options.RoCE)
 }
 
-// portTaken names who has the UDP port that this target needs.
+// portTaken returns an error that names the process that uses the UDP port of this
+// target.
 func (s *server) portTaken(err error) error {
 	port := netip.AddrPortFrom(s.opts.Address.Addr(), provider.UDPPort)
 	holder, ok := host.UDPHolder(port)

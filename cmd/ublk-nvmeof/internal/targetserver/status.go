@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// status describes everything.
+// status returns the status of the target.
 func (s *server) status() Status {
 	snap := s.target.Snapshot()
 	addr := s.target.Addr()
