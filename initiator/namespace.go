@@ -59,8 +59,9 @@ type Namespace struct {
 	mu       sync.Mutex // guards the fields below
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
-	used     uint64    // bytes that are allocated
-	since    time.Time // start of the held state
+	used     uint64          // bytes that are allocated
+	since    time.Time       // start of the held state
+	times    []*opHistograms // by lane; nil: no queue was opened there
 }
 
 // NSID returns the namespace id.

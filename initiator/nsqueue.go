@@ -10,8 +10,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// nsQueue is a namespace on one lane: the block.Queue that a front end uses. All
-// of it is the lane's.
+// nsQueue is the block.Queue of a namespace on one lane. Only the lane uses its fields.
 type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
@@ -19,16 +18,17 @@ type nsQueue struct {
 	mr           rdma.MR
 	slab         []byte
 	base         uint64
-	rkey         uint32 // keys change with the device, between associations
+	rkey         uint32 // the keys change with the device, between associations
 	lkey         uint32
 	maxIO        int
 	requests     []request // by tag
+	times        *opHistograms
 	done         fifo
-	refused      []block.Result // of tags that name no request
+	refused      []block.Result // results for tags that do not name a request
 }
 
-// OpenQueue implements block.Device. A queue that would exceed Config.MaxMemory
-// is refused with a *MemoryError.
+// OpenQueue implements block.Device. The error is a *MemoryError if the queue would
+// exceed Config.MaxMemory.
 func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	switch {
 	case i < 0 || i >= len(ns.ctrl.lanes):
@@ -40,7 +40,7 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	}
 	q := &nsQueue{
 		lane: ns.ctrl.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
-		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth),
+		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth), times: ns.timesOn(i),
 	}
 	if err := ns.ctrl.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
@@ -58,14 +58,14 @@ func (q *nsQueue) Buffer(tag uint16) []byte {
 	return q.slab[at : at+q.maxIO : at+q.maxIO]
 }
 
-// addr is the address of a tag's buffer for the target and in an SGE.
+// addr returns the address of a tag's buffer, for the target and for an SGE.
 func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q.maxIO) }
 
 // Submit implements block.Queue.
 func (q *nsQueue) Submit(reqs []block.Request) {
 	l := q.lane
 	l.submitted.Store(l.submitted.Load() + uint64(len(reqs)))
-	terms := q.ns.terms.Load()
+	terms, second := q.ns.terms.Load(), l.ctrl.clock.Load()
 	for i := range reqs {
 		io := &reqs[i]
 		if int(io.Tag) >= len(q.requests) || q.requests[io.Tag].submitted {
@@ -78,6 +78,9 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		if e := io.Check(terms.sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
 			l.finish(r, uint16(e))
 			continue
+		}
+		if l.sampler.sample(second) {
+			r.timed, r.timing = true, timing{began: l.stamp()}
 		}
 		r.class = l.ctrl.classOf(io)
 		l.dispatch(r)
@@ -97,6 +100,9 @@ func (q *nsQueue) Reap(done []block.Result) int {
 			break
 		}
 		r.submitted = false
+		if r.timed {
+			q.lane.record(r)
+		}
 		done[n] = block.Result{Tag: r.io.Tag, Errno: r.errno}
 		n++
 	}
@@ -112,8 +118,8 @@ func (q *nsQueue) Close() error {
 	return q.ns.ctrl.mem.shut(q)
 }
 
-// classOf is the queue class of a request: ublk passes no hint that an
-// application polls, so size decides what is polled.
+// classOf returns the queue class of a request. ublk does not tell whether an application
+// polls, so the size decides which requests are polled.
 func (c *Controller) classOf(io *block.Request) poller.Class {
 	switch io.Op {
 	case block.OpRead, block.OpWrite:

@@ -15,9 +15,6 @@ const MaxQuery = adminPage
 // the other buffers.
 const maxQueries = adminBuffers / 2
 
-// ErrNotConnected is the error of what needs an association while there is none.
-var ErrNotConnected = errors.New("controller is not connected")
-
 // QueryError is a query that is not sent, because it is more than a query or its length
 // is wrong.
 type QueryError struct{ Reason string }
@@ -43,10 +40,10 @@ func (c *Controller) Query(ctx context.Context, cmd *nvme.Command, out []byte) (
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}
-	a := c.association()
-	if a == nil {
+	a, err := c.current()
+	if err != nil {
 		<-c.queries
-		return 0, ErrNotConnected
+		return 0, err
 	}
 	type answer struct {
 		result uint64
@@ -68,13 +65,6 @@ func (c *Controller) Query(ctx context.Context, cmd *nvme.Command, out []byte) (
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}
-}
-
-// association returns the present association, or nil.
-func (c *Controller) association() *association {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.assoc
 }
 
 // bare returns a command with those fields of cmd that a query may choose.
@@ -118,7 +108,7 @@ func checkQuery(cmd *nvme.Command, n int) error {
 }
 
 // errReset is why an association ends that is reset.
-var errReset = errors.New("controller was reset")
+var errReset = because(LossReset, errors.New("controller was reset"))
 
 // Reset ends the association and returns when the next one is in use. Requests wait
 // meanwhile, as after any other loss. Errors: ErrNotConnected if there is no association
@@ -154,9 +144,9 @@ func (c *Controller) Reset(ctx context.Context) error {
 // Rescan has the namespaces looked at soon, as if the target had said that they changed.
 // The error is ErrNotConnected. Any goroutine may call it.
 func (c *Controller) Rescan() error {
-	a := c.association()
-	if a == nil {
-		return ErrNotConnected
+	a, err := c.current()
+	if err != nil {
+		return err
 	}
 	a.lookAtNamespaces()
 	return nil

@@ -167,8 +167,8 @@ func TestReset(t *testing.T) {
 		if err := s.ctrl.Reset(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if i := s.ctrl.Info(); i.State != StateLive || i.Losses != resets+1 || !errors.Is(i.Reason, errReset) {
-			t.Fatalf("after %d: %v, lost %d times: %v", resets+1, i.State, i.Losses, i.Reason)
+		if i := s.ctrl.Info(); i.State != StateLive || i.Losses != resets+1 || !errors.Is(i.Reason, errReset) || i.Outages.Losses[LossReset] != resets+1 {
+			t.Fatalf("after %d: %v, lost %d times, as %v: %v", resets+1, i.State, i.Losses, i.Outages.Losses, i.Reason)
 		}
 	}
 	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {

@@ -27,8 +27,8 @@ func resolveTo(texts ...string) func(context.Context) ([]netip.AddrPort, error) 
 	return func(context.Context) ([]netip.AddrPort, error) { return addrPorts(texts...), nil }
 }
 
-// A target of several addresses is connected to at the first one where it
-// listens, and again at that one.
+// A target with several addresses is reached at the first one where it listens, and again
+// at that one.
 func TestSeveralAddresses(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 4<<20)
@@ -72,7 +72,7 @@ func TestNoAddressAccepts(t *testing.T) {
 	}
 }
 
-// One silent address does not take all the time that there is.
+// One silent address does not use up all the time.
 func TestSilentAddressGetsItsShare(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -128,5 +128,23 @@ func TestAddressesForTheNextAssociation(t *testing.T) {
 		if got, err := c.addresses(t.Context()); err != nil || !slices.Equal(got, addrPorts(tt.want...)) {
 			t.Errorf("%s: %v, %v, want %v", name, got, err, tt.want)
 		}
+	}
+}
+
+// TestFailure checks that, while there is no association, Info has the reason of the loss
+// and the error of the last attempt.
+func TestFailure(t *testing.T) {
+	s := newLookSetup(t, nil)
+	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+	s.fabric.KillAll(hostAddr)
+	waitFor(t, "a failed attempt", func() bool { return s.ctrl.Info().Failure != nil })
+	i := s.ctrl.Info()
+	if step := (*StepError)(nil); !errors.As(i.Failure, &step) || step.Step != "connect admin queue" || i.Reason == nil || errors.As(i.Reason, &step) {
+		t.Errorf("lost because of %v, last attempt: %v", i.Reason, i.Failure)
+	}
+	s.fabric.SetRefuse(targetAddr, 0, nil)
+	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
+	if i := s.ctrl.Info(); i.Failure != nil || i.Reason == nil {
+		t.Errorf("lost because of %v, last attempt: %v, although it succeeded", i.Reason, i.Failure)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -11,24 +12,25 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 )
 
-// ErrBusy says that clients are connected.
+// ErrBusy means that clients are connected.
 var ErrBusy = errors.New("NBD export is in use")
 
-// ErrStopped says that the server has ended.
+// ErrStopped means that the server has ended.
 var ErrStopped = errors.New("NBD server has ended")
 
 // Server serves exports to clients. Its methods may be called in any order, from any
-// goroutine except the loops'.
+// goroutine except those of the loops.
 type Server struct {
 	cfg     Config
 	loops   []*loop
-	stopped chan struct{} // closed when no client is taken any more
+	stopped chan struct{} // closed when no more clients are accepted
 
 	changing sync.Mutex // held while queues are opened or closed; taken before mu
-	closed   bool       // the back ends' memory is given back; guarded by changing
+	closed   bool       // the memory of the back ends was freed; guarded by changing
 
 	// mu guards the fields below. Loops take it, so nothing that holds it may wait for
 	// a loop.
@@ -37,11 +39,10 @@ type Server struct {
 	exports   []*export // the first is the default; changed with both locks held
 	listeners []net.Listener
 	peers     peers
-	conns     map[*conn]*loop // in transmission
-	ending    sync.WaitGroup  // of clients
+	conns     map[*conn]*loop // connections in the transmission phase
+	ending    sync.WaitGroup  // the goroutines of the clients
 
-	refusals logLimit
-	events   logLimit
+	refusals, events *slog.Logger // each has its own rate limit
 }
 
 // loop is a poller.Loop and the server's worker on it.
@@ -51,13 +52,16 @@ type loop struct {
 	conns  int // guarded by Server.mu
 }
 
-// New opens the queues of all exports. Errors are the configuration's, what the back
-// ends say, and the end of a loop.
+// New opens the queues of all exports. The error is about the configuration, or an error
+// of a back end, or of a loop that has ended.
 func New(cfg Config) (*Server, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, fmt.Errorf("make NBD server: %w", err)
 	}
-	s := &Server{cfg: cfg, stopped: make(chan struct{}), conns: map[*conn]*loop{}}
+	s := &Server{
+		cfg: cfg, stopped: make(chan struct{}), conns: map[*conn]*loop{},
+		refusals: loglimit.New(cfg.Log), events: loglimit.New(cfg.Log),
+	}
 	s.peers.init(cfg.MaxConns, cfg.MaxHandshakes)
 	for i, l := range cfg.Loops {
 		w := newWorker(l, i, cfg.StallTimeout)
@@ -86,9 +90,9 @@ func (s *Server) isEnded() bool {
 }
 
 // transmit serves a client in the transmission phase, on the loop with the fewest
-// connections, and closes its socket. A client that stands still for patience ticks is
-// disconnected; 0 is never.
-func (s *Server) transmit(fd int, o offer, patience int) error {
+// connections, and closes its socket. A client that stalls for patience ticks is
+// disconnected. 0 means never. x is nil for the kernel's client.
+func (s *Server) transmit(x *peer, fd int, o offer, patience int) error {
 	defer unix.Close(fd)
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return fmt.Errorf("make socket blocking: %w", err)
@@ -98,7 +102,7 @@ func (s *Server) transmit(fd int, o offer, patience int) error {
 		return err
 	}
 	c.patience = patience
-	l, err := s.begin(c)
+	l, err := s.begin(x, c)
 	if err != nil {
 		return errors.Join(err, c.unmap())
 	}
@@ -115,8 +119,8 @@ func (s *Server) transmit(fd int, o offer, patience int) error {
 	}
 }
 
-// begin chooses a loop.
-func (s *Server) begin(c *conn) (*loop, error) {
+// begin assigns a connection to a loop.
+func (s *Server) begin(x *peer, c *conn) (*loop, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended || c.offer.export.removed {
@@ -126,11 +130,15 @@ func (s *Server) begin(c *conn) (*loop, error) {
 	l := slices.MinFunc(s.loops, func(a, b *loop) int { return a.conns - b.conns })
 	l.conns++
 	s.conns[c] = l
+	if x != nil {
+		x.served = c
+	}
 	return l, nil
 }
 
 // admit starts a connection on its loop, unless the server or the export has ended
-// meanwhile. Once the connection is marked as admitted, onConns finds it on the loop.
+// meanwhile. As soon as the connection is marked as admitted, onConns finds it on the
+// loop.
 func (s *Server) admit(c *conn, l *loop) error {
 	s.mu.Lock()
 	refused := s.ended || c.offer.export.removed
@@ -151,7 +159,7 @@ func (s *Server) finish(c *conn) {
 	c.offer.export.ending.Done()
 }
 
-// Connections returns the number of clients in the transmission phase, by loop.
+// Connections returns the number of clients in the transmission phase on each loop.
 func (s *Server) Connections() (perLoop []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -162,7 +170,7 @@ func (s *Server) Connections() (perLoop []int) {
 }
 
 // Stop ends the server. It refuses new clients and new requests, waits until the requests
-// in flight are done and answered, closes all connections, and gives memory back.
+// in flight are done and answered, closes all connections, and frees memory.
 //
 // Without force, Stop of a server with clients changes nothing and returns ErrBusy. When
 // ctx is done, Stop no longer waits for clients to read their replies. If requests are
@@ -178,7 +186,8 @@ func (s *Server) Stop(ctx context.Context, force bool) error {
 	return s.close()
 }
 
-// await ends the connections of an export, or of all exports (nil), and waits for them.
+// await ends the connections of an export, or of all exports if e is nil, and waits for
+// their end.
 func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) error {
 	s.onConns(e, (*conn).leave)
 	gone := make(chan struct{})
@@ -205,10 +214,11 @@ func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) e
 	}
 }
 
-// cutPatience is how long await waits for the kernel to cancel operations on sockets.
+// cutPatience is the time that await waits for the kernel to cancel operations on
+// sockets.
 const cutPatience = 100 * time.Millisecond
 
-// refuseClients closes the listeners, and ends negotiations.
+// refuseClients closes the listeners and ends negotiations.
 func (s *Server) refuseClients(force bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -227,8 +237,8 @@ func (s *Server) refuseClients(force bool) error {
 	return nil
 }
 
-// onConns calls fn for the admitted connections of an export, or of all exports (nil),
-// each on its loop.
+// onConns calls fn for the admitted connections of an export, or of all exports if e is
+// nil. Each call is on the loop of the connection.
 func (s *Server) onConns(e *export, fn func(*conn)) {
 	s.mu.Lock()
 	all := map[*loop][]*conn{}
@@ -249,7 +259,7 @@ func (s *Server) onConns(e *export, fn func(*conn)) {
 	}
 }
 
-// close gives the back ends' memory back. No connection is left.
+// close frees the memory of the back ends. No connection is left.
 func (s *Server) close() error {
 	s.changing.Lock()
 	defer s.changing.Unlock()

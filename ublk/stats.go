@@ -4,17 +4,25 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/cpu"
+
+	"ublk-nvmeof/block"
 )
 
-// QueueStats count what one hardware queue did since the device was started.
+// QueueStats are the counters of one hardware queue since this process began to serve it.
 type QueueStats struct {
-	Reads, Writes           uint64 // completed requests, failed ones too
-	ReadBytes, WrittenBytes uint64 // of those that succeeded
+	Reads, Writes           uint64 // completed requests, including failed ones
+	ReadBytes, WrittenBytes uint64 // of successful requests
 	Flushes                 uint64
 	Discards                uint64
 	WriteZeroes             uint64
 	Errors                  uint64 // requests that ended with an errno
+	Failed                  Failures
 	Batches                 uint64 // calls of block.Queue.Submit
+}
+
+// Failures are the requests among QueueStats.Errors that the back end failed, by operation.
+type Failures struct {
+	Reads, Writes, Flushes, Discards, WriteZeroes uint64
 }
 
 // Stats are the counters of a device.
@@ -22,7 +30,7 @@ type Stats struct {
 	Queues []QueueStats
 }
 
-// Total is the sum over all queues.
+// Total returns the sum over all queues.
 func (s Stats) Total() QueueStats {
 	var t QueueStats
 	for _, q := range s.Queues {
@@ -35,11 +43,16 @@ func (s Stats) Total() QueueStats {
 		t.WriteZeroes += q.WriteZeroes
 		t.Errors += q.Errors
 		t.Batches += q.Batches
+		t.Failed.Reads += q.Failed.Reads
+		t.Failed.Writes += q.Failed.Writes
+		t.Failed.Flushes += q.Failed.Flushes
+		t.Failed.Discards += q.Failed.Discards
+		t.Failed.WriteZeroes += q.Failed.WriteZeroes
 	}
 	return t
 }
 
-// counter numbers the counters of a queue.
+// counter is the index of a counter of a queue.
 type counter int
 
 const (
@@ -52,12 +65,13 @@ const (
 	nWriteZeroes
 	nErrors
 	nBatches
-	nCounters
+	nFailed   // first of the failures, by block.Op
+	nCounters = nFailed + counter(block.OpWriteZeroes) + 1
 )
 
-// counters are written by the loop, into now, and shown to others once per
-// batch, in seen: a plain addition per request, and an atomic store per counter
-// that the batch moved.
+// counters are the counters of a queue. The loop adds to now, and once per batch it
+// publishes the changed counters in seen. So a request costs a plain addition, and a
+// batch one atomic store for each changed counter.
 type counters struct {
 	now  [nCounters]uint64
 	_    cpu.CacheLinePad
@@ -65,16 +79,22 @@ type counters struct {
 	_    cpu.CacheLinePad
 }
 
-// publish shows the counters. Loop only.
+// publish publishes the counters. Only the loop calls it.
 func (c *counters) publish() {
-	for i := range c.now {
+	n := nFailed
+	if c.seen[nErrors].Load() != c.now[nErrors] {
+		n = nCounters
+	}
+	for i := range c.now[:n] {
 		if c.seen[i].Load() != c.now[i] {
 			c.seen[i].Store(c.now[i])
 		}
 	}
 }
 
-// snapshot is what publish showed. Any goroutine may call it.
+func (c *counters) failed(op block.Op) uint64 { return c.seen[nFailed+counter(op)].Load() }
+
+// snapshot returns the published counters. Any goroutine may call it.
 func (c *counters) snapshot() QueueStats {
 	return QueueStats{
 		Reads: c.seen[nReads].Load(), Writes: c.seen[nWrites].Load(),
@@ -82,5 +102,9 @@ func (c *counters) snapshot() QueueStats {
 		Flushes: c.seen[nFlushes].Load(), Discards: c.seen[nDiscards].Load(),
 		WriteZeroes: c.seen[nWriteZeroes].Load(), Errors: c.seen[nErrors].Load(),
 		Batches: c.seen[nBatches].Load(),
+		Failed: Failures{
+			Reads: c.failed(block.OpRead), Writes: c.failed(block.OpWrite), Flushes: c.failed(block.OpFlush),
+			Discards: c.failed(block.OpDiscard), WriteZeroes: c.failed(block.OpWriteZeroes),
+		},
 	}
 }

@@ -43,7 +43,7 @@ func askVerb(runDir dirFunc, use, short string, run func(*cobra.Command, *asked)
 The controller is named by its device (/dev/ublkb0, /dev/nbd0, or the socket of its NBD
 server), by the NQN of its subsystem, or by the name of its server, such as ctrl0 (see
 list -v). The server that is connected to the controller sends the commands.`,
-		Args: cobra.ExactArgs(1),
+		Args: wantArgs(1, 1),
 		RunE: verb(name, func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {

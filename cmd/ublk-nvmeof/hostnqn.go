@@ -14,7 +14,7 @@ func newGenHostNQN() *cobra.Command {
 		Short: "Make an NQN for this host, and write it to standard output",
 		Long: `Makes an NQN of the identifier that the firmware of this machine has, or of a random
 one. To use it, write it to /etc/nvme/hostnqn.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("gen-hostnqn", func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), options.GenerateHostNQN(options.Sources{}))
 			return err
@@ -26,7 +26,7 @@ func newShowHostNQN() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show-hostnqn",
 		Short: "Show the NQN that connect uses for this host",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: verb("show-hostnqn", func(cmd *cobra.Command, _ []string) error {
 			nqn, err := options.HostNQN(options.Sources{})
 			if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -10,11 +11,12 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// statusTime is how long a server may take to answer a request for its status.
+// statusTime is the time limit for a server's answer to a request for its status.
 const statusTime = 2 * time.Second
 
 func newList(runDir dirFunc) *cobra.Command {
@@ -28,12 +30,13 @@ and granted. "poll 1/0→default" means that one poll queue was requested, none 
 granted, and the default queues serve its requests.
 
 A server that died is shown as lost, with the devices that it left: recover starts
-a server for them, and disconnect removes them.
+a server for them, and disconnect removes them. -v also shows the processes that stay
+connected to discovery services (connect-all --persistent).
 
 In JSON, "Devices" is that of nvme list: one object for each device, or, with -v, hosts
 with their subsystems, controllers and namespaces. What is not known is null.
-"controllers" has all details, with or without -v.`,
-		Args: cobra.NoArgs,
+"controllers" and "discovery" have all details, with or without -v.`,
+		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -43,7 +46,11 @@ with their subsystems, controllers and namespaces. What is not known is null.
 			if err != nil {
 				return err
 			}
-			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), format, verbose)
+			keepers, err := persistentServices(dir)
+			if err != nil { // the rest can be shown
+				cmd.PrintErrf("%s: list: %s\n", programName, output.Text(err.Error()))
+			}
+			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, "list", cmd.PrintErrf), keepers, format, verbose)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
@@ -51,13 +58,26 @@ with their subsystems, controllers and namespaces. What is not known is null.
 	return cmd
 }
 
-// statuses asks all servers for their status at the same time.
-func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
+// persistentServices are the processes that stay connected to discovery services.
+func persistentServices(dir state.Dir) (all []output.Keeper, err error) {
+	keepers, err := discoverer.Keepers(string(dir))
+	for _, k := range keepers {
+		o := output.Keeper{Name: k.Name, PID: k.Process.PID}
+		for _, s := range k.Services {
+			o.Services = append(o.Services, output.Service(s))
+		}
+		all = append(all, o)
+	}
+	return all, err
+}
+
+// statuses asks all servers for their status at the same time, for a command.
+func statuses(ctx context.Context, records []state.Record, verb string, complain func(string, ...any)) []control.Status {
 	found := make([]control.Status, len(records))
 	var wg sync.WaitGroup
 	for i, r := range records {
 		if r.Err != nil {
-			complain("%s: list: %s: %s\n", programName, output.Text(r.Name), output.Text(r.Err.Error()))
+			complain("%s: %s: %s: %s\n", programName, verb, output.Text(r.Name), output.Text(r.Err.Error()))
 		}
 		wg.Go(func() { found[i] = statusOf(ctx, r) })
 	}
@@ -65,14 +85,14 @@ func statuses(ctx context.Context, records []state.Record, complain func(string,
 	return found
 }
 
-// statusOf returns the status that a server reports, or what its record says if it does
-// not answer.
+// statusOf returns the status that a server reports, or a status made from its record
+// if it does not answer.
 func statusOf(ctx context.Context, r state.Record) control.Status {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()
 	s := control.Status{
 		SchemaVersion: control.SchemaVersion, Name: r.Name, PID: r.Process.PID,
-		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN,
+		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN, Outages: control.Outages{Losses: map[string]int{}},
 		Devices: []control.Device{}, Lanes: []control.Lane{},
 	}
 	if a := r.Target.Address; a.IsValid() {
@@ -92,6 +112,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 			return live
 		}
 		s.State, s.Reason = "unknown", err.Error()
+		if errors.Is(err, context.DeadlineExceeded) {
+			s.Reason = fmt.Sprintf("%s did not answer within %v", processOf(r), statusTime)
+		}
 	}
 	return s
 }

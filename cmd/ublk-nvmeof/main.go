@@ -2,11 +2,16 @@
 // block devices, /dev/ublkbN.
 //
 //	connect     starts a server for a subsystem and returns when its devices are usable
+//	connect-all starts servers for what discovery services list
+//	discover    shows what a discovery service lists
 //	disconnect  ends servers
+//	disconnect-all
+//	            ends all servers
 //	list        shows servers and their devices; so do list-subsys and show-topology
 //	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
 //	gc          removes what dead servers left and nobody can use any more
+//	config      shows and writes connections as the configuration of nvme-cli
 //	id-ctrl …   show what a controller says of itself (inspect.go)
 //	reset       has a server connect again; ns-rescan has it look at the namespaces
 //	resv-… …    show and change the reservation of a namespace (reservation.go)
@@ -27,11 +32,12 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	_ "ublk-nvmeof/rdma/verbs/prepare" // before librdmacm is used
 )
 
-// No loop may run on the main thread: the thread does not end with its goroutine, and
-// would keep the loop's io_uring, and so the ublk device, forever. A program that is
-// started also inherits the marks of this thread.
+// No loop may run on the main thread. That thread does not end with its goroutine, so
+// it would keep the loop's io_uring and with it the ublk device until the process ends.
+// A program that is executed inherits the marks of this thread, too.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }

@@ -11,21 +11,25 @@ import (
 // with the one that was probably meant.
 func TestUnknownVerbsAndFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"discover -t rdma -a 10.0.0.1":  `unknown command "discover" for "ublk-nvmeof"; want one of ana-log, completion, connect, disconnect, `,
-		"--run-dir /x connect-all -q y": `unknown command "connect-all" for "ublk-nvmeof"; did you mean "connect"?`,
-		"lst --json":                    `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
-		"format /dev/nvme0":             `unknown command "format" for "ublk-nvmeof"; want one of ana-log, completion, connect, `,
-		"target grnat -q":               `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
-		"target namespace rezise 1 1G":  `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
-		"connect --nqm x":               `connect: unknown flag: --nqm; did you mean "--nqn"?`,
-		"connect --nr-io-queue=3":       `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
-		"connect --hdr-digest":          `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
-		"connect -A 10.0.0.1":           `connect: unknown flag: -A; did you mean "-a"?`,
-		"connect -g":                    `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
-		"-a 10.0.0.1 -n nqn.x":          `unknown shorthand flag: 'a' in -a; flags follow the command, see ublk-nvmeof --help`,
-		"disconnect --froce -n x":       `disconnect: unknown flag: --froce; did you mean "--force"?`,
-		"serv --report-fd=3":            `unknown command "serv"`, // serve is hidden
-		"target fault drop --nsid 3":    `target fault: unknown flag: --nsid`,
+		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of ana-log, completion, `,
+		"--run-dir /x connect-al -q y": `unknown command "connect-al" for "ublk-nvmeof"; did you mean "connect-all"?`,
+		"discovery -a 10.0.0.1":        `unknown command "discovery" for "ublk-nvmeof"; did you mean "discover"?`,
+		"lst --json":                   `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
+		"format /dev/nvme0":            `unknown command "format" for "ublk-nvmeof"; want one of ana-log, completion, `,
+		"target grnat -q":              `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
+		"target namespace rezise 1 1G": `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
+		"connect --nqm x":              `connect: unknown flag: --nqm; did you mean "--nqn"?`,
+		"connect --nr-io-queue=3":      `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
+		"connect --hdr-digest":         `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
+		"connect -A 10.0.0.1":          `connect: unknown flag: -A; did you mean "-a"?`,
+		"connect --host 10.0.0.1":      `connect: unknown flag: --host` + "\n", // not --tos
+		"connect --addr 10.0.0.1":      `connect: unknown flag: --addr` + "\n",
+		"start":                        `unknown command "start" for "ublk-nvmeof"; want one of `, // not target
+		"connect -g":                   `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
+		"-a 10.0.0.1 -n nqn.x":         `unknown flag: -a; the flags of a command follow its name, see ublk-nvmeof --help`,
+		"disconnect --froce -n x":      `disconnect: unknown flag: --froce; did you mean "--force"?`,
+		"serv --report-fd=3":           `unknown command "serv"`, // serve is hidden
+		"target fault drop --nsid 3":   `target fault: unknown flag: --nsid`,
 	} {
 		stdout, stderr, code := program(t, strings.Fields(args)...)
 		if code != exit.Usage || stdout != "" || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 {
@@ -41,7 +45,7 @@ func TestUnknownVerbsAndFlags(t *testing.T) {
 
 func TestEdits(t *testing.T) {
 	for words, want := range map[string]int{
-		"/": 0, "a/": 1, "/abc": 3, "abc/abc": 0, "abc/ABC": 0, "list/lst": 1, "froce/force": 2, "discover/disconnect": 4, "kitten/sitting": 3, "ü/u": 1,
+		"/": 0, "a/": 1, "/abc": 3, "abc/abc": 0, "abc/ABC": 0, "list/lst": 1, "froce/force": 1, "rezise/resize": 2, "ca/abc": 3, "discover/disconnect": 4, "kitten/sitting": 3, "ü/u": 1,
 	} {
 		a, b, _ := strings.Cut(words, "/")
 		if got := edits(a, b); got != want {

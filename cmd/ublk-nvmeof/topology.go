@@ -29,7 +29,7 @@ func newTree(runDir dirFunc, use, short string, show func(io.Writer, []control.S
 		Use: use, Short: short,
 		Long: short + `. With a device, an NQN, or the name of a server, only its
 subsystem is shown.`,
-		Args: cobra.MaximumNArgs(1),
+		Args: wantArgs(0, 1),
 		RunE: verb(name, func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -44,7 +44,7 @@ subsystem is shown.`,
 					return exit.Errorf(exit.NotFound, "%s: no server has it", args[0])
 				}
 			}
-			return show(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), format)
+			return show(cmd.OutOrStdout(), statuses(cmd.Context(), records, name, cmd.PrintErrf), format)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)

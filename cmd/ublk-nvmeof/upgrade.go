@@ -2,18 +2,17 @@ package main
 
 import (
 	"errors"
-	"fmt"
+	"math"
 	"slices"
 
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
 func newUpgrade(runDir dirFunc) *cobra.Command {
-	var format string
+	r := restart{}
 	cmd := &cobra.Command{
 		Use:   "upgrade {NQN | DEVICE}…",
 		Short: "Replace running servers by this program",
@@ -25,7 +24,7 @@ wait for a moment. If the new server cannot connect, the old one continues.
 The running server is given by the NQN of its subsystem, by one of its devices, or
 by its name, such as ctrl0 (see list -v). The new server runs in the background,
 even if the old one did not.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: wantArgs(1, math.MaxInt),
 		RunE: verb("upgrade", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -35,20 +34,15 @@ even if the old one did not.`,
 			if err != nil {
 				return err
 			}
-			var errs []error
-			for _, r := range records {
-				if err := replace(cmd, dir, r, format); err != nil {
-					errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
-				}
-			}
-			return errors.Join(errs...)
+			return errors.Join(r.each(cmd, dir, "--succeed=", records)...)
 		}),
 	}
-	formatFlag(cmd.Flags(), &format)
+	r.addFlags(cmd.Flags())
 	return cmd
 }
 
-// running are the records of running servers that a command line names.
+// running returns the records of the running servers that a command line names, each
+// once.
 func running(dir state.Dir, names []string) ([]state.Record, error) {
 	records, err := dir.List()
 	if err != nil {
@@ -56,23 +50,17 @@ func running(dir state.Dir, names []string) ([]state.Record, error) {
 	}
 	var chosen []state.Record
 	for _, name := range names {
-		i := slices.IndexFunc(records, func(r state.Record) bool {
-			return r.Alive && r.Err == nil && (serves(r, name) || r.Target.NQN == name)
+		found := slices.DeleteFunc(slices.Clone(records), func(r state.Record) bool {
+			return !r.Alive || r.Err != nil || !serves(r, name) && r.Target.NQN != name
 		})
-		if i < 0 {
-			return nil, exit.Errorf(exit.NotFound, "%s: no running server has it", name)
+		if len(found) == 0 {
+			return nil, exit.Errorf(exit.NotFound, "%s: no running server has this name, device or NQN", name)
 		}
-		chosen = append(chosen, records[i])
+		for _, r := range found {
+			if !slices.ContainsFunc(chosen, func(c state.Record) bool { return c.Name == r.Name }) {
+				chosen = append(chosen, r)
+			}
+		}
 	}
 	return chosen, nil
-}
-
-// replace starts a server that takes over from one that runs.
-func replace(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
-	args := append(append(serveArgs(dir), "--succeed="+r.Name), r.Args...)
-	s, err := startServer(args, timeoutOf(r))
-	if err != nil {
-		return err
-	}
-	return output.Connected(cmd.OutOrStdout(), s, format, false)
 }

@@ -10,17 +10,18 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// The receiving side of the connection manager, on the receive loop.
+// This file has the receiving side of the connection manager. It runs on the receive
+// loop.
 
-// manage takes a message of the connection manager.
+// manage handles a message of the connection manager.
 func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return
 	}
-	// Messages other than REQ name the communication id that they are for, or
-	// at least their own. They must come from where its peer is.
+	// Messages other than REQ name the communication id of their receiver, or at
+	// least their own. They must come from the address of that ID's peer.
 	var id *connID
 	switch m.Attribute() {
 	case wire.REQ:
@@ -31,7 +32,9 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 			id = p.byPeer[peerID{src.Addr(), m.Local()}]
 		}
 	case wire.DREP:
-		if f := p.farewells[m.Remote()]; f != nil && f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
+		if f := p.farewells[m.Remote()]; f == nil {
+			p.onChallengeMet(m, src.Addr())
+		} else if f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
 			p.farewellDone(f, "disconnected")
 		}
 		return
@@ -43,7 +46,8 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		return
 	}
 	if id != nil && m.Attribute() != wire.DREQ && m.TID() != id.tid {
-		// All other messages carry the transaction id of the REQ, which a stranger does not know.
+		// All other messages carry the transaction id of the REQ, which a
+		// stranger does not know.
 		p.provider.counters.staleMessages.Add(1)
 		return
 	}
@@ -68,8 +72,8 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 }
 
-// isPeer reports whether a message came from where the ID's peer is. Peers that are ours send
-// from the port that they receive at, or from the well-known one.
+// isPeer reports whether a message came from the address of the ID's peer. A peer that
+// uses this package sends from the port at which it receives, or from the well-known one.
 func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
 	remote := id.path.remote
 	return src.Addr() == remote.Addr() && dst == id.path.local.Addr() &&
@@ -84,23 +88,31 @@ func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Add
 		a = wire.NewMAD(wire.REJ, m.TID(), m.Remote(), m.Local())
 	}
 	r.Put(a)
-	p.sendMAD(p.back(src, dst, guid), a)
+	p.answer(src, dst, guid, a)
 }
 
-// back is the path by which to answer. Messages go to the well-known port,
-// wherever they came from, but for peers that are ours: they send from where
-// they receive (Config.OnDemand). guid is the peer's, 0 if it did not say.
-func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
+// answer sends a message to the source of another message. The path is in use until the
+// next answer.
+func (p *endpoint) answer(src netip.AddrPort, dst netip.Addr, guid uint64, m *wire.MAD) {
+	p.outbox.path.set(p.sock, dst, p.back(src, guid), -1)
+	p.sendMAD(&p.outbox.path, m)
+}
+
+// back returns the address and port to which to send an answer. Messages go to the
+// well-known port, whatever port they came from. Peers that use this package are an
+// exception: they send from the port at which they receive (Config.OnDemand). guid is the
+// peer's GUID, or 0 if it is unknown.
+func (p *endpoint) back(src netip.AddrPort, guid uint64) netip.AddrPort {
 	if !ours(guid) {
-		src = netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
+		return netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
 	}
-	return newPath(p.sock, dst, src, -1)
+	return src
 }
 
-// ours reports whether a CA GUID has our mark.
+// ours reports whether a CA GUID has the mark of this package.
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
-// onRequest takes a REQ.
+// onRequest handles a REQ.
 func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	c := &p.provider.counters
 	c.requests.Add(1)
@@ -116,30 +128,33 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		}
 		return
 	}
-	if !p.admit(src.Addr()) {
-		c.requestsDropped.Add(1)
-		return
-	}
 	r, ok := wire.ParseRequest(m)
-	if !ok {
-		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
-		return
-	}
-	if r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("") {
+	if ok && (r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("")) {
 		c.wrongAddress.Add(1)
 		return
 	}
 	l := p.listeners[r.Port]
-	if l == nil || !l.bound.IsUnspecified() && l.bound != dst {
+	if !ok || l != nil && !l.bound.IsUnspecified() && l.bound != dst {
+		l = nil
+	}
+	o := p.strangers.originOf(src.Addr(), r.Proof)
+	if !p.admit(o) || l != nil && (!p.makeRoom(o) || len(l.requests) >= l.backlog) {
+		c.requestsDropped.Add(1) // the sender repeats its request
+		if l != nil {
+			p.challenge(o, src, dst, r.GUID)
+		}
+		return
+	}
+	switch {
+	case !ok:
+		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
+		return
+	case l == nil:
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
 		return
 	}
-	if !p.makeRoom(src.Addr()) || len(l.requests) >= l.backlog {
-		c.requestsDropped.Add(1)
-		return // the sender repeats it
-	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
-		// The peer has forgotten that connection, or the request is forged.
+		// The peer has lost that connection, or the request is forged.
 		switch {
 		case old.state == idEstablished:
 			old.qp.probe()
@@ -152,30 +167,32 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
-	p.enqueue(l, &r, m, src, dst)
+	p.enqueue(l, r, m, src, dst, o.share())
 }
 
-// enqueue makes an ID of a request and gives it to the listener.
-func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
-	id := p.newID(p.back(src, dst, r.GUID))
+// enqueue makes an ID for a request and passes it to the listener. share is the share of
+// the sender.
+func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr, share originKey) {
+	id := p.newID(newPath(p.sock, dst, p.back(src, r.GUID), -1))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
 	id.local = netip.AddrPortFrom(named(dst), r.Port)
 	id.remote = netip.AddrPortFrom(named(src.Addr()), r.SourcePort)
 	id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
-	id.request, id.private = *r, r.Private[:]
+	id.request = r
+	id.private = id.request.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
 	id.listener, id.owed = l, 1
-	p.begin(id)
+	p.begin(id, share)
 	l.requests = append(l.requests, id)
 	l.signal()
 }
 
-// onReply takes a REP.
+// onReply handles a REP.
 func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
-		if p.admit(src.Addr()) {
+		if p.admit(p.strangers.find(src.Addr())) {
 			p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
 		}
 	case id.state == idConnecting:
@@ -203,14 +220,15 @@ func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst neti
 	}
 }
 
-// establish ends the passive side's handshake. The lock is held.
+// establish completes the handshake of the passive side. The lock is held.
 func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
+	p.strangers.find(id.path.remote.Addr()).proven = true
 	p.settled(id)
 	id.respond(answer{})
 }
 
-// onReject takes a REJ.
+// onReject handles a REJ.
 func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	if id == nil || id.peerComm != 0 && m.Local() != 0 && id.peerComm != m.Local() {
 		return
@@ -227,15 +245,15 @@ func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	case idRequested, idAccepting:
 		p.abandon(id)
 	case idEstablished:
-		// The peer does not know the connection: our RTU or its REP was lost
-		// for good.
+		// The peer does not know the connection: all copies of our RTU were lost,
+		// or all of its REP.
 		id.end()
 		id.report(rdma.EventDisconnected, "rejected: "+rdma.RejectReason(int(r.Reason)))
 	}
 }
 
-// onDisconnect takes a DREQ, which gets an answer in any case: the peer may not
-// know that we know.
+// onDisconnect handles a DREQ. It always answers, because the peer may not know that this
+// side has received the DREQ before.
 func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
@@ -243,14 +261,17 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	guid := uint64(0)
 	if id != nil {
 		guid = id.peerGUID
-	} else if !p.admit(src.Addr()) {
+	} else if !p.admit(p.strangers.find(src.Addr())) {
 		return
 	}
-	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
+	p.answer(src, dst, guid, wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
 	if f := p.farewells[m.Remote()]; f != nil && f.id.isPeer(src, dst) && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}
 	if id == nil {
+		if m.Remote() == 0 {
+			p.onChallenge(uint32(m.TID()), src, dst)
+		}
 		return
 	}
 	switch id.state {
@@ -263,7 +284,8 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	}
 }
 
-// listen makes a listener, on a canonical address; port 0 picks one.
+// listen makes a listener on a canonical address. If the port is 0, listen picks a free
+// one.
 func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*listener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -278,6 +300,9 @@ func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*
 	}
 	if p.listeners[number] != nil {
 		return nil, unix.EADDRINUSE
+	}
+	if err := p.openProver(); err != nil {
+		return nil, err
 	}
 	l := &listener{
 		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), bound: bound, backlog: backlog,

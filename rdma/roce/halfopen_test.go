@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// ask sends connect requests, n of them, that nobody will confirm.
+// ask sends n connect requests that are never confirmed.
 func (x *intruder) ask(port uint16, first, n uint32) {
 	for i := first; i < first+n; i++ {
 		r := wire.Request{Port: port, GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: x.to.Addr()}
@@ -23,8 +23,8 @@ func (x *intruder) ask(port uint16, first, n uint32) {
 	}
 }
 
-// victim is who gets the answers to an intruder's messages: the well-known port of the address
-// that they come from.
+// victim gets the answers to an intruder's messages: it has the well-known port of the
+// address from which they come.
 type victim struct {
 	t    *testing.T
 	conn *net.UDPConn
@@ -38,7 +38,7 @@ func newVictim(t *testing.T, x *intruder) *victim {
 	return &victim{t, conn}
 }
 
-// received counts what comes until nothing does for a while.
+// received counts messages until none has arrived for a while.
 func (v *victim) received(quiet time.Duration) (packets, bytes int) {
 	b := make([]byte, 2048)
 	for {
@@ -51,8 +51,8 @@ func (v *victim) received(quiet time.Duration) (packets, bytes int) {
 	}
 }
 
-// serve accepts whatever a listener gives, with a queue pair and memory for each, as a target
-// does, until ctx ends. The result is how many there were at most at a time.
+// serve accepts all requests of a listener, with a queue pair and memory for each, like a
+// target, until ctx is done. It returns the largest number of connections at a time.
 func serve(ctx context.Context, t *testing.T, l rdma.Listener, established func(*end)) (most func() int) {
 	var mu sync.Mutex
 	var running sync.WaitGroup
@@ -88,8 +88,9 @@ func serve(ctx context.Context, t *testing.T, l rdma.Listener, established func(
 	}
 }
 
-// TestRequestFlood: connect requests of a source that does not confirm cost little memory, draw
-// no more than was sent, and keep neither connections nor new ones from working.
+// TestRequestFlood checks that connect requests of a source that does not confirm them
+// cost little memory, cause no more answers than requests, and affect neither connections
+// nor new requests.
 func TestRequestFlood(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpenPerSource: 6, MaxHalfOpen: 10, MaxRequestRate: 200, MaxRequestRatePerSource: 100})
@@ -118,7 +119,7 @@ func TestRequestFlood(t *testing.T) {
 		if i%20 != 10 {
 			continue
 		}
-		// An honest host among them.
+		// An honest host among them
 		id, err := host.Resolve(ctx, netip.Addr{}, l.Addr(), -1)
 		check(t, err)
 		e := makeEnd(t, id, 16, 4096, false)
@@ -151,8 +152,8 @@ func TestRequestFlood(t *testing.T) {
 	}
 }
 
-// TestNoAmplification: who does not confirm gets one answer for each request, whatever the
-// passive side would like to say.
+// TestNoAmplification checks that a source that does not confirm gets one answer for each
+// request, whatever the passive side needs to send.
 func TestNoAmplification(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 16)
@@ -173,7 +174,8 @@ func TestNoAmplification(t *testing.T) {
 	}
 }
 
-// TestStrangersRate: strangers get one answer for each message, and at a limited rate.
+// TestStrangersRate checks that strangers get one answer for each message, at a limited
+// rate.
 func TestStrangersRate(t *testing.T) {
 	open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxRequestRatePerSource: 10})
 	for _, attr := range []wire.Attribute{wire.REP, wire.DREQ, wire.REQ, wire.RTU, wire.MRA, wire.REJ, wire.DREP} {
@@ -196,7 +198,8 @@ func TestStrangersRate(t *testing.T) {
 	}
 }
 
-// TestSources: a host of IPv6 is one source whatever its interface identifier is.
+// TestSources checks that an IPv6 host is one source, whatever its interface identifier
+// is.
 func TestSources(t *testing.T) {
 	for _, c := range []struct{ a, b string }{
 		{"2001:db8::1", "2001:db8::ffff:0:0:2"}, {"192.0.2.1", "192.0.2.1"}, {"fe80::1%3", "fe80::1%3"},
@@ -214,20 +217,6 @@ func TestSources(t *testing.T) {
 	}
 }
 
-// TestManySources: the memory of who asked is bounded, too.
-func TestManySources(t *testing.T) {
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
-	p := target.endpoints[0]
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i := range 3 * maxSources {
-		p.admit(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}))
-	}
-	if n := len(p.handshakes.rates); n > maxSources {
-		t.Errorf("%d sources", n)
-	}
-}
-
 // age makes half-open connections older.
 func (p *endpoint) age(d time.Duration) {
 	p.mu.Lock()
@@ -237,8 +226,8 @@ func (p *endpoint) age(d time.Duration) {
 	}
 }
 
-// TestHalfOpenExpires: handshakes that take too long end, whether anybody has accepted them or
-// not.
+// TestHalfOpenExpires checks that handshakes that take too long end, whether they were
+// accepted or not.
 func TestHalfOpenExpires(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
@@ -271,8 +260,8 @@ func TestHalfOpenExpires(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	p.mu.Lock()
-	if n := len(p.handshakes.open); n != 2 || len(l.(*listener).requests) != 0 {
-		t.Errorf("%d half-open, of which 2 are not closed; %d waiting", n, len(l.(*listener).requests))
+	if h := &p.handshakes; len(h.open) != 0 || h.ending != 2 || len(l.(*listener).requests) != 0 {
+		t.Errorf("%d half-open, %d not closed yet, %d waiting", len(h.open), h.ending, len(l.(*listener).requests))
 	}
 	p.mu.Unlock()
 	a, b := join(t, host, target, 16, 1<<16, false)
@@ -281,40 +270,60 @@ func TestHalfOpenExpires(t *testing.T) {
 	b.ok(b.recvCQ, 1)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n := len(p.handshakes.open); n != 2 {
+	if n := len(p.handshakes.open); n != 0 {
 		t.Errorf("%d half-open after one was established", n)
 	}
 }
 
-// TestMakeRoom: it is the source with most half-open connections that gives way.
+// TestMakeRoom checks that strangers have half of the places, and that the source with
+// the most half-open connections makes room for a proven one.
 func TestMakeRoom(t *testing.T) {
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 5, MaxHalfOpenPerSource: 4})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 8, MaxHalfOpenPerSource: 5})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 10)
 	check(t, err)
 	t.Cleanup(func() { check(t, l.Close()) })
 	p := target.endpoints[0]
-	from := func(last byte) *intruder {
-		return newIntruder(t, netip.AddrFrom4([4]byte{127, 0, 0, last}), targetAddr)
+	asked := uint64(0)
+	ask := func(last byte, first, n uint32) {
+		newIntruder(t, netip.AddrFrom4([4]byte{127, 0, 0, last}), targetAddr).ask(l.Addr().Port(), first, n)
+		asked += uint64(n)
+		until(t, target, "requests", func(c Counters) bool { return c.Requests == asked })
 	}
-	few, many := from(3), from(4)
-	few.ask(l.Addr().Port(), 0, 1)
-	many.ask(l.Addr().Port(), 0, 5)
-	until(t, target, "requests", func(c Counters) bool { return c.Requests == 6 })
-	counts := func(wantFew, wantMany, wantThird int) {
+	counts := func(when string, strangers int, proven ...int) {
 		t.Helper()
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		h := p.handshakes.bySource
-		if a, b, c := h[few.from.Addr()], h[many.from.Addr()], h[netip.MustParseAddr("127.0.0.5")]; a != wantFew || b != wantMany || c != wantThird {
-			t.Errorf("%d, %d and %d half-open, want %d, %d and %d: %+v", a, b, c, wantFew, wantMany, wantThird, target.Snapshot())
+		if n := p.handshakes.byShare[strangersShare]; n != strangers {
+			t.Errorf("%s: %d half-open of strangers, want %d: %+v", when, n, strangers, target.Snapshot())
+		}
+		for i, want := range proven {
+			if n := p.handshakes.byShare[originKey{addr: netip.AddrFrom4([4]byte{127, 0, 0, byte(11 + i)})}]; n != want {
+				t.Errorf("%s: %d half-open of proven source %d, want %d: %+v", when, n, i, want, target.Snapshot())
+			}
 		}
 	}
-	counts(1, 4, 0)
-	third := from(5)
-	third.ask(l.Addr().Port(), 0, 1) // all are young
-	until(t, target, "dropped", func(c Counters) bool { return c.RequestsDropped == 2 })
+	for i := range byte(3) {
+		p.mu.Lock()
+		p.strangers.find(netip.AddrFrom4([4]byte{127, 0, 0, 11 + i})).proven = true
+		p.mu.Unlock()
+	}
+	ask(3, 0, 3)
+	ask(4, 0, 3)
+	counts("strangers have what they may have", 4)
+	ask(11, 0, 6)
+	counts("all places are taken", 4, 4)
+	ask(12, 0, 3)
+	counts("a source that has fewer", 2, 3, 3)
+	ask(13, 0, 2)
+	counts("another one", 2, 2, 2, 2)
+	ask(5, 0, 1)
+	ask(13, 10, 1)
+	counts("no share is larger", 2, 2, 2, 2)
 	p.age(evictionAge)
-	third.ask(l.Addr().Port(), 10, 1)
-	until(t, target, "evicted", func(c Counters) bool { return c.HalfOpenEvicted == 1 })
-	counts(1, 3, 1)
+	ask(5, 10, 1)
+	ask(13, 20, 1)
+	counts("old ones make room", 2, 2, 2, 2)
+	if c := target.Snapshot(); c.HalfOpenEvicted != 7 {
+		t.Errorf("%+v", c)
+	}
 }

@@ -42,7 +42,7 @@ func TestExampleICRC(t *testing.T) {
 	}
 }
 
-// slowICRC is the definition, bit by bit.
+// slowICRC computes the ICRC by its definition, bit by bit.
 func slowICRC(pseudo []byte) uint32 {
 	crc := ^uint32(0)
 	for _, v := range pseudo {
@@ -123,7 +123,7 @@ func TestICRC(t *testing.T) {
 	}
 }
 
-// A flipped bit is found, but for those that the 16 unknown bits hide.
+// A flipped bit is found, except in those cases that the 16 unknown bits hide.
 func TestICRCFindsErrors(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for _, v4 := range []bool{true, false} {
@@ -196,7 +196,7 @@ func TestRequest(t *testing.T) {
 	for _, addrs := range [][2]string{{"10.0.0.1", "10.0.0.2"}, {"fd00::1", "fd00::2"}} {
 		want := Request{
 			Port: 4420, GUID: 0x0102030405060708, QPN: 0xabcdef, PSN: 0x123456, ResponderResources: 16, InitiatorDepth: 4,
-			AckTimeout: 17, RetryCount: 7, RNRRetryCount: 6, FlowControl: true, MTU: 1024,
+			AckTimeout: 17, RetryCount: 7, RNRRetryCount: 6, FlowControl: true, MTU: 1024, Proof: 0x55667788,
 			Source: netip.MustParseAddr(addrs[0]), Destination: netip.MustParseAddr(addrs[1]), SourcePort: 50000,
 			Private: [RequestPrivate]byte{1, 2, 3, RequestPrivate - 1: 9},
 		}
@@ -220,7 +220,7 @@ func TestRequest(t *testing.T) {
 			{0, "01070203" + "00000000" + "aabbccddeeff0011" + "0010"},
 			{24, "11223344"},
 			{24 + 8, "0000000001061144" + "0102030405060708"},
-			{24 + 32, "abcdef10"}, {24 + 36, "000000" + "04"},
+			{24 + 28, "55667788"}, {24 + 32, "abcdef10"}, {24 + 36, "000000" + "04"},
 			{24 + 43, "a1" + "123456" + "a7" + "ffff" + "36" + "f0" + "ffffffff"},
 			{24 + 95, "88"},
 		} {
@@ -334,7 +334,8 @@ func BenchmarkCheck(b *testing.B) {
 	})
 }
 
-// TestRetryCounts: what is more than the fields hold is the most that they do.
+// TestRetryCounts checks that values that are too large for their fields become the
+// largest value of the field.
 func TestRetryCounts(t *testing.T) {
 	for _, n := range []uint8{7, 8, 255} {
 		m := NewMAD(REQ, 1, 2, 0)

@@ -7,10 +7,10 @@ import (
 	"strings"
 )
 
-// chooseSource makes SourceAddr an address of HostIface, if that is given: the first one
-// of the family and the scope of the target's address.
+// chooseSource makes SourceAddr an address of HostIface, if that and the target are given:
+// the first one of the family and the scope of the target's address.
 func (c *Connect) chooseSource() error {
-	if c.HostIface == "" {
+	if c.HostIface == "" || c.Address == "" {
 		return nil
 	}
 	own, err := interfaceAddrs(c.HostIface)

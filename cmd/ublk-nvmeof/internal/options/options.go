@@ -32,7 +32,6 @@ const (
 	maxTransfer         = 1 << 20
 	defaultMaxIO        = 256 << 10
 	defaultPollMax      = 16 << 10
-	defaultPort         = 4420
 	defaultTimeout      = time.Minute
 	defaultReconnect    = 10 * time.Second
 	defaultLoss         = 600 * time.Second
@@ -40,6 +39,9 @@ const (
 	maxNSID             = 0xFFFFFFFE
 	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
 )
+
+// DefaultPort is the port of NVMe over RDMA.
+const DefaultPort = 4420
 
 // Forever is a controller loss timeout without a limit.
 const Forever = -1 * time.Second
@@ -111,6 +113,7 @@ type Connect struct {
 	Socket      string // for NBDSocket: a path or host:port; empty: in the server's directory
 	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
+	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
 	Context     string // who connects, for others to see
 	Owner       string
@@ -121,7 +124,7 @@ type Connect struct {
 // Default returns the values of all flags that are not given.
 func Default() *Connect {
 	return &Connect{
-		Transport: "rdma", Port: defaultPort,
+		Transport: "rdma", Port: DefaultPort,
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
@@ -133,12 +136,28 @@ func Default() *Connect {
 // the first block are those of nvme-cli.
 func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
-	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
-	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
-		"traddr", "a", "address or host name of the target (required)")
-	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
+	c.addTarget(f, "(required)")
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
+	c.addHost(f)
+	c.addConnection(f)
+	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
+		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
+	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	c.addProvider(f)
+}
+
+// addTarget defines the flags for the address of a target.
+func (c *Connect) addTarget(f *pflag.FlagSet, required string) {
+	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
+	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
+		"traddr", "a", "address or host name of the target "+required)
+	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
+}
+
+// addHost defines the flags for the identity of this host.
+func (c *Connect) addHost(f *pflag.FlagSet) {
 	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
 	f.VarP(text(&c.HostIface, "interface", "the name of a network interface", checkWord), "host-iface", "f",
 		"network interface of this host, whose address is the source address")
@@ -146,6 +165,10 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
 		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
+}
+
+// addConnection defines the flags that may be the same for several subsystems.
+func (c *Connect) addConnection(f *pflag.FlagSet) {
 	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
 		"number of I/O queues, or of read queues if there are write queues (default and limit: one per online CPU)")
 	f.Lookup("nr-io-queues").DefValue = "" // the description says it
@@ -170,17 +193,19 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
 	f.Var(bytesOf(&c.Memory), "memory-limit", "most memory for the buffers of all namespaces (default: half of what is available)")
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
-	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load")
-	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load, and that this user may use")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
 		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
-	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
-	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
+}
+
+// addProvider defines the flags for the way to a target.
+func (c *Connect) addProvider(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
-	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
-	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(text(&c.Metrics, "address", "HOST:PORT, or :PORT for the loopback address", checkMetrics), "metrics-listen",
+		"address at which Prometheus can scrape this server, without encryption or authentication; :PORT means 127.0.0.1 (default: only the command metrics can)")
 }
 
 // Complete checks the flags in combination and finds the identity of the host. It is
@@ -192,6 +217,11 @@ func (c *Connect) Complete(from Sources) error {
 	case c.NQN == "":
 		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
 	}
+	return c.complete(from)
+}
+
+// complete is Complete for flags that may lack the target.
+func (c *Connect) complete(from Sources) error {
 	if err := c.chooseSource(); err != nil {
 		return err
 	}
@@ -257,6 +287,14 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 	return config, nil
 }
 
+// MetricsAddress returns the address to serve metrics at, or "".
+func (c *Connect) MetricsAddress() string {
+	if strings.HasPrefix(c.Metrics, ":") {
+		return "127.0.0.1" + c.Metrics
+	}
+	return c.Metrics
+}
+
 // Peer is the target's address and port as they were given.
 func (c *Connect) Peer() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
 
@@ -287,7 +325,7 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	}
 	var out []netip.AddrPort
 	for _, a := range found {
-		if checkUnicast(a) == nil {
+		if checkUnicast(a, "target") == nil {
 			out = append(out, netip.AddrPortFrom(a.Unmap(), c.Port))
 		}
 	}
@@ -311,7 +349,7 @@ func Args(f *pflag.FlagSet) []string {
 
 func checkAddress(s string) error {
 	if a, err := netip.ParseAddr(s); err == nil {
-		return checkUnicast(a)
+		return checkUnicast(a, "target")
 	}
 	if !hostName(s) {
 		return errUnwanted
@@ -319,12 +357,13 @@ func checkAddress(s string) error {
 	return nil
 }
 
-func checkUnicast(a netip.Addr) error {
+// checkUnicast refuses addresses that are not of one machine, which is a target or a host.
+func checkUnicast(a netip.Addr, of string) error {
 	switch a := a.Unmap(); {
 	case a.IsUnspecified():
-		return errors.New("the unspecified address is not the address of a target")
+		return fmt.Errorf("the unspecified address is not the address of a %s", of)
 	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return errors.New("a multicast or broadcast address is not the address of a target")
+		return fmt.Errorf("a multicast or broadcast address is not the address of a %s", of)
 	}
 	return nil
 }
@@ -374,6 +413,20 @@ func checkSocket(s string) error {
 	return nil
 }
 
+func checkMetrics(s string) error {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return errUnwanted
+	}
+	if _, err := netip.ParseAddr(host); err != nil && host != "" && !hostName(host) {
+		return errUnwanted
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errUnwanted
+	}
+	return nil
+}
+
 func checkAbsolute(s string) error {
 	if !filepath.IsAbs(s) {
 		return errUnwanted
@@ -396,7 +449,7 @@ func sourceAddr(dst *netip.Addr) *flagValue[netip.Addr] {
 			if err != nil {
 				return a, errUnwanted
 			}
-			return a.Unmap(), checkUnicast(a)
+			return a.Unmap(), checkUnicast(a, "host")
 		},
 		format: func(a netip.Addr) string {
 			if !a.IsValid() {

@@ -5,14 +5,18 @@
 package output
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
+	"unicode/utf16"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
@@ -30,11 +34,33 @@ const (
 // none stands for an unknown value.
 const none = "-"
 
+// writeJSON writes v exactly. What cannot be printed is escaped, because a terminal may
+// show it.
 func writeJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
-	return e.Encode(v)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	_, err := io.WriteString(w, escapeJSON(text.String()))
+	return err
+}
+
+// escapeJSON escapes what encoding/json leaves as it is and cannot be printed.
+func escapeJSON(text string) string {
+	var b strings.Builder
+	for _, r := range text {
+		if r < 0x7f || unicode.IsPrint(r) {
+			b.WriteRune(r)
+			continue
+		}
+		for _, unit := range utf16.AppendRune(nil, r) {
+			fmt.Fprintf(&b, `\u%04x`, unit)
+		}
+	}
+	return b.String()
 }
 
 type connected struct {
@@ -159,10 +185,25 @@ func endpoint(s control.Status) string {
 	return s.TrAddr + ":" + s.TrSvcID
 }
 
+// Keeper is a process that stays connected to discovery services.
+type Keeper struct {
+	Name     string    `json:"name"`
+	PID      int       `json:"pid"`
+	Services []Service `json:"services"`
+}
+
+// Service is a discovery service. Its address has the port.
+type Service struct {
+	Address string `json:"address"`
+	NQN     string `json:"subsysnqn"`
+	HostNQN string `json:"hostnqn"`
+	HostID  string `json:"hostid"`
+}
+
 // List writes servers and their devices. JSON has "Devices" in the form of nvme list:
 // flat, or with verbose nested in hosts, subsystems and controllers. Beside it, both have
-// "controllers" with all details.
-func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
+// "controllers" and "discovery" with all details.
+func List(w io.Writer, servers []control.Status, keepers []Keeper, format string, verbose bool) error {
 	if format == JSON {
 		devices := deviceList(servers)
 		if verbose {
@@ -171,13 +212,27 @@ func List(w io.Writer, servers []control.Status, format string, verbose bool) er
 		return writeJSON(w, object{
 			{name: "schema_version", value: SchemaVersion}, {name: "Devices", value: devices},
 			{name: "controllers", value: append([]control.Status{}, servers...)},
+			{name: "discovery", value: append([]Keeper{}, keepers...)},
 		})
 	}
 	servers = printable(servers)
-	if verbose {
-		return listVerbose(w, servers)
+	if !verbose {
+		return listTable(w, servers)
 	}
-	return listTable(w, servers)
+	if err := listVerbose(w, servers); err != nil {
+		return err
+	}
+	for i, k := range printable(keepers) {
+		if i == 0 && len(servers) > 0 {
+			fmt.Fprintln(w)
+		}
+		for _, s := range k.Services {
+			if _, err := fmt.Fprintf(w, "%s: process %d stays connected to discovery service %s, %s\n", k.Name, k.PID, s.Address, s.NQN); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // deviceList is the flat list of nvme list, with fields of this program after those of
@@ -288,10 +343,13 @@ func stateText(s control.Status) string {
 		text += " since " + s.Since
 	}
 	if s.Losses > 0 {
-		text += fmt.Sprintf(", lost %d times, %d attempts since then", s.Losses, s.Attempts)
+		text += fmt.Sprintf(", lost %s, %s since then", count(s.Losses, "time"), count(s.Attempts, "attempt"))
 	}
 	if s.Reason != "" {
 		text += ": " + s.Reason
+	}
+	if s.Failure != "" && s.Failure != s.Reason {
+		text += "; last attempt: " + s.Failure
 	}
 	return text
 }
@@ -300,7 +358,7 @@ func deviceText(d control.Device) string {
 	parts := []string{fmt.Sprintf("namespace %d", d.NSID)}
 	if d.Size > 0 {
 		parts = append(parts, size(d.Size), fmt.Sprintf("blocks of %d", d.BlockSize),
-			fmt.Sprintf("%d queues of %d requests up to %s", d.Queues, d.QueueDepth, size(uint64(d.MaxIO))))
+			fmt.Sprintf("%s of %s up to %s", count(d.Queues, "queue"), count(d.QueueDepth, "request"), size(uint64(d.MaxIO))))
 	}
 	if d.ReadOnly {
 		parts = append(parts, "read-only")
@@ -315,8 +373,14 @@ func deviceText(d control.Device) string {
 }
 
 func countersText(c control.IO) string {
-	return fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards, %d write zeroes, %d errors, %d batches",
-		c.Reads, humanize.IBytes(c.ReadBytes), c.Writes, humanize.IBytes(c.WrittenBytes), c.Flushes, c.Discards, c.WriteZeroes, c.Errors, c.Batches)
+	return fmt.Sprintf("%s (%s), %s (%s), %s, %s, %d write zeroes, %s, %s",
+		count(c.Reads, "read"), humanize.IBytes(c.ReadBytes), count(c.Writes, "write"), humanize.IBytes(c.WrittenBytes),
+		count(c.Flushes, "flush"), count(c.Discards, "discard"), c.WriteZeroes, count(c.Errors, "error"), count(c.Batches, "batch"))
+}
+
+// count writes a number of things. one is the English word for a single one.
+func count[N int | uint64](n N, one string) string {
+	return fmt.Sprintf("%d %s", n, english.PluralWord(int(n), one, ""))
 }
 
 func seconds(n int) string {

@@ -85,27 +85,50 @@ var connecting = control.Status{
 	State: "connecting",
 }
 
+var keepers = []Keeper{{Name: "discovery0", PID: 1600, Services: []Service{{Address: "10.0.2.19:8009", NQN: "nqn.2014-08.org.nvmexpress.discovery", HostNQN: "nqn.h"}}}}
+
+// TestStateText: why an association was lost, and why the last attempt to make it again
+// failed, are both shown if they differ.
+func TestStateText(t *testing.T) {
+	for want, s := range map[string]control.Status{
+		"connecting, lost 1 time, 2 attempts since then: keep alive: deadline exceeded; last attempt: rejected": {
+			State: "connecting", Losses: 1, Attempts: 2, Reason: "keep alive: deadline exceeded", Failure: "rejected"},
+		"connecting, lost 1 time, 2 attempts since then: rejected":    {State: "connecting", Losses: 1, Attempts: 2, Reason: "rejected", Failure: "rejected"},
+		"live, lost 1 time, 2 attempts since then: peer disconnected": {State: "live", Losses: 1, Attempts: 2, Reason: "peer disconnected"},
+	} {
+		if got := stateText(s); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestGolden(t *testing.T) {
 	// other is another path to the subsystem of live.
 	other := connecting
 	other.HostIface, other.Owner, other.Context = "eth1", "csi", "node"
+	// other has what only some servers have.
+	durations := map[string]control.Durations{"read": {Buckets: []uint64{1, 0}, Sum: 0.5}}
+	other.Outages.Losses = map[string]int{"keep_alive": 1}
+	other.DurationBounds, other.Stages = []float64{0.5}, map[string]map[string]control.Durations{"wire": durations}
+	other.Failure, other.Packets = "rejected", &control.Packets{DroppedBy: map[string]uint64{"icrc": 2}}
+	other.Devices = []control.Device{{Device: "ublkb4", NSID: 1, Present: true, Durations: durations}}
 	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
 	all := []control.Status{live, plain, lost, connecting, other}
 	for _, tt := range []struct {
 		file  string
 		write func(*bytes.Buffer) error
 	}{
-		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, false) }},
-		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, true) }},
-		{"list.json", func(b *bytes.Buffer) error { return List(b, all, JSON, false) }},
-		{"list-verbose.json", func(b *bytes.Buffer) error { return List(b, all, JSON, true) }},
+		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, false) }},
+		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, true) }},
+		{"list.json", func(b *bytes.Buffer) error { return List(b, all, keepers, JSON, false) }},
+		{"list-verbose.json", func(b *bytes.Buffer) error { return List(b, all, keepers, JSON, true) }},
 		{"list-subsys.txt", func(b *bytes.Buffer) error { return Subsystems(b, all, Normal) }},
 		{"list-subsys.json", func(b *bytes.Buffer) error { return Subsystems(b, all, JSON) }},
 		{"show-topology.txt", func(b *bytes.Buffer) error { return Topology(b, all, Normal) }},
 		{"show-topology.json", func(b *bytes.Buffer) error { return Topology(b, all, JSON) }},
 		{"list-subsys-empty.json", func(b *bytes.Buffer) error { return Subsystems(b, nil, JSON) }},
-		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, Normal, false) }},
-		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, JSON, true) }},
+		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, nil, Normal, false) }},
+		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, nil, JSON, true) }},
 		{"connect.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, false) }},
 		{"connect-verbose.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, true) }},
 		{"connect.json", func(b *bytes.Buffer) error { return Connected(b, live, JSON, true) }},

@@ -23,6 +23,7 @@ type schema struct {
 	Draft      string            `json:"$schema"`
 	Type       types             `json:"type"`
 	Properties map[string]schema `json:"properties"`
+	Additional *schema           `json:"additionalProperties"` // of maps
 	Required   []string          `json:"required"`
 	Items      *schema           `json:"items"`
 }
@@ -43,7 +44,7 @@ func (t *types) UnmarshalJSON(b []byte) error {
 // schema does not have is an error here, because it would not be documented.
 func (s *schema) check(at string, v any) error {
 	is := typeOf(v)
-	if !slices.Contains(s.Type, is) {
+	if !slices.Contains(s.Type, is) && !(is == "integer" && slices.Contains(s.Type, "number")) {
 		return fmt.Errorf("%s: it is %s, not %v", at, is, s.Type)
 	}
 	var errs []error
@@ -56,6 +57,9 @@ func (s *schema) check(at string, v any) error {
 		}
 		for _, name := range slices.Sorted(maps.Keys(v)) {
 			p, ok := s.Properties[name]
+			if !ok && s.Additional != nil {
+				p, ok = *s.Additional, true
+			}
 			if !ok {
 				errs = append(errs, fmt.Errorf("%s: %s is not in the schema", at, name))
 				continue

@@ -25,6 +25,7 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error
 	Rescan() error
@@ -35,17 +36,24 @@ type controller interface {
 // namespace is the part of initiator.Namespace that the server uses.
 type namespace struct {
 	nsid               uint32
-	uuid, nguid, eui64 string // empty: not present
+	uuid, nguid, eui64 string // empty if the namespace does not have it
 	device             block.Device
 	used               func() uint64 // bytes that are allocated; nil: unknown
 	reserve            func(ctx context.Context, cmd *nvme.Command, data []byte) error
+	timed              timed // nil: nothing is known of it
+}
+
+// timed is the part of initiator.Namespace that the status is about.
+type timed interface {
+	Durations() initiator.OpHistograms
+	Present() bool
 }
 
 // queueInfo describes the queues of a device.
 type queueInfo struct {
 	Queues int
 	Depth  int // requests in flight per queue
-	MaxIO  int // bytes of the largest one
+	MaxIO  int // bytes of the largest request
 }
 
 // device is the part of ublk.Device, or of an NBD export, that the server uses.
@@ -65,7 +73,7 @@ type device interface {
 // backend makes the parts of a server. Tests use a backend that needs neither a driver
 // nor a target.
 type backend struct {
-	load      func(host.Module) error // returns nil if the module is loaded
+	load      func(host.Module) error // makes sure that the module is loaded
 	available func() error            // checks for ublk
 	nbd       func() error            // checks for the kernel's NBD client
 	// nbdConnected reports whether the kernel's NBD client has this device connected
@@ -75,6 +83,7 @@ type backend struct {
 	provider     func(name string) (rdma.Provider, error)
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
+	kernelHas    func(context.Context, host.NVMeController) bool
 	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
@@ -92,13 +101,14 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available:    ublk.Available,
+	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
 	route:        host.RouteTo,
 	provider:     provider.ForHost,
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
+	kernelHas:    host.NewKernelNVMe().Has,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
@@ -138,7 +148,7 @@ func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
 	return l, host.ExplainMemlock(err)
 }
 
-// ublkDevice is a ublk.Device.
+// ublkDevice implements device with a ublk.Device.
 type ublkDevice struct{ *ublk.Device }
 
 // Record implements device.
@@ -158,11 +168,12 @@ func (d ublkDevice) Counters() control.IO {
 	return control.IO{
 		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
 		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+		Failed: control.Failures(n.Failed),
 	}
 }
 
 func describe(ns *initiator.Namespace) namespace {
-	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used, reserve: ns.Reserve}
+	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used, reserve: ns.Reserve, timed: ns}
 	ids := ns.IDs()
 	if !ids.UUID.IsZero() {
 		n.uuid = ids.UUID.String()

@@ -33,32 +33,34 @@ type world struct {
 	mu     sync.Mutex // guards what follows
 	events []string
 
-	missing    []string // modules
-	memory     int64    // bytes of I/O buffers at most; 0: enough
-	loadErr    error
-	ublkErr    error
-	nbdErr     error
-	keepAlive  time.Duration // of controllers that were waited for
-	nbdLeft    bool          // a device of a dead server is connected
-	rdmaErr    error         // of verbs
-	provider   []string      // those that were tried
-	route      host.Route
-	routeErr   error
-	connectErr error
-	queryErr   error // of queries, resets and rescans
-	nsids      []uint32
-	change     func(*namespace) // what the target's namespaces are, if not the usual
-	startErr   map[uint32]error // by namespace id
-	busy       map[int]bool     // by device id
-	stuck      map[int]bool     // Stop does not return until Abort
-	wedged     map[int]bool     // nor after it
-	left       map[int]ublk.Info
-	ctrl       *fakeController
-	devices    map[int]*fakeDevice
-	connected  initiator.Config
-	changed    func(namespace, initiator.Change)
-	started    []ublk.Config
-	connecting chan struct{} // closed when connect is called; it then waits for its context
+	missing      []string              // modules
+	kernel       []host.NVMeController // of the kernel's initiator
+	memory       int64                 // bytes of I/O buffers at most; 0: enough
+	loadErr      error
+	ublkErr      error
+	nbdErr       error
+	keepAlive    time.Duration // of controllers that were waited for
+	outliveLimit time.Duration // time limit of that wait
+	nbdLeft      bool          // a device of a dead server is connected
+	rdmaErr      error         // of verbs
+	provider     []string      // those that were tried
+	route        host.Route
+	routeErr     error
+	connectErr   error
+	queryErr     error // of queries, resets and rescans
+	nsids        []uint32
+	change       func(*namespace) // what the target's namespaces are, if not the usual
+	startErr     map[uint32]error // by namespace id
+	busy         map[int]bool     // by device id
+	stuck        map[int]bool     // Stop does not return until Abort
+	wedged       map[int]bool     // nor after it
+	left         map[int]ublk.Info
+	ctrl         *fakeController
+	devices      map[int]*fakeDevice
+	connected    initiator.Config
+	changed      func(namespace, initiator.Change)
+	started      []ublk.Config
+	connecting   chan struct{} // closed when connect is called; it then waits for its context
 }
 
 func newWorld() *world {
@@ -120,7 +122,8 @@ func (w *world) backend() backend {
 			}
 			return fakeProvider{name}, w.rdmaErr
 		},
-		prepare: func(int) error { return errors.New("not as root") },
+		kernelHas: func(_ context.Context, c host.NVMeController) bool { return slices.Contains(w.kernel, c) },
+		prepare:   func(int) error { return errors.New("not as root") },
 		loop: func(cfg poller.Config) (*poller.Loop, error) {
 			w.note("loop")
 			return poller.New(cfg)
@@ -206,7 +209,7 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 
 // namespace is what the target has behind a namespace id.
 func (w *world) namespace(id uint32) namespace {
-	ns := namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{nsid: id}}
+	ns := namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{nsid: id}, timed: disk{nsid: id}}
 	if w.change != nil {
 		w.change(&ns)
 	}
@@ -223,6 +226,18 @@ type disk struct {
 	block uint32 // 0: 512
 	dry   bool   // without a volatile cache
 }
+
+// someBuckets are of a histogram.
+var someBuckets = [22]uint64{1, 21: 3}
+
+// Durations implements timed.
+func (d disk) Durations() (all initiator.OpHistograms) {
+	all[block.OpRead] = initiator.Histogram{Buckets: someBuckets, Sum: 2 * time.Second}
+	return all
+}
+
+// Present implements timed.
+func (d disk) Present() bool { return true }
 
 func (d disk) Geometry() block.Geometry {
 	size := max(512, d.block)
@@ -250,7 +265,10 @@ type fakeController struct {
 func (c *fakeController) Info() initiator.Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2}}}
+	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
+	i.Outages = initiator.Outages{Time: 1500 * time.Millisecond, Losses: map[initiator.LossReason]int{initiator.LossKeepAlive: 2}, Attempts: 3, Made: 2}
+	i.Oldest = 4 * time.Second
+	i.Stages[initiator.StageWire][block.OpWriteZeroes] = initiator.Histogram{Buckets: someBuckets, Sum: time.Second}
 	i.Memory = initiator.MemoryInfo{Limit: cmp.Or(c.world.memory, 1<<30)}
 	if c.reason != nil {
 		i.State, i.Reason = initiator.StateDead, c.reason
@@ -275,9 +293,12 @@ func (c *fakeController) lose(err error) {
 	close(c.done)
 }
 
-func (c *fakeController) Outlive(_ context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	c.world.note("outlive %v", cntlids)
 	c.world.keepAlive = keepAlive
+	if deadline, ok := ctx.Deadline(); ok {
+		c.world.outliveLimit = time.Until(deadline)
+	}
 	return nil
 }
 
@@ -299,6 +320,10 @@ func (c *fakeController) Reset(context.Context) error {
 func (c *fakeController) Rescan() error {
 	c.world.note("rescan")
 	return c.world.queriesFail()
+}
+
+func (c *fakeController) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	return time.Duration(3*n) * keepAlive
 }
 
 func (c *fakeController) Abort(reason error) {

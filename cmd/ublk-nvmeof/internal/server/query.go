@@ -94,7 +94,7 @@ func (s *server) explainRefusal(what string, err error) error {
 		now := s.ctrl.Info()
 		reason := ""
 		if now.Reason != nil {
-			reason = ": " + printable(now.Reason.Error())
+			reason = ": " + now.Reason.Error()
 		}
 		return exit.Errorf(exit.Busy, "%s: the controller is not connected, it is %v%s", what, now.State, reason)
 	case errors.Is(err, os.ErrNotExist):

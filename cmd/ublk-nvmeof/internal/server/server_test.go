@@ -168,12 +168,20 @@ func TestServe(t *testing.T) {
 			Poll: control.Class{Requested: 1, Granted: 0, Mapped: "default"},
 		},
 		KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, TOS: 3, PollMax: 16 << 10, BufferBytes: 2 * 64 * 64 << 10,
-		Lanes: []control.Lane{{Submitted: 3, Completed: 2}},
+		Lanes:           []control.Lane{{Submitted: 3, Completed: 2}},
+		RegisteredLimit: 1 << 30,
+		Requests:        control.Requests{InFlight: 1, Held: 1, Oldest: 4},
+		Outages:         control.Outages{Unavailable: 1.5, Losses: map[string]int{"keep_alive": 2}, Attempts: 3, Reconnects: 2},
+		DurationBounds:  []float64{1e-05, 2e-05, 5e-05, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60},
+		Stages: map[string]map[string]control.Durations{
+			"queue": {}, "wire": {"write_zeroes": {Buckets: someBuckets[:], Sum: 1}}, "return": {},
+		},
 	}
 	for i, nsid := range w.nsids {
 		want.Devices = append(want.Devices, control.Device{
 			Device: fmt.Sprintf("ublkb%d", i), NSID: nsid, UUID: fmt.Sprintf("uuid-%d", nsid), Size: uint64(nsid) << 20, BlockSize: 512, WriteCache: true,
 			Queues: 1, QueueDepth: 64, MaxIO: 64 << 10, BufferBytes: 64 * 64 << 10, Counters: control.IO{Reads: 3, ReadBytes: 12288},
+			Present: true, Durations: map[string]control.Durations{"read": {Buckets: someBuckets[:], Sum: 2}},
 		})
 	}
 	// The loops are real, and count for themselves.
@@ -229,7 +237,7 @@ func TestStartFails(t *testing.T) {
 		{"no ublk, not to be loaded", func(w *world, o *options.Connect) {
 			w.ublkErr, w.missing, o.LoadModules, o.Frontend = ublk.ErrNoDriver, []string{"ublk_drv"}, "never", options.Ublk
 		}, exit.NoUblk, "no ublk driver", nil},
-		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
+		{"no permission", func(w *world, o *options.Connect) { w.ublkErr, o.Frontend = ublk.ErrPermission, options.Ublk }, exit.Permission, "no permission", nil},
 		{"no RDMA at all", func(w *world, o *options.Connect) {
 			w.route.RDMA, o.Provider = "", options.Verbs
 			w.rdmaErr, w.missing, w.loadErr = rdma.ErrNoDevice, []string{"rdma_ucm", "ib_uverbs"}, errors.New("no such module")
@@ -435,6 +443,15 @@ func TestSilentTarget(t *testing.T) {
 		t.Error(err)
 	}
 	leaves(t, r.dir, ".controllers.json") // it has not said that it has ended the controller
+}
+
+// While the controller is not connected, the status says why, and why the last attempt failed.
+func TestFailureIsReported(t *testing.T) {
+	var s control.Status
+	describeController(&s, initiator.Info{Reason: errors.New("rain"), Failure: errors.New("still rain")}, initiator.Info{})
+	if s.Reason != "rain" || s.Failure != "still rain" {
+		t.Errorf("reason %q, failure %q", s.Reason, s.Failure)
+	}
 }
 
 // When the controller is lost, the devices stay and the status says why.

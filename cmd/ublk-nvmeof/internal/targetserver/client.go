@@ -4,9 +4,21 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"path/filepath"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
+
+// namePrefix begins the names of targets.
+const namePrefix = "target"
+
+// List finds the names of the targets that run, in order, and takes away what dead ones
+// left.
+func List(runDir string) ([]string, error) { return rundir.Places(runDir, namePrefix) }
+
+// Socket is the control socket of a target.
+func Socket(runDir, name string) string { return filepath.Join(runDir, name, "control.sock") }
 
 // Client talks to a target.
 //
@@ -14,10 +26,10 @@ import (
 //	POST /v1/grant … /v1/stop  → 200 Done once it has happened, or an exit.Error
 type Client struct{ client *control.Client }
 
-// NewClient does not connect yet.
+// NewClient returns a client for a control socket. It does not connect yet.
 func NewClient(socket string) *Client { return &Client{control.NewClient(socket)} }
 
-// Status asks for the status.
+// Status returns the status of the target.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
 	err := c.client.Do(ctx, http.MethodGet, "/v1/status", nil, &s)
@@ -27,7 +39,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return s, err
 }
 
-// paths of the requests.
+// path returns the URL path of a request.
 func path(request any) string {
 	switch request.(type) {
 	case GrantRequest:
@@ -58,14 +70,16 @@ func path(request any) string {
 		return "/v1/namespace/resize"
 	case ReadOnlyRequest:
 		return "/v1/namespace/read-only"
+	case ReferralRequest:
+		return "/v1/referral"
 	case StopRequest:
 		return "/v1/stop"
 	}
 	panic(fmt.Sprintf("no path for %T", request))
 }
 
-// Do carries out one of the requests. An error is an *exit.Error if the target
-// refused.
+// Do sends one of the requests and waits until it has been carried out. The error is an
+// *exit.Error if the target refused the request.
 func (c *Client) Do(ctx context.Context, request any) (Done, error) {
 	var d Done
 	err := c.client.Do(ctx, http.MethodPost, path(request), request, &d)

@@ -9,18 +9,21 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// status describes everything.
+// status returns the status of the target.
 func (s *server) status() Status {
 	snap := s.target.Snapshot()
 	addr := s.target.Addr()
 	out := Status{
-		SchemaVersion: SchemaVersion, Name: s.place.name, PID: os.Getpid(),
+		SchemaVersion: SchemaVersion, Name: s.place.Name, PID: os.Getpid(),
 		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
 		Provider: s.choice.Name, ProviderReason: s.choice.Reason,
 		Subsystems: []Subsystem{}, Controllers: []Controller{},
 		Connections: snap.Connections, QueueMemory: snap.QueueMemory, Connects: snap.Connects, Rejects: snap.Rejects, Refusals: snap.Refusals,
 		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
 		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
+	}
+	for _, to := range s.target.Referrals() {
+		out.Referrals = append(out.Referrals, to.String())
 	}
 	for _, c := range snap.Controllers {
 		io := slices.DeleteFunc(slices.Clone(c.Queues), func(q target.QueueStats) bool { return q.QID == 0 })
@@ -32,7 +35,7 @@ func (s *server) status() Status {
 	out.Faults.Frozen, out.Faults.Hidden = s.target.Faults().Frozen(), s.target.Faults().Hidden()
 	out.Faults.Commands = []Fault{}
 	for _, f := range s.faults {
-		out.Faults.Commands = append(out.Faults.Commands, f.Fault)
+		out.Faults.Commands = append(out.Faults.Commands, Fault{ID: f.id, What: f.what, UsedUp: f.added.UsedUp()})
 	}
 	for _, sub := range s.subsystems {
 		d := Subsystem{NQN: sub.cfg.NQN, MaxQueues: sub.cfg.MaxQueues, AllowHosts: sub.cfg.AllowHosts, ANA: map[string]string{}, Namespaces: []NamespaceStatus{}}

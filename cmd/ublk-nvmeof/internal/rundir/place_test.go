@@ -1,4 +1,4 @@
-package targetserver
+package rundir
 
 import (
 	"errors"
@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestPlaceOfOthers: a target keeps nothing where others could have put something.
+// TestPlaceOfOthers: a target uses no directory that other users could have prepared.
 func TestPlaceOfOthers(t *testing.T) {
 	mode := func(t *testing.T, dir string, m os.FileMode) {
 		t.Helper()
@@ -29,7 +29,7 @@ func TestPlaceOfOthers(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		prepare func(t *testing.T, run string)
-		want    string // empty: it is taken
+		want    string // empty: the place can be taken
 	}{
 		"new":                  {func(*testing.T, string) {}, ""},
 		"left by a target":     {func(t *testing.T, run string) { mode(t, filepath.Join(run, "target0"), 0o755) }, ""},
@@ -47,12 +47,12 @@ func TestPlaceOfOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			run := filepath.Join(t.TempDir(), "run")
 			c.prepare(t, run)
-			p, err := takePlace(run)
+			p, err := TakePlace(run, "target")
 			if err == nil {
-				if info, err := os.Stat(p.dir); err != nil || info.Mode().Perm()&0o022 != 0 {
+				if info, err := os.Stat(p.Dir); err != nil || info.Mode().Perm()&0o022 != 0 {
 					t.Errorf("mode %v, %v", info.Mode(), err)
 				}
-				if err := p.leave(); err != nil {
+				if err := p.Leave(); err != nil {
 					t.Error(err)
 				}
 			}
@@ -63,22 +63,22 @@ func TestPlaceOfOthers(t *testing.T) {
 	}
 }
 
-// TestPlaceLeft: nothing of a target is there once it is not listed any more, and
-// a target that takes the place at that moment keeps it.
+// TestPlaceLeft: when a target is not listed any more, its directory is gone. A target
+// that takes the place at that moment keeps it.
 func TestPlaceLeft(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
 	for range 200 {
-		p, err := takePlace(run)
+		p, err := TakePlace(run, "target")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(p.Dir, "log"), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		left := make(chan error, 1)
-		go func() { left <- p.leave() }()
+		go func() { left <- p.Leave() }()
 		for {
-			names, err := List(run)
+			names, err := Places(run, "target")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -95,18 +95,18 @@ func TestPlaceLeft(t *testing.T) {
 	}
 }
 
-// TestPlaceTakenAtOnce: a target that takes a place while another leaves has all
-// of it.
+// TestPlaceTakenAtOnce: a target that takes a place while another target leaves it has
+// a complete directory.
 func TestPlaceTakenAtOnce(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
-	p, err := takePlace(run)
+	p, err := TakePlace(run, "target")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 200 {
 		left := make(chan error, 1)
-		go func() { left <- p.leave() }()
-		next := &place{name: p.name, dir: p.dir}
+		go func() { left <- p.Leave() }()
+		next := &Place{Name: p.Name, Dir: p.Dir}
 		for {
 			if err = next.take(); !errors.Is(err, unix.EWOULDBLOCK) {
 				break
@@ -115,20 +115,20 @@ func TestPlaceTakenAtOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(p.Dir, "log"), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-left; err != nil {
 			t.Fatal(err)
 		}
 		for _, name := range []string{"log", lockFile} {
-			if _, err := os.Stat(filepath.Join(p.dir, name)); err != nil {
+			if _, err := os.Stat(filepath.Join(p.Dir, name)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		p = next
 	}
-	if err := p.leave(); err != nil {
+	if err := p.Leave(); err != nil {
 		t.Fatal(err)
 	}
 }
