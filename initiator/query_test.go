@@ -147,10 +147,12 @@ func TestQueriesWhileAssociationsEnd(t *testing.T) {
 			}
 		})
 	}
-	for cut := range 20 {
+	for range 20 {
+		losses := s.ctrl.Info().Losses
 		s.fabric.KillAll(hostAddr)
+		waitFor(t, "the next association", func() bool { i := s.ctrl.Info(); return i.Losses > losses && i.State == StateLive })
 		want := answered.Load() + maxQueries
-		waitFor(t, "answers after the cut", func() bool { return s.ctrl.Info().Losses > cut && answered.Load() > want })
+		waitFor(t, "answers after the cut", func() bool { return answered.Load() > want })
 	}
 	cancel()
 	callers.Wait()

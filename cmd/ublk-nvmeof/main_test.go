@@ -108,7 +108,7 @@ func TestUsage(t *testing.T) {
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 9471", `connect: --metrics-listen "9471": want HOST:PORT, or :PORT for the loopback address`},
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen :0", `connect: --metrics-listen ":0": want HOST:PORT`},
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 1.2.3:9471", `connect: --metrics-listen "1.2.3:9471": want HOST:PORT`},
-		{"metrics extra", `unknown command "extra"`},
+		{"metrics extra", `metrics: "extra": want no argument`},
 		{"top -o x", `top: -o/--output-format "x": want normal or json`},
 		{"top --interval 1ms", `top: --interval "1ms": want seconds, or a time like 1m30s, 100ms to 1h0m0s`},
 		{"top --count -1", `top: --count "-1": want a number, 0 to`},

@@ -98,9 +98,6 @@ func wanted(f *pflag.Flag) string {
 	if w, ok := f.Value.(interface{ Want() string }); ok {
 		return w.Want()
 	}
-	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
-		return name
-	}
 	switch f.Value.Type() {
 	case "bool":
 		return "true or false"
@@ -111,6 +108,9 @@ func wanted(f *pflag.Flag) string {
 	case "uint8", "uint16", "uint32", "uint64":
 		bits, _ := strconv.Atoi(strings.TrimPrefix(f.Value.Type(), "uint"))
 		return fmt.Sprintf("a number, 0 to %d", uint64(1)<<bits-1)
+	}
+	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
+		return name
 	}
 	return "a " + f.Value.Type()
 }
