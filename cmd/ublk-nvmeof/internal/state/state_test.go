@@ -5,11 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -409,6 +412,70 @@ func TestKilledProcess(t *testing.T) {
 		}
 		if p.Alive() {
 			t.Error("alive after it was killed")
+		}
+		_ = cmd.Wait() // its status is that of the signal
+	}
+}
+
+// TestListener is the process that TestKilledListener kills.
+func TestListener(t *testing.T) {
+	if os.Getenv("STATE_TEST_LISTENER") == "" {
+		return
+	}
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 64 {
+		go func() {
+			runtime.LockOSThread()
+			select {}
+		}()
+	}
+	memory := make([]byte, 64<<20)
+	for i := 0; i < len(memory); i += 4096 {
+		memory[i] = 1
+	}
+	fmt.Println("listens at", l.Addr())
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	runtime.KeepAlive(memory)
+}
+
+// A process that is not alive holds no address any more, even if it had many threads.
+func TestKilledListener(t *testing.T) {
+	for range 10 {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestListener$")
+		cmd.Env = append(os.Environ(), "STATE_TEST_LISTENER=1")
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stdin.Close()
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var address string
+		if _, err := fmt.Fscanf(out, "listens at %s\n", &address); err != nil {
+			t.Fatal(err)
+		}
+		p, err := Of(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if p.Alive() {
+			t.Error("alive after it was killed")
+		}
+		if l, err := net.Listen("tcp4", address); err != nil {
+			t.Error(err)
+		} else {
+			l.Close()
 		}
 		_ = cmd.Wait() // its status is that of the signal
 	}
