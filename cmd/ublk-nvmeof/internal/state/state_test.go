@@ -396,6 +396,21 @@ func TestProcess(t *testing.T) {
 	}
 }
 
+// kill kills a process, which must not be alive from then on.
+func kill(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	p, err := Of(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if p.Alive() {
+		t.Error("alive after it was killed")
+	}
+}
+
 // A process that was killed needs some time to end. It is not alive meanwhile.
 func TestKilledProcess(t *testing.T) {
 	for range 50 {
@@ -403,16 +418,7 @@ func TestKilledProcess(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		p, err := Of(cmd.Process.Pid)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		if p.Alive() {
-			t.Error("alive after it was killed")
-		}
+		kill(t, cmd)
 		_ = cmd.Wait() // its status is that of the signal
 	}
 }
@@ -462,16 +468,7 @@ func TestKilledListener(t *testing.T) {
 		if _, err := fmt.Fscanf(out, "listens at %s\n", &address); err != nil {
 			t.Fatal(err)
 		}
-		p, err := Of(cmd.Process.Pid)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		if p.Alive() {
-			t.Error("alive after it was killed")
-		}
+		kill(t, cmd)
 		if l, err := net.Listen("tcp4", address); err != nil {
 			t.Error(err)
 		} else {
