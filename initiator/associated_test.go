@@ -58,8 +58,8 @@ func TestAssociatedFails(t *testing.T) {
 	}
 	waitFor(t, "the association", func() bool { return c.Info().State == StateLive })
 	mu.Lock()
-	if refused != 2 || len(noted) != 2 || !slices.Contains(noted, c.Info().CNTLID) {
-		t.Errorf("refused %d times, noted %v, in use %d", refused, noted, c.Info().CNTLID)
+	if refused != 2 || len(noted) != 2 || !slices.Contains(noted, c.Info().Paths[0].CNTLID) {
+		t.Errorf("refused %d times, noted %v, in use %d", refused, noted, c.Info().Paths[0].CNTLID)
 	}
 	mu.Unlock()
 	target.mu.Lock()
@@ -67,5 +67,5 @@ func TestAssociatedFails(t *testing.T) {
 		t.Errorf("%d writes arrived, want 2", n)
 	}
 	target.mu.Unlock()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }

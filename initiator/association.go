@@ -17,6 +17,7 @@ import (
 // association is an admin connection with the I/O queue pairs that belong to it.
 // associate makes it from nothing, and it is given up as a whole.
 type association struct {
+	ctrl     *Controller
 	life     context.Context // ends when the association is lost; its cause is the first reason
 	end      context.CancelCauseFunc
 	alive    sync.WaitGroup // the goroutine that sends Keep Alive commands
@@ -88,7 +89,7 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. The association that it returns is connected and idle, and no
 // lane uses it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
+	a = &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
 	a.life, a.end = context.WithCancelCause(c.life)
 	ctx, cancel := a.during(ctx)
 	defer cancel()
@@ -129,7 +130,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return err
 	}
 	a.remote = remote
-	if a.admin, err = newAdmin(conn, c.mem.domain(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
+	if a.admin, err = newAdmin(conn, c.mem.current(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
 	a.watch(conn)
@@ -324,7 +325,7 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 	if err != nil {
 		return err
 	}
-	a.plan = poller.Assign(c.cfg.Queues, nvme.GrantedQueues(granted), len(c.lanes))
+	a.plan = poller.Assign(c.cfg.Queues, nvme.GrantedQueues(granted), len(c.sub.lanes))
 	if a.plan.Queues() == 0 {
 		return ErrNoQueues
 	}
@@ -366,7 +367,7 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
 		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))
 	}
-	return newQueuePair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
+	return newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow), nil
 }
 
 // connectCommand makes the connection an I/O queue, and reports whether the target uses

@@ -183,7 +183,7 @@ func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (ex
 	}
 	// The connection needs its own memory, because the association may end while the
 	// target reads it.
-	mr, err := c.mem.domain().AllocMR(adminPage, rdma.AccessRemoteRead)
+	mr, err := c.mem.current().AllocMR(adminPage, rdma.AccessRemoteRead)
 	if err != nil {
 		return unclear, errors.Join(err, conn.close())
 	}
@@ -223,12 +223,11 @@ func existenceOf(err error) existence {
 // Outlive waits until the target has ended the given controllers of an earlier process.
 // keepAlive is their keep alive timeout. This process may then send their commands again.
 // Call Outlive before the first I/O.
-func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+	c := s.slots[0]
 	for _, id := range cntlids {
 		for {
-			c.mu.Lock()
-			a := c.assoc
-			c.mu.Unlock()
+			a := c.current()
 			var err error
 			if a != nil {
 				during, cancel := a.during(ctx)
@@ -243,8 +242,8 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 			case <-time.After(fencePause):
 			case <-ctx.Done():
 				return errors.Join(context.Cause(ctx), err)
-			case <-c.dead:
-				return c.Err()
+			case <-s.dead:
+				return s.Err()
 			}
 		}
 	}
@@ -255,10 +254,9 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 // keep alive timeout, as long as the target answers. If the target does not tell whether
 // the controllers exist, Outlive waits for each of them as long as the target may need to
 // end it. It waits once more if its questions may have kept a controller alive.
-func (c *Controller) OutliveTime(keepAlive time.Duration, n int) time.Duration {
-	c.mu.Lock()
-	a := c.assoc
-	c.mu.Unlock()
+func (s *Subsystem) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	c := s.slots[0]
+	a := c.current()
 	if a == nil { // lost; what the next one announces is unknown
 		a = &association{}
 		a.identify.SetCTRATT(nvme.CTRATTTBKAS)
@@ -267,8 +265,4 @@ func (c *Controller) OutliveTime(keepAlive time.Duration, n int) time.Duration {
 }
 
 // serves reports whether a is the association in use.
-func (c *Controller) serves(a *association) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.assoc == a
-}
+func (c *Controller) serves(a *association) bool { return c.current() == a }

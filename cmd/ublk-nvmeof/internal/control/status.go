@@ -222,7 +222,7 @@ type Lane struct {
 }
 
 // Query is an admin command that changes nothing, for the controller (see
-// initiator.Controller.Query).
+// initiator.Subsystem.Query).
 type Query struct {
 	Command []byte `json:"command"` // 64 bytes
 	Length  int    `json:"length"`  // bytes of data

@@ -19,8 +19,8 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// controller is the part of initiator.Controller that the server uses.
-type controller interface {
+// subsystem is the part of initiator.Subsystem that the server uses.
+type subsystem interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
 	Err() error
@@ -84,7 +84,7 @@ type backend struct {
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
 	kernelHas    func(context.Context, host.NVMeController) bool
-	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
+	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
 	get          func(ctx context.Context, id int) (ublk.Info, error)
@@ -109,7 +109,7 @@ var actual = backend{
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
 	kernelHas:    host.NewKernelNVMe().Has,
-	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
+	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {

@@ -109,16 +109,16 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 		return nil, err
 	}
 	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
-	ctrl, found, err := s.back.connect(ctx, cfg, s.changed)
+	sub, found, err := s.back.connect(ctx, cfg, s.changed)
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	info := ctrl.Info()
+	path := sub.Info().Paths[0]
 	s.mu.Lock()
-	s.ctrl, s.info = ctrl, info
+	s.sub, s.path = sub, path
 	s.mu.Unlock()
-	s.depth = info.QueueSize
-	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
+	s.depth = path.QueueSize
+	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String())
 	return found, nil
 }
 
@@ -146,7 +146,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		s.mu.Unlock()
 	}
 	cfg := initiator.Config{
-		Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr,
+		Path:   initiator.Path{Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr},
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,

@@ -99,8 +99,8 @@ type server struct {
 	closer   io.Closer                // the provider, if it has a Close method
 	packets  func() provider.Counters // nil if the hardware counts packets
 	loops    []*poller.Loop
-	ctrl     controller
-	info     initiator.Info // of the controller when it was last seen connected
+	sub      subsystem
+	path     initiator.PathInfo // when it was last seen connected
 	serving  []*serving
 	reported []change // changes of namespaces that follow has not handled
 
@@ -212,7 +212,7 @@ func (s *server) serve(ctx context.Context) {
 
 // wait returns when the server must end.
 func (s *server) wait(ctx context.Context) {
-	lost := s.ctrl.Done()
+	lost := s.sub.Done()
 	for {
 		select {
 		case <-ctx.Done():
@@ -222,7 +222,7 @@ func (s *server) wait(ctx context.Context) {
 			s.log.Info("no device is left")
 		case <-lost:
 			// The devices stay, and their I/O fails. The status has the reason.
-			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.ctrl.Err())
+			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.sub.Err())
 			lost = nil
 			continue
 		}

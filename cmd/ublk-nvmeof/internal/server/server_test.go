@@ -435,7 +435,7 @@ func TestSilentTarget(t *testing.T) {
 	w := newWorld()
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
-	w.ctrl.hang = true
+	w.sub.hang = true
 	if err := r.client().Disconnect(t.Context(), true); err != nil {
 		t.Error(err)
 	}
@@ -448,7 +448,7 @@ func TestSilentTarget(t *testing.T) {
 // While the controller is not connected, the status says why, and why the last attempt failed.
 func TestFailureIsReported(t *testing.T) {
 	var s control.Status
-	describeController(&s, initiator.Info{Reason: errors.New("rain"), Failure: errors.New("still rain")}, initiator.Info{})
+	describeState(&s, initiator.Info{Paths: []initiator.PathInfo{{Reason: errors.New("rain"), Failure: errors.New("still rain")}}})
 	if s.Reason != "rain" || s.Failure != "still rain" {
 		t.Errorf("reason %q, failure %q", s.Reason, s.Failure)
 	}
@@ -459,7 +459,7 @@ func TestLostController(t *testing.T) {
 	w := newWorld()
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
-	w.ctrl.lose(errors.New("keep alive: rain"))
+	w.sub.lose(errors.New("keep alive: rain"))
 	s, err := r.client().Status(t.Context())
 	if err != nil || s.State != "dead" || s.Reason != "keep alive: rain" || s.Model != "M" || s.Queues.Requested != 3 || len(s.Devices) != 1 {
 		t.Errorf("%+v, %v", s, err)

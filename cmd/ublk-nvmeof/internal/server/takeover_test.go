@@ -265,7 +265,7 @@ func TestConnectAfterGivenUp(t *testing.T) {
 	if err := <-second.result; exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "--duplicate-connect") {
 		t.Errorf("while it is served: %v", err)
 	}
-	w.ctrl.lose(errors.New("given up after 12s"))
+	w.sub.lose(errors.New("given up after 12s"))
 	second = begin(t, newWorld(), lab(), dir)
 	err := <-second.result
 	if exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "given up after 12s") || !strings.Contains(err.Error(), "disconnect ctrl0") {
