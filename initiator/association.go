@@ -35,6 +35,13 @@ type association struct {
 	born     time.Time       // when the target made the controller
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at the namespaces left nothing unknown
+	ana      anaStates
+	reread   chan struct{}   // the ANA log must be read
+	settled  bool            // the last look found access to all namespaces of the path
+	turned   bool            // the last look changed the access to a namespace
+	refused  error           // why a namespace is not used over this association; guarded by the controller's mu
+	remnant  *remnant        // what is left of it when it is lost; set before its requests are recovered
+	vouching                 // of its target, for other controllers
 	reported map[string]bool // the steps whose errors tolerate has logged
 	unknown  error           // the last error that tolerate accepted
 	changed  chan struct{}   // the namespaces must be looked at
@@ -59,6 +66,14 @@ func (a *association) lookAtNamespaces() {
 	select {
 	case a.changed <- struct{}{}:
 	default: // a look is due already
+	}
+}
+
+// readANA requests that the ANA log is read. Any goroutine may call it.
+func (a *association) readANA() {
+	select {
+	case a.reread <- struct{}{}:
+	default: // it will be read already
 	}
 }
 
@@ -89,7 +104,7 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. The association that it returns is connected and idle, and no
 // lane uses it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
+	a = &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1), reread: make(chan struct{}, 1)}
 	a.life, a.end = context.WithCancelCause(c.life)
 	ctx, cancel := a.during(ctx)
 	defer cancel()
@@ -109,6 +124,7 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 		{"enable controller", c.enable, false},
 		{"keep controller alive", c.startKeepAlive, false},
 		{"identify controller", c.identifyController, false},
+		{"compare with the other paths", c.checkSubsystem, true},
 		{"negotiate I/O queues", c.negotiate, true},
 		{"connect I/O queues", c.connectIO, true},
 		{"configure events", c.configureEvents, false},
@@ -429,8 +445,8 @@ func (a *association) shutdown(ctx context.Context) error {
 }
 
 // watch ends the association when an event reports the end of a connection. EventPortDown
-// does not end it: adapters send again when the port is back, and otherwise keep alive
-// fails.
+// ends it if there is another path. Otherwise it does not: adapters send again when the port
+// is back, and if it does not come back keep alive fails.
 func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
@@ -439,7 +455,10 @@ func (a *association) watch(conn *connection) {
 			reason := LossDisconnected
 			switch ev.Type {
 			case rdma.EventPortDown:
-				continue
+				if !a.ctrl.sub.others(a.ctrl) {
+					continue
+				}
+				reason = LossLinkDown
 			case rdma.EventDeviceRemoved:
 				a.removed.Store(true)
 				reason = LossDeviceRemoved

@@ -73,6 +73,12 @@ type Config struct {
 	Queues poller.Request
 	Loops  []*poller.Loop
 
+	Policy Policy // how a request chooses its path; see SetPolicy
+	// NoFence sends changes again over other paths at once, without knowing whether the
+	// controller of a lost path still executes them, as Linux does. An old write may then
+	// overwrite a newer one.
+	NoFence bool
+
 	QueueSize     int           // entries per I/O queue, 16..1024; 0: 128. The target may lower it
 	KeepAlive     time.Duration // 0: 5 s; for a discovery controller: none, so the target may end it after a while
 	TOS           uint8         // type of service; 0: unset
@@ -96,13 +102,13 @@ type Config struct {
 	// beyond the limit is not opened.
 	MaxMemory int64
 
-	// Associated is called with the controller id of each association before anything
-	// is sent over it. By then the target has ended all earlier controllers, so a process
-	// that takes over from this one needs to wait for this controller only
-	// (Subsystem.Outlive). If Associated returns an error, nothing is sent: Connect
+	// Associated is called before anything is sent over a new association, with all
+	// controllers that may have commands of this process: that of the new association,
+	// those of the other paths, and those whose end is not known yet. A process that takes
+	// over from this one needs to wait for these (Subsystem.Outlive). If Associated returns an error, nothing is sent: Connect
 	// fails, and a later association is tried again. Associated must not call the
 	// Subsystem. It may be nil.
-	Associated func(cntlid uint16) error
+	Associated func(all []ControllerID) error
 
 	// Made is called with each controller as soon as the target has made it. asked is
 	// the time when this host requested it. Made must not call the Subsystem. It may
@@ -122,6 +128,12 @@ type Config struct {
 	Changed func(ns *Namespace, what Change)
 
 	Log *slog.Logger // nil: nothing is logged
+}
+
+// ControllerID names a controller of the subsystem at one of its addresses.
+type ControllerID struct {
+	Address netip.AddrPort // zero: any
+	CNTLID  uint16
 }
 
 // Present is a controller that the target reports as existing.

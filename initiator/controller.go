@@ -44,13 +44,16 @@ type Controller struct {
 	mem  *domain
 
 	// Only the goroutine that makes associations uses these.
-	unfenced []uint16 // ids of earlier controllers that may hold commands; see fence
-	brief    int      // number of consecutive associations that were lost early
+	unfenced []*remnant // earlier controllers that may hold commands; see await
+	brief    int        // number of consecutive associations that were lost early
 
 	life    context.Context // ends with that of the subsystem
 	end     context.CancelCauseFunc
 	blamed  atomic.Bool   // the last association was lost with the suspect in flight
 	stopped chan struct{} // supervise has ended
+
+	removing  bool          // RemovePath was called; guarded by the subsystem's mu
+	failovers atomic.Uint64 // requests that were in flight when an association was lost
 
 	mu           sync.Mutex // guards what follows
 	state        State
@@ -100,6 +103,7 @@ func (c *Controller) use(a *association) error {
 		return errors.Join(err, a.close())
 	}
 	if err := c.attach(a); err != nil {
+		c.leaveBehind(a, time.Now()) // some lanes may have used it
 		return errors.Join(err, c.release(a))
 	}
 	return nil
@@ -171,12 +175,20 @@ func (c *Controller) release(a *association) error {
 func (c *Controller) supervise(a *association) {
 	defer close(c.stopped)
 	for {
+		if a == nil { // the path has not been connected yet
+			var err error
+			if a, err = c.reconnect(time.Now()); err != nil {
+				c.stop(err)
+				return
+			}
+		}
 		live := time.Now()
 		reason := c.serve(a)
-		if errors.Is(reason, errClosed) {
+		if errors.Is(reason, errClosed) || errors.Is(reason, errRemoved) {
 			return // leave goes on with the association
 		}
 		lost := time.Now()
+		c.leaveBehind(a, lost)
 		before := c.lose(reason, lost)
 		c.cfg.Log.Warn("association lost", "reason", reason)
 		if err := c.release(a); err != nil {
@@ -186,9 +198,7 @@ func (c *Controller) supervise(a *association) {
 		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost); err != nil {
-			if !errors.Is(err, errClosed) {
-				c.dead(err)
-			}
+			c.stop(err)
 			return
 		}
 		c.discoveryChanged() // its events were lost with the association
@@ -231,6 +241,7 @@ func (c *Controller) serve(a *association) error {
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.listen(a.life, a) })
 	helpers.Go(func() { c.watchNamespaces(a.life, a) })
+	helpers.Go(func() { c.vouch(a) })
 	defer helpers.Wait()
 	<-a.life.Done()
 	return context.Cause(a.life)
@@ -295,7 +306,7 @@ func (c *Controller) resume(ctx context.Context, a *association) error {
 	if _, err := c.look(ctx, a); err != nil {
 		return errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
-	if err := c.fenceAll(ctx, a); err != nil {
+	if err := c.await(ctx, a); err != nil {
 		return errors.Join(err, a.close())
 	}
 	return c.use(a)
@@ -305,12 +316,9 @@ func (c *Controller) resume(ctx context.Context, a *association) error {
 // controller that could not be recorded is not used.
 func (c *Controller) announce(a *association) error {
 	if c.cfg.Associated != nil {
-		if err := c.cfg.Associated(a.cntlid); err != nil {
+		if err := c.cfg.Associated(c.sub.holders(a)); err != nil {
 			return &StepError{"record controller id", err}
 		}
-	}
-	if !c.cfg.Discovery { // whose commands write nothing
-		c.unfenced = append(c.unfenced, a.cntlid)
 	}
 	return nil
 }
@@ -332,8 +340,12 @@ func (c *Controller) lose(reason error, when time.Time) (before time.Time) {
 	return before
 }
 
-// dead gives up the path, and the subsystem with its last path.
-func (c *Controller) dead(err error) {
+// stop gives up the path, and the subsystem with its last path, unless it is closed or
+// removed.
+func (c *Controller) stop(err error) {
+	if errors.Is(err, errClosed) || errors.Is(err, errRemoved) {
+		return
+	}
 	c.mu.Lock()
 	c.state, c.since, c.reason, c.failure = StateDead, time.Now(), err, nil // err has the last failure
 	c.mu.Unlock()
@@ -389,6 +401,7 @@ func (c *Controller) leave(ctx context.Context) error {
 	var errs []error
 	if err := a.shutdown(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("shut down controller: %w", err))
+		c.leaveBehind(a, time.Now())
 	}
 	return errors.Join(append(errs, c.release(a))...)
 }
@@ -508,8 +521,8 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 	switch {
 	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
 		a.fail(because(LossTargetError, errors.New("controller reports a persistent internal error")))
-	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
-		a.lookAtNamespaces()
+	case ev.Type() == nvme.EventNotice && (ev.Info() == nvme.NoticeNamespaceChanged || ev.Info() == nvme.NoticeANAChanged):
+		a.lookAtNamespaces() // they may have moved to another ANA group
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
 		c.discoveryChanged()
 	}
@@ -522,48 +535,76 @@ func (c *Controller) readLog(ctx context.Context, a *association, page uint8) er
 
 // PathInfo describes a controller at one moment.
 type PathInfo struct {
-	State     State
-	Since     time.Time      // start of the state
-	Reason    error          // why the association was lost the last time
-	Losses    int            // number of associations lost
-	Attempts  int            // attempts to reconnect since then
-	Failure   error          // error of the last attempt, while there is no association
-	Address   netip.AddrPort // of the target
-	CNTLID    uint16
-	Version   nvme.Version
-	Model     string
-	Serial    string
-	Firmware  string
-	QueueSize int         // entries per I/O queue in use
-	Plan      poller.Plan // requested and granted queues per class
-	Device    string      // RDMA device
-	InCapsule int         // bytes of data that travel with a command; 0 = none
-	SQFlow    bool        // SQ flow control is on
-	InFlight  int         // requests that its queue pairs have
-	Outages   Outages
-	Oldest    time.Duration // age of the oldest command in flight, in whole seconds
+	State      State
+	Since      time.Time      // start of the state
+	Reason     error          // why the association was lost the last time
+	Losses     int            // number of associations lost
+	Attempts   int            // attempts to reconnect since then
+	Failure    error          // error of the last attempt, while there is no association
+	Address    netip.AddrPort // of the target
+	CNTLID     uint16
+	Version    nvme.Version
+	Model      string
+	Serial     string
+	Firmware   string
+	QueueSize  int                      // entries per I/O queue in use
+	Plan       poller.Plan              // requested and granted queues per class
+	Device     string                   // RDMA device
+	InCapsule  int                      // bytes of data that travel with a command; 0 = none
+	SQFlow     bool                     // SQ flow control is on
+	InFlight   int                      // requests that its queue pairs have
+	Failovers  uint64                   // requests that were in flight when an association was lost
+	Configured netip.AddrPort           // address that the path was added with
+	Source     netip.Addr               // local address that the path was added with
+	Provider   string                   // name of the RDMA provider
+	Access     map[uint32]nvme.ANAState // of each namespace that the path has; 0: the controller does not report it
+	Vouched    []netip.AddrPort         // paths whose controllers the target of this one knows
+	Refused    error                    // why a namespace is not used over this path
+	Outages    Outages
+	Oldest     time.Duration // age of the oldest command in flight, in whole seconds
 }
 
 // Info returns a snapshot.
 func (c *Controller) Info() PathInfo {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	i := PathInfo{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device()}
-	if a := c.assoc; a != nil {
-		i.Address = a.remote
-		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
-		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
-		if len(a.pairs) > 0 {
-			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
-		}
-		for _, p := range a.pairs {
-			i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)
-			i.InFlight += int(p.inflight.Load())
-		}
+	i := PathInfo{
+		State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure,
+		Device: c.mem.device(), Failovers: c.failovers.Load(), Configured: c.cfg.Address, Source: c.cfg.Source, Provider: c.cfg.Provider.Name(),
 	}
+	a := c.assoc
 	i.Outages = Outages{Time: c.outages.time(), Losses: map[LossReason]int{}, Attempts: c.outages.tries, Made: c.outages.made}
 	for r, n := range c.outages.lost {
 		i.Outages.Losses[LossReason(r)] = n
 	}
+	c.mu.Unlock()
+	if a != nil {
+		c.describe(&i, a)
+	}
 	return i
+}
+
+// describe fills in what an association has.
+func (c *Controller) describe(i *PathInfo, a *association) {
+	i.Address = a.remote
+	i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
+	i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
+	if len(a.pairs) > 0 {
+		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+	}
+	for _, p := range a.pairs {
+		i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)
+		i.InFlight += int(p.inflight.Load())
+	}
+	for _, other := range c.sub.paths() {
+		if b := other.current(); other != c && a.vouchesFor(b) {
+			i.Vouched = append(i.Vouched, b.remote)
+		}
+	}
+	i.Access = make(map[uint32]nvme.ANAState)
+	for _, ns := range c.sub.Namespaces() {
+		if v := ns.views[c.slot].Load(); v != nil {
+			i.Access[ns.id] = v.ana
+		}
+	}
+	i.Refused = c.refusedBecause(a)
 }

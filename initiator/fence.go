@@ -3,6 +3,8 @@ package initiator
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -48,37 +50,26 @@ func (c *Controller) patience(a *association, keepAlive time.Duration) time.Dura
 	return timeouts*keepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
 }
 
-// fenceAll waits until the target of a has ended every earlier controller that received
-// commands.
-func (c *Controller) fenceAll(ctx context.Context, a *association) error {
-	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0], c.cfg.KeepAlive); err != nil {
-			return err
-		}
-		c.unfenced = c.unfenced[1:]
-	}
-	return nil
-}
-
 // fencing is one wait for the end of an old controller.
 type fencing struct {
 	ctrl     *Controller
 	a        *association
-	cntlid   uint16
+	remnant  *remnant
 	began    time.Time
 	answered time.Time     // when the target last answered anything
 	lived    time.Duration // what the target has lived through since it last said that it has the controller
 	reported bool
 }
 
-// fence waits until the target of a has ended the controller cntlid, which had the given
-// keep alive timeout. It returns an error if a fails or ctx is done before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, keepAlive time.Duration) error {
+// fence waits until the target of a has ended the controller of a remnant, or the remnant has
+// ended otherwise. It returns an error if a fails or ctx is done before.
+func (c *Controller) fence(ctx context.Context, a *association, rem *remnant) error {
+	cntlid := rem.id.CNTLID
 	if cntlid == a.cntlid {
 		return nil // the new controller has its id
 	}
-	patience := c.patience(a, keepAlive)
-	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: time.Now()}
+	patience := c.patience(a, rem.keepAlive)
+	f := &fencing{ctrl: c, a: a, remnant: rem, began: time.Now(), answered: time.Now()}
 	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
 		presence, err := c.ask(ctx, a, cntlid)
 		if err == nil {
@@ -104,12 +95,18 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		}
 		if presence != unclear {
 			f.lived = 0 // only time in which the target does not tell counts
+			rem.exists(fmt.Sprintf("the target at %v says that the controller exists", a.remote))
 		}
-		if err := f.wait(ctx, wait); err != nil {
+		if err := f.wait(ctx, wait); err == errOver {
+			return nil
+		} else if err != nil {
 			return &StepError{"wait for the end of the old controller", err}
 		}
 	}
 }
+
+// errOver ends a wait because the remnant has ended.
+var errOver = errors.New("the old controller has ended")
 
 // alive records an answer of the target.
 func (f *fencing) alive() {
@@ -124,7 +121,7 @@ func (f *fencing) report(err error) {
 		return
 	}
 	f.reported = true
-	f.ctrl.cfg.Log.Info("I/O waits until the target has ended the old controller", "controller", f.cntlid, "error", err)
+	f.ctrl.cfg.Log.Info("I/O waits until the target has ended the old controller", "controller", f.remnant.id.CNTLID, "error", err)
 }
 
 // wait waits for d and keeps the new association alive.
@@ -133,6 +130,8 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 		left := time.Until(end)
 		select {
 		case <-time.After(min(left, f.ctrl.cfg.KeepAlive/4)):
+		case <-f.remnant.over:
+			return errOver
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -222,20 +221,29 @@ func existenceOf(err error) existence {
 
 // Outlive waits until the target has ended the given controllers of an earlier process.
 // keepAlive is their keep alive timeout. This process may then send their commands again.
-// Call Outlive before the first I/O.
-func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
-	c := s.slots[0]
-	for _, id := range cntlids {
+// Each controller is asked for at its own address, if there is a path to it, and otherwise
+// over the first path. A path that cannot be reached for as long as its target may need to end
+// a controller is not waited for. Call Outlive before the first I/O.
+func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, ids ...ControllerID) error {
+	began := time.Now()
+	for _, id := range ids {
+		c := s.pathTo(id.Address)
+		keepAlive := max(keepAlive, c.cfg.KeepAlive)
+		rem := &remnant{ctrl: c, id: id, keepAlive: keepAlive, over: make(chan struct{})}
 		for {
 			a := c.current()
 			var err error
 			if a != nil {
 				during, cancel := a.during(ctx)
-				err = c.fence(during, a, id, max(keepAlive, c.cfg.KeepAlive))
+				err = c.fence(during, a, rem)
 				cancel()
 				if err == nil && c.serves(a) {
 					break
 				}
+			} else if limit := c.longestPatience(keepAlive); s.others(c) && time.Since(began) >= limit {
+				c.cfg.Log.Warn("target of a path cannot be reached, but must have ended an old controller by now; I/O continues",
+					"controller", id.CNTLID, "address", id.Address.String(), "after", limit)
+				break
 			}
 			// The next association may succeed.
 			select {
@@ -250,18 +258,39 @@ func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, cntlid
 	return nil
 }
 
+// pathTo returns the path to an address, or the first path.
+func (s *Subsystem) pathTo(address netip.AddrPort) *Controller {
+	paths := s.paths()
+	for _, c := range paths {
+		if address.IsValid() && (c.cfg.Address == address || c.Address() == address) {
+			return c
+		}
+	}
+	return paths[0]
+}
+
+// longestPatience is patience for a target that cannot say what it announces.
+func (c *Controller) longestPatience(keepAlive time.Duration) time.Duration {
+	a := &association{}
+	a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+	return c.patience(a, keepAlive)
+}
+
 // OutliveTime returns the longest time that Outlive takes for n controllers with the given
 // keep alive timeout, as long as the target answers. If the target does not tell whether
 // the controllers exist, Outlive waits for each of them as long as the target may need to
 // end it. It waits once more if its questions may have kept a controller alive.
 func (s *Subsystem) OutliveTime(keepAlive time.Duration, n int) time.Duration {
-	c := s.slots[0]
-	a := c.current()
-	if a == nil { // lost; what the next one announces is unknown
-		a = &association{}
-		a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+	longest := time.Duration(0)
+	for _, c := range s.paths() {
+		keepAlive := max(keepAlive, c.cfg.KeepAlive)
+		if a := c.current(); a != nil {
+			longest = max(longest, c.patience(a, keepAlive))
+		} else { // lost; what the next one announces is unknown
+			longest = max(longest, c.longestPatience(keepAlive))
+		}
 	}
-	return time.Duration(n+1) * c.patience(a, max(keepAlive, c.cfg.KeepAlive))
+	return time.Duration(n+1) * longest
 }
 
 // serves reports whether a is the association in use.

@@ -256,7 +256,7 @@ func TestOutliveLater(t *testing.T) {
 	})
 	for _, keepAlive := range []time.Duration{0, 500 * time.Millisecond} {
 		began := time.Now()
-		if err := s.sub.Outlive(t.Context(), keepAlive, 777); err != nil {
+		if err := s.sub.Outlive(t.Context(), keepAlive, ControllerID{CNTLID: 777}); err != nil {
 			t.Error(err)
 		}
 		if took := time.Since(began); took < 2*keepAlive+time.Second {

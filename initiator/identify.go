@@ -128,6 +128,7 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	if f.geometry, err = geometryOf(a, &id0, limits); err != nil {
 		return nil, err
 	}
+	f.shared, f.group = id0.NMIC()&1 != 0, id0.ANAGRPID()
 	f.used = min(id0.NUSE(), id0.NSZE()) * uint64(f.geometry.LogicalBlock)
 	if err := c.identifyIndependent(ctx, a, f); err != nil {
 		return nil, fmt.Errorf("properties of any command set: %w", err)

@@ -638,7 +638,7 @@ func TestOutlive(t *testing.T) {
 	cfg.Loops = loops[1:]
 	second := connect(t, cfg)
 	gone := make(chan error, 1)
-	go func() { gone <- second.Outlive(t.Context(), 0, first.Info().Paths[0].CNTLID) }()
+	go func() { gone <- second.Outlive(t.Context(), 0, ControllerID{CNTLID: first.Info().Paths[0].CNTLID}) }()
 	select {
 	case err := <-gone:
 		t.Fatalf("not waited: %v", err)

@@ -27,10 +27,17 @@ type lane struct {
 
 	pairs  []*queuePair    // queue pairs of this lane
 	routes [maxPaths]route // of the paths with an association, by slot
-	parked fifo            // requests that cannot be sent now
-	alarm  *time.Timer     // runs redispatch for parked requests with a due time
-	ring   time.Duration   // time of the alarm, on Subsystem.now's clock
-	fast   bool            // without an association, requests fail instead of waiting
+	slots  int             // number of slots that may have a route
+
+	policy    Policy
+	preferred int // slot of the policy Preferred
+	last      int // slot of the last request
+	turn      int // slot before the one that pick looks at first
+
+	parked fifo          // requests that cannot be sent now
+	alarm  *time.Timer   // runs redispatch for parked requests with a due time
+	ring   time.Duration // time of the alarm, on Subsystem.now's clock
+	fast   bool          // without an association, requests fail instead of waiting
 
 	sampler sampler // of the requests that front ends submit here
 	stamps  uint64  // number of times that stamp has read the clock
@@ -119,7 +126,8 @@ func (l *lane) receive() int {
 
 // dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
-	if (r.troubled || r.home.ns.presence.Load() != served) && !l.admit(r) {
+	ns := r.home.ns
+	if (r.troubled || ns.presence.Load() != served || ns.barrier.Load() != nil) && !l.admit(r) {
 		return
 	}
 	p := l.pick(r)
@@ -127,24 +135,14 @@ func (l *lane) dispatch(r *request) {
 	case p == nil:
 		l.strand(r)
 	case p.lane == l:
+		l.took(p.slot)
 		p.start(r)
 	default:
+		l.took(p.slot)
 		l.handedOver.Store(l.handedOver.Load() + 1)
 		r.via = p
 		p.lane.send(r)
 	}
-}
-
-// pick returns the queue pair for a request: that of its class on a path over which its
-// namespace was found. It returns nil if there is none.
-func (l *lane) pick(r *request) *queuePair {
-	ns := r.home.ns
-	for slot := range l.routes {
-		if p := l.routes[slot][r.class]; p != nil && ns.views[slot].Load() != nil {
-			return p
-		}
-	}
-	return nil
 }
 
 // connected reports whether any path has an association.
@@ -172,6 +170,13 @@ func (l *lane) admit(r *request) bool {
 		return false
 	case l.pick(r) == nil:
 		l.strand(r)
+		return false
+	case r.home.ns.barred(r):
+		if l.sub.heldTooLong(r) {
+			l.finish(r, uint16(unix.ENOLINK))
+		} else {
+			l.park(r)
+		}
 		return false
 	}
 	if r.due > l.sub.now() {
@@ -263,6 +268,7 @@ func (l *lane) finish(r *request, errno uint16) {
 func (l *lane) connect(slot int, pairs []*queuePair, r route) {
 	l.pairs = append(l.pairs, pairs...)
 	l.routes[slot], l.fast = r, false
+	l.slots = max(l.slots, slot+1)
 	l.redispatch()
 }
 
@@ -284,6 +290,8 @@ func (l *lane) recover(p *queuePair) {
 			continue
 		}
 		p.requests[slot] = nil
+		p.assoc.ctrl.failovers.Add(1)
+		r.home.ns.bar(p.assoc.remnant, r)
 		if r.direct != nil {
 			r.direct.err = ErrUncertain
 			l.finish(r, uint16(unix.ENOLINK))

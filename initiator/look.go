@@ -56,6 +56,8 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 		switch {
 		case err != nil, complete:
 			return err
+		case c.refusedBecause(a) != nil:
+			return nil // it is for the caller to decide
 		case !time.Now().Add(pause).After(limit):
 		case len(c.sub.Namespaces()) == 0:
 			return a.unknown
@@ -73,7 +75,7 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 // watchNamespaces looks at the namespaces of an association after each change, and
 // repeatedly while anything is unknown, until ctx is done.
 func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
-	complete := a.known
+	complete := a.known && a.settled
 	pause := lookPause
 	for {
 		var repeat <-chan time.Time
@@ -85,6 +87,7 @@ func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 		case <-a.changed:
 			clear(a.found)
 			pause = lookPause
+		case <-a.reread:
 		case <-repeat:
 		case <-ctx.Done():
 			return
@@ -94,8 +97,9 @@ func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 		if complete, err = c.look(ctx, a); err != nil && ctx.Err() == nil {
 			c.cfg.Log.Warn("look at namespaces", "error", err)
 		}
+		complete = complete && a.settled
 		c.sub.expireHeld(time.Now())
-		if !slices.Equal(before, c.sub.presences()) {
+		if a.turned || !slices.Equal(before, c.sub.presences()) {
 			c.sub.redispatch()
 		}
 		select {
@@ -111,10 +115,16 @@ func (ns *Namespace) isHeld() bool {
 	return p == held || p == failing
 }
 
-// presences returns the presence of each namespace, for comparison.
+// presences returns the presence of each namespace and the paths that have it, for
+// comparison.
 func (s *Subsystem) presences() (all []presence) {
 	for _, ns := range s.Namespaces() {
 		all = append(all, ns.presence.Load())
+		for slot := range ns.views {
+			if ns.views[slot].Load() != nil {
+				all = append(all, presence(slot)<<8)
+			}
+		}
 	}
 	return all
 }
@@ -178,7 +188,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		var unusable *UnusableError
 		switch {
 		case err == nil:
-			if c.sub.place(c, found) {
+			if c.sub.place(c, a, found) {
 				a.found[id] = true
 			} else {
 				complete = false
@@ -186,7 +196,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case errors.As(err, &unusable):
 			a.found[id] = true
 			c.cfg.Log.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
-			c.sub.removeOthers(id, nil, unusable.Error())
+			c.sub.lack(c, id, unusable.Error())
 		case errors.Is(err, errInactive):
 			delete(there, id)
 		default:
@@ -199,14 +209,17 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 	for _, ns := range c.sub.Namespaces() {
 		switch {
 		case there[ns.id]:
-		case ns.presence.Load() == served:
+		case ns.presence.Load() != gone && ns.views[c.slot].Load() != nil:
 			delete(a.found, ns.id)
-			c.sub.remove(ns, "the target does not list it any more")
+			c.sub.lack(c, ns.id, "the target does not list it any more")
 		case ns.isHeld():
 			complete = false
 		}
 	}
 	c.sub.forget()
+	if a.settled, a.turned, err = c.updateANA(ctx, a); err != nil {
+		return false, err
+	}
 	return complete, nil
 }
 
@@ -228,7 +241,7 @@ func (c *Controller) tolerate(a *association, step string, err error) error {
 
 // place updates the known namespace that a path has found, or adds a new one. It returns
 // false if it cannot tell which.
-func (s *Subsystem) place(c *Controller, f *finding) bool {
+func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 	s.placing.Lock()
 	defer s.placing.Unlock()
 	for _, ns := range s.Namespaces() {
@@ -236,10 +249,19 @@ func (s *Subsystem) place(c *Controller, f *finding) bool {
 			continue
 		}
 		answer, reason := ns.compare(f)
+		if answer == same {
+			if differs := ns.unlike(c.slot, f); differs != "" {
+				answer, reason = different, differs
+			}
+		}
 		switch {
+		case answer != same && ns.presence.Load() != gone && s.keptBy(ns, c):
+			ns.withdraw(c.slot)
+			c.refuse(a, ns, reason)
+			return false
 		case answer == same:
 			s.removeOthers(ns.id, ns, "another namespace has its id")
-			s.confirm(c, ns, f)
+			s.confirm(c, a, ns, f)
 			return true
 		case answer == unknown && ns.presence.Load() != gone:
 			s.cfg.Log.Warn("namespace cannot be recognized", "nsid", ns.id, "reason", reason)
@@ -256,7 +278,7 @@ func (s *Subsystem) place(c *Controller, f *finding) bool {
 		sub: s, id: f.id, ids: f.ids,
 		sectorShift: uint8(bits.TrailingZeros32(f.geometry.LogicalBlock >> block.SectorShift)),
 	}
-	ns.adopt(c.slot, f)
+	ns.adopt(c.slot, f, &a.ana)
 	ns.presence.Store(served)
 	s.mu.Lock()
 	s.namespaces = append(s.namespaces, ns)
@@ -266,8 +288,8 @@ func (s *Subsystem) place(c *Controller, f *finding) bool {
 }
 
 // confirm serves a namespace that is the same as before, with its changed properties.
-func (s *Subsystem) confirm(c *Controller, ns *Namespace, f *finding) {
-	was, now := ns.adopt(c.slot, f)
+func (s *Subsystem) confirm(c *Controller, a *association, ns *Namespace, f *finding) {
+	was, now := ns.adopt(c.slot, f, &a.ana)
 	if ns.presence.Swap(served) == gone {
 		s.changed(ns, Added, "it is back")
 	}
@@ -278,6 +300,57 @@ func (s *Subsystem) confirm(c *Controller, ns *Namespace, f *finding) {
 		s.changed(ns, WriteProtection, fmt.Sprintf("read-only %t", now.ReadOnly))
 	}
 	s.reportLimits(ns, was, now)
+}
+
+// keptBy reports whether another path has a namespace, or may have it: a path that is not
+// connected may have it when it is back. Then the namespace is not replaced by what this path
+// has in its place.
+func (s *Subsystem) keptBy(ns *Namespace, c *Controller) bool {
+	for _, other := range s.paths() {
+		if other != c && (other.current() == nil || ns.views[other.slot].Load() != nil) {
+			return true
+		}
+	}
+	return false
+}
+
+// refuse records why a path is not used for a namespace.
+func (c *Controller) refuse(a *association, ns *Namespace, reason string) {
+	err := fmt.Errorf("namespace %d is not used over this path: %s", ns.id, reason)
+	c.mu.Lock()
+	known := a.refused != nil && a.refused.Error() == err.Error()
+	a.refused = err
+	c.mu.Unlock()
+	if !known {
+		c.cfg.Log.Warn("namespace refused over a path", "nsid", ns.id, "address", a.remote.String(), "reason", reason)
+	}
+}
+
+// refusedBecause returns why a namespace is not used over an association, or nil.
+func (c *Controller) refusedBecause(a *association) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return a.refused
+}
+
+// lack is called when a path does not have a usable namespace with an id. The namespace goes
+// with the last path that has it, or may have it.
+func (s *Subsystem) lack(c *Controller, id uint32, reason string) {
+	s.placing.Lock()
+	defer s.placing.Unlock()
+	for _, ns := range s.Namespaces() {
+		if ns.id != id || ns.presence.Load() == gone {
+			continue
+		}
+		switch last := ns.withdraw(c.slot); {
+		case !last:
+			s.cfg.Log.Warn("a path has lost a namespace", "nsid", id, "slot", c.slot, "reason", reason)
+		case s.keptBy(ns, c):
+			ns.hold(time.Now())
+		default:
+			s.remove(ns, reason)
+		}
+	}
 }
 
 // doubt has the namespaces found again over the next association of a path.

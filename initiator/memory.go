@@ -242,6 +242,18 @@ func (m *memory) close() error {
 	return errors.Join(errs...)
 }
 
+// forget frees the domain of a path that is removed. The path has no connection any more.
+func (m *memory) forget(slot int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := m.domains[slot]
+	var errs []error
+	for q := range d.regs {
+		errs = append(errs, d.unregister(q))
+	}
+	return errors.Join(append(errs, m.drop(slot))...)
+}
+
 // drop frees the domain of a path, which has no connection and no registration any more.
 func (m *memory) drop(slot int) error {
 	d := m.domains[slot]

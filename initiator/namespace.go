@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"encoding/hex"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -33,6 +34,8 @@ type view struct {
 	zeroes           uint32 // sectors of the largest Write Zeroes command; 0: none
 	volatileCache    bool
 	deallocateZeroes bool // Write Zeroes may deallocate and still read zeroes
+	access           access
+	ana              nvme.ANAState // 0: the controller does not report it
 }
 
 // finding is what a path says of a namespace.
@@ -42,11 +45,15 @@ type finding struct {
 	geometry         block.Geometry
 	used             uint64 // bytes that are allocated
 	deallocateZeroes bool   // Write Zeroes may deallocate and still read zeroes
+	shared           bool   // several controllers may have it (NMIC)
+	group            uint32 // ANA group
 }
 
-func (f *finding) view() *view {
+func (f *finding) view(a *anaStates) *view {
 	g := &f.geometry
+	got, state := a.accessOf(f.group)
 	return &view{
+		access: got, ana: state,
 		transfer: g.MaxIO >> block.SectorShift, discard: g.MaxDiscardSectors, zeroes: g.MaxZeroesSectors,
 		volatileCache: g.VolatileCache, deallocateZeroes: f.deallocateZeroes,
 	}
@@ -62,6 +69,7 @@ type Namespace struct {
 	presence atomic.Uint32
 	sectors  atomic.Uint64                  // capacity
 	views    [maxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
+	barrier  atomic.Pointer[[]extent]       // what changes must not overlap at present; nil: nothing
 	open     atomic.Int32                   // number of open queues
 
 	mu       sync.Mutex         // guards the fields below
@@ -70,6 +78,7 @@ type Namespace struct {
 	ids      nvme.NamespaceIDs
 	used     uint64          // bytes that are allocated
 	since    time.Time       // start of the held state
+	blocked  time.Time       // since when no path has given access; zero: one does
 	times    []*opHistograms // by lane; nil: no queue was opened there
 }
 
@@ -106,9 +115,34 @@ func (ns *Namespace) doubt(slot int, when time.Time) {
 	defer ns.mu.Unlock()
 	ns.views[slot].Store(nil)
 	ns.findings[slot] = nil
-	if !ns.seen() && ns.presence.CompareAndSwap(served, held) {
+	ns.settle(when)
+}
+
+// settle holds the requests of a namespace that no path has found, and recomputes its geometry
+// otherwise. The caller holds the lock.
+func (ns *Namespace) settle(when time.Time) {
+	if ns.seen() {
+		ns.merge()
+	} else if ns.presence.CompareAndSwap(served, held) {
 		ns.since = when
 	}
+}
+
+// withdraw is called when a path does not have the namespace any more. It reports whether no
+// path has it.
+func (ns *Namespace) withdraw(slot int) bool {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.views[slot].Store(nil)
+	ns.findings[slot] = nil
+	return !ns.seen()
+}
+
+// hold makes the requests wait until a path finds the namespace again.
+func (ns *Namespace) hold(when time.Time) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.settle(when)
 }
 
 // seen reports whether a path has found the namespace. The caller holds the lock.
@@ -130,14 +164,15 @@ func (ns *Namespace) heldFor(now time.Time) time.Duration {
 
 // adopt takes over what a path says, which is about the same namespace, and returns the old
 // geometry and the new one.
-func (ns *Namespace) adopt(slot int, f *finding) (was, is block.Geometry) {
+func (ns *Namespace) adopt(slot int, f *finding, a *anaStates) (was, is block.Geometry) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	was = ns.geometry
 	ns.findings[slot] = f
 	ns.ids, ns.used = union(ns.ids, f.ids), f.used
 	ns.merge()
-	ns.views[slot].Store(f.view())
+	ns.views[slot].Store(f.view(a))
+	ns.noteAccess(time.Now())
 	return was, ns.geometry
 }
 
@@ -194,6 +229,41 @@ func (ns *Namespace) compare(found *finding) (identity, string) {
 		return different, fmt.Sprintf("its block size was %d and is %d", was, is)
 	}
 	return same, ""
+}
+
+// unlike returns how a finding differs from what the other paths say of the namespace, or "".
+// All identifiers must be equal here. A size may differ over a path that has found the
+// namespace before, because a new size becomes known over one path after the other.
+func (ns *Namespace) unlike(slot int, f *finding) string {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	for other, g := range ns.findings {
+		if g == nil || other == slot {
+			continue
+		}
+		differs := func(what string, is, was any) string {
+			return fmt.Sprintf("its %s is %v, over another path it is %v", what, is, was)
+		}
+		switch {
+		case !f.shared || !g.shared:
+			return "it is not shared between controllers (NMIC)"
+		case hasNone(f.ids):
+			return "it has no identifier, so nothing says that it is the same over two paths"
+		case f.ids.UUID != g.ids.UUID:
+			return differs("UUID", f.ids.UUID, g.ids.UUID)
+		case f.ids.NGUID != g.ids.NGUID:
+			return differs("NGUID", hex.EncodeToString(f.ids.NGUID[:]), hex.EncodeToString(g.ids.NGUID[:]))
+		case f.ids.EUI64 != g.ids.EUI64:
+			return differs("EUI-64", hex.EncodeToString(f.ids.EUI64[:]), hex.EncodeToString(g.ids.EUI64[:]))
+		case f.ids.CSI != g.ids.CSI:
+			return differs("command set", f.ids.CSI, g.ids.CSI)
+		case f.geometry.LogicalBlock != g.geometry.LogicalBlock:
+			return differs("block size", f.geometry.LogicalBlock, g.geometry.LogicalBlock)
+		case f.geometry.Sectors != g.geometry.Sectors && ns.findings[slot] == nil:
+			return differs("size in sectors", f.geometry.Sectors, g.geometry.Sectors)
+		}
+	}
+	return ""
 }
 
 // compareIDs compares the identifiers that both namespaces have. Namespaces without any

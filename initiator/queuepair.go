@@ -121,7 +121,7 @@ func (p *queuePair) finish(r *request, errno uint16) {
 func (p *queuePair) push(r *request) bool {
 	ns := r.home.ns
 	terms := ns.views[p.slot].Load()
-	if terms == nil {
+	if terms == nil || terms.access == noAccess {
 		p.giveBack(r)
 		return true
 	}
@@ -318,6 +318,10 @@ func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	// The request keeps its buffer, so the SEND may still read it.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
+	if status.IsPathError() && p.elsewhere(r, status) {
+		p.giveBack(r)
+		return
+	}
 	delay := p.assoc.ctrl.retryDelay(p.assoc, status)
 	if delay == 0 {
 		p.enter(r)

@@ -39,6 +39,7 @@ type request struct {
 	firstLoss time.Duration // time of the first loss, on Subsystem.now's clock
 	due       time.Duration // earliest time to send the request; 0: at once
 	pathSince time.Duration // time of the first of a series of path errors; 0: none
+	avoid     uint16        // slots of the paths that answered with a path error, one bit each
 }
 
 // begin starts a new I/O of a front end.
@@ -46,7 +47,7 @@ func (r *request) begin(io block.Request) {
 	r.io = io
 	r.errno, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, nil, false
 	if r.troubled {
-		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince = false, 0, 0, 0, 0, 0
+		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince, r.avoid = false, 0, 0, 0, 0, 0, 0
 	}
 }
 

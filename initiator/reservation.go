@@ -139,6 +139,8 @@ func (l *lane) admitDirect(r *request) bool {
 	switch presence := r.home.ns.presence.Load(); {
 	case presence == gone:
 		r.direct.err = fmt.Errorf("namespace %d: %w", r.home.ns.id, os.ErrNotExist)
+	case r.home.ns.barred(r):
+		r.direct.err = errBarred
 	case presence != served || l.pick(r) == nil:
 		r.direct.err = ErrNotConnected
 	default:

@@ -26,11 +26,13 @@ const (
 	LossTargetError                      // the target reported a persistent internal error
 	LossAborted                          // Abort was called
 	LossReset                            // Reset was called
+	LossLinkDown                         // the link is down, and there is another path
+	LossANA                              // an ANA group was in transition for too long
 	nLossReasons
 )
 
 var lossReasons = [nLossReasons]string{
-	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted", "reset",
+	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted", "reset", "link_down", "ana_transition",
 }
 
 func (r LossReason) String() string {

@@ -40,12 +40,15 @@ type Subsystem struct {
 
 	mu         sync.Mutex // guards what follows; taken before Controller.mu
 	slots      [maxPaths]*Controller
+	policy     Policy
+	preferred  int // slot of the policy Preferred
 	namespaces []*Namespace
-	connected  bool      // Connect has returned, so changes are reported
-	closing    bool      // Close was called
-	err        error     // why the subsystem is dead
-	since      time.Time // of the state, if it is dead or closing
-	outage     outages   // times without any association
+	remnants   []*remnant // controllers that may still execute commands, oldest first
+	connected  bool       // Connect has returned, so changes are reported
+	closing    bool       // Close was called
+	err        error      // why the subsystem is dead
+	since      time.Time  // of the state, if it is dead or closing
+	outage     outages    // times without any association
 	failing    *time.Timer
 	giving     *time.Timer
 }
@@ -92,11 +95,11 @@ func newSubsystem(cfg Config) *Subsystem {
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	s := &Subsystem{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), start: time.Now(), since: time.Now(),
-		dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory}, queries: make(chan struct{}, maxQueries),
+		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory}, queries: make(chan struct{}, maxQueries),
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
-		s.lanes = append(s.lanes, &lane{sub: s, loop: loop, index: i})
+		s.lanes = append(s.lanes, &lane{sub: s, loop: loop, index: i, policy: cfg.Policy, turn: -1})
 	}
 	return s
 }
@@ -134,6 +137,7 @@ func (s *Subsystem) tick() {
 			for _, c := range s.paths() {
 				c.tend()
 			}
+			s.expire(time.Now())
 		case <-s.life.Done():
 			return
 		}
@@ -305,15 +309,19 @@ func (s *Subsystem) Close(ctx context.Context) error {
 
 // Info describes a subsystem at one moment.
 type Info struct {
-	State   State // of the best of its paths
-	Since   time.Time
-	SubNQN  string // name by which the subsystem was connected to
-	Paths   []PathInfo
-	Lanes   []LaneStats
-	Memory  MemoryInfo
-	Outages Outages       // times without any association
-	Oldest  time.Duration // age of the oldest command in flight, in whole seconds
-	Stages  [nStages]OpHistograms
+	State  State // of the best of its paths
+	Since  time.Time
+	SubNQN string // name by which the subsystem was connected to
+	Paths  []PathInfo
+	Lanes  []LaneStats
+	Memory MemoryInfo
+	Policy Policy
+	// Preferred is the index in Paths of the preferred path, with the policy Preferred.
+	Preferred int
+	Fences    []FenceInfo   // old controllers for whose end changes wait
+	Outages   Outages       // times without any association
+	Oldest    time.Duration // age of the oldest command in flight, in whole seconds
+	Stages    [nStages]OpHistograms
 }
 
 // Outages are the times without an association since the first one was made.
@@ -337,8 +345,15 @@ type LaneStats struct {
 
 // Info returns a snapshot.
 func (s *Subsystem) Info() Info {
-	i := Info{SubNQN: s.cfg.SubNQN, Memory: s.mem.info(), Outages: Outages{Losses: map[LossReason]int{}}}
-	for _, c := range s.paths() {
+	i := Info{SubNQN: s.cfg.SubNQN, Memory: s.mem.info(), Fences: s.fences(), Outages: Outages{Losses: map[LossReason]int{}}}
+	s.mu.Lock()
+	paths, preferred := s.lockedPaths(), s.preferred
+	i.Policy = s.policy
+	s.mu.Unlock()
+	for n, c := range paths {
+		if c.slot == preferred {
+			i.Preferred = n
+		}
 		p := c.Info()
 		i.Paths = append(i.Paths, p)
 		i.Oldest = max(i.Oldest, p.Oldest)

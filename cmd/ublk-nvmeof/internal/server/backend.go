@@ -24,7 +24,7 @@ type subsystem interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
 	Err() error
-	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	Outlive(ctx context.Context, keepAlive time.Duration, ids ...initiator.ControllerID) error
 	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error

@@ -196,7 +196,7 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 	if w.connectErr != nil {
 		return nil, nil, w.connectErr
 	}
-	if err := cfg.Associated(5); err != nil {
+	if err := cfg.Associated([]initiator.ControllerID{{CNTLID: 5}}); err != nil {
 		return nil, nil, err
 	}
 	w.sub = &fakeSubsystem{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
@@ -296,7 +296,11 @@ func (c *fakeSubsystem) lose(err error) {
 	close(c.done)
 }
 
-func (c *fakeSubsystem) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+func (c *fakeSubsystem) Outlive(ctx context.Context, keepAlive time.Duration, ids ...initiator.ControllerID) error {
+	var cntlids []uint16
+	for _, id := range ids {
+		cntlids = append(cntlids, id.CNTLID)
+	}
 	c.world.note("outlive %v", cntlids)
 	c.world.keepAlive = keepAlive
 	if deadline, ok := ctx.Deadline(); ok {

@@ -172,7 +172,7 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
-	if err := s.sub.Outlive(limited, keepAlive, ids...); err != nil {
+	if err := s.sub.Outlive(limited, keepAlive, s.record.identify(ids)...); err != nil {
 		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
 	}
 	return true, s.record.outlived(ctx)

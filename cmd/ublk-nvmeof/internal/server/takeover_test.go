@@ -327,7 +327,7 @@ func TestRecordFull(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(blocked, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.connected.Associated(6); err == nil {
+	if err := w.connected.Associated([]initiator.ControllerID{{CNTLID: 6}}); err == nil {
 		t.Error("a controller that is not on record may be used")
 	}
 	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {
