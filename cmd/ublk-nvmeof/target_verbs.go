@@ -181,15 +181,21 @@ func dropVerb(runDir dirFunc) *cobra.Command {
 }
 
 func anaVerb(runDir dirFunc) *cobra.Command {
-	return change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
+	port := 0
+	cmd := change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
 		"STATE is optimized, non-optimized, inaccessible, persistent-loss or change.",
 		wantArgs(2, 2), func(r *remote, args []string) (any, error) {
 			n, err := number("group", args[0], 1, 1<<32-1)
 			if err == nil {
 				_, err = options.ParseANAState(args[1])
 			}
-			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
+			if err == nil && (port < 0 || port > 255) {
+				err = fmt.Errorf("--port %d: want the number of a port", port)
+			}
+			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1], Port: uint16(port)}, err
 		})
+	cmd.Flags().IntVar(&port, "port", 0, "`number` of the port over which the state is meant (default: all)")
+	return cmd
 }
 
 func referralVerbs(runDir dirFunc) *cobra.Command {

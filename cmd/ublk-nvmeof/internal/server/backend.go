@@ -29,6 +29,11 @@ type subsystem interface {
 	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error
 	Rescan() error
+	AddPath(ctx context.Context, p initiator.Path) (*initiator.Controller, error)
+	KeepPath(p initiator.Path) (*initiator.Controller, error)
+	RemovePath(ctx context.Context, c *initiator.Controller) error
+	Paths() []*initiator.Controller
+	SetPolicy(p initiator.Policy, preferred *initiator.Controller) error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }

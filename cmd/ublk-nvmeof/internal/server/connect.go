@@ -118,15 +118,21 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	s.sub, s.path = sub, path
 	s.mu.Unlock()
 	s.depth = path.QueueSize
+	if err := s.connectPaths(ctx); err != nil {
+		return nil, s.explain(ctx, err)
+	}
 	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String())
 	return found, nil
 }
 
 func (s *server) initiatorConfig() (initiator.Config, error) {
-	rdmaProvider, err := s.chooseProvider()
+	provider, err := s.providerFor(s.remote, s.opts.SourceAddr)
 	if err != nil {
 		return initiator.Config{}, err
 	}
+	s.mu.Lock()
+	s.provider = provider.choice
+	s.mu.Unlock()
 	queues := s.opts.Queues.Clip(runtime.NumCPU())
 	if err := s.back.prepare(queues.Loops()); err != nil {
 		s.log.Warn("process is not fully protected", "error", err)
@@ -146,8 +152,9 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		s.mu.Unlock()
 	}
 	cfg := initiator.Config{
-		Path:   initiator.Path{Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr},
+		Path:   initiator.Path{Provider: provider.rdma, Address: s.remote, Source: s.opts.SourceAddr},
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
+		Policy: s.opts.Policy, NoFence: s.opts.Fence == options.FenceNone,
 		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
@@ -193,7 +200,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 		return cause // the server must end
 	}
 	if exit.Of(err) == exit.NoRDMA {
-		return s.noRDMA(err)
+		return s.noRDMA(s.remote, s.opts.SourceAddr, err)
 	}
 	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
 }

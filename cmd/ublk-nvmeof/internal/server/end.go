@@ -80,7 +80,7 @@ func (s *server) endBelow(ctx context.Context, p pace) error {
 		func() error { return s.endNBD(p) },
 		func() error { return s.endController(ctx, p) },
 		func() error { return s.endLoops(p) },
-		func() error { return bounded(p.loops, s.closeProvider) },
+		func() error { return bounded(p.loops, s.closeProviders) },
 	} {
 		if err := step(); err != nil {
 			return err

@@ -46,6 +46,7 @@ type world struct {
 	provider     []string      // those that were tried
 	route        host.Route
 	routeErr     error
+	pathErr      error // of adding a path
 	connectErr   error
 	queryErr     error // of queries, resets and rescans
 	nsids        []uint32
@@ -265,7 +266,7 @@ type fakeSubsystem struct {
 func (c *fakeSubsystem) Info() initiator.Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	p := initiator.PathInfo{State: initiator.StateLive, Device: "rxe0"}
+	p := initiator.PathInfo{State: initiator.StateLive, Device: "rxe0", Provider: "verbs", Configured: c.world.connected.Address, Access: map[uint32]nvme.ANAState{1: nvme.ANAOptimized, 7: 0}}
 	i := initiator.Info{State: initiator.StateLive, Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
 	i.Outages = initiator.Outages{Time: 1500 * time.Millisecond, Losses: map[initiator.LossReason]int{initiator.LossKeepAlive: 2}, Attempts: 3, Made: 2}
 	i.Oldest = 4 * time.Second
@@ -322,6 +323,26 @@ func (c *fakeSubsystem) Query(_ context.Context, cmd *nvme.Command, out []byte) 
 func (c *fakeSubsystem) Reset(context.Context) error {
 	c.world.note("reset")
 	return c.world.queriesFail()
+}
+
+// AddPath implements subsystem. A fake path has an address and nothing else.
+func (c *fakeSubsystem) AddPath(_ context.Context, p initiator.Path) (*initiator.Controller, error) {
+	c.world.note("add path %v", p.Address)
+	return nil, c.world.pathErr
+}
+
+func (c *fakeSubsystem) KeepPath(p initiator.Path) (*initiator.Controller, error) {
+	c.world.note("keep path %v", p.Address)
+	return nil, nil
+}
+
+func (c *fakeSubsystem) RemovePath(context.Context, *initiator.Controller) error { return nil }
+
+func (c *fakeSubsystem) Paths() []*initiator.Controller { return nil }
+
+func (c *fakeSubsystem) SetPolicy(p initiator.Policy, _ *initiator.Controller) error {
+	c.world.note("policy %v", p)
+	return nil
 }
 
 func (c *fakeSubsystem) Rescan() error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -93,16 +92,16 @@ type server struct {
 	ended   chan struct{}           // closed when closed is set
 	pending []*pending              // pending changes of namespaces; guarded by changes
 
-	mu       sync.Mutex // guards what follows
-	front    frontEnd
-	provider provider.Choice
-	closer   io.Closer                // the provider, if it has a Close method
-	packets  func() provider.Counters // nil if the hardware counts packets
-	loops    []*poller.Loop
-	sub      subsystem
-	path     initiator.PathInfo // when it was last seen connected
-	serving  []*serving
-	reported []change // changes of namespaces that follow has not handled
+	mu        sync.Mutex // guards what follows
+	front     frontEnd
+	provider  provider.Choice
+	providers map[string]opened        // by name
+	packets   func() provider.Counters // nil if the hardware counts packets
+	loops     []*poller.Loop
+	sub       subsystem
+	path      initiator.PathInfo // when it was last seen connected
+	serving   []*serving
+	reported  []change // changes of namespaces that follow has not handled
 
 	news     chan struct{} // wakes follow: something was reported
 	idle     sync.Once     // closes noDevice

@@ -160,6 +160,11 @@ func TestServe(t *testing.T) {
 	want := control.Status{
 		SchemaVersion: 1, Name: "ctrl0", PID: os.Getpid(), Transport: "rdma", TrAddr: "127.0.0.1", TrSvcID: "4420",
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), State: "live", CNTLID: 5, Version: "2.1", Model: "M",
+		Paths: []control.Path{{
+			Path: "127.0.0.1", TrAddr: "127.0.0.1", TrSvcID: "4420", State: "live", CNTLID: 5, Provider: "verbs", RDMADevice: "rxe0",
+			ANA: map[string]string{"1": "optimized"}, Vouched: []string{},
+		}},
+		Policy: "queue-depth", Fence: "auto",
 		Frontend: "ublk", FrontendReason: "the ublk driver is there",
 		Provider: "verbs", ProviderReason: "RDMA device rxe0 is on lo, which leads to 127.0.0.1", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
 		Queues: control.Queues{

@@ -24,6 +24,7 @@ func (s *server) Status() control.Status {
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
+		Fence:   o.Fence,
 		Devices: []control.Device{}, Lanes: []control.Lane{}, Outages: control.Outages{Losses: map[string]int{}},
 	}
 	if o.SourceAddr.IsValid() {
@@ -51,6 +52,7 @@ func (s *server) Status() control.Status {
 	}
 	describeState(&out, now)
 	describePath(&out, s.path)
+	describePaths(&out, now)
 	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
 	describeRequests(&out, now)
 	for i, l := range s.loops {
@@ -78,6 +80,9 @@ func ended(d device) bool {
 	}
 }
 
+// timeFormat is the form of times in the status.
+const timeFormat = time.RFC3339
+
 func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
 
 // describeState fills in the present state of the subsystem.
@@ -85,7 +90,7 @@ func describeState(out *control.Status, now initiator.Info) {
 	path := now.Paths[0]
 	out.State, out.Losses, out.Attempts = now.State.String(), path.Losses, path.Attempts
 	if !now.Since.IsZero() {
-		out.Since = now.Since.UTC().Format(time.RFC3339)
+		out.Since = now.Since.UTC().Format(timeFormat)
 	}
 	if path.Reason != nil {
 		out.Reason = path.Reason.Error()

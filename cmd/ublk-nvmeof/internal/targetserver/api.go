@@ -17,6 +17,7 @@ type Status struct {
 	Subsystems  []Subsystem  `json:"subsystems"`
 	Referrals   []string     `json:"referrals,omitempty"` // to other discovery services, as address:port
 	Controllers []Controller `json:"controllers"`
+	Ports       []Port       `json:"ports"`
 	Faults      Faults       `json:"faults"`
 
 	Connections int    `json:"connections"` // current connections
@@ -31,6 +32,13 @@ type Status struct {
 	ReadBytes  uint64            `json:"read_bytes"`
 	WriteBytes uint64            `json:"write_bytes"`
 	Errors     uint64            `json:"errors"`
+}
+
+// Port is an address on which a target listens.
+type Port struct {
+	ID      uint16 `json:"id"`
+	TrAddr  string `json:"traddr"`
+	TrSvcID string `json:"trsvcid"`
 }
 
 // Subsystem is a subsystem of a target.
@@ -137,6 +145,7 @@ type (
 		NQN   string `json:"subsysnqn,omitempty"`
 		Group uint32 `json:"group"`
 		State string `json:"state"`
+		Port  uint16 `json:"port,omitempty"` // number of the port; 0: all
 	}
 	// AddRequest adds a namespace. See options.NamespaceWords.
 	AddRequest struct {

@@ -12,6 +12,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/target"
 )
 
 // maxBody is the largest size of a request in bytes.
@@ -264,11 +265,22 @@ func (s *server) ana(r ANARequest) (Done, error) {
 	if err != nil {
 		return Done{}, err
 	}
+	set := func(sub *subsystem) error { return sub.SetANAState(r.Group, state) }
+	key := strconv.Itoa(int(r.Group))
+	if r.Port != 0 {
+		i := slices.IndexFunc(s.target.Ports(), func(p *target.Port) bool { return p.ID() == r.Port })
+		if i < 0 {
+			return Done{}, exit.Errorf(exit.NotFound, "the target has no port %d", r.Port)
+		}
+		port := s.target.Ports()[i]
+		set = func(sub *subsystem) error { return sub.SetPortANAState(port, r.Group, state) }
+		key += " over port " + strconv.Itoa(int(r.Port))
+	}
 	for _, sub := range found {
-		if err := sub.SetANAState(r.Group, state); err != nil {
+		if err := set(sub); err != nil {
 			return Done{}, exit.Errorf(exit.Usage, "%v", err)
 		}
-		sub.ana[strconv.Itoa(int(r.Group))] = r.State
+		sub.ana[key] = r.State
 	}
 	return Done{}, nil
 }
