@@ -9,6 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 )
 
 // used is what scenarios use of the command tree.
@@ -181,4 +183,41 @@ func TestScenariosHaveEveryVerb(t *testing.T) {
 		}
 	}
 	visit(u.root)
+}
+
+// TestSchemaOfEveryVerb: what a verb writes as JSON has a schema, which the tests of package
+// output hold against the golden files.
+func TestSchemaOfEveryVerb(t *testing.T) {
+	const connects, silent = "connect", ""
+	others := map[string]string{
+		"recover": connects, "upgrade": connects, // they show the new server as connect does
+		"target": "target-list",               // that of the target that has started
+		"reset":  silent, "ns-rescan": silent, // they write nothing
+		"resv-register": silent, "resv-acquire": silent, "resv-release": silent, // one line of text, as nvme-cli
+	}
+	verbs := 0
+	var visit func(*cobra.Command)
+	visit = func(cmd *cobra.Command) {
+		for _, c := range cmd.Commands() {
+			visit(c)
+		}
+		if f := cmd.Flags().Lookup("output-format"); f == nil || cmd.Hidden || !strings.Contains(f.Value.Type(), output.JSON) {
+			return
+		}
+		verbs++
+		name := strings.ReplaceAll(strings.TrimPrefix(cmd.CommandPath(), programName+" "), " ", "-")
+		if other, ok := others[name]; ok {
+			name = other
+		}
+		if name == silent {
+			return
+		}
+		if _, err := os.Stat("../../docs/schema/" + name + ".json"); err != nil {
+			t.Errorf("%s: %v", cmd.CommandPath(), err)
+		}
+	}
+	visit(newRoot())
+	if verbs < 25 {
+		t.Errorf("%d verbs with JSON", verbs)
+	}
 }

@@ -201,7 +201,7 @@ func TestVersion(t *testing.T) {
 		t.Errorf("exit code %d, %q", code, stdout)
 	}
 	stdout, _, code = program(t, "version", "-o", "json")
-	var b build
+	var b output.Build
 	if err := json.Unmarshal([]byte(stdout), &b); err != nil || code != exit.OK || b.SchemaVersion != output.SchemaVersion || b.Version == "" {
 		t.Errorf("exit code %d, %q, %v", code, stdout, err)
 	}
