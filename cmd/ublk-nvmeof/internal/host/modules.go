@@ -32,12 +32,9 @@ func (m Module) Present() bool {
 	return err == nil && len(nodes) > 0
 }
 
-// Load loads the module and the modules that it depends on, unless it is there. The kernel
-// would decompress a module only to find that it has it.
+// Load loads the module and the modules that it depends on. It is no error if they are
+// loaded already.
 func (m Module) Load() error {
-	if m.Present() {
-		return nil
-	}
 	k, err := kmod.New(kmod.SetInitFunc(initModule))
 	if err != nil {
 		return fmt.Errorf("load module %s: %w", m.Name, err)
