@@ -4,7 +4,7 @@
 #
 #	build/vm --kernel 7.3 --mtu 4200 -- e2e/connect-time.sh
 #
-# For each number of queues, the last line has the medians.
+# For each number of queues, the third line has the medians.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/build:$PATH
