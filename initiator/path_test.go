@@ -208,7 +208,7 @@ func TestPathsNoAllocations(t *testing.T) {
 			allocs = testing.AllocsPerRun(100, func() {
 				q.Submit(reqs)
 				for got := 0; got < len(reqs); {
-					if l.Poll() == 0 {
+					if l.Poll()+l.Flush() == 0 {
 						runtime.Gosched()
 					}
 					got += q.Reap(results)

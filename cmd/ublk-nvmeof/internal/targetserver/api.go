@@ -17,7 +17,7 @@ type Status struct {
 	Subsystems  []Subsystem  `json:"subsystems"`
 	Referrals   []string     `json:"referrals,omitempty"` // to other discovery services, as address:port
 	Controllers []Controller `json:"controllers"`
-	Ports       []Port       `json:"ports"`
+	Ports       []Port       `json:"ports,omitempty"`
 	Faults      Faults       `json:"faults"`
 
 	Connections int    `json:"connections"` // current connections
