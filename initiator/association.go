@@ -32,7 +32,7 @@ type association struct {
 	pairs    []*queuePair
 	removed  atomic.Bool     // the RDMA device is being removed
 	watching sync.WaitGroup  // the goroutines that read the events of the connections
-	born     time.Time       // when the target made the controller
+	asked    time.Time       // when the controller was requested
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at the namespaces left nothing unknown
 	ana      anaStates
@@ -166,7 +166,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	if r.AuthRequired() || r.SecureChannelRequired() {
 		return errors.New("target requires authentication, which is not supported")
 	}
-	a.cntlid, a.born = r.CNTLID(), time.Now()
+	a.cntlid, a.asked = r.CNTLID(), asked
 	if c.cfg.Made != nil {
 		c.cfg.Made(a.remote, a.cntlid, asked)
 	}

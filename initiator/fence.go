@@ -79,7 +79,10 @@ func (c *Controller) fence(ctx context.Context, a *association, rem *remnant) er
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case presence != unclear && c.superseded(ctx, a, cntlid):
+		case presence != unclear && c.sub.inherited(rem, a):
+			c.cfg.Log.Info("the id of the old controller is that of another path by now", "controller", cntlid)
+			return nil
+		case presence != unclear && c.superseded(ctx, a, rem.id):
 			c.cfg.Log.Info("the id of the old controller is another association's by now", "controller", cntlid)
 			return nil
 		case presence == unclear && f.lived >= patience:
@@ -149,14 +152,18 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 
 // superseded reports whether the controller that the target has under an old id is proven
 // to be another association's. It takes as long as a question at most.
-func (c *Controller) superseded(ctx context.Context, a *association, cntlid uint16) bool {
+func (c *Controller) superseded(ctx context.Context, a *association, id ControllerID) bool {
 	if c.cfg.Superseded == nil {
 		return false
+	}
+	at := id.Address
+	if !at.IsValid() {
+		at = a.remote
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
 	defer cancel()
 	return c.cfg.Superseded(ctx, Present{
-		Address: a.remote, CNTLID: cntlid, Serial: a.identify.SN(), Model: a.identify.MN(),
+		Address: at, CNTLID: id.CNTLID, Serial: a.identify.SN(), Model: a.identify.MN(),
 	})
 }
 

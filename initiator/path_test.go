@@ -825,3 +825,23 @@ func FuzzANALog(f *testing.F) {
 		}
 	})
 }
+
+// TestIDsAreReused checks that paths come back if the target gives the id of an old controller
+// to another path.
+func TestIDsAreReused(t *testing.T) {
+	h := newHall(t, 2, false, func(c *target.Config, _ *target.NamespaceConfig) { c.MaxControllerID = c.MinControllerID + 1 })
+	s := h.connect(func(c *Config) { c.KeepAlive = 200 * time.Millisecond })
+	for round := range 6 {
+		h.vouched(s)
+		mend := []func(){h.cut(0), h.cut(1)}
+		waitFor(t, "the loss of both", func() bool { return s.Info().State == StateConnecting })
+		waitFor(t, "the end of the old controllers", func() bool { return len(h.targets[0].Snapshot().Controllers) == 0 })
+		mend[(round+1)%2]()
+		waitFor(t, "one path", func() bool { return s.Info().State == StateLive })
+		mend[round%2]()
+		waitFor(t, "both paths", func() bool {
+			i := s.Info()
+			return i.Paths[0].State == StateLive && i.Paths[1].State == StateLive
+		})
+	}
+}

@@ -224,6 +224,9 @@ func (s *Subsystem) fence(rem *remnant) {
 			case presence == ended:
 				rem.end(fmt.Sprintf("path %v, which knew it, says so", b.remote))
 				return
+			case presence != unclear && (s.inherited(rem, b) || b.ctrl.superseded(b.life, b, rem.id)):
+				rem.end("its id belongs to another association by now")
+				return
 			case presence != unclear:
 				rem.exists(fmt.Sprintf("path %v says that the controller exists", b.remote))
 			case rem.left() <= 0:
@@ -246,6 +249,23 @@ func (s *Subsystem) fence(rem *remnant) {
 			return
 		}
 	}
+}
+
+// inherited reports whether the target has given the id of a remnant to another path since, so
+// that the old controller has ended: some targets always give the lowest free id. The other
+// path must be to the same target: at the same address, or one of them must know the
+// controllers of the other. by is the association that asks.
+func (s *Subsystem) inherited(rem *remnant, by *association) bool {
+	for _, c := range s.paths() {
+		d := c.current()
+		if d == nil || d == by || d.cntlid != rem.id.CNTLID || d.asked.Before(rem.lost) {
+			continue
+		}
+		if d.remote == rem.id.Address || rem.assoc != nil && rem.assoc.knownAt(d.remote) || d.vouchesFor(by) {
+			return true
+		}
+	}
+	return false
 }
 
 // witness returns an association of another path whose target knew the controller of a
@@ -274,6 +294,7 @@ func (s *Subsystem) others(c *Controller) bool {
 type vouching struct {
 	mu    sync.Mutex
 	knows map[*association]bool
+	known []netip.AddrPort // addresses whose targets know the controller of this one
 }
 
 func (v *vouching) vouchesFor(a *association) bool {
@@ -289,6 +310,20 @@ func (v *vouching) knew(a *association) {
 		v.knows = make(map[*association]bool)
 	}
 	v.knows[a] = true
+}
+
+// isKnown records that the target at an address knows the controller of this association.
+func (v *vouching) isKnown(at netip.AddrPort) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.known = append(v.known, at)
+}
+
+// knownAt reports whether the target at an address knew the controller of this association.
+func (v *vouching) knownAt(at netip.AddrPort) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Contains(v.known, at)
 }
 
 // vouch asks over each of two paths whether its target knows the controller of the other, for
@@ -316,6 +351,7 @@ func (c *Controller) vouch(a *association) {
 			// An answer counts only if the controller still existed afterwards.
 			if (presence == present || presence == joined) && of.life.Err() == nil {
 				by.knew(of)
+				of.isKnown(by.remote)
 			}
 			c.cfg.Log.Info("path was asked for the controller of another", "asked", by.remote.String(), "for", of.remote.String(),
 				"knows", by.vouchesFor(of), "error", err)
