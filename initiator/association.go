@@ -345,6 +345,7 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 	if a.plan.Queues() == 0 {
 		return ErrNoQueues
 	}
+	a.plan.Mapping = a.plan.Rotate(c.slot) // short grants of several paths do not meet on one loop
 	return nil
 }
 

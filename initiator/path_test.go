@@ -845,3 +845,51 @@ func TestIDsAreReused(t *testing.T) {
 		})
 	}
 }
+
+// BenchmarkPaths reads 4 KiB at queue depth 32 with two loops and two queue pairs in total, of one
+// path or of two.
+func BenchmarkPaths(b *testing.B) {
+	for _, paths := range []int{1, 2} {
+		b.Run(fmt.Sprintf("%d", paths), func(b *testing.B) {
+			h := newHall(b, paths, false, nil)
+			h.loops = append(h.loops, newLoops(b, 1)...)
+			if err := h.subs[0].SetMaxQueues(2 / paths); err != nil {
+				b.Fatal(err)
+			}
+			s := h.connect(nil)
+			var readers []*reader
+			for i := range h.loops {
+				q, err := s.Namespaces()[0].OpenQueue(i, block.QueueConfig{Depth: 16, MaxIO: 4096})
+				if err != nil {
+					b.Fatal(err)
+				}
+				r := &reader{queue: q, sectors: 8, batch: make([]block.Request, 0, 16), results: make([]block.Result, 16), done: make(chan struct{}, 1)}
+				for tag := range 16 {
+					r.ready = append(r.ready, uint16(tag))
+				}
+				readers = append(readers, r)
+				h.loops[i].Call(func() { h.loops[i].Attach(r) })
+			}
+			b.ReportAllocs()
+			cpu := cpuTime(b)
+			b.ResetTimer()
+			for i, r := range readers {
+				h.loops[i].Call(func() { r.left = b.N })
+			}
+			for _, r := range readers {
+				<-r.done
+			}
+			b.StopTimer()
+			b.ReportMetric(float64(cpuTime(b)-cpu)/float64(b.N*len(readers)), "cpu-ns/op")
+			for i, r := range readers {
+				h.loops[i].Call(func() { h.loops[i].Detach(r) })
+				if r.failed {
+					b.Fatal("a read failed")
+				}
+				if err := r.queue.Close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -148,6 +148,19 @@ func TestRecoverKeepsPaths(t *testing.T) {
 		t.Fatalf("recover: %s%s", out, stderr)
 	}
 	again := p.live(2)
+	// The path that connect was given first may be the one that is down.
+	p.ok("target", "drop") // so that recover does not wait for the old controllers
+	p.kill(again.Name)
+	p.ok("target", "stop")
+	if _, stderr, code := p.run("target", "--background", "-a", p.second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB,uuid="+s.Devices[0].UUID); code != exit.OK {
+		t.Fatal(stderr)
+	}
+	if out, stderr, code := p.run("recover", "--all"); code != exit.OK {
+		t.Fatalf("recover over the second path: %s%s", out, stderr)
+	}
+	if s := p.status(); len(s.Paths) != 2 || s.Paths[0].State != "live" || s.Paths[0].TrAddr != p.second || s.Paths[1].TrAddr != p.first || s.Paths[1].State != "connecting" {
+		t.Errorf("%+v", s.Paths)
+	}
 	if again.PID == s.PID || again.Policy != "round-robin" || again.Paths[0].TrAddr != p.first || again.Paths[1].TrAddr != p.second {
 		t.Errorf("%+v", again)
 	}

@@ -109,7 +109,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 		return nil, err
 	}
 	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
-	sub, found, err := s.back.connect(ctx, cfg, s.changed)
+	sub, found, further, err := s.connectFirst(ctx, cfg)
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
@@ -118,7 +118,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	s.sub, s.path = sub, path
 	s.mu.Unlock()
 	s.depth = path.QueueSize
-	if err := s.connectPaths(ctx); err != nil {
+	if err := s.connectPaths(ctx, further); err != nil {
 		return nil, s.explain(ctx, err)
 	}
 	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String())

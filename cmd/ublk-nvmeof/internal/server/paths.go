@@ -66,10 +66,28 @@ func (s *server) closeProviders() error {
 	return errors.Join(errs...)
 }
 
-// connectPaths adds the further paths of the options. One that cannot be connected now is kept,
-// and tried again.
-func (s *server) connectPaths(ctx context.Context) error {
-	for _, p := range s.opts.Paths {
+// connectFirst connects over the first path that works, and returns the others.
+func (s *server) connectFirst(ctx context.Context, cfg initiator.Config) (sub subsystem, found []namespace, further []options.Path, err error) {
+	sub, found, first := s.back.connect(ctx, cfg, s.changed)
+	if first == nil {
+		return sub, found, s.opts.Paths, nil
+	}
+	for i, p := range s.opts.Paths {
+		s.log.Warn("the first path cannot be connected; another one is tried", "path", p.String(), "error", first)
+		if cfg.Path, err = s.initiatorPath(p); err != nil {
+			continue
+		}
+		if sub, found, err = s.back.connect(ctx, cfg, s.changed); err == nil {
+			further = slices.Concat([]options.Path{{Address: s.remote, Source: s.opts.SourceAddr}}, s.opts.Paths[:i], s.opts.Paths[i+1:])
+			return sub, found, further, nil
+		}
+	}
+	return nil, nil, nil, first
+}
+
+// connectPaths adds further paths. One that cannot be connected now is kept, and tried again.
+func (s *server) connectPaths(ctx context.Context, further []options.Path) error {
+	for _, p := range further {
 		err := s.addPath(ctx, p)
 		switch {
 		case err == nil, errors.Is(err, initiator.ErrPathExists):
