@@ -445,28 +445,33 @@ func (a *association) shutdown(ctx context.Context) error {
 	return a.waitStatus(ctx, limit, func(s nvme.CSTS) bool { return s.SHST() == 2 })
 }
 
-// watch ends the association when an event reports the end of a connection. EventPortDown
-// ends it if there is another path. Otherwise it does not: adapters send again when the port
-// is back, and if it does not come back keep alive fails.
+// watch ends the association when an event reports the end of a connection.
 func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
-			reason := LossDisconnected
-			switch ev.Type {
-			case rdma.EventPortDown:
-				if !a.ctrl.sub.others(a.ctrl) {
-					continue
-				}
-				reason = LossLinkDown
-			case rdma.EventDeviceRemoved:
-				a.removed.Store(true)
-				reason = LossDeviceRemoved
-			}
-			a.fail(because(reason, fmt.Errorf("queue %d: %v", conn.qid, ev.Type)))
+			a.event(ev, conn.qid)
 		}
 	}()
+}
+
+// event handles an event of a queue's connection. EventPortDown ends the association if there
+// is another path. Otherwise it does not: adapters send again when the port is back, and if it
+// does not come back keep alive fails.
+func (a *association) event(ev rdma.Event, qid uint16) {
+	reason := LossDisconnected
+	switch ev.Type {
+	case rdma.EventPortDown:
+		if !a.ctrl.sub.others(a.ctrl) {
+			return
+		}
+		reason = LossLinkDown
+	case rdma.EventDeviceRemoved:
+		a.removed.Store(true)
+		reason = LossDeviceRemoved
+	}
+	a.fail(because(reason, fmt.Errorf("queue %d: %v", qid, ev.Type)))
 }
 
 // close closes all connections of the association, I/O queues first. No lane may use the

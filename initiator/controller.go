@@ -47,10 +47,11 @@ type Controller struct {
 	unfenced []*remnant // earlier controllers that may hold commands; see await
 	brief    int        // number of consecutive associations that were lost early
 
-	life    context.Context // ends with that of the subsystem
-	end     context.CancelCauseFunc
-	blamed  atomic.Bool   // the last association was lost with the suspect in flight
-	stopped chan struct{} // supervise has ended
+	life      context.Context // ends with that of the subsystem
+	end       context.CancelCauseFunc
+	announced ControllerID  // of the last association that was recorded; guarded by the subsystem's recording
+	blamed    atomic.Bool   // the last association was lost with the suspect in flight
+	stopped   chan struct{} // supervise has ended
 
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
 	failovers atomic.Uint64 // requests that were in flight when an association was lost
@@ -315,10 +316,17 @@ func (c *Controller) resume(ctx context.Context, a *association) error {
 // announce records the controller of an association before commands are sent to it. A
 // controller that could not be recorded is not used.
 func (c *Controller) announce(a *association) error {
-	if c.cfg.Associated != nil {
-		if err := c.cfg.Associated(c.sub.holders(a)); err != nil {
-			return &StepError{"record controller id", err}
-		}
+	if c.cfg.Associated == nil {
+		return nil
+	}
+	s := c.sub
+	s.recording.Lock()
+	defer s.recording.Unlock()
+	last := c.announced
+	c.announced = ControllerID{a.remote, a.cntlid}
+	if err := c.cfg.Associated(s.holders()); err != nil {
+		c.announced = last
+		return &StepError{"record controller id", err}
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -891,5 +892,74 @@ func BenchmarkPaths(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestRecordedControllers checks that the controllers of all paths, and those whose end is not
+// known, are recorded before another one is used.
+func TestRecordedControllers(t *testing.T) {
+	h := newHall(t, 3, true, nil) // nobody vouches
+	h.ports = h.ports[:2]
+	records := make(chan []ControllerID, 8)
+	s := h.connect(func(c *Config) {
+		c.Policy, c.KeepAlive = Preferred, time.Second
+		c.Associated = func(all []ControllerID) error { records <- all; return nil }
+	})
+	ids := []ControllerID{}
+	for n, p := range s.Info().Paths {
+		ids = append(ids, ControllerID{p.Address, p.CNTLID})
+		if got := <-records; !slices.Equal(got, ids) {
+			t.Errorf("path %d: recorded %v, want %v", n, got, ids)
+		}
+	}
+	added := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 100 * time.Millisecond})
+	lost := h.send(s, writeBlock, "old")
+	waitFor(t, "the write to be held", added.UsedUp)
+	defer h.cut(0)()
+	waitFor(t, "the loss", func() bool { return s.Info().Paths[0].State == StateConnecting })
+	if _, err := s.AddPath(t.Context(), h.path(2)); err != nil {
+		t.Fatal(err)
+	}
+	p := s.Info().Paths[2]
+	ids = append(ids, ControllerID{p.Address, p.CNTLID})
+	if got := <-records; !slices.Equal(got, ids) {
+		t.Errorf("with a lost path: recorded %v, want %v", got, ids)
+	}
+	if e := lost.wait(t); e != 0 {
+		t.Errorf("lost write: %v", e)
+	}
+	if err := s.RemovePath(t.Context(), s.Paths()[2]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddPath(t.Context(), h.path(2)); err != nil {
+		t.Fatal(err)
+	}
+	p = s.Info().Paths[2]
+	if got, want := <-records, []ControllerID{ids[1], {p.Address, p.CNTLID}}; !slices.Equal(got, want) {
+		t.Errorf("after the end of the old controllers: recorded %v, want %v", got, want)
+	}
+}
+
+// TestLinkDown checks that a path whose port loses its link is left at once if there is another
+// one, and kept otherwise.
+func TestLinkDown(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	down := func(n int) {
+		a := s.Paths()[n].current()
+		a.event(rdma.Event{Type: rdma.EventPortDown}, 1)
+	}
+	down(0)
+	waitFor(t, "the loss", func() bool { return s.Info().Paths[0].Outages.Losses[LossLinkDown] == 1 })
+	waitFor(t, "the path", func() bool { return s.Info().Paths[0].State == StateLive })
+	if err := s.RemovePath(t.Context(), s.Paths()[0]); err != nil {
+		t.Fatal(err)
+	}
+	down(0)
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if p := s.Info().Paths[0]; p.Losses != 0 {
+		t.Errorf("the only path was lost: %v", p.Reason)
 	}
 }

@@ -180,9 +180,14 @@ func (rem *remnant) end(how string) {
 	}
 	s.cfg.Log.Info("old controller has ended", "controller", rem.id.CNTLID, "address", rem.id.Address.String(),
 		"after", time.Since(rem.lost).Round(time.Millisecond), "because", how, "changes", held)
+	s.recording.Lock()
+	if rem.ctrl.announced == rem.id {
+		rem.ctrl.announced = ControllerID{}
+	}
 	s.mu.Lock()
 	s.remnants = slices.DeleteFunc(s.remnants, func(r *remnant) bool { return r == rem })
 	s.mu.Unlock()
+	s.recording.Unlock()
 	for _, ns := range s.Namespaces() {
 		ns.unbar(rem)
 	}
@@ -375,22 +380,25 @@ func (s *Subsystem) fences() []FenceInfo {
 	return all
 }
 
-// holders returns all controllers that may have commands of this process, and that of a new
-// association.
-func (s *Subsystem) holders(a *association) []ControllerID {
+// holders returns all controllers that may have commands of this process. The caller holds
+// recording.
+func (s *Subsystem) holders() []ControllerID {
 	s.mu.Lock()
 	remnants, paths := slices.Clone(s.remnants), s.lockedPaths()
 	s.mu.Unlock()
 	var all []ControllerID
-	for _, rem := range remnants {
-		all = append(all, rem.id)
-	}
-	for _, c := range paths {
-		if b := c.current(); b != nil {
-			all = append(all, ControllerID{b.remote, b.cntlid})
+	add := func(id ControllerID) {
+		if id.Address.IsValid() && !slices.Contains(all, id) {
+			all = append(all, id)
 		}
 	}
-	return append(all, ControllerID{a.remote, a.cntlid})
+	for _, rem := range remnants {
+		add(rem.id)
+	}
+	for _, c := range paths {
+		add(c.announced)
+	}
+	return all
 }
 
 // errBarred is the error of a reservation command while an earlier one may still be executed.

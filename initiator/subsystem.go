@@ -36,7 +36,8 @@ type Subsystem struct {
 
 	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
 
-	placing sync.Mutex // held while the namespaces are compared with what a path says; taken before mu
+	recording sync.Mutex // held while the controllers are recorded; taken before mu
+	placing   sync.Mutex // held while the namespaces are compared with what a path says; taken before mu
 
 	mu         sync.Mutex // guards what follows; taken before Controller.mu
 	slots      [maxPaths]*Controller
