@@ -17,6 +17,7 @@ import (
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/rdma/roce"
 	"ublk-nvmeof/target"
 )
 
@@ -961,5 +962,64 @@ func TestLinkDown(t *testing.T) {
 	}
 	if p := s.Info().Paths[0]; p.Losses != 0 {
 		t.Errorf("the only path was lost: %v", p.Reason)
+	}
+}
+
+// TestRoCEPaths checks over a real network that requests go on within 100 ms after the loss of a
+// path, and that verified I/O survives losses of both paths in turn.
+func TestRoCEPaths(t *testing.T) {
+	w := newWire(t, target.Config{}, target.NamespaceConfig{})
+	addr := wireAddr()
+	p, err := roce.New(roce.Config{Addrs: []netip.Addr{addr}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	port, err := w.target.AddPort(p, netip.AddrPortFrom(addr, 4420))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer port.Close()
+	loops := newLoops(t, 1)
+	cfg := w.config(loops, poller.Request{IO: 1})
+	s := connect(t, cfg)
+	defer closeSubsystem(t, s)
+	if _, err := s.AddPath(t.Context(), Path{Provider: w.host, Address: port.Addr()}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the vouching", func() bool {
+		i := s.Info()
+		return len(i.Paths[0].Vouched) == 1 && len(i.Paths[1].Vouched) == 1
+	})
+	ports := w.target.Ports()
+	f := newFrontEnd(t, s.Namespaces()[0], loops, 16, 64<<10, 21)
+	f.start(8000)
+	for n := range 8 {
+		ports[n%2].Disconnect()
+		waitFor(t, "the loss and the next association", func() bool {
+			i := s.Info()
+			return i.Paths[n%2].Losses == n/2+1 && i.Paths[0].State == StateLive && i.Paths[1].State == StateLive
+		})
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	if err := s.SetPolicy(Preferred, s.Paths()[0]); err != nil {
+		t.Fatal(err)
+	}
+	h := &hall{t: t, loops: loops}
+	w.target.Faults().Add(target.Fault{Match: target.Match{Port: 1}, Count: 1, Drop: true})
+	read := h.send(s, readBlock, "")
+	waitFor(t, "the read", func() bool { return s.inflight()[0] == 1 })
+	began := time.Now()
+	ports[0].Disconnect()
+	if e := read.wait(t); e != 0 {
+		t.Errorf("read: %v", e)
+	}
+	took := time.Since(began)
+	t.Logf("a read goes on after %v", took)
+	if took > 100*time.Millisecond {
+		t.Errorf("a read goes on after %v", took)
 	}
 }

@@ -119,6 +119,16 @@ func TestConnectAddsPath(t *testing.T) {
 			t.Fatal("the ANA state does not change")
 		}
 	}
+	before := p.status().Paths
+	p.ok("target", "drop", "--port", "2")
+	p.refuse(exit.NotFound, "no port 9", "target", "drop", "--port", "9")
+	p.ok("target", "fault", "status=0x302,port=1,count=1")
+	for limit := time.Now().Add(time.Minute); p.status().Paths[1].Losses != before[1].Losses+1; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("the second path is not lost")
+		}
+	}
+	p.live(2)
 	p.ok("policy", inspectedNQN, "--policy", "preferred", "--preferred", p.second)
 	if s := p.status(); s.Policy != "preferred" || !s.Paths[1].Preferred {
 		t.Errorf("%+v", s)

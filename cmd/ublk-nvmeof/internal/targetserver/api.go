@@ -106,10 +106,11 @@ type (
 		Exactly bool   `json:"exactly,omitempty"`
 	}
 	// DropRequest ends the connections of the queues with an id, or all connections
-	// if QID is negative. With NQN, QID must be negative.
+	// if QID is negative. With NQN or Port, QID must be negative.
 	DropRequest struct {
-		NQN string `json:"subsysnqn,omitempty"`
-		QID int    `json:"qid"`
+		NQN  string `json:"subsysnqn,omitempty"`
+		QID  int    `json:"qid"`
+		Port uint16 `json:"port,omitempty"` // number of the port whose connections end; 0: any
 	}
 	// StallRequest makes the target begin no commands, or begin them again.
 	StallRequest struct {

@@ -157,7 +157,27 @@ func (s *server) grant(r GrantRequest) (Done, error) {
 	return Done{}, nil
 }
 
+// port returns the port with a number.
+func (s *server) port(id uint16) (*target.Port, error) {
+	all := s.target.Ports()
+	i := slices.IndexFunc(all, func(p *target.Port) bool { return p.ID() == id })
+	if i < 0 {
+		return nil, exit.Errorf(exit.NotFound, "the target has no port %d", id)
+	}
+	return all[i], nil
+}
+
 func (s *server) drop(r DropRequest) (Done, error) {
+	if r.Port != 0 {
+		if r.NQN != "" || r.QID >= 0 {
+			return Done{}, exit.Errorf(exit.Usage, "all connections of a port are dropped; want --port without --nqn and --qid")
+		}
+		p, err := s.port(r.Port)
+		if err == nil {
+			p.Disconnect()
+		}
+		return Done{}, err
+	}
 	if r.NQN == "" {
 		s.target.Faults().Disconnect(r.QID)
 		return Done{}, nil
@@ -268,11 +288,10 @@ func (s *server) ana(r ANARequest) (Done, error) {
 	set := func(sub *subsystem) error { return sub.SetANAState(r.Group, state) }
 	key := strconv.Itoa(int(r.Group))
 	if r.Port != 0 {
-		i := slices.IndexFunc(s.target.Ports(), func(p *target.Port) bool { return p.ID() == r.Port })
-		if i < 0 {
-			return Done{}, exit.Errorf(exit.NotFound, "the target has no port %d", r.Port)
+		port, err := s.port(r.Port)
+		if err != nil {
+			return Done{}, err
 		}
-		port := s.target.Ports()[i]
 		set = func(sub *subsystem) error { return sub.SetPortANAState(port, r.Group, state) }
 		key += " over port " + strconv.Itoa(int(r.Port))
 	}
