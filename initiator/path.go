@@ -106,10 +106,15 @@ func (s *Subsystem) SetPolicy(p Policy, preferred *Controller) error {
 	if p >= nPolicies {
 		return fmt.Errorf("%v is not a policy", p)
 	}
-	slot := 0
+	slot := 0 // that of the path that was connected first
 	if preferred != nil {
 		slot = preferred.slot
 	}
+	return s.setPolicy(p, slot)
+}
+
+// setPolicy is SetPolicy for the path in a slot. With slot -1 no path is preferred.
+func (s *Subsystem) setPolicy(p Policy, slot int) error {
 	s.mu.Lock()
 	s.policy, s.preferred = p, slot
 	s.mu.Unlock()
@@ -215,8 +220,12 @@ func (s *Subsystem) dropPath(c *Controller) error {
 	err := s.mem.forget(c.slot)
 	s.mu.Lock()
 	s.slots[c.slot] = nil
+	preferred, policy := s.preferred == c.slot, s.policy
 	s.mu.Unlock()
 	s.limitOutage()
+	if preferred && c.removing { // another path may take the slot
+		err = errors.Join(err, s.setPolicy(policy, -1))
+	}
 	return err
 }
 

@@ -153,12 +153,10 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case opDirect:
+		// The buffer ends with the answer, and a capsule may be sent again after it. So the
+		// data are not in the capsule.
 		*cmd = r.direct.cmd
-		if nvme.IsWrite(cmd) {
-			capsule = p.inline(cmd, r, 0, r.direct.length)
-		} else {
-			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
-		}
+		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)

@@ -62,7 +62,10 @@ func (c *connection) join(ctx context.Context, dir state.Dir) (control.Status, b
 
 // hasPath reports whether a server uses an address.
 func hasPath(s control.Status, r state.Record, a netip.AddrPort) bool {
-	return r.Target.Address == a || slices.ContainsFunc(s.Paths, func(p control.Path) bool {
+	if len(s.Paths) == 0 { // it is connecting, or of an older build
+		return r.Target.Address == a
+	}
+	return slices.ContainsFunc(s.Paths, func(p control.Path) bool {
 		return p.TrAddr == a.Addr().String() && p.TrSvcID == fmt.Sprint(a.Port())
 	})
 }
