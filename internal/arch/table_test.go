@@ -64,6 +64,7 @@ var table = map[string]row{
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
+	"docs":              {}, // what the program reads of its documents
 	"internal/uring":    {may: []string{sys}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
@@ -74,7 +75,7 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
-		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
@@ -83,7 +84,12 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/host":       {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics":    {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
 	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
-	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}},
+	"cmd/ublk-nvmeof/internal/doctor": {may: []string{
+		"block", "discovery", "docs", "initiator", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+	}},
+	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}, testing: []string{"cmd/ublk-nvmeof/internal/exit"}},
 	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",

@@ -100,7 +100,7 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (d *Discovery) Complete(from Sources) error { return d.Connect.complete(from) }
+func (d *Discovery) Complete(from Sources) error { return d.Connect.CompleteHost(from) }
 
 // Flags returns the flags of the service and of the connections.
 func (d *Discovery) Flags() *pflag.FlagSet { return d.flags }

@@ -217,11 +217,11 @@ func (c *Connect) Complete(from Sources) error {
 	case c.NQN == "":
 		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
 	}
-	return c.complete(from)
+	return c.CompleteHost(from)
 }
 
-// complete is Complete for flags that may lack the target.
-func (c *Connect) complete(from Sources) error {
+// CompleteHost is Complete for flags that may lack the target.
+func (c *Connect) CompleteHost(from Sources) error {
 	if err := c.chooseSource(); err != nil {
 		return err
 	}
