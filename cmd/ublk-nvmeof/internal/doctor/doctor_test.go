@@ -88,7 +88,9 @@ func fine() (*Machine, fstest.MapFS) {
 		Netdev: func(name string) (*net.Interface, error) {
 			return &net.Interface{Name: name, MTU: 4200, Flags: net.FlagUp | net.FlagRunning}, nil
 		},
-		DCB:    func(string) (host.DCB, bool, error) { return host.DCB{PFC: 1 << 3, DSCP: map[uint8]uint8{26: 3, 48: 6}}, true, nil },
+		DCB: func(string) (host.DCB, bool, error) {
+			return host.DCB{PFC: 1 << 3, DSCP: map[uint8]uint8{26: 3, 48: 6}}, true, nil
+		},
 		Holder: func(netip.AddrPort) (host.Holder, bool) { return host.Holder{}, false },
 		Echo:   func(context.Context, netip.AddrPort) error { return nil },
 	}
@@ -242,7 +244,9 @@ func TestEachCheckFails(t *testing.T) {
 		}), Fail, exit.Unreachable, "ip route get 10.0.0.1"},
 		{"rdma_device", "none on the route", on(func(m *Machine) {
 			m.Options.Provider = options.Verbs
-			m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) { return host.Route{Source: source, Netdev: "eth1"}, nil }
+			m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) {
+				return host.Route{Source: source, Netdev: "eth1"}, nil
+			}
 		}), Fail, exit.NoRDMA, "no RDMA device is on eth1; this host has mlx5_0"},
 		{"rdma_device", "none at all", func(m *Machine, root fstest.MapFS) {
 			m.Options.Provider, m.Options.Address = options.Verbs, ""
