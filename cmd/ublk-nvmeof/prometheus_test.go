@@ -163,7 +163,12 @@ type fioJob struct {
 
 func (m *measured) fio(args ...string) fioJob {
 	m.Helper()
-	out, err := exec.CommandContext(m.Context(), "fio", append([]string{"--name=x", "--ioengine=nbd", "--uri=" + m.device, "--output-format=json"}, args...)...).Output()
+	file := filepath.Join(m.TempDir(), "fio.json")
+	said, err := exec.CommandContext(m.Context(), "fio", append([]string{"--name=x", "--ioengine=nbd", "--uri=" + m.device, "--output-format=json", "--output=" + file}, args...)...).CombinedOutput()
+	if err != nil {
+		m.Fatalf("fio: %v: %s", err, said)
+	}
+	out, err := os.ReadFile(file)
 	if err != nil {
 		m.Fatal(err)
 	}
@@ -201,9 +206,8 @@ func TestPrometheus(t *testing.T) {
 // deviation of the square root of n × 1344/64³ (renewal theorem; 1344 is the variance of the
 // distance).
 func countsOfFio(p *prometheus, m *measured) {
-	const requests = 60000
 	device := fmt.Sprintf("device=%q", m.device)
-	job := m.fio("--rw=randrw", "--bs=4k", "--size=1m", "--iodepth=8", fmt.Sprintf("--number_ios=%d", requests), "--time_based", "--runtime=20")
+	job := m.fio("--rw=randrw", "--bs=4k", "--size=1m", "--iodepth=16", "--io_size=160m")
 	all := job.Read.Requests + job.Write.Requests
 	p.await(fmt.Sprintf("sum(ublk_nvmeof_requests_total{%s}) >= %v", device, all))
 	for operation, did := range map[string]struct{ requests, bytes float64 }{
@@ -296,13 +300,12 @@ func raiseAlert(p *prometheus, m *measured) {
 	}
 	before := p.value("ublk_nvmeof_unavailable_seconds_total")
 	began := time.Now()
-	m.un("target", "reject", "6")
-	m.un("target", "drop")
+	m.un("target", "stop")
 	p.await(`ublk_nvmeof_controller_state{state="connecting"} == 1`)
 	p.await(alert)
 	during := p.await(fmt.Sprintf("ublk_nvmeof_unavailable_seconds_total > %v", before+1))
 	p.await(fmt.Sprintf("ublk_nvmeof_unavailable_seconds_total > %v", during))
-	m.un("target", "reject", "off")
+	m.un(m.target...)
 	p.await(`ublk_nvmeof_controller_state{state="live"} == 1`)
 	lasted := time.Since(began).Seconds()
 	p.await("absent(" + alert + ")")
