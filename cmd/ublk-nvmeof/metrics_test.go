@@ -80,7 +80,7 @@ func freePort(t *testing.T, address string) string {
 // measured is a server of 32 namespaces, whose metrics are looked at.
 type measured struct {
 	*testing.T
-	dir, nqn, address string // address of the metrics
+	dir, nqn, address string   // address of the metrics
 	target            []string // the command that starts the target
 	device            string   // of namespace 1
 	client            *nbdClient
