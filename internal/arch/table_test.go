@@ -52,8 +52,11 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	// A front end of its own, which knows nothing of the back end that it tests.
+	"vhost/vhosttest": {may: []string{sys}},
 
 	// Back ends that need no target.
 	"block/null": {may: []string{"block", "internal/hostmem", sys}},
