@@ -24,7 +24,7 @@ func (s *server) HandOver(ctx context.Context) error {
 	s.mu.Lock()
 	front := s.front.name
 	s.mu.Unlock()
-	if front != options.Ublk {
+	if front != options.Ublk && front != options.VhostUserBlk {
 		return exit.Errorf(exit.Other, "the front end is %s, which cannot hand over its clients", front)
 	}
 	var err error
