@@ -215,12 +215,24 @@ func (s *Server) Changed() error {
 	return n.notify()
 }
 
+// drainTime is the time that requests in flight have to end before HandOver returns, if
+// the front end has a record of them. The next server executes the others again.
+const drainTime = 500 * time.Millisecond
+
 // HandOver leaves the front end to another server: it takes no more requests, waits for
-// those in flight, but not longer than until ctx is done, and hangs up. The front end
-// keeps a record of those that are still in flight, for the next server, if it can. Stop
-// must follow.
+// those in flight, and hangs up. If the front end has a record of the requests in flight
+// for the next server, they have half a second to end, and otherwise until ctx is done. An
+// error says that requests are still in flight. Stop must follow.
 func (s *Server) HandOver(ctx context.Context) error {
 	s.refuse()
+	s.mu.Lock()
+	n := s.session
+	s.mu.Unlock()
+	if n != nil && n.recorded.Load() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, drainTime)
+		defer cancel()
+	}
 	return s.endSession(ctx)
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,6 +40,7 @@ type session struct {
 	regions            []*region
 	log                *dirtyLog
 	inflight           *inflightArea
+	recorded           atomic.Bool // inflight is not nil
 	memory             *memory
 	rings              [maxRings]frontRing
 
@@ -474,6 +476,7 @@ func (n *session) setInflight(m *message) error {
 	}
 	old := n.inflight
 	n.inflight = a
+	n.recorded.Store(true)
 	n.addMapping(a.raw)
 	if old == nil {
 		return nil

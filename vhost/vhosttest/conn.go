@@ -189,8 +189,11 @@ func (c *Conn) AskU64(request uint32) (uint64, error) {
 }
 
 // AwaitEnd waits until the back end hangs up.
-func (c *Conn) AwaitEnd() error {
-	if err := c.c.SetDeadline(time.Now().Add(patience)); err != nil {
+func (c *Conn) AwaitEnd() error { return c.AwaitEndFor(patience) }
+
+// AwaitEndFor is AwaitEnd with another limit.
+func (c *Conn) AwaitEndFor(limit time.Duration) error {
+	if err := c.c.SetDeadline(time.Now().Add(limit)); err != nil {
 		return err
 	}
 	for {
@@ -209,6 +212,9 @@ func U64(v uint64) []byte { return binary.LittleEndian.AppendUint64(nil, v) }
 
 // State is the payload of the messages about a number of a ring.
 func State(ring, num uint32) []byte { return U64(uint64(num)<<32 | uint64(ring)) }
+
+// CloseBoth ends both directions. Another goroutine may wait in AwaitEnd.
+func (c *Conn) CloseBoth() error { return errors.Join(c.c.CloseRead(), c.c.CloseWrite()) }
 
 // CloseWrite ends the direction to the back end.
 func (c *Conn) CloseWrite() { _ = c.c.CloseWrite() }

@@ -196,9 +196,12 @@ func (g *Guest) Attach(c *Conn) error {
 	if err := c.Send(SetOwner, nil); err != nil {
 		return err
 	}
-	g.Features = g.Offered &^ FeatLogAll
+	features := g.Offered &^ FeatLogAll
 	if g.cfg.Features != 0 {
-		g.Features &= g.cfg.Features | FeatProtocolFeatures | FeatVersion1
+		features &= g.cfg.Features | FeatProtocolFeatures | FeatVersion1
+	}
+	if g.Features != features { // rings in use read it
+		g.Features = features
 	}
 	if !g.cfg.NoTrack {
 		if err := g.setInflight(); err != nil {

@@ -146,8 +146,13 @@ func (d *vhostDevice) Resize(context.Context, uint64) error { return d.srv.Chang
 // namespace refuses writes.
 func (d *vhostDevice) SetReadOnly(bool) error { return nil }
 
-// HandOver implements device.
-func (d *vhostDevice) HandOver(ctx context.Context) error { return d.srv.HandOver(ctx) }
+// HandOver implements device. The device has ended if no request is left in flight.
+func (d *vhostDevice) HandOver(ctx context.Context) error {
+	if err := d.srv.HandOver(ctx); err != nil {
+		return err
+	}
+	return d.Stop(ctx, true)
+}
 
 // Stop implements device.
 func (d *vhostDevice) Stop(ctx context.Context, force bool) error {
