@@ -209,7 +209,7 @@ type inflightDesc struct {
 
 const inflightDescSize = 20
 
-// decodeInflight accepts the padding that some front ends send after the fields.
+// decodeInflight accepts the padding that QEMU and others send after the fields.
 func decodeInflight(p []byte) (d inflightDesc, err error) {
 	if len(p) < inflightDescSize || len(p) > inflightDescSize+4 {
 		return d, fmt.Errorf("payload of %d bytes, want %d", len(p), inflightDescSize)
@@ -218,12 +218,13 @@ func decodeInflight(p []byte) (d inflightDesc, err error) {
 	return inflightDesc{le.Uint64(p), le.Uint64(p[8:]), le.Uint16(p[16:]), le.Uint16(p[18:])}, nil
 }
 
-func (d inflightDesc) encode() []byte {
+// encode stores the fields in the payload of a request. QEMU wants its padding back.
+func (d inflightDesc) encode(p []byte) {
 	le := binary.LittleEndian
-	p := le.AppendUint64(nil, d.size)
-	p = le.AppendUint64(p, d.offset)
-	p = le.AppendUint16(p, d.queues)
-	return le.AppendUint16(p, d.ringSize)
+	le.PutUint64(p, d.size)
+	le.PutUint64(p[8:], d.offset)
+	le.PutUint16(p[16:], d.queues)
+	le.PutUint16(p[18:], d.ringSize)
 }
 
 // Structures of the split ring, virtio 1.2 section 2.7

@@ -454,7 +454,8 @@ func (n *session) getInflight(m *message) error {
 		return err
 	}
 	defer unix.Close(fd)
-	return n.reply(m, d.encode(), fd)
+	d.encode(m.payload)
+	return n.reply(m, m.payload, fd)
 }
 
 func (n *session) setInflight(m *message) error {

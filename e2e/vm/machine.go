@@ -40,6 +40,7 @@ type machine struct {
 	append   string
 	cable    string   // path of a socket, or empty
 	disks    []string // paths of the sockets of vhost-user-blk back ends
+	reboot   bool     // the guest may reboot
 	timeout  time.Duration
 	verbose  bool
 	stdout   io.Writer
@@ -166,7 +167,7 @@ func (m *machine) arguments(initrd string) []string {
 		cpu += ",cx16=off"
 	}
 	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35", "-cpu", cpu,
 		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
 		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
@@ -193,6 +194,9 @@ func (m *machine) arguments(initrd string) []string {
 			"-device", "virtio-net-pci,netdev=cable,romfile=,mac="+mac)
 	}
 	args = append(args, m.diskArguments()...)
+	if !m.reboot {
+		args = append(args, "-no-reboot")
+	}
 	switch {
 	case m.accel == "kvm":
 		return append(args, "-accel", "kvm")

@@ -72,6 +72,7 @@ type options struct {
 	appendK  string
 	cable    string
 	disks    []string
+	reboot   bool
 	env      []string
 	verbose  bool
 	fetch    bool
@@ -100,6 +101,7 @@ func parseOptions(args []string) (options, error) {
 		o.disks = append(o.disks, s)
 		return nil
 	})
+	fs.BoolVar(&o.reboot, "reboot", false, "let the VM reboot (reboot -f), which runs the command again; a panic does so, too")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
 		o.env = append(o.env, s)
 		return nil
@@ -182,7 +184,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()

@@ -266,11 +266,12 @@ func (g *Guest) setInflight() error {
 		ask := make([]byte, 16)
 		ask = le.AppendUint16(ask, uint16(len(g.Rings)))
 		ask = le.AppendUint16(ask, g.Rings[0].Num)
+		ask = append(ask, 0, 0, 0, 0) // QEMU does not pack the structure
 		p, fds, err := g.Conn.Ask(GetInflightFD, ask)
 		if err != nil {
 			return err
 		}
-		if len(fds) != 1 || len(p) < 20 {
+		if len(fds) != 1 || len(p) != len(ask) {
 			return fmt.Errorf("reply to GET_INFLIGHT_FD has %d bytes and %d descriptors", len(p), len(fds))
 		}
 		g.track, g.trackOf = fds[0], p
