@@ -38,7 +38,9 @@ type machine struct {
 	icount   bool
 	parallel bool
 	append   string
-	cable    string // path of a socket, or empty
+	cable    string   // path of a socket, or empty
+	disks    []string // paths of the sockets of vhost-user-blk back ends
+	reboot   bool     // the guest may reboot
 	timeout  time.Duration
 	verbose  bool
 	stdout   io.Writer
@@ -165,7 +167,7 @@ func (m *machine) arguments(initrd string) []string {
 		cpu += ",cx16=off"
 	}
 	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35", "-cpu", cpu,
 		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
 		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
@@ -191,6 +193,10 @@ func (m *machine) arguments(initrd string) []string {
 		args = append(args, "-netdev", "stream,id=cable,server="+server+",addr.type=unix,addr.path="+strings.ReplaceAll(m.cable, ",", ",,"),
 			"-device", "virtio-net-pci,netdev=cable,romfile=,mac="+mac)
 	}
+	args = append(args, m.diskArguments()...)
+	if !m.reboot {
+		args = append(args, "-no-reboot")
+	}
 	switch {
 	case m.accel == "kvm":
 		return append(args, "-accel", "kvm")
@@ -204,6 +210,20 @@ func (m *machine) arguments(initrd string) []string {
 		// time that the other one needs.
 		return append(args, "-accel", "tcg,thread=single")
 	}
+}
+
+// diskArguments are the disks of vhost-user-blk back ends, which share the guest's memory.
+// A back end that dies is connected again.
+func (m *machine) diskArguments() []string {
+	if len(m.disks) == 0 {
+		return nil
+	}
+	args := []string{"-object", "memory-backend-memfd,id=memory,size=" + m.memory + ",share=on", "-machine", "memory-backend=memory"}
+	for i, path := range m.disks {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=disk%d,path=%s,reconnect=1", i, strings.ReplaceAll(path, ",", ",,")),
+			"-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=%d", i, m.cpus))
+	}
+	return args
 }
 
 // writeInitramfs packs this program as /init, the boot modules and the guest's

@@ -71,6 +71,8 @@ type options struct {
 	out      string
 	appendK  string
 	cable    string
+	disks    []string
+	reboot   bool
 	env      []string
 	verbose  bool
 	fetch    bool
@@ -95,6 +97,11 @@ func parseOptions(args []string) (options, error) {
 	fs.StringVar(&o.out, "out", "", "`directory` that the VM may write, at the same path inside; gets console.log")
 	fs.StringVar(&o.appendK, "append", "", "more kernel `parameters`")
 	fs.StringVar(&o.cable, "cable", "", "`path` of a socket, which is made if it does not exist: a cable between eth1 here and in another VM with the same path")
+	fs.Func("vhost-user-blk", "path of the `socket` of a vhost-user-blk back end, for a disk with a queue per virtual CPU (modprobe virtio_blk); repeatable", func(s string) error {
+		o.disks = append(o.disks, s)
+		return nil
+	})
+	fs.BoolVar(&o.reboot, "reboot", false, "let the VM reboot (reboot -f), which runs the command again; a panic does so, too")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
 		o.env = append(o.env, s)
 		return nil
@@ -177,7 +184,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()

@@ -53,8 +53,11 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	// A front end of its own, which knows nothing of the back end that it tests.
+	"vhost/vhosttest": {may: []string{sys}},
 
 	// Back ends that need no target.
 	"block/null": {may: []string{"block", "internal/hostmem", sys}},
@@ -79,9 +82,9 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
-	}, testing: []string{"rdma/roce", "target", testscript}},
+	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
@@ -97,11 +100,11 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state",
-	}, testing: []string{"block/null"}},
+	}, testing: []string{"block/null", "vhost/vhosttest"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
 	}},

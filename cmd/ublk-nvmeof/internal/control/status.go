@@ -53,7 +53,7 @@ type Status struct {
 	Serial   string `json:"serial"`
 	Firmware string `json:"firmware_rev"`
 
-	Frontend       string `json:"frontend"` // ublk, nbd or nbd-socket
+	Frontend       string `json:"frontend"` // ublk, nbd, nbd-socket or vhost-user-blk
 	FrontendReason string `json:"frontend_reason,omitempty"`
 
 	Provider string `json:"provider"`
@@ -172,9 +172,9 @@ type Device struct {
 	Durations map[string]Durations `json:"durations,omitempty"`
 }
 
-// Path is the block device's node, or its URI.
+// Path is the block device's node, or the path of its socket, or its URI.
 func (d Device) Path() string {
-	if strings.Contains(d.Device, "://") {
+	if strings.Contains(d.Device, "://") || strings.HasPrefix(d.Device, "/") {
 		return d.Device
 	}
 	return "/dev/" + d.Device

@@ -14,6 +14,7 @@ import (
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
+	"ublk-nvmeof/vhost"
 )
 
 // classify finds the code of an error by the errors in its chain, the most specific
@@ -31,6 +32,7 @@ func classify(err error) Code {
 		{nbd.ErrTaken, DeviceTaken},
 		{nbd.ErrNoDevice, NotFound},
 		{nbd.ErrBusy, Busy},
+		{vhost.ErrBusy, Busy},
 		{ublk.ErrIDTaken, DeviceTaken},
 		{ublk.ErrNoDevice, NotFound},
 		{ublk.ErrBusy, Busy},

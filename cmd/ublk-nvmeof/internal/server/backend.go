@@ -56,9 +56,13 @@ type queueInfo struct {
 	MaxIO  int // bytes of the largest request
 }
 
-// device is the part of ublk.Device, or of an NBD export, that the server uses.
+// device is the part of ublk.Device, of an NBD export or of a vhost-user-blk server that the
+// server uses.
 type device interface {
 	Record() state.Device
+	// Accept lets clients of a socket in. It is called, also repeatedly, when the record
+	// names the device.
+	Accept()
 	Queues() queueInfo
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
@@ -155,6 +159,9 @@ type ublkDevice struct{ *ublk.Device }
 func (d ublkDevice) Record() state.Device {
 	return state.Device{ID: d.ID(), Cookie: d.Info().Cookie}
 }
+
+// Accept implements device. The block device is there already.
+func (d ublkDevice) Accept() {}
 
 // Queues implements device.
 func (d ublkDevice) Queues() queueInfo {

@@ -98,6 +98,9 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 	if s.front.name == options.NBD {
 		kind = state.NBD
 	}
+	if s.front.name == options.VhostUserBlk {
+		return s.serveVhost(ns, "")
+	}
 	start := func(id int) (device, error) {
 		if kind == state.NBD {
 			return s.export(ctx, ns, id)
@@ -139,6 +142,14 @@ const maxTried = 4096
 
 var policies = map[string]ublk.RecoveryPolicy{
 	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
+}
+
+// acceptClients lets clients of all sockets in. The caller has recorded everything that
+// clients may use and has made its devices.
+func (s *server) acceptClients() {
+	for _, v := range s.devices() {
+		v.dev.Accept()
+	}
 }
 
 // addServing adds a device to the served devices and watches it.

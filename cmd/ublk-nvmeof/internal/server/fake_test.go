@@ -400,6 +400,8 @@ func (d *fakeDevice) HandOver(context.Context) error {
 	return nil
 }
 
+func (d *fakeDevice) Accept() {}
+
 func (d *fakeDevice) InUse() error {
 	d.world.mu.Lock()
 	defer d.world.mu.Unlock()

@@ -233,5 +233,5 @@ func (r *record) removeDevices(all ...state.Device) error {
 
 // sameDevice reports whether two records describe the same device.
 func sameDevice(a, b state.Device) bool {
-	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI
+	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI && a.Socket == b.Socket
 }

@@ -350,8 +350,11 @@ func sameNamespace(d state.Device, ns namespace) error {
 // recoverDevice takes over a device. later is set if the loops have already served
 // another device.
 func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (device, error) {
-	if h.Kind == state.NBDSocket {
+	switch h.Kind {
+	case state.NBDSocket:
 		return s.export(ctx, h.namespace, -1)
+	case state.VhostUserBlk:
+		return s.serveVhost(h.namespace, h.Socket)
 	}
 	info, err := s.back.get(ctx, h.ID)
 	if err != nil {

@@ -90,16 +90,18 @@ type Kind string
 
 // Kinds.
 const (
-	Ublk      Kind = ""           // /dev/ublkbN
-	NBD       Kind = "nbd"        // /dev/nbdN
-	NBDSocket Kind = "nbd-socket" // a socket, at URI
+	Ublk         Kind = ""               // /dev/ublkbN
+	NBD          Kind = "nbd"            // /dev/nbdN
+	NBDSocket    Kind = "nbd-socket"     // a socket for NBD clients, at URI
+	VhostUserBlk Kind = "vhost-user-blk" // a socket for a virtual machine monitor, at Socket
 )
 
 // Device is a device that belongs to a server. Another device may have its number later;
 // the cookie distinguishes them (ublk.Info.Cookie, nbd.Device.Cookie).
 type Device struct {
 	Kind   Kind   `json:"kind,omitempty"`
-	URI    string `json:"uri,omitempty"` // of NBDSocket, which has no number
+	URI    string `json:"uri,omitempty"`    // of NBDSocket, which has no number
+	Socket string `json:"socket,omitempty"` // path of VhostUserBlk, which has no number
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
@@ -124,13 +126,15 @@ type Told struct {
 	ReadOnly      bool   `json:"read_only"`
 }
 
-// Path returns the path of the block device, or the URI of a device that is a socket.
+// Path returns the path of the block device or socket, or the URI of an NBD export.
 func (d Device) Path() string {
 	switch d.Kind {
 	case NBD:
 		return "/dev/nbd" + strconv.Itoa(d.ID)
 	case NBDSocket:
 		return d.URI
+	case VhostUserBlk:
+		return d.Socket
 	}
 	return "/dev/ublkb" + strconv.Itoa(d.ID)
 }
@@ -141,7 +145,7 @@ func (d Device) Name() string { return strings.TrimPrefix(d.Path(), "/dev/") }
 // check returns an error if the record of a device is not valid.
 func (d Device) check() error {
 	switch {
-	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket:
+	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket && d.Kind != VhostUserBlk:
 		return fmt.Errorf("kind %q is unknown", d.Kind)
 	case d.ID < 0:
 		return fmt.Errorf("id %d is negative", d.ID)
@@ -149,6 +153,8 @@ func (d Device) check() error {
 		return errors.New("nsid is 0")
 	case d.Kind == NBDSocket && d.URI == "":
 		return errors.New("uri is empty")
+	case d.Kind == VhostUserBlk && d.Socket == "":
+		return errors.New("socket is empty")
 	}
 	return nil
 }
