@@ -33,6 +33,7 @@ type row struct {
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
+	"auth":  {},
 	"block": {may: []string{sys}},
 	"rdma":  {},
 
@@ -40,7 +41,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
-	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
@@ -60,7 +61,7 @@ var table = map[string]row{
 	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
