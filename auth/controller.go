@@ -180,13 +180,8 @@ func (c *Controller) Finished() bool {
 	return c.state == controllerAdmits || c.state == controllerFinished
 }
 
-// Err returns why the run has failed, an *Error, or nil if it has not.
-func (c *Controller) Err() error {
-	if c.err == nil {
-		return nil
-	}
-	return c.err
-}
+// Err returns why the run has failed, or nil if it has not.
+func (c *Controller) Err() *Error { return c.err }
 
 // Method returns the chosen hash and group. They are chosen once Take has taken a
 // Negotiate.

@@ -278,6 +278,10 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	} else if r.direct != nil {
 		r.direct.err = status
 	} else {
+		if status.Code() == nvme.StatusAuthRequired {
+			p.fail(because(LossTargetError, errAuthStatus)) // the next association authenticates
+			return
+		}
 		if c.mayRetry(p.assoc, r, status) {
 			p.retry(slot, r, status)
 			return
