@@ -75,6 +75,7 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
+		"auth",
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
@@ -83,7 +84,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/exit":       {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":       {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics":    {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
-	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
+	"cmd/ublk-nvmeof/internal/options":    {may: []string{"auth", "cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
 	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}},
 	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
@@ -91,7 +92,7 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"auth", "block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state",
