@@ -5,13 +5,11 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
 
-	"ublk-nvmeof/auth"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/target"
 )
@@ -56,27 +54,6 @@ type Subsystem struct {
 	AllowHosts []string // none: any
 	Auth       []HostAuth
 	Namespaces []Namespace
-}
-
-// HostAuth says how a host must authenticate.
-type HostAuth struct {
-	Host string
-	target.HostAuth
-}
-
-// auth returns how the last host must authenticate.
-func (s *Subsystem) auth() (*target.HostAuth, error) {
-	if len(s.AllowHosts) == 0 {
-		return nil, errors.New("it applies to the host of the --allow-host before it; want --allow-host first")
-	}
-	host := s.AllowHosts[len(s.AllowHosts)-1]
-	for i := range s.Auth {
-		if s.Auth[i].Host == host {
-			return &s.Auth[i].HostAuth, nil
-		}
-	}
-	s.Auth = append(s.Auth, HostAuth{Host: host})
-	return &s.Auth[len(s.Auth)-1].HostAuth, nil
 }
 
 // DefaultTarget returns the defaults of all flags.
@@ -126,7 +103,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		s.AllowHosts = append(s.AllowHosts, nqn)
 		return nvme.ValidateNQN(nqn)
 	})}, "allow-host", "NQN of a host that may connect to the subsystem (default: any host)")
-	t.addAuthFlags(f)
+	addAuthFlags(f, t.hostAuth)
 	f.Var(&each{kind: "number", want: fmt.Sprintf("a number, 1 to %d", nvme.MaxQueues), take: last("max-queues", func(s *Subsystem, text string) error {
 		return number(&s.MaxQueues, 1, nvme.MaxQueues, "a number").Set(text)
 	})}, "max-queues", fmt.Sprintf("largest number of I/O queues of a controller of the subsystem (default %d)", target.DefaultMaxQueues))
@@ -141,77 +118,6 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		t.Faults = append(t.Faults, text)
 		return err
 	}}, "fault", "fault to set at the start: "+FaultWords)
-}
-
-// addAuthFlags defines the flags for the authentication of the host of the last --allow-host.
-func (t *Target) addAuthFlags(f *pflag.FlagSet) {
-	last := func(set func(*target.HostAuth) error) error {
-		if len(t.Subsystems) == 0 {
-			return errors.New("it applies to the host of the --allow-host before it; want --nqn and --allow-host first")
-		}
-		a, err := t.Subsystems[len(t.Subsystems)-1].auth()
-		if err != nil {
-			return err
-		}
-		return set(a)
-	}
-	for _, k := range []struct {
-		name, usage string
-		of          func(*target.HostAuth) **auth.Key
-	}{
-		{"dhchap-key", "key with which the host must authenticate (DH-HMAC-CHAP): " + SecretWords, func(a *target.HostAuth) **auth.Key { return &a.Key }},
-		{"dhchap-ctrl-key", "key with which controllers authenticate to the host", func(a *target.HostAuth) **auth.Key { return &a.ControllerKey }},
-	} {
-		f.Var(&secretFlag{take: func(key *auth.Key) error {
-			return last(func(a *target.HostAuth) error {
-				*k.of(a) = key
-				return nil
-			})
-		}}, k.name, k.usage)
-	}
-	hashes, groups := auth.Hashes(), auth.Groups()
-	f.Var(&each{kind: "hashes", want: listOf(hashes), take: func(text string) error {
-		return last(func(a *target.HostAuth) (err error) {
-			a.Hashes, err = parseList(text, hashes)
-			return err
-		})
-	}}, "dhchap-hash", "hashes that may be used, the best first (default: all, the strongest first): "+listOf(hashes))
-	f.Var(&each{kind: "groups", want: listOf(groups), take: func(text string) error {
-		return last(func(a *target.HostAuth) (err error) {
-			a.Groups, err = parseList(text, groups)
-			return err
-		})
-	}}, "dhchap-dhgroup", "groups that may be used, the best first (default: all, the strongest first): "+listOf(groups))
-	f.Var(&each{kind: "all|admin", want: "all or admin", take: func(text string) error {
-		return last(func(a *target.HostAuth) error {
-			a.AdminOnly = text == "admin"
-			if !a.AdminOnly && text != "all" {
-				return errUnwanted
-			}
-			return nil
-		})
-	}}, "dhchap-queues", "queues that the host must authenticate: all of them, or like nvmet the admin queue (default all)")
-}
-
-// listOf describes a list of some values.
-func listOf[T fmt.Stringer](all []T) string {
-	var names []string
-	for _, v := range all {
-		names = append(names, v.String())
-	}
-	return "one or more of " + orList(names) + ", separated by commas"
-}
-
-// parseList reads a list of some of the values.
-func parseList[T fmt.Stringer](text string, all []T) (out []T, err error) {
-	for word := range strings.SplitSeq(text, ",") {
-		i := slices.IndexFunc(all, func(v T) bool { return v.String() == word })
-		if i < 0 {
-			return nil, errUnwanted
-		}
-		out = append(out, all[i])
-	}
-	return out, nil
 }
 
 // addTestFlags defines the flags for tests of hosts.
@@ -295,8 +201,8 @@ func (t *Target) Complete() error {
 	}
 	for _, s := range t.Subsystems {
 		for _, a := range s.Auth {
-			if a.Key == nil {
-				return fmt.Errorf("--dhchap-key: no value is given for host %s; want %s", a.Host, SecretWords)
+			if err := a.check(); err != nil {
+				return err
 			}
 		}
 	}
