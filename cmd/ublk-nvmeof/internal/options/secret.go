@@ -126,7 +126,7 @@ func (c *Connect) checkSecrets() error {
 }
 
 // DescriptorSecret is the value of a flag for a key that a descriptor contains.
-func DescriptorSecret(fd int) string { return fmt.Sprintf("@/dev/fd/%d", fd) }
+func DescriptorSecret(fd int) string { return fmt.Sprintf("@/proc/self/fd/%d", fd) }
 
 // HideSecrets returns the arguments that f has parsed, with the keys in them replaced: every
 // user can read the arguments of a process. Keys that another process cannot read, because

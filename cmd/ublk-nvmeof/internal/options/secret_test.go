@@ -65,9 +65,9 @@ func TestHideSecrets(t *testing.T) {
 		args, want []string
 		texts      int
 	}{
-		{[]string{"-S" + k.Text(), "-a", "x"}, []string{"-S@/dev/fd/4", "-a", "x"}, 1},
-		{[]string{"-S", k.Text()}, []string{"-S", "@/dev/fd/4"}, 1},
-		{[]string{"--dhchap-secret=" + k.Text(), "--dhchap-ctrl-secret", k.Text()}, []string{"--dhchap-secret=@/dev/fd/4", "--dhchap-ctrl-secret", "@/dev/fd/4"}, 1},
+		{[]string{"-S" + k.Text(), "-a", "x"}, []string{"-S@/proc/self/fd/4", "-a", "x"}, 1},
+		{[]string{"-S", k.Text()}, []string{"-S", "@/proc/self/fd/4"}, 1},
+		{[]string{"--dhchap-secret=" + k.Text(), "--dhchap-ctrl-secret", k.Text()}, []string{"--dhchap-secret=@/proc/self/fd/4", "--dhchap-ctrl-secret", "@/proc/self/fd/4"}, 1},
 		{[]string{"-S", "@" + file, "-C", "none"}, []string{"-S", "@" + file, "-C", "none"}, 0},
 	} {
 		d := DefaultDiscovery()
