@@ -3,7 +3,7 @@
 #
 #	make build      build/ublk-nvmeof, and build/vm, the VM runner
 #	make test       all tests: test-unit, then test-vm
-#	make test-unit  format, vet, unit tests with the race detector
+#	make test-unit  format, vet, unit tests with the race detector, the commands of the README
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
 #	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel
@@ -69,9 +69,11 @@ test-unit: setup
 	# What allocates nothing is to do so without the detector, too, and times count without it.
 	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
+	e2e/readme.sh
 
-# One VM per kernel, all at the same time, because many tests wait most of the time. The VM
-# has a time limit and shows what hangs.
+# One VM per kernel, all at the same time, because many tests wait most of the time; the short
+# run on Linux 6.1 follows the last of them. Each kernel runs its share of the cases that do not
+# depend on the kernel. The VM has a time limit and shows what hangs.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
@@ -80,12 +82,16 @@ test-vm: build
 	# Linux 6.1 has no ublk.
 	export UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)'; pids=; \
 	vm() { \
-		{ build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
+		build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" 2>&1 | \
-			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; } & \
-		pids+=" $$!"; \
+			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; \
 	}; \
-	vm 6.1 '^TestScenarios$$/^nbd$$'; for k in $(KERNELS); do vm $$k '$(RUN)'; done; \
+	share=0; for k in $(KERNELS); do \
+		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
+		{ code=0; vm $$k '$(RUN)' || code=1; \
+		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
+		pids+=" $$!"; \
+	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
 		echo "failed; all of it is in build/log:"; \
 		grep -hE 'FAIL|panic:|DATA RACE|left behind:|: kernel: ' build/log/*.txt | cut -c -160 | tail -n 20; exit 1; }

@@ -236,9 +236,10 @@ func endAll(cmd *cobra.Command, dir state.Dir, chosen []wanted, force bool, bega
 	return results
 }
 
-// serves reports whether name is that of the server or of one of its devices.
+// serves reports whether name is that of the server or of one of its devices. Programs for
+// nvme-cli put /dev/ before the name of a controller, too.
 func serves(r state.Record, name string) bool {
-	return r.Name == name || r.Listen != "" && r.Listen == name ||
+	return r.Name == strings.TrimPrefix(name, "/dev/") || r.Listen != "" && r.Listen == name ||
 		slices.ContainsFunc(r.Devices, func(d state.Device) bool { return called(d, name) })
 }
 

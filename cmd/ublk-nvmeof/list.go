@@ -99,7 +99,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 		s.TrAddr, s.TrSvcID = a.Addr().String(), strconv.Itoa(int(a.Port()))
 	}
 	for _, d := range r.Devices {
-		s.Devices = append(s.Devices, control.Device{Device: d.Name(), NSID: d.NSID})
+		s.Devices = append(s.Devices, control.Device{
+			Device: d.Name(), NSID: d.NSID, UUID: d.UUID, Size: d.Told.Size, BlockSize: d.Told.BlockSize, ReadOnly: d.Told.ReadOnly,
+		})
 	}
 	switch {
 	case r.Err != nil:

@@ -201,7 +201,7 @@ func TestVersion(t *testing.T) {
 		t.Errorf("exit code %d, %q", code, stdout)
 	}
 	stdout, _, code = program(t, "version", "-o", "json")
-	var b build
+	var b output.Build
 	if err := json.Unmarshal([]byte(stdout), &b); err != nil || code != exit.OK || b.SchemaVersion != output.SchemaVersion || b.Version == "" {
 		t.Errorf("exit code %d, %q, %v", code, stdout, err)
 	}
@@ -505,7 +505,7 @@ func TestList(t *testing.T) {
 	serveFake(t, record(t, dir, "nqn.live", state.Process{}))
 	dead, kill := process(t)
 	kill()
-	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2})
+	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2, Told: state.Told{Size: 1 << 20, BlockSize: 512}})
 	record(t, dir, "nqn.silent", state.Process{}, state.Device{ID: 5, NSID: 3}) // no socket
 	bad := record(t, dir, "nqn.bad", state.Process{})
 	if err := os.WriteFile(filepath.Join(dir, bad.Name, "state.json"), []byte("{"), 0o600); err != nil {
@@ -521,7 +521,7 @@ func TestList(t *testing.T) {
 	}
 	if len(rows) != 5 ||
 		rows[1][0] != "/dev/ublkb3" || rows[1][6] != "live" ||
-		rows[2][0] != "/dev/ublkb4" || rows[2][1] != "2" || rows[2][5] != "lost" ||
+		rows[2][0] != "/dev/ublkb4" || rows[2][1] != "2" || rows[2][2] != "1.0" || rows[2][6] != "lost" ||
 		rows[3][0] != "/dev/ublkb5" || rows[3][5] != "unknown" ||
 		rows[4][0] != "-" || rows[4][3] != "-" || rows[4][4] != "-" || rows[4][5] != "unknown" {
 		t.Errorf("%s", stdout)

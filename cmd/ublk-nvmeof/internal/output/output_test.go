@@ -3,6 +3,7 @@ package output
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -114,6 +115,12 @@ func TestGolden(t *testing.T) {
 	other.Devices = []control.Device{{Device: "ublkb4", NSID: 1, Present: true, Durations: durations}}
 	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
 	all := []control.Status{live, plain, lost, connecting, other}
+	results := []SubsystemResult{
+		{NQN: live.NQN, Outcome: New, Status: live, Further: []string{"10.0.3.15:4420"}},
+		{NQN: plain.NQN, Outcome: Already, Status: plain},
+		{NQN: "nqn.none", Outcome: Failed, Err: errors.Join(errors.New("10.0.2.15:4420: nobody listens"), errors.New("10.0.3.15:4420: no route"))},
+	}
+	built := Build{Version: "1.2.3", Commit: "0123456789abcdef", Go: "go1.26.0", Platform: "linux/amd64"}
 	for _, tt := range []struct {
 		file  string
 		write func(*bytes.Buffer) error
@@ -133,6 +140,11 @@ func TestGolden(t *testing.T) {
 		{"connect-verbose.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, true) }},
 		{"connect.json", func(b *bytes.Buffer) error { return Connected(b, live, JSON, true) }},
 		{"connect-ipv6.txt", func(b *bytes.Buffer) error { return Connected(b, plain, Normal, false) }},
+		{"connect-all.txt", func(b *bytes.Buffer) error { return ConnectedAll(b, results, Normal, false) }},
+		{"connect-all.json", func(b *bytes.Buffer) error { return ConnectedAll(b, results, JSON, false) }},
+		{"connect-all-empty.json", func(b *bytes.Buffer) error { return ConnectedAll(b, nil, JSON, false) }},
+		{"version.txt", func(b *bytes.Buffer) error { return Version(b, "ublk-nvmeof", built, Normal) }},
+		{"version.json", func(b *bytes.Buffer) error { return Version(b, "ublk-nvmeof", built, JSON) }},
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			var b bytes.Buffer

@@ -111,9 +111,10 @@ func parse(t *testing.T, text []byte) (v any) {
 func TestSchemas(t *testing.T) {
 	others := map[string]string{ // golden files of the same output, or of another name
 		"resv-report-eds": "resv-extended", "list": "list list-empty", "list-subsys": "list-subsys list-subsys-empty",
+		"connect-all": "connect-all connect-all-empty", "discover": "discover discover-tcp",
 	}
 	files, err := filepath.Glob(filepath.Join(schemaDir, "*.json"))
-	if err != nil || len(files) < 15 {
+	if err != nil || len(files) < 20 {
 		t.Fatalf("%d schemas, %v", len(files), err)
 	}
 	for _, file := range files {
