@@ -54,7 +54,7 @@ const KeyForm = "DHHC-1:hh:BASE64: with hh 00 to 03"
 func ParseKey(text string) (*Key, error) {
 	rest, ok := strings.CutPrefix(text, keyPrefix)
 	if !ok {
-		return nil, errors.New("key: it does not begin with " + keyPrefix)
+		return nil, errors.New("key: the prefix " + keyPrefix + " is missing")
 	}
 	number, encoded, ok := strings.Cut(rest, ":")
 	encoded, closed := strings.CutSuffix(encoded, ":")

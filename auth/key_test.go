@@ -16,8 +16,8 @@ func TestParseKey(t *testing.T) {
 		{vectorHostKey, ""},
 		{vectorCtrlKey, ""},
 		{"DHHC-1:00:Jc/My1o0qtLCWRp+sHhAVafdfaS7YQOMYhk9zSmlatobqB8C:", "checksum does not match"}, // of blktests nvme/044
-		{"", "does not begin with DHHC-1:"},
-		{"DHHC-2:00:" + good + ":", "does not begin with DHHC-1:"},
+		{"", "the prefix DHHC-1: is missing"},
+		{"DHHC-2:00:" + good + ":", "the prefix DHHC-1: is missing"},
 		{"DHHC-1:00:" + good, "want DHHC-1:hh:BASE64:"},
 		{"DHHC-1:00:" + good + "::", "want DHHC-1:hh:BASE64:"},
 		{"DHHC-1:00:" + good + ":x", "want DHHC-1:hh:BASE64:"},

@@ -65,7 +65,7 @@ func message(k kind, tid uint16, n int) []byte {
 // kindOf returns the kind and the transaction id of a message.
 func kindOf(b []byte) (kind, uint16, error) {
 	if len(b) < failureSize {
-		return 0, 0, fmt.Errorf("message of %d bytes", len(b))
+		return 0, 0, fmt.Errorf("a message of %d bytes", len(b))
 	}
 	return kind(b[0])<<8 | kind(b[1]), le.Uint16(b[4:]), nil
 }
@@ -102,14 +102,14 @@ func (o offer) encode(tid uint16) []byte {
 // decodeOffer decodes the first descriptor of a Negotiate.
 func decodeOffer(b []byte) (o offer, err error) {
 	if len(b) < negotiateSize {
-		return o, fmt.Errorf("Negotiate of %d bytes; want %d", len(b), negotiateSize)
+		return o, fmt.Errorf("a Negotiate of %d bytes; want %d", len(b), negotiateSize)
 	}
 	if b[7] == 0 {
-		return o, fmt.Errorf("Negotiate without a protocol")
+		return o, fmt.Errorf("a Negotiate without a protocol")
 	}
 	o.channel, o.protocol = b[6], b[8]
 	if b[10] > maxIDs || b[11] > maxIDs {
-		return o, fmt.Errorf("Negotiate with %d hashes and %d groups; want at most %d", b[10], b[11], maxIDs)
+		return o, fmt.Errorf("a Negotiate with %d hashes and %d groups; want at most %d", b[10], b[11], maxIDs)
 	}
 	for _, h := range b[12 : 12+b[10]] {
 		o.hashes = append(o.hashes, Hash(h))
@@ -143,15 +143,15 @@ func (q question) encode(tid uint16) []byte {
 // that they give to the values.
 func decodeQuestion(b []byte) (q question, err error) {
 	if len(b) < headerSize {
-		return q, fmt.Errorf("Challenge of %d bytes; want at least %d", len(b), headerSize)
+		return q, fmt.Errorf("a Challenge of %d bytes; want at least %d", len(b), headerSize)
 	}
 	q.hash, q.group, q.sequence = Hash(b[8]), Group(b[9]), le.Uint32(b[12:])
 	hl, public := int(b[6]), int(le.Uint16(b[10:]))
 	if q.hash.Size() != 0 && hl != q.hash.Size() || q.group.known() && public != q.group.Size() {
-		return q, fmt.Errorf("Challenge with values of %d and %d bytes; %v has %d, and %v has %d", hl, public, q.hash, q.hash.Size(), q.group, q.group.Size())
+		return q, fmt.Errorf("a Challenge with values of %d and %d bytes; %v has %d, and %v has %d", hl, public, q.hash, q.hash.Size(), q.group, q.group.Size())
 	}
 	if len(b) < headerSize+hl+public {
-		return q, fmt.Errorf("Challenge of %d bytes; want %d", len(b), headerSize+hl+public)
+		return q, fmt.Errorf("a Challenge of %d bytes; want %d", len(b), headerSize+hl+public)
 	}
 	q.challenge, q.public = b[headerSize:][:hl], b[headerSize+hl:][:public]
 	return q, nil
@@ -182,10 +182,10 @@ func (a answer) encode(tid uint16) []byte {
 // decodeAnswer decodes a Reply with values of these lengths.
 func decodeAnswer(b []byte, hl, public int) (a answer, err error) {
 	if want := headerSize + 2*hl + public; len(b) < want {
-		return a, fmt.Errorf("Reply of %d bytes; want %d", len(b), want)
+		return a, fmt.Errorf("a Reply of %d bytes; want %d", len(b), want)
 	}
 	if int(b[6]) != hl || int(le.Uint16(b[10:])) != public {
-		return a, fmt.Errorf("Reply with values of %d and %d bytes; want %d and %d", b[6], le.Uint16(b[10:]), hl, public)
+		return a, fmt.Errorf("a Reply with values of %d and %d bytes; want %d and %d", b[6], le.Uint16(b[10:]), hl, public)
 	}
 	a.asks, a.sequence = b[8]&1 != 0, le.Uint32(b[12:])
 	a.response, a.challenge, a.public = b[headerSize:][:hl], b[headerSize+hl:][:hl], b[headerSize+2*hl:][:public]
@@ -213,13 +213,13 @@ func (p proof) encode(tid uint16) []byte {
 // decodeProof decodes a Success1 with a response of hl bytes.
 func decodeProof(b []byte, hl int) (p proof, err error) {
 	if len(b) < headerSize {
-		return p, fmt.Errorf("Success1 of %d bytes; want at least %d", len(b), headerSize)
+		return p, fmt.Errorf("a Success1 of %d bytes; want at least %d", len(b), headerSize)
 	}
 	if p.valid = b[8]&1 != 0; !p.valid {
 		return p, nil
 	}
 	if int(b[6]) != hl || len(b) < headerSize+hl {
-		return p, fmt.Errorf("Success1 of %d bytes with a response of %d bytes; want one of %d", len(b), b[6], hl)
+		return p, fmt.Errorf("a Success1 of %d bytes with a response of %d bytes; want one of %d", len(b), b[6], hl)
 	}
 	p.response = b[headerSize:][:hl]
 	return p, nil

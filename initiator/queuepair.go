@@ -280,6 +280,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	} else {
 		if status.Code() == nvme.StatusAuthRequired {
 			p.fail(because(LossTargetError, errAuthStatus)) // the next association authenticates
+			p.enter(r)                                      // and sends it again
 			return
 		}
 		if c.mayRetry(p.assoc, r, status) {

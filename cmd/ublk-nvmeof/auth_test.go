@@ -223,10 +223,10 @@ func TestKeyVerbs(t *testing.T) {
 		"gen-dhchap-key -s 5ecre7":                            "want at most 64 hexadecimal digits",
 		"gen-dhchap-key -s " + secret + "20":                  "want at most 64 hexadecimal digits",
 		"check-dhchap-key":                                    "-k/--key: no value is given; want",
-		"check-dhchap-key -k 5ecre7":                          "-k/--key: key: it does not begin with DHHC-1:",
+		"check-dhchap-key -k 5ecre7":                          "-k/--key: key: the prefix DHHC-1: is missing",
 		"check-dhchap-key -k @/nonexistent":                   "no such file",
-		"connect -a 10.0.0.1 -n nqn.a -S 5ecre7":              "-S/--dhchap-secret: key: it does not begin with",
-		"connect -a 10.0.0.1 -n nqn.a --dhchap-secret=5ecre7": "-S/--dhchap-secret: key: it does not begin with",
+		"connect -a 10.0.0.1 -n nqn.a -S 5ecre7":              "-S/--dhchap-secret: key: the prefix DHHC-1: is missing",
+		"connect -a 10.0.0.1 -n nqn.a --dhchap-secret=5ecre7": "-S/--dhchap-secret: key: the prefix DHHC-1: is missing",
 		"reauth ctrl0 -C DHHC-1:00:5ecre7:":                   "-C/--dhchap-ctrl-secret: key: the secret is not base64",
 	} {
 		out, errs, code := run(strings.Fields(args)...)

@@ -44,7 +44,7 @@ func TestSecretSources(t *testing.T) {
 	if err := os.WriteFile(long, make([]byte, maxSecretFile+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]string{"/nonexistent/key": "no such file", long: "longer than 4096 bytes", os.DevNull: "does not begin with DHHC-1:"} {
+	for file, want := range map[string]string{"/nonexistent/key": "no such file", long: "longer than 4096 bytes", os.DevNull: "the prefix DHHC-1: is missing"} {
 		if _, err := ParseSecret("@" + file); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", file, err)
 		}
@@ -132,7 +132,7 @@ func TestHostAuthFlags(t *testing.T) {
 	for args, want := range map[string]string{
 		"--dhchap-key @" + file:                           "want --nqn and --allow-host first",
 		"--allow-host nqn.h --dhchap-ctrl-key @" + file:   "--dhchap-key: no value is given for host nqn.h",
-		"--allow-host nqn.h --dhchap-key " + k.Text()[1:]: "--dhchap-key: key: it does not begin with DHHC-1:",
+		"--allow-host nqn.h --dhchap-key " + k.Text()[1:]: "--dhchap-key: key: the prefix DHHC-1: is missing",
 		"--allow-host nqn.h --dhchap-hash md5":            "want one or more of sha256, sha384 or sha512",
 		"--allow-host nqn.h --dhchap-dhgroup modp2048":    "want one or more of null, ffdhe2048",
 		"--allow-host nqn.h --dhchap-queues io":           "want all or admin",

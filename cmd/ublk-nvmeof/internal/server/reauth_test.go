@@ -68,7 +68,7 @@ func TestReauth(t *testing.T) {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
 	w.ctrl.reauth = nil
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: "@/etc/passwd"}); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), "--dhchap-secret: key: it does not begin with") {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: "@/etc/passwd"}); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), "--dhchap-secret: key: the prefix DHHC-1: is missing") {
 		t.Errorf("a file: code %d, %v", exit.Of(err), err)
 	}
 	if got := recorded(); got != want {
