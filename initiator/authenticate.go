@@ -141,14 +141,14 @@ func (a *admin) authPort(ctx context.Context, cmd *nvme.Command, in, out []byte)
 	return err
 }
 
-// authPort is the port of an I/O queue that no lane uses yet. page is a buffer of the
-// admin queue, at most adminPage bytes.
-func (conn *connection) authPort(a *admin, page int) authPort {
+// authPort is the port of an I/O queue that no lane uses yet. It uses a buffer of the admin
+// queue.
+func (conn *connection) authPort(a *admin, buffer int) authPort {
 	return func(ctx context.Context, cmd *nvme.Command, in, out []byte) error {
-		buf := a.mr.Bytes()[page*adminPage:][:max(len(in), len(out))]
+		buf := a.mr.Bytes()[buffer*adminBuffer:][:max(len(in), len(out))]
 		clear(buf) // the controller may fill less of it
 		copy(buf, in)
-		cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(len(buf)), a.mr.RKey(), false)
+		cmd.SetKeyedSGL(a.mr.Addr()+uint64(buffer*adminBuffer), uint32(len(buf)), a.mr.RKey(), false)
 		done, err := conn.call(ctx, cmd)
 		if err != nil {
 			return err

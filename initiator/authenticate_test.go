@@ -359,18 +359,18 @@ func BenchmarkAuthentication(b *testing.B) {
 				if err := c.establish(b.Context(), conn, q); err != nil {
 					b.Fatal(err)
 				}
-				page := <-a.admin.buffers
-				done, err := c.connectCommand(b.Context(), conn, q, a.admin.mr, page*adminPage)
+				buffer := <-a.admin.buffers
+				done, err := c.connectCommand(b.Context(), conn, q, a.admin.mr, buffer*adminBuffer)
 				if err != nil {
 					b.Fatal(err)
 				}
 				b.StartTimer()
-				method, err := c.authenticate(b.Context(), 2, nvme.ConnectResult(done.DW0()), conn.authPort(a.admin, page))
+				method, err := c.authenticate(b.Context(), 2, nvme.ConnectResult(done.DW0()), conn.authPort(a.admin, buffer))
 				b.StopTimer()
 				if err != nil || method == "" {
 					b.Fatal(method, err)
 				}
-				a.admin.buffers <- page
+				a.admin.buffers <- buffer
 				if err := conn.close(); err != nil {
 					b.Fatal(err)
 				}
