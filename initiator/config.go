@@ -40,6 +40,10 @@ type Config struct {
 	HostNQN  string
 	HostID   nvme.UUID
 
+	// Credentials are for targets that require authentication. See also
+	// Controller.Reauthenticate.
+	Credentials Credentials
+
 	// Resolve returns the addresses of the target in the order in which to try them.
 	// It is called for the first association, and for a later one if the last address
 	// does not accept it. If Resolve is nil, Address is the only address.
@@ -122,6 +126,8 @@ func (c *Config) setDefaults() error {
 		return errors.New("config: no RDMA provider")
 	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
 		return errors.New("config: no target address")
+	case c.Credentials.Controller != nil && c.Credentials.Host == nil:
+		return errors.New("config: a controller key needs a host key")
 	case c.Discovery && c.Queues != (poller.Request{}):
 		return fmt.Errorf("config: queues %+v: a discovery controller has no I/O queues", c.Queues)
 	case len(c.Loops) < c.Queues.Loops():

@@ -60,10 +60,14 @@ type Controller struct {
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
 	queries chan struct{} // holds a token for each query in progress
+	proving chan struct{} // holds a token while Reauthenticate runs
+
+	transactions atomic.Uint32 // runs of authentication, for their ids
 
 	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
 
 	mu           sync.Mutex // guards what follows
+	keys         Credentials
 	state        State
 	since        time.Time // of the state
 	reason       error     // why it is not live, or was not the last time
@@ -81,7 +85,7 @@ type Controller struct {
 
 // Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
 // bounds the whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
-// *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
+// *rdma.RejectError, a ConnectStatus, an *AuthError, an nvme.Status, ErrNoQueues or a context
 // error.
 func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err := cfg.setDefaults(); err != nil {
@@ -94,7 +98,8 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
 		stopped: make(chan struct{}), dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory},
-		queries: make(chan struct{}, maxQueries), attached: make(chan struct{}),
+		queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), attached: make(chan struct{}),
+		keys: cfg.Credentials,
 	}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
@@ -621,6 +626,7 @@ type Info struct {
 	QueueSize int         // entries per I/O queue in use
 	Plan      poller.Plan // requested and granted queues per class
 	Device    string      // RDMA device
+	Auth      string      // hash, group, and "one-way" or "two-way"; empty if the target did not ask for authentication
 	InCapsule int         // bytes of data that travel with a command; 0 = none
 	SQFlow    bool        // SQ flow control is on
 	Lanes     []LaneStats
@@ -656,6 +662,7 @@ func (c *Controller) Info() Info {
 	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
+		i.Auth = a.method
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 		if len(a.pairs) > 0 {

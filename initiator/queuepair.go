@@ -286,6 +286,11 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	} else if r.direct != nil {
 		r.direct.err = status
 	} else {
+		if status.Code() == nvme.StatusAuthRequired {
+			p.fail(because(LossTargetError, errAuthStatus)) // the next association authenticates
+			p.enter(r)                                      // and sends it again
+			return
+		}
 		if c.mayRetry(p.assoc, r, status) {
 			p.retry(r, status)
 			return

@@ -44,6 +44,7 @@ var events = [numEvents]struct {
 type controller struct {
 	subsystem *Subsystem
 	id        uint16
+	subNQN    string // by which the host calls the subsystem
 	hostNQN   string
 	hostID    nvme.UUID
 
@@ -70,7 +71,7 @@ type controller struct {
 
 func newController(s *Subsystem, data *nvme.ConnectData) *controller {
 	c := &controller{
-		subsystem: s, hostNQN: data.HostNQN(), hostID: data.HostID(),
+		subsystem: s, subNQN: data.SubNQN(), hostNQN: data.HostNQN(), hostID: data.HostID(),
 		queues: map[uint16]*queuePair{}, granted: int(s.maxQueues.Load()),
 		enabled: nvme.AENNamespaceAttribute | nvme.AENANAChange,
 	}

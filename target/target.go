@@ -218,6 +218,10 @@ func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
 // Addr returns the address on which the target listens.
 func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }
 
+// Discovery returns the discovery subsystem, which every host may use. Hosts with a
+// [HostAuth] must authenticate.
+func (t *Target) Discovery() *Subsystem { return t.discovery }
+
 // Faults returns the faults of this target.
 func (t *Target) Faults() *Faults { return &t.faults }
 

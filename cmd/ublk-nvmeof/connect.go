@@ -145,12 +145,18 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		if err := host.CloseOnExec(); err != nil {
 			return err
 		}
+		secrets, files, err := keysOf(c.opts).keep()
+		if err != nil {
+			return err
+		}
+		defer closeAll(files)
 		args = append(args, fmt.Sprintf("--idempotent=%t", c.idempotent), "--devid-file="+c.devidFile)
+		args = append(args, secrets...)
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
-	s, err := startServer(ctx, args, c.opts.Timeout, say(cmd))
+	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout, say(cmd))
 	if err != nil {
 		return c.settle(cmd, dir, err)
 	}
@@ -162,11 +168,16 @@ func serveArgs(dir state.Dir) []string {
 	return []string{programName, "serve", "--run-dir=" + string(dir)}
 }
 
-// startServer starts a server in the background, and waits until its devices are
-// usable.
-func startServer(ctx context.Context, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
+// startServer starts a server in the background, with keys that are not in its arguments, and
+// waits until its devices are usable.
+func startServer(ctx context.Context, args []string, k keys, timeout time.Duration, say func(string)) (control.Status, error) {
 	_ = host.SetIOFlusher() // the server works without it and logs a warning
-	return launch(ctx, self(), args, timeout, say)
+	secrets, files, err := k.handOver()
+	if err != nil {
+		return control.Status{}, err
+	}
+	defer closeAll(files)
+	return launch(ctx, self(), append(args, secrets...), files, timeout, say)
 }
 
 // say returns a function that tells the user of a command what the command waits for.

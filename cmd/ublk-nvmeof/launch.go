@@ -17,11 +17,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 )
@@ -111,28 +113,35 @@ func receive(r io.Reader, heard chan<- report) {
 
 // background returns a command of this program that continues when the session of the
 // caller ends. The command runs in its own session and inherits only standard error,
-// and out as its descriptor 3.
-func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
+// and out and secrets as its descriptors from 3 on.
+func background(path string, args []string, out *os.File, secrets []*os.File) (*exec.Cmd, error) {
 	if err := host.CloseOnExec(); err != nil {
 		return nil, err
 	}
 	return &exec.Cmd{
 		Path: path, Args: args,
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{out},
+		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: append([]*os.File{out}, secrets...),
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}, nil
 }
 
 // startInBackground runs this program with args in a session of its own. It returns when that
 // process has written to its descriptor 3 that it is ready, and closed it. What it wrote goes
-// to out, unless that is nil. Until then the process reports errors itself.
-func startInBackground(out io.Writer, what string, args []string) error {
+// to out, unless that is nil. Until then the process reports errors itself. args are what f
+// has parsed; keys in them are handed over. more are further arguments.
+func startInBackground(out io.Writer, what string, f *pflag.FlagSet, args []string, more ...string) error {
+	args, texts := options.HideSecrets(f, args, firstSecret)
+	secrets, err := memoryFiles(texts)
+	if err != nil {
+		return fmt.Errorf("start %s: %w", what, err)
+	}
+	defer closeAll(secrets)
 	r, w, err := os.Pipe()
 	if err != nil {
 		return fmt.Errorf("start %s: %w", what, err)
 	}
 	defer r.Close()
-	c, err := background(self(), append([]string{programName}, args...), w)
+	c, err := background(self(), slices.Concat([]string{programName}, args, more), w, secrets)
 	if err != nil {
 		return fmt.Errorf("start %s: %w", what, err)
 	}
@@ -182,14 +191,15 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 // or says how the server died. The server inherits the marks of the calling thread
 // (host.SetIOFlusher). say tells the user what the server waits for. timeout is the
 // time limit of the server without the waits that it announces. If ctx ends, launch
-// asks the server to end.
-func launch(ctx context.Context, path string, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
+// asks the server to end. The server inherits secrets as its descriptors from firstSecret
+// on.
+func launch(ctx context.Context, path string, args []string, secrets []*os.File, timeout time.Duration, say func(string)) (control.Status, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	defer r.Close()
-	cmd, err := background(path, append(args, "--report-fd=3"), w)
+	cmd, err := background(path, append(args, "--report-fd=3"), w, secrets)
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}

@@ -75,7 +75,15 @@ func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Re
 	if s.within != 0 {
 		args = append(args, "--within="+s.within.String())
 	}
-	return startServer(ctx, args, cmp.Or(s.within, timeoutOf(r)), tell)
+	secrets, err := r.Secrets()
+	if err != nil {
+		return control.Status{}, err
+	}
+	k, err := keysFrom(secrets)
+	if err != nil {
+		return control.Status{}, err
+	}
+	return startServer(ctx, args, k, cmp.Or(s.within, timeoutOf(r)), tell)
 }
 
 // timeoutOf returns the time limit for connecting in the flags of a recorded server.

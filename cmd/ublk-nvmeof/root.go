@@ -89,7 +89,7 @@ func newRoot() *cobra.Command {
 		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion())
 	root.AddCommand(inspectVerbs(visible)...)
 	root.AddCommand(reservationVerbs(visible)...)
-	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN(), newDoctor(visible))
+	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN(), newGenDHCHAPKey(), newCheckDHCHAPKey(), newDoctor(visible))
 	return root
 }
 

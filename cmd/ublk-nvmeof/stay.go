@@ -49,7 +49,7 @@ func (g *gatherer) startKeeper(cmd *cobra.Command) error {
 	if g.format == output.JSON {
 		out = nil // the result is all of the output
 	}
-	return startInBackground(out, "keeper of the discovery services", append(os.Args[1:], "--run-dir="+string(g.dir), "--stay-fd=3"))
+	return startInBackground(out, "keeper of the discovery services", cmd.Flags(), os.Args[1:], "--run-dir="+string(g.dir), "--stay-fd=3")
 }
 
 // keeper stays connected to discovery services, and connects what they list.

@@ -34,6 +34,7 @@ type row struct {
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
+	"auth":  {},
 	"block": {may: []string{sys}},
 	"rdma":  {},
 
@@ -41,7 +42,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
-	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
@@ -64,7 +65,7 @@ var table = map[string]row{
 	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
@@ -79,6 +80,7 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
+		"auth",
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
@@ -87,7 +89,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"auth", "cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
 	"cmd/ublk-nvmeof/internal/doctor": {may: []string{
 		"block", "discovery", "docs", "initiator", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
@@ -100,7 +102,7 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
+		"auth", "block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state",

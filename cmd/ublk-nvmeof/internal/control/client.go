@@ -85,6 +85,11 @@ func (c *Client) Reset(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/reset", nil, nil)
 }
 
+// Reauthenticate has the server authenticate its connection again.
+func (c *Client) Reauthenticate(ctx context.Context, r Reauthentication) error {
+	return c.Do(ctx, http.MethodPost, "/v1/reauth", r, nil)
+}
+
 // Rescan has the server look at the namespaces.
 func (c *Client) Rescan(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/rescan", nil, nil)

@@ -28,6 +28,7 @@ type fake struct {
 	asked    []bool // force of each Disconnect
 	queries  []Query
 	reserved []Reservation
+	reauth   Reauthentication
 	wait     chan struct{}
 	done     chan struct{} // closed when Disconnect returns
 }
@@ -74,6 +75,10 @@ func (f *fake) Reserve(_ context.Context, r Reservation) ([]byte, error) {
 }
 
 func (f *fake) Rescan(context.Context) error { return f.err }
+func (f *fake) Reauthenticate(_ context.Context, r Reauthentication) error {
+	f.reauth = r
+	return f.err
+}
 
 func TestQuery(t *testing.T) {
 	f := &fake{}
@@ -94,6 +99,14 @@ func TestQuery(t *testing.T) {
 		"reservation": func() error { _, err := c.Reserve(t.Context(), Reservation{NSID: 3}); return err },
 		"reset":       func() error { return c.Reset(t.Context()) },
 		"rescan":      func() error { return c.Rescan(t.Context()) },
+		"reauth": func() error {
+			keys := Reauthentication{Host: "a", Controller: "b"}
+			err := c.Reauthenticate(t.Context(), keys)
+			if f.reauth != keys {
+				t.Errorf("the server got %+v", f.reauth)
+			}
+			return err
+		},
 	} {
 		f.err = nil
 		if err := do(); err != nil {

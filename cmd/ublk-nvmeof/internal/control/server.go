@@ -33,6 +33,8 @@ type Controlled interface {
 	Reset(ctx context.Context) error
 	// Rescan has the namespaces looked at.
 	Rescan(ctx context.Context) error
+	// Reauthenticate authenticates the connection again.
+	Reauthenticate(ctx context.Context, r Reauthentication) error
 }
 
 type disconnectRequest struct {
@@ -156,6 +158,18 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 			return
 		}
 		Answer(w, http.StatusOK, QueryResult{Data: data})
+	})
+	mux.HandleFunc("POST /v1/reauth", func(w http.ResponseWriter, r *http.Request) {
+		var req Reauthentication
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "reauth: the request makes no sense")) // err may quote it
+			return
+		}
+		if err := c.Reauthenticate(context.WithoutCancel(r.Context()), req); err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, struct{}{})
 	})
 	for path, act := range map[string]func(context.Context) error{"POST /v1/reset": c.Reset, "POST /v1/rescan": c.Rescan} {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {

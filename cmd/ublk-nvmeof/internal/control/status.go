@@ -9,6 +9,7 @@
 //	POST /v1/reservation Reservation     → 200 QueryResult
 //	POST /v1/reset                       → 200 when the controller is connected again
 //	POST /v1/rescan                      → 200 at once
+//	POST /v1/reauth Reauthentication     → 200 when the connection is authenticated again
 //
 // What a server refuses is an exit.Error: 400 if the request makes no sense, 409 if it does
 // not suit the state of the server, else 500.
@@ -46,6 +47,10 @@ type Status struct {
 	Failure  string `json:"failure,omitempty"` // of the last attempt, while it is not live
 	// Outages has what these are part of, from the start of the server.
 	Outages Outages `json:"outages"`
+
+	// Authentication is the hash, the group, and whether both sides proved who they are;
+	// empty if the target did not ask.
+	Authentication string `json:"authentication,omitempty"`
 
 	CNTLID   uint16 `json:"cntlid"`
 	Version  string `json:"nvme_version"`
@@ -234,6 +239,13 @@ type Reservation struct {
 	NSID    uint32 `json:"nsid"`
 	Command []byte `json:"command"` // 64 bytes
 	Data    []byte `json:"data"`    // keys, or zeroes as long as the report
+}
+
+// Reauthentication has the keys to authenticate with from now on. An empty one stays as it
+// is, and for "none" there is none from now on.
+type Reauthentication struct {
+	Host       string `json:"dhchap_secret,omitempty"`
+	Controller string `json:"dhchap_ctrl_secret,omitempty"`
 }
 
 // QueryResult is what the controller answered.

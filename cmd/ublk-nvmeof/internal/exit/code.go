@@ -30,7 +30,8 @@ const (
 	Busy           Code = 14
 	NotFound       Code = 15
 	NoMemory       Code = 16
-	nCodes              = 17
+	NotProved      Code = 17
+	nCodes              = 18
 )
 
 var meanings = [nCodes]string{
@@ -51,6 +52,7 @@ var meanings = [nCodes]string{
 	Busy:           "the device is in use, or its controller is not connected at the moment",
 	NotFound:       "no such device, controller or namespace",
 	NoMemory:       "the I/O buffers need more memory than they may have; the message says how much",
+	NotProved:      "host and target could not prove to each other who they are: a key is missing or wrong",
 }
 
 // String returns the meaning of the code.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
@@ -92,6 +93,9 @@ type Connect struct {
 	// Warnings are about values that are accepted but may not be meant. They are
 	// for the log.
 	Warnings []string
+
+	Secret           *auth.Key // of this host; nil: none
+	ControllerSecret *auth.Key // that the target must prove to have; nil: none
 
 	Queues        poller.Request
 	QueueSize     int
@@ -171,6 +175,7 @@ func (c *Connect) addHost(f *pflag.FlagSet) {
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
 		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
+	c.addSecrets(f)
 }
 
 // addConnection defines the flags that may be the same for several subsystems.
@@ -229,7 +234,7 @@ func (c *Connect) Complete(from Sources) error {
 
 // CompleteHost is Complete for flags that may lack the target.
 func (c *Connect) CompleteHost(from Sources) error {
-	if err := c.chooseSource(); err != nil {
+	if err := errors.Join(c.chooseSource(), c.checkSecrets()); err != nil {
 		return err
 	}
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
@@ -345,12 +350,13 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	return out, nil
 }
 
-// Args returns the flags of f that were set, as arguments that set them again.
+// Args returns the flags of f that were set, as arguments that set them again. Keys are left
+// out.
 func Args(f *pflag.FlagSet) []string {
 	var args []string
 	// Visit would visit only the flags that f itself has parsed.
 	f.VisitAll(func(flag *pflag.Flag) {
-		if flag.Changed {
+		if flag.Changed && !isSecret(flag) {
 			args = append(args, "--"+flag.Name+"="+flag.Value.String())
 		}
 	})

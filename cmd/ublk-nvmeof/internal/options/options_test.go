@@ -50,6 +50,8 @@ func TestWrongValues(t *testing.T) {
 		{"--context", []string{"", strings.Repeat("x", 256), "a b"}, "want 1 to 255 printable characters"},
 		{"--owner", []string{"", "\x1b"}, "want 1 to 255 printable characters"},
 		{"-q/--hostnqn", []string{"", long}, "want a name of 1 to 223 bytes"},
+		{"-S/--dhchap-secret", []string{"", "DHHC-1:", "none ", "DHHC-1:00:x:", "@"}, "want a key like DHHC-1:00:BASE64:, @FILE"},
+		{"-C/--dhchap-ctrl-secret", []string{"DHHC-1:00:Jc/My1o0qtLCWRp+sHhAVafdfaS7YQOMYhk9zSmlatobqB8C:"}, "the checksum does not match the secret, so a character is wrong; want a key like"},
 		{"-I/--hostid", []string{"", "x", "12345678-1234-1234-1234-123456789ab", "00000000-0000-0000-0000-000000000000"}, "want a UUID like"},
 		{"-i/--nr-io-queues", []string{"0", "-1", "65536", "x", "", "1.5"}, "want a number, 1 to 65535"},
 		{"-W/--nr-write-queues", []string{"-1", "65536", "x", ""}, "want a number, 0 to 65535"},
@@ -90,7 +92,11 @@ func TestWrongValues(t *testing.T) {
 				continue
 			}
 			got := err.Error()
-			if !strings.HasPrefix(got, tt.flag+" ") || !strings.Contains(got, tt.want) || strings.Contains(got, "\n") {
+			quoted := " "
+			if strings.HasSuffix(tt.flag, "-secret") { // whose values are not to be shown
+				quoted = ":"
+			}
+			if !strings.HasPrefix(got, tt.flag+quoted) || !strings.Contains(got, tt.want) || strings.Contains(got, "\n") {
 				t.Errorf("--%s=%q: message %q, want %s …%q", name, value, got, tt.flag, tt.want)
 			}
 		}

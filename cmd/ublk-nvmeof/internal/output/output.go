@@ -299,6 +299,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("owner", "%s, context %s", orNone(s.Owner), orNone(s.Context))
 		}
 		if s.Model != "" {
+			if s.Authentication != "" {
+				row("authentication", "%s", s.Authentication)
+			}
 			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {

@@ -29,6 +29,7 @@ type controller interface {
 	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error
 	Rescan() error
+	Reauthenticate(ctx context.Context, keys *initiator.Credentials) error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }

@@ -118,7 +118,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	s.ctrl, s.info = ctrl, info
 	s.mu.Unlock()
 	s.depth = info.QueueSize
-	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String())
+	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String(), "authentication", cmp.Or(info.Auth, "none"))
 	return found, nil
 }
 
@@ -148,7 +148,8 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	cfg := initiator.Config{
 		Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr,
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
-		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
+		Credentials: initiator.Credentials{Host: s.opts.Secret, Controller: s.opts.ControllerSecret},
+		Queues:      queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		MaxMemory: s.opts.Memory, Associated: s.record.associated,
@@ -209,7 +210,7 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		return err
 	}
 	if len(devices) > 0 {
-		if err := s.record.takenOver(s.target(), s.cfg.Args, devices); err != nil {
+		if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), devices); err != nil {
 			return err
 		}
 		s.waiting = nil
@@ -221,7 +222,7 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		}
 		return nil
 	}
-	if err := s.record.takenOver(s.target(), s.cfg.Args, nil); err != nil {
+	if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), nil); err != nil {
 		return err
 	}
 	s.waiting = nil

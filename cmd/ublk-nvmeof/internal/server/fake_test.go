@@ -259,7 +259,9 @@ type fakeController struct {
 	done    chan struct{}
 	aborted chan struct{}
 	once    sync.Once
-	hang    bool // in Close
+	hang    bool                   // in Close
+	keys    *initiator.Credentials // of the last Reauthenticate
+	reauth  error                  // its error
 }
 
 func (c *fakeController) Info() initiator.Info {
@@ -315,6 +317,11 @@ func (c *fakeController) Query(_ context.Context, cmd *nvme.Command, out []byte)
 func (c *fakeController) Reset(context.Context) error {
 	c.world.note("reset")
 	return c.world.queriesFail()
+}
+
+func (c *fakeController) Reauthenticate(_ context.Context, keys *initiator.Credentials) error {
+	c.keys = keys
+	return c.reauth
 }
 
 func (c *fakeController) Rescan() error {

@@ -95,6 +95,7 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
+	out.Authentication = connected.Auth
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
 	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
 	out.RDMADevice, out.Memory = connected.Device, "registered"

@@ -225,7 +225,7 @@ func Distinct(ids []uint16) []uint16 {
 }
 
 // Save replaces the saved state atomically.
-func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State) }
+func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State, public) }
 
 // Retire removes the record of the calling process, which is about to end. unfinished
 // are the controllers that the target may still have. The next server of the subsystem

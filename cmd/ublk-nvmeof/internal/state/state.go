@@ -5,6 +5,7 @@
 //	/run/ublk-nvmeof/.lock             held (flock) while records come and go
 //	/run/ublk-nvmeof/.controllers.json controllers of servers whose record is gone
 //	/run/ublk-nvmeof/ctrl0/state.json  the record, replaced by rename
+//	/run/ublk-nvmeof/ctrl0/secrets.json the keys of its connection, for its owner only
 //	/run/ublk-nvmeof/ctrl0/control.sock
 //	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
 //
@@ -323,9 +324,12 @@ func readFile(path string) ([]byte, error) {
 	return text, err
 }
 
+// public is the mode of files that other users may read.
+const public fs.FileMode = 0o644
+
 // writeFile replaces the contents of a file atomically. If the process dies meanwhile,
 // the file has either its old or its new contents.
-func writeFile(path string, content any) (err error) {
+func writeFile(path string, content any, mode fs.FileMode) (err error) {
 	text, err := json.MarshalIndent(content, "", "\t")
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
@@ -334,7 +338,7 @@ func writeFile(path string, content any) (err error) {
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, mode)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
