@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,6 +22,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
 // connection is what connect and serve have in common.
@@ -30,8 +33,10 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
-	succeed    string // the running server to take over from
-	recover    string // the dead server to take over from
+	retry      time.Duration // how long to try again if the first attempt fails
+	flagsFile  string        // of flags that are not on the command line
+	succeed    string        // the running server to take over from
+	recover    string        // the dead server to take over from
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -42,12 +47,18 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
 	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
+	f.DurationVar(&c.retry, "retry", 0, "how long to try again if the target cannot be connected to yet")
 	formatFlag(f, &c.format)
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
 
 // complete checks the flags as a whole.
-func (c *connection) complete() error { return usage(c.opts.Complete(options.Sources{})) }
+func (c *connection) complete() error {
+	if c.retry < 0 {
+		return usage(fmt.Errorf("--retry \"%v\": want a duration of 0 or more, such as 90s", c.retry))
+	}
+	return usage(c.opts.Complete(options.Sources{}))
+}
 
 func (c *connection) show(w io.Writer, s control.Status) error {
 	return output.Connected(w, s, c.format, c.verbose)
@@ -64,15 +75,26 @@ do not end it. With --foreground this process becomes the server. It then logs t
 standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
 does not wait for requests in flight.
 
+A server in the background gets a systemd scope of its own if root starts it and
+systemd runs, so the end of the session or service that started it does not end it.
+
 If the address is a host name, each of its addresses is tried until one accepts
 the connection.
 
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: cobra.NoArgs,
-		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
+		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error {
+			if c.flagsFile != "" {
+				if err := usage(flagsFrom(c.flagsFile, cmd.Flags())); err != nil {
+					return err
+				}
+			}
+			return c.connect(cmd)
+		}),
 	}
 	c.addFlags(cmd)
+	cmd.Flags().StringVar(&c.flagsFile, "flags-from", "", "`file` with a flag in each line, such as \"nqn = NAME\"; flags of the command line come first")
 	return cmd
 }
 
@@ -86,15 +108,15 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		return err
 	}
 	args := append(serveArgs(dir), options.Args(c.shown)...)
-	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
+	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose), "--retry="+c.retry.String())
 	if c.foreground {
 		_ = host.SetIOFlusher() // serving works without it; the server says so
-		if err := host.CloseOnExec(); err != nil {
+		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
 		}
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
-	s, err := startServer(args, c.opts.Timeout)
+	s, err := startServer(args, c.opts.Timeout+c.retry)
 	if err != nil {
 		return err
 	}
@@ -133,7 +155,11 @@ func newServe(runDir dirFunc) *cobra.Command {
 		}
 		unix.CloseOnExec(reportFD)
 		r := &reporter{file: os.NewFile(uintptr(reportFD), "report")}
-		err := exit.From(c.serveBackground(r))
+		serve := c.serveBackground
+		if systemd.Managed() {
+			serve = c.serveSucceeding
+		}
+		err := exit.From(serve(r))
 		if err == nil {
 			return nil
 		}
@@ -147,19 +173,44 @@ func newServe(runDir dirFunc) *cobra.Command {
 
 // serveForeground is connect --foreground, after it became the server.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.level(), ReplaceAttr: journalAttr}))
-	return c.serve(server.Config{
-		Log:   log,
-		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
-	}, endSignals)
+	cfg := server.Config{
+		Log:    foregroundLog(os.Stderr, c.level()),
+		Ready:  func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
+		Launch: launchSuccessor(c.runDir),
+	}
+	if !systemd.Managed() {
+		cfg.Launch = nil
+		return c.serve(cfg, endSignals)
+	}
+	return c.serveManaged(cfg)
 }
 
-// journalAttr leaves out the time where the journal notes it.
-func journalAttr(groups []string, a slog.Attr) slog.Attr {
-	if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
-		return slog.Attr{}
+// serveSucceeding is the server that a server under a service manager has started to take
+// over from it.
+func (c *connection) serveSucceeding(r *reporter) error {
+	return c.serveManaged(server.Config{
+		Log: foregroundLog(os.Stderr, c.level()),
+		// The server that listened to this may have left.
+		Ready:  func(s control.Status) error { _ = r.ready(s); return nil },
+		Launch: launchSuccessor(c.runDir),
+	})
+}
+
+// serveManaged serves under a service manager.
+func (c *connection) serveManaged(cfg server.Config) error {
+	cfg.Patient = true
+	reload, stop := hangups()
+	defer stop()
+	cfg.Reload = reload
+	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+}
+
+// foregroundLog writes to w, or to the journal if that is what standard error leads to.
+func foregroundLog(w io.Writer, level slog.Level) *slog.Logger {
+	if systemd.ToJournal() {
+		return slog.New(systemd.NewJournalHandler(os.Stderr, level, programName))
 	}
-	return a
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
 // serveBackground is what connect starts. What is logged before there is a log
@@ -176,7 +227,9 @@ func (c *connection) serveBackground(r *reporter) error {
 		},
 		Ready: r.ready,
 	}
-	defer surviveHangup(cfg.Log)()
+	reload, stop := hangups()
+	defer stop()
+	cfg.Reload, cfg.Patient = reload, systemd.Booted() && systemd.InOwnScope()
 	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
 }
 
@@ -243,5 +296,42 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))
 	}()
-	return server.Run(ctx, cfg)
+	if cfg.Listener, err = systemd.Listener(); err != nil {
+		return err
+	}
+	if cfg.Listener != nil && c.opts.Frontend == options.Auto {
+		c.opts.Frontend = options.NBDSocket
+	}
+	return c.runRepeatedly(ctx, cfg)
+}
+
+// retryDelay is the time between two attempts to connect at first.
+const retryDelay = 2 * time.Second
+
+// runRepeatedly runs the server. If it cannot connect, it is run again until c.retry has
+// passed.
+func (c *connection) runRepeatedly(ctx context.Context, cfg server.Config) error {
+	began := time.Now()
+	reserved := cfg.Reserved
+	cfg.Reserved = func(e *state.Entry) error {
+		if e.Inherited { // the devices stay on this record until they are taken over
+			cfg.Recovers = e.Name
+		}
+		return reserved(e)
+	}
+	for {
+		err := server.Run(ctx, cfg)
+		if !exit.Of(err).MayPass() || ctx.Err() != nil || time.Since(began)+retryDelay > c.retry {
+			return err
+		}
+		cfg.Log.Warn("cannot connect yet", "error", err, "next_in", retryDelay)
+		if nerr := systemd.Notify(systemd.Status("cannot connect yet: "+err.Error()), systemd.ExtendTimeout(c.opts.Timeout)); nerr != nil {
+			cfg.Log.Warn("cannot notify the service manager", "error", nerr)
+		}
+		select {
+		case <-time.After(retryDelay):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }

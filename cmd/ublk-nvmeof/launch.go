@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,8 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"slices"
-	"strings"
 	"syscall"
 	"time"
 
@@ -22,6 +21,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
 // self is the path of this program, or a link to it if its file has been
@@ -114,15 +114,17 @@ func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
 	}
 	return &exec.Cmd{
 		Path: path, Args: args,
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{out},
+		Env: systemd.Outside(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{out},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}, nil
 }
 
-// withoutNotify keeps a server in the background from speaking for the service
-// that started it.
-func withoutNotify(env []string) []string {
-	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
+// hangups delivers each SIGHUP, which then does not end the process, until stop is called.
+// The end of a session may send one.
+func hangups() (c chan os.Signal, stop func()) {
+	c = make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGHUP)
+	return c, func() { signal.Stop(c) }
 }
 
 // surviveHangup keeps SIGHUP, which the end of a session may send, from ending a
@@ -164,6 +166,7 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
+	leaveSession(ctx, cmd.Process.Pid)
 	heard := make(chan report, 1)
 	go func() { heard <- receive(r) }()
 	m, err := await(ctx, heard, cmd.Process, timeout)
@@ -189,6 +192,60 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 		memory = memoryRanOut
 	}
 	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, memory))
+}
+
+// scopeTime limits the time to make a scope.
+const scopeTime = 5 * time.Second
+
+// leaveSession puts a server in the background into a scope of its own, where systemd runs.
+func leaveSession(ctx context.Context, pid int) {
+	if os.Getuid() != 0 || !systemd.Booted() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, scopeTime)
+	defer cancel()
+	if err := systemd.MoveToScope(ctx, pid, "NVMe over Fabrics block devices"); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: the server may end with this session, because it has no scope of its own: %v\n", programName, err)
+	}
+}
+
+// launchSuccessor returns a function for server.Config.Launch.
+func launchSuccessor(runDir dirFunc) func(program, succeeds string, flags []string) (int, <-chan error, error) {
+	return func(program, succeeds string, flags []string) (int, <-chan error, error) {
+		dir, err := runDir()
+		if err != nil {
+			return 0, nil, err
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			return 0, nil, fmt.Errorf("start %s: %w", program, err)
+		}
+		defer w.Close()
+		if err := host.CloseOnExec(); err != nil {
+			r.Close()
+			return 0, nil, err
+		}
+		args := append(append(serveArgs(dir), "--succeed="+succeeds, "--report-fd=3"), flags...)
+		cmd := &exec.Cmd{
+			Path: program, Args: args, Dir: "/", Env: systemd.Successor(os.Environ()),
+			Stdout: os.Stdout, Stderr: os.Stderr, ExtraFiles: []*os.File{w},
+		}
+		if err := cmd.Start(); err != nil {
+			r.Close()
+			return 0, nil, fmt.Errorf("start %s: %w", program, err)
+		}
+		failed := make(chan error, 1)
+		go func() {
+			m := receive(r)
+			r.Close()
+			err := cmd.Wait() // this process ends first if all goes well
+			if m.Error != nil {
+				err = m.Error
+			}
+			failed <- cmp.Or(err, errors.New("the new server ended"))
+		}()
+		return cmd.Process.Pid, failed, nil
+	}
 }
 
 // memory reports whether the kernel killed a process while a server was starting.

@@ -7,12 +7,14 @@ const testenv = "internal/testenv"
 
 // Modules from outside that some packages may import.
 const (
-	sys      = "golang.org/x/sys"
-	cobra    = "github.com/spf13/cobra"
-	pflag    = "github.com/spf13/pflag"
-	kmod     = "github.com/pmorjan/kmod"
-	rdmamap  = "github.com/Mellanox/rdmamap"
-	humanize = "github.com/dustin/go-humanize"
+	sys       = "golang.org/x/sys"
+	cobra     = "github.com/spf13/cobra"
+	pflag     = "github.com/spf13/pflag"
+	kmod      = "github.com/pmorjan/kmod"
+	rdmamap   = "github.com/Mellanox/rdmamap"
+	humanize  = "github.com/dustin/go-humanize"
+	gosystemd = "github.com/coreos/go-systemd/v22"
+	godbus    = "github.com/godbus/dbus/v5"
 )
 
 // row says what a package may import: packages of this module by their path
@@ -67,7 +69,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof": {may: []string{
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
@@ -78,7 +80,7 @@ var table = map[string]row{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
-		"cmd/ublk-nvmeof/internal/state",
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"block/null"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
@@ -86,8 +88,9 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", "internal/hostmem", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
-	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/state":   {may: []string{"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/rundir":  {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/systemd": {may: []string{gosystemd, godbus, sys}},
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -25,6 +26,21 @@ type Controlled interface {
 	// server. When it has returned, the process ends. An error, exit.Other, means
 	// that nothing has changed.
 	HandOver(ctx context.Context) error
+}
+
+// Replaceable is a Controlled that can start another build of the program in its place.
+type Replaceable interface {
+	// Replace starts program, and returns its process id when it has begun to take over.
+	// An error means that nothing has changed.
+	Replace(ctx context.Context, program string) (pid int, err error)
+}
+
+type replaceRequest struct {
+	Program string `json:"program"`
+}
+
+type replaceAnswer struct {
+	PID int `json:"pid"`
 }
 
 type disconnectRequest struct {
@@ -120,6 +136,9 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		}
 		Answer(w, http.StatusOK, struct{}{})
 	})
+	if r, ok := c.(Replaceable); ok {
+		mux.HandleFunc("POST /v1/replace", func(w http.ResponseWriter, req *http.Request) { replace(w, req, r) })
+	}
 	srv := &http.Server{
 		Handler:        mux,
 		ReadTimeout:    readTimeout,
@@ -128,6 +147,24 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	}
 	srv.SetKeepAlivesEnabled(false) // each request has a connection of its own
 	return srv
+}
+
+func replace(w http.ResponseWriter, req *http.Request, r Replaceable) {
+	var body replaceRequest
+	err := json.NewDecoder(http.MaxBytesReader(w, req.Body, maxBody)).Decode(&body)
+	if err == nil && !filepath.IsAbs(body.Program) {
+		err = fmt.Errorf("program %q: want an absolute path", body.Program)
+	}
+	if err != nil {
+		Answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "replace: %v", err))
+		return
+	}
+	pid, err := r.Replace(context.WithoutCancel(req.Context()), body.Program)
+	if e := exit.From(err); e != nil {
+		Answer(w, http.StatusConflict, e)
+		return
+	}
+	Answer(w, http.StatusOK, replaceAnswer{pid})
 }
 
 // Answer writes body as JSON. A client that does not read it is given up.

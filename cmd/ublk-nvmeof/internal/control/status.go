@@ -4,6 +4,8 @@
 //	GET  /v1/status                      → 200 Status
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
+//	POST /v1/replace {"program": "/path"} → 200 with the process id of the new server, when
+//	                                        it has begun to take over, or an exit.Error
 package control
 
 import "strings"
@@ -16,6 +18,9 @@ type Status struct {
 	SchemaVersion int    `json:"schema_version"`
 	Name          string `json:"name"`
 	PID           int    `json:"pid"`
+
+	// Managed says that a service manager runs the server.
+	Managed bool `json:"managed,omitempty"`
 
 	Transport  string `json:"transport"`
 	TrAddr     string `json:"traddr"`

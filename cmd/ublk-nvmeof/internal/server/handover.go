@@ -50,6 +50,7 @@ func (s *server) handOver(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	s.heir.takesOver(s)
 	s.finish(nil)
 	return nil
 }

@@ -2,20 +2,24 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 )
@@ -39,6 +43,17 @@ type Config struct {
 	Ready func(control.Status) error
 	// Hurry is closed to shorten the end of the server.
 	Hurry <-chan struct{}
+	// Patient makes a server that is asked to end by ctx wait until no device is in use,
+	// or until Hurry is closed.
+	Patient bool
+	// Reload has the server read its certificates again each time that it delivers.
+	Reload <-chan os.Signal
+	// Listener, if not nil, is the socket for NBD clients.
+	Listener net.Listener
+	// Launch, if not nil, starts another build of the program with these arguments as the
+	// successor of this process, and returns its process id and a channel that delivers
+	// if it ends without having taken over.
+	Launch func(program string, succeeds string, args []string) (pid int, failed <-chan error, err error)
 }
 
 // Run serves until ctx is done, a control request ends it, or no device is left. It
@@ -58,6 +73,11 @@ type server struct {
 	sock   *socket
 	depth  int        // of the devices
 	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
+	certs  atomic.Pointer[tls.Config]
+	heir   heir
+
+	replacing sync.Mutex  // held while a successor is started
+	leaving   atomic.Bool // the server waits until no device is in use, and then ends
 
 	// waiting holds the devices of another server that this one takes over. Until all of
 	// them are served, none is ended, so that they can wait for the next server.
@@ -69,6 +89,7 @@ type server struct {
 	changes chan struct{}           // holds a token while nobody starts, ends or changes devices
 	closed  bool                    // guarded by changes: everything has ended
 	aborted bool                    // guarded by changes: requests in flight were aborted
+	ending  atomic.Bool             // the parts below the devices are ending
 	ended   chan struct{}           // closed when closed is set
 	pending []*pending              // pending changes of namespaces; guarded by changes
 
@@ -106,6 +127,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	s.cancel = cancel
 	starting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
+	s.notify(systemd.Status("connecting to "+s.opts.NQN+" at "+s.opts.Peer()), systemd.ExtendTimeout(s.opts.Timeout+stopTime))
 
 	if err := s.reserve(starting); err != nil {
 		return exit.From(err)
@@ -123,12 +145,15 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	if err == nil {
 		err = s.announce()
 	}
+	stopWatching := s.keepWatch(ctx)
+	defer stopWatching()
 	if err == nil {
 		s.serve(ctx)
+		if s.cfg.Patient {
+			s.awaitUnused(ctx)
+		}
 	}
-	if nerr := host.Notify("STOPPING=1"); nerr != nil {
-		s.log.Warn("cannot notify the service manager", "error", nerr)
-	}
+	s.sayStopping()
 	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {
 		err = eerr
 	}
@@ -151,9 +176,7 @@ func (s *server) forget(ctx context.Context) error {
 
 // announce reports that the devices are usable.
 func (s *server) announce() error {
-	if err := host.Notify("READY=1", "STATUS=serving "+s.opts.NQN); err != nil {
-		s.log.Warn("cannot notify the service manager", "error", err)
-	}
+	s.notify(systemd.Ready, systemd.Status(s.summary()))
 	if s.cfg.Ready == nil {
 		return nil
 	}
@@ -168,6 +191,7 @@ func (s *server) serve(ctx context.Context) {
 	following, stop := context.WithCancel(ctx)
 	var follower sync.WaitGroup
 	follower.Go(func() { s.follow(following) })
+	follower.Go(func() { s.followReloads(following) })
 	s.wait(ctx)
 	stop()
 	follower.Wait()

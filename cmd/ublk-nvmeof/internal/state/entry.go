@@ -80,8 +80,8 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	return e, e.take(records)
 }
 
-// Adopt makes the record of a server that has ended the caller's. Controllers of
-// the Entry are as for Reserve.
+// Adopt makes the record of a server that has ended the caller's. So it does with a record
+// that the calling process has already inherited. Controllers of the Entry are as for Reserve.
 func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -96,7 +96,7 @@ func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case r.Alive:
+	case r.Alive && r.Process != self:
 		return nil, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
 	}
 	records, err := d.List()
