@@ -315,7 +315,7 @@ func (c *connection) runRepeatedly(ctx context.Context, cfg server.Config) error
 	reserved := cfg.Reserved
 	cfg.Reserved = func(e *state.Entry) error {
 		if e.Inherited { // the devices stay on this record until they are taken over
-			cfg.Recovers = e.Name
+			cfg.Recovers, cfg.Again = e.Name, true
 		}
 		return reserved(e)
 	}

@@ -36,6 +36,9 @@ type Config struct {
 	// Recovers is the name of a dead server that this server replaces. If it is empty,
 	// Run looks for a dead server with the same target.
 	Recovers string
+	// Again says that an earlier run of this process inherited the record Recovers, and
+	// could not take over the devices.
+	Again bool
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
 	Reserved func(*state.Entry) error

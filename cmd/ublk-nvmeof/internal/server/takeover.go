@@ -28,9 +28,12 @@ import (
 func (s *server) take(ctx context.Context) error {
 	var e *state.Entry
 	var err error
-	if s.cfg.Recovers != "" {
+	switch {
+	case s.cfg.Again:
+		e, err = s.cfg.Dir.AdoptAgain(ctx, s.cfg.Recovers)
+	case s.cfg.Recovers != "":
 		e, err = s.cfg.Dir.Adopt(ctx, s.cfg.Recovers)
-	} else {
+	default:
 		e, err = s.cfg.Dir.Reserve(ctx, s.target(), s.cfg.Args, s.opts.Duplicate)
 	}
 	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
