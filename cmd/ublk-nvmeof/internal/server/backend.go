@@ -76,6 +76,7 @@ type backend struct {
 	list         func(context.Context) ([]ublk.Info, error)
 	remove       func(context.Context, ublk.Info) error
 	abandon      func(ctx context.Context, info ublk.Info, force bool) error
+	uevent       func(name string) error // makes udev process a block device again
 }
 
 // actual is the backend outside of tests.
@@ -124,6 +125,7 @@ var actual = backend{
 	list:    ublk.List,
 	remove:  ublk.Remove,
 	abandon: ublk.Abandon,
+	uevent:  host.Uevent,
 }
 
 // explainedLoop makes a loop. Its error names the limit that the loop exceeds.

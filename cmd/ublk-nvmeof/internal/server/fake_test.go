@@ -118,6 +118,7 @@ func (w *world) backend() backend {
 			}
 			return ublk.Info{}, ublk.ErrNoDevice
 		},
+		uevent: func(string) error { return nil },
 		remove: func(_ context.Context, i ublk.Info) error {
 			w.note("remove %d", i.ID)
 			delete(w.left, i.ID)
@@ -200,7 +201,9 @@ func (w *world) namespace(id uint32) namespace {
 
 // described is a device of a namespace, as it is on record.
 func (w *world) described(id uint32, d state.Device) state.Device {
-	return describeRecord(w.namespace(id), d)
+	r := describeRecord(w.namespace(id), d)
+	r.Model = "M"
+	return r
 }
 
 type disk struct {
