@@ -16,6 +16,9 @@
 #	make demo       all of it once, on this machine, without VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
+#	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
+#	                needs no library and has only RoCEv2
+#	make test-service  install, boot, upgrade and remove the package in a VM with systemd
 #	make lint       golangci-lint
 #	make clean      all but the kernels in build/cache
 
@@ -27,6 +30,13 @@ VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
 SOAKFLAGS ?=
+
+NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
+
+# A version that sorts before the release that it leads to.
+VERSION ?= 0.1.0~$(shell git show -s --date=format:%Y%m%d --format=git%cd.%h)
+DEB = build/ublk-nvmeof_$(VERSION)_$(shell go env GOARCH).deb
+RELEASE = -trimpath -ldflags '-X main.version=$(VERSION)'
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
@@ -47,7 +57,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench deb test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -115,9 +125,27 @@ demo-vm: build
 bench: build
 	go run ./bench $(BENCH)
 
+deb:
+	rm -rf build/package && mkdir -p build/package
+	go build $(RELEASE) -o build/package/ublk-nvmeof ./cmd/ublk-nvmeof
+	CGO_ENABLED=0 go build $(RELEASE) -o build/static/ublk-nvmeof ./cmd/ublk-nvmeof
+	build/package/ublk-nvmeof documentation build/package
+	gzip -9n build/package/man/*.1
+	ARCH=$$(go env GOARCH) VERSION='$(VERSION)' $(NFPM) package -f packaging/nfpm.yaml -p deb -t $(DEB)
+
+# The newer package is the same program with another version.
+test-service: build deb
+	rm -rf build/newer && mkdir -p build/newer build/log/service
+	cp $(DEB) build/newer/old.deb
+	$(MAKE) deb VERSION='$(VERSION)+1' && mv build/ublk-nvmeof_*+1_*.deb build/newer/new.deb
+	for k in $(KERNELS); do \
+		build/vm --kernel $$k --mem 2G --timeout 15m --out build/log/service/$$k --systemd e2e/service-before.sh -- e2e/service.sh; \
+		e2e/service-after.sh build/log/service/$$k/console.log; \
+	done
+
 lint:
 	$(GOLANGCI) run ./...
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
 
 clean:
-	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log
+	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log build/package build/static build/newer build/*.deb
