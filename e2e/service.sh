@@ -52,7 +52,7 @@ step "state, watchdog and journal"
 watched=$(property disk WatchdogTimestampMonotonic)
 watchdog_fed() { [ "$(property disk WatchdogTimestampMonotonic)" != "$watched" ]; }
 until_true 60 watchdog_fed
-journalctl -q -u ublk-nvmeof@disk.service PRIORITY=6 NVMEOF_CONTROLLER=1 + NVMEOF_FRONTEND=ublk | grep -q 'front end chosen'
+journalctl -q PRIORITY=6 NVMEOF_FRONTEND=ublk | grep -q "front end chosen"
 
 step "the server is killed under fio"
 pid=$(property disk MainPID)
@@ -90,7 +90,6 @@ systemctl daemon-reload
 umount /mnt/uuid # it requires the service, and would be unmounted
 systemctl stop ublk-nvmeof@disk.service || true
 kill -0 "$pid"
-[ "$(cat /mnt/id/lost+found/../.. 2>&1 | head -c 0)" = "" ]
 echo "still served" >/mnt/id/file && sync -f /mnt/id/file
 umount /mnt/id
 gone() { ! kill -0 "$pid"; }

@@ -34,6 +34,10 @@ func becomeSystemd(port *os.File, c guestConfig) error {
 	if err := os.WriteFile("/etc/fstab", nil, 0o644); err != nil {
 		return err
 	}
+	// The script has as long as the command.
+	if err := writeFrame(port, frameReady, nil); err != nil {
+		return err
+	}
 	before := exec.Command(c.Before)
 	before.Dir, before.Env = c.Dir, append(c.Env, "PWD="+c.Dir)
 	if out, err := before.CombinedOutput(); err != nil {
