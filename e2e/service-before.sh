@@ -29,7 +29,7 @@ traddr = $LAB_ADDR
 nqn = nqn.2026-01.org.example:late
 nr-io-queues = 1
 END
-systemctl enable ublk-nvmeof.target ublk-nvmeof@disk.service ublk-nvmeof@late.service
+systemctl enable ublk-nvmeof.target ublk-nvmeof@disk.service ublk-nvmeof@late.service remote-fs.target
 systemctl set-default multi-user.target
 # The journal goes to the console, too, so that the shutdown can be looked at.
 mkdir -p /etc/systemd/journald.conf.d

@@ -253,7 +253,8 @@ func (c *connection) level() slog.Level {
 }
 
 // serve runs the server. The first signal ends it in order, the second does not
-// wait for requests in flight, the third does not wait for anything.
+// wait for requests in flight, the third does not wait for anything. If the server is
+// patient, the second and the third have to be SIGINT.
 func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err := host.SetName(programName); err != nil { // it is "exe" after executing self
 		cfg.Log.Warn("process not named", "error", err)
@@ -284,6 +285,10 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		}
 		c.logIdentity(cfg.Log)
 		return nil
+	}
+	// systemd may send SIGTERM several times, and does not mean to hurry.
+	if cfg.Patient {
+		signals = []os.Signal{syscall.SIGINT}
 	}
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry

@@ -157,7 +157,7 @@ func (s *server) awaitUnused(ctx context.Context) {
 		}
 		if !said {
 			s.leaving.Store(true)
-			s.log.Warn("waiting until no device is in use; a second signal ends the wait", "error", err)
+			s.log.Warn("waiting until no device is in use; SIGINT ends the wait", "error", err)
 			s.notify(systemd.Stopping, systemd.Status("waiting until no device is in use: "+printable(err.Error())))
 		}
 		select {
