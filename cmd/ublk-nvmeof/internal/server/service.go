@@ -224,12 +224,26 @@ type heir struct {
 	done bool // it has taken over
 }
 
-// expect notes the process that is about to take over. The channel is closed when it has.
-func (h *heir) expect(pid int) <-chan struct{} {
+// start starts the process that is to take over. It cannot take over before it is noted.
+// took is closed when it has.
+func (h *heir) start(launch func() (int, <-chan error, error)) (pid int, took <-chan struct{}, failed <-chan error, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	pid, failed, err = launch()
+	if err != nil {
+		return 0, nil, nil, err
+	}
 	h.pid, h.took = pid, make(chan struct{})
-	return h.took
+	return pid, h.took, failed, nil
+}
+
+// forget forgets a process that has not taken over.
+func (h *heir) forget() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.done {
+		h.pid = 0
+	}
 }
 
 // takesOver makes the heir the service, if there is one.
@@ -251,7 +265,7 @@ func (h *heir) hasTakenOver() bool {
 }
 
 // Replace implements control.Replaceable.
-func (s *server) Replace(ctx context.Context, program string) (int, error) {
+func (s *server) Replace(_ context.Context, program string) (int, error) {
 	if s.cfg.Launch == nil {
 		return 0, exit.Errorf(exit.Other, "the server does not run under a service manager")
 	}
@@ -259,17 +273,23 @@ func (s *server) Replace(ctx context.Context, program string) (int, error) {
 		return 0, exit.Errorf(exit.Busy, "the server is being replaced already")
 	}
 	defer s.replacing.Unlock()
-	pid, failed, err := s.cfg.Launch(program, s.record.state().Name, s.cfg.Args)
+	pid, took, failed, err := s.heir.start(func() (int, <-chan error, error) {
+		return s.cfg.Launch(program, s.record.state().Name, s.cfg.Args)
+	})
 	if err != nil {
 		return 0, err
 	}
 	s.log.Info("started a successor", "process", pid, "program", program)
 	select {
-	case <-s.heir.expect(pid):
+	case <-took:
 		return pid, nil
 	case err := <-failed:
+		s.heir.forget()
 		return 0, err
-	case <-ctx.Done():
-		return 0, context.Cause(ctx)
+	case <-s.ended:
+		if s.heir.hasTakenOver() {
+			return pid, nil
+		}
+		return 0, exit.Errorf(exit.Other, "the server is ending")
 	}
 }
