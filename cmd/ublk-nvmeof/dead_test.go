@@ -606,7 +606,7 @@ func TestHangup(t *testing.T) {
 		text, _ := os.ReadFile(filepath.Join(s.dir, r.Name, "log"))
 		return string(text)
 	}
-	eventually(t, "SIGHUP is in the log", func() bool { return strings.Contains(log(), "nothing to reload") })
+	eventually(t, "SIGHUP is in the log", func() bool { return strings.Contains(log(), "SIGHUP is ignored") })
 	if got, err := c.read(6); got != "disk a" || err != nil {
 		t.Errorf("after SIGHUP: %q, %v", got, err)
 	}

@@ -200,7 +200,7 @@ func (s *server) reload() {
 	s.notify(systemd.Reloading())
 	defer func() { s.notify(systemd.Ready, systemd.Status(s.summary())) }()
 	if s.certs.Load() == nil {
-		s.log.Info("nothing to reload: the server has no certificates; upgrade starts a server with other flags or another program")
+		s.log.Info("SIGHUP is ignored: the server has no certificates to reload; disconnect ends it, upgrade replaces its program")
 		return
 	}
 	now, err := s.opts.TLSConfig()
