@@ -1,26 +1,26 @@
-# Needs Go and, for all but lint and clean, a Debian machine: e2e/setup installs
-# what is missing there (as root).
+# All targets need Go. All except lint and clean need a Debian machine, where e2e/setup
+# installs missing packages (as root).
 #
 #	make build      build/ublk-nvmeof, and build/vm, the VM runner
 #	make test       all tests: test-unit, then test-vm
 #	make test-unit  format, vet, unit tests with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
-#	                KERNELS="6.12" picks kernels, RUN=TestScenarios/name tests,
-#	                VMFLAGS=--parallel with CPUs that are emulated at the same time
-#	make soak       the scenarios soak*, N=100 times what they do, half as many deaths of
-#	                a target with a volatile cache, and a target whose namespaces come 10 s
-#	                after its port, on KERNELS
-#	make soak-native  MINUTES=15 of whatever can go wrong, on this machine (root); no VM,
+#	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
+#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel
+#	make soak       the scenarios soak* with N=100 rounds, N/2 crashes of a target with a
+#	                volatile cache, and a target that adds its namespaces 10 s after it has
+#	                opened its port, on KERNELS
+#	make soak-native  random faults for MINUTES=15 on this machine (root), without a VM,
 #	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
-#	make frozen     a target whose machine stands still for 40 s: two VMs, on KERNELS
-#	make demo       all of it once, on this machine, without VM, module or RDMA device
+#	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
+#	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
 #	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
 #	                needs no library and has only RoCEv2
 #	make test-service  install, boot, upgrade and remove the package in a VM with systemd
 #	make lint       golangci-lint
-#	make clean      all but the kernels in build/cache
+#	make clean      remove everything built except the kernels in build/cache
 
 KERNELS ?= 6.12 7.3
 KERNEL  ?= $(lastword $(KERNELS))
@@ -40,9 +40,9 @@ RELEASE = -trimpath -ldflags '-X main.version=$(VERSION)'
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-# What test-vm runs beside the scenarios: packages, or PACKAGE:PATTERN for some of
-# a package's tests. A package whose tests say what they need of the machine
-# (internal/testenv) has to be here.
+# The packages whose tests test-vm runs in addition to the scenarios. PACKAGE:PATTERN runs
+# only the matching tests of a package. Every package whose tests call testenv.Need, because
+# they need something of the machine, must be in the list.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|OfAStranger|UserSees|Seccomp \
 	cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
@@ -80,9 +80,8 @@ test-unit: setup
 	go test -run Alloc ./...
 	go -C e2e test ./vm ./soak
 
-# One boot per kernel, all at once: much of what is tested is waiting. The VM's
-# limit is the one that counts: it shows what hangs. go test's is for a runner that
-# hangs itself.
+# One VM per kernel, all at the same time, because many tests wait most of the time. The VM
+# has a time limit and shows what hangs.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
@@ -101,6 +100,7 @@ test-vm: build
 		echo "failed; all of it is in build/log:"; \
 		grep -hE 'FAIL|panic:|DATA RACE|left behind:|: kernel: ' build/log/*.txt | cut -c -160 | tail -n 20; exit 1; }
 
+# The time limit of go test is for a VM runner that hangs.
 soak: build
 	for k in $(KERNELS); do \
 		UN_SOAK=$(N) UN_DURABILITY=$$((($(N) + 1) / 2)) UN_AWAY=10 go -C e2e test -v -count=1 -timeout=250m -run '^TestScenarios$$/^(soak.*|restart)$$|^TestDurability$$' \

@@ -20,8 +20,8 @@ ctrl-loss-tmo = -1
 END
 mkdir -p /mnt/uuid /mnt/id
 cat >/etc/fstab <<END
-UUID=11111111-2222-3333-4444-555555555555 /mnt/uuid ext4 _netdev,x-systemd.requires=ublk-nvmeof@disk.service 0 2
-/dev/disk/by-id/nvme-uuid.$uuid /mnt/id ext4 _netdev,nofail 0 2
+UUID=11111111-2222-3333-4444-555555555555 /mnt/uuid ext4 _netdev,x-systemd.device-timeout=10min,x-systemd.requires=ublk-nvmeof@disk.service 0 2
+/dev/disk/by-id/nvme-uuid.$uuid /mnt/id ext4 _netdev,nofail,x-systemd.device-timeout=10min 0 2
 END
 # A target that comes later.
 cat >/etc/ublk-nvmeof/late.conf <<END

@@ -141,7 +141,7 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
 	c, err := a.transfer(ctx, cmd, in, out)
-	if errors.Is(err, context.DeadlineExceeded) {
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		err = fmt.Errorf("%s was not answered: %w", cmd.Opcode().AdminString(), err)
 		a.lose(err)
 		a.fail(err)
@@ -165,7 +165,7 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 			}
 			return c, err
 		case <-ctx.Done():
-			return nvme.Completion{}, ctx.Err()
+			return nvme.Completion{}, context.Cause(ctx)
 		case <-a.lost:
 			return nvme.Completion{}, a.lossError()
 		}
@@ -187,7 +187,7 @@ func (a *admin) do(ctx context.Context, cmd *nvme.Command) (nvme.Completion, err
 		}
 		return c, nil
 	case <-ctx.Done():
-		return nvme.Completion{}, ctx.Err()
+		return nvme.Completion{}, context.Cause(ctx)
 	case <-a.lost:
 		return nvme.Completion{}, a.lossError()
 	}

@@ -17,6 +17,9 @@ import (
 // association is one admin connection with the I/O queue pairs that belong to
 // it. It is made from zero by associate, and given up as a whole.
 type association struct {
+	life     context.Context // ends when the association is lost; its cause is the first reason
+	end      context.CancelCauseFunc
+	alive    sync.WaitGroup // the goroutine that sends Keep Alive commands
 	remote   netip.AddrPort // of the target
 	admin    *admin
 	cntlid   uint16
@@ -28,7 +31,6 @@ type association struct {
 	pairs    []*queuePair
 	removed  atomic.Bool     // the RDMA device goes away
 	watching sync.WaitGroup  // the goroutines that hear of each connection
-	lost     chan error      // the first reason why it is lost
 	born     time.Time       // when the target made the controller
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at namespaces left nothing unknown
@@ -39,10 +41,15 @@ type association struct {
 
 // fail says that the association is lost. Only the first reason counts. Any
 // goroutine.
-func (a *association) fail(err error) {
-	select {
-	case a.lost <- err:
-	default:
+func (a *association) fail(err error) { a.end(err) }
+
+// during returns a context that ends with ctx and with the association.
+func (a *association) during(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(a.life, func() { cancel(context.Cause(a.life)) })
+	return ctx, func() {
+		stop()
+		cancel(nil)
 	}
 }
 
@@ -81,7 +88,10 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. What it returns is connected and idle: no lane knows of
 // it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{lost: make(chan error, 1), found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
+	a = &association{found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
+	a.life, a.end = context.WithCancelCause(c.life)
+	ctx, cancel := a.during(ctx)
+	defer cancel()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.close())
@@ -95,6 +105,7 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	}{
 		{"connect admin queue", c.connectAdmin},
 		{"enable controller", c.enable},
+		{"keep controller alive", c.startKeepAlive},
 		{"identify controller", c.identifyController},
 		{"negotiate I/O queues", c.negotiate},
 		{"connect I/O queues", c.connectIO},
@@ -114,7 +125,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return err
 	}
 	a.remote = remote
-	if a.admin, err = newAdmin(conn, c.mem.domain(), c.cfg.AdminTimeout, a.fail); err != nil {
+	if a.admin, err = newAdmin(conn, c.mem.domain(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
 	a.watch(conn)
@@ -125,6 +136,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(0, adminDepth-1, uint32(c.cfg.KeepAlive/time.Millisecond), c.cfg.DisableSQFlow)
+	asked := time.Now()
 	done, err := a.admin.exec(ctx, &cmd, data[:], nil)
 	if err != nil {
 		return connectError(done, err)
@@ -135,7 +147,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 	}
 	a.cntlid, a.born = r.CNTLID(), time.Now()
 	if c.cfg.Made != nil {
-		c.cfg.Made(a.cntlid)
+		c.cfg.Made(a.remote, a.cntlid, asked)
 	}
 	return nil
 }
@@ -256,7 +268,7 @@ func (a *association) waitStatus(ctx context.Context, limit time.Duration, cond 
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return ctx.Err()
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -415,6 +427,8 @@ func (a *association) watch(conn *connection) {
 // close ends every connection of the association, I/O queues first. No lane may
 // know of it any more.
 func (a *association) close() error {
+	a.end(rdma.ErrClosed)
+	a.alive.Wait()
 	var errs []error
 	for _, p := range a.pairs {
 		errs = append(errs, p.close())

@@ -57,7 +57,7 @@ type Config struct {
 	DisableSQFlow bool          // ask the target to do without SQ flow control
 	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
 
-	ConnectTimeout time.Duration // per address or route resolution and per connection; 0: 10 s
+	ConnectTimeout time.Duration // per address or route resolution, per connection, and for any sign of life while an association is made; 0: 10 s
 	AdminTimeout   time.Duration // per admin command; 0: 60 s
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 
@@ -81,19 +81,30 @@ type Config struct {
 	// association is tried again. Associated must not call the Controller. It may be nil.
 	Associated func(cntlid uint16) error
 
-	// Made is told the id of each controller as soon as the target has made it, and
-	// Superseded says whether another association of this host was given an id after
-	// this one: then the target has ended the controller that had it. Without them
-	// such an association is taken for the old controller. Both may be nil, and must
-	// not call back.
-	Made       func(cntlid uint16)
-	Superseded func(cntlid uint16) bool
+	// Made is called with each controller as soon as the target has made it. asked is
+	// when this host asked for it. It must not call the Controller. It may be nil.
+	Made func(target netip.AddrPort, cntlid uint16, asked time.Time)
+
+	// Superseded is called while the target says that it has a controller with the id of
+	// an old controller. It reports whether there is proof that the target gave the id to
+	// another association of this host since: then the target has ended the old controller.
+	// Without proof the controller is taken for the old one, and I/O waits. A wrong true
+	// lets an old write overwrite a newer one. Superseded must return when ctx is done,
+	// and must not call the Controller. It may be nil.
+	Superseded func(ctx context.Context, p Present) bool
 
 	// Changed hears what happens to namespaces once Connect has returned. It must
 	// neither block nor call back. nil: nobody.
 	Changed func(ns *Namespace, what Change)
 
 	Log *slog.Logger // nil: nothing is logged
+}
+
+// Present is a controller that a target says it has.
+type Present struct {
+	Address       netip.AddrPort // of the target
+	CNTLID        uint16
+	Serial, Model string // of the subsystem, as in Identify Controller
 }
 
 func (c *Config) setDefaults() error {

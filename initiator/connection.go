@@ -138,7 +138,7 @@ func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Compl
 		case ev := <-conn.id.Events():
 			return nvme.Completion{}, fmt.Errorf("connection lost: %v", ev.Type)
 		case <-ctx.Done():
-			return nvme.Completion{}, ctx.Err()
+			return nvme.Completion{}, context.Cause(ctx)
 		}
 	}
 }

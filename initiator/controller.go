@@ -66,6 +66,7 @@ type Controller struct {
 	reason       error          // why it is not live, or was not the last time
 	losses       int            // associations lost
 	attempts     int            // to make one since the last was lost
+	failure      error          // of the last of these attempts
 	remote       netip.AddrPort // of the last association
 	lastPatience time.Duration  // with it
 	assoc        *association
@@ -94,7 +95,9 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err != nil {
 		return nil, errors.Join(err, c.mem.close())
 	}
-	if err := c.firstLook(ctx, a); err != nil {
+	during, cancel := a.during(ctx)
+	defer cancel()
+	if err := c.firstLook(during, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
 	}
 	for _, l := range c.lanes {
@@ -146,6 +149,7 @@ func (c *Controller) attach(a *association) error {
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, time.Now()
 	}
+	c.failure = nil
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
 	return nil
 }
@@ -239,13 +243,10 @@ func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 
 // serve keeps an association alive, and returns why it does not any more.
 func (c *Controller) serve(a *association) error {
-	ctx, cancel := context.WithCancel(c.life)
 	var helpers sync.WaitGroup
-	helpers.Go(func() { c.keepAlive(ctx, a) })
-	helpers.Go(func() { c.listen(ctx, a) })
-	helpers.Go(func() { c.watchNamespaces(ctx, a) })
+	helpers.Go(func() { c.listen(a.life, a) })
+	helpers.Go(func() { c.watchNamespaces(a.life, a) })
 	defer helpers.Wait()
-	defer cancel()
 	second := time.NewTicker(time.Second)
 	defer second.Stop()
 	for {
@@ -253,10 +254,8 @@ func (c *Controller) serve(a *association) error {
 		case <-second.C:
 			c.clock.Add(1)
 			c.tend(a)
-		case err := <-a.lost:
-			return err
-		case <-c.life.Done():
-			return context.Cause(c.life)
+		case <-a.life.Done():
+			return context.Cause(a.life)
 		}
 	}
 }
@@ -303,6 +302,9 @@ func (c *Controller) reconnect(lost time.Time, err error) (*association, error) 
 			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
 			return a, nil
 		}
+		c.mu.Lock()
+		c.failure = err
+		c.mu.Unlock()
 		c.cfg.Log.Warn("reconnect", "error", err, "next_in", c.cfg.ReconnectDelay)
 	}
 }
@@ -317,6 +319,8 @@ func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := a.during(ctx)
+	defer cancel()
 	if _, err := c.look(ctx, a); err != nil {
 		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
@@ -347,7 +351,7 @@ func (c *Controller) announce(a *association) error {
 func (c *Controller) lose(reason error, when time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.assoc, c.reason, c.attempts = nil, reason, 0
+	c.assoc, c.reason, c.attempts, c.failure = nil, reason, 0, nil
 	c.losses++
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
@@ -373,7 +377,7 @@ func (c *Controller) failFast() {
 func (c *Controller) die(err error) {
 	c.cfg.Log.Error("controller is given up", "reason", err)
 	c.mu.Lock()
-	c.state, c.since, c.reason = StateDead, time.Now(), err
+	c.state, c.since, c.reason, c.failure = StateDead, time.Now(), err, nil // err has the last failure
 	c.mu.Unlock()
 	close(c.dead)
 	c.failFast()
@@ -392,32 +396,38 @@ func (c *Controller) tend(a *association) {
 	}
 }
 
-// keepAlive sends Keep Alive commands. The controller counts any command as a
-// sign of life only if it says so (TBKAS), and then counts in intervals, which
-// costs up to one more.
-func (c *Controller) keepAlive(ctx context.Context, a *association) {
-	period := c.cfg.KeepAlive / 2
-	if a.identify.TBKAS() {
-		period /= 2
-	}
-	tick := time.NewTicker(period)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
+// startKeepAlive sends Keep Alive commands until the association ends, and ends it if
+// one is not answered. The controller's timer runs from the moment that the controller is
+// enabled, so the commands begin while the association is still being made. Until it
+// serves, a target has at least the connect timeout for its answer.
+func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
+	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
+	a.alive.Go(func() {
+		// A controller that counts any command as a sign of life (TBKAS) does so in
+		// intervals of the timeout, and needs twice as many commands as others.
+		tick := time.NewTicker(c.cfg.KeepAlive / 4)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-a.life.Done():
+				return
+			}
+			limit := c.cfg.KeepAlive
+			if !c.serves(a) {
+				limit = max(limit, c.cfg.ConnectTimeout)
+			}
+			if err := c.ping(a.life, a, limit); err != nil {
+				a.fail(err)
+			}
 		}
-		if err := c.ping(ctx, a); err != nil && ctx.Err() == nil {
-			a.fail(err)
-			return
-		}
-	}
+	})
+	return nil
 }
 
-// ping sends one Keep Alive command.
-func (c *Controller) ping(ctx context.Context, a *association) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive)
+// ping sends one Keep Alive command, which must be answered within limit.
+func (c *Controller) ping(ctx context.Context, a *association, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var cmd nvme.Command
 	cmd.SetKeepAlive()
@@ -549,6 +559,7 @@ type Info struct {
 	Reason    error          // why the association was lost the last time
 	Losses    int            // associations lost so far
 	Attempts  int            // to make one again, since then
+	Failure   error          // of the last attempt, while there is no association
 	Address   netip.AddrPort // of the target
 	CNTLID    uint16
 	Version   nvme.Version
@@ -575,7 +586,7 @@ type LaneStats struct {
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Device: c.mem.device(), Memory: c.mem.info()}
+	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan

@@ -485,6 +485,7 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			id := nvme.IdentifyControllerAt(page)
 			id.SetCNTLID(c.cntlid)
 			id.SetKAS(10)
+			id.SetSN("fake0")
 			id.SetSGLS(nvme.SGLSKeyed | nvme.SGLSOffset)
 			id.SetIOCCSZ(uint32(64+c.f.inCapsule) / 16)
 			id.SetIORCSZ(1)

@@ -19,7 +19,8 @@ import (
 //
 // To find out whether a controller still exists, the host sends a Connect of an I/O queue
 // to it. "Invalid parameter: controller id" means that it does not exist. While the target
-// answers that it exists, the host sends nothing; only the loss times limit this wait.
+// answers that it exists, the host sends nothing, unless there is proof that the target gave
+// the id to another association since (Config.Superseded); only the loss times limit this wait.
 // Without an answer, or with an unclear one, the host must wait as well. It then sends
 // after the time within which a target ends such a controller. Only time in which the
 // target demonstrably ran counts.
@@ -87,8 +88,8 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case presence != unclear && c.cfg.Superseded != nil && c.cfg.Superseded(cntlid):
-			c.cfg.Log.Debug("id of the old controller is another one's by now", "controller", cntlid)
+		case presence != unclear && c.superseded(ctx, a, cntlid):
+			c.cfg.Log.Info("the id of the old controller is another association's by now", "controller", cntlid)
 			return nil
 		case presence == unclear && f.lived >= patience:
 			c.cfg.Log.Warn("target does not tell whether the old controller exists, but must have ended it by now; I/O continues",
@@ -132,14 +133,11 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 		left := time.Until(end)
 		select {
 		case <-time.After(min(left, f.ctrl.cfg.KeepAlive/4)):
-		case err := <-f.a.lost:
-			f.a.fail(err) // for the goroutine that serves the association
-			return err
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 		if time.Since(f.answered) >= f.ctrl.cfg.KeepAlive/4 {
-			if err := f.ctrl.ping(ctx, f.a); err != nil {
+			if err := f.ctrl.ping(ctx, f.a, f.ctrl.cfg.KeepAlive); err != nil {
 				return err
 			}
 			f.alive()
@@ -148,6 +146,19 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 			return nil
 		}
 	}
+}
+
+// superseded reports whether the controller that the target has under an old id is proven
+// to be another association's. It takes as long as a question at most.
+func (c *Controller) superseded(ctx context.Context, a *association, cntlid uint16) bool {
+	if c.cfg.Superseded == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
+	defer cancel()
+	return c.cfg.Superseded(ctx, Present{
+		Address: a.remote, CNTLID: cntlid, Serial: a.identify.SN(), Model: a.identify.MN(),
+	})
 }
 
 // existence is the answer to whether a target has a controller.
@@ -220,7 +231,10 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 			c.mu.Unlock()
 			var err error
 			if a != nil {
-				if err = c.fence(ctx, a, id, max(keepAlive, c.cfg.KeepAlive)); err == nil && c.serves(a) {
+				during, cancel := a.during(ctx)
+				err = c.fence(during, a, id, max(keepAlive, c.cfg.KeepAlive))
+				cancel()
+				if err == nil && c.serves(a) {
 					break
 				}
 			}
@@ -235,6 +249,21 @@ func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntli
 		}
 	}
 	return nil
+}
+
+// OutliveTime returns the longest time that Outlive takes for n controllers with the given
+// keep alive timeout, as long as the target answers. If the target does not tell whether
+// the controllers exist, Outlive waits for each of them as long as the target may need to
+// end it. It waits once more if its questions may have kept a controller alive.
+func (c *Controller) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	c.mu.Lock()
+	a := c.assoc
+	c.mu.Unlock()
+	if a == nil { // lost; what the next one announces is unknown
+		a = &association{}
+		a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+	}
+	return time.Duration(n+1) * c.patience(a, max(keepAlive, c.cfg.KeepAlive))
 }
 
 // serves reports whether a is the association in use.

@@ -3,6 +3,7 @@ package initiator
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -27,6 +28,28 @@ func TestPatience(t *testing.T) {
 	a.identify.SetCQT(2500)
 	if got := c.patience(a, c.cfg.KeepAlive); got != 18500*time.Millisecond {
 		t.Errorf("with traffic based keep alive and 2.5 s to quiesce: %v", got)
+	}
+}
+
+// TestOutliveTime: the time follows from the keep alive timeout of the old controllers or
+// of the new one, whichever is longer, and from what the target announces.
+func TestOutliveTime(t *testing.T) {
+	a := &association{}
+	a.identify.SetCQT(2500)
+	for _, tt := range []struct {
+		assoc     *association
+		keepAlive time.Duration
+		n         int
+		want      time.Duration
+	}{
+		{a, 30 * time.Second, 1, 2 * 63500 * time.Millisecond},
+		{a, time.Second, 3, 4 * 13500 * time.Millisecond},
+		{nil, 30 * time.Second, 1, 2 * 91 * time.Second},
+	} {
+		c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}, assoc: tt.assoc}
+		if got := c.OutliveTime(tt.keepAlive, tt.n); got != tt.want {
+			t.Errorf("%v, %d controllers: %v, want %v", tt.keepAlive, tt.n, got, tt.want)
+		}
 	}
 }
 
@@ -141,8 +164,13 @@ func TestSuperseded(t *testing.T) {
 	var made, other atomic.Uint32
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		f.immortal = true
-		cfg.Made = func(id uint16) { made.Store(uint32(id)) }
-		cfg.Superseded = func(id uint16) bool { return uint32(id) == other.Load() }
+		cfg.Made = func(_ netip.AddrPort, id uint16, _ time.Time) { made.Store(uint32(id)) }
+		cfg.Superseded = func(_ context.Context, p Present) bool {
+			if p.Address != cfg.Address || p.Serial == "" || p.Model == "" {
+				t.Errorf("asked for %+v", p)
+			}
+			return uint32(p.CNTLID) == other.Load()
+		}
 	})
 	old := s.ctrl.Info().CNTLID
 	if made.Load() != uint32(old) {

@@ -425,6 +425,44 @@ func TestSilentLoss(t *testing.T) {
 	closeController(t, ctl)
 }
 
+// TestSilentWhileConnecting: a target that falls silent while an association is being made
+// costs a connect timeout, but not the time of the command that is not answered.
+func TestSilentWhileConnecting(t *testing.T) {
+	for name, from := range map[string]func(qid uint16, cmd *nvme.Command) bool{
+		"property": func(_ uint16, cmd *nvme.Command) bool { return cmd.FCType() == nvme.FabricsPropertyGet },
+		"identify controller": func(_ uint16, cmd *nvme.Command) bool {
+			return cmd.Opcode() == nvme.AdminIdentify && cmd.CNS() == nvme.CNSController
+		},
+		"I/O queue": func(qid uint16, _ *nvme.Command) bool { return qid == 1 },
+		"look":      isLook,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			fabric := rdmatest.NewFabric()
+			target := newFakeTarget(t, fabric, 1<<20)
+			var silent atomic.Bool
+			target.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+				if from(qid, cmd) {
+					silent.Store(true)
+				}
+				return noAnswer, silent.Load()
+			}
+			cfg := testConfig(fabric.Provider(hostAddr), newLoops(t, 1), poller.Request{IO: 1})
+			cfg.AdminTimeout, cfg.IOTimeout = time.Hour, time.Hour
+			cfg.KeepAlive, cfg.ConnectTimeout = time.Second, time.Second
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			c, err := Connect(ctx, cfg)
+			if err == nil {
+				closeController(t, c)
+			}
+			if err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "was not answered") {
+				t.Errorf("connect: %v", err)
+			}
+		})
+	}
+}
+
 // TestRegrant changes the grant with I/O in every class under way: each
 // association has the plan of a fresh connect, and no request fails.
 func TestRegrant(t *testing.T) {

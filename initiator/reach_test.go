@@ -130,3 +130,21 @@ func TestAddressesForTheNextAssociation(t *testing.T) {
 		}
 	}
 }
+
+// TestFailure: while there is no association, Info has the reason of the loss and that of
+// the last attempt.
+func TestFailure(t *testing.T) {
+	s := newLookSetup(t, nil)
+	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+	s.fabric.KillAll(hostAddr)
+	waitFor(t, "a failed attempt", func() bool { return s.ctrl.Info().Failure != nil })
+	i := s.ctrl.Info()
+	if step := (*StepError)(nil); !errors.As(i.Failure, &step) || step.Step != "connect admin queue" || i.Reason == nil || errors.As(i.Reason, &step) {
+		t.Errorf("lost because of %v, last attempt: %v", i.Reason, i.Failure)
+	}
+	s.fabric.SetRefuse(targetAddr, 0, nil)
+	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
+	if i := s.ctrl.Info(); i.Failure != nil || i.Reason == nil {
+		t.Errorf("lost because of %v, last attempt: %v, although it succeeded", i.Reason, i.Failure)
+	}
+}

@@ -323,11 +323,11 @@ func TestRoCEStatus(t *testing.T) {
 		{nvme.StatusInternal | nvme.StatusDNR, 1, uint16(unix.EIO)},
 		{nvme.StatusUnrecoveredRead | nvme.StatusDNR, 1, uint16(unix.ENODATA)},
 	} {
-		remove := faults.Add(target.Fault{Status: tt.status, Count: tt.count})
+		added := faults.Add(target.Fault{Status: tt.status, Count: tt.count})
 		if got := single(t, loops[0], ns, read); got != tt.errno {
 			t.Errorf("%v, %d times: errno %d, want %d", tt.status, tt.count, got, tt.errno)
 		}
-		remove()
+		added.Remove()
 	}
 	if i := c.Info(); i.Losses != 0 {
 		t.Errorf("lost %d times: %v", i.Losses, i.Reason)

@@ -63,12 +63,13 @@ type Config struct {
 	// MaxConns is the largest number of clients in the transmission phase; 0 is 1024.
 	// Clients of one source get at most three quarters of these places. A source is a
 	// client certificate; without one, an IP address or a local user. Further clients
-	// are refused. A client takes about 100 KiB of memory.
+	// are refused, unless an idle one gives way; see Fairness in the package
+	// documentation. A client takes about 100 KiB of memory.
 	MaxConns int
 	// MaxHandshakes is the largest number of clients that negotiate at the same time;
-	// 0 is 256. When another one connects, the server disconnects the one that has
-	// negotiated longest, of those without TLS and of the source that has most of
-	// them. A client takes up to 200 KiB of memory.
+	// 0 is 256. When another one connects, the server disconnects one of the source that
+	// has most of them: of those without TLS the one that has negotiated longest, or else
+	// of all. A client takes up to 200 KiB of memory.
 	MaxHandshakes int
 	// Log receives changes of state; nil discards them.
 	Log *slog.Logger

@@ -85,7 +85,8 @@ type conn struct {
 	filled   uint32 // bytes of data that it has
 
 	// Requests.
-	current       *task // write that lacks data, or read that lacks tags
+	requests      uint64 // number of those begun
+	current       *task  // write that lacks data, or read that lacks tags
 	freeTasks     *task
 	tasks         int // number of tasks in use
 	held          int // number of tags
@@ -262,6 +263,7 @@ func (c *conn) nextRequest() bool {
 	if !c.begin(r) {
 		return false
 	}
+	c.requests++
 	c.from += requestSize
 	return true
 }
@@ -319,7 +321,14 @@ func (c *conn) begin(r request) bool {
 // on: only the back end knows at each moment whether they are needed.
 func (c *conn) beginSteps(t *task, flags uint16) {
 	s := c.shard
-	t.sync = t.kind == cmdFlush || flags&cmdFlagFUA != 0
+	switch fua := flags&cmdFlagFUA != 0; {
+	case t.kind == cmdZeroes && fua:
+		// Each step must be durable by itself: the target can lose its cache between
+		// the steps and a flush.
+		t.flags |= block.FUA
+	case t.kind == cmdFlush, fua:
+		t.sync = true
+	}
 	if flags&cmdFlagNoHole != 0 {
 		t.flags |= block.NoUnmap
 	}

@@ -238,7 +238,7 @@ func (d *Device) serve(fd int) error {
 	d.mu.Unlock()
 	go func() {
 		defer s.ending.Done()
-		d.drop(s.transmit(fd, o, 0))
+		d.drop(s.transmit(nil, fd, o, 0))
 	}()
 	return nil
 }

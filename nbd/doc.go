@@ -59,6 +59,11 @@
 //     old ones are disconnected in favor of new ones (Config.MaxHandshakes).
 //   - One source of clients gets at most three quarters of the connections
 //     (Config.MaxConns).
+//   - If a client finds no place, an idle one gives way to it: one that has sent no request
+//     within 10 s of its negotiation, or a connection of a large holder that has been idle
+//     for a minute or was never used. A large holder is a client, or a process of a local
+//     user, that has at least 64 connections and more than the holder of the new one. Common
+//     clients open at most 16. A connection with a request in progress never gives way.
 //
 // # Changes of the device
 //

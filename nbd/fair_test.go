@@ -83,7 +83,7 @@ func TestPatientReads(t *testing.T) {
 			t.Fatal(err)
 		}
 		gone := make(chan error, 1)
-		go func() { gone <- s.transmit(fds[0], s.find("").offer(false), 0) }()
+		go func() { gone <- s.transmit(nil, fds[0], s.find("").offer(false), 0) }()
 		file := os.NewFile(uintptr(fds[1]), "client")
 		nc, err := net.FileConn(file)
 		_ = file.Close()
@@ -339,7 +339,7 @@ func TestSources(t *testing.T) {
 	server.ClientAuth, server.ClientCAs = tls.VerifyClientCertIfGiven, a.pool()
 	_, path := newServer(t, Config{Exports: twoExports(t), TLS: server, MaxConns: 8})
 	for range 6 {
-		connect(t, path, "", false)
+		exchangeSmall(t, connect(t, path, "", false))
 	}
 	c := dial(t, path)
 	c.hello()
@@ -354,22 +354,27 @@ func TestSources(t *testing.T) {
 		if got := c.answers(optGo); got[len(got)-1].rep != repAck {
 			t.Errorf("a client of another source: %+v", got)
 		}
+		exchangeSmall(t, c)
 	}
-	dial(t, path).closed()
+	c = secure(t, path, peer)
+	c.option(optGo, infoData("first"))
+	if got := c.answers(optGo); got[0] != (answer{repErrPolicy, "8 clients are served already"}) {
+		t.Errorf("a client too many: %+v", got)
+	}
 }
 
 // TestMaxConns refuses one client too many, before and after it has chosen.
 func TestMaxConns(t *testing.T) {
-	_, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 2})
+	_, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 3})
 	late := dial(t, path)
 	late.hello()
 	old := dial(t, path)
 	old.read(18)
-	connect(t, path, "", false)
-	connect(t, path, "", false)
-	dial(t, path).closed()
+	for range 3 {
+		exchangeSmall(t, connect(t, path, "", false))
+	}
 	late.option(optGo, infoData("first"))
-	if a := late.answers(optGo); a[0] != (answer{repErrPolicy, "2 clients are served already"}) {
+	if a := late.answers(optGo); a[0].rep != repErrPolicy || !strings.HasPrefix(a[0].data, "3 clients of user ") {
 		t.Errorf("%+v", a)
 	}
 	late.option(optInfo, infoData("first")) // it may go on asking

@@ -52,7 +52,7 @@ func (z *fuzzed) link(t *testing.T, structured bool) *link {
 	if err := unix.SetsockoptTimeval(l.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}); err != nil {
 		t.Fatal(err)
 	}
-	go func() { l.gone <- z.s.transmit(fds[0], z.s.find("").offer(structured), stallTicks) }()
+	go func() { l.gone <- z.s.transmit(nil, fds[0], z.s.find("").offer(structured), stallTicks) }()
 	return l
 }
 

@@ -32,6 +32,7 @@ type negotiation struct {
 	fixed      bool
 	structured bool
 	data       []byte
+	refused    error // the last refusal of what the client needs, for the log
 }
 
 // run negotiates until the client has chosen an export. Then n.conn is the connection
@@ -260,7 +261,12 @@ func (n *negotiation) startTLS(secure bool) error {
 	return nil
 }
 
+// refuse answers an option with an error. Clients ask for an option that the server may not
+// have, and can do without; anything else is worth a line in the log.
 func (n *negotiation) refuse(opt option, rep optionReply, why string) error {
+	if rep != repErrUnsup {
+		n.refused = fmt.Errorf("option %d refused: %s", opt, why)
+	}
 	return n.reply(opt, rep, []byte(why))
 }
 

@@ -24,7 +24,7 @@ func newPipe(t testing.TB, s *Server, export string, structured bool) *pipe {
 		t.Fatal(err)
 	}
 	gone := make(chan error, 1)
-	go func() { gone <- s.transmit(fds[0], s.find(export).offer(structured), stallTicks) }()
+	go func() { gone <- s.transmit(nil, fds[0], s.find(export).offer(structured), stallTicks) }()
 	t.Cleanup(func() {
 		_ = unix.Close(fds[1])
 		if err := <-gone; err != nil {
@@ -158,7 +158,7 @@ func FuzzTransmission(f *testing.F) {
 			t.Fatal(err)
 		}
 		gone := make(chan error, 1)
-		go func() { gone <- s.transmit(fds[0], s.find("").offer(true), stallTicks) }()
+		go func() { gone <- s.transmit(nil, fds[0], s.find("").offer(true), stallTicks) }()
 		go func() { // the replies
 			b := make([]byte, 64<<10)
 			for {

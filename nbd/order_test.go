@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 )
 
@@ -217,7 +218,7 @@ func (r *recorder) Handle(_ context.Context, rec slog.Record) error {
 func TestLog(t *testing.T) {
 	rec := &recorder{}
 	_, path := newServer(t, Config{Exports: twoExports(t), Log: slog.New(rec)})
-	for range 5 * logBurst {
+	for range 5 * loglimit.Burst {
 		_ = connect(t, path, "", false).Close()
 	}
 	evil := "\x1b[2J\nlevel=ERROR msg=\"all is lost\"\r\x00\u202e"
@@ -260,7 +261,7 @@ func TestLog(t *testing.T) {
 			connected++
 		}
 	}
-	if connected == 0 || connected > 2*logBurst {
-		t.Errorf("%d of %d connections were logged", connected, 5*logBurst)
+	if connected == 0 || connected > 2*loglimit.Burst {
+		t.Errorf("%d of %d connections were logged", connected, 5*loglimit.Burst)
 	}
 }

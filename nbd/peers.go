@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"strconv"
@@ -21,8 +22,19 @@ const acceptRetry = 100 * time.Millisecond
 type peer struct {
 	conn   net.Conn // as it was accepted
 	name   string   // for the log
-	source string   // see sourceOf
+	holder holder
 	stage  peerStage
+
+	// In the transmission phase; see Server.look.
+	served   *conn     // nil before Server.begin
+	requests uint64    // as of the last look
+	quiet    time.Time // the last look that saw a request, or the beginning
+}
+
+// holder is who a connection belongs to, as far as the server can tell.
+type holder struct {
+	source  string // a certificate, an IP address or a local user
+	process int32  // of a local user, or 0
 }
 
 // peerStage is the stage of a peer's life. It only ever increases.
@@ -35,17 +47,32 @@ const (
 	peerGone
 )
 
+const (
+	// unusedTime is how long a client may keep a place without a request when others need
+	// it. Clients send their first request at once.
+	unusedTime = 10 * time.Second
+	// idleTime is how long a connection of a large holder must have been idle to give way.
+	idleTime = time.Minute
+	// manyConns is how many connections make a holder a large one. No common client opens
+	// more than 16.
+	manyConns = 64
+	// lookPause is the least time between two looks.
+	lookPause = 100 * time.Millisecond
+)
+
 // peers are the peers of a server, guarded by its mu. There are maxNegotiating places for
 // peers that negotiate, and maxServed for those in the transmission phase. When a peer
 // connects and all places for negotiations are taken, the peer that worst returns is
 // disconnected. So a client that negotiates without delay is not shut out by many that
-// are silent. One source gets at most three quarters of the other places.
+// are silent. One source gets at most three quarters of the other places. When a peer has
+// chosen an export and finds no place, the peer that idler returns gives way.
 type peers struct {
 	maxServed, maxNegotiating int
 
 	served      map[*peer]bool
 	bySource    map[string]int // number of those served
 	negotiating []*peer        // in the order of their arrival
+	looked      time.Time      // see Server.look
 }
 
 func (c *peers) init(maxServed, maxNegotiating int) {
@@ -55,59 +82,86 @@ func (c *peers) init(maxServed, maxNegotiating int) {
 
 // enter adds a peer that negotiates. If another one must be disconnected for it, enter
 // returns that.
-func (c *peers) enter(x *peer) (evicted *peer, err error) {
-	if err := c.full(); err != nil {
-		return nil, err
-	}
+func (c *peers) enter(x *peer) (evicted *peer) {
 	if len(c.negotiating) >= c.maxNegotiating {
 		evicted = c.worst()
 		c.leave(evicted)
 	}
 	c.negotiating = append(c.negotiating, x)
-	return evicted, nil
+	return evicted
 }
 
-// worst is the peer to disconnect when too many negotiate: of those without TLS the
-// oldest of the source that has most of them, or else the oldest of all.
+// worst is the peer to disconnect when too many negotiate: one of the source that has most
+// of them, and of these the oldest without TLS, or else the oldest.
 func (c *peers) worst() *peer {
 	count := map[string]int{}
 	for _, x := range c.negotiating {
-		if x.stage == peerStranger {
-			count[x.source]++
-		}
+		count[x.holder.source]++
 	}
 	worst := c.negotiating[0]
 	for _, x := range c.negotiating {
-		if x.stage == peerStranger && (worst.stage != peerStranger || count[x.source] > count[worst.source]) {
+		n, most := count[x.holder.source], count[worst.holder.source]
+		if n > most || n == most && x.stage == peerStranger && worst.stage != peerStranger {
 			worst = x
 		}
 	}
 	return worst
 }
 
-func (c *peers) full() error {
-	if len(c.served) >= c.maxServed {
-		return fmt.Errorf("%d clients are served already", len(c.served))
-	}
-	return nil
-}
-
-// serve moves a peer to the transmission phase.
-func (c *peers) serve(x *peer) error {
-	if x.stage == peerGone {
-		return errEvicted
-	}
-	if err := c.full(); err != nil {
-		return err
-	}
-	if n := c.bySource[x.source]; n >= c.maxServed-c.maxServed/4 {
-		return fmt.Errorf("%d clients of %s are served already", n, x.source)
+// serve moves a peer to the transmission phase. If there is no place for it, serve returns
+// the reason, and the peer that gives way, or nil.
+func (c *peers) serve(x *peer, now time.Time) (idler *peer, err error) {
+	own := c.bySource[x.holder.source]
+	switch {
+	case x.stage == peerGone:
+		return nil, errEvicted
+	case own >= c.maxServed-c.maxServed/4:
+		return c.idler(x, now, true), fmt.Errorf("%d clients of %s are served already", own, x.holder.source)
+	case len(c.served) >= c.maxServed:
+		return c.idler(x, now, false), fmt.Errorf("%d clients are served already", len(c.served))
 	}
 	c.leave(x)
-	x.stage = peerServed
+	x.stage, x.quiet = peerServed, now
 	c.served[x] = true
-	c.bySource[x.source]++
-	return nil
+	c.bySource[x.holder.source]++
+	return nil, nil
+}
+
+// idler is the peer that gives way to x, which finds no place: one that has not sent a
+// request in unusedTime. If a large holder has more connections than the holder of x, it can
+// also be one of those that has sent no request at all, or else none in idleTime. Of several
+// it is the one that has been quiet longest, of the holder with most connections. within
+// limits the choice to the source of x.
+func (c *peers) idler(x *peer, now time.Time, within bool) *peer {
+	count := map[holder]int{}
+	for y := range c.served {
+		count[y.holder]++
+	}
+	many := min(manyConns, max(1, c.maxServed/8))
+	var idlest *peer
+	for y := range c.served {
+		n, quiet := count[y.holder], now.Sub(y.quiet)
+		large := n >= many && n > count[x.holder]+1
+		switch {
+		case within && y.holder.source != x.holder.source, y.served == nil || !y.served.admitted:
+			continue
+		case y.requests == 0 && (large || quiet >= unusedTime), large && quiet >= idleTime:
+			if idlest == nil || y.idlerThan(idlest, count) {
+				idlest = y
+			}
+		}
+	}
+	return idlest
+}
+
+func (x *peer) idlerThan(y *peer, count map[holder]int) bool {
+	switch {
+	case (x.requests == 0) != (y.requests == 0):
+		return x.requests == 0
+	case count[x.holder] != count[y.holder]:
+		return count[x.holder] > count[y.holder]
+	}
+	return x.quiet.Before(y.quiet)
 }
 
 // leave removes a peer.
@@ -117,8 +171,8 @@ func (c *peers) leave(x *peer) {
 	}
 	if c.served[x] {
 		delete(c.served, x)
-		if c.bySource[x.source]--; c.bySource[x.source] == 0 {
-			delete(c.bySource, x.source)
+		if c.bySource[x.holder.source]--; c.bySource[x.holder.source] == 0 {
+			delete(c.bySource, x.holder.source)
 		}
 	}
 	x.stage = peerGone
@@ -137,7 +191,10 @@ func (c *peers) hangUp(all bool) {
 	}
 }
 
-var errEvicted = errors.New("others negotiate, and this client has taken longest")
+var (
+	errEvicted = errors.New("others negotiate, and this client has taken longest")
+	errGaveWay = errors.New("another client needs the place of this idle one")
+)
 
 // Serve accepts clients from l, a listener for unix or TCP sockets, until l fails, or
 // until Stop, which closes l. After Stop it returns nil.
@@ -157,7 +214,7 @@ func (s *Server) Serve(l net.Listener) error {
 		case s.isEnded():
 			return nil
 		case passes(err):
-			s.refusals.warn(s.cfg.Log, "NBD client not accepted", "error", err)
+			s.refusals.Warn("NBD client not accepted", "error", err)
 			select {
 			case <-time.After(acceptRetry):
 			case <-s.stopped:
@@ -179,43 +236,134 @@ func passes(err error) bool {
 
 // accept serves a client in a goroutine of its own.
 func (s *Server) accept(nc net.Conn) {
-	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), source: sourceOf(nc)}
-	evicted, err := s.enter(x)
+	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), holder: holderOf(nc)}
+	evicted, ok := s.enter(x)
 	if evicted != nil {
 		_ = evicted.conn.Close()
-		s.refusals.warn(s.cfg.Log, "NBD client turned away", "client", evicted.name, "reason", errEvicted)
+		s.turnedAway(evicted, errEvicted)
 	}
-	if err != nil {
-		s.refusals.warn(s.cfg.Log, "NBD client turned away", "client", x.name, "reason", err)
+	if !ok {
 		_ = nc.Close()
 		return
 	}
 	go func() {
 		defer s.ending.Done()
 		defer s.leave(x)
-		log := s.cfg.Log.With("client", x.name)
 		n, o, err := s.greet(x)
 		if err != nil {
-			log.Debug("NBD client not served", "reason", printable(err.Error()))
+			s.notServed(x, n, err)
 			return
 		}
-		s.events.info(log, "NBD client connected", "export", o.export.Name)
-		err = s.serve(n, o)
-		s.events.info(log, "NBD client gone", "export", o.export.Name, "error", err)
+		log := s.events.With("client", x.name)
+		log.Info("NBD client connected", "export", o.export.Name)
+		err = s.serve(x, n, o)
+		log.Info("NBD client gone", "export", o.export.Name, "error", err)
 	}()
 }
 
-// enter adds a client. If another one must be disconnected for it, enter returns that.
-func (s *Server) enter(x *peer) (evicted *peer, err error) {
+// turnedAway logs that a client was refused or disconnected.
+func (s *Server) turnedAway(x *peer, reason error) {
+	s.refusals.Warn("NBD client turned away", "client", x.name, "reason", printable(reason.Error()))
+}
+
+// notServed logs why a negotiation has ended without an export. A client that only looks
+// around is no event.
+func (s *Server) notServed(x *peer, n *negotiation, err error) {
+	s.mu.Lock()
+	known := x.stage == peerGone || s.ended
+	s.mu.Unlock()
+	left := errors.Is(err, errAborted) || errors.Is(err, io.EOF)
+	switch {
+	case known:
+	case left && n.refused != nil:
+		s.turnedAway(x, n.refused)
+	case left:
+		s.cfg.Log.Debug("NBD client not served", "client", x.name, "reason", printable(err.Error()))
+	default:
+		s.turnedAway(x, err)
+	}
+}
+
+// enter adds a client, unless the server has ended. If another one must be disconnected for
+// it, enter returns that.
+func (s *Server) enter(x *peer) (evicted *peer, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		return nil, ErrStopped
+		return nil, false
 	}
-	if evicted, err = s.peers.enter(x); err == nil {
-		s.ending.Add(1)
+	s.ending.Add(1)
+	return s.peers.enter(x), true
+}
+
+// place moves a client to the transmission phase. If there is no place for it, an idle one
+// gives way, or else the error is the reason.
+func (s *Server) place(x *peer) error {
+	const tries = 3 // others may be faster
+	for try := 0; ; try++ {
+		s.look(try > 0)
+		s.mu.Lock()
+		idler, err := s.peers.serve(x, time.Now())
+		s.mu.Unlock()
+		if err == nil || idler == nil || try == tries {
+			return err
+		}
+		s.giveWay(idler)
 	}
-	return evicted, err
+}
+
+// look notes which clients have sent requests since the last look, if there are so many that
+// one may have to give way. Without again, it does nothing if the last look was just now.
+func (s *Server) look(again bool) {
+	at := time.Now()
+	s.mu.Lock()
+	c := &s.peers
+	needed := len(c.served) > c.maxServed/2 && (again || at.Sub(c.looked) >= lookPause)
+	if needed {
+		c.looked = at
+	}
+	s.mu.Unlock()
+	if !needed {
+		return
+	}
+	type state struct {
+		requests uint64
+		idle     bool
+	}
+	states := map[*conn]state{}
+	s.onConns(nil, func(c *conn) { states[c] = state{c.requests, c.tasks == 0} })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for x := range c.served {
+		if now := states[x.served]; now != (state{x.requests, true}) {
+			x.requests, x.quiet = now.requests, at
+		}
+	}
+}
+
+// giveWay ends the connection of a client, if it is still idle.
+func (s *Server) giveWay(x *peer) {
+	s.mu.Lock()
+	c, requests := x.served, x.requests
+	l := s.conns[c]
+	s.mu.Unlock()
+	if l == nil {
+		return // it has ended
+	}
+	gone := false
+	_ = l.Call(func() { // a loop that has ended has no connections
+		if gone = c.tasks == 0 && c.requests == requests; gone {
+			c.end(errGaveWay)
+			c.settle()
+		}
+	})
+	if !gone {
+		return
+	}
+	s.mu.Lock()
+	s.peers.leave(x)
+	s.mu.Unlock()
+	s.turnedAway(x, errGaveWay)
 }
 
 // leave removes a client.
@@ -229,10 +377,10 @@ func (s *Server) leave(x *peer) {
 // greet negotiates with a client, for HandshakeTimeout at most.
 func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 	nc := x.conn
-	if err := nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout)); err != nil {
-		return nil, offer{}, err
-	}
 	n := &negotiation{srv: s, conn: nc}
+	if err := nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout)); err != nil {
+		return n, offer{}, err
+	}
 	n.secured = func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -240,53 +388,49 @@ func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 			x.stage = peerSecure
 		}
 		if certs := n.conn.(*tls.Conn).ConnectionState().PeerCertificates; len(certs) > 0 {
-			x.source = fmt.Sprintf("certificate %.8x", sha256.Sum256(certs[0].Raw))
+			x.holder.source = fmt.Sprintf("certificate %.8x", sha256.Sum256(certs[0].Raw))
 		}
 	}
-	n.chosen = func() error {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.peers.serve(x)
-	}
+	n.chosen = func() error { return s.place(x) }
 	o, err := n.run()
 	if err != nil {
-		return nil, offer{}, err
+		return n, offer{}, err
 	}
 	return n, o, nc.SetDeadline(time.Time{})
 }
 
-// sourceOf identifies the origin of a connection: an IP address, or a local user.
-func sourceOf(nc net.Conn) string {
+// holderOf identifies the origin of a connection: an IP address, or a local user and the
+// process.
+func holderOf(nc net.Conn) (h holder) {
 	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
-		return a.IP.String()
+		return holder{source: a.IP.String()}
 	}
 	u, ok := nc.(*net.UnixConn)
 	if !ok {
-		return ""
+		return h
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {
-		return ""
+		return h
 	}
-	source := ""
 	_ = raw.Control(func(fd uintptr) { // an error leaves the source empty
 		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			source = fmt.Sprintf("user %d", cred.Uid)
+			h = holder{fmt.Sprintf("user %d", cred.Uid), cred.Pid}
 		}
 	})
-	return source
+	return h
 }
 
 // serve serves a client in the transmission phase, and returns when it has gone.
-func (s *Server) serve(n *negotiation, o offer) error {
+func (s *Server) serve(x *peer, n *negotiation, o offer) error {
 	if secure, ok := n.conn.(*tls.Conn); ok {
-		return s.serveTLS(secure, o)
+		return s.serveTLS(x, secure, o)
 	}
 	fd, err := takeFile(n.conn)
 	if err != nil {
 		return err
 	}
-	return s.transmit(fd, o, stallTicks)
+	return s.transmit(x, fd, o, stallTicks)
 }
 
 // takeFile duplicates the descriptor of a connection and closes the connection.

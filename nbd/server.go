@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -11,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 )
 
@@ -40,8 +42,7 @@ type Server struct {
 	conns     map[*conn]*loop // in transmission
 	ending    sync.WaitGroup  // of clients
 
-	refusals logLimit
-	events   logLimit
+	refusals, events *slog.Logger // each with a limit of its own
 }
 
 // loop is a poller.Loop and the server's worker on it.
@@ -57,7 +58,10 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, fmt.Errorf("make NBD server: %w", err)
 	}
-	s := &Server{cfg: cfg, stopped: make(chan struct{}), conns: map[*conn]*loop{}}
+	s := &Server{
+		cfg: cfg, stopped: make(chan struct{}), conns: map[*conn]*loop{},
+		refusals: loglimit.New(cfg.Log), events: loglimit.New(cfg.Log),
+	}
 	s.peers.init(cfg.MaxConns, cfg.MaxHandshakes)
 	for i, l := range cfg.Loops {
 		w := newWorker(l, i, cfg.StallTimeout)
@@ -87,8 +91,8 @@ func (s *Server) isEnded() bool {
 
 // transmit serves a client in the transmission phase, on the loop with the fewest
 // connections, and closes its socket. A client that stands still for patience ticks is
-// disconnected; 0 is never.
-func (s *Server) transmit(fd int, o offer, patience int) error {
+// disconnected; 0 is never. x is nil for the kernel's client.
+func (s *Server) transmit(x *peer, fd int, o offer, patience int) error {
 	defer unix.Close(fd)
 	if err := unix.SetNonblock(fd, false); err != nil {
 		return fmt.Errorf("make socket blocking: %w", err)
@@ -98,7 +102,7 @@ func (s *Server) transmit(fd int, o offer, patience int) error {
 		return err
 	}
 	c.patience = patience
-	l, err := s.begin(c)
+	l, err := s.begin(x, c)
 	if err != nil {
 		return errors.Join(err, c.unmap())
 	}
@@ -116,7 +120,7 @@ func (s *Server) transmit(fd int, o offer, patience int) error {
 }
 
 // begin chooses a loop.
-func (s *Server) begin(c *conn) (*loop, error) {
+func (s *Server) begin(x *peer, c *conn) (*loop, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended || c.offer.export.removed {
@@ -126,6 +130,9 @@ func (s *Server) begin(c *conn) (*loop, error) {
 	l := slices.MinFunc(s.loops, func(a, b *loop) int { return a.conns - b.conns })
 	l.conns++
 	s.conns[c] = l
+	if x != nil {
+		x.served = c
+	}
 	return l, nil
 }
 

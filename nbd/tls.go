@@ -81,7 +81,7 @@ func verifyClient(certs []*x509.Certificate, roots *x509.CertPool, now time.Time
 
 // serveTLS serves a TLS client through a socket pair: the loop has one end, and two
 // goroutines copy between the other end and the client.
-func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
+func (s *Server) serveTLS(x *peer, secure *tls.Conn, o offer) error {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("make socket pair: %w", err)
@@ -104,7 +104,7 @@ func (s *Server) serveTLS(secure *tls.Conn, o offer) error {
 		_ = secure.NetConn().Close() // ends the other pump
 		_ = inner.Close()
 	})
-	err = s.transmit(fds[0], o, stallTicks)
+	err = s.transmit(x, fds[0], o, stallTicks)
 	if errors.Is(err, errStalled) {
 		_ = secure.NetConn().Close()
 	} else { // the last replies are still on their way to the client

@@ -253,7 +253,7 @@ func (s *shard) proceed(i uint16) (more bool) {
 }
 
 // advance starts the next step of a flush, trim or write zeroes. It returns false if there
-// is none left. A long range is done in several steps, and FUA is a flush at the end.
+// is none left. A long range is done in several steps. FUA of a trim is a flush at the end.
 func (s *shard) advance(i uint16) bool {
 	g := &s.tags[i]
 	t := g.task

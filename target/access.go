@@ -7,9 +7,9 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// maxPiece is the longest part of a range that a store zeroes or discards in one
-// call, so that the end of the connection or of the namespace ends a command that
-// goes over terabytes.
+// maxPiece is the longest range, in bytes, that a store zeroes or discards in one call.
+// A command for terabytes ends between two calls if its connection or its namespace
+// ends.
 const maxPiece = 64 << 20
 
 // enter begins a command's access to blocks of its namespace, unless the
@@ -17,7 +17,7 @@ const maxPiece = 64 << 20
 // exit a queue uses a store.
 func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 	r := &q.reqs[i]
-	q.access.Add(1) // before the table is looked at: drained looks the other way round
+	q.access.Add(1) // before the table is read; drained is called after the table was changed
 	s := nvme.StatusSuccess
 	if r.rule != nil && r.rule.Hold > 0 && !r.held {
 		r.held = true
@@ -39,8 +39,8 @@ func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 // exit ends an access.
 func (q *queuePair) exit() { q.access.Add(1) }
 
-// hold keeps a command inside its store, whatever becomes of its connection. If
-// the target closes, the command is not carried out.
+// hold keeps a command inside its store for d, even if its connection ends. If the
+// target closes, hold returns an error status, and the command must not be executed.
 func (t *Target) hold(d time.Duration) nvme.Status {
 	select {
 	case <-time.After(d):
@@ -52,8 +52,8 @@ func (t *Target) hold(d time.Duration) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-// drained waits until every access to a store has ended that began before the
-// call. The error is that of ctx.
+// drained waits until every access to a store that began before the call has ended, and
+// no subsystem is being flushed. It returns an error only if ctx ends first.
 func (t *Target) drained(ctx context.Context) error {
 	t.mu.Lock()
 	busy := map[*queuePair]uint64{}

@@ -6,8 +6,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// admin carries out an admin command. None of those that are known brings data
-// of the host.
+// admin executes an admin command. No supported admin command has data from the host.
 func (q *queuePair) admin(i int) {
 	cmd := q.command(i)
 	op := cmd.Opcode()
@@ -43,7 +42,7 @@ func (q *queuePair) admin(i int) {
 			q.respond(i, 0, nvme.StatusAsyncEventLimitExceeded|dnr)
 			return
 		}
-		q.drop(i) // next answers it
+		q.drop(i) // sendEvents completes it
 	case nvme.AdminKeepAlive:
 		q.respond(i, 0, nvme.StatusSuccess)
 	case nvme.AdminAbort:
@@ -94,8 +93,9 @@ func (q *queuePair) setFeature(cmd *nvme.Command) (uint32, nvme.Status) {
 	return 0, nvme.StatusSuccess
 }
 
-// grantQueues answers how many queues the controller has; as nvmet, whatever
-// the host asked for.
+// grantQueues returns the number of I/O queues that the controller grants, as the
+// result of the command. Like nvmet, it grants the same number whatever the host asks
+// for.
 func (q *queuePair) grantQueues(asked uint32) (uint32, nvme.Status) {
 	if asked&0xFFFF == 0xFFFF || asked>>16 == 0xFFFF {
 		return 0, nvme.StatusInvalidField | dnr
@@ -113,8 +113,8 @@ func (q *queuePair) grantQueues(asked uint32) (uint32, nvme.Status) {
 	return nvme.NumberOfQueues(n), nvme.StatusSuccess
 }
 
-// setWriteCache turns the volatile write cache on or off; what is in it is made
-// durable first.
+// setWriteCache turns the volatile write cache on or off. When it turns the cache off,
+// it makes the data in the cache durable.
 func (q *queuePair) setWriteCache(on bool) nvme.Status {
 	if q.target.cfg.NoWriteCache {
 		return nvme.StatusInvalidField | dnr
@@ -135,7 +135,7 @@ func (q *queuePair) protect(cmd *nvme.Command) nvme.Status {
 	}
 	switch cmd.CDW11() & 7 {
 	case writeProtectNone:
-		if ns.cfg.ReadOnly { // which is not for hosts to change
+		if ns.cfg.ReadOnly { // hosts cannot change this
 			return nvme.StatusFeatureNotChangeable | dnr
 		}
 		ns.SetReadOnly(false)
@@ -154,7 +154,7 @@ func (q *queuePair) getFeature(i int) {
 	c, cmd := q.ctrl, q.command(i)
 	fid := cmd.FeatureID()
 	if fid == nvme.FeatureHostID && !c.subsystem.discovery {
-		if cmd.CDW11()&1 == 0 { // asks for the 64-bit form
+		if cmd.CDW11()&1 == 0 { // the host asks for the 64-bit form
 			q.respond(i, 0, nvme.StatusInvalidField|dnr)
 			return
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -11,27 +12,30 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Limits on connections whose host has not sent a Connect. Beyond them the oldest
-// gives way: a host that means it sends its Connect at once.
+// Limits on connections without a Connect command. Beyond a limit, the oldest
+// connection of the host that has most of them ends. An honest host sends its Connect
+// command at once.
 const (
 	maxUnconnected        = 128
 	maxUnconnectedPerHost = 64
 )
 
-// admission bounds what hosts can have of a target: connections, and the memory
-// of those that are connected. The target's lock guards it.
+// admission limits the connections of a target and the memory of its connected queues.
+// The lock of the target guards it.
 type admission struct {
-	opening     int                // connections that are being made
-	hosts       map[netip.Addr]int // connections by address, those that are being made too
-	unconnected []*queuePair       // without a successful Connect, by age
-	ending      int                // queues that gave way and have not ended
+	opening     int                // connections that are being established
+	hosts       map[netip.Addr]int // connections by address, including those that are being established
+	unconnected []*queuePair       // without a successful Connect command, oldest first
+	ending      int                // queues that gave way and have not ended yet
+	endingOf    map[netip.Addr]int // the same by address
 	memory      int64              // bytes of connected queues
 }
 
-// errMemory is the error of a Connect that finds the budget taken.
+// errMemory means that the memory of Config.QueueMemory is used up.
 var errMemory = errors.New("no memory for queues is left")
 
-// defaultQueueMemory is a quarter of the machine's memory, and at least 256 MiB.
+// defaultQueueMemory returns a quarter of the machine's memory in bytes, at least 256
+// MiB.
 func defaultQueueMemory() int64 {
 	const least = 256 << 20
 	var info unix.Sysinfo_t
@@ -41,17 +45,17 @@ func defaultQueueMemory() int64 {
 	return max(least, int64(info.Totalram)*int64(info.Unit)/4)
 }
 
-// admit counts a connection of a host, or says why there can be none.
+// admit counts a new connection of a host, or returns why it is refused.
 func (t *Target) admit(host netip.Addr) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a := &t.admission
 	switch {
 	case len(t.queues)+a.opening >= t.cfg.MaxConnections:
-		return fmt.Errorf("%d connections: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
+		return fmt.Errorf("the limit of %d connections is reached: %w", t.cfg.MaxConnections, nvme.RDMARejectNoResources)
 	case a.hosts[host] >= t.cfg.MaxPerHost:
-		return fmt.Errorf("%d connections of one host: %w", t.cfg.MaxPerHost, nvme.RDMARejectNoResources)
-	case a.ending >= maxUnconnected:
+		return fmt.Errorf("the limit of %d connections of one host is reached: %w", t.cfg.MaxPerHost, nvme.RDMARejectNoResources)
+	case a.ending >= maxUnconnected, a.ending >= maxUnconnected/2 && a.endingOf[host] > 0:
 		return fmt.Errorf("%d connections are ending: %w", a.ending, nvme.RDMARejectNoResources)
 	}
 	a.opening++
@@ -59,8 +63,9 @@ func (t *Target) admit(host netip.Addr) error {
 	return nil
 }
 
-// admitted takes notice of a queue that was made after admit. Too many that are
-// not connected make the oldest end, of this host or of all; it is returned.
+// admitted records a queue that was made after admit. If too many queues are not
+// connected, it ends the oldest one, of this host or of the host that has most, and
+// returns it.
 func (t *Target) admitted(q *queuePair) (ends *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -68,45 +73,55 @@ func (t *Target) admitted(q *queuePair) (ends *queuePair) {
 	a.opening--
 	t.queues[q] = struct{}{}
 	t.connects++
-	var oldest *queuePair // of this host
-	count := 0
-	for _, other := range a.unconnected {
-		if other.host == q.host {
-			if count++; oldest == nil {
-				oldest = other
-			}
-		}
-	}
-	switch {
-	case count >= maxUnconnectedPerHost:
-		ends = oldest
-	case len(a.unconnected) >= maxUnconnected:
-		ends = a.unconnected[0]
-	}
+	ends = a.excess(q.host)
 	if ends != nil {
 		t.giveWay(ends)
 	}
 	a.unconnected = append(a.unconnected, q)
 	if t.ctx.Err() != nil {
-		q.kill("target closes") // Close did not see this queue
+		q.kill("target closes") // Close has not ended this queue
 	}
 	return ends
+}
+
+// excess returns the queue that must end to make room for another one of a host that is
+// not connected, or nil. It is the oldest queue of this host if the host has too many,
+// and otherwise the oldest queue of the host that has most.
+func (a *admission) excess(host netip.Addr) *queuePair {
+	count := map[netip.Addr]int{}
+	for _, q := range a.unconnected {
+		count[q.host]++
+	}
+	busiest := host
+	if count[host] < maxUnconnectedPerHost {
+		if len(a.unconnected) < maxUnconnected {
+			return nil
+		}
+		for _, q := range a.unconnected {
+			if count[q.host] > count[busiest] {
+				busiest = q.host
+			}
+		}
+	}
+	i := slices.IndexFunc(a.unconnected, func(q *queuePair) bool { return q.host == busiest })
+	return a.unconnected[i]
 }
 
 // whyGaveWay is the reason for the end of a connection by giveWay.
 const whyGaveWay = "too many others wait for a Connect command"
 
-// giveWay ends a queue that is not connected. The lock is held.
+// giveWay ends a queue that is not connected. The caller holds the lock.
 func (t *Target) giveWay(q *queuePair) {
 	a := &t.admission
 	a.forget(q)
 	a.ending++
+	a.endingOf[q.host]++
 	q.gaveWay = true
 	t.refusals["connection: "+whyGaveWay]++
 	q.kill(whyGaveWay)
 }
 
-// forget takes a queue from those that are not connected.
+// forget removes a queue from unconnected.
 func (a *admission) forget(q *queuePair) {
 	for i, other := range a.unconnected {
 		if other == q {
@@ -116,15 +131,15 @@ func (a *admission) forget(q *queuePair) {
 	}
 }
 
-// connected takes notice of a successful Connect.
+// connected records a successful Connect command.
 func (t *Target) connected(q *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.admission.forget(q)
 }
 
-// ended gives back what a host had: of a queue, or, if that is nil, of a
-// connection that was admitted and not made.
+// ended releases what was counted for a queue of a host. A nil queue stands for a
+// connection that was admitted, but for which no queue could be made.
 func (t *Target) ended(host netip.Addr, q *queuePair) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -139,13 +154,17 @@ func (t *Target) ended(host netip.Addr, q *queuePair) {
 	a.forget(q)
 	if q.gaveWay {
 		a.ending--
+		if a.endingOf[host]--; a.endingOf[host] == 0 {
+			delete(a.endingOf, host)
+		}
 	}
 	a.memory -= q.memory
 	delete(t.queues, q)
 	t.past.add(q)
 }
 
-// takeMemory takes memory for a queue that gets connected.
+// takeMemory takes n bytes from Config.QueueMemory for a queue, or returns errMemory.
+// If n is negative, it gives them back.
 func (t *Target) takeMemory(n int64) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -156,8 +175,8 @@ func (t *Target) takeMemory(n int64) error {
 	return nil
 }
 
-// open makes the queue of a connect request. An error that wraps no
-// nvme.RDMARejectStatus is want of resources.
+// open makes the queue for a connect request. An error that wraps no
+// nvme.RDMARejectStatus means that resources are missing.
 func (t *Target) open(id rdma.ID) (*queuePair, error) {
 	if reason := nvme.RDMARejectStatus(t.faults.reject.Load()); reason != 0 {
 		return nil, fmt.Errorf("fault: %w", reason)
@@ -171,7 +190,7 @@ func (t *Target) open(id rdma.ID) (*queuePair, error) {
 		limit = adminDepth
 	}
 	if int(req.HSQSize) >= limit {
-		return nil, fmt.Errorf("queue %d of %d entries, at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
+		return nil, fmt.Errorf("queue %d has %d entries; want at most %d: %w", req.QID, int(req.HSQSize)+1, limit, nvme.RDMARejectInvalidHSQSize)
 	}
 	host := id.RemoteAddr().Addr()
 	if err := t.admit(host); err != nil {

@@ -10,12 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
 
-// knock sends a connect request and says what came of it. The connection stays
-// open, without a Connect command.
+// knock sends a connect request and returns the result. The connection stays open
+// without a Connect command.
 func (r *rig) knock(t *testing.T, from netip.Addr) (rdma.ID, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -40,8 +41,8 @@ func (r *rig) knock(t *testing.T, from netip.Addr) (rdma.ID, error) {
 	return id, err
 }
 
-// TestStrangers: hosts that connect and say nothing have little of the target, and
-// shut nobody out.
+// TestStrangers: hosts that connect and send no Connect command use few resources of
+// the target, and do not keep other hosts out.
 func TestStrangers(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
@@ -60,7 +61,7 @@ func TestStrangers(t *testing.T) {
 	for i := range 4 * maxUnconnected {
 		from := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 7)})
 		if i%3 == 0 {
-			from = netip.AddrFrom4([4]byte{198, 51, 100, 99}) // one that is busier
+			from = netip.AddrFrom4([4]byte{198, 51, 100, 99}) // another host, which has more connections
 		}
 		_, _ = r.knock(t, from)
 		if queues, unconnected, memory := most(); queues > 2*maxUnconnected || unconnected > maxUnconnected || memory > int64(queues)*64<<10 {
@@ -94,8 +95,42 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestLimits: connections of one host and the memory of queues are bounded, and
-// come back when they are not used any more.
+// TestStrangersMakeRoom: hosts that connect all the time and send no Connect command do
+// not end the connection of another host before its Connect command arrives.
+func TestStrangersMakeRoom(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	strangers := func(n int) {
+		for i := range n {
+			_, _ = r.knock(t, netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 4)}))
+		}
+	}
+	strangers(2 * maxUnconnected)
+	h := r.mustDial(0, adminDepth)
+	strangers(2 * maxUnconnected)
+	cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
+	h.want(0, cmd)
+}
+
+// TestEnding: while connections that gave way end, their hosts get no other
+// connections, but new hosts do.
+func TestEnding(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	busy, other := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
+	r.target.mu.Lock()
+	a := &r.target.admission
+	a.ending, a.endingOf[busy] = maxUnconnected/2, maxUnconnected/2
+	r.target.mu.Unlock()
+	if err := r.target.admit(busy); err == nil {
+		t.Error("a host whose connections end gets another one")
+	}
+	if err := r.target.admit(other); err != nil {
+		t.Errorf("another host gets none: %v", err)
+	}
+	r.target.ended(other, nil)
+}
+
+// TestLimits: the connections of one host and the memory of queues are limited, and are
+// available again when they are not used any more.
 func TestLimits(t *testing.T) {
 	r, _, _ := newDisk(t, Config{MaxPerHost: 4, QueueMemory: 6 << 20}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN) // 1 MiB and 2 KiB
@@ -119,7 +154,7 @@ func TestLimits(t *testing.T) {
 			t.Fatal("the memory of a queue that ended is not free")
 		}
 	}
-	// Too little for a second controller, of which nothing is left.
+	// This is too little for a second controller, and nothing is left of it.
 	cmd, _ = other.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 	other.want(nvme.StatusConnectControllerBusy, cmd)
 	s := r.target.Snapshot()
@@ -128,13 +163,13 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreCounted: by reason, and logged, as far as a log holds.
+// TestRefusalsAreCounted: refusals are counted by reason, and logged at a limited rate.
 func TestRefusalsAreCounted(t *testing.T) {
 	var out bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&out, nil))
 	r := newRig(t, Config{Log: log}, SubsystemConfig{AllowHosts: []string{"nqn.other"}})
 	h := r.mustDial(0, adminDepth)
-	const n = 3 * logBurst
+	const n = 3 * loglimit.Burst
 	for range n {
 		cmd, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 		h.want(nvme.StatusConnectInvalidHost|dnr, cmd)
@@ -148,31 +183,12 @@ func TestRefusalsAreCounted(t *testing.T) {
 		t.Error(err)
 	}
 	text := out.String()
-	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > logBurst+20 {
+	if lines := strings.Count(text, "\n"); !strings.Contains(text, `reason="host not allowed"`) || strings.ContainsRune(text, '\x1b') || lines > loglimit.Burst+20 {
 		t.Errorf("%d lines: %s", lines, text)
 	}
 }
 
-func TestLimitedLog(t *testing.T) {
-	var out bytes.Buffer
-	a := &allowance{left: logBurst}
-	l := slog.New(limited{slog.NewTextHandler(&out, nil), a}).With("x", 1).WithGroup("g")
-	for range logBurst + 7 {
-		l.Info("again")
-	}
-	a.mu.Lock()
-	a.since = a.since.Add(-logInterval)
-	a.mu.Unlock()
-	l.Info("last", "y", 2)
-	if got := strings.Count(out.String(), "msg=again x=1"); got < logBurst || got > logBurst+2 {
-		t.Errorf("%d records", got)
-	}
-	if text := out.String(); !strings.Contains(text, "msg=last x=1 g.y=2 g.omitted_before=") {
-		t.Errorf("%s", text)
-	}
-}
-
-// TestNamelessHost: a host without a name is one of those that may be any.
+// TestNamelessHost: a host without a name may connect where every host may.
 func TestNamelessHost(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	connect := func(qid, cntlid uint16) *hostQueue {

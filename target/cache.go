@@ -10,10 +10,9 @@ import (
 // store may be shorter.
 const cachePage = 4096
 
-// Cache is a [Store] that behaves like a disk with a volatile write cache: data that
-// is written stays in the memory of this process until a flush, or until the cache
-// is full, and is lost if the process ends without Close. A full cache writes back
-// pages at random.
+// Cache is a [Store] that behaves like a disk with a volatile write cache. Written data
+// stays in the memory of this process until a flush, or until the cache is full, and is
+// lost if the process ends without Close. A full cache writes back random pages.
 type Cache struct {
 	store Store
 	limit int // pages
@@ -28,7 +27,7 @@ func NewCache(store Store, limit int64) *Cache {
 	return &Cache{store: store, limit: int(max(1, limit/cachePage)), dirty: make(map[int64][]byte)}
 }
 
-// Close flushes, and closes the store if that can be closed.
+// Close flushes the cache, and closes the store if it is an [io.Closer].
 func (c *Cache) Close() error {
 	err := c.Flush()
 	if s, ok := c.store.(io.Closer); ok {
@@ -40,7 +39,8 @@ func (c *Cache) Close() error {
 // Size implements [Store].
 func (c *Cache) Size() int64 { return c.store.Size() }
 
-// pages calls f for the part of each page that p, at off, is in.
+// pages splits p, which begins at offset off of the store, at page boundaries. It calls
+// f for each part with the number of its page and its offset in the page.
 func pages(p []byte, off int64, f func(page int64, at int, part []byte) error) error {
 	for len(p) > 0 {
 		at := int(off % cachePage)
@@ -101,7 +101,7 @@ func (c *Cache) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// writeBack writes one page to the store. The lock is held.
+// writeBack writes one page to the store. The caller holds the lock.
 func (c *Cache) writeBack(page int64) error {
 	// The store may have shrunk.
 	data, off := c.dirty[page], page*cachePage
@@ -126,7 +126,7 @@ func (c *Cache) Flush() error {
 	return errors.Join(append(errs, c.store.Flush())...)
 }
 
-// Discard implements [Store]. It is durable at once, as WriteZeroes is.
+// Discard implements [Store]. Like WriteZeroes, it changes the store at once.
 func (c *Cache) Discard(off, length int64) error { return c.through(off, length, c.store.Discard) }
 
 // WriteZeroes implements [Store].

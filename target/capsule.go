@@ -5,14 +5,14 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// receive gives a buffer back to the queue pair.
+// receive queues receive buffer i for posting.
 func (q *queuePair) receive(i int) {
 	q.recvs = append(q.recvs, rdma.RecvWR{ID: kindRecv | uint64(i), SGE: rdma.SGE{
 		Addr: q.in.Addr() + uint64(i*q.capsule), Length: uint32(q.capsule), LKey: q.in.LKey(),
 	}})
 }
 
-// command is the command in a receive buffer.
+// command returns the command in receive buffer i.
 func (q *queuePair) command(i int) *nvme.Command {
 	return nvme.CommandAt(q.in.Bytes()[i*q.capsule:])
 }
@@ -26,7 +26,7 @@ func (q *queuePair) advance() {
 	}
 }
 
-// reportedHead is the submission queue head that completions carry.
+// reportedHead returns the submission queue head for a completion.
 func (q *queuePair) reportedHead() uint16 {
 	if q.noFlow {
 		return 0xFFFF
@@ -90,7 +90,7 @@ func (q *queuePair) respond(i int, result uint64, s nvme.Status) {
 	q.done(i)
 }
 
-// done forgets a command and gives its buffer back.
+// done clears a command and queues its receive buffer for posting.
 func (q *queuePair) done(i int) {
 	q.reqs[i] = request{}
 	q.receive(i)
@@ -104,8 +104,8 @@ func (q *queuePair) drop(i int) {
 	q.done(i)
 }
 
-// confirm frees what the completions up to the one at index pos of the ring hold.
-// SENDs complete in order.
+// confirm frees the chunks and the ring entries of all completions up to the one at
+// index pos of the ring. SENDs complete in order.
 func (q *queuePair) confirm(pos int) {
 	for at := -1; at != pos; q.confirmed++ {
 		at = int(q.confirmed % uint64(len(q.responses)))

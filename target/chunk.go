@@ -7,7 +7,7 @@ import (
 )
 
 const (
-	chunkSize = 32 << 10 // data memory is given out in whole chunks
+	chunkSize = 32 << 10 // bytes; data memory is allocated in whole chunks
 	minChunks = 2 * DefaultMaxTransfer / chunkSize
 	maxChunks = 128
 )
@@ -18,7 +18,7 @@ func chunksFor(length uint32) int { return int((length + chunkSize - 1) / chunkS
 // memory is contiguous.
 type extent struct{ first, n uint8 }
 
-var _ [256 - maxChunks]struct{} // an extent fits
+var _ [256 - maxChunks]struct{} // an extent can hold every chunk number
 
 // chunks has a bit for each chunk of a queue's data memory, which is set if the
 // chunk is free.
@@ -37,8 +37,8 @@ func (c *chunks) find(n int) int {
 	}
 }
 
-// next returns the first chunk at or after from that is free, or, if flip is all
-// ones, in use; maxChunks if there is none.
+// next returns the first chunk at or after from that is free, or that is in use if flip
+// is all ones. It returns maxChunks if there is none.
 func (c *chunks) next(from int, flip uint64) int {
 	for from < maxChunks {
 		if w := (c[from/64] ^ flip) >> (from % 64); w != 0 {
@@ -49,8 +49,8 @@ func (c *chunks) next(from int, flip uint64) int {
 	return maxChunks
 }
 
-// take takes chunks for length bytes. The caller has found out that there are
-// enough.
+// take allocates adjacent chunks for length bytes. The caller has checked that there
+// are enough.
 func (c *chunks) take(length uint32) extent {
 	r := extent{n: uint8(chunksFor(length))}
 	if r.n > 0 {
@@ -60,17 +60,17 @@ func (c *chunks) take(length uint32) extent {
 	return r
 }
 
-// flip makes free chunks used, and used ones free.
+// flip marks free chunks as used, and used chunks as free.
 func (c *chunks) flip(r extent) {
 	for i := int(r.first); i < int(r.first)+int(r.n); i++ {
 		c[i/64] ^= 1 << (i % 64)
 	}
 }
 
-// bytes is the memory of an extent.
+// bytes returns the memory of an extent.
 func (q *queuePair) bytes(r extent) []byte {
 	data := q.data.Bytes()[int(r.first)*chunkSize:]
-	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is part of one chunk
+	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is only a part of one chunk
 }
 
 // transfer queues the RDMA READ or WRITE that moves length bytes between the host's

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestChunks compares runs with what they must be: of free chunks, and found whenever
-// there are enough in a row.
+// TestChunks checks that extents consist of free chunks, and that an extent is found
+// whenever there are enough adjacent free chunks.
 func TestChunks(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(5, 6))
 	const size = 100

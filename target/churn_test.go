@@ -8,12 +8,12 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// TestChurn lets hosts come, do I/O and go without a word, while all that can
-// change in a subsystem does.
+// TestChurn lets hosts connect, do I/O and disappear, while everything that can change
+// in a subsystem changes.
 func TestChurn(t *testing.T) {
 	const hosts, rounds = 3, 5
 	r, ram, ns := newDisk(t, Config{MaxTransfer: 64 << 10, QueueSize: 32}, 1<<20, NamespaceConfig{})
-	steps := make(chan struct{}, 1) // something changes as commands go
+	steps := make(chan struct{}, 1) // something changes after each command
 	var changes sync.WaitGroup
 	changes.Go(func() {
 		i := 0
@@ -33,12 +33,12 @@ func TestChurn(t *testing.T) {
 			if _, err := r.subsys.AddNamespace(NamespaceConfig{NSID: 2, Store: ram}); err != nil {
 				t.Error(err)
 			}
-			remove := r.target.Faults().Add(Fault{Match: Match{QID: 2}, Skip: 1, Count: 1, Status: nvme.StatusInternal})
+			added := r.target.Faults().Add(Fault{Match: Match{QID: 2}, Skip: 1, Count: 1, Status: nvme.StatusInternal})
 			r.target.Snapshot()
 			if err := r.subsys.RemoveNamespace(2); err != nil {
 				t.Error(err)
 			}
-			remove()
+			added.Remove()
 		}
 	})
 	t.Run("hosts", func(t *testing.T) {
@@ -55,8 +55,8 @@ func TestChurn(t *testing.T) {
 	changes.Wait()
 }
 
-// visit is a host that connects two I/O queues, uses them and goes. Each host
-// has blocks of its own.
+// visit connects a host with two I/O queues, uses them and disconnects. Each host has
+// its own blocks.
 func (r *rig) visit(t *testing.T, n int, steps chan<- struct{}) {
 	own := *r
 	own.t = t
@@ -90,7 +90,7 @@ func (r *rig) visit(t *testing.T, n int, steps chan<- struct{}) {
 		}
 	}
 	for _, h := range append(queues, a) {
-		if err := h.id.Close(); err != nil { // its memory goes with the test
+		if err := h.id.Close(); err != nil { // the end of the test frees its memory
 			t.Error(err)
 		}
 	}

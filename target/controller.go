@@ -10,9 +10,9 @@ import (
 )
 
 const (
-	aerLimit         = 4                 // asynchronous event requests at a time
+	aerLimit         = 4                 // outstanding asynchronous event requests
 	keepAliveUnit    = 10                // KAS, in 100 ms
-	discoveryTimeout = 120 * time.Second // of a discovery controller that asked for none
+	discoveryTimeout = 120 * time.Second // keep alive timeout if the host of a discovery controller asks for none
 	readyTimeout     = 15                // CAP.TO and CRTO, in 500 ms
 )
 
@@ -27,7 +27,7 @@ const (
 	numEvents
 )
 
-// events are the AEN bit, the completion and the log page of each event.
+// events holds the AEN bit, the completion and the log page of each event.
 var events = [numEvents]struct {
 	enable uint32
 	dw0    nvme.AsyncEvent
@@ -39,8 +39,8 @@ var events = [numEvents]struct {
 }
 
 // controller is created by the Connect command of an admin queue, and ends with that
-// queue. Its id stays known until all its queues have left. A queue leaves when no
-// command of it executes any more.
+// queue. Its id stays known until all its queues have left. A queue leaves when none of
+// its commands executes any more.
 type controller struct {
 	subsystem *Subsystem
 	id        uint16
@@ -48,23 +48,23 @@ type controller struct {
 	hostID    nvme.UUID
 
 	ready    atomic.Bool // CSTS.RDY, read by every command
-	alive    atomic.Bool // a command came since the keep alive timer was set
+	alive    atomic.Bool // a command has arrived since the keep alive timer was started
 	cacheOff atomic.Bool // the host turned the volatile write cache off
 
 	mu       sync.Mutex // guards what follows
 	queues   map[uint16]*queuePair
 	ended    bool // no queue may join
-	stopping stop // what waits for the I/O queues to leave
+	stopping stop // the request that completes when the I/O queues have left
 	cc       nvme.CC
 	csts     nvme.CSTS
 	granted  int // I/O queues
 	kato     time.Duration
-	timer    *time.Timer     // of the keep alive
+	timer    *time.Timer     // keep alive timer
 	enabled  uint32          // AEN bits
-	masked   [numEvents]bool // told of and not read since
-	waiting  []event         // to be told, in order
+	masked   [numEvents]bool // the host was notified and has not read the log page since
+	waiting  []event         // events that the host has yet to be notified of, in order
 	requests []uint16        // command ids of asynchronous event requests
-	changed  []uint32        // namespaces, for log 04h
+	changed  []uint32        // ids of changed namespaces, for log page 04h
 }
 
 func newController(s *Subsystem, data *nvme.ConnectData) *controller {
@@ -87,7 +87,7 @@ func (c *controller) fail(reason string) {
 	c.end(reason)
 }
 
-// end is fail with the lock held.
+// end does what fail does. The caller holds the lock.
 func (c *controller) end(reason string) {
 	c.ended = true
 	if c.timer != nil {
@@ -275,13 +275,13 @@ func (c *controller) expire() {
 	c.fail("keep alive expired")
 }
 
-// notify tells the host of an event, unless the host disabled it or has not read the
+// notify notifies the host of an event, unless the host disabled it or has not read the
 // log page since the last one.
 func (c *controller) notify(e event, nsid uint32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e == eventNamespace && !slices.Contains(c.changed, nsid) {
-		c.changed = append(c.changed, nsid) // no more than MaxNamespaces, which the log holds
+		c.changed = append(c.changed, nsid) // at most MaxNamespaces, which the log page can hold
 	}
 	if c.enabled&events[e].enable == 0 || c.masked[e] || slices.Contains(c.waiting, e) {
 		return
@@ -305,8 +305,8 @@ func (c *controller) request(cid uint16) bool {
 	return true
 }
 
-// next takes an event that the host is to be told of, and a request to complete
-// with it.
+// next removes the first event that waits and the first request, which is to be
+// completed with it. It returns false if there is no event or no request.
 func (c *controller) next() (cid uint16, dw0 nvme.AsyncEvent, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -318,7 +318,8 @@ func (c *controller) next() (cid uint16, dw0 nvme.AsyncEvent, ok bool) {
 	return cid, dw0, true
 }
 
-// unmask allows the next event whose log page is log, because the host has read it.
+// unmask allows new notifications of the events whose log page is log, because the host
+// has read it.
 func (c *controller) unmask(log uint8) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -54,7 +54,7 @@ func TestEvents(t *testing.T) {
 	if err := ram.Resize(2 << 20); err != nil {
 		t.Fatal(err)
 	}
-	ns.Revalidate() // not told again before the log is read, but listed in it
+	ns.Revalidate() // no event before the log is read, but an entry in the log
 	ns.Revalidate()
 	changed(5, 1)
 	changed()
@@ -85,8 +85,8 @@ func TestEvents(t *testing.T) {
 			t.Errorf("ana group %+v", g)
 		}
 	}
-	// An event that comes without a request waits for one; one that the host
-	// does not want does not.
+	// An event waits for an asynchronous event request. An event that the host has
+	// disabled does not.
 	if err := r.subsys.SetANAState(7, nvme.ANAOptimized); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +140,7 @@ func TestLogPages(t *testing.T) {
 		a.want(bad.status|dnr, a.keyed(&cmd, bad.sgl))
 	}
 	cmd.SetGetLogPage(nvme.LogSMART, 0, 512, 512, false)
-	a.want(0, a.keyed(&cmd, 512)) // at the end: zeroes
+	a.want(0, a.keyed(&cmd, 512)) // zeroes at the end
 }
 
 // TestKeepAlive lets a controller expire whose host is silent.
@@ -153,7 +153,8 @@ func TestKeepAlive(t *testing.T) {
 	if silent.await() {
 		t.Errorf("response %v", &silent.response)
 	}
-	// Without a timeout, or a command since the last look, a controller lives.
+	// A controller without a timeout lives on, and so does one with a command in
+	// each period.
 	c := r.target.controllers.find(other.cntlid, testNQN)
 	c.expire()
 	cmd.SetSetFeatures(nvme.FeatureKeepAlive, 600_000)
@@ -174,7 +175,7 @@ func TestKeepAlive(t *testing.T) {
 	}
 }
 
-// TestAdminEndsController: with the admin queue all queues go.
+// TestAdminEndsController: all queues of a controller end with its admin queue.
 func TestAdminEndsController(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)

@@ -8,8 +8,8 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// A target on a fabric inside the process, for the tests of a host. Its I/O
-// queues are two until the test changes that.
+// This target for tests of a host is on a fabric inside the process. It grants two I/O
+// queues until the test changes that.
 func Example() {
 	addr := netip.MustParseAddrPort("192.0.2.1:4420")
 	t, err := target.New(target.Config{

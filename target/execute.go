@@ -15,7 +15,7 @@ func (q *queuePair) begin(i int) bool {
 	need := 0
 	switch {
 	case q.ctrl == nil:
-		need = 1 // a Connect; nothing else is carried out
+		need = 1 // for the data of a Connect command; no other command is executed
 	case s.OK() && !r.inline:
 		need = chunksFor(r.length)
 	}
@@ -123,13 +123,13 @@ func (q *queuePair) finish(i int) {
 	q.finishIO(i)
 }
 
-// inlineData is the in-capsule data of a command.
+// inlineData returns the in-capsule data of a command.
 func (q *queuePair) inlineData(i int) []byte {
 	r := &q.reqs[i]
 	return q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(r.addr):][:r.length]
 }
 
-// arrived is the data of a command, which was in its capsule or was fetched.
+// arrived returns the data of a command, which was in its capsule or was fetched.
 func (q *queuePair) arrived(i int) []byte {
 	if q.reqs[i].inline {
 		return q.inlineData(i)

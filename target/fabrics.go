@@ -6,7 +6,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// connect finishes a Connect, whose data is there.
+// connect executes a Connect command whose data has arrived.
 func (q *queuePair) connect(i int) {
 	data := nvme.ConnectDataAt(q.arrived(i))
 	why := q.join(q.command(i).ConnectParams(), data)
@@ -30,7 +30,8 @@ func (q *queuePair) connect(i int) {
 	q.respond(i, uint64(nvme.NewConnectResult(q.ctrl.id, false)), nvme.StatusSuccess)
 }
 
-// join makes the controller, or adds the queue to it.
+// join creates the controller of an admin queue, or adds an I/O queue to its
+// controller. It returns the reason if the command is refused, and otherwise nil.
 func (q *queuePair) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 	if s := nvme.Status(q.target.faults.connect.Load()); !s.OK() {
 		return &refusal{status: s, why: "fault"}
@@ -45,7 +46,8 @@ func (q *queuePair) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal 
 	if s == nil {
 		return refusedSubsystem
 	}
-	// SPDK's perf has no name: where every host may connect, that is one, too.
+	// SPDK's perf sends an empty host NQN. It is accepted where every host may
+	// connect.
 	if host := data.HostNQN(); (host != "" || !s.cfg.AllowAny) && nvme.ValidateNQN(host) != nil {
 		return refusedHostNQN
 	}
@@ -77,7 +79,7 @@ func (q *queuePair) join(p nvme.ConnectParams, data *nvme.ConnectData) *refusal 
 	return nil
 }
 
-// create makes the controller of an admin queue.
+// create creates the controller of an admin queue.
 func (q *queuePair) create(s *Subsystem, p nvme.ConnectParams, data *nvme.ConnectData) *refusal {
 	if data.CNTLID() != nvme.CNTLIDDynamic {
 		return refusedController
@@ -148,10 +150,11 @@ func (q *queuePair) property(i int) {
 
 var version = nvme.NewVersion(2, 1, 0)
 
-// readyWithMedia is the bit of CAP which says that CRTO is there.
+// readyWithMedia is the bit of CAP that says that CRTO is supported (CRMS, Controller
+// Ready With Media Support).
 const readyWithMedia nvme.Cap = 1 << 59
 
-// capabilities is the CAP property.
+// capabilities returns the CAP property.
 func (t *Target) capabilities() nvme.Cap {
 	return nvme.NewCap(uint16(t.cfg.QueueSize-1), readyTimeout, nvme.CSSNVM|nvme.CSSIOSets) | readyWithMedia
 }

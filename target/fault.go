@@ -15,12 +15,13 @@ import (
 
 // Match selects the commands that a fault applies to.
 type Match struct {
-	Admin   bool          // those of admin queues, instead of those of I/O queues
-	QID     uint16        // with Admin unset: those of this queue; 0: of every I/O queue
-	NSID    uint32        // those to this namespace; 0: to any
-	Opcodes []nvme.Opcode // those with one of these opcodes; empty: all but Fabrics commands
-	// Selectors are values of the low byte of CDW10, which is the CNS of an Identify,
-	// the LID of a Get Log Page and the FID of a Set or Get Features; empty: any.
+	Admin   bool          // match commands of admin queues instead of I/O queues
+	QID     uint16        // without Admin: match commands of this queue; 0: of every I/O queue
+	NSID    uint32        // match commands to this namespace; 0: to any
+	Opcodes []nvme.Opcode // match commands with these opcodes; empty: all except Fabrics commands
+	// Selectors are the values of the low byte of CDW10 to match, which is the CNS
+	// of Identify, the LID of Get Log Page and the FID of Set and Get Features;
+	// empty: any.
 	Selectors []uint8
 }
 
@@ -37,22 +38,22 @@ func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
 	return slices.Contains(m.Opcodes, cmd.Opcode())
 }
 
-// Corruption is the way in which the completion or the data of a command is wrong.
+// Corruption is an error in the completion or the data of a command.
 type Corruption uint8
 
 // Corruptions.
 const (
 	CorruptNone      Corruption = iota
-	CorruptID                   // the command id is of no command
-	CorruptDuplicate            // it is sent twice
-	CorruptShort                // its last 8 bytes are missing
-	CorruptSQHead               // the submission queue head is beyond the queue
-	// CorruptKey: it invalidates a key that the command did not name. The RDMA
-	// layer of a host that does not have such a key breaks the connection.
+	CorruptID                   // the completion has the command id of no command
+	CorruptDuplicate            // the completion is sent twice
+	CorruptShort                // the last 8 bytes of the completion are missing
+	CorruptSQHead               // the submission queue head of the completion is beyond the end of the queue
+	// CorruptKey invalidates a key that the command did not name. The RDMA layer of
+	// a host that does not have such a key breaks the connection.
 	CorruptKey
-	CorruptData // the data that goes to the host is noise
-	// CorruptLost: the command is carried out, but neither its data nor its
-	// completion goes to the host.
+	CorruptData // the data for the host is random
+	// CorruptLost executes the command, but sends neither its data nor its
+	// completion.
 	CorruptLost
 )
 
@@ -65,36 +66,36 @@ func (c Corruption) String() string {
 	return fmt.Sprintf("corruption %d", uint8(c))
 }
 
-// Fault is what happens to the commands that match. If Drop, Disconnect or Status
-// is set, the command is not carried out; of several, the first in this order
-// counts. A Status may have a CRD field, see [Config.RetryDelays].
+// Fault describes what happens to the commands that match. If Drop, Disconnect or
+// Status is set, the command is not executed. If several are set, the first in this
+// order counts. Status may have a CRD field, see [Config.RetryDelays].
 type Fault struct {
 	Match
-	Skip  int // spare so many that match first
-	Count int // hit so many after those; 0: all
+	Skip  int // number of matching commands that are spared first
+	Count int // number of matching commands that are hit after those; 0: all
 
-	Delay time.Duration // before anything else; a queue delays no more commands than it has entries
-	Drop  bool          // never answer
+	Delay time.Duration // before anything else; a queue delays at most as many commands as it has entries
+	Drop  bool          // do not complete the command
 	// Hold keeps an I/O command inside its store for this time. Then the command is
-	// carried out, even if its connection or its controller has ended by then. Its
-	// queue executes no other command meanwhile. If the target is closed, the command
-	// is not carried out.
+	// executed, even if its connection or its controller has ended by then. Its
+	// queue executes no other command meanwhile. If the target is closed, the
+	// command is not executed.
 	Hold       time.Duration
 	Disconnect bool        // end the connection
-	Status     nvme.Status // answer with this, with or without nvme.StatusDNR
-	Corrupt    Corruption  // of the completion or the data
+	Status     nvme.Status // complete the command with this status, with or without nvme.StatusDNR
+	Corrupt    Corruption  // corrupt the completion or the data
 	// Patches overwrite bytes of the data that an admin command returns, such as
-	// fields of Identify. Those beyond the end of the data do nothing.
+	// fields of Identify. They have no effect beyond the end of the data.
 	Patches []Patch
 }
 
-// Patch is bytes at an offset.
+// Patch is a number of bytes and their offset in the data.
 type Patch struct {
 	Offset int
 	Bytes  []byte
 }
 
-// apply overwrites the bytes of data.
+// apply writes the bytes of the patch into data.
 func (p Patch) apply(data []byte) {
 	if p.Offset >= 0 && p.Offset < len(data) {
 		copy(data[p.Offset:], p.Bytes)
@@ -119,7 +120,7 @@ func (r *rule) strikes() bool {
 // Faults makes a target misbehave. Any goroutine may call its methods at any time.
 type Faults struct {
 	target  *Target
-	mu      sync.Mutex // for changes of rules, of what is hidden, and of frozen
+	mu      sync.Mutex // guards unhide and changes of rules, hidden and frozen
 	unhide  *time.Timer
 	rules   atomic.Pointer[[]*rule] // nil: none
 	stalled atomic.Bool
@@ -130,18 +131,34 @@ type Faults struct {
 	connect atomic.Uint32
 }
 
-// Add adds a fault; the returned function removes it. Only the first fault that
-// applies to a command counts, in the order in which they were added.
-func (f *Faults) Add(fault Fault) (remove func()) {
+// AddedFault is a fault that was added. Any goroutine may call its methods.
+type AddedFault struct {
+	faults *Faults
+	rule   *rule
+}
+
+// Remove removes the fault.
+func (a AddedFault) Remove() {
+	a.faults.change(func(rules []*rule) []*rule {
+		return slices.DeleteFunc(rules, func(r *rule) bool { return r == a.rule })
+	})
+}
+
+// UsedUp reports whether the fault has applied to Count commands and applies to no more.
+func (a AddedFault) UsedUp() bool {
+	a.rule.mu.Lock()
+	defer a.rule.mu.Unlock()
+	return a.rule.Count != 0 && a.rule.seen >= a.rule.Skip+a.rule.Count
+}
+
+// Add adds a fault. Only the first fault that applies to a command counts, in the order
+// in which they were added.
+func (f *Faults) Add(fault Fault) AddedFault {
 	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
 	fault.Patches = slices.Clone(fault.Patches)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
-	return func() {
-		f.change(func(rules []*rule) []*rule {
-			return slices.DeleteFunc(rules, func(r *rule) bool { return r == added })
-		})
-	}
+	return AddedFault{f, added}
 }
 
 // change replaces the rules by the result of edit, which gets a copy of them.
@@ -170,19 +187,22 @@ func (f *Faults) Clear() {
 	f.HideNamespaces(0)
 }
 
-// Grant sets the number of I/O queues that every host is granted, 1..65535. 0 ends
-// this; with a negative n, the request for queues fails.
+// Grant sets the number of I/O queues that every host is granted, 1..65535. An n of 0
+// ends this fault. If n is negative, requests for queues fail.
 func (f *Faults) Grant(n int) {
 	f.grant.Store(int32(max(-1, min(n, nvme.MaxQueues))))
 }
 
-// RejectConnects rejects connect requests for this reason; 0 ends it.
+// RejectConnects rejects all connect requests with this reason. A reason of 0 ends this
+// fault.
 func (f *Faults) RejectConnects(reason nvme.RDMARejectStatus) { f.reject.Store(uint32(reason)) }
 
-// FailConnects completes all Connect commands with this status; success ends it.
+// FailConnects completes all Connect commands with this status. nvme.StatusSuccess ends
+// this fault.
 func (f *Faults) FailConnects(s nvme.Status) { f.connect.Store(uint32(s)) }
 
-// Stall makes the target begin no command while on. Connections stay.
+// Stall makes the target begin no commands until Stall(false) is called. Connections
+// continue to exist.
 func (f *Faults) Stall(on bool) {
 	f.stalled.Store(on)
 	if on {
@@ -201,9 +221,9 @@ func (f *Faults) Disconnect(qid int) int {
 	return f.target.disconnect(func(q *queuePair) bool { return qid < 0 || int(q.qid) == qid }, "fault: disconnect")
 }
 
-// HideNamespaces hides all namespaces for this time, like a target that opens its
-// port before it adds its namespaces. After it, hosts are notified of each
-// namespace. 0 ends it at once.
+// HideNamespaces hides all namespaces for the time d, like a target that opens its port
+// before it adds its namespaces. After that hosts are notified of each namespace. If d
+// is 0, the namespaces are shown at once.
 func (f *Faults) HideNamespaces(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -224,8 +244,8 @@ func (f *Faults) HideNamespaces(d time.Duration) {
 // Hidden reports whether namespaces are hidden.
 func (f *Faults) Hidden() bool { return f.hidden.Load() }
 
-// judge applies the first fault that matches a command. It returns true if the
-// command is not to be carried out now.
+// judge applies the first fault that matches a command. It returns true if the command
+// must not be executed now.
 func (q *queuePair) judge(i int, rules []*rule) bool {
 	r, cmd := &q.reqs[i], q.command(i)
 	for _, rule := range rules {
@@ -244,7 +264,7 @@ func (q *queuePair) judge(i int, rules []*rule) bool {
 }
 
 // strike applies the fault of a command whose delay is over. It returns true if the
-// command is not to be carried out.
+// command must not be executed.
 func (q *queuePair) strike(i int) bool {
 	switch rule := q.reqs[i].rule; {
 	case rule.Drop:
@@ -281,7 +301,7 @@ func (q *queuePair) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) 
 		wr.Op, wr.RKey = rdma.SendInvalidate, ^r.key
 	case CorruptDuplicate:
 		if q.reserved == len(q.responses) {
-			return // the host is behind with its receives
+			return // there is no room in the ring for a second completion
 		}
 		q.reserved++
 		first := *done

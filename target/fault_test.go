@@ -8,7 +8,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// faulty is a disk with an I/O queue.
+// faulty returns a rig with a namespace, and an admin and an I/O queue.
 func faulty(t *testing.T) (*rig, *hostQueue, *hostQueue) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
@@ -21,17 +21,23 @@ func TestFaultStatus(t *testing.T) {
 	f := r.target.Faults()
 	var cmd nvme.Command
 	cmd.SetFlush(1)
-	remove := f.Add(Fault{Match: Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFlush}}, Skip: 1, Count: 2, Status: nvme.StatusUnrecoveredRead | dnr})
+	added := f.Add(Fault{Match: Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFlush}}, Skip: 1, Count: 2, Status: nvme.StatusUnrecoveredRead | dnr})
 	f.Add(Fault{Match: Match{NSID: 9}, Status: nvme.StatusInternal})
 	f.Add(Fault{Match: Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminKeepAlive}}, Status: nvme.StatusInternal})
 	h.want(0, &cmd)
 	h.want(nvme.StatusUnrecoveredRead|dnr, &cmd)
 	other.want(0, &cmd)
+	if added.UsedUp() {
+		t.Error("used up after one of two commands")
+	}
 	h.want(nvme.StatusUnrecoveredRead|dnr, &cmd)
+	if !added.UsedUp() {
+		t.Error("not used up after two commands")
+	}
 	h.want(0, &cmd)
 	cmd.SetFlush(9)
 	h.want(nvme.StatusInternal, &cmd)
-	remove()
+	added.Remove()
 	h.want(nvme.StatusInternal, &cmd)
 	a.property(nvme.PropCSTS, false)
 	cmd.SetKeepAlive()
@@ -50,7 +56,7 @@ func TestFaultDropAndDelay(t *testing.T) {
 	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 500 * time.Millisecond, Status: nvme.StatusNamespaceNotReady, Count: 1})
 	f.Add(Fault{Match: Match{Opcodes: []nvme.Opcode{nvme.OpRead}}, Delay: 500 * time.Millisecond})
 	var cmd nvme.Command
-	for range 20 { // dropped commands leave buffers and completions
+	for range 20 { // dropped commands free their buffers and completions
 		cmd.SetWriteZeroes(1, 0, 1, false, false)
 		cmd.SetCID(1)
 		h.send(&cmd, nil)
@@ -64,7 +70,7 @@ func TestFaultDropAndDelay(t *testing.T) {
 		h.send(h.keyed(&cmd, 4096), nil)
 	}
 	cmd.SetFlush(1)
-	h.want(0, &cmd) // overtakes them
+	h.want(0, &cmd) // overtakes the delayed commands
 	for range 2 {
 		if !h.await() {
 			t.Fatal("connection ended")
@@ -90,7 +96,7 @@ func TestFaultStall(t *testing.T) {
 	cmd.SetFlush(1)
 	cmd.SetCID(3)
 	h.send(&cmd, nil)
-	free := r.mustDial(0, adminDepth) // connections are still made
+	free := r.mustDial(0, adminDepth) // connections can still be made
 	if n, err := h.cq.Poll(h.wcs[:]); n == 1 && h.wcs[0].Recv || err != nil {
 		t.Errorf("a stalled target answered: %v", err)
 	}
@@ -171,7 +177,7 @@ func TestFaultCorrupt(t *testing.T) {
 			t.Errorf("response %v, and data as it is on the disk", &h.response)
 		}
 	})
-	// The fabric, as an adapter does, breaks the connection of a wrong key.
+	// Like an adapter, the fabric breaks the connection after a wrong key.
 	f.Add(Fault{Corrupt: CorruptKey})
 	h.send(&cmd, nil)
 	if h.await() {
@@ -179,8 +185,8 @@ func TestFaultCorrupt(t *testing.T) {
 	}
 }
 
-// TestFaultSelector hits commands by what they ask for, and a lost reply is
-// carried out.
+// TestFaultSelector selects commands by the low byte of CDW10. A command whose reply is
+// lost is executed.
 func TestFaultSelector(t *testing.T) {
 	r, a, _ := faulty(t)
 	f := r.target.Faults()
@@ -209,7 +215,7 @@ func TestFaultSelector(t *testing.T) {
 	cmd.SetCID(7)
 	a.send(a.keyed(&cmd, nvme.IdentifySize), nil)
 	cmd.SetKeepAlive()
-	a.want(0, &cmd) // which nothing went before
+	a.want(0, &cmd) // the first response, because the reply before it is lost
 	if a.data.Bytes()[0] != 0xEE {
 		t.Error("the data of a lost reply arrived")
 	}
@@ -218,8 +224,8 @@ func TestFaultSelector(t *testing.T) {
 	}
 }
 
-// TestFaultHold: a held write lands after its connections and its controller have
-// ended, and not if the target closes.
+// TestFaultHold: a held write is executed after its connections and its controller have
+// ended, but not if the target closes.
 func TestFaultHold(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -265,8 +271,8 @@ func TestFaultHold(t *testing.T) {
 	}
 }
 
-// TestFaultFreeze: a frozen target does nothing and ends nothing, and goes on
-// with what had arrived.
+// TestFaultFreeze: a frozen target does nothing and ends nothing. After that it
+// executes the commands that have arrived.
 func TestFaultFreeze(t *testing.T) {
 	r, ram, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
@@ -288,7 +294,7 @@ func TestFaultFreeze(t *testing.T) {
 	if n, err := h.cq.Poll(h.wcs[:]); n == 1 && h.wcs[0].Recv || err != nil {
 		t.Errorf("a frozen target answered: %v", err)
 	}
-	// The host gives up. The target hears of it when it goes on, and only then.
+	// The host disconnects. The target notices that only after the freeze.
 	if err := h.id.Disconnect(); err != nil {
 		t.Error(err)
 	}
@@ -325,7 +331,7 @@ func TestCloseFrozen(t *testing.T) {
 	}
 }
 
-// TestHiddenNamespaces: a target that opens its port first.
+// TestHiddenNamespaces: a target opens its port before it adds its namespaces.
 func TestHiddenNamespaces(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	f := r.target.Faults()
@@ -363,8 +369,8 @@ func TestHiddenNamespaces(t *testing.T) {
 	}
 }
 
-// TestAnnounced: what Identify Controller says by the configuration, and how the
-// target keeps it.
+// TestAnnounced: Identify Controller announces what the configuration says, and the
+// target acts accordingly.
 func TestAnnounced(t *testing.T) {
 	r, _, _ := newDisk(t, Config{
 		QuiesceTime: 1500 * time.Millisecond, ANATransition: 2 * time.Second, CommandKeepAlive: true, NoWriteCache: true,

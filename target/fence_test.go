@@ -11,7 +11,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// gate is a store whose writes wait inside until they are let through.
+// gate is a store whose writes wait inside it until open is called.
 type gate struct {
 	*RAM
 	entered chan struct{} // one for each write
@@ -31,8 +31,8 @@ func (g *gate) WriteAt(p []byte, off int64) (int, error) {
 	return g.RAM.WriteAt(p, off)
 }
 
-// known asks by the Connect of an I/O queue whether the target knows a
-// controller of this host, as hosts do before they send lost writes again.
+// known reports whether the target knows a controller of this host. Like a host before
+// it sends lost writes again, it asks with the Connect command of an I/O queue.
 func (r *rig) known(nqn string, cntlid uint16) bool {
 	r.t.Helper()
 	h := r.mustDial(1, 32)
@@ -68,9 +68,9 @@ func heldWrite(t *testing.T) (r *rig, g *gate, admin, io *hostQueue) {
 	return r, g, admin, io
 }
 
-// TestControllerOutlivesQueues ends a controller in every way while one of its
-// writes is inside the store. Its id stays known until the write has ended, so
-// that a host which asks does not send the write again too early.
+// TestControllerOutlivesQueues ends a controller in every way while one of its writes
+// is inside the store. Its id stays known until the write has ended, so that a host
+// that asks does not send the write again too early.
 func TestControllerOutlivesQueues(t *testing.T) {
 	for name, end := range map[string]func(r *rig, admin, io *hostQueue){
 		"admin queue disconnects": func(r *rig, a, _ *hostQueue) { a.id.Disconnect() },
@@ -117,8 +117,8 @@ func TestControllerOutlivesQueues(t *testing.T) {
 	}
 }
 
-// TestResetWaitsForCommands: CSTS says that a reset or a shutdown is done when no
-// command executes any more, and not before.
+// TestResetWaitsForCommands: CSTS shows that a reset or a shutdown is complete only
+// when no command executes any more.
 func TestResetWaitsForCommands(t *testing.T) {
 	enabled := nvme.NewCC(nvme.CCSelectNVM).WithEN(true)
 	for _, c := range []struct {
@@ -154,7 +154,7 @@ func TestResetWaitsForCommands(t *testing.T) {
 	}
 }
 
-// slowFlush is a store whose flushes wait until they are let through.
+// slowFlush is a store whose flushes wait until the test lets them continue.
 type slowFlush struct {
 	*RAM
 	entered, leave chan struct{}
@@ -166,8 +166,8 @@ func (s *slowFlush) Flush() error {
 	return nil
 }
 
-// TestShutdownFlushes: a shutdown is complete when everything is durable, and the
-// store is in use until then.
+// TestShutdownFlushes: a shutdown is complete when all data is durable, and the store
+// is in use until then.
 func TestShutdownFlushes(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	s := &slowFlush{NewRAM(1 << 20), make(chan struct{}), make(chan struct{})}

@@ -15,46 +15,50 @@ import (
 // File is a [Store] in a file or on a block device.
 type File struct {
 	file *os.File
-	raw  syscall.RawConn // for system calls that must not meet a descriptor of somebody else
+	raw  syscall.RawConn // for system calls, so that they never hit a descriptor that was closed and reused
 	path string
 }
 
-// FileConfig says how OpenFile opens a file.
+// FileConfig configures OpenFile.
 type FileConfig struct {
-	// ReadOnly opens for reading only; the namespace must be read-only then, too.
+	// ReadOnly opens the file for reading only. The namespace must be read-only,
+	// too.
 	ReadOnly bool
-	// Shared allows others that say so to have the file open at the same time.
-	// Without it a file is used by one namespace, or by read-only ones, and a block
-	// device by nobody else, a mount included.
+	// Shared allows others to use the file at the same time, if they set Shared,
+	// too. Without it, a file can be used by one namespace or by several read-only
+	// ones, and a block device must not be in use, for instance by a mount.
 	Shared bool
 }
 
-// Errors of OpenFile that callers tell apart.
+// Errors of OpenFile, for errors.Is
 var (
-	ErrNotStorage = errors.New("neither a regular file nor a block device")
+	ErrNotStorage = errors.New("not storage; want a block device, or a regular file that holds data (files of the kernel, as in /proc and /sys, do not)")
 	ErrInUse      = errors.New("in use by another namespace, target, mount or program")
 )
 
-// OpenFile opens an existing file or block device; symbolic links are followed.
+// OpenFile opens an existing regular file or block device. It follows symbolic links.
+// The error is ErrNotStorage for anything else and for files that a file system of the
+// kernel makes up, such as those in /proc and /sys, and ErrInUse if others use the
+// file.
 func OpenFile(name string, c FileConfig) (*File, error) {
 	mode := os.O_RDWR
 	if c.ReadOnly {
 		mode = os.O_RDONLY
 	}
-	// The kind is looked at first: to open some, like tapes and doors of other
-	// programs, does something.
+	// The kind is checked before the file is opened, because opening some files,
+	// such as tapes, has an effect.
 	info, err := os.Stat(name)
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	kind := info.Mode().Type()
-	if kind != 0 && kind != fs.ModeDevice {
+	if kind != 0 && kind != fs.ModeDevice || kind == 0 && ofKernel(name) {
 		return nil, fmt.Errorf("open store: %s: %w", name, ErrNotStorage)
 	}
 	if kind == fs.ModeDevice && !c.Shared {
-		mode |= os.O_EXCL // which claims a block device
+		mode |= os.O_EXCL // claims the block device
 	}
-	f, err := os.OpenFile(name, mode|unix.O_NONBLOCK, 0) // a pipe that took its place would wait
+	f, err := os.OpenFile(name, mode|unix.O_NONBLOCK, 0) // does not wait if a pipe has replaced the file
 	if errors.Is(err, unix.EBUSY) {
 		err = fmt.Errorf("%s: %w", name, ErrInUse)
 	}
@@ -74,8 +78,26 @@ func OpenFile(name string, c FileConfig) (*File, error) {
 	return opened, nil
 }
 
-// claim makes sure that the file is the one that was looked at, and that nobody
-// uses it who has not said that it is shared.
+// ofKernel reports whether a path is in a file system that makes up its files, so that
+// reads and writes do not just keep data (linux/magic.h).
+func ofKernel(path string) bool {
+	const configFS = 0x62656570 // fs/configfs/mount.c
+	var st unix.Statfs_t
+	if unix.Statfs(path, &st) != nil {
+		return false // opening the file will fail
+	}
+	switch uint32(st.Type) {
+	case unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC,
+		unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC, unix.BPF_FS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC,
+		unix.PSTOREFS_MAGIC, unix.EFIVARFS_MAGIC, unix.BINFMTFS_MAGIC, unix.NSFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, configFS:
+		return true
+	}
+	return false
+}
+
+// claim checks that the open file is the one that looked describes, and locks a regular
+// file. It returns ErrInUse if others use the file, unless all have said that it is
+// shared.
 func (f *File) claim(looked fs.FileInfo, c FileConfig) error {
 	info, err := f.file.Stat()
 	if err != nil {
@@ -95,11 +117,11 @@ func (f *File) claim(looked fs.FileInfo, c FileConfig) error {
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("%s: %w", f.path, ErrInUse)
 	}
-	return nil // a file system without locks
+	return nil // the file system may have no locks
 }
 
-// control calls op with the descriptor, which is not closed meanwhile, and again
-// while it is interrupted.
+// control calls op with the descriptor, which is not closed meanwhile. It calls op
+// again if a signal interrupted it.
 func (f *File) control(op func(fd int) error) error {
 	var err error
 	if cerr := f.raw.Control(func(fd uintptr) {
@@ -115,13 +137,15 @@ func (f *File) control(op func(fd int) error) error {
 // Path returns the path of the file, without symbolic links.
 func (f *File) Path() string { return f.path }
 
-// Device reports whether it is a block device, whose size cannot be changed.
+// Device reports whether the file is a block device. The size of a block device cannot
+// be changed.
 func (f *File) Device() bool {
 	info, err := f.file.Stat()
 	return err == nil && info.Mode().Type() == fs.ModeDevice
 }
 
-// Resize changes the size of a file; the added part reads as zeroes.
+// Resize changes the size of a regular file to size bytes. The added part reads as
+// zeroes.
 func (f *File) Resize(size int64) error {
 	if err := f.file.Truncate(size); err != nil {
 		return fmt.Errorf("resize store: %w", err)
@@ -129,12 +153,12 @@ func (f *File) Resize(size int64) error {
 	return nil
 }
 
-// Close closes the file. No namespace may use it.
+// Close closes the file. No namespace may use it any more.
 func (f *File) Close() error { return f.file.Close() }
 
-// Size implements [Store]; 0 when it cannot be found out.
+// Size implements [Store]. It returns 0 if the size cannot be determined.
 func (f *File) Size() int64 {
-	size, err := f.file.Seek(0, io.SeekEnd) // a device has no size in its inode
+	size, err := f.file.Seek(0, io.SeekEnd) // the inode of a block device has no size
 	if err != nil {
 		return 0
 	}
@@ -152,8 +176,8 @@ func (f *File) Flush() error {
 	return os.NewSyscallError("fdatasync", f.control(unix.Fdatasync))
 }
 
-// Discard implements [Store]. It punches a hole, and writes zeroes where the
-// file system or device cannot.
+// Discard implements [Store]. It punches a hole, or writes zeroes if the file system or
+// the device cannot do that.
 func (f *File) Discard(off, length int64) error {
 	return f.zero(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
 }
@@ -167,7 +191,7 @@ var zeroes [64 << 10]byte
 
 func (f *File) zero(mode uint32, off, length int64) error {
 	if length == 0 {
-		return nil // which fallocate refuses
+		return nil // fallocate refuses a length of 0
 	}
 	err := f.control(func(fd int) error { return unix.Fallocate(fd, mode, off, length) })
 	switch {

@@ -5,22 +5,22 @@ import (
 	"time"
 )
 
-// freeze is a time in which a target does nothing.
+// freeze is a time during which a target does nothing.
 type freeze struct {
 	timer  *time.Timer
 	thawed chan struct{}
 }
 
-// afterThaw is the time after a freeze in which the end of connections is not
-// noticed yet. In it the target executes the commands that had arrived, as a process
-// does that was stopped and continues.
+// afterThaw is the time after a freeze during which the target does not react to the
+// end of connections. Meanwhile it executes the commands that have waited, like a
+// process that was stopped and continues.
 const afterThaw = 50 * time.Millisecond
 
-// Freeze makes the target do nothing for this time, as if its machine were paused:
-// commands and connect requests wait, timers stop, and no controller ends. Then the
-// target continues where it was; keep alive timers restart. Store operations that
-// have begun are not stopped. 0 ends a freeze at once. The methods of this package
-// still work.
+// Freeze makes the target do nothing for the time d, as if its machine were paused:
+// commands and connect requests wait, timers stop, and no controller ends. After that
+// the target continues where it stopped, and keep alive timers restart. Store
+// operations that have begun are not stopped. If d is 0, Freeze ends a freeze at once.
+// The methods of this package still work during a freeze.
 func (f *Faults) Freeze(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -42,7 +42,7 @@ func (f *Faults) Freeze(d time.Duration) {
 	}
 }
 
-// thaw ends a freeze, unless another one took its place.
+// thaw ends a freeze, unless another one has replaced it.
 func (f *Faults) thaw(z *freeze) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -51,7 +51,7 @@ func (f *Faults) thaw(z *freeze) {
 	}
 }
 
-// end ends a freeze; the lock is held.
+// end ends a freeze. The caller holds the lock.
 func (f *Faults) end(z *freeze) {
 	for _, c := range f.target.controllers.of(nil) {
 		c.restartKeepAlive()
@@ -63,7 +63,7 @@ func (f *Faults) end(z *freeze) {
 // Frozen reports whether the target is frozen.
 func (f *Faults) Frozen() bool { return f.frozen.Load() != nil }
 
-// awaitThaw waits until the target is not frozen; false if ctx ends first.
+// awaitThaw waits until the target is not frozen. It returns false if ctx ends first.
 func (f *Faults) awaitThaw(ctx context.Context) bool {
 	for z := f.frozen.Load(); z != nil; z = f.frozen.Load() {
 		select {

@@ -7,9 +7,9 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// FuzzCapsule sends capsules of any content on an admin and an I/O queue. The
-// target may answer or end the connection; another controller must not notice,
-// and all must be freed.
+// FuzzCapsule sends capsules with any content on an admin and an I/O queue. The target
+// may answer or end the connection. Another controller must not be affected, and
+// everything must be freed.
 func FuzzCapsule(f *testing.F) {
 	for _, build := range []func(*nvme.Command){
 		func(c *nvme.Command) { c.SetRead(1, 0, 8, true); c.SetKeyedSGL(0, 4096, 1, true) },
@@ -42,7 +42,8 @@ func FuzzCapsule(f *testing.F) {
 		capsule = capsule[:min(len(capsule), h.capsule)]
 		copy(h.out.Bytes(), capsule)
 		h.sendRaw(0, len(capsule))
-		// A command behind it, on an I/O queue answered whatever the first did.
+		// On an I/O queue, the next command is answered whatever the first one
+		// did.
 		var cmd nvme.Command
 		cmd.SetFlush(1)
 		cmd.SetCID(0xABCD)
@@ -89,14 +90,14 @@ func (w *watched) WriteZeroes(off, length int64) error {
 
 // Bits of the byte before each command in the input of FuzzCommands.
 const (
-	fuzzIO     = 1 << iota // on the I/O queue, or else the admin queue
+	fuzzIO     = 1 << iota // on the I/O queue instead of the admin queue
 	fuzzKey                // with the key and the address of the host's memory
 	fuzzInline             // with 4096 bytes in the capsule
 )
 
 const fuzzRecord = 1 + nvme.CommandSize
 
-// fuzzRecords are the records of FuzzCommands for some commands.
+// fuzzRecords returns the records of FuzzCommands for some commands.
 func fuzzRecords(flags byte, build ...func(*nvme.Command)) []byte {
 	var out []byte
 	for _, b := range build {
@@ -107,9 +108,9 @@ func fuzzRecords(flags byte, build ...func(*nvme.Command)) []byte {
 	return out
 }
 
-// FuzzCommands sends commands of any content to a live controller. Each gets
-// exactly one completion, or the connection ends; no store is used beyond its end;
-// another controller does not notice; and everything is freed.
+// FuzzCommands sends commands with any content to a live controller. Each command gets
+// exactly one completion, or the connection ends. No store is used beyond its end,
+// another controller is not affected, and everything is freed.
 func FuzzCommands(f *testing.F) {
 	keyed := func(n uint32) func(*nvme.Command) { return func(c *nvme.Command) { c.SetKeyedSGL(0, n, 0, false) } }
 	with := func(n uint32, set func(*nvme.Command)) func(*nvme.Command) {
@@ -171,13 +172,13 @@ func fuzzCommands(t *testing.T, input []byte) {
 	a := r.admin(testNQN)
 	io := r.io(a, 1, entries)
 	witness := r.admin(testNQN)
-	var sent, answered [2]map[uint16]bool // by queue and command id; events need no answer
+	var sent, answered [2]map[uint16]bool // by queue and command id; event requests need no answer
 	open := [2]bool{true, true}
 	queues := [2]*hostQueue{a, io}
 	for i := range sent {
 		sent[i], answered[i] = map[uint16]bool{}, map[uint16]bool{}
 	}
-	// reap takes completions until none but events' are missing.
+	// reap takes completions until only those of event requests are missing.
 	reap := func(i int) {
 		for open[i] && len(sent[i]) > 0 {
 			if open[i] = queues[i].await(); !open[i] {
@@ -219,7 +220,7 @@ func fuzzCommands(t *testing.T, input []byte) {
 	for i, h := range queues {
 		reap(i)
 		var last nvme.Command
-		last.SetDisconnect() // which no queue knows, and each answers
+		last.SetDisconnect() // no queue supports this command, so each answers with an error
 		last.SetCID(0xABCD)
 		if open[i] {
 			sent[i][0xABCD] = true

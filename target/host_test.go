@@ -27,7 +27,7 @@ var (
 	hostID     = nvme.UUID{1, 2, 3}
 )
 
-// rig is a target with one subsystem on a fabric of its own.
+// rig is a target with one subsystem on its own fabric.
 type rig struct {
 	t      testing.TB
 	fabric *rdmatest.Fabric
@@ -64,7 +64,7 @@ func newRig(t testing.TB, cfg Config, sub SubsystemConfig) *rig {
 	return r
 }
 
-// newDisk is a rig with a namespace in memory.
+// newDisk returns a rig with a namespace in memory.
 func newDisk(t testing.TB, cfg Config, size int64, ns NamespaceConfig) (*rig, *RAM, *Namespace) {
 	t.Helper()
 	r := newRig(t, cfg, SubsystemConfig{})
@@ -77,7 +77,7 @@ func newDisk(t testing.TB, cfg Config, size int64, ns NamespaceConfig) (*rig, *R
 	return r, ram, n
 }
 
-// hostQueue is the host's side of a queue, made by hand.
+// hostQueue is the host's side of a queue. It does not use the initiator.
 type hostQueue struct {
 	t        testing.TB
 	id       rdma.ID
@@ -97,11 +97,11 @@ type hostQueue struct {
 	swrs     [1]rdma.SendWR
 	rwrs     [1]rdma.RecvWR
 	response nvme.Completion
-	bytes    uint32 // of the response
-	key      uint32 // invalidated by it
+	bytes    uint32 // length of the response
+	key      uint32 // the key that it invalidates
 }
 
-// dial makes a connection; the error is the reject.
+// dial makes a connection. The error is that of the rejection.
 func (r *rig) dial(qid uint16, entries int) (*hostQueue, error) {
 	r.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -170,7 +170,7 @@ func (h *hostQueue) sendRaw(at, n int) {
 	}
 }
 
-// await waits for a response; false when the connection ended.
+// await waits for a response. It returns false when the connection has ended.
 func (h *hostQueue) await() bool {
 	for deadline := time.Now().Add(patience); ; {
 		n, err := h.cq.Poll(h.wcs[:])
@@ -212,7 +212,7 @@ func (h *hostQueue) wait() {
 		if err := h.cq.Arm(); err != nil {
 			h.t.Fatal(err)
 		}
-		return // to poll once more
+		return // the caller polls once more
 	}
 	h.fds[0] = unix.PollFd{Fd: int32(h.cq.FD()), Events: unix.POLLIN}
 	unix.Poll(h.fds[:], 5)
@@ -222,7 +222,7 @@ func (h *hostQueue) wait() {
 	}
 }
 
-// do carries out a command and gives its response.
+// do executes a command and returns its response.
 func (h *hostQueue) do(cmd *nvme.Command, inline []byte) *nvme.Completion {
 	h.t.Helper()
 	cmd.SetCID(uint16(h.next) + 100)
@@ -236,7 +236,7 @@ func (h *hostQueue) do(cmd *nvme.Command, inline []byte) *nvme.Completion {
 	return &h.response
 }
 
-// want carries out a command that must end with a status.
+// want executes a command and checks its status.
 func (h *hostQueue) want(s nvme.Status, cmd *nvme.Command, inline ...byte) *nvme.Completion {
 	h.t.Helper()
 	c := h.do(cmd, inline)
@@ -252,7 +252,7 @@ func (h *hostQueue) keyed(cmd *nvme.Command, n int) *nvme.Command {
 	return cmd
 }
 
-// connectCommand prepares a Connect, whose data is in h.data.
+// connectCommand prepares a Connect command with its data in h.data.
 func (h *hostQueue) connectCommand(nqn string, qid, cntlid uint16, kato uint32) (*nvme.Command, *nvme.ConnectData) {
 	data := nvme.ConnectDataAt(h.data.Bytes())
 	clear(data[:])
@@ -340,7 +340,7 @@ func (h *hostQueue) log(lid uint8, n int) []byte {
 	return h.data.Bytes()[:n]
 }
 
-// pattern fills b with what depends on seed and place.
+// pattern fills b with bytes that depend on seed and position.
 func pattern(b []byte, seed uint64) {
 	for i := 0; i+8 <= len(b); i += 8 {
 		seed = seed*6364136223846793005 + 1442695040888963407

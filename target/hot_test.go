@@ -6,7 +6,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// hotCommands are what a busy queue gets.
+// hotCommands are commands as a busy queue receives them.
 func hotCommands(h *hostQueue) map[string]func(cmd *nvme.Command) []byte {
 	inline := make([]byte, 4096)
 	return map[string]func(cmd *nvme.Command) []byte{
@@ -44,8 +44,8 @@ func TestNoAllocations(t *testing.T) {
 	}
 }
 
-// BenchmarkTarget is a round trip with one command at a time, the fabric's and
-// the test host's part in it.
+// BenchmarkTarget measures a round trip with one command at a time, including the time
+// of the fabric and of the test host.
 func BenchmarkTarget(b *testing.B) {
 	r, _, _ := newDisk(b, Config{}, 4<<20, NamespaceConfig{})
 	h := r.io(r.admin(testNQN), 1, 32)

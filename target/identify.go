@@ -8,7 +8,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// identify answers an Identify.
+// identify executes an Identify command.
 func (q *queuePair) identify(i int) {
 	cmd, s := q.command(i), q.ctrl.subsystem
 	nsid, cns, csi := cmd.NSID(), cmd.CNS(), cmd.IdentifyCSI()
@@ -27,7 +27,7 @@ func (q *queuePair) identify(i int) {
 	case cns == nvme.CNSNamespace:
 		if nsid == nvme.NSIDAll || nsid == 0 {
 			status = nvme.StatusInvalidNamespace | dnr
-		} else if ns != nil { // or a page of zeroes
+		} else if ns != nil { // otherwise the page is all zeroes
 			ns.identify(nvme.IdentifyNamespaceAt(page))
 		}
 	case cns == nvme.CNSActiveNSList, cns == nvme.CNSActiveNSListCSI && csi == nvme.CSINVM:
@@ -36,7 +36,7 @@ func (q *queuePair) identify(i int) {
 			break
 		}
 		nvme.ActiveNSListAt(page).Set(s.active(nsid))
-	case cns == nvme.CNSControllerCSI && csi == nvme.CSINVM: // zeroes: no limits beside MDTS
+	case cns == nvme.CNSControllerCSI && csi == nvme.CSINVM: // all zeroes: MDTS is the only limit
 	case cns == nvme.CNSCommandSets:
 		page[0] = 1 << nvme.CSINVM // the first combination, and the only one
 	case cns == nvme.CNSNamespaceDescriptors, cns == nvme.CNSNSIndependent, cns == nvme.CNSNamespaceCSI && csi == nvme.CSINVM:
@@ -61,8 +61,8 @@ func (q *queuePair) identify(i int) {
 	q.reply(i, page, nvme.IdentifySize)
 }
 
-// identifyController fills in Identify Controller. The error is a text that
-// does not fit, which the configuration excludes.
+// identifyController fills in Identify Controller. It fails if a text is too long,
+// which the checks of the configuration exclude.
 func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 	c, s, cfg := q.ctrl, q.ctrl.subsystem, &q.target.cfg
 	err := errors.Join(id.SetSN(s.cfg.Serial), id.SetMN(s.cfg.Model), id.SetFR(firmware), id.SetSUBNQN(s.cfg.NQN))
@@ -109,12 +109,12 @@ func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 	if !cfg.NoWriteCache {
 		id.SetVWC(nvme.VWCPresent)
 	}
-	id[nwpc] = 1 // no write protect, write protect
+	id[nwpc] = 1 // the states "no write protect" and "write protect"
 	id.SetIOCCSZ(uint32(nvme.CommandSize+cfg.InCapsule) / 16)
 	return err
 }
 
-// nwpc is the byte of Identify Controller with the write protections.
+// nwpc is the offset of the write protection capabilities in Identify Controller.
 const nwpc = 531
 
 const (

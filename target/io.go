@@ -165,12 +165,12 @@ func (q *queuePair) compare(i int) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-// discard carries out a Dataset Management whose ranges are in data. All ranges
-// are checked before the first is discarded.
+// discard executes a Dataset Management command whose ranges are in data. It checks all
+// ranges before it discards the first one.
 func (q *queuePair) discard(i int, data []byte) nvme.Status {
 	ns, cmd := q.reqs[i].ns, q.command(i)
 	if !cmd.DSMDeallocate() {
-		return nvme.StatusSuccess // hints
+		return nvme.StatusSuccess // all other attributes are hints
 	}
 	data = data[:cmd.DSMRanges()*nvme.DSMRangeSize]
 	for b := data; len(b) > 0; b = b[nvme.DSMRangeSize:] {
@@ -187,8 +187,8 @@ func (q *queuePair) discard(i int, data []byte) nvme.Status {
 	return nvme.StatusSuccess
 }
 
-// zero discards or zeroes blocks in pieces. The end of the queue or of the
-// namespace ends it between two of them.
+// zero discards or zeroes blocks in pieces. It stops between two pieces if the queue or
+// the namespace ends.
 func (q *queuePair) zero(i int, zero func(s Store, off, length int64) error, slba, nlb uint64) nvme.Status {
 	ns := q.reqs[i].ns
 	for {

@@ -10,7 +10,8 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// TestReadWrite writes and reads back by every way that data takes.
+// TestReadWrite writes data and reads it back in every way in which data can be
+// transferred.
 func TestReadWrite(t *testing.T) {
 	for _, block := range []int{512, 4096} {
 		for _, capsule := range []int{-1, 4096, 16384} {
@@ -132,7 +133,7 @@ func TestCompareDiscard(t *testing.T) {
 	cmd.SetDSM(1, 2)
 	nvme.PutDSMRange(h.data.Bytes(), 0, 3, 2)
 	nvme.PutDSMRange(h.data.Bytes()[16:], 0, 1, 100)
-	h.want(0, h.keyed(&cmd, 4096)) // a whole page, as hosts send it
+	h.want(0, h.keyed(&cmd, 4096)) // hosts send a whole page
 	if !bytes.Equal(want, ram.mapping.data) {
 		t.Error("the wrong blocks were discarded")
 	}
@@ -141,7 +142,7 @@ func TestCompareDiscard(t *testing.T) {
 	h.want(nvme.StatusInvalidSGLDataLength|dnr, h.keyed(&cmd, 16))
 }
 
-// TestRemoteInvalidate asks for the end of a key with the response.
+// TestRemoteInvalidate requests that the response invalidates a key.
 func TestRemoteInvalidate(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	h := r.io(r.admin(testNQN), 1, 32)
@@ -158,8 +159,8 @@ func TestRemoteInvalidate(t *testing.T) {
 	}
 }
 
-// TestFullQueue keeps a queue full of large commands, more than there are
-// chunks for.
+// TestFullQueue keeps a queue full of large commands, for which there are not enough
+// chunks.
 func TestFullQueue(t *testing.T) {
 	r, ram, _ := newDisk(t, Config{}, 4<<20, NamespaceConfig{})
 	pattern(ram.mapping.data, 9)
@@ -199,8 +200,8 @@ func TestFullQueue(t *testing.T) {
 	}
 }
 
-// TestWrongKey names a key that the host does not have, which ends that
-// connection and its controller, and no other.
+// TestWrongKey uses a key that the host does not have. This ends the connection and its
+// controller, but no other one.
 func TestWrongKey(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a, b := r.admin(testNQN), r.admin(testNQN)
@@ -216,13 +217,13 @@ func TestWrongKey(t *testing.T) {
 	a.property(nvme.PropCSTS, false) // the controller lives on
 }
 
-// TestDelayedFabric lets work requests take effect later than they are posted,
-// which finds buffers that are used again too early.
+// TestDelayedFabric delays the effect of work requests, so that buffers that are reused
+// too early show up.
 func TestDelayedFabric(t *testing.T) {
 	r, ram, _ := newDisk(t, Config{}, 4<<20, NamespaceConfig{})
 	h := r.io(r.admin(testNQN), 1, 32)
 	r.fabric.SetDelay(200 * time.Microsecond)
-	const slots, size = 24, 40 << 10 // more than one chunk, and no whole number of them
+	const slots, size = 24, 40 << 10 // more than one chunk, but not a multiple
 	rnd := rand.New(rand.NewPCG(3, 4))
 	round := func(build func(cmd *nvme.Command, slot int) []byte) {
 		t.Helper()
@@ -248,7 +249,7 @@ func TestDelayedFabric(t *testing.T) {
 			cmd.SetWrite(1, uint64(slot*size/512), size/512, false)
 			return nil
 		})
-		round(func(cmd *nvme.Command, slot int) []byte { // every other slot anew, in the capsule
+		round(func(cmd *nvme.Command, slot int) []byte { // new data for every other slot, in the capsule
 			at := want[slot*size:][:512]
 			if slot%2 == 0 {
 				pattern(at, uint64(100*i+slot))

@@ -8,11 +8,11 @@ import (
 )
 
 const (
-	lspGroupsOnly = 1 << 8  // of the ANA log, in CDW10
-	offsetIndex   = 1 << 23 // CDW14: the offset counts entries
+	lspGroupsOnly = 1 << 8  // CDW10 of the ANA log: no namespace ids
+	offsetIndex   = 1 << 23 // CDW14: the offset is a number of entries
 )
 
-// logPage answers a Get Log Page.
+// logPage executes a Get Log Page command.
 func (q *queuePair) logPage(i int) {
 	c, cmd := q.ctrl, q.command(i)
 	lid, length, offset, rae := cmd.LogPage()
@@ -35,8 +35,8 @@ func (q *queuePair) logPage(i int) {
 	q.reply(i, log[offset:], length)
 }
 
-// log returns a whole log page, nil if it does not exist. A read from the middle does
-// not clear the list of changed namespaces.
+// log returns a whole log page, or nil if it does not exist. A read from the middle
+// does not clear the list of changed namespaces.
 func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	c, s := q.ctrl, q.ctrl.subsystem
 	if s.discovery {

@@ -15,13 +15,13 @@ import (
 
 const pollBatch = 32 // work completions handled between two posts
 
-// The upper half of a work request's id says what it is for. The lower half is the
-// index of the receive buffer, or of the completion in its ring.
+// The upper half of the id of a work request is its kind. The lower half is the index
+// of the receive buffer, or of the completion in its ring.
 const (
 	kindRecv = uint64(iota+1) << 32
 	kindRead // the RDMA READ of a command
 	kindSend // a completion
-	kindData // an RDMA WRITE; seen only when it fails
+	kindData // an RDMA WRITE; its work completion is seen only if it failed
 	kindMask = uint64(math.MaxUint32) << 32
 )
 
@@ -68,8 +68,8 @@ func (q *queuePair) run() error {
 	return q.killed()
 }
 
-// sitOutFreeze returns when the target is not frozen, and has had a moment to go on with
-// what waited meanwhile.
+// sitOutFreeze returns at once if the target is not frozen. Otherwise it waits until
+// the freeze has ended, and then for afterThaw.
 func (q *queuePair) sitOutFreeze() {
 	ctx, faults := q.target.ctx, &q.target.faults
 	if !faults.Frozen() || !faults.awaitThaw(ctx) {
@@ -81,7 +81,7 @@ func (q *queuePair) sitOutFreeze() {
 	}
 }
 
-// expire ends the queue unless it is connected by now.
+// expire ends the queue if it is not connected.
 func (q *queuePair) expire() {
 	q.sitOutFreeze()
 	if !q.joined.Load() {
@@ -103,8 +103,8 @@ func (q *queuePair) watch() {
 	}
 }
 
-// wait returns the completions that are there. If there are none, it sleeps until
-// there is something to do, and returns 0.
+// wait arms the completion queue and returns the number of work completions that are in
+// q.wcs. If there are none, it sleeps until there may be work, and returns 0.
 func (q *queuePair) wait() (int, error) {
 	if !q.armed {
 		if err := q.cq.Arm(); err != nil {
@@ -125,7 +125,7 @@ func (q *queuePair) wait() (int, error) {
 		}
 	}
 	if q.fds[1].Revents != 0 {
-		_, _ = unix.Read(q.wakeFD, q.event[:]) // empty or not
+		_, _ = unix.Read(q.wakeFD, q.event[:]) // fails only if the eventfd is empty
 	}
 	if q.fds[2].Revents != 0 {
 		q.receiver.Receive()
@@ -133,8 +133,8 @@ func (q *queuePair) wait() (int, error) {
 	return 0, nil
 }
 
-// timeout is the time until the first delayed command is due, in milliseconds; -1
-// if there is none.
+// timeout returns the time until the first delayed command is due, in milliseconds, or
+// -1 if no command is delayed.
 func (q *queuePair) timeout() int {
 	if len(q.delayed) == 0 {
 		return -1
@@ -227,9 +227,9 @@ func (q *queuePair) sendEvents() {
 	}
 }
 
-// post posts receives first: a completion lets the host send another command, which
-// needs a receive buffer. Then it posts data, and completions last: it is cheapest
-// to send packets of the same length in a row.
+// post posts receive buffers first, because a completion lets the host send another
+// command, which needs a receive buffer. It posts data next and completions last,
+// because packets of the same length are cheapest to send in a row.
 func (q *queuePair) post() error {
 	if len(q.recvs) > 0 {
 		if _, err := q.qp.PostRecv(q.recvs); err != nil {

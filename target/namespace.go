@@ -12,15 +12,15 @@ import (
 
 // NamespaceConfig describes a Namespace.
 type NamespaceConfig struct {
-	NSID      uint32    // 1..MaxNamespaces; 0: the lowest that is free
-	Store     Store     // required; stays the caller's, see [Namespace.Drained]
-	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512. The size of the store is a multiple
+	NSID      uint32    // 1..MaxNamespaces; 0: the lowest free id
+	Store     Store     // required; the caller closes it, see [Namespace.Drained]
+	BlockSize int       // bytes, a power of two from 512 to 4096; 0: 512. The size of the store must be a multiple
 	UUID      nvme.UUID // zero: see Identity
-	// Identity, the NQN and the NSID determine the UUID if that is zero: the
-	// namespace has the same UUID after a restart of the target, as hosts expect.
-	// Empty: the UUID is random.
+	// Identity, the NQN and the NSID determine the UUID if UUID is zero, so that
+	// the namespace has the same UUID after a restart of the target, as hosts
+	// expect. If Identity is empty, the UUID is random.
 	Identity string
-	NoUUID   bool     // hosts are told no UUID
+	NoUUID   bool     // the namespace has no UUID
 	NGUID    [16]byte // zero: none
 	EUI64    [8]byte  // zero: none
 	ReadOnly bool
@@ -38,13 +38,13 @@ type Namespace struct {
 	sizeMu    sync.Mutex // for changes of blocks
 }
 
-// NSID is the id of the namespace.
+// NSID returns the id of the namespace.
 func (n *Namespace) NSID() uint32 { return n.cfg.NSID }
 
-// UUID is the UUID of the namespace, zero if it has none.
+// UUID returns the UUID of the namespace, or zero if it has none.
 func (n *Namespace) UUID() nvme.UUID { return n.cfg.UUID }
 
-// identitySpace is the name space of the UUIDs that are made of an Identity.
+// identitySpace is the name space of all UUIDs that are derived from names.
 var identitySpace = nvme.UUID{0x8a, 0x4e, 0x0e, 0x2b, 0x6c, 0x51, 0x4f, 0x0d, 0x9b, 0x7c, 0x36, 0x1d, 0xe0, 0x5a, 0x42, 0x97}
 
 func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
@@ -70,7 +70,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	case cfg.Store == nil:
 		return nil, errors.New("namespace: no store")
 	case cfg.BlockSize < 512 || cfg.BlockSize > 4096 || 1<<n.shift != cfg.BlockSize:
-		return nil, fmt.Errorf("namespace: block size of %d bytes is no power of two from 512 to 4096", cfg.BlockSize)
+		return nil, fmt.Errorf("namespace: block size of %d bytes is not a power of two from 512 to 4096", cfg.BlockSize)
 	case cfg.NSID > MaxNamespaces:
 		return nil, fmt.Errorf("namespace: id %d is above %d", cfg.NSID, MaxNamespaces)
 	case cfg.ANAGroup > MaxANAGroups:
@@ -89,7 +89,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 // checkSize fails unless size is a whole number of blocks, and at least one.
 func (n *Namespace) checkSize(size int64) error {
 	if block := int64(1) << n.shift; size < block || size%block != 0 {
-		return fmt.Errorf("namespace: size of %d bytes is no multiple of the block size, %d, above 0", size, block)
+		return fmt.Errorf("namespace: size of %d bytes is not a positive multiple of the block size, %d bytes", size, block)
 	}
 	return nil
 }
@@ -108,8 +108,8 @@ func (n *Namespace) Revalidate() {
 	n.revalidate(n.blocks.Load())
 }
 
-// revalidate reads the store's size, and notifies the hosts if it is not the one that
-// they know.
+// revalidate sets the number of blocks to the size of the store, and notifies the hosts
+// if it differs from known.
 func (n *Namespace) revalidate(known uint64) {
 	blocks := uint64(max(0, n.cfg.Store.Size())) >> n.shift
 	n.blocks.Store(blocks)
@@ -118,10 +118,10 @@ func (n *Namespace) revalidate(known uint64) {
 	}
 }
 
-// Resize calls change, which sets the size of the store to size bytes, and notifies
-// the hosts. If the namespace shrinks, it first waits until no command uses the part
-// that goes away, and flushes the store; it fails if ctx ends meanwhile. After an
-// error the namespace has the size of the store.
+// Resize calls change, which sets the size of the store to size bytes, and notifies the
+// hosts. If the namespace shrinks, Resize first waits until no command uses the removed
+// part, and flushes the store. It fails if ctx ends meanwhile. After an error the
+// namespace has the size of the store.
 func (n *Namespace) Resize(ctx context.Context, size int64, change func() error) error {
 	if err := n.checkSize(size); err != nil {
 		return err
@@ -154,7 +154,7 @@ func (n *Namespace) SetReadOnly(on bool) {
 	}
 }
 
-// access is the status that the ANA state gives to commands.
+// access returns the error status that the ANA state gives to commands, or success.
 func (n *Namespace) access() nvme.Status {
 	switch nvme.ANAState(n.group.Load()) {
 	case nvme.ANAInaccessible:

@@ -10,8 +10,8 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// TestIdentity: a namespace that is added again is the same one to its hosts if
-// its subsystem, its id and what holds its data are the same.
+// TestIdentity: a namespace that is added again is the same for its hosts if its
+// subsystem, its id and its Identity are the same.
 func TestIdentity(t *testing.T) {
 	uuid := func(nqn string, cfg NamespaceConfig) nvme.UUID {
 		t.Helper()
@@ -50,8 +50,8 @@ func TestIdentity(t *testing.T) {
 	}
 }
 
-// TestSerial: a subsystem has the same serial number at every start, and another
-// one than other subsystems.
+// TestSerial: a subsystem has the same serial number at every start, which differs from
+// those of other subsystems.
 func TestSerial(t *testing.T) {
 	serial := func(nqn string) string {
 		c := SubsystemConfig{NQN: nqn}
@@ -79,7 +79,7 @@ func TestIdentifiers(t *testing.T) {
 	}
 }
 
-// TestSizes: a namespace is whole blocks, and not none.
+// TestSizes: a namespace has a positive number of whole blocks.
 func TestSizes(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	for _, c := range []struct {
@@ -102,8 +102,8 @@ func TestSizes(t *testing.T) {
 	}
 }
 
-// TestStoreAtRest: a namespace that is removed, replaced or shrunk waits for what
-// is inside its store, and lets nothing in that came before.
+// TestStoreAtRest: the removal, replacement and shrinking of a namespace wait for the
+// commands inside its store. No earlier command enters the store after that.
 func TestStoreAtRest(t *testing.T) {
 	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
@@ -148,7 +148,7 @@ func TestStoreAtRest(t *testing.T) {
 			}
 			for _, want := range []nvme.Status{0, map[bool]nvme.Status{true: nvme.StatusLBAOutOfRange | dnr, false: nvme.StatusInvalidNamespace | dnr}[name == "shrink"]} {
 				if name == "replace" && want != 0 {
-					want = 0 // the new namespace has it
+					want = 0 // the new namespace executes it
 				}
 				if !io.await() || io.response.Status() != want {
 					t.Errorf("response %v, want %v", &io.response, want)
@@ -165,7 +165,7 @@ func TestStoreAtRest(t *testing.T) {
 	}
 }
 
-// pieces is a store that notes how long the ranges are that it zeroes.
+// pieces is a store that records the lengths of the ranges that it zeroes.
 type pieces struct {
 	*RAM
 	lengths chan int64
@@ -174,8 +174,8 @@ type pieces struct {
 func (p *pieces) WriteZeroes(_, length int64) error { p.lengths <- length; return nil }
 func (p *pieces) Discard(_, length int64) error     { p.lengths <- length; return nil }
 
-// TestLongRanges: a command that zeroes gigabytes goes piece by piece, and ends
-// between two of them with its queue or its namespace.
+// TestLongRanges: a command that zeroes gigabytes is executed in pieces, and ends
+// between two pieces if its queue or its namespace ends.
 func TestLongRanges(t *testing.T) {
 	const size = 4 << 40
 	discard := func(h *hostQueue) *nvme.Command {
@@ -258,7 +258,7 @@ func TestLongRanges(t *testing.T) {
 	}
 }
 
-// TestExtremes: fields of commands at the ends of their ranges.
+// TestExtremes tests fields of commands at the limits of their ranges.
 func TestExtremes(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	h := r.io(r.admin(testNQN), 1, 32)

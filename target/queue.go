@@ -18,10 +18,10 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// request is a command from its arrival to its answer. It belongs to the
-// receive buffer of the same index.
+// request is a command from its arrival to its completion. It belongs to the receive
+// buffer of the same index.
 type request struct {
-	bytes uint32 // of the capsule
+	bytes uint32 // length of the capsule
 	data  extent
 	ns    *Namespace
 
@@ -33,8 +33,8 @@ type request struct {
 	inline     bool
 
 	// These belong to faults.
-	judged  bool // faults were looked at
-	held    bool // its Hold is over
+	judged  bool // the rules have been applied
+	held    bool // its Hold has been applied
 	rule    *rule
 	due     time.Time
 	corrupt Corruption
@@ -42,7 +42,7 @@ type request struct {
 
 // response is a completion that was sent and is not confirmed yet.
 type response struct {
-	data extent // to be freed when it was sent
+	data extent // freed when the completion is confirmed
 }
 
 // queuePair is an admin or I/O queue of a controller, on a connection of its own. It
@@ -61,21 +61,21 @@ type queuePair struct {
 	data   rdma.MR // chunks
 
 	qid     uint16
-	depth   int // receive buffers, once it is connected
-	capsule int // bytes of each
+	depth   int // number of receive buffers of the connected queue
+	capsule int // bytes of a receive buffer
 	inline  int // bytes of in-capsule data
 
 	// access is odd while the queue is inside a store. Other goroutines read it.
 	access atomic.Uint64
 	ctrl   *controller // nil before Connect
-	joined atomic.Bool // ctrl is set, for others
+	joined atomic.Bool // ctrl is set; for other goroutines
 	stats  queueStats
 	sqSize uint16 // entries of the submission queue
 	sqHead uint16
 	noFlow bool // SQ flow control is off
 
 	reqs      []request
-	pending   []uint16 // ring of buffers whose command has not begun
+	pending   []uint16 // ring of the receive buffers whose command has not begun
 	first     int
 	count     int
 	delayed   []uint16
@@ -86,8 +86,8 @@ type queuePair struct {
 	reserved  int    // completions sent and not confirmed, and commands that may send one
 	free      chunks
 
-	sends   []rdma.SendWR // to be posted: data, and then
-	answers []rdma.SendWR // completions
+	sends   []rdma.SendWR // to be posted: transfers of data
+	answers []rdma.SendWR // to be posted after sends: completions
 	recvs   []rdma.RecvWR
 	wcs     [pollBatch]rdma.WC
 	armed   bool
@@ -95,14 +95,14 @@ type queuePair struct {
 	// receiver is nil if the provider receives the packets itself.
 	receiver rdma.Receiver
 	event    [8]byte
-	other    []byte // what Compare compares with
+	other    []byte // data of the store for Compare
 
-	memory  int64           // bytes that grow took of the target's budget
-	gaveWay bool            // to others that are not connected; the target's lock guards it
+	memory  int64           // bytes that grow took with takeMemory
+	gaveWay bool            // giveWay has ended the queue; the target's lock guards this field
 	ctx     context.Context // ends with kill
 	cancel  context.CancelFunc
 	stopped atomic.Bool
-	wakeMu  sync.Mutex // guards the eventfd against its end, and reason
+	wakeMu  sync.Mutex // guards wakeFD and reason
 	wakeFD  int
 	reason  string
 }
@@ -124,10 +124,10 @@ func newQueuePair(t *Target, id rdma.ID, req nvme.RDMARequest) (*queuePair, erro
 	return q, nil
 }
 
-// ring is the largest number of completions that are sent and not confirmed.
+// ring returns the largest number of completions that are sent and not confirmed.
 func (q *queuePair) ring() int { return 2*q.depth + aerLimit }
 
-// chunks is the number of chunks of a connected queue. An admin queue has enough
+// chunks returns the number of chunks of a connected queue. An admin queue has enough
 // for the largest transfer.
 func (q *queuePair) chunks() int {
 	least := chunksFor(uint32(q.target.cfg.MaxTransfer))
@@ -137,7 +137,7 @@ func (q *queuePair) chunks() int {
 	return min(max(2*least, minChunks, q.depth), maxChunks)
 }
 
-// allocate makes the queue pair and the memory for one command, the Connect.
+// allocate makes the queue pair and the memory for one command, the Connect command.
 func (q *queuePair) allocate() (err error) {
 	q.reqs, q.pending = make([]request, 1), make([]uint16, 1)
 	q.responses = make([]response, q.ring())
@@ -170,7 +170,7 @@ func (q *queuePair) allocate() (err error) {
 	if q.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return os.NewSyscallError("eventfd", err)
 	}
-	packets := -1 // which poll(2) skips
+	packets := -1 // poll(2) ignores it
 	if r, ok := q.cq.(rdma.Receiver); ok && r.PacketFD() >= 0 {
 		q.receiver, packets = r, r.PacketFD()
 	}
@@ -196,12 +196,12 @@ func (q *queuePair) allocateBuffers(capsules, data int) error {
 	if old[0] == nil {
 		return nil
 	}
-	copy(in.Bytes(), old[0].Bytes()[:q.capsule]) // the Connect, which is still to be answered
+	copy(in.Bytes(), old[0].Bytes()[:q.capsule]) // the Connect command, which has yet to be completed
 	return errors.Join(old[0].Close(), old[1].Close())
 }
 
 // grow allocates the memory for all commands of a queue. The Connect command is in
-// receive buffer 0 and all its data has arrived. Errors mean that there is not
+// receive buffer 0 and all its data has arrived. An error means that there is not
 // enough memory.
 func (q *queuePair) grow() error {
 	size := int64(q.depth*q.capsule + q.chunks()*chunkSize)
@@ -235,11 +235,11 @@ func (q *queuePair) close() error {
 	return errors.Join(err, q.release())
 }
 
-// release frees everything but the ID. After an error of allocate, the objects that
+// release frees everything except the ID. After an error of allocate, the objects that
 // it did not make are nil.
 func (q *queuePair) release() error {
 	if q.qp != nil {
-		if err := q.id.Close(); err != nil { // again, or because allocate failed late
+		if err := q.id.Close(); err != nil { // has no effect if close called it before
 			return err
 		}
 	}
@@ -263,7 +263,7 @@ func (q *queuePair) wake() {
 	q.wakeMu.Lock()
 	defer q.wakeMu.Unlock()
 	if q.wakeFD >= 0 {
-		_, _ = unix.Write(q.wakeFD, eventfdOne) // fails only if 2^64-2 wakes are not read
+		_, _ = unix.Write(q.wakeFD, eventfdOne) // fails only if 2^64-2 wake-ups have not been read
 	}
 }
 
@@ -287,7 +287,7 @@ func (q *queuePair) killed() error {
 	return errors.New(q.reason)
 }
 
-// leave tells the controller that the queue is gone.
+// leave removes the queue from its controller.
 func (q *queuePair) leave() {
 	if q.ctrl != nil {
 		q.ctrl.leave(q)

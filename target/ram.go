@@ -9,22 +9,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxRAM is the largest size of a [RAM] in bytes. Whether there is so much memory
-// is another question: pages are taken when they are written first.
+// MaxRAM is the largest size of a [RAM] in bytes. The machine may have less memory,
+// because a page takes memory only when it is written.
 const MaxRAM = 1 << 50
 
-// RAM is a [Store] in memory, off the Go heap. A page takes memory from its first
-// write until it is discarded. Overlapping requests at the same time mix, as on a
-// disk.
+// RAM is a [Store] in memory, off the Go heap. A page takes memory from its first write
+// until it is discarded. The data of overlapping requests at the same time may be
+// mixed, as on a disk.
 type RAM struct {
 	mu      sync.RWMutex // held for writing by Resize and Close only
 	mapping *mapping
 }
 
-// mapping is the memory of a RAM, which must be unmapped when nobody uses it.
+// mapping is the memory of a RAM. It is unmapped when the RAM is closed or unreachable.
 type mapping struct {
-	pages []byte // whole pages; nil: none
-	data  []byte // the part that is the store
+	pages []byte // whole pages; nil if there are none
+	data  []byte // the part of pages that the store uses
 	ended bool
 }
 
@@ -37,8 +37,8 @@ func (m *mapping) unmap() error {
 	return err
 }
 
-// OpenRAM makes a store of size bytes (0..MaxRAM) of zeroes. The error is that so
-// much address space cannot be had.
+// OpenRAM makes a store of size bytes (0..MaxRAM) of zeroes. It fails if the size is
+// out of range or there is not enough address space.
 func OpenRAM(size int64) (*RAM, error) {
 	r := &RAM{mapping: &mapping{}}
 	if err := r.Resize(size); err != nil {
@@ -48,8 +48,7 @@ func OpenRAM(size int64) (*RAM, error) {
 	return r, nil
 }
 
-// NewRAM is OpenRAM for sizes that the caller knows to be there. It panics on an
-// error.
+// NewRAM is like OpenRAM, but panics on an error.
 func NewRAM(size int64) *RAM {
 	r, err := OpenRAM(size)
 	if err != nil {
@@ -58,7 +57,7 @@ func NewRAM(size int64) *RAM {
 	return r
 }
 
-// Close frees the memory. What is called later finds a store of no bytes.
+// Close frees the memory. The store has a size of 0 after that.
 func (r *RAM) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -66,8 +65,8 @@ func (r *RAM) Close() error {
 	return r.mapping.unmap()
 }
 
-// Resize changes the size (0..MaxRAM); the added part reads as zeroes. The
-// namespace takes notice in [Namespace.Revalidate]. After an error the size is what it was.
+// Resize changes the size to size bytes (0..MaxRAM). The added part reads as zeroes.
+// Call [Namespace.Revalidate] after it. After an error the size is unchanged.
 func (r *RAM) Resize(size int64) error {
 	if size < 0 || size > MaxRAM {
 		return fmt.Errorf("store of %d bytes in memory: want 0 to %d", size, int64(MaxRAM))
@@ -97,7 +96,7 @@ func (r *RAM) Resize(size int64) error {
 		m.pages = pages
 	}
 	m.data = m.pages[:size]
-	clear(m.pages[size:]) // less than a page, which reads as zeroes if the size grows again
+	clear(m.pages[size:]) // less than a page; it reads as zeroes if the size grows again
 	return nil
 }
 
@@ -108,7 +107,7 @@ func (r *RAM) Size() int64 {
 	return int64(len(r.mapping.data))
 }
 
-// at is the memory of a range, nil if there is no such; the lock is held.
+// at returns the memory of a range, or errBeyondEnd. The caller holds the lock.
 func (r *RAM) at(off, length int64) ([]byte, error) {
 	data := r.mapping.data
 	if off < 0 || length < 0 || off > int64(len(data)) || length > int64(len(data))-off {
@@ -139,7 +138,7 @@ func (r *RAM) Flush() error { return nil }
 // Discard implements [Store].
 func (r *RAM) Discard(off, length int64) error { return r.WriteZeroes(off, length) }
 
-// minFree is the smallest range whose pages WriteZeroes gives back, instead of
+// minFree is the smallest range, in bytes, whose pages WriteZeroes frees instead of
 // writing to them.
 const minFree = 256 << 10
 
@@ -156,7 +155,7 @@ func (r *RAM) WriteZeroes(off, length int64) error {
 	head := (page - off%page) % page
 	tail := (off + length) % page
 	if err := unix.Madvise(data[head:length-tail], unix.MADV_DONTNEED); err != nil {
-		clear(data) // as slowly, and as well
+		clear(data) // slower, with the same result
 		return nil
 	}
 	clear(data[:head])

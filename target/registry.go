@@ -7,25 +7,23 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// registry holds the controllers of a target, of all its subsystems. A
-// controller stays in it until its last queue has left: as long as it is found,
-// a command of its host may still be executing. Ids are unique in the target, so
-// that a subsystem that is removed and added again still finds the controllers
-// that it had.
+// registry holds the controllers of all subsystems of a target. A controller stays in
+// it until its last queue has left. While it is found, a command of its host may still
+// execute. Ids are unique in the target, so that a subsystem that is removed and added
+// again still finds its old controllers.
 type registry struct {
-	mu   sync.Mutex // guards what follows; nothing else is locked under it
+	mu   sync.Mutex // guards what follows; no other lock is taken while it is held
 	byID map[uint16]*controller
-	last uint16 // id that was given out last
+	last uint16 // the id assigned last
 }
 
-// newRegistry begins at a random id: the ids that an earlier process gave out
-// are not soon those of other controllers.
+// newRegistry returns an empty registry. It begins at a random id, so that ids of an
+// earlier process are not soon those of other controllers.
 func newRegistry() registry {
 	return registry{byID: map[uint16]*controller{}, last: uint16(rand.IntN(nvme.CNTLIDMax))}
 }
 
-// add gives a new controller its id, the next one that is free; false when none
-// is left.
+// add assigns the next free id to a new controller. It returns false if no id is free.
 func (r *registry) add(c *controller) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -46,8 +44,7 @@ func (r *registry) remove(c *controller) {
 	delete(r.byID, c.id)
 }
 
-// find finds the controller with this id of the subsystem with this name, nil if
-// there is none.
+// find returns the controller with this id in the subsystem with this NQN, or nil.
 func (r *registry) find(id uint16, nqn string) *controller {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -58,7 +55,7 @@ func (r *registry) find(id uint16, nqn string) *controller {
 	return c
 }
 
-// of lists the controllers of a subsystem, or all if it is nil.
+// of returns the controllers of a subsystem, or all controllers if s is nil.
 func (r *registry) of(s *Subsystem) []*controller {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -9,7 +9,8 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// queueStats counts what a queue did; its goroutine writes, anyone reads.
+// queueStats are the counters of a queue. Only the goroutine of the queue writes them,
+// and any goroutine may read them.
 type queueStats struct {
 	commands [256]atomic.Uint64 // by opcode, when they begin
 	errors   atomic.Uint64
@@ -17,10 +18,10 @@ type queueStats struct {
 	written  atomic.Uint64
 }
 
-// Counts are the counts of a queue or of several.
+// Counts are the sums of the counters of one or more queues.
 type Counts struct {
-	Commands     map[nvme.Opcode]uint64 // begun, by opcode
-	Errors       uint64                 // answered with another status than success
+	Commands     map[nvme.Opcode]uint64 // commands that have begun, by opcode
+	Errors       uint64                 // commands completed with another status than success
 	BytesRead    uint64                 // of Read commands
 	BytesWritten uint64                 // of Write commands
 }
@@ -68,8 +69,8 @@ type ControllerStats struct {
 	CNTLID  uint16
 	SubNQN  string
 	HostNQN string
-	// Ending says that the controller has ended, but not yet all its queues and
-	// commands.
+	// Ending says that the controller has ended, but some of its queues and
+	// commands have not.
 	Ending bool
 	Queues []QueueStats // by QID
 }
@@ -78,8 +79,8 @@ type ControllerStats struct {
 // they are read.
 type Snapshot struct {
 	Controllers []ControllerStats
-	Admin, IO   Counts // of all queues since New, those that ended too
-	Connections int    // at this moment
+	Admin, IO   Counts // of all queues since New, including those that have ended
+	Connections int    // current connections
 	QueueMemory int64  // bytes of connected queues, see [Config.QueueMemory]
 	Connects    uint64 // connect requests accepted
 	Rejects     uint64 // connect requests refused
@@ -88,7 +89,7 @@ type Snapshot struct {
 	Refusals map[string]uint64
 }
 
-// Snapshot takes a snapshot.
+// Snapshot returns the state of the target.
 func (t *Target) Snapshot() Snapshot {
 	t.mu.Lock()
 	sum := totals{t.past.admin.clone(), t.past.io.clone()}

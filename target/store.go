@@ -21,17 +21,17 @@ import (
 type Store interface {
 	io.ReaderAt
 	io.WriterAt
-	// Flush makes all that was written durable.
+	// Flush makes all written data durable.
 	Flush() error
 	// Discard gives up the data of a range, which then reads as zeroes.
 	Discard(off, length int64) error
 	// WriteZeroes makes a range read as zeroes.
 	WriteZeroes(off, length int64) error
-	// Size is the capacity in bytes. See [Namespace.Revalidate] for changes.
+	// Size returns the capacity in bytes. See [Namespace.Revalidate] for changes.
 	Size() int64
 }
 
-// storeStatus is the status of a command whose store returned err.
+// storeStatus returns the status of a command whose store returned err.
 func storeStatus(err error) nvme.Status {
 	if err == nil {
 		return nvme.StatusSuccess

@@ -16,7 +16,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// TestStores puts all stores through the same operations.
+// TestStores tests all stores with the same operations.
 func TestStores(t *testing.T) {
 	const size = 1 << 20
 	name := filepath.Join(t.TempDir(), "disk")
@@ -69,7 +69,7 @@ func TestStores(t *testing.T) {
 	if err := readOnly.Discard(0, 512); err == nil {
 		t.Error("a discard succeeds on a file opened for reading")
 	}
-	// Without fallocate zeroes are written.
+	// Zeroes are written if fallocate is not supported.
 	if err := file.zero(1<<30, 0, 100<<10); err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +79,8 @@ func TestStores(t *testing.T) {
 	}
 }
 
-// TestCache: only what was flushed, or had no room, is in the store below.
+// TestCache: the store below has only data that was flushed or for which the cache had
+// no room.
 func TestCache(t *testing.T) {
 	const size = 1<<20 + 512
 	ram := NewRAM(size)
@@ -113,7 +114,7 @@ func TestCache(t *testing.T) {
 	if _, err := c.WriteAt(data[:512], size-511); err == nil {
 		t.Error("a write beyond the end succeeds")
 	}
-	// What shrinks meanwhile loses its end.
+	// If the store shrinks, the cached data beyond its end is lost.
 	if _, err := c.WriteAt(data[:1024], size-1024); err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +126,7 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// failing is a store whose every operation fails.
+// failing is a store whose operations all fail.
 type failing struct {
 	*RAM
 	err error
@@ -164,8 +165,8 @@ func TestStoreErrors(t *testing.T) {
 	}
 }
 
-// TestRAMSizes: what cannot be is an error and changes nothing, sizes beyond
-// memory cost nothing until they are written, and what grows reads as zeroes.
+// TestRAMSizes: an impossible size is an error and changes nothing. Sizes beyond memory
+// take no memory until data is written, and added parts read as zeroes.
 func TestRAMSizes(t *testing.T) {
 	for _, size := range []int64{-1, MaxRAM + 1, 1<<63 - 1} {
 		if _, err := OpenRAM(size); err == nil {
@@ -176,7 +177,7 @@ func TestRAMSizes(t *testing.T) {
 	if _, err := r.WriteAt([]byte{1}, 1<<40-1); err != nil {
 		t.Error(err)
 	}
-	for _, size := range []int64{-1, MaxRAM + 1, MaxRAM} { // of the last one there is no address space
+	for _, size := range []int64{-1, MaxRAM + 1, MaxRAM} { // there is not enough address space for the last one
 		if err := r.Resize(size); err == nil || r.Size() != 1<<40 {
 			t.Errorf("%d bytes: %d, %v", size, r.Size(), err)
 		}
@@ -214,7 +215,7 @@ func TestRAMSizes(t *testing.T) {
 	}
 }
 
-// TestRAMGivesBack: what is discarded takes no memory.
+// TestRAMGivesBack: discarded data takes no memory.
 func TestRAMGivesBack(t *testing.T) {
 	const size = 4 << 20
 	r := NewRAM(size)
@@ -243,7 +244,7 @@ func TestRAMGivesBack(t *testing.T) {
 	}
 }
 
-// TestOpenFile: what a store may be, and who may have it.
+// TestOpenFile tests which files can be stores, and who may use them at the same time.
 func TestOpenFile(t *testing.T) {
 	dir := t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -257,6 +258,7 @@ func TestOpenFile(t *testing.T) {
 	defer l.Close()
 	for name, want := range map[string]error{
 		dir: ErrNotStorage, in("pipe"): ErrNotStorage, in("socket"): ErrNotStorage, "/dev/null": ErrNotStorage, "/dev/tty": ErrNotStorage,
+		"/proc/self/status": ErrNotStorage, "/proc/sys/kernel/hostname": ErrNotStorage, "/sys/kernel/uevent_seqnum": ErrNotStorage,
 		in("nothing"): fs.ErrNotExist,
 	} {
 		for _, readOnly := range []bool{false, true} {

@@ -27,10 +27,10 @@ const (
 // SubsystemConfig describes a Subsystem.
 type SubsystemConfig struct {
 	NQN        string   // required
-	Serial     string   // at most 20 bytes of printable ASCII; empty: made of the NQN, the same at every start
+	Serial     string   // at most 20 bytes of printable ASCII; empty: derived from the NQN, the same at every start
 	Model      string   // at most 40 bytes of printable ASCII; empty: a name of this software
 	AllowAny   bool     // every host may connect
-	AllowHosts []string // NQNs of those that may, without AllowAny
+	AllowHosts []string // NQNs of the hosts that may connect without AllowAny
 	MaxQueues  int      // I/O queues per controller, 1..65535; 0: 128. See SetMaxQueues
 }
 
@@ -50,13 +50,13 @@ func (c *SubsystemConfig) setDefaults() error {
 	}
 	switch {
 	case len(c.Serial) > 20:
-		return fmt.Errorf("subsystem: serial number of %d bytes, at most 20 fit", len(c.Serial))
+		return fmt.Errorf("subsystem: serial number has %d bytes; want at most 20", len(c.Serial))
 	case len(c.Model) > 40:
-		return fmt.Errorf("subsystem: model number of %d bytes, at most 40 fit", len(c.Model))
+		return fmt.Errorf("subsystem: model number has %d bytes; want at most 40", len(c.Model))
 	case !printable(c.Serial) || !printable(c.Model):
-		return fmt.Errorf("subsystem: serial number %q and model number %q are not printable ASCII alone", c.Serial, c.Model)
+		return fmt.Errorf("subsystem: serial number %q or model number %q has characters other than printable ASCII", c.Serial, c.Model)
 	case c.MaxQueues < 1 || c.MaxQueues > nvme.MaxQueues:
-		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", c.MaxQueues, nvme.MaxQueues)
+		return fmt.Errorf("subsystem: %d I/O queues; want 1 to %d", c.MaxQueues, nvme.MaxQueues)
 	}
 	for _, host := range c.AllowHosts {
 		if err := nvme.ValidateNQN(host); err != nil {
@@ -84,8 +84,8 @@ type Subsystem struct {
 	// ana holds the state of each group, by group id minus one. The I/O path reads it.
 	ana [MaxANAGroups]atomic.Uint32
 
-	mu         sync.Mutex   // guards what follows, and changes of what is above
-	table      []*Namespace // by namespace id less one
+	mu         sync.Mutex   // guards what follows, and changes of namespaces and ana
+	table      []*Namespace // by namespace id minus one
 	anaChanges uint64
 	anaCounts  [MaxANAGroups]uint64
 }
@@ -100,7 +100,7 @@ func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
 	return s
 }
 
-// NQN is the name of the subsystem.
+// NQN returns the name of the subsystem.
 func (s *Subsystem) NQN() string { return s.cfg.NQN }
 
 // SetMaxQueues changes the largest number of I/O queues of a controller, 1..65535.
@@ -108,7 +108,7 @@ func (s *Subsystem) NQN() string { return s.cfg.NQN }
 // hosts reconnect.
 func (s *Subsystem) SetMaxQueues(n int) error {
 	if n < 1 || n > nvme.MaxQueues {
-		return fmt.Errorf("subsystem: %d I/O queues are not 1..%d", n, nvme.MaxQueues)
+		return fmt.Errorf("subsystem: %d I/O queues; want 1 to %d", n, nvme.MaxQueues)
 	}
 	s.maxQueues.Store(int32(n))
 	return nil
@@ -125,7 +125,7 @@ func (s *Subsystem) allows(host string) bool {
 	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
 }
 
-// notify tells every controller of an event.
+// notify notifies every controller of an event.
 func (s *Subsystem) notify(e event, nsid uint32) {
 	for _, c := range s.target.controllers.of(s) {
 		c.notify(e, nsid)
@@ -187,7 +187,7 @@ func (s *Subsystem) RemoveNamespace(nsid uint32) error {
 	s.mu.Lock()
 	if i := nsid - 1; uint64(i) >= uint64(len(s.table)) || s.table[i] == nil { // 0 wraps round
 		s.mu.Unlock()
-		return fmt.Errorf("namespace: no id %d", nsid)
+		return fmt.Errorf("namespace %d does not exist", nsid)
 	}
 	table := slices.Clone(s.table)
 	table[nsid-1] = nil
@@ -220,7 +220,7 @@ func (s *Subsystem) republish() {
 	}
 }
 
-// namespace finds a namespace, nil if there is none.
+// namespace returns the namespace with this id, or nil.
 func (s *Subsystem) namespace(nsid uint32) *Namespace {
 	table := *s.namespaces.Load()
 	if i := nsid - 1; uint64(i) < uint64(len(table)) { // 0 wraps round
@@ -229,7 +229,7 @@ func (s *Subsystem) namespace(nsid uint32) *Namespace {
 	return nil
 }
 
-// active lists the ids above nsid of the namespaces that hosts see.
+// active returns the ids above nsid of the namespaces that hosts see.
 func (s *Subsystem) active(nsid uint32) []uint32 {
 	var ids []uint32
 	for _, n := range *s.namespaces.Load() {
@@ -240,9 +240,9 @@ func (s *Subsystem) active(nsid uint32) []uint32 {
 	return ids
 }
 
-// flush makes all that was written to the namespaces durable.
+// flush makes all data durable that was written to the namespaces.
 func (s *Subsystem) flush() error {
-	s.target.flushes.Add(1) // before the table is looked at, as in enter
+	s.target.flushes.Add(1) // before the table is read, as in enter
 	defer s.target.flushes.Add(-1)
 	s.mu.Lock()
 	table := s.table
@@ -256,16 +256,16 @@ func (s *Subsystem) flush() error {
 	return errors.Join(errs...)
 }
 
-// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the
-// hosts. At first, all groups are optimized.
+// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the hosts.
+// Initially, all groups are optimized.
 func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	switch state {
 	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:
 	default:
-		return fmt.Errorf("subsystem: %v", state)
+		return fmt.Errorf("subsystem: unknown %v", state)
 	}
 	if group < 1 || group > MaxANAGroups {
-		return fmt.Errorf("subsystem: ana group %d is not 1..%d", group, MaxANAGroups)
+		return fmt.Errorf("subsystem: ana group %d; want 1 to %d", group, MaxANAGroups)
 	}
 	s.mu.Lock()
 	changed := s.ana[group-1].Swap(uint32(state)) != uint32(state)
@@ -280,7 +280,7 @@ func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	return nil
 }
 
-// anaLog is log page 0Ch; without namespaces if only the groups are asked for.
+// anaLog returns log page 0Ch, without namespace ids if groupsOnly is set.
 func (s *Subsystem) anaLog(groupsOnly bool) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()

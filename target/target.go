@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -43,14 +44,14 @@ const (
 // Config describes a Target.
 type Config struct {
 	Provider rdma.Provider  // required
-	AddrPort netip.AddrPort // to listen on; a port of 0 picks one
+	AddrPort netip.AddrPort // the address to listen on; port 0: any free port
 	Log      *slog.Logger   // nil: nothing is logged
 
 	InCapsule      int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
 	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
 	MaxTransfer    int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
-	MaxConnections int // connections at a time; 0: 1024
-	MaxPerHost     int // connections of one address; 0: three quarters of MaxConnections
+	MaxConnections int // simultaneous connections; 0: 1024
+	MaxPerHost     int // simultaneous connections of one address; 0: three quarters of MaxConnections
 
 	// QueueMemory is the largest sum of the memory of all connected queues, in bytes.
 	// An I/O queue takes (64 + InCapsule) bytes and 32 KiB for each of its entries,
@@ -62,14 +63,14 @@ type Config struct {
 	// first host finds all subsystems and namespaces.
 	Deferred bool
 
-	// QuiesceTime is the command quiesce time that controllers announce (CQT), whole
-	// milliseconds up to 65535; 0: not reported. The target does not enforce it: a
-	// store may take any time. A host that asks for a controller by its id gets the
-	// right answer whatever is announced.
+	// QuiesceTime is the command quiesce time that controllers announce (CQT),
+	// whole milliseconds up to 65535; 0: not reported. The target does not enforce
+	// it, because a store may take any time. The answer to a host that connects to
+	// a controller by its id does not depend on it.
 	QuiesceTime time.Duration
 	// ANATransition is the longest time in the ANA change state that controllers
-	// announce (ANATT), whole seconds up to 255; 0: 10 s. The target does not enforce
-	// it: the state ends by [Subsystem.SetANAState].
+	// announce (ANATT), whole seconds up to 255; 0: 10 s. The target does not
+	// enforce it. Only [Subsystem.SetANAState] ends the state.
 	ANATransition time.Duration
 	// CommandKeepAlive makes Keep Alive commands the only ones that restart the keep
 	// alive timer. Without it every command does, and CTRATT announces that (TBKAS).
@@ -81,8 +82,8 @@ type Config struct {
 	// status with a CRD field (see [nvme.Status.CRD]) refers to them.
 	RetryDelays [3]time.Duration
 
-	// ConnectTimeout is how long a host may take to establish a connection, and
-	// then to send the Connect command; 0: 10 s.
+	// ConnectTimeout is the time that a host has to establish a connection, and
+	// again to send the Connect command; 0: 10 s.
 	ConnectTimeout time.Duration
 }
 
@@ -116,17 +117,17 @@ func (c *Config) setDefaults() error {
 	c.InCapsule = max(0, c.InCapsule)
 	switch {
 	case c.InCapsule > maxInCapsule || c.InCapsule%16 != 0:
-		return fmt.Errorf("config: in-capsule data of %d bytes is no multiple of 16 up to %d", c.InCapsule, maxInCapsule)
+		return fmt.Errorf("config: in-capsule data of %d bytes is not a multiple of 16 up to %d", c.InCapsule, maxInCapsule)
 	case c.QueueSize < minQueueSize || c.QueueSize > maxQueueSize:
-		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, minQueueSize, maxQueueSize)
+		return fmt.Errorf("config: queue size %d; want %d to %d", c.QueueSize, minQueueSize, maxQueueSize)
 	case c.MaxTransfer < MinTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
-		return fmt.Errorf("config: transfer size %d is no power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
+		return fmt.Errorf("config: transfer size %d is not a power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
 	case c.MaxConnections < 1:
-		return fmt.Errorf("config: %d connections", c.MaxConnections)
+		return fmt.Errorf("config: limit of %d connections; want at least 1", c.MaxConnections)
 	case c.MaxPerHost < 1:
-		return fmt.Errorf("config: %d connections of one host", c.MaxPerHost)
+		return fmt.Errorf("config: limit of %d connections of one host; want at least 1", c.MaxPerHost)
 	case c.QueueMemory < 0:
-		return fmt.Errorf("config: %d bytes of memory for queues", c.QueueMemory)
+		return fmt.Errorf("config: queue memory of %d bytes is negative", c.QueueMemory)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
 	case !fits(c.ANATransition, time.Second) || c.ANATransition > math.MaxUint8*time.Second:
@@ -136,7 +137,7 @@ func (c *Config) setDefaults() error {
 	}
 	for i, d := range c.RetryDelays {
 		if !fits(d, 100*time.Millisecond) {
-			return fmt.Errorf("config: retry delay %d, %v, is no multiple of 100ms up to 6553.5s", i+1, d)
+			return fmt.Errorf("config: retry delay %d, %v, is not a multiple of 100ms up to 6553.5s", i+1, d)
 		}
 	}
 	if c.Log == nil {
@@ -148,11 +149,11 @@ func (c *Config) setDefaults() error {
 // fits reports whether d can be written as a 16-bit number of units.
 func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <= math.MaxUint16 }
 
-// Target listens on one address.
+// Target is an NVMe over Fabrics target that listens on one address.
 type Target struct {
 	cfg      Config
 	listener rdma.Listener
-	log      *slog.Logger // for what hosts cause, so that they cannot fill a disk
+	log      *slog.Logger // for events that hosts cause; limited in rate, so that hosts cannot fill a disk
 	faults   Faults
 	running  sync.WaitGroup
 	start    sync.Once
@@ -160,7 +161,7 @@ type Target struct {
 	cancel   context.CancelFunc
 
 	controllers registry
-	flushes     atomic.Int64 // of whole subsystems, under way
+	flushes     atomic.Int64 // flushes of whole subsystems in progress
 
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem
@@ -174,7 +175,8 @@ type Target struct {
 	refusals   map[string]uint64 // by reason
 }
 
-// New starts to listen. At first only the discovery subsystem exists.
+// New returns a target that listens on cfg.AddrPort and has only the discovery
+// subsystem. It fails if the configuration is wrong or the provider cannot listen.
 func New(cfg Config) (*Target, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -182,9 +184,9 @@ func New(cfg Config) (*Target, error) {
 	t := &Target{
 		cfg: cfg, controllers: newRegistry(),
 		subsystems: map[string]*Subsystem{}, queues: map[*queuePair]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
-		admission: admission{hosts: map[netip.Addr]int{}},
+		admission: admission{hosts: map[netip.Addr]int{}, endingOf: map[netip.Addr]int{}},
 	}
-	t.log = limitedLog(cfg.Log)
+	t.log = loglimit.New(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
@@ -209,7 +211,7 @@ func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }
 // Faults returns the faults of this target.
 func (t *Target) Faults() *Faults { return &t.faults }
 
-// Close ends all connections and waits until nothing of the target runs.
+// Close ends all connections and waits until all goroutines of the target have ended.
 func (t *Target) Close() error {
 	t.cancel()
 	err := t.listener.Close()
@@ -245,7 +247,7 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 	s := t.subsystems[nqn]
 	if s == nil {
 		t.mu.Unlock()
-		return fmt.Errorf("remove subsystem: no %s", nqn)
+		return fmt.Errorf("remove subsystem: %s does not exist", nqn)
 	}
 	delete(t.subsystems, nqn)
 	t.genctr++
@@ -255,7 +257,7 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 	return nil
 }
 
-// subsystem finds the subsystem of a Connect; nil if there is none.
+// subsystem returns the subsystem with this NQN, or nil.
 func (t *Target) subsystem(nqn string) *Subsystem {
 	if nqn == nvme.DiscoveryNQN {
 		return t.discovery
@@ -272,7 +274,7 @@ func (t *Target) all() []*Subsystem {
 	return slices.Collect(maps.Values(t.subsystems))
 }
 
-// accept takes connect requests until the listener closes.
+// accept serves connect requests until the listener closes.
 func (t *Target) accept() {
 	for {
 		id, err := t.listener.Accept(t.ctx)
@@ -280,7 +282,7 @@ func (t *Target) accept() {
 		switch {
 		case t.ctx.Err() != nil:
 			if err == nil {
-				_ = id.Close() // refuses the request; nobody is interested in more
+				_ = id.Close() // refuses the request; an error does not matter
 			}
 			return
 		case errors.Is(err, rdma.ErrClosed):
@@ -294,7 +296,7 @@ func (t *Target) accept() {
 	}
 }
 
-// serve is the life of one connection.
+// serve serves a connect request and the connection until it has ended.
 func (t *Target) serve(id rdma.ID) {
 	log := t.log.With("host", id.RemoteAddr())
 	q, err := t.open(id)
@@ -310,7 +312,7 @@ func (t *Target) serve(id rdma.ID) {
 		if err := id.Reject(private[:]); err != nil {
 			log.Debug("reject failed", "err", err)
 		}
-		_ = id.Close() // nothing was established that could fail to end
+		_ = id.Close() // no connection was established, so an error does not matter
 		return
 	}
 	err = q.run()
@@ -322,7 +324,7 @@ func (t *Target) serve(id rdma.ID) {
 	t.ended(q.host, q)
 }
 
-// disconnect ends the connections of the queues that match, and says how many.
+// disconnect ends the connections of the queues that match, and returns their number.
 func (t *Target) disconnect(match func(*queuePair) bool, reason string) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()

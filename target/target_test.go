@@ -47,7 +47,7 @@ func TestConnectRefusals(t *testing.T) {
 
 	good, _ := h.connectCommand(testNQN, 0, nvme.CNTLIDDynamic, 0)
 	id := nvme.ConnectResult(h.want(0, good).DW0()).CNTLID()
-	h.want(nvme.StatusInvalidOpcode|dnr, good) // again
+	h.want(nvme.StatusInvalidOpcode|dnr, good) // a second Connect command
 	h.want(nvme.StatusCommandSequence|dnr, h.keyed(&cmd, nvme.IdentifySize))
 
 	io := r.mustDial(1, 32)
@@ -180,7 +180,7 @@ func TestIdentify(t *testing.T) {
 	var unprotect nvme.Command
 	unprotect.SetSetFeatures(nvme.FeatureWriteProtect, writeProtectNone)
 	unprotect.SetNSID(3)
-	h.want(nvme.StatusFeatureNotChangeable|dnr, &unprotect) // it is read-only by configuration
+	h.want(nvme.StatusFeatureNotChangeable|dnr, &unprotect) // the configuration makes it read-only
 	h.identify(nvme.CNSControllerCSI, 0)
 	h.identify(nvme.CNSNamespaceCSI, 3)
 	var cmd nvme.Command
@@ -264,14 +264,14 @@ func TestFeatures(t *testing.T) {
 	}
 }
 
-// TestSQFlowControl counts the submission queue head, and turns it off.
+// TestSQFlowControl checks the submission queue head, with and without flow control.
 func TestSQFlowControl(t *testing.T) {
 	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
 	a := r.admin(testNQN)
 	h := r.io(a, 1, 4)
 	var flush nvme.Command
 	flush.SetFlush(1)
-	for i := range 9 { // Connect was the first
+	for i := range 9 { // the Connect command was the first
 		if got, want := h.want(0, &flush).SQHead(), uint16(i+2)%4; got != want {
 			t.Fatalf("flush %d: head %d, want %d", i, got, want)
 		}
@@ -328,8 +328,8 @@ func TestDiscovery(t *testing.T) {
 	h.want(nvme.StatusInvalidOpcode|dnr, &flush)
 }
 
-// TestConnectTimeout ends a connection that sends no Connect, and spares one
-// that does.
+// TestConnectTimeout: a connection without a Connect command ends, and one with a
+// Connect command does not.
 func TestConnectTimeout(t *testing.T) {
 	r := newRig(t, Config{ConnectTimeout: time.Second}, SubsystemConfig{})
 	h := r.admin(testNQN)
@@ -337,7 +337,7 @@ func TestConnectTimeout(t *testing.T) {
 	if silent.await() {
 		t.Errorf("response %v", &silent.response)
 	}
-	h.property(nvme.PropCSTS, false) // has been connected for longer than the other was
+	h.property(nvme.PropCSTS, false) // it has been connected for longer than the other one was
 	if n := r.target.Snapshot().Refusals["connection: no Connect command came"]; n != 1 {
 		t.Errorf("%d connections are counted", n)
 	}

@@ -7,7 +7,7 @@ import (
 
 // The structures and numbers of include/uapi/linux/ublk_cmd.h.
 
-// command is an ioctl-encoded opcode: of the control device, or of a queue.
+// command is an ioctl-encoded opcode of the control device or of a queue.
 type command uint32
 
 const (
@@ -20,7 +20,7 @@ const (
 	ioRW   = command(iocRead | iocWrite | uint32(unsafe.Sizeof(ioCmd{}))<<16 | 'u'<<8)
 )
 
-// Control commands, with the first kernel that has them in this encoding.
+// Control commands, with the first kernel that has them in this encoding
 const (
 	getQueueAffinity command = ctrlR | 0x01  // 6.4
 	getDevInfo       command = ctrlR | 0x02  // 6.4
@@ -56,15 +56,15 @@ func (c command) String() string { return commandNames[c] }
 const (
 	// anyID in ADD_DEV asks for the next free device number.
 	anyID = ^uint32(0)
-	// noQueue is the queue number of all commands; GET_QUEUE_AFFINITY has it
-	// in data.
+	// noQueue is the queue number in all commands. GET_QUEUE_AFFINITY has the queue
+	// number in data.
 	noQueue = ^uint16(0)
-	// maxDepth is UBLK_MAX_QUEUE_DEPTH. Descriptors are mapped as if every
-	// queue had as many.
+	// maxDepth is UBLK_MAX_QUEUE_DEPTH. It determines where the descriptors of a
+	// queue are mapped, too.
 	maxDepth = 4096
 	// maxQueues is UBLK_MAX_NR_QUEUES.
 	maxQueues = 4096
-	// maxID is above all minor numbers, MINORBITS of include/linux/kdev_t.h.
+	// maxID is the number of minor numbers (MINORBITS in include/linux/kdev_t.h).
 	maxID = 1 << 20
 )
 
@@ -93,14 +93,14 @@ type devInfo struct {
 	pid           int32
 	_             uint32
 	flags         uint64
-	serverFlags   uint64 // the server's own, kept by the driver: cookie
+	serverFlags   uint64 // kept by the driver for the server: the cookie
 	ownerUID      uint32
 	ownerGID      uint32
 	_             [2]uint64
 }
 
-// params is struct ublk_params as far as it is used; the driver takes the
-// first len bytes of its own, longer one.
+// params is the beginning of struct ublk_params, as far as it is used. The driver reads
+// len bytes.
 type params struct {
 	_       structs.HostLayout
 	len     uint32
@@ -156,8 +156,8 @@ type ioCmd struct {
 	addr   uint64 // of the tag's buffer
 }
 
-// ioDesc is struct ublksrv_io_desc: a request, as the driver describes it in
-// memory that it shares with the server.
+// ioDesc is struct ublksrv_io_desc, the description of a request in memory that the driver
+// shares with the server.
 type ioDesc struct {
 	_           structs.HostLayout
 	opFlags     uint32
@@ -166,8 +166,7 @@ type ioDesc struct {
 	addr        uint64
 }
 
-// ioDesc.opFlags: the operation is in the low 8 bits, UBLK_IO_OP_*, above are
-// UBLK_IO_F_*.
+// ioDesc.opFlags: UBLK_IO_OP_* in the low 8 bits and UBLK_IO_F_* above
 const (
 	opMask        = 0xff
 	opRead        = 0
@@ -179,7 +178,7 @@ const (
 	flagNoUnmap   = 1 << 15
 )
 
-// Sizes and offsets, checked when compiling.
+// Sizes and offsets, checked by the compiler
 var (
 	_ [32]byte = [unsafe.Sizeof(ctrlCmd{})]byte{}
 	_ [4]byte  = [unsafe.Offsetof(ctrlCmd{}.queueID)]byte{}

@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pin puts each loop on one CPU of those whose requests its queue gets, of
-// which this process may use. A queue without such a CPU leaves its loop alone.
+// pin pins each loop to one of the CPUs that submit to its queue. If this process may
+// use none of them, the loop stays where it is.
 func (d *Device) pin(ctx context.Context) error {
 	var allowed unix.CPUSet
-	// The main thread's: other threads may be pinned.
+	// The affinity of the main thread counts, because other threads may be pinned.
 	if err := unix.SchedGetaffinity(os.Getpid(), &allowed); err != nil {
 		return fmt.Errorf("get CPU affinity: %w", err)
 	}
 	for i, s := range d.serves {
-		mask := make([]byte, 8*len(allowed)) // as many CPUs as allowed can name
+		mask := make([]byte, 8*len(allowed)) // one bit for each CPU in allowed
 		if err := d.command(ctx, call{cmd: getQueueAffinity, data: uint64(i), buf: mask}); err != nil {
 			return fmt.Errorf("queue %d: %w", i, err)
 		}
@@ -34,8 +34,8 @@ func (d *Device) pin(ctx context.Context) error {
 	return nil
 }
 
-// firstCPU is the first CPU that is in both sets, or -1. The mask is an array
-// of longs, as the kernel keeps them.
+// firstCPU returns the first CPU that is in both sets, or -1. The mask is an array of
+// the kernel's unsigned longs.
 func firstCPU(mask []byte, allowed *unix.CPUSet) int {
 	for i := 0; i+8 <= len(mask); i += 8 {
 		word := binary.NativeEndian.Uint64(mask[i:])

@@ -8,9 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Resize gives the device another size, in 512-byte sectors; its users see it at
-// once. errors.ErrUnsupported where the driver cannot (before Linux 6.16): then
-// the size is what it was.
+// Resize changes the size of the device to sectors of 512 bytes. Its users see the new
+// size at once. The error is errors.ErrUnsupported if the driver cannot do this (before
+// Linux 6.16), and ErrStopped if the device has ended. After an error the size is
+// unchanged.
 func (d *Device) Resize(ctx context.Context, sectors uint64) error {
 	select {
 	case <-d.idle:
@@ -34,8 +35,8 @@ func (d *Device) resize(ctx context.Context, sectors uint64) error {
 	return d.command(ctx, call{cmd: updateSize, data: sectors})
 }
 
-// SetReadOnly makes the device refuse writes, or not any more. A device that was
-// read-only when it was started stays so.
+// SetReadOnly makes the device refuse writes, or accept them again. A device that was
+// started read-only stays read-only.
 func (d *Device) SetReadOnly(readOnly bool) error {
 	fd, err := unix.Open(d.Path(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -10,41 +10,41 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// Config says what Start serves, and how.
+// Config configures Start and Recover.
 type Config struct {
-	// ID is the device number N of /dev/ublkbN; -1 is the next free one.
+	// ID is the device number N of /dev/ublkbN, or -1 for the next free number.
 	ID int
 	// Device is the back end.
 	Device block.Device
-	// Loops serve the hardware queues: queue i is Loops[i]'s. There are as
-	// many queues as loops, or as CPUs if those are fewer. Several devices may
-	// share the loops. They run until after Stop.
+	// Loops serve the hardware queues: Loops[i] serves queue i. The driver makes
+	// as many queues as there are loops, but not more than there are CPUs. Several
+	// devices may share the loops. The loops must run until Stop has returned.
 	Loops []*poller.Loop
-	// Depth is the number of requests in flight per queue, 1..4096; 0 is 128.
+	// Depth is the largest number of requests in flight per queue, 1..4096. Zero
+	// means 128.
 	Depth int
-	// MaxIO is the size of each request's buffer, in bytes; it is rounded down
-	// to pages and clamped to the geometry's MaxIO. 0 is 256 KiB. The back end
-	// allocates Loops × Depth × MaxIO.
+	// MaxIO is the size of the buffer of a request, in bytes, from one page to
+	// 1 GiB. It is rounded down to pages and limited to the geometry's MaxIO. Zero
+	// means 256 KiB. The back end allocates Loops × Depth × MaxIO bytes.
 	MaxIO int
-	// Recovery is what happens to the device when this process dies.
+	// Recovery says what the driver does with the device if this process dies.
 	Recovery RecoveryPolicy
-	// KeepAffinity leaves the loops on the CPUs where they are. Otherwise each
-	// loop is pinned to one of the CPUs whose requests its queue gets. The
-	// second device on the same loops wants it set: its queues have the same
-	// CPUs anyway.
+	// KeepAffinity leaves the CPU affinity of the loops as it is. Otherwise each
+	// loop is pinned to one of the CPUs that submit to its queue. Set it for the
+	// second device on the same loops, whose queues have the same CPUs.
 	KeepAffinity bool
-	// Log receives changes of state. If it is nil, nothing is logged.
+	// Log receives changes of state. Nothing is logged if it is nil.
 	Log *slog.Logger
 }
 
 const (
 	defaultDepth = 128
 	defaultMaxIO = 256 << 10
-	// largestMaxIO keeps byte counts within the driver's signed results.
+	// largestMaxIO is small enough for the driver's results, which are signed.
 	largestMaxIO = 1 << 30
 )
 
-// setDefaults checks the configuration and completes it.
+// setDefaults fills in defaults and checks the configuration.
 func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

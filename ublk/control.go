@@ -20,8 +20,8 @@ import (
 // controlPath is the driver's control device.
 const controlPath = "/dev/ublk-control"
 
-// cancelGrace is how long a command that was given up may take to notice. What
-// waits interruptibly in the kernel (START_DEV, DEL_DEV) ends at once.
+// cancelGrace is the time that a canceled command has to end. A command that waits
+// interruptibly in the kernel (START_DEV, DEL_DEV) ends at once.
 const cancelGrace = 100 * time.Millisecond
 
 // User data of the control ring. Commands count up from firstCommand.
@@ -31,23 +31,23 @@ const (
 	firstCommand
 )
 
-// control issues control commands, one at a time, from any goroutine. They run
-// in the kernel's io-wq threads; a command that hangs there is given up, and
-// costs its buffer.
+// control issues control commands, one at a time. Any goroutine may call its methods.
+// The kernel executes the commands in io-wq threads. A command that hangs there is
+// abandoned, and its buffer is lost.
 type control struct {
-	idle chan struct{} // holds a token while nobody uses what follows
+	idle chan struct{} // a lock: holds a token while no command runs; guards what follows
 	fd   int           // controlPath
-	wake int           // eventfd, ends a wait
+	wake int           // eventfd that ends a wait
 	ring *uring.Ring
-	buf  []byte // one page that commands name as their buffer
+	buf  []byte // one page, the buffer of all commands
 	seq  uint64 // user data of the last command
 
 	polling   bool // the poll on wake is pending
-	abandoned bool // a command given up may still use buf
+	abandoned bool // an abandoned command may still use buf
 }
 
-// openControl opens the control device. Errors are ErrNoDriver, ErrPermission
-// or those of the system.
+// openControl opens the control device. The error is ErrNoDriver, ErrPermission or an
+// error of the system.
 func openControl() (*control, error) {
 	fd, err := unix.Open(controlPath, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -61,7 +61,7 @@ func openControl() (*control, error) {
 	return c, nil
 }
 
-// openError sorts the errors of opening a device node.
+// openError classifies an error of opening a device node.
 func openError(path string, err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
@@ -90,8 +90,8 @@ func (c *control) open() error {
 	return err
 }
 
-// close frees everything. A command that was given up and still runs keeps the
-// control device open until it ends; its buffer stays mapped for good.
+// close frees everything. An abandoned command keeps the control device open until it
+// ends, and its buffer is never unmapped.
 func (c *control) close() error {
 	var errs []error
 	if c.ring != nil {
@@ -107,19 +107,19 @@ func (c *control) close() error {
 	return errors.Join(errs...)
 }
 
-// call is one control command.
+// call holds the parameters of a control command.
 type call struct {
 	cmd  command
 	id   uint32 // device number or anyID
 	data uint64
-	// buf is the command's buffer: copied to the kernel before, and back
-	// after the command. nil if the command has none.
+	// buf is copied to the kernel before the command and back after it. It is nil
+	// if the command has no buffer.
 	buf []byte
 }
 
-// do carries out a command and returns when it is done or soon after ctx is.
-// Errors name the command and wrap the errno, ctx' error, or both, if ctx ended
-// the command; with ctx' error alone the command may still have its effect.
+// do executes a command. It returns when the command has ended, or soon after ctx is done.
+// An error names the command and wraps the errno, or the cause of ctx, or both if ctx
+// ended the command. If it wraps the cause of ctx alone, the command may still take effect.
 func (c *control) do(ctx context.Context, k call) error {
 	select {
 	case <-c.idle:
@@ -145,15 +145,15 @@ func (c *control) do(ctx context.Context, k call) error {
 
 // run submits a command and waits for its result.
 func (c *control) run(ctx context.Context, k call) (res int32, err error) {
-	// A command is cancelled when the thread that submitted it ends, and a poll
-	// completes on the thread that submitted it only, not while that is stuck
+	// A command is canceled when the thread that submitted it ends. A poll completes
+	// only on the thread that submitted it, and only if that thread does not hang
 	// elsewhere in the kernel.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer c.unpoll()
 
 	if c.abandoned {
-		// The old buffer cannot be used again, nor be freed.
+		// The abandoned command may still write to the old buffer.
 		if c.buf, err = hostmem.Map(1); err != nil {
 			return 0, err
 		}
@@ -195,12 +195,12 @@ func (c *control) run(ctx context.Context, k call) (res int32, err error) {
 
 // Phases of a command that outlives its context.
 const (
-	unwanted = 1 // ctx is done: cancel it
-	overdue  = 2 // the grace has passed: leave it
+	unwanted = 1 // ctx is done, so the command is canceled
+	overdue  = 2 // cancelGrace has passed, so the command is abandoned
 )
 
-// bound tells and interrupts the wait when ctx is done, and again when the
-// grace has passed. The function that it returns ends that.
+// bound sets phase and interrupts the wait when ctx is done, and again when cancelGrace
+// has passed. The caller must call end when the command is over.
 func (c *control) bound(ctx context.Context, phase *atomic.Int32) (end func()) {
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -225,7 +225,7 @@ func (c *control) bound(ctx context.Context, phase *atomic.Int32) (end func()) {
 	}
 }
 
-// wait submits and waits for a completion or an interrupt.
+// wait submits the entries and waits for a completion or an interrupt.
 func (c *control) wait() error {
 	if !c.polling {
 		s := c.ring.SQE()
@@ -235,7 +235,7 @@ func (c *control) wait() error {
 	return c.ring.WaitBlocking()
 }
 
-// unpoll ends the poll on wake.
+// unpoll ends the pending poll on wake.
 func (c *control) unpoll() {
 	if c.polling {
 		c.interrupt()
@@ -245,13 +245,13 @@ func (c *control) unpoll() {
 	}
 }
 
-// result consumes completions until that of the last command.
+// result consumes completions up to that of the last command.
 func (c *control) result() (res int32, ok bool) {
 	for e := c.ring.Next(); e != nil && !ok; e = c.ring.Next() {
 		switch e.UserData {
 		case pollData:
 			var count [8]byte
-			_, _ = unix.Read(c.wake, count[:]) // EAGAIN: nothing to reset
+			_, _ = unix.Read(c.wake, count[:]) // EAGAIN: it is not set
 			c.polling = false
 		case c.seq:
 			res, ok = e.Res, true
@@ -265,5 +265,5 @@ func (c *control) result() (res int32, ok bool) {
 func (c *control) interrupt() {
 	var one [8]byte
 	binary.NativeEndian.PutUint64(one[:], 1)
-	_, _ = unix.Write(c.wake, one[:]) // EAGAIN: it is set already
+	_, _ = unix.Write(c.wake, one[:]) // EAGAIN: it is set
 }

@@ -15,52 +15,54 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// Device is a ublk device that this process serves. Its methods may be called
-// from any goroutine but the loops'.
+// Device is a ublk device that this process serves. Its methods may be called from any
+// goroutine except those of its loops.
 type Device struct {
 	log  *slog.Logger
-	info Info // as granted
-	// idle holds a token while nobody starts, stops or clears up. It guards
-	// what follows, down to the next comment.
-	idle   chan struct{}
-	ctl    *control // nil once all is done
-	added  bool     // the driver has the device
-	char   int      // descriptor of ublkcN, or -1
-	serves []*serving
-	asked  bool // Stop was asked for; the end is no surprise
-	// writeThrough says that users were told that there is no volatile cache.
-	writeThrough bool
+	info Info // what the driver granted
 
-	broken chan struct{} // closed when the device cannot go on: cause
-	once   sync.Once     // of broken
-	cause  error         // written before broken is closed
+	// idle is a lock: it holds a token while nobody starts, stops or frees the
+	// device. It guards the fields down to writeThrough.
+	idle         chan struct{}
+	ctl          *control // nil after everything was freed
+	added        bool     // the driver has the device
+	char         int      // descriptor of ublkcN, or -1
+	serves       []*serving
+	stopping     bool // Stop was called
+	writeThrough bool // users were told that there is no volatile cache
 
-	done chan struct{} // closed when the device is over
-	err  error         // written before done is closed
+	broken chan struct{} // closed when the device cannot continue
+	once   sync.Once     // closes broken
+	cause  error         // why; written before broken is closed
+
+	done chan struct{} // closed when the device has ended
+	err  error         // why; written before done is closed
 }
 
-// serving is a queue with its loop and its memory.
+// serving is a hardware queue with its loop and its memory.
 type serving struct {
 	*hwQueue
 	loop  *poller.Loop
-	ended chan struct{} // closed by the loop: the driver and the back end hold nothing
-	descs []byte        // mapping; nil when the memory is given back
+	ended chan struct{} // closed by the loop when neither the driver nor the back end holds a tag
+	descs []byte        // the mapped descriptors; nil after they were unmapped
 
-	// Loop only.
-	base    uint64 // of poller.Loop.Handle
+	// The loop alone uses these.
+	base    uint64 // what poller.Loop.Handle returned
 	begun   bool   // the loop serves the queue
-	retired bool   // it never will
+	retired bool   // the loop will not serve the queue any more
 }
 
-// Start adds a ublk device, serves it from cfg.Device on cfg.Loops, and starts
-// it: when it returns, the block device is there. On an error it undoes what
-// it did; a device that it did not add, it does not touch. Where the undoing
-// hangs, on requests that the back end does not answer, the error says so, and
-// it is done when they are answered; until then the loops cannot stop.
+// Start adds a ublk device, serves it from cfg.Device on cfg.Loops, and starts it. When
+// Start returns without an error, the block device exists.
 //
-// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrIDTaken,
-// errors.ErrUnsupported if the driver lacks what Recovery needs, ctx' error, and
-// what the back end and the system say. The undoing has a deadline of its own.
+// After an error, Start removes the device again if it has added it. This has a time
+// limit of its own. If it hangs because the back end does not answer requests, the error
+// says so, and the device is removed in the background when they are answered. The loops
+// cannot stop before that.
+//
+// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrIDTaken, errors.ErrUnsupported if
+// the driver lacks a feature that cfg.Recovery needs, the cause of ctx, and errors of the
+// back end and of the system.
 func Start(ctx context.Context, cfg Config) (*Device, error) {
 	d := newDevice()
 	if err := d.start(ctx, cfg); err != nil {
@@ -84,7 +86,7 @@ func newDevice() *Device {
 	}
 }
 
-// run hands a device that is served to whoever stops it.
+// run releases the lock of a device that has started and watches the device.
 func (d *Device) run() {
 	d.idle <- struct{}{}
 	go d.watch()
@@ -121,15 +123,15 @@ func (d *Device) start(ctx context.Context, cfg Config) error {
 	if err := d.begin(ctx, cfg); err != nil {
 		return err
 	}
-	// START_DEV waits for the fetches of all queues, and its partition scan
-	// for I/O: the loops serve meanwhile.
+	// START_DEV waits until all queues have fetched their tags, and for the reads
+	// of its partition scan. The loops serve meanwhile.
 	ctx, cancel := d.untilBroken(ctx)
 	defer cancel()
 	return d.command(ctx, call{cmd: startDev, data: uint64(os.Getpid())})
 }
 
-// untilBroken ends with ctx, or when a loop fails: what waits for its fetches
-// would wait in vain.
+// untilBroken returns a context that ends with ctx and when a loop fails, because a
+// command that waits for the fetches of that loop would never end.
 func (d *Device) untilBroken(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	go func() {
@@ -142,13 +144,13 @@ func (d *Device) untilBroken(ctx context.Context) (context.Context, context.Canc
 	return ctx, func() { cancel(nil) }
 }
 
-// command is a control command about this device.
+// command executes a control command for this device.
 func (d *Device) command(ctx context.Context, k call) error {
 	k.id = uint32(d.info.ID)
 	return d.ctl.do(ctx, k)
 }
 
-// add makes the device, and takes over what the driver granted.
+// add adds the device and stores what the driver granted.
 func (d *Device) add(ctx context.Context, cfg Config, g block.Geometry, known Features) error {
 	want := IoctlEncode | cfg.Recovery.features()
 	if !known.Has(want) {
@@ -184,8 +186,8 @@ func (d *Device) add(ctx context.Context, cfg Config, g block.Geometry, known Fe
 // openBackoff is the longest pause between two attempts to open ublkcN.
 const openBackoff = 50 * time.Millisecond
 
-// openChar opens ublkcN, which udev may have to make yet (ENOENT) or be looking
-// at (EBUSY).
+// openChar opens ublkcN. It tries again while udev has not made the node (ENOENT) or has
+// it open (EBUSY).
 func openChar(ctx context.Context, id int) (int, error) {
 	path, pause := charPath(id), time.Millisecond
 	for {
@@ -209,7 +211,7 @@ func openChar(ctx context.Context, id int) (int, error) {
 	}
 }
 
-// begin opens the queues and fetches their tags.
+// begin opens the queues and has the loops fetch their tags.
 func (d *Device) begin(ctx context.Context, cfg Config) error {
 	for i := range d.info.Queues {
 		s, err := d.open(i, cfg)
@@ -231,7 +233,7 @@ func (d *Device) begin(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// open makes queue i.
+// open opens queue i of the driver and of the back end.
 func (d *Device) open(i int, cfg Config) (*serving, error) {
 	mem, descs, err := mapDescs(d.char, i, d.info.Depth)
 	if err != nil {
@@ -246,7 +248,7 @@ func (d *Device) open(i int, cfg Config) (*serving, error) {
 	return s, nil
 }
 
-// begin serves the queue. Loop only.
+// begin starts to serve the queue. Only the loop calls it.
 func (s *serving) begin(char int) error {
 	if s.retired {
 		return context.Canceled
@@ -258,8 +260,8 @@ func (s *serving) begin(char int) error {
 	return s.loop.Ring().Submit()
 }
 
-// retire ends a queue that was never served, and keeps it from being served
-// late. Loop only.
+// retire ends a queue that has not been served, and prevents that it is served later.
+// Only the loop calls it.
 func (s *serving) retire() {
 	if !s.begun && !s.retired {
 		s.retired = true
@@ -267,8 +269,8 @@ func (s *serving) retire() {
 	}
 }
 
-// finish takes the queue from the loop and gives its memory back, after it
-// ended. Loop only.
+// finish detaches a queue that has ended from the loop and frees its memory. Only the
+// loop calls it.
 func (s *serving) finish() error {
 	if s.begun {
 		s.loop.Detach(s.hwQueue)
@@ -278,13 +280,15 @@ func (s *serving) finish() error {
 	return s.free()
 }
 
-// free gives the queue's memory back: on the loop, or when the loop is no more.
+// free frees the memory of the queue. It is called on the loop, or after the loop has
+// ended.
 func (s *serving) free() error {
 	if s.descs == nil {
 		return nil
 	}
 	if s.inflight > 0 {
-		// The loop died. What the back end may write to stays.
+		// The loop has ended with requests in flight. The back end may still
+		// write to their buffers.
 		return fmt.Errorf("queue %d: the back end holds %d requests", s.index, s.inflight)
 	}
 	err := errors.Join(s.back.Close(), unix.Munmap(s.descs))
@@ -292,7 +296,8 @@ func (s *serving) free() error {
 	return err
 }
 
-// onLoop runs fn on a loop and waits for it, or for ctx; then fn may run later.
+// onLoop runs fn on a loop and waits for it. If ctx is done first, it returns, and fn may
+// still run later.
 func onLoop(ctx context.Context, l *poller.Loop, fn func() error) error {
 	result := make(chan error, 1)
 	go func() {
@@ -310,7 +315,7 @@ func onLoop(ctx context.Context, l *poller.Loop, fn func() error) error {
 	}
 }
 
-// fail notes why the device cannot go on. The first cause stays.
+// fail records that the device cannot continue. Only the first cause counts.
 func (d *Device) fail(err error) {
 	d.once.Do(func() {
 		d.cause = err
@@ -318,26 +323,26 @@ func (d *Device) fail(err error) {
 	})
 }
 
-// ID is the device number N of ublkbN.
+// ID returns the device number N of /dev/ublkbN.
 func (d *Device) ID() int { return d.info.ID }
 
-// Path is the block device's node. Partitions are beside it.
+// Path returns the path of the block device, /dev/ublkbN.
 func (d *Device) Path() string { return d.info.Path() }
 
-// Info returns what the driver granted when the device was added. State and PID are
-// those of that moment; Get asks again.
+// Info returns what the driver granted when the device was added. Its State and PID are
+// those of that moment. Get returns the current ones.
 func (d *Device) Info() Info { return d.info }
 
-// Features are the granted features.
+// Features returns the features that the driver granted to the device.
 func (d *Device) Features() Features { return d.info.Features }
 
-// Done is closed when the device is over: stopped, or ended by itself, and
-// cleared up as far as was possible.
+// Done returns a channel that is closed when the device has ended, after Stop or by
+// itself, and everything was freed as far as possible.
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// Err says why the device ended, once Done is closed: nil after Stop;
-// ErrStopped if another process stopped or deleted it; the error of a queue or a
-// loop. Before, it is nil.
+// Err returns why the device has ended: nil after Stop, ErrStopped if another process
+// stopped or deleted it, or the error of a queue or a loop. It returns nil until Done is
+// closed.
 func (d *Device) Err() error {
 	select {
 	case <-d.done:
@@ -347,7 +352,7 @@ func (d *Device) Err() error {
 	}
 }
 
-// Snapshot returns the counters of the queues, up to the last batch of each.
+// Snapshot returns the counters of the queues as of the last batch of each.
 func (d *Device) Snapshot() Stats {
 	s := Stats{Queues: make([]QueueStats, len(d.serves))}
 	for i, q := range d.serves {

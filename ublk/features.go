@@ -6,11 +6,11 @@ import (
 	"strings"
 )
 
-// Features are the driver's UBLK_F_* flags: what it knows (GetFeatures), or
-// what it granted to a device (Info.Features).
+// Features are UBLK_F_* flags: those that the driver supports (GetFeatures), or those that
+// it granted to a device (Info.Features).
 type Features uint64
 
-// Feature flags, with the first kernel that has them.
+// Feature flags, with the first kernel that has them
 const (
 	ZeroCopy        Features = 1 << 0  // SUPPORT_ZERO_COPY, 6.15
 	UserRecovery    Features = 1 << 3  // USER_RECOVERY, 6.1
@@ -26,7 +26,7 @@ const (
 	ShmemZeroCopy   Features = 1 << 19 // SHMEM_ZC, 7.1
 )
 
-// featureNames are the names of ublk_cmd.h, by bit.
+// featureNames are the names of the bits in ublk_cmd.h.
 var featureNames = [...]string{
 	"SUPPORT_ZERO_COPY", "URING_CMD_COMP_IN_TASK", "NEED_GET_DATA", "USER_RECOVERY", "USER_RECOVERY_REISSUE",
 	"UNPRIVILEGED_DEV", "CMD_IOCTL_ENCODE", "USER_COPY", "ZONED", "USER_RECOVERY_FAIL_IO", "UPDATE_SIZE",
@@ -34,10 +34,10 @@ var featureNames = [...]string{
 	"NO_AUTO_PART_SCAN", "SHMEM_ZC", "IO_DESC_SIZE",
 }
 
-// Has reports whether all flags of want are there.
+// Has reports whether f has all flags of want.
 func (f Features) Has(want Features) bool { return f&want == want }
 
-// String lists the names, separated by blanks.
+// String returns the names of the flags, separated by spaces.
 func (f Features) String() string {
 	var names []string
 	for rest := uint64(f); rest != 0; rest &= rest - 1 {
@@ -51,32 +51,32 @@ func (f Features) String() string {
 	return strings.Join(names, " ")
 }
 
-// RecoveryPolicy says what the kernel does with a device whose server dies.
+// RecoveryPolicy is what the driver does with a device whose server dies.
 type RecoveryPolicy uint8
 
 // Recovery policies.
 const (
-	// RecoveryUnset is RecoveryNone.
+	// RecoveryUnset means RecoveryNone.
 	RecoveryUnset RecoveryPolicy = iota
-	// RecoveryNone: the device goes away; I/O fails.
+	// RecoveryNone removes the device, and I/O fails.
 	RecoveryNone
-	// RecoveryRequeue: I/O waits for the next server, and is sent to it again
-	// (USER_RECOVERY, USER_RECOVERY_REISSUE).
+	// RecoveryRequeue keeps the device. I/O waits for the next server and is sent
+	// to it again (USER_RECOVERY, USER_RECOVERY_REISSUE).
 	RecoveryRequeue
-	// RecoveryFail: the device stays, its I/O fails until the next server is
-	// there (USER_RECOVERY, USER_RECOVERY_FAIL_IO).
+	// RecoveryFail keeps the device. I/O fails until there is a new server
+	// (USER_RECOVERY, USER_RECOVERY_FAIL_IO).
 	RecoveryFail
 )
 
-// optional are the flags that are wanted where the driver has them.
+// optional returns the flags that the policy uses if the driver has them.
 func (p RecoveryPolicy) optional() Features {
 	if p.features().Has(UserRecovery) {
-		return UpdateSize | Quiesce // the latter is refused without recovery
+		return UpdateSize | Quiesce // the driver refuses Quiesce without recovery
 	}
 	return UpdateSize
 }
 
-// features are the flags that a policy needs.
+// features returns the flags that the policy needs.
 func (p RecoveryPolicy) features() Features {
 	switch p {
 	case RecoveryRequeue:

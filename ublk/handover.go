@@ -6,18 +6,17 @@ import (
 	"time"
 )
 
-// drainTime is the time that requests in flight get to end before the process ends.
-// The next server sends the others again.
+// drainTime is the time that requests in flight have to end before HandOver returns. The
+// next server sends the other requests again.
 const drainTime = 500 * time.Millisecond
 
-// HandOver ends the service for another process that Recovers the device: new
-// requests wait, requests in flight are done, as far as they are quick. Where the
-// driver cannot quiesce a device (before Linux 6.16) it does nothing, and what is
-// in flight is sent again when the process has ended. In either case the process
-// must end soon, without Stop, which blocks from now on.
+// HandOver prepares the device for another process that calls Recover. New requests wait,
+// and requests in flight have half a second to end. If the driver cannot quiesce a device
+// (before Linux 6.16), HandOver does nothing, and requests in flight are sent again. In
+// either case the process must end soon and must not call Stop, which blocks from now on.
 func (d *Device) HandOver(ctx context.Context) error {
 	select {
-	case <-d.idle: // for good: nobody may clear up
+	case <-d.idle: // never released, so that nobody frees the device
 	case <-ctx.Done():
 		return fmt.Errorf("hand over %s: %w", d.Path(), context.Cause(ctx))
 	}
@@ -30,8 +29,8 @@ func (d *Device) HandOver(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, drainTime)
 	defer cancel()
-	// It waits until each queue has a tag that is idle, and then takes the idle
-	// ones back. Whether it fails or not, requests wait from now on.
+	// QUIESCE_DEV waits until each queue has an idle tag and then takes the idle
+	// tags back. Requests wait from now on, even if the command fails.
 	if err := d.command(ctx, call{cmd: quiesceDev, data: uint64(drainTime.Milliseconds())}); err != nil {
 		d.log.Warn("quiesce device", "device", d.Path(), "err", err)
 		return nil

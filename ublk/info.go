@@ -22,10 +22,10 @@ type State uint16
 
 // States, UBLK_S_DEV_*.
 const (
-	Dead     State = iota // no disk: added and not started, stopped, or its server died
-	Live                  // served
-	Quiesced              // no server; I/O waits for the next one
-	FailIO                // no server; I/O fails
+	Dead     State = iota // there is no disk: not started yet, stopped, or the server died
+	Live                  // a server serves the disk
+	Quiesced              // there is no server, and I/O waits for the next one
+	FailIO                // there is no server, and I/O fails
 )
 
 var stateNames = [...]string{"dead", "live", "quiesced", "fail-io"}
@@ -45,19 +45,18 @@ type Info struct {
 	Depth    int    // tags per queue
 	MaxIO    int    // bytes
 	PID      int    // of the server; ≤ 0 if there is none
-	UID, GID uint32 // who added it
+	UID, GID uint32 // of the process that added the device
 	Features Features
-	// Cookie is the number that the server gave the device when it added it;
-	// see Ours.
+	// Cookie is a number that the server chose when it added the device. See Ours.
 	Cookie uint64
 }
 
-// Path is the block device's node.
+// Path returns the path of the block device.
 func (i Info) Path() string { return blockPath(i.ID) }
 
-// Ours reports whether this package added the device, in this or in another
-// process: the upper half of its Cookie is ours, the lower half is random, so
-// that a device is told from another that got its number later.
+// Ours reports whether this package added the device, in this or in another process. The
+// upper half of the Cookie of such a device is a constant. The lower half is random and
+// tells the device from another one that got its number later.
 func (i Info) Ours() bool { return i.Cookie>>32 == cookieMagic }
 
 const cookieMagic = 0x4e564d65 // "NVMe"
@@ -75,8 +74,8 @@ func infoOf(d *devInfo) Info {
 	}
 }
 
-// Available says why the driver cannot be used: ErrNoDriver, ErrPermission, or
-// another error; nil if it can.
+// Available returns nil if this process can use the driver, and otherwise the reason:
+// ErrNoDriver, ErrPermission, or another error.
 func Available() error {
 	c, err := openControl()
 	if err != nil {
@@ -85,8 +84,8 @@ func Available() error {
 	return c.close()
 }
 
-// GetFeatures asks the driver what it knows. A driver that cannot tell (before
-// Linux 6.5) is ErrNoDriver.
+// GetFeatures returns the features of the driver. The error is ErrNoDriver if the driver
+// has no such command (before Linux 6.5).
 func GetFeatures(ctx context.Context) (Features, error) {
 	c, err := openControl()
 	if err != nil {
@@ -107,8 +106,8 @@ func Get(ctx context.Context, id int) (Info, error) {
 	return i, errors.Join(err, c.close())
 }
 
-// List is what the driver says of all devices of this host, whoever added
-// them, in the order of their numbers.
+// List returns the driver's descriptions of all ublk devices of this host, in the order
+// of their numbers, including those of other programs.
 func List(ctx context.Context) ([]Info, error) {
 	c, err := openControl()
 	if err != nil {
@@ -118,13 +117,13 @@ func List(ctx context.Context) ([]Info, error) {
 	return l, errors.Join(err, c.close())
 }
 
-// Remove deletes a device of ours whose server died: info is what List or Get
-// said of it. It touches nothing else: ErrNotOurs if another program
-// added the device, or if it is another one by now; ErrBusy if it is served,
-// about to be, or waits for a server; ErrNoDevice if it is gone.
+// Remove deletes a device that this package added and whose server died. info is what
+// List or Get returned. The error is ErrNotOurs if another program added the device or if
+// the number belongs to another device by now, ErrBusy if the device has a server or waits
+// for one, and ErrNoDevice if it does not exist. After an error the device is unchanged.
 //
-// A server that has added its device and not opened it cannot be seen: do not
-// call Remove while one is starting.
+// Remove cannot see a server that has added its device but not opened it yet. Do not call
+// Remove while a server starts.
 func Remove(ctx context.Context, info Info) error {
 	c, err := openControl()
 	if err != nil {
@@ -143,7 +142,7 @@ func (c *control) remove(ctx context.Context, info Info) error {
 	case now.State != Dead:
 		return fmt.Errorf("remove ublk device %d: %w: it is %v", info.ID, ErrBusy, now.State)
 	}
-	// Only one process can have ublkcN open: its server.
+	// Only the server can have ublkcN open.
 	fd, err := unix.Open(charPath(info.ID), unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):
@@ -160,11 +159,10 @@ func (c *control) remove(ctx context.Context, info Info) error {
 // deletePatience is how long DEL_DEV may wait for users of the block device.
 const deletePatience = time.Second
 
-// delete removes a device. DEL_DEV removes it and then waits until its number
-// is free, that is, until all files of its server are gone and all openers of
-// its disk; that wait is ended after a while (as DEL_DEV_ASYNC would at once),
-// and the driver does the rest when the last opener has gone. free says that
-// this has happened.
+// delete removes a device. DEL_DEV removes the device and then waits until its number is
+// free, which is when the server's files and all openers of the disk are gone. delete ends
+// that wait after deletePatience. The driver frees the number when the last opener is gone.
+// free reports whether the number is free already.
 func (c *control) delete(ctx context.Context, id int) (free bool, err error) {
 	for patience := deletePatience; ; patience *= 2 {
 		bound, cancel := context.WithTimeout(ctx, patience)
@@ -173,17 +171,17 @@ func (c *control) delete(ctx context.Context, id int) (free bool, err error) {
 		switch {
 		case err == nil, errors.Is(err, unix.ENODEV):
 			return true, nil
-		case errors.Is(err, unix.EINTR): // it was in that wait
+		case errors.Is(err, unix.EINTR): // it was waiting for openers
 			return false, nil
 		case ctx.Err() != nil, !errors.Is(err, context.DeadlineExceeded):
 			return false, err
 		}
-		// It was not that far: the machine is slow, or another device is
-		// being deleted.
+		// The command had not come to that wait, because the machine is slow or
+		// another device is being deleted.
 	}
 }
 
-// classPath has an entry ublkcN for each device.
+// classPath is the directory with an entry ublkcN for each device.
 const classPath = "/sys/class/ublk-char"
 
 func (c *control) list(ctx context.Context) ([]Info, error) {
@@ -237,7 +235,7 @@ func (c *control) rawInfo(ctx context.Context, id int) (devInfo, error) {
 	return d, nil
 }
 
-// bytesOf is the memory of an ABI structure.
+// bytesOf returns the memory of an ABI structure.
 func bytesOf[T any](v *T) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v))
 }

@@ -11,8 +11,8 @@ import (
 	"ublk-nvmeof/internal/diskuse"
 )
 
-// claim looks for users of a block device on kernels that cannot do it
-// themselves (TRY_STOP_DEV); see diskuse.Claim.
+// claim looks for users of a block device, for kernels that have no TRY_STOP_DEV. See
+// diskuse.Claim.
 func claim(id int) (fd int, err error) {
 	fd, err = diskuse.Claim(strings.TrimPrefix(blockPath(id), "/dev/"))
 	var used *diskuse.Error
@@ -22,10 +22,10 @@ func claim(id int) (fd int, err error) {
 	return fd, err
 }
 
-// InUse returns ErrBusy if the block device is in use, as far as claim can see, and
-// nil if it is not in use or if the disk is gone. Stop without force checks this itself.
-// InUse serves callers that check several devices before they stop the first.
-// Openers that are about to go, as udev's do, are waited for, for half a second.
+// InUse returns ErrBusy if the block device is in use, as far as diskuse.Claim can tell,
+// and nil if it is not in use or if there is no disk. It waits half a second for openers
+// that close the device soon, as udev does. Stop without force checks this itself. Callers
+// that check several devices before they stop the first one need InUse.
 func (d *Device) InUse() error {
 	for patience := time.Now().Add(busyPatience); ; time.Sleep(busyBackoff) { //nolint:forbidigo // the kernel has no event for it
 		fd, err := claim(d.info.ID)

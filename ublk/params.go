@@ -7,17 +7,17 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// maxShift is log2 of the largest physical block, io_min and io_opt that the
-// driver takes (ublk_validate_params).
+// maxShift is log2 of the largest physical block size, io_min and io_opt that the driver
+// accepts (ublk_validate_params).
 const maxShift = 28
 
 const paramsSize = uint32(unsafe.Sizeof(params{}))
 
-// paramsOf turns a geometry into the driver's parameters. maxIO is what ADD_DEV
-// granted, in bytes, a multiple of the page size.
+// paramsOf returns the driver's parameters for a geometry. maxIO is the buffer size that
+// ADD_DEV granted, in bytes, a multiple of the page size.
 //
-// Segment and DMA limits are left alone: the driver copies between the
-// request's pages and the buffer, so any page layout will do.
+// Segment and DMA limits are not set. The driver copies between the pages of the request
+// and the buffer, so every page layout is fine.
 func paramsOf(g block.Geometry, maxIO uint32) params {
 	logical := shift(g.LogicalBlock)
 	p := params{
@@ -27,8 +27,8 @@ func paramsOf(g block.Geometry, maxIO uint32) params {
 			logicalBlockShift:  logical,
 			physicalBlockShift: max(logical, shift(g.PhysicalBlock)),
 			ioMinShift:         max(logical, shift(g.IOMin)),
-			// The driver has no "none"; 1 byte is rounded down to none by
-			// blk_validate_limits.
+			// The driver has no value for "none", but blk_validate_limits rounds
+			// 1 byte down to none.
 			ioOptShift:   shift(g.IOOpt),
 			maxSectors:   maxIO >> block.SectorShift,
 			chunkSectors: g.ChunkSectors,
@@ -52,12 +52,12 @@ func paramsOf(g block.Geometry, maxIO uint32) params {
 		maxZeroesSectors: g.MaxZeroesSectors,
 	}
 	if g.MaxDiscardSectors > 0 {
-		p.discard.maxSegments = 1 // all that the driver can do
+		p.discard.maxSegments = 1 // the driver supports no more
 	}
 	return p
 }
 
-// shift is log2 of a size, rounded down to what the driver takes; 0 of 0.
+// shift returns log2 of a size, at most maxShift, and 0 for a size of 0.
 func shift(size uint32) uint8 {
 	if size == 0 {
 		return 0

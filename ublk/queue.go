@@ -21,17 +21,17 @@ type submitter interface {
 	SQE() *uring.SQE // never nil
 }
 
-// hwQueue is one hardware queue: it serves the driver's requests from a
-// block.Queue. It is the poller.Source and poller.Handler of one loop, and
-// everything here is used on that loop only, but where it says otherwise.
+// hwQueue is one hardware queue. It serves the driver's requests from a block.Queue. It
+// is a poller.Source and a poller.Handler of one loop, and unless it is said otherwise,
+// only that loop uses it.
 //
-// A tag is in one of three hands: the driver's (a FETCH or COMMIT_AND_FETCH of
-// it is pending), the back end's (from Submit to Reap), or, between Complete
-// and Poll of one pass, in reqs.
+// A tag belongs to the driver while a FETCH or COMMIT_AND_FETCH of it is pending, to the
+// back end from Submit to Reap, and to the queue itself between Complete and Poll of one
+// pass, when it is in reqs.
 type hwQueue struct {
 	ring  submitter
 	back  block.Queue
-	descs []ioDesc  // shared with the driver, by tag; valid while we hold the tag
+	descs []ioDesc  // by tag, shared with the driver; valid while the driver does not hold the tag
 	entry uring.SQE // what all COMMIT_AND_FETCH entries have in common
 	index uint16    // its number
 	limit uint32    // sectors of the largest read or write
@@ -39,40 +39,40 @@ type hwQueue struct {
 
 	reqs      []block.Request // taken from the driver in this pass; capacity is the depth
 	done      [reapBatch]block.Result
-	transfers []transfer // by tag: what the request is
+	transfers []transfer // by tag
 
-	fetching int  // tags in the driver's hand
-	inflight int  // tags in the back end's hand
-	ending   bool // a tag came back for good: the driver is stopping
+	fetching int  // tags that the driver holds
+	inflight int  // tags that the back end holds
+	ending   bool // the driver has returned a tag without a request, because it stops
 	reported bool // ended was called
 
-	// Called on the loop: ended once, when the driver has given all tags back
-	// and the back end holds none; failed when a command was refused.
+	// Both are called on the loop: ended once, when neither the driver nor the back
+	// end holds a tag any more, and failed when the driver refused a command.
 	ended  func()
 	failed func(error)
 
 	counters
 }
 
-// transfer is what the result of a tag in flight is counted as.
+// transfer describes a request in flight for its result and its counters.
 type transfer struct {
 	bytes uint32 // the driver's result of success
 	op    block.Op
 }
 
-// opOf are the operations by UBLK_IO_OP_*; what is not there is refused.
+// opOf maps UBLK_IO_OP_* to operations. Requests with other operations are refused.
 var opOf = [opMask + 1]block.Op{
 	opRead: block.OpRead, opWrite: block.OpWrite, opFlush: block.OpFlush,
 	opDiscard: block.OpDiscard, opWriteZeroes: block.OpWriteZeroes,
 }
 
-// counterOf are the counters by block.Op.
+// counterOf maps operations to counters.
 var counterOf = [...]counter{
 	block.OpRead: nReads, block.OpWrite: nWrites, block.OpFlush: nFlushes,
 	block.OpDiscard: nDiscards, block.OpWriteZeroes: nWriteZeroes,
 }
 
-// newHWQueue prepares queue number index over its descriptors and back end.
+// newHWQueue makes the queue with number index from its descriptors and back end.
 func newHWQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended func(), failed func(error)) *hwQueue {
 	q := &hwQueue{
 		back: back, descs: descs, index: uint16(index), limit: uint32(maxIO >> block.SectorShift),
@@ -85,8 +85,8 @@ func newHWQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended fu
 	return q
 }
 
-// start fetches all tags: char is the descriptor of ublkcN, base is
-// poller.Loop.Handle's.
+// start fetches all tags. char is the descriptor of ublkcN, and base is what
+// poller.Loop.Handle returned.
 func (q *hwQueue) start(ring submitter, char int, base uint64) {
 	q.ring = ring
 	q.entry = uring.SQE{Opcode: uring.OpURingCmd, FD: int32(char), UserData: base}
@@ -97,8 +97,8 @@ func (q *hwQueue) start(ring submitter, char int, base uint64) {
 	q.entry.SetCmdOp(uint32(commitAndFetchReq))
 }
 
-// give hands a tag to the driver, with the result of the request that it
-// carried: bytes of a read or write, 0 of others, or a negative errno.
+// give gives a tag to the driver, with the result of its last request: the number of
+// bytes of a read or write, 0 for other requests, or a negative errno.
 func (q *hwQueue) give(tag uint16, result int32) {
 	s := q.ring.SQE()
 	*s = q.entry
@@ -107,7 +107,7 @@ func (q *hwQueue) give(tag uint16, result int32) {
 	q.fetching++
 }
 
-// Complete takes a tag from the driver; see poller.Handler.
+// Complete takes a tag from the driver. It implements poller.Handler.
 func (q *hwQueue) Complete(data uint64, res int32, _ uint32) {
 	tag := uint16(data)
 	q.fetching--
@@ -141,8 +141,8 @@ func flagsOf(f uint32) block.Flags {
 	return block.Flags(f/flagFUA&1)*block.FUA | block.Flags(f/flagNoUnmap&1)*block.NoUnmap
 }
 
-// Poll hands the new requests to the back end and the back end's results to the
-// driver; see poller.Source.
+// Poll passes new requests to the back end and results of the back end to the driver. It
+// implements poller.Source.
 func (q *hwQueue) Poll() int {
 	n := len(q.reqs)
 	if n > 0 {
@@ -170,8 +170,8 @@ func (q *hwQueue) Poll() int {
 	return n
 }
 
-// Arm has nothing to request: the driver's commands complete by themselves;
-// see poller.Source.
+// Arm requests no wake-up, because commands of the driver complete on the loop's ring. It
+// implements poller.Source.
 func (q *hwQueue) Arm() poller.Readiness {
 	if len(q.reqs) > 0 {
 		return poller.Busy
@@ -179,14 +179,14 @@ func (q *hwQueue) Arm() poller.Readiness {
 	return poller.Sleep
 }
 
-// commit ends a request that the back end is done with.
+// commit ends a request that the back end has completed.
 func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
 	q.now[counterOf[m.op]]++
 	switch {
 	case errno != 0:
 		q.now[nErrors]++
 		if unix.Errno(errno) == unix.EAGAIN {
-			// io_uring clients would try again for ever.
+			// io_uring clients would try again forever.
 			errno = uint16(unix.EIO)
 		}
 		q.give(tag, -int32(errno))
@@ -199,14 +199,14 @@ func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
 	q.give(tag, int32(m.bytes))
 }
 
-// refuse ends a request that the back end cannot be asked for.
+// refuse ends a request that cannot be passed to the back end.
 func (q *hwQueue) refuse(tag uint16, errno unix.Errno) {
 	q.now[nErrors]++
 	q.publish()
 	q.give(tag, -int32(errno))
 }
 
-// aborted takes a tag that the driver gave back without a request.
+// aborted takes a tag that the driver returned without a request.
 func (q *hwQueue) aborted(tag uint16, res int32) {
 	q.ending = true
 	if errno := unix.Errno(-res); errno != unix.ENODEV {
@@ -215,9 +215,9 @@ func (q *hwQueue) aborted(tag uint16, res int32) {
 	q.end()
 }
 
-// end reports the end when there is nothing left to wait for. Requests that
-// the back end still holds are committed all the same, by the only command
-// there is: the driver gives that tag back too.
+// end reports the end of the queue when no tag is outstanding. Requests that the back end
+// still holds are committed with COMMIT_AND_FETCH, the only command for that, and the
+// driver then returns the tag.
 func (q *hwQueue) end() {
 	if !q.ending || q.reported || q.fetching+q.inflight+len(q.reqs) > 0 {
 		return
@@ -226,15 +226,15 @@ func (q *hwQueue) end() {
 	q.ended()
 }
 
-// descBytes is the size of a queue's descriptors as they are mapped, for the
-// given depth.
+// descBytes returns the size of the mapping with the descriptors of a queue of the given
+// depth.
 func descBytes(depth int) int {
 	page := os.Getpagesize()
 	return (depth*int(unsafe.Sizeof(ioDesc{})) + page - 1) / page * page
 }
 
-// mapDescs maps the descriptors of queue number index from ublkcN. The driver
-// lays queues out as if each had the maximal depth.
+// mapDescs maps the descriptors of the queue with number index from ublkcN. The driver
+// places the queues as if each had the largest depth.
 func mapDescs(fd, index, depth int) (mem []byte, descs []ioDesc, err error) {
 	mem, err = unix.Mmap(fd, int64(index)*int64(descBytes(maxDepth)), descBytes(depth),
 		unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)

@@ -13,21 +13,22 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// Recover serves a device of ours whose server died, in its place: the block
-// device never went away, and with RecoveryRequeue its users only waited. info
-// is what List or Get said of it; number of queues, depth, size of the buffers
-// and policy are the device's, not cfg's. Whether cfg.Device holds the same data is the
-// caller's to know; a back end of another block size is refused. If the users of the
-// device were told that it has no volatile cache, the queues of the back end are opened
-// write-through. Whatever the dead server had sent
-// must have no effect any more when Recover is called, because the driver sends
-// the requests that were in flight again.
+// Recover serves a device whose server died. The block device never went away, and with
+// RecoveryRequeue the I/O of its users has only waited. info is what List or Get returned.
+// The number of queues, the depth, the buffer size and the policy are those of the device,
+// and cfg's are ignored.
 //
-// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if the device has a
-// server, ErrStopped if it does not wait for one, ErrNoDriver, ErrPermission,
-// ctx' error, and what the back end and the system say. After an error the
-// device waits on; if it had come as far as fetching requests, then only when
-// this process has ended.
+// The caller must know that cfg.Device holds the same data. Recover refuses a back end with
+// another block size. If the users of the device were told that it has no volatile cache,
+// Recover opens the queues of the back end write-through. The driver sends the requests
+// that were in flight again, so the requests that the dead server had sent must not take
+// effect any more when Recover is called.
+//
+// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if the device has a server,
+// ErrStopped if it does not wait for one, ErrNoDriver, ErrPermission, the cause of ctx, and
+// errors of the back end and of the system. After an error the device still waits for a
+// server. If Recover had begun to fetch requests, it does so only after this process has
+// ended.
 func Recover(ctx context.Context, info Info, cfg Config) (*Device, error) {
 	d := newDevice()
 	if err := d.recover(ctx, info, cfg); err != nil {
@@ -68,7 +69,7 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 	if err := d.begin(ctx, cfg); err != nil {
 		return err
 	}
-	// As START_DEV, it waits for the fetches of all queues.
+	// Like START_DEV, END_USER_RECOVERY waits until all queues have fetched their tags.
 	ctx, cancel := d.untilBroken(ctx)
 	defer cancel()
 	if err := d.command(ctx, call{cmd: endRecovery, data: uint64(os.Getpid())}); err != nil {
@@ -77,16 +78,16 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 	if told.devSectors == geometry.Sectors {
 		return nil
 	}
-	// It was resized while nobody served it. I/O beyond its end fails anyway.
+	// The back end may have been resized while nobody served the device. I/O beyond
+	// its end fails.
 	if err := d.resize(ctx, geometry.Sectors); err != nil {
 		d.log.Warn("size of the device is not that of its back end", "device", d.Path(), "sectors", told.devSectors, "back_end", geometry.Sectors, "err", err)
 	}
 	return nil
 }
 
-// takeOver waits until the driver has noticed that the server died, and begins
-// the recovery if the back end can be what the device is. It returns what the driver was
-// told of the device.
+// takeOver waits until the driver has noticed that the server died, and begins the recovery
+// if the back end fits the device. It returns the parameters of the device.
 func (d *Device) takeOver(ctx context.Context, g block.Geometry) (told paramBasic, err error) {
 	pause := time.Millisecond
 	for {
@@ -108,17 +109,17 @@ func (d *Device) takeOver(ctx context.Context, g block.Geometry) (told paramBasi
 			err = d.command(ctx, call{cmd: startRecovery})
 			switch {
 			case errors.Is(err, unix.EBUSY):
-				// The dead server's files are not all closed yet.
+				// The files of the dead server are not all closed yet.
 			case errors.Is(err, unix.EINVAL) && now.Features.Has(UserRecovery):
-				// A server has begun a recovery and died before it fetched; older
-				// drivers (6.12) do not begin it twice.
+				// Another server has begun a recovery and died before it fetched. Older
+				// drivers (6.12) do not begin a recovery twice.
 				return told, nil
 			default:
 				return told, err
 			}
 		}
 		select {
-		case <-time.After(pause): // the driver makes no event of it
+		case <-time.After(pause): // the driver has no event for it
 			pause = min(2*pause, openBackoff)
 		case <-ctx.Done():
 			return told, errors.Join(context.Cause(ctx), err)
@@ -126,8 +127,8 @@ func (d *Device) takeOver(ctx context.Context, g block.Geometry) (told paramBasi
 	}
 }
 
-// served reports whether a process exists and is more than a zombie: one that
-// ended has closed its files, or is about to.
+// served reports whether a process exists and is not a zombie. A zombie has closed its
+// files, or is about to close them.
 func served(pid int) bool {
 	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
@@ -142,9 +143,8 @@ func served(pid int) bool {
 	return true
 }
 
-// compare makes sure that the back end can still be what the users of the
-// device have seen: what the driver was told, which it returns, cannot be changed any
-// more, but for the size.
+// compare checks that the back end fits the parameters of the device, and returns these.
+// Except for the size, they cannot be changed any more.
 func (d *Device) compare(ctx context.Context, g block.Geometry) (told paramBasic, err error) {
 	if err := g.Validate(); err != nil {
 		return told, err
@@ -156,10 +156,10 @@ func (d *Device) compare(ctx context.Context, g block.Geometry) (told paramBasic
 	return p.basic, mismatch(&p.basic, g)
 }
 
-// mismatch says why a back end cannot be what the driver was told; nil if it can. A
-// back end serves requests up to the size that its queues were opened with, whatever its
-// limits have become, and without a volatile cache if it is asked for that
-// (block.QueueConfig). What else it can do less well costs users only time.
+// mismatch returns why a back end does not fit the parameters of the device, or nil if it
+// does. Only the block size matters: a back end serves requests up to the size that its
+// queues were opened with, even if its limits are lower now, and works without a volatile
+// cache if it is asked to (block.QueueConfig). Everything else costs only time.
 func mismatch(told *paramBasic, g block.Geometry) error {
 	if shift(g.LogicalBlock) != told.logicalBlockShift {
 		return fmt.Errorf("block size is %d, the device has %d", g.LogicalBlock, 1<<told.logicalBlockShift)
@@ -167,12 +167,11 @@ func mismatch(told *paramBasic, g block.Geometry) error {
 	return nil
 }
 
-// Abandon deletes a device of ours that waits for a server and will not get
-// one: what its users wait for fails. Without force, a device that somebody
-// uses is left alone. info is what List or Get said of it.
+// Abandon deletes a device that waits for a server. The I/O that waits fails. info is what
+// List or Get returned. Without force, a device that is in use is not deleted.
 //
-// Errors (errors.Is): ErrNotOurs, ErrNoDevice, ErrBusy if it is in use or if
-// it has a server.
+// Errors (errors.Is): ErrNotOurs, ErrNoDevice, and ErrBusy if the device is in use or has a
+// server.
 func Abandon(ctx context.Context, info Info, force bool) error {
 	c, err := openControl()
 	if err != nil {

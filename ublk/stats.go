@@ -6,10 +6,10 @@ import (
 	"golang.org/x/sys/cpu"
 )
 
-// QueueStats count what one hardware queue did since the device was started.
+// QueueStats are the counters of one hardware queue since this process began to serve it.
 type QueueStats struct {
-	Reads, Writes           uint64 // completed requests, failed ones too
-	ReadBytes, WrittenBytes uint64 // of those that succeeded
+	Reads, Writes           uint64 // completed requests, including failed ones
+	ReadBytes, WrittenBytes uint64 // of successful requests
 	Flushes                 uint64
 	Discards                uint64
 	WriteZeroes             uint64
@@ -22,7 +22,7 @@ type Stats struct {
 	Queues []QueueStats
 }
 
-// Total is the sum over all queues.
+// Total returns the sum over all queues.
 func (s Stats) Total() QueueStats {
 	var t QueueStats
 	for _, q := range s.Queues {
@@ -39,7 +39,7 @@ func (s Stats) Total() QueueStats {
 	return t
 }
 
-// counter numbers the counters of a queue.
+// counter is the index of a counter of a queue.
 type counter int
 
 const (
@@ -55,9 +55,9 @@ const (
 	nCounters
 )
 
-// counters are written by the loop, into now, and shown to others once per
-// batch, in seen: a plain addition per request, and an atomic store per counter
-// that the batch moved.
+// counters are the counters of a queue. The loop adds to now, and once per batch it
+// publishes the changed counters in seen. So a request costs a plain addition, and a
+// batch one atomic store for each changed counter.
 type counters struct {
 	now  [nCounters]uint64
 	_    cpu.CacheLinePad
@@ -65,7 +65,7 @@ type counters struct {
 	_    cpu.CacheLinePad
 }
 
-// publish shows the counters. Loop only.
+// publish publishes the counters. Only the loop calls it.
 func (c *counters) publish() {
 	for i := range c.now {
 		if c.seen[i].Load() != c.now[i] {
@@ -74,7 +74,7 @@ func (c *counters) publish() {
 	}
 }
 
-// snapshot is what publish showed. Any goroutine may call it.
+// snapshot returns the published counters. Any goroutine may call it.
 func (c *counters) snapshot() QueueStats {
 	return QueueStats{
 		Reads: c.seen[nReads].Load(), Writes: c.seen[nWrites].Load(),

@@ -11,30 +11,29 @@ import (
 )
 
 const (
-	// undoTimeout bounds the undoing of a failed Start, and the clearing up
-	// after a device that ended by itself.
+	// undoTimeout limits the time to remove a device after Start failed, and to free
+	// a device that ended by itself.
 	undoTimeout = 10 * time.Second
-	// busyPatience is what a short-lived opener, such as udev's, gets.
+	// busyPatience is the time that a short-lived opener, such as udev, has to close
+	// the device.
 	busyPatience = 500 * time.Millisecond
 	busyBackoff  = 20 * time.Millisecond
 )
 
-// Stop ends the device in order: no new request, requests in flight done, the
-// block device gone, memory and number given back.
-//
-// Without force a device in use is left alone, with ErrBusy. The driver looks
-// for openers itself (Linux 7.0); before that, see claim for what is found. An
-// opener that goes away within half a second, as udev's do, is waited for.
-//
-// With force users get I/O errors, and the device number is free only when the
-// last of them has closed the block device. In either case requests in flight are
-// waited for, so a back end that does not answer must fail its requests
+// Stop ends the device: it waits for the requests in flight, removes the block device, and
+// frees memory and device number. A back end that does not answer must fail its requests
 // first.
 //
-// When ctx is done Stop gives up, with an error that names the step; whatever
-// it asked of the driver may still happen, and once it has, the device is
-// cleared up in the background. It can be called again. Stop of a device that
-// is over returns nil.
+// Without force, Stop returns ErrBusy and changes nothing if the device is in use. It waits
+// half a second for openers that close the device soon, as udev does. Since Linux 7.0 the
+// driver looks for openers. Before that, Stop finds those that diskuse.Claim can find.
+//
+// With force, users of the device get I/O errors, and the device number becomes free when
+// the last of them has closed the block device.
+//
+// When ctx is done, Stop returns an error that names the step. The driver may still execute
+// the last command. If it does, the device is freed in the background. Stop may be called
+// again. It returns nil if the device has ended.
 func (d *Device) Stop(ctx context.Context, force bool) error {
 	if err := d.stop(ctx, force); err != nil {
 		return fmt.Errorf("stop %s: %w", d.Path(), err)
@@ -53,11 +52,11 @@ func (d *Device) stop(ctx context.Context, force bool) error {
 	if d.ctl == nil {
 		return nil
 	}
-	asked := d.asked
-	d.asked = true
+	before := d.stopping
+	d.stopping = true
 	if !force {
 		if err := d.stopUnused(ctx); err != nil {
-			d.asked = asked
+			d.stopping = before
 			return err
 		}
 	}
@@ -89,29 +88,28 @@ func (d *Device) tryStop(ctx context.Context) error {
 		case errors.Is(err, unix.EBUSY):
 			return fmt.Errorf("%w: %w", ErrBusy, err)
 		case errors.Is(err, unix.ENODEV):
-			return nil // no disk, nobody to use it
+			return nil // there is no disk
 		}
 		return err
 	}
 	fd, err := claim(d.info.ID)
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
-		return nil // no disk
+		return nil // there is no disk
 	case err != nil:
 		return err
 	}
 	return errors.Join(d.command(ctx, call{cmd: stopDev}), unix.Close(fd))
 }
 
-// clear undoes what start did, in reverse, from wherever things stand. The
-// order matters: see the package documentation. The caller has taken the token of idle.
+// clear undoes what start did, in reverse order, whatever start has reached. The package
+// documentation explains the order. The caller holds the token of idle.
 func (d *Device) clear(ctx context.Context) error {
 	if d.ctl == nil {
 		return nil
 	}
 	if d.char >= 0 {
-		// The driver keeps the number while we have ublkcN open, so this is
-		// our device.
+		// The number is ours while we have ublkcN open.
 		if err := d.command(ctx, call{cmd: stopDev}); err != nil && !errors.Is(err, unix.ENODEV) {
 			return err
 		}
@@ -135,7 +133,7 @@ func (d *Device) clear(ctx context.Context) error {
 	return err
 }
 
-// finish waits for the end of all queues and gives their memory back.
+// finish waits until all queues have ended and frees their memory.
 func (d *Device) finish(ctx context.Context) error {
 	for _, s := range d.serves {
 		err := onLoop(ctx, s.loop, func() error { s.retire(); return nil })
@@ -174,8 +172,7 @@ func (s *serving) dead() bool {
 	}
 }
 
-// delete removes the device, unless it is gone or its number has passed to
-// somebody else's.
+// delete removes the device, unless it is gone or its number belongs to another device.
 func (d *Device) delete(ctx context.Context) error {
 	now, err := d.ctl.info(ctx, d.info.ID)
 	switch {
@@ -193,7 +190,7 @@ func (d *Device) delete(ctx context.Context) error {
 	return err
 }
 
-// watch waits for the end of the device, and clears up if nobody else does.
+// watch waits for the end of the device, and frees it if Stop does not.
 func (d *Device) watch() {
 	var queues sync.WaitGroup
 	for _, s := range d.serves {
@@ -217,12 +214,12 @@ func (d *Device) watch() {
 
 	<-d.idle
 	defer func() { d.idle <- struct{}{} }()
-	if d.ctl == nil { // Stop did it
+	if d.ctl == nil { // Stop has freed it
 		d.log.Info("ublk device stopped")
 		close(d.done)
 		return
 	}
-	if !d.asked {
+	if !d.stopping {
 		d.err = ErrStopped
 		select {
 		case <-d.broken:
@@ -243,7 +240,7 @@ func (d *Device) watch() {
 	}
 }
 
-// linger clears up for as long as it takes. The caller has taken the token of idle.
+// linger frees the device without a time limit. The caller holds the token of idle.
 func (d *Device) linger() {
 	d.log.Error("ublk device hangs", "device", d.Path())
 	if err := d.clear(context.Background()); err != nil {

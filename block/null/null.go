@@ -1,5 +1,5 @@
-// Package null is a block back end that does nothing. Every request succeeds at
-// once, and a read returns whatever is in the buffer. It serves to measure a front
+// Package null is a block back end that does nothing. Every request that
+// block.Request.Check lets pass succeeds at once, and a read returns whatever is in the buffer. It serves to measure a front
 // end without a back end.
 package null
 
@@ -46,15 +46,16 @@ func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &queue{mem: mem, size: cfg.MaxIO, tags: make([]uint16, 0, cfg.Depth)}, nil
+	return &queue{geometry: d.geometry, mem: mem, size: cfg.MaxIO, done: make([]block.Result, 0, cfg.Depth)}, nil
 }
 
 // queue completes requests in the order of their submission.
 type queue struct {
-	mem  []byte
-	size int
-	tags []uint16 // submitted; those from next on are not reaped
-	next int
+	geometry block.Geometry
+	mem      []byte
+	size     int
+	done     []block.Result // those from next on are not reaped
+	next     int
 }
 
 func (q *queue) Buffer(tag uint16) []byte {
@@ -64,24 +65,23 @@ func (q *queue) Buffer(tag uint16) []byte {
 
 func (q *queue) Submit(reqs []block.Request) {
 	for i := range reqs {
-		q.tags = append(q.tags, reqs[i].Tag)
+		r := &reqs[i]
+		e := r.Check(q.geometry.Sectors, q.geometry.LogicalBlock, q.size)
+		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(e)})
 	}
 }
 
 func (q *queue) Reap(done []block.Result) int {
-	n := min(len(done), len(q.tags)-q.next)
-	for i, tag := range q.tags[q.next : q.next+n] {
-		done[i] = block.Result{Tag: tag}
-	}
+	n := copy(done, q.done[q.next:])
 	q.next += n
-	if q.next == len(q.tags) {
-		q.tags, q.next = q.tags[:0], 0
+	if q.next == len(q.done) {
+		q.done, q.next = q.done[:0], 0
 	}
 	return n
 }
 
 func (q *queue) Close() error {
-	if q.next < len(q.tags) {
+	if q.next < len(q.done) {
 		return errors.New("close null queue: requests are in flight")
 	}
 	return hostmem.Unmap(q.mem)

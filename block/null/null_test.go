@@ -3,6 +3,8 @@ package null
 import (
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/block"
 )
 
@@ -46,6 +48,41 @@ func TestQueue(t *testing.T) {
 	q.Reap(done[:])
 	if err := q.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestErrors: what no device may carry out fails here, too.
+func TestErrors(t *testing.T) {
+	d, err := New(Config{Geometry: block.Geometry{Sectors: 1024, LogicalBlock: 4096}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const maxIO = 8 << 10
+	q, err := d.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: maxIO})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		r    block.Request
+		want unix.Errno
+	}{
+		{"last block", block.Request{Op: block.OpWrite, Sector: 1016, Sectors: 8}, 0},
+		{"flush", block.Request{Op: block.OpFlush}, 0},
+		{"beyond the end", block.Request{Op: block.OpRead, Sector: 1024, Sectors: 8}, unix.EIO},
+		{"beyond the buffer", block.Request{Op: block.OpRead, Sectors: maxIO>>9 + 8}, unix.EINVAL},
+		{"part of a block", block.Request{Op: block.OpDiscard, Sectors: 1}, unix.EINVAL},
+		{"no sector", block.Request{Op: block.OpWriteZeroes}, unix.EINVAL},
+		{"unset", block.Request{Sectors: 8}, unix.EOPNOTSUPP},
+	} {
+		q.Submit([]block.Request{c.r})
+		var done [1]block.Result
+		if n := q.Reap(done[:]); n != 1 || unix.Errno(done[0].Errno) != c.want {
+			t.Errorf("%s: %d results, %v, want %v", c.name, n, unix.Errno(done[0].Errno), c.want)
+		}
+	}
+	if err := q.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

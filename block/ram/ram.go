@@ -100,35 +100,26 @@ func (q *queue) Submit(reqs []block.Request) {
 	}
 }
 
-// serve carries a request out. Errors are those of a disk: EIO beyond the end,
-// EROFS for changes of a read-only one.
+// serve carries a request out. Errors are those of block.Request.Check, and EROFS for
+// changes of a read-only device.
 func (q *queue) serve(r *block.Request) unix.Errno {
-	if r.Op == block.OpFlush {
-		return 0
-	}
 	d := q.dev
-	if r.Sector > d.geometry.Sectors || uint64(r.Sectors) > d.geometry.Sectors-r.Sector {
-		return unix.EIO
-	}
-	data := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
-	if r.Op != block.OpRead && d.geometry.ReadOnly {
+	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, q.size); {
+	case e != 0:
+		return e
+	case r.Op == block.OpFlush:
+		return 0
+	case r.Op != block.OpRead && d.geometry.ReadOnly:
 		return unix.EROFS
 	}
+	data := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
 	switch r.Op {
-	case block.OpRead, block.OpWrite:
-		if len(data) > q.size {
-			return unix.EIO
-		}
-		buf := q.Buffer(r.Tag)[:len(data)]
-		if r.Op == block.OpRead {
-			copy(buf, data)
-		} else {
-			copy(data, buf)
-		}
-	case block.OpDiscard, block.OpWriteZeroes:
+	case block.OpRead:
+		copy(q.Buffer(r.Tag), data)
+	case block.OpWrite:
+		copy(data, q.Buffer(r.Tag))
+	default: // a discard or write zeroes
 		clear(data)
-	default:
-		return unix.EOPNOTSUPP
 	}
 	return 0
 }

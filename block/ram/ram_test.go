@@ -74,6 +74,7 @@ func TestData(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
+	large := open(t, block.Geometry{Sectors: 1024, LogicalBlock: 4096})
 	rw, ro := open(t, block.Geometry{Sectors: 1024}), open(t, block.Geometry{Sectors: 1024, ReadOnly: true})
 	for _, c := range []struct {
 		name string
@@ -85,7 +86,12 @@ func TestErrors(t *testing.T) {
 		{"across the end", rw, block.Request{Op: block.OpRead, Sector: 1023, Sectors: 2}, unix.EIO},
 		{"beyond the end", rw, block.Request{Op: block.OpWrite, Sector: 1 << 63, Sectors: 1}, unix.EIO},
 		{"overflow", rw, block.Request{Op: block.OpDiscard, Sector: ^uint64(0), Sectors: 2}, unix.EIO},
-		{"beyond the buffer", rw, block.Request{Op: block.OpRead, Sectors: maxIO>>9 + 1}, unix.EIO},
+		{"beyond the buffer", rw, block.Request{Op: block.OpRead, Sectors: maxIO>>9 + 1}, unix.EINVAL},
+		{"no sector", rw, block.Request{Op: block.OpWrite}, unix.EINVAL},
+		{"unknown flag", rw, block.Request{Op: block.OpWrite, Sectors: 1, Flags: 1 << 7}, unix.EINVAL},
+		{"part of a block", large, block.Request{Op: block.OpWrite, Sectors: 1}, unix.EINVAL},
+		{"within a block", large, block.Request{Op: block.OpRead, Sector: 1, Sectors: 8}, unix.EINVAL},
+		{"a block", large, block.Request{Op: block.OpWrite, Sector: 8, Sectors: 8, Flags: block.FUA}, 0},
 		{"unset", rw, block.Request{Sectors: 1}, unix.EOPNOTSUPP},
 		{"read only read", ro, block.Request{Op: block.OpRead, Sectors: 1}, 0},
 		{"read only write", ro, block.Request{Op: block.OpWrite, Sectors: 1}, unix.EROFS},

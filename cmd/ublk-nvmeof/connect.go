@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 
@@ -25,7 +26,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
-// connection is what connect and serve have in common.
+// connection holds the options that connect and serve have in common.
 type connection struct {
 	runDir     dirFunc
 	opts       *options.Connect
@@ -37,6 +38,7 @@ type connection struct {
 	flagsFile  string        // of flags that are not on the command line
 	succeed    string        // the running server to take over from
 	recover    string        // the dead server to take over from
+	within     time.Duration // time limit for everything until the devices are usable; 0: see server.Config
 }
 
 func (c *connection) addFlags(cmd *cobra.Command) {
@@ -83,7 +85,7 @@ the connection.
 
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error {
 			if c.flagsFile != "" {
 				if err := usage(flagsFrom(c.flagsFile, cmd.Flags())); err != nil {
@@ -98,7 +100,7 @@ Invalid values are refused before anything else happens. Sizes are written like
 	return cmd
 }
 
-// connect starts the server, or becomes it.
+// connect starts the server in the background, or becomes the server.
 func (c *connection) connect(cmd *cobra.Command) error {
 	if err := c.complete(); err != nil {
 		return err
@@ -109,30 +111,46 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	args := append(serveArgs(dir), options.Args(c.shown)...)
 	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose), "--retry="+c.retry.String())
+	if c.shown.Changed("timeout") {
+		args = append(args, "--within="+c.opts.Timeout.String())
+	}
 	if c.foreground {
-		_ = host.SetIOFlusher() // serving works without it; the server says so
+		_ = host.SetIOFlusher() // the server works without it and logs a warning
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
 		}
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
-	s, err := startServer(args, c.opts.Timeout+c.retry)
+	ctx, stop := interruptible(endSignals...)
+	defer stop()
+	s, err := startServer(ctx, args, c.opts.Timeout+c.retry, say(cmd))
 	if err != nil {
 		return err
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }
 
-// serveArgs are the first words of a server's command line.
+// serveArgs returns the first words of a server's command line.
 func serveArgs(dir state.Dir) []string {
 	return []string{programName, "serve", "--run-dir=" + string(dir)}
 }
 
 // startServer starts a server in the background, and waits until its devices are
 // usable.
-func startServer(args []string, timeout time.Duration) (control.Status, error) {
-	_ = host.SetIOFlusher() // serving works without it; the server says so
-	return launch(self(), args, timeout)
+func startServer(ctx context.Context, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
+	_ = host.SetIOFlusher() // the server works without it and logs a warning
+	return launch(ctx, self(), args, timeout, say)
+}
+
+// say returns a function that tells the user of a command what the command waits for.
+// Any goroutine may call it.
+func say(cmd *cobra.Command) func(string) {
+	var mu sync.Mutex
+	return func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		cmd.PrintErrf("%s: %s: %s\n", programName, cmd.Name(), output.Text(text))
+	}
 }
 
 func newServe(runDir dirFunc) *cobra.Command {
@@ -142,12 +160,13 @@ func newServe(runDir dirFunc) *cobra.Command {
 		Use:    "serve",
 		Hidden: true,
 		Short:  "Run the server that connect starts",
-		Args:   cobra.NoArgs,
+		Args:   noArgs,
 	}
 	c.addFlags(cmd)
 	cmd.Flags().IntVar(&reportFD, "report-fd", -1, "descriptor on which connect waits for the report")
 	cmd.Flags().StringVar(&c.succeed, "succeed", "", "name of the running server to take over from")
 	cmd.Flags().StringVar(&c.recover, "recover", "", "name of the dead server to take over from")
+	cmd.Flags().DurationVar(&c.within, "within", 0, "time limit for everything until the devices are usable")
 	foreground := verb("connect", func(cmd *cobra.Command, _ []string) error { return c.serveForeground(cmd) })
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if reportFD < 0 {
@@ -164,14 +183,15 @@ func newServe(runDir dirFunc) *cobra.Command {
 			return nil
 		}
 		if r.failed(err) == nil {
-			os.Exit(int(err.Code)) // connect says it; twice is too often
+			os.Exit(int(err.Code)) // connect reports the error, so it is not printed twice
 		}
 		return err
 	}
 	return cmd
 }
 
-// serveForeground is connect --foreground, after it became the server.
+// serveForeground runs the server for connect --foreground, which has become this
+// process.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
 	cfg := server.Config{
 		Log:    foregroundLog(os.Stderr, c.level()),
@@ -213,8 +233,8 @@ func foregroundLog(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
-// serveBackground is what connect starts. What is logged before there is a log
-// file goes to connect's standard error, as do panics.
+// serveBackground runs the server that connect has started. Until there is a log file,
+// logs go to the standard error of connect, and so do panics.
 func (c *connection) serveBackground(r *reporter) error {
 	log := &logFile{}
 	cfg := server.Config{
@@ -223,9 +243,10 @@ func (c *connection) serveBackground(r *reporter) error {
 			if err := log.open(e.Log()); err != nil {
 				return err
 			}
-			return r.logs(e.Log())
+			return r.reserved(e.Name, e.Log())
 		},
-		Ready: r.ready,
+		Waiting: r.waits,
+		Ready:   r.ready,
 	}
 	reload, stop := hangups()
 	defer stop()
@@ -233,7 +254,8 @@ func (c *connection) serveBackground(r *reporter) error {
 	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
 }
 
-// logIdentity says how the target knows this host, and what is odd about it.
+// logIdentity logs the identity that the target knows for this host, and warnings about
+// it.
 func (c *connection) logIdentity(log *slog.Logger) {
 	args := []any{"hostnqn", c.opts.HostNQN, "hostid", c.opts.HostID.String()}
 	if c.opts.HostIDFile != "" {
@@ -241,7 +263,7 @@ func (c *connection) logIdentity(log *slog.Logger) {
 	}
 	log.Info("host identity", args...)
 	for _, w := range c.opts.Warnings {
-		log.Warn("host identity is odd", "reason", w)
+		log.Warn("unusual host identity", "reason", w)
 	}
 }
 
@@ -256,8 +278,8 @@ func (c *connection) level() slog.Level {
 // wait for requests in flight, the third does not wait for anything. If the server is
 // patient, the second and the third have to be SIGINT.
 func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
-	if err := host.SetName(programName); err != nil { // it is "exe" after executing self
-		cfg.Log.Warn("process not named", "error", err)
+	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
+		cfg.Log.Warn("cannot set the name of the process", "error", err)
 	}
 	if err := c.complete(); err != nil {
 		return err
@@ -269,12 +291,13 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	if err != nil {
 		return err
 	}
-	unix.Umask(0o022) // others may look
-	// A log that nobody reads any more is no reason to die.
+	unix.Umask(0o022) // other users may read the records
+	// The server must not die because nobody reads its log any more.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(signals...)
 	defer stop()
-	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers = c.opts, dir, c.succeed, c.recover
+	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers, cfg.Within = c.opts, dir, c.succeed, c.recover, c.within
+	cfg.Host = sharedDirs()
 	cfg.Args = append(options.Args(c.shown), "--hostnqn="+c.opts.HostNQN, "--hostid="+c.opts.HostID.String())
 	reserved := cfg.Reserved
 	cfg.Reserved = func(e *state.Entry) error {
@@ -296,7 +319,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		<-ctx.Done()
 		more := make(chan os.Signal, 2)
 		signal.Notify(more, signals...)
-		cfg.Log.Warn("another signal: requests in flight are not waited for any more", "signal", (<-more).String())
+		cfg.Log.Warn("another signal: the server does not wait for requests in flight any more", "signal", (<-more).String())
 		close(hurry)
 		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))

@@ -253,6 +253,18 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 		"disconnect and connect": func(s *site, r state.Record) error {
 			return errors.Join(s.run("disconnect", r.Name), s.run(s.connectArgs(r.Target.NQN)...))
 		},
+		"disconnect and two of which one waits": func(s *site, r state.Record) error {
+			if err := s.run("disconnect", r.Name); err != nil {
+				return err
+			}
+			first := make(chan error, 1)
+			go func() { first <- s.run(s.connectArgs(r.Target.NQN)...) }()
+			for !s.waitsFor(r) {
+				time.Sleep(10 * time.Millisecond)
+			}
+			s.t.Cleanup(func() { <-first }) // which the end of the test may cut short
+			return s.run(s.connectArgs(r.Target.NQN, "--duplicate-connect", "--nbd-socket", filepath.Join(s.dir, "second.sock"))...)
+		},
 		"killed while it recovers": func(s *site, r state.Record) error {
 			cut := make(chan error, 1)
 			go func() { cut <- s.run("recover", r.Name) }()
@@ -315,6 +327,17 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// waitsFor reports whether a live server has inherited the controllers of a dead one.
+func (s *site) waitsFor(dead state.Record) bool {
+	records, err := state.Dir(s.dir).List()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return slices.ContainsFunc(records, func(r state.Record) bool {
+		return r.Alive && slices.Contains(r.Controllers, dead.Controllers[0])
+	})
 }
 
 // run runs the program.

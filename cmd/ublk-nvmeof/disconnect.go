@@ -21,19 +21,22 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// Bounds on disconnecting one server in order. Its own bounds are shorter.
+// orderlyTime is the time limit for a server to end its devices in order. Its own limits
+// are shorter. Tests shorten it.
+var orderlyTime = 30 * time.Second
+
+// Time limits for the steps after that, and the pause between two attempts to clear up
 const (
-	orderlyTime = 30 * time.Second
-	exitTime    = 5 * time.Second
-	clearTime   = 5 * time.Second
-	clearRetry  = 20 * time.Millisecond
+	exitTime   = 5 * time.Second
+	clearTime  = 5 * time.Second
+	clearRetry = 20 * time.Millisecond
 )
 
-// What disconnect --force has done by when, after its beginning, for all servers
-// at the same time: it is back within 5 s whatever happens.
+// Deadlines of the steps of disconnect --force, from its beginning. They apply to all
+// servers at the same time, so that the command always returns within 5 s.
 const (
-	probedBy  = 800 * time.Millisecond  // a server that does not answer at all is killed
-	askedBy   = 3000 * time.Millisecond // so is one that does not end by itself
+	probedBy  = 800 * time.Millisecond  // a server that has not answered is killed
+	askedBy   = 3000 * time.Millisecond // a server that has not ended by itself is killed
 	diedBy    = 3700 * time.Millisecond
 	clearedBy = 4400 * time.Millisecond
 )
@@ -51,7 +54,7 @@ server, such as ctrl0, is accepted as well (see list -v).
 A server whose device is in use is not ended unless --force is given. With --force
 the users of the device get I/O errors, and a server that does not end within
 seconds is killed. When the command returns, the server has ended, or the error
-says why it has not.
+says why it has not. A server that does not answer is given up after 30 s.
 
 As with nvme-cli, it is no error if no server has the NQN. It is an error if there
 is no such device.`,
@@ -103,7 +106,7 @@ is no such device.`,
 	return cmd
 }
 
-// isDevice tells a device or a server from an NQN.
+// isDevice reports whether s names a device or a server, and not a subsystem.
 func isDevice(s string) bool {
 	if scheme, _, ok := strings.Cut(s, "://"); ok && slices.Contains([]string{"nbd", "nbds", "nbd+unix", "nbds+unix"}, scheme) {
 		return true
@@ -119,15 +122,15 @@ func isDevice(s string) bool {
 	return false
 }
 
-// wanted are the servers that a command line names: those of an NQN, or that of
-// a device.
+// wanted holds the servers that an argument names: all servers of an NQN, or the server
+// of a device.
 type wanted struct {
 	nqn     string
 	records []state.Record
 }
 
-// choose finds the servers, each once. The errors are about what is not there,
-// or cannot be read.
+// choose returns the servers that a command line names, each once. Its errors are about
+// names without a server, and about records that cannot be read.
 func choose(records []state.Record, nqns, devices []string) (chosen []wanted, errs []error) {
 	taken := map[string]bool{}
 	take := func(w wanted, match func(state.Record) bool) wanted {
@@ -156,8 +159,8 @@ func choose(records []state.Record, nqns, devices []string) (chosen []wanted, er
 	return chosen, errs
 }
 
-// disconnect ends what was named, as much as it can, all at the same time, and
-// reports what it could not.
+// disconnect ends all named servers at the same time. It reports those that it could
+// not end.
 func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force bool) error {
 	began := time.Now()
 	records, err := dir.List()
@@ -166,6 +169,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	}
 	chosen, errs := choose(records, nqns, devices)
 	results := make([][]error, len(chosen))
+	tell := say(cmd)
 	var wg sync.WaitGroup
 	for i, w := range chosen {
 		results[i] = make([]error, len(w.records))
@@ -174,7 +178,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 				if force {
 					results[i][j] = endByForce(cmd.Context(), dir, r, began)
 				} else {
-					results[i][j] = end(cmd.Context(), dir, r)
+					results[i][j] = end(cmd.Context(), dir, r, tell)
 				}
 			})
 		}
@@ -194,7 +198,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	return errors.Join(errs...)
 }
 
-// serves reports whether a device, or the server itself, has a name.
+// serves reports whether name is that of the server or of one of its devices.
 func serves(r state.Record, name string) bool {
 	name = strings.TrimPrefix(name, "/dev/")
 	return r.Name == name || slices.ContainsFunc(r.Devices, func(d state.Device) bool {
@@ -202,8 +206,9 @@ func serves(r state.Record, name string) bool {
 	})
 }
 
-// end ends a server in order, and returns when it has ended.
-func end(ctx context.Context, dir state.Dir, r state.Record) error {
+// end ends a server in order, and returns when it has ended. It tells the user if that
+// takes long.
+func end(ctx context.Context, dir state.Dir, r state.Record, tell func(string)) error {
 	p, err := r.Process.Open()
 	switch {
 	case errors.Is(err, os.ErrProcessDone):
@@ -212,21 +217,60 @@ func end(ctx context.Context, dir state.Dir, r state.Record) error {
 		return err
 	}
 	defer p.Close()
-	limit, cancel := context.WithTimeout(ctx, orderlyTime)
-	defer cancel()
-	err = control.NewClient(r.Socket()).Disconnect(limit, false)
+	told := later(sayAfter, func() {
+		tell(fmt.Sprintf("%s waits up to %v until %s has ended its devices; --force does not wait", r.Name, orderlyTime, processOf(r)))
+	})
+	err = askInOrder(ctx, r)
+	told()
 	switch {
 	case exit.Of(err) == exit.Busy:
-		return fmt.Errorf("%w; --force ends it all the same", err)
+		return fmt.Errorf("%w; --force ends the server nevertheless", err)
 	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
-		return exit.Errorf(exit.Timeout, "process %d does not end", r.Process.PID)
+		return exit.Errorf(exit.Timeout, "%s does not end; --force kills it", processOf(r))
 	}
 	return clearUp(ctx, dir, r, server.EndUnused, time.Now().Add(clearTime))
 }
 
-// endByForce ends a server whatever it does.
+// askInOrder asks a server to end in order, and waits until it has.
+func askInOrder(ctx context.Context, r state.Record) error {
+	limited, cancel := context.WithTimeout(ctx, orderlyTime)
+	defer cancel()
+	err := control.NewClient(r.Socket()).Disconnect(limited, false)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return exit.Errorf(exit.Timeout, "%s did not answer within %v; --force kills it", processOf(r), orderlyTime)
+	}
+	return err
+}
+
+// processOf describes the process of a server, and says whether it is stopped.
+func processOf(r state.Record) string {
+	if r.Process.Stopped() {
+		return fmt.Sprintf("process %d (which is stopped; SIGCONT continues it)", r.Process.PID)
+	}
+	return fmt.Sprintf("process %d", r.Process.PID)
+}
+
+// later calls fn after d, unless stop is called first. When stop returns, fn does not
+// run any more.
+func later(d time.Duration, fn func()) (stop func()) {
+	done, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-time.After(d):
+			fn()
+		case <-done:
+		}
+	}()
+	return func() {
+		close(done)
+		<-ended
+	}
+}
+
+// endByForce ends a server. It kills the server if it does not answer or does not end.
 func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.Time) error {
 	p, err := r.Process.Open()
 	switch {
@@ -247,7 +291,8 @@ func endByForce(ctx context.Context, dir state.Dir, r state.Record, began time.T
 	return clearUp(ctx, dir, r, server.EndAll, began.Add(clearedBy))
 }
 
-// askByForce asks a server to end, if it answers at all.
+// askByForce asks a server to end even if its devices are in use. It fails early if the
+// server does not answer a request for its status.
 func askByForce(ctx context.Context, r state.Record, began time.Time) error {
 	client := control.NewClient(r.Socket())
 	probe, cancel := context.WithDeadline(ctx, began.Add(probedBy))
@@ -266,8 +311,8 @@ func waitUntil(ctx context.Context, p *state.Handle, t time.Time) error {
 	return p.Wait(ctx)
 }
 
-// clearUp takes away what the server left, if anything. The kernel may take a
-// moment after its end.
+// clearUp removes the devices and the record that a server left. It retries until t,
+// because the kernel may need a moment after the end of the server.
 func clearUp(ctx context.Context, dir state.Dir, r state.Record, waiting server.Waiting, t time.Time) error {
 	ctx, cancel := context.WithDeadline(ctx, t)
 	defer cancel()

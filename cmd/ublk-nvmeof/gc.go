@@ -18,7 +18,7 @@ func newGC(runDir dirFunc) *cobra.Command {
 of servers that no longer exist. Only devices that this program added are removed.
 Devices that wait for a server are kept (recover starts one, disconnect removes
 them), and so are sockets whose clients may wait for a server, and open devices.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("gc", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {

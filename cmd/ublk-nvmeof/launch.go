@@ -21,12 +21,12 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
-// self is the path of this program, or a link to it if its file has been
-// replaced since. The path is better where it is right, because ps shows the last
-// part of it as the name of a thread.
+// self returns the path of this program, or of a link to it if its file has been
+// replaced. The path is better because ps shows its last part as the name of a thread.
 func self() string {
 	const link = "/proc/self/exe"
 	running, err := os.Stat(link)
@@ -43,31 +43,35 @@ func self() string {
 	return path
 }
 
-// undoTime is how long a server may take, after its own timeout, to undo what it
-// has done.
+// undoTime is the time that a server has, after its own timeout, to undo its work.
 const undoTime = 30 * time.Second
 
 // report is a message of a server to the command that started it.
 type report struct {
-	Log    string          `json:"log,omitempty"` // path of the server's log
+	Name   string          `json:"name,omitempty"` // of the server
+	Log    string          `json:"log,omitempty"`  // path of the server's log
+	Wait   *server.Wait    `json:"wait,omitempty"` // the current wait of the server
 	Status *control.Status `json:"status,omitempty"`
 	Error  *exit.Error     `json:"error,omitempty"`
 }
 
-// reporter is the server's end of the pipe to the command that started it. The
-// pipe is closed after the status or the error.
+// reporter is the server's end of the pipe to the command that started it. The pipe is
+// closed after the status or the error.
 type reporter struct{ file *os.File }
 
-// logs names the server's log.
-func (r *reporter) logs(path string) error { return r.send(report{Log: path}) }
+// reserved reports the names of the server and of its log.
+func (r *reporter) reserved(name, log string) error { return r.send(report{Name: name, Log: log}) }
 
-// ready tells that the devices are usable. A server that cannot tell must end,
-// because nobody would know of its devices.
+// waits reports what the server waits for. The server continues if nobody reads that.
+func (r *reporter) waits(w server.Wait) { _ = r.send(report{Wait: &w}) }
+
+// ready reports that the devices are usable. A server whose report fails must end,
+// because nobody would know its devices.
 func (r *reporter) ready(s control.Status) error {
 	return errors.Join(r.send(report{Status: &s}), r.close())
 }
 
-// failed is the last thing that a server does. After ready it does nothing.
+// failed reports the error with which the server ends. It does nothing after ready.
 func (r *reporter) failed(err *exit.Error) error {
 	return errors.Join(r.send(report{Error: err}), r.close())
 }
@@ -88,26 +92,25 @@ func (r *reporter) close() error {
 	return err
 }
 
-// receive reads the messages of a server until the last one, or until the server
-// is dead, and returns all of them as one.
-func receive(r io.Reader) report {
+// receive reads the messages of a server until the last one, or until the server has
+// died. After each message it sends what is known by then. It closes heard at the end.
+func receive(r io.Reader, heard chan<- report) {
+	defer close(heard)
 	var all report
 	for d := json.NewDecoder(r); all.Status == nil && all.Error == nil; {
 		var m report
 		if d.Decode(&m) != nil {
-			break // the server is dead, or is no server of ours
+			return // the server has died, or is another program
 		}
-		if m.Log != "" {
-			all.Log = m.Log
-		}
-		all.Status, all.Error = m.Status, m.Error
+		all.Name, all.Log = cmp.Or(m.Name, all.Name), cmp.Or(m.Log, all.Log)
+		all.Wait, all.Status, all.Error = m.Wait, m.Status, m.Error
+		heard <- all
 	}
-	return all
 }
 
-// background makes a command of this program that runs on when its session has
-// ended: in a session of its own, with nothing of the caller's but standard error
-// and out, which is its descriptor 3.
+// background returns a command of this program that continues when the session of the
+// caller ends. The command runs in its own session and inherits only standard error,
+// and out as its descriptor 3.
 func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
 	if err := host.CloseOnExec(); err != nil {
 		return nil, err
@@ -127,8 +130,8 @@ func hangups() (c chan os.Signal, stop func()) {
 	return c, func() { signal.Stop(c) }
 }
 
-// surviveHangup keeps SIGHUP, which the end of a session may send, from ending a
-// server in the background, until stop is called.
+// surviveHangup makes this process ignore SIGHUP, which the end of a session may send,
+// until stop is called. It is for servers in the background.
 func surviveHangup(log *slog.Logger) (stop func()) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, syscall.SIGHUP)
@@ -143,13 +146,13 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 	}
 }
 
-// launch starts a server in the background and returns its status once its
-// devices are usable. Otherwise nothing of the server is left, and the error says
-// why, or how the server died. The server inherits the calling thread's marks
-// (host.SetIOFlusher).
-func launch(path string, args []string, timeout time.Duration) (control.Status, error) {
-	ctx, stop := interruptible(endSignals...)
-	defer stop()
+// launch starts a server in the background and returns its status once its devices are
+// usable. After an error nothing is left of the server, and the error has the reason,
+// or says how the server died. The server inherits the marks of the calling thread
+// (host.SetIOFlusher). say tells the user what the server waits for. timeout is the
+// time limit of the server without the waits that it announces. If ctx ends, launch
+// asks the server to end.
+func launch(ctx context.Context, path string, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
@@ -159,7 +162,7 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
-	cmd.Dir = "/" // it must not keep a file system busy
+	cmd.Dir = "/" // the server must not keep a file system busy
 	before, unknown := host.OOMKills()
 	err = cmd.Start()
 	w.Close()
@@ -168,8 +171,12 @@ func launch(path string, args []string, timeout time.Duration) (control.Status, 
 	}
 	leaveSession(ctx, cmd.Process.Pid)
 	heard := make(chan report, 1)
-	go func() { heard <- receive(r) }()
-	m, err := await(ctx, heard, cmd.Process, timeout)
+	go receive(r, heard)
+	m, err := await(ctx, heard, cmd.Process, timeout, say)
+	go func() { // receive ends with the server
+		for range heard {
+		}
+	}()
 	switch {
 	case err != nil:
 		_ = cmd.Wait() // err says more
@@ -235,8 +242,12 @@ func launchSuccessor(runDir dirFunc) func(program, succeeds string, flags []stri
 			return 0, nil, fmt.Errorf("start %s: %w", program, err)
 		}
 		failed := make(chan error, 1)
+		heard := make(chan report)
+		go receive(r, heard)
 		go func() {
-			m := receive(r)
+			var m report
+			for m = range heard { // until the last one
+			}
 			r.Close()
 			err := cmd.Wait() // this process ends first if all goes well
 			if m.Error != nil {
@@ -257,8 +268,8 @@ const (
 	memoryRanOut
 )
 
-// obituary says how a server died that has not said so itself. log is the path of
-// its log, if it has one.
+// obituary describes how a server died that has not reported an error itself. log is
+// the path of its log, or empty.
 func obituary(p *os.ProcessState, log string, m memory) string {
 	text := fmt.Sprintf("it ended with exit code %d and reported nothing", p.ExitCode())
 	if s, ok := p.Sys().(syscall.WaitStatus); ok && s.Signaled() {
@@ -277,8 +288,8 @@ func obituary(p *os.ProcessState, log string, m memory) string {
 	return text
 }
 
-// lastLine is the last line of a file that is not empty, or of its end if it is
-// longer than that.
+// lastLine returns the last line of a file that is not empty. It reads only the end of
+// a long file.
 func lastLine(path string) string {
 	const most = 4096
 	if path == "" {
@@ -286,30 +297,48 @@ func lastLine(path string) string {
 	}
 	f, err := rundir.OpenFile(path, os.O_RDONLY, 0)
 	if err != nil {
-		return "" // it was never made, or is gone
+		return "" // the file was never made, or was removed
 	}
 	defer f.Close()
 	if info, err := f.Stat(); err == nil && info.Size() > most {
-		_, _ = f.Seek(-most, io.SeekEnd) // else the beginning is read
+		_, _ = f.Seek(-most, io.SeekEnd) // after an error the beginning is read
 	}
 	text, _ := io.ReadAll(io.LimitReader(f, most))
 	text = bytes.TrimSpace(text)
 	return string(text[bytes.LastIndexByte(text, '\n')+1:])
 }
 
-// await waits for the report of a server. It passes a signal on, and kills a server
-// that neither gets ready nor ends in time.
-func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration) (report, error) {
+// sayAfter is the time after which a command that waits for a server says why.
+const sayAfter = 2 * time.Second
+
+// await waits for the last report of a server. If ctx ends, it sends SIGTERM to the
+// server. It kills a server that neither becomes ready nor ends in time.
+func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration, say func(string)) (report, error) {
+	var last report
 	limit := time.NewTimer(timeout + undoTime)
 	defer limit.Stop()
+	quiet := time.NewTimer(sayAfter)
+	quiet.Stop()
+	defer quiet.Stop()
 	interrupted := ctx.Done()
 	for {
 		select {
-		case m := <-heard:
-			return m, nil
+		case m, ok := <-heard:
+			if !ok {
+				return last, nil
+			}
+			last = m
+			if m.Wait != nil {
+				limit.Reset(m.Wait.Limit() + timeout + undoTime)
+				if quiet.Stop(); m.Wait.For != "" {
+					quiet.Reset(sayAfter)
+				}
+			}
+		case <-quiet.C:
+			say(fmt.Sprintf("%s %s, up to %v", last.Name, last.Wait.For, last.Wait.Limit()))
 		case <-interrupted:
 			interrupted = nil
-			_ = p.Signal(syscall.SIGTERM) // it may have ended
+			_ = p.Signal(syscall.SIGTERM) // the server may have ended
 		case <-limit.C:
 			_ = p.Kill()
 			return report{}, exit.Errorf(exit.Timeout, "the server did not get ready, and was killed")

@@ -6,11 +6,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -34,14 +37,14 @@ func TestLaunchSaysHowAServerDied(t *testing.T) {
 		`echo '{"log": "/x"}' >&3; `: "it ended with exit code 0 and reported nothing",
 	} {
 		path, args := shell(script)
-		_, err := launch(path, args, time.Minute)
+		_, err := launch(t.Context(), path, args, time.Minute, silent)
 		if err == nil || !strings.HasPrefix(err.Error(), "the server died: "+want) ||
 			script != killed && err.Error() != "the server died: "+want {
 			t.Errorf("%s: %v, want %s", script, err, want)
 		}
 	}
 	path, args := shell(logs + `echo '{"status": {"name": "ctrl9"}}' >&3`)
-	if s, err := launch(path, args, time.Minute); err != nil || s.Name != "ctrl9" {
+	if s, err := launch(t.Context(), path, args, time.Minute, silent); err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
 	}
 }
@@ -180,5 +183,28 @@ cd "$3" &&
 	}
 	if out, code := run("list"); code != exit.OK || !strings.Contains(out, "live") {
 		t.Errorf("exit code %d, %s", code, out)
+	}
+}
+
+// A command says what its server waits for, and up to when, if that takes long. The wait
+// does not count for the time limit of the command.
+func TestLaunchSaysWhatAServerWaitsFor(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path, args := shell(`echo '{"name": "ctrl7", "log": "/x"}' >&3; echo '{"wait": {"for": "waits for nobody", "seconds": 9}}' >&3; echo '{"wait": {}}' >&3; ` +
+		`echo '{"wait": {"for": "waits for a friend", "seconds": 90}}' >&3; ` +
+		`read word <` + fifo + `; echo '{"status": {"name": "ctrl7"}}' >&3`)
+	var said []string
+	// Without the wait, the limit would be 1 ms.
+	s, err := launch(t.Context(), path, args, time.Millisecond-undoTime, func(text string) {
+		said = append(said, text)
+		if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if err != nil || s.Name != "ctrl7" || !slices.Equal(said, []string{"ctrl7 waits for a friend, up to 1m30s"}) {
+		t.Errorf("%+v, %v; said %q", s, err, said)
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -14,7 +15,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
-// statusTime is how long a server may take to answer a request for its status.
+// statusTime is the time limit for a server's answer to a request for its status.
 const statusTime = 2 * time.Second
 
 func newList(runDir dirFunc) *cobra.Command {
@@ -30,7 +31,7 @@ granted, and the default queues serve its requests.
 A server that died is shown as lost, with the devices that it left: recover starts
 a server for them, and disconnect removes them. JSON has all details, with or
 without -v.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -62,8 +63,8 @@ func statuses(ctx context.Context, records []state.Record, complain func(string,
 	return found
 }
 
-// statusOf returns the status that a server reports, or what its record says if it does
-// not answer.
+// statusOf returns the status that a server reports, or a status made from its record
+// if it does not answer.
 func statusOf(ctx context.Context, r state.Record) control.Status {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()
@@ -89,6 +90,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 			return live
 		}
 		s.State, s.Reason = "unknown", err.Error()
+		if errors.Is(err, context.DeadlineExceeded) {
+			s.Reason = fmt.Sprintf("%s did not answer within %v", processOf(r), statusTime)
+		}
 	}
 	return s
 }

@@ -9,20 +9,20 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
-// logLimit is the size, in bytes, at which a new log is begun: a run directory is
-// in memory. One older log is kept.
+// logLimit is the size, in bytes, at which a new log is begun, because run directories
+// are in memory. One older log is kept.
 const logLimit = 1 << 20
 
-// logFile is the log of a background server. It is standard error at first. Once
-// the server has a directory, standard error becomes a file in it, so that a
-// panic is logged there, too. slog's handlers write one record at a time.
+// logFile is the log of a background server. At first it is standard error. After open,
+// standard error is a file, so that panics are logged there, too. slog's handlers write
+// one record at a time, so there is no lock.
 type logFile struct {
-	path string // empty: not open
+	path string // empty before open
 	size int64
 }
 
-// open makes the file path the process's standard output and error. Children
-// inherit it as these two only.
+// open makes the file at path the standard output and standard error of the process.
+// Child processes inherit it only as these two.
 func (l *logFile) open(path string) error {
 	l.path, l.size = path, 0
 	f, err := rundir.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)

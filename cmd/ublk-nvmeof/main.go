@@ -24,11 +24,12 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	_ "ublk-nvmeof/rdma/verbs/prepare" // before librdmacm is used
 )
 
-// No loop may run on the main thread: the thread does not end with its goroutine, and
-// would keep the loop's io_uring, and so the ublk device, forever. A program that is
-// started also inherits the marks of this thread.
+// No loop may run on the main thread. That thread does not end with its goroutine, so
+// it would keep the loop's io_uring and with it the ublk device until the process ends.
+// A program that is executed inherits the marks of this thread, too.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(int(run(os.Args[1:], os.Stdout, os.Stderr))) }

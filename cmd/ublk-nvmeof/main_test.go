@@ -30,10 +30,23 @@ import (
 // TestMain lets the test be the program that it tests, because connect executes
 // its own file.
 func TestMain(m *testing.M) {
+	const sharedDir = "UBLK_NVMEOF_TEST_SHARED"
+	sharedDirs = func() state.Host { return state.Host{os.Getenv(sharedDir)} }
 	if os.Getenv("UBLK_NVMEOF_TEST_MAIN") != "" || len(os.Args) > 1 && os.Args[1] == "serve" {
 		main()
 	}
-	os.Exit(m.Run())
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "")
+		if err == nil {
+			err = os.Setenv(sharedDir, dir)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		return m.Run()
+	}())
 }
 
 // program runs the program with args, in this process.
@@ -78,7 +91,7 @@ func TestUsage(t *testing.T) {
 	}{
 		{"", "no verb is given; see ublk-nvmeof --help"},
 		{"attach", `unknown command "attach" for "ublk-nvmeof"`},
-		{"connect extra", `unknown command "extra"`},
+		{"connect extra", `connect: "extra": want no argument`},
 		{"connect -a 10.0.2.15 -n nqn.x -Q 8", `connect: -Q/--queue-size "8": want a number, 16 to 1024`},
 		{"connect -a 10.0.2.15 -n nqn.x -i 0", `connect: -i/--nr-io-queues "0": want a number, 1 to 65535`},
 		{"connect -a 10.0.2.15 -n nqn.x -o yaml", `connect: -o/--output-format "yaml": want normal or json`},
@@ -89,7 +102,23 @@ func TestUsage(t *testing.T) {
 		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
 		{"disconnect", "disconnect: nothing is given; want -n NQN or -d DEVICE"},
 		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
-		{"list extra", `unknown command "extra"`},
+		{"list extra", `list: "extra": want no argument`},
+		{"--run-dir", "--run-dir: no value is given; want DIRECTORY"},
+		{"connect -w ::", `connect: -w/--host-traddr "::": the unspecified address is not the address of a host; want`},
+		{"connect --max-io-size 1", `connect: --max-io-size "1": that is 1 byte; want a size`},
+		{"connect --memory-limit 0", `connect: --memory-limit "0": want a size like 64MiB, up to 1PiB`},
+		{"target drop --qid x", `target drop: --qid "x": want a whole number`},
+		{"target grant 0", `target grant: queues "0": want a number, 1 to 65535, or none`},
+		{"target refuse x", `target refuse: status="x": want a number, 1 to 2047, or off`},
+		{"upgrade", "upgrade: no argument is given; want {NQN | DEVICE}…"},
+		{"recover", "recover: want --all, or the NQN of a subsystem, a device or the name of a server"},
+		{"target stop --target", "target stop: --target: no value is given; want NAME"},
+		{"target grant", "target grant: no argument is given; want {N | none}"},
+		{"target ana 1", "target ana: STATE is missing; want GROUP STATE"},
+		{"target namespace read-only 1", "target namespace read-only: {on | off} is missing; want NSID {on | off}"},
+		{"target namespace resize 1 1GiB 2", `target namespace resize: "2" is one argument too many; want NSID [SIZE]`},
+		{"target clear 1 2", `target clear: "2" is one argument too many; want [FAULT]`},
+		{"target drop 3", `target drop: "3": want no argument`},
 		{"list -o x", `list: -o/--output-format "x": want normal or json`},
 		{"target", "target: -n/--nqn: no value is given; want the name of a subsystem"},
 		{"target --namespace ram=1MiB", `--namespace applies to the subsystem of the --nqn before it`},
@@ -117,14 +146,28 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// An empty path, as of a variable that is not set, is not the working directory.
+func TestEmptyRunDirectory(t *testing.T) {
+	for _, args := range []string{"list", "gc", "target list", "connect -a 127.0.0.1 -n nqn.x", "disconnect nqn.x"} {
+		_, stderr, code := program(t, append(strings.Fields(args), "--run-dir=")...)
+		if code != exit.Usage || !strings.HasSuffix(stderr, ": --run-dir: no path is given; want DIRECTORY\n") {
+			t.Errorf("%s: exit code %d, %q", args, code, stderr)
+		}
+	}
+}
+
 func TestHelpHasTheExitCodes(t *testing.T) {
 	stdout, stderr, code := program(t, "--help")
 	if code != exit.OK || stderr != "" || !strings.Contains(stdout, exit.Table()) {
 		t.Errorf("exit code %d, stderr %q, stdout:\n%s", code, stderr, stdout)
 	}
-	for _, hidden := range []string{"\n  serve ", "run-dir"} {
-		if strings.Contains(stdout, hidden) {
-			t.Errorf("%q is shown", hidden)
+	if strings.Contains(stdout, "\n  serve ") {
+		t.Error("serve is shown")
+	}
+	for _, verb := range []string{"", "connect", "disconnect", "list", "recover", "upgrade", "gc", "target", "target list", "target namespace add"} {
+		help, _, _ := program(t, append(strings.Fields(verb), "--help")...)
+		if !strings.Contains(help, "--run-dir DIRECTORY") || !strings.Contains(help, "$XDG_RUNTIME_DIR") {
+			t.Errorf("help of %q does not show --run-dir:\n%s", verb, help)
 		}
 	}
 	for _, verb := range []string{"connect", "disconnect", "list", "target", "version", "completion"} {
@@ -167,23 +210,26 @@ func shell(script string) (path string, args []string) {
 	return "/bin/sh", []string{"sh", "-c", script, "sh"}
 }
 
+// silent is for a launch that says nothing.
+func silent(string) {}
+
 func TestLaunch(t *testing.T) {
 	path, args := shell(`echo '{"status": {"name": "ctrl9"}}' >&3; exec 3>&-; exit 0`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	if err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
 	}
 	path, args = shell(`echo '{"error": {"code": 8, "error": "no such subsystem"}}' >&3; exit 8`)
-	if _, err := launch(path, args, time.Minute); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
+	if _, err := launch(t.Context(), path, args, time.Minute, silent); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
 		t.Errorf("%v", err)
 	}
 	for _, script := range []string{"exit 3", "kill -9 $$", "echo nonsense >&3"} {
 		path, args = shell(script)
-		if _, err := launch(path, args, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
+		if _, err := launch(t.Context(), path, args, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
 			t.Errorf("%s: %v", script, err)
 		}
 	}
-	if _, err := launch("/nonexistent", nil, time.Minute); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
+	if _, err := launch(t.Context(), "/nonexistent", nil, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
 		t.Error(err)
 	}
 }
@@ -194,7 +240,7 @@ func TestServerIsOnItsOwn(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "/nonexistent")
 	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
 printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "serial": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" || s.Serial != "" {
 		t.Errorf("%+v, %v", s, err)
 	}
@@ -218,8 +264,9 @@ func TestAwaitPassesASignalOn(t *testing.T) {
 	go func() {
 		cmd.Wait()
 		heard <- report{Error: exit.Errorf(exit.Other, "interrupted")}
+		close(heard)
 	}()
-	m, err := await(ctx, heard, cmd.Process, time.Minute)
+	m, err := await(ctx, heard, cmd.Process, time.Minute, silent)
 	if err != nil || m.Error == nil || cmd.ProcessState.ExitCode() != 0 {
 		t.Errorf("%+v, %v, %v", m, err, cmd.ProcessState)
 	}
@@ -230,7 +277,7 @@ func TestAwaitKills(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime); exit.Of(err) != exit.Timeout {
+	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime, silent); exit.Of(err) != exit.Timeout {
 		t.Error(err)
 	}
 	if err := cmd.Wait(); err == nil {
@@ -247,7 +294,7 @@ func TestIOFlusherPassesToPrograms(t *testing.T) {
 	// A shell's threads are one; the flags are those of the process that this
 	// thread starts.
 	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)
-	s, err := launch(path, args, time.Minute)
+	s, err := launch(t.Context(), path, args, time.Minute, silent)
 	var flags uint64
 	if err == nil {
 		_, err = fmt.Sscan(s.Name, &flags)
@@ -488,7 +535,7 @@ func TestDisconnectBusy(t *testing.T) {
 	for _, args := range [][]string{{"-n", "nqn.a"}, {"nqn.a"}, {"-d", "ublkb3"}, {"-d", "/dev/ublkb3"}, {"ublkb3"}, {"ctrl0"}} {
 		stdout, stderr, code := program(t, append([]string{"disconnect", "--run-dir", dir}, args...)...)
 		if code != exit.Busy || stdout != "NQN:nqn.a disconnected 0 controller(s)\n" ||
-			stderr != "ublk-nvmeof: disconnect: ctrl0: told to fail; --force ends it all the same\n" {
+			stderr != "ublk-nvmeof: disconnect: ctrl0: told to fail; --force ends the server nevertheless\n" {
 			t.Errorf("%q: exit code %d, %q %q", args, code, stdout, stderr)
 		}
 	}

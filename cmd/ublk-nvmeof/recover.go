@@ -4,20 +4,16 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
 func newRecover(runDir dirFunc) *cobra.Command {
 	var all bool
-	var format string
+	r := restart{}
 	cmd := &cobra.Command{
 		Use:   "recover {--all | NQN | DEVICE…}",
 		Short: "Start a server for the devices of one that died",
@@ -26,6 +22,9 @@ connects again, waits until the target has ended the controllers of the dead ser
 takes over the devices, and serves the requests that wait. The dead server is given by
 the NQN of its subsystem, by one of its devices, or by its name, such as ctrl0 (see
 list -v). connect to the same target does the same.
+
+The target ends the controllers of a dead server two or three keep alive timeouts
+after it died at the latest. The command says so if it has to wait for that.
 
 A device is recovered only with the namespace that it was made for. What cannot be
 recovered stays as it is, and recover can be tried again. disconnect gives it up.`,
@@ -38,25 +37,20 @@ recovered stays as it is, and recover can be tried again. disconnect gives it up
 			if !all && len(errs) > 0 {
 				return errors.Join(errs...)
 			}
-			for _, r := range records {
-				if err := serveOn(cmd, dir, r, format); err != nil {
-					errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
-				}
-			}
-			return errors.Join(errs...)
+			return errors.Join(append(errs, r.each(cmd, dir, "--recover=", records)...)...)
 		}),
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "recover all servers that died")
-	formatFlag(cmd.Flags(), &format)
+	cmd.Flags().BoolVar(&all, "all", false, "recover all servers that died, several at the same time")
+	r.addFlags(cmd.Flags())
 	return cmd
 }
 
-// dead are the records of dead servers that a command line names, each once. The
-// errors are about those that it names and that are not there, not dead, or cannot be
-// read.
+// dead returns the records of the dead servers that a command line names, each once.
+// Its errors are about names without a server, servers that have not died, and records
+// that cannot be read.
 func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	if all == (len(names) > 0) {
-		return nil, []error{usage(errors.New("want --all, or what to recover"))}
+		return nil, []error{usage(errors.New("want --all, or the NQN of a subsystem, a device or the name of a server"))}
 	}
 	records, err := dir.List()
 	if err != nil {
@@ -93,39 +87,20 @@ func dead(dir state.Dir, all bool, names []string) ([]state.Record, []error) {
 	return chosen, errs
 }
 
-// deadOf are the records of dead servers that have a name: that of the server, of a
-// device, or the NQN.
+// deadOf returns the records of the dead servers with a name: that of the server or of
+// one of its devices, or the NQN.
 func deadOf(records []state.Record, name string) []state.Record {
 	return slices.DeleteFunc(slices.Clone(records), func(r state.Record) bool {
 		return r.Alive || !serves(r, name) && r.Target.NQN != name
 	})
 }
 
-// noDead says why there is nothing to recover by a name.
+// noDead returns the error for a name without a dead server.
 func noDead(records []state.Record, name string) error {
 	for _, r := range records {
 		if r.Alive && serves(r, name) {
-			return exit.Errorf(exit.AlreadyServed, "%s: %s serves it, process %d", name, r.Name, r.Process.PID)
+			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d)", name, r.Name, r.Process.PID)
 		}
 	}
-	return exit.Errorf(exit.NotFound, "%s: no dead server has it", name)
-}
-
-// serveOn starts a server with a dead one's flags.
-func serveOn(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
-	args := append(append(serveArgs(dir), "--recover="+r.Name), r.Args...)
-	s, err := startServer(args, timeoutOf(r))
-	if err != nil {
-		return err
-	}
-	return output.Connected(cmd.OutOrStdout(), s, format, false)
-}
-
-// timeoutOf is the limit for connecting that a server on record was given.
-func timeoutOf(r state.Record) time.Duration {
-	opts := options.Default()
-	f := pflag.NewFlagSet("", pflag.ContinueOnError)
-	opts.AddFlags(f)
-	_ = f.Parse(r.Args) // the server says what is wrong with them
-	return opts.Timeout
+	return exit.Errorf(exit.NotFound, "%s: no dead server has this name, device or NQN", name)
 }

@@ -41,7 +41,7 @@ func execute(args []string, out, errs io.Writer) error {
 	if err == nil || errors.As(err, &known) {
 		return err
 	}
-	// An error that is not from a command itself is from parsing the command line.
+	// All other errors come from parsing the command line.
 	return exit.Errorf(exit.Usage, "%v", err)
 }
 
@@ -59,16 +59,21 @@ func newRoot() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(flagError)
 	dir := rundir.Default()
-	root.PersistentFlags().StringVar(&dir, "run-dir", dir, "directory of the servers' state, logs and sockets")
-	root.PersistentFlags().Lookup("run-dir").Hidden = true
+	root.PersistentFlags().StringVar(&dir, "run-dir", dir,
+		"`DIRECTORY` of the records, logs and sockets of servers and targets (default: "+rundir.System+
+			" for root, "+programName+" in $XDG_RUNTIME_DIR or "+programName+"-UID in $TMPDIR for other users)")
+	root.PersistentFlags().Lookup("run-dir").DefValue = "" // the description says it
 	runDir := func() (state.Dir, error) {
-		d, err := filepath.Abs(dir) // a server has its own working directory
+		if dir == "" {
+			return "", usage(errors.New("--run-dir: no path is given; want DIRECTORY"))
+		}
+		d, err := filepath.Abs(dir) // the working directory of a server is another one
 		if err == nil {
 			err = checkRunDir(d)
 		}
 		return state.Dir(d), err
 	}
-	// A user who has no servers sees those of root.
+	// A user without servers sees those of root.
 	visible := func() (state.Dir, error) {
 		own, err := runDir()
 		if err != nil || root.PersistentFlags().Changed("run-dir") {
@@ -87,15 +92,20 @@ func newRoot() *cobra.Command {
 // systemDir is the run directory of root. Tests have another one.
 var systemDir = rundir.System
 
-// dirFunc returns the run directory. It is called after the flags are parsed.
+// sharedDirs returns the directories that servers of all run directories share. Tests have
+// others.
+var sharedDirs = func() state.Host { return rundir.Shared() }
+
+// dirFunc returns the run directory. It is called after the flags have been parsed.
 type dirFunc func() (state.Dir, error)
 
 // maxRunDir is the longest run directory, in bytes, that leaves room for the
 // sockets in it.
 const maxRunDir = rundir.MaxSocketPath - len("/target9999/control.sock")
 
-// checkRunDir refuses a run directory that somebody else could have prepared, or
-// whose sockets nobody could connect to. It need not exist.
+// checkRunDir returns an error for a run directory that another user could have
+// prepared, or whose path is too long for the sockets in it. The directory need not
+// exist.
 func checkRunDir(dir string) error {
 	if len(dir) > maxRunDir {
 		return fmt.Errorf("run directory %q: it has %d bytes; want at most %d, because the path of a socket in it has at most %d",
@@ -103,14 +113,17 @@ func checkRunDir(dir string) error {
 	}
 	var unsafe *rundir.UnsafeError
 	if errors.As(rundir.Check(dir), &unsafe) {
-		return fmt.Errorf("run directory %w; remove it, or set XDG_RUNTIME_DIR or --run-dir to a directory of your own", unsafe)
+		if unsafe.Path != dir {
+			return fmt.Errorf("run directory %s is not safe from other users because of %w; --run-dir chooses another directory", dir, unsafe)
+		}
+		return fmt.Errorf("run directory %w; --run-dir chooses another directory", unsafe)
 	}
-	return nil // other errors are those of whoever uses it
+	return nil // the use of the directory reports other errors
 }
 
-// verb makes a function for cobra of one whose errors do not concern the command line,
-// unless they have the code exit.Usage. Messages begin with the name of the
-// command.
+// verb returns a RunE function for cobra that calls run and puts the name of the
+// command before its error. The error becomes an *exit.Error, so that execute does not
+// treat it as an error of the command line.
 func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		e := exit.From(run(cmd, args))
@@ -122,7 +135,7 @@ func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*
 	}
 }
 
-// usage makes an error of a command line that is parsed but makes no sense.
+// usage returns err as an error of the command line, with the code exit.Usage.
 func usage(err error) error {
 	if err == nil {
 		return nil
@@ -136,8 +149,8 @@ func formatFlag(f *pflag.FlagSet, dst *string) {
 	f.VarP(options.OneOf(dst, output.Normal, output.JSON), "output-format", "o", "output format")
 }
 
-// interruptible returns a context that one of the signals ends. The signal is its
-// cause.
+// interruptible returns a context that ends when one of the signals arrives. Its cause
+// names the signal.
 func interruptible(signals ...os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	c := make(chan os.Signal, 1)

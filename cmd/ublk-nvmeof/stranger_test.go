@@ -158,3 +158,28 @@ func TestLongRunDirectory(t *testing.T) {
 		}
 	}
 }
+
+// The error of an unsafe run directory names the directory that is not safe, what is
+// wrong with it, and the command that mends it. Nobody is told to remove it.
+func TestUnsafeRunDirectory(t *testing.T) {
+	parent := runDir(t)
+	dir := filepath.Join(parent, "run")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		parent, dir os.FileMode
+		want        string
+	}{
+		{0o777, 0o755, fmt.Sprintf("run directory %s is not safe from other users because of %s: everybody can write to it and replace what is in it (mode 0777); "+
+			"chmod o-w %s prevents that; --run-dir chooses another directory", dir, parent, parent)},
+		{0o755, 0o775, fmt.Sprintf("run directory %s: others can write to it (mode 0775); chmod go-w %s prevents that; --run-dir chooses another directory", dir, dir)},
+	} {
+		if err := errors.Join(os.Chmod(parent, tt.parent), os.Chmod(dir, tt.dir)); err != nil {
+			t.Fatal(err)
+		}
+		if _, stderr, code := program(t, "list", "--run-dir", dir); code != exit.Other || stderr != "ublk-nvmeof: list: "+tt.want+"\n" {
+			t.Errorf("exit code %d, %q, want %q", code, stderr, tt.want)
+		}
+	}
+}

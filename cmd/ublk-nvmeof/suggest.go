@@ -11,8 +11,9 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 )
 
-// checkVerb refuses a command line that names a verb that does not exist. cobra
-// would complain of its flags first, which the command above does not have.
+// checkVerb returns an error if a command line names an unknown verb. Without it, cobra
+// would first complain about the flags of that verb, which the command above does not
+// have.
 func checkVerb(root *cobra.Command, args []string) error {
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd(args...)
@@ -21,7 +22,7 @@ func checkVerb(root *cobra.Command, args []string) error {
 		return err
 	}
 	name := firstWord(cmd, rest)
-	if name == "" || strings.HasPrefix(name, "__") { // cobra's own
+	if name == "" || strings.HasPrefix(name, "__") { // an internal command of cobra
 		return nil
 	}
 	var known []string
@@ -30,15 +31,15 @@ func checkVerb(root *cobra.Command, args []string) error {
 			known = append(known, c.Name())
 		}
 	}
-	hint := didYouMean(name, known, min(2, len(name)/2))
+	hint := didYouMean(name, known)
 	if hint == "" {
 		hint = "; want one of " + strings.Join(known, ", ")
 	}
 	return fmt.Errorf("unknown command %q for %q%s", name, cmd.CommandPath(), hint)
 }
 
-// firstWord is the first of args that is neither a flag of cmd nor the value of
-// one. It is empty if there is none, or if a flag before it is unknown.
+// firstWord returns the first of args that is neither a flag of cmd nor the value of a
+// flag. It returns "" if there is none, or if a flag before it is unknown.
 func firstWord(cmd *cobra.Command, args []string) string {
 	for len(args) > 0 {
 		arg := args[0]
@@ -59,16 +60,17 @@ func firstWord(cmd *cobra.Command, args []string) string {
 	return ""
 }
 
-// flagError is the one line about a flag of cmd that does not parse.
+// flagError returns the error, of one line, for a flag of cmd that cannot be parsed.
 func flagError(cmd *cobra.Command, err error) error {
+	err = describeFlag(cmd, err)
 	if !cmd.HasParent() {
-		return fmt.Errorf("%w; flags follow the command, see %s --help", err, programName)
+		return fmt.Errorf("%w; the flags of a command follow its name, see %s --help", err, programName)
 	}
-	return fmt.Errorf("%s: %w", strings.TrimPrefix(cmd.CommandPath(), programName+" "), describeFlag(cmd, err))
+	return fmt.Errorf("%s: %w", commandName(cmd), err)
 }
 
-// describeFlag names the flag, and the one that was probably meant if it does not
-// exist.
+// describeFlag adds the name of the flag to an error. If the flag does not exist, it
+// adds the one that was probably meant.
 func describeFlag(cmd *cobra.Command, err error) error {
 	var missing *pflag.NotExistError
 	if !errors.As(err, &missing) {
@@ -86,16 +88,15 @@ func describeFlag(cmd *cobra.Command, err error) error {
 	})
 	name := missing.GetSpecifiedName()
 	if missing.GetSpecifiedShortnames() == "" {
-		return fmt.Errorf("unknown flag: --%s%s", name, didYouMean("--"+name, known, max(2, len(name)/3)))
+		return fmt.Errorf("unknown flag: --%s%s", name, didYouMean("--"+name, known))
 	}
-	return fmt.Errorf("unknown flag: -%s%s", name, didYouMean("-"+name, known, 0))
+	return fmt.Errorf("unknown flag: -%s%s", name, didYouMean("-"+name, known))
 }
 
-// didYouMean suggests the one of known that is nearest to word, if it takes at
-// most limit edits to make the one from the other, or the one that word begins
-// with. Upper and lower case are the same.
-func didYouMean(word string, known []string, limit int) string {
-	nearest := ""
+// didYouMean suggests the one of known that is most similar to word, if it is similar
+// enough, or one that word begins with. Case does not matter.
+func didYouMean(word string, known []string) string {
+	nearest, limit := "", near(word)
 	for _, k := range known {
 		if d := edits(word, k); d <= limit {
 			nearest, limit = k, d-1
@@ -112,25 +113,43 @@ func didYouMean(word string, known []string, limit int) string {
 	return fmt.Sprintf("; did you mean %q?", nearest)
 }
 
-// edits is how many letters have to be added, removed or replaced to make b from
-// a (the Levenshtein distance).
+// near returns the largest number of edits between word and another word that was
+// probably meant.
+func near(word string) int {
+	switch n := len(strings.TrimLeft(word, "-")); {
+	case n < 2:
+		return 0
+	case n < 6:
+		return 1
+	case n < 12:
+		return 2
+	}
+	return 3
+}
+
+// edits returns how many letters must be added, removed, replaced or swapped with a
+// neighbor to turn a into b (optimal string alignment distance).
 func edits(a, b string) int {
 	from, to := []rune(strings.ToLower(a)), []rune(strings.ToLower(b))
-	row := make([]int, len(to)+1) // distances of a prefix of from to each prefix of to
-	for j := range row {
-		row[j] = j
+	d := make([][]int, len(from)+1) // distances of each prefix of from to each prefix of to
+	for i := range d {
+		d[i] = make([]int, len(to)+1)
+		d[i][0] = i
+	}
+	for j := range to {
+		d[0][j+1] = j + 1
 	}
 	for i, x := range from {
-		diagonal := row[0]
-		row[0] = i + 1
 		for j, y := range to {
-			replaced := diagonal
+			replaced := d[i][j]
 			if x != y {
 				replaced++
 			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+			d[i+1][j+1] = min(replaced, d[i][j+1]+1, d[i+1][j]+1)
+			if i > 0 && j > 0 && x == to[j-1] && y == from[i-1] {
+				d[i+1][j+1] = min(d[i+1][j+1], d[i-1][j-1]+1)
+			}
 		}
 	}
-	return row[len(to)]
+	return d[len(from)][len(to)]
 }

@@ -21,8 +21,11 @@ func TestUnknownVerbsAndFlags(t *testing.T) {
 		"connect --nr-io-queue=3":       `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
 		"connect --hdr-digest":          `connect: unknown flag: --hdr-digest` + "\n",
 		"connect -A 10.0.0.1":           `connect: unknown flag: -A; did you mean "-a"?`,
+		"connect --host 10.0.0.1":       `connect: unknown flag: --host` + "\n", // not --tos
+		"connect --addr 10.0.0.1":       `connect: unknown flag: --addr` + "\n",
+		"start":                         `unknown command "start" for "ublk-nvmeof"; want one of `, // not target
 		"connect -g":                    `connect: unknown flag: -g` + "\n",
-		"-a 10.0.0.1 -n nqn.x":          `unknown shorthand flag: 'a' in -a; flags follow the command, see ublk-nvmeof --help`,
+		"-a 10.0.0.1 -n nqn.x":          `unknown flag: -a; the flags of a command follow its name, see ublk-nvmeof --help`,
 		"disconnect --froce -n x":       `disconnect: unknown flag: --froce; did you mean "--force"?`,
 		"serv --report-fd=3":            `unknown command "serv"`, // serve is hidden
 		"target fault drop --nsid 3":    `target fault: unknown flag: --nsid`,
@@ -41,7 +44,7 @@ func TestUnknownVerbsAndFlags(t *testing.T) {
 
 func TestEdits(t *testing.T) {
 	for words, want := range map[string]int{
-		"/": 0, "a/": 1, "/abc": 3, "abc/abc": 0, "abc/ABC": 0, "list/lst": 1, "froce/force": 2, "discover/disconnect": 4, "kitten/sitting": 3, "ü/u": 1,
+		"/": 0, "a/": 1, "/abc": 3, "abc/abc": 0, "abc/ABC": 0, "list/lst": 1, "froce/force": 1, "rezise/resize": 2, "ca/abc": 3, "discover/disconnect": 4, "kitten/sitting": 3, "ü/u": 1,
 	} {
 		a, b, _ := strings.Cut(words, "/")
 		if got := edits(a, b); got != want {

@@ -18,7 +18,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
 )
 
-// exporter is the target verb.
+// exporter holds the options of the command target.
 type exporter struct {
 	runDir     dirFunc
 	opts       *options.Target
@@ -42,7 +42,7 @@ background it ignores SIGHUP.
 The commands below change a running target or make it misbehave. If several targets
 run, --target selects one. Hosts are notified of changes as the specification
 requires. They see a new queue limit when they connect again.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("target", func(cmd *cobra.Command, _ []string) error { return x.run(cmd) }),
 	}
 	f := cmd.Flags()
@@ -108,8 +108,8 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	return targetserver.Run(ctx, cfg)
 }
 
-// startTarget runs the same command line in a session of its own, and returns
-// when the target is ready. Until then the target reports errors itself.
+// startTarget runs the same command line in its own session, and returns when the
+// target is ready. Until then the target reports errors itself.
 func startTarget(cmd *cobra.Command, dir string) error {
 	r, w, err := os.Pipe()
 	if err != nil {

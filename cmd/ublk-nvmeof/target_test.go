@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -65,7 +66,8 @@ func TestTarget(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// The second target on the address.
-	if _, errs, code := un("-a", loopback(), "-n", "nqn.c", "--provider", "roce"); code == exit.OK || !strings.Contains(errs, "address already in use") {
+	if _, errs, code := un("-a", loopback(), "-n", "nqn.c", "--provider", "roce"); code != exit.Other ||
+		!strings.Contains(errs, "UDP port 4791 of "+loopback()+" is taken by target0, process ") || !strings.Contains(errs, "address already in use") || strings.Contains(errs, "rxe") {
 		t.Errorf("exit code %d, %s", code, errs)
 	}
 
@@ -108,7 +110,7 @@ func TestTarget(t *testing.T) {
 		{"grant 5 -n nqn.x", "no subsystem nqn.x", exit.NotFound},
 		{"clear 9", "no fault 9", exit.NotFound},
 		{"namespace add ram=100TiB -n nqn.a", "exceed the limit", exit.Usage},
-		{"namespace add ram=1000B -n nqn.a", "no multiple of the block size", exit.Other},
+		{"namespace add ram=1000B -n nqn.a", `"ram=1000B": namespace: size of 1000 bytes is not a positive multiple of the block size`, exit.Other},
 		{"namespace resize 1 1PiB -n nqn.a", "exceed the limit", exit.Usage},
 		{"namespace resize 1 1EiB -n nqn.a", "want at most 1.0 PiB", exit.Usage},
 		{"namespace hide 0", "want a duration like 10s", exit.Usage},
@@ -134,5 +136,25 @@ func TestTarget(t *testing.T) {
 	ok("stop")
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+// Whoever has the UDP port is named, not suspected.
+func TestTargetNamesWhoHasThePort(t *testing.T) {
+	pid := os.Getpid()
+	addr := fmt.Sprintf("127.%d.%d.%d", 200+pid>>16&0x1f, pid>>8&0xff, 1+pid%250)
+	c, err := net.ListenPacket("udp", addr+":4791")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, errs, code := execProgram(t, "--run-dir", runDir(t), "target", "-a", "192.0.2.99", "--provider", "roce", "-n", "nqn.a"); code != exit.Usage ||
+		!strings.Contains(errs, `target: -a/--traddr "192.0.2.99": this host does not have the address`) {
+		t.Errorf("exit code %d, %s", code, errs)
+	}
+	_, errs, code := execProgram(t, "--run-dir", runDir(t), "target", "-a", addr, "--provider", "roce", "-n", "nqn.a", "--namespace", "ram=1MiB")
+	want := fmt.Sprintf("ublk-nvmeof: target: UDP port 4791 of %s is taken by process %d (", addr, pid)
+	if code != exit.Other || !strings.HasPrefix(errs, want) || strings.Contains(errs, "rxe") {
+		t.Errorf("exit code %d, %s, want %s", code, errs, want)
 	}
 }

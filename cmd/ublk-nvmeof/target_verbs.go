@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -20,7 +21,7 @@ import (
 // changeTime is the time limit for a target to carry out a request.
 const changeTime = 10 * time.Second
 
-// remote is a verb that sends a request to a running target.
+// remote holds the options of a command that sends a request to a running target.
 type remote struct {
 	runDir dirFunc
 	target string // name of the target; empty: the only one that runs
@@ -67,13 +68,13 @@ func gone(ctx context.Context, dir, name string) error {
 	}
 }
 
-// change returns a verb that sends a target the request which a function makes
+// change returns a command that sends a request to a target. request makes the request
 // from the arguments.
 func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, request func(r *remote, args []string) (any, error)) *cobra.Command {
 	r := &remote{runDir: runDir}
 	cmd := &cobra.Command{Use: use, Short: short, Long: long, Args: args}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return verb(strings.TrimPrefix(cmd.CommandPath(), programName+" "), func(cmd *cobra.Command, args []string) error {
+		return verb(commandName(cmd), func(cmd *cobra.Command, args []string) error {
 			what, err := request(r, args)
 			if err != nil {
 				return usage(err)
@@ -86,6 +87,8 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			defer cancel()
 			done, err := targetserver.NewClient(targetserver.Socket(dir, name)).Do(ctx, what)
 			switch {
+			case errors.Is(err, context.DeadlineExceeded):
+				return exit.Errorf(exit.Timeout, "%s did not answer within %v", name, changeTime)
 			case err != nil:
 				return err
 			case what == any(targetserver.StopRequest{}):
@@ -98,12 +101,12 @@ func change(runDir dirFunc, use, short, long string, args cobra.PositionalArgs, 
 			return nil
 		})(cmd, args)
 	}
-	cmd.Flags().StringVar(&r.target, "target", "", "name of the target, as target list shows it (default: the only one that runs)")
-	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "NQN of the subsystem (default: the only one)")
+	cmd.Flags().StringVar(&r.target, "target", "", "`NAME` of the target, as target list shows it (default: the only one that runs)")
+	cmd.Flags().StringVarP(&r.nqn, "nqn", "n", "", "`NQN` of the subsystem (default: the only one)")
 	return cmd
 }
 
-// without hides --nqn for a verb that does not use it.
+// without hides --nqn of a command that does not use it.
 func without(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().Lookup("nqn").Hidden = true
 	return cmd
@@ -136,25 +139,28 @@ func milliseconds(text string) (int64, error) {
 	return d.Milliseconds(), nil
 }
 
-// targetVerbs returns the verbs that change or list running targets.
+// targetVerbs returns the commands that change or list running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	return []*cobra.Command{
 		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir),
 		faultVerb(runDir), clearVerb(runDir), stallVerb(runDir), freezeVerb(runDir), rejectVerb(runDir), refuseVerb(runDir),
 		without(change(runDir, "stop", "End a target", "",
-			cobra.NoArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
+			noArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
 	}
 }
 
 func grantVerb(runDir dirFunc) *cobra.Command {
 	var exactly bool
 	cmd := change(runDir, "grant {N | none}", "Limit the I/O queues of a controller",
-		"A host sees the new limit when it connects the next time; \"target drop\" makes it connect again.\nWith none, a host that asks for queues gets an error.",
-		cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
+		"A host sees the new limit when it connects the next time; \"target drop\" makes it connect again.\nWith none, a host that asks for queues gets an error. The limit N stays until it is changed;\n\"target clear\" does not change it, but ends none and --exactly.",
+		wantArgs(1, 1), func(r *remote, args []string) (any, error) {
 			if args[0] == "none" {
 				return targetserver.GrantRequest{Exactly: true}, nil
 			}
 			n, err := number("queues", args[0], 1, nvme.MaxQueues)
+			if err != nil {
+				err = fmt.Errorf("%w, or none", err)
+			}
 			return targetserver.GrantRequest{NQN: r.nqn, Limit: n, Exactly: exactly}, err
 		})
 	cmd.Flags().BoolVar(&exactly, "exactly", false, "grant exactly N queues, whatever number the host requests")
@@ -164,7 +170,7 @@ func grantVerb(runDir dirFunc) *cobra.Command {
 func dropVerb(runDir dirFunc) *cobra.Command {
 	qid := -1
 	cmd := change(runDir, "drop", "Drop connections", "Drops the connections of all queues, or of the queues with one id.",
-		cobra.NoArgs, func(r *remote, _ []string) (any, error) {
+		noArgs, func(r *remote, _ []string) (any, error) {
 			if qid < -1 || qid > nvme.MaxQueues {
 				return nil, fmt.Errorf("--qid %d: want a number, 0 to %d", qid, nvme.MaxQueues)
 			}
@@ -177,7 +183,7 @@ func dropVerb(runDir dirFunc) *cobra.Command {
 func anaVerb(runDir dirFunc) *cobra.Command {
 	return change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
 		"STATE is optimized, non-optimized, inaccessible, persistent-loss or change.",
-		cobra.ExactArgs(2), func(r *remote, args []string) (any, error) {
+		wantArgs(2, 2), func(r *remote, args []string) (any, error) {
 			n, err := number("group", args[0], 1, 1<<32-1)
 			if err == nil {
 				_, err = options.ParseANAState(args[1])
@@ -187,10 +193,10 @@ func anaVerb(runDir dirFunc) *cobra.Command {
 }
 
 func namespaceVerbs(runDir dirFunc) *cobra.Command {
-	cmd := &cobra.Command{Use: "namespace", Short: "Add, remove, change and hide namespaces", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "namespace", Short: "Add, remove, change and hide namespaces", Args: noArgs}
 	cmd.AddCommand(
 		change(runDir, "add NAMESPACE", "Add a namespace", "NAMESPACE is "+options.NamespaceWords+".",
-			cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
+			wantArgs(1, 1), func(r *remote, args []string) (any, error) {
 				n, err := options.ParseNamespace(args[0])
 				if err != nil {
 					err = fmt.Errorf("namespace %q: %w; want %s", args[0], err, options.NamespaceWords)
@@ -198,13 +204,13 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 				return targetserver.AddRequest{NQN: r.nqn, Namespace: n.String()}, err
 			}),
 		change(runDir, "remove NSID", "Remove a namespace", "",
-			cobra.ExactArgs(1), func(r *remote, args []string) (any, error) {
+			wantArgs(1, 1), func(r *remote, args []string) (any, error) {
 				n, err := number("namespace", args[0], 1, 1<<32-2)
 				return targetserver.RemoveRequest{NQN: r.nqn, NSID: uint32(n)}, err
 			}),
 		change(runDir, "resize NSID [SIZE]", "Change the size of a namespace",
 			"Without SIZE, the namespace gets the current size of its file or device.",
-			cobra.RangeArgs(1, 2), func(r *remote, args []string) (any, error) {
+			wantArgs(1, 2), func(r *remote, args []string) (any, error) {
 				n, err := number("namespace", args[0], 1, 1<<32-2)
 				request := targetserver.ResizeRequest{NQN: r.nqn, NSID: uint32(n)}
 				if err == nil && len(args) > 1 {
@@ -213,7 +219,7 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 				return request, err
 			}),
 		change(runDir, "read-only NSID {on | off}", "Protect a namespace from writes", "",
-			cobra.ExactArgs(2), func(r *remote, args []string) (any, error) {
+			wantArgs(2, 2), func(r *remote, args []string) (any, error) {
 				n, err := number("namespace", args[0], 1, 1<<32-2)
 				if err != nil {
 					return nil, err
@@ -223,7 +229,7 @@ func namespaceVerbs(runDir dirFunc) *cobra.Command {
 			}),
 		without(change(runDir, "hide {TIME | off}", "Hide all namespaces for a time",
 			"Hosts find no namespaces, as with a target that opens its port before it adds its namespaces.\nWhen the time has passed, hosts are notified of each namespace.",
-			cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+			wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 				ms, err := milliseconds(args[0])
 				return targetserver.HideRequest{Milliseconds: ms}, err
 			})),
@@ -250,7 +256,7 @@ If several faults match a command, the first one applies. For example:
 
 func faultVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "fault FAULT", "Make commands fail", "FAULT is "+options.FaultWords+"."+faultExamples,
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+		wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 			_, err := options.ParseFault(args[0])
 			if err != nil {
 				err = fmt.Errorf("fault %q: %w; want %s", args[0], err, options.FaultWords)
@@ -260,8 +266,10 @@ func faultVerb(runDir dirFunc) *cobra.Command {
 }
 
 func clearVerb(runDir dirFunc) *cobra.Command {
-	return without(change(runDir, "clear [FAULT]", "End one fault, or all faults, stalls, freezes and refusals", "",
-		cobra.MaximumNArgs(1), func(_ *remote, args []string) (any, error) {
+	return without(change(runDir, "clear [FAULT]", "End one fault, or all faults, stalls, freezes and refusals",
+		"FAULT is the number that \"target fault\" printed and \"target list -v\" shows. Without it, everything ends\nthat the commands fault, stall, freeze, reject, refuse and namespace hide have begun, and what\n"+
+			"\"target grant none\" and \"target grant --exactly\" have set. The limit of \"target grant N\", the states\nof ANA groups and the namespaces stay as they are.",
+		wantArgs(0, 1), func(_ *remote, args []string) (any, error) {
 			if len(args) == 0 {
 				return targetserver.UnfaultRequest{}, nil
 			}
@@ -272,7 +280,7 @@ func clearVerb(runDir dirFunc) *cobra.Command {
 
 func stallVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "stall {on | off}", "Start no commands, and keep connections", "",
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+		wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 			on, err := onOff(args[0])
 			return targetserver.StallRequest{On: on}, err
 		}))
@@ -281,7 +289,7 @@ func stallVerb(runDir dirFunc) *cobra.Command {
 func freezeVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "freeze {TIME | off}", "Freeze the target for a time",
 		"Commands and connect requests wait, timers stop and no controller ends, as if the machine\nwere paused. Afterwards the target continues.",
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+		wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 			ms, err := milliseconds(args[0])
 			return targetserver.FreezeRequest{Milliseconds: ms}, err
 		}))
@@ -290,11 +298,14 @@ func freezeVerb(runDir dirFunc) *cobra.Command {
 func rejectVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "reject {STATUS | off}", "Reject connect requests",
 		"STATUS is a status code of NVMe/RDMA, for example 6, \"no resources\".",
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+		wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 			if args[0] == "off" {
 				return targetserver.RejectRequest{}, nil
 			}
 			n, err := number("status", args[0], 1, uint64(nvme.RDMARejectInvalidCNTLID))
+			if err != nil {
+				err = fmt.Errorf("%w, or off", err)
+			}
 			return targetserver.RejectRequest{Status: n}, err
 		}))
 }
@@ -303,11 +314,14 @@ func refuseVerb(runDir dirFunc) *cobra.Command {
 	var dnr bool
 	cmd := change(runDir, "refuse {STATUS | off}", "Answer Connect commands with a status",
 		"STATUS combines status code type and status code as nvme-cli does, for example 0x182.",
-		cobra.ExactArgs(1), func(_ *remote, args []string) (any, error) {
+		wantArgs(1, 1), func(_ *remote, args []string) (any, error) {
 			if args[0] == "off" {
 				return targetserver.RefuseRequest{}, nil
 			}
 			s, err := options.ParseStatus(args[0], dnr)
+			if err != nil {
+				err = fmt.Errorf("%w, or off", err)
+			}
 			return targetserver.RefuseRequest{Status: int(s)}, err
 		})
 	cmd.Flags().BoolVar(&dnr, "dnr", false, "set the \"do not retry\" bit")
@@ -320,7 +334,7 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Show the running targets",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: verb("target list", func(cmd *cobra.Command, _ []string) error {
 			runDir, err := runDir()
 			if err != nil {
@@ -336,6 +350,9 @@ func newTargetList(runDir dirFunc) *cobra.Command {
 				ctx, cancel := context.WithTimeout(cmd.Context(), statusTime)
 				s, err := targetserver.NewClient(targetserver.Socket(dir, name)).Status(ctx)
 				cancel()
+				if errors.Is(err, context.DeadlineExceeded) {
+					err = fmt.Errorf("it did not answer within %v", statusTime)
+				}
 				if err != nil {
 					cmd.PrintErrf("%s: target list: %s: %s\n", programName, name, output.Text(err.Error()))
 					continue

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -12,12 +13,11 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
 func newUpgrade(runDir dirFunc) *cobra.Command {
-	var format string
+	r := restart{}
 	cmd := &cobra.Command{
 		Use:   "upgrade {NQN | DEVICE}…",
 		Short: "Replace running servers by this program",
@@ -30,7 +30,7 @@ The running server is given by the NQN of its subsystem, by one of its devices, 
 by its name, such as ctrl0 (see list -v). The new server runs in the background, even
 if the old one ran in a terminal. If a service manager runs the old server, the new one
 becomes the main process of the same service.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: wantArgs(1, math.MaxInt),
 		RunE: verb("upgrade", func(cmd *cobra.Command, args []string) error {
 			dir, err := runDir()
 			if err != nil {
@@ -40,20 +40,15 @@ becomes the main process of the same service.`,
 			if err != nil {
 				return err
 			}
-			var errs []error
-			for _, r := range records {
-				if err := replace(cmd, dir, r, format); err != nil {
-					errs = append(errs, fmt.Errorf("%s: %w", r.Name, err))
-				}
-			}
-			return errors.Join(errs...)
+			return errors.Join(r.each(cmd, dir, succeed, records)...)
 		}),
 	}
-	formatFlag(cmd.Flags(), &format)
+	r.addFlags(cmd.Flags())
 	return cmd
 }
 
-// running are the records of running servers that a command line names.
+// running returns the records of the running servers that a command line names, each
+// once.
 func running(dir state.Dir, names []string) ([]state.Record, error) {
 	records, err := dir.List()
 	if err != nil {
@@ -61,34 +56,19 @@ func running(dir state.Dir, names []string) ([]state.Record, error) {
 	}
 	var chosen []state.Record
 	for _, name := range names {
-		i := slices.IndexFunc(records, func(r state.Record) bool {
-			return r.Alive && r.Err == nil && (serves(r, name) || r.Target.NQN == name)
+		found := slices.DeleteFunc(slices.Clone(records), func(r state.Record) bool {
+			return !r.Alive || r.Err != nil || !serves(r, name) && r.Target.NQN != name
 		})
-		if i < 0 {
-			return nil, exit.Errorf(exit.NotFound, "%s: no running server has it", name)
+		if len(found) == 0 {
+			return nil, exit.Errorf(exit.NotFound, "%s: no running server has this name, device or NQN", name)
 		}
-		chosen = append(chosen, records[i])
+		for _, r := range found {
+			if !slices.ContainsFunc(chosen, func(c state.Record) bool { return c.Name == r.Name }) {
+				chosen = append(chosen, r)
+			}
+		}
 	}
 	return chosen, nil
-}
-
-// replace starts a server that takes over from one that runs.
-func replace(cmd *cobra.Command, dir state.Dir, r state.Record, format string) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), timeoutOf(r)+undoTime)
-	defer cancel()
-	if now, err := control.NewClient(r.Socket()).Status(ctx); err == nil && now.Managed {
-		s, err := replaceManaged(ctx, dir, r)
-		if err != nil {
-			return err
-		}
-		return output.Connected(cmd.OutOrStdout(), s, format, false)
-	}
-	args := append(append(serveArgs(dir), "--succeed="+r.Name), r.Args...)
-	s, err := startServer(args, timeoutOf(r))
-	if err != nil {
-		return err
-	}
-	return output.Connected(cmd.OutOrStdout(), s, format, false)
 }
 
 // takeoverPoll is how often upgrade looks whether a new server serves all devices.

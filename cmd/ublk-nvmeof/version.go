@@ -49,7 +49,7 @@ func newVersion() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of this build",
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: verb("version", func(cmd *cobra.Command, _ []string) error {
 			b := thisBuild()
 			if format == output.JSON {

@@ -34,6 +34,13 @@ func becomeSystemd(port *os.File, c guestConfig) error {
 	if err := os.WriteFile("/etc/fstab", nil, 0o644); err != nil {
 		return err
 	}
+	// Emptying the host's /tmp takes long, because all of it is behind the 9p file system.
+	if err := os.MkdirAll("/etc/tmpfiles.d", 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/etc/tmpfiles.d/tmp.conf", nil, 0o644); err != nil {
+		return err
+	}
 	// The script has as long as the command.
 	if err := writeFrame(port, frameReady, nil); err != nil {
 		return err

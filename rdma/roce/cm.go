@@ -31,7 +31,9 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 			id = p.byPeer[peerID{src.Addr(), m.Local()}]
 		}
 	case wire.DREP:
-		if f := p.farewells[m.Remote()]; f != nil && f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
+		if f := p.farewells[m.Remote()]; f == nil {
+			p.onChallengeMet(m, src.Addr())
+		} else if f.mad.TID() == m.TID() && f.id.isPeer(src, dst) {
 			p.farewellDone(f, "disconnected")
 		}
 		return
@@ -84,17 +86,23 @@ func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Add
 		a = wire.NewMAD(wire.REJ, m.TID(), m.Remote(), m.Local())
 	}
 	r.Put(a)
-	p.sendMAD(p.back(src, dst, guid), a)
+	p.answer(src, dst, guid, a)
 }
 
-// back is the path by which to answer. Messages go to the well-known port,
-// wherever they came from, but for peers that are ours: they send from where
-// they receive (Config.OnDemand). guid is the peer's, 0 if it did not say.
-func (p *endpoint) back(src netip.AddrPort, dst netip.Addr, guid uint64) *path {
+// answer sends a message to where another came from. The path is in use until the next answer.
+func (p *endpoint) answer(src netip.AddrPort, dst netip.Addr, guid uint64, m *wire.MAD) {
+	p.outbox.path.set(p.sock, dst, p.back(src, guid), -1)
+	p.sendMAD(&p.outbox.path, m)
+}
+
+// back is where to answer. Messages go to the well-known port, wherever they came from, but for
+// peers that are ours: they send from where they receive (Config.OnDemand). guid is the peer's,
+// 0 if it did not say.
+func (p *endpoint) back(src netip.AddrPort, guid uint64) netip.AddrPort {
 	if !ours(guid) {
-		src = netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
+		return netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
 	}
-	return newPath(p.sock, dst, src, -1)
+	return src
 }
 
 // ours reports whether a CA GUID has our mark.
@@ -116,27 +124,30 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		}
 		return
 	}
-	if !p.admit(src.Addr()) {
-		c.requestsDropped.Add(1)
-		return
-	}
 	r, ok := wire.ParseRequest(m)
-	if !ok {
-		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
-		return
-	}
-	if r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("") {
+	if ok && (r.Source != src.Addr().WithZone("") || r.Destination != dst.WithZone("")) {
 		c.wrongAddress.Add(1)
 		return
 	}
 	l := p.listeners[r.Port]
-	if l == nil || !l.bound.IsUnspecified() && l.bound != dst {
-		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
+	if !ok || l != nil && !l.bound.IsUnspecified() && l.bound != dst {
+		l = nil
+	}
+	o := p.strangers.originOf(src.Addr(), r.Proof)
+	if !p.admit(o) || l != nil && (!p.makeRoom(o) || len(l.requests) >= l.backlog) {
+		c.requestsDropped.Add(1) // the sender repeats it
+		if l != nil {
+			p.challenge(o, src, dst, r.GUID)
+		}
 		return
 	}
-	if !p.makeRoom(src.Addr()) || len(l.requests) >= l.backlog {
-		c.requestsDropped.Add(1)
-		return // the sender repeats it
+	switch {
+	case !ok:
+		p.refuseStranger(m, src, dst, 0, 0, rejectUnsupported)
+		return
+	case l == nil:
+		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectInvalidServiceID)
+		return
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
 		// The peer has forgotten that connection, or the request is forged.
@@ -152,21 +163,22 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		p.refuseStranger(m, src, dst, r.GUID, 0, rdma.RejectStaleConnection)
 		return
 	}
-	p.enqueue(l, &r, m, src, dst)
+	p.enqueue(l, r, m, src, dst, o.share())
 }
 
-// enqueue makes an ID of a request and gives it to the listener.
-func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
-	id := p.newID(p.back(src, dst, r.GUID))
+// enqueue makes an ID of a request and gives it to the listener. share is that of its sender.
+func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr, share originKey) {
+	id := p.newID(newPath(p.sock, dst, p.back(src, r.GUID), -1))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
 	id.local = netip.AddrPortFrom(named(dst), r.Port)
 	id.remote = netip.AddrPortFrom(named(src.Addr()), r.SourcePort)
 	id.peerComm, id.peerGUID, id.peerQPN = m.Local(), r.GUID, r.QPN
-	id.request, id.private = *r, r.Private[:]
+	id.request = r
+	id.private = id.request.Private[:]
 	p.byPeer[peerID{src.Addr(), m.Local()}] = id
 	p.byQP[peerQP{r.GUID, r.QPN}] = id
 	id.listener, id.owed = l, 1
-	p.begin(id)
+	p.begin(id, share)
 	l.requests = append(l.requests, id)
 	l.signal()
 }
@@ -175,7 +187,7 @@ func (p *endpoint) enqueue(l *listener, r *wire.Request, m *wire.MAD, src netip.
 func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
-		if p.admit(src.Addr()) {
+		if p.admit(p.strangers.find(src.Addr())) {
 			p.refuseStranger(m, src, dst, 0, 1, rejectInvalidCommID)
 		}
 	case id.state == idConnecting:
@@ -206,6 +218,7 @@ func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst neti
 // establish ends the passive side's handshake. The lock is held.
 func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
+	p.strangers.find(id.path.remote.Addr()).proven = true
 	p.settled(id)
 	id.respond(answer{})
 }
@@ -243,14 +256,17 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	guid := uint64(0)
 	if id != nil {
 		guid = id.peerGUID
-	} else if !p.admit(src.Addr()) {
+	} else if !p.admit(p.strangers.find(src.Addr())) {
 		return
 	}
-	p.sendMAD(p.back(src, dst, guid), wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
+	p.answer(src, dst, guid, wire.NewMAD(wire.DREP, m.TID(), m.Remote(), m.Local()))
 	if f := p.farewells[m.Remote()]; f != nil && f.id.isPeer(src, dst) && f.id.peerComm == m.Local() {
 		p.farewellDone(f, "both sides disconnected")
 	}
 	if id == nil {
+		if m.Remote() == 0 {
+			p.onChallenge(uint32(m.TID()), src, dst)
+		}
 		return
 	}
 	switch id.state {
@@ -278,6 +294,9 @@ func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*
 	}
 	if p.listeners[number] != nil {
 		return nil, unix.EADDRINUSE
+	}
+	if err := p.openProver(); err != nil {
+		return nil, err
 	}
 	l := &listener{
 		endpoint: p, addr: netip.AddrPortFrom(addr.Addr(), number), bound: bound, backlog: backlog,

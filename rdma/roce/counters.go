@@ -30,6 +30,8 @@ type Counters struct {
 	RequestsDropped uint64 // of those, over the rate or without room
 	HalfOpenEvicted uint64 // handshakes that ended to make room for others
 	HalfOpenExpired uint64 // handshakes that took too long
+	ChallengesSent  uint64 // to strangers whose requests were dropped
+	AddressesProven uint64 // by answers to challenges
 	AnswersWithheld uint64 // messages not sent to peers that had not proven their address
 	StaleMessages   uint64 // dropped: messages of the connection manager that belong to no handshake under way
 }
@@ -38,7 +40,7 @@ type counters struct {
 	packetsReceived, packetsSent, malformed, badICRC, unknownQP, wrongAddress,
 	duplicates, staleReads, unsolicited, outOfSequence, retransmits, timeouts, probes,
 	naksSent, naksReceived, fatalNAKsSent, fatalNAKs, rnrNAKsSent, rnrNAKs,
-	strays, marks, notes, requests, requestsDropped, halfOpenEvicted, halfOpenExpired, answersWithheld, staleMessages atomic.Uint64
+	strays, marks, notes, requests, requestsDropped, halfOpenEvicted, halfOpenExpired, challengesSent, addressesProven, answersWithheld, staleMessages atomic.Uint64
 }
 
 // Snapshot reads the counters. It may be called from any goroutine.
@@ -56,7 +58,8 @@ func (p *Provider) Snapshot() Counters {
 		RNRNAKsSent: c.rnrNAKsSent.Load(), RNRNAKs: c.rnrNAKs.Load(),
 		Strays: c.strays.Load(), Marks: c.marks.Load(), Notes: c.notes.Load(),
 		Requests: c.requests.Load(), RequestsDropped: c.requestsDropped.Load(),
-		HalfOpenEvicted: c.halfOpenEvicted.Load(), HalfOpenExpired: c.halfOpenExpired.Load(), AnswersWithheld: c.answersWithheld.Load(),
+		HalfOpenEvicted: c.halfOpenEvicted.Load(), HalfOpenExpired: c.halfOpenExpired.Load(),
+		ChallengesSent: c.challengesSent.Load(), AddressesProven: c.addressesProven.Load(), AnswersWithheld: c.answersWithheld.Load(),
 		StaleMessages: c.staleMessages.Load(),
 	}
 }

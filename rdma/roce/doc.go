@@ -73,11 +73,19 @@
 // provider asks the peer whether the connection still exists.
 //
 // A connect request costs the passive side memory before the sender has proven anything.
-// Config limits the number of unfinished handshakes, in total and per source, and the rate
-// of requests. A peer proves that it receives messages at its address by an RTU or by a
-// request with the right sequence number. Until then it gets at most one message for each
-// message from that address. A flood of requests from forged addresses can keep out new
-// connections for some of the time; it does not affect established ones.
+// Config limits the number of unfinished handshakes and the rate of requests. A source of
+// requests proves that it receives messages at its address by an RTU, by a request with the
+// right sequence number, or by the answer to a challenge: a disconnect request whose
+// transaction id depends on the address. Until then it gets at most one message for each
+// message from that address. A request of a stranger that finds no room is challenged, and
+// nothing is kept of it; the next repetition then finds room. So a flood of requests from
+// forged addresses delays a new host until it repeats its request: not at all if it uses this
+// package, and 4.3 s if it is Linux, or some repetitions if there are more than 16,000 requests
+// per second. Sources that have proven their addresses share the room. A new one displaces the
+// unfinished handshakes of the one with most. Established connections lose nothing. But an
+// attacker who forges the address of a host that does not use this package can keep that host
+// from making new connections: its requests cannot be told from the others. A host of this
+// package answers a challenge in its request, too.
 //
 // Keys are random, valid in one protection domain, and end with the region. Every queue
 // pair of a protection domain can use the domain's keys, so give peers that do not trust

@@ -53,7 +53,8 @@ type endpoint struct {
 	byQP       map[peerQP]*connID   // connections and requests by the peer's queue pair
 	farewells  map[uint32]*farewell // by our communication id
 	handshakes handshakes
-	mads       uint32 // datagrams sent; their sequence numbers
+	strangers  strangers
+	outbox     outbox
 }
 
 // peerID is a communication id of a peer.
@@ -78,7 +79,8 @@ func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 		qps: make(map[uint32]*queuePair), listeners: make(map[uint16]*listener),
 		ids: make(map[uint32]*connID), byPeer: make(map[peerID]*connID), byQP: make(map[peerQP]*connID),
 		farewells:  make(map[uint32]*farewell),
-		handshakes: handshakes{bySource: make(map[netip.Addr]int), rates: make(map[netip.Addr]*bucket)},
+		handshakes: handshakes{byShare: make(map[originKey]int)},
+		strangers:  newStrangers(dedicated),
 	}
 	o.manager = o
 	if !dedicated {
@@ -404,28 +406,34 @@ func (p *endpoint) qp(qpn uint32) *queuePair {
 	return p.qps[qpn]
 }
 
-// sendMAD sends one message of the connection manager.
-func (p *endpoint) sendMAD(to *path, m *wire.MAD) {
-	p.mads++
-	b := m.Packet(p.mads & 0xffffff)
-	msg, base := plainMessage(to, b)
-	wire.PutICRC(b[len(b)-wire.ICRCLen:], wire.Update(wire.Header(base, b[:wire.BTHLen]), b[wire.BTHLen:len(b)-wire.ICRCLen]))
-	// What is lost will be sent again; the message fits in any MTU.
-	_ = to.sock.send(msg)
+// outbox is the memory for one datagram of the connection manager, which is sent at once. It is
+// guarded by the endpoint's lock.
+type outbox struct {
+	sent   uint32 // datagrams; their sequence numbers
+	packet [wire.MADPacketLen]byte
+	iov    unix.Iovec
+	msg    [1]message
+	path   path // of answers to strangers
 }
 
-// plainMessage describes one datagram, and its ICRC's beginning.
-func plainMessage(to *path, b []byte) ([]message, uint32) {
-	msg := make([]message, 1)
-	iov := &unix.Iovec{Base: &b[0]}
-	iov.SetLen(len(b))
-	h := &msg[0].hdr
+// sendMAD sends one message of the connection manager.
+func (p *endpoint) sendMAD(to *path, m *wire.MAD) {
+	o := &p.outbox
+	o.sent++
+	b := o.packet[:]
+	m.PutPacket(b, o.sent&0xffffff)
+	base := wire.Base(to.local, to.remote, len(b))
+	wire.PutICRC(b[len(b)-wire.ICRCLen:], wire.Update(wire.Header(base, b[:wire.BTHLen]), b[wire.BTHLen:len(b)-wire.ICRCLen]))
+	o.iov.Base = &b[0]
+	o.iov.SetLen(len(b))
+	h := &o.msg[0].hdr
 	h.Name, h.Namelen = to.namePtr(), to.nameLen
-	h.Iov = iov
+	h.Iov = &o.iov
 	h.SetIovlen(1)
 	h.Control = &to.control[0]
 	h.SetControllen(to.controlLen)
-	return msg, wire.Base(to.local, to.remote, len(b))
+	// What is lost will be sent again; the message fits in any MTU.
+	_ = to.sock.send(o.msg[:])
 }
 
 // close ends the receive loop and everything else.
@@ -452,6 +460,10 @@ func (p *endpoint) close() error {
 	clear(p.farewells)
 	if p.handshakes.timer != nil {
 		p.handshakes.timer.Stop()
+	}
+	if p.strangers.prover != nil {
+		errs = append(errs, p.strangers.prover.close())
+		p.strangers.prover = nil
 	}
 	p.mu.Unlock()
 	p.recvMu.Lock()

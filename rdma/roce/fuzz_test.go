@@ -463,9 +463,9 @@ func FuzzManage(f *testing.F) {
 		p.mu.Lock()
 		id.state, id.passive = idIdle+idState(state&0x7f)%idEnded, state&0x80 != 0
 		id.peerComm, id.peerQPN, id.peerGUID, id.last = 7, 99, 77, wire.NewMAD(wire.RTU, 1, id.comm, 7)
-		id.tid, id.listener = 1, l
+		id.tid, id.listener, id.asking = 1, l, wire.NewMAD(wire.REQ, 1, id.comm, 0)
 		if id.halfOpen() {
-			p.begin(id)
+			p.begin(id, strangersShare)
 		}
 		p.mu.Unlock()
 		if id.state > idRequested {
@@ -501,7 +501,7 @@ func FuzzManage(f *testing.F) {
 		}
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open) != 0 {
+		if len(p.ids)+len(p.byPeer)+len(p.byQP)+len(p.handshakes.open)+p.handshakes.ending != 0 {
 			t.Fatalf("left: %d ids, %d by peer, %d by queue pair, %d half open", len(p.ids), len(p.byPeer), len(p.byQP), len(p.handshakes.open))
 		}
 		for _, farewell := range p.farewells {

@@ -1,7 +1,6 @@
 package roce
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -10,84 +9,33 @@ import (
 
 // A connect request costs the passive side a queue pair and its memory before anything shows
 // that the request came from the address that it names. So there are few connections in this
-// state, few for each source, and each for a short time; requests are taken at a limited rate;
-// and until a peer has proven that it receives our messages, it gets no more bytes than came
-// from its address.
+// state, and each for a short time. The sources share these places (see makeRoom), and until a
+// peer has proven that it receives our messages, it gets no more bytes than came from its
+// address.
 
 const (
 	// halfOpenTime is how long a connection may be half-open: three times what Linux waits
 	// before it repeats a request.
 	halfOpenTime = 15 * time.Second
-	// evictionAge is how old a half-open connection must be to make room for another. If none
-	// is, the new request is dropped, and its sender repeats it.
-	evictionAge = 200 * time.Millisecond
-	// burst is how many seconds' worth of requests may come at once.
-	burst = 4
-	// maxSources bounds the sources whose rates are kept.
-	maxSources = 4096
+	// evictionAge is how old a half-open connection must be to make room for another one of the
+	// same share. A peer that receives our answer confirms it long before.
+	evictionAge = time.Second
 )
 
-// source is the key of the limits per source: an address of IPv4 or a link-local one, otherwise
-// a network of IPv6, because a host has all the addresses of its own.
-func source(a netip.Addr) netip.Addr {
-	if a.Is4() || a.IsLinkLocalUnicast() {
-		return a
-	}
-	net, _ := a.Prefix(64) // fits IPv6
-	return net.Addr()
-}
-
-// bucket is a token bucket.
-type bucket struct {
-	tokens   float64
-	refilled time.Time // when tokens was right; zero: it is full
-}
-
-func (b *bucket) take(now time.Time, rate int) bool {
-	most := float64(rate) * burst
-	if b.refilled.IsZero() {
-		b.tokens = most
-	} else {
-		b.tokens = min(most, b.tokens+now.Sub(b.refilled).Seconds()*float64(rate))
-	}
-	b.refilled = now
-	if b.tokens < 1 {
-		return false
-	}
-	b.tokens--
-	return true
-}
-
-// handshakes are the half-open connections of an endpoint, and how many may come. It is
-// guarded by the endpoint's lock.
+// handshakes are the half-open connections of an endpoint. It is guarded by the endpoint's lock.
 type handshakes struct {
-	open     []*connID // in the order of their requests, until they are established or closed
-	bySource map[netip.Addr]int
-	all      bucket
-	rates    map[netip.Addr]*bucket
-	timer    *time.Timer // runs while there are any
+	open    []*connID         // in the order of their requests, until they are established or end
+	byShare map[originKey]int // how many there are of each proven source, and of strangers
+	ending  int               // connections that were abandoned, and whose owner has not closed them yet
+	timer   *time.Timer       // runs while there are any
 }
 
-// admit reports whether one more message of a stranger may be looked at.
-func (p *endpoint) admit(from netip.Addr) bool {
-	h, cfg, now := &p.handshakes, &p.provider.cfg, time.Now()
-	src := source(from)
-	b := h.rates[src]
-	if b == nil {
-		if len(h.rates) >= maxSources {
-			clear(h.rates) // which allows each of them another burst
-		}
-		b = new(bucket)
-		h.rates[src] = b
-	}
-	return b.take(now, cfg.MaxRequestRatePerSource) && h.all.take(now, cfg.MaxRequestRate)
-}
-
-// begin adds a half-open connection.
-func (p *endpoint) begin(id *connID) {
+// begin adds a half-open connection to a share.
+func (p *endpoint) begin(id *connID, share originKey) {
 	h := &p.handshakes
+	id.share = share
 	h.open = append(h.open, id)
-	h.bySource[source(id.path.remote.Addr())]++
+	h.byShare[id.share]++
 	switch {
 	case h.timer == nil:
 		h.timer = time.AfterFunc(halfOpenTime, p.expire)
@@ -104,39 +52,50 @@ func (p *endpoint) settled(id *connID) {
 		return
 	}
 	h.open = slices.Delete(h.open, i, i+1)
-	src := source(id.path.remote.Addr())
-	if h.bySource[src]--; h.bySource[src] == 0 {
-		delete(h.bySource, src)
+	if h.byShare[id.share]--; h.byShare[id.share] == 0 {
+		delete(h.byShare, id.share)
 	}
 }
 
-// makeRoom reports whether there is room for one more half-open connection. If there is not, it
-// ends the oldest one of the same source, if that has too many, or of the source that has most.
-func (p *endpoint) makeRoom(from netip.Addr) bool {
+// makeRoom reports whether there is room for one more half-open connection of a source, for
+// which it may end another one. Strangers together have half of the places, and each proven
+// source has MaxHalfOpenPerSource. Who has all of that loses a connection that is old enough.
+// If all places are taken, the share with most connections makes room at once for a proven
+// source that has fewer; of several such shares, that of strangers.
+func (p *endpoint) makeRoom(o *origin) bool {
 	h, cfg := &p.handshakes, &p.provider.cfg
-	own := source(from)
-	room := func() bool {
-		return h.bySource[own] < cfg.MaxHalfOpenPerSource && len(h.open) < cfg.MaxHalfOpen
+	own, most := o.share(), cfg.MaxHalfOpenPerSource
+	if !o.proven {
+		most = max(1, cfg.MaxHalfOpen/2)
 	}
-	if room() {
+	full := len(h.open) >= cfg.MaxHalfOpen
+	switch {
+	case h.ending >= cfg.MaxHalfOpen: // their memory is still in use
+		return false
+	case h.byShare[own] < most && !full:
 		return true
+	case h.byShare[own] >= most || !o.proven:
+		return p.evict(own, evictionAge)
 	}
-	busiest := own
-	if h.bySource[own] < cfg.MaxHalfOpenPerSource {
-		for other, n := range h.bySource {
-			if n > h.bySource[busiest] {
-				busiest = other
-			}
+	busiest, age := own, evictionAge
+	for other, n := range h.byShare {
+		if most := h.byShare[busiest]; n > h.byShare[own] && (n > most || n == most && other == strangersShare) {
+			busiest, age = other, 0
 		}
 	}
-	i := slices.IndexFunc(h.open, func(id *connID) bool {
-		return id.state != idEnded && source(id.path.remote.Addr()) == busiest
-	})
-	if i >= 0 && time.Since(h.open[i].arrived) >= evictionAge {
-		p.provider.counters.halfOpenEvicted.Add(1)
-		p.abandon(h.open[i])
+	return p.evict(busiest, age)
+}
+
+// evict ends the oldest half-open connection of a share, if it has reached an age.
+func (p *endpoint) evict(share originKey, age time.Duration) bool {
+	h := &p.handshakes
+	i := slices.IndexFunc(h.open, func(id *connID) bool { return id.state != idEnded && id.share == share })
+	if i < 0 || time.Since(h.open[i].arrived) < age {
+		return false
 	}
-	return room()
+	p.provider.counters.halfOpenEvicted.Add(1)
+	p.abandon(h.open[i])
+	return true
 }
 
 // expire ends half-open connections that took too long.
@@ -175,6 +134,9 @@ func (p *endpoint) abandon(id *connID) {
 		return
 	}
 	id.end()
+	p.settled(id)
+	id.ending = true
+	p.handshakes.ending++
 	id.respond(answer{err: errGaveUp})
 }
 
@@ -183,6 +145,9 @@ func (p *endpoint) forget(id *connID) {
 	delete(p.ids, id.comm)
 	if id.passive {
 		p.settled(id)
+		if id.ending {
+			p.handshakes.ending--
+		}
 		if key := (peerID{id.path.remote.Addr(), id.peerComm}); p.byPeer[key] == id {
 			delete(p.byPeer, key)
 		}

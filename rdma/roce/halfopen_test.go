@@ -214,20 +214,6 @@ func TestSources(t *testing.T) {
 	}
 }
 
-// TestManySources: the memory of who asked is bounded, too.
-func TestManySources(t *testing.T) {
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
-	p := target.endpoints[0]
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i := range 3 * maxSources {
-		p.admit(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}))
-	}
-	if n := len(p.handshakes.rates); n > maxSources {
-		t.Errorf("%d sources", n)
-	}
-}
-
 // age makes half-open connections older.
 func (p *endpoint) age(d time.Duration) {
 	p.mu.Lock()
@@ -271,8 +257,8 @@ func TestHalfOpenExpires(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	p.mu.Lock()
-	if n := len(p.handshakes.open); n != 2 || len(l.(*listener).requests) != 0 {
-		t.Errorf("%d half-open, of which 2 are not closed; %d waiting", n, len(l.(*listener).requests))
+	if h := &p.handshakes; len(h.open) != 0 || h.ending != 2 || len(l.(*listener).requests) != 0 {
+		t.Errorf("%d half-open, %d not closed yet, %d waiting", len(h.open), h.ending, len(l.(*listener).requests))
 	}
 	p.mu.Unlock()
 	a, b := join(t, host, target, 16, 1<<16, false)
@@ -281,40 +267,60 @@ func TestHalfOpenExpires(t *testing.T) {
 	b.ok(b.recvCQ, 1)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n := len(p.handshakes.open); n != 2 {
+	if n := len(p.handshakes.open); n != 0 {
 		t.Errorf("%d half-open after one was established", n)
 	}
 }
 
-// TestMakeRoom: it is the source with most half-open connections that gives way.
+// TestMakeRoom: strangers have half of the places, and the source with most half-open
+// connections makes room for a proven one.
 func TestMakeRoom(t *testing.T) {
-	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 5, MaxHalfOpenPerSource: 4})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 8, MaxHalfOpenPerSource: 5})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 10)
 	check(t, err)
 	t.Cleanup(func() { check(t, l.Close()) })
 	p := target.endpoints[0]
-	from := func(last byte) *intruder {
-		return newIntruder(t, netip.AddrFrom4([4]byte{127, 0, 0, last}), targetAddr)
+	asked := uint64(0)
+	ask := func(last byte, first, n uint32) {
+		newIntruder(t, netip.AddrFrom4([4]byte{127, 0, 0, last}), targetAddr).ask(l.Addr().Port(), first, n)
+		asked += uint64(n)
+		until(t, target, "requests", func(c Counters) bool { return c.Requests == asked })
 	}
-	few, many := from(3), from(4)
-	few.ask(l.Addr().Port(), 0, 1)
-	many.ask(l.Addr().Port(), 0, 5)
-	until(t, target, "requests", func(c Counters) bool { return c.Requests == 6 })
-	counts := func(wantFew, wantMany, wantThird int) {
+	counts := func(when string, strangers int, proven ...int) {
 		t.Helper()
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		h := p.handshakes.bySource
-		if a, b, c := h[few.from.Addr()], h[many.from.Addr()], h[netip.MustParseAddr("127.0.0.5")]; a != wantFew || b != wantMany || c != wantThird {
-			t.Errorf("%d, %d and %d half-open, want %d, %d and %d: %+v", a, b, c, wantFew, wantMany, wantThird, target.Snapshot())
+		if n := p.handshakes.byShare[strangersShare]; n != strangers {
+			t.Errorf("%s: %d half-open of strangers, want %d: %+v", when, n, strangers, target.Snapshot())
+		}
+		for i, want := range proven {
+			if n := p.handshakes.byShare[originKey{addr: netip.AddrFrom4([4]byte{127, 0, 0, byte(11 + i)})}]; n != want {
+				t.Errorf("%s: %d half-open of proven source %d, want %d: %+v", when, n, i, want, target.Snapshot())
+			}
 		}
 	}
-	counts(1, 4, 0)
-	third := from(5)
-	third.ask(l.Addr().Port(), 0, 1) // all are young
-	until(t, target, "dropped", func(c Counters) bool { return c.RequestsDropped == 2 })
+	for i := range byte(3) {
+		p.mu.Lock()
+		p.strangers.find(netip.AddrFrom4([4]byte{127, 0, 0, 11 + i})).proven = true
+		p.mu.Unlock()
+	}
+	ask(3, 0, 3)
+	ask(4, 0, 3)
+	counts("strangers have what they may have", 4)
+	ask(11, 0, 6)
+	counts("all places are taken", 4, 4)
+	ask(12, 0, 3)
+	counts("a source that has fewer", 2, 3, 3)
+	ask(13, 0, 2)
+	counts("another one", 2, 2, 2, 2)
+	ask(5, 0, 1)
+	ask(13, 10, 1)
+	counts("no share is larger", 2, 2, 2, 2)
 	p.age(evictionAge)
-	third.ask(l.Addr().Port(), 10, 1)
-	until(t, target, "evicted", func(c Counters) bool { return c.HalfOpenEvicted == 1 })
-	counts(1, 3, 1)
+	ask(5, 10, 1)
+	ask(13, 20, 1)
+	counts("old ones make room", 2, 2, 2, 2)
+	if c := target.Snapshot(); c.HalfOpenEvicted != 7 {
+		t.Errorf("%+v", c)
+	}
 }

@@ -55,8 +55,11 @@ type connID struct {
 	patient  chan struct{}  // MRA: the peer needs time
 	// Of the passive side.
 	listener *listener
-	owed     int // messages that the peer of a half-open connection may still get
+	owed     int       // messages that the peer of a half-open connection may still get
+	share    originKey // of the half-open connections; see origin.share
+	ending   bool      // it was abandoned, and its owner must close it
 	// Of the active side.
+	asking       *wire.MAD // our REQ
 	confirmation *time.Timer
 
 	answer    chan answer   // of Connect and Accept: one at most
@@ -218,7 +221,7 @@ const (
 func resendTime(tries int) time.Duration { return resendAfter[min(tries, len(resendAfter)-1)] }
 
 // exchange sends a REQ until there is an answer.
-func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answer, error) {
+func (id *connID) exchange(ctx context.Context, step string) (answer, error) {
 	p := id.endpoint
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -230,7 +233,7 @@ func (id *connID) exchange(ctx context.Context, step string, m *wire.MAD) (answe
 			}
 			p.mu.Lock()
 			if id.state == idConnecting && !id.closed {
-				p.sendMAD(id.path, m)
+				p.sendMAD(id.path, id.asking)
 			}
 			p.mu.Unlock()
 			timer.Reset(resendTime(tries))
@@ -322,6 +325,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	}
 	id.state, id.param, id.psn = idConnecting, param, p.provider.cfg.psn()&0xffffff
 	id.tid = uint64(random32())<<32 | uint64(random32())
+	p.strangers.find(id.path.remote.Addr()).proven = true // as far as we care: it may ask us for a proof
 	r := wire.Request{
 		Port: id.remote.Port(), GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
 		ResponderResources: min(param.ResponderResources, maxReadAtomic),
@@ -331,11 +335,11 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 		Source: id.local.Addr(), Destination: id.remote.Addr(), SourcePort: id.local.Port(),
 	}
 	copy(r.Private[:], param.PrivateData)
-	m := wire.NewMAD(wire.REQ, id.tid, id.comm, 0)
-	r.Put(m)
+	id.asking = wire.NewMAD(wire.REQ, id.tid, id.comm, 0)
+	r.Put(id.asking)
 	p.mu.Unlock()
 
-	a, err := id.exchange(ctx, step, m)
+	a, err := id.exchange(ctx, step)
 	if err != nil {
 		p.mu.Lock()
 		defer p.mu.Unlock()

@@ -16,6 +16,9 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
+// DefaultPort is the UDP port of RoCEv2 (IBTA Annex A17).
+const DefaultPort = wire.Port
+
 // Config describes a Provider. The zero value serves all local addresses of
 // both families on the port of RoCEv2.
 type Config struct {
@@ -29,7 +32,7 @@ type Config struct {
 	// there, get a port that only a target of this package answers to. Addrs
 	// must be empty.
 	OnDemand bool
-	// Port is the UDP port, here and at the peers; 0 is 4791.
+	// Port is the UDP port, here and at the peers; 0 is DefaultPort.
 	Port uint16
 	// NoOffload does without UDP_SEGMENT and UDP_GRO, which are otherwise used
 	// where the kernel has them. Set it where a network card numbers the
@@ -40,16 +43,19 @@ type Config struct {
 	// of their receive completion queues, of which there are as many.
 	Receivers int
 	// MaxHalfOpen bounds the connections that are half-open: requested or accepted, but
-	// the peer has not proven yet that it got our answer. 0 is 64. When there are so many, the
-	// oldest of the source that has most makes room for the next, if it is older than 200 ms.
-	// None stays half-open for more than 15 s.
+	// the peer has not proven yet that it got our answer. 0 is 64. Peers of which nothing
+	// proves that they receive our messages have half of these places. Others make room for
+	// each other: the source that has most loses one to a source that has fewer. None stays
+	// half-open for more than 15 s.
 	MaxHalfOpen int
-	// MaxHalfOpenPerSource is the same for each source: an address of IPv4, a network of 64
-	// bits of IPv6. 0 is 16.
+	// MaxHalfOpenPerSource is the same for each source that is proven: an address of IPv4, a
+	// network of 64 bits of IPv6. 0 is 16. The oldest one makes room for the next, if it is
+	// older than a second.
 	MaxHalfOpenPerSource int
 	// MaxRequestRate bounds the connect requests taken per second, of which those of four
-	// seconds may come at once; 0 is 1024. MaxRequestRatePerSource is the same for each source;
-	// 0 is 256.
+	// seconds may come at once; 0 is 1024. One half is kept for proven sources that send few.
+	// MaxRequestRatePerSource is the same for each source; 0 is 256. Up to 16 times
+	// MaxRequestRate requests of strangers that are not taken get a challenge.
 	MaxRequestRate          int
 	MaxRequestRatePerSource int
 

@@ -39,9 +39,9 @@ func open(t testing.TB, cfg Config) *Provider {
 		p.mu.Unlock()
 		for _, o := range ports {
 			o.mu.Lock()
-			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.qps)+len(o.handshakes.open)+len(o.handshakes.bySource) != 0 {
-				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open",
-					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.qps), len(o.handshakes.open))
+			if len(o.ids)+len(o.byPeer)+len(o.byQP)+len(o.listeners)+len(o.qps)+len(o.handshakes.open)+len(o.handshakes.byShare)+o.handshakes.ending != 0 {
+				t.Errorf("left open: %d IDs, %d and %d by peer, %d listeners, %d queue pairs, %d half-open, %d ending",
+					len(o.ids), len(o.byPeer), len(o.byQP), len(o.listeners), len(o.qps), len(o.handshakes.open), o.handshakes.ending)
 			}
 			o.mu.Unlock()
 		}

@@ -51,6 +51,7 @@ type socket struct {
 	local netip.AddrPort // what it is bound to; its zone is canonical
 	gso   atomic.Bool    // UDP_SEGMENT works
 	gro   bool
+	hasty bool // see socketConfig
 	// recvBuffer is how many bytes of packets wait before some are lost, what the kernel
 	// needs for them included.
 	recvBuffer int
@@ -68,9 +69,6 @@ type socket struct {
 func openSocket(local netip.AddrPort, cfg socketConfig) (*socket, error) {
 	s := &socket{v4: local.Addr().Is4()}
 	if err := s.bind(local, cfg); err != nil {
-		if errors.Is(err, unix.EADDRINUSE) {
-			err = fmt.Errorf("%w (rdma_rxe in the same network namespace takes the port)", err)
-		}
 		return nil, fmt.Errorf("open RoCE socket on %s: %w", local, err)
 	}
 	s.used = recvMessages
@@ -94,7 +92,7 @@ func (s *socket) bind(local netip.AddrPort, cfg socketConfig) error {
 	if err != nil {
 		return os.NewSyscallError("socket", err)
 	}
-	s.fd = fd
+	s.fd, s.hasty = fd, cfg.hasty
 	if err := s.configure(fd, cfg); err != nil {
 		return errors.Join(err, s.close())
 	}
@@ -115,6 +113,7 @@ func (s *socket) bind(local netip.AddrPort, cfg socketConfig) error {
 type socketConfig struct {
 	plain bool // segmentation offload stays off, as on a kernel without it
 	share bool // the port may be that of another socket of ours
+	hasty bool // what finds no room in its buffer is lost at once
 	ecn   int  // of what it sends
 	// buffer is asked for, both ways.
 	buffer int
@@ -269,9 +268,16 @@ type path struct {
 	controlLen    int
 }
 
-// tos is the type of service, whose low bits are the socket's, or negative.
+// newPath makes a path. tos is the type of service, whose low bits are the socket's, or negative.
 func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path {
-	p := &path{sock: s, local: netip.AddrPortFrom(local, s.local.Port()), remote: remote}
+	p := new(path)
+	p.set(s, local, remote, tos)
+	return p
+}
+
+// set makes another path of p.
+func (p *path) set(s *socket, local netip.Addr, remote netip.AddrPort, tos int) {
+	*p = path{sock: s, local: netip.AddrPortFrom(local, s.local.Port()), remote: remote}
 	p.name, p.nameLen = sockaddrOf(remote)
 	if s.v4 {
 		var info [unix.SizeofInet4Pktinfo]byte
@@ -293,7 +299,6 @@ func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path 
 			p.add(unix.IPPROTO_IPV6, unix.IPV6_TCLASS, v)
 		}
 	}
-	return p
 }
 
 // scope is the interface of link-local addresses; 0 if there are none.
@@ -327,7 +332,7 @@ func (s *socket) send(msgs []message) error {
 		case errno == 0:
 			msgs, waited = msgs[n:], false
 		case errno == unix.EINTR:
-		case errno == unix.EAGAIN && !waited:
+		case errno == unix.EAGAIN && !waited && !s.hasty:
 			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, sendTimeoutMs)
 			waited = true
 		case errno == unix.EMSGSIZE:

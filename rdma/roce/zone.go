@@ -44,7 +44,10 @@ func withScope(a netip.Addr, scope uint32) netip.Addr {
 
 // scopeOf is the interface of a canonical address; 0 if it needs none.
 func scopeOf(a netip.Addr) uint32 {
-	n, _ := strconv.ParseUint(a.Zone(), 10, 32) // 0 without
+	if a.Zone() == "" { // an error would cost memory
+		return 0
+	}
+	n, _ := strconv.ParseUint(a.Zone(), 10, 32) // it is canonical
 	return uint32(n)
 }
 

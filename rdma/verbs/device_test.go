@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/rdma"
+	_ "ublk-nvmeof/rdma/verbs/prepare" // these tests remove devices
 )
 
 const patience = 60 * time.Second

@@ -30,4 +30,6 @@
 //     it, waits until the last ID, PD, CQ and listener on it is closed. If it was the
 //     only RDMA device of the host, the removal waits forever, because librdmacm keeps
 //     the device open until the process ends.
+//  5. The libraries survive the removal of a device only in a process that package
+//     [ublk-nvmeof/rdma/verbs/prepare] has prepared. A program has to import it.
 package verbs

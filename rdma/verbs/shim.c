@@ -3,8 +3,6 @@
 #include "shim.h"
 
 #include <errno.h>
-#include <malloc.h>
-#include <stdlib.h>
 #include <string.h>
 
 // Work requests are chained on the stack, this many per call of the driver.
@@ -236,22 +234,6 @@ int cm_accept(struct rdma_cm_id *id, const struct conn *conn)
 struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access)
 {
 	return ibv_reg_mr(pd, addr, length, access);
-}
-
-// What the libraries need to find in the process before their first use, and
-// while there is only one thread.
-__attribute__((constructor)) static void prepare(void)
-{
-	// Destroying an object of a removed device fails with EIO and leaks the
-	// library's half of it, unless this stands in the environment. Go has its
-	// own copy of that, so children do not get it.
-	setenv("RDMAV_ALLOW_DISASSOC_DESTROY", "1", 0);
-#ifdef M_ARENA_MAX
-	// librdmacm before 44.12 sorts its devices by the difference of their
-	// addresses, cut to an int. With devices in several arenas it may lose a
-	// healthy device for ever when another one comes or goes.
-	mallopt(M_ARENA_MAX, 1);
-#endif
 }
 
 // librdmacm closes the context of a removed device when the last ID on it goes,

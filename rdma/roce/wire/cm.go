@@ -70,12 +70,17 @@ func (m *MAD) Remote() uint32 { return binary.BigEndian.Uint32(m[body+4:]) }
 // Packet makes the packet with sequence number psn, without the ICRC.
 func (m *MAD) Packet(psn uint32) []byte {
 	b := make([]byte, MADPacketLen)
+	m.PutPacket(b, psn)
+	return b
+}
+
+// PutPacket puts what Packet makes into b, which is MADPacketLen bytes long.
+func (m *MAD) PutPacket(b []byte, psn uint32) {
 	h := BTH{Op: DatagramSendOnly, PKey: DefaultPKey, DestQP: CMQueuePair, PSN: psn}
 	h.Put(b)
 	binary.BigEndian.PutUint32(b[BTHLen:], cmQKey)
 	b[BTHLen+7] = CMQueuePair
 	copy(b[BTHLen+DETHLen:], m[:])
-	return b
 }
 
 // ParseMAD takes the message from a packet that Parse accepted.
@@ -108,7 +113,10 @@ type Request struct {
 	MTU                                int // bytes
 	Source, Destination                netip.Addr
 	SourcePort                         uint16
-	Private                            [RequestPrivate]byte
+	// Proof is between peers that know of it: the Local Q_Key, which reliable connections
+	// do not use. 0 is none.
+	Proof   uint32
+	Private [RequestPrivate]byte
 }
 
 // HostMTU is a path MTU that the standard does not have, for two ends on one host: it
@@ -149,6 +157,7 @@ func (r *Request) Put(m *MAD) {
 	b := m[body:]
 	binary.BigEndian.PutUint64(b[8:], servicePrefix|uint64(r.Port))
 	binary.BigEndian.PutUint64(b[16:], r.GUID)
+	m.SetProof(r.Proof)
 	set24(b[32:], r.QPN)
 	b[35], b[39] = r.ResponderResources, r.InitiatorDepth
 	b[43] = cmTimeouts << 3
@@ -190,7 +199,8 @@ func ParseRequest(m *MAD) (r Request, ok bool) {
 	}
 	r = Request{
 		Port: uint16(service), GUID: binary.BigEndian.Uint64(b[16:]),
-		QPN: get24(b[32:]), PSN: get24(b[44:]),
+		Proof: m.Proof(),
+		QPN:   get24(b[32:]), PSN: get24(b[44:]),
 		ResponderResources: b[35], InitiatorDepth: b[39],
 		AckTimeout: b[95] >> 3, RetryCount: b[47] & 7, RNRRetryCount: b[50] & 7,
 		FlowControl: b[43]&1 != 0, MTU: mtu,
@@ -271,6 +281,12 @@ func ParseReject(m *MAD) Reject {
 	b := m[body:]
 	return Reject{Of: b[8] >> 6, Reason: binary.BigEndian.Uint16(b[10:]), Private: [RejectPrivate]byte(b[84:])}
 }
+
+// SetProof writes Request.Proof.
+func (m *MAD) SetProof(proof uint32) { binary.BigEndian.PutUint32(m[body+28:], proof) }
+
+// Proof reads what SetProof wrote.
+func (m *MAD) Proof() uint32 { return binary.BigEndian.Uint32(m[body+28:]) }
 
 // NewMRA makes the message that says of a REQ that it came and that the answer
 // will take a while: another 4.3 s at least.

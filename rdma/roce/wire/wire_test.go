@@ -196,7 +196,7 @@ func TestRequest(t *testing.T) {
 	for _, addrs := range [][2]string{{"10.0.0.1", "10.0.0.2"}, {"fd00::1", "fd00::2"}} {
 		want := Request{
 			Port: 4420, GUID: 0x0102030405060708, QPN: 0xabcdef, PSN: 0x123456, ResponderResources: 16, InitiatorDepth: 4,
-			AckTimeout: 17, RetryCount: 7, RNRRetryCount: 6, FlowControl: true, MTU: 1024,
+			AckTimeout: 17, RetryCount: 7, RNRRetryCount: 6, FlowControl: true, MTU: 1024, Proof: 0x55667788,
 			Source: netip.MustParseAddr(addrs[0]), Destination: netip.MustParseAddr(addrs[1]), SourcePort: 50000,
 			Private: [RequestPrivate]byte{1, 2, 3, RequestPrivate - 1: 9},
 		}
@@ -220,7 +220,7 @@ func TestRequest(t *testing.T) {
 			{0, "01070203" + "00000000" + "aabbccddeeff0011" + "0010"},
 			{24, "11223344"},
 			{24 + 8, "0000000001061144" + "0102030405060708"},
-			{24 + 32, "abcdef10"}, {24 + 36, "000000" + "04"},
+			{24 + 28, "55667788"}, {24 + 32, "abcdef10"}, {24 + 36, "000000" + "04"},
 			{24 + 43, "a1" + "123456" + "a7" + "ffff" + "36" + "f0" + "ffffffff"},
 			{24 + 95, "88"},
 		} {

@@ -35,8 +35,9 @@ type Status struct {
 	Reason string `json:"reason,omitempty"` // why it is not live, or was not the last time
 	// Losses counts how often the association was lost, Attempts how often it was
 	// tried to make it again since then.
-	Losses   int `json:"losses"`
-	Attempts int `json:"attempts"`
+	Losses   int    `json:"losses"`
+	Attempts int    `json:"attempts"`
+	Failure  string `json:"failure,omitempty"` // of the last attempt, while it is not live
 
 	CNTLID   uint16 `json:"cntlid"`
 	Version  string `json:"nvme_version"`

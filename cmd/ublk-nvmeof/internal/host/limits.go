@@ -87,9 +87,21 @@ func explainMemlock(err error, limit uint64) error {
 }
 
 // mayLock reports whether the process has CAP_IPC_LOCK, for which there is no limit.
-func mayLock() bool {
+func mayLock() bool { return capable(unix.CAP_IPC_LOCK) }
+
+// IsAdmin reports whether the process has CAP_SYS_ADMIN over the machine, and not only in a
+// user namespace. The drivers for block devices ask for it.
+func IsAdmin() bool {
+	ids, err := os.ReadFile("/proc/self/uid_map")
+	machine := err != nil || strings.Join(strings.Fields(string(ids)), " ") == "0 0 4294967295" // without the file there are no user namespaces
+	return machine && capable(unix.CAP_SYS_ADMIN)
+}
+
+// capable reports whether the process has a capability in its user namespace. The number
+// of the capability is below 32.
+func capable(number int) bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	err := unix.Capget(&header, &data[0])
-	return err == nil && data[0].Effective&(1<<unix.CAP_IPC_LOCK) != 0
+	return err == nil && data[0].Effective&(1<<number) != 0
 }

@@ -3,6 +3,7 @@ package host
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -48,5 +49,25 @@ func TestExplainMemlock(t *testing.T) {
 	err := explainMemlock(full, 64<<10)
 	if !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), "may lock 64 KiB of memory (RLIMIT_MEMLOCK)") {
 		t.Error(err)
+	}
+}
+
+func TestIsAdmin(t *testing.T) {
+	runtime.LockOSThread() // the thread ends with the test, and so do its rights
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	const admin = 1 << unix.CAP_SYS_ADMIN
+	if data[0].Effective&admin == 0 && IsAdmin() {
+		t.Error("an administrator without CAP_SYS_ADMIN")
+	}
+	data[0].Effective &^= admin
+	if err := unix.Capset(&header, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	if IsAdmin() {
+		t.Error("still an administrator")
 	}
 }

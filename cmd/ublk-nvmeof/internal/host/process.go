@@ -104,3 +104,22 @@ func OOMKills() (uint64, error) {
 	}
 	return 0, errors.New("/proc/vmstat has no oom_kill")
 }
+
+// Command is what a process was started as, at most 80 bytes of it, on one line.
+func Command(pid int) string {
+	const enough = 80
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	if err != nil || len(text) == 0 {
+		return "its command is unknown"
+	}
+	words := strings.ReplaceAll(strings.TrimRight(string(text), "\x00"), "\x00", " ")
+	if len(words) > enough {
+		words = words[:enough] + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, words)
+}

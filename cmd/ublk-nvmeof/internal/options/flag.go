@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/pflag"
 )
 
@@ -95,9 +96,14 @@ func wanted(f *pflag.Flag) string {
 	if w, ok := f.Value.(interface{ Want() string }); ok {
 		return w.Want()
 	}
+	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
+		return name
+	}
 	switch f.Value.Type() {
 	case "bool":
 		return "true or false"
+	case "int":
+		return "a whole number"
 	case "count":
 		return "no value"
 	}
@@ -139,8 +145,8 @@ func seconds(dst *time.Duration, lo, hi int64, want string) *flagValue[time.Dura
 	}
 }
 
-// duration is a flag for a Go duration or a whole number of seconds.
-func duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
+// Duration is a flag for a Go duration or a whole number of seconds.
+func Duration(dst *time.Duration, lo, hi time.Duration) *flagValue[time.Duration] {
 	return &flagValue[time.Duration]{
 		dst: dst,
 		parse: func(s string) (time.Duration, error) {
@@ -170,7 +176,7 @@ func size(dst *int, unit, lo, hi int) *flagValue[int] {
 			case err != nil || strings.Contains(s, ","):
 				return 0, errUnwanted
 			case n < uint64(lo) || n > uint64(hi):
-				return 0, fmt.Errorf("that is %d bytes", n)
+				return 0, fmt.Errorf("that is %d %s", n, english.PluralWord(int(min(n, 2)), "byte", ""))
 			case n%uint64(unit) != 0:
 				return 0, fmt.Errorf("%d bytes is not a multiple of %d", n, unit)
 			}

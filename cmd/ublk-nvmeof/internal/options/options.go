@@ -162,7 +162,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
 	f.Var(bytesOf(&c.Memory), "memory-limit", "most memory for the buffers of all namespaces (default: half of what is available)")
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
-	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load, and that this user may use")
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
@@ -172,7 +172,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
 	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
-	f.Var(duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
 // Complete checks the flags in combination and finds the identity of the host. It is
@@ -276,7 +276,7 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	}
 	var out []netip.AddrPort
 	for _, a := range found {
-		if checkUnicast(a) == nil {
+		if checkUnicast(a, "target") == nil {
 			out = append(out, netip.AddrPortFrom(a.Unmap(), c.Port))
 		}
 	}
@@ -300,7 +300,7 @@ func Args(f *pflag.FlagSet) []string {
 
 func checkAddress(s string) error {
 	if a, err := netip.ParseAddr(s); err == nil {
-		return checkUnicast(a)
+		return checkUnicast(a, "target")
 	}
 	if !hostName(s) {
 		return errUnwanted
@@ -308,12 +308,13 @@ func checkAddress(s string) error {
 	return nil
 }
 
-func checkUnicast(a netip.Addr) error {
+// checkUnicast refuses addresses that are not of one machine, which is a target or a host.
+func checkUnicast(a netip.Addr, of string) error {
 	switch a := a.Unmap(); {
 	case a.IsUnspecified():
-		return errors.New("the unspecified address is not the address of a target")
+		return fmt.Errorf("the unspecified address is not the address of a %s", of)
 	case a.IsMulticast(), a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return errors.New("a multicast or broadcast address is not the address of a target")
+		return fmt.Errorf("a multicast or broadcast address is not the address of a %s", of)
 	}
 	return nil
 }
@@ -385,7 +386,7 @@ func sourceAddr(dst *netip.Addr) *flagValue[netip.Addr] {
 			if err != nil {
 				return a, errUnwanted
 			}
-			return a.Unmap(), checkUnicast(a)
+			return a.Unmap(), checkUnicast(a, "host")
 		},
 		format: func(a netip.Addr) string {
 			if !a.IsValid() {

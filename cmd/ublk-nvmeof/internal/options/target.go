@@ -112,7 +112,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 
 // addTestFlags defines the flags for tests of hosts.
 func (t *Target) addTestFlags(f *pflag.FlagSet) {
-	f.Var(duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces for this time after the start, like a target that opens its port before it adds namespaces")
+	f.Var(Duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces for this time after the start, like a target that opens its port before it adds namespaces")
 	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its completion")
 	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "announced command quiesce time (CQT)")
 	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "announced limit of the time in ANA state change (ANATT)")
@@ -167,7 +167,14 @@ func (v *retryDelays) Set(s string) error {
 // bytesOf returns a flag for a size of at least 1.
 func bytesOf(dst *int64) *flagValue[int64] {
 	return &flagValue[int64]{
-		dst: dst, parse: ParseSize, kind: "size", want: "a size like 64MiB, up to 1PiB",
+		dst: dst, kind: "size", want: "a size like 64MiB, up to 1PiB",
+		parse: func(s string) (int64, error) {
+			n, err := ParseSize(s)
+			if err != nil {
+				err = errUnwanted // ParseSize says no more
+			}
+			return n, err
+		},
 		format: func(n int64) string {
 			if n == 0 {
 				return ""

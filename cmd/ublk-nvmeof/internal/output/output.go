@@ -5,14 +5,18 @@
 package output
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
+	"unicode/utf16"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
@@ -29,11 +33,33 @@ const (
 // none stands for an unknown value.
 const none = "-"
 
+// writeJSON writes v exactly. What cannot be printed is escaped, because a terminal may
+// show it.
 func writeJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
-	return e.Encode(v)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	_, err := io.WriteString(w, escapeJSON(text.String()))
+	return err
+}
+
+// escapeJSON escapes what encoding/json leaves as it is and cannot be printed.
+func escapeJSON(text string) string {
+	var b strings.Builder
+	for _, r := range text {
+		if r < 0x7f || unicode.IsPrint(r) {
+			b.WriteRune(r)
+			continue
+		}
+		for _, unit := range utf16.AppendRune(nil, r) {
+			fmt.Fprintf(&b, `\u%04x`, unit)
+		}
+	}
+	return b.String()
 }
 
 type connected struct {
@@ -291,10 +317,13 @@ func stateText(s control.Status) string {
 		text += " since " + s.Since
 	}
 	if s.Losses > 0 {
-		text += fmt.Sprintf(", lost %d times, %d attempts since then", s.Losses, s.Attempts)
+		text += fmt.Sprintf(", lost %s, %s since then", count(s.Losses, "time"), count(s.Attempts, "attempt"))
 	}
 	if s.Reason != "" {
 		text += ": " + s.Reason
+	}
+	if s.Failure != "" && s.Failure != s.Reason {
+		text += "; last attempt: " + s.Failure
 	}
 	return text
 }
@@ -303,7 +332,7 @@ func deviceText(d control.Device) string {
 	parts := []string{fmt.Sprintf("namespace %d", d.NSID)}
 	if d.Size > 0 {
 		parts = append(parts, size(d.Size), fmt.Sprintf("blocks of %d", d.BlockSize),
-			fmt.Sprintf("%d queues of %d requests up to %s", d.Queues, d.QueueDepth, size(uint64(d.MaxIO))))
+			fmt.Sprintf("%s of %s up to %s", count(d.Queues, "queue"), count(d.QueueDepth, "request"), size(uint64(d.MaxIO))))
 	}
 	if d.ReadOnly {
 		parts = append(parts, "read-only")
@@ -318,8 +347,14 @@ func deviceText(d control.Device) string {
 }
 
 func countersText(c control.IO) string {
-	return fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards, %d write zeroes, %d errors, %d batches",
-		c.Reads, humanize.IBytes(c.ReadBytes), c.Writes, humanize.IBytes(c.WrittenBytes), c.Flushes, c.Discards, c.WriteZeroes, c.Errors, c.Batches)
+	return fmt.Sprintf("%s (%s), %s (%s), %s, %s, %d write zeroes, %s, %s",
+		count(c.Reads, "read"), humanize.IBytes(c.ReadBytes), count(c.Writes, "write"), humanize.IBytes(c.WrittenBytes),
+		count(c.Flushes, "flush"), count(c.Discards, "discard"), c.WriteZeroes, count(c.Errors, "error"), count(c.Batches, "batch"))
+}
+
+// count writes a number of things. one is the English word for a single one.
+func count[N int | uint64](n N, one string) string {
+	return fmt.Sprintf("%d %s", n, english.PluralWord(int(n), one, ""))
 }
 
 func seconds(n int) string {

@@ -85,6 +85,21 @@ var connecting = control.Status{
 	State: "connecting",
 }
 
+// TestStateText: why an association was lost, and why the last attempt to make it again
+// failed, are both shown if they differ.
+func TestStateText(t *testing.T) {
+	for want, s := range map[string]control.Status{
+		"connecting, lost 1 time, 2 attempts since then: keep alive: deadline exceeded; last attempt: rejected": {
+			State: "connecting", Losses: 1, Attempts: 2, Reason: "keep alive: deadline exceeded", Failure: "rejected"},
+		"connecting, lost 1 time, 2 attempts since then: rejected":    {State: "connecting", Losses: 1, Attempts: 2, Reason: "rejected", Failure: "rejected"},
+		"live, lost 1 time, 2 attempts since then: peer disconnected": {State: "live", Losses: 1, Attempts: 2, Reason: "peer disconnected"},
+	} {
+		if got := stateText(s); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestGolden(t *testing.T) {
 	all := []control.Status{live, plain, lost, connecting}
 	for _, tt := range []struct {

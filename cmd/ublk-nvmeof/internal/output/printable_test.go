@@ -1,6 +1,7 @@
 package output
 
 import (
+	"bytes"
 	"encoding/json"
 	"reflect"
 	"strings"
@@ -96,5 +97,35 @@ func TestTablesArePrintable(t *testing.T) {
 	}
 	if before := s.NQN; printable(s).NQN == before || s.NQN != before {
 		t.Error("the copy is none")
+	}
+}
+
+// JSON is exact, and shows nothing raw that a terminal would interpret.
+func TestJSONIsPrintable(t *testing.T) {
+	for _, text := range []string{"a\x1b[31mb\nc\x7fd\u009be ü\u2028", "\u202eright", "\U000e0001tag", "日本 <&> 😀"} {
+		var out bytes.Buffer
+		if err := writeJSON(&out, text); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range strings.TrimSuffix(out.String(), "\n") {
+			if !unicode.IsPrint(r) {
+				t.Errorf("%q: %U is raw in %q", text, r, out.String())
+			}
+		}
+		var back string
+		if err := json.Unmarshal(out.Bytes(), &back); err != nil || back != text {
+			t.Errorf("%q came back as %q, %v", text, back, err)
+		}
+	}
+}
+
+func TestCountsOfOne(t *testing.T) {
+	for got, want := range map[string]string{
+		count(1, "I/O queue"): "1 I/O queue", count(0, "queue"): "0 queues", count(uint64(1), "batch"): "1 batch", count(2, "flush"): "2 flushes",
+		deviceText(control.Device{NSID: 1, Size: 1, BlockSize: 512, Queues: 1, QueueDepth: 1}): "namespace 1, 1 B, blocks of 512, 1 queue of 1 request up to -",
+	} {
+		if got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }

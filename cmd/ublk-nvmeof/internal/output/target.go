@@ -37,7 +37,7 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 			if len(s.AllowHosts) > 0 {
 				hosts = "host " + strings.Join(s.AllowHosts, ", ")
 			}
-			fmt.Fprintf(w, "  %s\t%s\tup to %d I/O queues\n", s.NQN, hosts, s.MaxQueues)
+			fmt.Fprintf(w, "  %s\t%s\tup to %s\n", s.NQN, hosts, count(s.MaxQueues, "I/O queue"))
 			for _, n := range s.Namespaces {
 				mode := "read-write"
 				if n.ReadOnly {
@@ -79,7 +79,7 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		if c.Ending {
 			ending = ", ending"
 		}
-		fmt.Fprintf(w, "  controller %d\t%s\t%s, %d I/O queues%s\n", c.CNTLID, c.HostNQN, c.NQN, c.Queues, ending)
+		fmt.Fprintf(w, "  controller %d\t%s\t%s, %s%s\n", c.CNTLID, c.HostNQN, c.NQN, count(c.Queues, "I/O queue"), ending)
 	}
 	f, on := t.Faults, map[bool]string{true: "on"}
 	for _, row := range [][2]string{
@@ -91,15 +91,19 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		}
 	}
 	for _, c := range f.Commands {
-		fmt.Fprintf(w, "  fault %d\t%s\n", c.ID, c.What)
+		used := ""
+		if c.UsedUp {
+			used = " (used up)"
+		}
+		fmt.Fprintf(w, "  fault %d\t%s%s\n", c.ID, c.What, used)
 	}
 	fmt.Fprintf(w, "  connections\t%d with %s of queues, %d accepted, %d rejected\n",
 		t.Connections, humanize.IBytes(uint64(max(0, t.QueueMemory))), t.Connects, t.Rejects)
 	for _, why := range slices.Sorted(maps.Keys(t.Refusals)) {
 		fmt.Fprintf(w, "  refused\t%d, %s\n", t.Refusals[why], why)
 	}
-	fmt.Fprintf(w, "  commands\t%d reads (%s), %d writes (%s), %d errors\n",
-		t.Reads, humanize.IBytes(t.ReadBytes), t.Writes, humanize.IBytes(t.WriteBytes), t.Errors)
+	fmt.Fprintf(w, "  commands\t%s (%s), %s (%s), %s\n",
+		count(t.Reads, "read"), humanize.IBytes(t.ReadBytes), count(t.Writes, "write"), humanize.IBytes(t.WriteBytes), count(t.Errors, "error"))
 }
 
 // sortedKeys sorts numbers as numbers.

@@ -19,7 +19,7 @@ func TestTargetsEscapes(t *testing.T) {
 		}}},
 		Controllers: []targetserver.Controller{{NQN: evil, HostNQN: evil, Ending: true}},
 		Refusals:    map[string]uint64{"unknown subsystem": 3},
-		Faults:      targetserver.Faults{Commands: []targetserver.Fault{{ID: 1, What: evil}}},
+		Faults:      targetserver.Faults{Commands: []targetserver.Fault{{ID: 1, What: evil}, {ID: 2, What: "drop,count=1", UsedUp: true}}},
 	}}, Normal, true)
 	if err != nil {
 		t.Fatal(err)
@@ -28,7 +28,7 @@ func TestTargetsEscapes(t *testing.T) {
 	if strings.ContainsAny(text, "\x1b\u202e") || strings.Contains(text, "\ny") {
 		t.Errorf("%q", text)
 	}
-	for _, want := range []string{`/x\x1b[2J\ny\u202e`, "no uuid", "uuid u2, a new one at each start", "uuid u3\n", "ending", "3, unknown subsystem"} {
+	for _, want := range []string{`/x\x1b[2J\ny\u202e`, "no uuid", "uuid u2, a new one at each start", "uuid u3\n", "ending", "3, unknown subsystem", "drop,count=1 (used up)"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in %s", want, text)
 		}

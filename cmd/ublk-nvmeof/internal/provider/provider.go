@@ -65,6 +65,9 @@ func ForTarget(name string, addr netip.Addr) (rdma.Provider, error) {
 	return open(name, roce.Config{Addrs: []netip.Addr{addr}, Receivers: receivers()})
 }
 
+// UDPPort is the port of a target whose provider is roce.
+const UDPPort = roce.DefaultPort
+
 // receivers is the number of receive loops: one for each CPU, as for I/O queues, but at
 // most 8.
 func receivers() int { return min(runtime.NumCPU(), 8) }

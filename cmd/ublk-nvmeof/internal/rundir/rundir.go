@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -38,13 +39,21 @@ const maxLinks = 40
 // maxKept bounds what Keep reads, in bytes.
 const maxKept = 64 << 10
 
-// UnsafeError is a directory or file that somebody else could have prepared.
+// UnsafeError is a directory or file that somebody else could have prepared, or that is
+// in such a directory.
 type UnsafeError struct {
 	Path   string
 	Reason string
+	Remedy string // a command that makes Path safe; empty if there is none
 }
 
-func (e *UnsafeError) Error() string { return e.Path + ": " + e.Reason }
+func (e *UnsafeError) Error() string {
+	text := e.Path + ": " + e.Reason
+	if e.Remedy != "" {
+		text += "; " + e.Remedy + " prevents that"
+	}
+	return text
+}
 
 // System is the directory of root for what does not outlive a boot.
 const System = "/run/" + programName
@@ -61,6 +70,22 @@ func Default() string {
 		return filepath.Join(dir, programName)
 	}
 	return filepath.Join(os.TempDir(), programName+"-"+strconv.Itoa(uid))
+}
+
+// Shared returns the directories in which what does not outlive a boot is found by all
+// processes of a host that may trust each other, whatever their environment is. The first
+// is Default; the others are only read. Root has System alone. Another user also has
+// System, and the directories that Default returns for this user in a session with and
+// without $XDG_RUNTIME_DIR.
+func Shared() []string {
+	dirs := []string{Default()}
+	uid := strconv.Itoa(os.Geteuid())
+	for _, dir := range []string{System, filepath.Join("/run/user", uid, programName), filepath.Join("/tmp", programName+"-"+uid)} {
+		if uid != "0" && !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
 }
 
 // Persistent is the directory for what outlives a boot: $STATE_DIRECTORY of a
@@ -124,7 +149,7 @@ func OpenFile(path string, flag int, perm fs.FileMode) (*os.File, error) {
 func openAt(dir int, path string, flag int, perm fs.FileMode) (*os.File, error) {
 	fd, err := unix.Openat(dir, filepath.Base(path), flag|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, uint32(perm.Perm()))
 	if errors.Is(err, unix.ELOOP) {
-		return nil, &UnsafeError{path, "it is a symbolic link; want a regular file"}
+		return nil, &UnsafeError{Path: path, Reason: "it is a symbolic link; want a regular file"}
 	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
@@ -135,9 +160,9 @@ func openAt(dir int, path string, flag int, perm fs.FileMode) (*os.File, error) 
 		err = &fs.PathError{Op: "stat", Path: path, Err: err}
 		return nil, errors.Join(err, unix.Close(fd))
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return nil, errors.Join(&UnsafeError{path, "it is no regular file"}, unix.Close(fd))
+		return nil, errors.Join(&UnsafeError{Path: path, Reason: "it is no regular file"}, unix.Close(fd))
 	case !ours(st.Uid):
-		return nil, errors.Join(&UnsafeError{path, foreign(st.Uid)}, unix.Close(fd))
+		return nil, errors.Join(&UnsafeError{Path: path, Reason: foreign(st.Uid)}, unix.Close(fd))
 	}
 	return os.NewFile(uintptr(fd), path), nil
 }
@@ -337,9 +362,9 @@ func (w *walker) step(name string, last bool) (link string, err error) {
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
 		switch {
 		case last:
-			return "", &UnsafeError{path, "it is a symbolic link; want a directory"}
+			return "", &UnsafeError{Path: path, Reason: "it is a symbolic link; want a directory"}
 		case !trusted(st.Uid):
-			return "", &UnsafeError{path, "it is a symbolic link of user " + strconv.FormatUint(uint64(st.Uid), 10)}
+			return "", &UnsafeError{Path: path, Reason: "it is a symbolic link of user " + strconv.FormatUint(uint64(st.Uid), 10)}
 		}
 		return readLink(w.fd, name)
 	}
@@ -365,14 +390,15 @@ func readLink(dir int, name string) (string, error) {
 // passable reports whether only root and we can change what is in the directory,
 // or only their own entries of it (as in /tmp).
 func (w *walker) passable() error {
+	mode := w.st.Mode & 0o7777
 	switch {
 	case !trusted(w.st.Uid):
-		return &UnsafeError{w.path, foreign(w.st.Uid)}
+		return &UnsafeError{Path: w.path, Reason: foreign(w.st.Uid)}
 	case w.st.Mode&unix.S_ISVTX != 0:
 	case w.st.Mode&0o002 != 0:
-		return &UnsafeError{w.path, "everybody can write to it"}
+		return &UnsafeError{w.path, fmt.Sprintf("everybody can write to it and replace what is in it (mode %04o)", mode), "chmod o-w " + w.path}
 	case w.st.Mode&0o020 != 0 && w.st.Gid != w.st.Uid: // a group with the owner's number is the owner's own
-		return &UnsafeError{w.path, fmt.Sprintf("group %d can write to it", w.st.Gid)}
+		return &UnsafeError{w.path, fmt.Sprintf("group %d can write to it and replace what is in it (mode %04o)", w.st.Gid, mode), "chmod g-w " + w.path}
 	}
 	return nil
 }
@@ -381,9 +407,9 @@ func (w *walker) passable() error {
 func (w *walker) check(owner func(uid uint32) bool) error {
 	switch {
 	case !owner(w.st.Uid):
-		return &UnsafeError{w.path, foreign(w.st.Uid)}
+		return &UnsafeError{Path: w.path, Reason: foreign(w.st.Uid)}
 	case w.st.Mode&0o022 != 0:
-		return &UnsafeError{w.path, fmt.Sprintf("others can write to it (mode %04o); want 0755 or less", w.st.Mode&0o7777)}
+		return &UnsafeError{w.path, fmt.Sprintf("others can write to it (mode %04o)", w.st.Mode&0o7777), "chmod go-w " + w.path}
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -246,6 +248,27 @@ func TestListen(t *testing.T) {
 	long := filepath.Join(dir, strings.Repeat("x", 107))
 	if _, err := Listen(long); err == nil || !strings.Contains(err.Error(), "the path of a socket has at most 107") {
 		t.Error(err)
+	}
+}
+
+// TestShared: processes of a user find the same directories whatever their environment is,
+// and root has only its own.
+func TestShared(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", "/elsewhere")
+	uid := strconv.Itoa(os.Geteuid())
+	if uid == "0" {
+		if got := Shared(); !slices.Equal(got, []string{System}) {
+			t.Errorf("%q", got)
+		}
+		return
+	}
+	want := []string{"/elsewhere/ublk-nvmeof", System, "/run/user/" + uid + "/ublk-nvmeof", "/tmp/ublk-nvmeof-" + uid}
+	if got := Shared(); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	t.Setenv("XDG_RUNTIME_DIR", "/run/user/"+uid)
+	if got := Shared(); len(got) != 3 || got[0] != want[2] {
+		t.Errorf("%q", got)
 	}
 }
 

@@ -24,6 +24,7 @@ type controller interface {
 	Done() <-chan struct{}
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -31,7 +32,7 @@ type controller interface {
 // namespace is the part of initiator.Namespace that the server uses.
 type namespace struct {
 	nsid               uint32
-	uuid, nguid, eui64 string // empty: not present
+	uuid, nguid, eui64 string // empty if the namespace does not have it
 	device             block.Device
 }
 
@@ -39,7 +40,7 @@ type namespace struct {
 type queueInfo struct {
 	Queues int
 	Depth  int // requests in flight per queue
-	MaxIO  int // bytes of the largest one
+	MaxIO  int // bytes of the largest request
 }
 
 // device is the part of ublk.Device, or of an NBD export, that the server uses.
@@ -59,7 +60,7 @@ type device interface {
 // backend makes the parts of a server. Tests use a backend that needs neither a driver
 // nor a target.
 type backend struct {
-	load      func(host.Module) error // returns nil if the module is loaded
+	load      func(host.Module) error // makes sure that the module is loaded
 	available func() error            // checks for ublk
 	nbd       func() error            // checks for the kernel's NBD client
 	// nbdConnected reports whether the kernel's NBD client has this device connected
@@ -69,6 +70,7 @@ type backend struct {
 	provider     func(name string) (rdma.Provider, error)
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
+	kernelHas    func(context.Context, host.NVMeController) bool
 	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
@@ -87,13 +89,14 @@ var actual = backend{
 		}
 		return m.Load()
 	},
-	available:    ublk.Available,
+	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
 	route:        host.RouteTo,
 	provider:     provider.ForHost,
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
+	kernelHas:    host.NewKernelNVMe().Has,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
@@ -134,7 +137,7 @@ func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
 	return l, host.ExplainMemlock(err)
 }
 
-// ublkDevice is a ublk.Device.
+// ublkDevice implements device with a ublk.Device.
 type ublkDevice struct{ *ublk.Device }
 
 // Record implements device.

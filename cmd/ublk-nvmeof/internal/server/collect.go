@@ -13,8 +13,8 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// secondLook is the time after which a device without a server is checked again. A
-// server that is just adding it has recorded it, or serves it, by then.
+// secondLook is the time after which a device without a server is checked again. By
+// then a server that was just adding it has recorded it or serves it.
 const secondLook = time.Second
 
 // Finding is a device or a record that a server left.
@@ -97,7 +97,8 @@ func (b *backend) collect(ctx context.Context, dir state.Dir) ([]Finding, error)
 	return found, nil
 }
 
-// finding returns the finding about a device of this program, and whether there is one.
+// finding returns the finding about a device of this program. It returns false if there
+// is none.
 func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	f := Finding{What: i.Path(), info: i}
 	k := slices.IndexFunc(records, func(r state.Record) bool {
@@ -106,7 +107,7 @@ func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	unread := slices.IndexFunc(records, func(r state.Record) bool { return r.Err != nil })
 	switch {
 	case i.State == ublk.Live, k >= 0 && records[k].Alive:
-		return f, false // served
+		return f, false // a server serves it
 	case k < 0 && unread >= 0:
 		f.Why = fmt.Sprintf("no readable record names it; the record of %s cannot be read and may name it", records[unread].Name)
 	case i.State == ublk.Dead:
@@ -119,8 +120,8 @@ func finding(i ublk.Info, records []state.Record) (Finding, bool) {
 	return f, true
 }
 
-// findingOf returns the finding about a record, and whether there is one. A record with
-// a ublk device that waits has none, because the device has one.
+// findingOf returns the finding about a record. It returns false if there is none, for
+// instance because one of its ublk devices waits and has a finding.
 func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool) {
 	f := Finding{What: r.Name}
 	if r.Err != nil {

@@ -42,6 +42,7 @@ func (s *server) reserve(ctx context.Context) error {
 			return errors.Join(err, s.forget(ctx))
 		}
 	}
+	s.logTaken()
 	return nil
 }
 
@@ -63,14 +64,15 @@ func (s *server) address(found []netip.AddrPort) (netip.AddrPort, error) {
 	return s.reachable(found), nil
 }
 
-// target returns the target as the record describes it.
+// target returns the target for the record.
 func (s *server) target() state.Target {
 	return state.Target{Address: s.remote, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN}
 }
 
 // start makes all parts, bottom up. They are in s even if start fails. No I/O is
-// possible before the controllers of earlier servers have ended.
-func (s *server) start(ctx context.Context) error {
+// possible before the controllers of earlier servers have ended. connecting is ctx with
+// the time limit for connecting, which does not include the wait for these controllers.
+func (s *server) start(ctx, connecting context.Context) error {
 	chosen, err := s.chooseFront()
 	if err != nil {
 		return err
@@ -79,19 +81,25 @@ func (s *server) start(ctx context.Context) error {
 	s.mu.Lock()
 	s.front = chosen
 	s.mu.Unlock()
-	found, err := s.connect(ctx)
+	found, err := s.connect(connecting)
 	if err != nil {
 		return err
 	}
 	if !s.record.isOwn() {
-		if err := s.relieve(ctx); err != nil {
+		if err := s.relieve(connecting); err != nil {
 			return err
 		}
 	}
-	if err := s.outlive(ctx); err != nil {
+	waited, err := s.outlive(ctx)
+	if err != nil {
 		return err
 	}
-	return s.serveNamespaces(ctx, found)
+	if waited {
+		again, stop := context.WithTimeout(ctx, s.opts.Timeout)
+		defer stop()
+		connecting = again
+	}
+	return s.serveNamespaces(connecting, found)
 }
 
 // connect makes the loops and the controller, and returns the namespaces.
@@ -144,7 +152,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		MaxMemory: s.opts.Memory, Associated: s.record.associated,
-		Made: s.record.made, Superseded: s.superseded, Log: s.log,
+		Made: s.made, Superseded: s.superseded, Log: s.log,
 	}
 	if s.opts.Named() {
 		cfg.Resolve = s.opts.Resolve
@@ -155,16 +163,33 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	return cfg, nil
 }
 
-// superseded says whether another server here was given the id of a controller later.
-func (s *server) superseded(cntlid uint16) bool {
-	others, err := s.cfg.Dir.List()
-	return err == nil && s.record.supersededBy(others, cntlid)
+// made records a controller that the target has made, and notifies the other servers of
+// this host.
+func (s *server) made(target netip.AddrPort, cntlid uint16, asked time.Time) {
+	all := s.record.made(cntlid, state.JustMade(target, asked))
+	if err := s.cfg.Host.Notify(s.opts.NQN, all); err != nil {
+		s.log.Warn("other servers cannot learn which controllers were made for this one; they may wait for the end of these", "error", err)
+	}
 }
 
-// explain says in words why the target could not be connected to.
+// superseded reports whether there is proof that the target has given the id of an old
+// controller to another server of this host, or to the kernel's initiator, in the
+// meantime.
+func (s *server) superseded(ctx context.Context, p initiator.Present) bool {
+	made, known := s.record.lastMade(p.CNTLID)
+	if known && s.cfg.Host.GivenLater(s.opts.NQN, p.Address, p.CNTLID, made) {
+		return true
+	}
+	return s.back.kernelHas(ctx, host.NVMeController{
+		Address: p.Address, NQN: s.opts.NQN, HostNQN: s.opts.HostNQN,
+		CNTLID: p.CNTLID, Serial: p.Serial, Model: p.Model,
+	})
+}
+
+// explain returns the error for a failure to connect to the target.
 func (s *server) explain(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
-		return cause // the server was asked to end
+		return cause // the server must end
 	}
 	if exit.Of(err) == exit.NoRDMA {
 		return s.noRDMA(err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -73,8 +72,8 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 	return nil
 }
 
-// startExports makes namespaces exports of the socket. It records all of them before a
-// client can use one.
+// startExports makes an export of the socket for each namespace. It records all of them
+// before a client can use one.
 func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	if err := s.openNBD(); err != nil {
 		return err
@@ -146,7 +145,7 @@ var policies = map[string]ublk.RecoveryPolicy{
 	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
 }
 
-// addServing adds a device to those that the server serves.
+// addServing adds a device to the served devices and watches it.
 func (s *server) addServing(ns namespace, d device) {
 	v := &serving{namespace: ns, dev: d}
 	s.mu.Lock()
@@ -231,14 +230,4 @@ func (s *server) keptNumbers(kind state.Kind) (map[int]state.Record, error) {
 func errKept(what string, r state.Record) error {
 	return exit.Errorf(exit.DeviceTaken, "%s belongs to %s, which served %s and died; recover takes it over, disconnect %s gives it up",
 		what, r.Name, r.Target.NQN, r.Name)
-}
-
-// printable replaces characters in a peer's text that a terminal would interpret.
-func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r == '\ufffd' {
-			return '?'
-		}
-		return r
-	}, text)
 }

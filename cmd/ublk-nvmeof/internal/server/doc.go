@@ -1,6 +1,6 @@
 // Package server is the process that serves one subsystem. It makes an RDMA provider,
-// loops, a controller and a device for each namespace, keeps them until it is asked to
-// end, and takes them apart in the reverse order.
+// loops, a controller and a device for each namespace, keeps them until it must end,
+// and ends them in the reverse order.
 //
 // # Ending
 //

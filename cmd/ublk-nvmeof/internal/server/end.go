@@ -14,18 +14,18 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// pace holds the time limits of the steps of an end.
+// pace holds the time limits of the steps in which a server ends.
 type pace struct {
-	grace time.Duration // for requests in flight to complete
-	abort time.Duration // for aborted requests to fail
-	leave time.Duration // for the controller to leave the target
-	loops time.Duration
+	grace time.Duration // requests in flight complete
+	abort time.Duration // aborted requests fail
+	leave time.Duration // the controller leaves the target
+	loops time.Duration // the loops end
 }
 
 var (
 	orderly = pace{grace: 10 * time.Second, abort: 3 * time.Second, leave: 5 * time.Second, loops: 2 * time.Second}
-	// hurried keeps the promise of disconnect --force, and leaves it time for the rest
-	// of its work.
+	// hurried is short enough for disconnect --force, which has more to do within
+	// its own time limit.
 	hurried = pace{grace: 1200 * time.Millisecond, abort: 500 * time.Millisecond, leave: 500 * time.Millisecond, loops: 200 * time.Millisecond}
 )
 
@@ -42,7 +42,7 @@ func (s *server) Disconnect(ctx context.Context, force bool) error {
 	return s.end(ctx, force, p)
 }
 
-// end takes all parts apart, top down. Without force, if a device is in use, it changes
+// end ends all parts, top down. Without force, if a device is in use, it changes
 // nothing and returns an error for which isBusy is true. After any other error, parts
 // remain that only the end of the process can remove, or that outlive the process.
 func (s *server) end(ctx context.Context, force bool, p pace) error {
@@ -135,8 +135,7 @@ func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 	return s.stopAll(limit, true)
 }
 
-// hurry cancels when there is no more patience, until the function that it
-// returns is called.
+// hurry calls cancel when Config.Hurry is closed, unless release is called first.
 func (s *server) hurry(cancel func()) (release func()) {
 	done := make(chan struct{})
 	go func() {
@@ -186,7 +185,7 @@ func (s *server) endController(ctx context.Context, p pace) error {
 	s.record.finish(err == nil && live && !s.aborted)
 	if err != nil {
 		// A target that does not answer must not delay the end.
-		s.log.Warn("leave the subsystem", "error", err)
+		s.log.Warn("cannot leave the subsystem", "error", err)
 		if errors.Is(err, errStuck) {
 			return fmt.Errorf("leave the subsystem: %w", err)
 		}
@@ -206,8 +205,8 @@ func (s *server) endLoops(p pace) error {
 
 var errStuck = errors.New("did not end in time")
 
-// bounded runs fn and waits for it at most limit. After that, fn goes on until the
-// process ends.
+// bounded runs fn and waits for it for at most limit. Then it returns errStuck, and fn
+// continues until the process ends.
 func bounded(limit time.Duration, fn func() error) error {
 	result := make(chan error, 1)
 	go func() { result <- fn() }()

@@ -32,31 +32,33 @@ type world struct {
 	mu     sync.Mutex // guards what follows
 	events []string
 
-	missing    []string // modules
-	memory     int64    // bytes of I/O buffers at most; 0: enough
-	loadErr    error
-	ublkErr    error
-	nbdErr     error
-	keepAlive  time.Duration // of controllers that were waited for
-	nbdLeft    bool          // a device of a dead server is connected
-	rdmaErr    error         // of verbs
-	provider   []string      // those that were tried
-	route      host.Route
-	routeErr   error
-	connectErr error
-	nsids      []uint32
-	change     func(*namespace) // what the target's namespaces are, if not the usual
-	startErr   map[uint32]error // by namespace id
-	busy       map[int]bool     // by device id
-	stuck      map[int]bool     // Stop does not return until Abort
-	wedged     map[int]bool     // nor after it
-	left       map[int]ublk.Info
-	ctrl       *fakeController
-	devices    map[int]*fakeDevice
-	connected  initiator.Config
-	changed    func(namespace, initiator.Change)
-	started    []ublk.Config
-	connecting chan struct{} // closed when connect is called; it then waits for its context
+	missing      []string              // modules
+	kernel       []host.NVMeController // of the kernel's initiator
+	memory       int64                 // bytes of I/O buffers at most; 0: enough
+	loadErr      error
+	ublkErr      error
+	nbdErr       error
+	keepAlive    time.Duration // of controllers that were waited for
+	outliveLimit time.Duration // time limit of that wait
+	nbdLeft      bool          // a device of a dead server is connected
+	rdmaErr      error         // of verbs
+	provider     []string      // those that were tried
+	route        host.Route
+	routeErr     error
+	connectErr   error
+	nsids        []uint32
+	change       func(*namespace) // what the target's namespaces are, if not the usual
+	startErr     map[uint32]error // by namespace id
+	busy         map[int]bool     // by device id
+	stuck        map[int]bool     // Stop does not return until Abort
+	wedged       map[int]bool     // nor after it
+	left         map[int]ublk.Info
+	ctrl         *fakeController
+	devices      map[int]*fakeDevice
+	connected    initiator.Config
+	changed      func(namespace, initiator.Change)
+	started      []ublk.Config
+	connecting   chan struct{} // closed when connect is called; it then waits for its context
 }
 
 func newWorld() *world {
@@ -105,7 +107,8 @@ func (w *world) backend() backend {
 			}
 			return fakeProvider{name}, w.rdmaErr
 		},
-		prepare: func(int) error { return errors.New("not as root") },
+		kernelHas: func(_ context.Context, c host.NVMeController) bool { return slices.Contains(w.kernel, c) },
+		prepare:   func(int) error { return errors.New("not as root") },
 		loop: func(cfg poller.Config) (*poller.Loop, error) {
 			w.note("loop")
 			return poller.New(cfg)
@@ -263,10 +266,17 @@ func (c *fakeController) lose(err error) {
 	close(c.done)
 }
 
-func (c *fakeController) Outlive(_ context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
 	c.world.note("outlive %v", cntlids)
 	c.world.keepAlive = keepAlive
+	if deadline, ok := ctx.Deadline(); ok {
+		c.world.outliveLimit = time.Until(deadline)
+	}
 	return nil
+}
+
+func (c *fakeController) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	return time.Duration(3*n) * keepAlive
 }
 
 func (c *fakeController) Abort(reason error) {

@@ -19,7 +19,8 @@ type frontEnd struct {
 }
 
 // chooseFront chooses the front end: that of the devices to take over, the one that the
-// user requested, or the first that this machine has or can load.
+// user requested, or the first that this machine has or can load, and that this user may
+// use.
 func (s *server) chooseFront() (frontEnd, error) {
 	const asked = "asked for"
 	if f, err := s.inheritedFront(); f.name != "" || err != nil {
@@ -34,14 +35,21 @@ func (s *server) chooseFront() (frontEnd, error) {
 		return frontEnd{options.NBDSocket, asked}, nil
 	}
 	noUblk := s.driver(host.UblkDrv, s.back.available, ublk.ErrNoDriver)
-	if !errors.Is(noUblk, ublk.ErrNoDriver) || s.opts.Device != options.AutoDevice {
+	forbidden := errors.Is(noUblk, ublk.ErrPermission)
+	if !forbidden && !errors.Is(noUblk, ublk.ErrNoDriver) || s.opts.Device != options.AutoDevice {
 		return frontEnd{options.Ublk, "the ublk driver is there"}, noUblk
 	}
 	noNBD := s.driver(host.NBD, s.back.nbd, nbd.ErrNoDriver)
-	if noNBD == nil {
+	switch {
+	case noNBD == nil && forbidden:
+		return frontEnd{options.NBD, "this user may not use the ublk driver, but the kernel's NBD client"}, nil
+	case noNBD == nil:
 		return frontEnd{options.NBD, "there is no ublk driver, but the kernel's NBD client"}, nil
 	}
-	s.log.Info("no driver for block devices is available", "ublk", noUblk, "nbd", noNBD)
+	s.log.Info("no driver for block devices can be used", "ublk", noUblk, "nbd", noNBD)
+	if forbidden || errors.Is(noNBD, nbd.ErrPermission) {
+		return frontEnd{options.NBDSocket, "this user may not make block devices"}, nil
+	}
 	return frontEnd{options.NBDSocket, "neither a ublk driver nor the kernel's NBD client can be used"}, nil
 }
 
@@ -76,7 +84,8 @@ func (s *server) inheritedFront() (frontEnd, error) {
 	return f, nil
 }
 
-// driver makes sure that a driver is available.
+// driver makes sure that a driver is available. none is the error of available if there
+// is no driver.
 func (s *server) driver(m host.Module, available func() error, none error) error {
 	var loading error
 	if s.opts.LoadModules == "auto" {
@@ -89,14 +98,26 @@ func (s *server) driver(m host.Module, available func() error, none error) error
 	return err
 }
 
-// nbdAvailable returns nil if the kernel's NBD client can make devices that this
-// process sees.
-func nbdAvailable() error {
-	if err := nbd.Available(); err != nil {
-		return err
+// ublkAvailable returns nil if this process can make ublk devices.
+func ublkAvailable() error {
+	err := ublk.Available()
+	if err == nil && !host.IsAdmin() {
+		err = fmt.Errorf("%w: want CAP_SYS_ADMIN", ublk.ErrPermission)
 	}
-	if !host.NBD.Present() {
+	return err
+}
+
+// nbdAvailable returns nil if this process can make devices of the kernel's NBD client,
+// and sees them.
+func nbdAvailable() error {
+	err := nbd.Available()
+	switch {
+	case err != nil:
+		return err
+	case !host.NBD.Present():
 		return fmt.Errorf("%w: there is no /dev/nbd0", nbd.ErrNoDriver)
+	case !host.IsAdmin():
+		return fmt.Errorf("%w: want CAP_SYS_ADMIN", nbd.ErrPermission)
 	}
 	return nil
 }

@@ -31,3 +31,14 @@ func TestMemoryOfManyNamespaces(t *testing.T) {
 		}
 	}
 }
+
+// One namespace is not "1 namespaces".
+func TestMemoryOfOneNamespace(t *testing.T) {
+	w := newWorld()
+	w.memory = 1 << 20
+	w.nsids = []uint32{1}
+	r := begin(t, w, lab(), runDir(t))
+	if err := <-r.result; err == nil || !strings.Contains(err.Error(), "I/O buffers for 1 namespace need") {
+		t.Errorf("%v", err)
+	}
+}

@@ -23,7 +23,7 @@ const (
 	retryPauseMax = 30 * time.Second
 )
 
-// change is what happened to a namespace.
+// change is a change of a namespace.
 type change struct {
 	namespace
 	what initiator.Change
@@ -32,7 +32,7 @@ type change struct {
 // pending is a change that has not been carried out yet.
 type pending struct {
 	change
-	due   time.Time     // zero: at once
+	due   time.Time     // zero means now
 	pause time.Duration // before the next attempt
 }
 
@@ -44,7 +44,7 @@ func (s *server) changed(ns namespace, what initiator.Change) {
 	s.tell()
 }
 
-// tell makes follow look at the reported changes.
+// tell makes follow look for reported changes.
 func (s *server) tell() {
 	select {
 	case s.news <- struct{}{}:
@@ -125,12 +125,12 @@ func (s *server) note(c change) {
 	}
 }
 
-// errHeld means that an earlier namespace had the same number and that its device is
-// still in use.
+// errHeld means that the device of an earlier namespace with the same number is still
+// in use.
 var errHeld = errors.New("its predecessor is in use")
 
-// attempt tries to carry out a change, and reports whether it is settled. The caller
-// holds changes.
+// attempt tries to carry out a change, and reports whether the change is settled. The
+// caller holds changes.
 func (s *server) attempt(ctx context.Context, p *pending) bool {
 	switch err := s.apply(ctx, p.change); {
 	case err == nil:
@@ -139,10 +139,10 @@ func (s *server) attempt(ctx context.Context, p *pending) bool {
 		p.due = time.Now().Add(retirePause)
 		return false
 	case errors.Is(err, errors.ErrUnsupported):
-		s.log.Error("device does not follow its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
+		s.log.Error("device cannot follow a change of its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
 		return true
 	default:
-		s.log.Error("device does not follow its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
+		s.log.Error("device cannot follow a change of its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
 		p.due = time.Now().Add(p.pause)
 		p.pause = min(2*p.pause, retryPauseMax)
 		return false
@@ -167,8 +167,8 @@ func (s *server) apply(ctx context.Context, c change) error {
 	return nil
 }
 
-// offer makes the device of an added namespace. An export is named by the number of its
-// namespace, so an earlier export of that number must end first.
+// offer makes the device of an added namespace. An export has the number of its
+// namespace as its name, so an earlier export with this number must end first.
 func (s *server) offer(ctx context.Context, ns namespace) error {
 	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
 		return errHeld
@@ -240,7 +240,7 @@ func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	s.mu.Unlock()
 	if err := s.record.removeDevices(record); err != nil {
 		// The next change of the record removes the device.
-		return fmt.Errorf("device is still on record: %w", err)
+		return fmt.Errorf("remove the device from the record: %w", err)
 	}
 	return nil
 }

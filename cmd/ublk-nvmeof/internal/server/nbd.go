@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
@@ -89,8 +90,8 @@ func (s *server) listenNBD(n *nbdServer) error {
 }
 
 // acceptClients makes the NBD server accept clients, if it has a socket and does not
-// accept them yet. By then everything that clients may use has been recorded and has an
-// export.
+// accept them yet. The caller has recorded everything that clients may use and has made
+// its exports.
 func (s *server) acceptClients() {
 	n := s.nbd
 	if n == nil || n.listener == nil || n.accepts {
@@ -130,7 +131,7 @@ func (s *server) bindNBD() (net.Listener, error) {
 		}
 	}
 	if at, err := netip.ParseAddrPort(address); err == nil && at.Addr().Is4() {
-		network = "tcp4" // 0.0.0.0 is not to mean every IPv6 address as well
+		network = "tcp4" // so that 0.0.0.0 does not include all IPv6 addresses
 	}
 	l, err := net.Listen(network, address)
 	if err != nil {
@@ -145,9 +146,9 @@ func (s *server) bindNBD() (net.Listener, error) {
 }
 
 // nbdAddress returns the address on which this server listens for NBD clients: the one
-// that the user gave, that of its predecessor, or a path that is derived from the target
-// and that no other subsystem ever has. A second server of the same target gets another
-// path.
+// that the user gave, that of its predecessor, or a path that is derived from the
+// target. No other subsystem ever has this path. A second server of the same target
+// gets another path.
 func (s *server) nbdAddress() (string, error) {
 	if s.opts.Socket != "" {
 		return s.opts.Socket, nil
@@ -193,9 +194,10 @@ func listensAt(r state.State) string {
 	return ""
 }
 
-// takeSocket removes the socket of a dead server if this server's record names it, or if
-// it has the path in this run directory that only this target has. The owner of any other
-// socket is unknown, and so is the target that its clients expect.
+// takeSocket removes the socket of a dead server. Either the record of this server must
+// name it, or it must have the path in this run directory that only this target has.
+// The owner of any other socket is unknown, and so is the target that its clients
+// expect.
 func (s *server) takeSocket(address string) error {
 	own := listensAt(s.record.state())
 	if s.opts.Socket == "" || own != "" && sameAddress(own, address) {
@@ -205,8 +207,8 @@ func (s *server) takeSocket(address string) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
-	case isListening(address):
-		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", address)
+	case dialSocket(address) == nil:
+		return errListens(address)
 	case err == nil && info.Mode().Type() == os.ModeSocket:
 		return exit.Errorf(exit.DeviceTaken, "%s is an existing socket that no record here names; clients may wait there for another target; remove it if no client does", address)
 	case err == nil:
@@ -260,23 +262,28 @@ func realPath(path string) string {
 	return filepath.Join(dir, filepath.Base(path))
 }
 
-// isListening reports whether a process accepts connections at the path of a socket.
-func isListening(path string) bool {
+// dialSocket returns nil if a process accepts connections at the path of a socket,
+// unix.ECONNREFUSED if a file is there but no process accepts connections, or another
+// error.
+func dialSocket(path string) error {
 	c, err := net.Dial("unix", path)
 	if err != nil {
-		return false
+		return err
 	}
-	_ = c.Close()
-	return true
+	return c.Close()
+}
+
+// errListens returns the error for a socket at which another process listens.
+func errListens(path string) error {
+	return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
 }
 
 // removeDeadSocket removes a socket that nobody listens on.
 func removeDeadSocket(path string) error {
-	c, err := net.Dial("unix", path)
+	err := dialSocket(path)
 	switch {
 	case err == nil:
-		_ = c.Close()
-		return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
+		return errListens(path)
 	case errors.Is(err, unix.ECONNREFUSED):
 		if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
 			return fmt.Errorf("%s exists and is not a socket", path)
@@ -286,7 +293,8 @@ func removeDeadSocket(path string) error {
 	return nil
 }
 
-// exportOf describes the export of a namespace, which is named by its number.
+// exportOf returns the export of a namespace without serving it. The number of the
+// namespace is the name of the export.
 func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 	x := &export{
 		srv: n.Server, name: strconv.FormatUint(uint64(ns.nsid), 10), done: make(chan struct{}),
@@ -299,8 +307,8 @@ func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 	return x
 }
 
-// export makes a namespace an export. With the front end nbd it also makes a block device
-// of the export.
+// export serves a namespace as an export. With the front end nbd it also makes a block
+// device of the export.
 func (s *server) export(ctx context.Context, ns namespace, id int) (device, error) {
 	if err := s.openNBD(); err != nil {
 		return nil, err
@@ -364,12 +372,12 @@ func (x *export) InUse() error {
 		return x.dev.InUse()
 	}
 	if n := x.srv.Users(x.name); n > 0 {
-		return fmt.Errorf("%w: %d connections", nbd.ErrBusy, n)
+		return fmt.Errorf("%w: %d %s", nbd.ErrBusy, n, english.PluralWord(n, "connection", ""))
 	}
 	return nil
 }
 
-// Resize implements device. A client of a socket learns the new size when it connects
+// Resize implements device. A client of a socket sees the new size when it connects
 // again.
 func (x *export) Resize(ctx context.Context, sectors uint64) error {
 	if x.dev == nil {
@@ -378,8 +386,8 @@ func (x *export) Resize(ctx context.Context, sectors uint64) error {
 	return x.dev.Resize(ctx, sectors<<block.SectorShift)
 }
 
-// SetReadOnly implements device. A client learns of it when it connects again. Until then
-// the namespace refuses writes.
+// SetReadOnly implements device. Clients see the change when they connect again. Until
+// then the namespace refuses writes.
 func (x *export) SetReadOnly(bool) error { return nil }
 
 // HandOver implements device.

@@ -26,7 +26,7 @@ func (s *server) reachable(addresses []netip.AddrPort) netip.AddrPort {
 }
 
 // chooseProvider opens the requested provider, or the one that fits the route to the
-// target, and stores the choice and its reason.
+// target. It stores the choice and its reason.
 func (s *server) chooseProvider() (rdma.Provider, error) {
 	route, err := s.back.route(s.remote, s.opts.SourceAddr)
 	choice := provider.Choose(s.opts.Provider, s.remote.Addr(), route, err)

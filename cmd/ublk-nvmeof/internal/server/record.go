@@ -7,8 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
 
@@ -52,15 +50,19 @@ func copyOf(r state.Record, keepAlive time.Duration) *record {
 func (r *record) become(e *state.Entry) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	own, known := r.entry.Made[r.newest]
 	r.entry, r.own, r.inherited, r.before, r.keepAliveBefore = e, true, true, e.Controllers, e.KeepAlive
+	if last, ok := e.Made[r.newest]; known && (last.Before(own) || !ok && !slices.Contains(e.Controllers, r.newest)) {
+		r.setMade(r.newest, own)
+	}
 	return r.save()
 }
 
 // save writes the entry, if it is this server's. The caller holds mu.
 func (r *record) save() error {
-	r.entry.Controllers = state.Distinct(slices.Concat(r.before, r.used))
+	r.entry.Controllers, r.entry.Earlier = state.Distinct(slices.Concat(r.before, r.used)), r.before
 	r.entry.Made = maps.Clone(r.entry.Made)
-	maps.DeleteFunc(r.entry.Made, func(id uint16, _ int64) bool {
+	maps.DeleteFunc(r.entry.Made, func(id uint16, _ state.Made) bool {
 		return id != r.newest && !slices.Contains(r.entry.Controllers, id)
 	})
 	r.entry.KeepAlive = max(r.keepAliveBefore, r.keepAlive)
@@ -79,38 +81,40 @@ func (r *record) update(change func(*state.State)) error {
 	return r.save()
 }
 
-// made notes when the target made a controller. Its id is another server's no more.
-func (r *record) made(cntlid uint16) {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return // then nothing is known about it
-	}
+// made records a controller that the target has made for this server, and returns when
+// the controllers of the record were made. If another controller of the record had the
+// same id, the target has ended it.
+func (r *record) made(cntlid uint16, m state.Made) map[uint16]state.Made {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.newest = cntlid
+	r.setMade(cntlid, m)
+	_ = r.save() // if this fails, the next server may wait longer
+	return r.entry.Made
+}
+
+// setMade replaces the map by a changed copy, because callers of made keep the map. The
+// caller holds mu.
+func (r *record) setMade(cntlid uint16, m state.Made) {
 	r.entry.Made = maps.Clone(r.entry.Made)
 	if r.entry.Made == nil {
-		r.entry.Made = map[uint16]int64{}
+		r.entry.Made = map[uint16]state.Made{}
 	}
-	r.entry.Made[cntlid] = now.Nano()
-	_ = r.save() // without it others wait for longer
+	r.entry.Made[cntlid] = m
 }
 
-// supersededBy says whether one of the other records is of a server of the same target
-// that was given the id of a controller later than this one.
-func (r *record) supersededBy(others []state.Record, cntlid uint16) bool {
+// lastMade returns when the last controller of the record with this id was made.
+func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	at, known := r.entry.Made[cntlid]
-	return known && slices.ContainsFunc(others, func(o state.Record) bool {
-		return o.Err == nil && o.Name != r.entry.Name && o.Target.NQN == r.entry.Target.NQN &&
-			o.Target.Address == r.entry.Target.Address && o.Made[cntlid] > at
-	})
+	m, known := r.entry.Made[cntlid]
+	return m, known
 }
 
-// associated notes a controller that is about to get commands, for the next server. The
-// target has ended the one before by then. To go on asking for it could be to ask for
-// another server's, which got the same id.
+// associated records a controller that is about to receive commands, for the next
+// server. It forgets the controller before, which the target has ended by then. The id
+// of that one may now belong to a controller of another server, and the next server
+// must not wait for its end.
 func (r *record) associated(cntlid uint16) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -151,8 +155,8 @@ func (r *record) finish(finished bool) {
 	r.finished = finished
 }
 
-// left records that this server has left the target, if it has. The record stays for the
-// next server.
+// left records that this server has left the target, if it has. The record stays for
+// the next server.
 func (r *record) left() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -29,6 +30,7 @@ type Config struct {
 	Options *options.Connect // complete
 	Args    []string         // flags that give Options again
 	Dir     state.Dir
+	Host    state.Host
 	Log     *slog.Logger
 	// Succeeds is the name of a running server. Once this server is connected, it
 	// takes over that server's devices. It may be empty.
@@ -39,6 +41,13 @@ type Config struct {
 	// Again says that an earlier run of this process inherited the record Recovers, and
 	// could not take over the devices.
 	Again bool
+	// Within is the time limit for everything until the devices are usable. If it is zero,
+	// only Options.Timeout and the times within which the target ends the controllers of
+	// earlier servers are limits.
+	Within time.Duration
+	// Waiting, if not nil, is called when the server begins a wait that may take
+	// long, and when that wait ends.
+	Waiting func(Wait)
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
 	Reserved func(*state.Entry) error
@@ -59,13 +68,22 @@ type Config struct {
 	Launch func(program string, succeeds string, args []string) (pid int, failed <-chan error, err error)
 }
 
+// Wait is a wait before the devices are usable. The zero value is the end of a wait.
+type Wait struct {
+	For     string `json:"for"`     // the predicate of a sentence about the server
+	Seconds int    `json:"seconds"` // at most
+}
+
+// Limit returns the longest time that the wait may take.
+func (w Wait) Limit() time.Duration { return time.Duration(w.Seconds) * time.Second }
+
 // Run serves until ctx is done, a control request ends it, or no device is left. It
 // returns nil after an orderly end, for which ctx may be canceled. Errors have an
 // exit.Code; on an error Run has undone what it made.
 func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 
 // server is a running server. The goroutine of run builds it. The same goroutine or a
-// control request takes it apart.
+// control request ends it.
 type server struct {
 	cfg    Config
 	opts   *options.Connect
@@ -82,14 +100,15 @@ type server struct {
 	replacing sync.Mutex  // held while a successor is started
 	leaving   atomic.Bool // the server waits until no device is in use, and then ends
 
-	// waiting holds the devices of another server that this one takes over. Until all of
-	// them are served, none is ended, so that they can wait for the next server.
+	// waiting holds the devices of another server that this server takes over.
+	// Until all of them are served, none is ended, so that they can wait for the
+	// next server.
 	waiting []state.Device
-	// recovering is set when the takeover of the first of them begins.
+	// recovering is set when the takeover of the first of these devices begins.
 	recovering bool
 
-	cancel  context.CancelCauseFunc // ends start
-	changes chan struct{}           // holds a token while nobody starts, ends or changes devices
+	cancel  context.CancelCauseFunc // cancels start
+	changes chan struct{}           // a lock: holds a token while nobody starts, ends or changes devices
 	closed  bool                    // guarded by changes: everything has ended
 	aborted bool                    // guarded by changes: requests in flight were aborted
 	ending  atomic.Bool             // the parts below the devices are ending
@@ -107,8 +126,8 @@ type server struct {
 	serving  []*serving
 	reported []change // changes of namespaces that follow has not handled
 
-	news     chan struct{} // something was reported
-	idle     sync.Once     // of noDevice
+	news     chan struct{} // wakes follow: something was reported
+	idle     sync.Once     // closes noDevice
 	noDevice chan struct{} // closed when a device ended by itself and none is left
 }
 
@@ -128,11 +147,17 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	starting, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s.cancel = cancel
-	starting, stop := context.WithTimeout(starting, s.opts.Timeout)
+	if cfg.Within != 0 {
+		var stop context.CancelFunc
+		starting, stop = context.WithTimeout(starting, cfg.Within)
+		defer stop()
+	}
+	connecting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
 	s.notify(systemd.Status("connecting to "+s.opts.NQN+" at "+s.opts.Peer()), systemd.ExtendTimeout(s.opts.Timeout+stopTime))
 
-	if err := s.reserve(starting); err != nil {
+	defer s.withdraw()
+	if err := s.reserve(connecting); err != nil {
 		return exit.From(err)
 	}
 	if s.record.isOwn() {
@@ -140,7 +165,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 			return exit.From(errors.Join(err, s.forget(ctx)))
 		}
 	}
-	err := s.start(starting)
+	err := s.start(starting, connecting)
 	if err != nil && len(s.waiting) > 0 {
 		return exit.From(errors.Join(err, s.leaveWaiting(context.WithoutCancel(ctx)), s.sock.close()))
 	}
@@ -161,10 +186,10 @@ func run(ctx context.Context, cfg Config, back backend) error {
 		err = eerr
 	}
 	if cerr := s.sock.close(); cerr != nil {
-		s.log.Warn("close control socket", "error", cerr)
+		s.log.Warn("cannot close the control socket", "error", cerr)
 	}
 	if ferr := s.forget(ctx); ferr != nil {
-		s.log.Error("remove state", "error", ferr)
+		s.log.Error("cannot remove the record", "error", ferr)
 	}
 	if err != nil {
 		return exit.From(err)
@@ -175,6 +200,13 @@ func run(ctx context.Context, cfg Config, back backend) error {
 // forget removes the record, unless one of its devices remains.
 func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
+}
+
+// withdraw removes the notice that made published.
+func (s *server) withdraw() {
+	if err := s.cfg.Host.Withdraw(); err != nil {
+		s.log.Warn("cannot withdraw the notice to other servers", "error", err)
+	}
 }
 
 // announce reports that the devices are usable.

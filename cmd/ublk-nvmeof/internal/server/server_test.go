@@ -236,7 +236,7 @@ func TestStartFails(t *testing.T) {
 		{"no ublk, not to be loaded", func(w *world, o *options.Connect) {
 			w.ublkErr, w.missing, o.LoadModules, o.Frontend = ublk.ErrNoDriver, []string{"ublk_drv"}, "never", options.Ublk
 		}, exit.NoUblk, "no ublk driver", nil},
-		{"no permission", func(w *world, _ *options.Connect) { w.ublkErr = ublk.ErrPermission }, exit.Permission, "no permission", nil},
+		{"no permission", func(w *world, o *options.Connect) { w.ublkErr, o.Frontend = ublk.ErrPermission, options.Ublk }, exit.Permission, "no permission", nil},
 		{"no RDMA at all", func(w *world, o *options.Connect) {
 			w.route.RDMA, o.Provider = "", options.Verbs
 			w.rdmaErr, w.missing, w.loadErr = rdma.ErrNoDevice, []string{"rdma_ucm", "ib_uverbs"}, errors.New("no such module")
@@ -442,6 +442,15 @@ func TestSilentTarget(t *testing.T) {
 		t.Error(err)
 	}
 	leaves(t, r.dir, ".controllers.json") // it has not said that it has ended the controller
+}
+
+// While the controller is not connected, the status says why, and why the last attempt failed.
+func TestFailureIsReported(t *testing.T) {
+	var s control.Status
+	describeController(&s, initiator.Info{Reason: errors.New("rain"), Failure: errors.New("still rain")}, initiator.Info{})
+	if s.Reason != "rain" || s.Failure != "still rain" {
+		t.Errorf("reason %q, failure %q", s.Reason, s.Failure)
+	}
 }
 
 // When the controller is lost, the devices stay and the status says why.

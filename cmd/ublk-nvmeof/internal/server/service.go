@@ -53,7 +53,7 @@ func (s *server) summary() string {
 	if st.State != "live" && st.Reason != "" {
 		text += fmt.Sprintf(" (%s)", st.Reason)
 	}
-	return printable(text)
+	return text
 }
 
 // keepWatch tells the service manager of each new state, and feeds its watchdog as long as
@@ -158,7 +158,7 @@ func (s *server) awaitUnused(ctx context.Context) {
 		if !said {
 			s.leaving.Store(true)
 			s.log.Warn("waiting until no device is in use; SIGINT ends the wait", "error", err)
-			s.notify(systemd.Stopping, systemd.Status("waiting until no device is in use: "+printable(err.Error())))
+			s.notify(systemd.Stopping, systemd.Status("waiting until no device is in use: "+err.Error()))
 		}
 		select {
 		case <-time.After(unusedPoll):

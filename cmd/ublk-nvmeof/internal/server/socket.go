@@ -39,7 +39,7 @@ func (k *socket) close() error {
 	defer cancel()
 	err := k.http.Shutdown(ctx)
 	if err != nil {
-		err = errors.Join(err, k.http.Close()) // a client that reads no answer
+		err = errors.Join(err, k.http.Close()) // a client does not read its answer
 	}
 	if serr := <-k.served; !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)

@@ -73,21 +73,24 @@ func ended(d device) bool {
 
 func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
 
-// describeController fills in the present state of the controller. While it is not
-// connected, the details are those of its last connection.
+// describeController fills in the present state of the controller. While the controller
+// is not connected, the details are those of its last connection.
 func describeController(out *control.Status, now, connected initiator.Info) {
 	out.State, out.Losses, out.Attempts = now.State.String(), now.Losses, now.Attempts
 	if !now.Since.IsZero() {
 		out.Since = now.Since.UTC().Format(time.RFC3339)
 	}
 	if now.Reason != nil {
-		out.Reason = printable(now.Reason.Error())
+		out.Reason = now.Reason.Error()
+	}
+	if now.Failure != nil {
+		out.Failure = now.Failure.Error()
 	}
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
-	out.Model, out.Serial, out.Firmware = printable(connected.Model), printable(connected.Serial), printable(connected.Firmware)
+	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
 	out.RDMADevice, out.Memory = connected.Device, "registered"
 	out.InCapsule, out.SQFlow, out.QueueSize = connected.InCapsule, connected.SQFlow, connected.QueueSize
 	out.Queues = describeQueues(connected.Plan)

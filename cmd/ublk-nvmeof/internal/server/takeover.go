@@ -13,6 +13,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/ublk"
 )
@@ -45,20 +46,28 @@ func (s *server) take(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, unread := range e.Unreadable {
-		s.log.Warn("cannot read a server's record, so its devices are unknown", "error", unread)
-	}
 	s.record = newRecord(e, s.keepAlive())
-	s.warnOfOtherHosts()
 	if e.Inherited {
 		s.waiting = e.Devices
-		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
 	}
 	return nil
 }
 
-// alreadyConnected explains what to do about the server that is connected to the target.
-// A server whose controller was given up stays until its devices are ended.
+// logTaken logs the findings of take. It is called when there is a log.
+func (s *server) logTaken() {
+	e := s.record.entry
+	for _, unread := range e.Unreadable {
+		s.log.Warn("cannot read a server's record, so its devices are unknown", "error", unread)
+	}
+	s.warnOfOtherHosts()
+	if e.Inherited {
+		s.log.Info("taking over from a dead server", "server", e.Name, "devices", len(e.Devices), "controllers", fmt.Sprint(e.Controllers))
+	}
+}
+
+// alreadyConnected returns an error that says what to do about the server that is
+// connected to the target. A server whose controller was given up stays until its
+// devices are ended.
 func alreadyConnected(ctx context.Context, dup *state.DuplicateError) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
@@ -99,7 +108,7 @@ func (s *server) succeed() error {
 	return nil
 }
 
-// relieve makes the running server leave, and takes its place.
+// relieve makes the running server leave and takes over its record.
 func (s *server) relieve(ctx context.Context) error {
 	r := s.record.entry.Record
 	p, err := r.Process.Open()
@@ -108,9 +117,10 @@ func (s *server) relieve(ctx context.Context) error {
 		limit, cancel := context.WithTimeout(ctx, leaveTime)
 		defer cancel()
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
+		defer s.announceWait(leaveTime, "process %d has left its devices", r.Process.PID)()
 		refused := control.NewClient(r.Socket()).HandOver(limit)
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
-			return fmt.Errorf("%s does not hand over: %w", r.Name, refused)
+			return fmt.Errorf("the running server does not hand over: %w", refused)
 		}
 		if err := p.Wait(limit); err != nil {
 			return errors.Join(fmt.Errorf("wait for the end of process %d: %w", r.Process.PID, err), refused)
@@ -134,25 +144,52 @@ func (s *server) keepAlive() time.Duration {
 	return cmp.Or(s.opts.KeepAlive, initiator.DefaultKeepAlive)
 }
 
-// outlive waits until the target has ended the controllers of earlier servers.
-func (s *server) outlive(ctx context.Context) error {
-	ids, keepAlive := s.record.earlier()
-	if len(ids) == 0 {
-		return nil
+// outliveMargin is added to the time within which the target ends controllers. It is
+// for requests to the target and for a new association if one is needed.
+const outliveMargin = 10 * time.Second
+
+// announceWait tells the command that started this server what the server waits for,
+// and how long at most. The caller must call over when the wait has ended.
+func (s *server) announceWait(limit time.Duration, format string, args ...any) (over func()) {
+	what := "waits until " + fmt.Sprintf(format, args...)
+	s.notify(systemd.Status(what), systemd.ExtendTimeout(limit+s.opts.Timeout+stopTime))
+	if s.cfg.Waiting == nil {
+		return func() {}
 	}
-	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids))
-	if err := s.ctrl.Outlive(ctx, keepAlive, ids...); err != nil {
-		return fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say; try once more later: %w", s.remote, err)
-	}
-	return s.record.outlived(ctx)
+	s.cfg.Waiting(Wait{For: what, Seconds: int(limit.Round(time.Second) / time.Second)})
+	return func() { s.cfg.Waiting(Wait{}) }
 }
 
-// namespaceWait is how long the server waits for a missing namespace of a device. A
-// target that restarts may open its port before its namespaces exist. Tests shorten it.
+// outlive waits until the target has ended the controllers of earlier servers. The time
+// limit is derived from the keep alive timeouts, not from the time limit for
+// connecting. waited is false if there are no such controllers.
+func (s *server) outlive(ctx context.Context) (waited bool, err error) {
+	ids, keepAlive := s.record.earlier()
+	if len(ids) == 0 {
+		return false, nil
+	}
+	limit := s.ctrl.OutliveTime(keepAlive, len(ids)) + outliveMargin
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline))
+	}
+	shown := limit.Round(time.Second)
+	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids), "at_most", shown)
+	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
+	limited, stop := context.WithTimeout(ctx, limit)
+	defer stop()
+	defer over()
+	if err := s.ctrl.Outlive(limited, keepAlive, ids...); err != nil {
+		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
+	}
+	return true, s.record.outlived(ctx)
+}
+
+// namespaceWait is the longest wait for the missing namespace of a device. A target
+// that restarts may open its port before its namespaces exist. Tests shorten it.
 var namespaceWait = 10 * time.Second
 
-// awaitNamespaces waits for the namespaces of all devices to take over, and returns the
-// namespaces that it found.
+// awaitNamespaces waits for the namespaces of all devices to take over, and returns all
+// namespaces that exist then.
 func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []namespace {
 	ctx, cancel := context.WithTimeout(ctx, namespaceWait)
 	defer cancel()
@@ -166,6 +203,7 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 			return found
 		}
 		if !said {
+			defer s.announceWait(namespaceWait, "the target has namespace %d", s.waiting[missing].NSID)()
 			s.log.Info("waiting for a namespace", "nsid", s.waiting[missing].NSID, "device", s.waiting[missing].Path(), "at_most", namespaceWait)
 		}
 		select {
@@ -176,7 +214,8 @@ func (s *server) awaitNamespaces(ctx context.Context, found []namespace) []names
 	}
 }
 
-// withAdded returns found with the namespaces that were added since.
+// withAdded returns found with the namespaces that were added since, and without those
+// that were removed.
 func (s *server) withAdded(found []namespace) []namespace {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -247,10 +286,10 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	return devices, nil
 }
 
-// leaveWaiting ends a server that could not take over all devices. Only the end of the
-// process gives back a device whose takeover has begun. If there is no such device, no I/O
-// has been sent. The server then shuts down its controller, so that the next server need
-// not wait for it.
+// leaveWaiting ends a server that could not take over all devices. A device whose
+// takeover has begun is released only by the end of the process. If no takeover has
+// begun, no I/O has been sent. Then the server shuts down its controller, so that the
+// next server need not wait for it.
 func (s *server) leaveWaiting(ctx context.Context) error {
 	if s.recovering {
 		return nil
@@ -278,10 +317,11 @@ func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	return ns, nil
 }
 
-// sameNamespace returns an error if a namespace is not, or may not be, the one for which
-// a device was made. As after the loss of an association, both must have an identifier in
-// common, and no identifier may differ. Without any identifier, number and size must be
-// equal. The error is the predicate of a sentence.
+// sameNamespace returns an error if a namespace is not, or may not be, the one for
+// which a device was made. The rules are those after the loss of an association: both
+// must have an identifier in common, and no identifier may differ. Without any
+// identifier, number and size must be equal. The error text is the predicate of a
+// sentence.
 func sameNamespace(d state.Device, ns namespace) error {
 	known := false
 	for _, id := range []struct{ name, was, now string }{
@@ -296,7 +336,7 @@ func sameNamespace(d state.Device, ns namespace) error {
 		}
 	}
 	none := d.UUID+d.NGUID+d.EUI64+ns.uuid+ns.nguid+ns.eui64 == ""
-	complete := d.Told != state.Told{} // older versions noted the UUID only
+	complete := d.Told != state.Told{} // older versions recorded only the UUID
 	if !known && !none && (complete || d.UUID != "") {
 		return errors.New("has no identifier in common with the namespace for which the device was made")
 	}

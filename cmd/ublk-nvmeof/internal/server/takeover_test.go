@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -421,8 +422,32 @@ func TestSameAddress(t *testing.T) {
 	}
 }
 
-func TestPrintable(t *testing.T) {
-	if got := printable("a\x1b[31mb\nc\x7fd\u009be ü\u2028\xff"); got != "a?[31mb?c?d?e ü??" {
-		t.Errorf("%q", got)
+// The wait for the controllers of a dead server is limited by their keep alive timeout,
+// which may be longer than the time limit for connecting, or by the time limit for
+// everything if there is one. It is announced.
+func TestLimitOfTheWaitForOldControllers(t *testing.T) {
+	needRings(t)
+	for _, tt := range []struct {
+		within, want time.Duration
+	}{{0, 6*time.Minute + outliveMargin}, {30 * time.Second, 30 * time.Second}} {
+		w, o, dir := newWorld(), lab(), runDir(t)
+		left := deadSocket(t, w, o, dir) // its keep alive timeout is a minute
+		ctx, cancel := context.WithCancel(t.Context())
+		var waits []Wait
+		err := run(ctx, Config{
+			Options: o, Dir: state.Dir(dir), Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Recovers: left.Name, Within: tt.within,
+			Waiting: func(w Wait) { waits = append(waits, w) },
+			Ready:   func(control.Status) error { cancel(); return nil },
+		}, w.backend())
+		if err != nil {
+			t.Error(err)
+		}
+		if w.outliveLimit > tt.want || w.outliveLimit < tt.want-o.Timeout {
+			t.Errorf("within %v: waited up to %v, want %v", tt.within, w.outliveLimit, tt.want)
+		}
+		if len(waits) != 2 || waits[1] != (Wait{}) || !strings.Contains(waits[0].For, "waits until the target at 127.0.0.1:4420 has ended the controllers of the earlier server") ||
+			time.Duration(waits[0].Seconds)*time.Second > tt.want || waits[0].Seconds == 0 {
+			t.Errorf("within %v: announced %+v", tt.within, waits)
+		}
 	}
 }

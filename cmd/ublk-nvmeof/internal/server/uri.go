@@ -20,14 +20,14 @@ func exportURI(at net.Addr, name string, secure bool) string {
 	return u.String()
 }
 
-// escapePath escapes a path for the query of a URI. Clients do not take "+" for
-// a space.
+// escapePath escapes a path for the query of a URI. Clients do not decode "+" as a
+// space.
 func escapePath(path string) string {
 	return strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(path))
 }
 
-// socketOf returns the path of the unix socket in the URI of an export, or "" if the URI
-// names none.
+// socketOf returns the path of the unix socket in the URI of an export, or "" if the
+// URI has none.
 func socketOf(uri string) string {
 	u, err := url.Parse(uri)
 	if err != nil || !strings.HasSuffix(u.Scheme, "+unix") {

@@ -10,31 +10,37 @@ import (
 	"slices"
 )
 
-// maxLeft bounds how many controllers are kept of one subsystem: the newest.
+// maxLeft is the number of controllers of a subsystem that are kept, the newest ones.
 const maxLeft = 1024
 
-// controllersFile has the controllers of servers whose record is gone.
+// controllersFile is the file with the controllers of servers whose record is gone.
 const controllersFile = ".controllers.json"
 
-// left are the controllers of servers whose record is gone, by subsystem.
+// left holds the controllers of servers whose record is gone, by connection.
 type left []leftBy
 
 type leftBy struct {
-	NQN         string   `json:"nqn"`
-	HostNQN     string   `json:"hostnqn"`
+	Target               // without an address in files of older versions
 	Controllers []uint16 `json:"controllers"`
-	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // as State.KeepAlive
+	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // like State.KeepAlive
 }
 
-func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
+// isOf reports whether the target at the address of t can say that the controllers have
+// ended.
+func (b leftBy) isOf(t Target) bool {
+	return b.Target == t || !b.Address.IsValid() && b.sameSubsystem(t)
+}
 
-// of is what was left of a subsystem.
+// of returns the controllers of a subsystem, at any address.
 func (l left) of(t Target) leftBy {
-	i := slices.IndexFunc(l, func(b leftBy) bool { return b.isOf(t) })
-	if i < 0 {
-		return leftBy{NQN: t.NQN, HostNQN: t.HostNQN}
+	all := leftBy{Target: t}
+	for _, b := range l {
+		if b.sameSubsystem(t) {
+			all.Controllers = append(all.Controllers, b.Controllers...)
+			all.KeepAlive = max(all.KeepAlive, b.KeepAlive)
+		}
 	}
-	return l[i]
+	return all
 }
 
 func (l left) without(t Target) left {
@@ -42,10 +48,16 @@ func (l left) without(t Target) left {
 }
 
 func (l left) with(t Target, ids []uint16, keepAlive int) left {
-	b := l.of(t)
-	all := Distinct(append(slices.Clone(b.Controllers), ids...))
-	b.Controllers, b.KeepAlive = all[max(0, len(all)-maxLeft):], max(b.KeepAlive, keepAlive)
-	return append(l.without(t), b)
+	now := leftBy{Target: t, KeepAlive: keepAlive}
+	for _, b := range l {
+		if b.isOf(t) {
+			now.Controllers = append(now.Controllers, b.Controllers...)
+			now.KeepAlive = max(now.KeepAlive, b.KeepAlive)
+		}
+	}
+	all := Distinct(append(now.Controllers, ids...))
+	now.Controllers = all[max(0, len(all)-maxLeft):]
+	return append(l.without(t), now)
 }
 
 type controllersState struct {
@@ -53,7 +65,7 @@ type controllersState struct {
 	Left          left `json:"left"`
 }
 
-// leftControllers reads the file. The caller has the lock.
+// leftControllers reads the file. The caller holds the lock.
 func (d Dir) leftControllers() (left, error) {
 	file := filepath.Join(string(d), controllersFile)
 	text, err := readFile(file)
@@ -68,12 +80,12 @@ func (d Dir) leftControllers() (left, error) {
 		err = fmt.Errorf("schema version %d is not %d: another version of this program wrote it", s.SchemaVersion, SchemaVersion)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s, which says what targets may still work on: %w", file, err)
+		return nil, fmt.Errorf("read %s, which lists controllers that may still execute commands: %w", file, err)
 	}
 	return s.Left, nil
 }
 
-// saveLeft replaces the file. The caller has the lock.
+// saveLeft replaces the file. The caller holds the lock.
 func (d Dir) saveLeft(l left) error {
 	file := filepath.Join(string(d), controllersFile)
 	if len(l) > 0 {

@@ -13,7 +13,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
-// DuplicateError is a target that a server, which may be about to, connects to.
+// DuplicateError is the error for a target to which another server is connected or
+// connecting.
 type DuplicateError struct{ Record Record }
 
 func (e *DuplicateError) Error() string {
@@ -24,21 +25,21 @@ func (e *DuplicateError) Error() string {
 // Entry is the record of the calling process.
 type Entry struct {
 	Record
-	// Inherited says that the record was another server's: its Args, Devices and
+	// Inherited says that the record belonged to another server. Args, Devices and
 	// Listen are still those of that server.
 	Inherited bool
-	// Unreadable are the records that could not be read, and may be of the same
-	// subsystem.
+	// Unreadable holds the errors of the records that cannot be read and may be of
+	// the same subsystem.
 	Unreadable []error
 
 	root Dir
 }
 
-// Reserve takes a name for the calling process, which connects to target.
-// Unless duplicate is set, a live server with the same target is a
-// *DuplicateError, and the record of a dead one passes to the caller, who finds
-// in the Entry what it left. Controllers of the Entry are those of all dead servers
-// of the subsystem: the caller must wait for their end.
+// Reserve takes a name for the calling process, which is about to connect to target.
+// Unless duplicate is set, the error is a *DuplicateError if a live server has the same
+// target, and the record of a dead server with the same target becomes the record of
+// the caller. Controllers of the Entry are those of all dead servers of the subsystem.
+// The caller must wait for their end.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -61,7 +62,7 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	for _, r := range records {
 		switch {
 		case r.Err != nil && r.Target.NQN == target.NQN:
-			return nil, fmt.Errorf("%s is about the same subsystem: %w", r.Name, r.Err)
+			return nil, fmt.Errorf("%s is a record of the same subsystem: %w", r.Name, r.Err)
 		case r.Err != nil:
 			unreadable = append(unreadable, r.Err)
 		case r.Target != target || duplicate:
@@ -80,8 +81,8 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 	return e, e.take(records)
 }
 
-// Adopt makes the record of a server that has ended the caller's. Controllers of
-// the Entry are as for Reserve.
+// Adopt makes the record of a server that has ended the record of the calling process.
+// Controllers of the Entry are as for Reserve.
 func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
 	return d.inherit(ctx, name, func(r Record, _ Process) bool { return !r.Alive })
 }
@@ -118,9 +119,9 @@ func (d Dir) inherit(ctx context.Context, name string, allowed func(r Record, se
 	return e, e.adopt(self, records)
 }
 
-// adopt makes a dead server's record that of another process. The rest of it
-// stays as it is until that process has taken everything over. The caller has the
-// lock.
+// adopt makes the record of a dead server that of another process. The rest of the
+// record stays as it is until that process has taken over everything. The caller holds
+// the lock.
 func (e *Entry) adopt(by Process, records []Record) error {
 	if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove a dead server's socket: %w", err)
@@ -130,7 +131,7 @@ func (e *Entry) adopt(by Process, records []Record) error {
 	return e.inheritControllers(records)
 }
 
-// take makes the directory with the first free name. The caller has the lock.
+// take makes the directory with the first free name. The caller holds the lock.
 func (e *Entry) take(records []Record) error {
 	e.Alive = true
 	for n := 0; ; n++ {
@@ -138,8 +139,8 @@ func (e *Entry) take(records []Record) error {
 		e.dir = filepath.Join(string(e.root), e.Name)
 		err := os.Mkdir(e.dir, 0o755)
 		if errors.Is(err, fs.ErrExist) {
-			// Without a state it belongs to nobody: its maker, who had the
-			// lock, died before writing one.
+			// A directory without a state belongs to nobody. The process
+			// that made it held the lock and died before it wrote a state.
 			if _, err := os.Lstat(filepath.Join(e.dir, stateFile)); !errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
@@ -156,25 +157,37 @@ func (e *Entry) take(records []Record) error {
 	}
 }
 
-// inheritControllers adds the controllers of all dead servers of the subsystem to
-// the entry, and saves it. Those without another record are on this one only from
-// now on. The caller has the lock.
+// inheritControllers adds to the entry the controllers of all dead servers of the
+// subsystem, and those that live servers inherited and may still wait for, and saves it.
+// Those without another record are on this one only from now on, if their target has the
+// same address. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {
 		return err
 	}
-	var ids []uint16
+	gone := left.of(e.Target)
+	var sources []Record
 	for _, r := range records {
-		if r.Err == nil && !r.Alive && r.Target.sameSubsystem(e.Target) {
-			ids = append(ids, r.Controllers...)
-			e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+		if r.Err != nil || !r.Target.sameSubsystem(e.Target) {
+			continue
+		}
+		if r.Alive {
+			r.Controllers = r.Earlier
+		}
+		if len(r.Controllers) > 0 {
+			sources = append(sources, r)
 		}
 	}
-	gone := left.of(e.Target)
-	ids = append(ids, gone.Controllers...)
+	sources = append(sources, Record{State: State{Controllers: gone.Controllers, KeepAlive: gone.KeepAlive}})
+	var ids []uint16
+	for _, r := range sources {
+		ids = append(ids, r.Controllers...)
+		e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
+	}
 	e.Controllers = Distinct(append(ids, e.Controllers...))
-	e.KeepAlive = max(e.KeepAlive, gone.KeepAlive)
+	e.Earlier = e.Controllers
+	e.Made = lastMade(sources)
 	if err := e.Save(); err != nil {
 		return err
 	}
@@ -182,7 +195,9 @@ func (e *Entry) inheritControllers(records []Record) error {
 }
 
 // Forget removes controllers that the target has ended from the records of all dead servers
-// of the subsystem, because the target may now give their ids to other controllers.
+// of the same connection, because the target may now give their ids to other controllers.
+// A target at another address may be another one of the same subsystem, which does not know
+// these controllers, so its answer does not count.
 func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
@@ -194,7 +209,7 @@ func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 		return err
 	}
 	for _, r := range records {
-		if r.Err != nil || r.Alive || !r.Target.sameSubsystem(e.Target) {
+		if r.Err != nil || r.Alive || r.Target != e.Target {
 			continue
 		}
 		kept := slices.DeleteFunc(slices.Clone(r.Controllers), func(id uint16) bool { return slices.Contains(ended, id) })
@@ -224,9 +239,9 @@ func Distinct(ids []uint16) []uint16 {
 // Save replaces the saved state atomically.
 func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State) }
 
-// Retire removes the record of the calling process, which is ending. unfinished are the
-// controllers that the target may still have; the next server of the subsystem waits
-// for their end. On an error the record remains.
+// Retire removes the record of the calling process, which is about to end. unfinished
+// are the controllers that the target may still have. The next server of the subsystem
+// waits for their end. After an error the record remains.
 func (e *Entry) Retire(ctx context.Context, unfinished []uint16) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
@@ -263,8 +278,8 @@ func (d Dir) Clear(ctx context.Context, name string, ended func(context.Context,
 	return true, d.remove(r, r.Controllers)
 }
 
-// remove removes a record. The caller has the lock: without it a server that looks
-// for a free name could take the directory while it is removed.
+// remove removes a record. The caller holds the lock, so that no server that looks for
+// a free name takes the directory meanwhile.
 func (d Dir) remove(r Record, unfinished []uint16) error {
 	if len(unfinished) > 0 {
 		left, err := d.leftControllers()

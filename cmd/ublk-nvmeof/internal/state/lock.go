@@ -14,14 +14,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
 
 const (
-	// lockFile is a file of its own, which only its owner may open: whoever may
-	// open a file can lock it, and keep others from it.
+	// lockFile is a separate file that only its owner can open, because everybody
+	// who can open a file can lock it.
 	lockFile = ".lock"
-	// lockTime is the longest wait for the lock. Those who hold it are shorter.
+	// lockTime is the longest wait for the lock. Every holder needs it for less
+	// time.
 	lockTime  = 10 * time.Second
 	lockRetry = 5 * time.Millisecond
 )
@@ -58,7 +60,8 @@ func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
 	}
 }
 
-// openLock opens the lock file, in a directory where nobody else can replace it.
+// openLock opens the lock file. Its directory is one in which nobody else can replace
+// it.
 func (d Dir) openLock() (*os.File, error) {
 	f, err := rundir.OpenFile(filepath.Join(string(d), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -66,7 +69,7 @@ func (d Dir) openLock() (*os.File, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && info.Mode().Perm()&0o077 != 0 {
-		err = fmt.Errorf("%s can be opened, and so locked, by others (mode %04o); want 0600", f.Name(), info.Mode().Perm())
+		err = fmt.Errorf("others can open %s, and therefore lock it (mode %04o); want 0600", f.Name(), info.Mode().Perm())
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -74,7 +77,7 @@ func (d Dir) openLock() (*os.File, error) {
 	return f, nil
 }
 
-// lockHolder names the process that has a file locked.
+// lockHolder describes the process that has locked a file.
 func lockHolder(fd int) string {
 	var st unix.Stat_t
 	text, err := os.ReadFile("/proc/locks")
@@ -85,12 +88,12 @@ func lockHolder(fd int) string {
 	if pid <= 0 {
 		return "another process"
 	}
-	return fmt.Sprintf("process %d (%s)", pid, command(pid))
+	return fmt.Sprintf("process %d (%s)", pid, host.Command(pid))
 }
 
-// findHolder is the process that holds a flock on a file, in the format of
-// proc_locks(5); 0 if it is not there. The device is not compared, because some
-// file systems (btrfs) show another one there than in fstat.
+// findHolder returns the number of the process that holds a flock on a file, or 0.
+// locks has the format of proc_locks(5). The device is not compared, because some file
+// systems (btrfs) show another device there than in fstat.
 func findHolder(locks []byte, ino uint64) int {
 	lines := bufio.NewScanner(bytes.NewReader(locks))
 	for lines.Scan() {
@@ -104,25 +107,4 @@ func findHolder(locks []byte, ino uint64) int {
 		}
 	}
 	return 0
-}
-
-// command is what a process was started as, without what a terminal would take
-// for more than text.
-func command(pid int) string {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
-	if err != nil || len(text) == 0 {
-		return "its command is unknown"
-	}
-	const enough = 80
-	words := strings.TrimRight(string(text), "\x00")
-	words = strings.ReplaceAll(words, "\x00", " ")
-	if len(words) > enough {
-		words = words[:enough] + "…"
-	}
-	return strings.Map(func(r rune) rune {
-		if !strconv.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, words)
 }

@@ -8,6 +8,11 @@
 //	/run/ublk-nvmeof/ctrl0/control.sock
 //	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
 //
+// In a directory that does not depend on the run directory (see Host), servers tell each
+// other which controllers targets have made for them:
+//
+//	/run/ublk-nvmeof/.made/PID-START.json
+//
 // # What a record is for
 //
 // Recorded controller ids prevent an old write from overwriting a newer one. A target may
@@ -15,6 +20,10 @@
 // until that server's controllers have ended. So an id is recorded before the first command
 // goes to its controller, and stays until the target has ended the controller. If the
 // record itself is removed before that, the ids move to .controllers.json.
+//
+// A target that has ended a controller may give its id to any other server of the host. So
+// a server also records when its controllers were made. If another server was given the id
+// later (Host.GivenLater), the controller has ended.
 //
 // Recorded devices belong to the server of the record. While they are recorded, no other
 // subsystem gets their numbers, names and socket addresses, because clients may still use
@@ -94,9 +103,9 @@ type Device struct {
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
-	// What the namespace is, as far as it has these identifiers, and what the users
-	// of the device were told of it. Told is zero in records of older versions, which
-	// have the UUID only.
+	// The identifiers of the namespace, if it has them, and what the users of the
+	// device were told about it. Told is zero in records of older versions, which
+	// have only the UUID.
 	UUID  string `json:"uuid,omitempty"`
 	NGUID string `json:"nguid,omitempty"` // hexadecimal
 	EUI64 string `json:"eui64,omitempty"` // hexadecimal
@@ -154,27 +163,31 @@ type State struct {
 	Process       Process  `json:"process"`
 	Phase         Phase    `json:"phase"`
 	Target        Target   `json:"target"`
-	Args          []string `json:"args"` // flags that give the same connection again
+	Args          []string `json:"args"` // flags that make the same connection again
 	Devices       []Device `json:"devices"`
 	// Listen is the address of the devices' NBD server: the path of a unix socket, or
 	// HOST:PORT. It is empty if there is no such server.
 	Listen string `json:"listen,omitempty"`
 	// Controllers are the ids of the controllers at the target that may still
-	// work on commands of this server, or of those before it, oldest first.
+	// execute commands of this server or of earlier ones, oldest first.
 	Controllers []uint16 `json:"controllers"`
-	// Made is when the target made the controllers, and the newest one, which may not
-	// have commands yet: nanoseconds since the boot. An id that two servers were given is
-	// the controller of the later one.
-	Made map[uint16]int64 `json:"made,omitempty"`
-	// KeepAlive is the longest keep alive timeout of the controllers, in seconds. It
-	// determines when the target notices that their server is gone. 0: unknown.
+	// Earlier are those of Controllers that this server inherited. Each server that
+	// starts waits for them, because this one may still be waiting.
+	Earlier []uint16 `json:"earlier_controllers,omitempty"`
+	// Made is when the target made the last controller of each of these ids, and the newest
+	// controller of the server, which may not have commands yet. Ids of which that is not
+	// known are missing.
+	Made map[uint16]Made `json:"made_at,omitempty"`
+	// KeepAlive is the longest keep alive timeout of the controllers, in seconds.
+	// It determines when the target notices that their server is gone. Zero means
+	// unknown.
 	KeepAlive int `json:"keep_alive_tmo,omitempty"`
 }
 
 // check returns an error that names the first field that is not valid.
 func (s *State) check() error {
 	if s.Process.PID <= 0 {
-		return fmt.Errorf("process: pid %d is no process", s.Process.PID)
+		return fmt.Errorf("process: pid %d is not positive", s.Process.PID)
 	}
 	if s.Target.NQN == "" {
 		return errors.New("target: nqn is empty")
@@ -190,8 +203,8 @@ func (s *State) check() error {
 	return nil
 }
 
-// parse reads a state. Of a state of another version it returns the target and the
-// process, as far as they are there, with the error.
+// parse decodes a state. For a state of another version it returns an error together
+// with the target and the process, as far as they are present.
 func parse(text []byte) (State, error) {
 	var head struct {
 		SchemaVersion int     `json:"schema_version"`
@@ -219,7 +232,7 @@ type Dir string
 type Record struct {
 	State
 	Alive bool  // the server runs
-	Err   error // state.json cannot be read; of the state, only Name is sure
+	Err   error // state.json cannot be read; only Name is certain
 	dir   string
 }
 
@@ -264,8 +277,8 @@ func number(name string) (int, bool) {
 	return n, ok && err == nil && n >= 0
 }
 
-// Find returns the record of a server. Its error is that of the record, or
-// fs.ErrNotExist.
+// Find returns the record of a server. The error is fs.ErrNotExist, or the Err of the
+// record.
 func (d Dir) Find(name string) (Record, error) {
 	r := Record{dir: filepath.Join(string(d), name)}
 	file := filepath.Join(r.dir, stateFile)
@@ -282,7 +295,8 @@ func (d Dir) Find(name string) (Record, error) {
 	return r, err
 }
 
-// readFile reads a regular file of a size that makes sense, and waits for nothing.
+// readFile reads a regular file of at most maxStateSize bytes. It does not block on
+// other kinds of files.
 func readFile(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if p := (*fs.PathError)(nil); errors.As(err, &p) {
@@ -297,7 +311,7 @@ func readFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("it is no regular file, but %v", info.Mode().Type())
+		return nil, fmt.Errorf("it is not a regular file, but %v", info.Mode().Type())
 	}
 	text, err := io.ReadAll(io.LimitReader(f, maxStateSize+1))
 	if err == nil && len(text) > maxStateSize {
@@ -306,8 +320,8 @@ func readFile(path string) ([]byte, error) {
 	return text, err
 }
 
-// writeFile replaces a file by another one, or leaves it as it is. A process that
-// dies meanwhile leaves one or the other.
+// writeFile replaces the contents of a file atomically. If the process dies meanwhile,
+// the file has either its old or its new contents.
 func writeFile(path string, content any) (err error) {
 	text, err := json.MarshalIndent(content, "", "\t")
 	if err != nil {
@@ -329,7 +343,7 @@ func writeFile(path string, content any) (err error) {
 		err = os.Rename(next, path)
 	}
 	if err != nil {
-		_ = os.Remove(next) // it holds nothing that is not elsewhere
+		_ = os.Remove(next) // it is of no use any more
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil

@@ -44,7 +44,7 @@ func list(t *testing.T, d Dir) []Record {
 	return r
 }
 
-// deadProcess is a process that has ended, and was waited for.
+// deadProcess returns a process that has ended and was waited for.
 func deadProcess(t *testing.T) Process {
 	t.Helper()
 	cmd := exec.Command("sleep", "60")
@@ -120,7 +120,7 @@ func TestDuplicates(t *testing.T) {
 	}
 }
 
-// die makes the record that of a dead process.
+// die makes the process of the record a dead one.
 func die(t *testing.T, e *Entry) {
 	t.Helper()
 	e.Process = deadProcess(t)
@@ -129,8 +129,8 @@ func die(t *testing.T, e *Entry) {
 	}
 }
 
-// What a dead server left is shown, passes to the next server of the same
-// target, and is in nobody else's way. Nobody else's start removes it.
+// The record of a dead server is listed and passes to the next server of the same
+// target. It does not disturb other servers, and their start does not remove it.
 func TestDeadServer(t *testing.T) {
 	d := Dir(t.TempDir())
 	e := reserve(t, d, lab)
@@ -158,7 +158,8 @@ func TestDeadServer(t *testing.T) {
 	if err != nil || heir.Name != "ctrl0" || !heir.Inherited || len(heir.Devices) != 1 || heir.Listen != "/x" || heir.Phase != Connecting {
 		t.Fatalf("%+v, %v", heir, err)
 	}
-	// Until the heir has taken it over, it is what the dead server left.
+	// Until the new server has taken over everything, the record is as the dead
+	// server left it.
 	if got := list(t, d); len(got) != 1 || !got[0].Alive || len(got[0].Devices) != 1 || !slices.Equal(got[0].Args, []string{"--nqn=nqn.lab"}) {
 		t.Fatalf("%+v", got)
 	}
@@ -178,8 +179,8 @@ func TestDeadServer(t *testing.T) {
 	}
 }
 
-// Whoever starts a server for a subsystem gets the controllers of all that died
-// before, however their records ended, until they are known to have ended.
+// The next server of a subsystem gets the controllers of all its dead servers, however
+// their records ended, until it is known that they have ended.
 func TestControllersAreKept(t *testing.T) {
 	elsewhere, stranger, host := lab, lab, lab
 	elsewhere.Address = netip.MustParseAddrPort("10.0.2.16:4420")
@@ -250,6 +251,32 @@ func TestControllersAreKept(t *testing.T) {
 }
 
 // What has ended is asked for no more, by nobody: its id may be another controller's.
+// TestInheritedByLiveServer starts two servers after a dead one was given up. The first
+// takes over its controllers, and both must wait for them.
+func TestInheritedByLiveServer(t *testing.T) {
+	d := Dir(filepath.Join(t.TempDir(), "run"))
+	dead := reserve(t, d, lab)
+	dead.Process, dead.Controllers, dead.KeepAlive = deadProcess(t), []uint16{7}, 9
+	if err := dead.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := d.Clear(ctx, dead.Name, nothingLeft); !done || err != nil {
+		t.Fatal(done, err)
+	}
+	first := reserve(t, d, lab)
+	first.Controllers = append(first.Controllers, 8) // its own
+	if err := first.Save(); err != nil {
+		t.Fatal(err)
+	}
+	second, err := d.Reserve(ctx, lab, nil, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(second.Controllers, []uint16{7}) || second.KeepAlive != 9 {
+		t.Errorf("the second server waits for %v, keep alive timeout %d", second.Controllers, second.KeepAlive)
+	}
+}
+
 func TestForget(t *testing.T) {
 	d := Dir(t.TempDir())
 	first := reserve(t, d, lab)
@@ -274,7 +301,52 @@ func TestForget(t *testing.T) {
 	}
 }
 
-// A record that cannot be written is the one that was there before.
+// A subsystem may have several targets that share its disks, each with controllers of its
+// own. A target says only of its own controllers that they have ended.
+func TestForgetByAddress(t *testing.T) {
+	d := Dir(t.TempDir())
+	other := lab
+	other.Address = netip.MustParseAddrPort("10.0.2.16:4420")
+	first := reserve(t, d, lab)
+	first.Controllers = []uint16{3}
+	die(t, first)
+	cleared := reserve(t, d, lab) // takes over from first
+	cleared.Controllers = []uint16{3, 4}
+	if err := cleared.Retire(ctx, cleared.Controllers); err != nil {
+		t.Fatal(err)
+	}
+	dead := reserve(t, d, lab)
+	if !slices.Equal(dead.Controllers, []uint16{3, 4}) {
+		t.Fatalf("%v", dead.Controllers)
+	}
+	die(t, dead)
+	if err := d.saveLeft(left{}.with(lab, []uint16{5}, 5)); err != nil {
+		t.Fatal(err)
+	}
+
+	e := reserve(t, d, other)
+	if !slices.Equal(e.Controllers, []uint16{3, 4, 5}) {
+		t.Errorf("at the other address: %v", e.Controllers)
+	}
+	if err := e.Forget(ctx, e.Controllers); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Retire(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	again, err := d.Adopt(ctx, dead.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Sort(again.Controllers); !slices.Equal(again.Controllers, []uint16{3, 4, 5}) {
+		t.Errorf("at the same address: %v", again.Controllers)
+	}
+	if text, err := os.ReadFile(filepath.Join(string(d), controllersFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left after that: %s, %v", text, err)
+	}
+}
+
+// If a record cannot be written, the old one remains.
 func TestSaveFails(t *testing.T) {
 	d := Dir(t.TempDir())
 	e := reserve(t, d, lab)
@@ -341,6 +413,27 @@ func TestProcess(t *testing.T) {
 	}
 }
 
+// A process that was killed needs some time to end. It is not alive meanwhile.
+func TestKilledProcess(t *testing.T) {
+	for range 50 {
+		cmd := exec.Command("sleep", "60")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		p, err := Of(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if p.Alive() {
+			t.Error("alive after it was killed")
+		}
+		_ = cmd.Wait() // its status is that of the signal
+	}
+}
+
 func TestKillAndWait(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
 	if err := cmd.Start(); err != nil {
@@ -366,7 +459,7 @@ func TestKillAndWait(t *testing.T) {
 	if err := h.Wait(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if p.Alive() { // not waited for: a zombie
+	if p.Alive() { // a zombie, because it was not waited for
 		t.Error("a zombie is alive")
 	}
 	cmd.Wait()
@@ -375,7 +468,7 @@ func TestKillAndWait(t *testing.T) {
 	}
 }
 
-// Two servers that start at the same time do not both get the target.
+// If two servers start at the same time, only one gets the target.
 func TestReserveRace(t *testing.T) {
 	d := Dir(t.TempDir())
 	var wg sync.WaitGroup
@@ -398,8 +491,8 @@ func TestReserveRace(t *testing.T) {
 	}
 }
 
-// A lock that somebody else has is not waited for for ever, and the error says who
-// has it.
+// The wait for a lock that another process holds has a limit, and the error names that
+// process.
 func TestLockIsBounded(t *testing.T) {
 	d := Dir(t.TempDir())
 	unlock, err := d.lock(ctx)
@@ -418,7 +511,7 @@ func TestLockIsBounded(t *testing.T) {
 	}
 }
 
-// Whoever may read the run directory cannot keep others from it.
+// A user who may read the run directory, and locks it, does not keep servers from it.
 func TestLockOfTheDirectory(t *testing.T) {
 	d := Dir(t.TempDir())
 	fd, err := unix.Open(string(d), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -439,7 +532,7 @@ func TestLockOfTheDirectory(t *testing.T) {
 	}
 }
 
-// What others could replace or lock is refused.
+// A lock file that others could replace or lock is refused.
 func TestUnsafeDirectory(t *testing.T) {
 	refused := func(name string, d Dir, want string) {
 		t.Helper()
@@ -491,8 +584,8 @@ func TestFindHolder(t *testing.T) {
 	}
 }
 
-// What nobody can read is shown and left alone; what has no state is taken
-// over; what is not ours is not seen.
+// An unreadable record is listed and left alone. A directory without a state is taken
+// over. Other directories are ignored.
 func TestStrangeContents(t *testing.T) {
 	d := Dir(t.TempDir())
 	write := func(name, text string) {
@@ -523,8 +616,8 @@ func TestStrangeContents(t *testing.T) {
 	}
 }
 
-// A damaged record, and one of another version, is named and never removed. One that
-// is known to be of the same subsystem is not passed over.
+// A damaged record, or one of another version, is named and never removed. A damaged
+// record of the same subsystem is not ignored.
 func TestDamaged(t *testing.T) {
 	good := func(change func(map[string]any)) string {
 		m := map[string]any{
@@ -589,7 +682,7 @@ func TestDamaged(t *testing.T) {
 			}
 		})
 	}
-	// What targets may still work on is not passed over either.
+	// The file of controllers is not ignored either if it is damaged.
 	d := Dir(t.TempDir())
 	file := filepath.Join(string(d), controllersFile)
 	if err := os.WriteFile(file, []byte("{"), 0o644); err != nil {
@@ -603,7 +696,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// FuzzState reads anything, and writes again what it has read.
+// FuzzState parses any text. A state that was parsed can be written and parsed again.
 func FuzzState(f *testing.F) {
 	f.Add([]byte(`{"schema_version":1,"process":{"pid":1},"target":{"address":"1.2.3.4:5","nqn":"n"},"devices":[{"kind":"nbd","id":1,"nsid":1,"told":{"size":1}}],"controllers":[1]}`))
 	f.Add([]byte(`{"schema_version":2}`))

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
@@ -19,8 +20,16 @@ const (
 	Watchdog = daemon.SdNotifyWatchdog
 )
 
-// Status describes the state of the service in a line.
-func Status(text string) string { return "STATUS=" + text }
+// Status describes the state of the service in a line. What cannot be printed becomes a
+// space.
+func Status(text string) string {
+	return "STATUS=" + strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, text)
+}
 
 // MainPID names the process that is the service from now on.
 func MainPID(pid int) string { return "MAINPID=" + strconv.Itoa(pid) }
@@ -40,17 +49,10 @@ func Reloading() string {
 // Managed reports whether a service manager wants to be notified by this process.
 func Managed() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 
-// Notify sends assignments to the service manager. A newline in the value of Status
-// becomes a space. If the process is not managed, there is nothing to do.
+// Notify sends assignments to the service manager. If the process is not managed, there is
+// nothing to do.
 func Notify(assignments ...string) error {
-	var lines []string
-	for _, a := range assignments {
-		if strings.HasPrefix(a, "STATUS=") {
-			a = strings.ReplaceAll(a, "\n", " ")
-		}
-		lines = append(lines, a)
-	}
-	if _, err := daemon.SdNotify(false, strings.Join(lines, "\n")); err != nil {
+	if _, err := daemon.SdNotify(false, strings.Join(assignments, "\n")); err != nil {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
 	return nil

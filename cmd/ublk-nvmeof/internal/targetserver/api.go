@@ -1,9 +1,9 @@
 package targetserver
 
-// SchemaVersion is that of Status.
+// SchemaVersion is the version of Status.
 const SchemaVersion = 1
 
-// Status is what a target says of itself. Sizes are in bytes.
+// Status describes a target. Sizes are in bytes.
 type Status struct {
 	SchemaVersion int    `json:"schema_version"`
 	Name          string `json:"name"`
@@ -18,7 +18,7 @@ type Status struct {
 	Controllers []Controller `json:"controllers"`
 	Faults      Faults       `json:"faults"`
 
-	Connections int    `json:"connections"` // at this moment
+	Connections int    `json:"connections"` // current connections
 	QueueMemory int64  `json:"queue_memory"`
 	Connects    uint64 `json:"connects"` // accepted since the start
 	Rejects     uint64 `json:"rejects"`  // refused since the start
@@ -36,12 +36,13 @@ type Status struct {
 type Subsystem struct {
 	NQN        string            `json:"subsysnqn"`
 	MaxQueues  int               `json:"max_queues"`
-	AllowHosts []string          `json:"allow_hosts,omitempty"` // none: any
-	ANA        map[string]string `json:"ana,omitempty"`         // group → state, of those that were set
+	AllowHosts []string          `json:"allow_hosts,omitempty"` // empty: any host
+	ANA        map[string]string `json:"ana,omitempty"`         // state by group, for the groups whose state was set
 	Namespaces []NamespaceStatus `json:"namespaces"`
 }
 
-// NamespaceStatus is a namespace. Data is what holds it: "ram", or a path.
+// NamespaceStatus describes a namespace. Data is "ram", or the path of the file or
+// device that holds its data.
 type NamespaceStatus struct {
 	NSID      uint32 `json:"nsid"`
 	Data      string `json:"data"`
@@ -49,7 +50,8 @@ type NamespaceStatus struct {
 	BlockSize int    `json:"block_size"`
 	ReadOnly  bool   `json:"read_only"`
 	UUID      string `json:"uuid,omitempty"`
-	// NewAtStart says that the UUID is a new one at each start of the target.
+	// NewAtStart says that the namespace gets a new UUID at each start of the
+	// target.
 	NewAtStart bool `json:"new_at_start,omitempty"`
 }
 
@@ -59,69 +61,73 @@ type Controller struct {
 	NQN     string `json:"subsysnqn"`
 	HostNQN string `json:"hostnqn"`
 	Queues  int    `json:"queues"` // I/O queues
-	// Ending says that the controller has ended, but not yet all its commands.
+	// Ending says that the controller has ended, but some of its commands have not.
 	Ending bool `json:"ending,omitempty"`
 }
 
-// Faults are what is wrong with a target on purpose.
+// Faults are the faults of a target.
 type Faults struct {
-	Grant    string  `json:"grant,omitempty"`   // what is granted, whatever is asked for
-	Stalled  bool    `json:"stalled,omitempty"` // no command is begun
-	Frozen   bool    `json:"frozen,omitempty"`  // nothing is done at all
+	Grant    string  `json:"grant,omitempty"`   // number of queues that is granted, whatever the host asks for
+	Stalled  bool    `json:"stalled,omitempty"` // the target begins no command
+	Frozen   bool    `json:"frozen,omitempty"`  // the target does nothing at all
 	Hidden   bool    `json:"hidden,omitempty"`  // no namespace is listed
-	Reject   string  `json:"reject,omitempty"`  // connect requests
-	Refuse   string  `json:"refuse,omitempty"`  // Connect commands
+	Reject   string  `json:"reject,omitempty"`  // reason for rejecting connect requests
+	Refuse   string  `json:"refuse,omitempty"`  // status of all Connect commands
 	Commands []Fault `json:"commands"`
 }
 
-// Fault is a fault of commands; see options.FaultWords.
+// Fault is a fault of commands. See options.FaultWords.
 type Fault struct {
 	ID   int    `json:"id"`
 	What string `json:"fault"`
+	// UsedUp says that the fault has applied to as many commands as it may
+	// (count=N).
+	UsedUp bool `json:"used_up,omitempty"`
 }
 
-// Requests of the control socket. An empty NQN means all subsystems, or, where
-// only one can be meant, the only one.
+// Requests of the control socket. An empty NQN means all subsystems, or, in a request
+// about one subsystem, the only one.
 type (
-	// GrantRequest changes how many I/O queues a controller gets when it next
-	// connects: Limit 1..65535. With Exactly it gets so many whatever it asks for,
-	// or, with 0, an error.
+	// GrantRequest changes the largest number of I/O queues of a controller that
+	// connects next to Limit, 1..65535. If Exactly is set, the controller gets
+	// Limit queues, whatever the host asks for, or an error if Limit is 0.
 	GrantRequest struct {
 		NQN     string `json:"subsysnqn,omitempty"`
 		Limit   int    `json:"limit"`
 		Exactly bool   `json:"exactly,omitempty"`
 	}
-	// DropRequest ends connections: of the queues with an id, or of all if
-	// it is negative. Of one subsystem only all.
+	// DropRequest ends the connections of the queues with an id, or all connections
+	// if QID is negative. With NQN, QID must be negative.
 	DropRequest struct {
 		NQN string `json:"subsysnqn,omitempty"`
 		QID int    `json:"qid"`
 	}
-	// StallRequest stops and starts the target's answers.
+	// StallRequest makes the target begin no commands, or begin them again.
 	StallRequest struct {
 		On bool `json:"on"`
 	}
-	// FreezeRequest freezes the target for a time of up to an hour; 0 ends the freeze.
+	// FreezeRequest freezes the target for up to an hour. Zero ends the freeze.
 	FreezeRequest struct {
 		Milliseconds int64 `json:"milliseconds"`
 	}
-	// HideRequest hides all namespaces for a time of up to an hour; 0 shows them.
+	// HideRequest hides all namespaces for up to an hour. Zero shows them.
 	HideRequest struct {
 		Milliseconds int64 `json:"milliseconds"`
 	}
-	// FaultRequest adds a fault; see options.FaultWords.
+	// FaultRequest adds a fault. See options.FaultWords.
 	FaultRequest struct {
 		Fault string `json:"fault"`
 	}
-	// UnfaultRequest takes a fault away; 0 means everything in Faults.
+	// UnfaultRequest removes a fault, or everything in Faults if ID is 0.
 	UnfaultRequest struct {
 		ID int `json:"id"`
 	}
-	// RejectRequest rejects connect requests with an NVMe/RDMA status 1..9; 0 ends it.
+	// RejectRequest rejects connect requests with an NVMe/RDMA status, 1..9. Zero
+	// ends this.
 	RejectRequest struct {
 		Status int `json:"status"`
 	}
-	// RefuseRequest answers Connect commands with a status; 0 ends it.
+	// RefuseRequest completes Connect commands with an NVMe status. Zero ends this.
 	RefuseRequest struct {
 		Status int `json:"status"`
 	}
@@ -131,7 +137,7 @@ type (
 		Group uint32 `json:"group"`
 		State string `json:"state"`
 	}
-	// AddRequest adds a namespace; see options.NamespaceWords.
+	// AddRequest adds a namespace. See options.NamespaceWords.
 	AddRequest struct {
 		NQN       string `json:"subsysnqn,omitempty"`
 		Namespace string `json:"namespace"`
@@ -141,14 +147,14 @@ type (
 		NQN  string `json:"subsysnqn,omitempty"`
 		NSID uint32 `json:"nsid"`
 	}
-	// ResizeRequest changes the size of a namespace; 0 takes notice of the one
-	// that its device has.
+	// ResizeRequest changes the size of a namespace to Size bytes. If Size is 0,
+	// the namespace gets the current size of its file or device.
 	ResizeRequest struct {
 		NQN  string `json:"subsysnqn,omitempty"`
 		NSID uint32 `json:"nsid"`
 		Size int64  `json:"size"`
 	}
-	// ReadOnlyRequest protects a namespace, or no longer.
+	// ReadOnlyRequest sets or clears the write protection of a namespace.
 	ReadOnlyRequest struct {
 		NQN  string `json:"subsysnqn,omitempty"`
 		NSID uint32 `json:"nsid"`
@@ -158,7 +164,7 @@ type (
 	StopRequest struct{}
 )
 
-// Done is the answer to a request that changed something.
+// Done is the answer to a request that has changed something.
 type Done struct {
 	ID   int    `json:"id,omitempty"`   // of the fault that was added
 	NSID uint32 `json:"nsid,omitempty"` // of the namespace that was added

@@ -14,10 +14,10 @@ import (
 //	POST /v1/grant … /v1/stop  → 200 Done once it has happened, or an exit.Error
 type Client struct{ client *control.Client }
 
-// NewClient does not connect yet.
+// NewClient returns a client for a control socket. It does not connect yet.
 func NewClient(socket string) *Client { return &Client{control.NewClient(socket)} }
 
-// Status asks for the status.
+// Status returns the status of the target.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
 	err := c.client.Do(ctx, http.MethodGet, "/v1/status", nil, &s)
@@ -27,7 +27,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return s, err
 }
 
-// paths of the requests.
+// path returns the URL path of a request.
 func path(request any) string {
 	switch request.(type) {
 	case GrantRequest:
@@ -64,8 +64,8 @@ func path(request any) string {
 	panic(fmt.Sprintf("no path for %T", request))
 }
 
-// Do carries out one of the requests. An error is an *exit.Error if the target
-// refused.
+// Do sends one of the requests and waits until it has been carried out. The error is an
+// *exit.Error if the target refused the request.
 func (c *Client) Do(ctx context.Context, request any) (Done, error) {
 	var d Done
 	err := c.client.Do(ctx, http.MethodPost, path(request), request, &d)

@@ -6,11 +6,12 @@ import (
 	"ublk-nvmeof/internal/hostmem"
 )
 
-// budget bounds the memory of namespaces. It counts the sizes of namespaces and not
-// the pages that they use: pages are allocated when they are first written.
+// budget limits the memory of namespaces. It counts the sizes of the namespaces and not
+// the pages in use, because pages are allocated when they are first written.
 type budget struct{ limit, promised int64 }
 
-// take adds n bytes to what is promised; n may be negative.
+// take adds n bytes to promised, or returns an error if that exceeds the limit. n may
+// be negative.
 func (b *budget) take(n int64) error {
 	if n > b.limit-b.promised {
 		return exit.Errorf(exit.Usage, "%s in memory, with the %s of other namespaces and caches, exceed the limit of %s; want less, or a larger --memory-limit",
@@ -20,7 +21,8 @@ func (b *budget) take(n int64) error {
 	return nil
 }
 
-// memoryLimit is the default limit: three quarters of the available memory.
+// memoryLimit returns the default limit in bytes: three quarters of the available
+// memory.
 func memoryLimit() (int64, error) {
 	available, err := hostmem.Available()
 	return available / 4 * 3, err

@@ -3,6 +3,7 @@ package targetserver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"slices"
@@ -18,7 +19,7 @@ type subsystem struct {
 	cfg        options.Subsystem
 	ana        map[string]string
 	namespaces []*namespace
-	removed    []*namespace // whose stores are still in use
+	removed    []*namespace // removed namespaces whose stores are still in use
 }
 
 // namespace is a namespace and its store. Exactly one of ram and file is set.
@@ -31,8 +32,8 @@ type namespace struct {
 	promised int64     // bytes of memory, see budget
 }
 
-// restTime bounds the time that a request waits until no command is inside a store.
-// After it, a removed store is closed in the background.
+// restTime is the longest time that a request waits until no command is inside a store.
+// After that a removed store is closed in the background.
 const restTime = 5 * time.Second
 
 func (s *server) addSubsystem(c options.Subsystem) error {
@@ -55,27 +56,42 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 	return nil
 }
 
-// addNamespace opens a store and adds it. The lock is held, or nobody else is
-// there yet.
+// addNamespace opens a store and adds a namespace for it. The caller holds the lock,
+// unless the target has not started.
 func (s *server) addNamespace(sub *subsystem, spec options.Namespace) (_ *namespace, err error) {
 	n := &namespace{spec: spec}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("\"%s\": %w", spec, err)
+		}
+	}()
 	store, err := s.openStore(n)
 	if err != nil {
 		return nil, err
 	}
 	n.Namespace, err = sub.AddNamespace(target.NamespaceConfig{
 		NSID: spec.NSID, Store: store, BlockSize: spec.BlockSize, ReadOnly: spec.ReadOnly, ANAGroup: spec.ANAGroup,
-		Identity: spec.File, UUID: spec.UUID, NoUUID: spec.NoUUID, NGUID: spec.NGUID, EUI64: spec.EUI64,
+		Identity: n.identity(), UUID: spec.UUID, NoUUID: spec.NoUUID, NGUID: spec.NGUID, EUI64: spec.EUI64,
 	})
 	if err != nil {
 		return nil, errors.Join(err, s.closeStore(n))
 	}
 	if n.newAtStart() {
-		s.log.Debug("namespace in memory has another identity at each start of the target, unless it is given one with uuid=UUID",
+		s.log.Debug("namespace in memory gets a new identity at each start of the target; uuid=UUID gives it a permanent one",
 			"subsystem", sub.cfg.NQN, "nsid", n.NSID(), "uuid", n.UUID().String())
 	}
 	sub.namespaces = append(sub.namespaces, n)
 	return n, nil
+}
+
+// identity returns the text from which the UUID is derived, or "" for a random UUID. It
+// is the path of the file without symbolic links, so that a file has the same UUID
+// under all its paths.
+func (n *namespace) identity() string {
+	if n.file == nil {
+		return ""
+	}
+	return n.file.Path()
 }
 
 // newAtStart reports whether the UUID is random.
@@ -83,7 +99,8 @@ func (n *namespace) newAtStart() bool {
 	return n.ram != nil && n.spec.UUID.IsZero() && !n.spec.NoUUID
 }
 
-// openStore opens the store of a namespace, within the limit of memory.
+// openStore opens the store of a namespace. It fails if the store exceeds the memory
+// limit.
 func (s *server) openStore(n *namespace) (store target.Store, err error) {
 	spec := n.spec
 	if spec.File == "" {
@@ -100,12 +117,16 @@ func (s *server) openStore(n *namespace) (store target.Store, err error) {
 		}
 		store, n.closer = n.file, n.file
 	}
+	if spec.Cache > store.Size() {
+		err := exit.Errorf(exit.Usage, "cache=%s: want at most the size of the namespace, %s", options.FormatSize(spec.Cache), options.FormatSize(store.Size()))
+		return nil, errors.Join(err, s.closeStore(n))
+	}
 	if spec.Cache != 0 {
-		if err := s.promise(n, min(spec.Cache, store.Size())); err != nil {
+		if err := s.promise(n, spec.Cache); err != nil {
 			return nil, errors.Join(err, s.closeStore(n))
 		}
 		c := target.NewCache(store, spec.Cache)
-		store, n.closer = c, c // which closes what is under it
+		store, n.closer = c, c // the cache closes the store under it
 	}
 	return store, nil
 }
@@ -142,12 +163,12 @@ func (s *server) promise(n *namespace, size int64) error {
 	return err
 }
 
-// closeStore closes the store of a namespace, which does not use it any more.
+// closeStore closes the store of a namespace. The namespace must not use it any more.
 func (s *server) closeStore(n *namespace) error {
 	return errors.Join(n.closer.Close(), s.promise(n, -n.promised))
 }
 
-// closeStores closes all stores. The target is closed.
+// closeStores closes all stores after the target was closed.
 func (s *server) closeStores() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,8 +203,8 @@ func (s *server) add(r AddRequest) (Done, error) {
 	return Done{NSID: n.NSID()}, nil
 }
 
-// remove removes a namespace, and closes its store when no command is inside it. It
-// returns then, or after restTime.
+// remove removes a namespace, and closes its store when no command is inside it any
+// more. It returns then, or after restTime.
 func (s *server) remove(r RemoveRequest) (Done, error) {
 	sub, n, err := s.take(r)
 	if err != nil {
@@ -220,8 +241,8 @@ func (s *server) take(r RemoveRequest) (*subsystem, *namespace, error) {
 	return sub, n, nil
 }
 
-// retire waits until no command is inside the store of a removed namespace, and
-// closes it. If the target ends first, closeStores closes it.
+// retire waits until no command is inside the store of a removed namespace, and closes
+// the store. If the target ends first, closeStores closes it.
 func (s *server) retire(sub *subsystem, n *namespace) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -243,7 +264,7 @@ func (s *server) retire(sub *subsystem, n *namespace) {
 	}
 	sub.removed = slices.Delete(sub.removed, i, i+1)
 	if err := s.closeStore(n); err != nil {
-		s.log.Error("store of a removed namespace", "subsystem", sub.cfg.NQN, "nsid", n.NSID(), "error", err)
+		s.log.Error("cannot close the store of a removed namespace", "subsystem", sub.cfg.NQN, "nsid", n.NSID(), "error", err)
 	}
 }
 
@@ -269,13 +290,13 @@ func (s *server) resize(r ResizeRequest) (Done, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
-		more = -more // it is as large as it was
+		more = -more // the size is unchanged
 	}
 	return Done{}, errors.Join(err, s.promise(n, min(0, more)))
 }
 
 // mayResize checks a request. It returns the namespace and the number of bytes of
-// memory that it will take more, which are promised.
+// additional memory, which may be negative. If it is positive, it has been promised.
 func (s *server) mayResize(r ResizeRequest) (n *namespace, more int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -286,7 +307,7 @@ func (s *server) mayResize(r ResizeRequest) (n *namespace, more int64, err error
 	case r.Size < 0 || r.Size == 0 && n.ram != nil:
 		return nil, 0, exit.Errorf(exit.Usage, "a size is needed")
 	case r.Size > 0 && n.spec.Device:
-		return nil, 0, exit.Errorf(exit.Usage, "%s is a device, which has the size that it has", n.spec.File)
+		return nil, 0, exit.Errorf(exit.Usage, "%s is a device, whose size cannot be changed", n.spec.File)
 	case r.Size > target.MaxRAM:
 		return nil, 0, exit.Errorf(exit.Usage, "%d bytes; want at most %d", r.Size, int64(target.MaxRAM))
 	}

@@ -1,6 +1,7 @@
 package targetserver
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,7 +11,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 )
 
-// TestSizesThatCannotBe: they are errors, and the target goes on.
+// TestSizesThatCannotBe: impossible sizes are errors, and the target continues.
 func TestSizesThatCannotBe(t *testing.T) {
 	o := disk(t, "ram=1MiB")
 	o.Memory = 4 << 20
@@ -26,19 +27,21 @@ func TestSizesThatCannotBe(t *testing.T) {
 	refuse(ResizeRequest{NSID: 1, Size: 1 << 50}, exit.Usage, "exceed the limit")
 	refuse(ResizeRequest{NSID: 1, Size: 1<<63 - 1}, exit.Usage, "want at most")
 	refuse(ResizeRequest{NSID: 1, Size: -1}, exit.Usage, "a size is needed")
-	refuse(ResizeRequest{NSID: 1, Size: 1000}, exit.Other, "no multiple of the block size")
-	// What was refused takes nothing of the limit, and what is removed gives it back.
+	refuse(ResizeRequest{NSID: 1, Size: 1000}, exit.Other, "not a positive multiple of the block size")
+	// A refused request takes nothing of the limit, and the removal of a namespace
+	// gives memory back.
 	do(t, client, ResizeRequest{NSID: 1, Size: 4 << 20})
 	refuse(AddRequest{Namespace: "ram=512B"}, exit.Usage, "exceed the limit")
 	do(t, client, RemoveRequest{NSID: 1})
-	do(t, client, AddRequest{Namespace: "ram=2MiB,cache=1GiB"})
+	refuse(AddRequest{Namespace: "ram=2MiB,cache=1GiB"}, exit.Usage, "cache=1.0 GiB: want at most the size of the namespace, 2.0 MiB")
+	do(t, client, AddRequest{Namespace: "ram=2MiB,cache=2MiB"})
 	do(t, client, RemoveRequest{NSID: 1})
 	do(t, client, AddRequest{Namespace: "ram=4MiB"})
 	do(t, client, ResizeRequest{NSID: 1, Size: 1 << 20})
 	do(t, client, AddRequest{Namespace: "ram=3MiB"})
 }
 
-// TestPanicLeavesNoLock: whatever a request comes to, the next one is answered.
+// TestPanicLeavesNoLock: even if a request panics, the next one is answered.
 func TestPanicLeavesNoLock(t *testing.T) {
 	s := &server{}
 	func() {
@@ -50,8 +53,8 @@ func TestPanicLeavesNoLock(t *testing.T) {
 	}
 }
 
-// TestFiles: a file is of one namespace, unless all say otherwise, and free again
-// when that is removed.
+// TestFiles: a file can have one namespace, unless all its namespaces say that they
+// share it. It is free again when they are removed.
 func TestFiles(t *testing.T) {
 	dir := t.TempDir()
 	file, link := filepath.Join(dir, "a,b"), filepath.Join(dir, "link")
@@ -72,25 +75,28 @@ func TestFiles(t *testing.T) {
 	refuse("file="+link, exit.Busy, "in use by another namespace")
 	refuse("file="+words+",shared", exit.Busy, "in use by another namespace")
 	refuse("device="+words, exit.Busy, "in use")
-	refuse("file=/dev/zero", exit.Usage, "neither a regular file nor a block device")
-	refuse("file="+dir, exit.Usage, "neither a regular file nor a block device")
+	refuse("file=/dev/zero", exit.Usage, "not storage; want a block device, or a regular file")
+	refuse("file=/proc/self/status", exit.Usage, "not storage; want a block device, or a regular file")
+	refuse("file="+dir, exit.Usage, "not storage; want a block device, or a regular file")
 	do(t, client, RemoveRequest{NSID: 1})
 	refuse("device="+words, exit.Usage, "is a file; want file=")
 	do(t, client, AddRequest{Namespace: "file=" + words + ",shared"})
 	do(t, client, AddRequest{Namespace: "file=" + link + ",shared"})
 }
 
-// TestSameIdentity: a target that is started again has the namespaces that it had.
+// TestSameIdentity: after a restart a target has namespaces with the same identities,
+// even if a symbolic link names a file.
 func TestSameIdentity(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+	dir := t.TempDir()
+	file, link := filepath.Join(dir, "disk"), filepath.Join(dir, "link")
+	if err := errors.Join(os.WriteFile(file, make([]byte, 1<<20), 0o600), os.Symlink("disk", link)); err != nil {
 		t.Fatal(err)
 	}
 	const given = "12345678-1234-1234-1234-123456789abc"
 	var ids [2][3]string
 	for i := range ids {
-		t.Run("", func(t *testing.T) { // which ends the target
-			client, _ := begin(t, disk(t, "file="+file, "ram=1MiB", "ram=1MiB,uuid="+given))
+		t.Run("", func(t *testing.T) { // the end of the subtest ends the target
+			client, _ := begin(t, disk(t, "file="+[]string{file, link}[i], "ram=1MiB", "ram=1MiB,uuid="+given))
 			s, err := client.Status(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -108,7 +114,7 @@ func TestSameIdentity(t *testing.T) {
 	}
 }
 
-// TestNamespacesAfter: a host finds the port first, and the namespaces later.
+// TestNamespacesAfter: a host finds the port open before the namespaces exist.
 func TestNamespacesAfter(t *testing.T) {
 	o := disk(t, "ram=1MiB")
 	o.NamespacesAfter = time.Hour

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestPlaceOfOthers: a target keeps nothing where others could have put something.
+// TestPlaceOfOthers: a target uses no directory that other users could have prepared.
 func TestPlaceOfOthers(t *testing.T) {
 	mode := func(t *testing.T, dir string, m os.FileMode) {
 		t.Helper()
@@ -29,7 +29,7 @@ func TestPlaceOfOthers(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		prepare func(t *testing.T, run string)
-		want    string // empty: it is taken
+		want    string // empty: the place can be taken
 	}{
 		"new":                  {func(*testing.T, string) {}, ""},
 		"left by a target":     {func(t *testing.T, run string) { mode(t, filepath.Join(run, "target0"), 0o755) }, ""},
@@ -63,8 +63,8 @@ func TestPlaceOfOthers(t *testing.T) {
 	}
 }
 
-// TestPlaceLeft: nothing of a target is there once it is not listed any more, and
-// a target that takes the place at that moment keeps it.
+// TestPlaceLeft: when a target is not listed any more, its directory is gone. A target
+// that takes the place at that moment keeps it.
 func TestPlaceLeft(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
 	for range 200 {
@@ -95,8 +95,8 @@ func TestPlaceLeft(t *testing.T) {
 	}
 }
 
-// TestPlaceTakenAtOnce: a target that takes a place while another leaves has all
-// of it.
+// TestPlaceTakenAtOnce: a target that takes a place while another target leaves it has
+// a complete directory.
 func TestPlaceTakenAtOnce(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
 	p, err := takePlace(run)

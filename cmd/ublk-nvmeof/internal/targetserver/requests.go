@@ -14,10 +14,10 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// maxBody bounds a request.
+// maxBody is the largest size of a request in bytes.
 const maxBody = 64 << 10
 
-// locked carries out requests with the lock held.
+// locked returns a function that calls do with the lock held.
 func locked[T any](s *server, do func(T) (Done, error)) func(T) (Done, error) {
 	return func(request T) (Done, error) {
 		s.mu.Lock()
@@ -26,7 +26,7 @@ func locked[T any](s *server, do func(T) (Done, error)) func(T) (Done, error) {
 	}
 }
 
-// handle makes a handler of a function that carries out a request.
+// handle registers do as the handler of a kind of request.
 func handle[T any](mux *http.ServeMux, s *server, do func(T) (Done, error)) {
 	var zero T
 	mux.HandleFunc("POST "+path(zero), func(w http.ResponseWriter, r *http.Request) {
@@ -73,10 +73,10 @@ func (s *server) mux() *http.ServeMux {
 	return mux
 }
 
-// These carry out requests. They are called with the lock held, except those that
-// change namespaces: they may wait, and take the lock themselves.
+// The methods below carry out requests. The caller holds the lock, except for requests
+// that change namespaces. These may wait, and take the lock themselves.
 
-// named are the subsystems that a request means.
+// named returns the subsystems that a request applies to.
 func (s *server) named(nqn string) ([]*subsystem, error) {
 	if nqn == "" {
 		return s.subsystems, nil
@@ -88,7 +88,7 @@ func (s *server) named(nqn string) ([]*subsystem, error) {
 	return s.subsystems[i : i+1], nil
 }
 
-// one is the subsystem that a request means.
+// one returns the subsystem that a request about one subsystem applies to.
 func (s *server) one(nqn string) (*subsystem, error) {
 	found, err := s.named(nqn)
 	if err == nil && len(found) != 1 {
@@ -100,7 +100,7 @@ func (s *server) one(nqn string) (*subsystem, error) {
 	return found[0], nil
 }
 
-// namespace is the namespace that a request means.
+// namespace returns the namespace that a request applies to, and its subsystem.
 func (s *server) namespace(nqn string, nsid uint32) (*subsystem, *namespace, error) {
 	sub, err := s.one(nqn)
 	if err != nil {
@@ -164,7 +164,7 @@ func (s *server) stall(r StallRequest) (Done, error) {
 	return Done{}, nil
 }
 
-// maxPause bounds a freeze and the time that namespaces are hidden.
+// maxPause is the longest time of a freeze, and of hidden namespaces.
 const maxPause = time.Hour
 
 func pause(milliseconds int64) (time.Duration, error) {
@@ -196,7 +196,7 @@ func (s *server) addFault(r FaultRequest) (Done, error) {
 		return Done{}, exit.Errorf(exit.Usage, "fault %q: %v; want %s", r.Fault, err, options.FaultWords)
 	}
 	s.lastFault++
-	s.faults = append(s.faults, &fault{Fault{s.lastFault, r.Fault}, s.target.Faults().Add(f)})
+	s.faults = append(s.faults, &fault{s.lastFault, r.Fault, s.target.Faults().Add(f)})
 	return Done{ID: s.lastFault}, nil
 }
 
@@ -206,11 +206,11 @@ func (s *server) unfault(r UnfaultRequest) (Done, error) {
 		s.faults, s.standing = nil, Faults{}
 		return Done{}, nil
 	}
-	i := slices.IndexFunc(s.faults, func(f *fault) bool { return f.ID == r.ID })
+	i := slices.IndexFunc(s.faults, func(f *fault) bool { return f.id == r.ID })
 	if i < 0 {
 		return Done{}, exit.Errorf(exit.NotFound, "no fault %d", r.ID)
 	}
-	s.faults[i].remove()
+	s.faults[i].added.Remove()
 	s.faults = slices.Delete(s.faults, i, i+1)
 	return Done{}, nil
 }

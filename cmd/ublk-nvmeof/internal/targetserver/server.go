@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
@@ -21,15 +23,16 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// Config is what to serve, and who hears of it.
+// Config configures Run.
 type Config struct {
 	Options *options.Target
 	RunDir  string
 	Log     *slog.Logger
-	// Reserved is called with the directory of the target, where it may keep a
-	// log. nil: nobody wants to know.
+	// Reserved, if not nil, is called with the directory of the target, which may
+	// contain a log.
 	Reserved func(dir string) error
-	// Ready is called once hosts may connect. An error ends the target.
+	// Ready, if not nil, is called once hosts can connect. An error ends the
+	// target.
 	Ready func(Status) error
 
 	open func(name string, addr netip.Addr) (rdma.Provider, error)
@@ -47,7 +50,7 @@ type server struct {
 	ended  chan struct{} // closed when the target has ended
 	once   sync.Once
 
-	changes    sync.Mutex // held by a request that changes namespaces, which may wait; taken before mu
+	changes    sync.Mutex // held by requests that change namespaces, which may wait; taken before mu
 	mu         sync.Mutex // guards what follows
 	subsystems []*subsystem
 	faults     []*fault
@@ -57,12 +60,13 @@ type server struct {
 }
 
 type fault struct {
-	Fault
-	remove func()
+	id    int
+	what  string
+	added target.AddedFault
 }
 
-// Run serves until ctx is done, which is an orderly end, and no error, or a
-// request ends it. Errors have an exit.Code.
+// Run serves until ctx is done or a request ends the target. It returns nil after an
+// orderly end. Errors have an exit.Code.
 func Run(ctx context.Context, cfg Config) error {
 	if cfg.open == nil {
 		cfg.open = provider.ForTarget
@@ -74,11 +78,11 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// run makes everything, waits, and undoes it in the reverse order.
+// run makes all parts of the server, waits, and undoes everything in the reverse order.
 func (s *server) run(ctx context.Context) (err error) {
 	undo := func(what string, fn func() error) {
 		if uerr := fn(); uerr != nil {
-			s.log.Error("end", "of", what, "error", uerr)
+			s.log.Error("target did not end cleanly", "step", what, "error", uerr)
 			err = errors.Join(err, fmt.Errorf("%s: %w", what, uerr))
 		}
 	}
@@ -133,7 +137,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// open makes the target. It answers no connect request before it is started.
+// open makes the target, which answers no connect requests yet.
 func (s *server) open(p rdma.Provider) (err error) {
 	o := s.opts
 	s.memory.limit = o.Memory
@@ -150,7 +154,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	return err
 }
 
-// configure adds what the command line asks for.
+// configure adds the subsystems and faults of the command line.
 func (s *server) configure() error {
 	s.target.Faults().HideNamespaces(s.opts.NamespacesAfter)
 	for _, c := range s.opts.Subsystems {
@@ -188,7 +192,7 @@ func (s *server) listen() (*web, error) {
 	return w, nil
 }
 
-// close waits until the last answers are sent, for a second at most.
+// close waits until the last answers have been sent, for a second at most.
 func (w *web) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -199,14 +203,54 @@ func (w *web) close() error {
 	return err
 }
 
-// provider opens what --provider means for the address to listen on.
+// provider opens the requested provider, or the one that fits the address to listen on.
 func (s *server) provider() (rdma.Provider, error) {
 	addr := s.opts.Address.Addr()
 	route, err := host.RouteTo(s.opts.Address, netip.Addr{})
 	s.choice = provider.Choose(s.opts.Provider, addr, route, err)
 	p, err := s.cfg.open(s.choice.Name, addr)
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return nil, s.portTaken(err)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return nil, exit.Errorf(exit.Usage, "-a/--traddr \"%s\": this host does not have the address (%v)", addr, err)
+	}
 	if err == nil || s.choice.Name != options.Verbs || exit.Of(err) == exit.Permission {
 		return p, err
 	}
 	return nil, exit.Errorf(exit.NoRDMA, "no RDMA device can be used (%v); --provider %s needs none", err, options.RoCE)
+}
+
+// portTaken returns an error that names the process that uses the UDP port of this
+// target.
+func (s *server) portTaken(err error) error {
+	port := netip.AddrPortFrom(s.opts.Address.Addr(), provider.UDPPort)
+	holder, ok := host.UDPHolder(port)
+	if !ok {
+		return err
+	}
+	who := holder.String()
+	if name := s.targetOf(holder.PID); name != "" {
+		who = name + ", " + who
+	}
+	return exit.Errorf(exit.Other, "UDP port %d of %s is taken by %s; end that, or give another address with -a (%v)", port.Port(), port.Addr(), who, err)
+}
+
+// targetOf returns the name of the target that runs in a process, or "".
+func (s *server) targetOf(pid int) string {
+	names, err := List(s.cfg.RunDir)
+	if err != nil || pid == 0 {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	for _, name := range names {
+		if name == s.place.name {
+			continue // it does not answer yet
+		}
+		if status, err := NewClient(Socket(s.cfg.RunDir, name)).Status(ctx); err == nil && status.PID == pid {
+			return name
+		}
+	}
+	return ""
 }

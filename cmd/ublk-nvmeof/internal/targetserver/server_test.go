@@ -28,20 +28,21 @@ const (
 	patience = 30 * time.Second
 )
 
-// address is of this process alone: others may test at the same time.
+// address differs between processes, because other processes may run tests at the same
+// time.
 func address() netip.AddrPort {
 	pid := os.Getpid()
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, byte(1 + pid>>16&0x7f), byte(pid >> 8), byte(1 + pid%250)}), 4420)
 }
 
-// begin runs a target until the test ends, and gives a client for it.
+// begin runs a target until the test ends, and returns a client for it.
 func begin(t *testing.T, o *options.Target) (*Client, string) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "run") // t.TempDir may be longer than a socket's name
+	dir, err := os.MkdirTemp("", "run") // the path of t.TempDir may be too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background()) // hosts leave first
+	ctx, cancel := context.WithCancel(context.Background()) // the hosts disconnect first
 	ready, ended := make(chan Status, 1), make(chan error, 1)
 	o.Address, o.Provider = address(), options.RoCE
 	go func() {
@@ -135,7 +136,7 @@ func do(t *testing.T, c *Client, request any) Done {
 	return d
 }
 
-// eventually waits until something is so.
+// eventually waits until a condition is true.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !is(); time.Sleep(time.Millisecond) {
@@ -145,7 +146,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// TestHost: what a connected host sees of the changes.
+// TestHost: a connected host sees changes of the target.
 func TestHost(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "data")
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
@@ -165,7 +166,7 @@ func TestHost(t *testing.T) {
 	}
 	do(t, client, GrantRequest{Limit: 3})
 	do(t, client, DropRequest{QID: -1})
-	want := min(2, runtime.NumCPU()) // the host asks for no more
+	want := min(2, runtime.NumCPU()) // the host requests no more
 	eventually(t, "more queues after the connection was dropped", func() bool {
 		i := c.Info()
 		return i.State == initiator.StateLive && i.Losses == 1 && i.Plan.Granted == want
@@ -176,7 +177,7 @@ func TestHost(t *testing.T) {
 	}
 }
 
-// TestRefusals: a host gets to know why it may not connect.
+// TestRefusals: a host learns why it must not connect.
 func TestRefusals(t *testing.T) {
 	o := disk(t, "ram=1MiB")
 	o.Subsystems[0].AllowHosts = []string{hostNQN + "2"}
@@ -214,8 +215,8 @@ func TestNoQueues(t *testing.T) {
 	}
 }
 
-// TestStop: a request ends the target, its socket is answered first, and what
-// a dead one left is taken away.
+// TestStop: a request ends the target after it was answered, and the directories of
+// dead targets are removed.
 func TestStop(t *testing.T) {
 	client, dir := begin(t, disk(t, "ram=1MiB"))
 	dead := filepath.Join(dir, "target7")
@@ -239,7 +240,7 @@ func TestStartFails(t *testing.T) {
 	}{
 		{"file=/nonexistent", exit.NotFound},
 		{"device=" + t.TempDir(), exit.Usage},
-		{"ram=1MiB,nsid=1", exit.Other}, // twice
+		{"ram=1MiB,nsid=1", exit.Other}, // the id is taken
 	} {
 		o := disk(t, "ram=1MiB,nsid=1", tt.words)
 		o.Address, o.Provider = address(), options.RoCE
@@ -251,5 +252,19 @@ func TestStartFails(t *testing.T) {
 		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 			t.Errorf("left behind: %v, %v", left, err)
 		}
+	}
+}
+
+// TestUsedUpFault: the status shows when a fault applies to no more commands.
+func TestUsedUpFault(t *testing.T) {
+	client, _ := begin(t, disk(t, "ram=1MiB"))
+	do(t, client, FaultRequest{Fault: "cns=1,status=0x6,count=1"}) // Identify Controller
+	if _, err := connect(t, 1); err == nil {
+		t.Error("the fault did not apply")
+	}
+	do(t, client, FaultRequest{Fault: "drop,count=1"})
+	s, err := client.Status(t.Context())
+	if want := []Fault{{1, "cns=1,status=0x6,count=1", true}, {2, "drop,count=1", false}}; err != nil || !slices.Equal(s.Faults.Commands, want) {
+		t.Errorf("%+v, %v", s.Faults.Commands, err)
 	}
 }

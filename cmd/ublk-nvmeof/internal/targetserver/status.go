@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// status describes everything.
+// status returns the status of the target.
 func (s *server) status() Status {
 	snap := s.target.Snapshot()
 	addr := s.target.Addr()
@@ -32,7 +32,7 @@ func (s *server) status() Status {
 	out.Faults.Frozen, out.Faults.Hidden = s.target.Faults().Frozen(), s.target.Faults().Hidden()
 	out.Faults.Commands = []Fault{}
 	for _, f := range s.faults {
-		out.Faults.Commands = append(out.Faults.Commands, f.Fault)
+		out.Faults.Commands = append(out.Faults.Commands, Fault{ID: f.id, What: f.what, UsedUp: f.added.UsedUp()})
 	}
 	for _, sub := range s.subsystems {
 		d := Subsystem{NQN: sub.cfg.NQN, MaxQueues: sub.cfg.MaxQueues, AllowHosts: sub.cfg.AllowHosts, ANA: map[string]string{}, Namespaces: []NamespaceStatus{}}

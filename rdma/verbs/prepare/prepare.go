@@ -1,0 +1,5 @@
+//go:build linux && cgo && !noverbs
+
+package prepare
+
+import "C"

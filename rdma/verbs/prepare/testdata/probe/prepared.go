@@ -1,0 +1,5 @@
+//go:build prepared
+
+package main
+
+import _ "ublk-nvmeof/rdma/verbs/prepare"
