@@ -11,6 +11,7 @@ uuid=$(cat /sys/kernel/config/nvmet/subsystems/$LAB_NQN/namespaces/2/device_uuid
 mkfs.ext4 -q -U 11111111-2222-3333-4444-555555555555 -L lab-disk "$(cat /sys/kernel/config/nvmet/subsystems/$LAB_NQN/namespaces/1/device_path)"
 mkfs.ext4 -q "$(cat /sys/kernel/config/nvmet/subsystems/$LAB_NQN/namespaces/2/device_path)"
 
+rm -f /var/lib/man-db/auto-update # reading all manual pages takes minutes here
 dpkg -i build/newer/old.deb
 cat >/etc/ublk-nvmeof/disk.conf <<END
 traddr = $LAB_ADDR
