@@ -21,18 +21,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SectorShift is log2 of the unit that Request.Sector and Request.Sectors
-// count in: 512 bytes, whatever the logical block size, as in the Linux block
+// SectorShift is log2 of SectorSize. All sectors, as in Request.Sector and
+// Request.Sectors, are 512 bytes, whatever the logical block size, as in the Linux block
 // layer.
 const (
 	SectorShift = 9
 	SectorSize  = 1 << SectorShift
 )
 
-// Op is the kind of a request. The zero value is no operation and is refused.
+// Op is the operation of a request. The zero value is not an operation and is refused.
 type Op uint8
 
-// Operations, as far as the Linux block layer hands them to a driver.
+// Operations that the Linux block layer passes to a driver
 const (
 	OpUnset       Op = iota
 	OpRead           // REQ_OP_READ
@@ -54,13 +54,13 @@ func (o Op) String() string {
 // Flags modify a request.
 type Flags uint8
 
-// Request flags.
+// Request flags
 const (
-	FUA     Flags = 1 << iota // REQ_FUA: on stable media before it completes
+	FUA     Flags = 1 << iota // REQ_FUA: the data must be on stable media before the request completes
 	NoUnmap                   // REQ_NOUNMAP: write zeroes must not deallocate
 )
 
-// Request is one I/O. It holds no pointers: the data of a read or write is
+// Request is an I/O request. It has no pointers: the data of a read or write is
 // Queue.Buffer(Tag)[:Sectors<<SectorShift].
 type Request struct {
 	Sector  uint64 // first 512-byte sector
@@ -70,10 +70,10 @@ type Request struct {
 	Flags   Flags
 }
 
-// Check finds what must not be carried out on a device of the given capacity in
-// sectors and logical block size in bytes, with buffers of maxIO bytes: 0, or the errno
-// for it. A back end calls it once for each request, and need not look at the fields
-// again. It does not look at the tag.
+// Check returns 0 if the request can be executed on a device with the given capacity in
+// sectors and logical block size in bytes, with buffers of maxIO bytes. Otherwise it
+// returns the errno for the request. A back end calls it once for each request, and need
+// not check the fields again. Check does not check the tag.
 func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Errno {
 	switch r.Op {
 	case OpFlush:
@@ -91,74 +91,74 @@ func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Er
 	case r.Sectors == 0, r.Flags&^(FUA|NoUnmap) != 0, (r.Sector|uint64(r.Sectors))&(perBlock-1) != 0:
 		return unix.EINVAL
 	case r.Sector > capacity, uint64(r.Sectors) > capacity-r.Sector:
-		return unix.EIO // as the Linux block layer says beyond the end
+		return unix.EIO // as in the Linux block layer for requests beyond the end
 	}
 	return 0
 }
 
-// Result ends a request. There are no short transfers: a request is done in
-// its whole length, or not.
+// Result is the end of a request. There are no short transfers: a request succeeds
+// completely, or fails.
 type Result struct {
 	Tag   uint16
 	Errno uint16 // 0, or a Linux errno as a positive number; never EAGAIN
 }
 
-// Queue is one loop's way into a Device.
+// Queue is the access of one loop to a Device.
 type Queue interface {
-	// Buffer is the memory of one tag, QueueConfig.MaxIO bytes long, page
-	// aligned, at the same address for the life of the Queue.
+	// Buffer returns the memory of a tag. It has QueueConfig.MaxIO bytes, is page
+	// aligned, and has the same address for the life of the Queue.
 	Buffer(tag uint16) []byte
-	// Submit takes the requests, in order. It does not block, and it cannot
-	// refuse: a request that cannot be carried out comes back from Reap with
-	// an errno: EINVAL for one whose fields contradict each other or whose tag is
-	// out of range or in flight. The slice itself is the caller's again when Submit
-	// returns. The buffer of a request that is no read or write may be overwritten.
+	// Submit passes requests to the back end, in order. It does not block, and it
+	// cannot fail: a request that cannot be executed comes back from Reap with an
+	// errno. The errno is EINVAL if its fields contradict each other, or if its tag
+	// is out of range or in flight. After Submit, the caller may use the slice again.
+	// The back end may overwrite the buffer of a request that is not a read or write.
 	Submit(reqs []Request)
-	// Reap fills done with results, at most len(done), and says how many.
-	// Results come in any order.
+	// Reap stores at most len(done) results in done and returns their number. Results
+	// come in any order.
 	Reap(done []Result) int
-	// Close gives the queue's memory back. No request may be in flight.
+	// Close frees the memory of the queue. No request may be in flight.
 	Close() error
 }
 
-// QueueConfig is what a front end asks of a Queue.
+// QueueConfig holds the requirements of a front end for a Queue.
 type QueueConfig struct {
 	Depth int // number of tags, 1..4096
 	MaxIO int // bytes per tag, a multiple of the page size
 
-	// WriteThrough says that the front end promises its users a device without a
-	// volatile cache, so that no Flush will come. Whatever cache the back end has, or
-	// comes to have, a write is on stable media when it ends.
+	// WriteThrough means that the front end promises its users a device without a
+	// volatile cache, so it sends no Flush. A write must then be on stable media when
+	// it completes, even if the back end has a cache, now or later.
 	WriteThrough bool
 }
 
 // Device is a block device that a back end offers.
 type Device interface {
-	// Geometry is what the device is at this moment.
+	// Geometry returns the present geometry of the device.
 	Geometry() Geometry
-	// OpenQueue makes the queue that loop number i serves, 0 ≤ i < number of
-	// loops the back end was given. A loop opens at most one queue of a device.
+	// OpenQueue makes the queue for loop i. i is at least 0, and less than the number
+	// of loops of the back end. A loop opens at most one queue of a device.
 	OpenQueue(i int, cfg QueueConfig) (Queue, error)
 }
 
-// Geometry says what a device is and what it can do. Sizes are in bytes unless
-// they say sectors.
+// Geometry holds the size, the limits and the properties of a device. Sizes are in bytes,
+// except those in sectors.
 type Geometry struct {
 	Sectors            uint64 // capacity, 512-byte sectors
 	LogicalBlock       uint32 // 512..4096, a power of two
 	PhysicalBlock      uint32 // ≥ LogicalBlock, a power of two
-	IOMin, IOOpt       uint32 // preferred sizes; 0 = LogicalBlock, none
+	IOMin, IOOpt       uint32 // preferred sizes; IOMin 0: LogicalBlock; IOOpt 0: none
 	MaxIO              uint32 // largest read or write; a multiple of LogicalBlock
-	ChunkSectors       uint32 // requests do not cross a multiple of it; 0 = no such boundary
+	ChunkSectors       uint32 // requests do not cross a multiple of it; 0: no boundary
 	VolatileCache      bool   // a completed write may be lost unless flushed or FUA
 	ReadOnly           bool
-	MaxDiscardSectors  uint32 // 0 = no discard
-	DiscardGranularity uint32 // with MaxDiscardSectors; 0 = LogicalBlock
+	MaxDiscardSectors  uint32 // 0: no discard
+	DiscardGranularity uint32 // used if MaxDiscardSectors is not 0; 0: LogicalBlock
 	DiscardAlignment   uint32
-	MaxZeroesSectors   uint32 // 0 = no write zeroes
+	MaxZeroesSectors   uint32 // 0: no write zeroes
 }
 
-// Validate reports the first field that contradicts the rules above.
+// Validate returns an error about the first field that violates these rules.
 func (g Geometry) Validate() error {
 	switch {
 	case g.LogicalBlock < 512 || g.LogicalBlock > 4096 || g.LogicalBlock&(g.LogicalBlock-1) != 0:

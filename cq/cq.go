@@ -24,20 +24,20 @@ import (
 
 const cqeSize = 16
 
-// batch is the number of completions taken per call into verbs.
+// batch is the number of completions that one call into verbs returns at most.
 const batch = 64
 
-// Config sizes a Queue.
+// Config configures a Queue.
 type Config struct {
-	Depth  int  // number of RECVs, at least the number of commands outstanding
+	Depth  int  // number of RECVs, at least the number of outstanding commands
 	Vector int  // completion vector
-	Events bool // with a completion channel; without, the queue is only polled
+	Events bool // make a completion channel; without one, the queue can only be polled
 }
 
 // Event is one response.
 type Event struct {
 	Completion     nvme.Completion
-	InvalidatedKey uint32 // the key of ours that the controller invalidated
+	InvalidatedKey uint32 // local key that the controller invalidated
 	Invalidated    bool
 }
 
@@ -56,8 +56,8 @@ type Queue struct {
 	events []Event
 }
 
-// New allocates and registers the buffers and makes the verbs completion
-// queue. Bind and Fill come next.
+// New allocates and registers the buffers and makes the verbs completion queue. The
+// caller must call Bind and Fill next.
 func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	if cfg.Depth < 1 {
 		return nil, fmt.Errorf("completion queue: depth %d is below 1", cfg.Depth)
@@ -79,16 +79,16 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	return q, nil
 }
 
-// CQ is the completion queue to create the QP with.
+// CQ returns the verbs completion queue, for QPConfig.RecvCQ.
 func (q *Queue) CQ() rdma.CQ { return q.cq }
 
-// Depth is the number of RECVs: the QP's MaxRecvWR.
+// Depth returns the number of RECVs, for QPConfig.MaxRecvWR.
 func (q *Queue) Depth() int { return q.depth }
 
-// Bind gives the queue its QP.
+// Bind sets the QP of the queue.
 func (q *Queue) Bind(qp rdma.QP) { q.qp = qp }
 
-// Fill posts every buffer. Once, before the connection is established.
+// Fill posts all buffers. Call it once, before the connection is established.
 func (q *Queue) Fill() error {
 	if q.slab == nil {
 		return fmt.Errorf("post receive: %w", rdma.ErrClosed)
@@ -100,9 +100,9 @@ func (q *Queue) Fill() error {
 	return q.post()
 }
 
-// Close frees what New made. The QP is to be closed before; an error says that it was
-// not, and nothing is freed then. A second Close does nothing, and so do the other
-// methods after it, which give rdma.ErrClosed where they can.
+// Close frees the resources of New. The QP must be closed before. Otherwise Close returns
+// an error and frees nothing. After Close, the methods do nothing, and return
+// rdma.ErrClosed if they return an error. A second Close returns nil.
 func (q *Queue) Close() error {
 	if err := q.cq.Close(); err != nil {
 		return err
@@ -129,9 +129,9 @@ func (q *Queue) post() error {
 	return nil
 }
 
-// Poll takes what has arrived, without blocking, and posts the buffers again.
-// The events are valid until the next Poll. An error means that the queue pair
-// is lost; events that came before it are given all the same.
+// Poll returns the responses that have arrived, and posts their buffers again. It does
+// not block. The events are valid until the next Poll. An error means that the queue pair
+// is lost; events that arrived before it may be returned with the error.
 func (q *Queue) Poll() ([]Event, error) {
 	q.events = q.events[:0]
 	if q.slab == nil {
@@ -162,11 +162,12 @@ func (q *Queue) Poll() ([]Event, error) {
 	return q.events, q.post()
 }
 
-// Arm asks for one event on FD at the next response. Poll once more after it.
+// Arm requests one event on FD at the next response. Call Poll once more after it.
 func (q *Queue) Arm() error { return q.cq.Arm() }
 
-// FD gives the events, each one 8-byte read; -1 without.
+// FD returns the descriptor of the events, each of which is one 8-byte read, or -1
+// without events.
 func (q *Queue) FD() int { return q.cq.FD() }
 
-// Ack accounts for n events read from FD.
+// Ack acknowledges n events that were read from FD.
 func (q *Queue) Ack(n int) { q.cq.Ack(n) }

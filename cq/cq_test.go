@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// adapter receives what the test puts into its buffers.
+// adapter receives messages that the test puts into its buffers.
 type adapter struct {
 	bytes  []byte
 	posted []rdma.RecvWR
@@ -166,7 +166,8 @@ func BenchmarkPoll(b *testing.B) {
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*32), "ns/response")
 }
 
-// TestCloseOrder: a queue that is closed too early stays whole; one that is closed does no harm.
+// TestCloseOrder checks that a queue that is closed too early stays usable, and that a
+// closed queue does no harm.
 func TestCloseOrder(t *testing.T) {
 	a := new(adapter)
 	q, err := New(a, a, Config{Depth: 4})

@@ -8,6 +8,9 @@
 #
 #	rxe [MTU]             rxe0 over eth0, the interface's MTU in bytes (default: as it is)
 #	target [KEY=VALUE]…   a subsystem, its namespaces and its port; see lab_target
+#	list NQN 0|1          the first port serves one more subsystem, or no longer
+#	referral ADDR PORT [TRANSPORT]
+#	                      the first port refers hosts to the discovery service there (rdma)
 #	grant N [NQN]         at most N I/O queues from now on; makes every host reconnect
 #	readonly NSID [NQN]   write protect a namespace
 #	file NSID MiB         one more namespace, on a file, which can be resized
@@ -131,6 +134,21 @@ lab_port() {
 	[ -z "$queue_size" ] || lab_set "$port/param_max_queue_size" "$queue_size" || return
 	[ -z "$mdts" ] || lab_set "$port/param_mdts" "$mdts" || return
 	ln -s "$subsys" "$port/subsystems/$nqn"
+}
+
+lab_list() {
+	local link=$lab_nvmet/ports/1/subsystems/$1
+	if [ "$2" = 1 ]; then ln -s "$lab_nvmet/subsystems/$1" "$link"; else rm "$link"; fi
+}
+
+lab_referral() {
+	local dir=$lab_nvmet/ports/1/referrals/$1
+	mkdir "$dir" || return
+	lab_set "$dir/addr_trtype" "${3:-rdma}" || return
+	lab_set "$dir/addr_adrfam" ipv4 || return
+	lab_set "$dir/addr_traddr" "$1" || return
+	lab_set "$dir/addr_trsvcid" "$2" || return
+	lab_set "$dir/enable" 1
 }
 
 # lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD
@@ -388,7 +406,11 @@ lab_target_down() {
 	[ -d "$subsys" ] || return 0
 	for port in $(lab_ports "$nqn"); do
 		rm "$port/subsystems/$nqn" || return
-		[ -n "$(ls -A "$port/subsystems")" ] || rmdir "$port" || return
+		[ -z "$(ls -A "$port/subsystems")" ] || continue
+		for dir in "$port"/referrals/*/; do
+			[ ! -d "$dir" ] || rmdir "$dir" || return
+		done
+		rmdir "$port" || return
 	done
 	for ns in "$subsys"/namespaces/*/; do
 		[ -d "$ns" ] || continue
@@ -440,7 +462,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
+	rxe | target | list | referral | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
 		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"

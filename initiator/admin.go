@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,42 +15,44 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Data of an admin command travels through one of a few page-sized buffers:
-// identify data, and log pages read page by page, are not longer.
+// The data of an admin command passes through one of a few buffers of one page. Identify
+// data is not longer than a page, and log pages are read page by page.
 const (
 	adminBuffers = 8
 	adminPage    = 4096
 )
 
-// admin runs commands on the admin queue, from any goroutine. One goroutine of
-// its own takes the responses.
+// admin runs commands on the admin queue. Its methods may be called from any goroutine. A
+// goroutine of its own handles the responses.
 type admin struct {
 	conn    *connection
 	mr      rdma.MR
-	buffers chan int      // free pages of mr
-	timeout time.Duration // of a command
-	fail    func(error)   // hears once that the queue is lost
-	file    *os.File      // the completion channel, for the runtime's poller
+	buffers chan int     // free pages of mr
+	timeout atomic.Int64 // limit for one command, in nanoseconds
+	fail    func(error)  // called once, when the queue is lost
+	file    *os.File     // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
 	mu    sync.Mutex // guards conn's queues, calls and err
 	calls []*adminCall
 	err   error // why the queue is lost
 	lost  chan struct{}
+	users sync.WaitGroup // of mr; no one is added once the queue is lost
 }
 
 type adminCall struct {
 	answer chan nvme.Completion
 }
 
-// newAdmin starts the admin queue of a connection that is established. fail
-// hears once that the queue is lost.
+// newAdmin starts the admin queue of an established connection. It calls fail once, when
+// the queue is lost.
 func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
-		conn: conn, timeout: timeout, fail: fail, buffers: make(chan int, adminBuffers),
+		conn: conn, fail: fail, buffers: make(chan int, adminBuffers),
 		calls: make([]*adminCall, conn.sq.Slots()),
 		lost:  make(chan struct{}), joined: make(chan struct{}),
 	}
+	a.setTimeout(timeout)
 	var err error
 	a.mr, err = pd.AllocMR(adminBuffers*adminPage, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
@@ -67,7 +70,10 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 	return a, nil
 }
 
-// run takes responses until the queue is lost or closed.
+// setTimeout sets the time limit of the commands from now on. Any goroutine may call it.
+func (a *admin) setTimeout(d time.Duration) { a.timeout.Store(int64(d)) }
+
+// run handles responses until the queue is lost or closed.
 func (a *admin) run() {
 	defer close(a.joined)
 	event := make([]byte, 8)
@@ -85,7 +91,7 @@ func (a *admin) run() {
 	}
 }
 
-// drain takes responses until there is none and an event is due for the next.
+// drain handles responses until there are none and the next one causes an event.
 func (a *admin) drain() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -129,16 +135,16 @@ func (a *admin) lose(err error) {
 	}
 }
 
-// exec runs a command that the controller must answer within the admin timeout,
-// or sooner if ctx ends. in is copied to where the target can read it before, out
-// is filled after; at most one of them, at most a page. A status other than success
-// is an error of type nvme.Status.
+// exec runs a command. The controller must answer within the admin timeout, and before
+// ctx is done. in is copied to the buffer that the target reads, and out is filled from
+// it after the command. At most one of them may be given, of at most one page. A status
+// other than success is an error of type nvme.Status.
 //
-// The controller may still execute a command that has run out of time. Nothing can
-// be concluded about it and its buffer stays with the target, so the association is
-// lost. Only a command that is canceled does not end it: its caller does.
+// If a command times out, the controller may still execute it, so its effect is unknown
+// and its buffer cannot be used again. The association is therefore lost. A command that
+// the caller cancels has no such effect, because the caller ends the association.
 func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(a.timeout.Load()))
 	defer cancel()
 	c, err := a.transfer(ctx, cmd, in, out)
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
@@ -153,9 +159,14 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	n := max(len(in), len(out))
 	if n > 0 {
+		if err := a.use(); err != nil {
+			return nvme.Completion{}, err
+		}
+		defer a.users.Done()
 		select {
 		case page := <-a.buffers:
 			buf := a.mr.Bytes()[page*adminPage:][:adminPage]
+			clear(buf[:n]) // the controller may fill less of it
 			copy(buf, in)
 			cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(n), a.mr.RKey(), false)
 			c, err := a.do(ctx, cmd)
@@ -171,6 +182,16 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		}
 	}
 	return a.do(ctx, cmd)
+}
+
+// use keeps the buffers registered until users.Done is called.
+func (a *admin) use() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err == nil {
+		a.users.Add(1)
+	}
+	return a.err
 }
 
 // do runs a command without data, or whose data are where they have to be. The
@@ -250,10 +271,29 @@ func (a *admin) setFeature(ctx context.Context, fid uint8, value uint32) (uint32
 	return c.DW0(), err
 }
 
+// LogRequest says what to read of a log page.
+type LogRequest struct {
+	Page     uint8  // LID, a Log constant of package nvme
+	NSID     uint32 // 0 or nvme.NSIDAll for the controller
+	Offset   uint64 // in bytes, a multiple of 4
+	Specific uint8  // log specific parameter (LSP), 7 bits
+	Retain   bool   // keep the event that belongs to the page disabled (RAE)
+}
+
+// logPage reads a part of a log page, at most adminPage bytes.
+func (a *admin) logPage(ctx context.Context, r LogRequest, out []byte) error {
+	var cmd nvme.Command
+	cmd.SetGetLogPage(r.Page, r.NSID, uint32(len(out)), r.Offset, r.Retain)
+	cmd.SetLogSpecific(r.Specific)
+	_, err := a.exec(ctx, &cmd, nil, out)
+	return err
+}
+
 // close ends the admin queue and its connection.
 func (a *admin) close() error {
 	a.lose(rdma.ErrClosed)
 	a.file.Close()
 	<-a.joined
+	a.users.Wait()
 	return errors.Join(a.conn.close(), a.mr.Close())
 }

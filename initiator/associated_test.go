@@ -15,8 +15,8 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// TestAssociatedFails: an association whose controller id could not be noted is
-// not used. Connect fails; later the attempt is repeated.
+// TestAssociatedFails checks that an association whose controller id could not be
+// recorded is not used. Connect fails, and a later association is tried again.
 func TestAssociatedFails(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)

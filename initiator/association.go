@@ -14,8 +14,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// association is one admin connection with the I/O queue pairs that belong to
-// it. It is made from zero by associate, and given up as a whole.
+// association is an admin connection with the I/O queue pairs that belong to it.
+// associate makes it from nothing, and it is given up as a whole.
 type association struct {
 	life     context.Context // ends when the association is lost; its cause is the first reason
 	end      context.CancelCauseFunc
@@ -29,18 +29,18 @@ type association struct {
 	depth    int               // of the I/O queues
 	plan     poller.Assignment // of the granted queues to classes and loops
 	pairs    []*queuePair
-	removed  atomic.Bool     // the RDMA device goes away
-	watching sync.WaitGroup  // the goroutines that hear of each connection
+	removed  atomic.Bool     // the RDMA device is being removed
+	watching sync.WaitGroup  // the goroutines that read the events of the connections
 	born     time.Time       // when the target made the controller
 	found    map[uint32]bool // namespaces that were identified since the last event
-	known    bool            // the last look at namespaces left nothing unknown
-	reported map[string]bool // what tolerate has logged
-	unknown  error           // the last one that tolerate took
-	changed  chan struct{}   // namespaces have to be looked at
+	known    bool            // the last look at the namespaces left nothing unknown
+	reported map[string]bool // the steps whose errors tolerate has logged
+	unknown  error           // the last error that tolerate accepted
+	changed  chan struct{}   // the namespaces must be looked at
 }
 
-// fail says that the association is lost. Only the first reason counts. Any
-// goroutine.
+// fail reports that the association is lost. Only the first reason counts. Any goroutine
+// may call it.
 func (a *association) fail(err error) { a.end(err) }
 
 // during returns a context that ends with ctx and with the association.
@@ -53,7 +53,7 @@ func (a *association) during(ctx context.Context) (context.Context, context.Canc
 	}
 }
 
-// lookAtNamespaces has the namespaces looked at soon. Any goroutine.
+// lookAtNamespaces requests a look at the namespaces. Any goroutine may call it.
 func (a *association) lookAtNamespaces() {
 	select {
 	case a.changed <- struct{}{}:
@@ -61,8 +61,8 @@ func (a *association) lookAtNamespaces() {
 	}
 }
 
-// leaveDevice answers the removal of the RDMA device. There are drivers that wait
-// until nobody uses it.
+// leaveDevice releases the RDMA device if it is being removed, because some drivers wait
+// until nothing uses the device.
 func (c *Controller) leaveDevice(removed bool) {
 	if !removed {
 		return
@@ -72,7 +72,7 @@ func (c *Controller) leaveDevice(removed bool) {
 	}
 }
 
-// StepError says which step of setting up an association failed.
+// StepError names the step of setting up an association that failed.
 type StepError struct {
 	Step string
 	Err  error
@@ -81,12 +81,12 @@ type StepError struct {
 func (e *StepError) Error() string { return e.Step + ": " + e.Err.Error() }
 func (e *StepError) Unwrap() error { return e.Err }
 
-// ErrNoQueues is a target that granted no I/O queue.
+// ErrNoQueues means that the target granted no I/O queues.
 var ErrNoQueues = errors.New("target granted no I/O queues")
 
-// associate goes through every step of connecting, in the order of Linux'
-// nvme_rdma_setup_ctrl. What it returns is connected and idle: no lane knows of
-// it yet.
+// associate performs all steps of connecting, in the order of Linux'
+// nvme_rdma_setup_ctrl. The association that it returns is connected and idle, and no
+// lane uses it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
 	a = &association{found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
 	a.life, a.end = context.WithCancelCause(c.life)
@@ -102,15 +102,19 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	for _, step := range []struct {
 		name string
 		run  func(context.Context, *association) error
+		io   bool // only for a controller with I/O queues
 	}{
-		{"connect admin queue", c.connectAdmin},
-		{"enable controller", c.enable},
-		{"keep controller alive", c.startKeepAlive},
-		{"identify controller", c.identifyController},
-		{"negotiate I/O queues", c.negotiate},
-		{"connect I/O queues", c.connectIO},
-		{"configure events", c.configureEvents},
+		{"connect admin queue", c.connectAdmin, false},
+		{"enable controller", c.enable, false},
+		{"keep controller alive", c.startKeepAlive, false},
+		{"identify controller", c.identifyController, false},
+		{"negotiate I/O queues", c.negotiate, true},
+		{"connect I/O queues", c.connectIO, true},
+		{"configure events", c.configureEvents, false},
 	} {
+		if step.io && c.cfg.Discovery {
+			continue
+		}
 		if err := step.run(ctx, a); err != nil {
 			return a, &StepError{step.name, err}
 		}
@@ -161,7 +165,7 @@ func (c *Controller) fillConnect(data *nvme.ConnectData, cntlid uint16) error {
 	return data.SetHostNQN(c.cfg.HostNQN)
 }
 
-// connectError adds what the target said about a refused Connect.
+// connectError adds the target's reason to the error of a refused Connect.
 func connectError(done nvme.Completion, err error) error {
 	var s nvme.Status
 	if !errors.As(err, &s) {
@@ -184,33 +188,33 @@ type ConnectParam nvme.ConnectInvalidParam
 
 func (p ConnectParam) Error() string { return nvme.ConnectInvalidParam(p).String() }
 
-// IsSubNQN says that the target does not know the subsystem.
+// IsSubNQN reports whether the target does not know the subsystem.
 func (p ConnectParam) IsSubNQN() bool { return p.in(256) }
 
-// IsHostNQN says that the target does not like the host's name.
+// IsHostNQN reports whether the target refuses the host NQN.
 func (p ConnectParam) IsHostNQN() bool { return p.in(512) }
 
-// IsCNTLID says that the target has no such controller of this host.
+// IsCNTLID reports whether the target has no such controller for this host.
 func (p ConnectParam) IsCNTLID() bool {
 	q := nvme.ConnectInvalidParam(p)
 	return q.InData() && q.Offset() == 16
 }
 
-// in reports whether p points into the name at byte offset of the Connect data.
+// in reports whether p points into the NQN at this byte offset of the Connect data.
 func (p ConnectParam) in(offset uint16) bool {
 	q := nvme.ConnectInvalidParam(p)
 	return q.InData() && q.Offset() >= offset && q.Offset() < offset+256
 }
 
-// maxInCapsule bounds the data in a capsule, whatever the controller takes: beyond
-// it a transfer by key is cheaper.
+// maxInCapsule limits the data in a capsule, even if the controller accepts more. For
+// more data, a transfer by key costs less.
 const maxInCapsule = 64 << 10
 
-// maxReady bounds the time that a controller may take to become ready. CRTO can
-// name nine hours.
+// maxReady limits the time that a controller may take to become ready. CRTO can name nine
+// hours.
 const maxReady = 5 * time.Minute
 
-// enable brings the controller from whatever it was to ready.
+// enable clears CC.EN, sets it, and waits until the controller is ready.
 func (c *Controller) enable(ctx context.Context, a *association) error {
 	v, err := a.admin.getProperty(ctx, nvme.PropCAP, true)
 	if err != nil {
@@ -247,7 +251,7 @@ func (c *Controller) enable(ctx context.Context, a *association) error {
 	return nil
 }
 
-// waitStatus reads CSTS until cond holds.
+// waitStatus reads CSTS until cond returns true.
 func (a *association) waitStatus(ctx context.Context, limit time.Duration, cond func(nvme.CSTS) bool) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -281,18 +285,32 @@ func (c *Controller) identifyController(ctx context.Context, a *association) err
 	switch {
 	case id.CNTLID() != a.cntlid:
 		return fmt.Errorf("controller id %d, connected to %d", id.CNTLID(), a.cntlid)
+	case id.SGLS()&nvme.SGLSKeyed == 0:
+		return errors.New("controller does not support keyed SGLs")
+	case c.cfg.Discovery:
+		return checkDiscovery(id)
+	case id.CNTRLTYPE() == nvme.ControllerTypeDiscovery:
+		return errors.New("controller is a discovery controller, which has no namespaces")
 	case id.KAS() == 0:
 		return errors.New("controller does not support keep alive")
 	case id.IOCCSZ() < 4 || id.IORCSZ() < 1:
 		return fmt.Errorf("capsule sizes %d and %d (in 16 bytes) are below 4 and 1", id.IOCCSZ(), id.IORCSZ())
 	case id.ICDOFF() != 0:
 		return fmt.Errorf("in-capsule data offset %d is not supported", id.ICDOFF())
-	case id.SGLS()&nvme.SGLSKeyed == 0:
-		return errors.New("controller does not support keyed SGLs")
 	}
 	a.depth = min(c.cfg.QueueSize, int(a.cap.MQES())+1)
 	if m := int(id.MAXCMD()); m > 0 {
 		a.depth = min(a.depth, m)
+	}
+	return nil
+}
+
+// checkDiscovery checks what a discovery controller says of itself. Older ones do not
+// give their type, and nvmet's give no keep alive granularity although they support the
+// command.
+func checkDiscovery(id *nvme.IdentifyController) error {
+	if t := id.CNTRLTYPE(); t != 0 && t != nvme.ControllerTypeDiscovery {
+		return fmt.Errorf("controller is no discovery controller (type %d)", t)
 	}
 	return nil
 }
@@ -351,8 +369,8 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	return newQueuePair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
 }
 
-// connectCommand makes the connection an I/O queue, and reports whether the
-// target does SQ flow control. The command's data are at an offset of mr.
+// connectCommand makes the connection an I/O queue, and reports whether the target uses
+// SQ flow control. The data of the command are at offset at of mr.
 func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.IOTimeout)
 	defer cancel()
@@ -374,10 +392,13 @@ func (c *Controller) connectCommand(ctx context.Context, conn *connection, q que
 	return done.SQHead() != 0xFFFF, nil
 }
 
-// configureEvents asks for the asynchronous events that we understand, as far
-// as the controller has them.
+// configureEvents requests the asynchronous events that handleEvent understands, as far
+// as the controller supports them.
 func (c *Controller) configureEvents(ctx context.Context, a *association) error {
 	mask := a.identify.OAES() & (nvme.AENNamespaceAttribute | nvme.AENFirmwareActivation | nvme.AENANAChange)
+	if c.cfg.Discovery {
+		mask = a.identify.OAES() & nvme.AENDiscoveryChange
+	}
 	if mask == 0 {
 		return nil
 	}
@@ -390,7 +411,7 @@ func (c *Controller) configureEvents(ctx context.Context, a *association) error 
 	return err
 }
 
-// shutdown tells the controller that we leave.
+// shutdown tells the controller that the host leaves.
 func (a *association) shutdown(ctx context.Context) error {
 	limit := 5 * time.Second // NVME shutdown_timeout
 	if us := a.identify.RTD3E(); us > 0 {
@@ -406,8 +427,9 @@ func (a *association) shutdown(ctx context.Context) error {
 	return a.waitStatus(ctx, limit, func(s nvme.CSTS) bool { return s.SHST() == 2 })
 }
 
-// watch takes what happens to a connection for its loss, but for a port that is
-// down: adapters send again when it is back, and keep alive tells if it is not.
+// watch ends the association when an event reports the end of a connection. EventPortDown
+// does not end it: adapters send again when the port is back, and otherwise keep alive
+// fails.
 func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
@@ -424,8 +446,8 @@ func (a *association) watch(conn *connection) {
 	}()
 }
 
-// close ends every connection of the association, I/O queues first. No lane may
-// know of it any more.
+// close closes all connections of the association, I/O queues first. No lane may use the
+// association any more.
 func (a *association) close() error {
 	a.end(rdma.ErrClosed)
 	a.alive.Wait()

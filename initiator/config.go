@@ -14,7 +14,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Limits and defaults, those of Linux' nvme-rdma (drivers/nvme/host/fabrics.h).
+// Limits and defaults of Linux' nvme-rdma (drivers/nvme/host/fabrics.h)
 const (
 	MinQueueSize     = 16
 	MaxQueueSize     = 1024
@@ -28,23 +28,30 @@ const (
 	defaultReconnectDelay = 10 * time.Second
 	defaultCtrlLoss       = 600 * time.Second
 
-	adminDepth = 32 // NVME_AQ_DEPTH; nvmet takes no more
+	adminDepth = 32 // NVME_AQ_DEPTH; nvmet accepts no more
 )
 
-// Config says what to connect to, and how. Fields without a remark are
-// required.
+// Config configures Connect. Fields are required unless their comment says otherwise.
 type Config struct {
 	Provider rdma.Provider
-	Address  netip.AddrPort // of the target; not used if Resolve is set
-	Source   netip.Addr     // local address; zero: the route's
+	Address  netip.AddrPort // of the target; unused if Resolve is set
+	Source   netip.Addr     // local address; zero: chosen by the route
 	SubNQN   string
 	HostNQN  string
 	HostID   nvme.UUID
 
-	// Resolve finds the addresses of the target, in the order in which they are to
-	// be tried. It is called for the first association, and for a later one that the
-	// last address does not accept. nil: Address is the only one.
+	// Resolve returns the addresses of the target in the order in which to try them.
+	// It is called for the first association, and for a later one if the last address
+	// does not accept it. If Resolve is nil, Address is the only address.
 	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
+
+	// Discovery says that SubNQN is a discovery subsystem. Its controller has an admin
+	// queue and nothing else, so Queues and Loops stay empty.
+	Discovery bool
+	// DiscoveryChanged is called when the discovery log may have changed: after an event
+	// of the controller, and after the connection was lost and made again. It must neither
+	// block nor call back. nil: nobody.
+	DiscoveryChanged func()
 
 	// Queues is what to ask for, clipped to the number of CPUs. Loops are the
 	// threads to serve it, at least Queues.Loops() of them.
@@ -52,37 +59,39 @@ type Config struct {
 	Loops  []*poller.Loop
 
 	QueueSize     int           // entries per I/O queue, 16..1024; 0: 128. The target may lower it
-	KeepAlive     time.Duration // 0: 5 s
+	KeepAlive     time.Duration // 0: 5 s; for a discovery controller: none, so the target may end it after a while
 	TOS           uint8         // type of service; 0: unset
-	DisableSQFlow bool          // ask the target to do without SQ flow control
+	DisableSQFlow bool          // ask the target not to use SQ flow control
 	PollMaxBytes  int           // reads and writes up to this size go to the poll queues; 0: 16 KiB
 
 	ConnectTimeout time.Duration // per address or route resolution, per connection, and for any sign of life while an association is made; 0: 10 s
-	AdminTimeout   time.Duration // per admin command; 0: 60 s
+	AdminTimeout   time.Duration // per admin command; 0: 60 s. While an association is made again, it is ConnectTimeout at first, and twice as much at each attempt
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 
-	// When the association is lost, it is made again: at once, then every
-	// ReconnectDelay (0: 10 s), until CtrlLoss has passed (0: 600 s; negative:
-	// for ever). Requests wait meanwhile, and fail from FastIOFail on
-	// (0: only when the controller is given up).
+	// A lost association is made again: at once, and then every ReconnectDelay
+	// (0: 10 s) until CtrlLoss has passed (0: 600 s; negative: without end). Requests
+	// wait meanwhile, and fail after FastIOFail (0: only when the controller is given
+	// up).
 	ReconnectDelay time.Duration
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
-	// MaxMemory bounds the bytes of I/O buffers of all queues of all namespaces
-	// (0: half of what the machine has available when the controller connects). A
-	// queue beyond it is not opened.
+	// MaxMemory limits the I/O buffers of all queues of all namespaces, in bytes (0:
+	// half of the memory that is available when the controller connects). A queue
+	// beyond the limit is not opened.
 	MaxMemory int64
 
 	// Associated is called with the controller id of each association before anything
 	// is sent over it. By then the target has ended all earlier controllers, so a process
 	// that takes over from this one needs to wait for this controller only
-	// (Controller.Outlive). After an error nothing is sent: Connect fails, or a later
-	// association is tried again. Associated must not call the Controller. It may be nil.
+	// (Controller.Outlive). If Associated returns an error, nothing is sent: Connect
+	// fails, and a later association is tried again. Associated must not call the
+	// Controller. It may be nil.
 	Associated func(cntlid uint16) error
 
 	// Made is called with each controller as soon as the target has made it. asked is
-	// when this host asked for it. It must not call the Controller. It may be nil.
+	// the time when this host requested it. Made must not call the Controller. It may
+	// be nil.
 	Made func(target netip.AddrPort, cntlid uint16, asked time.Time)
 
 	// Superseded is called while the target says that it has a controller with the id of
@@ -93,14 +102,14 @@ type Config struct {
 	// and must not call the Controller. It may be nil.
 	Superseded func(ctx context.Context, p Present) bool
 
-	// Changed hears what happens to namespaces once Connect has returned. It must
-	// neither block nor call back. nil: nobody.
+	// Changed is called when a namespace changes after Connect has returned. It must
+	// neither block nor call the Controller. It may be nil.
 	Changed func(ns *Namespace, what Change)
 
 	Log *slog.Logger // nil: nothing is logged
 }
 
-// Present is a controller that a target says it has.
+// Present is a controller that the target reports as existing.
 type Present struct {
 	Address       netip.AddrPort // of the target
 	CNTLID        uint16
@@ -113,9 +122,11 @@ func (c *Config) setDefaults() error {
 		return errors.New("config: no RDMA provider")
 	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
 		return errors.New("config: no target address")
+	case c.Discovery && c.Queues != (poller.Request{}):
+		return fmt.Errorf("config: queues %+v: a discovery controller has no I/O queues", c.Queues)
 	case len(c.Loops) < c.Queues.Loops():
 		return fmt.Errorf("config: %d loops for queues that need %d", len(c.Loops), c.Queues.Loops())
-	case c.Queues.IO < 1 || c.Queues.Write < 0 || c.Queues.Poll < 0:
+	case !c.Discovery && c.Queues.IO < 1 || c.Queues.Write < 0 || c.Queues.Poll < 0:
 		return fmt.Errorf("config: queues %+v: at least one I/O queue, none negative", c.Queues)
 	case c.QueueSize != 0 && (c.QueueSize < MinQueueSize || c.QueueSize > MaxQueueSize):
 		return fmt.Errorf("config: queue size %d is not %d..%d", c.QueueSize, MinQueueSize, MaxQueueSize)
@@ -135,14 +146,16 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: host NQN: %w", err)
 	}
 	setDefault(&c.QueueSize, DefaultQueueSize)
-	setDefault(&c.KeepAlive, DefaultKeepAlive)
+	if !c.Discovery {
+		setDefault(&c.KeepAlive, DefaultKeepAlive)
+	}
 	setDefault(&c.PollMaxBytes, defaultPollMaxBytes)
 	setDefault(&c.ConnectTimeout, defaultConnectTimeout)
 	setDefault(&c.AdminTimeout, defaultAdminTimeout)
 	setDefault(&c.IOTimeout, defaultIOTimeout)
 	setDefault(&c.ReconnectDelay, defaultReconnectDelay)
 	setDefault(&c.CtrlLoss, defaultCtrlLoss)
-	if c.MaxMemory == 0 {
+	if c.MaxMemory == 0 && !c.Discovery { // which has no I/O buffers
 		available, err := hostmem.Available()
 		if err != nil {
 			return fmt.Errorf("config: memory: %w", err)

@@ -13,8 +13,8 @@ import (
 	"ublk-nvmeof/sq"
 )
 
-// connection is one RDMA connection with the NVMe queues on it: an admin queue
-// or an I/O queue.
+// connection is an RDMA connection with the NVMe queues on it, of the admin queue or of
+// an I/O queue.
 type connection struct {
 	qid uint16
 	id  rdma.ID
@@ -23,18 +23,18 @@ type connection struct {
 	cq  *cq.Queue
 }
 
-// queueParam is what makes connections differ.
+// queueParam holds the parameters of a connection.
 type queueParam struct {
 	remote netip.AddrPort
 	qid    uint16
 	depth  int
 	cntlid uint16 // for I/O queues
-	events bool   // with a completion channel
+	events bool   // the queue has a completion channel
 	vector int
 }
 
-// dial resolves the target and makes the queues and the QP, without a word to
-// the target yet.
+// dial resolves the target and makes the queues and the QP. It sends nothing to the
+// target yet.
 func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err error) {
 	tos := -1
 	if c.cfg.TOS != 0 {
@@ -51,7 +51,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	if conn.id, err = c.cfg.Provider.Resolve(ctx, c.cfg.Source, p.remote, tos); err != nil {
 		return nil, err
 	}
-	// The admin queue is the first of an association.
+	// The admin queue is the first connection of an association.
 	dev := conn.id.Device()
 	if err = c.mem.use(dev, p.qid == 0); err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	return conn, conn.cq.Fill()
 }
 
-// establish connects the QP, naming the queue in the private data.
+// establish connects the QP. The private data names the queue.
 func (c *Controller) establish(ctx context.Context, conn *connection, p queueParam) error {
 	req := nvme.RDMARequest{QID: p.qid, HRQSize: uint16(p.depth), HSQSize: uint16(p.depth - 1), CNTLID: p.cntlid}
 	private := req.Marshal()
@@ -102,8 +102,8 @@ func (c *Controller) establish(ctx context.Context, conn *connection, p queuePar
 	return err
 }
 
-// call runs one command on a connection that nobody else uses yet. Its data, if
-// any, is named by key.
+// call runs one command on a connection that nothing else uses yet. Data of the command
+// must be named by key.
 func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Completion, error) {
 	slot, capsule, ok := conn.sq.Get()
 	if !ok {
@@ -114,8 +114,8 @@ func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Compl
 	if _, err := conn.sq.Flush(); err != nil {
 		return nvme.Completion{}, err
 	}
-	// A queue without a completion channel can only be looked at, and setting
-	// up is no place where a millisecond counts.
+	// A queue without a completion channel can only be polled, and a millisecond does
+	// not matter during setup.
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -143,13 +143,13 @@ func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Compl
 	}
 }
 
-// close ends the connection and frees everything of it. Until it returns the
-// target may touch memory that it was given a key of.
+// close closes the connection and frees its resources. Until close returns, the target
+// may access memory whose key it was given.
 func (conn *connection) close() error {
 	var errs []error
 	if conn.qp != nil {
-		// The error state comes first: disconnecting alone leaves a moment in
-		// which the target can still write.
+		// The error state comes first, because the target can still write for a
+		// moment after a disconnect alone.
 		errs = append(errs, conn.qp.Fail())
 	}
 	if conn.id != nil {

@@ -15,10 +15,10 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// State is where a controller stands in its life.
+// State is the state of a controller.
 type State uint8
 
-// States, with Linux' names (enum nvme_ctrl_state).
+// States, with the names of Linux (enum nvme_ctrl_state)
 const (
 	StateUnset      State = iota
 	StateNew              // made, never connected
@@ -37,24 +37,24 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", s)
 }
 
-// Controller is an NVMe controller of a subsystem, as its host sees it.
+// Controller is the host's side of an NVMe controller.
 type Controller struct {
 	cfg     Config
 	pollMax uint32
 	lanes   []*lane
-	start   time.Time               // of now
-	clock   atomic.Uint32           // seconds while live; what lanes stamp commands with
-	suspect atomic.Pointer[request] // the request that may be what ends the associations
+	start   time.Time               // origin of now
+	clock   atomic.Uint32           // seconds with an association; lanes stamp commands with it
+	suspect atomic.Pointer[request] // the request that may be the cause of the losses
 	blamed  atomic.Bool             // the last association was lost with that request in flight
 
 	mem memory
 
-	// Of the goroutine that makes associations.
-	unfenced []uint16  // controllers that may hold commands; see fence
-	outage   time.Time // when the outage began that no association has ended
-	brief    int       // associations in a row that were lost before they had settled
+	// Only the goroutine that makes associations uses these.
+	unfenced []uint16  // ids of earlier controllers that may hold commands; see fence
+	outage   time.Time // start of the current outage; see countLoss
+	brief    int       // number of consecutive associations that were lost early
 
-	// life ends with Close (cause errClosed) or Abort (cause the caller's).
+	// life ends with Close (cause errClosed) or Abort (cause: its reason).
 	life    context.Context
 	end     context.CancelCauseFunc
 	stopped chan struct{} // supervise has ended
@@ -73,15 +73,17 @@ type Controller struct {
 	namespaces   []*Namespace
 }
 
-// Connect connects to a subsystem and identifies its namespaces. ctx bounds the
-// whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
+// Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
+// bounds the whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
 // *rdma.RejectError, a ConnectStatus, an nvme.Status, ErrNoQueues or a context
 // error.
 func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	if !cfg.Discovery {
+		cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
+	}
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
@@ -115,8 +117,8 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	return c, nil
 }
 
-// attach gives each lane its part of the association. All of them let go of
-// the one before already.
+// attach gives each lane its part of the association. All lanes have released the
+// previous association already.
 func (c *Controller) attach(a *association) error {
 	for _, l := range c.lanes {
 		var own []*queuePair
@@ -154,9 +156,9 @@ func (c *Controller) attach(a *association) error {
 	return nil
 }
 
-// release takes an association from the lanes and ends it. The requests that
-// were in flight wait in their lanes afterwards, and no adapter touches their
-// buffers any more.
+// release takes an association from the lanes and closes it. Afterwards, the requests
+// that were in flight are parked on their lanes, and no adapter accesses their buffers
+// any more.
 func (c *Controller) release(a *association) error {
 	var errs []error
 	for _, l := range c.lanes {
@@ -182,11 +184,11 @@ func (c *Controller) detachLanes() error {
 
 var errClosed = errors.New("controller was closed")
 
-// now is the time since the controller was made.
+// now returns the time since the controller was made.
 func (c *Controller) now() time.Duration { return time.Since(c.start) }
 
-// redispatch has every lane look at its parked requests anew. Any goroutine but the
-// loops'.
+// redispatch makes every lane dispatch its parked requests again. It must not be called
+// on a loop.
 func (c *Controller) redispatch() {
 	for _, l := range c.lanes {
 		// A loop that has ended holds no requests.
@@ -194,8 +196,8 @@ func (c *Controller) redispatch() {
 	}
 }
 
-// supervise keeps the controller alive: it serves one association after the
-// other, until Close or until none can be made any more.
+// supervise serves one association after the other, until Close or until no further one
+// can be made.
 func (c *Controller) supervise(a *association) {
 	defer close(c.stopped)
 	for {
@@ -219,6 +221,14 @@ func (c *Controller) supervise(a *association) {
 			}
 			return
 		}
+		c.discoveryChanged() // its events were lost with the association
+	}
+}
+
+// discoveryChanged says that the discovery log may have changed.
+func (c *Controller) discoveryChanged() {
+	if c.cfg.DiscoveryChanged != nil {
+		c.cfg.DiscoveryChanged()
 	}
 }
 
@@ -229,7 +239,7 @@ func (c *Controller) supervise(a *association) {
 func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 	blamed := c.blamed.Swap(false)
 	switch {
-	case lived >= c.cfg.KeepAlive:
+	case lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.outage, c.brief = lost, 0
 	case blamed:
 		c.outage, c.brief = lost, 1
@@ -241,8 +251,9 @@ func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
 	}
 }
 
-// serve keeps an association alive, and returns why it does not any more.
+// serve runs an association until it is lost, and returns the reason.
 func (c *Controller) serve(a *association) error {
+	a.admin.setTimeout(c.cfg.AdminTimeout)
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.listen(a.life, a) })
 	helpers.Go(func() { c.watchNamespaces(a.life, a) })
@@ -260,12 +271,12 @@ func (c *Controller) serve(a *association) error {
 	}
 }
 
-// backoffMin is the first pause between associations that are lost at once. Each
-// further pause is twice as long, up to the reconnect delay.
+// backoffMin is the first pause between associations that are lost at once. Each further
+// pause is twice as long, up to the reconnect delay.
 const backoffMin = 100 * time.Millisecond
 
-// pause is the time to wait before an association is made, after one that was lost
-// before it had settled.
+// pause returns the time to wait before the next association is made. It is zero unless
+// the last one was lost early.
 func (c *Controller) pause() time.Duration {
 	if c.brief == 0 {
 		return 0
@@ -273,9 +284,9 @@ func (c *Controller) pause() time.Duration {
 	return min(backoffMin<<min(c.brief-1, 16), c.cfg.ReconnectDelay)
 }
 
-// reconnect makes the next association: at once, then at intervals. The loss times
-// count from the beginning of the outage. The last one was lost for reason err. The
-// error that is returned is why the controller ends instead.
+// reconnect makes the next association: at once, and then at intervals. The loss timeouts
+// count from the beginning of the outage. err is the reason of the loss. If reconnect
+// returns an error, the controller must end.
 func (c *Controller) reconnect(lost time.Time, err error) (*association, error) {
 	ctx := c.life
 	giveUp := make(<-chan time.Time) // never
@@ -309,8 +320,8 @@ func (c *Controller) reconnect(lost time.Time, err error) (*association, error) 
 	}
 }
 
-// attempt makes one attempt to reconnect. Nothing is sent over the association
-// before the target has ended the controllers before it.
+// attempt tries once to reconnect. It sends nothing over the association before the
+// target has ended the earlier controllers.
 func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	c.mu.Lock()
 	c.attempts++
@@ -336,15 +347,17 @@ func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	return a, nil
 }
 
-// announce puts the controller of an association on record before commands are sent
-// to it. A controller that is not on record is not used.
+// announce records the controller of an association before commands are sent to it. A
+// controller that could not be recorded is not used.
 func (c *Controller) announce(a *association) error {
 	if c.cfg.Associated != nil {
 		if err := c.cfg.Associated(a.cntlid); err != nil {
 			return &StepError{"record controller id", err}
 		}
 	}
-	c.unfenced = append(c.unfenced, a.cntlid)
+	if !c.cfg.Discovery { // whose commands write nothing
+		c.unfenced = append(c.unfenced, a.cntlid)
+	}
 	return nil
 }
 
@@ -361,7 +374,7 @@ func (c *Controller) lose(reason error, when time.Time) {
 	}
 }
 
-// failFast ends the patience of the requests that wait.
+// failFast fails the requests that wait for an association.
 func (c *Controller) failFast() {
 	for _, l := range c.lanes {
 		// A loop that has ended holds no requests.
@@ -373,7 +386,7 @@ func (c *Controller) failFast() {
 	}
 }
 
-// die gives the controller up.
+// die gives up the controller.
 func (c *Controller) die(err error) {
 	c.cfg.Log.Error("controller is given up", "reason", err)
 	c.mu.Lock()
@@ -383,8 +396,8 @@ func (c *Controller) die(err error) {
 	c.failFast()
 }
 
-// tend has the queue pairs look after their commands in flight. Loops whose queue
-// pairs have none are not disturbed.
+// tend makes the queue pairs check their commands in flight. It does not disturb loops
+// whose queue pairs have none.
 func (c *Controller) tend(a *association) {
 	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
 	now := c.clock.Load()
@@ -396,15 +409,33 @@ func (c *Controller) tend(a *association) {
 	}
 }
 
-// startKeepAlive sends Keep Alive commands until the association ends, and ends it if
-// one is not answered. The controller's timer runs from the moment that the controller is
-// enabled, so the commands begin while the association is still being made. Until it
-// serves, a target has at least the connect timeout for its answer.
+// setUpTimeout returns the time limit of the admin commands that make an association. I/O
+// waits when an association is made again, and a lost response must not cost it the whole
+// admin timeout. So the limit is short at first, and twice as long at each attempt for a
+// target that is slow.
+func (c *Controller) setUpTimeout() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.attempts == 0 { // Connect
+		return c.cfg.AdminTimeout
+	}
+	return min(c.cfg.AdminTimeout, c.cfg.ConnectTimeout<<min(c.attempts-1, 10))
+}
+
+// startKeepAlive sends Keep Alive commands until the association ends, and ends the
+// association if a command is not answered. The controller's timer runs from the moment
+// when the controller is enabled, so the commands begin while the association is still
+// being made. Until the association is in use, the target has at least the connect
+// timeout to answer.
 func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
-	a.admin.timeout = c.cfg.AdminTimeout // a controller that falls silent is noticed now
+	a.admin.setTimeout(c.setUpTimeout())
+	if c.cfg.KeepAlive == 0 {
+		return nil
+	}
 	a.alive.Go(func() {
-		// A controller that counts any command as a sign of life (TBKAS) does so in
-		// intervals of the timeout, and needs twice as many commands as others.
+		// A controller with traffic based keep alive (TBKAS) may notice a command
+		// only at the end of an interval of the timeout, so it needs twice as
+		// many commands.
 		tick := time.NewTicker(c.cfg.KeepAlive / 4)
 		defer tick.Stop()
 		for {
@@ -425,7 +456,7 @@ func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 	return nil
 }
 
-// ping sends one Keep Alive command, which must be answered within limit.
+// ping sends a Keep Alive command, which must be answered within limit.
 func (c *Controller) ping(ctx context.Context, a *association, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -437,11 +468,11 @@ func (c *Controller) ping(ctx context.Context, a *association, limit time.Durati
 	return nil
 }
 
-// eventPause bounds what a flood of events costs. The controller keeps those that
-// come meanwhile.
+// eventPause limits the cost of a flood of events. The controller keeps the events that
+// occur meanwhile.
 const eventPause = 20 * time.Millisecond
 
-// listen keeps one Asynchronous Event Request with the controller.
+// listen keeps one Asynchronous Event Request outstanding at the controller.
 func (c *Controller) listen(ctx context.Context, a *association) {
 	for {
 		var cmd nvme.Command
@@ -465,8 +496,8 @@ func (c *Controller) listen(ctx context.Context, a *association) {
 func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.AsyncEvent) {
 	c.cfg.Log.Info("asynchronous event", "event", ev.String())
 	if page := ev.LogPage(); page != 0 {
-		// Reading the page re-enables the event. When that fails, the namespaces
-		// are looked at all the same.
+		// Reading the page enables the event again. The namespaces are looked at
+		// even if this fails.
 		if err := c.readLog(ctx, a, page); err != nil && ctx.Err() == nil {
 			c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
 		}
@@ -476,41 +507,42 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 		a.fail(errors.New("controller reports a persistent internal error"))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
 		a.lookAtNamespaces()
+	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
+		c.discoveryChanged()
 	}
 }
 
 func (c *Controller) readLog(ctx context.Context, a *association, page uint8) error {
-	var cmd nvme.Command
 	var out [adminPage]byte
-	cmd.SetGetLogPage(page, nvme.NSIDAll, adminPage, 0, false)
-	_, err := a.admin.exec(ctx, &cmd, nil, out[:])
-	return err
+	return a.admin.logPage(ctx, LogRequest{Page: page, NSID: nvme.NSIDAll}, out[:])
 }
 
-// reportStatus logs a request that fails for good.
+// reportStatus logs a request that fails with an error status.
 func (c *Controller) reportStatus(r *request, s nvme.Status) {
 	c.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
 		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "tries", r.tries)
 }
 
-// reportBlame logs a request that fails because associations end with it.
+// reportBlame logs a request that fails because it is blamed for lost associations.
 func (c *Controller) reportBlame(r *request) {
 	c.cfg.Log.Error("I/O error: the association was lost each time that the request was sent", "op", r.io.Op.String(),
 		"nsid", r.home.ns.id, "sector", r.io.Sector, "sectors", r.io.Sectors, "losses", r.losses)
 }
 
-// Namespaces are the namespaces that were seen since the controller connected,
-// also those that are gone.
+// Namespaces returns the namespaces that were seen since the controller connected,
+// including those that are gone. Of the gone ones without an open queue, only the last 64
+// are kept.
 func (c *Controller) Namespaces() []*Namespace {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.namespaces)
 }
 
-// Done is closed when the controller is dead; Err then says why.
+// Done returns a channel that is closed when the controller is dead. Err then returns the
+// reason.
 func (c *Controller) Done() <-chan struct{} { return c.dead }
 
-// Err is why the controller is dead, or nil.
+// Err returns the reason why the controller is dead, or nil if it is not.
 func (c *Controller) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -520,15 +552,15 @@ func (c *Controller) Err() error {
 	return c.reason
 }
 
-// Abort gives the association up for good, for a front end that must end
-// while the target does not answer: the controller dies of reason, and every
-// request, held, in flight or to come, fails as soon as the target can no longer
-// touch its buffer. Close is still due. Any goroutine.
+// Abort gives up the association for good. A front end calls it if it must end while the
+// target does not answer. The controller dies with the given reason. Every request fails
+// as soon as the target can no longer access its buffer, whether it waits, is in flight
+// or comes later. The caller must still call Close. Any goroutine may call Abort.
 func (c *Controller) Abort(reason error) { c.end(reason) }
 
-// Close leaves the subsystem in order: I/O queues, shutdown notification, admin
-// queue, each step bounded by ctx or sooner. The queues of the namespaces must
-// be idle, and closed before.
+// Close leaves the subsystem in order: it notifies the controller of the shutdown, and
+// then closes the I/O queues and the admin queue. The shutdown ends when ctx is done, or
+// before. The queues of the namespaces must be closed before.
 func (c *Controller) Close(ctx context.Context) error {
 	c.mu.Lock()
 	if c.state != StateDead {
@@ -552,15 +584,16 @@ func (c *Controller) Close(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Info is what a controller can tell about itself.
+// Info describes a controller at one moment.
 type Info struct {
 	State     State
-	Since     time.Time      // when the state began
+	Since     time.Time      // start of the state
 	Reason    error          // why the association was lost the last time
-	Losses    int            // associations lost so far
-	Attempts  int            // to make one again, since then
-	Failure   error          // of the last attempt, while there is no association
+	Losses    int            // number of associations lost
+	Attempts  int            // attempts to reconnect since then
+	Failure   error          // error of the last attempt, while there is no association
 	Address   netip.AddrPort // of the target
+	SubNQN    string         // name by which the subsystem was connected to
 	CNTLID    uint16
 	Version   nvme.Version
 	Model     string
@@ -575,23 +608,25 @@ type Info struct {
 	Memory    MemoryInfo
 }
 
-// LaneStats are counters of one loop.
+// LaneStats holds the counters of one loop.
 type LaneStats struct {
 	Submitted, Completed uint64 // requests
-	HandedOver           uint64 // requests that another loop's queue pair served
+	HandedOver           uint64 // requests that a queue pair of another loop served
 	Retried              uint64 // commands sent again after an error status
 }
 
-// Info is a snapshot.
+// Info returns a snapshot.
 func (c *Controller) Info() Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := Info{State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
+	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
 	if a := c.assoc; a != nil {
 		i.Address = a.remote
 		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
-		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		if len(a.pairs) > 0 {
+			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		}
 	}
 	for _, l := range c.lanes {
 		i.Lanes = append(i.Lanes, LaneStats{

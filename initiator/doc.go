@@ -16,6 +16,9 @@
 //	front end ── nsQueue.Submit ─► lane ─► queuePair ─► sq ─► SEND
 //	front end ◄─ nsQueue.Reap  ◄── lane ◄─ queuePair ◄─ cq ◄─ RECV
 //
+// A controller of a discovery subsystem (Config.Discovery) has an admin queue only. It has no
+// lanes, and nothing but ReadLog, Identify and the events of Config.DiscoveryChanged.
+//
 // # Completion
 //
 // A request without data in its capsule ends with its response. Only the target

@@ -17,7 +17,8 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// TestPatience: how long a target may take to end a controller whose host fell silent.
+// TestPatience checks the time that a target may take to end a controller whose host fell
+// silent.
 func TestPatience(t *testing.T) {
 	c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}}
 	a := &association{}
@@ -31,8 +32,8 @@ func TestPatience(t *testing.T) {
 	}
 }
 
-// TestOutliveTime: the time follows from the keep alive timeout of the old controllers or
-// of the new one, whichever is longer, and from what the target announces.
+// TestOutliveTime checks that the time depends on the longer keep alive timeout of the
+// old controllers and the new one, and on the values that the target announces.
 func TestOutliveTime(t *testing.T) {
 	a := &association{}
 	a.identify.SetCQT(2500)
@@ -53,8 +54,8 @@ func TestOutliveTime(t *testing.T) {
 	}
 }
 
-// vague has the target answer questions for controllers that have ended, or not, with a
-// status that does not tell which.
+// vague makes the target answer questions for some controllers with a status that does
+// not tell whether they exist.
 func vague(f *fakeTarget, _ *Config) {
 	f.connect = func(p nvme.ConnectParams, data *nvme.ConnectData) nvme.Status {
 		f.mu.Lock()
@@ -66,8 +67,8 @@ func vague(f *fakeTarget, _ *Config) {
 	}
 }
 
-// TestFenceAfterFreeze: the time that a target has for ending the old controller counts
-// from when it answers anew, because its timers did not run while it stood still.
+// TestFenceAfterFreeze checks that the time for ending the old controller begins when the
+// target answers again, because its timers did not run while it stood still.
 func TestFenceAfterFreeze(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		vague(f, cfg)
@@ -87,8 +88,8 @@ func TestFenceAfterFreeze(t *testing.T) {
 	}
 }
 
-// TestFenceCountsAnswers: of the time between two answers only a step counts. The target
-// may have stood still for the rest.
+// TestFenceCountsAnswers checks that at most one step of the time between two answers
+// counts. The target may have stood still for the rest.
 func TestFenceCountsAnswers(t *testing.T) {
 	f := &fencing{answered: time.Now().Add(-time.Hour)}
 	f.alive()
@@ -101,8 +102,8 @@ func TestFenceCountsAnswers(t *testing.T) {
 	}
 }
 
-// TestNoAnswerIsNoPermission: a target that does not answer the question for the old
-// controller, and nothing else either, is waited for.
+// TestNoAnswerIsNoPermission checks that the host waits for a target that does not answer
+// the question for the old controller, nor anything else.
 func TestNoAnswerIsNoPermission(t *testing.T) {
 	var frozen atomic.Bool
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
@@ -137,8 +138,8 @@ func TestNoAnswerIsNoPermission(t *testing.T) {
 	})
 }
 
-// TestOldControllerStays: as long as the target says that it has the old controller,
-// nothing is sent. The loss times bound that.
+// TestOldControllerStays checks that nothing is sent as long as the target says that it
+// has the old controller. The loss times limit this.
 func TestOldControllerStays(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		f.immortal = true
@@ -158,8 +159,8 @@ func TestOldControllerStays(t *testing.T) {
 	}
 }
 
-// TestSuperseded: a controller whose id another association of the host was given since
-// has ended, whatever the target says of that id.
+// TestSuperseded checks that the old controller counts as ended if its id was given to
+// another association of the host since, whatever the target says about the id.
 func TestSuperseded(t *testing.T) {
 	var made, other atomic.Uint32
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
@@ -193,8 +194,8 @@ func TestSuperseded(t *testing.T) {
 	}
 }
 
-// TestVagueOnce: an answer that does not tell, after others that said that the controller
-// is there, is no permission.
+// TestVagueOnce checks that an unclear answer is no permission after answers that said
+// that the controller exists.
 func TestVagueOnce(t *testing.T) {
 	var doubt atomic.Bool
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
@@ -225,8 +226,8 @@ func TestVagueOnce(t *testing.T) {
 	}
 }
 
-// TestVagueTarget: a target that never says whether it has the old controller is not
-// waited for longer than it may take to end it.
+// TestVagueTarget checks that the host waits for a target that never tells whether it has
+// the old controller only as long as the target may take to end it.
 func TestVagueTarget(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		vague(f, cfg)
@@ -243,10 +244,10 @@ func TestVagueTarget(t *testing.T) {
 	}
 }
 
-// TestOutliveLater: the time that the target has to end a controller of an earlier process
-// counts from when the wait for it begins, and by that process' keep alive timeout if that
-// is longer. The process may have ended long after this controller was made, as in an
-// upgrade.
+// TestOutliveLater checks that the time for ending a controller of an earlier process
+// begins with the wait for it, and depends on the keep alive timeout of that process if
+// that is longer. The process may have ended long after this controller was made, as in
+// an upgrade.
 func TestOutliveLater(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
 		vague(f, cfg)
@@ -263,7 +264,7 @@ func TestOutliveLater(t *testing.T) {
 	}
 }
 
-// TestExistence: what targets say of a controller.
+// TestExistence checks the interpretation of the answers of targets.
 func TestExistence(t *testing.T) {
 	for _, c := range []struct {
 		err  error
@@ -283,8 +284,8 @@ func TestExistence(t *testing.T) {
 	}
 }
 
-// TestFenceIsKept: an association that is lost while it waits for the end of an old
-// controller leaves that to the next one.
+// TestFenceIsKept checks that an association that is lost while it waits for the end of
+// an old controller leaves this task to the next one.
 func TestFenceIsKept(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) { f.immortal, cfg.KeepAlive = true, 200*time.Millisecond })
 	old := s.ctrl.Info().CNTLID
@@ -317,8 +318,8 @@ func TestFenceIsKept(t *testing.T) {
 	q.Close()
 }
 
-// TestLoopStoppedFirst: closing a controller whose loops have ended works, with what is
-// left to close, or says so; it does not hang.
+// TestLoopStoppedFirst checks that Close of a controller whose loops have ended closes
+// the rest or returns an error, and does not hang.
 func TestLoopStoppedFirst(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)

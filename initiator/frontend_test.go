@@ -12,15 +12,14 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// frontEnd is a front end for tests: on each loop a source that writes and
-// reads its own stripe of a device at random and knows what every block has to
-// read.
+// frontEnd is a front end for tests. On each loop it has a source that writes and reads
+// its own stripe of a device at random, and knows the contents of every block.
 type frontEnd struct {
 	t    testing.TB
 	jobs []*job
 }
 
-// job is a front end's part on one loop. Its fields are the loop's.
+// job is the part of a front end on one loop. Only the loop uses its fields.
 type job struct {
 	loop    *poller.Loop
 	queue   block.Queue
@@ -77,14 +76,14 @@ func newFrontEnd(t testing.TB, dev block.Device, loops []*poller.Loop, depth, ma
 	return f
 }
 
-// run has every job do n requests, and waits for them.
+// run makes every job execute n requests, and waits for them.
 func (f *frontEnd) run(n int) {
 	f.t.Helper()
 	for _, err := range f.try(n) {
 		f.t.Error(err)
 	}
 	if f.t.Failed() {
-		// Buffers may still be in use, so nothing can be closed.
+		// Buffers may still be in use, so nothing may be closed.
 		f.t.FailNow()
 	}
 }
@@ -243,7 +242,7 @@ func (j *job) finish(r block.Result) {
 	}
 }
 
-// describe is what a test needs to see of a lane that hangs.
+// describe returns the state of a lane, for a test that hangs.
 func (l *lane) describe() string {
 	s := fmt.Sprintf("inbox %v parked %v", l.inbox.Load() != nil, l.parked.head != nil)
 	for _, p := range l.pairs {

@@ -11,22 +11,22 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// maxTransfer is the largest I/O offered, whatever more the controller takes.
+// maxTransfer is the largest I/O that is offered, even if the controller accepts more.
 const maxTransfer = 1 << 20
 
-// badDataError is an answer of the target that makes no sense. The target may do
-// better next time.
+// badDataError means that an answer of the target makes no sense. The next answer may be
+// better.
 type badDataError struct{ error }
 
 func badData(format string, args ...any) error { return &badDataError{fmt.Errorf(format, args...)} }
 
 func (e *badDataError) Unwrap() error { return e.error }
 
-// errInactive is a namespace id that names no namespace at present.
+// errInactive means that a namespace id does not name an active namespace.
 var errInactive = errors.New("namespace is not active")
 
-// refused says that a controller does not have what a command asks for, and will not
-// have it next time. Any other error status may pass.
+// refused reports whether the controller lacks what the command asks for, and will lack
+// it next time, too. Any other error status may be temporary.
 func refused(err error) bool {
 	var s nvme.Status
 	if !errors.As(err, &s) {
@@ -35,7 +35,7 @@ func refused(err error) bool {
 	return s.DNR() || s.Code() == nvme.StatusInvalidOpcode || s.Code() == nvme.StatusInvalidField
 }
 
-// inactive says that the status is that of a namespace id without a namespace.
+// inactive reports whether err is the status for a namespace id without a namespace.
 func inactive(err error) bool {
 	var s nvme.Status
 	return errors.As(err, &s) && s.Code() == nvme.StatusInvalidNamespace
@@ -73,8 +73,8 @@ func (c *Controller) activeNamespaces(ctx context.Context, a *association) ([]ui
 	}
 }
 
-// identifyLimits reads the limits of the NVM command set. known is false if they have
-// to be read once more.
+// identifyLimits reads the limits of the NVM command set. If known is false, they must be
+// read again.
 func (c *Controller) identifyLimits(ctx context.Context, a *association) (limits *nvme.IdentifyControllerNVM, known bool, err error) {
 	limits = new(nvme.IdentifyControllerNVM)
 	cmd := nvme.Command{}
@@ -89,13 +89,13 @@ func (c *Controller) identifyLimits(ctx context.Context, a *association) (limits
 	return limits, false, c.tolerate(a, "identify NVM limits", err)
 }
 
-// UnusableError is a namespace that cannot be a block device here.
+// UnusableError means that a namespace cannot be served as a block device.
 type UnusableError struct{ Reason string }
 
 func (e *UnusableError) Error() string { return "unusable: " + e.Reason }
 
-// identifyNamespace finds out what a namespace is. Errors: errInactive,
-// *UnusableError, and those after which it is unknown.
+// identifyNamespace reads the properties of a namespace. Errors: errInactive,
+// *UnusableError, and others after which the namespace remains unknown.
 func (c *Controller) identifyNamespace(ctx context.Context, a *association, id uint32, limits *nvme.IdentifyControllerNVM) (*Namespace, error) {
 	ns := &Namespace{ctrl: c, id: id}
 	var page [adminPage]byte
@@ -123,7 +123,7 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	case id0.NSZE() == 0:
 		return nil, errInactive // the structure of an inactive namespace is zeroes
 	}
-	// Controllers without descriptors have identifiers here.
+	// Controllers without descriptors have the identifiers here.
 	ns.ids = union(ns.ids, nvme.NamespaceIDs{NGUID: id0.NGUID(), EUI64: id0.EUI64()})
 	if ns.geometry, err = geometryOf(a, &id0, limits); err != nil {
 		return nil, err
@@ -136,8 +136,9 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	return ns, nil
 }
 
-// identifyIndependent learns what newer controllers say of a namespace beside its
-// command set: that it has no volatile cache, whatever the controller has.
+// identifyIndependent reads the properties that do not depend on the command set, which
+// newer controllers have. They can say that the namespace has no volatile cache although
+// the controller has one.
 func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns *Namespace) error {
 	if a.version < nvme.NewVersion(2, 0, 0) && !a.cap.CRIMS() {
 		return nil
@@ -145,7 +146,7 @@ func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns
 	var id nvme.IdentifyNSIndependent
 	err := a.admin.identify(ctx, nvme.CNSNSIndependent, ns.id, (*[adminPage]byte)(&id))
 	if errors.As(err, new(nvme.Status)) {
-		return nil // the cache is taken to be there
+		return nil // assume that the cache exists
 	}
 	if id.NSFEAT()&nvme.NSIndependentNoVWC != 0 {
 		ns.geometry.VolatileCache = false
@@ -153,7 +154,7 @@ func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns
 	return err
 }
 
-// geometryOf translates identify data as Linux' nvme_update_disk_info does.
+// geometryOf translates identify data in the way of Linux' nvme_update_disk_info.
 func geometryOf(a *association, id *nvme.IdentifyNamespace, limits *nvme.IdentifyControllerNVM) (block.Geometry, error) {
 	var g block.Geometry
 	format := id.Format()
@@ -205,8 +206,8 @@ func geometryOf(a *association, id *nvme.IdentifyNamespace, limits *nvme.Identif
 		}
 	}
 	if a.identify.ONCS()&nvme.ONCSWriteZeroes != 0 {
-		// NLB has 16 bits, and the limit is that of a transfer unless the
-		// controller names another.
+		// NLB has 16 bits. The limit is that of a transfer unless the controller
+		// names another.
 		n := uint64(g.MaxIO) >> block.SectorShift
 		if shift := uint(limits.WZSL()); shift > 0 {
 			n = uint64(1) << min(shift+3+uint(a.cap.MPSMIN()), 40)

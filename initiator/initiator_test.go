@@ -63,8 +63,8 @@ func closeController(t testing.TB, c *Controller) {
 	}
 }
 
-// TestVerifyEverySplit runs verified I/O on controllers of all sorts of
-// requests and grants: fewer queues than loops, classes without queues.
+// TestVerifyEverySplit runs verified I/O on controllers with many requests and grants:
+// fewer queues than loops, and classes without queues.
 func TestVerifyEverySplit(t *testing.T) {
 	cpus := runtime.NumCPU()
 	for _, q := range []poller.Request{{IO: 1}, {IO: 2}, {IO: 2, Write: 2}, {IO: 2, Poll: 2}, {IO: 2, Write: 1, Poll: 1}, {IO: 1, Write: 1, Poll: 1}, {IO: 2, Write: 2, Poll: 2}} {
@@ -98,7 +98,7 @@ func TestVerifyEverySplit(t *testing.T) {
 	}
 }
 
-// TestVariants are targets of other shapes.
+// TestVariants runs verified I/O on targets with other properties.
 func TestVariants(t *testing.T) {
 	for name, set := range map[string]func(*fakeTarget, *Config){
 		"no in-capsule data":    func(f *fakeTarget, _ *Config) { f.inCapsule = 0 },
@@ -123,8 +123,8 @@ func TestVariants(t *testing.T) {
 	}
 }
 
-// TestDelayedFabric lets work requests take effect later than they are posted,
-// which finds buffers that are reused too early.
+// TestDelayedFabric delays the effect of work requests, which reveals buffers that are
+// reused too early.
 func TestDelayedFabric(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 4<<20)
@@ -137,7 +137,7 @@ func TestDelayedFabric(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestTwoNamespaces serves both at once on the same loops and queue pairs.
+// TestTwoNamespaces serves two namespaces at once on the same loops and queue pairs.
 func TestTwoNamespaces(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 4<<20)
@@ -148,7 +148,7 @@ func TestTwoNamespaces(t *testing.T) {
 	if len(ns) != 2 || ns[0].NSID() != 1 || ns[1].NSID() != 7 {
 		t.Fatalf("namespaces %v", ns)
 	}
-	// The fake's namespaces are the same memory, so the second one only reads.
+	// The fake's namespaces share their memory, so the second one only reads.
 	a := newFrontEnd(t, ns[0], loops, 128, 4096, 4)
 	q, err := ns[1].OpenQueue(0, block.QueueConfig{Depth: 128, MaxIO: 4096})
 	if err != nil {
@@ -181,7 +181,7 @@ func TestTwoNamespaces(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestRefusals checks that each step that can fail says which one it was.
+// TestRefusals checks that the error of each step names the step.
 func TestRefusals(t *testing.T) {
 	for name, c := range map[string]struct {
 		set  func(*fakeTarget, *Config)
@@ -243,7 +243,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestVolatileCache: a namespace may be without the cache that its controller has.
+// TestVolatileCache checks that a namespace may lack the cache that its controller has.
 func TestVolatileCache(t *testing.T) {
 	for _, writeThrough := range []bool{false, true} {
 		fabric := rdmatest.NewFabric()
@@ -256,8 +256,8 @@ func TestVolatileCache(t *testing.T) {
 	}
 }
 
-// TestErrorStatus: a status without Do Not Retry is retried, at most five
-// times; one with it fails at once, with the block layer's errno for it.
+// TestErrorStatus checks that a status without Do Not Retry is retried at most five
+// times, and that a status with it fails at once, with the errno of the block layer.
 func TestErrorStatus(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -290,7 +290,7 @@ func TestErrorStatus(t *testing.T) {
 	closeController(t, c)
 }
 
-// single does one request and gives its errno.
+// single executes one request and returns its errno.
 func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request, data ...string) uint16 {
 	t.Helper()
 	q, err := dev.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 65536})
@@ -304,7 +304,7 @@ func single(t testing.TB, loop *poller.Loop, dev block.Device, r block.Request, 
 	return uint16(submit(t, loop, q, r))
 }
 
-// submit does one request of a queue without others, and gives its errno.
+// submit executes one request on a queue without others, and returns its errno.
 func submit(t testing.TB, loop *poller.Loop, q block.Queue, r block.Request) unix.Errno {
 	t.Helper()
 	if err := loop.Call(func() { q.Submit([]block.Request{r}) }); err != nil {
@@ -324,8 +324,9 @@ func submit(t testing.TB, loop *poller.Loop, q block.Queue, r block.Request) uni
 	}
 }
 
-// TestRequestsThatMustNotBeSent are refused without a word to the target, above
-// all those that would let it reach beyond a buffer.
+// TestRequestsThatMustNotBeSent checks that such requests are refused without sending
+// anything to the target, above all those that would let it access memory beyond a
+// buffer.
 func TestRequestsThatMustNotBeSent(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -352,8 +353,8 @@ func TestRequestsThatMustNotBeSent(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestHostileResponses: whatever a target answers, the association ends with a
-// reason, and the requests that were in flight are sent again over the next.
+// TestHostileResponses checks that the association ends with a reason, whatever a target
+// answers, and that the requests in flight are sent again over the next one.
 func TestHostileResponses(t *testing.T) {
 	for name, c := range map[string]struct {
 		tamper func(*nvme.Completion) bool
@@ -387,8 +388,8 @@ func TestHostileResponses(t *testing.T) {
 	}
 }
 
-// TestSilentLoss: a target that took a command and lost the connection since says
-// nothing. That is noticed long before the command's time is over.
+// TestSilentLoss checks that the loss of a target is noticed long before a command times
+// out, if the target received the command, lost the connection and sends nothing.
 func TestSilentLoss(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -425,8 +426,9 @@ func TestSilentLoss(t *testing.T) {
 	closeController(t, ctl)
 }
 
-// TestSilentWhileConnecting: a target that falls silent while an association is being made
-// costs a connect timeout, but not the time of the command that is not answered.
+// TestSilentWhileConnecting checks that a target that falls silent while an association
+// is being made costs a connect timeout, but not the timeout of the command that is not
+// answered.
 func TestSilentWhileConnecting(t *testing.T) {
 	for name, from := range map[string]func(qid uint16, cmd *nvme.Command) bool{
 		"property": func(_ uint16, cmd *nvme.Command) bool { return cmd.FCType() == nvme.FabricsPropertyGet },
@@ -463,8 +465,8 @@ func TestSilentWhileConnecting(t *testing.T) {
 	}
 }
 
-// TestRegrant changes the grant with I/O in every class under way: each
-// association has the plan of a fresh connect, and no request fails.
+// TestRegrant changes the grant while I/O of every class is in flight. Each association
+// has the plan of a first connect, and no request fails.
 func TestRegrant(t *testing.T) {
 	cpus := runtime.NumCPU()
 	for _, q := range []poller.Request{{IO: 2, Write: 2, Poll: 2}, {IO: 2, Write: 2}, {IO: 2, Poll: 2}} {
@@ -502,7 +504,7 @@ func TestRegrant(t *testing.T) {
 	}
 }
 
-// waitFor polls a condition that has no event of its own.
+// waitFor polls a condition that causes no event.
 func waitFor(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
@@ -517,8 +519,8 @@ func waitFor(t testing.TB, what string, cond func() bool) {
 	}
 }
 
-// TestDeviceReplaced: with another RDMA device on the way, the association is
-// made there, the buffers are registered there, and nothing stays on the old one.
+// TestDeviceReplaced checks that, if the route leads through another RDMA device, the
+// association and the buffers move there, and nothing stays on the old device.
 func TestDeviceReplaced(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -542,7 +544,8 @@ func TestDeviceReplaced(t *testing.T) {
 	waitFor(t, "the end of the target's connections", func() bool { return fabric.Objects() == before })
 }
 
-// TestOutage: requests wait while nobody listens, and finish when somebody does.
+// TestOutage checks that requests wait while the target does not listen, and finish when
+// it does.
 func TestOutage(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -566,9 +569,9 @@ func TestOutage(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestOldWrite: a write that the target still works on when its association is
-// lost does not land over a newer one. It is sent again only when the target has
-// ended the old controller.
+// TestOldWrite checks that a write that the target still executes when its association is
+// lost does not overwrite a newer write. It is sent again only when the target has ended
+// the old controller.
 func TestOldWrite(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -624,7 +627,8 @@ func TestOldWrite(t *testing.T) {
 	}
 }
 
-// TestOutlive: a controller waits for the end of another host process' one.
+// TestOutlive checks that a controller waits for the end of a controller of another host
+// process.
 func TestOutlive(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -647,8 +651,8 @@ func TestOutlive(t *testing.T) {
 	closeController(t, second)
 }
 
-// TestGivenUp: after ctrl_loss_tmo the controller is dead and requests fail;
-// after fast_io_fail_tmo they fail, but the controller comes back.
+// TestGivenUp checks that the controller is dead and requests fail after ctrl_loss_tmo,
+// and that requests fail but the controller comes back after fast_io_fail_tmo.
 func TestGivenUp(t *testing.T) {
 	for name, fast := range map[string]bool{"ctrl_loss_tmo": false, "fast_io_fail_tmo": true} {
 		t.Run(name, func(t *testing.T) {
@@ -686,7 +690,8 @@ func TestGivenUp(t *testing.T) {
 	}
 }
 
-// TestAbort fails what waits for a target that does not come back.
+// TestAbort checks that Abort fails the requests that wait for a target that does not
+// come back.
 func TestAbort(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -710,8 +715,8 @@ func TestAbort(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestNamespaceReplaced: a namespace that is another one after the outage is not
-// written to.
+// TestNamespaceReplaced checks that a namespace that is another one after the outage is
+// not written to.
 func TestNamespaceReplaced(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -732,7 +737,8 @@ func TestNamespaceReplaced(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestNamespaceEvents: what a target says to have changed is known, and heard of.
+// TestNamespaceEvents checks that changes that the target announces become known and are
+// reported.
 func TestNamespaceEvents(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	target := newFakeTarget(t, fabric, 1<<20)
@@ -775,7 +781,7 @@ func TestNamespaceEvents(t *testing.T) {
 	if g := ns.Geometry(); g.Sectors != 1000 || !g.ReadOnly || g.LogicalBlock != 512 {
 		t.Errorf("%+v", g)
 	}
-	// The same while nobody is there to be told.
+	// The same while the target cannot announce it.
 	all := c.Namespaces()
 	ns = all[len(all)-1]
 	target.mu.Lock()
@@ -788,8 +794,8 @@ func TestNamespaceEvents(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestNoAllocations: a batch of reads and writes, from Submit to Reap, with
-// everything between on the loop.
+// TestNoAllocations checks that a batch of reads and writes does not allocate, from
+// Submit to Reap, with everything in between on the loop.
 func TestNoAllocations(t *testing.T) {
 	request := poller.Request{IO: 1, Write: 1, Poll: 1}.Clip(runtime.NumCPU())
 	t.Run("fabric", func(t *testing.T) {
@@ -804,8 +810,8 @@ func TestNoAllocations(t *testing.T) {
 	})
 }
 
-// checkNoAllocations counts those of the whole process, the target's too: of batches of
-// 32 requests, of 8 sectors or of more.
+// checkNoAllocations counts the allocations of the whole process, including the target,
+// for batches of 32 requests of 8 or more sectors.
 func checkNoAllocations(t *testing.T, cfg Config, sectors uint32) {
 	c := connect(t, cfg)
 	q, err := c.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 32, MaxIO: int(sectors) << block.SectorShift})

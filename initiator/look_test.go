@@ -15,7 +15,7 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// lookSetup is a controller with a fake target, on which namespaces change.
+// lookSetup is a controller with a fake target whose namespaces change.
 type lookSetup struct {
 	fabric *rdmatest.Fabric
 	target *fakeTarget
@@ -39,7 +39,7 @@ func newLookSetup(t *testing.T, set func(*fakeTarget, *Config)) *lookSetup {
 	return s
 }
 
-// restart changes what the target is while the host is cut off from it.
+// restart changes the target while the host is cut off from it.
 func (s *lookSetup) restart(change func(*fakeTarget)) {
 	s.target.mu.Lock()
 	change(s.target)
@@ -73,13 +73,13 @@ func (s *lookSetup) write(t *testing.T, ns *Namespace) unix.Errno {
 	return unix.Errno(single(t, s.loops[0], ns, block.Request{Op: block.OpWrite, Sectors: 8}))
 }
 
-// isLook reports whether a command is one of a look at namespaces.
+// isLook reports whether a command belongs to a look at namespaces.
 func isLook(qid uint16, cmd *nvme.Command) bool {
 	return qid == 0 && cmd.Opcode() == nvme.AdminIdentify && cmd.CNS() != nvme.CNSController
 }
 
-// TestLookFails: when one command of the look after an event fails, nothing happens to
-// the namespaces that are there, and the new one is found by a later look.
+// TestLookFails checks that the failure of one command of the look after an event does
+// not affect the present namespaces, and that a later look finds the new one.
 func TestLookFails(t *testing.T) {
 	for _, status := range []nvme.Status{nvme.StatusInternal, nvme.StatusANAInaccessible, nvme.StatusNamespaceNotReady, nvme.StatusInternal | nvme.StatusDNR} {
 		for skip := range 8 {
@@ -104,9 +104,9 @@ func TestLookFails(t *testing.T) {
 	}
 }
 
-// TestPartlyIdentified: a namespace that cannot be identified does not keep the others
-// from being served, neither at the first connect nor at a later one, and is added when
-// it can be.
+// TestPartlyIdentified checks that a namespace that cannot be identified does not prevent
+// the others from being served, neither at the first connect nor at a later one, and that
+// it is added when it can be identified.
 func TestPartlyIdentified(t *testing.T) {
 	for _, status := range []nvme.Status{nvme.StatusInternal, nvme.StatusANAInaccessible, nvme.StatusNamespaceNotReady, nvme.StatusInternal | nvme.StatusDNR} {
 		t.Run(status.String(), func(t *testing.T) {
@@ -131,7 +131,7 @@ func TestPartlyIdentified(t *testing.T) {
 	}
 }
 
-// TestIdentifiers: what identifies a namespace after an outage, and what does not.
+// TestIdentifiers checks which identifiers identify a namespace after an outage.
 func TestIdentifiers(t *testing.T) {
 	refused := func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
 		return nvme.StatusInvalidField | nvme.StatusDNR, isLook(qid, cmd) && cmd.CNS() == nvme.CNSNamespaceDescriptors
@@ -181,8 +181,8 @@ func TestIdentifiers(t *testing.T) {
 	})
 }
 
-// TestLateNamespaces: a target that restarts opens its port before its namespaces are
-// there. Requests wait for them as for the target itself.
+// TestLateNamespaces checks that requests wait for the namespaces of a target that opens
+// its port before its namespaces exist, as they wait for the target itself.
 func TestLateNamespaces(t *testing.T) {
 	t.Run("come back", func(t *testing.T) {
 		s := newLookSetup(t, nil)
@@ -190,7 +190,7 @@ func TestLateNamespaces(t *testing.T) {
 		done := make(chan unix.Errno, 1)
 		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
 		waitFor(t, "the next association", func() bool { i := s.ctrl.Info(); return i.State == StateLive && i.Losses == 1 })
-		// Another one comes first, with an event.
+		// Another namespace comes first, with an event.
 		s.target.change(func() { s.target.namespaces = []uint32{7} })
 		s.expect(t, "7 added")
 		s.target.mu.Lock()
@@ -223,8 +223,8 @@ func TestLateNamespaces(t *testing.T) {
 	})
 }
 
-// TestUnansweredLook: a look whose answer is lost ends the association, and the next
-// one finds everything.
+// TestUnansweredLook checks that a look without an answer ends the association, and that
+// the next one finds everything.
 func TestUnansweredLook(t *testing.T) {
 	var lose atomic.Bool
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
@@ -241,7 +241,27 @@ func TestUnansweredLook(t *testing.T) {
 	}
 }
 
-// TestUnansweredLog: the same for the log page of an event.
+// TestLostAnswerAtReconnect checks that a response that is lost while an association is
+// made again costs the waiting I/O a connect timeout, not the admin timeout.
+func TestLostAnswerAtReconnect(t *testing.T) {
+	var lose atomic.Int32
+	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
+		cfg.AdminTimeout, cfg.ConnectTimeout = time.Hour, 500*time.Millisecond
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			return noAnswer, isLook(qid, cmd) && cmd.CNS() == nvme.CNSActiveNSList && lose.Add(-1) >= 0
+		}
+	})
+	lose.Store(2)
+	s.restart(func(*fakeTarget) {})
+	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if n := lose.Load(); n > 0 {
+		t.Errorf("%d responses were not lost", n)
+	}
+}
+
+// TestUnansweredLog checks the same for the log page of an event.
 func TestUnansweredLog(t *testing.T) {
 	var lose atomic.Bool
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) {
@@ -257,8 +277,8 @@ func TestUnansweredLog(t *testing.T) {
 	s.expect(t, "6 added")
 }
 
-// TestShrunkLimits: a target that comes back with smaller limits gets more and smaller
-// commands.
+// TestShrunkLimits checks that a target that comes back with smaller limits gets more and
+// smaller commands.
 func TestShrunkLimits(t *testing.T) {
 	s := newLookSetup(t, nil)
 	ns := s.ctrl.Namespaces()[0]
@@ -291,7 +311,8 @@ func TestShrunkLimits(t *testing.T) {
 	}
 }
 
-// TestPiecesFitTheTarget: no command is larger than what the target takes at present.
+// TestPiecesFitTheTarget checks that no command is larger than the present limits of the
+// target.
 func TestPiecesFitTheTarget(t *testing.T) {
 	s := newLookSetup(t, nil)
 	ns := s.ctrl.Namespaces()[0]
@@ -325,8 +346,8 @@ func TestPiecesFitTheTarget(t *testing.T) {
 	}
 }
 
-// TestCacheAppears: a device that was told that it has no volatile cache sends no
-// flush. When the controller comes to have one, its writes bypass the cache.
+// TestCacheAppears checks that writes bypass the cache if the controller gets one later,
+// because a device that was said to have no volatile cache sends no flush.
 func TestCacheAppears(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.vwc = 0 })
 	ns := s.ctrl.Namespaces()[0]
@@ -355,8 +376,8 @@ func TestCacheAppears(t *testing.T) {
 	}
 }
 
-// TestEndlessList: a target that lists more namespaces than it can have is not
-// believed, and does not take memory.
+// TestEndlessList checks that the list of a target is refused if it has more namespaces
+// than the target can have, and that it does not use up memory.
 func TestEndlessList(t *testing.T) {
 	s := newLookSetup(t, nil)
 	list := make([]uint32, 100_000)
@@ -378,7 +399,7 @@ func TestEndlessList(t *testing.T) {
 	s.expect(t, "2 added")
 }
 
-// TestReplacedAllTheTime: namespaces that come and go are not remembered for ever.
+// TestReplacedAllTheTime checks that namespaces that come and go are not kept forever.
 func TestReplacedAllTheTime(t *testing.T) {
 	s := newLookSetup(t, nil)
 	for n := range 2 * maxGone {
@@ -387,11 +408,12 @@ func TestReplacedAllTheTime(t *testing.T) {
 		s.expect(t, "1 removed")
 		s.expect(t, "1 added")
 	}
-	// The last ones are forgotten after the change was reported.
+	// The last ones are dropped after the change was reported.
 	waitFor(t, "most to be forgotten", func() bool { return len(s.ctrl.Namespaces()) <= maxGone+1 })
 }
 
-// TestMemoryBudget: queues are opened as long as their buffers stay below the limit.
+// TestMemoryBudget checks that queues are opened only while their buffers stay below the
+// limit.
 func TestMemoryBudget(t *testing.T) {
 	s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.MaxMemory = 5 << 20 })
 	ns := s.ctrl.Namespaces()[0]

@@ -8,23 +8,23 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// memory is what a controller has registered: the domain of its connections, and
-// the buffers of all queues in it. They are on one device, which another one may
-// replace between two associations; the buffers then stay where they are, with
-// new keys. Methods may be called from any goroutine.
+// memory holds the memory that a controller has registered: the protection domain of its
+// connections, and the buffers of all queues in it. All of it is on one device. Another
+// device may replace this one between two associations. The buffers then stay where they
+// are, and get new keys. Methods may be called from any goroutine.
 type memory struct {
-	limit  int64       // bytes of buffers
+	limit  int64       // largest number of bytes of buffers
 	mu     sync.Mutex  // guards what follows
-	used   int64       // bytes of buffers
+	used   int64       // bytes of buffers in use
 	dev    rdma.Device // nil: none at present
 	pd     rdma.PD
-	name   string               // of the device, or of the last one
-	queues map[*nsQueue]rdma.PD // open queues, and where their buffers are registered
-	old    []rdma.PD            // of devices that are used no more, with something in them
+	name   string               // name of the device, or of the last one
+	queues map[*nsQueue]rdma.PD // open queues, with the domain in which their buffers are registered
+	old    []rdma.PD            // domains of earlier devices that still have something in them
 }
 
-// use makes dev the device. With move it may be another than before, and no
-// queue pair of any lane may exist.
+// use makes dev the device. If move is true, dev may differ from the present device, and
+// no queue pair of any lane may exist.
 func (m *memory) use(dev rdma.Device, move bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -45,8 +45,8 @@ func (m *memory) use(dev rdma.Device, move bool) error {
 	return m.gather()
 }
 
-// gather moves the buffers that are not in the domain yet. What an earlier
-// attempt could not move is moved by a later one.
+// gather moves the buffers of other domains to the present one. If it fails, a later call
+// moves the rest.
 func (m *memory) gather() error {
 	for q, pd := range m.queues {
 		if pd == m.pd {
@@ -67,8 +67,8 @@ func (m *memory) gather() error {
 	return nil
 }
 
-// leave takes everything from the device, which goes away, or wants to. The
-// buffers are registered again on the next. No connection may be open.
+// leave releases everything on a device that is being removed. The buffers are
+// registered again on the next device. No connection may be open.
 func (m *memory) leave() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -86,25 +86,25 @@ func (m *memory) leave() error {
 	return errors.Join(errs...)
 }
 
-// domain is where connections and their memory belong.
+// domain returns the protection domain for connections and their memory.
 func (m *memory) domain() rdma.PD {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.pd
 }
 
-// device is the name of the device.
+// device returns the name of the device.
 func (m *memory) device() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.name
 }
 
-// MemoryError is a queue whose buffers would exceed Config.MaxMemory. Figures are in
-// bytes.
+// MemoryError means that the buffers of a queue would exceed Config.MaxMemory. All values
+// are in bytes.
 type MemoryError struct {
 	Want  int64 // for this queue
-	Used  int64 // by the queues that are open
+	Used  int64 // by the open queues
 	Limit int64
 }
 
@@ -112,7 +112,7 @@ func (e *MemoryError) Error() string {
 	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
 }
 
-// MemoryInfo is what the I/O buffers of a controller take, in bytes.
+// MemoryInfo is the size of the I/O buffers of a controller, in bytes.
 type MemoryInfo struct{ Used, Limit int64 }
 
 func (m *memory) info() MemoryInfo {
@@ -121,7 +121,7 @@ func (m *memory) info() MemoryInfo {
 	return MemoryInfo{m.used, m.limit}
 }
 
-// open registers the buffers of a queue, size bytes.
+// open registers size bytes of buffers for a queue.
 func (m *memory) open(q *nsQueue, size int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -144,7 +144,7 @@ func (m *memory) open(q *nsQueue, size int) error {
 	return nil
 }
 
-// shut gives the buffers of a queue back.
+// shut frees the buffers of a queue.
 func (m *memory) shut(q *nsQueue) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -156,7 +156,7 @@ func (m *memory) shut(q *nsQueue) error {
 	return q.mr.Close()
 }
 
-// close frees the domain; no connection and no queue may be open.
+// close frees the domain. No connection and no queue may be open.
 func (m *memory) close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -10,8 +10,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// nsQueue is a namespace on one lane: the block.Queue that a front end uses. All
-// of it is the lane's.
+// nsQueue is the block.Queue of a namespace on one lane. Only the lane uses its fields.
 type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
@@ -19,16 +18,16 @@ type nsQueue struct {
 	mr           rdma.MR
 	slab         []byte
 	base         uint64
-	rkey         uint32 // keys change with the device, between associations
+	rkey         uint32 // the keys change with the device, between associations
 	lkey         uint32
 	maxIO        int
 	requests     []request // by tag
 	done         fifo
-	refused      []block.Result // of tags that name no request
+	refused      []block.Result // results for tags that do not name a request
 }
 
-// OpenQueue implements block.Device. A queue that would exceed Config.MaxMemory
-// is refused with a *MemoryError.
+// OpenQueue implements block.Device. The error is a *MemoryError if the queue would
+// exceed Config.MaxMemory.
 func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	switch {
 	case i < 0 || i >= len(ns.ctrl.lanes):
@@ -58,7 +57,7 @@ func (q *nsQueue) Buffer(tag uint16) []byte {
 	return q.slab[at : at+q.maxIO : at+q.maxIO]
 }
 
-// addr is the address of a tag's buffer for the target and in an SGE.
+// addr returns the address of a tag's buffer, for the target and for an SGE.
 func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q.maxIO) }
 
 // Submit implements block.Queue.
@@ -112,8 +111,8 @@ func (q *nsQueue) Close() error {
 	return q.ns.ctrl.mem.shut(q)
 }
 
-// classOf is the queue class of a request: ublk passes no hint that an
-// application polls, so size decides what is polled.
+// classOf returns the queue class of a request. ublk does not tell whether an application
+// polls, so the size decides which requests are polled.
 func (c *Controller) classOf(io *block.Request) poller.Class {
 	switch io.Op {
 	case block.OpRead, block.OpWrite:

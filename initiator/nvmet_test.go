@@ -13,8 +13,8 @@ import (
 	"ublk-nvmeof/rdma/verbs"
 )
 
-// TestNvmet runs verified I/O against a real target over libibverbs. UN_TARGET
-// names it as ADDR:PORT,NQN; what is on its namespaces is overwritten.
+// TestNvmet runs verified I/O against a real target over libibverbs. UN_TARGET names it
+// as ADDR:PORT,NQN. The data on its namespaces is overwritten.
 func TestNvmet(t *testing.T) {
 	addr, nqn, ok := strings.Cut(os.Getenv("UN_TARGET"), ",")
 	if !ok {

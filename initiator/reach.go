@@ -9,14 +9,12 @@ import (
 	"time"
 )
 
-// maxAddresses bounds how many addresses of a target are tried for one
-// association.
+// maxAddresses is the largest number of addresses that are tried for one association.
 const maxAddresses = 8
 
-// reach makes the connection of an association's admin queue to the first
-// address of the target that accepts it. Each address gets its share of what is
-// left until the deadline of ctx, if there is one. The error names each address
-// if there are several.
+// reach connects an association's admin queue to the first address of the target that
+// accepts it. If ctx has a deadline, each address gets an equal share of the time that is
+// left. If there are several addresses, the error names each of them.
 func (c *Controller) reach(ctx context.Context, p queueParam) (*connection, netip.AddrPort, error) {
 	addresses, err := c.addresses(ctx)
 	if err != nil {
@@ -40,7 +38,8 @@ func (c *Controller) reach(ctx context.Context, p queueParam) (*connection, neti
 	return nil, netip.AddrPort{}, errors.Join(errs...)
 }
 
-// reachOne tries one address, of so many that are left to be tried.
+// reachOne tries one address. left is the number of addresses not yet tried, including
+// this one.
 func (c *Controller) reachOne(ctx context.Context, p queueParam, left int) (*connection, error) {
 	if deadline, ok := ctx.Deadline(); ok && left > 1 {
 		var cancel context.CancelFunc
@@ -57,11 +56,10 @@ func (c *Controller) reachOne(ctx context.Context, p queueParam, left int) (*con
 	return conn, nil
 }
 
-// addresses are those to try for the next association, in their order. The
-// address of the last association comes first. Until the target must have ended
-// that association's controller it is the only one: another address may be that
-// of another machine, which cannot report whether the controller still executes
-// commands.
+// addresses returns the addresses to try for the next association, in order. The address
+// of the last association comes first. It is the only one until the target must have
+// ended the controller of that association, because another address may belong to another
+// machine, which cannot report whether the controller still executes commands.
 func (c *Controller) addresses(ctx context.Context) ([]netip.AddrPort, error) {
 	c.mu.Lock()
 	last, recent := c.remote, time.Since(c.since) <= c.lastPatience

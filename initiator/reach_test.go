@@ -27,8 +27,8 @@ func resolveTo(texts ...string) func(context.Context) ([]netip.AddrPort, error) 
 	return func(context.Context) ([]netip.AddrPort, error) { return addrPorts(texts...), nil }
 }
 
-// A target of several addresses is connected to at the first one where it
-// listens, and again at that one.
+// A target with several addresses is reached at the first one where it listens, and again
+// at that one.
 func TestSeveralAddresses(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 4<<20)
@@ -72,7 +72,7 @@ func TestNoAddressAccepts(t *testing.T) {
 	}
 }
 
-// One silent address does not take all the time that there is.
+// One silent address does not use up all the time.
 func TestSilentAddressGetsItsShare(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20)
@@ -131,8 +131,8 @@ func TestAddressesForTheNextAssociation(t *testing.T) {
 	}
 }
 
-// TestFailure: while there is no association, Info has the reason of the loss and that of
-// the last attempt.
+// TestFailure checks that, while there is no association, Info has the reason of the loss
+// and the error of the last attempt.
 func TestFailure(t *testing.T) {
 	s := newLookSetup(t, nil)
 	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)

@@ -16,8 +16,8 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// TestPathStatus: statuses that blame the path to a namespace are bounded by time, not
-// by a number of tries, and other commands are not delayed by them.
+// TestPathStatus checks that retries after path errors are limited by time, not by
+// number, and do not delay other commands.
 func TestPathStatus(t *testing.T) {
 	for _, status := range []nvme.Status{nvme.StatusANATransition, nvme.StatusANAInaccessible, nvme.StatusANAPersistentLoss, nvme.StatusInternalPathError, nvme.StatusControllerPathError} {
 		t.Run(status.String(), func(t *testing.T) {
@@ -49,8 +49,8 @@ func TestPathStatus(t *testing.T) {
 	}
 }
 
-// TestPathStatusEnds: they fail when a request may not wait any more, and at once if the
-// target says that it will not do better.
+// TestPathStatusEnds checks that such requests fail when they may not wait any longer,
+// and at once if the target says that a retry is useless.
 func TestPathStatusEnds(t *testing.T) {
 	for name, c := range map[string]struct {
 		status nvme.Status
@@ -81,8 +81,8 @@ func TestPathStatusEnds(t *testing.T) {
 	}
 }
 
-// TestRetryDelay: a retry delay of almost two hours ends with the controller, and is no
-// longer than the I/O timeout.
+// TestRetryDelay checks that a retry delay of almost two hours ends with the controller,
+// and is limited to the I/O timeout.
 func TestRetryDelay(t *testing.T) {
 	const delayed = nvme.StatusInternal | 1<<11 // CRD 1
 	newSetup := func(t *testing.T, failures int32, set func(*Config)) *lookSetup {
@@ -155,8 +155,8 @@ func poisonSetup(t *testing.T, set func(*Config)) *lookSetup {
 	return s
 }
 
-// TestPoison: a request with which the connection ends each time fails, after a bounded
-// number of associations. Others do not.
+// TestPoison checks that a request that ends the connection each time fails after a
+// limited number of associations, and that other requests do not fail.
 func TestPoison(t *testing.T) {
 	s := poisonSetup(t, func(cfg *Config) { cfg.IOTimeout = 500 * time.Millisecond })
 	ns := s.ctrl.Namespaces()[0]
@@ -178,8 +178,8 @@ func TestPoison(t *testing.T) {
 	}
 }
 
-// TestPoisonWithLimits: a client that repeats such a request takes nothing from the others,
-// even if the loss times are short.
+// TestPoisonWithLimits checks that a client that repeats such a request does not harm the
+// others, even if the loss times are short.
 func TestPoisonWithLimits(t *testing.T) {
 	s := poisonSetup(t, func(cfg *Config) {
 		cfg.ReconnectDelay, cfg.FastIOFail, cfg.CtrlLoss = time.Second, 1500*time.Millisecond, 2*time.Second
@@ -209,8 +209,8 @@ func TestPoisonWithLimits(t *testing.T) {
 	waitFor(t, "the association", func() bool { return s.ctrl.Info().State == StateLive })
 }
 
-// TestHandedOverTimeout: a command that another loop's queue pair carries is looked after,
-// whatever that loop's own front end does.
+// TestHandedOverTimeout checks that a command on the queue pair of another loop times
+// out, whatever the front end of that loop does.
 func TestHandedOverTimeout(t *testing.T) {
 	var silent atomic.Bool
 	fabric := rdmatest.NewFabric()
@@ -242,8 +242,8 @@ func TestHandedOverTimeout(t *testing.T) {
 	}
 }
 
-// TestSeam: whatever is asked of a queue, it answers with a result for each request, and
-// sends nothing that the target would have to refuse.
+// TestSeam checks that a queue returns a result for each request, whatever the request
+// is, and sends nothing that the target would have to refuse.
 func TestSeam(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.blocks = 1 << 40 })
 	ns := s.ctrl.Namespaces()[0]
@@ -274,7 +274,7 @@ func TestSeam(t *testing.T) {
 		t.Errorf("the target saw %v", s.target.commands)
 	}
 
-	// A tag that is in flight.
+	// A tag that is in flight
 	results := make([]block.Result, 4)
 	n := 0
 	s.loops[0].Call(func() {
@@ -291,7 +291,7 @@ func TestSeam(t *testing.T) {
 	})
 }
 
-// TestLongZeroes: write zeroes of any length, beyond the 16 bits that a command has.
+// TestLongZeroes checks write zeroes of any length, beyond the 16 bits of a command.
 func TestLongZeroes(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, _ *Config) {
 		f.blocks, f.record = 1<<40, true
@@ -321,8 +321,9 @@ func TestLongZeroes(t *testing.T) {
 	}
 }
 
-// TestStarvedQueuePair: requests that wait for a slot while every free one waits for the
-// completion of its SEND keep the loop awake, because that completion makes no event.
+// TestStarvedQueuePair checks that the loop stays awake if requests wait for a slot while
+// every free slot waits for the completion of its SEND, because that completion causes no
+// event.
 func TestStarvedQueuePair(t *testing.T) {
 	fabric := rdmatest.NewFabric()
 	newFakeTarget(t, fabric, 1<<20).inCapsule = 0
@@ -333,7 +334,7 @@ func TestStarvedQueuePair(t *testing.T) {
 	defer closeController(t, c)
 	err := loops[0].Call(func() {
 		p := c.lanes[0].pairs[0]
-		// Every slot but the oldest is answered, and no SEND is complete.
+		// Every slot except the oldest is answered, and no SEND has completed.
 		for {
 			slot, _, ok := p.sq.Get()
 			if !ok {

@@ -22,8 +22,8 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// wire is a target of package target over a real network: RoCEv2 on the
-// loopback, on an address of its own.
+// wire is a target of package target over a real network: RoCEv2 on the loopback
+// interface, on its own address.
 type wire struct {
 	host   *roce.Provider
 	target *target.Target
@@ -33,15 +33,15 @@ type wire struct {
 
 var wires atomic.Uint32
 
-// wireAddr is an address that nobody has: not this process, nor those that test
-// at the same time.
+// wireAddr returns an address that no other user has, in this process or in one that
+// tests at the same time.
 func wireAddr() netip.Addr {
 	pid := os.Getpid()
 	return netip.AddrFrom4([4]byte{127, byte(1 + pid>>8&0x7f), byte(pid), byte(1 + wires.Add(1)%250)})
 }
 
-// newWire starts a target with one namespace. Everything is closed at the end
-// of the test, by when hosts have left.
+// newWire starts a target with one namespace. Everything is closed at the end of the
+// test, after the hosts.
 func newWire(t testing.TB, cfg target.Config, ns target.NamespaceConfig) *wire {
 	t.Helper()
 	w := &wire{}
@@ -121,8 +121,8 @@ func (r *reader) Poll() int {
 
 func (r *reader) Arm() poller.Readiness { return poller.Sleep }
 
-// BenchmarkRoCE reads from a target in the same process. With two loops there
-// are as many as GOMAXPROCS on a small machine.
+// BenchmarkRoCE reads from a target in the same process. With two loops, there are as
+// many loops as GOMAXPROCS on a small machine.
 func BenchmarkRoCE(b *testing.B) {
 	for _, s := range []struct {
 		name               string
@@ -179,8 +179,8 @@ func BenchmarkRoCE(b *testing.B) {
 	}
 }
 
-// cpuTime is what the process has used. It is steadier than the clock on a
-// machine with other work.
+// cpuTime returns the CPU time of the process. It is steadier than the clock on a machine
+// with other work.
 func cpuTime(b *testing.B) time.Duration {
 	var u unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
@@ -216,7 +216,7 @@ func TestRoCESplits(t *testing.T) {
 	}
 }
 
-// TestRoCEShapes are targets of other shapes.
+// TestRoCEShapes runs verified I/O on targets with other properties.
 func TestRoCEShapes(t *testing.T) {
 	for name, c := range map[string]struct {
 		cfg    target.Config
@@ -243,8 +243,8 @@ func TestRoCEShapes(t *testing.T) {
 	}
 }
 
-// TestRoCERegrant drops the connection with I/O under way and grants something
-// else each time, and nothing in between. No request fails.
+// TestRoCERegrant drops the connection while I/O is in flight, and changes the grant each
+// time, also to no queues. No request fails.
 func TestRoCERegrant(t *testing.T) {
 	q := poller.Request{IO: 2, Write: 1, Poll: 1}.Clip(runtime.NumCPU())
 	w := newWire(t, target.Config{}, target.NamespaceConfig{})
@@ -271,8 +271,8 @@ func TestRoCERegrant(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestRoCEMisbehaviour: whatever the target does to a completion or a command,
-// the controller says what it was and begins anew, and no byte is wrong.
+// TestRoCEMisbehaviour checks that the controller names the fault and reconnects,
+// whatever the target does to a completion or a command, and that no byte is wrong.
 func TestRoCEMisbehaviour(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault target.Fault
@@ -306,7 +306,7 @@ func TestRoCEMisbehaviour(t *testing.T) {
 	}
 }
 
-// TestRoCEStatus: errors of commands are retried, unless the target forbids it.
+// TestRoCEStatus checks that failed commands are retried, unless the target forbids it.
 func TestRoCEStatus(t *testing.T) {
 	w := newWire(t, target.Config{}, target.NamespaceConfig{})
 	loops := newLoops(t, 1)
@@ -335,8 +335,8 @@ func TestRoCEStatus(t *testing.T) {
 	closeController(t, c)
 }
 
-// silences are faults that leave one admin or Connect command of connecting
-// without answer, each in another step.
+// silences are faults that leave one admin or Connect command without an answer, each in
+// another step of connecting.
 func silences() map[string]target.Fault {
 	all := map[string]target.Fault{}
 	add := func(name string, admin bool, op nvme.Opcode, skip int) {
@@ -353,8 +353,8 @@ func silences() map[string]target.Fault {
 	return all
 }
 
-// TestRoCESilence: a target that falls silent in any step of connecting is
-// waited for as long as that step may take, and named.
+// TestRoCESilence checks that Connect waits for a target that falls silent in any step as
+// long as that step may take, and that the error names the step.
 func TestRoCESilence(t *testing.T) {
 	for name, fault := range silences() {
 		t.Run(name, func(t *testing.T) {
@@ -370,7 +370,8 @@ func TestRoCESilence(t *testing.T) {
 			var step *StepError
 			switch {
 			case err == nil:
-				// One that has no command so late, or whose loss does not matter.
+				// A step without so late a command, or whose loss does
+				// not matter
 				t.Log("connected all the same")
 				closeController(t, c)
 			case !errors.As(err, &step) || !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil:
@@ -380,8 +381,8 @@ func TestRoCESilence(t *testing.T) {
 	}
 }
 
-// TestRoCEGarbage: identify data and log pages that are noise are refused, or
-// taken for what they say, but nothing more comes of them.
+// TestRoCEGarbage checks that random identify data and log pages are refused or
+// interpreted, without further harm.
 func TestRoCEGarbage(t *testing.T) {
 	setUp := func(t *testing.T) (*wire, Config, func(op nvme.Opcode, skip int)) {
 		w := newWire(t, target.Config{}, target.NamespaceConfig{})
@@ -406,7 +407,8 @@ func TestRoCEGarbage(t *testing.T) {
 				}
 				closeController(t, c)
 			}
-			// A list of namespaces that is noise is refused, too, unless it is empty.
+			// A random list of namespaces is refused, too, unless it is
+			// empty.
 			if skip == 0 && refused < 10 {
 				t.Errorf("%d of 10 were refused with a noisy controller", refused)
 			}
@@ -439,8 +441,8 @@ func TestRoCEGarbage(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestRoCESilentReconnect: the same while connecting again. An attempt fails,
-// the next one succeeds, and the requests that waited are right.
+// TestRoCESilentReconnect checks the same during a reconnect. One attempt fails, the next
+// one succeeds, and the data of the waiting requests is right.
 func TestRoCESilentReconnect(t *testing.T) {
 	w := newWire(t, target.Config{}, target.NamespaceConfig{})
 	loops := newLoops(t, 1)
@@ -454,7 +456,7 @@ func TestRoCESilentReconnect(t *testing.T) {
 		f.run(50)
 		waitFor(t, "the association after "+name, func() bool { return c.Info().State == StateLive })
 	}
-	// Nothing at all is answered, for a while.
+	// Nothing is answered for a while.
 	w.target.Faults().Stall(true)
 	w.target.Faults().Disconnect(-1)
 	f.start(50)
@@ -467,7 +469,7 @@ func TestRoCESilentReconnect(t *testing.T) {
 	closeController(t, c)
 }
 
-// TestRoCERefusals: what the target says is what Connect says.
+// TestRoCERefusals checks that the error of Connect has the target's reason.
 func TestRoCERefusals(t *testing.T) {
 	w := newWire(t, target.Config{}, target.NamespaceConfig{})
 	loops := newLoops(t, 1)
@@ -504,7 +506,7 @@ func TestRoCERefusals(t *testing.T) {
 	}
 }
 
-// slowStore holds its first write until late is closed. It says when that begins.
+// slowStore holds its first write until late is closed, and reports its beginning.
 type slowStore struct {
 	target.Store
 	first       atomic.Bool
@@ -519,8 +521,8 @@ func (s *slowStore) WriteAt(b []byte, off int64) (int, error) {
 	return s.Store.WriteAt(b, off)
 }
 
-// TestOldWriteOfTarget is TestOldWrite with the real target: it ends a controller when
-// its writes have left the store.
+// TestOldWriteOfTarget is TestOldWrite with the real target, which ends a controller when
+// the store has completed the controller's writes.
 func TestOldWriteOfTarget(t *testing.T) {
 	store := &slowStore{Store: target.NewRAM(1 << 20), began: make(chan struct{}), late: make(chan struct{})}
 	w := newWire(t, target.Config{}, target.NamespaceConfig{Store: store})

@@ -12,8 +12,8 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// TestChaos has many clients send requests of all kinds without waiting, read some of
-// the replies, and go away at any moment, while the device fails some requests and its
+// TestChaos makes many clients send requests of all kinds without waiting, read some of
+// the replies, and disconnect at any moment, while the device fails some requests and its
 // limits change. The server's clean-up checks that no tag, task or lock is left.
 func TestChaos(t *testing.T) {
 	for name, g := range map[string]block.Geometry{
@@ -44,7 +44,7 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// unruly is the life of a client that keeps to no rule but the protocol's.
+// unruly runs a client that keeps to no rules except those of the protocol.
 func unruly(t *testing.T, path string, r *rand.Rand) {
 	c := connect(t, path, "", r.IntN(2) == 0)
 	defer c.Close()

@@ -21,7 +21,7 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// patience bounds every step; nothing comes near it.
+// patience limits every step. No step comes near it.
 const patience = 60 * time.Second
 
 func testContext(t testing.TB) context.Context {
@@ -64,8 +64,8 @@ func newRAM(t testing.TB, g block.Geometry) *ram.Device {
 	return dev
 }
 
-// newServer serves cfg on two loops and a unix socket, whose path it returns, and
-// checks in the end that nothing is left.
+// newServer serves cfg on two loops and a unix socket, whose path it returns. At the end
+// of the test it checks that nothing is left.
 func newServer(t testing.TB, cfg Config) (s *Server, path string) {
 	t.Helper()
 	if cfg.Loops == nil {
@@ -117,7 +117,7 @@ func checkLeft(t testing.TB, e *export) {
 	}
 }
 
-// client speaks the protocol as a test wants it, right or wrong.
+// client speaks the protocol as a test requires, right or wrong.
 type client struct {
 	t testing.TB
 	net.Conn
@@ -152,7 +152,7 @@ func (c *client) read(n int) []byte {
 	return b
 }
 
-// closed checks that the server hung up, after nothing more.
+// closed checks that the server has hung up without sending anything else.
 func (c *client) closed() {
 	c.t.Helper()
 	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil || os.IsTimeout(err) {
@@ -208,7 +208,7 @@ func infoData(name string, infos ...infoType) []byte {
 	return append(append(b, be(uint16(len(infos)))...), be(infos)...)
 }
 
-// connect goes through the negotiation.
+// connect performs the negotiation.
 func connect(t testing.TB, path, export string, structured bool, asked ...infoType) *client {
 	t.Helper()
 	c := dial(t, path)
@@ -282,7 +282,7 @@ func (c *client) chunks(r request) (data []byte, err code) {
 	}
 }
 
-// tool is the path of a client program that the test needs.
+// tool returns the path of a client program that the test needs.
 func tool(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)

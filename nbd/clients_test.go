@@ -16,7 +16,7 @@ import (
 	"ublk-nvmeof/internal/testenv"
 )
 
-// These tests let other people's clients in.
+// These tests use the clients of other projects.
 
 func randomFile(t testing.TB, size int) (path string, data []byte) {
 	t.Helper()
@@ -92,7 +92,7 @@ func TestFio(t *testing.T) {
 	}
 }
 
-// TestLibnbd asks for everything by the library behind nbdsh, in Debian's Python.
+// TestLibnbd uses everything with the library behind nbdsh, in Debian's Python.
 func TestLibnbd(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t)})
 	t.Setenv("SOCKET", path)
@@ -103,7 +103,7 @@ func TestLibnbd(t *testing.T) {
 	run(t, python, "testdata/options.py")
 }
 
-// TestClientTLS has libnbd, which uses GnuTLS, copy through TLS on a TCP socket.
+// TestClientTLS makes libnbd, which uses GnuTLS, copy through TLS on a TCP socket.
 func TestClientTLS(t *testing.T) {
 	dir := t.TempDir()
 	server, _ := testTLS(t)

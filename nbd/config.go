@@ -16,8 +16,8 @@ import (
 
 // Export is a block device under a name.
 type Export struct {
-	// Name is what clients ask for, at most 4096 bytes; the first export is also
-	// the one with the empty name.
+	// Name is the name that clients ask for, at most 4096 bytes. The first export is
+	// also the export with the empty name.
 	Name string
 	// Description is free text for people, at most 4096 bytes.
 	Description string
@@ -35,43 +35,43 @@ type Config struct {
 	// Loops serve the connections. Loop i opens queue i of every export's device. The
 	// loops must run until Stop has returned.
 	Loops []*poller.Loop
-	// Depth is the number of buffers of an export on each loop, 16..4096; 0 is
+	// Depth is the number of buffers of an export on each loop, 16..4096. Zero means
 	// 128. A connection may use three quarters of them; see Fairness in the package
 	// documentation.
 	Depth int
-	// MaxIO is the size of a buffer in bytes, at least a page; 0 is 256 KiB. It is
-	// clamped to the geometry's MaxIO and rounded down to pages, but is at least two
-	// logical blocks. The back end allocates Loops × Depth × MaxIO for each export.
-	// Larger requests are served in pieces.
+	// MaxIO is the size of a buffer in bytes, at least one page. Zero means 256 KiB.
+	// It is limited to the geometry's MaxIO and rounded down to pages, but is at
+	// least two logical blocks. The back end allocates Loops × Depth × MaxIO for each
+	// export. Larger requests are served in pieces.
 	MaxIO int
-	// TLS lets clients ask for TLS; nil refuses that. With RequireTLS a client must
-	// ask for TLS.
-	// ConnectionState.VerifiedChains of its client certificates is known to its own
-	// VerifyConnection only.
+	// TLS is the configuration for clients that ask for TLS. If it is nil, the server
+	// refuses TLS. With RequireTLS, a client must ask for TLS. Only TLS.VerifyConnection
+	// gets the ConnectionState.VerifiedChains of client certificates.
 	TLS        *tls.Config
 	RequireTLS bool
-	// HandshakeTimeout is the time within which a client must choose an export; 0 is a
-	// minute.
+	// HandshakeTimeout is the time within which a client must choose an export. Zero
+	// means one minute.
 	HandshakeTimeout time.Duration
-	// StallTimeout bounds how long a client may stand still that has replies to read,
-	// or has announced the data of a write. If less than 64 KiB, and less than all,
-	// is transferred in that time, the client is disconnected. A quarter of the time
-	// is enough while another connection can do nothing because there is no free
-	// buffer. At least 8 ms; 0 is 30 seconds. The kernel's client (Start) is never
-	// disconnected for that.
+	// StallTimeout limits the time for which a client may stall while it has replies
+	// to read, or after it has announced the data of a write. If it transfers less
+	// than 64 KiB in that time, and not all, it is disconnected. A quarter of the
+	// time applies while another connection is blocked because no buffer is free. At
+	// least 8 ms. Zero means 30 s. The kernel's client (Start) is never disconnected
+	// for this reason.
 	StallTimeout time.Duration
-	// MaxConns is the largest number of clients in the transmission phase; 0 is 1024.
-	// Clients of one source get at most three quarters of these places. A source is a
-	// client certificate; without one, an IP address or a local user. Further clients
-	// are refused, unless an idle one gives way; see Fairness in the package
-	// documentation. A client takes about 100 KiB of memory.
+	// MaxConns is the largest number of clients in the transmission phase. Zero means
+	// 1024. Clients of one source get at most three quarters of these places. A
+	// source is a client certificate, or, without one, an IP address or a local user.
+	// Further clients are refused, unless an idle one gives way; see Fairness in the
+	// package documentation. A client takes about 100 KiB of memory.
 	MaxConns int
-	// MaxHandshakes is the largest number of clients that negotiate at the same time;
-	// 0 is 256. When another one connects, the server disconnects one of the source that
-	// has most of them: of those without TLS the one that has negotiated longest, or else
-	// of all. A client takes up to 200 KiB of memory.
+	// MaxHandshakes is the largest number of clients that negotiate at the same time.
+	// Zero means 256. When another client connects, the server disconnects a client
+	// of the source with the most negotiating clients: of those without TLS the one
+	// that has negotiated longest, or, if all use TLS, of all of them. A client takes
+	// up to 200 KiB of memory.
 	MaxHandshakes int
-	// Log receives changes of state; nil discards them.
+	// Log receives changes of state. Nothing is logged if it is nil.
 	Log *slog.Logger
 }
 
@@ -85,17 +85,17 @@ const (
 	defaultStall     = 30 * time.Second
 	defaultMaxConns  = 1024
 	defaultMaxShakes = 256
-	maxName          = 4096 // proto.md: the longest string
-	// largestRequest is the largest read or write that a client may send which does
-	// not know the server's limit. leastRequest is the least that a server should
-	// advertise (proto.md: maximum payload size).
+	maxName          = 4096 // the longest string in proto.md
+	// largestRequest is the largest read or write that a client may send if it does
+	// not know the server's limit. leastRequest is the least limit that a server
+	// should advertise (proto.md: maximum payload size).
 	largestRequest = 32 << 20
 	leastRequest   = 1 << 20
-	// maxSize is the largest export, in bytes: offsets are signed in most clients.
+	// maxSize is the largest export, in bytes. Offsets are signed in most clients.
 	maxSize = 1<<63 - 1
 )
 
-// setDefaults checks the configuration and completes it.
+// setDefaults fills in defaults and checks the configuration.
 func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -132,7 +132,7 @@ func (c *Config) setDefaults() error {
 	case c.MaxConns < 1 || c.MaxHandshakes < 1:
 		return fmt.Errorf("MaxConns %d or MaxHandshakes %d is below 1", c.MaxConns, c.MaxHandshakes)
 	case c.RequireTLS && c.TLS == nil:
-		return errors.New("TLS is required, and not configured")
+		return errors.New("TLS is required but not configured")
 	}
 	if c.TLS != nil {
 		c.TLS = askAnyCertificate(c.TLS)
@@ -140,14 +140,14 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
-// check says what is wrong with an export.
+// check checks the fields of an export.
 func (e *Export) check() error {
 	if e.Device == nil {
 		return errors.New("it has no device")
 	}
 	for _, text := range []string{e.Name, e.Description} {
 		if len(text) > maxName || !utf8.ValidString(text) || strings.ContainsRune(text, 0) {
-			return fmt.Errorf("its name or description is longer than %d bytes, or no UTF-8, or has a NUL", maxName)
+			return fmt.Errorf("its name or description is longer than %d bytes, is not UTF-8, or contains a NUL", maxName)
 		}
 	}
 	g := e.Device.Geometry()
@@ -157,7 +157,7 @@ func (e *Export) check() error {
 	return g.Validate()
 }
 
-// offer describes an export to one client, as of the moment when the client asks.
+// offer describes an export at the moment when a client asks for it.
 type offer struct {
 	export     *export
 	size       uint64 // bytes
@@ -165,7 +165,7 @@ type offer struct {
 	minBlock   uint32
 	preferred  uint32
 	maxRequest uint32
-	structured bool // the client takes structured replies
+	structured bool // the client accepts structured replies
 	aligned    bool // the client knows minBlock
 }
 
@@ -195,12 +195,12 @@ func (e *export) offer(structured bool) offer {
 	return o
 }
 
-// atOnce is the largest read, in bytes, that a connection has enough tags for at the
-// same time, at most largestRequest.
+// atOnce returns the size in bytes of the largest read for which a connection can hold
+// all tags at once. It is at most largestRequest.
 func (e *export) atOnce() uint32 {
 	b := boundsOf(e.geometry(), e.buffer)
 	most := uint64(b.buffer) * uint64(e.share)
-	if b.chunk > 0 { // every boundary may cost a tag more
+	if b.chunk > 0 { // every boundary may cost one more tag
 		most = min(uint64(b.buffer), b.chunk) * uint64(e.share-2) / 2
 	}
 	return max(uint32(min(most, largestRequest))&^(b.block-1), b.block)

@@ -13,17 +13,18 @@ import (
 )
 
 const (
-	// inputSize is how much is received before it is known where it belongs. It holds
-	// several small requests, and so little of a large one that the copy does not
-	// matter.
+	// inputSize is the number of bytes that are received before their destination is
+	// known. It is enough for several small requests, and so small that copying the
+	// beginning of a large request does not matter.
 	inputSize = 32 << 10
-	// maxTasks is the number of requests of a connection that are carried out at the
+	// maxTasks is the number of requests of a connection that are executed at the
 	// same time. The kernel's client sends 128. Further requests are read later.
 	maxTasks = 256
 	// sendBuffer is the size of a unix socket's send buffer in bytes.
 	sendBuffer = 1 << 20
-	// maxSkip bounds the data of a refused write that is read and dropped. A client that
-	// announces more is disconnected. No honest client sends more than largestRequest.
+	// maxSkip limits the data of a refused write that is read and dropped. A client
+	// that announces more is disconnected. No honest client sends more than
+	// largestRequest.
 	maxSkip = 2 * largestRequest
 )
 
@@ -32,19 +33,19 @@ type phase uint8
 
 const (
 	phaseNew      phase = iota // not on a loop yet
-	phaseServing               // requests are taken
-	phaseDraining              // no more requests are taken; those that were begun are answered
-	phaseBroken                // nothing is sent any more; it ends with what the back end has of it
+	phaseServing               // requests are accepted
+	phaseDraining              // no more requests are accepted; those that were begun are answered
+	phaseBroken                // nothing is sent any more; the connection ends when the back end has returned its tags
 	phaseClosed                // done is closed
 )
 
-// wait is what the next request, or the rest of the current one, waits for.
+// wait is the reason why the next request, or the rest of the current one, waits.
 type wait uint8
 
 const (
 	waitNone  wait = iota
 	waitTask       // a free task of this connection
-	waitShare      // tags that this connection holds: it has its share
+	waitShare      // tags that this connection holds itself, because it has its share
 	waitTags       // any free tags: the connection is in shard.waiting
 )
 
@@ -69,45 +70,45 @@ type conn struct {
 	fd     int
 	offer  offer
 	phase  phase
-	err    error // why it ended; nil if the client has left in order
+	err    error // why the connection ended; nil if the client has disconnected in order
 	done   chan struct{}
 
 	admitted bool // see Server.admit; guarded by the server's mu
 
-	// Receiving. The next bytes are data to skip, or data of the current write, or a
+	// Receiving. The next bytes are data to skip, data of the current write, or a
 	// header.
 	input    []byte
 	from, to int // the part of input that is not parsed yet
 	incoming *uring.Message
 	recv     operation
 	skip     uint32
-	filling  uint16 // tag that data is received into, or none
-	filled   uint32 // bytes of data that it has
+	filling  uint16 // tag whose buffer receives data, or none
+	filled   uint32 // number of bytes of data in that buffer
 
 	// Requests.
 	requests      uint64 // number of those begun
 	current       *task  // write that lacks data, or read that lacks tags
 	freeTasks     *task
 	tasks         int // number of tasks in use
-	held          int // number of tags
+	held          int // number of tags that the connection holds
 	wait          wait
-	want          int   // number of tags that it waits for
+	want          int   // number of tags for which it waits
 	before, after *conn // in shard.waiting
 
 	// Sending.
-	replies  taskList // due, not sent yet
+	replies  taskList // due replies that were not sent yet
 	outgoing *uring.Message
 	send     operation
 	listed   bool     // in worker.due
-	tags     []uint16 // their data is in outgoing
-	answered []*task  // their replies end in outgoing
+	tags     []uint16 // tags whose data is in outgoing
+	answered []*task  // tasks whose replies end in outgoing
 
-	patience int // number of ticks that the client may stand still; 0 is for ever
+	patience int // number of ticks for which the client may stall; 0: no limit
 	progress [2]progress
 }
 
 // newConn makes a connection over a stream socket, which must not be O_NONBLOCK. The
-// caller closes the socket after done. Any goroutine.
+// caller closes the socket after done. Any goroutine may call newConn.
 func newConn(fd int, o offer) (*conn, error) {
 	input, err := hostmem.Map(inputSize)
 	if err != nil {
@@ -133,15 +134,15 @@ func widen(fd int) {
 		return
 	}
 	for _, option := range []int{unix.SO_SNDBUF, unix.SO_SNDBUFFORCE} {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, sendBuffer) // forcing needs CAP_NET_ADMIN; the rest is clipped
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, sendBuffer) // the FORCE option needs CAP_NET_ADMIN; the kernel limits the other
 	}
 }
 
-// unmap gives the connection's memory back, after done. Any goroutine.
+// unmap frees the connection's memory. It is called after done, from any goroutine.
 func (c *conn) unmap() error { return hostmem.Unmap(c.input) }
 
-// parse handles as much of the input as it can, and asks for more. It may be called at any
-// time.
+// parse handles as much of the input as possible, and receives more. It may be called at
+// any time.
 func (c *conn) parse() {
 	for c.wait == waitNone {
 		t := c.current
@@ -180,14 +181,14 @@ func (c *conn) skipData() bool {
 	return true
 }
 
-// receive starts to receive what comes next: data into the buffer of a tag, if one is
-// being filled, and then, unless another buffer follows, headers into the input.
+// receive starts to receive the next bytes. If a tag's buffer is being filled, data goes
+// there first. Unless another buffer follows, headers then go into the input.
 func (c *conn) receive() {
 	if c.recv != opIdle {
 		return
 	}
 	c.incoming.Reset()
-	more := uint64(0) // data of the write that belongs into further buffers
+	more := uint64(0) // data of the write that belongs in further buffers
 	if c.filling != none {
 		room := c.room()
 		c.incoming.Add(room)
@@ -195,7 +196,7 @@ func (c *conn) receive() {
 		c.worker.watch()
 	}
 	if more == 0 {
-		// What is left in the input is the beginning of a header.
+		// The rest of the input is the beginning of a header.
 		c.to = copy(c.input, c.input[c.from:c.to])
 		c.from = 0
 		c.incoming.Add(c.input[c.to:])
@@ -210,7 +211,7 @@ func (c *conn) data(dir uint64) uint64 {
 	return c.worker.base | uint64(c.slot)<<slotBits | dir
 }
 
-// received is the completion of receive.
+// received handles the completion of receive.
 func (c *conn) received(res int32) {
 	c.recv = opIdle
 	switch {
@@ -240,8 +241,8 @@ func (c *conn) received(res int32) {
 	c.parse()
 }
 
-// nextRequest starts the next request. It returns false if there is none yet, or if it has
-// to wait.
+// nextRequest starts the next request. It returns false if there is none yet, or if it
+// must wait.
 func (c *conn) nextRequest() bool {
 	have := c.input[c.from:c.to]
 	if len(have) < requestSize {
@@ -317,8 +318,8 @@ func (c *conn) begin(r request) bool {
 	return true
 }
 
-// beginSteps starts a flush, trim or write zeroes. A tag is free. Flushes are always passed
-// on: only the back end knows at each moment whether they are needed.
+// beginSteps starts a flush, trim or write zeroes. A tag is free. Flushes are always
+// passed on, because only the back end knows at each moment whether they are needed.
 func (c *conn) beginSteps(t *task, flags uint16) {
 	s := c.shard
 	switch fua := flags&cmdFlagFUA != 0; {
@@ -343,7 +344,7 @@ func (c *conn) beginSteps(t *task, flags uint16) {
 	}
 }
 
-// flagsOf are the flags that a request may have, by kind.
+// flagsOf holds the flags that a request may have, by kind.
 var flagsOf = [...]uint16{
 	cmdRead: cmdFlagFUA | cmdFlagDF, cmdWrite: cmdFlagFUA, cmdFlush: cmdFlagFUA,
 	cmdTrim: cmdFlagFUA, cmdZeroes: cmdFlagFUA | cmdFlagNoHole,
@@ -380,8 +381,8 @@ func (c *conn) check(r request) code {
 	return 0
 }
 
-// end stops taking requests. Those that were started are finished and answered, except a
-// write whose data has not all arrived.
+// end stops accepting requests. Requests that were started are finished and answered,
+// except a write whose data has not arrived completely.
 func (c *conn) end(err error) {
 	if c.phase != phaseServing {
 		return
@@ -394,19 +395,19 @@ func (c *conn) end(err error) {
 		c.dropWrite()
 		return
 	}
-	c.cancel(&c.recv, dirRecv) // until that has ended, the buffer is the kernel's
+	c.cancel(&c.recv, dirRecv) // until the operation has ended, the kernel may use the buffer
 }
 
 // stopWaiting ends a wait.
 func (c *conn) stopWaiting() {
 	if c.wait == waitTags {
 		c.shard.waiting.remove(c)
-		c.shard.freed = true // the next may go on now
+		c.shard.freed = true // the next connection may be able to continue
 	}
 	c.wait = waitNone
 }
 
-// dropWrite ends a write whose data has not all arrived.
+// dropWrite ends a write whose data has not arrived completely.
 func (c *conn) dropWrite() {
 	if t := c.current; t != nil && t.kind == cmdWrite {
 		c.giveUpWrite(t)
@@ -464,18 +465,18 @@ func (c *conn) settle() {
 	}
 }
 
-// progress tells how much a client transfers in one direction.
+// progress measures how much a client transfers in one direction.
 type progress struct {
 	moved uint64 // bytes
 	seen  uint64 // moved at tick 0
-	ticks int    // since the client has last moved leastProgress bytes
+	ticks int    // since the client has moved leastProgress bytes
 }
 
-// errStalled ends the connection of a client that stands still.
+// errStalled ends the connection of a client that stalls.
 var errStalled = errors.New("client neither reads its replies nor sends what it announced")
 
-// tick ends the connection if the client stands still. It returns true if there must be
-// another tick.
+// tick ends the connection if the client has stalled for too long. It returns true if
+// there must be another tick.
 func (c *conn) tick() (busy bool) {
 	patience := c.patience
 	if c.shard.starved {

@@ -20,20 +20,20 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// testDepth and testMaxIO are the server's of TestRequests, testMost what one of its
-// connections reads at once, and testSize the size of its exports.
+// testDepth and testMaxIO configure the server of TestRequests. testMost is the size of
+// the largest read that is not streamed there, and testSize the size of its exports.
 const (
 	testDepth, testMaxIO = 16, 16 << 10
 	testMost             = testDepth * 3 / 4 * testMaxIO
 	testSize             = 1 << 20
 )
 
-// inOneChunk is no error if the client takes structured replies, and else codeInval.
+// inOneChunk is 0 if the client accepts structured replies, and otherwise codeInval.
 const inOneChunk = ^code(0)
 
-// requests is all that can be asked for, right and wrong: of rw, which has blocks of
-// 1024 bytes, by aware, a client of it that knows the block size, of ro, which is
-// read-only, and of plain, which has no trim and write zeroes.
+// requests holds all kinds of requests, right and wrong. rw has blocks of 1024 bytes,
+// aware is a client of rw that knows the block size, ro is read-only, and plain has no
+// trim and write zeroes.
 var requests = []struct {
 	name   string
 	client string
@@ -80,8 +80,8 @@ var requests = []struct {
 	{"unknown kind", "rw", request{kind: 1000, length: 1024}, codeInval},
 }
 
-// TestRequests asks for everything, right and wrong, on one connection after the
-// other, which nothing of it may end.
+// TestRequests sends all requests, right and wrong, on one connection after the other. No
+// request may end a connection.
 func TestRequests(t *testing.T) {
 	s, path := newServer(t, Config{
 		Depth: testDepth, MaxIO: testMaxIO,
@@ -148,7 +148,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// TestBadRequest is what ends a connection.
+// TestBadRequest checks the requests that end a connection.
 func TestBadRequest(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t)})
 	t.Run("magic", func(t *testing.T) {
@@ -166,8 +166,8 @@ func TestBadRequest(t *testing.T) {
 	})
 }
 
-// TestData has several connections write and read all over a device at the same time,
-// in requests of all sizes, in pieces of all sizes.
+// TestData makes several connections write and read all over a device at the same time,
+// in requests and pieces of all sizes.
 func TestData(t *testing.T) {
 	for name, g := range map[string]block.Geometry{
 		"plain":  {Sectors: 16384},
@@ -214,7 +214,7 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 				c.t.Errorf("write: error %d", e)
 			}
 		}
-		// Reads may overlap: all at once.
+		// Reads may overlap, so all are sent at once.
 		type span struct{ at, length, left int }
 		spans := map[uint64]span{}
 		var reads []byte
@@ -252,7 +252,7 @@ func scribble(c *client, seed, from, size uint64, unit int) {
 	}
 }
 
-// gate is a device whose requests stay with it while it is shut.
+// gate is a device that holds its requests while it is shut.
 type gate struct {
 	block.Device
 	shut   atomic.Bool
@@ -299,7 +299,7 @@ func newGate(t testing.TB, g block.Geometry) *gate {
 	return &gate{Device: newRAM(t, g), loops: newLoops(t, 2)}
 }
 
-// await waits for a condition that another thread brings about.
+// await waits for a condition that another thread makes true.
 func await(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !cond(); {
@@ -310,8 +310,8 @@ func await(t testing.TB, what string, cond func() bool) {
 	}
 }
 
-// TestDisconnectMidRequest takes clients away at every stage of a request. The
-// server's own clean-up checks that no tag is lost.
+// TestDisconnectMidRequest disconnects clients at every stage of a request. The server's
+// own clean-up checks that no tag is lost.
 func TestDisconnectMidRequest(t *testing.T) {
 	g := newGate(t, block.Geometry{})
 	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, Depth: 16})
@@ -367,7 +367,7 @@ func TestDisconnectMidRequest(t *testing.T) {
 	})
 }
 
-// TestManyRequests sends more than there are tags, from more connections than one.
+// TestManyRequests sends more requests than there are tags, from several connections.
 func TestManyRequests(t *testing.T) {
 	g := newGate(t, block.Geometry{})
 	g.shut.Store(true)
@@ -398,7 +398,8 @@ func TestManyRequests(t *testing.T) {
 	readers.Wait()
 }
 
-// TestErrors passes errors of the back end on, in the protocol's numbers.
+// TestErrors checks that errors of the back end are passed on with the numbers of the
+// protocol.
 func TestErrors(t *testing.T) {
 	g := newGate(t, block.Geometry{VolatileCache: true})
 	_, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxIO: 4096})
@@ -423,7 +424,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestStop ends servers that have something to do.
+// TestStop ends servers that are busy.
 func TestStop(t *testing.T) {
 	t.Run("in use", func(t *testing.T) {
 		s, path := newServer(t, Config{Exports: twoExports(t)})
@@ -491,7 +492,7 @@ func TestStop(t *testing.T) {
 	})
 }
 
-// TestSpread has loops share the connections.
+// TestSpread checks that the loops share the connections.
 func TestSpread(t *testing.T) {
 	s, path := newServer(t, Config{Exports: twoExports(t)})
 	for range 4 {
@@ -500,7 +501,7 @@ func TestSpread(t *testing.T) {
 	await(t, "two connections on each loop", func() bool { return slices.Equal(s.Connections(), []int{2, 2}) })
 }
 
-// TestAddRemove changes what is offered while clients are there.
+// TestAddRemove changes the exports while clients are connected.
 func TestAddRemove(t *testing.T) {
 	s, path := newServer(t, Config{})
 	c := dial(t, path)
@@ -540,8 +541,8 @@ func TestAddRemove(t *testing.T) {
 	}
 }
 
-// TestRemoveWhileConnecting removes an export when a client of another is about to be
-// served by the same loop.
+// TestRemoveWhileConnecting removes an export while the same loop is about to serve a
+// client of another one.
 func TestRemoveWhileConnecting(t *testing.T) {
 	loops := newLoops(t, 1)
 	s, path := newServer(t, Config{Loops: loops, Exports: []Export{

@@ -19,56 +19,59 @@ import (
 	"ublk-nvmeof/internal/diskuse"
 )
 
-// Errors that callers tell apart, with errors.Is.
+// Errors for errors.Is
 var (
-	// ErrNoDriver: the kernel has no NBD client (is nbd loaded?).
+	// ErrNoDriver means that the kernel has no NBD client, because nbd is not loaded.
 	ErrNoDriver = errors.New("no NBD driver")
-	// ErrPermission: CAP_SYS_ADMIN is needed.
+	// ErrPermission means that the process lacks CAP_SYS_ADMIN.
 	ErrPermission = errors.New("no permission to use NBD devices")
-	// ErrTaken: the device with the wanted number is connected.
+	// ErrTaken means that a device with this number is connected.
 	ErrTaken = errors.New("NBD device number is taken")
-	// ErrNoDevice: the device does not exist, is not connected, or has another cookie.
+	// ErrNoDevice means that the device does not exist, is not connected, or has
+	// another cookie.
 	ErrNoDevice = errors.New("no such NBD device")
-	// ErrDisconnected: another process disconnected the device.
+	// ErrDisconnected means that another process disconnected the device.
 	ErrDisconnected = errors.New("NBD device was disconnected from outside")
 )
 
 const (
-	// noTimeout is in effect no timeout. If none is set, the kernel assumes after 30
-	// seconds without a reply that the connection is dead, and sends the request
-	// again on another.
+	// noTimeout is a timeout that never expires in practice. If none is set, the
+	// kernel assumes after 30 seconds without a reply that the connection is dead,
+	// and sends the request again on another.
 	noTimeout = 30 * 24 * time.Hour
-	// busyPatience is how long Stop waits for a short-lived opener, such as udev.
+	// busyPatience is the time that Stop waits for a short-lived opener, such as
+	// udev.
 	busyPatience = 500 * time.Millisecond
 	busyBackoff  = 20 * time.Millisecond
-	// maxConnections is what fits into a netlink message of 64 KiB, and more than the
-	// kernel has queues for.
+	// maxConnections fits into a netlink message of 64 KiB, and is larger than the
+	// number of the kernel's queues.
 	maxConnections = 1024
 )
 
-// DeviceConfig says which device the kernel makes of an export.
+// DeviceConfig configures the device that Start makes.
 type DeviceConfig struct {
-	// Index is the number N of /dev/nbdN; -1 lets the kernel choose a free one.
+	// Index is the number N of /dev/nbdN, or -1 for a free number of the kernel's
+	// choice.
 	Index int
 	// Export is the name of the export.
 	Export string
 	// Connections is the number of sockets between the kernel and the server,
-	// 1..1024; 0 is one for each loop.
+	// 1..1024. Zero means one for each loop.
 	Connections int
-	// Timeout is how long the kernel waits for a reply. Then it closes the connection
-	// and sends the request again on another. 0 waits for ever. It is rounded up to
-	// seconds.
-	Timeout time.Duration
-	// DeadConn is how long requests wait for a new connection after all connections
-	// are lost, for example because this process has ended. Then they fail. It is
+	// Timeout is the time that the kernel waits for a reply. Then it closes the
+	// connection and sends the request again on another. Zero means no limit. It is
 	// rounded up to seconds.
+	Timeout time.Duration
+	// DeadConn is the time that requests wait for a new connection after all
+	// connections are lost, for example because this process has ended. Then they
+	// fail. It is rounded up to seconds.
 	DeadConn time.Duration
-	// Log receives changes of state; nil is the server's log.
+	// Log receives changes of state. If it is nil, the server's log is used.
 	Log *slog.Logger
 }
 
 // Available returns nil if the kernel has an NBD client, ErrNoDriver if it has none, or
-// the error that prevented the question.
+// the error that prevented it from finding out.
 func Available() error {
 	g, err := openKernel()
 	if err != nil {
@@ -78,7 +81,7 @@ func Available() error {
 }
 
 // Device is a /dev/nbdN that a Server serves. Its methods may be called from any
-// goroutine but the loops'.
+// goroutine except those of the loops.
 type Device struct {
 	srv    *Server
 	cfg    DeviceConfig
@@ -86,22 +89,22 @@ type Device struct {
 	cookie uint64
 	log    *slog.Logger
 
-	reconfiguring sync.Mutex // one at a time; before mu
+	reconfiguring sync.Mutex // held during Reconfigure; taken before mu
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	offer offer      // its export does not change
-	live  int        // connections, and holds; see hold
+	live  int        // number of connections and holds; see hold
 	asked bool       // Stop was called
-	ended bool       // done is closed: it gets no more connections
+	ended bool       // done is closed, and no connection may be added
 
 	done chan struct{} // closed when live is 0
-	err  error         // why it ended, or why the last connection did; written before done is closed
+	err  error         // why the device ended, or why the last connection did; written before done is closed
 }
 
-// Start makes an export a block device. It needs CAP_SYS_ADMIN.
+// Start makes the kernel serve an export as a block device. It needs CAP_SYS_ADMIN.
 //
-// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrTaken, ctx' error, and what the
-// system says.
+// Errors (errors.Is): ErrNoDriver, ErrPermission, ErrTaken, the cause of ctx, and errors
+// of the system.
 func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 	e := s.find(cfg.Export)
 	if e == nil {
@@ -134,8 +137,8 @@ func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
 	return d, nil
 }
 
-// newCookie returns a random number that tells the device from later ones with the same
-// index.
+// newCookie returns a random number that distinguishes the device from later ones with
+// the same index.
 func newCookie() uint64 {
 	var b [8]byte
 	_, _ = rand.Read(b[:]) // it does not fail
@@ -146,8 +149,8 @@ func newCookie() uint64 {
 func backend(cookie uint64) string { return fmt.Sprintf("ublk-nvmeof-%016x", cookie) }
 
 func (d *Device) start(ctx context.Context) error {
-	// The kernel must send flushes even if the device has no volatile cache now: it
-	// may have one later.
+	// The kernel must send flushes even if the device has no volatile cache now,
+	// because it may have one later.
 	var attrs attributes
 	if d.cfg.Index >= 0 {
 		attrs = attrs.u32(attrIndex, uint32(d.cfg.Index))
@@ -170,8 +173,8 @@ func (d *Device) start(ctx context.Context) error {
 	return nil
 }
 
-// limit lowers the kernel's largest request to what a connection has tags for at the
-// same time. Larger requests work, too, but the only way to report an error in the
+// limit lowers the kernel's largest request to the size for which a connection can hold
+// all tags at once. Larger requests work, too, but the only way to report an error in the
 // middle of a large read would be to close the connection. The netlink interface has no
 // attribute for this limit, so it is set in sysfs.
 func (d *Device) limit() error {
@@ -189,15 +192,15 @@ func (d *Device) limit() error {
 	if have <= want {
 		return nil
 	}
-	// The kernel accepts nothing below a page.
+	// The kernel accepts no limit below a page.
 	want = max(want, uint64(os.Getpagesize()>>10))
 	return os.WriteFile(path, []byte(strconv.FormatUint(want, 10)), 0)
 }
 
-// connect gives the kernel n new connections by a command, and serves them.
+// connect passes n new connections to the kernel with a command, and serves them.
 func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int) (attributes, error) {
-	// The first connection may end at once. The hold keeps the device from ending with
-	// it.
+	// The first connection may end at once. The hold prevents the device from ending
+	// with it.
 	if err := d.hold(); err != nil {
 		return nil, err
 	}
@@ -218,11 +221,11 @@ func (d *Device) connect(ctx context.Context, cmd uint8, attrs attributes, n int
 			return nil, err
 		}
 	}
-	// The descriptors must be ours until the kernel has looked at them.
+	// The descriptors must stay open until the kernel has looked them up.
 	return kernelDo(context.WithoutCancel(ctx), cmd, attrs.sockets(theirs))
 }
 
-// serve begins a connection.
+// serve starts a connection.
 func (d *Device) serve(fd int) error {
 	s := d.srv
 	s.mu.Lock()
@@ -304,10 +307,12 @@ func (d *Device) Reconfigure(ctx context.Context, timeout, deadConn time.Duratio
 	return nil
 }
 
-// Resize makes the device as large as its export has become, in bytes.
+// Resize sets the size of the device in bytes, after its export has changed its size.
+// Errors are those of the kernel and the cause of ctx.
 func (d *Device) Resize(ctx context.Context, size uint64) error {
 	e := d.offer.export
-	// The connections have to know first: the kernel may use the new size at once.
+	// The connections must know the new size first, because the kernel may use it at
+	// once.
 	d.mu.Lock()
 	d.offer.size = size // for later connections
 	d.mu.Unlock()
@@ -349,20 +354,21 @@ func (d *Device) Stop(ctx context.Context, force bool) error {
 	}
 }
 
-// Index is the number N of /dev/nbdN.
+// Index returns the number N of /dev/nbdN.
 func (d *Device) Index() int { return d.index }
 
-// Cookie tells the device from earlier and later ones with the same number.
+// Cookie returns a number that distinguishes the device from earlier and later ones with
+// the same index.
 func (d *Device) Cookie() uint64 { return d.cookie }
 
-// Path is the block device's node.
+// Path returns the path of the block device, /dev/nbdN.
 func (d *Device) Path() string { return "/dev/" + disk(d.index) }
 
-// Done is closed when no connection is left.
+// Done returns a channel that is closed when no connection is left.
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// Err says why the device ended, once Done is closed: nil after Stop, else
-// ErrDisconnected.
+// Err returns why the device ended: nil after Stop, otherwise ErrDisconnected. It returns
+// nil until Done is closed.
 func (d *Device) Err() error {
 	select {
 	case <-d.done:
@@ -384,8 +390,8 @@ func (d *Device) InUse() error {
 
 func disk(index int) string { return "nbd" + strconv.Itoa(index) }
 
-// claim is diskuse.Claim, but it waits a moment for users that are about to close the
-// device.
+// claim is like diskuse.Claim, but waits for busyPatience for users that are about to
+// close the device.
 func claim(ctx context.Context, index int) (int, error) {
 	patience := time.After(busyPatience)
 	for {
@@ -405,7 +411,7 @@ func claim(ctx context.Context, index int) (int, error) {
 }
 
 // Connected reports whether /dev/nbdN is still the device that was started with this
-// cookie, whether its server is alive or not.
+// cookie. The server of the device need not be alive.
 func Connected(index int, cookie uint64) (bool, error) {
 	text, err := os.ReadFile("/sys/block/" + disk(index) + "/backend")
 	if errors.Is(err, os.ErrNotExist) {
@@ -417,9 +423,8 @@ func Connected(index int, cookie uint64) (bool, error) {
 	return strings.TrimSpace(string(text)) == backend(cookie), nil
 }
 
-// Disconnect ends a device that this process, or one that has died, has started. It
-// returns ErrNoDevice if /dev/nbdN is not the device with this cookie. For force see
-// Device.Stop.
+// Disconnect ends a device that this process or an earlier one has started. It returns
+// ErrNoDevice if /dev/nbdN is not the device with this cookie. For force see Device.Stop.
 func Disconnect(ctx context.Context, index int, cookie uint64, force bool) error {
 	if err := disconnect(ctx, index, cookie, force); err != nil {
 		return fmt.Errorf("disconnect /dev/%s: %w", disk(index), err)

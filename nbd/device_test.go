@@ -35,7 +35,7 @@ func requireKernel(t testing.TB) {
 	testenv.Need(t, "nbd", Available())
 }
 
-// startDevice makes a device, which is stopped by force in the end.
+// startDevice makes a device. It is stopped by force at the end of the test.
 func startDevice(t testing.TB, s *Server, cfg DeviceConfig) *Device {
 	t.Helper()
 	d, err := s.Start(testContext(t), cfg)
@@ -123,7 +123,7 @@ func TestKernelDevice(t *testing.T) {
 	stopDevice(t, d, false) // again
 }
 
-// TestKernelVerify writes and reads back at random over all connections.
+// TestKernelVerify writes at random over all connections, and reads the data back.
 func TestKernelVerify(t *testing.T) {
 	requireKernel(t)
 	s, _ := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}})
@@ -142,8 +142,8 @@ func TestKernelVerify(t *testing.T) {
 	}
 }
 
-// TestKernelLarge has the kernel send requests of the largest size that it takes, which
-// is much more than all buffers, and looks that it is told of less.
+// TestKernelLarge makes the kernel send its largest requests, which are much larger than
+// all buffers, and checks that the kernel was given a smaller limit.
 func TestKernelLarge(t *testing.T) {
 	requireKernel(t)
 	s, _ := newServer(t, Config{Depth: 16, MaxIO: 4096, Exports: []Export{{Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}}})
@@ -175,8 +175,8 @@ func TestKernelLarge(t *testing.T) {
 	}
 }
 
-// TestKernelFlush has the kernel flush, although the device had no volatile cache when
-// it was started.
+// TestKernelFlush checks that the kernel flushes although the device had no volatile
+// cache when it was started.
 func TestKernelFlush(t *testing.T) {
 	requireKernel(t)
 	dev := newShrinking(newRAM(t, block.Geometry{}))
@@ -189,7 +189,7 @@ func TestKernelFlush(t *testing.T) {
 	}
 }
 
-// TestKernelUnaligned has nbd-client connect the kernel to a socket, which it does with
+// TestKernelUnaligned makes nbd-client connect the kernel to a socket. nbd-client uses
 // sectors of 512 bytes, whatever the export's blocks are.
 func TestKernelUnaligned(t *testing.T) {
 	requireKernel(t)
@@ -217,8 +217,8 @@ func TestKernelUnaligned(t *testing.T) {
 	}
 }
 
-// TestReconfigure loses connections, one and then the rest, and makes new ones. The
-// kernel sends what was lost with them again.
+// TestReconfigure loses one connection and then the others, and makes new ones. The
+// kernel sends the lost requests again.
 func TestReconfigure(t *testing.T) {
 	requireKernel(t)
 	s, _ := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}})
@@ -272,8 +272,8 @@ func awaitService(t *testing.T, s *Server, n int) {
 	})
 }
 
-// TestDisconnected has somebody else take the device away, and then a dead server's
-// device.
+// TestDisconnected checks a device that another process disconnects, and then a device
+// whose server is dead.
 func TestDisconnected(t *testing.T) {
 	requireKernel(t)
 	s, _ := newServer(t, Config{Exports: twoExports(t)})

@@ -11,7 +11,8 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// geometry is the device's geometry now, but with the block size that it was added with.
+// geometry returns the present geometry of the device, with the block size of the time
+// when the export was added.
 func (e *export) geometry() block.Geometry {
 	g := e.Device.Geometry()
 	g.LogicalBlock = e.block
@@ -19,8 +20,8 @@ func (e *export) geometry() block.Geometry {
 	return g
 }
 
-// ErrExists says that there is an export of that name already. Another one can be added
-// after Remove of the first has returned nil.
+// ErrExists means that an export with this name exists. Another one can be added after
+// Remove has returned nil.
 var ErrExists = errors.New("NBD export exists")
 
 // export is an Export while it is served.
@@ -28,13 +29,13 @@ type export struct {
 	Export
 	block   uint32         // bytes of a logical block; does not change
 	buffer  int            // bytes of a tag's buffer
-	share   int            // tags that a connection may hold
+	share   int            // number of tags that a connection may hold
 	shards  []*shard       // by loop
-	removed bool           // it gets no more clients; guarded by Server.mu
-	ending  sync.WaitGroup // of connections in transmission
+	removed bool           // the export accepts no more clients; guarded by Server.mu
+	ending  sync.WaitGroup // the connections in the transmission phase
 }
 
-// Add offers another export. Errors are those of New, ErrStopped and ErrExists.
+// Add adds an export. Errors are those of New, ErrStopped and ErrExists.
 func (s *Server) Add(x Export) error {
 	if err := x.check(); err != nil {
 		return fmt.Errorf("export %q: %w", x.Name, err)
@@ -77,8 +78,8 @@ func (s *Server) pollers() []*poller.Loop {
 	return all
 }
 
-// closeShards gives an export's memory back. If a loop has ended with requests in flight,
-// the back end may still use their memory, so it is kept, and the error says so.
+// closeShards frees an export's memory. If a loop has ended with requests in flight, the
+// back end may still use their memory. The memory is then kept, and the error says so.
 func (s *Server) closeShards(e *export) error {
 	var errs []error
 	for i, sh := range e.shards {
@@ -154,7 +155,7 @@ func (s *Server) Users(name string) int {
 	return s.users(e)
 }
 
-// find is the export of a name, or nil.
+// find returns the export with a name, or nil.
 func (s *Server) find(name string) *export {
 	for _, e := range s.list() {
 		if e.Name == name || name == "" {
@@ -164,15 +165,15 @@ func (s *Server) find(name string) *export {
 	return nil
 }
 
-// list is all exports that clients can choose from.
+// list returns all exports that clients can choose.
 func (s *Server) list() []*export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(s.exports), func(e *export) bool { return e.removed })
 }
 
-// Snapshot returns the counters of an export, summed over all loops. Each loop's are as
-// of its last batch.
+// Snapshot returns the counters of an export, summed over all loops. The counters of each
+// loop are those of its last batch.
 func (s *Server) Snapshot(name string) Stats {
 	var total Stats
 	if e := s.find(name); e != nil {

@@ -17,9 +17,9 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// hogs are clients that take all that they can get and never give it back. Each of the
-// first kind asks for more replies than it may have, and reads none. Each of the second
-// announces a large write, and sends a part of it.
+// hogs are clients that take as much as they can and never return it. The first kind
+// requests more replies than it may have, and reads none. The second kind announces a
+// large write, and sends a part of it.
 func hogs(t testing.TB, path string, n int) (readers, writers []*client) {
 	t.Helper()
 	for range n {
@@ -37,7 +37,7 @@ func hogs(t testing.TB, path string, n int) (readers, writers []*client) {
 	return readers, writers
 }
 
-// exchange is what an honest client does.
+// exchange does the work of an honest client.
 func exchange(t testing.TB, c *client, structured bool) {
 	t.Helper()
 	data := randomBytes(1 << 20)
@@ -50,7 +50,8 @@ func exchange(t testing.TB, c *client, structured bool) {
 	c.write(5<<20+100, data[:1000])
 }
 
-// TestHogs serves others while clients keep what they have for as long as they like.
+// TestHogs checks that others are served while clients keep what they have for as long as
+// possible.
 func TestHogs(t *testing.T) {
 	for _, depth := range []int{16, 128} {
 		s, path := newServer(t, Config{
@@ -69,8 +70,9 @@ func TestHogs(t *testing.T) {
 	}
 }
 
-// TestPatientReads has reads of clients that are never disconnected, as the kernel's, wait
-// for each other instead of being streamed: the one that fails gets its error.
+// TestPatientReads checks that reads of clients that are never disconnected, such as the
+// kernel, wait for each other and are not streamed, so that the one that fails gets its
+// error.
 func TestPatientReads(t *testing.T) {
 	g := &gate{Device: &badBlock{Device: newRAM(t, block.Geometry{}), sector: 1000}, loops: newLoops(t, 1)}
 	g.shut.Store(true)
@@ -117,7 +119,8 @@ func TestPatientReads(t *testing.T) {
 	clients[1].do(request{kind: cmdFlush}, nil)
 }
 
-// TestManyHogs does not wait for the whole time when there is no tag left.
+// TestManyHogs checks that the server does not wait for the whole StallTimeout if no tag
+// is left.
 func TestManyHogs(t *testing.T) {
 	const stall = 8 * time.Second
 	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: stall})
@@ -129,7 +132,7 @@ func TestManyHogs(t *testing.T) {
 	}
 }
 
-// TestStall disconnects the clients that stand still, and no others.
+// TestStall checks that clients that stall are disconnected, and no others.
 func TestStall(t *testing.T) {
 	s, path := newServer(t, Config{
 		Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Depth: 32, MaxIO: 64 << 10, Loops: newLoops(t, 1), StallTimeout: 2 * time.Second,
@@ -158,7 +161,8 @@ func TestStall(t *testing.T) {
 		t.Errorf("a slow client: %v", err)
 	}
 	_ = slow.Close()
-	// Not before they are all gone may anything be read: it would be a reason to stay.
+	// Nothing may be read before all of them are gone, because that would let a
+	// client stay.
 	await(t, "the end of those that do not read", func() bool { return s.Users("") == 2 })
 	for _, c := range readers {
 		_, _ = io.Copy(io.Discard, c) // it ends
@@ -174,8 +178,8 @@ func TestStall(t *testing.T) {
 	}
 }
 
-// TestStallTLS disconnects a client that reads nothing through TLS, too, and all of
-// what serves it ends.
+// TestStallTLS checks that a client that reads nothing through TLS is also disconnected,
+// and that everything that serves it ends.
 func TestStallTLS(t *testing.T) {
 	server, peer := testTLS(t)
 	s, path := newServer(t, Config{Exports: twoExports(t), TLS: server, StallTimeout: 200 * time.Millisecond})
@@ -192,7 +196,7 @@ func TestStallTLS(t *testing.T) {
 	})
 }
 
-// TestStopTLS has a client within TLS get the reply to a request that is in flight when
+// TestStopTLS checks that a TLS client gets the reply to a request that is in flight when
 // the server is stopped.
 func TestStopTLS(t *testing.T) {
 	server, peer := testTLS(t)
@@ -231,7 +235,7 @@ func secure(t testing.TB, path string, peer *tls.Config) *client {
 	return c
 }
 
-// TestStrangers lets clients in while a thousand others say nothing.
+// TestStrangers checks that clients can connect while a thousand others are silent.
 func TestStrangers(t *testing.T) {
 	server, peer := testTLS(t)
 	s, path := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 20})
@@ -272,7 +276,8 @@ func exchangeSmall(t testing.TB, c *client) {
 	c.do(request{kind: cmdFlush}, nil)
 }
 
-// TestFlood lets a client in while another connects, again and again, as fast as it can.
+// TestFlood checks that a client can connect while another one connects again and again
+// as fast as it can.
 func TestFlood(t *testing.T) {
 	server, peer := testTLS(t)
 	s, _ := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 64})
@@ -332,7 +337,7 @@ func TestFlood(t *testing.T) {
 	attack.Wait()
 }
 
-// TestSources keeps places for other sources.
+// TestSources checks that places are kept for other sources.
 func TestSources(t *testing.T) {
 	server, peer := testTLS(t)
 	a := newAuthority(t, "ECDSA")
@@ -363,7 +368,7 @@ func TestSources(t *testing.T) {
 	}
 }
 
-// TestMaxConns refuses one client too many, before and after it has chosen.
+// TestMaxConns refuses one client too many, before and after it has chosen an export.
 func TestMaxConns(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 3})
 	late := dial(t, path)
@@ -384,7 +389,7 @@ func TestMaxConns(t *testing.T) {
 	old.closed()
 }
 
-// TestManyOptions lets a client ask as much as it likes, in its time.
+// TestManyOptions checks that a client may send any number of options within its time.
 func TestManyOptions(t *testing.T) {
 	var exports []Export
 	dev := newNull(t, block.Geometry{})
@@ -402,7 +407,7 @@ func TestManyOptions(t *testing.T) {
 			}
 		}
 	}
-	// All information that can be asked for is not too much, either.
+	// A request for all kinds of information is not too long, either.
 	all := make([]infoType, 1<<16-1)
 	c.option(optInfo, infoData("x", all...))
 	if a := c.answers(optInfo); a[len(a)-1].rep != repAck {
@@ -416,8 +421,8 @@ func TestManyOptions(t *testing.T) {
 	c.do(request{kind: cmdFlush}, nil)
 }
 
-// TestUnreadFlood carries on although a client sends requests without an end, and reads
-// nothing.
+// TestUnreadFlood checks that the server continues although a client sends requests
+// without end and reads nothing.
 func TestUnreadFlood(t *testing.T) {
 	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}, Loops: newLoops(t, 1), StallTimeout: time.Hour})
 	for _, r := range []request{{kind: cmdFlush}, {kind: 99}, {kind: cmdTrim, length: 1 << 20}, {kind: cmdWrite, offset: 1 << 60}} {

@@ -14,7 +14,7 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// fuzzed is a server of a device, and what the device has to contain.
+// fuzzed is a server of a device, with the expected contents of the device.
 type fuzzed struct {
 	s       *Server
 	bad     uint64 // a sector that cannot be read or written
@@ -79,8 +79,8 @@ func (l *link) send(b []byte, cut int) {
 	}
 }
 
-// reply reads the reply to a request: its data, its error, and whether the server hung
-// up instead.
+// reply reads the reply to a request: its data, its error, and whether the server has
+// hung up.
 func (l *link) reply(r request) (data []byte, e code, hungUp bool) {
 	read := func(n int) []byte {
 		b := make([]byte, n)
@@ -124,8 +124,8 @@ func (l *link) reply(r request) (data []byte, e code, hungUp bool) {
 	}
 }
 
-// check compares a reply to a request with what it has to be, and takes note of what
-// the request has changed.
+// check compares a reply to a request with the expected one, and records the changes that
+// the request has made.
 func (l *link) check(r request, sent []byte, data []byte, e code) {
 	z := l.z
 	end := r.offset + uint64(r.length)
@@ -171,9 +171,9 @@ func (l *link) check(r request, sent []byte, data []byte, e code) {
 	}
 }
 
-// FuzzConnection has two clients, on two loops, send requests of any kind, size and
-// alignment, and compares all that comes back with what has to come. One of them goes
-// away in the middle of a request.
+// FuzzConnection makes two clients on two loops send requests of any kind, size and
+// alignment, and compares all replies with the expected ones. One of the clients
+// disconnects in the middle of a request.
 func FuzzConnection(f *testing.F) {
 	op := func(kind command, flags uint16, offset, length uint32, cut uint16) []byte {
 		b := []byte{byte(kind), byte(flags)}

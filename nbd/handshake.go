@@ -10,16 +10,16 @@ import (
 	"net"
 )
 
-// Bounds on the memory of a negotiation. Its time is bounded by
-// Config.HandshakeTimeout, and so is the number of options.
+// Limits of the memory of a negotiation. Config.HandshakeTimeout limits its time, and
+// thereby the number of options.
 const (
-	maxOptionData = 4 + maxName + 2 + 2*math.MaxUint16 // of the longest INFO that is well-formed
-	maxTooBig     = 1 << 20                            // up to this, data is skipped and the option refused
+	maxOptionData = 4 + maxName + 2 + 2*math.MaxUint16 // length of the longest well-formed INFO
+	maxTooBig     = 1 << 20                            // longer data ends the negotiation; shorter data is skipped and the option refused
 )
 
 var (
 	errAborted = errors.New("client ended the negotiation")
-	errNoTLS   = errors.New("client wants to go without TLS")
+	errNoTLS   = errors.New("client does not use TLS, which this server requires")
 )
 
 // negotiation is a connection before the transmission phase.
@@ -32,11 +32,11 @@ type negotiation struct {
 	fixed      bool
 	structured bool
 	data       []byte
-	refused    error // the last refusal of what the client needs, for the log
+	refused    error // the last refusal of something that the client needs, for the log
 }
 
-// run negotiates until the client has chosen an export. Then n.conn is the connection
-// to go on with, which is a *tls.Conn if the client has asked for TLS.
+// run negotiates until the client has chosen an export. Then n.conn is the connection for
+// the transmission phase, which is a *tls.Conn if the client has asked for TLS.
 func (n *negotiation) run() (offer, error) {
 	hello := binary.BigEndian.AppendUint64(nil, magicHello)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
@@ -65,7 +65,7 @@ func (n *negotiation) run() (offer, error) {
 	}
 }
 
-// errTooBig is an option with too much data.
+// errTooBig means that an option has too much data.
 var errTooBig = errors.New("option data is too long")
 
 // readOption reads an option, and its data into n.data. If the data is longer than
@@ -94,7 +94,7 @@ func (n *negotiation) readOption() (option, error) {
 	return opt, nil
 }
 
-// do carries an option out. chosen reports whether the transmission phase follows.
+// do executes an option. chosen reports whether the transmission phase follows.
 func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	if !n.fixed && opt != optExportName {
 		return o, false, fmt.Errorf("option %d of a client that is not fixed newstyle", opt)
@@ -104,7 +104,7 @@ func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	case n.data == nil:
 		return o, false, n.reply(opt, repErrTooBig, nil)
 	case opt == optAbort:
-		_ = n.reply(opt, repAck, nil) // the client may have gone
+		_ = n.reply(opt, repAck, nil) // the client may be gone
 		return o, false, errAborted
 	case opt == optStartTLS:
 		return o, false, n.startTLS(secure)
@@ -132,7 +132,7 @@ func (n *negotiation) do(opt option) (o offer, chosen bool, err error) {
 	return o, false, n.refuse(opt, repErrUnsup, "the option is not supported")
 }
 
-// exportName carries EXPORT_NAME out, which can only be refused by closing the
+// exportName executes EXPORT_NAME. The server can refuse it only by closing the
 // connection.
 func (n *negotiation) exportName() (offer, error) {
 	e := n.srv.find(string(n.data))
@@ -152,7 +152,7 @@ func (n *negotiation) exportName() (offer, error) {
 	return o, err
 }
 
-// info carries INFO and GO out. found reports whether the export was granted.
+// info executes INFO and GO. found reports whether the export was granted.
 func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	name, about, ok := parseInfo(n.data)
 	if !ok {
@@ -192,7 +192,7 @@ func (n *negotiation) info(opt option) (o offer, found bool, err error) {
 	return o, true, n.reply(opt, repAck, nil)
 }
 
-// asked is the information that a client has asked for.
+// asked holds the information that a client has asked for.
 type asked struct{ name, description, blockSize bool }
 
 // parseInfo decodes the data of INFO and GO: a name and a list of information types.
@@ -239,7 +239,7 @@ func (n *negotiation) list() error {
 	return n.reply(optList, repAck, nil)
 }
 
-// startTLS carries STARTTLS out. What was negotiated before it is forgotten.
+// startTLS executes STARTTLS. It discards the results of earlier options.
 func (n *negotiation) startTLS(secure bool) error {
 	switch {
 	case len(n.data) > 0:
@@ -261,8 +261,8 @@ func (n *negotiation) startTLS(secure bool) error {
 	return nil
 }
 
-// refuse answers an option with an error. Clients ask for an option that the server may not
-// have, and can do without; anything else is worth a line in the log.
+// refuse answers an option with an error. A client may try an option that the server does
+// not support, and can do without it. Any other refusal is logged.
 func (n *negotiation) refuse(opt option, rep optionReply, why string) error {
 	if rep != repErrUnsup {
 		n.refused = fmt.Errorf("option %d refused: %s", opt, why)

@@ -19,8 +19,8 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// twoExports are one that can be written, with all that a device can do, and one that
-// cannot.
+// twoExports returns a writable export with all features of a device, and a read-only
+// one.
 func twoExports(t testing.TB) []Export {
 	return []Export{
 		{Name: "first", Description: "a disk", Device: newRAM(t, block.Geometry{Sectors: 4096, VolatileCache: true})},
@@ -36,8 +36,7 @@ func exportInfo(size uint64, flags uint16) string {
 
 func blockInfo(sizes ...uint32) string { return string(append(be(infoBlockSize), be(sizes)...)) }
 
-// TestOptions asks one thing after the other on one connection, which nothing of it
-// may end.
+// TestOptions sends one option after the other on one connection. No option may end it.
 func TestOptions(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t), Depth: 16, MaxIO: 64 << 10})
 	c := dial(t, path)
@@ -85,7 +84,7 @@ func TestOptions(t *testing.T) {
 	c.closed()
 }
 
-// TestExportName chooses in the old way, with and without the zeroes.
+// TestExportName chooses an export with the old option, with and without the zeroes.
 func TestExportName(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t)})
 	for _, flags := range []uint32{0, 1, 2, 3} {
@@ -107,7 +106,7 @@ func TestExportName(t *testing.T) {
 	}
 }
 
-// TestBadHandshake is what ends a connection at once.
+// TestBadHandshake checks the messages that end a connection at once.
 func TestBadHandshake(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t), HandshakeTimeout: 5 * time.Second})
 	opt := func(o option, length uint32) []byte {
@@ -141,7 +140,7 @@ func TestBadHandshake(t *testing.T) {
 	})
 }
 
-// TestSilentClient has the server not wait for ever.
+// TestSilentClient checks that the server does not wait forever.
 func TestSilentClient(t *testing.T) {
 	_, path := newServer(t, Config{Exports: twoExports(t), HandshakeTimeout: time.Millisecond})
 	c := dial(t, path)
@@ -149,7 +148,7 @@ func TestSilentClient(t *testing.T) {
 	c.closed()
 }
 
-// testTLS is a configuration for a server, and one for its clients.
+// testTLS returns a configuration for a server, and one for its clients.
 func testTLS(t testing.TB) (server, peer *tls.Config) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -214,8 +213,8 @@ func TestTLS(t *testing.T) {
 	c.closed()
 }
 
-// FuzzHandshake has a client say anything after the greeting. The connection ends in
-// any case, as the client does.
+// FuzzHandshake makes a client send anything after the greeting. The connection always
+// ends, because the client disconnects.
 func FuzzHandshake(f *testing.F) {
 	opt := func(o option, data []byte) []byte {
 		return bytes.Join([][]byte{[]byte("IHAVEOPT"), be(uint32(o)), be(uint32(len(data))), data}, nil)
@@ -252,7 +251,7 @@ func FuzzHandshake(f *testing.F) {
 	})
 }
 
-// script is a connection to a client that says what was written down for it.
+// script is a connection to a client that sends prepared bytes.
 type script struct {
 	net.Conn
 	in  *bytes.Reader

@@ -10,8 +10,8 @@ import (
 	"ublk-nvmeof/block/null"
 )
 
-// pipe is a client without any allocation: one end of a socket pair, whose other end
-// the server has in the transmission phase.
+// pipe is a client that does not allocate. It is one end of a socket pair, whose other
+// end the server has in the transmission phase.
 type pipe struct {
 	fd  int
 	buf []byte
@@ -34,7 +34,7 @@ func newPipe(t testing.TB, s *Server, export string, structured bool) *pipe {
 	return &pipe{fds[1], make([]byte, 1<<20)}
 }
 
-// do sends what is prepared and reads n bytes.
+// do sends the prepared bytes and reads n bytes.
 func (p *pipe) do(out []byte, n int) {
 	for len(out) > 0 {
 		k, err := unix.Write(p.fd, out)
@@ -52,7 +52,7 @@ func (p *pipe) do(out []byte, n int) {
 	}
 }
 
-// batch is n requests of a kind, and what is to come back.
+// batch returns n requests of a kind, and the size of the replies.
 func batch(n int, r request, structured bool) (out []byte, replies int) {
 	r.magic = magicRequest
 	for range n {
@@ -80,9 +80,8 @@ func newNull(t testing.TB, g block.Geometry) *null.Device {
 	return d
 }
 
-// TestNoAllocation has requests of every kind, among them some that need several
-// tags, some that wait for tags, some that are streamed, and some that are merged with
-// a block.
+// TestNoAllocation sends requests of every kind. Some of them need several tags, wait for
+// tags, are streamed, or are merged with a block.
 func TestNoAllocation(t *testing.T) {
 	g := block.Geometry{VolatileCache: true, MaxDiscardSectors: 8, MaxZeroesSectors: 8}
 	s, _ := newServer(t, Config{Exports: []Export{{Device: newNull(t, g)}}, Depth: 16, MaxIO: 16 << 10, Loops: newLoops(t, 1)})
@@ -137,8 +136,8 @@ func BenchmarkServer(b *testing.B) {
 	}
 }
 
-// FuzzTransmission has a client say anything in the transmission phase, in two
-// pieces, and then hang up. The server's clean-up checks that nothing is lost.
+// FuzzTransmission makes a client send anything in the transmission phase, in two pieces,
+// and then hang up. The server's clean-up checks that nothing is lost.
 func FuzzTransmission(f *testing.F) {
 	var all []byte
 	for _, r := range []request{

@@ -27,7 +27,7 @@ func (c *client) write(offset uint64, data []byte) {
 	c.do(request{kind: cmdWrite, offset: offset, length: uint32(len(data))}, data)
 }
 
-// do has a request done that has no data in its reply.
+// do executes a request that has no data in its reply.
 func (c *client) do(r request, data []byte) {
 	c.t.Helper()
 	r.cookie = 77
@@ -55,8 +55,8 @@ func (c *client) load(r request, structured bool) []byte {
 	return c.read(int(r.length))
 }
 
-// TestLargeRequests serves the largest requests of the protocol, and some beyond, with
-// much less memory than they have.
+// TestLargeRequests serves the largest requests of the protocol, and some larger ones,
+// with much less memory than their size.
 func TestLargeRequests(t *testing.T) {
 	const size = 64 << 20
 	for _, cfg := range []Config{
@@ -95,8 +95,8 @@ func TestLargeRequests(t *testing.T) {
 	}
 }
 
-// shrinking is a device whose limits become smaller, and that refuses what is larger
-// then, as a target does that was started anew.
+// shrinking is a device whose limits become smaller, and that then refuses larger
+// requests, like a target that was restarted.
 type shrinking struct {
 	block.Device
 	now     atomic.Pointer[block.Geometry]
@@ -163,8 +163,7 @@ func (q *shrinkingQueue) Reap(done []block.Result) int {
 	return n + q.Queue.Reap(done[n:])
 }
 
-// TestShrinkingLimits has all limits of a device become smaller while clients are
-// connected.
+// TestShrinkingLimits makes all limits of a device smaller while clients are connected.
 func TestShrinkingLimits(t *testing.T) {
 	dev := newShrinking(newRAM(t, block.Geometry{LogicalBlock: 4096}))
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, Loops: newLoops(t, 1)})
@@ -187,7 +186,7 @@ func TestShrinkingLimits(t *testing.T) {
 				t.Errorf("other data after zeroes and trim at a limit of %d", most)
 			}
 		}
-		// It may lose the operations altogether.
+		// The device may stop supporting the operations.
 		dev.change(func(g *block.Geometry) { g.MaxDiscardSectors, g.MaxZeroesSectors = 0, 0 })
 		c.write(0, randomBytes(1<<20))
 		c.do(request{kind: cmdZeroes, offset: 0, length: 1 << 20}, nil)
@@ -201,7 +200,8 @@ func TestShrinkingLimits(t *testing.T) {
 	}
 }
 
-// TestNoGeometry has a device say nothing any more, as one that is gone may.
+// TestNoGeometry checks a device that returns no geometry any more, as one that is gone
+// may do.
 func TestNoGeometry(t *testing.T) {
 	dev := newShrinking(&badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 1000})
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
@@ -223,8 +223,8 @@ func TestNoGeometry(t *testing.T) {
 	}
 }
 
-// TestShrunkReadError tells of an error in a read that is as large as the server said
-// when the client came, however small the limit is now, without hanging up.
+// TestShrunkReadError checks that the error of a read up to the size that the server
+// announced is reported without hanging up, however small the limit is now.
 func TestShrunkReadError(t *testing.T) {
 	dev := newShrinking(&badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 1000})
 	s, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
@@ -247,8 +247,8 @@ func TestShrunkReadError(t *testing.T) {
 	}
 }
 
-// TestShrinkInFlight has the limit become smaller between the submission of requests
-// and their end.
+// TestShrinkInFlight makes the limit smaller between the submission and the end of
+// requests.
 func TestShrinkInFlight(t *testing.T) {
 	dev := newShrinking(newRAM(t, block.Geometry{}))
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 64, Loops: newLoops(t, 1)})
@@ -271,8 +271,8 @@ func TestShrinkInFlight(t *testing.T) {
 	}
 }
 
-// TestVolatileCacheLater passes flush and FUA on, whatever the device said of its cache
-// when the client came.
+// TestVolatileCacheLater checks that flush and FUA are passed on, whatever the device
+// said about its cache when the client connected.
 func TestVolatileCacheLater(t *testing.T) {
 	dev := newShrinking(newRAM(t, block.Geometry{}))
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Loops: newLoops(t, 1)})
@@ -297,7 +297,7 @@ func TestVolatileCacheLater(t *testing.T) {
 	}
 }
 
-// TestReadErrorInPart has reads fail that are sent in parts.
+// TestReadErrorInPart checks failing reads that are sent in parts.
 func TestReadErrorInPart(t *testing.T) {
 	dev := &badBlock{Device: newRAM(t, block.Geometry{}), sector: 8 << 20 >> 9}
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})
@@ -308,7 +308,8 @@ func TestReadErrorInPart(t *testing.T) {
 	if _, e := c.chunks(r); e != codeIO {
 		t.Errorf("error %d in a structured reply", e)
 	}
-	// One that there are tags for at the same time has an ordinary error, in both ways.
+	// A read for which there are enough tags at once has an ordinary error, in both
+	// kinds of replies.
 	r.offset, r.length = 8<<20-64<<10, 256<<10
 	c.ask(r, nil)
 	if data, e := c.chunks(r); e != codeIO || len(data) != 0 {
@@ -321,7 +322,8 @@ func TestReadErrorInPart(t *testing.T) {
 	if e := c.simple(5); e != codeIO {
 		t.Errorf("error %d", e)
 	}
-	// What can only be told by hanging up is told by that: never by other data.
+	// An error that can only be reported by hanging up is reported in that way, and
+	// never by wrong data.
 	r.offset, r.length = 0, 32<<20
 	c.ask(r, nil)
 	if e := c.simple(5); e != 0 {
@@ -373,7 +375,8 @@ func (q *badQueue) Reap(done []block.Result) int {
 	return n
 }
 
-// TestWriteErrorInPart has large writes fail, whose data is received all the same.
+// TestWriteErrorInPart checks large writes that fail. Their data is received
+// nevertheless.
 func TestWriteErrorInPart(t *testing.T) {
 	dev := &badBlock{Device: newRAM(t, block.Geometry{}), sector: 8 << 20 >> 9}
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}, Depth: 16, MaxIO: 64 << 10, Loops: newLoops(t, 1)})

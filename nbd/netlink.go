@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The numbers of include/uapi/linux/nbd-netlink.h.
+// Numbers of include/uapi/linux/nbd-netlink.h
 const (
 	genlName    = "nbd"
 	genlVersion = 1
@@ -32,7 +32,7 @@ const (
 	attrSocketFD   = 1 // NBD_SOCK_FD, u32
 )
 
-// attributes are netlink attributes in the making.
+// attributes is a sequence of netlink attributes.
 type attributes []byte
 
 func (a attributes) add(kind uint16, value []byte) attributes {
@@ -53,7 +53,7 @@ func (a attributes) u64(kind uint16, v uint64) attributes {
 
 func (a attributes) text(kind uint16, v string) attributes { return a.add(kind, append([]byte(v), 0)) }
 
-// sockets is the nest of descriptors that CONNECT and RECONFIGURE take.
+// sockets adds the descriptors in the form that CONNECT and RECONFIGURE need.
 func (a attributes) sockets(fds []int) attributes {
 	var all attributes
 	for _, fd := range fds {
@@ -62,7 +62,7 @@ func (a attributes) sockets(fds []int) attributes {
 	return a.add(attrSockets|unix.NLA_F_NESTED, all)
 }
 
-// find is the value of the first attribute of a kind in what was received, or nil.
+// find returns the value of the first attribute of a kind, or nil.
 func (a attributes) find(kind uint16) []byte {
 	ne := binary.NativeEndian
 	for len(a) >= unix.SizeofNlAttr {
@@ -78,14 +78,15 @@ func (a attributes) find(kind uint16) []byte {
 	return nil
 }
 
-// genetlink is a socket to a family of generic netlink.
+// genetlink is a socket for a family of generic netlink.
 type genetlink struct {
 	fd     int
 	family uint16
 	seq    uint32
 }
 
-// openKernel finds the kernel's NBD client. Errors: ErrNoDriver, and the system's.
+// openKernel finds the kernel's NBD client. Errors: ErrNoDriver, and errors of the
+// system.
 func openKernel() (*genetlink, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_GENERIC)
 	if err != nil {
@@ -109,7 +110,7 @@ func openKernel() (*genetlink, error) {
 
 const genlHeader = unix.NLMSG_HDRLEN + unix.GENL_HDRLEN
 
-// exchange sends a command and reads what comes back: attributes, if any, and the
+// exchange sends a command and reads the answer: attributes, if there are any, and the
 // acknowledgement.
 func (g *genetlink) exchange(cmd uint8, attrs attributes) (attributes, error) {
 	ne := binary.NativeEndian
@@ -118,7 +119,7 @@ func (g *genetlink) exchange(cmd uint8, attrs attributes) (attributes, error) {
 	m = ne.AppendUint16(m, g.family)
 	m = ne.AppendUint16(m, unix.NLM_F_REQUEST|unix.NLM_F_ACK)
 	m = ne.AppendUint32(m, g.seq)
-	m = ne.AppendUint32(m, 0) // the kernel fills in who we are
+	m = ne.AppendUint32(m, 0) // the kernel fills in the sender
 	m = append(m, cmd, genlVersion, 0, 0)
 	if err := unix.Sendto(g.fd, append(m, attrs...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, err
@@ -157,8 +158,8 @@ func (g *genetlink) exchange(cmd uint8, attrs attributes) (attributes, error) {
 
 func (g *genetlink) close() error { return unix.Close(g.fd) }
 
-// kernelDo carries a command out and waits for its end, or that of ctx: then the
-// command goes on.
+// kernelDo executes a command and waits for its end. If ctx is done first, kernelDo
+// returns, and the command continues.
 func kernelDo(ctx context.Context, cmd uint8, attrs attributes) (answer attributes, err error) {
 	type result struct {
 		answer attributes
@@ -185,5 +186,5 @@ func kernelDo(ctx context.Context, cmd uint8, attrs attributes) (answer attribut
 	}
 }
 
-// wholeSeconds rounds up.
+// wholeSeconds returns d in seconds, rounded up.
 func wholeSeconds(d time.Duration) uint64 { return uint64((d + time.Second - 1) / time.Second) }

@@ -21,8 +21,8 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// plainServer is a server of its own loops, which nothing cleans up: these tests end
-// things in an order of their own.
+// plainServer returns a server with its own loops and without a clean-up, because these
+// tests end things in their own order.
 func plainServer(t testing.TB, dev block.Device) (*Server, *poller.Loop, string) {
 	t.Helper()
 	l, err := poller.New(poller.Config{})
@@ -42,7 +42,7 @@ func plainServer(t testing.TB, dev block.Device) (*Server, *poller.Loop, string)
 	return s, l, path
 }
 
-// die ends a loop as an accident would: Stop alone waits for its handlers.
+// die ends a loop as an accident would. Stop alone waits for its handlers.
 func die(l *poller.Loop) {
 	go func() { _ = l.Call(runtime.Goexit) }()
 	<-l.Done()
@@ -95,8 +95,8 @@ func TestStopTwice(t *testing.T) {
 	}
 }
 
-// TestLoopEndsFirst has a loop end under a server, with clients and with requests at
-// the back end, whose memory must stay then.
+// TestLoopEndsFirst ends a loop before its server, with clients and with requests at the
+// back end. Their memory must then stay.
 func TestLoopEndsFirst(t *testing.T) {
 	for _, inFlight := range []bool{false, true} {
 		g := &gate{Device: newRAM(t, block.Geometry{})}
@@ -123,8 +123,8 @@ func TestLoopEndsFirst(t *testing.T) {
 	}
 }
 
-// TestEndedDevice has a device lose its connections, all at once and while more are
-// made, and asks for new ones.
+// TestEndedDevice makes a device lose all its connections, at once and while more are
+// made, and requests new ones.
 func TestEndedDevice(t *testing.T) {
 	s, _ := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{})}}})
 	for range 50 {
@@ -159,7 +159,7 @@ func TestEndedDevice(t *testing.T) {
 	}
 }
 
-// TestReplaced adds an export of the name of one that is on its way out.
+// TestReplaced adds an export with the name of one that is being removed.
 func TestReplaced(t *testing.T) {
 	s, path := newServer(t, Config{Exports: []Export{{Name: "1", Device: newRAM(t, block.Geometry{})}}})
 	c := connect(t, path, "1", false)
@@ -185,7 +185,7 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// recorder keeps what is logged.
+// recorder keeps the logged messages.
 type recorder struct {
 	slog.Handler
 	mu   sync.Mutex
@@ -214,7 +214,8 @@ func (r *recorder) Handle(_ context.Context, rec slog.Record) error {
 	return nil
 }
 
-// TestLog lets nothing through that a client says but text, and not without an end.
+// TestLog checks that text of a client is logged only in printable form and with limited
+// length.
 func TestLog(t *testing.T) {
 	rec := &recorder{}
 	_, path := newServer(t, Config{Exports: twoExports(t), Log: slog.New(rec)})

@@ -28,10 +28,10 @@ type peer struct {
 	// In the transmission phase; see Server.look.
 	served   *conn     // nil before Server.begin
 	requests uint64    // as of the last look
-	quiet    time.Time // the last look that saw a request, or the beginning
+	quiet    time.Time // time of the last look that saw a request, or of the beginning
 }
 
-// holder is who a connection belongs to, as far as the server can tell.
+// holder identifies the owner of a connection, as far as the server can tell.
 type holder struct {
 	source  string // a certificate, an IP address or a local user
 	process int32  // of a local user, or 0
@@ -48,29 +48,30 @@ const (
 )
 
 const (
-	// unusedTime is how long a client may keep a place without a request when others need
-	// it. Clients send their first request at once.
+	// unusedTime is the time for which a client may keep a place without a request
+	// when others need it. Clients send their first request at once.
 	unusedTime = 10 * time.Second
-	// idleTime is how long a connection of a large holder must have been idle to give way.
+	// idleTime is the idle time after which a connection of a large holder gives way.
 	idleTime = time.Minute
-	// manyConns is how many connections make a holder a large one. No common client opens
-	// more than 16.
+	// manyConns is the number of connections that makes a holder a large one. No
+	// common client opens more than 16.
 	manyConns = 64
 	// lookPause is the least time between two looks.
 	lookPause = 100 * time.Millisecond
 )
 
-// peers are the peers of a server, guarded by its mu. There are maxNegotiating places for
-// peers that negotiate, and maxServed for those in the transmission phase. When a peer
-// connects and all places for negotiations are taken, the peer that worst returns is
-// disconnected. So a client that negotiates without delay is not shut out by many that
-// are silent. One source gets at most three quarters of the other places. When a peer has
-// chosen an export and finds no place, the peer that idler returns gives way.
+// peers holds the peers of a server. The server's mu guards it. There are maxNegotiating
+// places for peers that negotiate, and maxServed for peers in the transmission phase.
+// When a peer connects and all places for negotiations are taken, the peer that worst
+// returns is disconnected. So many silent clients cannot keep out a client that
+// negotiates without delay. One source gets at most three quarters of the other places.
+// When a peer has chosen an export and finds no place, the peer that idler returns gives
+// way.
 type peers struct {
 	maxServed, maxNegotiating int
 
 	served      map[*peer]bool
-	bySource    map[string]int // number of those served
+	bySource    map[string]int // number of served peers
 	negotiating []*peer        // in the order of their arrival
 	looked      time.Time      // see Server.look
 }
@@ -80,8 +81,8 @@ func (c *peers) init(maxServed, maxNegotiating int) {
 	c.served, c.bySource = map[*peer]bool{}, map[string]int{}
 }
 
-// enter adds a peer that negotiates. If another one must be disconnected for it, enter
-// returns that.
+// enter adds a peer that negotiates. If another peer must be disconnected for it, enter
+// returns that peer.
 func (c *peers) enter(x *peer) (evicted *peer) {
 	if len(c.negotiating) >= c.maxNegotiating {
 		evicted = c.worst()
@@ -91,8 +92,9 @@ func (c *peers) enter(x *peer) (evicted *peer) {
 	return evicted
 }
 
-// worst is the peer to disconnect when too many negotiate: one of the source that has most
-// of them, and of these the oldest without TLS, or else the oldest.
+// worst returns the peer to disconnect when too many negotiate. It belongs to the source
+// with the most negotiating peers. Of these it is the oldest without TLS, or the oldest
+// if all use TLS.
 func (c *peers) worst() *peer {
 	count := map[string]int{}
 	for _, x := range c.negotiating {
@@ -108,8 +110,8 @@ func (c *peers) worst() *peer {
 	return worst
 }
 
-// serve moves a peer to the transmission phase. If there is no place for it, serve returns
-// the reason, and the peer that gives way, or nil.
+// serve moves a peer to the transmission phase. If there is no place for it, serve
+// returns the reason, and the peer that gives way, or nil if none does.
 func (c *peers) serve(x *peer, now time.Time) (idler *peer, err error) {
 	own := c.bySource[x.holder.source]
 	switch {
@@ -127,11 +129,12 @@ func (c *peers) serve(x *peer, now time.Time) (idler *peer, err error) {
 	return nil, nil
 }
 
-// idler is the peer that gives way to x, which finds no place: one that has not sent a
-// request in unusedTime. If a large holder has more connections than the holder of x, it can
-// also be one of those that has sent no request at all, or else none in idleTime. Of several
-// it is the one that has been quiet longest, of the holder with most connections. within
-// limits the choice to the source of x.
+// idler returns the peer that gives way to x, which finds no place: a peer that has not
+// sent a request within unusedTime. If a large holder has more connections than the
+// holder of x, a connection of the large holder is also a candidate if it has sent no
+// request at all, or none within idleTime. Peers without any request come first, then
+// those of the holder with the most connections, then those that have been quiet longest.
+// If within is true, only peers of the source of x are candidates.
 func (c *peers) idler(x *peer, now time.Time, within bool) *peer {
 	count := map[holder]int{}
 	for y := range c.served {
@@ -178,8 +181,8 @@ func (c *peers) leave(x *peer) {
 	x.stage = peerGone
 }
 
-// hangUp closes the connections of peers that negotiate, or of all. Those in the
-// transmission phase have given their socket to a loop unless they use TLS.
+// hangUp closes the connections of peers that negotiate, or of all peers. A peer in the
+// transmission phase has passed its socket to a loop, unless it uses TLS.
 func (c *peers) hangUp(all bool) {
 	for _, x := range c.negotiating {
 		_ = x.conn.Close()
@@ -192,12 +195,12 @@ func (c *peers) hangUp(all bool) {
 }
 
 var (
-	errEvicted = errors.New("others negotiate, and this client has taken longest")
-	errGaveWay = errors.New("another client needs the place of this idle one")
+	errEvicted = errors.New("too many clients negotiate, and this one has taken longest")
+	errGaveWay = errors.New("another client needs the place of this idle client")
 )
 
-// Serve accepts clients from l, a listener for unix or TCP sockets, until l fails, or
-// until Stop, which closes l. After Stop it returns nil.
+// Serve accepts clients from l, a listener for unix or TCP sockets. It returns the error
+// when l fails. Stop closes l, and Serve then returns nil.
 func (s *Server) Serve(l net.Listener) error {
 	s.mu.Lock()
 	if s.ended {
@@ -234,7 +237,7 @@ func passes(err error) bool {
 	return false
 }
 
-// accept serves a client in a goroutine of its own.
+// accept serves a client in a new goroutine.
 func (s *Server) accept(nc net.Conn) {
 	x := &peer{conn: nc, name: printable(nc.RemoteAddr().String()), holder: holderOf(nc)}
 	evicted, ok := s.enter(x)
@@ -267,7 +270,7 @@ func (s *Server) turnedAway(x *peer, reason error) {
 }
 
 // notServed logs why a negotiation has ended without an export. A client that only looks
-// around is no event.
+// around is not logged as an event.
 func (s *Server) notServed(x *peer, n *negotiation, err error) {
 	s.mu.Lock()
 	known := x.stage == peerGone || s.ended
@@ -284,8 +287,8 @@ func (s *Server) notServed(x *peer, n *negotiation, err error) {
 	}
 }
 
-// enter adds a client, unless the server has ended. If another one must be disconnected for
-// it, enter returns that.
+// enter adds a client, unless the server has ended. If another client must be
+// disconnected for it, enter returns that client.
 func (s *Server) enter(x *peer) (evicted *peer, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -296,8 +299,8 @@ func (s *Server) enter(x *peer) (evicted *peer, ok bool) {
 	return s.peers.enter(x), true
 }
 
-// place moves a client to the transmission phase. If there is no place for it, an idle one
-// gives way, or else the error is the reason.
+// place moves a client to the transmission phase. If there is no place for it, an idle
+// client gives way. If there is none, place returns the reason.
 func (s *Server) place(x *peer) error {
 	const tries = 3 // others may be faster
 	for try := 0; ; try++ {
@@ -312,8 +315,9 @@ func (s *Server) place(x *peer) error {
 	}
 }
 
-// look notes which clients have sent requests since the last look, if there are so many that
-// one may have to give way. Without again, it does nothing if the last look was just now.
+// look records which clients have sent requests since the last look, if there are so many
+// clients that one may have to give way. If again is false, it does nothing within
+// lookPause after the last look.
 func (s *Server) look(again bool) {
 	at := time.Now()
 	s.mu.Lock()
@@ -348,7 +352,7 @@ func (s *Server) giveWay(x *peer) {
 	l := s.conns[c]
 	s.mu.Unlock()
 	if l == nil {
-		return // it has ended
+		return // the connection has ended
 	}
 	gone := false
 	_ = l.Call(func() { // a loop that has ended has no connections
@@ -374,7 +378,7 @@ func (s *Server) leave(x *peer) {
 	_ = x.conn.Close() // it may be closed already
 }
 
-// greet negotiates with a client, for HandshakeTimeout at most.
+// greet negotiates with a client, for at most HandshakeTimeout.
 func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 	nc := x.conn
 	n := &negotiation{srv: s, conn: nc}
@@ -399,7 +403,7 @@ func (s *Server) greet(x *peer) (*negotiation, offer, error) {
 	return n, o, nc.SetDeadline(time.Time{})
 }
 
-// holderOf identifies the origin of a connection: an IP address, or a local user and the
+// holderOf identifies the owner of a connection: an IP address, or a local user and the
 // process.
 func holderOf(nc net.Conn) (h holder) {
 	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
@@ -421,7 +425,7 @@ func holderOf(nc net.Conn) (h holder) {
 	return h
 }
 
-// serve serves a client in the transmission phase, and returns when it has gone.
+// serve serves a client in the transmission phase, and returns when the client is gone.
 func (s *Server) serve(x *peer, n *negotiation, o offer) error {
 	if secure, ok := n.conn.(*tls.Conn); ok {
 		return s.serveTLS(x, secure, o)
@@ -452,8 +456,8 @@ func takeFile(nc net.Conn) (fd int, err error) {
 	return fd, nil
 }
 
-// printable makes text of a peer safe for terminals and logs: it escapes everything but
-// printable ASCII, and cuts long text off.
+// printable makes text of a peer safe for terminals and logs. It escapes everything
+// except printable ASCII, and cuts off long text.
 func printable(s string) string {
 	const longest = 500
 	if len(s) > longest {

@@ -49,7 +49,7 @@ func listenTCP(t testing.TB, s *Server) net.Listener {
 	return l
 }
 
-// pass lets time pass for the clients that the server serves, by its own clock.
+// pass lets time pass for the clients that the server serves, by the server's own clock.
 func (s *Server) pass(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -59,8 +59,9 @@ func (s *Server) pass(d time.Duration) {
 	}
 }
 
-// TestIdleClients lets others in although clients of two sources have taken all places, and
-// send no request. Those that work keep their places, however many they are.
+// TestIdleClients checks that others can connect although clients of two sources have
+// taken all places and send no requests. Clients that work keep their places, however
+// many they are.
 func TestIdleClients(t *testing.T) {
 	const places = 128
 	s, _ := newServer(t, Config{Exports: twoExports(t), MaxConns: places})
@@ -90,7 +91,7 @@ func TestIdleClients(t *testing.T) {
 	}
 }
 
-// connected are the sources of the clients that are served.
+// connected returns the sources of the served clients.
 func (s *Server) connected() (sources []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,8 +101,8 @@ func (s *Server) connected() (sources []string) {
 	return sources
 }
 
-// TestIdleOfOneSource lets a client in although others of its own user have all places of that
-// user, and have not sent a request for a while.
+// TestIdleOfOneSource checks that a client can connect although others of its user have
+// all places of that user, and have sent no request for a while.
 func TestIdleOfOneSource(t *testing.T) {
 	s, path := newServer(t, Config{Exports: twoExports(t), MaxConns: 16})
 	used := connect(t, path, "", false)
@@ -126,8 +127,8 @@ func TestIdleOfOneSource(t *testing.T) {
 	exchangeSmall(t, used)
 }
 
-// TestLargeHolder has connections of the largest holder give way that have been idle for long,
-// and not those that are in use, nor those of smaller holders.
+// TestLargeHolder checks that connections of the largest holder that have been idle for
+// long give way, and not those that are in use, nor those of smaller holders.
 func TestLargeHolder(t *testing.T) {
 	g := newGate(t, block.Geometry{})
 	s, _ := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxConns: 64})
@@ -176,8 +177,8 @@ func TestLargeHolder(t *testing.T) {
 	exchangeSmall(t, large[2])
 }
 
-// TestSilentTLS lets a client negotiate while one source has many negotiations within TLS that
-// do not go on, and begins others.
+// TestSilentTLS checks that a client can negotiate while one source has many negotiations
+// within TLS that make no progress, and begins more.
 func TestSilentTLS(t *testing.T) {
 	server, peer := testTLS(t)
 	s, _ := newServer(t, Config{Exports: twoExports(t), TLS: server, RequireTLS: true, MaxHandshakes: 4})
@@ -208,7 +209,7 @@ func TestSilentTLS(t *testing.T) {
 	exchangeSmall(t, c)
 }
 
-// TestRefusalsAreLogged: the log says which clients were not served, and why.
+// TestRefusalsAreLogged checks that the log says which clients were not served, and why.
 func TestRefusalsAreLogged(t *testing.T) {
 	server, peer := testTLS(t)
 	rec := &recorder{}

@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The numbers of doc/proto.md. All integers on the wire are big-endian.
+// Numbers of doc/proto.md. All integers on the wire are big-endian.
 const (
 	magicHello       uint64 = 0x4e42444d41474943 // "NBDMAGIC"
 	magicOption      uint64 = 0x49484156454F5054 // "IHAVEOPT"
@@ -94,7 +94,7 @@ const (
 	cmdFlagDF     = 1 << 2
 )
 
-// code is an error on the wire. The numbers are Linux', whatever the machine.
+// code is an error number on the wire. The numbers are those of Linux on every machine.
 type code uint32
 
 const (
@@ -108,7 +108,7 @@ const (
 	codeShutdown code = 108
 )
 
-// codeOf translates a back end's errno.
+// codeOf returns the code for a back end's errno.
 func codeOf(errno uint16) code {
 	switch unix.Errno(errno) {
 	case 0:
@@ -129,7 +129,7 @@ func codeOf(errno uint16) code {
 	return codeIO
 }
 
-// Structured replies: a flag and types of chunks.
+// Flag and types of the chunks of structured replies
 const (
 	chunkDone       = 1 << 0
 	chunkOffsetData = 1
@@ -141,7 +141,7 @@ const (
 	simpleSize     = 16
 	structuredSize = 20
 	dataHeader     = structuredSize + 8 // with the offset of the data
-	errorChunk     = structuredSize + 6 // with error and length of no message
+	errorChunk     = structuredSize + 6 // with the error and an empty message
 )
 
 // request is the header of a request.
@@ -154,7 +154,7 @@ type request struct {
 	length uint32
 }
 
-// decodeRequest reads the first requestSize bytes of b.
+// decodeRequest decodes the first requestSize bytes of b.
 func decodeRequest(b []byte) request {
 	be := binary.BigEndian
 	_ = b[requestSize-1]
@@ -172,7 +172,7 @@ func putSimple(b []byte, cookie uint64, c code) []byte {
 	return b[:simpleSize]
 }
 
-// putData is the header of a chunk of a read.
+// putData writes the header of a chunk with data of a read.
 func putData(b []byte, cookie, offset uint64, length uint32, last bool) []byte {
 	flags := uint16(0)
 	if last {

@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// sendPieces is the largest number of pieces of memory in a message of replies. The
+// sendPieces is the largest number of pieces of memory in a message with replies. The
 // system's limit is 1024 (IOV_MAX).
 const sendPieces = 128
 
@@ -43,8 +43,8 @@ func (c *conn) answer(t *task) {
 	c.due(t)
 }
 
-// due makes the reply to a request, or its beginning, due: the worker sends it in this
-// pass.
+// due makes the reply to a request, or its beginning, due. The worker sends it in the
+// same pass.
 func (c *conn) due(t *task) {
 	if t.state == replyNone {
 		t.state = replyDue
@@ -56,8 +56,8 @@ func (c *conn) due(t *task) {
 	}
 }
 
-// errPart ends the connection of a client that cannot be told of an error in another way:
-// a part of the data of a read was sent, in a reply that cannot end with an error.
+// errPart ends the connection of a client that cannot be told about an error in another
+// way: a part of the data of a read was sent, in a reply that cannot end with an error.
 var errPart = errors.New("a read failed after a part of its data was sent")
 
 // sendDue sends as many of the due replies as fit into a message.
@@ -87,11 +87,11 @@ func (c *conn) sendDue() {
 }
 
 // compose adds a reply to the message, as far as it is ready and fits. It returns true if
-// the reply is complete then.
+// the reply is then complete.
 func (c *conn) compose(t *task) bool {
 	if t.kind != cmdRead || t.code != 0 {
 		if t.busy > 0 || c.current == t {
-			return false // it is streamed, and has not ended
+			return false // the read is streamed, and has not ended
 		}
 		if t.kind == cmdRead && c.offer.structured {
 			c.outgoing.Add(putError(t.header[:], t.cookie, t.code))
@@ -123,8 +123,8 @@ func (c *conn) compose(t *task) bool {
 	return true
 }
 
-// composeHeader adds the header before the data of a tag, if there is one: the header of
-// the reply before the first tag, or a chunk's before each tag.
+// composeHeader adds the header before the data of a tag, if there is one. A streamed
+// structured reply has a header before each tag, and other replies only before the first.
 func (c *conn) composeHeader(t *task, g *tag) {
 	first := t.state != replyOpen
 	t.state = replyOpen
@@ -148,7 +148,7 @@ func (c *conn) submit() {
 	c.worker.watch()
 }
 
-// sent is the completion of submit.
+// sent handles the completion of submit.
 func (c *conn) sent(res int32) {
 	c.send = opIdle
 	switch {
@@ -196,7 +196,7 @@ func (c *conn) dropReplies() {
 // dropReply drops the reply to a task that is in no list.
 func (c *conn) dropReply(t *task) {
 	if t.busy > 0 {
-		t.state = replyDropped // the task ends when its last tag is back
+		t.state = replyDropped // the task ends when its last tag has returned
 		return
 	}
 	c.dropTask(t)

@@ -16,21 +16,21 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// ErrBusy says that clients are connected.
+// ErrBusy means that clients are connected.
 var ErrBusy = errors.New("NBD export is in use")
 
-// ErrStopped says that the server has ended.
+// ErrStopped means that the server has ended.
 var ErrStopped = errors.New("NBD server has ended")
 
 // Server serves exports to clients. Its methods may be called in any order, from any
-// goroutine except the loops'.
+// goroutine except those of the loops.
 type Server struct {
 	cfg     Config
 	loops   []*loop
-	stopped chan struct{} // closed when no client is taken any more
+	stopped chan struct{} // closed when no more clients are accepted
 
 	changing sync.Mutex // held while queues are opened or closed; taken before mu
-	closed   bool       // the back ends' memory is given back; guarded by changing
+	closed   bool       // the memory of the back ends was freed; guarded by changing
 
 	// mu guards the fields below. Loops take it, so nothing that holds it may wait for
 	// a loop.
@@ -39,10 +39,10 @@ type Server struct {
 	exports   []*export // the first is the default; changed with both locks held
 	listeners []net.Listener
 	peers     peers
-	conns     map[*conn]*loop // in transmission
-	ending    sync.WaitGroup  // of clients
+	conns     map[*conn]*loop // connections in the transmission phase
+	ending    sync.WaitGroup  // the goroutines of the clients
 
-	refusals, events *slog.Logger // each with a limit of its own
+	refusals, events *slog.Logger // each has its own rate limit
 }
 
 // loop is a poller.Loop and the server's worker on it.
@@ -52,8 +52,8 @@ type loop struct {
 	conns  int // guarded by Server.mu
 }
 
-// New opens the queues of all exports. Errors are the configuration's, what the back
-// ends say, and the end of a loop.
+// New opens the queues of all exports. The error is about the configuration, or an error
+// of a back end, or of a loop that has ended.
 func New(cfg Config) (*Server, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, fmt.Errorf("make NBD server: %w", err)
@@ -90,8 +90,8 @@ func (s *Server) isEnded() bool {
 }
 
 // transmit serves a client in the transmission phase, on the loop with the fewest
-// connections, and closes its socket. A client that stands still for patience ticks is
-// disconnected; 0 is never. x is nil for the kernel's client.
+// connections, and closes its socket. A client that stalls for patience ticks is
+// disconnected. 0 means never. x is nil for the kernel's client.
 func (s *Server) transmit(x *peer, fd int, o offer, patience int) error {
 	defer unix.Close(fd)
 	if err := unix.SetNonblock(fd, false); err != nil {
@@ -119,7 +119,7 @@ func (s *Server) transmit(x *peer, fd int, o offer, patience int) error {
 	}
 }
 
-// begin chooses a loop.
+// begin assigns a connection to a loop.
 func (s *Server) begin(x *peer, c *conn) (*loop, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -137,7 +137,8 @@ func (s *Server) begin(x *peer, c *conn) (*loop, error) {
 }
 
 // admit starts a connection on its loop, unless the server or the export has ended
-// meanwhile. Once the connection is marked as admitted, onConns finds it on the loop.
+// meanwhile. As soon as the connection is marked as admitted, onConns finds it on the
+// loop.
 func (s *Server) admit(c *conn, l *loop) error {
 	s.mu.Lock()
 	refused := s.ended || c.offer.export.removed
@@ -158,7 +159,7 @@ func (s *Server) finish(c *conn) {
 	c.offer.export.ending.Done()
 }
 
-// Connections returns the number of clients in the transmission phase, by loop.
+// Connections returns the number of clients in the transmission phase on each loop.
 func (s *Server) Connections() (perLoop []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -169,7 +170,7 @@ func (s *Server) Connections() (perLoop []int) {
 }
 
 // Stop ends the server. It refuses new clients and new requests, waits until the requests
-// in flight are done and answered, closes all connections, and gives memory back.
+// in flight are done and answered, closes all connections, and frees memory.
 //
 // Without force, Stop of a server with clients changes nothing and returns ErrBusy. When
 // ctx is done, Stop no longer waits for clients to read their replies. If requests are
@@ -185,7 +186,8 @@ func (s *Server) Stop(ctx context.Context, force bool) error {
 	return s.close()
 }
 
-// await ends the connections of an export, or of all exports (nil), and waits for them.
+// await ends the connections of an export, or of all exports if e is nil, and waits for
+// their end.
 func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) error {
 	s.onConns(e, (*conn).leave)
 	gone := make(chan struct{})
@@ -212,10 +214,11 @@ func (s *Server) await(ctx context.Context, ending *sync.WaitGroup, e *export) e
 	}
 }
 
-// cutPatience is how long await waits for the kernel to cancel operations on sockets.
+// cutPatience is the time that await waits for the kernel to cancel operations on
+// sockets.
 const cutPatience = 100 * time.Millisecond
 
-// refuseClients closes the listeners, and ends negotiations.
+// refuseClients closes the listeners and ends negotiations.
 func (s *Server) refuseClients(force bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -234,8 +237,8 @@ func (s *Server) refuseClients(force bool) error {
 	return nil
 }
 
-// onConns calls fn for the admitted connections of an export, or of all exports (nil),
-// each on its loop.
+// onConns calls fn for the admitted connections of an export, or of all exports if e is
+// nil. Each call is on the loop of the connection.
 func (s *Server) onConns(e *export, fn func(*conn)) {
 	s.mu.Lock()
 	all := map[*loop][]*conn{}
@@ -256,7 +259,7 @@ func (s *Server) onConns(e *export, fn func(*conn)) {
 	}
 }
 
-// close gives the back ends' memory back. No connection is left.
+// close frees the memory of the back ends. No connection is left.
 func (s *Server) close() error {
 	s.changing.Lock()
 	defer s.changing.Unlock()

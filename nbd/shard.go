@@ -6,18 +6,19 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// reapBatch is how many results are taken from the back end at once.
+// reapBatch is the number of results that are reaped from the back end at once.
 const reapBatch = 64
 
-// none is no tag.
+// none is a value that is not a tag.
 const none = ^uint16(0)
 
-// shard is the part of an export on one loop: the back end's queue, and the queue's tags,
-// which the connections to the export on that loop share. All of it belongs to the loop.
+// shard is the part of an export on one loop. It has a queue of the back end. The
+// connections to the export on that loop share the tags of the queue. Only the loop uses
+// its fields.
 //
-// A tag is free, or it belongs to a task. Then it is being filled with data of the
-// client, or waits for stripes, or is at the back end (from Submit to Reap), or its data
-// is being sent.
+// A tag is free, or it belongs to a task. A tag of a task is being filled with data of
+// the client, waits for stripes, is at the back end (from Submit to Reap), or its data is
+// being sent.
 type shard struct {
 	back    block.Queue
 	device  block.Device
@@ -27,11 +28,11 @@ type shard struct {
 	tags    []tag
 	free    uint16 // head of the list of free tags
 	nFree   int
-	reserve int // tags that only connections without a tag may take
-	share   int // tags that a connection may hold
+	reserve int // number of tags that only connections without a tag may take
+	share   int // number of tags that a connection may hold
 
-	waiting  connList // connections that wait for tags, the first one first
-	resuming *conn    // the one that resume is about to continue
+	waiting  connList // connections that wait for tags, in order
+	resuming *conn    // the connection that resume is continuing
 	freed    bool     // tags were released since the last resume
 	starved  bool     // at the last tick, a connection without any tag was waiting
 
@@ -43,16 +44,16 @@ type shard struct {
 	counters
 }
 
-// tag is a tag of the back end's queue, with its buffer, and the piece of a task that it is
-// used for.
+// tag is a tag of the back end's queue, with its buffer and the piece of a task that uses
+// it.
 type tag struct {
 	piece
 	task   *task
 	next   uint16   // in the data of a read, or in the list of free tags
 	op     block.Op // operation at the back end, or the next one
 	ready  bool     // the data of a read is complete
-	moved  uint32   // sectors that op has done
-	active uint32   // sectors that are at the back end
+	moved  uint32   // number of sectors that op has completed
+	active uint32   // number of sectors that are at the back end
 	header [dataHeader]byte
 }
 
@@ -61,9 +62,9 @@ type bounds struct {
 	block   uint32 // bytes of a logical block; does not change
 	buffer  uint32 // bytes of a tag's buffer, whole blocks; does not change
 	piece   uint32 // bytes of a read or write, whole blocks, at most buffer
-	chunk   uint64 // bytes; reads and writes do not cross a multiple of it; 0 is no such rule
-	discard uint32 // sectors of a discard, whole blocks; 0 if there is no discard
-	zeroes  uint32 // sectors of a write zeroes, whole blocks; 0 if there is none
+	chunk   uint64 // reads and writes do not cross a multiple of it, in bytes; 0: no limit
+	discard uint32 // sectors of a discard, whole blocks; 0: not supported
+	zeroes  uint32 // sectors of a write zeroes, whole blocks; 0: not supported
 }
 
 func boundsOf(g block.Geometry, buffer int) bounds {
@@ -79,8 +80,8 @@ func boundsOf(g block.Geometry, buffer int) bounds {
 	return b
 }
 
-// bufferSize is the size of a tag's buffer in bytes: a multiple of the page size with room
-// for two logical blocks, which merge needs.
+// bufferSize returns the size of a tag's buffer in bytes: a multiple of the page size
+// with room for two logical blocks, which merge needs.
 func bufferSize(maxIO int, g block.Geometry) int {
 	page := os.Getpagesize()
 	n := min(maxIO, int(g.MaxIO)) / page * page
@@ -88,8 +89,8 @@ func bufferSize(maxIO int, g block.Geometry) int {
 	return max(n, least)
 }
 
-// split divides the tags of a queue. A connection may hold up to share. The last reserve
-// free tags are for connections that hold none.
+// split divides the tags of a queue. A connection may hold up to share tags. The last
+// reserve free tags are for connections that hold none.
 func split(depth int) (share, reserve int) {
 	reserve = depth / 4
 	return depth - reserve, reserve
@@ -114,9 +115,9 @@ func (s *shard) refresh() {
 	s.bounds = boundsOf(g, int(s.bounds.buffer))
 }
 
-// allow returns how many tags a connection may take now that needs at least least tags and
-// can use up to most, or 0 if it must wait. A connection that holds no tag gets one if
-// any is free, even if that is less than least.
+// allow returns the number of tags that a connection may take now, or 0 if it must wait.
+// The connection needs least tags and can use up to most. If it holds no tag, it gets one
+// whenever one is free, even if that is less than least.
 func (s *shard) allow(c *conn, least, most int) int {
 	n := min(s.nFree-s.reserve, s.share-c.held)
 	if s.waiting.head != nil && s.resuming != c {
@@ -132,14 +133,14 @@ func (s *shard) allow(c *conn, least, most int) int {
 	return 0
 }
 
-// entitled reports whether a connection gets a tag in any case. The kernel's client rather
-// waits for all that it needs: an error in a read that is streamed would cost its
-// connection.
+// entitled reports whether a connection gets a tag in any case. The kernel's client
+// instead waits for all tags that it needs, because an error in a streamed read would
+// cost its connection.
 func (s *shard) entitled(c *conn, least int) bool {
 	return c.held == 0 && s.nFree > 0 && (least == 1 || c.patience > 0)
 }
 
-// take gives a tag to a task. One is free.
+// take assigns a free tag to a task. There must be one.
 func (s *shard) take(t *task, p piece) uint16 {
 	i := s.free
 	g := &s.tags[i]
@@ -174,8 +175,8 @@ func (s *shard) enqueue(c *conn, n int) {
 	s.waiting.push(c)
 }
 
-// resume continues connections that wait for tags, in order. A connection that cannot go
-// on yet is overtaken only by connections that hold no tag.
+// resume continues connections that wait for tags, in order. Only connections that hold
+// no tag may overtake a connection that cannot continue yet.
 func (s *shard) resume() {
 	if !s.freed || s.waiting.head == nil {
 		return
@@ -198,7 +199,7 @@ func (s *shard) resume() {
 	}
 }
 
-// tick updates the bounds, and looks for starved connections.
+// tick updates the bounds and starved.
 func (s *shard) tick() {
 	s.refresh()
 	s.starved = false
@@ -209,8 +210,8 @@ func (s *shard) tick() {
 	}
 }
 
-// poll hands new requests to the back end and takes its results. It returns the number of
-// both.
+// poll passes new requests to the back end and reaps its results. It returns the number
+// of both.
 func (s *shard) poll() int {
 	n := len(s.reqs)
 	if n > 0 {

@@ -6,10 +6,10 @@ import (
 	"golang.org/x/sys/cpu"
 )
 
-// Stats count what was done on an export since the server was made.
+// Stats holds the counts of an export since it was added.
 type Stats struct {
-	Reads, Writes           uint64 // requests, failed and refused ones too
-	ReadBytes, WrittenBytes uint64 // of those that succeeded
+	Reads, Writes           uint64 // requests, including failed and refused ones
+	ReadBytes, WrittenBytes uint64 // bytes of requests that succeeded
 	Flushes                 uint64
 	Trims                   uint64
 	WriteZeroes             uint64
@@ -29,11 +29,11 @@ func (s *Stats) add(t Stats) {
 	s.Batches += t.Batches
 }
 
-// counter numbers the counters of a shard.
+// counter is the index of a counter of a shard.
 type counter int
 
 const (
-	nUnknown counter = iota // requests of no known kind; they are errors as well
+	nUnknown counter = iota // requests of an unknown kind; they are errors as well
 	nReads
 	nWrites
 	nReadBytes
@@ -46,13 +46,13 @@ const (
 	nCounters
 )
 
-// counterOf are the counters by command.
+// counterOf holds the counters by command.
 var counterOf = [...]counter{
 	cmdRead: nReads, cmdWrite: nWrites, cmdFlush: nFlushes, cmdTrim: nTrims, cmdZeroes: nZeroes,
 }
 
-// counters are those of a shard. The loop counts in now, and copies now to seen once per
-// batch, for other goroutines.
+// counters holds the counters of a shard. The loop counts in now, and copies now to seen
+// once per batch, for other goroutines.
 type counters struct {
 	now  [nCounters]uint64
 	_    cpu.CacheLinePad
@@ -60,7 +60,7 @@ type counters struct {
 	_    cpu.CacheLinePad
 }
 
-// publish copies the counters to seen. Loop only.
+// publish copies the counters to seen. Only the loop calls it.
 func (c *counters) publish() {
 	for i := range c.now {
 		if c.seen[i].Load() != c.now[i] {

@@ -7,24 +7,24 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// A write of a part of a logical block reads the block, merges the new bytes and writes
-// the block back. No other change of the block may happen in between, on any loop. So the
-// range of an export is divided into stripes with a lock each. A change of whole blocks
-// takes shared locks, and a change of a part of a block takes an exclusive lock. No thread
-// ever waits for a lock: a change that does not get its locks is parked, and its loop
-// tries again when locks are released.
+// A write to a part of a logical block reads the block, merges the new bytes and writes
+// the block back. Meanwhile no loop may change the block in another way. So the range of
+// an export is divided into stripes with a lock each. A change of whole blocks takes
+// shared locks, and a change of a part of a block takes an exclusive lock. No thread ever
+// waits for a lock: a change that does not get its locks is parked, and its loop tries
+// again when locks are released.
 
 const (
 	stripeShift = 16 // log2 of the bytes of a stripe
 	nStripes    = 1 << 10
 
 	stripeExclusive uint32 = 1 << 31 // locked exclusively
-	stripeWanted    uint32 = 1 << 30 // a change waits for an exclusive lock: no new shared locks
+	stripeWanted    uint32 = 1 << 30 // a change waits for an exclusive lock, so no new shared locks are granted
 	// The other bits are the number of shared locks.
 )
 
-// stripes are the locks of an export. All loops use them. Stripes that are nStripes apart
-// have the same lock.
+// stripes holds the locks of an export. All loops use them. Stripes that are nStripes
+// apart have the same lock.
 type stripes struct {
 	locks  [nStripes]atomic.Uint32
 	parked atomic.Int32 // number of parked changes, on all loops
@@ -40,7 +40,8 @@ func stripeRange(sector uint64, sectors uint32) (first, n uint64) {
 
 func (s *stripes) at(i uint64) *atomic.Uint32 { return &s.locks[i%nStripes] }
 
-// share takes shared locks of a range, all or none.
+// share takes the shared locks of a range. It returns false, without any lock, if one is
+// not free.
 func (s *stripes) share(sector uint64, sectors uint32) bool {
 	first, n := stripeRange(sector, sectors)
 	for i := range n {
@@ -66,7 +67,7 @@ func tryShare(lock *atomic.Uint32) bool {
 	}
 }
 
-// unshare releases the locks of share.
+// unshare releases the locks that share took.
 func (s *stripes) unshare(sector uint64, sectors uint32) {
 	first, n := stripeRange(sector, sectors)
 	for i := range n {
@@ -80,7 +81,7 @@ func (s *stripes) unshareOne(lock *atomic.Uint32) {
 	}
 }
 
-// exclude takes the exclusive lock of a block.
+// exclude takes the exclusive lock of a block. It returns false if the lock is not free.
 func (s *stripes) exclude(sector uint64) bool {
 	first, _ := stripeRange(sector, 1)
 	lock := s.at(first)
@@ -96,7 +97,7 @@ func (s *stripes) exclude(sector uint64) bool {
 	}
 }
 
-// include releases the lock of exclude.
+// include releases the lock that exclude took.
 func (s *stripes) include(sector uint64) {
 	first, _ := stripeRange(sector, 1)
 	s.at(first).And(^stripeExclusive)

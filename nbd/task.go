@@ -2,8 +2,8 @@ package nbd
 
 import "ublk-nvmeof/block"
 
-// task is a request that is being carried out. Each connection has tasks of its own, so
-// replies without data that a client does not read cost other clients nothing.
+// task is a request in progress. Each connection has tasks of its own, so replies without
+// data that a client does not read cost other clients nothing.
 //
 // A read is laid out: its pieces get tags and go to the back end. If all pieces get a tag
 // at once, the reply is sent when all data is there, and an error is an ordinary reply.
@@ -16,16 +16,16 @@ type task struct {
 	conn   *conn
 	next   *task // in the list of free tasks, or of replies
 	cookie uint64
-	offset uint64 // of the request, bytes
+	offset uint64 // offset of the request in bytes
 	length uint32
 	kind   command
 	flags  block.Flags
 	code   code // the first error
 
-	at, end  uint64 // the bytes without a tag; of a trim or write zeroes, those not done yet
+	at, end  uint64 // the bytes that have no tag yet; for a trim or write zeroes, those not done yet
 	busy     int    // number of tags at the back end or parked
 	sync     bool   // a flush follows the other steps
-	size     uint32 // of the pieces of a read
+	size     uint32 // size of the pieces of a read
 	streamed bool
 	whole    bool // the data of a read may not be sent in several chunks
 	state    replyState
@@ -51,7 +51,7 @@ func (t *task) fail(c code) {
 	}
 }
 
-// takeTask takes a task for a request. One is free.
+// takeTask assigns a free task to a request. There must be one.
 func (c *conn) takeTask(r request) *task {
 	t := c.freeTasks
 	c.freeTasks = t.next
@@ -75,7 +75,7 @@ func (c *conn) dropTask(t *task) {
 	c.freeTask(t)
 }
 
-// dropData releases the tags of a read whose data is not going to be sent.
+// dropData releases the tags of a read whose data will not be sent.
 func (c *conn) dropData(t *task) {
 	for t.head != none {
 		i := t.head
@@ -85,7 +85,8 @@ func (c *conn) dropData(t *task) {
 	t.tail = none
 }
 
-// lay gives the next n pieces of a read a tag each, and starts them. n tags are free.
+// lay assigns a tag to each of the next n pieces of a read, and starts them. n tags must
+// be free.
 func (c *conn) lay(t *task, n int) {
 	s := c.shard
 	for ; n > 0 && t.at < t.end; n-- {
@@ -121,7 +122,7 @@ func (c *conn) layMore(t *task) bool {
 	return true
 }
 
-// readDone takes a piece of a read from the back end.
+// readDone handles a piece of a read that the back end has completed.
 func (c *conn) readDone(i uint16) {
 	g := &c.shard.tags[i]
 	t := g.task
@@ -137,7 +138,7 @@ func (c *conn) readDone(i uint16) {
 			return
 		}
 		c.dropData(t)
-		if c.current != t { // else layMore answers
+		if c.current != t { // otherwise layMore answers
 			c.answer(t)
 		}
 	case t.streamed:
@@ -147,13 +148,13 @@ func (c *conn) readDone(i uint16) {
 	}
 }
 
-// fill puts received data of a write into its buffers. It returns false if more must be
+// fill copies received data of a write into its buffers. It returns false if more must be
 // received, or if the write must wait for a tag.
 func (c *conn) fill(t *task) bool {
 	if c.recv != opIdle {
 		return false
 	}
-	if t.code != 0 { // the rest of the data is of no use
+	if t.code != 0 { // the rest of the data is not needed
 		c.skip = uint32(t.end - t.at)
 		c.giveUpWrite(t)
 		return true
@@ -177,10 +178,11 @@ func (c *conn) fill(t *task) bool {
 	return true
 }
 
-// room is the memory for the next data of a write.
+// room returns the memory for the next data of a write.
 func (c *conn) room() []byte { return c.shard.data(c.filling)[c.filled:] }
 
-// fillBy records that n bytes were put into room, and starts a piece that is complete.
+// fillBy records that n bytes were written to room, and starts the piece if it is
+// complete.
 func (c *conn) fillBy(n int) {
 	s, i := c.shard, c.filling
 	g := &s.tags[i]
@@ -214,8 +216,8 @@ func (c *conn) writeDone(t *task) {
 	c.answer(t)
 }
 
-// giveUpWrite ends a write whose data has not all arrived. If it has failed, it is answered
-// with the error, and else not at all.
+// giveUpWrite ends a write whose data has not arrived completely. If the write has
+// failed, it is answered with the error, otherwise not at all.
 func (c *conn) giveUpWrite(t *task) {
 	if c.filling != none {
 		c.shard.release(c.filling)

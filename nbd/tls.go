@@ -17,12 +17,12 @@ import (
 // askAnyCertificate returns a configuration that accepts the same clients as c, but does
 // not send the names of the accepted authorities with the request for a certificate.
 //
-// When a request names authorities, a GnuTLS client sends only a certificate that one of
-// them has issued, and whose key matches a signature algorithm of the request. It takes
-// rsa_pss_rsae_sha256 and its like, which are all that TLS 1.3 allows for RSA keys, for
-// algorithms of RSASSA-PSS keys. So it finds that its RSA certificate does not match, and
-// sends none. When a request names no authority, a client with a single certificate
-// sends that.
+// If a request names authorities, a GnuTLS client sends only a certificate that one of
+// them has issued, and whose key matches a signature algorithm of the request. It
+// interprets rsa_pss_rsae_sha256 and similar algorithms, the only ones that TLS 1.3
+// allows for RSA keys, as algorithms of RSASSA-PSS keys. So it finds that its RSA
+// certificate does not match, and sends none. If a request names no authority, a client
+// with a single certificate sends it.
 func askAnyCertificate(c *tls.Config) *tls.Config {
 	c = c.Clone()
 	if choose := c.GetConfigForClient; choose != nil {
@@ -64,7 +64,7 @@ func askAnyCertificate(c *tls.Config) *tls.Config {
 }
 
 // verifyClient verifies the certificates that a client has sent, in the same way as
-// crypto/tls does. nil roots are the system's.
+// crypto/tls does. If roots is nil, the system's roots are used.
 func verifyClient(certs []*x509.Certificate, roots *x509.CertPool, now time.Time) ([][]*x509.Certificate, error) {
 	opts := x509.VerifyOptions{
 		Roots: roots, CurrentTime: now, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},

@@ -76,7 +76,8 @@ func (a *authority) pair(name string) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}
 }
 
-// dir has what a client program looks for; without a pair it has no certificate.
+// dir has the files that a client program looks for. Without a pair it has no
+// certificate.
 func (a *authority) dir(pair *tls.Certificate) string {
 	a.t.Helper()
 	dir := a.t.TempDir()
@@ -94,13 +95,14 @@ func (a *authority) dir(pair *tls.Certificate) string {
 	return dir
 }
 
-// TestTLSClients has clients of two libraries show certificates of all types of keys, in
-// both versions of TLS, and wrong ones or none.
+// TestTLSClients makes clients of two libraries present certificates with all types of
+// keys, in both versions of TLS, and wrong certificates or none.
 func TestTLSClients(t *testing.T) {
 	for keys := range keyTypes {
 		a, other := newAuthority(t, keys), newAuthority(t, keys)
 		pair, wrong := a.pair("client"), other.pair("stranger")
-		// The authority is checked, not only the certificate's being there.
+		// The authority of the certificate is checked, too, not only its
+		// presence.
 		right, strange, none := a.dir(&pair), a.dir(&wrong), a.dir(nil)
 		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
 			t.Run(keys+"/"+tls.VersionName(version), func(t *testing.T) {
@@ -155,7 +157,7 @@ func TestTLSClients(t *testing.T) {
 	}
 }
 
-// refused runs a client program, which must fail, and not for want of time.
+// refused runs a client program, which must fail, but not because of a timeout.
 func refused(t testing.TB, name string, args ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(testContext(t), 30*time.Second)
@@ -165,7 +167,8 @@ func refused(t testing.TB, name string, args ...string) {
 	}
 }
 
-// TestVerifyConnection keeps what an embedder's configuration asks for.
+// TestVerifyConnection checks that the requirements of an embedder's configuration are
+// kept.
 func TestVerifyConnection(t *testing.T) {
 	a := newAuthority(t, "ECDSA")
 	pair := a.pair("client")

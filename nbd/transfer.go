@@ -4,7 +4,7 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// piece is a part of a request, which one tag transfers.
+// piece is a part of a request that one tag transfers.
 type piece struct {
 	sector  uint64 // first sector; the back end transfers whole blocks
 	sectors uint32
@@ -15,14 +15,14 @@ type piece struct {
 // partial reports whether the client's bytes are less than whole blocks.
 func (p *piece) partial() bool { return p.length < p.sectors<<block.SectorShift }
 
-// readPiece is the first piece of a read of the bytes from at to end. It has up to most
-// bytes.
+// readPiece returns the first piece of a read of the bytes from at to end. The piece has
+// up to most bytes.
 func (s *shard) readPiece(at, end uint64, most uint32) piece {
 	unit := uint64(s.bounds.block)
 	return s.piece(at, end, (end+unit-1)&^(unit-1), most)
 }
 
-// writePiece is the first piece of a write: whole blocks, or a part of one block.
+// writePiece returns the first piece of a write: whole blocks, or a part of one block.
 func (s *shard) writePiece(at, end uint64) piece {
 	unit := uint64(s.bounds.block)
 	first, last := at&^(unit-1), end&^(unit-1)
@@ -32,8 +32,8 @@ func (s *shard) writePiece(at, end uint64) piece {
 	return s.piece(at, end, last, s.bounds.piece)
 }
 
-// piece is the first piece of a transfer of the bytes from at to end. Its blocks end at
-// last or before.
+// piece returns the first piece of a transfer of the bytes from at to end. Its blocks end
+// at last or before.
 func (s *shard) piece(at, end, last uint64, most uint32) piece {
 	b := &s.bounds
 	first := at &^ uint64(b.block-1)
@@ -47,7 +47,7 @@ func (s *shard) piece(at, end, last uint64, most uint32) piece {
 	}
 }
 
-// pieces is the number of pieces of up to size bytes of a read, or most, if there are more.
+// pieces returns the number of pieces of up to size bytes in a read, but at most most.
 func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 	n := 0
 	for ; at < end && n < most; n++ {
@@ -58,9 +58,9 @@ func (s *shard) pieces(at, end uint64, size uint32, most int) int {
 }
 
 // pieceSize chooses the size of the pieces of a read. It returns the size and the number
-// of pieces, but not more than share+1. Usually a piece is as large as the device accepts.
-// If a connection may not hold as many tags, a piece is as large as a buffer, and issue
-// hands it to the device in parts.
+// of pieces, which is at most share+1. Usually a piece is as large as the device accepts.
+// If that would take more tags than a connection may hold, a piece is as large as a
+// buffer, and issue passes it to the device in parts.
 func (s *shard) pieceSize(at, end uint64) (size uint32, n int) {
 	size = s.bounds.piece
 	if n = s.pieces(at, end, size, s.share+1); n > s.share && size < s.bounds.buffer {
@@ -70,8 +70,8 @@ func (s *shard) pieceSize(at, end uint64) (size uint32, n int) {
 	return size, n
 }
 
-// data is the memory of a tag's client bytes. Those of a write of a part of a block are
-// behind the block in the buffer, until merge.
+// data returns the memory of the client's bytes of a tag. In a write to a part of a
+// block, they are behind the block in the buffer, until merge.
 func (s *shard) data(i uint16) []byte {
 	g := &s.tags[i]
 	at := g.skip
@@ -81,7 +81,7 @@ func (s *shard) data(i uint16) []byte {
 	return s.back.Buffer(i)[at : at+g.length]
 }
 
-// merge copies the client's bytes into their block, which has been read.
+// merge copies the client's bytes into their block, which was read before.
 func (s *shard) merge(i uint16) {
 	g := &s.tags[i]
 	into := s.back.Buffer(i)[g.skip : g.skip+g.length]
@@ -125,7 +125,7 @@ func (s *shard) unlock(g *tag) {
 	}
 }
 
-// unpark issues parked tags whose stripes are free now, and returns their number.
+// unpark issues parked tags whose stripes are now free, and returns their number.
 func (s *shard) unpark() int {
 	if len(s.parked) == 0 {
 		return 0
@@ -145,10 +145,10 @@ func (s *shard) unpark() int {
 	return started
 }
 
-// issue hands a tag to the back end with the next Submit. If the piece is larger than what
-// the device accepts now, it is handed over in parts. The back end transfers to and from
-// the beginning of the buffer. So the parts of a write are moved there one after the
-// other, and the parts of a read are moved away from there, the last part first.
+// issue passes a tag to the back end with the next Submit. If the piece is larger than
+// the device accepts now, it is passed in parts. The back end transfers to and from the
+// beginning of the buffer. So the parts of a write are moved there one after the other,
+// and the parts of a read are moved away from there, the last part first.
 func (s *shard) issue(i uint16) {
 	g := &s.tags[i]
 	r := block.Request{Sector: g.sector, Sectors: g.sectors - g.moved, Tag: i, Op: g.op}
@@ -160,7 +160,7 @@ func (s *shard) issue(i uint16) {
 	case block.OpWrite:
 		r.Sectors = min(r.Sectors, s.bounds.piece>>block.SectorShift)
 		if g.moved > 0 {
-			r.Sectors = min(r.Sectors, g.moved) // so that it is not copied over the rest
+			r.Sectors = min(r.Sectors, g.moved) // so that the part does not overwrite the rest
 			from := g.moved << block.SectorShift
 			buf := s.back.Buffer(i)
 			copy(buf, buf[from:from+r.Sectors<<block.SectorShift])
@@ -176,7 +176,8 @@ func (s *shard) issue(i uint16) {
 	s.reqs = append(s.reqs, r)
 }
 
-// shrunk reports whether the back end has refused more than the device accepts by now.
+// shrunk reports whether a request that the back end refused is larger than the device
+// now accepts.
 func (s *shard) shrunk(g *tag) bool {
 	s.refresh()
 	switch g.op {
@@ -190,7 +191,7 @@ func (s *shard) shrunk(g *tag) bool {
 	return false
 }
 
-// finish takes a tag from the back end.
+// finish handles a tag that the back end has returned.
 func (s *shard) finish(i uint16, errno uint16) {
 	g := &s.tags[i]
 	t := g.task
@@ -223,8 +224,8 @@ func (s *shard) finish(i uint16, errno uint16) {
 	}
 }
 
-// proceed records a success of the back end. If there is more to do for the same piece, it
-// issues that and returns true.
+// proceed records a success of the back end. If there is more to do for the same piece,
+// it issues the next request and returns true.
 func (s *shard) proceed(i uint16) (more bool) {
 	g := &s.tags[i]
 	if g.op == block.OpRead {
@@ -258,7 +259,7 @@ func (s *shard) advance(i uint16) bool {
 	g := &s.tags[i]
 	t := g.task
 	if t.at < t.end && (t.kind == cmdTrim && s.bounds.discard == 0 || t.kind == cmdZeroes && s.bounds.zeroes == 0) {
-		s.refresh() // the client was told that the device can do it
+		s.refresh() // the client was told that the device supports it
 	}
 	switch {
 	case t.kind == cmdTrim && t.at < t.end && s.bounds.discard > 0:
@@ -270,7 +271,7 @@ func (s *shard) advance(i uint16) bool {
 			g.op = block.OpRead
 		case s.bounds.zeroes > 0:
 			g.op, g.piece = block.OpWriteZeroes, s.step(t, s.bounds.zeroes)
-		default: // the device cannot do it any more: write zeroes
+		default: // the device does not support it any more, so zeroes are written
 			g.op = block.OpWrite
 			clear(s.back.Buffer(i)[:g.length])
 		}
@@ -285,7 +286,8 @@ func (s *shard) advance(i uint16) bool {
 	return true
 }
 
-// step is the next piece of a trim or write zeroes: whole blocks, up to most sectors.
+// step returns the next piece of a trim or write zeroes: whole blocks, up to most
+// sectors.
 func (s *shard) step(t *task, most uint32) piece {
 	last := t.end &^ uint64(s.bounds.block-1)
 	n := min((last-t.at)>>block.SectorShift, uint64(most))

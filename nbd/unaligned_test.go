@@ -12,9 +12,9 @@ import (
 	"ublk-nvmeof/block"
 )
 
-// TestUnaligned has clients that were not told of the block size write, zero and read
-// bytes of the same blocks at the same time, on two loops. Each has bytes of its own,
-// between those of the others, and none may lose any.
+// TestUnaligned makes clients that do not know the block size write, zero and read bytes
+// of the same blocks at the same time, on two loops. Each has its own bytes between those
+// of the others, and none may lose any.
 func TestUnaligned(t *testing.T) {
 	for name, g := range map[string]block.Geometry{
 		"4096": {Sectors: 2048, LogicalBlock: 4096}, "512": {Sectors: 2048}, "chunks": {Sectors: 2048, LogicalBlock: 1024, ChunkSectors: 16},
@@ -22,8 +22,8 @@ func TestUnaligned(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, g)}}, Depth: 16, MaxIO: 8 << 10})
 			const writers = 6
-			// Cuts at any byte make spans, which the writers own in turn; whole
-			// blocks among them are written without a merge.
+			// Cuts at any byte make spans, which belong to the writers in
+			// turn. Whole blocks among them are written without a merge.
 			r := rand.New(rand.NewPCG(1, 2))
 			cuts := []uint64{0}
 			for at := uint64(0); at < 1<<20; {
@@ -62,7 +62,7 @@ func TestUnaligned(t *testing.T) {
 	}
 }
 
-// change writes random data, or zeroes, to bytes that are the caller's.
+// change writes random data, or zeroes, to bytes that belong to the caller.
 func (c *client) change(r *rand.Rand, offset uint64, content []byte) {
 	c.t.Helper()
 	if r.IntN(4) == 0 {
@@ -76,9 +76,9 @@ func (c *client) change(r *rand.Rand, offset uint64, content []byte) {
 	c.write(offset, content)
 }
 
-// TestMergeIsExclusive holds a block back at the device that is read to be merged with a
-// write of another loop's client, and looks that no other change of it gets there
-// meanwhile; and the other way round.
+// TestMergeIsExclusive holds a block at the device that is read for a merge with a write
+// of another loop's client, and checks that no other change of the block reaches the
+// device meanwhile. It also checks the opposite order.
 func TestMergeIsExclusive(t *testing.T) {
 	part := request{kind: cmdWrite, offset: 4096, length: 512}
 	for name, other := range map[string]request{
@@ -123,7 +123,7 @@ func TestMergeIsExclusive(t *testing.T) {
 	}
 }
 
-// TestUnalignedTrim leaves alone what is not a whole block.
+// TestUnalignedTrim checks that a trim does not change partial blocks.
 func TestUnalignedTrim(t *testing.T) {
 	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}}})
 	c := connect(t, path, "", false)
@@ -137,7 +137,7 @@ func TestUnalignedTrim(t *testing.T) {
 	}
 }
 
-// TestUnalignedError does not write a block back that it could not read.
+// TestUnalignedError checks that a block that could not be read is not written back.
 func TestUnalignedError(t *testing.T) {
 	dev := &badBlock{Device: newRAM(t, block.Geometry{LogicalBlock: 4096}), sector: 8}
 	_, path := newServer(t, Config{Exports: []Export{{Device: dev}}})
@@ -154,7 +154,8 @@ func TestUnalignedError(t *testing.T) {
 	c.do(request{kind: cmdFlush}, nil)
 }
 
-// TestExtremes has the fields of requests at their ends, on devices of extreme sizes.
+// TestExtremes sends requests with extreme values in their fields, on devices of extreme
+// sizes.
 func TestExtremes(t *testing.T) {
 	const most = (1<<63 - 4096) >> 9
 	dev := newNull(t, block.Geometry{Sectors: most, LogicalBlock: 4096, MaxDiscardSectors: ^uint32(0), MaxZeroesSectors: ^uint32(0), MaxIO: ^uint32(4095)})
@@ -205,7 +206,7 @@ func TestExtremes(t *testing.T) {
 			c.read(int(tt.r.length))
 		}
 	}
-	// A read of 4 GiB is sent, piece by piece.
+	// A read of 4 GiB is sent piece by piece.
 	c.ask(request{kind: cmdRead, offset: 4096, length: 1<<32 - 1}, nil)
 	if e := c.simple(0); e != 0 {
 		t.Fatalf("error %d", e)
@@ -225,7 +226,7 @@ func TestExtremes(t *testing.T) {
 	}
 }
 
-// TestNbdsh has Python's libnbd, without block sizes, write anywhere on blocks of 4096
+// TestNbdsh makes Python's libnbd, without block sizes, write anywhere on blocks of 4096
 // bytes.
 func TestNbdsh(t *testing.T) {
 	_, path := newServer(t, Config{Exports: []Export{{Device: newRAM(t, block.Geometry{LogicalBlock: 4096})}}})

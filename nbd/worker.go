@@ -14,22 +14,23 @@ type submitter interface {
 	SQE() *uring.SQE // never nil
 }
 
-// worker is the part of a server on one loop, as a poller.Source and a poller.Handler.
-// All of it belongs to the loop.
+// worker is the part of a server on one loop. It is a poller.Source and a poller.Handler.
+// Only the loop uses its fields.
 type worker struct {
 	index    int
 	ring     submitter
-	base     uint64 // of poller.Loop.Handle
+	base     uint64 // what poller.Loop.Handle returned
 	attached bool
 	shards   []*shard
-	conns    []*conn // by slot; nil: free
+	conns    []*conn // by slot; nil: the slot is free
 	due      []*conn // connections with replies to send; see conn.listed
 
 	watching bool   // the timer runs
-	interval []byte // between ticks, struct __kernel_timespec
+	interval []byte // time between ticks, struct __kernel_timespec
 }
 
-// The user data of a command: the slot of its connection and the direction, or dataTick.
+// The user data of a command is the slot of its connection and the direction, or
+// dataTick.
 const (
 	dirRecv  = 0
 	dirSend  = 1
@@ -37,8 +38,8 @@ const (
 	dataTick = 1 << 40
 )
 
-// stallTicks is the number of ticks in Config.StallTimeout. leastProgress is how many bytes
-// a client must transfer in that time, unless less is left.
+// stallTicks is the number of ticks in Config.StallTimeout. leastProgress is the number
+// of bytes that a client must transfer in that time, unless less is left.
 const (
 	stallTicks    = 8
 	leastProgress = 64 << 10
@@ -74,7 +75,7 @@ func (w *worker) Poll() int {
 	return n
 }
 
-// Arm implements poller.Source: sockets and back ends make their own events.
+// Arm implements poller.Source. Sockets and back ends cause their own events.
 func (w *worker) Arm() poller.Readiness {
 	for _, s := range w.shards {
 		if len(s.reqs) > 0 {
@@ -101,8 +102,8 @@ func (w *worker) Complete(data uint64, res int32, _ uint32) {
 	}
 }
 
-// watch starts the timer for the next tick. While no client has anything to read or
-// send, there is no tick, and the loop can sleep.
+// watch starts the timer for the next tick. While no client has anything to read or send,
+// there are no ticks, and the loop can sleep.
 func (w *worker) watch() {
 	if w.watching {
 		return
@@ -113,7 +114,7 @@ func (w *worker) watch() {
 	s.UserData = w.base | dataTick
 }
 
-// tick looks for clients that stand still, and for changed limits of the devices.
+// tick checks for clients that stall, and for changed limits of the devices.
 func (w *worker) tick() {
 	w.watching = false
 	for _, s := range w.shards {
@@ -150,7 +151,7 @@ func (w *worker) add(c *conn) {
 	c.parse()
 }
 
-// remove ends a connection. It has no operation pending and no task left.
+// remove removes a connection that has no operation pending and no task left.
 func (w *worker) remove(c *conn) {
 	w.conns[c.slot] = nil
 	close(c.done)

@@ -17,10 +17,10 @@ const (
 	ANAChange         ANAState = 0x0F
 )
 
-// Usable reports whether I/O may be sent.
+// Usable reports whether I/O may be sent in this state.
 func (s ANAState) Usable() bool { return s == ANAOptimized || s == ANANonOptimized }
 
-// String names the state in the words of sysfs and nvme-cli.
+// String returns the name of the state that sysfs and nvme-cli use.
 func (s ANAState) String() string {
 	switch s {
 	case ANAOptimized:
@@ -42,22 +42,22 @@ const (
 	anaGroupSize  = 32
 )
 
-// ANALogSize returns the most that the ANA log of a controller can take, in
-// bytes, given NANAGRPID and MNAN of [IdentifyController]. The log may be
-// larger than a controller's largest transfer.
+// ANALogSize returns the largest size of the ANA log of a controller in bytes, given
+// NANAGRPID and MNAN of [IdentifyController]. The log may be larger than a controller's
+// largest transfer.
 func ANALogSize(nanagrpid, mnan uint32) uint64 {
 	return anaHeaderSize + uint64(nanagrpid)*anaGroupSize + uint64(mnan)*4
 }
 
-// ANALog is a decoded ANA log (Base, "Asymmetric Namespace Access"). It refers
-// to the bytes it was decoded from. Zero is a log without groups.
+// ANALog is a decoded ANA log (Base, "Asymmetric Namespace Access"). It refers to the
+// bytes from which it was decoded. The zero value is a log without groups.
 type ANALog struct {
 	chgcnt uint64
 	groups []byte // the group descriptors, checked
 	n      int
 }
 
-// ANAGroup is one group of an [ANALog]. It refers to the bytes of the log.
+// ANAGroup is a group of an [ANALog]. It refers to the bytes of the log.
 type ANAGroup struct {
 	// ID is not 0.
 	ID uint32
@@ -69,9 +69,9 @@ type ANAGroup struct {
 	nsids []byte
 }
 
-// ParseANALog checks the whole log and decodes it. Bytes after the last group
-// are ignored. An error is a group that does not fit, a group id of 0, or a
-// state outside 1..15.
+// ParseANALog checks and decodes a whole log. It ignores bytes after the last group. It
+// returns an error if a group does not fit, if a group id is 0, or if a state is outside
+// 1..15.
 func ParseANALog(b []byte) (ANALog, error) {
 	if len(b) < anaHeaderSize {
 		return ANALog{}, fmt.Errorf("decode ana log: %d bytes, want %d", len(b), anaHeaderSize)
@@ -100,7 +100,7 @@ func ParseANALog(b []byte) (ANALog, error) {
 	return l, nil
 }
 
-// nextANAGroup decodes the first group of b, which must hold it whole.
+// nextANAGroup decodes the first group of b, which must contain the whole group.
 func nextANAGroup(b []byte) (ANAGroup, []byte) {
 	end := anaGroupSize + 4*int(le.Uint32(b[4:8]))
 	return ANAGroup{
@@ -111,7 +111,7 @@ func nextANAGroup(b []byte) (ANAGroup, []byte) {
 	}, b[end:]
 }
 
-// ChangeCount counts the changes of the log.
+// ChangeCount returns the number of changes of the log.
 func (l ANALog) ChangeCount() uint64 { return l.chgcnt }
 
 // NumGroups returns the number of groups.
@@ -143,7 +143,7 @@ func (g ANAGroup) NSIDs() iter.Seq[uint32] {
 	}
 }
 
-// AppendANAHeader appends the header of an ANA log of so many groups.
+// AppendANAHeader appends the header of an ANA log with this number of groups.
 func AppendANAHeader(b []byte, changeCount uint64, groups uint16) []byte {
 	var raw [anaHeaderSize]byte
 	le.PutUint64(raw[0:8], changeCount)
@@ -151,7 +151,7 @@ func AppendANAHeader(b []byte, changeCount uint64, groups uint16) []byte {
 	return append(b, raw[:]...)
 }
 
-// AppendANAGroup appends one group.
+// AppendANAGroup appends a group.
 func AppendANAGroup(b []byte, id uint32, changeCount uint64, state ANAState, nsids ...uint32) []byte {
 	var raw [anaGroupSize]byte
 	le.PutUint32(raw[0:4], id)

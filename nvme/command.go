@@ -5,18 +5,18 @@ import "fmt"
 // CommandSize is the size of a submission queue entry in bytes.
 const CommandSize = 64
 
-// PSDTSGL in the flags says that the data pointer is an SGL and that metadata,
-// if any, is addressed by a plain pointer. Fabrics commands always carry it.
+// PSDTSGL in the flags means that the data pointer is an SGL, and that metadata, if any,
+// is addressed by a plain pointer. Fabrics commands always have it.
 const PSDTSGL = 0x40
 
-// MaxBlocks is the largest number of logical blocks one command can name.
+// MaxBlocks is the largest number of logical blocks of one command.
 const MaxBlocks = 1 << 16
 
 // NSIDAll addresses every namespace of a controller.
 const NSIDAll = 0xFFFFFFFF
 
-// Opcode is byte 0 of a command. Admin and I/O queues number their commands
-// independently; Fabrics commands (OpFabrics) are legal on both.
+// Opcode is byte 0 of a command. Admin and I/O queues have separate opcodes. Fabrics
+// commands (OpFabrics) are allowed on both.
 type Opcode uint8
 
 // I/O commands of the NVM and zoned command sets.
@@ -57,11 +57,11 @@ const (
 // OpFabrics is the opcode of every Fabrics command; see [FCType].
 const OpFabrics Opcode = 0x7F
 
-// String returns the opcode in hex: its name depends on the queue. See
+// String returns the opcode in hex, because its name depends on the queue. See
 // [Opcode.AdminString] and [Opcode.IOString].
 func (o Opcode) String() string { return fmt.Sprintf("%02xh", uint8(o)) }
 
-// AdminString names the opcode as an admin queue understands it.
+// AdminString returns the name of the opcode on an admin queue.
 func (o Opcode) AdminString() string {
 	switch o {
 	case AdminGetLogPage:
@@ -92,7 +92,7 @@ func (o Opcode) AdminString() string {
 	return "admin opcode " + o.String()
 }
 
-// IOString names the opcode as an I/O queue understands it.
+// IOString returns the name of the opcode on an I/O queue.
 func (o Opcode) IOString() string {
 	switch o {
 	case OpFlush:
@@ -141,8 +141,8 @@ func (o Opcode) IOString() string {
 //	40 cdw10 .. 60 cdw15
 type Command [CommandSize]byte
 
-// CommandAt views the first 64 bytes of b as a command. It panics if b is
-// shorter.
+// CommandAt returns the first 64 bytes of b as a command, without a copy. It panics if b
+// is shorter.
 func CommandAt(b []byte) *Command { return (*Command)(b[:CommandSize:CommandSize]) }
 
 // Opcode returns byte 0.
@@ -163,7 +163,7 @@ func (c *Command) CID() uint16 { return le.Uint16(c[2:4]) }
 // SetCID sets the command id.
 func (c *Command) SetCID(id uint16) { le.PutUint16(c[2:4], id) }
 
-// FCType returns byte 4, meaningful if the opcode is OpFabrics.
+// FCType returns byte 4. It is valid if the opcode is OpFabrics.
 func (c *Command) FCType() FCType { return FCType(c[4]) }
 
 // SetFCType sets byte 4.
@@ -239,8 +239,8 @@ func IsWrite(c *Command) bool {
 	return c[0]&1 != 0
 }
 
-// fill writes the whole command, as eight words. dw10 holds CDW10 in its low
-// half and CDW11 in its high half, and so on.
+// fill writes the whole command as eight words. dw10 holds CDW10 in its low half and
+// CDW11 in its high half. dw12 and dw14 are composed in the same way.
 func (c *Command) fill(op Opcode, nsid uint32, dw10, dw12, dw14 uint64) {
 	le.PutUint64(c[0:8], uint64(op)|PSDTSGL<<8|uint64(nsid)<<32)
 	le.PutUint64(c[8:16], 0)
@@ -269,21 +269,21 @@ func (c *Command) fillRW(op Opcode, nsid uint32, slba uint64, nlb uint32, fua bo
 	c.fill(op, nsid, slba, uint64(nlb-1)|bits, 0)
 }
 
-// SetRead builds a Read of nlb (1..65536) logical blocks from slba. With fua
-// the data must come from non-volatile media.
+// SetRead builds a Read of nlb (1..65536) logical blocks from slba. With fua, the data
+// must come from non-volatile media.
 func (c *Command) SetRead(nsid uint32, slba uint64, nlb uint32, fua bool) {
 	c.fillRW(OpRead, nsid, slba, nlb, fua, 0)
 }
 
-// SetWrite builds a Write of nlb (1..65536) logical blocks at slba. With fua
-// the data must be on non-volatile media before the command completes.
+// SetWrite builds a Write of nlb (1..65536) logical blocks at slba. With fua, the data
+// must be on non-volatile media before the command completes.
 func (c *Command) SetWrite(nsid uint32, slba uint64, nlb uint32, fua bool) {
 	c.fillRW(OpWrite, nsid, slba, nlb, fua, 0)
 }
 
-// SetWriteZeroes builds a Write Zeroes of nlb (1..65536) logical blocks at
-// slba. With deac the controller may deallocate the blocks, as long as they
-// read as zeroes. The command moves no data.
+// SetWriteZeroes builds a Write Zeroes of nlb (1..65536) logical blocks at slba. With
+// deac, the controller may deallocate the blocks, as long as they read as zeroes. The
+// command transfers no data.
 func (c *Command) SetWriteZeroes(nsid uint32, slba uint64, nlb uint32, fua, deac bool) {
 	var bits uint64
 	if deac {
@@ -305,8 +305,7 @@ func (c *Command) NLB() uint32 { return uint32(le.Uint16(c[48:50])) + 1 }
 // FUA returns the force unit access bit of a Read, Write or Write Zeroes.
 func (c *Command) FUA() bool { return c.CDW12()&rwFUA != 0 }
 
-// SetLimitedRetry asks the controller of a Read or Write to give up early
-// rather than to try everything it can.
+// SetLimitedRetry asks the controller to limit its retries in a Read or Write.
 func (c *Command) SetLimitedRetry() { c.SetCDW12(c.CDW12() | rwLimitedRetry) }
 
 // DEAC returns the deallocate bit of a Write Zeroes.
@@ -339,8 +338,8 @@ func (c *Command) DSMRanges() uint32 { return uint32(c[40]) + 1 }
 // other attributes are hints.
 func (c *Command) DSMDeallocate() bool { return c.CDW11()&dsmDeallocate != 0 }
 
-// PutDSMRange writes one range of nlb blocks (not 0-based) from slba into the
-// first 16 bytes of b. It panics if b is shorter.
+// PutDSMRange writes a range of nlb blocks (not 0-based) from slba to the first 16 bytes
+// of b. It panics if b is shorter.
 func PutDSMRange(b []byte, cattr, nlb uint32, slba uint64) {
 	_ = b[DSMRangeSize-1]
 	le.PutUint32(b[0:4], cattr)
@@ -348,20 +347,19 @@ func PutDSMRange(b []byte, cattr, nlb uint32, slba uint64) {
 	le.PutUint64(b[8:16], slba)
 }
 
-// DSMRange reads one range from the first 16 bytes of b. It panics if b is
-// shorter.
+// DSMRange reads a range from the first 16 bytes of b. It panics if b is shorter.
 func DSMRange(b []byte) (cattr, nlb uint32, slba uint64) {
 	_ = b[DSMRangeSize-1]
 	return le.Uint32(b[0:4]), le.Uint32(b[4:8]), le.Uint64(b[8:16])
 }
 
-// SetIdentify builds an Identify for structure cns. csi selects the I/O
-// command set where the structure depends on it. The data are 4096 bytes.
+// SetIdentify builds an Identify of structure cns. csi selects the I/O command set if the
+// structure depends on it. The data are 4096 bytes.
 func (c *Command) SetIdentify(cns uint8, nsid uint32, csi uint8) {
 	c.fill(AdminIdentify, nsid, uint64(cns)|uint64(csi)<<56, 0, 0)
 }
 
-// CNS returns the structure that an Identify asks for.
+// CNS returns the structure that an Identify requests.
 func (c *Command) CNS() uint8 { return c[40] }
 
 // IdentifyCNTID returns the controller id of an Identify.
@@ -384,28 +382,34 @@ func (c *Command) SetGetFeatures(fid uint8) {
 // FeatureID returns the feature of a Set or Get Features.
 func (c *Command) FeatureID() uint8 { return c[40] }
 
-// SetGetLogPage builds a Get Log Page of lengthBytes bytes (a multiple of 4,
-// not 0) from byte offset (a multiple of 4) of log lid. With rae the read does
-// not clear the asynchronous event that announced the log.
+// SetGetLogPage builds a Get Log Page of lengthBytes bytes (a multiple of 4, not 0) from
+// byte offset (a multiple of 4) of log lid. With rae, the read does not clear the
+// asynchronous event that announced the log. It panics if the length or the offset is
+// invalid.
 func (c *Command) SetGetLogPage(lid uint8, nsid uint32, lengthBytes uint32, offset uint64, rae bool) {
 	if lengthBytes == 0 || lengthBytes%4 != 0 || offset%4 != 0 {
 		panic("nvme: log page length and offset must be whole dwords")
 	}
 	numd := uint64(lengthBytes/4 - 1)
-	dw10 := uint64(lid) | numd<<16 // the upper half of NUMD lands in CDW11
+	dw10 := uint64(lid) | numd<<16 // the upper half of NUMD is in CDW11
 	if rae {
 		dw10 |= 1 << 15
 	}
 	c.fill(AdminGetLogPage, nsid, dw10, offset, 0)
 }
 
-// LogPage returns the fields of a Get Log Page. length is in bytes, at most
-// 16 GiB; offset counts bytes, or entries if the index offset bit of CDW14 is
-// set.
+// LogPage returns the fields of a Get Log Page. length is in bytes, at most 16 GiB.
+// offset is in bytes, or in entries if the index offset bit of CDW14 is set.
 func (c *Command) LogPage() (lid uint8, length, offset uint64, rae bool) {
 	numd := uint64(le.Uint32(c[42:46]))
 	return c[40], (numd + 1) * 4, le.Uint64(c[48:56]), c[41]&0x80 != 0
 }
+
+// LogSpecific returns the log specific parameter (LSP) of a Get Log Page, 7 bits.
+func (c *Command) LogSpecific() uint8 { return c[41] & 0x7f }
+
+// SetLogSpecific sets the log specific parameter of a Get Log Page, 7 bits.
+func (c *Command) SetLogSpecific(v uint8) { c[41] = c[41]&0x80 | v&0x7f }
 
 // SetAsyncEvent builds an Asynchronous Event Request.
 func (c *Command) SetAsyncEvent() { c.fill(AdminAsyncEvent, 0, 0, 0, 0) }
@@ -423,7 +427,7 @@ func (c *Command) AbortTarget() (sqid, cid uint16) {
 	return le.Uint16(c[40:42]), le.Uint16(c[42:44])
 }
 
-// String describes the command for logs: opcode, command id, namespace,
+// String returns a description of the command for logs: opcode, command id, namespace,
 // dwords 10 to 15 and data descriptor.
 func (c *Command) String() string {
 	if c.Opcode() == OpFabrics {

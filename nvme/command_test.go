@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// dirty returns a command full of ones, so that a builder which leaves a byte
-// alone is found out.
+// dirty returns a command full of ones, which reveals a builder that does not write a
+// byte.
 func dirty() *Command {
 	return CommandAt(bytes.Repeat([]byte{0xFF}, CommandSize))
 }
@@ -90,10 +90,10 @@ func TestCommandFields(t *testing.T) {
 		// Builders and descriptor setters, tested with golden bytes.
 		"Read", "Write", "WriteZeroes", "Flush", "DSM", "Identify", "SetFeatures", "GetFeatures", "GetLogPage",
 		"AsyncEvent", "KeepAlive", "Abort", "Connect", "PropertyGet", "PropertySet", "AuthSend", "AuthReceive",
-		"Disconnect", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
+		"Disconnect", "LogSpecific", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
 }
 
-// A controller reads what a host built.
+// A controller reads the commands of a host.
 func TestCommandDecode(t *testing.T) {
 	c := new(Command)
 	c.SetWrite(3, 1<<40, 65536, true)

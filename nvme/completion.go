@@ -13,14 +13,14 @@ const CompletionSize = 16
 // On a fabric there is no phase bit and no submission queue id; both are 0.
 type Completion [CompletionSize]byte
 
-// CompletionAt views the first 16 bytes of b as a completion. It panics if b
-// is shorter.
+// CompletionAt returns the first 16 bytes of b as a completion, without a copy. It panics
+// if b is shorter.
 func CompletionAt(b []byte) *Completion {
 	return (*Completion)(b[:CompletionSize:CompletionSize])
 }
 
-// Result returns bytes 0 to 7, the command specific result. Only Property Get
-// and Zone Append use more than the low half.
+// Result returns bytes 0 to 7, the command specific result. Only Property Get and Zone
+// Append use more than the low half.
 func (c *Completion) Result() uint64 { return le.Uint64(c[0:8]) }
 
 // SetResult sets bytes 0 to 7.
@@ -32,9 +32,9 @@ func (c *Completion) DW0() uint32 { return le.Uint32(c[0:4]) }
 // SetDW0 sets the low half of the result.
 func (c *Completion) SetDW0(v uint32) { le.PutUint32(c[0:4], v) }
 
-// SQHead returns the submission queue head: how far the controller has
-// consumed it. In the completion of a Connect, 0xFFFF says that flow control is
-// off, and from then on the field means nothing.
+// SQHead returns the submission queue head: the position up to which the controller has
+// consumed the queue. In the completion of a Connect, 0xFFFF means that flow control is
+// off. The field is then undefined in later completions.
 func (c *Completion) SQHead() uint16 { return le.Uint16(c[8:10]) }
 
 // SetSQHead sets the submission queue head.
@@ -64,7 +64,7 @@ func (c *Completion) Set(result uint64, sqHead, cid uint16, s Status) {
 	le.PutUint64(c[8:16], uint64(sqHead)|uint64(cid)<<32|uint64(uint16(s)<<1)<<48)
 }
 
-// String describes the completion for logs.
+// String returns a description of the completion for logs.
 func (c *Completion) String() string {
 	return fmt.Sprintf("cid %04xh result %#x sqhead %d: %v", c.CID(), c.Result(), c.SQHead(), c.Status().String())
 }

@@ -2,7 +2,7 @@ package nvme
 
 import "testing"
 
-// Double entry: the numbers once more, as the specifications list them.
+// The numbers are entered a second time here, as the specifications list them.
 func TestConstants(t *testing.T) {
 	for _, tt := range []struct {
 		name string

@@ -12,28 +12,41 @@ const (
 	// DiscoveryEntrySize is the size of an entry of the discovery log in bytes.
 	DiscoveryEntrySize = 1024
 
-	// DiscoveryHeaderMin is how much of the header must be read to know the
-	// number of records.
+	// DiscoveryHeaderMin is the number of bytes of the header that contain the number
+	// of records.
 	DiscoveryHeaderMin = 20
 )
 
-// CNTLIDStatic in a discovery entry says: connect with CNTLIDDynamic, and name
-// the same controller ever after.
+// CNTLIDStatic in a discovery entry means that the host must connect with CNTLIDDynamic
+// and afterwards always use the controller id that it was given.
 const CNTLIDStatic = 0xFFFE
 
-// DiscoveryHeader begins the discovery log (Base, "Discovery Log Page").
+// DiscoveryHeader is the header of the discovery log (Base, "Discovery Log Page").
 type DiscoveryHeader struct {
-	// GenCtr counts the changes of the log. It must be the same before and
-	// after the entries were read.
+	// GenCtr counts the changes of the log. It must be the same before and after the
+	// entries are read.
 	GenCtr uint64
 	// NumRec is the number of entries.
 	NumRec uint64
 	// RecFmt is 0.
 	RecFmt uint16
+	// Returned tells which of the requested kinds of log this is, DiscoveryLog bits. 0
+	// from older controllers.
+	Returned uint8
+	// Length is the length of the whole log in bytes (TDLPL); 0 from older controllers.
+	Length uint32
 }
 
-// ParseDiscoveryHeader decodes the header from the first DiscoveryHeaderMin
-// bytes of the log.
+// Bits of the log specific parameter of a Get Log Page for the discovery log, and of
+// [DiscoveryHeader.Returned].
+const (
+	DiscoveryExtended = 1 << 0 // entries with attributes, of different lengths
+	DiscoveryPortOnly = 1 << 1 // only entries of the port that the host uses
+	DiscoveryAll      = 1 << 2 // entries of all subsystems, also of those that the host may not use
+)
+
+// ParseDiscoveryHeader decodes the header from the first bytes of the log, at least
+// DiscoveryHeaderMin. Returned and Length need 24 bytes, and are 0 if b has fewer.
 func ParseDiscoveryHeader(b []byte) (DiscoveryHeader, error) {
 	if len(b) < DiscoveryHeaderMin {
 		return DiscoveryHeader{}, fmt.Errorf("decode discovery header: %d bytes, want %d", len(b), DiscoveryHeaderMin)
@@ -42,8 +55,14 @@ func ParseDiscoveryHeader(b []byte) (DiscoveryHeader, error) {
 	if h.RecFmt != 0 {
 		return DiscoveryHeader{}, fmt.Errorf("decode discovery header: record format %d", h.RecFmt)
 	}
+	if len(b) >= discoveryLengthEnd {
+		h.Returned, h.Length = b[18], le.Uint32(b[20:24])
+	}
 	return h, nil
 }
+
+// discoveryLengthEnd is where the last field of the header ends.
+const discoveryLengthEnd = 24
 
 // AppendTo appends the header, DiscoveryHeaderSize bytes.
 func (h DiscoveryHeader) AppendTo(b []byte) []byte {
@@ -51,11 +70,13 @@ func (h DiscoveryHeader) AppendTo(b []byte) []byte {
 	le.PutUint64(raw[0:8], h.GenCtr)
 	le.PutUint64(raw[8:16], h.NumRec)
 	le.PutUint16(raw[16:18], h.RecFmt)
+	raw[18] = h.Returned
+	le.PutUint32(raw[20:24], h.Length)
 	return append(b, raw[:]...)
 }
 
-// ParseDiscoveryLog decodes a whole log. The entries are copies. It is an
-// error if b holds fewer of them than the header says.
+// ParseDiscoveryLog decodes a whole log. The entries are copies. It returns an error if b
+// holds fewer entries than the header says.
 func ParseDiscoveryLog(b []byte) (DiscoveryHeader, []DiscoveryEntry, error) {
 	h, err := ParseDiscoveryHeader(b)
 	if err != nil {
@@ -75,11 +96,11 @@ func ParseDiscoveryLog(b []byte) (DiscoveryHeader, []DiscoveryEntry, error) {
 	return h, entries, nil
 }
 
-// unrecognized is nvme-cli's word for a value it has no word for.
+// unrecognized is the word of nvme-cli for an unknown value.
 const unrecognized = "unrecognized"
 
-// TransportType is TRTYPE. Its words, and those of the other types here, are
-// nvme-cli's.
+// TransportType is TRTYPE. The words for it and for the other types here are those of
+// nvme-cli.
 type TransportType uint8
 
 // Transports.
@@ -91,7 +112,7 @@ const (
 	TransportLoop        TransportType = 254
 )
 
-// String names the transport.
+// String returns the name of the transport.
 func (t TransportType) String() string {
 	switch t {
 	case TransportRDMA:
@@ -119,7 +140,7 @@ const (
 	AddressLoop       AddressFamily = 254
 )
 
-// String names the family.
+// String returns the name of the family.
 func (f AddressFamily) String() string {
 	switch f {
 	case AddressPCI:
@@ -139,14 +160,14 @@ func (f AddressFamily) String() string {
 // SubsystemType is SUBTYPE.
 type SubsystemType uint8
 
-// Kinds of subsystem.
+// Types of subsystems
 const (
 	SubsystemReferral         SubsystemType = 1
 	SubsystemNVMe             SubsystemType = 2
 	SubsystemCurrentDiscovery SubsystemType = 3
 )
 
-// String names the kind.
+// String returns the name of the type.
 func (t SubsystemType) String() string {
 	switch t {
 	case SubsystemReferral:
@@ -162,7 +183,7 @@ func (t SubsystemType) String() string {
 // TransportRequirements is TREQ.
 type TransportRequirements uint8
 
-// Requirements: bits 0-1 tell whether a secure channel is needed.
+// Requirements. Bits 0-1 say whether a secure channel is needed.
 const (
 	TREQNotSpecified  TransportRequirements = 0
 	TREQRequired      TransportRequirements = 1
@@ -170,11 +191,11 @@ const (
 	TREQDisableSQFlow TransportRequirements = 4
 )
 
-// DisableSQFlow reports whether the controller can do without submission queue
-// flow control.
+// DisableSQFlow reports whether the controller can work without submission queue flow
+// control.
 func (t TransportRequirements) DisableSQFlow() bool { return t&TREQDisableSQFlow != 0 }
 
-// String gives the requirements in words.
+// String returns the requirements in words.
 func (t TransportRequirements) String() string {
 	var out string
 	switch t &^ TREQDisableSQFlow {
@@ -196,18 +217,18 @@ func (t TransportRequirements) String() string {
 // EntryFlags is EFLAGS.
 type EntryFlags uint16
 
-// Flags of an entry.
+// Flags of an entry
 const (
-	// EntryDuplicate: other entries with this flag lead to the same log.
+	// EntryDuplicate means that other entries with this flag lead to the same log.
 	EntryDuplicate EntryFlags = 1 << 0
-	// EntryPersistent: explicit persistent connections are supported.
+	// EntryPersistent means that explicit persistent connections are supported.
 	EntryPersistent EntryFlags = 1 << 1
-	// EntryNoCDC: no direct discovery controller of this entry is connected to
-	// the central one.
+	// EntryNoCDC means that no direct discovery controller of this entry is connected
+	// to the central one.
 	EntryNoCDC EntryFlags = 1 << 2
 )
 
-// String lists the flags.
+// String returns the flags in words.
 func (f EntryFlags) String() string {
 	if f&^(EntryDuplicate|EntryPersistent|EntryNoCDC) != 0 {
 		return unrecognized
@@ -237,7 +258,7 @@ const (
 	RDMADatagram  RDMAQPType = 2
 )
 
-// String names the kind.
+// String returns the name of the type.
 func (t RDMAQPType) String() string {
 	switch t {
 	case RDMAConnected:
@@ -260,7 +281,7 @@ const (
 	RDMAProviderIWARP        RDMAProvider = 5
 )
 
-// String names the kind.
+// String returns the name of the type.
 func (p RDMAProvider) String() string {
 	switch p {
 	case RDMAProviderNotSpecified:
@@ -283,10 +304,33 @@ type RDMACMS uint8
 // RDMACM is the only connection service.
 const RDMACM RDMACMS = 1
 
-// String names the service.
+// String returns the name of the service.
 func (c RDMACMS) String() string {
 	if c == RDMACM {
 		return "rdma-cm"
+	}
+	return unrecognized
+}
+
+// TCPSecurity is the kind of secure channel of the TCP transport.
+type TCPSecurity uint8
+
+// Kinds of secure channel.
+const (
+	TCPSecurityNone  TCPSecurity = 0
+	TCPSecurityTLS   TCPSecurity = 1 // before 1.3
+	TCPSecurityTLS13 TCPSecurity = 2
+)
+
+// String names the kind.
+func (s TCPSecurity) String() string {
+	switch s {
+	case TCPSecurityNone:
+		return "none"
+	case TCPSecurityTLS:
+		return "tls"
+	case TCPSecurityTLS13:
+		return "tls13"
 	}
 	return unrecognized
 }
@@ -295,7 +339,8 @@ func (c RDMACMS) String() string {
 // controller, without padding and not fit for a terminal as it is.
 type DiscoveryEntry [DiscoveryEntrySize]byte
 
-// DiscoveryEntryAt views the first 1024 bytes of b. It panics if b is shorter.
+// DiscoveryEntryAt returns the first 1024 bytes of b, without a copy. It panics if b is
+// shorter.
 func DiscoveryEntryAt(b []byte) *DiscoveryEntry {
 	return (*DiscoveryEntry)(b[:DiscoveryEntrySize:DiscoveryEntrySize])
 }
@@ -312,13 +357,13 @@ func (e *DiscoveryEntry) ADRFAM() AddressFamily { return AddressFamily(e[1]) }
 // SetADRFAM sets ADRFAM.
 func (e *DiscoveryEntry) SetADRFAM(v AddressFamily) { e[1] = byte(v) }
 
-// SUBTYPE returns the kind of subsystem.
+// SUBTYPE returns the type of the subsystem.
 func (e *DiscoveryEntry) SUBTYPE() SubsystemType { return SubsystemType(e[2]) }
 
 // SetSUBTYPE sets SUBTYPE.
 func (e *DiscoveryEntry) SetSUBTYPE(v SubsystemType) { e[2] = byte(v) }
 
-// TREQ returns what the transport requires.
+// TREQ returns the requirements of the transport.
 func (e *DiscoveryEntry) TREQ() TransportRequirements { return TransportRequirements(e[3]) }
 
 // SetTREQ sets TREQ.
@@ -330,14 +375,13 @@ func (e *DiscoveryEntry) PORTID() uint16 { return le.Uint16(e[4:6]) }
 // SetPORTID sets PORTID.
 func (e *DiscoveryEntry) SetPORTID(v uint16) { le.PutUint16(e[4:6], v) }
 
-// CNTLID returns the controller to connect to; CNTLIDDynamic, or CNTLIDStatic,
-// or an id.
+// CNTLID returns the controller to connect to: CNTLIDDynamic, CNTLIDStatic or an id.
 func (e *DiscoveryEntry) CNTLID() uint16 { return le.Uint16(e[6:8]) }
 
 // SetCNTLID sets CNTLID.
 func (e *DiscoveryEntry) SetCNTLID(v uint16) { le.PutUint16(e[6:8], v) }
 
-// ASQSZ returns the largest admin submission queue, in entries.
+// ASQSZ returns the largest size of the admin submission queue, in entries.
 func (e *DiscoveryEntry) ASQSZ() uint16 { return le.Uint16(e[8:10]) }
 
 // SetASQSZ sets ASQSZ.
@@ -390,3 +434,9 @@ func (e *DiscoveryEntry) RDMAPKey() uint16 { return le.Uint16(e[776:778]) }
 
 // SetRDMAPKey sets RDMAPKey.
 func (e *DiscoveryEntry) SetRDMAPKey(v uint16) { le.PutUint16(e[776:778], v) }
+
+// TCPSecurity returns the kind of secure channel; valid on TCP.
+func (e *DiscoveryEntry) TCPSecurity() TCPSecurity { return TCPSecurity(e[768]) }
+
+// SetTCPSecurity sets TCPSecurity.
+func (e *DiscoveryEntry) SetTCPSecurity(v TCPSecurity) { e[768] = byte(v) }

@@ -9,7 +9,7 @@ func TestDiscoveryEntry(t *testing.T) {
 	testFields(t, func() any { return new(DiscoveryEntry) }, []field{
 		{"TRTYPE", 0, 1}, {"ADRFAM", 1, 1}, {"SUBTYPE", 2, 1}, {"TREQ", 3, 1}, {"PORTID", 4, 2}, {"CNTLID", 6, 2},
 		{"ASQSZ", 8, 2}, {"EFLAGS", 10, 2},
-		{"RDMAQPType", 768, 1}, {"RDMAProvider", 769, 1}, {"RDMACMS", 770, 1}, {"RDMAPKey", 776, 2},
+		{"RDMAQPType", 768, 1}, {"RDMAProvider", 769, 1}, {"RDMACMS", 770, 1}, {"RDMAPKey", 776, 2}, {"TCPSecurity", 768, 1},
 	}, "TRSVCID", "SUBNQN", "TRADDR")
 
 	e := new(DiscoveryEntry)
@@ -65,7 +65,7 @@ func TestDiscoveryLog(t *testing.T) {
 	}
 }
 
-// The words are an interface: scripts match on nvme-cli's.
+// The words are an interface, because scripts look for those of nvme-cli.
 func TestDiscoveryWords(t *testing.T) {
 	type stringer interface{ String() string }
 	for want, values := range map[string][]stringer{

@@ -16,7 +16,7 @@ func NewAsyncEvent(t AsyncEventType, info, logPage uint8) AsyncEvent {
 // AsyncEventType is the type of an event.
 type AsyncEventType uint8
 
-// Types of events.
+// Types of events
 const (
 	EventError     AsyncEventType = 0
 	EventSMART     AsyncEventType = 1
@@ -26,7 +26,7 @@ const (
 	EventVendor    AsyncEventType = 7
 )
 
-// String names the type.
+// String returns the name of the type.
 func (t AsyncEventType) String() string {
 	switch t {
 	case EventError:
@@ -45,7 +45,7 @@ func (t AsyncEventType) String() string {
 	return fmt.Sprintf("type %d", uint8(t))
 }
 
-// Information of EventError.
+// Information of EventError
 const (
 	ErrorInvalidDoorbell        = 0x00
 	ErrorInvalidDoorbellValue   = 0x01
@@ -55,7 +55,7 @@ const (
 	ErrorFirmwareImageLoadError = 0x05
 )
 
-// Information of EventNotice.
+// Information of EventNotice
 const (
 	NoticeNamespaceChanged   = 0x00
 	NoticeFirmwareActivation = 0x01
@@ -67,9 +67,9 @@ const (
 	NoticeDiscoveryChanged   = 0xF0
 )
 
-// AEN bits: what a controller can announce ([IdentifyController.OAES]) and what
-// the host wants to hear (CDW11 of FeatureAsyncEvent). Bits 0-7 of the latter
-// are the critical warnings of [SMARTLog].
+// AEN bits: the events that a controller can announce ([IdentifyController.OAES]), and
+// those that the host requests (CDW11 of FeatureAsyncEvent). Bits 0-7 of the latter are
+// the critical warnings of [SMARTLog].
 const (
 	AENNamespaceAttribute = 1 << 8
 	AENFirmwareActivation = 1 << 9
@@ -84,14 +84,14 @@ const (
 // Type returns the type of the event.
 func (e AsyncEvent) Type() AsyncEventType { return AsyncEventType(e & 7) }
 
-// Info returns what happened, in terms of the type.
+// Info returns the information. Its meaning depends on the type.
 func (e AsyncEvent) Info() uint8 { return uint8(e >> 8) }
 
-// LogPage returns the log that tells more; reading it re-arms the event. 0 is
-// none.
+// LogPage returns the log with details, or 0 if there is none. Reading the log enables
+// the event again.
 func (e AsyncEvent) LogPage() uint8 { return uint8(e >> 16) }
 
-// String tells what happened.
+// String returns the event in words.
 func (e AsyncEvent) String() string {
 	words := ""
 	switch e.Type() {

@@ -19,7 +19,7 @@ const (
 	FabricsDisconnect  FCType = 0x08
 )
 
-// String names the command.
+// String returns the name of the command.
 func (t FCType) String() string {
 	switch t {
 	case FabricsPropertySet:
@@ -38,16 +38,16 @@ func (t FCType) String() string {
 	return fmt.Sprintf("fabrics command %02xh", uint8(t))
 }
 
-// Bits of the Connect attributes, byte 46 of the command.
+// Bits of the Connect attributes, byte 46 of the command
 const (
 	ConnectPriorityMask  = 0x03
 	ConnectDisableSQFlow = 0x04
-	// ConnectDeletesQueue says that the host may delete this I/O queue alone,
-	// by Disconnect.
+	// ConnectDeletesQueue means that the host may delete this I/O queue alone, with a
+	// Disconnect.
 	ConnectDeletesQueue = 0x08
 )
 
-// ConnectParams are the fields of a Connect command.
+// ConnectParams holds the fields of a Connect command.
 type ConnectParams struct {
 	// RecFmt is 0.
 	RecFmt uint16
@@ -57,8 +57,8 @@ type ConnectParams struct {
 	SQSize uint16
 	// Attributes holds the Connect bits.
 	Attributes uint8
-	// KATO is the keep alive timeout in milliseconds, on the admin queue; 0
-	// turns keep alive off.
+	// KATO is the keep alive timeout in milliseconds, on the admin queue. Zero
+	// disables keep alive.
 	KATO uint32
 }
 
@@ -104,15 +104,15 @@ func propertyWord(offset uint32, size8 bool) uint64 {
 	return w
 }
 
-// Property returns the property that a Property Get or Set names. ok is false
-// if the size is neither 4 nor 8 bytes.
+// Property returns the property that a Property Get or Set names. ok is false if its size
+// is neither 4 nor 8 bytes.
 func (c *Command) Property() (offset uint32, size8, ok bool) {
 	size := c[40] & 7
 	return le.Uint32(c[44:48]), size == 1, size <= 1
 }
 
-// PropertyValue returns the value of a Property Set; of a 4 byte property only
-// the low half counts.
+// PropertyValue returns the value of a Property Set. For a 4 byte property, only the low
+// half is valid.
 func (c *Command) PropertyValue() uint64 { return le.Uint64(c[48:56]) }
 
 // SetAuthSend builds an Authentication Send of length bytes of a DH-HMAC-CHAP
@@ -128,8 +128,8 @@ func (c *Command) fillAuth(t FCType, length uint32) {
 	c.fill(OpFabrics, uint32(t), 0xE9_01_01_00|uint64(length)<<32, 0, 0)
 }
 
-// AuthLength returns the transfer or allocation length of an Authentication
-// Send or Receive. ok is false if it names another security protocol.
+// AuthLength returns the transfer or allocation length of an Authentication Send or
+// Receive. ok is false if the command names another security protocol.
 func (c *Command) AuthLength() (length uint32, ok bool) {
 	return le.Uint32(c[44:48]), c[41] == 1 && c[42] == 1 && c[43] == 0xE9
 }
@@ -140,8 +140,8 @@ func (c *Command) SetDisconnect() { c.fill(OpFabrics, uint32(FabricsDisconnect),
 // ConnectDataSize is the size of the data of a Connect in bytes.
 const ConnectDataSize = 1024
 
-// CNTLIDDynamic in Connect data lets the controller choose its id; used on the
-// admin queue. I/O queues name the id that it chose.
+// CNTLIDDynamic in Connect data lets the controller choose its id. It is used on the
+// admin queue. On I/O queues the host names the id that the controller chose.
 const CNTLIDDynamic = 0xFFFF
 
 // CNTLIDMax is the largest id that a controller may have.
@@ -152,8 +152,8 @@ const CNTLIDMax = 0xFFEF
 //	0 host id   16 controller id   256 subsystem nqn   512 host nqn
 type ConnectData [ConnectDataSize]byte
 
-// ConnectDataAt views the first 1024 bytes of b as Connect data. It panics if
-// b is shorter.
+// ConnectDataAt returns the first 1024 bytes of b as Connect data, without a copy. It
+// panics if b is shorter.
 func ConnectDataAt(b []byte) *ConnectData {
 	return (*ConnectData)(b[:ConnectDataSize:ConnectDataSize])
 }
@@ -190,11 +190,11 @@ func cString(b []byte) string {
 	return string(b)
 }
 
-// text returns an ASCII field padded with spaces, without the padding. Some
+// text returns an ASCII field that is padded with spaces, without the padding. Some
 // controllers pad with NULs.
 func text(b []byte) string { return strings.TrimRight(cString(b), " ") }
 
-// putText fills b with s and spaces. It reports an error if s is too long.
+// putText fills b with s and spaces. It returns an error if s is too long.
 func putText(b []byte, s string) error {
 	if len(s) > len(b) {
 		return fmt.Errorf("set text field: %d bytes exceed %d", len(s), len(b))
@@ -212,12 +212,12 @@ type ConnectResult uint32
 // CNTLID returns the id of the controller.
 func (r ConnectResult) CNTLID() uint16 { return uint16(r) }
 
-// AuthRequired reports whether the host must authenticate in-band before it
-// may use the queue (ATR).
+// AuthRequired reports whether the host must authenticate in-band before it may use the
+// queue (ATR).
 func (r ConnectResult) AuthRequired() bool { return r&(1<<17) != 0 }
 
-// SecureChannelRequired reports whether authentication must set up a secure
-// channel (ASCR), which RDMA cannot do.
+// SecureChannelRequired reports whether authentication must set up a secure channel
+// (ASCR), which is not possible on RDMA.
 func (r ConnectResult) SecureChannelRequired() bool { return r&(1<<18) != 0 }
 
 // NewConnectResult builds the result of a successful Connect.
@@ -229,12 +229,12 @@ func NewConnectResult(cntlid uint16, authRequired bool) ConnectResult {
 	return r
 }
 
-// ConnectInvalidParam is dword 0 of the completion of a Connect that failed
-// with StatusConnectInvalidParam: which field was refused.
+// ConnectInvalidParam is dword 0 of the completion of a Connect that failed with
+// StatusConnectInvalidParam. It names the refused field.
 type ConnectInvalidParam uint32
 
-// NewConnectInvalidParam names the field at byte offset of the command, or of
-// the Connect data if inData.
+// NewConnectInvalidParam returns the value that names the field at byte offset of the
+// command, or of the Connect data if inData.
 func NewConnectInvalidParam(offset uint16, inData bool) ConnectInvalidParam {
 	p := ConnectInvalidParam(offset)
 	if inData {
@@ -246,11 +246,10 @@ func NewConnectInvalidParam(offset uint16, inData bool) ConnectInvalidParam {
 // Offset returns the byte offset of the field.
 func (p ConnectInvalidParam) Offset() uint16 { return uint16(p) }
 
-// InData reports whether the offset counts from the Connect data rather than
-// from the command.
+// InData reports whether the offset is in the Connect data and not in the command.
 func (p ConnectInvalidParam) InData() bool { return p>>16&0xFF == 1 }
 
-// String names the field.
+// String returns the name of the field.
 func (p ConnectInvalidParam) String() string {
 	if p.InData() {
 		switch o := p.Offset(); {
@@ -314,7 +313,7 @@ func (v Version) Minor() uint8 { return uint8(v >> 8) }
 // Tertiary returns the tertiary version.
 func (v Version) Tertiary() uint8 { return uint8(v) }
 
-// String gives "2.1", or "2.1.3" if there is a tertiary version.
+// String returns "2.1", or "2.1.3" if there is a tertiary version.
 func (v Version) String() string {
 	if v.Tertiary() == 0 {
 		return fmt.Sprintf("%d.%d", v.Major(), v.Minor())
@@ -325,7 +324,7 @@ func (v Version) String() string {
 // Cap is the CAP property.
 type Cap uint64
 
-// Command set bits of [Cap.CSS].
+// Command set bits of [Cap.CSS]
 const (
 	CSSNVM      = 1 << 0
 	CSSIOSets   = 1 << 6 // Identify CNS 1Ch lists the I/O command sets
@@ -338,8 +337,7 @@ func (c Cap) MQES() uint16 { return uint16(c) }
 // CQR reports whether queues must be contiguous; always set on fabrics.
 func (c Cap) CQR() bool { return c&(1<<16) != 0 }
 
-// TO returns the time a controller may take to become ready, in units of
-// 500 ms.
+// TO returns the time that a controller may take to become ready, in units of 500 ms.
 func (c Cap) TO() uint8 { return uint8(c >> 24) }
 
 // DSTRD returns the doorbell stride, reserved on fabrics.
@@ -351,17 +349,18 @@ func (c Cap) NSSRS() bool { return c&(1<<36) != 0 }
 // CSS returns the supported command sets, CSS bits.
 func (c Cap) CSS() uint8 { return uint8(c >> 37) }
 
-// MPSMIN returns the smallest memory page, 2^(12+n) bytes. MDTS counts in it.
+// MPSMIN returns n for the smallest memory page of 2^(12+n) bytes, which is the unit of
+// MDTS.
 func (c Cap) MPSMIN() uint8 { return uint8(c>>48) & 15 }
 
-// MPSMAX returns the largest memory page, 2^(12+n) bytes.
+// MPSMAX returns n for the largest memory page of 2^(12+n) bytes.
 func (c Cap) MPSMAX() uint8 { return uint8(c>>52) & 15 }
 
-// CRMS returns the ready modes: bit 0 ready with media, bit 1 ready
-// independent of media. With bit 0 the CRTO property holds the timeouts.
+// CRMS returns the ready modes. Bit 0 is "ready with media", and bit 1 is "ready
+// independent of media". With bit 0, the CRTO property holds the timeouts.
 func (c Cap) CRMS() uint8 { return uint8(c>>59) & 3 }
 
-// CRWMS reports whether the controller supports "ready with media", and so the
+// CRWMS reports whether the controller supports "ready with media", and therefore the
 // CRTO property.
 func (c Cap) CRWMS() bool { return c&(1<<59) != 0 }
 
@@ -375,7 +374,7 @@ func NewCap(mqes uint16, to, css uint8) Cap {
 	return Cap(mqes) | 1<<16 | Cap(to)<<24 | Cap(css)<<37
 }
 
-// CRTO is the CRTO property: ready timeouts in units of 500 ms.
+// CRTO is the CRTO property, which holds ready timeouts in units of 500 ms.
 type CRTO uint32
 
 // CRWMT returns the timeout of "ready with media".
@@ -412,7 +411,7 @@ func (c CC) EN() bool { return c&1 != 0 }
 // CSS returns the selected command sets.
 func (c CC) CSS() uint8 { return uint8(c>>4) & 7 }
 
-// MPS returns the memory page size, 2^(12+n) bytes.
+// MPS returns n for a memory page size of 2^(12+n) bytes.
 func (c CC) MPS() uint8 { return uint8(c>>7) & 15 }
 
 // AMS returns the arbitration mechanism, 0 for round robin.
@@ -421,10 +420,10 @@ func (c CC) AMS() uint8 { return uint8(c>>11) & 7 }
 // SHN returns the shutdown notification.
 func (c CC) SHN() uint8 { return uint8(c>>14) & 3 }
 
-// IOSQES returns the I/O submission queue entry size, 2^n bytes.
+// IOSQES returns n for an I/O submission queue entry size of 2^n bytes.
 func (c CC) IOSQES() uint8 { return uint8(c>>16) & 15 }
 
-// IOCQES returns the I/O completion queue entry size, 2^n bytes.
+// IOCQES returns n for an I/O completion queue entry size of 2^n bytes.
 func (c CC) IOCQES() uint8 { return uint8(c>>20) & 15 }
 
 // CRIME reports whether "ready independent of media" is selected.
@@ -438,8 +437,8 @@ func (c CC) WithEN(on bool) CC {
 	return c &^ 1
 }
 
-// WithSHN returns c with a shutdown notification; EN is left alone, as the
-// specification wants.
+// WithSHN returns c with a shutdown notification. It does not change EN, as the
+// specification requires.
 func (c CC) WithSHN(shn uint8) CC { return c&^(3<<14) | CC(shn&3)<<14 }
 
 // CSTS is the controller status property.
@@ -452,22 +451,22 @@ const (
 	ShutdownStatusComplete = 2
 )
 
-// CSTSGone is what a controller that is not there reads as.
+// CSTSGone is the value that is read if the controller is not there.
 const CSTSGone CSTS = 0xFFFFFFFF
 
 // RDY reports whether the controller is ready for commands.
 func (c CSTS) RDY() bool { return c&1 != 0 }
 
-// CFS reports a fatal controller error.
+// CFS reports whether there is a fatal controller error.
 func (c CSTS) CFS() bool { return c&2 != 0 }
 
 // SHST returns the shutdown status.
 func (c CSTS) SHST() uint8 { return uint8(c>>2) & 3 }
 
-// NSSRO reports that the NVM subsystem has been reset.
+// NSSRO reports whether the NVM subsystem has been reset.
 func (c CSTS) NSSRO() bool { return c&(1<<4) != 0 }
 
-// PP reports that command processing is paused, by firmware activation.
+// PP reports whether command processing is paused by a firmware activation.
 func (c CSTS) PP() bool { return c&(1<<5) != 0 }
 
 // NewCSTS composes a controller status.
@@ -482,7 +481,7 @@ func NewCSTS(rdy, cfs bool, shst uint8) CSTS {
 	return c
 }
 
-// String lists what is set.
+// String returns the status in words.
 func (c CSTS) String() string {
 	if c == CSTSGone {
 		return "gone"

@@ -100,7 +100,7 @@ func TestVersion(t *testing.T) {
 }
 
 func TestCap(t *testing.T) {
-	// What nvmet sends: MQES 127, CQR, TO 15, CSS bits 0 and 6.
+	// The value of nvmet: MQES 127, CQR, TO 15, CSS bits 0 and 6
 	c := Cap(127 | 1<<16 | 15<<24 | 1<<37 | 1<<43)
 	if c.MQES() != 127 || !c.CQR() || c.TO() != 15 || c.CSS() != CSSNVM|CSSIOSets || c.MPSMIN() != 0 || c.MPSMAX() != 0 ||
 		c.CRMS() != 0 || c.NSSRS() || c.DSTRD() != 0 {

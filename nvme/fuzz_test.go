@@ -8,19 +8,19 @@ import (
 	"testing"
 )
 
-// Each target feeds arbitrary bytes to a decoder: it must not panic, and what
-// it accepts must encode to the same again.
+// Each target passes arbitrary bytes to a decoder. The decoder must not panic, and the
+// bytes that it accepts must be the result of encoding again.
 
-// image copies b into a structure of n bytes, cut off or filled with zeroes.
+// image copies b into a structure of n bytes. It is cut off or filled with zeroes.
 func image(b []byte, n int) []byte {
 	out := make([]byte, n)
 	copy(out, b)
 	return out
 }
 
-// callGetters calls every method of p that takes nothing, and puts what X
-// returned back with SetX. The bytes must stay as they are, except where SetX
-// may refuse or normalize: texts.
+// callGetters calls every method of p without arguments, and passes the result of X to
+// SetX. The bytes must stay the same, except for texts, which SetX may refuse or
+// normalize.
 func callGetters(t *testing.T, p any) {
 	v := reflect.ValueOf(p)
 	raw := v.Elem().Slice(0, v.Elem().Len()).Bytes()
@@ -75,8 +75,8 @@ func FuzzCommand(f *testing.F) {
 		IsWrite(c)
 		callGetters(t, c)
 
-		// What the decoders say, given to the builder, must come out of the
-		// decoders again.
+		// The builder gets the results of the decoders, and the decoders must
+		// return the same again.
 		d := new(Command)
 		d.SetWriteZeroes(c.NSID(), c.SLBA(), c.NLB(), c.FUA(), c.DEAC())
 		if d.NSID() != c.NSID() || d.SLBA() != c.SLBA() || d.NLB() != c.NLB() || d.FUA() != c.FUA() || d.DEAC() != c.DEAC() {
@@ -372,7 +372,7 @@ func FuzzANALog(f *testing.F) {
 		if n != l.NumGroups() || len(out) > len(b) {
 			t.Fatalf("%d groups of %d, %d bytes of %d", n, l.NumGroups(), len(out), len(b))
 		}
-		// The same but for reserved bytes.
+		// The same, except for reserved bytes
 		want := bytes.Clone(b[:len(out)])
 		clear(want[10:16])
 		for off := 16; off < len(want); off += 32 + 4*int(le.Uint32(want[off+4:])) {
@@ -405,7 +405,7 @@ func FuzzDiscoveryLog(f *testing.F) {
 		for i := range entries {
 			out = append(out, entries[i][:]...)
 		}
-		// The same but for the reserved bytes of the header.
+		// The same, except for the reserved bytes of the header
 		n := min(len(b), len(out))
 		want := bytes.Clone(b[:n])
 		clear(want[18:min(n, DiscoveryHeaderSize)])

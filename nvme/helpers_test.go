@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// at is a run of bytes at an offset, written down from the specification and
-// not through the accessors under test.
+// at is a run of bytes at an offset. It is copied from the specification, and does not
+// use the accessors under test.
 type at struct {
 	off int
 	hex string
@@ -29,7 +29,7 @@ func layout(size int, runs ...at) []byte {
 	return b
 }
 
-// wantBytes compares and shows only the bytes that differ.
+// wantBytes compares bytes and shows only those that differ.
 func wantBytes(t *testing.T, got, want []byte) {
 	t.Helper()
 	if len(got) != len(want) {
@@ -58,16 +58,16 @@ func wantPanic(t *testing.T, name string, f func()) {
 	f()
 }
 
-// field is one little-endian number, or string of bytes, of a structure.
+// field is a little-endian number, or a string of bytes, in a structure.
 type field struct {
 	name  string
 	off   int
 	width int
 }
 
-// testFields checks getters and setters of the structure that p points to
-// against a table of offsets, by name. zero returns a pointer to a new, zero
-// structure. Every method SetX must be in the table or in except.
+// testFields checks getters and setters of the structure that p points to against a table
+// of offsets, by name. zero returns a pointer to a new, zero structure. Every method SetX
+// must be in the table or in except.
 func testFields(t *testing.T, zero func() any, fields []field, except ...string) {
 	t.Helper()
 	raw := func(p any) []byte { return reflect.ValueOf(p).Elem().Slice(0, reflect.ValueOf(p).Elem().Len()).Bytes() }
@@ -77,7 +77,8 @@ func testFields(t *testing.T, zero func() any, fields []field, except ...string)
 	}
 	for _, f := range fields {
 		listed[f.name] = true
-		// Different in every byte, so that width, order and place all show.
+		// The bytes are all different, so that errors of width, order and place
+		// are found.
 		pattern := make([]byte, f.width)
 		var number uint64
 		for i := range pattern {

@@ -9,7 +9,7 @@ import (
 // IdentifySize is the size of every Identify structure in bytes.
 const IdentifySize = 4096
 
-// Structures that an Identify can ask for (CNS).
+// Structures that an Identify can request (CNS)
 const (
 	CNSNamespace            = 0x00 // IdentifyNamespace
 	CNSController           = 0x01 // IdentifyController
@@ -22,7 +22,7 @@ const (
 	CNSCommandSets          = 0x1C
 )
 
-// I/O command set identifiers (CSI).
+// I/O command set identifiers (CSI)
 const (
 	CSINVM      = 0
 	CSIKeyValue = 1
@@ -32,20 +32,22 @@ const (
 // NSListEntries is the number of namespace ids in one list.
 const NSListEntries = IdentifySize / 4
 
-// ActiveNSList is Identify CNS 02h: namespace ids, rising, ended by a 0 or by
-// the end of the list. A full list asks for another Identify with the last id.
+// ActiveNSList is Identify CNS 02h: namespace ids in ascending order. A 0 or the end of
+// the structure ends the list. If the list is full, the host must send another Identify
+// with the last id.
 type ActiveNSList [IdentifySize]byte
 
-// ActiveNSListAt views the first 4096 bytes of b. It panics if b is shorter.
+// ActiveNSListAt returns the first 4096 bytes of b, without a copy. It panics if b is
+// shorter.
 func ActiveNSListAt(b []byte) *ActiveNSList {
 	return (*ActiveNSList)(b[:IdentifySize:IdentifySize])
 }
 
-// ErrNSListOrder is the error for a list whose ids do not rise.
+// ErrNSListOrder is the error for a list whose ids are not in ascending order.
 var ErrNSListOrder = errors.New("decode namespace list: ids do not rise")
 
-// NSIDs returns the ids. The error is ErrNSListOrder if they do not rise,
-// which would make reading list after list endless.
+// NSIDs returns the ids. The error is ErrNSListOrder if they are not in ascending order,
+// because reading list after list would then never end.
 func (l *ActiveNSList) NSIDs() ([]uint32, error) {
 	var ids []uint32
 	last := uint32(0)
@@ -59,7 +61,8 @@ func (l *ActiveNSList) NSIDs() ([]uint32, error) {
 	return ids, nil
 }
 
-// Set fills the list with ids, which must rise, and returns how many fit.
+// Set fills the list with ids, which must be in ascending order, and returns the number
+// of ids that fit.
 func (l *ActiveNSList) Set(ids []uint32) int {
 	clear(l[:])
 	n := min(len(ids), NSListEntries)
@@ -81,7 +84,7 @@ func nsids(b []byte) iter.Seq[uint32] {
 	}
 }
 
-// Types and lengths of namespace descriptors.
+// Types and lengths of namespace descriptors
 const (
 	nidtEUI64 = 1
 	nidtNGUID = 2
@@ -91,22 +94,22 @@ const (
 	nidHeader = 4
 )
 
-// NamespaceIDs is what identifies a namespace: the content of the descriptor
-// list of Identify CNS 03h. A zero identifier is absent.
+// NamespaceIDs identifies a namespace. It is the content of the descriptor list of
+// Identify CNS 03h. A zero identifier is absent.
 type NamespaceIDs struct {
 	EUI64 [8]byte
 	NGUID [16]byte
 	UUID  UUID
-	// CSI is the I/O command set; CSINVM if the list does not say.
+	// CSI is the I/O command set. It is CSINVM if the list does not name one.
 	CSI uint8
-	// HasCSI tells whether the list said so.
+	// HasCSI reports whether the list names a command set.
 	HasCSI bool
 }
 
-// ParseNamespaceDescriptors decodes a list of namespace descriptors: type,
-// length, two reserved bytes and the identifier, ended by a length of 0 or by
-// the end of b. Types that are not known are skipped. A known type of the
-// wrong length, or one that runs past the end, is an error.
+// ParseNamespaceDescriptors decodes a list of namespace descriptors. A descriptor has a
+// type, a length, two reserved bytes and the identifier. A length of 0 or the end of b
+// ends the list. Unknown types are skipped. It returns an error if a known type has the
+// wrong length, or if a descriptor exceeds the list.
 func ParseNamespaceDescriptors(b []byte) (NamespaceIDs, error) {
 	var ids NamespaceIDs
 	for len(b) >= nidHeader {
@@ -145,8 +148,8 @@ func ParseNamespaceDescriptors(b []byte) (NamespaceIDs, error) {
 	return ids, nil
 }
 
-// AppendTo appends a descriptor for each identifier that is present. The list
-// ends at the first zero that follows, so an Identify buffer is cleared first.
+// AppendTo appends a descriptor for each identifier that is present. The list ends at the
+// first zero after it, so clear an Identify buffer first.
 func (ids NamespaceIDs) AppendTo(b []byte) []byte {
 	add := func(t byte, nid []byte) {
 		b = append(b, t, byte(len(nid)), 0, 0)

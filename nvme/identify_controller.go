@@ -18,7 +18,7 @@ const (
 // Bits of [IdentifyController.CTRATT].
 const (
 	CTRATTHostID128 = 1 << 0
-	// CTRATTTBKAS: traffic counts as keep alive.
+	// CTRATTTBKAS means that traffic counts as keep alive.
 	CTRATTTBKAS = 1 << 6
 	CTRATTELBAS = 1 << 15
 	CTRATTMEM   = 1 << 16 // MDTS leaves metadata out
@@ -39,7 +39,7 @@ const (
 const (
 	LPASMARTPerNamespace = 1 << 0
 	LPACommandEffects    = 1 << 1
-	// LPAExtended: Get Log Page takes offsets and 32 bit lengths.
+	// LPAExtended means that Get Log Page supports offsets and 32 bit lengths.
 	LPAExtended = 1 << 2
 )
 
@@ -70,8 +70,8 @@ const (
 // Bits of [IdentifyController.VWC].
 const (
 	VWCPresent = 1 << 0
-	// VWCFlushAllMask selects what Flush does with NSIDAll: 2 in these bits
-	// says that it is refused, 3 that all namespaces are flushed.
+	// VWCFlushAllMask covers the bits that describe a Flush with NSIDAll: 2 means
+	// that it is refused, and 3 that it flushes all namespaces.
 	VWCFlushAllMask = 3 << 1
 )
 
@@ -79,31 +79,31 @@ const (
 const (
 	SGLSSupportMask = 3 // 0 none, 1 any alignment, 2 dword alignment
 	SGLSKeyed       = 1 << 2
-	// SGLSOffset: in-capsule data at an offset are supported (SAOS).
+	// SGLSOffset means that in-capsule data at an offset are supported (SAOS).
 	SGLSOffset = 1 << 20
 )
 
-// FCATTRStatic in [IdentifyController.FCATTR] says that controllers keep their
-// ids across associations.
+// FCATTRStatic in [IdentifyController.FCATTR] means that controllers keep their ids
+// across associations.
 const FCATTRStatic = 1 << 0
 
-// OFCSDisconnect in [IdentifyController.OFCS] says that I/O queues can be
-// deleted alone.
+// OFCSDisconnect in [IdentifyController.OFCS] means that I/O queues can be deleted
+// individually.
 const OFCSDisconnect = 1 << 0
 
-// IdentifyController is Identify CNS 01h (Base, "Identify Controller Data
-// Structure"). Text fields are what the controller sent, without padding and
-// not fit for a terminal as they are.
+// IdentifyController is Identify CNS 01h (Base, "Identify Controller Data Structure").
+// Text fields come from the controller. They are returned without padding, and must be
+// made printable before they are sent to a terminal.
 type IdentifyController [IdentifySize]byte
 
-// IdentifyControllerAt views the first 4096 bytes of b. It panics if b is
-// shorter.
+// IdentifyControllerAt returns the first 4096 bytes of b, without a copy. It panics if b
+// is shorter.
 func IdentifyControllerAt(b []byte) *IdentifyController {
 	return (*IdentifyController)(b[:IdentifySize:IdentifySize])
 }
 
-// MaxTransfer returns the largest data transfer in bytes, given the smallest
-// memory page ([Cap.MPSMIN]). 0 is no limit.
+// MaxTransfer returns the largest data transfer in bytes, given the smallest memory page
+// ([Cap.MPSMIN]). Zero means no limit.
 func (c *IdentifyController) MaxTransfer(mpsmin uint8) uint64 {
 	mdts := c.MDTS()
 	if mdts == 0 {
@@ -116,8 +116,8 @@ func (c *IdentifyController) MaxTransfer(mpsmin uint8) uint64 {
 	return 1 << shift
 }
 
-// InCapsuleBytes returns how many bytes of data fit in an I/O command capsule;
-// 0 if none.
+// InCapsuleBytes returns the number of bytes of data that fit in an I/O command capsule.
+// It is 0 if there is no room for data.
 func (c *IdentifyController) InCapsuleBytes() uint64 {
 	size := uint64(c.IOCCSZ()) * 16
 	if size <= CommandSize {
@@ -187,7 +187,7 @@ func (c *IdentifyController) CMIC() uint8 { return c[76] }
 func (c *IdentifyController) SetCMIC(v uint8) { c[76] = v }
 
 // MDTS returns the largest data transfer, 2^n units of the smallest memory page
-// ([Cap.MPSMIN]); 0 is no limit. See [IdentifyController.MaxTransfer].
+// ([Cap.MPSMIN]); 0 means no limit. See [IdentifyController.MaxTransfer].
 func (c *IdentifyController) MDTS() uint8 { return c[77] }
 
 // SetMDTS sets MDTS.
@@ -211,8 +211,8 @@ func (c *IdentifyController) RTD3R() uint32 { return le.Uint32(c[84:88]) }
 // SetRTD3R sets RTD3R.
 func (c *IdentifyController) SetRTD3R(v uint32) { le.PutUint32(c[84:88], v) }
 
-// RTD3E returns the usual time to enter runtime D3, in microseconds; hosts wait
-// as long for a shutdown.
+// RTD3E returns the usual time to enter runtime D3, in microseconds; hosts wait this long
+// for a shutdown.
 func (c *IdentifyController) RTD3E() uint32 { return le.Uint32(c[88:92]) }
 
 // SetRTD3E sets RTD3E.
@@ -304,15 +304,15 @@ func (c *IdentifyController) CCTEMP() uint16 { return le.Uint16(c[268:270]) }
 // SetCCTEMP sets CCTEMP.
 func (c *IdentifyController) SetCCTEMP(v uint16) { le.PutUint16(c[268:270], v) }
 
-// MTFA returns the longest pause for firmware activation, in units of 100 ms; 0
-// is undefined.
+// MTFA returns the longest pause for firmware activation, in units of 100 ms; 0 means
+// undefined.
 func (c *IdentifyController) MTFA() uint16 { return le.Uint16(c[270:272]) }
 
 // SetMTFA sets MTFA.
 func (c *IdentifyController) SetMTFA(v uint16) { le.PutUint16(c[270:272], v) }
 
-// KAS returns the granularity of the keep alive timer, in units of 100 ms; 0 is
-// no keep alive.
+// KAS returns the granularity of the keep alive timer, in units of 100 ms; 0 means no
+// keep alive.
 func (c *IdentifyController) KAS() uint16 { return le.Uint16(c[320:322]) }
 
 // SetKAS sets KAS.
@@ -325,8 +325,7 @@ func (c *IdentifyController) SANICAP() uint32 { return le.Uint32(c[328:332]) }
 // SetSANICAP sets SANICAP.
 func (c *IdentifyController) SetSANICAP(v uint32) { le.PutUint32(c[328:332], v) }
 
-// ANATT returns the longest time an ANA group stays in the change state, in
-// seconds.
+// ANATT returns the longest time that an ANA group stays in the change state, in seconds.
 func (c *IdentifyController) ANATT() uint8 { return c[342] }
 
 // SetANATT sets ANATT.
@@ -350,8 +349,9 @@ func (c *IdentifyController) NANAGRPID() uint32 { return le.Uint32(c[348:352]) }
 // SetNANAGRPID sets NANAGRPID.
 func (c *IdentifyController) SetNANAGRPID(v uint32) { le.PutUint32(c[348:352], v) }
 
-// CQT returns the command quiesce time, in milliseconds: how long a controller
-// may take to end all commands after it lost its host. 0 is not reported.
+// CQT returns the command quiesce time, in milliseconds: the time that a controller may
+// take to end all commands after it has lost its host. Zero means that it is not
+// reported.
 func (c *IdentifyController) CQT() uint16 { return le.Uint16(c[386:388]) }
 
 // SetCQT sets CQT.
@@ -371,8 +371,8 @@ func (c *IdentifyController) CQES() uint8 { return c[513] }
 // SetCQES sets CQES.
 func (c *IdentifyController) SetCQES(v uint8) { c[513] = v }
 
-// MAXCMD returns the number of commands the controller wants outstanding per
-// I/O queue; 0 is unsaid.
+// MAXCMD returns the number of outstanding commands per I/O queue that the controller
+// prefers; 0 means that it does not say.
 func (c *IdentifyController) MAXCMD() uint16 { return le.Uint16(c[514:516]) }
 
 // SetMAXCMD sets MAXCMD.
@@ -432,8 +432,8 @@ func (c *IdentifyController) SGLS() uint32 { return le.Uint32(c[536:540]) }
 // SetSGLS sets SGLS.
 func (c *IdentifyController) SetSGLS(v uint32) { le.PutUint32(c[536:540], v) }
 
-// MNAN returns the largest number of allowed namespaces; 0 leaves
-// [IdentifyController.NN] as the bound.
+// MNAN returns the largest number of allowed namespaces; if it is 0,
+// [IdentifyController.NN] is the limit.
 func (c *IdentifyController) MNAN() uint32 { return le.Uint32(c[540:544]) }
 
 // SetMNAN sets MNAN.
@@ -472,8 +472,7 @@ func (c *IdentifyController) FCATTR() uint8 { return c[1802] }
 // SetFCATTR sets FCATTR.
 func (c *IdentifyController) SetFCATTR(v uint8) { c[1802] = v }
 
-// MSDBD returns the number of SGL data block descriptors per command; 0 is no
-// limit.
+// MSDBD returns the number of SGL data block descriptors per command; 0 means no limit.
 func (c *IdentifyController) MSDBD() uint8 { return c[1803] }
 
 // SetMSDBD sets MSDBD.
@@ -485,61 +484,58 @@ func (c *IdentifyController) OFCS() uint16 { return le.Uint16(c[1804:1806]) }
 // SetOFCS sets OFCS.
 func (c *IdentifyController) SetOFCS(v uint16) { le.PutUint16(c[1804:1806], v) }
 
-// DCTYPE returns the kind of discovery controller: 0 unsaid, 1 direct, 2
-// central.
+// DCTYPE returns the kind of discovery controller: 0 not reported, 1 direct, 2 central.
 func (c *IdentifyController) DCTYPE() uint8 { return c[1806] }
 
 // SetDCTYPE sets DCTYPE.
 func (c *IdentifyController) SetDCTYPE(v uint8) { c[1806] = v }
 
-// IdentifyControllerNVM is Identify CNS 06h for CSINVM (NVM, "I/O Command Set
-// Specific Identify Controller Data Structure"): limits of commands that move
-// no data or little.
+// IdentifyControllerNVM is Identify CNS 06h for CSINVM (NVM, "I/O Command Set Specific
+// Identify Controller Data Structure"): limits of commands that transfer little or no
+// data.
 type IdentifyControllerNVM [IdentifySize]byte
 
-// IdentifyControllerNVMAt views the first 4096 bytes of b. It panics if b is
-// shorter.
+// IdentifyControllerNVMAt returns the first 4096 bytes of b, without a copy. It panics if
+// b is shorter.
 func IdentifyControllerNVMAt(b []byte) *IdentifyControllerNVM {
 	return (*IdentifyControllerNVM)(b[:IdentifySize:IdentifySize])
 }
 
-// VSL returns the largest Verify, 2^n units of the smallest memory page; 0 is
-// no limit.
+// VSL returns the largest Verify, 2^n units of the smallest memory page; 0 means no
+// limit.
 func (c *IdentifyControllerNVM) VSL() uint8 { return c[0] }
 
 // SetVSL sets VSL.
 func (c *IdentifyControllerNVM) SetVSL(v uint8) { c[0] = v }
 
-// WZSL returns the largest Write Zeroes, 2^n units of the smallest memory page;
-// 0 is no limit.
+// WZSL returns the largest Write Zeroes, 2^n units of the smallest memory page; 0 means
+// no limit.
 func (c *IdentifyControllerNVM) WZSL() uint8 { return c[1] }
 
 // SetWZSL sets WZSL.
 func (c *IdentifyControllerNVM) SetWZSL(v uint8) { c[1] = v }
 
-// WUSL returns the largest Write Uncorrectable, 2^n units of the smallest
-// memory page; 0 is no limit.
+// WUSL returns the largest Write Uncorrectable, 2^n units of the smallest memory page; 0
+// means no limit.
 func (c *IdentifyControllerNVM) WUSL() uint8 { return c[2] }
 
 // SetWUSL sets WUSL.
 func (c *IdentifyControllerNVM) SetWUSL(v uint8) { c[2] = v }
 
-// DMRL returns the largest number of ranges of a Dataset Management; 0 is no
-// limit.
+// DMRL returns the largest number of ranges of a Dataset Management; 0 means no limit.
 func (c *IdentifyControllerNVM) DMRL() uint8 { return c[3] }
 
 // SetDMRL sets DMRL.
 func (c *IdentifyControllerNVM) SetDMRL(v uint8) { c[3] = v }
 
-// DMRSL returns the longest range of a Dataset Management, in blocks; 0 is no
-// limit.
+// DMRSL returns the longest range of a Dataset Management, in blocks; 0 means no limit.
 func (c *IdentifyControllerNVM) DMRSL() uint32 { return le.Uint32(c[4:8]) }
 
 // SetDMRSL sets DMRSL.
 func (c *IdentifyControllerNVM) SetDMRSL(v uint32) { le.PutUint32(c[4:8], v) }
 
-// DMSL returns the largest sum of the ranges of a Dataset Management, in
-// blocks; 0 is no limit.
+// DMSL returns the largest sum of the ranges of a Dataset Management, in blocks; 0 means
+// no limit.
 func (c *IdentifyControllerNVM) DMSL() uint64 { return le.Uint64(c[8:16]) }
 
 // SetDMSL sets DMSL.

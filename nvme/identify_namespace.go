@@ -8,7 +8,8 @@ const (
 	NSFEATUIDKept = 1 << 3 // NGUID and EUI64 are never used again
 )
 
-// What deallocated blocks read as, in bits 0-2 of [IdentifyNamespace.DLFEAT].
+// Contents of deallocated blocks when they are read, in bits 0-2 of
+// [IdentifyNamespace.DLFEAT].
 const (
 	DLFEATUnknown = 0
 	DLFEATZeroes  = 1
@@ -34,7 +35,7 @@ const (
 	nmicShared           = 1 << 0
 )
 
-// LBAFormat is one way to format a namespace.
+// LBAFormat is a format of a namespace.
 type LBAFormat struct {
 	// MS is the size of the metadata of a block in bytes.
 	MS uint16
@@ -52,15 +53,15 @@ const MaxLBAFormats = 64
 // Structure").
 type IdentifyNamespace [IdentifySize]byte
 
-// IdentifyNamespaceAt views the first 4096 bytes of b. It panics if b is
-// shorter.
+// IdentifyNamespaceAt returns the first 4096 bytes of b, without a copy. It panics if b
+// is shorter.
 func IdentifyNamespaceAt(b []byte) *IdentifyNamespace {
 	return (*IdentifyNamespace)(b[:IdentifySize:IdentifySize])
 }
 
-// FormatIndex returns the index of the format in use, 0..63: four bits of
-// FLBAS, and two more where the namespace has more than 16 formats. Nothing
-// stops a controller from naming a format it does not have.
+// FormatIndex returns the index of the format in use, 0..63: four bits of FLBAS, and two
+// more if the namespace has more than 16 formats. A faulty controller may name a format
+// that it does not have.
 func (n *IdentifyNamespace) FormatIndex() int {
 	i := int(n.FLBAS() & flbasLow)
 	if int(n.NLBAF())+1+int(n.NULBAF()) > 16 {
@@ -69,8 +70,8 @@ func (n *IdentifyNamespace) FormatIndex() int {
 	return i
 }
 
-// ExtendedLBA reports whether metadata, if there are any, follow each block's
-// data in the same buffer.
+// ExtendedLBA reports whether the metadata, if there are any, follow the data of each
+// block in the same buffer.
 func (n *IdentifyNamespace) ExtendedLBA() bool { return n.FLBAS()&flbasExtended != 0 }
 
 // LBAFormat returns format i. It panics if i is outside 0..63.
@@ -96,21 +97,22 @@ func (n *IdentifyNamespace) lbaf(i int) []byte {
 // Format returns the format in use.
 func (n *IdentifyNamespace) Format() LBAFormat { return n.LBAFormat(n.FormatIndex()) }
 
-// OPTPERF tells which preferred sizes are valid: 0 none; 1 NPWG, NPWA, NPDG,
-// NPDA and NOWS; 2 NPWG, NPWA and NOWS, and NPDGL and NPDAL of
-// [IdentifyNamespaceNVM]; 3 all of them.
+// OPTPERF returns the set of valid preferred sizes: 0 none; 1 NPWG, NPWA, NPDG, NPDA and
+// NOWS; 2 NPWG, NPWA and NOWS, and NPDGL and NPDAL of [IdentifyNamespaceNVM]; 3 all of
+// them.
 func (n *IdentifyNamespace) OPTPERF() uint8 { return n.NSFEAT() >> 4 & 3 }
 
 // SetOPTPERF sets OPTPERF within NSFEAT.
 func (n *IdentifyNamespace) SetOPTPERF(v uint8) { n.SetNSFEAT(n.NSFEAT()&^(3<<4) | v&3<<4) }
 
-// DeallocatedRead returns what deallocated blocks read as, a DLFEAT constant.
+// DeallocatedRead returns the contents of deallocated blocks when they are read, as a
+// DLFEAT constant.
 func (n *IdentifyNamespace) DeallocatedRead() uint8 { return n.DLFEAT() & dlfeatReadMask }
 
-// WriteZeroesDEAC reports whether Write Zeroes may be told to deallocate.
+// WriteZeroesDEAC reports whether Write Zeroes supports the deallocate bit.
 func (n *IdentifyNamespace) WriteZeroesDEAC() bool { return n.DLFEAT()&dlfeatWriteZeroesDEAC != 0 }
 
-// WriteProtected reports whether writes are refused at present.
+// WriteProtected reports whether the namespace is write protected at present.
 func (n *IdentifyNamespace) WriteProtected() bool { return n.NSATTR()&nsattrWriteProtected != 0 }
 
 // Shared reports whether several controllers may have the namespace attached.
@@ -122,7 +124,7 @@ func (n *IdentifyNamespace) NSZE() uint64 { return le.Uint64(n[0:8]) }
 // SetNSZE sets NSZE.
 func (n *IdentifyNamespace) SetNSZE(v uint64) { le.PutUint64(n[0:8], v) }
 
-// NCAP returns the capacity, in blocks: how many may be allocated; 0 if the
+// NCAP returns the capacity: the number of blocks that may be allocated. It is 0 if the
 // namespace is not active.
 func (n *IdentifyNamespace) NCAP() uint64 { return le.Uint64(n[8:16]) }
 
@@ -180,7 +182,7 @@ func (n *IdentifyNamespace) NMIC() uint8 { return n[30] }
 // SetNMIC sets NMIC.
 func (n *IdentifyNamespace) SetNMIC(v uint8) { n[30] = v }
 
-// RESCAP returns the reservation capabilities; 0 is none.
+// RESCAP returns the reservation capabilities; 0 means none.
 func (n *IdentifyNamespace) RESCAP() uint8 { return n[31] }
 
 // SetRESCAP sets RESCAP.
@@ -192,8 +194,8 @@ func (n *IdentifyNamespace) FPI() uint8 { return n[32] }
 // SetFPI sets FPI.
 func (n *IdentifyNamespace) SetFPI(v uint8) { n[32] = v }
 
-// DLFEAT returns what deallocated blocks read as, DLFEAT constants in bits 0-2,
-// and in bit 3 whether Write Zeroes may deallocate.
+// DLFEAT returns the contents of deallocated blocks when they are read (a DLFEAT constant
+// in bits 0-2), and whether Write Zeroes may deallocate (bit 3).
 func (n *IdentifyNamespace) DLFEAT() uint8 { return n[33] }
 
 // SetDLFEAT sets DLFEAT.
@@ -220,7 +222,7 @@ func (n *IdentifyNamespace) NACWU() uint16 { return le.Uint16(n[38:40]) }
 // SetNACWU sets NACWU.
 func (n *IdentifyNamespace) SetNACWU(v uint16) { le.PutUint16(n[38:40], v) }
 
-// NABSN returns the atomic boundary, in blocks, 0-based; 0 is none.
+// NABSN returns the atomic boundary, in blocks, 0-based; 0 means none.
 func (n *IdentifyNamespace) NABSN() uint16 { return le.Uint16(n[40:42]) }
 
 // SetNABSN sets NABSN.
@@ -232,15 +234,13 @@ func (n *IdentifyNamespace) NABO() uint16 { return le.Uint16(n[42:44]) }
 // SetNABO sets NABO.
 func (n *IdentifyNamespace) SetNABO(v uint16) { le.PutUint16(n[42:44], v) }
 
-// NABSPF returns the atomic boundary across power fail, in blocks, 0-based; 0
-// is none.
+// NABSPF returns the atomic boundary across power fail, in blocks, 0-based; 0 means none.
 func (n *IdentifyNamespace) NABSPF() uint16 { return le.Uint16(n[44:46]) }
 
 // SetNABSPF sets NABSPF.
 func (n *IdentifyNamespace) SetNABSPF(v uint16) { le.PutUint16(n[44:46], v) }
 
-// NOIOB returns the boundary that commands should not cross, in blocks; 0 is
-// none.
+// NOIOB returns the boundary that commands should not cross, in blocks; 0 means none.
 func (n *IdentifyNamespace) NOIOB() uint16 { return le.Uint16(n[46:48]) }
 
 // SetNOIOB sets NOIOB.
@@ -319,25 +319,25 @@ func (n *IdentifyNamespace) NSATTR() uint8 { return n[99] }
 // SetNSATTR sets NSATTR.
 func (n *IdentifyNamespace) SetNSATTR(v uint8) { n[99] = v }
 
-// NVMSETID returns the NVM set; 0 is none.
+// NVMSETID returns the NVM set; 0 means none.
 func (n *IdentifyNamespace) NVMSETID() uint16 { return le.Uint16(n[100:102]) }
 
 // SetNVMSETID sets NVMSETID.
 func (n *IdentifyNamespace) SetNVMSETID(v uint16) { le.PutUint16(n[100:102], v) }
 
-// ENDGID returns the endurance group; 0 is none.
+// ENDGID returns the endurance group; 0 means none.
 func (n *IdentifyNamespace) ENDGID() uint16 { return le.Uint16(n[102:104]) }
 
 // SetENDGID sets ENDGID.
 func (n *IdentifyNamespace) SetENDGID(v uint16) { le.PutUint16(n[102:104], v) }
 
-// NGUID returns the globally unique identifier, big endian; zero is none.
+// NGUID returns the globally unique identifier, big endian; zero means none.
 func (n *IdentifyNamespace) NGUID() [16]byte { return [16]byte(n[104:120]) }
 
 // SetNGUID sets NGUID.
 func (n *IdentifyNamespace) SetNGUID(v [16]byte) { copy(n[104:120], v[:]) }
 
-// EUI64 returns the IEEE extended unique identifier, big endian; zero is none.
+// EUI64 returns the IEEE extended unique identifier, big endian; zero means none.
 func (n *IdentifyNamespace) EUI64() [8]byte { return [8]byte(n[120:128]) }
 
 // SetEUI64 sets EUI64.
@@ -347,8 +347,8 @@ func (n *IdentifyNamespace) SetEUI64(v [8]byte) { copy(n[120:128], v[:]) }
 // Specific Identify Namespace Data Structure").
 type IdentifyNamespaceNVM [IdentifySize]byte
 
-// IdentifyNamespaceNVMAt views the first 4096 bytes of b. It panics if b is
-// shorter.
+// IdentifyNamespaceNVMAt returns the first 4096 bytes of b, without a copy. It panics if
+// b is shorter.
 func IdentifyNamespaceNVMAt(b []byte) *IdentifyNamespaceNVM {
 	return (*IdentifyNamespaceNVM)(b[:IdentifySize:IdentifySize])
 }
@@ -389,8 +389,8 @@ func (n *IdentifyNamespaceNVM) SetNPDAL(v uint32) { le.PutUint32(n[284:288], v) 
 // Identify Namespace Data Structure").
 type IdentifyNSIndependent [IdentifySize]byte
 
-// IdentifyNSIndependentAt views the first 4096 bytes of b. It panics if b is
-// shorter.
+// IdentifyNSIndependentAt returns the first 4096 bytes of b, without a copy. It panics if
+// b is shorter.
 func IdentifyNSIndependentAt(b []byte) *IdentifyNSIndependent {
 	return (*IdentifyNSIndependent)(b[:IdentifySize:IdentifySize])
 }
@@ -398,7 +398,7 @@ func IdentifyNSIndependentAt(b []byte) *IdentifyNSIndependent {
 // Ready reports whether the namespace is ready for I/O.
 func (n *IdentifyNSIndependent) Ready() bool { return n.NSTAT()&nstatReady != 0 }
 
-// WriteProtected reports whether writes are refused at present.
+// WriteProtected reports whether the namespace is write protected at present.
 func (n *IdentifyNSIndependent) WriteProtected() bool { return n.NSATTR()&nsattrWriteProtected != 0 }
 
 // NSFEAT returns the features: bit 4 rotational media, bit 5 no volatile write
@@ -414,7 +414,7 @@ func (n *IdentifyNSIndependent) NMIC() uint8 { return n[1] }
 // SetNMIC sets NMIC.
 func (n *IdentifyNSIndependent) SetNMIC(v uint8) { n[1] = v }
 
-// RESCAP returns the reservation capabilities; 0 is none.
+// RESCAP returns the reservation capabilities; 0 means none.
 func (n *IdentifyNSIndependent) RESCAP() uint8 { return n[2] }
 
 // SetRESCAP sets RESCAP.
@@ -438,13 +438,13 @@ func (n *IdentifyNSIndependent) NSATTR() uint8 { return n[8] }
 // SetNSATTR sets NSATTR.
 func (n *IdentifyNSIndependent) SetNSATTR(v uint8) { n[8] = v }
 
-// NVMSETID returns the NVM set; 0 is none.
+// NVMSETID returns the NVM set; 0 means none.
 func (n *IdentifyNSIndependent) NVMSETID() uint16 { return le.Uint16(n[10:12]) }
 
 // SetNVMSETID sets NVMSETID.
 func (n *IdentifyNSIndependent) SetNVMSETID(v uint16) { le.PutUint16(n[10:12], v) }
 
-// ENDGID returns the endurance group; 0 is none.
+// ENDGID returns the endurance group; 0 means none.
 func (n *IdentifyNSIndependent) ENDGID() uint16 { return le.Uint16(n[12:14]) }
 
 // SetENDGID sets ENDGID.

@@ -51,7 +51,7 @@ func TestIdentifyControllerText(t *testing.T) {
 	if c.FR() != "7.3" {
 		t.Errorf("nul padding: %q", c.FR())
 	}
-	// A field filled to the brim does not run into the next one.
+	// A full field does not run into the next one.
 	copy(c[4:24], strings.Repeat("9", 20))
 	if got := c.SN(); got != strings.Repeat("9", 20) {
 		t.Errorf("full field: %q", got)
@@ -90,7 +90,7 @@ func TestIdentifyControllerDerived(t *testing.T) {
 	if !c.TBKAS() {
 		t.Error("tbkas is bit 6 of ctratt")
 	}
-	// As nvmet fills it in.
+	// As nvmet fills it in
 	c.SetSGLS(0x100005)
 	if s := c.SGLS(); s&SGLSKeyed == 0 || s&SGLSOffset == 0 || s&SGLSSupportMask != 1 {
 		t.Errorf("sgls %#x", s)
@@ -219,7 +219,7 @@ func TestActiveNSList(t *testing.T) {
 	if ids, err := l.NSIDs(); err != nil || !slices.Equal(ids, []uint32{1, 0x01020304}) {
 		t.Errorf("%v, %v", ids, err)
 	}
-	// What follows the 0 is not part of the list.
+	// The bytes after the 0 are not part of the list.
 	le.PutUint32(l[12:16], 9)
 	if ids, err := l.NSIDs(); err != nil || len(ids) != 2 {
 		t.Errorf("after the end: %v, %v", ids, err)
@@ -263,7 +263,7 @@ func TestNamespaceDescriptors(t *testing.T) {
 	if got, err := ParseNamespaceDescriptors(nil); err != nil || got != (NamespaceIDs{}) {
 		t.Errorf("empty: %+v, %v", got, err)
 	}
-	// A type from the future is stepped over.
+	// An unknown type is skipped.
 	future := append(layout(9, at{0, "77 05 0000"}), golden...)
 	if got, err := ParseNamespaceDescriptors(future); err != nil || got != ids {
 		t.Errorf("unknown type: %+v, %v", got, err)

@@ -20,7 +20,8 @@ const ErrorLogEntrySize = 64
 // ErrorLogEntry is one entry of the error log (Base, "Error Information").
 type ErrorLogEntry [ErrorLogEntrySize]byte
 
-// ErrorLogEntryAt views the first 64 bytes of b. It panics if b is shorter.
+// ErrorLogEntryAt returns the first 64 bytes of b, without a copy. It panics if b is
+// shorter.
 func ErrorLogEntryAt(b []byte) *ErrorLogEntry {
 	return (*ErrorLogEntry)(b[:ErrorLogEntrySize:ErrorLogEntrySize])
 }
@@ -32,14 +33,14 @@ func (e *ErrorLogEntry) ErrorCount() uint64 { return le.Uint64(e[0:8]) }
 // SetErrorCount sets ErrorCount.
 func (e *ErrorLogEntry) SetErrorCount(v uint64) { le.PutUint64(e[0:8], v) }
 
-// SQID returns the submission queue of the command; 0xFFFF if the error is not
-// of a command.
+// SQID returns the submission queue of the command; 0xFFFF if the error does not belong
+// to a command.
 func (e *ErrorLogEntry) SQID() uint16 { return le.Uint16(e[8:10]) }
 
 // SetSQID sets SQID.
 func (e *ErrorLogEntry) SetSQID(v uint16) { le.PutUint16(e[8:10], v) }
 
-// CID returns the command id; 0xFFFF if the error is not of a command.
+// CID returns the command id; 0xFFFF if the error does not belong to a command.
 func (e *ErrorLogEntry) CID() uint16 { return le.Uint16(e[10:12]) }
 
 // SetCID sets CID.
@@ -51,8 +52,8 @@ func (e *ErrorLogEntry) Status() Status { return Status(le.Uint16(e[12:14]) >> 1
 // SetStatus sets Status.
 func (e *ErrorLogEntry) SetStatus(v Status) { le.PutUint16(e[12:14], uint16(v)<<1) }
 
-// ParamLocation returns the place of the bad parameter in the command: byte in
-// bits 0-7, bit in bits 8-10; 0xFFFF if not of a parameter.
+// ParamLocation returns the place of the bad parameter in the command: byte in bits 0-7,
+// bit in bits 8-10; 0xFFFF if the error is not in a parameter.
 func (e *ErrorLogEntry) ParamLocation() uint16 { return le.Uint16(e[14:16]) }
 
 // SetParamLocation sets ParamLocation.
@@ -89,11 +90,11 @@ const (
 	WarningPMR         = 1 << 5
 )
 
-// SMARTLog is the health log (Base, "SMART / Health Information"). Its 128 bit
-// counters are given as 64 bits and stay at the maximum beyond.
+// SMARTLog is the health log (Base, "SMART / Health Information"). Its 128 bit counters
+// are returned as 64 bits. Larger values are returned as the maximum.
 type SMARTLog [SMARTLogSize]byte
 
-// SMARTLogAt views the first 512 bytes of b. It panics if b is shorter.
+// SMARTLogAt returns the first 512 bytes of b, without a copy. It panics if b is shorter.
 func SMARTLogAt(b []byte) *SMARTLog { return (*SMARTLog)(b[:SMARTLogSize:SMARTLogSize]) }
 
 // CriticalWarning returns the critical warnings, Warning bits.
@@ -153,7 +154,7 @@ func (s *SMARTLog) HostWrites() uint64 { return saturate128(s[80:96]) }
 // SetHostWrites sets HostWrites.
 func (s *SMARTLog) SetHostWrites(v uint64) { put128(s[80:96], v) }
 
-// BusyTime returns the time the controller was busy, in minutes.
+// BusyTime returns the time for which the controller was busy, in minutes.
 func (s *SMARTLog) BusyTime() uint64 { return saturate128(s[96:112]) }
 
 // SetBusyTime sets BusyTime.
@@ -165,7 +166,7 @@ func (s *SMARTLog) PowerCycles() uint64 { return saturate128(s[112:128]) }
 // SetPowerCycles sets PowerCycles.
 func (s *SMARTLog) SetPowerCycles(v uint64) { put128(s[112:128], v) }
 
-// PowerOnHours returns the hours under power.
+// PowerOnHours returns the number of hours under power.
 func (s *SMARTLog) PowerOnHours() uint64 { return saturate128(s[128:144]) }
 
 // SetPowerOnHours sets PowerOnHours.
@@ -206,13 +207,14 @@ func put128(b []byte, v uint64) {
 // was last read.
 type ChangedNSList [IdentifySize]byte
 
-// ChangedNSListAt views the first 4096 bytes of b. It panics if b is shorter.
+// ChangedNSListAt returns the first 4096 bytes of b, without a copy. It panics if b is
+// shorter.
 func ChangedNSListAt(b []byte) *ChangedNSList {
 	return (*ChangedNSList)(b[:IdentifySize:IdentifySize])
 }
 
-// NSIDs returns the ids. overflow says that more namespaces changed than the
-// log can name, and then there are none: look at all of them.
+// NSIDs returns the ids. overflow reports that more namespaces changed than the log can
+// name. Then ids is nil, and the host must look at all namespaces.
 func (l *ChangedNSList) NSIDs() (ids []uint32, overflow bool) {
 	for id := range nsids(l[:]) {
 		if id == NSIDAll {
@@ -223,8 +225,7 @@ func (l *ChangedNSList) NSIDs() (ids []uint32, overflow bool) {
 	return ids, false
 }
 
-// Set fills the list with ids, or with the mark of an overflow if they are too
-// many.
+// Set fills the list with ids, or with the mark of an overflow if there are too many.
 func (l *ChangedNSList) Set(ids []uint32) {
 	clear(l[:])
 	if len(ids) > NSListEntries {

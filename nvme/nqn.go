@@ -13,7 +13,7 @@ import (
 const (
 	// DiscoveryNQN is the well-known name of discovery subsystems.
 	DiscoveryNQN = "nqn.2014-08.org.nvmexpress.discovery"
-	// NQNUUIDPrefix begins names made from a UUID.
+	// NQNUUIDPrefix is the prefix of names that are made from a UUID.
 	NQNUUIDPrefix = "nqn.2014-08.org.nvmexpress:uuid:"
 	// MaxNQNLength is the longest NQN in bytes, without the terminating NUL.
 	MaxNQNLength = 223
@@ -24,10 +24,10 @@ const (
 // ErrInvalidNQN is wrapped by every error of [ValidateNQN].
 var ErrInvalidNQN = errors.New("invalid nqn")
 
-// ValidateNQN checks that s may be sent as a qualified name (Base, "NVMe
-// Qualified Names"): 1 to 223 bytes of UTF-8 without NUL. It does not insist on
-// the "nqn.yyyy-mm.domain" form: kernel and targets accept names without it,
-// and people use them. See [WellFormedNQN].
+// ValidateNQN checks that s may be sent as a qualified name (Base, "NVMe Qualified
+// Names"): 1 to 223 bytes of UTF-8 without NUL. It does not require the form
+// "nqn.yyyy-mm.domain", because the kernel and targets accept other names, and such names
+// are in use. See [WellFormedNQN].
 func ValidateNQN(s string) error {
 	switch {
 	case s == "":
@@ -74,8 +74,8 @@ func putNQN(b []byte, nqn string) error {
 	return nil
 }
 
-// UUID is a UUID in the order of its text form, as host identifiers and
-// namespace descriptors carry it.
+// UUID is a UUID in the order of its text form, which is also its order in host
+// identifiers and namespace descriptors.
 type UUID [16]byte
 
 // NewUUID returns a random (version 4) UUID.
@@ -87,8 +87,8 @@ func NewUUID() UUID {
 	return u
 }
 
-// NameUUID returns the UUID (version 5, RFC 9562, 5.5) of a name in a name space:
-// always the same one.
+// NameUUID returns the UUID (version 5, RFC 9562, 5.5) of a name in a name space. It is
+// always the same for the same arguments.
 func NameUUID(space UUID, name string) UUID {
 	h := sha1.New()
 	h.Write(space[:]) // never fails
@@ -112,18 +112,18 @@ func ParseUUID(s string) (UUID, error) {
 	return u, nil
 }
 
-// IsZero reports whether every byte is 0, which means that there is none.
+// IsZero reports whether every byte is 0, which means that there is no UUID.
 func (u UUID) IsZero() bool { return u == UUID{} }
 
-// String gives the 36 character form in lower case.
+// String returns the 36 character form in lower case.
 func (u UUID) String() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", u[0:4], u[4:6], u[6:8], u[8:10], u[10:16])
 }
 
-// MarshalText gives the form of String.
+// MarshalText returns the form of String.
 func (u UUID) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
 
-// UnmarshalText accepts what [ParseUUID] accepts.
+// UnmarshalText accepts the same forms as [ParseUUID].
 func (u *UUID) UnmarshalText(b []byte) error {
 	v, err := ParseUUID(string(b))
 	if err != nil {

@@ -2,8 +2,8 @@ package nvme
 
 import "fmt"
 
-// Sizes of the private data that the RDMA connection manager carries, in
-// bytes. What arrives may be longer, padded with zeroes by the network below.
+// Sizes of the private data that the RDMA connection manager carries, in bytes. Received
+// data may be longer, because the network pads them with zeroes.
 const (
 	RDMARequestSize = 32
 	RDMAAcceptSize  = 32
@@ -17,7 +17,7 @@ const (
 type RDMARequest struct {
 	// RecFmt is 0.
 	RecFmt uint16
-	// QID is the queue that the connection will carry.
+	// QID is the id of the queue that will use the connection.
 	QID uint16
 	// HRQSize is the size of the host's receive queue, in entries.
 	HRQSize uint16
@@ -45,7 +45,7 @@ func (r RDMARequest) Marshal() [RDMARequestSize]byte {
 }
 
 // ParseRDMARequest decodes the private data of a request. The error wraps the
-// [RDMARejectStatus] to answer it with.
+// [RDMARejectStatus] for the answer.
 func ParseRDMARequest(b []byte) (RDMARequest, error) {
 	if len(b) < RDMARequestSize {
 		return RDMARequest{}, fmt.Errorf("decode rdma request: %d bytes: %w", len(b), RDMARejectInvalidLength)
@@ -88,8 +88,8 @@ func (a RDMAAccept) Marshal() [RDMAAcceptSize]byte {
 	return b
 }
 
-// ParseRDMAAccept decodes the private data of a reply. The kernel's host does
-// not look at it, so that controllers may get it wrong unnoticed.
+// ParseRDMAAccept decodes the private data of a reply. The kernel's host ignores it, so
+// errors of controllers may go unnoticed.
 func ParseRDMAAccept(b []byte) (RDMAAccept, error) {
 	if len(b) < RDMAAcceptSize {
 		return RDMAAccept{}, fmt.Errorf("decode rdma accept: %d bytes, want %d", len(b), RDMAAcceptSize)
@@ -101,7 +101,7 @@ func ParseRDMAAccept(b []byte) (RDMAAccept, error) {
 	return a, nil
 }
 
-// RDMARejectStatus tells why a connection request was rejected. It is an error.
+// RDMARejectStatus is the reason why a connection request was rejected. It is an error.
 type RDMARejectStatus uint16
 
 // Reasons to reject a request (RDMA, "RDMA_CM_REJ Status").
@@ -117,7 +117,7 @@ const (
 	RDMARejectInvalidCNTLID  RDMARejectStatus = 9
 )
 
-// String gives the reason in words.
+// String returns the reason in words.
 func (s RDMARejectStatus) String() string {
 	switch s {
 	case RDMARejectInvalidLength:
@@ -142,12 +142,12 @@ func (s RDMARejectStatus) String() string {
 	return fmt.Sprintf("reject status %d", uint16(s))
 }
 
-// Error makes a reason usable as an error.
+// Error implements error.
 func (s RDMARejectStatus) Error() string { return "rdma connection rejected: " + s.String() }
 
-// RDMAReject is the private data of a reply that rejects (RDMA, "RDMA_CM_REJ
-// Private Data Format"). It is only there if the reason of the reject is
-// "consumer defined" (28 on InfiniBand and RoCE).
+// RDMAReject is the private data of a reply that rejects (RDMA, "RDMA_CM_REJ Private Data
+// Format"). It is present only if the reason of the reject is "consumer defined" (28 on
+// InfiniBand and RoCE).
 //
 //	0 record format   2 status
 type RDMAReject struct {

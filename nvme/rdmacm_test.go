@@ -11,7 +11,7 @@ func TestRDMARequest(t *testing.T) {
 	raw := r.Marshal()
 	wantBytes(t, raw[:], want)
 	wantBytes(t, r.AppendTo([]byte{9})[1:], want)
-	// InfiniBand and RoCE hand over the whole field, 56 bytes.
+	// InfiniBand and RoCE deliver the whole field, 56 bytes.
 	if got, err := ParseRDMARequest(append(want, make([]byte, 24)...)); err != nil || got != r {
 		t.Errorf("%+v, %v", got, err)
 	}

@@ -5,8 +5,8 @@ import "fmt"
 // SGLSize is the size of an SGL descriptor in bytes.
 const SGLSize = 16
 
-// MaxKeyedLength is the longest transfer that one keyed descriptor can name:
-// its length field has 24 bits.
+// MaxKeyedLength is the largest length of a keyed descriptor, in bytes. Its length field
+// has 24 bits.
 const MaxKeyedLength = 1<<24 - 1
 
 // SGLType is the last byte of a descriptor: type in the high nibble, subtype
@@ -19,12 +19,12 @@ const (
 	SGLInCapsule SGLType = 0x01
 	// SGLKeyed is remote memory named by address, length and key.
 	SGLKeyed SGLType = 0x40
-	// SGLKeyedInvalidate is SGLKeyed whose key the controller must invalidate
+	// SGLKeyedInvalidate is like SGLKeyed, but the controller must invalidate the key
 	// with the response, by RDMA SEND WITH INVALIDATE.
 	SGLKeyedInvalidate SGLType = 0x4F
 )
 
-// String names the type.
+// String returns the name of the type.
 func (t SGLType) String() string {
 	switch t {
 	case SGLInCapsule:
@@ -61,8 +61,8 @@ func InCapsuleSGL(offset uint64, length uint32) SGL {
 	return s
 }
 
-// NoDataSGL returns the descriptor of a command that moves no data: a keyed
-// one of length 0. RDMA controllers refuse any other.
+// NoDataSGL returns the descriptor of a command without data: a keyed descriptor of
+// length 0. RDMA controllers refuse any other.
 func NoDataSGL() SGL { return KeyedSGL(0, 0, 0, false) }
 
 func keyedWord(length, key uint32, invalidate bool) uint64 {
@@ -83,8 +83,8 @@ func inCapsuleWord(length uint32) uint64 {
 // Type returns the type and subtype.
 func (s SGL) Type() SGLType { return SGLType(s[15]) }
 
-// Keyed decodes a keyed descriptor. ok is false for any other type. A command
-// without data gives length 0.
+// Keyed decodes a keyed descriptor. ok is false for any other type. The length is 0 for a
+// command without data.
 func (s SGL) Keyed() (addr uint64, length, key uint32, invalidate, ok bool) {
 	return decodeKeyed(le.Uint64(s[0:8]), le.Uint64(s[8:16]))
 }
@@ -95,7 +95,8 @@ func (s SGL) InCapsule() (offset uint64, length uint32, ok bool) {
 	return le.Uint64(s[0:8]), le.Uint32(s[8:12]), s.Type() == SGLInCapsule
 }
 
-// String describes the descriptor. The key is left out: it is a capability.
+// String returns a description of the descriptor. It does not contain the key, because
+// the key is a capability.
 func (s SGL) String() string {
 	if addr, length, _, _, ok := s.Keyed(); ok {
 		if addr == 0 && length == 0 {
@@ -120,34 +121,34 @@ func (c *Command) SGL() SGL { return SGL(c[24:40]) }
 // SetSGL sets the data descriptor.
 func (c *Command) SetSGL(s SGL) { *(*SGL)(c[24:40]) = s }
 
-// SetKeyedSGL makes length bytes of memory at addr the command's data. With
-// invalidate the controller must invalidate key in its response; that is
-// only right for a key which can be invalidated remotely, a fast registration
-// or a memory window. It panics if length exceeds MaxKeyedLength.
+// SetKeyedSGL makes length bytes of memory at addr the command's data. With invalidate,
+// the controller must invalidate the key in its response. This is allowed only for a key
+// that can be invalidated remotely: that of a fast registration or of a memory window. It
+// panics if length exceeds MaxKeyedLength.
 func (c *Command) SetKeyedSGL(addr uint64, length uint32, key uint32, invalidate bool) {
 	le.PutUint64(c[24:32], addr)
 	le.PutUint64(c[32:40], keyedWord(length, key, invalidate))
 }
 
-// SetInCapsuleSGL makes length bytes that follow the command in its capsule
-// the command's data. offset counts from the controller's ICDOFF.
+// SetInCapsuleSGL makes length bytes that follow the command in its capsule the command's
+// data. offset is relative to the controller's ICDOFF.
 func (c *Command) SetInCapsuleSGL(offset uint64, length uint32) {
 	le.PutUint64(c[24:32], offset)
 	le.PutUint64(c[32:40], inCapsuleWord(length))
 }
 
-// SetNoData says that the command moves no data.
+// SetNoData sets the data descriptor of a command without data.
 func (c *Command) SetNoData() {
 	le.PutUint64(c[24:32], 0)
 	le.PutUint64(c[32:40], uint64(SGLKeyed)<<56)
 }
 
-// KeyedSGL decodes the command's data descriptor as [SGL.Keyed] does.
+// KeyedSGL decodes the command's data descriptor in the same way as [SGL.Keyed].
 func (c *Command) KeyedSGL() (addr uint64, length, key uint32, invalidate, ok bool) {
 	return decodeKeyed(le.Uint64(c[24:32]), le.Uint64(c[32:40]))
 }
 
-// InCapsuleSGL decodes the command's data descriptor as [SGL.InCapsule] does.
+// InCapsuleSGL decodes the command's data descriptor in the same way as [SGL.InCapsule].
 func (c *Command) InCapsuleSGL() (offset uint64, length uint32, ok bool) {
 	return le.Uint64(c[24:32]), le.Uint32(c[32:36]), SGLType(c[39]) == SGLInCapsule
 }

@@ -2,25 +2,25 @@ package nvme
 
 import "fmt"
 
-// Status is the status field of a completion without the phase bit (Base,
-// "Status Field").
+// Status is the status field of a completion without the phase bit (Base, "Status
+// Field").
 //
 //	0-7 status code   8-10 status code type   11-12 CRD   13 more   14 do not retry
 //
-// The constants hold code and type only; compare them with [Status.Code]. The
-// zero value is success. On the I/O path keep a Status as it is: turning it
-// into an error allocates.
+// The constants hold code and type only; compare them with [Status.Code]. The zero value
+// is success. On the I/O path, do not convert a Status to an error, because this
+// allocates memory.
 type Status uint16
 
-// Fields beside the code.
+// Other fields
 const (
 	// StatusCodeMask covers the status code and its type.
 	StatusCodeMask Status = 0x07FF
 	// StatusCRD is the field with the index of the retry delay.
 	StatusCRD Status = 0x1800
-	// StatusMore says that the error log has more on this command.
+	// StatusMore means that the error log has more information about this command.
 	StatusMore Status = 0x2000
-	// StatusDNR says that the same command will fail again.
+	// StatusDNR means that the same command will fail again.
 	StatusDNR Status = 0x4000
 )
 
@@ -200,17 +200,18 @@ const (
 	StatusStorageTagCheck Status = 0x288
 )
 
-// Path related errors. The two host ones never come from a controller: the
-// host gives them to commands that it ends itself.
+// Path related errors. StatusHostPathError and StatusAbortedByHost never come from a
+// controller. The host assigns them to commands that it ends itself.
 const (
 	StatusInternalPathError   Status = 0x300
 	StatusANAPersistentLoss   Status = 0x301
 	StatusANAInaccessible     Status = 0x302
 	StatusANATransition       Status = 0x303
 	StatusControllerPathError Status = 0x360
-	// StatusHostPathError: the command could not be sent, or its path failed.
+	// StatusHostPathError means that the command could not be sent, or its path
+	// failed.
 	StatusHostPathError Status = 0x370
-	// StatusAbortedByHost: the host gave up on a command it had sent.
+	// StatusAbortedByHost means that the host gave up a command that it had sent.
 	StatusAbortedByHost Status = 0x371
 )
 
@@ -220,11 +221,11 @@ func (s Status) SC() uint8 { return uint8(s) }
 // SCT returns the status code type, 0..7.
 func (s Status) SCT() uint8 { return uint8(s>>8) & 7 }
 
-// CRD returns the index of the retry delay: 0 is none, 1..3 select CRDT1..3 of
+// CRD returns the index of the retry delay: 0 means no delay, and 1..3 select CRDT1..3 of
 // [IdentifyController].
 func (s Status) CRD() uint8 { return uint8(s>>11) & 3 }
 
-// More reports whether the error log has more on this command.
+// More reports whether the error log has more information about this command.
 func (s Status) More() bool { return s&StatusMore != 0 }
 
 // DNR reports whether the controller forbids a retry.
@@ -233,15 +234,15 @@ func (s Status) DNR() bool { return s&StatusDNR != 0 }
 // Code returns the code and its type, to be compared with the constants.
 func (s Status) Code() Status { return s & StatusCodeMask }
 
-// OK reports success.
+// OK reports whether the status is success.
 func (s Status) OK() bool { return s&StatusCodeMask == 0 }
 
-// IsPathError reports whether the path failed rather than the command: another
-// path may carry the same command.
+// IsPathError reports whether the path failed and not the command. The same command may
+// succeed on another path.
 func (s Status) IsPathError() bool { return s.SCT() == SCTPath }
 
-// IsANAError reports whether the ANA state of the namespace on this path
-// forbids the command; the ANA log tells more.
+// IsANAError reports whether the ANA state of the namespace on this path forbids the
+// command. The ANA log has details.
 func (s Status) IsANAError() bool {
 	switch s.Code() {
 	case StatusANAPersistentLoss, StatusANAInaccessible, StatusANATransition:
@@ -258,15 +259,15 @@ func (s Status) Err() error {
 	return s
 }
 
-// Error makes a status usable as an error; it is what %v prints.
+// Error implements error. %v prints its result.
 func (s Status) Error() string { return "nvme status " + s.String() }
 
-// String gives the code in hex and in words, for example
-// "002h: invalid field in command, do not retry". Where a code means two
-// things it gives the I/O command's; see [Status.FabricsString].
+// String returns the code in hex and in words, for example "002h: invalid field in
+// command, do not retry". If a code has two meanings, it returns that of I/O commands;
+// see [Status.FabricsString].
 func (s Status) String() string { return s.words(s.describe()) }
 
-// FabricsString is String for the status of a Fabrics command.
+// FabricsString is like String, for the status of a Fabrics command.
 func (s Status) FabricsString() string {
 	if w, ok := fabricsWords[s.Code()]; ok {
 		return s.words(w)
@@ -309,8 +310,8 @@ func (s Status) describe() string {
 	return "unknown status"
 }
 
-// Linux errno values, spelled out because nothing here needs a system call
-// package and the meaning must not depend on where this is compiled.
+// Linux errno values, which are defined here because the package needs no system calls,
+// and because the values must not depend on the platform.
 const (
 	errnoEIO          = 5
 	errnoENOSPC       = 28
@@ -324,10 +325,10 @@ const (
 	errnoEREMOTEIO    = 121
 )
 
-// Errno returns the Linux errno with which the kernel's NVMe host completes a
-// block request of this status, as a positive number; 0 for success
-// (drivers/nvme/host/core.c:nvme_error_status, block/blk-core.c:blk_errors).
-// Codes with two meanings are taken as I/O commands' codes.
+// Errno returns the Linux errno with which the kernel's NVMe host completes a block
+// request of this status, as a positive number; 0 for success
+// (drivers/nvme/host/core.c:nvme_error_status, block/blk-core.c:blk_errors). Codes with
+// two meanings are interpreted as those of I/O commands.
 func (s Status) Errno() int {
 	switch s.Code() {
 	case StatusSuccess:
@@ -494,7 +495,7 @@ var commandWords = [...]string{
 	0xBF: "invalid zone state transition",
 }
 
-// fabricsWords are the codes that Fabrics commands use in their own sense.
+// fabricsWords holds the codes that have another meaning for Fabrics commands.
 var fabricsWords = map[Status]string{
 	StatusConnectIncompatibleFormat:  "connect: incompatible format",
 	StatusConnectControllerBusy:      "connect: controller busy",

@@ -30,8 +30,8 @@ func TestStatusFields(t *testing.T) {
 	}
 }
 
-// Numbers as the specification lists them; a typed-in constant cannot agree
-// with its words by accident.
+// Numbers as the specification lists them. A constant that was copied wrongly cannot
+// match its words by accident.
 func TestStatusWords(t *testing.T) {
 	for code, want := range map[Status]string{
 		0x000: "success", 0x001: "invalid command opcode", 0x00B: "invalid namespace or format",

@@ -13,25 +13,26 @@ import (
 	"ublk-nvmeof/internal/uring"
 )
 
-// ErrStopped says that the loop has ended, so that nothing can be done on it.
+// ErrStopped means that the loop has ended.
 var ErrStopped = errors.New("loop stopped")
 
-// Config describes a Loop. The zero value is usable.
+// Config configures a Loop. The zero value is usable.
 type Config struct {
-	// Name is for errors and the thread's name, of which the kernel keeps 15
-	// bytes; "" is "loop".
+	// Name is used in errors and as the name of the thread, of which the kernel keeps
+	// 15 bytes. "" means "loop".
 	Name string
-	// CPUs are the CPUs that the thread may run on; nil leaves it where the
-	// process may run.
+	// CPUs are the CPUs on which the thread may run. nil means all CPUs of the
+	// process.
 	CPUs []int
-	// Entries is the size of the ring's submission queue; 0 is 512. Its
+	// Entries is the size of the ring's submission queue. Zero means 512. The
 	// completion queue is 4 times as large.
 	Entries int
-	// Spin is how many polls without result are made, while something is in
-	// flight, before the loop waits in the kernel; 0 is 2048, negative is none.
+	// Spin is the number of polls without a result, while something is in flight,
+	// before the loop waits in the kernel. Zero means 2048, and a negative value
+	// means none.
 	Spin int
 
-	pollAdd bool // watch as a kernel without READ_MULTISHOT would
+	pollAdd bool // watch files as on a kernel without READ_MULTISHOT
 }
 
 const (
@@ -39,64 +40,64 @@ const (
 	cqPerSQ        = 4
 	defaultSpin    = 2048
 
-	// dispatchBudget bounds the completions of one pass, so that sources get
-	// their turn.
+	// dispatchBudget limits the completions of one pass, so that sources get their
+	// turn.
 	dispatchBudget = 256
 
-	// boundedWait keeps the scheduler's P. It is longer than the gaps in
-	// traffic and shorter than what the scheduler would miss the P for.
+	// boundedWait is the time of a wait that keeps the scheduler's P. It is longer
+	// than the gaps in traffic, and so short that the scheduler does not miss the P.
 	boundedWait = 2 * time.Millisecond
-	// backoffMin and backoffMax bound the waits between polls for something
-	// that makes no event and did not come within the spin.
+	// backoffMin and backoffMax limit the waits between polls for work that causes no
+	// event and did not arrive during the spin.
 	backoffMin = 50 * time.Microsecond
 	backoffMax = 200 * time.Microsecond
 
-	// maxHandlers is the size of the handler table. Slots are used in turn, so
-	// that a late completion meets an empty one.
+	// maxHandlers is the size of the handler table. Slots are used in turn, so that a
+	// late completion finds an empty slot.
 	maxHandlers = 1 << 10
 
 	dataBits = 48
 	dataMask = 1<<dataBits - 1
 )
 
-// Loop is a goroutine locked to a thread, with one ring, that serves sources,
-// watchers and handlers. See the package documentation.
+// Loop is a goroutine locked to a thread, with one ring. It serves sources, watchers and
+// handlers. See the package documentation.
 type Loop struct {
 	cfg  Config
 	done chan struct{}
-	err  error // why it ended; written before done is closed
-	wake int   // eventfd; closed when waking is 0 after the end
+	err  error // why the loop ended; written before done is closed
+	wake int   // eventfd; closed after the end, when waking is 0
 
-	// Shared with other goroutines.
+	// Shared with other goroutines
 	_       cpu.CacheLinePad
-	asleep  atomic.Bool  // the loop is about to wait: Wake has to write
+	asleep  atomic.Bool  // the loop is about to wait, so Wake must write
 	queued  atomic.Bool  // calls is not empty
 	waking  atomic.Int32 // goroutines that may write to wake
 	wakes   atomic.Uint64
 	mu      sync.Mutex // guards calls and tid
 	calls   []*call
-	tid     int // of the thread; 0 after the end, when it may be another one's
+	tid     int // id of the thread; 0 after the end, when another thread may have it
 	_       cpu.CacheLinePad
 	publics publicStats
 	_       cpu.CacheLinePad
 
-	// The loop's own.
+	// Only the loop uses these.
 	ring     *uring.Ring
 	bufs     *uring.BufRing // nil: no READ_MULTISHOT
-	quarter  int            // of the submission queue
+	quarter  int            // a quarter of the size of the submission queue
 	sources  []Source
-	flights  []Flight // those of sources that are
+	flights  []Flight // the sources that implement Flight
 	handlers [maxHandlers]Handler
-	last     int // slot given out last
-	handled  int // handlers, without watches
+	last     int // slot that was assigned last
+	handled  int // number of handlers, without watches
 	watches  []*watch
 	stats    Stats
 	spinner  spinner
 	backoff  time.Duration
 	stopping bool
-	sink     uring.SQE // takes commands after the ring failed
+	sink     uring.SQE // receives commands after the ring has failed
 	readBuf  [watchBufferSize]byte
-	failure  error // the ring's; ends the loop
+	failure  error // error of the ring; ends the loop
 }
 
 // call is a function to run on the loop.
@@ -105,9 +106,9 @@ type call struct {
 	done chan struct{}
 }
 
-// New starts a loop and returns when it runs. Any goroutine.
+// New starts a loop and returns when it runs. Any goroutine may call it.
 //
-// The error is that of making the ring (see uring.New), or of the affinity:
+// The error is that of making the ring (see uring.New), or of setting the affinity:
 // EINVAL if none of the CPUs is usable.
 func New(cfg Config) (*Loop, error) {
 	if cfg.Name == "" {
@@ -130,7 +131,7 @@ func New(cfg Config) (*Loop, error) {
 	return l, nil
 }
 
-// main is the goroutine's life, on its own thread.
+// main runs the loop on its own thread.
 func (l *Loop) main(up chan<- error) {
 	ended := errors.New("a function called on it ended the goroutine")
 	defer func() { l.finish(ended) }()
@@ -148,7 +149,7 @@ func (l *Loop) main(up chan<- error) {
 	ended = l.failure
 }
 
-// setUp makes everything that the loop needs.
+// setUp makes the resources of the loop.
 func (l *Loop) setUp() error {
 	l.mu.Lock()
 	l.tid = threadID()
@@ -176,13 +177,14 @@ func (l *Loop) setUp() error {
 	return l.Watch(l.wake, awake{})
 }
 
-// awake hears of Wake; that the loop left its sleep is all it wants.
+// awake is the Watcher of the eventfd of Wake. It does nothing, because the wake-up is
+// enough.
 type awake struct{}
 
 func (awake) Event(int) {}
 
-// finish ends the loop on its thread. Goroutines that wait for it are let go when
-// nothing of it is left.
+// finish ends the loop on its thread. It releases waiting goroutines after it has freed
+// everything.
 func (l *Loop) finish(err error) {
 	if err != nil {
 		l.err = fmt.Errorf("%s: %w", l.cfg.Name, err)
@@ -204,8 +206,8 @@ func (l *Loop) finish(err error) {
 	close(l.done)
 }
 
-// drained says that a stopping loop has nothing left to serve. Watches go last,
-// because handlers may need their events to finish.
+// drained reports whether a stopping loop has nothing left to serve. Watches are canceled
+// last, because handlers may need their events to finish.
 func (l *Loop) drained() bool {
 	if !l.stopping || l.handled > 0 {
 		return false
@@ -216,11 +218,12 @@ func (l *Loop) drained() bool {
 	return len(l.watches) == 0
 }
 
-// Done is closed when the loop has ended. Any goroutine.
+// Done returns a channel that is closed when the loop has ended. Any goroutine may call
+// it.
 func (l *Loop) Done() <-chan struct{} { return l.done }
 
-// Err says why the loop ended: nil while it runs, and after Stop. Any
-// goroutine.
+// Err returns the reason why the loop ended. It returns nil while the loop runs, and
+// after Stop. Any goroutine may call it.
 func (l *Loop) Err() error {
 	if l.hasEnded() {
 		return l.err
@@ -237,20 +240,18 @@ func (l *Loop) hasEnded() bool {
 	}
 }
 
-// Stop lets the loop run until no Handler is left (Unhandle), ends the
-// remaining watches and then the thread, and closes the ring. It returns when
-// all that is done, with Err. Any goroutine but the loop; it may be called
-// again.
+// Stop ends the loop. The loop runs until no Handler is left (Unhandle), ends the
+// remaining watches, closes the ring, and ends its thread. Stop then returns Err. Any
+// goroutine except the loop may call it, also repeatedly.
 func (l *Loop) Stop() error {
-	// ErrStopped says that the loop has ended already.
+	// ErrStopped means that the loop has ended already.
 	_ = l.Call(func() { l.stopping = true })
 	<-l.done
 	return l.err
 }
 
-// Call runs fn on the loop and waits for it; ErrStopped says that fn did not
-// run, or not to its end. Any goroutine but the loop, which would wait for
-// itself.
+// Call runs fn on the loop and waits for it. ErrStopped means that fn did not run, or not
+// to its end. Any goroutine may call it except the loop, which would wait for itself.
 func (l *Loop) Call(fn func()) error {
 	c := &call{fn: fn, done: make(chan struct{})}
 	l.mu.Lock()
@@ -271,7 +272,7 @@ func (l *Loop) Call(fn func()) error {
 	}
 }
 
-// runCalls runs the functions that Call has queued.
+// runCalls runs the functions of pending Calls.
 func (l *Loop) runCalls() int {
 	l.mu.Lock()
 	calls := l.calls
@@ -285,13 +286,13 @@ func (l *Loop) runCalls() int {
 	return len(calls)
 }
 
-// Wake makes the loop poll its sources soon: what the caller has published
-// before Wake, a Poll after it will see. It costs an atomic load while the
-// loop is awake, and a write to an eventfd when it sleeps. Any goroutine; after
-// the end it does nothing.
+// Wake makes the loop poll its sources soon. A Poll after Wake sees everything that the
+// caller published before Wake. Wake costs an atomic load while the loop is awake, and a
+// write to an eventfd if the loop sleeps. Any goroutine may call it. After the end of the
+// loop it does nothing.
 func (l *Loop) Wake() {
-	// The loop sets asleep and then polls; the caller published and now reads
-	// asleep. One of the two sees the other.
+	// The loop sets asleep and then polls. The caller has published its work and now
+	// reads asleep. At least one of them sees the other.
 	if !l.asleep.Load() {
 		return
 	}
@@ -303,8 +304,8 @@ func (l *Loop) Wake() {
 	l.waking.Add(-1)
 }
 
-// Attach adds a source; sources are polled in the order in which they were
-// attached. Loop only; a source may attach others.
+// Attach adds a source. Sources are polled in the order in which they were attached. Only
+// the loop may call it; a source may attach others.
 func (l *Loop) Attach(s Source) {
 	l.sources = append(l.sources, s)
 	if f, ok := s.(Flight); ok {
@@ -312,16 +313,16 @@ func (l *Loop) Attach(s Source) {
 	}
 }
 
-// Detach removes a source, which is not polled again. Loop only; a source may
-// detach itself.
+// Detach removes a source, which is then not polled any more. Only the loop may call it;
+// a source may detach itself.
 func (l *Loop) Detach(s Source) {
 	l.sources = slices.DeleteFunc(l.sources, func(have Source) bool { return have == s })
 	l.flights = slices.DeleteFunc(l.flights, func(have Flight) bool { return have == s })
 }
 
-// Handle makes h the handler of commands with user data base | data, data
-// below 2^48. It panics when a loop has more than a thousand handlers and
-// watches. Loop only.
+// Handle makes h the handler of commands with the user data base | data, where data is
+// below 2^48. It panics if the loop has more than a thousand handlers and watches. Only
+// the loop may call it.
 func (l *Loop) Handle(h Handler) (base uint64) {
 	base, ok := l.slot(h)
 	if !ok {
@@ -331,9 +332,8 @@ func (l *Loop) Handle(h Handler) (base uint64) {
 	return base
 }
 
-// Unhandle ends a Handle. Completions of commands that are still pending are
-// dropped, and the commands themselves cancelled when the loop stops. Loop
-// only.
+// Unhandle removes a handler. Completions of commands that are still pending are dropped.
+// The commands are canceled when the loop stops. Only the loop may call it.
 func (l *Loop) Unhandle(base uint64) {
 	if l.handlers[base>>dataBits] != nil {
 		l.release(base)
@@ -341,7 +341,7 @@ func (l *Loop) Unhandle(base uint64) {
 	}
 }
 
-// slot gives out an entry of the handler table; entry 0 is the loop's own.
+// slot assigns an entry of the handler table. Entry 0 belongs to the loop itself.
 func (l *Loop) slot(h Handler) (base uint64, ok bool) {
 	for range maxHandlers {
 		l.last = (l.last + 1) % maxHandlers
@@ -355,14 +355,14 @@ func (l *Loop) slot(h Handler) (base uint64, ok bool) {
 
 func (l *Loop) release(base uint64) { l.handlers[base>>dataBits] = nil }
 
-// Ring is the loop's ring. Loop only. What is put into it is submitted by the
-// loop; buffer group 65535 is taken.
+// Ring returns the loop's ring. The loop submits the entries that are put into it. Buffer
+// group 65535 is in use. Only the loop may call it.
 func (l *Loop) Ring() *uring.Ring { return l.ring }
 
-// SQE is a free submission entry, zeroed and queued, to be filled in before the
-// next call of the loop's methods. If the queue is full, what is in it is
-// submitted first. After the end of the loop, or of its ring, the entry leads
-// nowhere. Loop only.
+// SQE returns a free submission entry, which is zeroed and queued. The caller must fill
+// it in before the next call of a method of the loop. If the queue is full, its entries
+// are submitted first. After the end of the loop, or of its ring, the entry has no
+// effect. Only the loop may call it.
 func (l *Loop) SQE() *uring.SQE {
 	for {
 		if s := l.ring.SQE(); s != nil {
@@ -376,9 +376,8 @@ func (l *Loop) SQE() *uring.SQE {
 	}
 }
 
-// Step makes one pass and submits what is due, but does not wait. It says
-// whether the pass found something to do. Loop only: tests drive a loop by it,
-// within Call.
+// Step makes one pass and submits due entries, but does not wait. It reports whether the
+// pass found work. Only the loop may call it. Tests use it, within Call, to drive a loop.
 func (l *Loop) Step() bool {
 	if l.hasEnded() {
 		return false
@@ -392,9 +391,9 @@ func (l *Loop) Step() bool {
 	return false
 }
 
-// pass dispatches completions, polls the sources, runs calls, and says how
-// many things it did. After a pass that found nothing, what is pending is left
-// to the wait that follows.
+// pass dispatches completions, polls the sources and runs calls. It returns the number of
+// things done. After a pass that found no work, pending entries are left to the wait that
+// follows.
 func (l *Loop) pass() int {
 	left := l.ring.Pending() > 0
 	n := l.dispatch()
@@ -410,13 +409,13 @@ func (l *Loop) pass() int {
 	if left || l.ring.Pending() > l.quarter || l.ring.TaskRun() {
 		l.submit()
 	}
-	if l.stats.Passes%256 == 0 { // a busy loop shows its counters too
+	if l.stats.Passes%256 == 0 { // a busy loop publishes its counters, too
 		l.publics.publish(&l.stats)
 	}
 	return n
 }
 
-// dispatch hands completions to their handlers.
+// dispatch passes completions to their handlers.
 func (l *Loop) dispatch() int {
 	n := 0
 	for ; n < dispatchBudget; n++ {
@@ -427,7 +426,7 @@ func (l *Loop) dispatch() int {
 		slot, data, res, flags := c.UserData>>dataBits, c.UserData&dataMask, c.Res, c.Flags
 		l.ring.Seen()
 		if slot == 0 {
-			continue // a cancellation's
+			continue // the completion of a cancellation
 		}
 		if slot >= maxHandlers || l.handlers[slot] == nil {
 			l.stats.Strays++
@@ -439,8 +438,7 @@ func (l *Loop) dispatch() int {
 	return n
 }
 
-// poll polls every source once. A source may attach and detach sources
-// meanwhile.
+// poll polls every source once. A source may attach and detach sources meanwhile.
 func (l *Loop) poll() int {
 	n := 0
 	for i := 0; i < len(l.sources); i++ {
@@ -462,8 +460,8 @@ func (l *Loop) check(err error) {
 	}
 }
 
-// idle follows a pass that found nothing: it polls on where that is likely to
-// pay, else arms the sources and waits in the kernel.
+// idle follows a pass that found no work. It spins if that is likely to find work.
+// Otherwise it arms the sources and waits in the kernel.
 func (l *Loop) idle() {
 	if l.inFlight() && l.spinner.worth() {
 		found := l.spin()
@@ -510,8 +508,8 @@ func (l *Loop) arm() Readiness {
 	return all
 }
 
-// anything is the last look before a wait, after asleep was set and the
-// sources were armed: what came before that made no event.
+// anything looks for work a last time before a wait, after asleep was set and the sources
+// were armed. Work that arrived before that caused no event.
 func (l *Loop) anything() bool {
 	if l.ring.CQReady() || l.queued.Load() || l.poll() > 0 {
 		l.backoff = backoffMin
@@ -520,8 +518,8 @@ func (l *Loop) anything() bool {
 	return false
 }
 
-// sleep waits until a completion comes: bounded at first, which costs little
-// when it comes soon, then giving the scheduler's P away.
+// sleep waits for a completion. The first wait is bounded, and costs little if the
+// completion comes soon. The second wait gives up the scheduler's P.
 func (l *Loop) sleep() {
 	l.wait(boundedWait)
 	if l.failure != nil || l.ring.CQReady() {
@@ -533,7 +531,7 @@ func (l *Loop) sleep() {
 	l.check(l.ring.WaitBlocking())
 }
 
-// wait submits and waits for a completion, not longer than the bound.
+// wait submits and waits for a completion, at most for the bound.
 func (l *Loop) wait(bound time.Duration) {
 	l.stats.Enters++
 	l.stats.Waits++
@@ -541,8 +539,8 @@ func (l *Loop) wait(bound time.Duration) {
 	l.check(l.ring.Wait(bound))
 }
 
-// await polls for something that makes no event: as fast as can be until the
-// spin is used up, then at intervals, for as long as a source asks for it.
+// await polls for work that causes no event: without pause until the spin is used up, and
+// then at intervals, as long as a source asks for it.
 func (l *Loop) await() {
 	if l.backoff == backoffMin && l.spin() {
 		return
@@ -555,8 +553,8 @@ func (l *Loop) await() {
 	l.backoff = min(2*l.backoff, backoffMax)
 }
 
-// spin polls up to the limit, reading shared memory only, and reports whether
-// something turned up.
+// spin polls up to the limit, reading only shared memory, and reports whether it found
+// work.
 func (l *Loop) spin() bool {
 	if l.ring.Pending() > 0 {
 		l.submit()
@@ -574,19 +572,19 @@ func (l *Loop) spin() bool {
 	return false
 }
 
-// spinner decides whether to spin for an answer that would make an event. It
-// does as long as that pays: a hit earns what two misses cost; without credit
-// it tries once in a while.
+// spinner decides whether to spin for an answer that would cause an event. It spins as
+// long as that pays: a hit earns the credit of two misses. Without credit, it tries once
+// in a while.
 type spinner struct {
-	limit  int // polls of a spin; 0: never spin
+	limit  int // number of polls in a spin; 0: never spin
 	credit int
-	denied int // since the last try
+	denied int // number of denials since the last try
 }
 
 const (
 	spinStart  = 4  // credit of a new loop
-	spinCredit = 16 // most credit
-	spinRetry  = 64 // a try every so many sleeps without credit
+	spinCredit = 16 // largest credit
+	spinRetry  = 64 // number of sleeps without credit after which a spin is tried
 )
 
 func (s *spinner) worth() bool {

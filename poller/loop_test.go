@@ -18,7 +18,7 @@ import (
 	"ublk-nvmeof/internal/uring"
 )
 
-// newLoop starts a loop that the end of the test stops.
+// newLoop starts a loop that is stopped at the end of the test.
 func newLoop(t testing.TB, cfg Config) *Loop {
 	t.Helper()
 	l, err := New(cfg)
@@ -41,8 +41,7 @@ func on(t testing.TB, l *Loop, fn func()) {
 	}
 }
 
-// eventually waits for something that other threads bring about and that makes
-// no event of its own.
+// eventually waits for a condition that other threads make true without an event.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); !cond(); runtime.Gosched() {
@@ -61,7 +60,7 @@ func settle(t testing.TB, l *Loop) Stats {
 	return l.Snapshot()
 }
 
-// source is a Source made of functions; nil ones find nothing.
+// source is a Source made of functions. A nil function finds no work.
 type source struct {
 	poll func() int
 	arm  func() Readiness
@@ -81,7 +80,7 @@ func (s *source) Arm() Readiness {
 	return s.arm()
 }
 
-// flight is a source that has something in flight.
+// flight is a source with something in flight.
 type flight struct {
 	source
 	inFlight bool
@@ -128,8 +127,8 @@ func TestCall(t *testing.T) {
 	l.Wake()
 }
 
-// TestCallsAtStop: each of many calls that race with Stop either runs or says
-// that it did not.
+// TestCallsAtStop checks that each of many calls that race with Stop either runs or
+// returns that it did not.
 func TestCallsAtStop(t *testing.T) {
 	for range 50 {
 		l := newLoop(t, Config{})
@@ -236,7 +235,7 @@ func TestThread(t *testing.T) {
 
 func init() { runtime.LockOSThread() } // so that TestMain has the main thread
 
-// fromMain is the thread of a loop's goroutine that started on the main thread.
+// fromMain is the thread of a loop whose goroutine started on the main thread.
 var fromMain int
 
 func TestMain(m *testing.M) {
@@ -247,8 +246,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestNotOnMainThread: no loop runs on the main thread, even if that is where
-// its goroutine starts.
+// TestNotOnMainThread checks that no loop runs on the main thread, even if its goroutine
+// starts there.
 func TestNotOnMainThread(t *testing.T) {
 	if fromMain == os.Getpid() {
 		t.Fatal("from the main thread, a loop stays there")
@@ -261,9 +260,9 @@ func TestNotOnMainThread(t *testing.T) {
 	}
 }
 
-// TestWake: nothing that is published before a Wake is missed, however the
-// Wake meets the loop's falling asleep. Each producer waits for its item to be
-// taken, so a lost wake-up hangs it.
+// TestWake checks that everything published before a Wake is seen, even if the loop is
+// falling asleep at that moment. Each producer waits until its item was taken, so a lost
+// wake-up hangs it.
 func TestWake(t *testing.T) {
 	const producers = 4
 	l := newLoop(t, Config{})
@@ -301,9 +300,9 @@ func TestWake(t *testing.T) {
 	}
 }
 
-// TestWakeWindows publishes and wakes at each point where the loop has just
-// looked in vain: after every Poll that found nothing, in Arm, and before. The
-// loop waits meanwhile, so that no chance is needed to meet the window.
+// TestWakeWindows publishes and wakes at each point where the loop has just looked in
+// vain: after every Poll that found no work, in Arm, and before. The loop waits
+// meanwhile, so the test does not depend on chance.
 func TestWakeWindows(t *testing.T) {
 	l := newLoop(t, Config{Spin: -1})
 	var published atomic.Uint64
@@ -362,7 +361,7 @@ func TestWakeWindows(t *testing.T) {
 	}
 }
 
-// asking is a flight that does something when asked whether it is one.
+// asking is a flight that calls a function when InFlight is called.
 type asking struct {
 	*flight
 	ask func()
@@ -370,8 +369,8 @@ type asking struct {
 
 func (a *asking) InFlight() bool { a.ask(); return false }
 
-// TestCallWindow queues a call after a pass has looked for calls and before
-// the loop is seen to fall asleep.
+// TestCallWindow queues a call after a pass has looked for calls and before the loop
+// falls asleep.
 func TestCallWindow(t *testing.T) {
 	l := newLoop(t, Config{Spin: -1})
 	const calls = 100
@@ -395,7 +394,7 @@ func TestCallWindow(t *testing.T) {
 	}
 }
 
-// rounds is how often a stress test does its thing.
+// rounds is the number of repetitions of a stress test.
 func rounds() uint64 {
 	if testing.Short() {
 		return 200
@@ -403,7 +402,7 @@ func rounds() uint64 {
 	return 4000
 }
 
-// TestWakeBetweenLoops passes a ball.
+// TestWakeBetweenLoops makes two loops wake each other in turn.
 func TestWakeBetweenLoops(t *testing.T) {
 	a, b := newLoop(t, Config{Name: "a"}), newLoop(t, Config{Name: "b"})
 	most := rounds()
@@ -411,8 +410,8 @@ func TestWakeBetweenLoops(t *testing.T) {
 	<-done
 }
 
-// pingPong lets two loops answer each other by memory and Wake for as long as
-// more says so; it closes the channel at the end.
+// pingPong makes two loops answer each other through memory and Wake as long as more
+// returns true. It closes the channel at the end.
 func pingPong(t testing.TB, a, b *Loop, more func(n uint64) bool) chan struct{} {
 	var toA, toB atomic.Uint64
 	var atA, atB uint64
@@ -484,7 +483,7 @@ func TestHandlers(t *testing.T) {
 	eventually(t, "stray completions are counted", func() bool { return l.Snapshot().Strays == before+3 })
 }
 
-// TestHandlerSlots: a slot is given out again only after all others were.
+// TestHandlerSlots checks that a slot is assigned again only after all others were.
 func TestHandlerSlots(t *testing.T) {
 	l := newLoop(t, Config{})
 	on(t, l, func() {
@@ -518,8 +517,8 @@ func TestHandlerSlots(t *testing.T) {
 	})
 }
 
-// TestPassOrder: completions come first, then sources in the order in which
-// they were attached; sources may come and go meanwhile.
+// TestPassOrder checks that completions come first, then sources in the order in which
+// they were attached, and that sources may be attached and detached meanwhile.
 func TestPassOrder(t *testing.T) {
 	l := newLoop(t, Config{})
 	on(t, l, func() {
@@ -567,9 +566,9 @@ func TestPassOrder(t *testing.T) {
 	})
 }
 
-// TestEnterPolicy: a busy loop submits what was left pending for a whole
-// further pass, or fills a quarter of the queue; an idle one submits with its
-// wait.
+// TestEnterPolicy checks that a busy loop submits entries that were pending for a whole
+// further pass, or that fill a quarter of the queue, and that an idle loop submits with
+// its wait.
 func TestEnterPolicy(t *testing.T) {
 	l := newLoop(t, Config{Entries: 64})
 	busy := &source{poll: func() int { return 1 }}
@@ -594,7 +593,7 @@ func TestEnterPolicy(t *testing.T) {
 		}
 		l.submit() // the watch of the eventfd
 		steps("nothing pending", 0, 0)
-		// Queued within a pass, a few wait for one more pass.
+		// A few entries that are queued within a pass wait for one more pass.
 		l.Attach(&source{poll: func() int { nops(3); return 1 }})
 		l.pass()
 		if l.ring.Pending() != 3 {
@@ -605,7 +604,7 @@ func TestEnterPolicy(t *testing.T) {
 		if seen != 3 {
 			t.Errorf("%d of 3 completions", seen)
 		}
-		// More than a quarter does not.
+		// More than a quarter of the queue does not wait.
 		l.Attach(&source{poll: func() int { nops(17); return 1 }})
 		steps("a quarter", 1)
 		l.sources = l.sources[:1]
@@ -615,7 +614,7 @@ func TestEnterPolicy(t *testing.T) {
 		}
 		l.Detach(busy)
 	})
-	// Idle: one enter submits and waits.
+	// When the loop is idle, one enter submits and waits.
 	start := settle(t, l)
 	done := make(chan struct{})
 	on(t, l, func() {
@@ -625,7 +624,7 @@ func TestEnterPolicy(t *testing.T) {
 	})
 	<-done
 	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits > start.BlockingWaits })
-	// The command went with a wait, not with an enter of its own.
+	// The command was submitted by a wait, not by its own enter.
 	submits := func(s Stats) uint64 { return s.Enters - s.Waits - s.BlockingWaits }
 	if got := l.Snapshot(); submits(got) != submits(start) {
 		t.Errorf("an idle loop submitted without waiting: %+v, before %+v", got, start)
@@ -633,8 +632,8 @@ func TestEnterPolicy(t *testing.T) {
 	on(t, l, func() { l.Unhandle(base) })
 }
 
-// TestIdle: a loop with nothing to do stays in its blocking wait while another
-// loop works.
+// TestIdle checks that a loop without work stays in its blocking wait while another loop
+// works.
 func TestIdle(t *testing.T) {
 	idle, busy := newLoop(t, Config{Name: "idle"}), newLoop(t, Config{Name: "busy"})
 	polls := 0
@@ -658,8 +657,8 @@ func TestIdle(t *testing.T) {
 	}
 }
 
-// TestSpin: a source whose work makes no event is polled without system calls
-// for a bounded time and then at intervals; it needs no Wake.
+// TestSpin checks that a source whose work causes no event is polled without system calls
+// for a limited time, and then at intervals, without a Wake.
 func TestSpin(t *testing.T) {
 	const limit = 100
 	l := newLoop(t, Config{Spin: limit})
@@ -698,7 +697,8 @@ func TestSpin(t *testing.T) {
 	on(t, l, func() { l.Detach(src) })
 }
 
-// TestFlight: with an answer due, the loop polls before it arms, if that pays.
+// TestFlight checks that, when an answer is due, the loop polls before it arms, if that
+// pays.
 func TestFlight(t *testing.T) {
 	const limit = 50
 	l := newLoop(t, Config{Spin: limit})
@@ -720,12 +720,13 @@ func TestFlight(t *testing.T) {
 			l.idle()
 			return l.stats.Spins - before
 		}
-		// It pays: found at the 10th poll, nothing armed.
+		// It pays: the answer is found at the 10th poll, and nothing is armed.
 		answerAt = polls + 10
 		if n := spins(); n != 10 || arms != 0 {
 			t.Errorf("%d spins, %d arms", n, arms)
 		}
-		// It stops to pay: bounded, then never for a while.
+		// It does not pay any more: the spin is limited, and then does not happen
+		// for a while.
 		tries := 0
 		for spins() == limit {
 			tries++
@@ -738,7 +739,7 @@ func TestFlight(t *testing.T) {
 				t.Fatalf("%d spins without credit", n)
 			}
 		}
-		// One try, which pays, and makes it spin again.
+		// One try, which pays and makes it spin again
 		answerAt = polls + 5
 		if n := spins(); n != 5 {
 			t.Errorf("%d spins at the retry", n)
@@ -757,8 +758,8 @@ func TestFlight(t *testing.T) {
 	})
 }
 
-// TestTaskRun: completions that wait for an enter are fetched by a busy loop
-// and by a spinning one, which submits before it spins.
+// TestTaskRun checks that completions that wait for an enter are fetched by a busy loop,
+// and by a spinning loop, which submits before it spins.
 func TestTaskRun(t *testing.T) {
 	const limit = 50
 	l := newLoop(t, Config{Spin: limit})
@@ -815,7 +816,7 @@ func TestTaskRun(t *testing.T) {
 	})
 }
 
-// TestCloseEventfd: the descriptor is not closed under a goroutine that may be
+// TestCloseEventfd checks that the descriptor is not closed while a goroutine may be
 // about to write to it.
 func TestCloseEventfd(t *testing.T) {
 	fd, err := newEventfd()
@@ -842,8 +843,8 @@ func TestCloseEventfd(t *testing.T) {
 	}
 }
 
-// TestStopOrder: Stop waits for the handlers, and events are delivered until
-// they are done.
+// TestStopOrder checks that Stop waits for the handlers, and that events are delivered
+// until the handlers have ended.
 func TestStopOrder(t *testing.T) {
 	l := newLoop(t, Config{})
 	efd := eventfd(t)
@@ -876,7 +877,7 @@ func TestStopOrder(t *testing.T) {
 	}
 }
 
-// TestLeaks: of a loop that ended, no file, mapping or thread is left.
+// TestLeaks checks that no file, mapping or thread of a loop is left after its end.
 func TestLeaks(t *testing.T) {
 	r, w := pipe(t)
 	life := func() {
@@ -888,7 +889,7 @@ func TestLeaks(t *testing.T) {
 			if err := l.Watch(r, counter(func(int) {})); err != nil {
 				t.Error(err)
 			}
-			// Left pending, of a handler that gave up.
+			// Left pending by a handler that gave up
 			base := l.Handle(handler(func(uint64, int32, uint32) {}))
 			s := l.SQE()
 			s.Opcode, s.FD, s.OpFlags, s.UserData = uring.OpPollAdd, int32(w), uring.PollMask(unix.POLLPRI), base
@@ -913,8 +914,8 @@ func TestLeaks(t *testing.T) {
 	if got := ringMappings(t); got != maps {
 		t.Errorf("%d mappings of rings, before %d", got, maps)
 	}
-	// Nothing keeps the files either: with our ends closed, the other end
-	// hears of it.
+	// Nothing keeps the files open: after our ends are closed, the other end notices
+	// it.
 	_ = unix.Close(w)
 	pfd := []unix.PollFd{{Fd: int32(r)}}
 	if n, err := unix.Poll(pfd, 10000); n != 1 || err != nil {
@@ -940,7 +941,7 @@ func ringMappings(t *testing.T) int {
 	return strings.Count(string(maps), "io_uring")
 }
 
-// TestAllocs: the steady state of a loop allocates nothing.
+// TestAllocs checks that a loop does not allocate in its steady state.
 func TestAllocs(t *testing.T) {
 	l := newLoop(t, Config{Spin: 10})
 	efd := eventfd(t)
@@ -996,8 +997,7 @@ func BenchmarkStep(b *testing.B) {
 	}
 }
 
-// BenchmarkNop is a command through the loop: one enter to submit and complete
-// it.
+// BenchmarkNop measures a command through the loop: one enter to submit and complete it.
 func BenchmarkNop(b *testing.B) {
 	l := newLoop(b, Config{})
 	on(b, l, func() {
@@ -1013,7 +1013,7 @@ func BenchmarkNop(b *testing.B) {
 	})
 }
 
-// BenchmarkNop32 is a batch of 32 commands, per command.
+// BenchmarkNop32 measures a batch of 32 commands, per command.
 func BenchmarkNop32(b *testing.B) {
 	l := newLoop(b, Config{})
 	on(b, l, func() {
@@ -1031,7 +1031,7 @@ func BenchmarkNop32(b *testing.B) {
 	})
 }
 
-// BenchmarkWakeAwake is a Wake of a loop that is awake.
+// BenchmarkWakeAwake measures a Wake of a loop that is awake.
 func BenchmarkWakeAwake(b *testing.B) {
 	l := newLoop(b, Config{})
 	on(b, l, func() {
@@ -1041,8 +1041,8 @@ func BenchmarkWakeAwake(b *testing.B) {
 	})
 }
 
-// BenchmarkWakePing is from a publication and Wake on one loop to the Poll on
-// another that sleeps, there and back.
+// BenchmarkWakePing measures the time from a publication and Wake on one loop to the Poll
+// on another loop that sleeps, and back.
 func BenchmarkWakePing(b *testing.B) {
 	x, y := newLoop(b, Config{Name: "x"}), newLoop(b, Config{Name: "y"})
 	n := uint64(b.N)
@@ -1054,7 +1054,7 @@ func BenchmarkWakePing(b *testing.B) {
 	b.ReportMetric(float64(sx.BlockingWaits+sy.BlockingWaits)/float64(n), "blocking/op")
 }
 
-// BenchmarkCall is a function on a loop that sleeps.
+// BenchmarkCall measures a Call on a loop that sleeps.
 func BenchmarkCall(b *testing.B) {
 	l := newLoop(b, Config{})
 	for b.Loop() {

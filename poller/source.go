@@ -3,59 +3,61 @@ package poller
 // Readiness is a Source's answer to Arm.
 type Readiness uint8
 
-// Answers to Arm. The zero value is no answer and is taken as Busy.
+// Answers to Arm. The zero value is no answer and counts as Busy.
 const (
 	Unset Readiness = iota
-	// Sleep: nothing is pending, and an event (a Watcher's, a Handler's or a
-	// Wake) will come when something is.
+	// Sleep means that nothing is pending, and that an event (of a Watcher, of a
+	// Handler or by Wake) will follow when something is.
 	Sleep
-	// Busy: something arrived meanwhile; poll before sleeping.
+	// Busy means that something has arrived, so the loop must poll before it sleeps.
 	Busy
-	// Spin: something is in flight that makes no event; keep polling.
+	// Spin means that something is in flight that causes no event, so the loop must
+	// keep polling.
 	Spin
 )
 
-// Source is a piece of work that a Loop serves.
+// Source is a source of work that a Loop serves.
 type Source interface {
-	// Poll does what is pending, without blocking, and says how many things
-	// it did; 0 lets the loop think of sleeping.
+	// Poll does the pending work without blocking, and returns the number of things
+	// done. If it returns 0, the loop may sleep.
 	Poll() int
-	// Arm is asked before the loop sleeps. It requests events for whatever may
-	// arrive from now on. The loop polls every source once more between Arm
-	// and its sleep, so a source need not look again by itself.
+	// Arm is called before the loop sleeps. It requests events for everything that
+	// may arrive from now on. The loop polls every source once more between Arm and
+	// its sleep, so a source need not look again by itself.
 	Arm() Readiness
 }
 
-// Flight is a Source that knows what it waits for. While InFlight is true, the
-// loop may poll for a bounded time before it arms the sources: where an answer
-// usually comes soon, that saves the event, the sleep and the wake-up.
+// Flight is a Source that knows for what it waits. While InFlight is true, the loop may
+// poll for a limited time before it arms the sources. If an answer usually comes soon,
+// this saves the event, the sleep and the wake-up.
 //
-// No source of this project implements it. Whether the spin pays with
-// interrupt-driven queues has not been measured; the interface is here for that
-// measurement, which decides whether it stays.
+// No source of this project implements it. Nobody has measured whether the spin pays with
+// interrupt-driven queues. The interface exists for that measurement, which decides
+// whether it stays.
 type Flight interface {
 	Source
-	// InFlight says that an answer is due, as of a completion queue whose
-	// queue pairs have commands outstanding.
+	// InFlight reports whether an answer is due, for example because the queue pairs
+	// of a completion queue have commands outstanding.
 	InFlight() bool
 }
 
-// Watcher hears of a file descriptor: n events of 8 bytes each were read from
-// it (an RDMA completion channel, an eventfd).
+// Watcher gets the events of a file descriptor (an RDMA completion channel, an eventfd).
+// Event is called after n events of 8 bytes each were read from it.
 type Watcher interface {
 	Event(n int)
 }
 
-// Failer is a Watcher that wants to know when its file can no longer be read,
-// as when an RDMA device goes away (EIO). No event follows.
+// Failer is a Watcher that is told when its file can no longer be read, for example
+// because an RDMA device was removed (EIO). No event follows.
 type Failer interface {
 	Watcher
 	Failed(err error)
 }
 
-// Handler takes the completions of the submission queue entries that it put
-// into the loop's ring with the user data base of Loop.Handle.
+// Handler handles the completions of the submission queue entries that it has put into
+// the loop's ring with the user data base of Loop.Handle.
 type Handler interface {
-	// Complete gets the low 48 bits of the user data and the result.
+	// Complete gets the low 48 bits of the user data, and the result and flags of the
+	// completion.
 	Complete(data uint64, res int32, flags uint32)
 }

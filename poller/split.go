@@ -2,19 +2,19 @@ package poller
 
 import "fmt"
 
-// Class is a class of NVMe I/O queues, with the meaning and the names of
-// blk-mq's hctx types.
+// Class is a class of NVMe I/O queues, with the meaning and the names of blk-mq's hctx
+// types.
 type Class uint8
 
 // Queue classes. A request goes to the queues of one class.
 const (
-	Default  Class = iota // everything that no other class takes
+	Default  Class = iota // requests of no other class
 	Read                  // reads
-	Poll                  // busy-polled, what the poll policy sends there
+	Poll                  // busy-polled; the requests that the poll policy selects
 	nClasses = iota
 )
 
-// Classes are all classes, in the order in which qids are given out.
+// Classes holds all classes in the order in which queue ids are assigned.
 var Classes = [nClasses]Class{Default, Read, Poll}
 
 var classNames = [nClasses]string{"default", "read", "poll"}
@@ -26,43 +26,43 @@ func (c Class) String() string {
 	return fmt.Sprintf("class %d", c)
 }
 
-// Request is how many I/O queues the operator asks for, in nvme-cli's terms.
+// Request is the number of I/O queues that the operator asks for, in the terms of
+// nvme-cli.
 type Request struct {
 	IO    int // --nr-io-queues, ≥ 1
 	Write int // --nr-write-queues; > 0 separates writes from reads
 	Poll  int // --nr-poll-queues
 }
 
-// Clip limits each count to the number of CPUs, before anything is split: a
-// class with more queues than CPUs has queues that nobody can reach, and
-// starves the others.
+// Clip limits each count to the number of CPUs. It must be used before Split, because a
+// class with more queues than CPUs has queues that no CPU can reach, and takes queues
+// from the other classes.
 func (r Request) Clip(cpus int) Request {
 	return Request{IO: max(1, min(r.IO, cpus)), Write: max(0, min(r.Write, cpus)), Poll: max(0, min(r.Poll, cpus))}
 }
 
-// Total is the number of queues to ask the target for.
+// Total returns the number of queues to request from the target.
 func (r Request) Total() int { return r.IO + r.Write + r.Poll }
 
-// Loops is how many loops serve the request: as many as its largest class, so
-// that with a full grant no two loops share a queue of any class.
+// Loops returns the number of loops that serve the request. It is the size of the largest
+// class, so that with a full grant no two loops share a queue of any class.
 func (r Request) Loops() int { return max(r.IO, r.Write, r.Poll) }
 
-// Plan is a grant split into classes. The queue ids 1..Queues() go to the
-// default class first, then read, then poll.
+// Plan is a grant that was split into classes. The queue ids 1..Queues() are assigned to
+// the default class first, then to read, then to poll.
 type Plan struct {
 	Requested Request // after Clip
-	Granted   int     // I/O queues in use: at most what was requested
+	Granted   int     // number of I/O queues in use, at most the number requested
 	Count     [nClasses]int
 }
 
-// Split computes from zero how the granted queues are spread; nothing of an
-// earlier plan takes part. Priority is read, then default, then poll. req has
-// been clipped; granted below 0 counts as 0, and 0 gives a plan without
-// queues, with which nothing can be served.
+// Split splits the granted queues into classes. It does not depend on an earlier plan.
+// The priority is read, then default, then poll. req must have been clipped. A negative
+// granted counts as 0. With 0, the plan has no queues and can serve nothing.
 //
-// For a fresh connect the numbers are those of Linux' nvmf_set_io_queues
-// (drivers/nvme/host/fabrics.h), except that there the old numbers survive a
-// reconnect and unclipped counts are split.
+// For a first connect, the numbers are those of Linux' nvmf_set_io_queues
+// (drivers/nvme/host/fabrics.h). Linux differs in that old numbers survive a reconnect,
+// and that unclipped counts are split.
 func Split(req Request, granted int) Plan {
 	g := max(0, min(granted, req.Total()))
 	p := Plan{Requested: req, Granted: g}
@@ -76,11 +76,11 @@ func Split(req Request, granted int) Plan {
 	return p
 }
 
-// Queues is the number of I/O queues of the plan.
+// Queues returns the number of I/O queues of the plan.
 func (p Plan) Queues() int { return p.Count[Default] + p.Count[Read] + p.Count[Poll] }
 
-// Mapped is the class whose queues serve the requests of class c: c itself, or
-// Default when c has no queue of its own.
+// Mapped returns the class whose queues serve the requests of class c. It is c itself, or
+// Default if c has no queues.
 func (p Plan) Mapped(c Class) Class {
 	if p.Count[c] == 0 {
 		return Default
@@ -88,7 +88,7 @@ func (p Plan) Mapped(c Class) Class {
 	return c
 }
 
-// ClassOf is the class of queue qid, 1 ≤ qid ≤ Queues().
+// ClassOf returns the class of queue qid, 1 ≤ qid ≤ Queues().
 func (p Plan) ClassOf(qid int) Class {
 	for _, c := range Classes {
 		if qid <= p.Count[c] {
@@ -99,7 +99,7 @@ func (p Plan) ClassOf(qid int) Class {
 	panic(fmt.Sprintf("poller: qid %d beyond the plan", qid))
 }
 
-// first is the number of queues before the first one of class c.
+// first returns the number of queues before the first one of class c.
 func (p Plan) first(c Class) int {
 	n := 0
 	for _, d := range Classes {
@@ -111,8 +111,8 @@ func (p Plan) first(c Class) int {
 	return n
 }
 
-// RequestedOf is how many queues of class c were asked for. Reads have queues
-// of their own only if write queues were asked for.
+// RequestedOf returns the number of queues of class c that were requested. Reads have
+// queues of their own only if write queues were requested.
 func (p Plan) RequestedOf(c Class) int {
 	switch {
 	case c == Poll:
@@ -128,27 +128,27 @@ func (p Plan) RequestedOf(c Class) int {
 	}
 }
 
-// Assignment is what an association does with its grant: the queues of each class,
-// which loop drives each queue, and which queue serves each loop. It is computed
-// once, by Assign.
+// Assignment is the use of a grant by an association: the queues of each class, the loop
+// that drives each queue, and the queue that serves each class of each loop. Assign
+// computes it.
 type Assignment struct {
 	Plan
 	Mapping
 }
 
-// Assign splits the granted queues into classes (Split) and spreads them over the
-// loops (Map). req has been clipped; loops is at least req.Loops().
+// Assign splits the granted queues into classes (Split) and distributes them over the
+// loops (Map). req must have been clipped, and loops must be at least req.Loops().
 func Assign(req Request, granted, loops int) Assignment {
 	p := Split(req, granted)
 	return Assignment{Plan: p, Mapping: Map(p, loops)}
 }
 
-// OwnerOf is the loop that drives queue qid, 1 ≤ qid ≤ Queues().
+// OwnerOf returns the loop that drives queue qid, 1 ≤ qid ≤ Queues().
 func (a *Assignment) OwnerOf(qid int) int { return a.Owner[qid-1] }
 
-// QueueOf is the queue to which loop l sends requests of class c, and whether the
-// loop must hand them over to another one, which drives that queue. The plan has
-// at least one queue.
+// QueueOf returns the queue to which loop l sends requests of class c. handOver reports
+// whether another loop drives that queue, so that the requests must be handed over to it.
+// The plan must have at least one queue.
 func (a *Assignment) QueueOf(l int, c Class) (qid int, handOver bool) {
 	qid = a.Queue[l][c]
 	return qid, a.Owner[qid-1] != l
@@ -159,19 +159,19 @@ func (p Plan) String() string {
 		p.Count[Default], p.Count[Read], p.Count[Poll], p.Granted, p.Requested.Total())
 }
 
-// Mapping says which queue serves whom: Queue[l][c] is the qid to which loop l
-// sends requests of class c, and Owner[qid-1] the loop that drives queue qid.
-// Where Owner[Queue[l][c]-1] != l, loop l hands its requests over.
+// Mapping assigns queues to loops. Queue[l][c] is the qid to which loop l sends requests
+// of class c, and Owner[qid-1] is the loop that drives queue qid. If Owner[Queue[l][c]-1]
+// != l, loop l hands its requests over.
 type Mapping struct {
 	Queue [][nClasses]int
 	Owner []int
 }
 
-// Map spreads the queues of a plan over loops, at least as many as the largest
-// class of the plan has queues (Request.Loops is enough for every grant). Every queue gets one owner;
-// every class of every loop gets a queue as long as the plan has one. Queues of
-// different classes start at different loops, so that when each class has
-// fewer queues than there are loops, the load does not pile up on the first.
+// Map distributes the queues of a plan over loops. There must be at least as many loops
+// as the largest class of the plan has queues; Request.Loops is enough for every grant.
+// Every queue gets one owner. Every class of every loop gets a queue if the plan has one.
+// Queues of different classes start at different loops. So if each class has fewer queues
+// than there are loops, the load is not concentrated on the first loops.
 func Map(p Plan, loops int) Mapping {
 	m := Mapping{Queue: make([][nClasses]int, loops), Owner: make([]int, p.Queues())}
 	if p.Queues() == 0 {
@@ -187,7 +187,7 @@ func Map(p Plan, loops int) Mapping {
 			m.Owner[p.first(c)+i] = (start + i) % loops
 		}
 		for l := range loops {
-			// The queue that loop l owns, or the one that its turn falls on.
+			// The queue that loop l owns, or the next one in turn
 			m.Queue[l][c] = p.first(c) + ((l-start)%loops+loops)%loops%n + 1
 		}
 		if n < loops {

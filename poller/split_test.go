@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestSplitExhaustive holds Split to its contract for every request and grant
-// of a useful range.
+// TestSplitExhaustive checks the contract of Split for every request and grant of a
+// useful range.
 func TestSplitExhaustive(t *testing.T) {
 	for i := 1; i <= 8; i++ {
 		for w := 0; w <= 8; w++ {
@@ -39,7 +39,7 @@ func checkPlan(t *testing.T, req Request, g int) {
 	checkMap(t, plan, req.Loops())
 }
 
-// kernelSplit follows the order of decisions of Linux' nvmf_set_io_queues on
+// kernelSplit makes the decisions of Linux' nvmf_set_io_queues in the same order, with
 // counts that start at zero.
 func kernelSplit(req Request, g int) (def, read, poll int) {
 	left := g
@@ -105,8 +105,8 @@ func checkMap(t *testing.T, plan Plan, loops int) {
 	}
 }
 
-// TestRegrant goes from every grant to every other one: the plan after a
-// reconnect is that of a fresh connect, and the loops stay.
+// TestRegrant goes from every grant to every other one. The plan after a reconnect is
+// that of a first connect, and the loops stay.
 func TestRegrant(t *testing.T) {
 	for i := 1; i <= 4; i++ {
 		for w := 0; w <= 4; w++ {
@@ -127,8 +127,8 @@ func TestRegrant(t *testing.T) {
 	}
 }
 
-// TestSplitWorkedTable has rows that Linux was seen to report for a fresh
-// connect on 4 CPUs, and those where it is wrong with our numbers.
+// TestSplitWorkedTable has rows that Linux was seen to report for a first connect on 4
+// CPUs. Where Linux is wrong, the rows have our numbers.
 func TestSplitWorkedTable(t *testing.T) {
 	for _, row := range []struct {
 		asked            Request
@@ -160,7 +160,7 @@ func TestSplitWorkedTable(t *testing.T) {
 	}
 }
 
-// TestAssign: the assignment is that of Split and Map, and agrees with itself.
+// TestAssign checks that the assignment is that of Split and Map, and is consistent.
 func TestAssign(t *testing.T) {
 	for io := 1; io <= 4; io++ {
 		for write := range 5 {

@@ -2,21 +2,21 @@ package poller
 
 import "sync/atomic"
 
-// Stats counts what a loop did since it started.
+// Stats holds the counts of a loop since it started.
 type Stats struct {
-	Passes        uint64 // over completions and sources
+	Passes        uint64 // passes over completions and sources
 	CQEs          uint64 // completions of the ring
-	Strays        uint64 // completions that no handler wanted
+	Strays        uint64 // completions without a handler
 	Enters        uint64 // io_uring_enter calls of any kind
 	Waits         uint64 // of these, bounded waits
-	BlockingWaits uint64 // of these, waits without bound
-	Spins         uint64 // polls made instead of waiting
+	BlockingWaits uint64 // of these, waits without a bound
+	Spins         uint64 // polls that were made instead of waiting
 	Wakes         uint64 // writes to the eventfd by Wake
 	WatchFailures uint64 // files that can no longer be read
 }
 
-// publicStats is what other goroutines see of a loop's Stats. The loop is the
-// only writer.
+// publicStats is the copy of a loop's Stats that other goroutines read. Only the loop
+// writes it.
 type publicStats struct {
 	passes, cqes, strays, enters, waits, blockingWaits, spins, watchFailures atomic.Uint64
 }
@@ -32,7 +32,7 @@ func (p *publicStats) publish(s *Stats) {
 	set(&p.watchFailures, s.WatchFailures)
 }
 
-// set spares the store, which is a locked instruction, where nothing changed.
+// set avoids the store, which is a locked instruction, if the value is unchanged.
 func set(p *atomic.Uint64, v uint64) {
 	if p.Load() != v {
 		p.Store(v)

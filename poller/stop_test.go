@@ -10,7 +10,7 @@ import (
 	"ublk-nvmeof/internal/uring"
 )
 
-// canaries take the numbers of descriptors that were closed.
+// canaries are descriptors with the numbers of descriptors that were closed.
 func canaries(t *testing.T) (check func()) {
 	t.Helper()
 	var fds []int
@@ -28,8 +28,8 @@ func canaries(t *testing.T) (check func()) {
 	}
 }
 
-// TestStopAttached: a loop ends with sources, watches and pending commands, in whatever state
-// their owners have left them, and calls none of them any more.
+// TestStopAttached checks that a loop ends with sources, watches and pending commands in
+// any state, and calls none of them any more.
 func TestStopAttached(t *testing.T) {
 	for _, cfg := range []Config{{}, {pollAdd: true}} {
 		l, err := New(cfg)
@@ -110,7 +110,7 @@ func afterStop(t *testing.T, l *Loop, s Source, fds []int) {
 	}
 }
 
-// TestFailedStop is TestStopAttached for a loop whose ring fails under it.
+// TestFailedStop is TestStopAttached for a loop whose ring fails.
 func TestFailedStop(t *testing.T) {
 	l, err := New(Config{})
 	if err != nil {
@@ -135,7 +135,8 @@ func TestFailedStop(t *testing.T) {
 	}
 }
 
-// TestWatchClosed: a file that is closed before it is unwatched leaves who gets its number alone.
+// TestWatchClosed checks that a file that is closed before it is unwatched does not
+// affect the next owner of its number.
 func TestWatchClosed(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		old, err := newEventfd()

@@ -11,43 +11,43 @@ import (
 	"ublk-nvmeof/internal/uring"
 )
 
-// Provided buffers for the reads of all watches. They are given back as soon
-// as their completion is seen; when one enter makes more completions, the read
-// ends with ENOBUFS and is armed again.
+// Provided buffers for the reads of all watches. A buffer is returned as soon as its
+// completion is seen. If one enter produces more completions, the read ends with ENOBUFS
+// and is armed again.
 const (
 	watchGroup      = 65535
 	watchBuffers    = 64
 	watchBufferSize = 64
 
-	eventSize = 8 // bytes of an eventfd's count and of struct ib_uverbs_comp_event_desc
+	eventSize = 8 // size of the count of an eventfd and of struct ib_uverbs_comp_event_desc
 )
 
-// watch is the Handler of a watched file: a READ_MULTISHOT, or before
-// Linux 6.7 a multishot POLL_ADD with a read(2) for each of its completions.
+// watch is the Handler of a watched file. It uses a READ_MULTISHOT, or, before Linux 6.7,
+// a multishot POLL_ADD with a read(2) for each of its completions.
 type watch struct {
 	l       *Loop
-	fd      int // the owner's, by which it is known
-	file    int // a descriptor of our own for the same file: the owner's may become another's
+	fd      int // descriptor of the owner, which identifies the watch
+	file    int // our own descriptor for the same file, because the owner's number may be used again
 	w       Watcher
 	base    uint64
 	armed   bool // a command is pending
-	plain   bool // tell of readiness, do not read
-	closing bool // a cancellation is on its way
+	plain   bool // report readiness, do not read
+	closing bool // a cancellation is in progress
 	failed  bool
-	gone    chan struct{} // closed when nothing refers to fd any more
+	gone    chan struct{} // closed when the watch does not use the file any more
 }
 
-// Watch lets w hear of the events of a file, which is O_NONBLOCK, until Unwatch.
-// The loop has a descriptor of its own for it, so that a descriptor that is
-// closed before Unwatch, and then leads to another file, does no harm. Loop only.
+// Watch passes the events of a file to w until Unwatch. The file must be O_NONBLOCK. The
+// loop uses its own descriptor for the file. So it does no harm if fd is closed before
+// Unwatch and then names another file. Only the loop may call it.
 //
-// Errors: EBADF, EINVAL for a file that is not O_NONBLOCK, EEXIST if it is
-// watched already, ENOSPC if the loop has more than a thousand handlers, EMFILE,
-// ErrStopped.
+// Errors: EBADF, EINVAL for a file that is not O_NONBLOCK, EEXIST if it is watched
+// already, ENOSPC if the loop has more than a thousand handlers, EMFILE, ErrStopped.
 func (l *Loop) Watch(fd int, w Watcher) error { return l.watch(fd, w, false) }
 
-// WatchReadable is Watch without reading: w hears Event(1) when something has
-// come to read, and reads all of it. One event may be for several arrivals.
+// WatchReadable is like Watch, but does not read. The loop calls w.Event(1) when the file
+// has become readable, and w must read everything. One event may stand for several
+// arrivals.
 func (l *Loop) WatchReadable(fd int, w Watcher) error { return l.watch(fd, w, true) }
 
 func (l *Loop) watch(fd int, w Watcher, plain bool) error {
@@ -79,10 +79,11 @@ func (l *Loop) watch(fd int, w Watcher, plain bool) error {
 	return nil
 }
 
-// Unwatch ends a Watch or a WatchReadable. When it returns, every event that was there when it was
-// called has been delivered, no other will be, and nothing refers to the file,
-// so that its owner may close it. ENOENT says that the file is not watched; on
-// a loop that has ended there is nothing to do. Any goroutine but the loop.
+// Unwatch ends a Watch or a WatchReadable. When it returns, all events that had occurred
+// before the call were delivered, no other will be, and the loop does not use the file
+// any more, so its owner may close it. The error is ENOENT if the file is not watched. On
+// a loop that has ended, Unwatch does nothing and returns nil. Any goroutine except the
+// loop may call it.
 func (l *Loop) Unwatch(fd int) error {
 	var a *watch
 	err := l.Call(func() {
@@ -112,7 +113,7 @@ func (l *Loop) watched(fd int) *watch {
 	return nil
 }
 
-// cancel starts the end of a watch. It may be called again.
+// cancel begins to end a watch. It may be called again.
 func (l *Loop) cancel(a *watch) {
 	if a.closing {
 		return
@@ -136,13 +137,14 @@ func (a *watch) arm() {
 	a.armed = true
 }
 
-// disarm asks for the last completion of the command; its own is not looked at.
+// disarm requests the last completion of the command. The completion of the cancellation
+// itself is ignored.
 func (a *watch) disarm() {
 	s := a.l.SQE()
 	s.Opcode, s.Addr = uring.OpAsyncCancel, a.base
 }
 
-// Complete is the Handler's.
+// Complete implements Handler.
 func (a *watch) Complete(_ uint64, res int32, flags uint32) {
 	a.armed = flags&uring.CQEMore != 0
 	err := a.take(res, flags)
@@ -158,7 +160,7 @@ func (a *watch) Complete(_ uint64, res int32, flags uint32) {
 	}
 }
 
-// take delivers what a completion brings. The error, if any, is final.
+// take delivers the events of a completion. An error is final.
 func (a *watch) take(res int32, flags uint32) error {
 	if flags&uring.CQEBuffer != 0 {
 		a.l.bufs.Recycle(uring.BufID(flags))
@@ -175,13 +177,13 @@ func (a *watch) take(res int32, flags uint32) error {
 	case res == 0:
 		return io.EOF
 	case errno == unix.ENOBUFS, errno == unix.ENOMEM, errno == unix.EAGAIN, errno == unix.EINTR, errno == unix.ECANCELED:
-		return nil // to be armed again, unless it was we who cancelled
+		return nil // arm it again, unless the loop itself canceled it
 	default:
 		return errno
 	}
 }
 
-// read delivers what there is to read.
+// read reads and delivers all events.
 func (a *watch) read() error {
 	for {
 		n, err := unix.Read(a.file, a.l.readBuf[:])
@@ -199,7 +201,7 @@ func (a *watch) read() error {
 	}
 }
 
-// fail ends the reading but not the watch, which is its owner's to end.
+// fail stops reading the file. The watch remains until its owner ends it.
 func (a *watch) fail(err error) {
 	a.failed = true
 	a.l.stats.WatchFailures++
@@ -211,8 +213,8 @@ func (a *watch) fail(err error) {
 	}
 }
 
-// end is the end of the watch. The kernel cancels a read before it looks for
-// data, so what came last is still to be read.
+// end ends the watch. The kernel cancels a read before it looks for data, so the last
+// events must still be read.
 func (a *watch) end() {
 	if !a.failed && !a.plain {
 		_ = a.read()
@@ -223,4 +225,4 @@ func (a *watch) end() {
 	close(a.gone)
 }
 
-func (a *watch) close() { _ = unix.Close(a.file) } // there is nothing to lose
+func (a *watch) close() { _ = unix.Close(a.file) } // nothing can be lost

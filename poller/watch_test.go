@@ -17,7 +17,7 @@ type counter func(n int)
 
 func (c counter) Event(n int) { c(n) }
 
-// failing is a Failer that sends what it hears.
+// failing is a Failer that sends its errors to a channel.
 type failing struct {
 	events chan int
 	failed chan error
@@ -42,8 +42,8 @@ func eachWatch(t *testing.T, test func(t *testing.T, l *Loop)) {
 	}
 }
 
-// requireReadMultishot skips on a kernel without READ_MULTISHOT (before
-// Linux 6.7), unless UN_REQUIRE lists it.
+// requireReadMultishot skips the test on a kernel without READ_MULTISHOT (before Linux
+// 6.7), unless UN_REQUIRE lists it.
 func requireReadMultishot(t *testing.T, l *Loop) {
 	t.Helper()
 	has := false
@@ -63,7 +63,7 @@ func eventfd(t testing.TB) int {
 	return fd
 }
 
-// pipe is a pipe that keeps the bounds of writes, as an RDMA completion channel
+// pipe makes a pipe that keeps the boundaries of writes, as an RDMA completion channel
 // keeps those of events. The test closes w.
 func pipe(t testing.TB) (r, w int) {
 	t.Helper()
@@ -119,7 +119,7 @@ func TestWatchEventfd(t *testing.T) {
 	})
 }
 
-// TestWatchMany: more events at once than there are buffers (ENOBUFS).
+// TestWatchMany checks more simultaneous events than there are buffers (ENOBUFS).
 func TestWatchMany(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		r, w := pipe(t)
@@ -128,8 +128,8 @@ func TestWatchMany(t *testing.T) {
 		watchOn(t, l, r, counter(func(n int) { got += n }))
 		sent := 0
 		for range 20 {
-			// The loop is held in a call, so that all events are there at once,
-			// 15 packets of a pipe at least.
+			// A call holds the loop, so that all events are there at once. A
+			// pipe has at least 15 packets.
 			on(t, l, func() {
 				for i := range 15 {
 					write(t, w, i%8+1)
@@ -146,7 +146,7 @@ func TestWatchMany(t *testing.T) {
 	})
 }
 
-// TestWatchNoBuffers: the read ends for want of buffers, and goes on.
+// TestWatchNoBuffers checks that the read ends when no buffer is left, and continues.
 func TestWatchNoBuffers(t *testing.T) {
 	l := newLoop(t, Config{})
 	requireReadMultishot(t, l)
@@ -180,8 +180,8 @@ func TestWatchNoBuffers(t *testing.T) {
 	}
 }
 
-// TestUnwatchLast: what was written before Unwatch is delivered, then the file
-// is free: the writer hears that its only reader closed.
+// TestUnwatchLast checks that data written before Unwatch is delivered, and that the file
+// is then free: the writer notices that its only reader has closed.
 func TestUnwatchLast(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		for i := range 300 {
@@ -214,8 +214,8 @@ func TestUnwatchLast(t *testing.T) {
 	})
 }
 
-// TestUnwatchPending: an event that comes together with the cancellation, which
-// the kernel does first, is delivered.
+// TestUnwatchPending checks that an event that arrives together with the cancellation is
+// delivered. The kernel executes the cancellation first.
 func TestUnwatchPending(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		for range 20 {
@@ -239,8 +239,8 @@ func TestUnwatchPending(t *testing.T) {
 	})
 }
 
-// TestUnwatchRace: writers and Unwatch at the same time, no event twice or of
-// nothing.
+// TestUnwatchRace checks writers and Unwatch at the same time: no event is delivered
+// twice or without a cause.
 func TestUnwatchRace(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		for range 100 {
@@ -297,8 +297,8 @@ func TestWatchErrors(t *testing.T) {
 	})
 }
 
-// TestWatchEnd: the other end of a pipe goes away, and the watch stays to be
-// unwatched.
+// TestWatchEnd checks that a watch stays until it is unwatched if the other end of its
+// pipe is closed.
 func TestWatchEnd(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		r, w := pipe(t)
@@ -322,7 +322,7 @@ func TestWatchEnd(t *testing.T) {
 	})
 }
 
-// TestWatchUnreadable: a file that cannot be read fails at the first event.
+// TestWatchUnreadable checks that a file that cannot be read fails at the first event.
 func TestWatchUnreadable(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		nothing, err := unix.Open("/dev/null", unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -341,8 +341,8 @@ func TestWatchUnreadable(t *testing.T) {
 	})
 }
 
-// TestWatchCancelled: someone cancels all commands of the ring, and the watch
-// goes on.
+// TestWatchCancelled checks that the watch continues if all commands of the ring are
+// canceled.
 func TestWatchCancelled(t *testing.T) {
 	eachWatch(t, func(t *testing.T, l *Loop) {
 		efd := eventfd(t)
@@ -370,8 +370,8 @@ func TestWatchCancelled(t *testing.T) {
 	})
 }
 
-// TestWatchReadable: a file is not read, and every arrival after it was emptied
-// is told.
+// TestWatchReadable checks that a file is not read, and that every arrival after it was
+// emptied is reported.
 func TestWatchReadable(t *testing.T) {
 	l := newLoop(t, Config{})
 	r, w := pipe(t)

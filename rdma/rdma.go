@@ -100,26 +100,25 @@ type Listener interface {
 	Close() error
 }
 
-// ConnParam are the parameters of a connect request or of its answer
-// (rdma_conn_param).
+// ConnParam holds the parameters of a connect request or of its answer (rdma_conn_param).
 type ConnParam struct {
 	PrivateData        []byte // at most 56 bytes in a request, 196 in an answer
 	ResponderResources uint8  // largest number of concurrent RDMA READs of the peer
 	InitiatorDepth     uint8  // largest number of concurrent RDMA READs to the peer
 	RetryCount         uint8  // 0..7
-	RNRRetryCount      uint8  // 0..7, 7 = for ever
+	RNRRetryCount      uint8  // 0..7; 7: no limit
 	FlowControl        bool
 }
 
-// EventType says what happened to a connection.
+// EventType is the type of a connection event.
 type EventType uint8
 
-// Connection events.
+// Connection events
 const (
 	EventUnset         EventType = iota
 	EventDisconnected            // the peer left, or the connection broke
-	EventDeviceRemoved           // the RDMA device goes away
-	EventAddrChange              // the route changed under the connection
+	EventDeviceRemoved           // the RDMA device is being removed
+	EventAddrChange              // the route of the connection changed
 	EventTimewaitExit            // the QP number may be used again
 	EventQPFatal                 // asynchronous error of the QP
 	EventPortDown                // asynchronous: the port lost its link
@@ -143,7 +142,7 @@ type Event struct {
 	Detail string
 }
 
-// DeviceAttr are limits of a device (ibv_device_attr).
+// DeviceAttr holds the limits of a device (ibv_device_attr).
 type DeviceAttr struct {
 	Name            string
 	MaxQPWR         int // work requests per send or receive queue
@@ -151,7 +150,7 @@ type DeviceAttr struct {
 	MaxCQE          int
 	MaxMR           int
 	MaxMRSize       uint64
-	MaxQPReadAtomic int  // RDMA READs per QP that we can serve as target of them
+	MaxQPReadAtomic int  // RDMA READs of the peer per QP that the device can serve concurrently
 	CompVectors     int  // completion vectors, ≥ 1
 	MemoryWindows   bool // type 2 memory windows
 }
@@ -160,8 +159,8 @@ type DeviceAttr struct {
 type Device interface {
 	Attr() DeviceAttr
 	AllocPD() (PD, error)
-	// CreateCQ makes a completion queue of at least entries. With events it
-	// has a completion channel of its own and FD is ≥ 0; without, it can only
+	// CreateCQ makes a completion queue of at least the given number of entries. With
+	// events, it has its own completion channel and FD is ≥ 0. Without, it can only
 	// be polled. vector is taken modulo CompVectors.
 	CreateCQ(entries int, events bool, vector int) (CQ, error)
 }
@@ -240,7 +239,7 @@ type SGE struct {
 // SendOp is the operation of a send work request.
 type SendOp uint8
 
-// Send operations.
+// Send operations
 const (
 	SendUnset      SendOp = iota
 	Send                  // SEND
@@ -253,14 +252,14 @@ const (
 type SendWR struct {
 	ID         uint64
 	RemoteAddr uint64 // Write, Read
-	RKey       uint32 // Write, Read; the key to invalidate for SendInvalidate
+	RKey       uint32 // for Write and Read; the key to invalidate for SendInvalidate
 	Op         SendOp
 	Signaled   bool
 	NumSGE     uint8 // 0..2; with 0 there is no data, and a Write needs no key
 	SGE        [2]SGE
 }
 
-// RecvWR is a receive work request of one element.
+// RecvWR is a receive work request with one element.
 type RecvWR struct {
 	ID  uint64
 	SGE SGE
@@ -349,7 +348,7 @@ type Receiver interface {
 	Receiving(on bool)
 }
 
-// StepError is a step of connection management that failed.
+// StepError names the step of connection management that failed.
 type StepError struct {
 	Step string // "resolve address", "resolve route", "connect", "accept", …
 	Peer netip.AddrPort
@@ -359,10 +358,10 @@ type StepError struct {
 func (e *StepError) Error() string { return fmt.Sprintf("%s %s: %v", e.Step, e.Peer, e.Err) }
 func (e *StepError) Unwrap() error { return e.Err }
 
-// RejectError is a connect request that the peer refused.
+// RejectError means that the peer refused a connect request.
 type RejectError struct {
 	Peer    netip.AddrPort
-	Reason  int    // IBTA CM REJ reason; 8 = no listener, 10 = stale connection, 28 = by the consumer
+	Reason  int    // IBTA CM REJ reason, for example 8: no listener, 10: stale connection, 28: refused by the consumer
 	Private []byte // the consumer's private data, only with Reason 28
 }
 
@@ -400,7 +399,7 @@ func RejectReason(code int) string {
 	return fmt.Sprintf("reason %d", code)
 }
 
-// Errors that callers branch on.
+// Errors for errors.Is
 var (
 	ErrClosed      = errors.New("rdma: closed")
 	ErrNoDevice    = errors.New("rdma: no RDMA device")

@@ -57,18 +57,18 @@ const (
 	MaxDepth = 2048
 )
 
-// slot states.
+// Slot states
 const (
 	slotFree     = 1 << iota // on the free stack
-	slotSent                 // the SEND is complete
-	slotAnswered             // the response arrived
+	slotSent                 // the SEND has completed
+	slotAnswered             // the response has arrived
 	slotData                 // the SEND gathers the caller's data
 )
 
-// probeID is the work request id of a probe; no SEND will ever have it.
+// probeID is the work request id of a probe. No SEND ever has it.
 const probeID = 1<<64 - 1
 
-// Config sizes a Queue.
+// Config configures a Queue.
 type Config struct {
 	Depth  int // entries as in CREATE/CONNECT, one of which stays empty; 2..MaxDepth
 	Vector int // completion vector of the SEND completions
@@ -84,10 +84,10 @@ type Queue struct {
 	lkey uint32
 
 	depth       int
-	outstanding int // taken and not answered
-	interval    int // SENDs from one signaled one to the next
-	unsignaled  int // SENDs since the last signaled one
-	held        int // answered slots with data whose SEND is not complete
+	outstanding int // commands taken and not answered
+	interval    int // number of SENDs from one signaled SEND to the next
+	unsignaled  int // number of SENDs since the last signaled one
+	held        int // number of answered slots with data whose SEND is not complete
 	probing     bool
 
 	state []uint8
@@ -101,8 +101,8 @@ type Queue struct {
 	wcs   []rdma.WC
 }
 
-// New allocates and registers the capsules and makes the completion queue of
-// the SENDs. Bind comes next.
+// New allocates and registers the capsules and makes the completion queue of the SENDs.
+// The caller must call Bind next.
 func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	if cfg.Depth < 2 || cfg.Depth > MaxDepth {
 		return nil, fmt.Errorf("submission queue: depth %d is not 2..%d", cfg.Depth, MaxDepth)
@@ -135,21 +135,22 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	return q, nil
 }
 
-// Slots is the number of slots, and so of SENDs that may be posted.
+// Slots returns the number of slots, which is also the largest number of posted SENDs.
 func (q *Queue) Slots() int { return q.depth + q.interval }
 
-// WorkRequests is how many may be posted, the probe among them: the QP's MaxSendWR.
+// WorkRequests returns the largest number of posted work requests, including the probe,
+// for QPConfig.MaxSendWR.
 func (q *Queue) WorkRequests() int { return q.Slots() + 1 }
 
-// CQ is the completion queue to create the QP with.
+// CQ returns the verbs completion queue, for QPConfig.SendCQ.
 func (q *Queue) CQ() rdma.CQ { return q.cq }
 
-// Bind gives the queue its QP.
+// Bind sets the QP of the queue.
 func (q *Queue) Bind(qp rdma.QP) { q.qp = qp }
 
-// Close frees what New made. The QP is to be closed before; an error says that it was
-// not, and nothing is freed then. A second Close does nothing, and so do the other
-// methods after it, which give rdma.ErrClosed where they can.
+// Close frees the resources of New. The QP must be closed before. Otherwise Close returns
+// an error and frees nothing. After Close, the methods do nothing, and return
+// rdma.ErrClosed if they return an error. A second Close returns nil.
 func (q *Queue) Close() error {
 	if err := q.cq.Close(); err != nil {
 		return err
@@ -158,19 +159,19 @@ func (q *Queue) Close() error {
 	return q.mr.Close()
 }
 
-// Outstanding is the number of commands taken and not answered.
+// Outstanding returns the number of commands that were taken and not answered.
 func (q *Queue) Outstanding() int { return q.outstanding }
 
-// Held is the number of answered commands whose data the adapter may still
-// read; Reap will name them.
+// Held returns the number of answered commands whose data the adapter may still read.
+// Reap will return their slots.
 func (q *Queue) Held() int { return q.held }
 
-// Pending is the number of commands pushed and not posted.
+// Pending returns the number of commands that were pushed and not posted.
 func (q *Queue) Pending() int { return len(q.batch) }
 
-// Get takes a slot and gives its command, with arbitrary contents, to fill; the
-// command id is set by Push. ok is false while Depth-1 commands are
-// outstanding, or no slot is free.
+// Get takes a slot and returns its command. The caller must fill in the command, whose
+// contents are arbitrary; Push sets the command id. ok is false while Depth-1 commands
+// are outstanding, or if no slot is free.
 func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 	if q.outstanding >= q.depth-1 || len(q.free) == 0 {
 		return 0, nil, false
@@ -185,9 +186,9 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 	return slot, nvme.CommandAt(q.slab[at : at+capsuleSize]), true
 }
 
-// Push adds the slot's command to the batch that Flush posts. A data element
-// with a length travels in the capsule, behind the command, gathered from where
-// it lies.
+// Push adds the slot's command to the batch that Flush posts. If data has a length, it is
+// sent in the capsule behind the command. The adapter gathers it from its place in
+// memory.
 func (q *Queue) Push(slot uint16, data rdma.SGE) {
 	if q.slab == nil {
 		return // closed
@@ -219,7 +220,7 @@ func (q *Queue) Push(slot uint16, data rdma.SGE) {
 
 func (q *Queue) commandID(slot uint16) uint16 { return uint16(q.gen[slot])<<slotBits | slot }
 
-// Flush posts the batch, in one call, and says how many commands that were.
+// Flush posts the batch in one call, and returns the number of posted commands.
 func (q *Queue) Flush() (int, error) {
 	if len(q.batch) == 0 {
 		return 0, nil
@@ -232,8 +233,8 @@ func (q *Queue) Flush() (int, error) {
 	return n, nil
 }
 
-// Probe has the target's adapter say that it is there, if it is not being asked
-// already. If it is not, the queue pair fails.
+// Probe checks whether the target's adapter still has the queue pair, unless a probe is
+// outstanding. If it does not, the queue pair fails later.
 func (q *Queue) Probe() error {
 	switch {
 	case q.probing:
@@ -248,8 +249,8 @@ func (q *Queue) Probe() error {
 	return nil
 }
 
-// Match finds the slot that a response is for. ok is false for an id that
-// names no slot, or a command that is not outstanding.
+// Match returns the slot of the command that a response answers. ok is false for an id
+// that names no slot, or a command that is not outstanding.
 func (q *Queue) Match(cid uint16) (slot uint16, ok bool) {
 	slot = cid & slotMask
 	if int(slot) >= len(q.state) || q.state[slot]&(slotFree|slotAnswered) != 0 || q.commandID(slot) != cid {
@@ -258,12 +259,11 @@ func (q *Queue) Match(cid uint16) (slot uint16, ok bool) {
 	return slot, true
 }
 
-// CheckHead reports whether a response's SQHD is one that a controller with
-// this queue can have.
+// CheckHead reports whether a controller with this queue can send the SQHD of a response.
 func (q *Queue) CheckHead(sqhd uint16) bool { return int(sqhd) < q.depth }
 
-// Answer records the response to a slot that Match gave. done says that the
-// data is the caller's again; if not, Reap will say it.
+// Answer records the response to a slot that Match returned. If done is true, the caller
+// may use the data again. Otherwise it may do so when Reap has returned the slot.
 func (q *Queue) Answer(slot uint16) (done bool) {
 	q.outstanding--
 	s := q.state[slot] | slotAnswered
@@ -285,18 +285,17 @@ func (q *Queue) release(slot uint16) {
 	q.free[len(q.free)-1] = slot
 }
 
-// Starved says that a command could be outstanding, but every free slot waits for
-// the completion of its SEND.
+// Starved reports whether a further command could be outstanding, but no slot is free
+// because of incomplete SENDs.
 func (q *Queue) Starved() bool { return len(q.free) == 0 && q.outstanding < q.depth-1 }
 
-// Scarce says that Reap is worth a call: the free slots run low, or somebody waits
-// for what it tells.
+// Scarce reports whether a call of Reap is useful: few slots are free, or answered
+// commands or a probe wait for it.
 func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval || q.probing }
 
-// Reap collects completed SENDs: it fills done with slots that were answered
-// before and whose data is now the caller's again, and says how many. Call it
-// until it gives 0. done has room for at least Slots. An error means that the
-// queue pair is lost.
+// Reap collects completed SENDs. It stores in done the slots that were answered before
+// and whose data the caller may now use again, and returns their number. done must have
+// room for Slots. An error means that the queue pair is lost.
 func (q *Queue) Reap(done []uint16) (int, error) {
 	if q.slab == nil {
 		return 0, fmt.Errorf("poll send completions: %w", rdma.ErrClosed)

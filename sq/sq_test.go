@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// adapter is a device whose sends complete when the test says so.
+// adapter is a device whose sends complete when the test requires it.
 type adapter struct {
 	posted []rdma.SendWR
 	done   []rdma.WC
@@ -54,8 +54,8 @@ func (a *adapter) Poll(wcs []rdma.WC) (int, error) {
 	return n, nil
 }
 
-// complete ends the oldest n sends, in order, as an adapter does: only the
-// signaled ones are reported.
+// complete completes the oldest n sends, in order. Like an adapter, it reports only the
+// signaled ones.
 func (a *adapter) complete(n int) {
 	for _, wr := range a.posted[:n] {
 		if wr.Signaled {
@@ -84,8 +84,8 @@ func TestDepthBounds(t *testing.T) {
 	}
 }
 
-// TestNeverMoreThanDepth takes as many slots as there are: one less than the
-// depth, and as many again only after as many answers.
+// TestNeverMoreThanDepth takes as many slots as possible: one less than the depth, and
+// then only as many as there were answers.
 func TestNeverMoreThanDepth(t *testing.T) {
 	q, _ := newQueue(t, 16)
 	var slots []uint16
@@ -109,7 +109,7 @@ func TestNeverMoreThanDepth(t *testing.T) {
 	}
 }
 
-// TestStaleResponses has ids that must not match anything.
+// TestStaleResponses checks ids that must not match a command.
 func TestStaleResponses(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()
@@ -134,7 +134,7 @@ func TestStaleResponses(t *testing.T) {
 	if _, ok := q.Match(cid); ok {
 		t.Error("a second response matches before the send completed")
 	}
-	// Take slots until the same one comes back: its id has changed.
+	// Take slots until the same one comes back. Its id has changed.
 	for range 200 {
 		a.complete(len(a.posted))
 		if _, err := q.Reap(make([]uint16, q.Slots())); err != nil {
@@ -159,8 +159,8 @@ func TestStaleResponses(t *testing.T) {
 	t.Fatal("the slot never came back")
 }
 
-// TestDataIsHeldUntilSent: an answered command with data in its capsule is done
-// only when its send is.
+// TestDataIsHeldUntilSent checks that an answered command with data in its capsule is
+// done only after its send has completed.
 func TestDataIsHeldUntilSent(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()
@@ -182,7 +182,8 @@ func TestDataIsHeldUntilSent(t *testing.T) {
 	}
 }
 
-// TestProbe: one probe at a time, and its completion is not that of a SEND.
+// TestProbe checks that there is one probe at a time, and that its completion is not
+// taken for that of a SEND.
 func TestProbe(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()
@@ -226,9 +227,9 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// TestRandomOrder drives a queue with answers and send completions in random
-// order, and checks against a model that no slot is given out while its capsule
-// may still be sent, and that the queue never runs dry.
+// TestRandomOrder drives a queue with answers and send completions in random order. It
+// checks against a model that no slot is assigned while its capsule may still be sent,
+// and that the queue always recovers free slots.
 func TestRandomOrder(t *testing.T) {
 	for seed := range uint64(50) {
 		rng := rand.New(rand.NewPCG(seed, 1))
@@ -243,7 +244,7 @@ func TestRandomOrder(t *testing.T) {
 			case 0:
 				slot, _, ok := q.Get()
 				if !ok && len(open) < q.depth-1 && len(a.posted) == 0 && q.Pending() == 0 {
-					// Every send is complete; knowing it has to be enough.
+					// Every send has completed. This must be enough.
 					if _, err := q.Reap(done); err != nil {
 						t.Fatal(err)
 					}
@@ -341,7 +342,8 @@ func BenchmarkSubmitAnswer(b *testing.B) {
 	}
 }
 
-// TestCloseOrder: a queue that is closed too early stays whole; one that is closed does no harm.
+// TestCloseOrder checks that a queue that is closed too early stays usable, and that a
+// closed queue does no harm.
 func TestCloseOrder(t *testing.T) {
 	q, a := newQueue(t, 8)
 	slot, _, ok := q.Get()

@@ -1,11 +1,6 @@
 package target
 
-import (
-	"errors"
-	"strconv"
-
-	"ublk-nvmeof/nvme"
-)
+import "ublk-nvmeof/nvme"
 
 const (
 	lspGroupsOnly = 1 << 8  // CDW10 of the ANA log: no namespace ids
@@ -84,43 +79,4 @@ func (q *queuePair) smart(log *nvme.SMARTLog) {
 	log.SetDataUnitsWritten((written + unit - 1) / unit)
 	log.SetHostReads(reads)
 	log.SetHostWrites(writes)
-}
-
-// discoveryLog is log page 70h for the host of this queue. Entries have the address
-// that the host is connected to, because it can reach that one.
-func (q *queuePair) discoveryLog() ([]byte, error) {
-	subsystems, genctr := q.target.visible(q.ctrl.hostNQN)
-	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(len(subsystems)) + 1}.AppendTo(nil)
-	errs := []error{}
-	log, err := q.appendEntry(log, nvme.DiscoveryNQN, nvme.SubsystemCurrentDiscovery)
-	errs = append(errs, err)
-	for _, s := range subsystems {
-		log, err = q.appendEntry(log, s.cfg.NQN, nvme.SubsystemNVMe)
-		errs = append(errs, err)
-	}
-	return log, errors.Join(errs...)
-}
-
-func (q *queuePair) appendEntry(log []byte, nqn string, kind nvme.SubsystemType) ([]byte, error) {
-	addr := q.id.LocalAddr()
-	var e nvme.DiscoveryEntry
-	e.SetTRTYPE(nvme.TransportRDMA)
-	e.SetADRFAM(nvme.AddressIPv4)
-	if addr.Addr().Unmap().Is6() {
-		e.SetADRFAM(nvme.AddressIPv6)
-	}
-	e.SetSUBTYPE(kind)
-	e.SetTREQ(nvme.TREQNotSpecified | nvme.TREQDisableSQFlow)
-	e.SetPORTID(1)
-	e.SetCNTLID(nvme.CNTLIDDynamic)
-	e.SetASQSZ(adminDepth)
-	e.SetRDMAQPType(nvme.RDMAConnected)
-	e.SetRDMAProvider(nvme.RDMAProviderNotSpecified)
-	e.SetRDMACMS(nvme.RDMACM)
-	err := errors.Join(
-		e.SetTRADDR(addr.Addr().Unmap().WithZone("").String()),
-		e.SetTRSVCID(strconv.Itoa(int(q.target.Addr().Port()))),
-		e.SetSUBNQN(nqn),
-	)
-	return append(log, e[:]...), err
 }

@@ -1,7 +1,6 @@
 package target
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,6 +57,10 @@ type Config struct {
 	// where the second part is between twice MaxTransfer, or 2 MiB, and 4 MiB; an admin
 	// queue takes about 1 MiB. 0: a quarter of the machine's memory, at least 256 MiB.
 	QueueMemory int64
+
+	// DiscoveryNQN is a name of the discovery subsystem beside the well-known one, which
+	// its controllers and its log give; empty: there is none.
+	DiscoveryNQN string
 
 	// Deferred makes connect requests wait until [Target.Start] is called, so that the
 	// first host finds all subsystems and namespaces.
@@ -140,6 +143,12 @@ func (c *Config) setDefaults() error {
 			return fmt.Errorf("config: retry delay %d, %v, is not a multiple of 100ms up to 6553.5s", i+1, d)
 		}
 	}
+	if c.DiscoveryNQN == "" {
+		c.DiscoveryNQN = nvme.DiscoveryNQN
+	}
+	if err := nvme.ValidateNQN(c.DiscoveryNQN); err != nil {
+		return fmt.Errorf("config: discovery subsystem: %w", err)
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -166,7 +175,8 @@ type Target struct {
 	mu         sync.Mutex // guards what follows
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
-	genctr     uint64 // of the discovery log
+	referrals  []netip.AddrPort // in the discovery log
+	genctr     uint64           // of the discovery log
 	queues     map[*queuePair]struct{}
 	admission  admission
 	past       totals
@@ -189,7 +199,7 @@ func New(cfg Config) (*Target, error) {
 	t.log = loglimit.New(cfg.Log)
 	t.faults.target = t
 	t.ctx, t.cancel = context.WithCancel(context.Background())
-	t.discovery = newSubsystem(t, SubsystemConfig{NQN: nvme.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
+	t.discovery = newSubsystem(t, SubsystemConfig{NQN: cfg.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
 	t.discovery.discovery = true
 	var err error
 	if t.listener, err = cfg.Provider.Listen(cfg.AddrPort, backlog); err != nil {
@@ -227,7 +237,7 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 		return nil, err
 	}
 	t.mu.Lock()
-	if t.subsystems[cfg.NQN] != nil || cfg.NQN == nvme.DiscoveryNQN {
+	if t.subsystems[cfg.NQN] != nil || t.isDiscovery(cfg.NQN) {
 		t.mu.Unlock()
 		return nil, fmt.Errorf("add subsystem: %s exists", cfg.NQN)
 	}
@@ -235,7 +245,7 @@ func (t *Target) AddSubsystem(cfg SubsystemConfig) (*Subsystem, error) {
 	t.subsystems[cfg.NQN] = s
 	t.genctr++
 	t.mu.Unlock()
-	t.discovery.notify(eventDiscovery, 0)
+	t.notifyDiscovery(s.allows)
 	return s, nil
 }
 
@@ -253,18 +263,23 @@ func (t *Target) RemoveSubsystem(nqn string) error {
 	t.genctr++
 	t.mu.Unlock()
 	s.DropControllers()
-	t.discovery.notify(eventDiscovery, 0)
+	t.notifyDiscovery(s.allows)
 	return nil
 }
 
 // subsystem returns the subsystem with this NQN, or nil.
 func (t *Target) subsystem(nqn string) *Subsystem {
-	if nqn == nvme.DiscoveryNQN {
+	if t.isDiscovery(nqn) {
 		return t.discovery
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.subsystems[nqn]
+}
+
+// isDiscovery reports whether the discovery subsystem has a name.
+func (t *Target) isDiscovery(nqn string) bool {
+	return nqn == nvme.DiscoveryNQN || nqn == t.cfg.DiscoveryNQN
 }
 
 // all lists all NVM subsystems.
@@ -336,19 +351,4 @@ func (t *Target) disconnect(match func(*queuePair) bool, reason string) int {
 		}
 	}
 	return n
-}
-
-// visible lists the subsystems that a host may connect to, by NQN.
-func (t *Target) visible(host string) (subsystems []*Subsystem, genctr uint64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, s := range t.subsystems {
-		if s.allows(host) {
-			subsystems = append(subsystems, s)
-		}
-	}
-	slices.SortFunc(subsystems, func(a, b *Subsystem) int {
-		return cmp.Compare(a.cfg.NQN, b.cfg.NQN)
-	})
-	return subsystems, t.genctr
 }

@@ -1,6 +1,6 @@
-// Package null is a block back end that does nothing. Every request that
-// block.Request.Check lets pass succeeds at once, and a read returns whatever is in the buffer. It serves to measure a front
-// end without a back end.
+// Package null is a block back end that does nothing. Every request that block.Request.Check
+// accepts succeeds at once, and a read returns the old contents of the buffer. The package
+// serves to measure a front end without a back end.
 package null
 
 import (
@@ -10,13 +10,13 @@ import (
 	"ublk-nvmeof/internal/hostmem"
 )
 
-// Config describes a Device. Zero fields of the geometry get defaults: 250 GiB,
-// blocks of 512 bytes, 1 MiB per request; nothing else is set.
+// Config configures New. Zero fields of the geometry get defaults: 250 GiB,
+// blocks of 512 bytes, 1 MiB per request. Other fields stay zero.
 type Config struct {
 	Geometry block.Geometry
 }
 
-// Device is a block.Device; every loop may open a queue.
+// Device is a block.Device. Every loop may open a queue.
 type Device struct{ geometry block.Geometry }
 
 // New makes a Device. The error is that of Geometry.Validate.
@@ -37,10 +37,10 @@ func New(cfg Config) (*Device, error) {
 	return &Device{geometry: g}, g.Validate()
 }
 
-// Geometry is that of Config, completed.
+// Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
-// OpenQueue makes a queue; it fails for want of memory only.
+// OpenQueue makes a queue. It fails only if there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
 	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
 	if err != nil {
@@ -54,7 +54,7 @@ type queue struct {
 	geometry block.Geometry
 	mem      []byte
 	size     int
-	done     []block.Result // those from next on are not reaped
+	done     []block.Result // results; those from next on are not reaped
 	next     int
 }
 

@@ -51,7 +51,7 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-// TestErrors: what no device may carry out fails here, too.
+// TestErrors checks that requests that no device may execute fail here, too.
 func TestErrors(t *testing.T) {
 	d, err := New(Config{Geometry: block.Geometry{Sectors: 1024, LogicalBlock: 4096}})
 	if err != nil {

@@ -16,14 +16,14 @@ import (
 	"ublk-nvmeof/internal/hostmem"
 )
 
-// Config describes a Device. Zero fields of the geometry get defaults: 64 MiB,
+// Config configures New. Zero fields of the geometry get defaults: 64 MiB,
 // blocks of 512 bytes, 1 MiB per request, discard and write zeroes of any
 // size. A discarded range reads as zeroes.
 type Config struct {
 	Geometry block.Geometry
 }
 
-// Device is a block.Device over memory; every loop may open a queue.
+// Device is a block.Device in memory. Every loop may open a queue.
 type Device struct {
 	geometry block.Geometry
 	mem      []byte
@@ -32,8 +32,8 @@ type Device struct {
 // maxRange is the largest discard or write zeroes, in sectors: 1 GiB.
 const maxRange = 1 << 30 >> block.SectorShift
 
-// New makes a Device of zeroes, all of whose memory is allocated. Errors are
-// those of Geometry.Validate, and want of memory.
+// New makes a Device of zeroes and allocates all its memory. The error is that of
+// Geometry.Validate, or that there is not enough memory.
 func New(cfg Config) (*Device, error) {
 	g := cfg.Geometry
 	if g.Sectors == 0 {
@@ -64,13 +64,13 @@ func New(cfg Config) (*Device, error) {
 	return &Device{geometry: g, mem: mem}, nil
 }
 
-// Close gives the memory back. No queue may be open.
+// Close frees the memory. No queue may be open.
 func (d *Device) Close() error { return hostmem.Unmap(d.mem) }
 
-// Geometry is that of Config, completed.
+// Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
-// OpenQueue makes a queue; it fails for want of memory only.
+// OpenQueue makes a queue. It fails only if there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
 	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
 	if err != nil {
@@ -84,7 +84,7 @@ type queue struct {
 	dev  *Device
 	mem  []byte
 	size int
-	done []block.Result // those from next on are not reaped
+	done []block.Result // results; those from next on are not reaped
 	next int
 }
 
@@ -100,8 +100,8 @@ func (q *queue) Submit(reqs []block.Request) {
 	}
 }
 
-// serve carries a request out. Errors are those of block.Request.Check, and EROFS for
-// changes of a read-only device.
+// serve executes a request. Errors are those of block.Request.Check, and EROFS for changes
+// of a read-only device.
 func (q *queue) serve(r *block.Request) unix.Errno {
 	d := q.dev
 	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, q.size); {

@@ -32,7 +32,7 @@ func open(t testing.TB, g block.Geometry) block.Queue {
 	return q
 }
 
-// do carries out one request and returns its errno.
+// do executes one request and returns its errno.
 func do(t testing.TB, q block.Queue, r block.Request) unix.Errno {
 	t.Helper()
 	q.Submit([]block.Request{r})

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
@@ -49,7 +50,8 @@ func newDisconnect(runDir dirFunc) *cobra.Command {
 		Short: "End the servers of subsystems, and remove their devices",
 		Long: `Ends all servers of a subsystem, given by its NQN, or the server of one device. A
 device is given as /dev/ublkb0, ublkb0, /dev/nbd0 or an NBD URI; the name of a
-server, such as ctrl0, is accepted as well (see list -v).
+server, such as ctrl0, is accepted as well (see list -v), and that of a process that stays
+connected to discovery services, such as discovery0.
 
 A server whose device is in use is not ended unless --force is given. With --force
 the users of the device get I/O errors, and a server that does not end within
@@ -112,7 +114,7 @@ func isDevice(s string) bool {
 		return true
 	}
 	s = strings.TrimPrefix(s, "/dev/")
-	for _, prefix := range []string{"ublkb", "ublkc", "nbd", "ctrl"} {
+	for _, prefix := range []string{"ublkb", "ublkc", "nbd", "ctrl", "discovery"} {
 		if n, ok := strings.CutPrefix(s, prefix); ok {
 			if _, err := strconv.ParseUint(n, 10, 32); err == nil {
 				return true
@@ -167,7 +169,48 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 	if err != nil {
 		return err
 	}
+	devices, keeperErrs := endKeepers(cmd, dir, devices)
 	chosen, errs := choose(records, nqns, devices)
+	errs = append(errs, keeperErrs...)
+	results := endAll(cmd, dir, chosen, force, began)
+	for i, w := range chosen {
+		n := 0
+		for j, err := range results[i] {
+			if err == nil {
+				n++
+				continue
+			}
+			errs = append(errs, fmt.Errorf("%s: %w", w.records[j].Name, err))
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
+	}
+	return errors.Join(errs...)
+}
+
+// endKeepers ends the processes among the names that stay connected to discovery services.
+// It returns the other names.
+func endKeepers(cmd *cobra.Command, dir state.Dir, names []string) (others []string, errs []error) {
+	keepers, err := discoverer.Keepers(string(dir))
+	if err != nil {
+		return names, []error{err}
+	}
+	for _, name := range names {
+		i := slices.IndexFunc(keepers, func(k discoverer.Keeper) bool { return k.Name == name })
+		if i < 0 {
+			others = append(others, name)
+			continue
+		}
+		if err := endKeeper(cmd.Context(), keepers[i]); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s ended\n", name)
+	}
+	return others, errs
+}
+
+// endAll ends servers, all at the same time, and returns an error for each.
+func endAll(cmd *cobra.Command, dir state.Dir, chosen []wanted, force bool, began time.Time) [][]error {
 	results := make([][]error, len(chosen))
 	tell := say(cmd)
 	var wg sync.WaitGroup
@@ -184,18 +227,7 @@ func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force
 		}
 	}
 	wg.Wait()
-	for i, w := range chosen {
-		n := 0
-		for j, err := range results[i] {
-			if err == nil {
-				n++
-				continue
-			}
-			errs = append(errs, fmt.Errorf("%s: %w", w.records[j].Name, err))
-		}
-		fmt.Fprintf(cmd.OutOrStdout(), "NQN:%s disconnected %d controller(s)\n", output.Text(w.nqn), n)
-	}
-	return errors.Join(errs...)
+	return results
 }
 
 // serves reports whether name is that of the server or of one of its devices.

@@ -122,6 +122,38 @@ func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
 	}, nil
 }
 
+// startInBackground runs this program with args in a session of its own. It returns when that
+// process has written to its descriptor 3 that it is ready, and closed it. What it wrote goes
+// to out, unless that is nil. Until then the process reports errors itself.
+func startInBackground(out io.Writer, what string, args []string) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("start %s: %w", what, err)
+	}
+	defer r.Close()
+	c, err := background(self(), append([]string{programName}, args...), w)
+	if err != nil {
+		return fmt.Errorf("start %s: %w", what, err)
+	}
+	err = c.Start()
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("start %s: %w", what, err)
+	}
+	if out == nil {
+		out = io.Discard
+	}
+	n, err := io.Copy(out, r)
+	if n > 0 && err == nil {
+		return c.Process.Release()
+	}
+	err = errors.Join(err, c.Wait())
+	if code := c.ProcessState.ExitCode(); code > 0 {
+		return exit.Errorf(exit.Code(code), "the %s did not start", what)
+	}
+	return fmt.Errorf("start %s: %w", what, err)
+}
+
 // hangups delivers each SIGHUP, which then does not end the process, until stop is called.
 // The end of a session may send one.
 func hangups() (c chan os.Signal, stop func()) {
@@ -182,7 +214,8 @@ func launch(ctx context.Context, path string, args []string, timeout time.Durati
 		_ = cmd.Wait() // err says more
 		return control.Status{}, err
 	case m.Status != nil:
-		return *m.Status, cmd.Process.Release()
+		go func() { _ = cmd.Wait() }() // a process that stays must not keep the remains of the server
+		return *m.Status, nil
 	case m.Error != nil:
 		_ = cmd.Wait() // m.Error says more
 		return control.Status{}, m.Error

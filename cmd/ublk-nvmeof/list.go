@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 )
@@ -29,8 +30,9 @@ and granted. "poll 1/0→default" means that one poll queue was requested, none 
 granted, and the default queues serve its requests.
 
 A server that died is shown as lost, with the devices that it left: recover starts
-a server for them, and disconnect removes them. JSON has all details, with or
-without -v.`,
+a server for them, and disconnect removes them. -v also shows the processes that stay
+connected to discovery services (connect-all --persistent). JSON has all details, with
+or without -v.`,
 		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -41,12 +43,29 @@ without -v.`,
 			if err != nil {
 				return err
 			}
-			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), format, verbose)
+			keepers, err := persistentServices(dir)
+			if err != nil { // the rest can be shown
+				cmd.PrintErrf("%s: list: %s\n", programName, output.Text(err.Error()))
+			}
+			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), keepers, format, verbose)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "show all details of each server")
 	return cmd
+}
+
+// persistentServices are the processes that stay connected to discovery services.
+func persistentServices(dir state.Dir) (all []output.Keeper, err error) {
+	keepers, err := discoverer.Keepers(string(dir))
+	for _, k := range keepers {
+		o := output.Keeper{Name: k.Name, PID: k.Process.PID}
+		for _, s := range k.Services {
+			o.Services = append(o.Services, output.Service(s))
+		}
+		all = append(all, o)
+	}
+	return all, err
 }
 
 // statuses asks all servers for their status at the same time.

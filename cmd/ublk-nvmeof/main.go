@@ -2,11 +2,16 @@
 // block devices, /dev/ublkbN.
 //
 //	connect     starts a server for a subsystem and returns when its devices are usable
+//	connect-all starts servers for what discovery services list
+//	discover    shows what a discovery service lists
 //	disconnect  ends servers
+//	disconnect-all
+//	            ends all servers
 //	list        shows servers and their devices
 //	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
 //	gc          removes what dead servers left and nobody can use any more
+//	config      shows and writes connections as the configuration of nvme-cli
 //	target      runs a target for tests and demonstrations
 //	version     prints the version of this build
 //

@@ -102,6 +102,12 @@ func TestUsage(t *testing.T) {
 		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
 		{"disconnect", "disconnect: nothing is given; want -n NQN or -d DEVICE"},
 		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
+		{"discover -a 10.0.2.15 -r /tmp/x", `discover: -r/--raw "/tmp/x": this is not supported; want -o json, which has all fields`},
+		{"discover -t tcp -a 10.0.2.15", `discover: -t/--transport "tcp": want rdma`},
+		{"connect-all -a 10.0.2.15 --device-id 3", "connect-all: unknown flag: --device-id"},
+		{"disconnect-all -r tcp", `disconnect-all: -r/--transport "tcp": want rdma`},
+		{"target --referral host", `target: --referral "host": want ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT`},
+		{"target referral add 0.0.0.0", `target referral add: referral "0.0.0.0": want ADDRESS`},
 		{"list extra", `list: "extra": want no argument`},
 		{"--run-dir", "--run-dir: no value is given; want DIRECTORY"},
 		{"connect -w ::", `connect: -w/--host-traddr "::": the unspecified address is not the address of a host; want`},
@@ -170,7 +176,7 @@ func TestHelpHasTheExitCodes(t *testing.T) {
 			t.Errorf("help of %q does not show --run-dir:\n%s", verb, help)
 		}
 	}
-	for _, verb := range []string{"connect", "disconnect", "list", "target", "version", "completion"} {
+	for _, verb := range []string{"connect", "connect-all", "discover", "disconnect", "disconnect-all", "list", "target", "version", "completion"} {
 		if !strings.Contains(stdout, "\n  "+verb+" ") {
 			t.Errorf("%s is missing", verb)
 		}

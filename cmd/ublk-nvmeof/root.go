@@ -84,7 +84,7 @@ func newRoot() *cobra.Command {
 		}
 		return state.Dir(systemDir), checkRunDir(systemDir)
 	}
-	root.AddCommand(newConnect(runDir), newServe(runDir), newDisconnect(visible), newRecover(visible), newUpgrade(visible),
+	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
 		newGC(visible), newList(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
 	return root
 }

@@ -11,24 +11,25 @@ import (
 // with the one that was probably meant.
 func TestUnknownVerbsAndFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"discover -t rdma -a 10.0.0.1":  `unknown command "discover" for "ublk-nvmeof"; want one of completion, connect, disconnect, `,
-		"--run-dir /x connect-all -q y": `unknown command "connect-all" for "ublk-nvmeof"; did you mean "connect"?`,
-		"lst --json":                    `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
-		"id-ctrl /dev/nvme0":            `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, connect, `,
-		"target grnat -q":               `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
-		"target namespace rezise 1 1G":  `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
-		"connect --nqm x":               `connect: unknown flag: --nqm; did you mean "--nqn"?`,
-		"connect --nr-io-queue=3":       `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
-		"connect --hdr-digest":          `connect: unknown flag: --hdr-digest` + "\n",
-		"connect -A 10.0.0.1":           `connect: unknown flag: -A; did you mean "-a"?`,
-		"connect --host 10.0.0.1":       `connect: unknown flag: --host` + "\n", // not --tos
-		"connect --addr 10.0.0.1":       `connect: unknown flag: --addr` + "\n",
-		"start":                         `unknown command "start" for "ublk-nvmeof"; want one of `, // not target
-		"connect -g":                    `connect: unknown flag: -g` + "\n",
-		"-a 10.0.0.1 -n nqn.x":          `unknown flag: -a; the flags of a command follow its name, see ublk-nvmeof --help`,
-		"disconnect --froce -n x":       `disconnect: unknown flag: --froce; did you mean "--force"?`,
-		"serv --report-fd=3":            `unknown command "serv"`, // serve is hidden
-		"target fault drop --nsid 3":    `target fault: unknown flag: --nsid`,
+		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of completion, `,
+		"--run-dir /x connect-al -q y": `unknown command "connect-al" for "ublk-nvmeof"; did you mean "connect-all"?`,
+		"discovery -a 10.0.0.1":        `unknown command "discovery" for "ublk-nvmeof"; did you mean "discover"?`,
+		"lst --json":                   `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
+		"id-ctrl /dev/nvme0":           `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, `,
+		"target grnat -q":              `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
+		"target namespace rezise 1 1G": `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
+		"connect --nqm x":              `connect: unknown flag: --nqm; did you mean "--nqn"?`,
+		"connect --nr-io-queue=3":      `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
+		"connect --hdr-digest":         `connect: unknown flag: --hdr-digest` + "\n",
+		"connect -A 10.0.0.1":          `connect: unknown flag: -A; did you mean "-a"?`,
+		"connect --host 10.0.0.1":      `connect: unknown flag: --host` + "\n", // not --tos
+		"connect --addr 10.0.0.1":      `connect: unknown flag: --addr` + "\n",
+		"start":                        `unknown command "start" for "ublk-nvmeof"; want one of `, // not target
+		"connect -g":                   `connect: unknown flag: -g` + "\n",
+		"-a 10.0.0.1 -n nqn.x":         `unknown flag: -a; the flags of a command follow its name, see ublk-nvmeof --help`,
+		"disconnect --froce -n x":      `disconnect: unknown flag: --froce; did you mean "--force"?`,
+		"serv --report-fd=3":           `unknown command "serv"`, // serve is hidden
+		"target fault drop --nsid 3":   `target fault: unknown flag: --nsid`,
 	} {
 		stdout, stderr, code := program(t, strings.Fields(args)...)
 		if code != exit.Usage || stdout != "" || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 {

@@ -2,8 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -12,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
@@ -111,28 +108,5 @@ func (x *exporter) run(cmd *cobra.Command) error {
 // startTarget runs the same command line in its own session, and returns when the
 // target is ready. Until then the target reports errors itself.
 func startTarget(cmd *cobra.Command, dir string) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("start target: %w", err)
-	}
-	defer r.Close()
-	args := append([]string{programName}, os.Args[1:]...)
-	c, err := background(self(), append(args, "--background=false", "--run-dir="+dir, "--ready-fd=3"), w)
-	if err != nil {
-		return fmt.Errorf("start target: %w", err)
-	}
-	err = c.Start()
-	w.Close()
-	if err != nil {
-		return fmt.Errorf("start target: %w", err)
-	}
-	n, err := io.Copy(cmd.OutOrStdout(), r)
-	if n > 0 && err == nil {
-		return c.Process.Release()
-	}
-	err = errors.Join(err, c.Wait())
-	if code := c.ProcessState.ExitCode(); code > 0 {
-		return exit.Errorf(exit.Code(code), "the target did not start")
-	}
-	return fmt.Errorf("start target: %w", err)
+	return startInBackground(cmd.OutOrStdout(), "target", append(os.Args[1:], "--background=false", "--run-dir="+dir, "--ready-fd=3"))
 }

@@ -142,7 +142,7 @@ func milliseconds(text string) (int64, error) {
 // targetVerbs returns the commands that change or list running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	return []*cobra.Command{
-		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir),
+		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir), referralVerbs(runDir),
 		faultVerb(runDir), clearVerb(runDir), stallVerb(runDir), freezeVerb(runDir), rejectVerb(runDir), refuseVerb(runDir),
 		without(change(runDir, "stop", "End a target", "",
 			noArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
@@ -190,6 +190,23 @@ func anaVerb(runDir dirFunc) *cobra.Command {
 			}
 			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
 		})
+}
+
+func referralVerbs(runDir dirFunc) *cobra.Command {
+	cmd := &cobra.Command{Use: "referral", Short: "Add and remove referrals to other discovery services", Args: noArgs}
+	request := func(remove bool) func(*remote, []string) (any, error) {
+		return func(_ *remote, args []string) (any, error) {
+			_, err := options.ParseReferral(args[0])
+			if err != nil {
+				err = fmt.Errorf("referral %q: want %s", args[0], options.ReferralWords)
+			}
+			return targetserver.ReferralRequest{Address: args[0], Remove: remove}, err
+		}
+	}
+	cmd.AddCommand(
+		without(change(runDir, "add ADDRESS", "Refer hosts to a discovery service", "ADDRESS is "+options.ReferralWords+".", wantArgs(1, 1), request(false))),
+		without(change(runDir, "remove ADDRESS", "End a referral", "ADDRESS is as for add.", wantArgs(1, 1), request(true))))
+	return cmd
 }
 
 func namespaceVerbs(runDir dirFunc) *cobra.Command {

@@ -40,6 +40,8 @@ var table = map[string]row{
 	"poller":    {may: []string{"internal/uring", sys}},
 	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
+	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
+
 	// RDMA providers, and the suite that all of them pass.
 	"rdma/verbs":         {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/verbs/prepare"}},
 	"rdma/verbs/prepare": {testing: []string{"rdma/verbs"}},
@@ -70,15 +72,20 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
-		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
-	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
-	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
-	"cmd/ublk-nvmeof/internal/output":  {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", humanize, english}},
+	"cmd/ublk-nvmeof/internal/control":    {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
+	"cmd/ublk-nvmeof/internal/exit":       {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
+	"cmd/ublk-nvmeof/internal/host":       {may: []string{"nvme", kmod, rdmamap, sys}},
+	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
+	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}},
+	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
+	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
+		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
+	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",

@@ -6,12 +6,12 @@ import (
 	"unsafe"
 )
 
-// The structures and numbers of include/uapi/linux/io_uring.h.
+// Structures and numbers of include/uapi/linux/io_uring.h
 
 // Op is an opcode, enum io_uring_op. The zero value is IORING_OP_NOP.
 type Op = uint8
 
-// Opcodes, with the first kernel that has them.
+// Opcodes, with the first kernel that has them
 const (
 	OpNop           Op = 0
 	OpPollAdd       Op = 6  // 5.1; multishot 5.13
@@ -27,7 +27,7 @@ const (
 	OpReadMultishot Op = 49 // 6.7
 )
 
-// SQE.Flags, IOSQE_*.
+// SQE.Flags (IOSQE_*)
 const (
 	FixedFile      uint8 = 1 << 0 // FD is an index from FixFile
 	IODrain        uint8 = 1 << 1
@@ -36,20 +36,20 @@ const (
 	CQESkipSuccess uint8 = 1 << 6 // 5.17
 )
 
-// PollAddMulti is for SQE.Len of OpPollAdd (IORING_POLL_*).
+// PollAddMulti in SQE.Len of OpPollAdd makes it multishot (IORING_POLL_*).
 const PollAddMulti uint32 = 1 << 0 // 5.13
 
-// SQE.OpFlags of OpAsyncCancel, IORING_ASYNC_CANCEL_*.
+// SQE.OpFlags of OpAsyncCancel (IORING_ASYNC_CANCEL_*)
 const (
-	CancelAll uint32 = 1 << 0 // 5.19: all that match
-	CancelFD  uint32 = 1 << 1 // 5.19: match FD, rather than user data in Addr
-	CancelAny uint32 = 1 << 2 // 5.19: all of the ring
+	CancelAll uint32 = 1 << 0 // 5.19: all matching commands
+	CancelFD  uint32 = 1 << 1 // 5.19: match FD, not the user data in Addr
+	CancelAny uint32 = 1 << 2 // 5.19: all commands of the ring
 )
 
-// CQE.Flags, IORING_CQE_F_*.
+// CQE.Flags (IORING_CQE_F_*)
 const (
 	CQEBuffer uint32 = 1 << 0 // the upper 16 bits are a buffer id
-	CQEMore   uint32 = 1 << 1 // the command lives on and will make more CQEs
+	CQEMore   uint32 = 1 << 1 // the command is still active and will make more CQEs
 )
 
 // SQE is struct io_uring_sqe, 64 bytes.
@@ -59,22 +59,22 @@ type SQE struct {
 	Flags       uint8
 	IOPrio      uint16
 	FD          int32
-	Off         uint64 // offset; OpURingCmd: cmd_op in the low 32 bits (SetCmdOp)
+	Off         uint64 // offset; for OpURingCmd: cmd_op in the low 32 bits (SetCmdOp)
 	Addr        uint64
 	Len         uint32
 	OpFlags     uint32 // rw_flags, poll32_events, cancel_flags, uring_cmd_flags, …
 	UserData    uint64
-	BufIndex    uint16 // fixed buffer index, or with BufferSelect the buffer group
+	BufIndex    uint16 // index of a fixed buffer; with BufferSelect: buffer group
 	Personality uint16
 	SpliceFD    int32    // also file_index
-	Cmd         [16]byte // OpURingCmd: the driver's command
+	Cmd         [16]byte // for OpURingCmd: the driver's command
 }
 
 // SetCmdOp sets cmd_op of an OpURingCmd.
 func (s *SQE) SetCmdOp(op uint32) { *(*[2]uint32)(unsafe.Pointer(&s.Off)) = [2]uint32{op, 0} }
 
-// Cmd80 is the command area of an entry of a ring with Config.SQE128, and of
-// no other: it reaches 64 bytes beyond the SQE.
+// Cmd80 returns the command area of an entry. The ring must have been made with
+// Config.SQE128, because the area extends 64 bytes beyond the SQE.
 func (s *SQE) Cmd80() *[80]byte { return (*[80]byte)(unsafe.Pointer(&s.Cmd)) }
 
 // CQE is struct io_uring_cqe, 16 bytes.
@@ -85,12 +85,12 @@ type CQE struct {
 	Flags    uint32
 }
 
-// BufID is the id of the provided buffer that a CQE with these flags fills;
-// valid if they have CQEBuffer.
+// BufID returns the id of the provided buffer that a CQE with these flags has filled. It
+// is valid if the flags have CQEBuffer.
 func BufID(flags uint32) uint16 { return uint16(flags >> 16) }
 
-// PollMask is poll32_events, SQE.OpFlags of OpPollAdd, of a mask of POLLIN etc.
-// The kernel wants its halves swapped on a big-endian machine.
+// PollMask returns the SQE.OpFlags of OpPollAdd (poll32_events) for a mask of POLLIN etc.
+// On a big-endian machine, the kernel needs its halves swapped.
 func PollMask(events uint32) uint32 {
 	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
 		return events<<16 | events>>16
@@ -98,7 +98,7 @@ func PollMask(events uint32) uint32 {
 	return events
 }
 
-// IORING_SETUP_*.
+// IORING_SETUP_*
 const (
 	setupCQSize       = 1 << 3  // 5.5
 	setupClamp        = 1 << 4  // 5.6
@@ -110,7 +110,7 @@ const (
 	setupNoSQArray    = 1 << 16 // 6.6
 )
 
-// IORING_FEAT_*.
+// IORING_FEAT_*
 const (
 	featSingleMmap = 1 << 0  // 5.4
 	featNoDrop     = 1 << 1  // 5.5
@@ -119,7 +119,7 @@ const (
 	featRequired   = featSingleMmap | featNoDrop | featExtArg
 )
 
-// IORING_ENTER_*.
+// IORING_ENTER_*
 const (
 	enterGetEvents      = 1 << 0
 	enterExtArg         = 1 << 3 // 5.11
@@ -127,13 +127,13 @@ const (
 	enterNoIowait       = 1 << 7 // 6.15
 )
 
-// IORING_SQ_*, bits of the submission queue's flags word.
+// IORING_SQ_*, bits of the submission queue's flags word
 const (
 	sqCQOverflow = 1 << 1 // 5.8
 	sqTaskrun    = 1 << 2 // 5.19
 )
 
-// IORING_REGISTER_*.
+// IORING_REGISTER_*
 const (
 	registerFilesUpdate       = 6  // 5.5
 	registerProbe             = 8  // 5.6
@@ -219,7 +219,7 @@ type bufReg struct {
 	resv        [3]uint64
 }
 
-// buf is struct io_uring_buf. In the first one of a ring, tail is the ring's.
+// buf is struct io_uring_buf. In the first entry, tail is the tail of the ring.
 type buf struct {
 	_    structs.HostLayout
 	addr uint64
@@ -247,7 +247,7 @@ type probeOp struct {
 	resv2 uint32
 }
 
-// Sizes and offsets, checked when compiling.
+// Sizes and offsets, checked by the compiler
 var (
 	_ [64]byte   = [unsafe.Sizeof(SQE{})]byte{}
 	_ [4]byte    = [unsafe.Offsetof(SQE{}.FD)]byte{}

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BufRing is a group of small buffers of one size, from which the kernel takes
-// one for each completion of a command with BufferSelect. It lives as long as
-// its Ring and is used from the same goroutine.
+// BufRing is a group of small buffers of one size. The kernel takes one of them for each
+// completion of a command with BufferSelect. A BufRing lives as long as its Ring and must
+// be used from the same goroutine.
 type BufRing struct {
 	bufs []buf
 	data []byte
@@ -21,8 +21,8 @@ type BufRing struct {
 	tail uint16
 }
 
-// RegisterBufRing makes a buffer group of entries buffers of size bytes and
-// gives them all to the kernel. Entries is a power of two up to 32768.
+// RegisterBufRing makes a buffer group of entries buffers of size bytes, and passes all
+// of them to the kernel. entries must be a power of two up to 32768.
 func (r *Ring) RegisterBufRing(group uint16, entries, size int) (*BufRing, error) {
 	if entries < 1 || entries > 1<<15 || bits.OnesCount(uint(entries)) != 1 || size < 1 {
 		return nil, fmt.Errorf("register io_uring buffers: %w: %d of %d bytes", unix.EINVAL, entries, size)
@@ -43,21 +43,21 @@ func (r *Ring) RegisterBufRing(group uint16, entries, size int) (*BufRing, error
 	return b, nil
 }
 
-// Bytes is the buffer of an id.
+// Bytes returns the buffer with an id.
 func (b *BufRing) Bytes(id uint16) []byte {
 	off := int(id) * b.size
 	return b.data[off : off+b.size : off+b.size]
 }
 
-// Recycle gives a buffer back to the kernel.
+// Recycle returns a buffer to the kernel.
 func (b *BufRing) Recycle(id uint16) {
 	e := &b.bufs[int(b.tail)&(len(b.bufs)-1)]
 	e.addr = uint64(uintptr(unsafe.Pointer(&b.data[int(id)*b.size])))
 	e.len = uint32(b.size)
 	e.bid = id
 	b.tail++
-	// The ring's tail is a 16-bit field of the first entry, and shares an
-	// aligned word with that entry's id, which the kernel only reads.
+	// The ring's tail is a 16-bit field of the first entry. It shares an aligned word
+	// with that entry's id, which the kernel only reads.
 	var w [4]byte
 	binary.NativeEndian.PutUint16(w[:], b.bufs[0].bid)
 	binary.NativeEndian.PutUint16(w[2:], b.tail)
@@ -72,12 +72,12 @@ type fixedFiles struct {
 // maxFixedFiles is the size of the table.
 const maxFixedFiles = 64
 
-// ErrNoFixedFile says that all slots for fixed files are in use.
+// ErrNoFixedFile means that all slots for fixed files are in use.
 var ErrNoFixedFile = errors.New("no free slot for a fixed file")
 
-// FixFile registers a file, which spares its commands the look-up of the
-// descriptor and its reference count, and returns the index to use with the
-// FixedFile flag. The ring holds the file open until UnfixFile or Close.
+// FixFile registers a file and returns the index to use with the FixedFile flag. Commands
+// with this flag save the look-up of the descriptor and its reference count. The ring
+// keeps the file open until UnfixFile or Close.
 func (r *Ring) FixFile(fd int) (int, error) {
 	if r.fixed.used == nil {
 		reg := rsrcRegister{nr: maxFixedFiles, flags: registerFilesSparse}
@@ -98,8 +98,8 @@ func (r *Ring) FixFile(fd int) (int, error) {
 	return 0, ErrNoFixedFile
 }
 
-// UnfixFile gives an index of FixFile back. Commands that are pending keep the
-// file open until they complete.
+// UnfixFile releases an index of FixFile. Pending commands keep the file open until they
+// complete.
 func (r *Ring) UnfixFile(index int) error {
 	if err := r.updateFile(index, removedFD); err != nil {
 		return fmt.Errorf("unregister file: %w", err)

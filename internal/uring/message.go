@@ -6,13 +6,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Message is what OpSendMsg sends, or OpRecvMsg fills: pieces of memory, in order.
-// From SetSend or SetRecv to the completion it is the kernel's, and so is the memory
-// of its pieces, which the message keeps alive. It does not move.
+// Message is the data of OpSendMsg or OpRecvMsg: pieces of memory, in order. From SetSend
+// or SetRecv until the completion, it belongs to the kernel, together with the memory of
+// its pieces. The message keeps that memory alive. Its own memory is on the Go heap, where
+// objects do not move.
 type Message struct {
 	hdr  unix.Msghdr
-	iov  []unix.Iovec // of fixed capacity
-	left int          // bytes
+	iov  []unix.Iovec // its capacity does not change
+	left int          // number of bytes
 }
 
 // NewMessage makes a message for up to n pieces, 1..1024.
@@ -21,13 +22,13 @@ func NewMessage(n int) *Message { return &Message{iov: make([]unix.Iovec, 0, n)}
 // Reset makes the message empty.
 func (m *Message) Reset() { m.iov, m.left = m.iov[:0], 0 }
 
-// Room is how many pieces can be added.
+// Room returns the number of pieces that can be added.
 func (m *Message) Room() int { return cap(m.iov) - len(m.iov) }
 
-// Len is the number of bytes.
+// Len returns the number of bytes.
 func (m *Message) Len() int { return m.left }
 
-// Add appends a piece; an empty one is left out. There must be room.
+// Add appends a piece. An empty piece is ignored. There must be room.
 func (m *Message) Add(b []byte) {
 	if len(b) == 0 {
 		return
@@ -39,8 +40,8 @@ func (m *Message) Add(b []byte) {
 	m.left += len(b)
 }
 
-// Advance drops the first n bytes, which were transferred, n ≤ Len. The pieces that
-// are left stay where they are, so there is no more room than before.
+// Advance removes the first n bytes, which were transferred. n must be at most Len. Room
+// does not grow by this.
 func (m *Message) Advance(n int) {
 	m.left -= n
 	first := 0
@@ -58,11 +59,11 @@ func (m *Message) Advance(n int) {
 	m.iov = append(m.iov[:0], m.iov[first:]...)
 }
 
-// SetSend makes s a sendmsg(2) of the message on a socket that is not O_NONBLOCK,
-// without SIGPIPE. It may send less.
+// SetSend makes s a sendmsg(2) of the message, without SIGPIPE, on a socket that is not
+// O_NONBLOCK. The command may send only a part of the message.
 func (s *SQE) SetSend(fd int, m *Message) { s.set(OpSendMsg, fd, m, unix.MSG_NOSIGNAL) }
 
-// SetRecv makes s a recvmsg(2) of at least a byte into the message's pieces, from a
+// SetRecv makes s a recvmsg(2) of at least one byte into the message's pieces, from a
 // socket that is not O_NONBLOCK.
 func (s *SQE) SetRecv(fd int, m *Message) { s.set(OpRecvMsg, fd, m, 0) }
 

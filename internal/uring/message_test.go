@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMessage sends pieces through a socket and receives them in others, with a
-// transfer that ends in the middle of a piece.
+// TestMessage sends pieces through a socket and receives them in other pieces. One
+// transfer ends in the middle of a piece.
 func TestMessage(t *testing.T) {
 	r := newRing(t, Config{Entries: 8, Loop: true})
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

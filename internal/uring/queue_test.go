@@ -6,7 +6,7 @@ import (
 	"unsafe"
 )
 
-// queues are both queues of a ring with a kernel that the test plays.
+// queues is both queues of a ring. The test plays the kernel.
 type queues struct {
 	t                                       *testing.T
 	entries                                 uint32
@@ -56,7 +56,7 @@ func (q *queues) queue() {
 	q.queued = append(q.queued, q.serial)
 }
 
-// complete is the kernel's: it takes up to n entries and completes them.
+// complete plays the kernel: it takes up to n entries and completes them.
 func (q *queues) complete(n uint32) {
 	for range n {
 		if q.sqTail.Load()-q.sqHead.Load() != uint32(len(q.visible)) {
@@ -99,9 +99,9 @@ func (q *queues) take() {
 	q.completed = q.completed[1:]
 }
 
-// FuzzQueues plays the kernel on queues in plain memory, from any position of
-// head and tail, and compares them with slices: nothing is lost, doubled, out
-// of order, or visible too early.
+// FuzzQueues plays the kernel on queues in plain memory, from any position of head and
+// tail, and compares them with slices: no entry is lost, duplicated, out of order, or
+// visible too early.
 func FuzzQueues(f *testing.F) {
 	f.Add(uint32(0), uint8(0), false, []byte{0, 0, 1, 2, 0x83, 0x83, 4, 4, 5})
 	f.Add(^uint32(0), uint8(2), true, []byte{0, 0, 0, 0, 0, 1, 0xf2, 0xf3, 4, 4, 4, 4, 5, 0, 1, 2, 3, 4})

@@ -10,27 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Config describes a Ring.
+// Config configures a Ring.
 type Config struct {
-	// Entries is the size of the submission queue, rounded up to a power of
-	// two; 0 is 64, at most 32768.
+	// Entries is the size of the submission queue, at most 32768. It is rounded up to
+	// a power of two. Zero means 64.
 	Entries uint32
-	// CQEntries is the size of the completion queue, rounded up to a power of
-	// two; 0 is twice Entries. The kernel keeps what does not fit on a list of
-	// its own, so it is a matter of speed, not of loss.
+	// CQEntries is the size of the completion queue, rounded up to a power of two.
+	// Zero means twice Entries. The kernel keeps completions that do not fit in a
+	// list of its own. So the size affects the speed, but no completion is lost.
 	CQEntries uint32
-	// SQE128 makes entries of 128 bytes, as ublk's control device wants.
+	// SQE128 makes entries of 128 bytes, which ublk's control device needs.
 	SQE128 bool
-	// Loop makes a ring for a thread that waits on it for its whole life:
-	// completions are made only inside Submit, Wait and WaitBlocking of the
-	// thread that called New, which never is interrupted by them
-	// (SINGLE_ISSUER, DEFER_TASKRUN), and TaskRun tells that some wait to be
-	// made (TASKRUN_FLAG).
+	// Loop makes a ring for a thread that waits on it for its whole life. Completions
+	// are made only inside Submit, Wait and WaitBlocking of the thread that called
+	// New, and never interrupt it (SINGLE_ISSUER, DEFER_TASKRUN). TaskRun reports
+	// whether completions wait to be made (TASKRUN_FLAG).
 	Loop bool
 }
 
-// Ring is an io_uring instance. See the package documentation for who may use
-// it and for what stays valid how long.
+// Ring is an io_uring instance. The package documentation says which goroutine may use
+// it, and how long entries are valid.
 type Ring struct {
 	sq  submission
 	cq  completion
@@ -38,7 +37,7 @@ type Ring struct {
 
 	enterFD    uintptr // fd, or the index of its registration
 	enterFlags uintptr // enterRegisteredRing or 0
-	blockFlags uintptr // what WaitBlocking adds
+	blockFlags uintptr // additional flags of WaitBlocking
 
 	fd       int
 	features uint32
@@ -49,21 +48,20 @@ type Ring struct {
 	closed   bool
 }
 
-// scratch is memory for arguments that system calls read through a second
-// pointer, where Go memory may not be used.
+// scratch is memory for arguments that system calls read through a second pointer, which
+// must not point to Go memory.
 type scratch struct {
 	arg geteventsArg
 	ts  timespec
 	fd  int32
 }
 
-// New makes a ring. With Config.Loop the calling goroutine is locked to its
-// thread already and uses the ring until Close.
+// New makes a ring. With Config.Loop, the calling goroutine must be locked to its thread,
+// and must use the ring until Close.
 //
-// The error is ErrUnsupported (errors.Is) if the kernel has no io_uring or is
-// too old, EPERM if the administrator disabled io_uring
-// (/proc/sys/kernel/io_uring_disabled), ENOMEM if RLIMIT_MEMLOCK or memory is
-// exhausted.
+// The error is ErrUnsupported (errors.Is) if the kernel has no io_uring or is too old,
+// EPERM if the administrator has disabled io_uring (/proc/sys/kernel/io_uring_disabled),
+// and ENOMEM if RLIMIT_MEMLOCK or memory is exhausted.
 func New(cfg Config) (*Ring, error) {
 	if cfg.Entries == 0 {
 		cfg.Entries = 64
@@ -89,8 +87,8 @@ func New(cfg Config) (*Ring, error) {
 	return r, nil
 }
 
-// setup makes the ring's descriptor (O_CLOEXEC by itself), with NO_SQARRAY if
-// the kernel knows it.
+// setup makes the ring's descriptor, with NO_SQARRAY if the kernel supports it. The
+// kernel sets O_CLOEXEC.
 func setup(entries uint32, p *params) (int, error) {
 	want := *p
 	for _, optional := range []uint32{setupNoSQArray, 0} {
@@ -142,7 +140,7 @@ func (r *Ring) open(p *params, loop bool) error {
 		mask: p.cqEntries - 1, cqes: unsafe.Pointer(&rings[p.cqOff.cqes]),
 	}
 	if p.flags&setupNoSQArray == 0 {
-		// The indirection that the kernel no longer needs: slot i is entry i.
+		// Older kernels need this indirection: slot i is entry i.
 		for i := range p.sqEntries {
 			*(*uint32)(unsafe.Pointer(&rings[p.sqOff.array+i*4])) = i
 		}
@@ -174,7 +172,7 @@ func (r *Ring) mmap(what string, fd int, off int64, size int) ([]byte, error) {
 	return mem, nil
 }
 
-// register is io_uring_register(2).
+// register calls io_uring_register(2).
 func (r *Ring) register(op uintptr, arg unsafe.Pointer, n uintptr) (int, error) {
 	if r.closed && r.mem == nil {
 		return 0, ErrClosed
@@ -204,7 +202,7 @@ func (r *Ring) probe() error {
 	return nil
 }
 
-// registerFD saves the look-up of the descriptor at each enter. The
+// registerFD registers the ring's descriptor, which saves its look-up at each enter. The
 // registration belongs to the thread.
 func (r *Ring) registerFD() error {
 	u := rsrcUpdate{offset: ^uint32(0), data: uint64(r.fd)}
@@ -215,14 +213,13 @@ func (r *Ring) registerFD() error {
 	return nil
 }
 
-// ErrClosed says that a ring was closed.
+// ErrClosed means that the ring was closed.
 var ErrClosed = errors.New("io_uring: closed")
 
-// Close gives back all memory and the descriptor; what commands are pending is
-// cancelled by the kernel, whose last references may go a moment later. Call
-// it on the goroutine that used the ring. A second Close does nothing. A closed
-// ring has no room for entries and no completions, and its other methods
-// give ErrClosed.
+// Close frees all memory and the descriptor. The kernel cancels pending commands, and may
+// hold its last references a moment longer. Call it on the goroutine that used the ring.
+// A second Close does nothing. A closed ring has no free entries and no completions, and
+// its other methods return ErrClosed.
 func (r *Ring) Close() error {
 	if r.closed {
 		return nil
@@ -247,15 +244,15 @@ func (r *Ring) Close() error {
 	return errors.Join(errs...)
 }
 
-// Supports reports whether the kernel knows an opcode.
+// Supports reports whether the kernel supports an opcode.
 func (r *Ring) Supports(op Op) bool { return r.ops[op/64]>>(op%64)&1 != 0 }
 
-// Entries is the size of the submission queue.
+// Entries returns the size of the submission queue.
 func (r *Ring) Entries() int { return int(r.sq.mask) + 1 }
 
-// SQE is the next free submission entry, zeroed and already queued: fill it in
-// before the next Submit or Wait. It is nil if the queue is full; then Submit
-// makes room.
+// SQE returns the next free submission entry, which is zeroed and already queued. The
+// caller must fill it in before the next Submit or Wait. SQE returns nil if the queue is
+// full. Submit then makes room.
 func (r *Ring) SQE() *SQE {
 	if r.closed {
 		return nil
@@ -263,7 +260,7 @@ func (r *Ring) SQE() *SQE {
 	return r.sq.next()
 }
 
-// Pending is the number of entries that the kernel has not taken.
+// Pending returns the number of entries that the kernel has not consumed.
 func (r *Ring) Pending() int {
 	if r.closed {
 		return 0
@@ -271,18 +268,17 @@ func (r *Ring) Pending() int {
 	return int(r.sq.pending())
 }
 
-// CQReady reports whether Next would return a completion. It reads shared memory
-// only.
+// CQReady reports whether Next would return a completion. It only reads shared memory.
 func (r *Ring) CQReady() bool { return !r.closed && r.cq.ready() }
 
-// TaskRun reports whether completions wait to be made visible by Submit or Wait.
-// It reads shared memory only.
+// TaskRun reports whether completions wait for Submit or Wait to make them visible. It
+// only reads shared memory.
 func (r *Ring) TaskRun() bool {
 	return !r.closed && r.sq.kflags.Load()&(sqTaskrun|sqCQOverflow) != 0
 }
 
-// Next is the oldest completion that was not consumed, or nil. It is valid
-// until Seen.
+// Next returns the oldest completion that was not consumed, or nil. The completion is
+// valid until Seen.
 func (r *Ring) Next() *CQE {
 	if r.closed {
 		return nil
@@ -293,20 +289,20 @@ func (r *Ring) Next() *CQE {
 // Seen consumes the completion that Next returned.
 func (r *Ring) Seen() { r.cq.seen() }
 
-// Submit hands the pending entries to the kernel and lets it make the
-// completions that wait for that (TaskRun); it does not wait for others. The
-// kernel may take fewer, for want of memory: Pending tells.
+// Submit passes the pending entries to the kernel and lets it make the completions that
+// wait for this (TaskRun). It does not wait for other completions. The kernel may consume
+// fewer entries if memory is short; Pending then is not zero.
 //
-// It keeps the scheduler's P: the time is that of the commands' own work, a
-// few microseconds and the copying of their data.
+// Submit keeps the scheduler's P. It takes as long as the commands' own work: a few
+// microseconds, and the time to copy their data.
 func (r *Ring) Submit() error {
 	return r.enter(0, enterGetEvents, 0, 0)
 }
 
-// Wait submits as Submit does and waits until a completion is there or the
-// bound has passed. It may return early with none, and nil (EINTR): look at
-// Next. It keeps the scheduler's P, so the bound is to be small, about 2 ms;
-// the runtime ends it by a signal if it wants to stop the world.
+// Wait submits like Submit, and waits until there is a completion or the bound has
+// passed. It may return early without a completion and without an error (EINTR), so call
+// Next. It keeps the scheduler's P, so the bound must be small, about 2 ms. The runtime
+// interrupts it with a signal to stop the world.
 func (r *Ring) Wait(bound time.Duration) error {
 	if r.closed {
 		return ErrClosed
@@ -316,9 +312,8 @@ func (r *Ring) Wait(bound time.Duration) error {
 	return r.enter(1, enterGetEvents|enterExtArg, uintptr(unsafe.Pointer(&r.arg.arg)), unsafe.Sizeof(r.arg.arg))
 }
 
-// WaitBlocking submits as Submit does and waits until a completion is there,
-// without bound. It gives the scheduler's P away. Like Wait it may return
-// early.
+// WaitBlocking submits like Submit, and waits without a bound until there is a
+// completion. It gives up the scheduler's P. Like Wait, it may return early.
 func (r *Ring) WaitBlocking() error {
 	if r.closed {
 		return ErrClosed
@@ -344,16 +339,16 @@ func (r *Ring) publish() {
 	r.cq.publish()
 }
 
-// enterError sorts the results of io_uring_enter(2). What was submitted is
-// seen from the queue's head, whatever the result: after the passing
-// conditions the caller finds the rest pending and comes again.
+// enterError classifies the results of io_uring_enter(2). The head of the queue shows how
+// many entries were submitted, whatever the result is. After a temporary error, the
+// caller finds the other entries pending and calls again.
 func enterError(errno unix.Errno) error {
 	switch errno {
 	case 0:
 		return nil
-	case unix.EINTR, unix.ETIME: // a signal, the bound
+	case unix.EINTR, unix.ETIME: // a signal; the bound has passed
 		return nil
-	case unix.EAGAIN, unix.EBUSY: // short of memory, completion queue over full
+	case unix.EAGAIN, unix.EBUSY: // memory is short; the completion queue is full
 		return nil
 	}
 	return fmt.Errorf("enter io_uring: %w", errno)

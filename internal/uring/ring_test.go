@@ -15,7 +15,7 @@ import (
 	"ublk-nvmeof/internal/testenv"
 )
 
-// newRing makes a ring on the test's own thread and closes it at the end.
+// newRing makes a ring on the test's own thread. It is closed at the end of the test.
 func newRing(t testing.TB, cfg Config) *Ring {
 	t.Helper()
 	runtime.LockOSThread()
@@ -33,7 +33,7 @@ func newRing(t testing.TB, cfg Config) *Ring {
 	return r
 }
 
-// kinds are the configurations in use: a loop's and a control ring.
+// kinds holds the configurations in use: that of a loop and that of a control ring.
 var kinds = []struct {
 	name string
 	cfg  Config
@@ -134,8 +134,8 @@ func TestFullQueues(t *testing.T) {
 	}
 }
 
-// TestConsumedBeforeWait: an enter shows the kernel what was consumed, else it
-// would not wait.
+// TestConsumedBeforeWait checks that an enter publishes the consumed completions to the
+// kernel. Otherwise the kernel would not wait.
 func TestConsumedBeforeWait(t *testing.T) {
 	r := newRing(t, Config{Loop: true})
 	nop(t, r, 1)
@@ -199,8 +199,8 @@ func TestWaitBlocking(t *testing.T) {
 	}
 }
 
-// TestTaskRun: a completion of a loop ring shows as TaskRun, and is made by
-// the next Submit, not before.
+// TestTaskRun checks that TaskRun reports a completion of a loop ring, and that the next
+// Submit makes it, not earlier.
 func TestTaskRun(t *testing.T) {
 	r := newRing(t, Config{Loop: true})
 	efd := eventfd(t)
@@ -225,7 +225,7 @@ func TestTaskRun(t *testing.T) {
 	take(t, r)
 }
 
-// TestOtherThread: a loop ring refuses any thread but its own.
+// TestOtherThread checks that a loop ring refuses all threads except its own.
 func TestOtherThread(t *testing.T) {
 	r := newRing(t, Config{Loop: true})
 	errs := make(chan error)
@@ -327,7 +327,8 @@ func TestFixedFiles(t *testing.T) {
 	}
 }
 
-// TestCloseFreesFiles: after Close nothing keeps a file of a pending command.
+// TestCloseFreesFiles checks that nothing keeps a file of a pending command open after
+// Close.
 func TestCloseFreesFiles(t *testing.T) {
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
@@ -358,7 +359,7 @@ func TestCloseFreesFiles(t *testing.T) {
 			if err := r.Close(); err != nil {
 				t.Fatal(err)
 			}
-			// The writer's end is gone when the reader sees a hang-up.
+			// The reader gets a hang-up when the writer's end is closed.
 			pfd := []unix.PollFd{{Fd: int32(fds[0])}}
 			if n, err := unix.Poll(pfd, 5000); n != 1 || err != nil {
 				t.Fatalf("the file of a pending command is still open: %d, %v", n, err)
@@ -454,7 +455,7 @@ func signal(efd int, n uint64) {
 	}
 }
 
-// mappings counts the rings that are mapped.
+// mappings returns the number of rings that are mapped.
 func mappings(t *testing.T) int {
 	t.Helper()
 	maps, err := os.ReadFile("/proc/self/maps")

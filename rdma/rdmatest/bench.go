@@ -7,7 +7,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Benchmark measures what a message costs: posting and polling, without sleep.
+// Benchmark measures the cost of a message: posting and polling, without sleep.
 func Benchmark(b *testing.B, s Setup) {
 	active, passive := connection(b, s, config{depth: 128})
 	b.Run("PollEmpty", func(b *testing.B) {
@@ -24,8 +24,8 @@ func Benchmark(b *testing.B, s Setup) {
 	}
 }
 
-// benchmarkSend sends 64 bytes batch times per iteration, with one call for the
-// receives, one for the sends, and signals the last.
+// benchmarkSend sends batch times 64 bytes per iteration, with one call for the receives
+// and one for the sends. Only the last SEND is signaled.
 func benchmarkSend(b *testing.B, a, p *side, batch int) {
 	recvs, sends := make([]rdma.RecvWR, batch), make([]rdma.SendWR, batch)
 	for i := range batch {

@@ -16,27 +16,27 @@ import (
 type completionQueue struct {
 	endpoint *endpoint
 	ring     []completion // head..arrived can be polled, arrived..tail are held
-	head     int          // positions count up for ever
+	head     int          // positions do not wrap around
 	arrived  int
 	tail     int
 	overrun  bool
 
 	events bool
-	fd     int // eventfd that counts down by reads; -1 without events, or closed
+	fd     int // eventfd, where each read consumes one event; -1 without events, or after Close
 	armed  bool
 	sent   int // events written
 	acked  int
 	ackCh  chan struct{} // gets a token at each Ack
 
-	users  int // QPs, once for each of their two queues
+	users  int // number of uses: two for each QP, once as send and once as receive queue
 	closed bool
 }
 
-// completion is a WC and what polling it frees.
+// completion is a WC with the slots that polling it frees.
 type completion struct {
 	wc   rdma.WC
 	qp   *queuePair
-	free int // position in the send or receive queue up to which slots get free
+	free int // position in the send or receive queue up to which slots become free
 	recv bool
 }
 
@@ -47,7 +47,7 @@ func (d *device) CreateCQ(entries int, events bool, _ int) (rdma.CQ, error) {
 	}
 	q := &completionQueue{endpoint: d.endpoint, ring: make([]completion, entries), events: events, fd: -1, ackCh: make(chan struct{}, 1)}
 	if events {
-		// Each read takes one event, as from a completion channel.
+		// Each read consumes one event, as with a completion channel.
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK|unix.EFD_SEMAPHORE)
 		if err != nil {
 			return nil, fmt.Errorf("create completion channel: %w", err)
@@ -75,7 +75,7 @@ func (q *completionQueue) push(c completion) {
 	}
 }
 
-// arrive makes what is held visible, with one event if asked for.
+// arrive makes the held completions visible, with one event if the queue is armed.
 func (q *completionQueue) arrive() {
 	if q.arrived == q.tail {
 		return
@@ -89,7 +89,7 @@ func (q *completionQueue) arrive() {
 	_, _ = unix.Write(q.fd, eventfdOne) // fails only if 2^64-2 events were not read
 }
 
-// eventfdOne is what adds one event to an eventfd.
+// eventfdOne is written to an eventfd to add one event.
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
 var (
@@ -98,8 +98,8 @@ var (
 	errArmClosed  = fmt.Errorf("arm completion queue: %w", rdma.ErrClosed)
 )
 
-// Poll implements rdma.CQ. After more completions than entries it reports the
-// overrun, always.
+// Poll implements rdma.CQ. After an overrun (more completions than entries), it always
+// returns that error.
 func (q *completionQueue) Poll(wcs []rdma.WC) (int, error) {
 	f := q.endpoint.fabric
 	f.mu.Lock()
@@ -162,8 +162,8 @@ func (q *completionQueue) Ack(n int) {
 	}
 }
 
-// ackPatience is how long Close waits for acknowledgements. Libraries wait for
-// ever; a test is better served by an error.
+// ackPatience limits the time that Close waits for acknowledgements. Libraries wait
+// forever, but a test needs an error.
 const ackPatience = 5 * time.Second
 
 // Close implements rdma.CQ.
@@ -188,7 +188,7 @@ func (q *completionQueue) Close() error {
 		return nil
 	}
 
-	read := q.sent // events that somebody read: those that are not there any more
+	read := q.sent // number of events that were read; those still there are subtracted
 	var buf [8]byte
 	for {
 		if _, err := unix.Read(fd, buf[:]); err != nil {

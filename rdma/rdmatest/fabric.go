@@ -11,8 +11,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Fabric joins the endpoints of one process. One lock guards everything in it:
-// it is meant to be right, not fast.
+// Fabric connects the endpoints of one process. One lock guards everything in it, because
+// it is meant to be correct, not fast.
 type Fabric struct {
 	mu        sync.Mutex // guards all state of all objects of the fabric
 	endpoints map[netip.Addr]*endpoint
@@ -20,11 +20,11 @@ type Fabric struct {
 	nextKey   uint32
 	nextQP    uint32
 	delay     time.Duration
-	changed   chan struct{} // closed and made anew when a fault changes
+	changed   chan struct{} // closed and replaced when a fault changes
 	objects   Objects
 }
 
-// endpoint is what the providers with one address share.
+// endpoint is the part that all providers with one address share.
 type endpoint struct {
 	fabric    *Fabric
 	addr      netip.Addr
@@ -39,13 +39,13 @@ type endpoint struct {
 	refuse *refusal
 }
 
-// refusal is what SetRefuse asked for.
+// refusal holds the parameters of SetRefuse.
 type refusal struct {
 	reason  int
 	private []byte
 }
 
-// Objects counts what is open on a fabric.
+// Objects is the number of open objects of a fabric.
 type Objects struct{ Listeners, IDs, QPs, CQs, PDs, MRs int }
 
 // NewFabric makes a fabric without endpoints.
@@ -59,9 +59,8 @@ func NewFabric() *Fabric {
 	}
 }
 
-// Provider gives the provider of the endpoint with this address, which comes
-// into being when first named. Resolve of an address without endpoint gets no
-// answer.
+// Provider returns the provider of the endpoint with this address. The first call for an
+// address makes the endpoint. Resolve of an address without an endpoint gets no answer.
 func (f *Fabric) Provider(addr netip.Addr) *Provider {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -81,21 +80,21 @@ func (f *Fabric) Provider(addr netip.Addr) *Provider {
 	return &Provider{endpoint: e}
 }
 
-// Objects counts what is open now. When all users are done, it must be zero.
+// Objects returns the number of open objects. It must be zero when all users have
+// finished.
 func (f *Fabric) Objects() Objects {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.objects
 }
 
-// wake makes all goroutines that wait for the end of a fault look again.
+// wake wakes all goroutines that wait for the end of a fault.
 func (f *Fabric) wake() {
 	close(f.changed)
 	f.changed = make(chan struct{})
 }
 
-// at calls fn with the endpoint of addr, which must exist, and lets all queue
-// pairs go on.
+// at calls fn with the endpoint of addr, which must exist, and then calls progress.
 func (f *Fabric) at(addr netip.Addr, fn func(*endpoint)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -107,7 +106,7 @@ func (f *Fabric) at(addr netip.Addr, fn func(*endpoint)) {
 	f.progress()
 }
 
-// progress lets every queue pair do what it can.
+// progress makes every queue pair do its pending work.
 func (f *Fabric) progress() {
 	for _, e := range f.endpoints {
 		for id := range e.ids {
@@ -119,23 +118,23 @@ func (f *Fabric) progress() {
 	f.wake()
 }
 
-// SetDelay lets a work request take effect only d after it was posted; 0 makes
-// it take effect at once again.
+// SetDelay delays the effect of each work request by d after it was posted. With 0, it
+// takes effect at once.
 func (f *Fabric) SetDelay(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.delay = d
 }
 
-// SetSilent makes an endpoint neither send nor receive: work requests from and
-// to it stay outstanding, connect requests unanswered. When it ends, all goes
-// on where it stood.
+// SetSilent makes an endpoint neither send nor receive. Work requests from and to it stay
+// outstanding, and connect requests get no answer. When silent is false again, everything
+// continues.
 func (f *Fabric) SetSilent(addr netip.Addr, silent bool) {
 	f.at(addr, func(e *endpoint) { e.silent = silent })
 }
 
-// SetRefuse makes an endpoint reject connect requests with this reason, and
-// with private data if that is rdma.RejectConsumer; reason 0 ends it.
+// SetRefuse makes an endpoint reject connect requests with this reason, and with private
+// data if the reason is rdma.RejectConsumer. Reason 0 ends the refusal.
 func (f *Fabric) SetRefuse(addr netip.Addr, reason int, private []byte) {
 	f.at(addr, func(e *endpoint) {
 		e.refuse = nil
@@ -145,8 +144,8 @@ func (f *Fabric) SetRefuse(addr netip.Addr, reason int, private []byte) {
 	})
 }
 
-// SetHold keeps completions away from the completion queues of an endpoint;
-// when it ends they arrive.
+// SetHold keeps completions out of the completion queues of an endpoint. They arrive when
+// hold is false again.
 func (f *Fabric) SetHold(addr netip.Addr, hold bool) {
 	f.at(addr, func(e *endpoint) {
 		e.hold = hold
@@ -158,8 +157,8 @@ func (f *Fabric) SetHold(addr netip.Addr, hold bool) {
 	})
 }
 
-// Kill breaks a connection for both sides to see: their queue pairs fail, and
-// both get EventDisconnected.
+// Kill breaks a connection visibly for both sides: their queue pairs fail, and both get
+// EventDisconnected.
 func (f *Fabric) Kill(id rdma.ID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -192,8 +191,8 @@ func (f *Fabric) KillAll(addr netip.Addr) {
 	}
 }
 
-// ReplaceDevice takes the device of an endpoint away, with every connection on
-// it, and gives it another one.
+// ReplaceDevice removes the device of an endpoint, with every connection on it, and gives
+// the endpoint another one.
 func (f *Fabric) ReplaceDevice(addr netip.Addr) {
 	f.at(addr, func(e *endpoint) {
 		for id := range e.ids {
@@ -206,8 +205,8 @@ func (f *Fabric) ReplaceDevice(addr netip.Addr) {
 	})
 }
 
-// Cut breaks a connection without an event: outstanding and later sends
-// complete with WCRetryExc, as after a cable was pulled.
+// Cut breaks a connection without an event. Outstanding and later sends complete with
+// WCRetryExc, as after a cable was pulled.
 func (f *Fabric) Cut(id rdma.ID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -11,7 +11,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Lengths of the private data in the CM messages; shorter data is padded.
+// Lengths of the private data in the CM messages. Shorter data is padded.
 const (
 	requestPrivate = 56
 	acceptPrivate  = 196
@@ -26,30 +26,30 @@ type connID struct {
 	private       []byte
 	closing       chan struct{} // closed by Close
 
-	// Guarded by the fabric's lock.
+	// The fabric's lock guards these.
 	qp           *queuePair
 	connected    bool
 	peer         *connID // set while both exist and are connected
 	cut          bool    // the wire is broken
-	disconnected bool    // we asked for the end
-	reported     bool    // EventDisconnected went out
+	disconnected bool    // this side requested the end
+	reported     bool    // EventDisconnected was reported
 	events       chan rdma.Event
 	closed       bool
 
-	// Of a connect request, as long as it is open.
+	// For a connect request that is not answered yet
 	param     rdma.ConnParam
-	from      *connID     // on the passive side: who asks
-	answer    chan answer // on the active side: buffered, one answer at most
+	from      *connID     // on the passive side: the ID that requests the connection
+	answer    chan answer // on the active side: buffered, at most one answer
 	requested bool
 }
 
-// answer is what became of a connect request.
+// answer is the result of a connect request.
 type answer struct {
 	private []byte
 	err     error
 }
 
-// newID makes an ID; the lock is held.
+// newID makes an ID. The lock is held.
 func (e *endpoint) newID(local, remote netip.AddrPort) *connID {
 	id := &connID{
 		endpoint: e, device: e.device, local: local, remote: remote,
@@ -116,7 +116,7 @@ func (c *connID) stepError(step string, err error) error {
 	return &rdma.StepError{Step: step, Peer: c.remote, Err: err}
 }
 
-// pad gives private data the length of its message's field.
+// pad returns private data with the length of its message's field.
 func pad(private []byte, length int) []byte {
 	return append(slices.Clone(private), make([]byte, length-len(private))...)
 }
@@ -128,7 +128,7 @@ func checkPrivate(private []byte, most int) error {
 	return nil
 }
 
-// Connect implements rdma.ID. After an error only Close is of use.
+// Connect implements rdma.ID. After an error, the ID can only be closed.
 func (c *connID) Connect(ctx context.Context, p rdma.ConnParam) ([]byte, error) {
 	f := c.endpoint.fabric
 	if err := checkPrivate(p.PrivateData, requestPrivate); err != nil {
@@ -161,8 +161,8 @@ func (c *connID) Connect(ctx context.Context, p rdma.ConnParam) ([]byte, error) 
 	}
 }
 
-// request hands a request to the listener, as soon as there is a way to it and
-// room.
+// request passes a request to the listener, as soon as it is reachable and its backlog
+// has room.
 func (c *connID) request(ctx context.Context) error {
 	f := c.endpoint.fabric
 	for {
@@ -187,7 +187,7 @@ func (c *connID) request(ctx context.Context) error {
 		case len(l.requests) < cap(l.requests):
 			passive = e.newID(netip.AddrPortFrom(e.addr, c.remote.Port()), c.local)
 			passive.from, passive.param, passive.private = c, c.param, pad(c.param.PrivateData, requestPrivate)
-			l.requests <- passive // only senders with the lock fill it, so there is room
+			l.requests <- passive // only senders that hold the lock fill it, so there is room
 		}
 		f.mu.Unlock()
 		if passive != nil {
@@ -203,7 +203,7 @@ func (c *connID) request(ctx context.Context) error {
 	}
 }
 
-// withdraw makes a request that was given up unanswerable.
+// withdraw prevents an answer to a request that was given up.
 func (c *connID) withdraw() {
 	f := c.endpoint.fabric
 	f.mu.Lock()
@@ -232,7 +232,7 @@ func (c *connID) Accept(_ context.Context, p rdma.ConnParam) error {
 	}
 	c.peer, active.peer = active, c
 	c.connected, active.connected = true, true
-	c.qp.state = max(c.qp.state, qpReady) // a QP that failed before stays so
+	c.qp.state = max(c.qp.state, qpReady) // a QP that failed before stays failed
 	active.qp.state = max(active.qp.state, qpReady)
 	c.qp.initDepth = min(int(p.InitiatorDepth), maxReadAtomic)
 	c.qp.respRes = min(int(p.ResponderResources), maxReadAtomic)
@@ -257,13 +257,13 @@ func (c *connID) Reject(private []byte) error {
 	return nil
 }
 
-// refuse answers an open request with a reject; the lock is held.
+// refuse answers an open request with a reject. The lock is held.
 func (c *connID) refuse(reason int, private []byte) {
 	c.requested = true
 	c.from.answer <- answer{err: &rdma.RejectError{Peer: c.from.remote, Reason: reason, Private: private}}
 }
 
-// report puts out an event; the lock is held.
+// report adds an event. The lock is held.
 func (c *connID) report(kind rdma.EventType, detail string) {
 	if c.closed {
 		return
@@ -274,7 +274,7 @@ func (c *connID) report(kind rdma.EventType, detail string) {
 	}
 }
 
-// reportDisconnected reports the end of a connection, once.
+// reportDisconnected reports the end of a connection once.
 func (c *connID) reportDisconnected(detail string) {
 	if c.connected && !c.reported {
 		c.reported = true
@@ -282,8 +282,8 @@ func (c *connID) reportDisconnected(detail string) {
 	}
 }
 
-// Disconnect implements rdma.ID. The peer hears of it at once; our own event
-// comes with the peer's answer, which is its Disconnect or Close.
+// Disconnect implements rdma.ID. The peer gets its event at once. The local event comes
+// with the peer's answer, which is its Disconnect or Close.
 func (c *connID) Disconnect() error {
 	f := c.endpoint.fabric
 	f.mu.Lock()
@@ -309,8 +309,8 @@ func (c *connID) disconnect() {
 	}
 }
 
-// Close implements rdma.ID. A connection gets disconnected, a request without
-// answer refused.
+// Close implements rdma.ID. It disconnects a connection, and refuses a request that was
+// not answered.
 func (c *connID) Close() error {
 	f := c.endpoint.fabric
 	f.mu.Lock()

@@ -13,7 +13,7 @@ import (
 // protectionDomain implements rdma.PD.
 type protectionDomain struct {
 	device *device
-	users  int // QPs and MRs
+	users  int // number of QPs and MRs
 	closed bool
 }
 
@@ -44,7 +44,7 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 func (p *protectionDomain) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*memoryRegion)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
@@ -78,7 +78,7 @@ func (p *protectionDomain) Close() error {
 
 // memoryRegion implements rdma.MR.
 type memoryRegion struct {
-	pd         *protectionDomain // nil when released
+	pd         *protectionDomain // nil after release
 	fabric     *Fabric
 	mem        []byte
 	addr       uint64
@@ -107,7 +107,7 @@ func (m *memoryRegion) Release() error {
 	return nil
 }
 
-// release takes the region out of its domain; the lock is held.
+// release removes the region from its domain. The lock is held.
 func (m *memoryRegion) release() {
 	if m.pd == nil {
 		return
@@ -132,8 +132,8 @@ func (m *memoryRegion) Close() error {
 	return hostmem.Unmap(m.mem)
 }
 
-// piece is the memory that a key names, or nil where key, domain, rights or
-// bounds do not fit. The key must be of the right kind.
+// piece returns the memory that a key names, or nil if the key, the domain, the rights or
+// the bounds do not match. The key must be of the right kind.
 func (f *Fabric) piece(p *protectionDomain, key uint32, remote bool, addr uint64, length uint32, need rdma.Access) []byte {
 	m := f.mrs[key]
 	if m == nil || m.pd != p || (key == m.rkey) != remote || m.access&need != need {
@@ -146,7 +146,8 @@ func (f *Fabric) piece(p *protectionDomain, key uint32, remote bool, addr uint64
 	return m.mem[off : off+uint64(length)]
 }
 
-// invalidate ends a remote key of the domain, if its region was offered for that.
+// invalidate ends a remote key of the domain. It returns false unless the region has the
+// right AccessRemoteInvalidate.
 func (f *Fabric) invalidate(p *protectionDomain, key uint32) bool {
 	m := f.mrs[key]
 	if m == nil || m.pd != p || key != m.rkey || m.access&rdma.AccessRemoteInvalidate == 0 {

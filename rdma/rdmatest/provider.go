@@ -19,7 +19,7 @@ type Provider struct{ endpoint *endpoint }
 // Name implements rdma.Provider.
 func (*Provider) Name() string { return "test" }
 
-// Addr is the address of the endpoint.
+// Addr returns the address of the endpoint.
 func (p *Provider) Addr() netip.Addr { return p.endpoint.addr }
 
 // Resolve implements rdma.Provider. tos is ignored.
@@ -52,7 +52,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	}
 }
 
-// port picks a port that nobody listens on.
+// port picks a port without a listener.
 func (e *endpoint) port() uint16 {
 	for {
 		e.nextPort = max(49152, e.nextPort+1)
@@ -71,7 +71,7 @@ type listener struct {
 	once     sync.Once
 }
 
-// Listen implements rdma.Provider. The address is the endpoint's, or the
+// Listen implements rdma.Provider. The address must be that of the endpoint, or the
 // unspecified one of its family.
 func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
 	e := p.endpoint
@@ -121,7 +121,7 @@ func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 	}
 }
 
-// Close implements rdma.Listener. Requests that nobody accepted are refused.
+// Close implements rdma.Listener. It refuses requests that were not accepted.
 func (l *listener) Close() error {
 	var errs []error
 	l.once.Do(func() {
@@ -147,7 +147,7 @@ func (l *listener) Close() error {
 // device implements rdma.Device.
 type device struct{ endpoint *endpoint }
 
-// Limits of the device.
+// Limits of the device
 const (
 	maxQPWR       = 4096
 	maxSGE        = 4
@@ -179,5 +179,5 @@ func (d *device) AllocPD() (rdma.PD, error) {
 	return &protectionDomain{device: d}, nil
 }
 
-// busy is the error of closing something that is in use.
+// busy returns the error of closing an object that is in use.
 func busy(what string) error { return fmt.Errorf("destroy %s: %w", what, unix.EBUSY) }

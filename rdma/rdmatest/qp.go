@@ -13,13 +13,13 @@ import (
 type qpState uint8
 
 const (
-	qpInit  qpState = iota + 1 // takes receives
+	qpInit  qpState = iota + 1 // accepts receives
 	qpReady                    // connected
-	qpError                    // flushes
+	qpError                    // flushes all work requests
 )
 
-// queuePair implements rdma.QP. Positions count up for ever:
-// sendFree ≤ sendNext ≤ sendTail, and sendTail - sendFree ≤ len(sendQ).
+// queuePair implements rdma.QP. Positions do not wrap around: sendFree ≤ sendNext ≤
+// sendTail, and sendTail - sendFree ≤ len(sendQ).
 type queuePair struct {
 	id             *connID
 	pd             *protectionDomain
@@ -30,7 +30,7 @@ type queuePair struct {
 
 	sendQ    []sendEntry
 	sendTail int // next to post
-	sendNext int // next to carry out
+	sendNext int // next to execute
 	sendFree int // oldest whose slot is not free
 
 	recvQ    []rdma.RecvWR
@@ -38,14 +38,14 @@ type queuePair struct {
 	recvNext int
 	recvFree int
 
-	initDepth int // RDMA READs that we may have outstanding: 0 = none at all
+	initDepth int // RDMA READs that this side may have outstanding; 0: none
 	respRes   int // RDMA READs that the peer may have outstanding
 
-	timer     *time.Timer // calls onTimer; made when first needed
+	timer     *time.Timer // calls onTimer; made at its first use
 	destroyed bool
 }
 
-// sendEntry is a send work request and the time before which it is on its way.
+// sendEntry is a send work request with the time before which it has no effect.
 type sendEntry struct {
 	wr  rdma.SendWR
 	due time.Time
@@ -56,7 +56,8 @@ func (q *queuePair) fabric() *Fabric { return q.id.endpoint.fabric }
 // Num implements rdma.QP.
 func (q *queuePair) Num() uint32 { return q.num }
 
-// Errors of the posting calls, made beforehand as these may be hot.
+// Errors of PostSend and PostRecv, made in advance because these calls may be on the hot
+// path
 var (
 	errSendState = fmt.Errorf("post send: queue pair is not connected: %w", unix.EINVAL)
 	errSendFull  = fmt.Errorf("post send: queue is full: %w", unix.ENOMEM)
@@ -134,17 +135,17 @@ func (q *queuePair) Fail() error {
 	return nil
 }
 
-// fail moves to the error state. The lock is held, here and below.
+// fail moves the queue pair to the error state. The lock is held, here and below.
 func (q *queuePair) fail() {
 	q.state = qpError
 	q.flush()
-	// What the peer has outstanding to us gets no answer any more.
+	// Outstanding requests of the peer get no answer any more.
 	if p := q.id.peer; p != nil && p.qp != nil && p.qp.state == qpReady {
 		p.qp.progress()
 	}
 }
 
-// flush completes everything outstanding.
+// flush completes all outstanding work requests.
 func (q *queuePair) flush() {
 	for ; q.sendNext < q.sendTail; q.sendNext++ {
 		q.completeSend(q.sendNext, rdma.WCFlushErr)
@@ -162,13 +163,13 @@ func (q *queuePair) completeSend(pos int, status rdma.WCStatus) {
 	q.sendCQ.push(completion{wc: rdma.WC{ID: wr.ID, QPNum: q.num, Status: status}, qp: q, free: pos + 1})
 }
 
-// completeRecv completes the receive at recvNext, without moving on.
+// completeRecv completes the receive at recvNext, without moving recvNext.
 func (q *queuePair) completeRecv(wc rdma.WC) {
 	wc.ID, wc.QPNum, wc.Recv = q.recvQ[q.recvNext%len(q.recvQ)].ID, q.num, wc.Status == rdma.WCSuccess
 	q.recvCQ.push(completion{wc: wc, qp: q, free: q.recvNext + 1, recv: true})
 }
 
-// progress carries out work requests in order as far as possible.
+// progress executes work requests in order, as far as possible.
 func (q *queuePair) progress() {
 	if q.destroyed || q.state == qpInit {
 		return
@@ -198,8 +199,8 @@ func (q *queuePair) progress() {
 	}
 }
 
-// mayPass reports whether faults let a work request through. If only its time has
-// not come, progress will be called again when it has.
+// mayPass reports whether the faults let a work request through. If it only has to wait
+// for its time, progress will be called again then.
 func (q *queuePair) mayPass(e *sendEntry) bool {
 	if !q.id.cut && (q.id.endpoint.silent || q.id.peer != nil && q.id.peer.endpoint.silent) {
 		return false
@@ -226,7 +227,7 @@ func (q *queuePair) onTimer() {
 	q.progress()
 }
 
-// Statuses that only the fabric makes; rdma names those that users branch on.
+// Statuses that package rdma does not name, because its users do not branch on them
 const (
 	wcLocalLength   rdma.WCStatus = 1
 	wcLocalOp       rdma.WCStatus = 2
@@ -234,16 +235,16 @@ const (
 	wcRemoteOp      rdma.WCStatus = 11
 )
 
-// where says which side found out how a work request ended.
+// where is the side that determined the outcome of a work request.
 type where uint8
 
 const (
-	nowhere   where = iota // it has to wait
-	requester              // its own side
-	responder              // the other side, which fails as well if it was an error
+	nowhere   where = iota // neither side, because the work request must wait
+	requester              // the side of the work request
+	responder              // the other side, which also fails if the outcome is an error
 )
 
-// execute carries out one work request.
+// execute executes one work request.
 func (q *queuePair) execute(wr *rdma.SendWR) (rdma.WCStatus, where) {
 	need := rdma.Access(0)
 	if wr.Op == rdma.Read {
@@ -280,7 +281,7 @@ func (q *queuePair) execute(wr *rdma.SendWR) (rdma.WCStatus, where) {
 	}
 }
 
-// receive takes a SEND of the peer; there is a receive for it.
+// receive handles a SEND of the peer. A receive is posted for it.
 func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) rdma.WCStatus {
 	f := q.fabric()
 	into := q.recvQ[q.recvNext%len(q.recvQ)].SGE
@@ -311,7 +312,7 @@ func (q *queuePair) receive(wr *rdma.SendWR, from *[2][]byte, total uint64) rdma
 	return status
 }
 
-// serve carries out the peer's RDMA READ or WRITE in our memory.
+// serve executes the peer's RDMA READ or WRITE in local memory.
 func (q *queuePair) serve(wr *rdma.SendWR, local *[2][]byte, total uint64, need rdma.Access) rdma.WCStatus {
 	if need == rdma.AccessRemoteRead && q.respRes == 0 {
 		return wcRemoteInvalid
@@ -334,8 +335,7 @@ func (q *queuePair) serve(wr *rdma.SendWR, local *[2][]byte, total uint64, need 
 	return rdma.WCSuccess
 }
 
-// destroy ends the queue pair. Completions of what was flushed stay in the
-// completion queues.
+// destroy ends the queue pair. Its flushed completions stay in the completion queues.
 func (q *queuePair) destroy() {
 	q.fail()
 	q.destroyed = true

@@ -14,22 +14,21 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Setup is what Run gets to test.
+// Setup describes the providers that Run tests.
 type Setup struct {
 	Active  rdma.Provider // connects
 	Passive rdma.Provider // listens; may be the same
-	// Listen is an address of Passive that Active reaches.
+	// Listen is an address of Passive that Active can reach.
 	Listen netip.Addr
-	// Silent is an address that Active has a route to and gets no answer from.
-	// The zero Addr leaves out the test that needs it.
+	// Silent is an address to which Active has a route, but from which it gets no
+	// answer. The zero Addr leaves out the test that needs it.
 	Silent netip.Addr
-	// Invalidate says that there are regions with rdma.AccessRemoteInvalidate.
+	// Invalidate reports whether the provider supports rdma.AccessRemoteInvalidate.
 	Invalidate bool
 }
 
-// Run is the conformance suite of rdma.Provider. It calls setup at least once for
-// each of its subtests; setup may register cleanups. A provider that is an io.Closer
-// gets closed.
+// Run is the conformance suite of rdma.Provider. It calls setup at least once for each of
+// its subtests. setup may register cleanups. Run closes a provider that is an io.Closer.
 func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	for _, c := range []struct {
 		name string
@@ -86,10 +85,11 @@ func Run(t *testing.T, setup func(t *testing.T) Setup) {
 	t.Run("CloseOrder", func(t *testing.T) { testCloseOrder(t, setup) })
 }
 
-// patience bounds every wait for something that must happen.
+// patience limits every wait for something that must happen.
 const patience = 60 * time.Second
 
-// within is a context that ends in time for a failing test to say why.
+// within returns a context that ends early enough for a failing test to report the
+// reason.
 func within(t testing.TB, d time.Duration) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -104,7 +104,7 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// closer closes something at the end of the test and minds the error.
+// closer closes an object at the end of the test and checks the error.
 func closer(t testing.TB, c interface{ Close() error }) {
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
@@ -113,11 +113,11 @@ func closer(t testing.TB, c interface{ Close() error }) {
 	})
 }
 
-// config shapes one side of a connection. The zero value is a connection with
-// 16 work requests per queue and a region of 1 MiB that the peer may use.
+// config configures one side of a connection. The zero value means 16 work requests per
+// queue and a region of 1 MiB that the peer may use.
 type config struct {
 	depth  int
-	cqe    int // 0 = enough for depth
+	cqe    int // 0: enough for depth
 	memory int
 	access rdma.Access
 	events bool
@@ -139,7 +139,7 @@ func (c config) withDefaults() config {
 	return c
 }
 
-// side is one side of a connection with what belongs to it.
+// side is one side of a connection with its resources.
 type side struct {
 	t      testing.TB
 	id     rdma.ID
@@ -151,7 +151,7 @@ type side struct {
 	wcs    [64]rdma.WC
 }
 
-// newSide gives a resolved or requested ID its resources.
+// newSide makes the resources of a resolved or requested ID.
 func newSide(t testing.TB, id rdma.ID, cfg config) *side {
 	t.Helper()
 	s, err := makeSide(id, cfg)
@@ -165,8 +165,8 @@ func newSide(t testing.TB, id rdma.ID, cfg config) *side {
 	return s
 }
 
-// makeSide is newSide for goroutines other than the test's. The side must be
-// closed even after an error.
+// makeSide is like newSide, for goroutines other than the test's. The side must be closed
+// even after an error.
 func makeSide(id rdma.ID, cfg config) (*side, error) {
 	cfg = cfg.withDefaults()
 	s := &side{id: id}
@@ -190,7 +190,7 @@ func makeSide(id rdma.ID, cfg config) (*side, error) {
 	return s, err
 }
 
-// close closes everything in the order that package rdma asks for.
+// close closes everything in the order that package rdma requires.
 func (s *side) close() error {
 	errs := []error{s.id.Close()}
 	if s.sendCQ != nil {
@@ -208,7 +208,7 @@ func (s *side) close() error {
 	return errors.Join(errs...)
 }
 
-// sge names a piece of the side's region.
+// sge returns the SGE of a piece of the side's region.
 func (s *side) sge(off, length int) rdma.SGE {
 	return rdma.SGE{Addr: s.mr.Addr() + uint64(off), Length: uint32(length), LKey: s.mr.LKey()}
 }
@@ -217,8 +217,8 @@ func (s *side) sendWR(id uint64, off, length int) rdma.SendWR {
 	return rdma.SendWR{ID: id, Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{s.sge(off, length)}}
 }
 
-// remoteWR is an RDMA READ or WRITE between a piece of our region and one of
-// the same length of the peer's.
+// remoteWR returns an RDMA READ or WRITE between a piece of the local region and a piece
+// of the same length of the peer's region.
 func (s *side) remoteWR(id uint64, op rdma.SendOp, off, length int, peer *side, peerOff int) rdma.SendWR {
 	wr := s.sendWR(id, off, length)
 	wr.Op, wr.RemoteAddr, wr.RKey = op, peer.mr.Addr()+uint64(peerOff), peer.mr.RKey()
@@ -270,7 +270,7 @@ func (s *side) wait(cq rdma.CQ, n int) []rdma.WC {
 	return got
 }
 
-// expect waits for one completion, which must be this one and a success.
+// expect waits for one completion, which must have this ID and be a success.
 func (s *side) expect(cq rdma.CQ, id uint64) error {
 	if _, err := s.collect(cq, 1); err != nil {
 		return err
@@ -286,8 +286,8 @@ func (s *side) isOK(id uint64) error {
 	return nil
 }
 
-// sleep is expect for a queue with events. It sleeps the way that hazard 3 of
-// package rdma asks for.
+// sleep is like expect, for a queue with events. It sleeps in the way that hazard 3 of
+// package rdma requires.
 func (s *side) sleep(cq rdma.CQ, id uint64) error {
 	for armed := false; ; {
 		n, err := cq.Poll(s.wcs[:1])
@@ -308,7 +308,7 @@ func (s *side) sleep(cq rdma.CQ, id uint64) error {
 	}
 }
 
-// waitOK is expect, and returns the completion.
+// waitOK is like expect, and returns the completion.
 func (s *side) waitOK(cq rdma.CQ, id uint64) rdma.WC {
 	s.t.Helper()
 	if err := s.expect(cq, id); err != nil {
@@ -325,7 +325,7 @@ func (s *side) none(cq rdma.CQ) {
 	}
 }
 
-// readEvent takes one event from a CQ; false if there is none.
+// readEvent reads one event of a CQ. It returns false if there is none.
 func readEvent(cq rdma.CQ) (bool, error) {
 	var buf [8]byte
 	n, err := unix.Read(cq.FD(), buf[:])
@@ -346,7 +346,7 @@ func noEvent(t testing.TB, cq rdma.CQ, why string) {
 	}
 }
 
-// waitEvent sleeps until there is an event, takes it and acknowledges it.
+// waitEvent sleeps until there is an event, reads it and acknowledges it.
 func waitEvent(cq rdma.CQ) error {
 	fds := []unix.PollFd{{Fd: int32(cq.FD()), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, int(patience.Milliseconds()))
@@ -367,8 +367,8 @@ func waitEvent(cq rdma.CQ) error {
 	return nil
 }
 
-// connParam suits all tests: READs both ways, patience with receives, but little
-// with a dead peer. (rdma_rxe takes a retry count of 7 for "for ever".)
+// connParam suits all tests: READs in both directions, patience with missing receives,
+// but little with a dead peer. (rdma_rxe interprets a retry count of 7 as "forever".)
 func connParam(private []byte) rdma.ConnParam {
 	return rdma.ConnParam{
 		PrivateData: private, ResponderResources: 4, InitiatorDepth: 4,
@@ -376,7 +376,7 @@ func connParam(private []byte) rdma.ConnParam {
 	}
 }
 
-// listen makes a listener that the test closes.
+// listen makes a listener that is closed at the end of the test.
 func listen(t testing.TB, s Setup) rdma.Listener {
 	t.Helper()
 	l, err := s.Passive.Listen(netip.AddrPortFrom(s.Listen, 0), 16)
@@ -385,7 +385,7 @@ func listen(t testing.TB, s Setup) rdma.Listener {
 	return l
 }
 
-// resolve makes an ID towards a listener that the test closes.
+// resolve makes an ID for a listener. The ID is closed at the end of the test.
 func resolve(t testing.TB, s Setup, to netip.AddrPort) rdma.ID {
 	t.Helper()
 	id, err := s.Active.Resolve(within(t, patience), netip.Addr{}, to, -1)
@@ -394,13 +394,13 @@ func resolve(t testing.TB, s Setup, to netip.AddrPort) rdma.ID {
 	return id
 }
 
-// connected is what Connect returns.
+// connected is the result of Connect.
 type connected struct {
 	private []byte
 	err     error
 }
 
-// goConnect connects on a goroutine.
+// goConnect connects on a new goroutine.
 func goConnect(ctx context.Context, id rdma.ID, private []byte) <-chan connected {
 	done := make(chan connected, 1)
 	go func() {
@@ -429,7 +429,7 @@ func connection(t testing.TB, s Setup, cfg config) (active, passive *side) {
 	return connect(t, s, listen(t, s), cfg)
 }
 
-// waitEventType waits for the next connection event, which must be of this type.
+// waitEventType waits for the next connection event, which must have this type.
 func waitEventType(t testing.TB, id rdma.ID, want rdma.EventType) {
 	t.Helper()
 	select {
@@ -449,7 +449,7 @@ func pattern(b []byte, seed int) {
 	}
 }
 
-// checkPattern checks what pattern wrote.
+// checkPattern checks that b is what pattern wrote.
 func checkPattern(b []byte, seed int) error {
 	want := make([]byte, len(b))
 	pattern(want, seed)

@@ -9,24 +9,24 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// Limits of a batch.
+// Limits of a batch
 const (
 	batchPackets = 64
 	groupBytes   = 65000 // in one UDP_SEGMENT message; its most segments are batchPackets
 )
 
-// batch collects packets of one path for one sendmmsg. Consecutive packets of
-// the same length, and a shorter one after them, make one UDP_SEGMENT message:
-// what costs is the number of messages.
+// batch collects packets of one path for one sendmmsg. Consecutive packets of the same
+// length, and a shorter one after them, form one UDP_SEGMENT message, because the cost
+// depends on the number of messages.
 type batch struct {
 	path        *path
 	bases       baseCache
-	headersOnly bool // what the ICRC covers
+	headersOnly bool // the ICRC does not cover the payload
 
 	packets int
 	pieces  int
 	groups  int
-	// Of the last group.
+	// The last group
 	inGroup int
 	segment int
 	bytes   int
@@ -41,12 +41,12 @@ type batch struct {
 
 func (b *batch) full() bool { return b.packets == batchPackets }
 
-// header is room for the transport headers of the next packet.
+// header returns the buffer for the transport headers of the next packet.
 func (b *batch) header() []byte { return b.headers[b.packets][:] }
 
-// add adds a packet with the headers that were written to header, the first
-// headLen bytes of it, and payload in two pieces. The pieces must stay as they
-// are until flush; the pad count is set here.
+// add adds a packet. Its headers are the first headLen bytes of the buffer that header
+// returned; add sets their pad count. The payload has two pieces, which must not change
+// before flush.
 func (b *batch) add(headLen int, first, second []byte) {
 	h := b.headers[b.packets][:headLen]
 	n := len(first) + len(second)
@@ -55,7 +55,7 @@ func (b *batch) add(headLen int, first, second []byte) {
 	length := headLen + n + pad + wire.ICRCLen
 
 	if b.groups > 0 && b.path.sock.gso.Load() && length <= b.segment && b.bytes+length <= groupBytes &&
-		b.inGroup*b.segment == b.bytes { // the last one was not shorter
+		b.inGroup*b.segment == b.bytes { // the last packet was not shorter
 		b.inGroup++
 	} else {
 		b.closeGroup()
@@ -129,8 +129,8 @@ func (b *batch) flush() error {
 	return err
 }
 
-// baseCache remembers wire.Base of the lengths that came last: a connection
-// uses few.
+// baseCache holds the results of wire.Base for the most recent lengths. A connection uses
+// only a few lengths.
 type baseCache struct {
 	keys  [8]uint32 // length and source port
 	bases [8]uint32

@@ -18,11 +18,11 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// The benchmarks do what a block device does: a request of 64 bytes, answered
-// with n bytes and a response of 16, depth at a time. Over RoCE the request is
-// a SEND, the data an RDMA WRITE and the response a SEND; all WRITEs of a batch
-// go before all SENDs. Over TCP the answers to one wake-up go in one writev,
-// which is the best that TCP can do.
+// The benchmarks do the work of a block device: a request of 64 bytes is answered with n
+// bytes of data and a response of 16 bytes, depth at a time. Over RoCE, the request is a
+// SEND, the data an RDMA WRITE and the response a SEND. All WRITEs of a batch precede all
+// SENDs. Over TCP, the answers to one wake-up go in one writev, which is the best that
+// TCP allows.
 const (
 	requestLen  = 64
 	responseLen = 16
@@ -41,14 +41,14 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-// BenchmarkSuite is the one of all providers: it polls without sleep.
+// BenchmarkSuite is the benchmark of all providers, which polls without sleep.
 func BenchmarkSuite(b *testing.B) {
 	host, target := openPair(b)
 	rdmatest.Benchmark(b, rdmatest.Setup{Active: host, Passive: target, Listen: targetAddr})
 }
 
-// waiter waits for completions as a poller's loop does: it takes its own packets,
-// and it either spins, or sleeps until some come.
+// waiter waits for completions like a poller's loop: it takes its own packets, and it
+// either spins or sleeps until packets arrive.
 type waiter struct {
 	cq     rdma.Receiver
 	fds    [2]unix.PollFd // the packets, and the completion channel
@@ -69,7 +69,7 @@ func newWaiter(b *testing.B, cq rdma.CQ) *waiter {
 
 var errStopped = errors.New("stopped")
 
-// wait gives at least one completion, or stops.
+// wait returns at least one completion, or stops.
 func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
 	for {
 		n, err := w.cq.Poll(wcs)
@@ -101,8 +101,8 @@ func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
 	}
 }
 
-// sleep waits for packets or an event: for a short time without telling the
-// scheduler, as the poller does.
+// sleep waits for packets or an event, for a short time without the scheduler, like the
+// poller.
 func (w *waiter) sleep() {
 	bound := unix.NsecToTimespec(int64(100 * time.Microsecond))
 	n, _, _ := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&w.fds[0])), 2, uintptr(unsafe.Pointer(&bound)), 0, 0, 0)
@@ -111,7 +111,7 @@ func (w *waiter) sleep() {
 	}
 }
 
-// cpuTime is what the process has used, in user and kernel mode. It is steadier
+// cpuTime returns the CPU time of the process in user and kernel mode. It is steadier
 // than the clock on a machine with other work.
 func cpuTime(b *testing.B) time.Duration {
 	var u unix.Rusage
@@ -188,7 +188,7 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 		got += n
 		for i := range n {
 			if sent < b.N {
-				// The response says which data came; the slot of the receive does.
+				// The slot of the receive says which data has arrived.
 				send(binary.LittleEndian.Uint64(h.mr.Bytes()[responses+int(wcs[i].ID)*responseLen:]))
 			}
 		}
@@ -205,7 +205,7 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 	disturbed(b, host, target)
 }
 
-// disturbed says so if packets were lost or spoilt.
+// disturbed reports whether packets were lost or damaged.
 func disturbed(b *testing.B, host, target *Provider) {
 	c, d := host.Snapshot(), target.Snapshot()
 	if c.Timeouts+d.Timeouts+c.BadICRC+d.BadICRC > 0 {
@@ -213,7 +213,7 @@ func disturbed(b *testing.B, host, target *Provider) {
 	}
 }
 
-// serveRoCE is the target.
+// serveRoCE runs the target.
 func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, stop *atomic.Bool) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

@@ -8,8 +8,8 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// TestReceiveBound: a flood of packets does not hold a caller that has other things to serve.
-// What it leaves is taken all the same.
+// TestReceiveBound checks that a flood of packets does not hold up a caller with other
+// work. The endpoint takes the packets that the caller leaves.
 func TestReceiveBound(t *testing.T) {
 	_, b := joinOneHost(t, 16, 1<<16, Config{})
 	p := b.queuePair().provider
@@ -19,7 +19,7 @@ func TestReceiveBound(t *testing.T) {
 	defer r.Receiving(false)
 	const flood, most = 1000, mostBatches * recvMessages
 	packet := request(wire.WriteOnly, b.qp.Num(), 0, wire.RETH{}, nil)
-	// The endpoint looks once in a second, too, and may be the first.
+	// The endpoint also looks once per second, and may be first.
 	for try := uint64(1); ; try++ {
 		taken := p.Snapshot().WrongAddress
 		b.queuePair().endpoint.recvMu.Lock()
@@ -39,8 +39,8 @@ func TestReceiveBound(t *testing.T) {
 	}
 }
 
-// TestStrayRead: a READ that came to another endpoint than its queue pair's does not hold that
-// one until it is answered, and is answered.
+// TestStrayRead checks that a READ that arrives at another endpoint than that of its
+// queue pair is answered, without holding up that endpoint.
 func TestStrayRead(t *testing.T) {
 	const size = 32 << 20
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})

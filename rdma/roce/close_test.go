@@ -11,8 +11,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// TestCloseUnderLoad closes providers while everything that they have made is in use. Each call
-// works or is an error; nothing hangs.
+// TestCloseUnderLoad closes providers while all their objects are in use. Each call works
+// or returns an error, and nothing hangs.
 func TestCloseUnderLoad(t *testing.T) {
 	for round := range 12 {
 		target := open(t, Config{Addrs: []netip.Addr{targetAddr}, Receivers: 1 + round%3})

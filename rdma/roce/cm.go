@@ -10,17 +10,18 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// The receiving side of the connection manager, on the receive loop.
+// This file has the receiving side of the connection manager. It runs on the receive
+// loop.
 
-// manage takes a message of the connection manager.
+// manage handles a message of the connection manager.
 func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return
 	}
-	// Messages other than REQ name the communication id that they are for, or
-	// at least their own. They must come from where its peer is.
+	// Messages other than REQ name the communication id of their receiver, or at
+	// least their own. They must come from the address of that ID's peer.
 	var id *connID
 	switch m.Attribute() {
 	case wire.REQ:
@@ -45,7 +46,8 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		return
 	}
 	if id != nil && m.Attribute() != wire.DREQ && m.TID() != id.tid {
-		// All other messages carry the transaction id of the REQ, which a stranger does not know.
+		// All other messages carry the transaction id of the REQ, which a
+		// stranger does not know.
 		p.provider.counters.staleMessages.Add(1)
 		return
 	}
@@ -70,8 +72,8 @@ func (p *endpoint) manage(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 }
 
-// isPeer reports whether a message came from where the ID's peer is. Peers that are ours send
-// from the port that they receive at, or from the well-known one.
+// isPeer reports whether a message came from the address of the ID's peer. A peer that
+// uses this package sends from the port at which it receives, or from the well-known one.
 func (id *connID) isPeer(src netip.AddrPort, dst netip.Addr) bool {
 	remote := id.path.remote
 	return src.Addr() == remote.Addr() && dst == id.path.local.Addr() &&
@@ -89,15 +91,17 @@ func (p *endpoint) refuseStranger(m *wire.MAD, src netip.AddrPort, dst netip.Add
 	p.answer(src, dst, guid, a)
 }
 
-// answer sends a message to where another came from. The path is in use until the next answer.
+// answer sends a message to the source of another message. The path is in use until the
+// next answer.
 func (p *endpoint) answer(src netip.AddrPort, dst netip.Addr, guid uint64, m *wire.MAD) {
 	p.outbox.path.set(p.sock, dst, p.back(src, guid), -1)
 	p.sendMAD(&p.outbox.path, m)
 }
 
-// back is where to answer. Messages go to the well-known port, wherever they came from, but for
-// peers that are ours: they send from where they receive (Config.OnDemand). guid is the peer's,
-// 0 if it did not say.
+// back returns the address and port to which to send an answer. Messages go to the
+// well-known port, whatever port they came from. Peers that use this package are an
+// exception: they send from the port at which they receive (Config.OnDemand). guid is the
+// peer's GUID, or 0 if it is unknown.
 func (p *endpoint) back(src netip.AddrPort, guid uint64) netip.AddrPort {
 	if !ours(guid) {
 		return netip.AddrPortFrom(src.Addr(), p.provider.cfg.Port)
@@ -105,10 +109,10 @@ func (p *endpoint) back(src netip.AddrPort, guid uint64) netip.AddrPort {
 	return src
 }
 
-// ours reports whether a CA GUID has our mark.
+// ours reports whether a CA GUID has the mark of this package.
 func ours(guid uint64) bool { return guid>>guidShift == guidMark }
 
-// onRequest takes a REQ.
+// onRequest handles a REQ.
 func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	c := &p.provider.counters
 	c.requests.Add(1)
@@ -135,7 +139,7 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	}
 	o := p.strangers.originOf(src.Addr(), r.Proof)
 	if !p.admit(o) || l != nil && (!p.makeRoom(o) || len(l.requests) >= l.backlog) {
-		c.requestsDropped.Add(1) // the sender repeats it
+		c.requestsDropped.Add(1) // the sender repeats its request
 		if l != nil {
 			p.challenge(o, src, dst, r.GUID)
 		}
@@ -150,7 +154,7 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 		return
 	}
 	if old := p.byQP[peerQP{r.GUID, r.QPN}]; old != nil && old.path.remote.Addr() == src.Addr() {
-		// The peer has forgotten that connection, or the request is forged.
+		// The peer has lost that connection, or the request is forged.
 		switch {
 		case old.state == idEstablished:
 			old.qp.probe()
@@ -166,7 +170,8 @@ func (p *endpoint) onRequest(m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	p.enqueue(l, r, m, src, dst, o.share())
 }
 
-// enqueue makes an ID of a request and gives it to the listener. share is that of its sender.
+// enqueue makes an ID for a request and passes it to the listener. share is the share of
+// the sender.
 func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.AddrPort, dst netip.Addr, share originKey) {
 	id := p.newID(newPath(p.sock, dst, p.back(src, r.GUID), -1))
 	id.passive, id.state, id.arrived, id.tid = true, idRequested, time.Now(), m.TID()
@@ -183,7 +188,7 @@ func (p *endpoint) enqueue(l *listener, r wire.Request, m *wire.MAD, src netip.A
 	l.signal()
 }
 
-// onReply takes a REP.
+// onReply handles a REP.
 func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	switch {
 	case id == nil || id.passive:
@@ -215,7 +220,7 @@ func (p *endpoint) onReply(id *connID, m *wire.MAD, src netip.AddrPort, dst neti
 	}
 }
 
-// establish ends the passive side's handshake. The lock is held.
+// establish completes the handshake of the passive side. The lock is held.
 func (p *endpoint) establish(id *connID) {
 	id.state = idEstablished
 	p.strangers.find(id.path.remote.Addr()).proven = true
@@ -223,7 +228,7 @@ func (p *endpoint) establish(id *connID) {
 	id.respond(answer{})
 }
 
-// onReject takes a REJ.
+// onReject handles a REJ.
 func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	if id == nil || id.peerComm != 0 && m.Local() != 0 && id.peerComm != m.Local() {
 		return
@@ -240,15 +245,15 @@ func (p *endpoint) onReject(id *connID, m *wire.MAD) {
 	case idRequested, idAccepting:
 		p.abandon(id)
 	case idEstablished:
-		// The peer does not know the connection: our RTU or its REP was lost
-		// for good.
+		// The peer does not know the connection: all copies of our RTU were lost,
+		// or all of its REP.
 		id.end()
 		id.report(rdma.EventDisconnected, "rejected: "+rdma.RejectReason(int(r.Reason)))
 	}
 }
 
-// onDisconnect takes a DREQ, which gets an answer in any case: the peer may not
-// know that we know.
+// onDisconnect handles a DREQ. It always answers, because the peer may not know that this
+// side has received the DREQ before.
 func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst netip.Addr) {
 	if id != nil && (id.peerComm != m.Local() || id.qp == nil || id.qp.num != m.QPN()) {
 		return
@@ -279,7 +284,8 @@ func (p *endpoint) onDisconnect(id *connID, m *wire.MAD, src netip.AddrPort, dst
 	}
 }
 
-// listen makes a listener, on a canonical address; port 0 picks one.
+// listen makes a listener on a canonical address. If the port is 0, listen picks a free
+// one.
 func (p *endpoint) listen(addr netip.AddrPort, bound netip.Addr, backlog int) (*listener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -10,8 +10,8 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// dropFirst loses the first of each kind of message of the connection manager,
-// and gives all others twice.
+// dropFirst loses the first message of each type of the connection manager, and delivers
+// all others twice.
 func dropFirst() func([]byte, func([]byte)) {
 	seen := map[wire.Attribute]bool{}
 	return func(p []byte, deliver func([]byte)) {
@@ -27,8 +27,8 @@ func dropFirst() func([]byte, func([]byte)) {
 	}
 }
 
-// TestHandshakeLoss: every message of the connection manager is sent again, and
-// none does harm when it comes twice.
+// TestHandshakeLoss checks that every message of the connection manager is repeated, and
+// that no repeated message does harm.
 func TestHandshakeLoss(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: dropFirst})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: dropFirst})
@@ -53,7 +53,7 @@ func TestHandshakeLoss(t *testing.T) {
 	}
 }
 
-// TestFarewellWithoutAnswer: a peer that is gone does not keep what was closed.
+// TestFarewellWithoutAnswer checks that closed objects do not stay if the peer is gone.
 func TestFarewellWithoutAnswer(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
@@ -72,8 +72,8 @@ func TestFarewellWithoutAnswer(t *testing.T) {
 	}
 }
 
-// TestLostConfirmation: a passive side that has lost the RTU is established all the same, though
-// nobody sends anything else.
+// TestLostConfirmation checks that a passive side without an RTU is established, even if
+// no other packet is sent.
 func TestLostConfirmation(t *testing.T) {
 	var lost atomic.Int32
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})

@@ -2,38 +2,38 @@ package roce
 
 import "sync/atomic"
 
-// Counters count since the provider was made.
+// Counters holds counts since the provider was made.
 type Counters struct {
-	PacketsReceived uint64 // with a valid ICRC
-	PacketsSent     uint64 // of connections
-	Malformed       uint64 // dropped: no RoCEv2 packet
-	BadICRC         uint64 // dropped
-	UnknownQP       uint64 // dropped: no such queue pair
-	WrongAddress    uint64 // dropped: not from or to the queue pair's addresses, or not from its peer's port
-	Duplicates      uint64 // requests that had been seen
-	StaleReads      uint64 // of those, dropped: a READ that is none of the last ones, or whose key has gone
-	Unsolicited     uint64 // dropped: answers to what was answered before, or never asked
+	PacketsReceived uint64 // packets with a valid ICRC
+	PacketsSent     uint64 // packets that connections sent
+	Malformed       uint64 // packets dropped because they are not RoCEv2
+	BadICRC         uint64 // packets dropped because their ICRC is wrong
+	UnknownQP       uint64 // packets dropped because no such queue pair exists
+	WrongAddress    uint64 // packets dropped because they are not from or to the queue pair's addresses, or not from its peer's port
+	Duplicates      uint64 // requests with a sequence number that had been received before
+	StaleReads      uint64 // of Duplicates, READs dropped because they are not one of the last, or because their key is gone
+	Unsolicited     uint64 // dropped answers to requests that were answered before, or never sent
 	OutOfSequence   uint64 // requests and responses after a gap
 	Retransmits     uint64 // packets sent again
-	Timeouts        uint64 // rounds of the retry timer without progress
-	Probes          uint64 // last packets sent again to ask for an acknowledgement
-	NAKsSent        uint64 // sequence errors
+	Timeouts        uint64 // retry timer intervals without progress
+	Probes          uint64 // last packets sent again to request an acknowledgement
+	NAKsSent        uint64 // NAKs for sequence errors
 	NAKsReceived    uint64
-	FatalNAKsSent   uint64 // a request was refused: rights, lengths, sequence of opcodes
-	FatalNAKs       uint64 // the same, received
-	RNRNAKsSent     uint64 // no receive was posted
-	RNRNAKs         uint64 // the same, received
-	Strays          uint64 // packets that came to another receive loop than their queue pair's
-	Marks           uint64 // packets that met congestion
+	FatalNAKsSent   uint64 // refusals of a request because of rights, lengths or the sequence of opcodes
+	FatalNAKs       uint64 // such refusals received
+	RNRNAKsSent     uint64 // NAKs because no receive was posted
+	RNRNAKs         uint64 // such NAKs received
+	Strays          uint64 // packets that arrived at another receive loop than that of their queue pair
+	Marks           uint64 // packets that a router marked because of congestion
 	Notes           uint64 // congestion notifications received
-	Requests        uint64 // connect requests received, duplicates included
-	RequestsDropped uint64 // of those, over the rate or without room
-	HalfOpenEvicted uint64 // handshakes that ended to make room for others
-	HalfOpenExpired uint64 // handshakes that took too long
-	ChallengesSent  uint64 // to strangers whose requests were dropped
-	AddressesProven uint64 // by answers to challenges
+	Requests        uint64 // connect requests received, including duplicates
+	RequestsDropped uint64 // of Requests, those over the rate limit or without room
+	HalfOpenEvicted uint64 // handshakes ended to make room for others
+	HalfOpenExpired uint64 // handshakes ended because they took too long
+	ChallengesSent  uint64 // challenges to strangers whose requests were dropped
+	AddressesProven uint64 // addresses proven by answers to challenges
 	AnswersWithheld uint64 // messages not sent to peers that had not proven their address
-	StaleMessages   uint64 // dropped: messages of the connection manager that belong to no handshake under way
+	StaleMessages   uint64 // dropped messages of the connection manager that belong to no current handshake
 }
 
 type counters struct {

@@ -14,23 +14,23 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// completionQueue implements rdma.CQ and rdma.Receiver: a completion queue.
+// completionQueue implements rdma.CQ and rdma.Receiver.
 type completionQueue struct {
-	endpoint atomic.Pointer[endpoint] // of the first queue pair
+	endpoint atomic.Pointer[endpoint] // endpoint of the first queue pair
 	ring     []rdma.WC
 	vector   int
 	events   bool
-	fd       atomic.Int32  // eventfd, each read of which takes one event; -1 without events, or closed
-	tail     atomic.Uint64 // next to push; written with mu held
-	head     atomic.Uint64 // next to poll; written by the poller
-	idle     bool          // the last poll found nothing; the poller's
+	fd       atomic.Int32  // eventfd, where each read consumes one event; -1 without events, or after Close
+	tail     atomic.Uint64 // position of the next push; written with mu held
+	head     atomic.Uint64 // position of the next poll; only the poller writes it
+	idle     bool          // the last poll found nothing; only the poller uses it
 
-	mu     sync.Mutex            // guards what follows, and pushing
+	mu     sync.Mutex            // guards pushing and the fields below
 	armed  atomic.Bool           // written with mu held
-	fault  atomic.Pointer[error] // what Poll says from now on; written with mu held
-	users  int                   // queue pairs, once for each of their two queues
+	fault  atomic.Pointer[error] // if set, Poll returns it; written with mu held
+	users  int                   // number of uses: two for each queue pair, once as send and once as receive queue
 	closed bool
-	acks   *sync.Cond // acked grew
+	acks   *sync.Cond // signaled when acked grows
 	sent   int
 	acked  int
 }
@@ -53,10 +53,10 @@ func (d *device) CreateCQ(entries int, events bool, vector int) (rdma.CQ, error)
 	return q, nil
 }
 
-// eventfdOne is what adds one event to an eventfd.
+// eventfdOne is written to an eventfd to add one event.
 var eventfdOne = binary.NativeEndian.AppendUint64(nil, 1)
 
-// push adds a completion, and an event if one was asked for.
+// push adds a completion, and an event if the queue is armed.
 func (q *completionQueue) push(wc *rdma.WC) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -91,17 +91,17 @@ var (
 	errArmClosed  = fmt.Errorf("arm completion queue: %w", rdma.ErrClosed)
 )
 
-// Poll implements rdma.CQ. Polling an empty queue for the second time looks for
-// packets, unless it is armed. After more completions than entries it reports
-// the overrun, always.
+// Poll implements rdma.CQ. The second poll of an empty queue in a row also receives
+// packets, unless the queue is armed. After an overrun (more completions than entries),
+// Poll always returns that error.
 func (q *completionQueue) Poll(wcs []rdma.WC) (int, error) {
 	n, err := q.take(wcs)
 	if n > 0 || err != nil || len(wcs) == 0 {
 		q.idle = false
 		return n, err
 	}
-	// Who polls once and then sleeps is woken by the receive loop, and need not
-	// pay for the system call.
+	// A caller that polls once and then sleeps is woken by the receive loop, so it
+	// need not pay for the system call.
 	if p := q.endpoint.Load(); p != nil && q.idle && !q.armed.Load() {
 		p.poll()
 		return q.take(wcs)
@@ -186,7 +186,8 @@ func (q *completionQueue) Ack(n int) {
 	q.acks.Broadcast()
 }
 
-// use makes a queue that is not closed one of a queue pair, whose packets p gets.
+// use registers a queue pair that uses the queue. p receives its packets. use returns
+// false if the queue or the endpoint is closed.
 func (q *completionQueue) use(p *endpoint) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -204,10 +205,11 @@ func (q *completionQueue) use(p *endpoint) bool {
 	return true
 }
 
-// leave ends what use began, when the last queue pair is gone. The lock is held.
+// leave undoes the effects of use on the endpoint after the last queue pair is gone. The
+// lock is held.
 func (q *completionQueue) leave() {
 	if p := q.endpoint.Swap(nil); p != nil && p.dedicated {
-		_ = p.release() // nothing can be lost
+		_ = p.release() // an error loses no data
 	}
 }
 
@@ -217,7 +219,7 @@ func (q *completionQueue) unuse() {
 	q.mu.Unlock()
 }
 
-// ackPatience bounds the wait of Close for acknowledgements.
+// ackPatience limits the time that Close waits for acknowledgements.
 const ackPatience = 5 * time.Second
 
 // Close implements rdma.CQ.
@@ -237,7 +239,7 @@ func (q *completionQueue) Close() error {
 	if fd < 0 {
 		return nil
 	}
-	read := q.sent // events that somebody read: those that are not there any more
+	read := q.sent // number of events that were read; those still there are subtracted
 	var buf [8]byte
 	for {
 		if _, err := unix.Read(fd, buf[:]); err != nil {

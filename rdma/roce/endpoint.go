@@ -15,55 +15,55 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// endpoint is a socket with all that uses it. Locks are taken in the order
-// endpoint.recvMu, endpoint.mu, queuePair.mu, then all others.
+// endpoint is a socket with its receive loop, its queue pairs and its connections. Locks
+// are taken in the order endpoint.recvMu, endpoint.mu, queuePair.mu, then all others.
 type endpoint struct {
 	provider  *Provider
 	sock      *socket
-	done      chan struct{}               // closed at the end of the receive loop
-	wake      int                         // eventfd that the receive loop of a dedicated endpoint looks at
+	done      chan struct{}               // closed when the receive loop has ended
+	wake      int                         // eventfd that wakes the receive loop of a dedicated endpoint
 	file      *os.File                    // a copy of the socket for the runtime's poller, unless dedicated
-	dedicated bool                        // for one queue pair and what belongs to it
-	manager   *endpoint                   // has the state of the connections: itself, or another
-	group     atomic.Pointer[[]*endpoint] // of the manager: those that share the UDP port
+	dedicated bool                        // serves one queue pair only, with its connection
+	manager   *endpoint                   // endpoint that has the state of the connections; may be this one
+	group     atomic.Pointer[[]*endpoint] // of the manager: the endpoints that share the UDP port
 	driven    atomic.Bool                 // the caller of Receive takes the packets
 
-	recvMu sync.Mutex   // the outermost lock; guards what follows, and receiving
-	dirty  []*queuePair // to settle after the batch
+	recvMu sync.Mutex   // the outermost lock; guards receiving and the fields below
+	dirty  []*queuePair // queue pairs to settle after the batch
 	shut   bool         // the socket is closed
 
-	fdMu    sync.Mutex // innermost; guards what follows, and wake against its end
-	fdUsers int        // the endpoint itself, and completion queues that tell its socket (PacketFD)
+	fdMu    sync.Mutex // an innermost lock; guards the use of wake and the field below
+	fdUsers int        // the endpoint itself, and completion queues whose PacketFD is in use
 
-	// tamper stands between socket and queue pairs; tests lose packets by it.
+	// tamper is between socket and queue pairs. Tests use it to lose packets.
 	tamper func(packet []byte, deliver func([]byte))
 
-	eventsMu   sync.Mutex         // innermost; guards what follows
-	collecting bool               // packets are being taken
-	events     []*completionQueue // whose events wait until they are
+	eventsMu   sync.Mutex         // an innermost lock; guards the fields below
+	collecting bool               // packets are being received
+	events     []*completionQueue // queues whose events wait until collecting ends
 
 	qpsMu sync.RWMutex // guards qps
 	qps   map[uint32]*queuePair
 
-	mu         sync.Mutex // guards what follows, and the state of the IDs
+	mu         sync.Mutex // guards the fields below, and the state of the IDs
 	closed     bool
 	listeners  map[uint16]*listener
 	ids        map[uint32]*connID   // by our communication id
-	byPeer     map[peerID]*connID   // those that came by a request
-	byQP       map[peerQP]*connID   // connections and requests by the peer's queue pair
+	byPeer     map[peerID]*connID   // passive IDs
+	byQP       map[peerQP]*connID   // connections and requests, by the peer's queue pair
 	farewells  map[uint32]*farewell // by our communication id
 	handshakes handshakes
 	strangers  strangers
 	outbox     outbox
 }
 
-// peerID is a communication id of a peer.
+// peerID identifies an ID of a peer by its communication id.
 type peerID struct {
 	addr netip.Addr
 	comm uint32
 }
 
-// peerQP is a queue pair of a peer.
+// peerQP identifies a queue pair of a peer.
 type peerQP struct {
 	guid uint64
 	qpn  uint32
@@ -96,13 +96,13 @@ func newEndpoint(p *Provider, s *socket, dedicated bool) (*endpoint, error) {
 	return o, nil
 }
 
-// addQP gives a queue pair a random number that is free.
+// addQP gives a queue pair a random number that is not in use.
 func (p *endpoint) addQP(q *queuePair) {
 	p.qpsMu.Lock()
 	defer p.qpsMu.Unlock()
 	for {
 		q.num = random32() & 0xffffff
-		if q.num >= 16 && p.ownerOf(q.num) == p && p.qps[q.num] == nil { // the first are special, to some
+		if q.num >= 16 && p.ownerOf(q.num) == p && p.qps[q.num] == nil { // some peers treat the first 16 specially
 			p.qps[q.num] = q
 			return
 		}
@@ -115,8 +115,9 @@ func (p *endpoint) removeQP(q *queuePair) {
 	delete(p.qps, q.num)
 }
 
-// drivenCheck is how often, in milliseconds, the receive loop takes packets that the
-// caller of Receive should have taken. The caller may be busy; the peer wants answers.
+// drivenCheck is the interval, in milliseconds, at which the receive loop takes packets
+// that the caller of Receive has not taken. That caller may be busy, but the peer needs
+// answers.
 const drivenCheck = 1000
 
 // run is the receive loop.
@@ -138,7 +139,7 @@ func (p *endpoint) run() {
 			return
 		}
 		if fds[0].Revents != 0 {
-			_, _ = unix.Read(p.wake, event[:]) // empty or not
+			_, _ = unix.Read(p.wake, event[:]) // fails if there was no wake-up
 		}
 		if !p.receive() {
 			return
@@ -146,8 +147,9 @@ func (p *endpoint) run() {
 	}
 }
 
-// runShared is run for an endpoint that several queue pairs share, so that only it takes
-// the packets. The runtime's poller wakes it at less cost than a thread of its own.
+// runShared is run for an endpoint that several queue pairs share. No other thread takes
+// its packets regularly, and the runtime's poller wakes the loop at less cost than a
+// thread of its own.
 func (p *endpoint) runShared() {
 	raw, err := p.file.SyscallConn()
 	if err == nil {
@@ -158,7 +160,7 @@ func (p *endpoint) runShared() {
 	}
 }
 
-// receive takes all packets that are there; false if there will be no others.
+// receive takes all packets that have arrived. It returns false if no others will arrive.
 func (p *endpoint) receive() bool {
 	for {
 		more, err := p.receiveBatch()
@@ -174,22 +176,22 @@ func (p *endpoint) receive() bool {
 	}
 }
 
-// mostBatches bounds what one call of Receive takes, since its caller has other things to do.
-// A batch is at most 32 messages of 64 KiB.
+// mostBatches limits the packets of one call of Receive, because its caller has other
+// work. A batch is at most 32 messages of 64 KiB.
 const mostBatches = 4
 
-// receiveSome is receive with a bound. The receive loop takes what it leaves: the socket may
-// not become readable once more to make the caller look.
+// receiveSome is like receive, with a limit. It leaves the rest to the receive loop,
+// because the socket may not become readable again to wake the caller.
 func (p *endpoint) receiveSome() {
 	for range mostBatches {
 		if more, err := p.receiveBatch(); err != nil || !more {
-			return // the loop will meet the error too
+			return // the loop gets the error, too
 		}
 	}
 	p.nudge()
 }
 
-// nudge makes the receive loop look at what changed.
+// nudge wakes the receive loop so that it notices a change.
 func (p *endpoint) nudge() {
 	p.fdMu.Lock()
 	defer p.fdMu.Unlock()
@@ -198,8 +200,8 @@ func (p *endpoint) nudge() {
 	}
 }
 
-// hold keeps the descriptors open until release, even if the endpoint is closed: the caller
-// has told their numbers to others. It is false if they are closed already.
+// hold keeps the descriptors open until release, even if the endpoint is closed, because
+// others know their numbers. It returns false if they are closed already.
 func (p *endpoint) hold() bool {
 	p.fdMu.Lock()
 	defer p.fdMu.Unlock()
@@ -220,8 +222,8 @@ func (p *endpoint) release() error {
 	return errors.Join(p.sock.close(), os.NewSyscallError("close", unix.Close(p.wake)))
 }
 
-// receiveBatch takes the packets that are there and lets their queue pairs answer. It
-// reports whether there is more to do at once.
+// receiveBatch receives the packets that have arrived and lets their queue pairs answer.
+// It reports whether there is more to do at once.
 func (p *endpoint) receiveBatch() (more bool, err error) {
 	p.recvMu.Lock()
 	defer p.recvMu.Unlock()
@@ -231,19 +233,20 @@ func (p *endpoint) receiveBatch() (more bool, err error) {
 	return p.receiveBatchLocked()
 }
 
-// poll is receiveBatch for a caller that polls an empty completion queue, so that it need not
-// wait for the receive loop to be scheduled. It does nothing while the loop takes packets.
+// poll is receiveBatch for a caller that polls an empty completion queue. The caller then
+// need not wait until the receive loop is scheduled. poll does nothing while the loop
+// receives.
 func (p *endpoint) poll() {
 	if !p.recvMu.TryLock() {
 		return
 	}
 	more := false
 	if !p.shut {
-		more, _ = p.receiveBatchLocked() // the loop will meet the error too
+		more, _ = p.receiveBatchLocked() // the loop gets the error, too
 	}
 	p.recvMu.Unlock()
 	if more && p.dedicated {
-		p.nudge() // no packet need come that would wake the loop for the rest
+		p.nudge() // perhaps no further packet comes that would wake the loop for the rest
 	}
 }
 
@@ -275,12 +278,13 @@ func (p *endpoint) receiveBatchLocked() (more bool, err error) {
 	}
 	clear(p.dirty[len(kept):])
 	p.dirty = kept
-	// Fewer messages than there was room for: there were no more.
+	// If there are fewer messages than there was room for, there were no more.
 	return n == recvMessages || len(kept) > 0, err
 }
 
-// collect begins and ends the time in which events wait, so that the goroutine that is woken
-// finds all completions of the batch. Afterwards events is the caller's.
+// collect begins and ends the time in which events wait, so that the goroutine that they
+// wake finds all completions of the batch. After collect(false), the caller may use
+// events.
 func (p *endpoint) collect(on bool) {
 	p.eventsMu.Lock()
 	p.collecting = on
@@ -297,7 +301,7 @@ func (p *endpoint) postpone(q *completionQueue) bool {
 	return p.collecting
 }
 
-// broken says why nothing can be received any more, to all connections.
+// broken reports to all connections of the endpoint why it can receive no more.
 func (p *endpoint) broken(err error) {
 	m := p.manager
 	m.mu.Lock()
@@ -313,7 +317,7 @@ func (p *endpoint) broken(err error) {
 	}
 }
 
-// datagrams takes what UDP_GRO joined apart.
+// datagrams splits a message into the datagrams that UDP_GRO joined.
 func (p *endpoint) datagrams(a *arrival) {
 	for i, data := 0, a.data; len(data) > 0; i++ {
 		n := min(a.segment, len(data))
@@ -327,16 +331,16 @@ func (p *endpoint) datagrams(a *arrival) {
 	}
 }
 
-// tampered is packet through tamper. It has copies, so that without it nothing
-// escapes to the heap.
+// tampered calls packet through tamper. It gets copies, so that nothing escapes to the
+// heap when there is no tamper.
 func (p *endpoint) tampered(a arrival, packet []byte, i int) {
 	p.tamper(packet, func(packet []byte) { p.packet(&a, packet, i) })
 }
 
-// maxID is the largest IPv4 identification in what we send.
+// maxID is the largest IPv4 identification of the packets that this package sends.
 const maxID = batchPackets - 1
 
-// packet takes one packet, the i-th of its group.
+// packet handles one packet, the i-th of its group.
 func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 	c := &p.provider.counters
 	h, payload, ok := wire.Parse(packet)
@@ -389,7 +393,7 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 	if owner != p {
 		c.strays.Add(1)
 		if q.settle() && q.settling.CompareAndSwap(false, true) {
-			go q.settleAll() // its own loop does not know of it, and this one has others to serve
+			go q.settleAll() // the loop of its own endpoint does not know of it, and this loop has others to serve
 		}
 		return
 	}
@@ -399,21 +403,21 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 	}
 }
 
-// qp is the queue qp with a number, or nil.
+// qp returns the queue pair with a number, or nil.
 func (p *endpoint) qp(qpn uint32) *queuePair {
 	p.qpsMu.RLock()
 	defer p.qpsMu.RUnlock()
 	return p.qps[qpn]
 }
 
-// outbox is the memory for one datagram of the connection manager, which is sent at once. It is
-// guarded by the endpoint's lock.
+// outbox is the memory for one datagram of the connection manager, which is sent at once.
+// The endpoint's lock guards it.
 type outbox struct {
-	sent   uint32 // datagrams; their sequence numbers
+	sent   uint32 // number of datagrams, used as their sequence numbers
 	packet [wire.MADPacketLen]byte
 	iov    unix.Iovec
 	msg    [1]message
-	path   path // of answers to strangers
+	path   path // path of answers to strangers
 }
 
 // sendMAD sends one message of the connection manager.
@@ -432,18 +436,18 @@ func (p *endpoint) sendMAD(to *path, m *wire.MAD) {
 	h.SetIovlen(1)
 	h.Control = &to.control[0]
 	h.SetControllen(to.controlLen)
-	// What is lost will be sent again; the message fits in any MTU.
+	// A lost message is repeated. The message fits in any MTU.
 	_ = to.sock.send(o.msg[:])
 }
 
-// close ends the receive loop and everything else.
+// close closes listeners, connections and the socket, and ends the receive loop.
 func (p *endpoint) close() error {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
 		return nil
 	}
-	p.closed = true // nothing new begins
+	p.closed = true // no new IDs or listeners from now on
 	ids, listeners := slices.Collect(maps.Values(p.ids)), slices.Collect(maps.Values(p.listeners))
 	p.mu.Unlock()
 	var errs []error

@@ -12,8 +12,8 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// The fuzz targets below are peers that may send anything. What they send is cut out of the
-// input; what comes of it has to be legal at every step.
+// The fuzz targets below are peers that may send anything. The input determines their
+// packets. The results must be legal at every step.
 
 const (
 	fuzzMTU   = 256
@@ -22,13 +22,15 @@ const (
 	fuzzArea  = fuzzSlots * fuzzSlot
 )
 
-// specimen is a queue pair without a network, and memory around it that nobody may touch.
+// specimen is a queue pair without a network, surrounded by memory that must not be
+// accessed.
 type specimen struct {
 	t testing.TB
 	e *end // e.mr is what the peer has a key of
 	q *queuePair
-	// private has receives in its first area, the destinations of READs in the second, and
-	// the sources of SENDs and WRITEs in the third. The peer has no right to it.
+	// private has receives in its first area, the destinations of READs in the
+	// second, and the sources of SENDs and WRITEs in the third. The peer has no right
+	// to it.
 	private rdma.MR
 	foreign rdma.MR // of another domain, with all rights
 	images  [3][]byte
@@ -38,7 +40,8 @@ type specimen struct {
 	wcs               [16]rdma.WC
 }
 
-// fuzzHost is a provider with an address of this process alone: fuzzing has several.
+// fuzzHost returns a provider with an address that only this process has, because fuzzing
+// uses several processes.
 func fuzzHost(f *testing.F, network byte) (*Provider, netip.Addr) {
 	pid := os.Getpid()
 	addr := netip.AddrFrom4([4]byte{127, network, byte(pid >> 8), byte(pid)})
@@ -88,7 +91,7 @@ func (s *specimen) receive(slot int) {
 	check(s.t, err)
 }
 
-// packet gives the queue pair a packet, as the endpoint would.
+// packet passes a packet to the queue pair in the way of the endpoint.
 func (s *specimen) packet(op wire.Opcode, psn uint64, ext []byte, payload []byte) {
 	p := request(op, s.q.num, psn&0xffffff, wire.RETH{}, payload)
 	copy(p[wire.BTHLen:op.HeaderLen()], ext)
@@ -100,7 +103,7 @@ func (s *specimen) packet(op wire.Opcode, psn uint64, ext []byte, payload []byte
 	s.q.settle()
 }
 
-// poll takes completions, which have to come in order.
+// poll takes completions, which must be in order.
 func (s *specimen) poll() {
 	s.t.Helper()
 	for _, cq := range []rdma.CQ{s.e.sendCQ, s.e.recvCQ} {
@@ -187,7 +190,7 @@ func (s *specimen) legal() {
 	}
 }
 
-// untouched checks that memory is what it was, but for [from, to).
+// untouched checks that memory is unchanged, except for [from, to).
 func (s *specimen) untouched(i int, mr rdma.MR, from, to int) {
 	s.t.Helper()
 	if b, want := mr.Bytes(), s.images[i]; !bytes.Equal(b[:from], want[:from]) || !bytes.Equal(b[to:], want[to:]) {
@@ -195,7 +198,7 @@ func (s *specimen) untouched(i int, mr rdma.MR, from, to int) {
 	}
 }
 
-// take cuts n bytes off the input, zeros after its end.
+// take cuts n bytes off the input. After the end of the input it returns zeros.
 func take(in *[]byte, n int) []byte {
 	b := make([]byte, n)
 	*in = (*in)[copy(b, *in):]
@@ -208,9 +211,9 @@ var requestOps = []wire.Opcode{
 	wire.ReadRequest, wire.SendLastInv, wire.SendOnlyInv, wire.CongestionNote, wire.DatagramSendOnly,
 }
 
-// FuzzResponder is a peer that sends requests. Six bytes of the input make one: its opcode, the
-// distance of its sequence number from the one expected, its length, that of its message, and
-// what it wants to reach.
+// FuzzResponder is a peer that sends requests. Six bytes of the input determine one
+// request: its opcode, the distance of its sequence number from the expected one, its
+// length, the length of its message, and its target.
 func FuzzResponder(f *testing.F) {
 	host, addr := fuzzHost(f, 1)
 	f.Add([]byte{4, 0, 64, 0, 0, 0, 4, 0, 0, 0, 0, 0})                                                         // SENDs
@@ -289,8 +292,8 @@ func FuzzResponder(f *testing.F) {
 	})
 }
 
-// FuzzRequester is a peer that answers. Four bytes of the input make an answer, or a work
-// request to be answered, or let time pass.
+// FuzzRequester is a peer that answers. Four bytes of the input determine an answer, a
+// work request to be answered, or a passage of time.
 func FuzzRequester(f *testing.F) {
 	host, addr := fuzzHost(f, 3)
 	f.Add([]byte{0, 100, 0, 0, 8, 0, 0, 0})                                        // SEND, ACK
@@ -355,14 +358,14 @@ func FuzzRequester(f *testing.F) {
 	})
 }
 
-// readUnderTest is a READ: where it puts what, which is the sequence number of each packet.
+// readUnderTest is a READ with its destination and the sequence number of each packet.
 type readUnderTest struct {
 	slot int
 	n    int
 	psn  uint64
 }
 
-// post posts a work request, each fourth time without asking for its completion.
+// post posts a work request. Every fourth one is not signaled.
 func (s *specimen) post(what byte, b []byte, reads map[uint64]readUnderTest) {
 	q := s.q
 	id := s.posted
@@ -397,7 +400,8 @@ func (s *specimen) post(what byte, b []byte, reads map[uint64]readUnderTest) {
 	}
 }
 
-// awaits is how many bytes the response with this sequence number has to have; -1 if it is none.
+// awaits returns the number of bytes that the response with this sequence number must
+// have, or -1 if it is not a response.
 func (s *specimen) awaits(psn uint64) int {
 	q := s.q
 	q.mu.Lock()
@@ -410,7 +414,8 @@ func (s *specimen) awaits(psn uint64) int {
 	return -1
 }
 
-// pollReads is poll for a requester: a READ that succeeded has brought all of what it asked for.
+// pollReads is poll for a requester. A READ that succeeded has brought all requested
+// data.
 func (s *specimen) pollReads(reads map[uint64]readUnderTest) {
 	s.t.Helper()
 	for {
@@ -437,9 +442,9 @@ func (s *specimen) pollReads(reads map[uint64]readUnderTest) {
 	s.poll()
 }
 
-// FuzzManage feeds the connection manager, without a network, with messages cut out
-// of the input, for an ID in any state and a listener. Whatever they say, nothing of
-// them is left when the ID and the requests that came are closed.
+// FuzzManage passes messages that are cut out of the input to the connection manager,
+// without a network, for an ID in any state and a listener. Whatever the messages are,
+// nothing of them is left when the ID and the requests are closed.
 func FuzzManage(f *testing.F) {
 	host, addr := fuzzHost(f, 2)
 	p := host.endpoints[0]
@@ -471,7 +476,7 @@ func FuzzManage(f *testing.F) {
 		if id.state > idRequested {
 			e.queuePair().ready(connected{dest: 99, mtu: 1024})
 		}
-		// Message, whom it is for, who sends it, and a byte of it that is another.
+		// Message, receiver, sender, and a byte that is changed
 		for ; len(in) >= 5; in = in[5:] {
 			var ids [2]uint32
 			for i, known := range []uint32{id.comm, id.peerComm} {

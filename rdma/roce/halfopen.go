@@ -7,27 +7,29 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// A connect request costs the passive side a queue pair and its memory before anything shows
-// that the request came from the address that it names. So there are few connections in this
-// state, and each for a short time. The sources share these places (see makeRoom), and until a
-// peer has proven that it receives our messages, it gets no more bytes than came from its
-// address.
+// A connect request costs the passive side a queue pair and its memory, before anything
+// proves that the request came from the address that it names. So the number of
+// connections in this state is limited, and so is their time. The sources share these
+// places (see makeRoom). Until a peer has proven that it receives our messages, it gets
+// no more bytes than came from its address.
 
 const (
-	// halfOpenTime is how long a connection may be half-open: three times what Linux waits
-	// before it repeats a request.
+	// halfOpenTime limits the time for which a connection is half-open. It is three
+	// times as long as Linux waits before it repeats a request.
 	halfOpenTime = 15 * time.Second
-	// evictionAge is how old a half-open connection must be to make room for another one of the
-	// same share. A peer that receives our answer confirms it long before.
+	// evictionAge is the age at which a half-open connection may make room for
+	// another one of the same share. A peer that receives our answer confirms it long
+	// before.
 	evictionAge = time.Second
 )
 
-// handshakes are the half-open connections of an endpoint. It is guarded by the endpoint's lock.
+// handshakes are the half-open connections of an endpoint. The endpoint's lock guards
+// them.
 type handshakes struct {
-	open    []*connID         // in the order of their requests, until they are established or end
-	byShare map[originKey]int // how many there are of each proven source, and of strangers
-	ending  int               // connections that were abandoned, and whose owner has not closed them yet
-	timer   *time.Timer       // runs while there are any
+	open    []*connID         // in the order of their requests
+	byShare map[originKey]int // number of connections of each proven source, and of all strangers
+	ending  int               // number of abandoned connections whose owner has not closed them yet
+	timer   *time.Timer       // runs while open is not empty
 }
 
 // begin adds a half-open connection to a share.
@@ -44,7 +46,7 @@ func (p *endpoint) begin(id *connID, share originKey) {
 	}
 }
 
-// settled takes out a connection that is not half-open any more.
+// settled removes a connection that is not half-open any more.
 func (p *endpoint) settled(id *connID) {
 	h := &p.handshakes
 	i := slices.Index(h.open, id)
@@ -57,11 +59,12 @@ func (p *endpoint) settled(id *connID) {
 	}
 }
 
-// makeRoom reports whether there is room for one more half-open connection of a source, for
-// which it may end another one. Strangers together have half of the places, and each proven
-// source has MaxHalfOpenPerSource. Who has all of that loses a connection that is old enough.
-// If all places are taken, the share with most connections makes room at once for a proven
-// source that has fewer; of several such shares, that of strangers.
+// makeRoom reports whether there is room for one more half-open connection of a source.
+// It may end another one for this purpose. All strangers together may have half of the
+// places, and each proven source MaxHalfOpenPerSource. A share that has reached its limit
+// loses a connection, if one is old enough. If all places are taken, the largest share
+// makes room at once for a proven source that has fewer connections. Of several largest
+// shares, that of the strangers is chosen.
 func (p *endpoint) makeRoom(o *origin) bool {
 	h, cfg := &p.handshakes, &p.provider.cfg
 	own, most := o.share(), cfg.MaxHalfOpenPerSource
@@ -86,7 +89,7 @@ func (p *endpoint) makeRoom(o *origin) bool {
 	return p.evict(busiest, age)
 }
 
-// evict ends the oldest half-open connection of a share, if it has reached an age.
+// evict ends the oldest half-open connection of a share, if it has reached the age.
 func (p *endpoint) evict(share originKey, age time.Duration) bool {
 	h := &p.handshakes
 	i := slices.IndexFunc(h.open, func(id *connID) bool { return id.state != idEnded && id.share == share })
@@ -98,7 +101,7 @@ func (p *endpoint) evict(share originKey, age time.Duration) bool {
 	return true
 }
 
-// expire ends half-open connections that took too long.
+// expire ends half-open connections that have taken too long.
 func (p *endpoint) expire() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -117,13 +120,13 @@ func (p *endpoint) expire() {
 			p.abandon(id)
 		}
 	}
-	if len(h.open) > 0 { // ended, but not closed yet
+	if len(h.open) > 0 { // they have ended, but are not closed yet
 		h.timer.Reset(halfOpenTime)
 	}
 }
 
-// abandon ends a half-open connection. If Listener.Accept has returned it already, its owner
-// must still close it.
+// abandon ends a half-open connection. If Listener.Accept has returned it already, its
+// owner must still close it.
 func (p *endpoint) abandon(id *connID) {
 	l := id.listener
 	if i := slices.Index(l.requests, id); i >= 0 {
@@ -140,7 +143,7 @@ func (p *endpoint) abandon(id *connID) {
 	id.respond(answer{err: errGaveUp})
 }
 
-// forget takes an ID that is closed out of all tables.
+// forget removes a closed ID from all tables.
 func (p *endpoint) forget(id *connID) {
 	delete(p.ids, id.comm)
 	if id.passive {
@@ -157,13 +160,13 @@ func (p *endpoint) forget(id *connID) {
 	}
 }
 
-// halfOpen reports whether the peer has not proven yet that it receives our messages.
+// halfOpen reports whether the peer has not yet proven that it receives our messages.
 func (id *connID) halfOpen() bool {
 	return id.passive && (id.state == idRequested || id.state == idAccepting)
 }
 
-// send sends a message of a handshake. While the connection is half-open, the peer gets as many
-// as came from it, because its address may be forged.
+// send sends a message of a handshake. While the connection is half-open, the peer gets
+// only as many messages as came from it, because its address may be forged.
 func (id *connID) send(m *wire.MAD) {
 	if id.halfOpen() {
 		if id.owed == 0 {
@@ -175,11 +178,11 @@ func (id *connID) send(m *wire.MAD) {
 	id.endpoint.sendMAD(id.path, m)
 }
 
-// confirmations is how often an RTU is repeated. The passive side does not repeat its REP to ask
-// for one, and may get no other packet.
+// confirmations is the number of times that an RTU is repeated. The passive side does not
+// repeat its REP to request an RTU, and may get no other packet.
 const confirmations = 3
 
-// confirm repeats the RTU until a packet has come from the peer. The lock is held.
+// confirm repeats the RTU until a packet has arrived from the peer. The lock is held.
 func (id *connID) confirm(tries int) {
 	id.confirmation = time.AfterFunc(resendTime(tries), func() {
 		p := id.endpoint

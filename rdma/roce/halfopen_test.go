@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// ask sends connect requests, n of them, that nobody will confirm.
+// ask sends n connect requests that are never confirmed.
 func (x *intruder) ask(port uint16, first, n uint32) {
 	for i := first; i < first+n; i++ {
 		r := wire.Request{Port: port, GUID: 1, QPN: 100 + i, MTU: 1024, Source: x.from.Addr(), Destination: x.to.Addr()}
@@ -23,8 +23,8 @@ func (x *intruder) ask(port uint16, first, n uint32) {
 	}
 }
 
-// victim is who gets the answers to an intruder's messages: the well-known port of the address
-// that they come from.
+// victim gets the answers to an intruder's messages: it has the well-known port of the
+// address from which they come.
 type victim struct {
 	t    *testing.T
 	conn *net.UDPConn
@@ -38,7 +38,7 @@ func newVictim(t *testing.T, x *intruder) *victim {
 	return &victim{t, conn}
 }
 
-// received counts what comes until nothing does for a while.
+// received counts messages until none has arrived for a while.
 func (v *victim) received(quiet time.Duration) (packets, bytes int) {
 	b := make([]byte, 2048)
 	for {
@@ -51,8 +51,8 @@ func (v *victim) received(quiet time.Duration) (packets, bytes int) {
 	}
 }
 
-// serve accepts whatever a listener gives, with a queue pair and memory for each, as a target
-// does, until ctx ends. The result is how many there were at most at a time.
+// serve accepts all requests of a listener, with a queue pair and memory for each, like a
+// target, until ctx is done. It returns the largest number of connections at a time.
 func serve(ctx context.Context, t *testing.T, l rdma.Listener, established func(*end)) (most func() int) {
 	var mu sync.Mutex
 	var running sync.WaitGroup
@@ -88,8 +88,9 @@ func serve(ctx context.Context, t *testing.T, l rdma.Listener, established func(
 	}
 }
 
-// TestRequestFlood: connect requests of a source that does not confirm cost little memory, draw
-// no more than was sent, and keep neither connections nor new ones from working.
+// TestRequestFlood checks that connect requests of a source that does not confirm them
+// cost little memory, cause no more answers than requests, and affect neither connections
+// nor new requests.
 func TestRequestFlood(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpenPerSource: 6, MaxHalfOpen: 10, MaxRequestRate: 200, MaxRequestRatePerSource: 100})
@@ -118,7 +119,7 @@ func TestRequestFlood(t *testing.T) {
 		if i%20 != 10 {
 			continue
 		}
-		// An honest host among them.
+		// An honest host among them
 		id, err := host.Resolve(ctx, netip.Addr{}, l.Addr(), -1)
 		check(t, err)
 		e := makeEnd(t, id, 16, 4096, false)
@@ -151,8 +152,8 @@ func TestRequestFlood(t *testing.T) {
 	}
 }
 
-// TestNoAmplification: who does not confirm gets one answer for each request, whatever the
-// passive side would like to say.
+// TestNoAmplification checks that a source that does not confirm gets one answer for each
+// request, whatever the passive side needs to send.
 func TestNoAmplification(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 16)
@@ -173,7 +174,8 @@ func TestNoAmplification(t *testing.T) {
 	}
 }
 
-// TestStrangersRate: strangers get one answer for each message, and at a limited rate.
+// TestStrangersRate checks that strangers get one answer for each message, at a limited
+// rate.
 func TestStrangersRate(t *testing.T) {
 	open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxRequestRatePerSource: 10})
 	for _, attr := range []wire.Attribute{wire.REP, wire.DREQ, wire.REQ, wire.RTU, wire.MRA, wire.REJ, wire.DREP} {
@@ -196,7 +198,8 @@ func TestStrangersRate(t *testing.T) {
 	}
 }
 
-// TestSources: a host of IPv6 is one source whatever its interface identifier is.
+// TestSources checks that an IPv6 host is one source, whatever its interface identifier
+// is.
 func TestSources(t *testing.T) {
 	for _, c := range []struct{ a, b string }{
 		{"2001:db8::1", "2001:db8::ffff:0:0:2"}, {"192.0.2.1", "192.0.2.1"}, {"fe80::1%3", "fe80::1%3"},
@@ -223,8 +226,8 @@ func (p *endpoint) age(d time.Duration) {
 	}
 }
 
-// TestHalfOpenExpires: handshakes that take too long end, whether anybody has accepted them or
-// not.
+// TestHalfOpenExpires checks that handshakes that take too long end, whether they were
+// accepted or not.
 func TestHalfOpenExpires(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
@@ -272,8 +275,8 @@ func TestHalfOpenExpires(t *testing.T) {
 	}
 }
 
-// TestMakeRoom: strangers have half of the places, and the source with most half-open
-// connections makes room for a proven one.
+// TestMakeRoom checks that strangers have half of the places, and that the source with
+// the most half-open connections makes room for a proven one.
 func TestMakeRoom(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 8, MaxHalfOpenPerSource: 5})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 10)

@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// intruder sends packets of its own making, with a valid ICRC.
+// intruder sends its own packets with a valid ICRC.
 type intruder struct {
 	t    testing.TB
 	conn *net.UDPConn
@@ -35,13 +35,13 @@ func newIntruder(t testing.TB, from, to netip.Addr) *intruder {
 	return &intruder{t, conn, conn.LocalAddr().(*net.UDPAddr).AddrPort(), netip.AddrPortFrom(to, testPort)}
 }
 
-// at makes the intruder send to where a queue pair's packets go.
+// at makes the intruder send to the address of a queue pair.
 func (x *intruder) at(e *end) *intruder {
 	x.to = netip.AddrPortFrom(x.to.Addr(), e.queuePair().endpoint.sock.local.Port())
 	return x
 }
 
-// seal gives a packet the ICRC that it has when it comes from the intruder.
+// seal gives a packet the ICRC for the address of the intruder.
 func (x *intruder) seal(b []byte) []byte {
 	end := len(b) - wire.ICRCLen
 	crc := wire.Update(wire.Header(wire.Base(x.from, x.to, len(b)), b[:wire.BTHLen]), b[wire.BTHLen:end])
@@ -69,7 +69,7 @@ func request(op wire.Opcode, qpn uint32, psn uint64, r wire.RETH, payload []byte
 	return b
 }
 
-// expected is the sequence number that a queue pair waits for.
+// expected returns the sequence number for which a queue pair waits.
 func (e *end) expected() uint64 {
 	q := e.queuePair()
 	q.mu.Lock()
@@ -94,12 +94,12 @@ func TestStrangers(t *testing.T) {
 	write := wire.RETH{VA: b.mr.Addr(), RKey: b.mr.RKey(), Length: 8}
 	payload := []byte("intruder")
 
-	// From another address, everything else right.
+	// From another address, everything else is right.
 	elsewhere := newIntruder(t, netip.MustParseAddr("127.0.0.3"), targetAddr).at(b)
 	elsewhere.send(elsewhere.seal(request(wire.WriteOnly, qpn, b.expected(), write, payload)))
 	until(t, target, "wrong address", func(c Counters) bool { return c.WrongAddress == 1 })
 
-	// From the peer's address, but not quite right.
+	// From the peer's address, something is wrong.
 	near := newIntruder(t, hostAddr, targetAddr).at(b)
 	near.send(near.seal(request(wire.WriteOnly, qpn^1, b.expected(), write, payload)))
 	until(t, target, "unknown queue pair", func(c Counters) bool { return c.UnknownQP == 1 })
@@ -125,13 +125,14 @@ func TestStrangers(t *testing.T) {
 	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
 }
 
-// refusal is what a peer must not send.
+// refusal is a request that a peer must not send.
 type refusal struct {
 	name    string
 	packets func(b *end) [][]byte
 }
 
-// refusals need another connection for what belongs to that.
+// refusals returns the requests. It needs another connection, for keys and queue pairs
+// that belong to it.
 func refusals(otherPeer *end) []refusal {
 	mtu := make([]byte, 4096)
 	return []refusal{
@@ -198,7 +199,8 @@ func refusals(otherPeer *end) []refusal {
 	}
 }
 
-// TestRefusals: what a peer must not do ends its connection, and no other.
+// TestRefusals checks that a forbidden request ends the connection of the peer, and no
+// other.
 func TestRefusals(t *testing.T) {
 	host, target := openForeign(t)
 	other, otherPeer := join(t, host, target, 64, 2*area, false)
@@ -224,7 +226,7 @@ func TestRefusals(t *testing.T) {
 	check(t, otherPeer.id.Close())
 }
 
-// TestReadDepth: a READ more than granted is refused.
+// TestReadDepth checks that a READ beyond the granted number is refused.
 func TestReadDepth(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 64, 8<<20, false)
@@ -248,7 +250,7 @@ func TestReadDepth(t *testing.T) {
 	}
 }
 
-// take gives an end packets in one go.
+// take passes packets to an end at one time.
 func (e *end) take(packets ...[]byte) {
 	e.t.Helper()
 	q := e.queuePair()
@@ -262,8 +264,8 @@ func (e *end) take(packets ...[]byte) {
 	q.settle()
 }
 
-// TestReadsAgain: a peer that asked for READs again, but then got the first answers,
-// may ask for more.
+// TestReadsAgain checks that a peer that requested READs again, but then got the first
+// responses, may request more.
 func TestReadsAgain(t *testing.T) {
 	host, target := openPair(t)
 	_, b := join(t, host, target, 16, 1<<16, false)
@@ -286,7 +288,7 @@ func TestReadsAgain(t *testing.T) {
 	}
 }
 
-// TestGapFilled: a packet that was only overtaken is not asked for.
+// TestGapFilled checks that a packet that was only overtaken is not requested again.
 func TestGapFilled(t *testing.T) {
 	host, target := openPair(t)
 	_, b := join(t, host, target, 16, 1<<16, false)
@@ -298,9 +300,10 @@ func TestGapFilled(t *testing.T) {
 	}
 }
 
-// TestNoAckOfRead: beside the responses of READs no acknowledgement is sent of
-// them, which rdma_rxe would take for the last of them, that may have been lost, nor
-// of what came before them, for which it ends READs of which it has a part.
+// TestNoAckOfRead checks that, beside the responses of READs, no acknowledgement is sent
+// for the READs or for the requests before them. rdma_rxe would interpret the first as
+// the last response, which may have been lost, and the second as the end of READs that it
+// has received in part.
 func TestNoAckOfRead(t *testing.T) {
 	acked := make(chan uint32, 1000)
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: func() func([]byte, func([]byte)) {
@@ -353,8 +356,8 @@ func TestNoAckOfRead(t *testing.T) {
 	}
 }
 
-// TestRandomPackets throws packets with a valid ICRC at a connection, and checks
-// that another one is unharmed.
+// TestRandomPackets sends random packets with a valid ICRC to a connection, and checks
+// that another connection is unharmed.
 func TestRandomPackets(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)

@@ -32,13 +32,13 @@ const (
 type connID struct {
 	endpoint      *endpoint
 	path          *path
-	mtu           int            // payload bytes per packet that we name
+	mtu           int            // payload bytes per packet that this side names to the peer
 	local, remote netip.AddrPort // as callers see them
 	private       []byte
 	passive       bool
 	closing       chan struct{} // closed by Close
 
-	// Guarded by the endpoint's lock.
+	// The endpoint's lock guards these.
 	state    idState
 	closed   bool
 	comm     uint32 // our communication id
@@ -48,27 +48,27 @@ type connID struct {
 	tid      uint64
 	qp       *queuePair
 	param    rdma.ConnParam // of Connect
-	psn      uint32         // the first that the peer sends
+	psn      uint32         // first sequence number that the peer sends
 	request  wire.Request   // on the passive side
-	last     *wire.MAD      // what to say again: our REP or RTU
+	last     *wire.MAD      // our REP or RTU, to be repeated
 	arrived  time.Time      // of the request
-	patient  chan struct{}  // MRA: the peer needs time
-	// Of the passive side.
+	patient  chan struct{}  // has a token after an MRA: the peer needs time
+	// On the passive side
 	listener *listener
-	owed     int       // messages that the peer of a half-open connection may still get
-	share    originKey // of the half-open connections; see origin.share
-	ending   bool      // it was abandoned, and its owner must close it
-	// Of the active side.
+	owed     int       // number of messages that the peer of a half-open connection may still get
+	share    originKey // share of the half-open connections; see origin.share
+	ending   bool      // the connection was abandoned, and its owner must close it
+	// On the active side
 	asking       *wire.MAD // our REQ
 	confirmation *time.Timer
 
-	answer    chan answer   // of Connect and Accept: one at most
-	heardPeer chan struct{} // a packet of the peer has come, which says as much as RTU
+	answer    chan answer   // result of Connect or Accept; at most one
+	heardPeer chan struct{} // has a token after a packet of the peer has arrived, which proves as much as an RTU
 
-	eventsMu     sync.Mutex // guards what follows
+	eventsMu     sync.Mutex // guards the fields below
 	events       chan rdma.Event
 	eventsClosed bool
-	reported     bool // EventDisconnected
+	reported     bool // EventDisconnected was reported
 }
 
 // answer is the result of a connect request.
@@ -122,7 +122,7 @@ func (id *connID) report(t rdma.EventType, detail string) {
 	}
 }
 
-// heard says that a packet of the peer has come.
+// heard records that a packet of the peer has arrived.
 func (id *connID) heard() {
 	select {
 	case id.heardPeer <- struct{}{}:
@@ -130,7 +130,7 @@ func (id *connID) heard() {
 	}
 }
 
-// respond gives the answer to Connect or Accept.
+// respond passes the result to Connect or Accept.
 func (id *connID) respond(a answer) {
 	select {
 	case id.answer <- a:
@@ -159,8 +159,9 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	}
 	data := p.member(recv.vector)
 	if id.passive && ours(id.peerGUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr()) {
-		// The thread that serves a queue pair can take its packets if the socket
-		// has no others. The peer sends to where our messages come from, from now on.
+		// The thread that serves a queue pair can receive its packets if the
+		// socket gets no others. The peer sends to the port from which our
+		// messages come, so from now on they come from this socket.
 		if own, err := p.provider.openDedicated(id.path.local.Addr(), p); err == nil {
 			data, id.path = own, newPath(own.sock, id.path.local.Addr(), id.path.remote, -1)
 		}
@@ -178,7 +179,8 @@ func (id *connID) CreateQP(pd rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	return q, nil
 }
 
-// use makes a domain and two completion queues those of a queue pair, if none is closed.
+// use registers a queue pair with its domain and its two completion queues. It fails if
+// one of them is closed.
 func use(d *domain, send, recv *completionQueue, p *endpoint) error {
 	if err := d.use(); err != nil {
 		return fmt.Errorf("protection domain: %w", err)
@@ -207,14 +209,14 @@ func checkPrivate(private []byte, most int) error {
 	return nil
 }
 
-// Messages of the connection manager are sent again after these times, and the
-// last of them from then on.
+// resendAfter holds the times after which a message of the connection manager is
+// repeated. The last time applies to all further repetitions.
 var resendAfter = [...]time.Duration{500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second}
 
 const (
-	// resends bounds how often, for requests and their answers.
+	// resends is the largest number of repetitions of a request.
 	resends = 15
-	// farewells is the same for a DREQ.
+	// farewellResends limits the number of times that a DREQ is sent.
 	farewellResends = 4
 )
 
@@ -240,7 +242,7 @@ func (id *connID) exchange(ctx context.Context, step string) (answer, error) {
 			if tries++; tries == 2 && id.nobodyThere() {
 				return answer{}, id.stepError(step, unix.ECONNREFUSED)
 			}
-		case <-id.patient: // the peer has it, and needs time
+		case <-id.patient: // the peer has the request, and needs time
 			tries = len(resendAfter) - 1
 			timer.Reset(resendTime(tries))
 		case a := <-id.answer:
@@ -253,8 +255,8 @@ func (id *connID) exchange(ctx context.Context, step string) (answer, error) {
 	}
 }
 
-// established waits until the peer has proven that it got the REP. The REP is repeated only
-// when the REQ is, and the endpoint bounds the time (halfOpenTime).
+// established waits until the peer has proven that it got the REP. The REP is repeated
+// only when the REQ is, and the endpoint limits the time (halfOpenTime).
 func (id *connID) established(ctx context.Context) error {
 	for {
 		select {
@@ -275,7 +277,7 @@ func (id *connID) established(ctx context.Context) error {
 	}
 }
 
-// unheard adds to the error of a request without answer what may be the reason.
+// unheard adds a possible reason to the error of a request without an answer.
 func (id *connID) unheard(err error) error {
 	own, port := id.local.Addr(), id.endpoint.provider.cfg.Port
 	if id.endpoint.sock.local.Port() == port || sameHost(own, id.remote.Addr()) {
@@ -284,29 +286,29 @@ func (id *connID) unheard(err error) error {
 	return fmt.Errorf("%w (another user has port %d of %s, so that only a target of this software can answer)", err, port, own)
 }
 
-// probeTime bounds the wait for an ICMP message.
+// probeTime limits the time that nobodyThere waits for an ICMP message.
 const probeTime = 100 * time.Millisecond
 
-// nobodyThere reports whether the peer's host answers that nobody has the port of
-// RoCEv2. The socket of connections cannot tell: it is not connected.
+// nobodyThere reports whether the peer's host answers that the port of RoCEv2 is closed.
+// The socket of the connections cannot tell, because it is not connected.
 func (id *connID) nobodyThere() bool {
 	to := netip.AddrPortFrom(id.remote.Addr(), id.endpoint.provider.cfg.Port)
 	c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(id.local.Addr(), 0)), net.UDPAddrFromAddrPort(to))
 	if err != nil {
 		return false
 	}
-	defer c.Close() // nothing to lose
+	defer c.Close() // nothing can be lost
 	if err := c.SetDeadline(time.Now().Add(probeTime)); err != nil {
 		return false
 	}
-	if _, _, err := c.WriteMsgUDP(nil, nil, nil); err != nil { // an empty datagram, which everybody ignores
+	if _, _, err := c.WriteMsgUDP(nil, nil, nil); err != nil { // an empty datagram, which every implementation ignores
 		return errors.Is(err, unix.ECONNREFUSED)
 	}
 	_, err = c.Read(make([]byte, 1))
 	return errors.Is(err, unix.ECONNREFUSED)
 }
 
-// Connect implements rdma.ID. After an error only Close is of use.
+// Connect implements rdma.ID. After an error, the ID can only be closed.
 func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, error) {
 	const step = "connect"
 	param.RetryCount, param.RNRRetryCount = min(param.RetryCount, 7), min(param.RNRRetryCount, 7)
@@ -325,7 +327,7 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	}
 	id.state, id.param, id.psn = idConnecting, param, p.provider.cfg.psn()&0xffffff
 	id.tid = uint64(random32())<<32 | uint64(random32())
-	p.strangers.find(id.path.remote.Addr()).proven = true // as far as we care: it may ask us for a proof
+	p.strangers.find(id.path.remote.Addr()).proven = true // for this side, the peer is proven, so that it may ask for a proof
 	r := wire.Request{
 		Port: id.remote.Port(), GUID: p.provider.guid, QPN: id.qp.num, PSN: id.psn,
 		ResponderResources: min(param.ResponderResources, maxReadAtomic),
@@ -349,10 +351,10 @@ func (id *connID) Connect(ctx context.Context, param rdma.ConnParam) ([]byte, er
 	return a.private, a.err
 }
 
-// ackTimeout is the retry timer that we ask the peer for: 537 ms, as Linux asks.
+// ackTimeout is the retry timer that we request of the peer: 537 ms, as Linux does.
 const ackTimeout = 17
 
-// Reasons of REJ that package rdma does not name.
+// Reasons of REJ that package rdma does not name
 const (
 	rejectTimeout        = 4
 	rejectUnsupported    = 5
@@ -360,7 +362,7 @@ const (
 	rejectInvalidPathMTU = 26
 )
 
-// giveUp ends a connect request or an answer; the lock is held.
+// giveUp ends a connect request or its answer. The lock is held.
 func (id *connID) giveUp() {
 	switch id.state {
 	case idConnecting, idAccepting:
@@ -371,7 +373,7 @@ func (id *connID) giveUp() {
 	id.end()
 }
 
-// end ends what the ID stands for; the lock is held.
+// end moves the ID to its final state and fails the queue pair. The lock is held.
 func (id *connID) end() {
 	id.state = idEnded
 	if id.qp != nil {
@@ -379,7 +381,7 @@ func (id *connID) end() {
 	}
 }
 
-// reject sends a REJ; the lock is held.
+// reject sends a REJ. The lock is held.
 func (id *connID) reject(reason uint16, private []byte) {
 	r := wire.Reject{Reason: reason}
 	switch {
@@ -432,7 +434,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) error {
 	case routeErr != nil:
 		return routeErr
 	case payloadMTU(mtu, ours(r.GUID) && sameHost(id.path.local.Addr(), id.path.remote.Addr())) < r.MTU:
-		// The requester names the MTU, and the answer has no place for another.
+		// The requester names the MTU, and the REP cannot name another.
 		id.reject(rejectInvalidPathMTU, nil)
 		id.end()
 		return fmt.Errorf("the peer wants an MTU of %d, the route takes %d: %w", r.MTU, mtu, unix.EMSGSIZE)
@@ -454,7 +456,7 @@ func (id *connID) accept(param rdma.ConnParam, mtu int, routeErr error) error {
 	a.Put(m)
 	id.state, id.last = idAccepting, m
 	id.qp.peerIs(id.peerGUID)
-	id.qp.ready(c) // data may come before the RTU
+	id.qp.ready(c) // data may arrive before the RTU
 	id.send(m)
 	return nil
 }
@@ -490,7 +492,7 @@ func (id *connID) Disconnect() error {
 	return nil
 }
 
-// farewell is a DREQ that has not been answered. It may outlive its ID.
+// farewell is a DREQ without an answer. It may outlive its ID.
 type farewell struct {
 	id    *connID
 	mad   *wire.MAD
@@ -498,7 +500,7 @@ type farewell struct {
 	timer *time.Timer
 }
 
-// leave sends a DREQ, again if need be; the lock is held.
+// leave sends a DREQ, which is repeated until it is answered. The lock is held.
 func (id *connID) leave() {
 	p := id.endpoint
 	id.state = idLeaving
@@ -525,7 +527,7 @@ func (p *endpoint) repeatFarewell(f *farewell) {
 	f.timer.Reset(resendTime(f.tries))
 }
 
-// unused says that an endpoint has served its purpose; the lock is held.
+// unused reports whether a dedicated endpoint is not needed any more. The lock is held.
 func (p *endpoint) unused() bool { return p.dedicated && len(p.ids)+len(p.farewells) == 0 }
 
 func (p *endpoint) farewellDone(f *farewell, detail string) {
@@ -563,12 +565,12 @@ func (id *connID) Close() error {
 		id.confirmation.Stop()
 	}
 	close(id.closing)
-	id.eventsMu.Lock() // before the answer to the farewell can come
+	id.eventsMu.Lock() // before the answer to the DREQ can arrive
 	id.eventsClosed = true
 	close(id.events)
 	id.eventsMu.Unlock()
 	q := id.qp
-	if id.path.sock != p.sock { // which ends with the queue pair
+	if id.path.sock != p.sock { // that socket ends with the queue pair
 		id.path = newPath(p.sock, id.path.local.Addr(), id.path.remote, -1)
 	}
 	p.mu.Unlock()

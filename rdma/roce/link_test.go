@@ -17,7 +17,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// patience bounds every wait for something that must happen.
+// patience limits every wait for something that must happen.
 const patience = 60 * time.Second
 
 func check(t testing.TB, err error) {
@@ -40,10 +40,10 @@ type end struct {
 
 const allAccess = rdma.AccessLocalWrite | rdma.AccessRemoteRead | rdma.AccessRemoteWrite
 
-// lastVector is that of the last end: they take turns.
+// lastVector is the vector of the last end. Ends use the vectors in turn.
 var lastVector atomic.Int32
 
-// newEnd gives an ID its resources. They go at the end of the test.
+// newEnd makes the resources of an ID. They are closed at the end of the test.
 func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	t.Helper()
 	e := makeEnd(t, id, depth, memory, events)
@@ -54,8 +54,8 @@ func newEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	return e
 }
 
-// makeEnd is newEnd for any goroutine: the end is its caller's to close. It is nil after an
-// error, of which the test has heard.
+// makeEnd is newEnd for any goroutine. The caller must close the end. makeEnd returns nil
+// after an error, which it has reported to the test.
 func makeEnd(t testing.TB, id rdma.ID, depth, memory int, events bool) *end {
 	t.Helper()
 	e := &end{t: t, id: id}
@@ -173,7 +173,7 @@ func (e *end) ok(cq rdma.CQ, id uint64) {
 	}
 }
 
-// link loses, repeats, delays and spoils packets on their way in.
+// link loses, repeats, delays and damages arriving packets.
 type link struct {
 	rnd                              *rand.Rand
 	loss, repeat, reorder, corrupted float64
@@ -220,7 +220,7 @@ func (l *link) pass(packet []byte, deliver func([]byte)) {
 	}
 }
 
-// through makes a port's tamper function of a link of its own.
+// through makes a port's tamper function with its own link.
 func through(in func(seed uint64) *link) func() func([]byte, func([]byte)) {
 	var seed uint64
 	return func() func([]byte, func([]byte)) {
@@ -229,7 +229,7 @@ func through(in func(seed uint64) *link) func() func([]byte, func([]byte)) {
 	}
 }
 
-// openLossy is openPair with a link each way.
+// openLossy is openPair with a link in each direction.
 func openLossy(t testing.TB, in func(seed uint64) *link, psn func() uint32) (host, target *Provider) {
 	tamper := through(in)
 	host = open(t, Config{Addrs: []netip.Addr{hostAddr}, tamper: tamper, psn: psn})
@@ -243,8 +243,8 @@ const (
 	slot  = area / slots
 )
 
-// exchange writes, sends and reads messages of all lengths, several at a time,
-// and compares every byte.
+// exchange writes, sends and reads messages of all lengths, several at a time, and
+// compares every byte.
 func exchange(t *testing.T, a, b *end, rounds int, rnd *rand.Rand) {
 	t.Helper()
 	out, back, in := a.mr.Bytes()[:area], a.mr.Bytes()[area:2*area], b.mr.Bytes()
@@ -336,7 +336,7 @@ func TestLoss(t *testing.T) {
 	}
 }
 
-// TestWrap goes through all 24 bits near their end without loss.
+// TestWrap passes the end of the 24-bit sequence numbers without loss.
 func TestWrap(t *testing.T) {
 	for first := uint32(0xffffff - 3); first != 2; first = (first + 1) & 0xffffff {
 		t.Run(fmt.Sprintf("%#x", first), func(t *testing.T) {
@@ -345,8 +345,9 @@ func TestWrap(t *testing.T) {
 			a, b := join(t, host, target, 64, 2*area, false)
 			exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 1)))
 			exchange(t, b, a, 1, rand.New(rand.NewPCG(1, 1)))
-			// A timer that fires early on a loaded machine only costs time. A number
-			// that is compared wrong makes the peer object.
+			// A timer that fires early on a loaded machine only costs time. A
+			// wrong comparison of sequence numbers makes the peer refuse a
+			// packet.
 			if h, g := host.Snapshot(), target.Snapshot(); h.FatalNAKs+h.NAKsReceived+g.FatalNAKs+g.NAKsReceived != 0 {
 				t.Errorf("%+v, %+v", h, g)
 			}
@@ -354,8 +355,8 @@ func TestWrap(t *testing.T) {
 	}
 }
 
-// TestCongestion marks all packets of one side, as routers mark those that they may
-// soon lose. Both sides send less then, and nothing is lost.
+// TestCongestion marks all packets of one side, as routers do before they lose packets.
+// Both sides then send less, and nothing is lost.
 func TestCongestion(t *testing.T) {
 	window := func(e *end) uint64 {
 		q := e.queuePair()
@@ -372,7 +373,8 @@ func TestCongestion(t *testing.T) {
 		if h.Marks != 0 || h.Notes == 0 || g.Marks == 0 || g.Notes != 0 || window(a) > maxWindow/2 || window(b) != maxWindow {
 			t.Errorf("sending: windows %d and %d, %+v, %+v", window(a), window(b), h, g)
 		}
-		// What the host only answers to is marked, too: the target need not be told.
+		// Packets that the host only answers are marked, too. The target need not
+		// be told.
 		exchange(t, b, a, 2, rand.New(rand.NewPCG(3, 4)))
 		if g := target.Snapshot(); g.Notes != 0 || window(b) > maxWindow/2 {
 			t.Errorf("answering: window %d, %+v", window(b), g)
@@ -389,7 +391,7 @@ func TestCongestion(t *testing.T) {
 	})
 }
 
-// TestNotReady has a message wait for its receive through many RNR NAKs.
+// TestNotReady makes a message wait for its receive through many RNR NAKs.
 func TestNotReady(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
@@ -427,8 +429,8 @@ func TestNotReadyLimit(t *testing.T) {
 	}
 }
 
-// TestAckBeforeNAK: rdma_rxe listens to no second NAK before an acknowledgement, so one
-// for what came before the gap goes first.
+// TestAckBeforeNAK checks that an acknowledgement of the packets before the gap precedes
+// a NAK, because rdma_rxe ignores a second NAK before an acknowledgement.
 func TestAckBeforeNAK(t *testing.T) {
 	var victim atomic.Int64
 	victim.Store(-1)
@@ -476,7 +478,7 @@ func TestAckBeforeNAK(t *testing.T) {
 	}
 }
 
-// TestRetryLimit has a peer that is gone.
+// TestRetryLimit checks the retries for a peer that is gone.
 func TestRetryLimit(t *testing.T) {
 	stop := make(chan struct{})
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
@@ -504,8 +506,9 @@ func TestRetryLimit(t *testing.T) {
 	}
 }
 
-// TestRetryLimitUnsignaled has a peer that is gone when nobody waits for what is sent:
-// neither asking for acknowledgements nor more to send gives it more time.
+// TestRetryLimitUnsignaled checks that a peer that is gone gets no more time if only
+// unsignaled requests are sent: neither requests for acknowledgements nor further
+// requests extend it.
 func TestRetryLimitUnsignaled(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 1024, 1<<16, false)
@@ -527,7 +530,7 @@ func TestRetryLimitUnsignaled(t *testing.T) {
 			break
 		}
 	}
-	// A round to ask, and three that wait.
+	// One interval to request an acknowledgement, and three that wait
 	if most := 1 + 3*retryTicks; ticks > most {
 		t.Errorf("failed after %d ticks, want at most %d", ticks, most)
 	}
@@ -536,7 +539,7 @@ func TestRetryLimitUnsignaled(t *testing.T) {
 	}
 }
 
-// TestUnsignaled: what nobody waits for is acknowledged all the same.
+// TestUnsignaled checks that unsignaled requests are acknowledged, too.
 func TestUnsignaled(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<16, false)
@@ -562,7 +565,8 @@ func TestUnsignaled(t *testing.T) {
 	}
 }
 
-// TestReadBehindUnsignaled: a READ does not wait for room that nobody was asked to make.
+// TestReadBehindUnsignaled checks that a READ does not wait for room if no
+// acknowledgement was requested that would make it.
 func TestReadBehindUnsignaled(t *testing.T) {
 	const size = 1 << 17
 	host, target := openPair(t)
@@ -585,7 +589,8 @@ func TestReadBehindUnsignaled(t *testing.T) {
 	a.ok(a.sendCQ, 2)
 }
 
-// TestPathShrinks: a packet that the path does not take fails the connection.
+// TestPathShrinks checks that a packet that is too large for the path fails the
+// connection.
 func TestPathShrinks(t *testing.T) {
 	host, target := openPair(t)
 	a, b := join(t, host, target, 16, 1<<18, false)

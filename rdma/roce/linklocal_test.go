@@ -17,8 +17,8 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// inNetwork runs a test in a process of its own, in a network namespace of its own with two
-// interfaces that are connected to each other.
+// inNetwork runs a test in a process and a network namespace of its own, with two
+// connected interfaces.
 func inNetwork(t *testing.T, test func(t *testing.T)) {
 	t.Helper()
 	const env = "UN_ROCE_NETWORK"
@@ -54,7 +54,7 @@ func inNetwork(t *testing.T, test func(t *testing.T)) {
 	}
 }
 
-// TestLinkLocal connects by link-local addresses, whose zone is an interface.
+// TestLinkLocal connects with link-local addresses, whose zone is an interface.
 func TestLinkLocal(t *testing.T) {
 	inNetwork(t, func(t *testing.T) {
 		one, two := netip.MustParseAddr("fe80::1%left0"), netip.MustParseAddr("fe80::2%left0")
@@ -78,7 +78,8 @@ func TestLinkLocal(t *testing.T) {
 	})
 }
 
-// testTwoInterfaces: each end has the other's address on an interface of its own.
+// testTwoInterfaces checks two ends that have each other's address on their own
+// interfaces.
 func testTwoInterfaces(t *testing.T) {
 	near, far := netip.MustParseAddr("fe80::a%left0"), netip.MustParseAddr("fe80::b%right0")
 	for _, cfg := range []Config{{Addrs: []netip.Addr{near}}, {OnDemand: true}} {
@@ -133,7 +134,7 @@ func testZoneErrors(t *testing.T) {
 			}
 		}
 	}
-	// A zone that means nothing is no hindrance.
+	// A zone without a meaning does no harm.
 	l, err := host.Listen(netip.MustParseAddrPort("[::1%lo]:0"), 1)
 	check(t, err)
 	check(t, l.Close())

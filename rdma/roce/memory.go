@@ -13,10 +13,10 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// device implements rdma.Device. A provider has one.
+// device implements rdma.Device. A provider has exactly one.
 type device struct{ provider *Provider }
 
-// Limits of the device.
+// Limits of the device
 const (
 	maxQPWR       = 4096
 	maxSGE        = 2
@@ -26,7 +26,7 @@ const (
 
 var errTooLarge = fmt.Errorf("exceeds the device's limit: %w", unix.EINVAL)
 
-// busy is the error of closing something that is in use.
+// busy returns the error of closing an object that is in use.
 func busy(what string) error { return fmt.Errorf("destroy %s: %w", what, unix.EBUSY) }
 
 // Attr implements rdma.Device.
@@ -42,15 +42,15 @@ func (d *device) AllocPD() (rdma.PD, error) {
 	return &domain{device: d, local: make(map[uint32]*region), remote: make(map[uint32]*region)}, nil
 }
 
-// domain implements rdma.PD. Whoever touches memory of one of its regions holds
-// mu for reading meanwhile, and looked the key up while doing so; so a key that
-// was taken out of the maps is out of use. It is the innermost lock.
+// domain implements rdma.PD. A goroutine that accesses memory of its regions looks up the
+// key and uses the memory while it holds mu for reading. So a key that was removed from
+// the maps is not in use any more. mu is an innermost lock.
 type domain struct {
 	device *device
-	mu     sync.RWMutex // guards what follows, and the memory of the regions
+	mu     sync.RWMutex // guards the fields below, and the memory of the regions
 	local  map[uint32]*region
 	remote map[uint32]*region
-	users  int // queue pairs and regions
+	users  int // number of queue pairs and regions
 	closed bool
 }
 
@@ -79,14 +79,14 @@ func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 func (d *domain) ReregisterMR(mr rdma.MR) error {
 	m, ok := mr.(*region)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
 		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
 	}
-	// The place in the new domain is taken first, so that an error changes nothing.
+	// Enter the new domain first, so that an error changes nothing.
 	if err := d.use(); err != nil {
 		return fmt.Errorf("reregister memory region: %w", err)
 	}
@@ -125,8 +125,8 @@ func (m *region) Release() error {
 	return nil
 }
 
-// release takes a region out of its domain: its keys name nothing any more. The
-// region's lock is held.
+// release removes a region from its domain, so that its keys become invalid. The region's
+// lock is held.
 func (m *region) release() {
 	d := m.domain
 	if d == nil {
@@ -170,8 +170,8 @@ func (d *domain) Close() error {
 
 // region implements rdma.MR.
 type region struct {
-	mu         sync.Mutex // guards domain and closed; taken before the domain's
-	domain     *domain    // nil when released
+	mu         sync.Mutex // guards domain and closed; taken before the domain's lock
+	domain     *domain    // nil after release
 	mem        []byte
 	addr       uint64
 	access     rdma.Access
@@ -203,8 +203,8 @@ func (m *region) Close() error {
 	return hostmem.Unmap(m.mem)
 }
 
-// piece is the memory that a key names, or nil where key, rights or bounds do
-// not fit. The domain's lock is held, for as long as the memory is used.
+// piece returns the memory that a key names, or nil if the key, the rights or the bounds
+// do not match. The domain's lock must be held while the memory is used.
 func piece(keys map[uint32]*region, key uint32, addr, length uint64, need rdma.Access) []byte {
 	m := keys[key]
 	if m == nil || m.access&need != need {
@@ -217,7 +217,8 @@ func piece(keys map[uint32]*region, key uint32, addr, length uint64, need rdma.A
 	return m.mem[off : off+length]
 }
 
-// invalidate ends a remote key, if its region was offered for that.
+// invalidate ends a remote key. It returns false unless the region has the right
+// AccessRemoteInvalidate.
 func (d *domain) invalidate(key uint32) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -13,8 +13,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// TestOnDemand: hosts and their target share an address, because what is asked
-// from a port of its own is answered there.
+// TestOnDemand checks that hosts and their target can share an address, because the
+// target answers to the port from which a message came.
 func TestOnDemand(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	for range 2 {
@@ -34,8 +34,8 @@ func TestOnDemand(t *testing.T) {
 	}
 }
 
-// TestOnDemandRefused: a port that nobody listens on is refused to who asks from
-// a port of its own, too.
+// TestOnDemandRefused checks that a request from a port of its own is also refused if
+// nothing listens on the target port.
 func TestOnDemandRefused(t *testing.T) {
 	open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	host := open(t, Config{OnDemand: true})
@@ -48,8 +48,8 @@ func TestOnDemandRefused(t *testing.T) {
 	}
 }
 
-// TestNobodyThere: without anybody on the port of RoCEv2 a connect request ends
-// early.
+// TestNobodyThere checks that a connect request ends early if the port of RoCEv2 is
+// closed at the peer.
 func TestNobodyThere(t *testing.T) {
 	host := open(t, Config{OnDemand: true})
 	id, err := host.Resolve(t.Context(), netip.Addr{}, netip.AddrPortFrom(targetAddr, 4420), -1)
@@ -61,14 +61,14 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
-// TestPortTaken: a host that did not get the port of RoCEv2 says so when nobody
-// answers.
+// TestPortTaken checks that the error of a host without the port of RoCEv2 says so if it
+// gets no answer.
 func TestPortTaken(t *testing.T) {
 	host := open(t, Config{OnDemand: true})
 	id, err := host.Resolve(t.Context(), hostAddr, netip.AddrPortFrom(targetAddr, 4420), -1)
 	check(t, err)
 	e := newEnd(t, id, 16, 4096, false)
-	// As if the target were on another machine, which loses everything.
+	// As if the target were on another machine that loses everything
 	far := e.id.(*connID)
 	far.local, far.remote = netip.AddrPortFrom(netip.MustParseAddr("192.0.2.2"), 1), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), 4420)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -89,8 +89,9 @@ func TestOnDemandConfig(t *testing.T) {
 	}
 }
 
-// TestReceive: who serves a queue pair of its own port takes its packets, and
-// what they complete makes no event; when he does not, the port does.
+// TestReceive checks that a caller that serves a queue pair with its own port takes the
+// packets, and that their completions then cause no event. If the caller does not, the
+// port takes them.
 func TestReceive(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	host := open(t, Config{OnDemand: true})
@@ -103,7 +104,7 @@ func TestReceive(t *testing.T) {
 	}
 	q := b.recvCQ.(rdma.Receiver)
 	q.Receiving(true)
-	// await waits for packets or for an event, and says whether there are packets.
+	// await waits for packets or for an event, and reports whether there are packets.
 	await := func() bool {
 		fds := []unix.PollFd{{Fd: int32(q.PacketFD()), Events: unix.POLLIN}, {Fd: int32(q.FD()), Events: unix.POLLIN}}
 		if _, err := unix.Poll(fds, int(patience/time.Millisecond)); err != nil && err != unix.EINTR {
@@ -135,7 +136,8 @@ func TestReceive(t *testing.T) {
 		if packets {
 			q.Receive()
 		}
-		// The port looks for packets, too, when it is told and once in a second.
+		// The port also looks for packets when it is told to, and once per
+		// second.
 		got := event(0)
 		if got {
 			take()
@@ -148,7 +150,7 @@ func TestReceive(t *testing.T) {
 		t.Error("the port takes the packets")
 	}
 
-	// Nobody does: the event that was asked for comes.
+	// The caller does not take them, so the requested event comes.
 	b.recv(11, 0, 8)
 	check(t, q.Arm())
 	a.post(a.wr(11, rdma.Send, 0, 8, b, 0))

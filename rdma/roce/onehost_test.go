@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// joinOneHost connects a host with ports of its own to a target on the same machine.
+// joinOneHost connects a host with its own ports to a target on the same machine.
 func joinOneHost(t *testing.T, depth, memory int, cfg Config) (a, b *end) {
 	t.Helper()
 	here, there := cfg, cfg
@@ -29,8 +29,8 @@ func mtuOf(e *end) int {
 	return q.mtu
 }
 
-// TestOneHostMTU: two ends on one host use large packets, if both have ports of their
-// own.
+// TestOneHostMTU checks that two ends on one host use large packets if both have their
+// own ports.
 func TestOneHostMTU(t *testing.T) {
 	t.Run("own ports", func(t *testing.T) {
 		a, b := joinOneHost(t, 16, 1<<16, Config{})
@@ -47,7 +47,8 @@ func TestOneHostMTU(t *testing.T) {
 	})
 }
 
-// TestOneHostMTUStranger: the large MTU is refused to who is not one of us.
+// TestOneHostMTUStranger checks that the large MTU is refused to a peer that does not use
+// this package.
 func TestOneHostMTUStranger(t *testing.T) {
 	host, target := openPair(t)
 	host.guid = 1
@@ -75,7 +76,7 @@ func TestOneHostMTUStranger(t *testing.T) {
 	check(t, l.Close())
 }
 
-// TestOneHost moves messages of many lengths, as they are and over a lossy link.
+// TestOneHost moves messages of many lengths, also over a lossy link.
 func TestOneHost(t *testing.T) {
 	for _, loss := range []float64{0, 0.05} {
 		t.Run(fmt.Sprintf("loss %v", loss), func(t *testing.T) {
@@ -113,8 +114,8 @@ func TestOneHost(t *testing.T) {
 	}
 }
 
-// TestOneHostFlight: as much is under way as with small packets, and for many small
-// messages no acknowledgement is asked more often.
+// TestOneHostFlight checks that as much data is in flight as with small packets, and that
+// acknowledgements of many small messages are not requested more often.
 func TestOneHostFlight(t *testing.T) {
 	const size = 8 << 20
 	a, b := joinOneHost(t, 64, size, Config{})
@@ -152,8 +153,8 @@ func TestOneHostFlight(t *testing.T) {
 	}
 }
 
-// TestOneHostBuffer: no more is under way than the sockets have room for, which is little
-// without privilege: nothing is lost, and nothing waits for a timer.
+// TestOneHostBuffer checks that the data in flight does not exceed the sockets' buffers,
+// which are small without privilege: nothing is lost, and nothing waits for a timer.
 func TestOneHostBuffer(t *testing.T) {
 	const size, buffer = 8 << 20, 212992 // net.core.rmem_max, where nobody changed it
 	a, b := joinOneHost(t, 64, 2*size, Config{buffer: buffer})

@@ -19,53 +19,56 @@ import (
 // DefaultPort is the UDP port of RoCEv2 (IBTA Annex A17).
 const DefaultPort = wire.Port
 
-// Config describes a Provider. The zero value serves all local addresses of
-// both families on the port of RoCEv2.
+// Config configures a Provider. The zero value serves all local addresses of both
+// families on the port of RoCEv2.
 type Config struct {
-	// Addrs are the local addresses, one socket each; none means the
-	// unspecified address of both families, of which one may be missing.
+	// Addrs are the local addresses. Each gets one socket. None means the unspecified
+	// address of both families; one family may be missing on the host.
 	Addrs []netip.Addr
-	// OnDemand opens no socket before Resolve needs one, and then one on the
-	// local address of the route, for hosts: several, and a target, can then
-	// share a machine. One of them gets the port of RoCEv2. The others, and all
-	// that resolve an address of this machine, which belongs to the target
-	// there, get a port that only a target of this package answers to. Addrs
-	// must be empty.
+	// OnDemand opens no socket before Resolve needs one, and then opens it on the
+	// local address of the route. It is for hosts. It lets several hosts and a target
+	// share a machine. One of the hosts gets the port of RoCEv2. The others get a
+	// port to which only a target of this package answers. A host that resolves an
+	// address of this machine also gets such a port, because the target has the port
+	// of RoCEv2 there. Addrs must be empty.
 	OnDemand bool
-	// Port is the UDP port, here and at the peers; 0 is DefaultPort.
+	// Port is the UDP port on this machine and at the peers. Zero means DefaultPort.
 	Port uint16
-	// NoOffload does without UDP_SEGMENT and UDP_GRO, which are otherwise used
-	// where the kernel has them. Set it where a network card numbers the
-	// segments that it makes in another way than the kernel does.
+	// NoOffload disables UDP_SEGMENT and UDP_GRO, which are otherwise used if the
+	// kernel supports them. Set it if a network card does not number the segments
+	// that it makes in the way of the kernel.
 	NoOffload bool
-	// Receivers is how many sockets share the port of an address, each with a receive
-	// loop of its own; 0 is 1, the most is 64. Queue pairs go to them by the vectors
-	// of their receive completion queues, of which there are as many.
+	// Receivers is the number of sockets that share the port of an address, 1..64.
+	// Zero means 1. Each has a receive loop of its own. Queue pairs are assigned to
+	// them by the vectors of their receive completion queues. There are as many
+	// vectors as receivers.
 	Receivers int
-	// MaxHalfOpen bounds the connections that are half-open: requested or accepted, but
-	// the peer has not proven yet that it got our answer. 0 is 64. Peers of which nothing
-	// proves that they receive our messages have half of these places. Others make room for
-	// each other: the source that has most loses one to a source that has fewer. None stays
-	// half-open for more than 15 s.
+	// MaxHalfOpen limits the number of half-open connections: those that are
+	// requested or accepted while the peer has not yet proven that it got our answer.
+	// Zero means 64. Peers that have not proven that they receive our messages have
+	// half of these places. Others make room for each other: the source with the most
+	// connections loses one to a source that has fewer. No connection stays half-open
+	// for more than 15 s.
 	MaxHalfOpen int
-	// MaxHalfOpenPerSource is the same for each source that is proven: an address of IPv4, a
-	// network of 64 bits of IPv6. 0 is 16. The oldest one makes room for the next, if it is
-	// older than a second.
+	// MaxHalfOpenPerSource is the same limit for each proven source: an IPv4 address,
+	// or an IPv6 network of 64 bits. Zero means 16. The oldest connection makes room
+	// for the next one if it is older than one second.
 	MaxHalfOpenPerSource int
-	// MaxRequestRate bounds the connect requests taken per second, of which those of four
-	// seconds may come at once; 0 is 1024. One half is kept for proven sources that send few.
-	// MaxRequestRatePerSource is the same for each source; 0 is 256. Up to 16 times
-	// MaxRequestRate requests of strangers that are not taken get a challenge.
+	// MaxRequestRate limits the connect requests that are accepted per second. Up to
+	// four times as many may come at once. Zero means 1024. One half is reserved for
+	// proven sources that send few. MaxRequestRatePerSource is the same limit for
+	// each source. Zero means 256. Of the strangers' requests that are not accepted,
+	// up to 16 times MaxRequestRate per second get a challenge.
 	MaxRequestRate          int
 	MaxRequestRatePerSource int
 
-	tamper func() func(packet []byte, deliver func([]byte)) // makes that of an endpoint
-	psn    func() uint32                                    // picks the first sequence number; nil is random
-	ecn    int                                              // of what is sent; 0 is ecnCapable
-	buffer int                                              // of sockets; 0 is socketBuffer
+	tamper func() func(packet []byte, deliver func([]byte)) // makes the tamper function of an endpoint
+	psn    func() uint32                                    // picks the first sequence number; nil: random
+	ecn    int                                              // ECN bits of sent packets; 0: ecnCapable
+	buffer int                                              // size of socket buffers in bytes; 0: socketBuffer
 }
 
-// Defaults of Config.
+// Defaults of Config
 const (
 	defaultHalfOpen          = 64
 	defaultHalfOpenPerSource = 16
@@ -73,31 +76,31 @@ const (
 	defaultRatePerSource     = 256
 )
 
-// Provider makes connections. Its methods may be called from any goroutine.
+// Provider implements rdma.Provider. Its methods may be called from any goroutine.
 type Provider struct {
 	cfg      Config
 	guid     uint64
 	device   device
 	counters counters
 
-	mu        sync.Mutex // guards what follows
+	mu        sync.Mutex // guards the fields below
 	endpoints []*endpoint
 	closed    bool
 
-	drops sync.WaitGroup // endpoints that are being closed
+	drops sync.WaitGroup // endpoints that drop is closing
 }
 
 var _ rdma.Provider = (*Provider)(nil)
 
-// The CA GUID that we name to peers: our mark and 40 random bits. A peer with
-// the mark does as we do in what the standard leaves open, or between us does
-// not need. Another way of doing it needs another mark.
+// The CA GUID that we name to peers consists of our mark and 40 random bits. A peer with
+// the mark uses this package, which defines what the standard leaves open, and what two
+// ends of this package can omit. If this behavior changes, the mark must change.
 const (
 	guidMark  = 0x02756f // locally administered
 	guidShift = 40
 )
 
-// New opens the sockets. The error says which could not be opened.
+// New opens the sockets. The error names the socket that could not be opened.
 func New(cfg Config) (*Provider, error) {
 	if cfg.Port == 0 {
 		cfg.Port = wire.Port
@@ -127,7 +130,7 @@ func New(cfg Config) (*Provider, error) {
 	}
 	if cfg.OnDemand {
 		if len(cfg.Addrs) > 0 {
-			return nil, fmt.Errorf("open RoCE socket: addresses, and on demand: %w", unix.EINVAL)
+			return nil, fmt.Errorf("open RoCE socket: both Addrs and OnDemand are set: %w", unix.EINVAL)
 		}
 		return p, nil
 	}
@@ -153,7 +156,7 @@ func New(cfg Config) (*Provider, error) {
 	return p, nil
 }
 
-// open adds an endpoint. The lock is held, or nobody knows the provider yet.
+// open adds an endpoint. The lock is held, or the provider is not in use yet.
 func (p *Provider) open(addr netip.AddrPort, dedicated bool, manager *endpoint) (*endpoint, error) {
 	s, err := openSocket(addr, socketConfig{
 		plain: p.cfg.NoOffload, share: manager != nil && !dedicated, ecn: p.cfg.ecn, buffer: p.cfg.buffer,
@@ -173,9 +176,9 @@ func (p *Provider) open(addr netip.AddrPort, dedicated bool, manager *endpoint) 
 	return o, nil
 }
 
-// Close closes the sockets and waits for the receive loops. IDs and listeners that are
-// still open are closed first; completion queues, regions and domains stay their owners'
-// to close.
+// Close closes the sockets and waits for the receive loops. It first closes the IDs and
+// listeners that are still open. The owners of completion queues, regions and domains
+// must close them.
 func (p *Provider) Close() error {
 	p.mu.Lock()
 	endpoints := slices.Clone(p.endpoints)
@@ -189,7 +192,7 @@ func (p *Provider) Close() error {
 	return errors.Join(errs...)
 }
 
-// openDedicated opens an endpoint for one queue pair, whose connection is another one's.
+// openDedicated opens an endpoint for one queue pair. manager has its connection.
 func (p *Provider) openDedicated(local netip.Addr, manager *endpoint) (*endpoint, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -199,22 +202,22 @@ func (p *Provider) openDedicated(local netip.Addr, manager *endpoint) (*endpoint
 	return p.open(netip.AddrPortFrom(local, 0), true, manager)
 }
 
-// drop ends an endpoint that nobody uses any more. It does not wait.
+// drop closes an endpoint that is not used any more. It does not wait.
 func (p *Provider) drop(o *endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	i := slices.Index(p.endpoints, o)
 	if i < 0 || p.closed {
-		return // Close does it
+		return // Close closes the endpoint
 	}
 	p.endpoints = slices.Delete(p.endpoints, i, i+1)
-	p.drops.Go(func() { _ = o.close() }) // nobody waits for what could go wrong
+	p.drops.Go(func() { _ = o.close() }) // there is no caller to get an error
 }
 
 // Name implements rdma.Provider.
 func (*Provider) Name() string { return "roce" }
 
-// endpointFor is the endpoint that sends from local to remote.
+// endpointFor returns the endpoint that sends from local to remote. It may open one.
 func (p *Provider) endpointFor(local, remote netip.Addr) (*endpoint, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -242,7 +245,7 @@ func (p *Provider) endpointFor(local, remote netip.Addr) (*endpoint, error) {
 	return p.open(netip.AddrPortFrom(local, 0), true, nil)
 }
 
-// sameHost reports whether two addresses are known to be of one host.
+// sameHost reports whether two addresses are known to belong to one host.
 func sameHost(a, b netip.Addr) bool { return a == b || a.IsLoopback() }
 
 // Resolve implements rdma.Provider.
@@ -259,7 +262,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	}
 	local = local.Unmap()
 	if to.Zone() == "" && to.IsLinkLocalUnicast() {
-		to = to.WithZone(local.Zone()) // they are on one network
+		to = to.WithZone(local.Zone()) // both addresses are on one network
 	}
 	shown := to
 	to, err := canonical(to)
@@ -270,7 +273,7 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 		return fail(err)
 	}
 	if !local.IsValid() {
-		// An endpoint with an address of its own sends from no other.
+		// An endpoint that is bound to an address sends from no other.
 		local = p.onlyAddr(to.Is4())
 	}
 	local, mtu, err := route(local, netip.AddrPortFrom(to, p.cfg.Port))
@@ -295,8 +298,8 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	return id, nil
 }
 
-// onlyAddr is the address that the first socket of a family is bound to; the
-// zero one if it is not bound to one, or the route may choose.
+// onlyAddr returns the address to which the first socket of a family is bound. It returns
+// the zero address if that socket is bound to all addresses, or if the route may choose.
 func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -311,10 +314,11 @@ func (p *Provider) onlyAddr(v4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// ephemeral picks a port number that has no meaning but to differ.
+// ephemeral picks a port number that serves only to distinguish connections.
 func ephemeral() uint16 { return 49152 + uint16(random32()%16384) }
 
-// route asks the kernel for the canonical local address and the MTU of the way to remote.
+// route returns the kernel's choice of the local address, in canonical form, and the MTU
+// of the route to remote.
 func route(local netip.Addr, remote netip.AddrPort) (netip.Addr, int, error) {
 	network, level, option := "udp6", unix.IPPROTO_IPV6, unix.IPV6_MTU
 	if remote.Addr().Is4() {
@@ -350,12 +354,12 @@ func getsockopt(raw syscall.RawConn, level, option int) (v int, err error) {
 	return v, err
 }
 
-// overhead is what a netdev's MTU must exceed that of RoCE by, as rdma_rxe
-// reckons it.
+// overhead is the number of bytes by which a netdev's MTU must exceed that of RoCE, in
+// the reckoning of rdma_rxe.
 const overhead = 80
 
-// payloadMTU is the largest MTU of RoCE that fits in a netdev's; 0: none does. Two
-// ends of ours on one host may use a larger one than the standard has.
+// payloadMTU returns the largest MTU of RoCE that fits in a netdev's MTU, or 0 if none
+// fits. Two ends of this package on one host may use a larger MTU than the standard has.
 func payloadMTU(mtu int, oneHost bool) int {
 	if oneHost && mtu >= wire.HostMTU+overhead {
 		return wire.HostMTU
@@ -390,7 +394,7 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 	if o == nil {
 		return fail(unix.EADDRNOTAVAIL)
 	}
-	// The kernel knows whether it is an address of ours.
+	// The kernel knows whether the address belongs to this machine.
 	probe, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 0)))
 	if err != nil {
 		return fail(err)
@@ -408,10 +412,10 @@ func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, erro
 // listener implements rdma.Listener.
 type listener struct {
 	endpoint *endpoint
-	addr     netip.AddrPort // as asked for
-	bound    netip.Addr     // the same, canonical
+	addr     netip.AddrPort // as requested
+	bound    netip.Addr     // the same address in canonical form
 	backlog  int
-	ready    chan struct{} // has a token when requests may be waiting
+	ready    chan struct{} // has a token if requests may be waiting
 	closed   chan struct{}
 	once     sync.Once
 
@@ -445,7 +449,7 @@ func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 	}
 }
 
-// take gives the oldest request, or nil. It leaves a token for the next.
+// take returns the oldest request, or nil. It leaves a token for the next one.
 func (l *listener) take() *connID {
 	l.endpoint.mu.Lock()
 	defer l.endpoint.mu.Unlock()
@@ -465,7 +469,7 @@ func (l *listener) signal() {
 	}
 }
 
-// Close implements rdma.Listener. Requests that nobody accepted are refused.
+// Close implements rdma.Listener. It refuses requests that were not accepted.
 func (l *listener) Close() error {
 	var errs []error
 	l.once.Do(func() {

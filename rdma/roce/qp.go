@@ -13,8 +13,8 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// Statuses that package rdma does not name, since its users do not branch on
-// them (ibv_wc_status).
+// Statuses that package rdma does not name, because its users do not branch on them
+// (ibv_wc_status)
 const (
 	wcLocalLength   rdma.WCStatus = 1
 	wcLocalOp       rdma.WCStatus = 2
@@ -27,44 +27,43 @@ const (
 type qpState uint8
 
 const (
-	qpInit qpState = iota + 1 // takes receives
+	qpInit qpState = iota + 1 // accepts receives
 	qpReady
-	qpFailed // flushes
+	qpFailed // flushes all work requests
 	qpDestroyed
 )
 
-// queuePair implements rdma.QP. It is a requester and a responder that share a path
-// and a lock. Sequence numbers are 64 bits wide here, of which the wire has the
-// low 24.
+// queuePair implements rdma.QP. It consists of a requester and a responder, which share a
+// path and a lock. Sequence numbers have 64 bits here. The packets carry the low 24.
 type queuePair struct {
 	provider       *Provider
-	endpoint       *endpoint // whose packets it gets
+	endpoint       *endpoint // receives its packets
 	id             *connID
 	pd             *domain
 	sendCQ, recvCQ *completionQueue
 	num            uint32
-	here, there    netip.Addr // addresses, without zones
-	scope          uint32     // the interface of theirs that are link-local
+	here, there    netip.Addr // local and remote address, without zones
+	scope          uint32     // interface of link-local addresses
 
-	// Guarded by the endpoint's recvMu.
+	// The endpoint's recvMu guards these.
 	recvBases baseCache
 	dirty     bool
 
-	// peerPort is the UDP port that all packets of the peer come from; 0: any. Peers that are
-	// ours have one.
+	// peerPort is the UDP port from which all packets of the peer come. 0 means any
+	// port. It is not 0 if the peer uses this package.
 	peerPort atomic.Uint32
-	ours     atomic.Bool // the peer numbers its packets as we do
-	near     atomic.Bool // and it is on this host: ICRCs are those of the headers alone
+	ours     atomic.Bool // the peer uses this package, and numbers its packets in the same way
+	near     atomic.Bool // in addition, it is on this host: ICRCs cover only the headers
 
 	settling atomic.Bool // settleAll runs
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	state qpState
 	path  *path
 	out   *batch
-	dest  uint32 // the peer's queue pair
-	mtu   int    // of the path: payload bytes per packet
-	// unproven says that no packet has come that only the peer can have sent, which is a
+	dest  uint32 // number of the peer's queue pair
+	mtu   int    // payload bytes per packet on the path
+	// unproven is true until a packet arrives that only the peer can have sent: a
 	// request with the sequence number that our REQ or REP named.
 	unproven bool
 
@@ -75,7 +74,7 @@ type queuePair struct {
 // Num implements rdma.QP.
 func (q *queuePair) Num() uint32 { return q.num }
 
-// newQueuePair makes a queue pair in its initial state, which nobody can reach yet.
+// newQueuePair makes a queue pair in its initial state. No packet can reach it yet.
 func newQueuePair(id *connID, p *endpoint, pd *domain, send, recv *completionQueue, cfg rdma.QPConfig) *queuePair {
 	q := &queuePair{
 		provider: p.provider, endpoint: p, id: id, pd: pd, sendCQ: send, recvCQ: recv,
@@ -88,7 +87,8 @@ func newQueuePair(id *connID, p *endpoint, pd *domain, send, recv *completionQue
 	return q
 }
 
-// Errors of the posting calls, made beforehand as these may be hot.
+// Errors of PostSend and PostRecv, made in advance because these calls may be on the hot
+// path
 var (
 	errSendState = fmt.Errorf("post send: queue pair is not connected: %w", unix.EINVAL)
 	errSendFull  = fmt.Errorf("post send: queue is full: %w", unix.ENOMEM)
@@ -151,9 +151,8 @@ func (q *queuePair) Fail() error {
 	return nil
 }
 
-// fail moves to the error state. The oldest send work request completes with
-// status, all others as flushed. The lock is held, here and in everything
-// below.
+// fail moves the queue pair to the error state. The oldest send work request completes
+// with status, all others as flushed. The lock is held, here and in everything below.
 func (q *queuePair) fail(status rdma.WCStatus) {
 	if q.state >= qpFailed {
 		return
@@ -167,7 +166,7 @@ func (q *queuePair) fail(status rdma.WCStatus) {
 	q.flush()
 }
 
-// flush completes everything outstanding.
+// flush completes all outstanding work requests.
 func (q *queuePair) flush() {
 	for q.head < q.tail {
 		q.completeSend(rdma.WCFlushErr)
@@ -177,7 +176,7 @@ func (q *queuePair) flush() {
 	}
 }
 
-// destroy ends the queue pair for ever.
+// destroy ends the queue pair for good.
 func (q *queuePair) destroy() {
 	q.mu.Lock()
 	q.fail(rdma.WCFlushErr)
@@ -192,12 +191,11 @@ func (q *queuePair) destroy() {
 	}
 }
 
-// peerIs says whose queue pair the peer is. It comes before ready, and after
-// redirect.
+// peerIs records the GUID of the peer. It is called before ready, and after redirect.
 //
-// Packets of one host to itself stay in its memory, where the kernel computes no
-// checksum of TCP either. Both ends know when that is so: both have ports of
-// their own, which nobody else would answer to.
+// Packets of a host to itself stay in its memory. For TCP, the kernel computes no
+// checksum of them either. Both ends know about this case, because both have ports of
+// their own, to which nothing else would answer.
 func (q *queuePair) peerIs(guid uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -210,12 +208,13 @@ func (q *queuePair) peerIs(guid uint64) {
 	q.out.headersOnly = near
 }
 
-// ready connects the queue pair. recvPSN is the first that the peer sends.
+// ready connects the queue pair. recvPSN is the first sequence number that the peer
+// sends.
 func (q *queuePair) ready(c connected) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.state != qpInit {
-		return // failed before; it stays so
+		return // it failed before, and stays failed
 	}
 	q.state = qpReady
 	q.dest, q.mtu = c.dest, c.mtu
@@ -223,7 +222,7 @@ func (q *queuePair) ready(c connected) {
 	q.responder.start(&c)
 }
 
-// redirect makes packets go to another port of the peer. It comes before ready.
+// redirect makes packets go to another port of the peer. It is called before ready.
 func (q *queuePair) redirect(port uint16) *path {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -234,26 +233,27 @@ func (q *queuePair) redirect(port uint16) *path {
 	return q.path
 }
 
-// connected is what a queue pair needs to know of its connection.
+// connected holds the parameters of a connection.
 type connected struct {
 	dest             uint32
 	mtu              int
 	sendPSN, recvPSN uint32
 	retries          uint8 // of the retry timer
-	notReadyRetries  uint8 // after RNR NAKs, 7 = for ever
-	readDepth        int   // RDMA READs that we may have outstanding
+	notReadyRetries  uint8 // after RNR NAKs; 7: no limit
+	readDepth        int   // RDMA READs that this side may have outstanding
 	readsServed      int   // RDMA READs that the peer may have outstanding
 }
 
-// Extended sequence numbers start above 0, so that they can go down a bit.
+// startPSN returns the extended sequence number of the first packet. It is far above 0,
+// so that extend can go down.
 func startPSN(psn uint32) uint64 { return 1<<24 | uint64(psn) }
 
-// extend gives the extended sequence number nearest to ref.
+// extend returns the extended sequence number nearest to ref.
 func extend(psn uint32, ref uint64) uint64 {
 	return ref + uint64(int64(wire.PSNDiff(psn, uint32(ref&0xffffff))))
 }
 
-// packets is how many packets a message of n bytes takes.
+// packets returns the number of packets of a message of n bytes.
 func (q *queuePair) packets(n uint32) uint64 {
 	return max(1, (uint64(n)+uint64(q.mtu)-1)/uint64(q.mtu))
 }
@@ -269,21 +269,21 @@ func (q *queuePair) header(op wire.Opcode, psn uint64, ackReq bool) []byte {
 	return b
 }
 
-// send sends what transmit and respond have put into the batch.
+// send sends the packets that transmit and respond have put into the batch.
 func (q *queuePair) send() {
 	if q.out.packets == 0 {
 		return
 	}
 	q.provider.counters.packetsSent.Add(uint64(q.out.packets))
 	if q.out.flush() != nil {
-		// The path takes less than it did when the connection was made, and a
+		// The path carries less than when the connection was made, and a
 		// connection cannot change its MTU.
 		q.tooLarge = true
 	}
 }
 
-// settle does what a batch of packets, or a timer, made due.
-// It reports whether more is to be done at once.
+// settle sends what became due by a batch of packets or a timer. It reports whether there
+// is more to do at once.
 func (q *queuePair) settle() (more bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -297,14 +297,14 @@ func (q *queuePair) settle() (more bool) {
 	return more
 }
 
-// settleAll settles until nothing is to be done, or the queue pair has ended.
+// settleAll calls settle until nothing is left to do, or the queue pair has ended.
 func (q *queuePair) settleAll() {
 	defer q.settling.Store(false)
 	for q.settle() {
 	}
 }
 
-// receive takes a packet whose ICRC and addresses are right.
+// receive handles a packet whose ICRC and addresses are right.
 func (q *queuePair) receive(h *wire.BTH, packet, payload []byte, congested bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -340,8 +340,9 @@ func (q *queuePair) heardOfPeer() bool {
 	return !q.unproven || q.una != q.firstPSN
 }
 
-// congested takes a mark of a router. If the peer's requests met congestion, it is asked to
-// send less; if they are responses to our READs, we ask for less.
+// congested handles the congestion mark of a router. If the peer's requests met
+// congestion, the peer is asked to send less. If they are responses to our READs, this
+// side requests less.
 func (q *queuePair) congested(op wire.Opcode) {
 	q.provider.counters.marks.Add(1)
 	switch op {
@@ -353,7 +354,7 @@ func (q *queuePair) congested(op wire.Opcode) {
 	}
 }
 
-// stopped makes a timer that does not run yet: to make one is to allocate.
+// stopped returns a timer that does not run yet, because making one later would allocate.
 func stopped(f func()) *time.Timer {
 	t := time.AfterFunc(time.Hour, f)
 	t.Stop()

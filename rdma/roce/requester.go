@@ -7,70 +7,70 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// Limits of the requester.
+// Limits of the requester
 const (
-	maxWindow = 128 // unacknowledged packets, as rdma_rxe keeps
-	minWindow = 8   // but fewer of large ones
+	maxWindow = 128 // unacknowledged packets; rdma_rxe has the same limit
+	minWindow = 8   // but fewer if packets are large
 	readChunk = 64  // response packets that one READ request asks for, at most
 
-	// Limits in bytes, which large packets come to first.
+	// Limits in bytes, which large packets reach first
 	maxFlight = 1 << 20
 	readBytes = readChunk * 4096
 	askBytes  = askEvery * 4096
 
-	askEvery = 32 // packets after which to ask for an acknowledgement anyway
+	askEvery = 32 // number of packets after which an acknowledgement is requested in any case
 
-	// With seven retries a peer has 3.7 s for an answer, and 4.8 s if it has been slow.
+	// With seven retries, a peer has 3.7 s to answer, and 4.8 s if it has been slow.
 	minRetry = 100 * time.Millisecond
 	maxRetry = 600 * time.Millisecond
-	// retryTicks is how often the timer looks for progress in one retry
-	// interval, so that sending need not read the clock.
+	// retryTicks is the number of times that the timer looks for progress in one
+	// retry interval, so that sending need not read the clock.
 	retryTicks = 2
 )
 
-// sendEntry is a send work request under way.
+// sendEntry is a send work request that has not completed.
 type sendEntry struct {
 	wr      rdma.SendWR
-	psn     uint64 // of its first packet; n of them, for a READ those of the response
+	psn     uint64 // of its first packet; it has n packets (for a READ: responses)
 	n       uint64
-	before  uint64 // bytes of all work requests before it
+	before  uint64 // number of bytes of all work requests before it
 	length  uint32
 	invalid bool // its lengths make no sense
-	probe   bool // ours, not the consumer's: it makes no completion
+	probe   bool // the requester made it for itself, so it causes no completion
 }
 
-// requester is the sending half of a queue pair. Positions in sendQ and
-// sequence numbers count up for ever:
+// requester is the sending half of a queue pair. Positions in sendQ and sequence numbers
+// do not wrap around:
 //
 //	head ≤ cur ≤ tail        una ≤ nxt ≤ top ≤ end
 //
 // una lies in the work request at head, and nxt in the one at cur.
 type requester struct {
-	sendQ           []sendEntry // one more than the consumer may use, for a probe
-	probing         uint64      // probes among the entries: 0 or 1
+	sendQ           []sendEntry // one more entry than the consumer may use, for a probe
+	probing         uint64      // number of probes in sendQ, 0 or 1
 	head, cur, tail uint64
-	firstPSN        uint64 // of the connection
-	una             uint64 // oldest not acknowledged
+	firstPSN        uint64 // first sequence number of the connection
+	una             uint64 // oldest sequence number without an acknowledgement
 	nxt             uint64 // next to send
-	top             uint64 // next never sent before
-	end             uint64 // next to give to a work request
-	posted          uint64 // bytes of all work requests
-	asked           uint64 // all before it will be acknowledged without being asked again
-	askedBytes      uint64 // what they carry, and all before them
-	ask             bool   // the next packet asks
+	top             uint64 // next that was never sent before
+	end             uint64 // next to assign to a work request
+	posted          uint64 // number of bytes of all work requests
+	asked           uint64 // everything before it will be acknowledged without another request
+	askedBytes      uint64 // number of bytes of all packets before asked
+	ask             bool   // the next packet requests an acknowledgement
 
 	window uint64
-	flight uint64 // bytes of data that may be under way
-	growth uint64 // acknowledged since the window grew
-	slowed uint64 // no mark before it counts
-	depth  int    // RDMA READ requests that may be outstanding
+	flight uint64 // number of bytes of data that may be in flight
+	growth uint64 // number of packets acknowledged since the window grew
+	slowed uint64 // congestion marks of packets before it do not count
+	depth  int    // number of RDMA READ requests that may be outstanding
 	asking readEnds
 
 	retryLimit, notReadyLimit uint8
 	retries, notReady         uint8
-	gapOpen                   bool   // una was asked for again
-	gapHigh                   uint64 // what was seen beyond it since
-	tooLarge                  bool   // EMSGSIZE
+	gapOpen                   bool   // una was requested again
+	gapHigh                   uint64 // sequence number that was seen beyond the gap since then
+	tooLarge                  bool   // the socket returned EMSGSIZE
 
 	timer, notReadyTimer *time.Timer
 	timing               bool // timer runs
@@ -79,11 +79,11 @@ type requester struct {
 	idleTicks            int
 	seen                 uint64 // una at the last tick
 	rtt                  time.Duration
-	sample               uint64 // acknowledgement of it ends the measurement; 0 = none runs
+	sample               uint64 // its acknowledgement ends the measurement of rtt; 0: none runs
 	sampled              time.Time
 }
 
-// readEnds are where the outstanding READ requests end.
+// readEnds holds the ends of the outstanding READ requests.
 type readEnds struct {
 	ends    [maxReadAtomic]uint64
 	head, n int
@@ -101,12 +101,14 @@ func (r *readEnds) acked(una uint64) {
 	}
 }
 
-// start begins a connection over a socket with so many bytes of receive buffer.
+// start begins a connection over a socket with a receive buffer of the given number of
+// bytes.
 func (r *requester) start(c *connected, buffer uint64) {
 	psn := startPSN(c.sendPSN)
 	r.firstPSN, r.una, r.nxt, r.top, r.end, r.asked, r.seen = psn, psn, psn, psn, psn, psn, psn
 	r.window = maxWindow
-	// What we read goes there; what we write, to one that is as large, if anybody knows.
+	// Read data arrives in this buffer. Written data arrives in a buffer that is
+	// assumed to be as large.
 	r.flight = min(maxFlight, buffer/4*3)
 	r.depth = min(c.readDepth, maxReadAtomic)
 	r.retryLimit, r.notReadyLimit = c.retries, c.notReadyRetries
@@ -114,7 +116,7 @@ func (r *requester) start(c *connected, buffer uint64) {
 
 func (r *requester) entry(pos uint64) *sendEntry { return &r.sendQ[pos%uint64(len(r.sendQ))] }
 
-// enqueue takes a work request.
+// enqueue adds a work request to the queue, if it is valid and there is room.
 func (q *queuePair) enqueue(wr *rdma.SendWR) error {
 	switch {
 	case wr.Op < rdma.Send || wr.Op > rdma.Read || wr.NumSGE > maxSGE:
@@ -126,7 +128,7 @@ func (q *queuePair) enqueue(wr *rdma.SendWR) error {
 	return nil
 }
 
-// add puts a work request at the end of the queue and gives it its sequence numbers.
+// add appends a work request to the queue and assigns its sequence numbers.
 func (q *queuePair) add(wr *rdma.SendWR) *sendEntry {
 	e := q.entry(q.tail)
 	length := uint64(0)
@@ -147,13 +149,14 @@ func (q *queuePair) add(wr *rdma.SendWR) *sendEntry {
 	return e
 }
 
-// probe asks the peer's adapter whether it still has its queue pair, by an RDMA WRITE of no
-// bytes. If it has not, this one fails when its retries are used up, and says so by an event.
+// probe sends an RDMA WRITE of no bytes to find out whether the peer's adapter still has
+// the queue pair. If it does not, the probe fails when its retries are used up, and an
+// event reports this.
 func (q *queuePair) probe() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.state != qpReady || q.head < q.tail {
-		return // what is under way asks the same
+		return // the work requests in flight have the same effect
 	}
 	q.add(&rdma.SendWR{Op: rdma.Write, Signaled: true}).probe = true
 	q.probing = 1
@@ -161,8 +164,8 @@ func (q *queuePair) probe() {
 	q.send()
 }
 
-// local is the memory of a work request; false if keys or bounds do not fit.
-// The domain's lock is held.
+// local returns the memory of a work request. It returns false if keys or bounds do not
+// match. The domain's lock is held.
 func (q *queuePair) local(e *sendEntry) (mem [2][]byte, ok bool) {
 	need := rdma.Access(0)
 	if e.wr.Op == rdma.Read {
@@ -180,7 +183,7 @@ func (q *queuePair) local(e *sendEntry) (mem [2][]byte, ok bool) {
 	return mem, true
 }
 
-// cut gives n bytes from off of memory in two pieces.
+// cut returns n bytes at offset off of mem, as two pieces.
 func cut(mem *[2][]byte, off, n int) (first, second []byte) {
 	a := len(mem[0])
 	if off >= a {
@@ -192,14 +195,14 @@ func cut(mem *[2][]byte, off, n int) (first, second []byte) {
 	return mem[0][off:], mem[1][:off+n-a]
 }
 
-// transmit sends as much as window and READ depth allow.
+// transmit sends as much as the window and the READ depth allow.
 func (q *queuePair) transmit() {
 	if q.state != qpReady || q.waiting || q.cur == q.tail {
 		return
 	}
 	q.pd.mu.RLock()
 	status := q.transmitLocked()
-	q.send() // while the memory cannot go
+	q.send() // while the lock keeps the memory valid
 	q.pd.mu.RUnlock()
 	switch {
 	case q.tooLarge:
@@ -212,8 +215,8 @@ func (q *queuePair) transmit() {
 	}
 }
 
-// transmitLocked returns the status with which the oldest work request ends, if
-// nothing more can be sent for it.
+// transmitLocked returns WCSuccess, or the status with which the oldest work request must
+// end because it cannot be sent.
 func (q *queuePair) transmitLocked() rdma.WCStatus {
 	var mem [2][]byte
 	memOf := ^uint64(0)
@@ -227,7 +230,7 @@ func (q *queuePair) transmitLocked() rdma.WCStatus {
 		if memOf != q.cur {
 			var ok bool
 			if mem, ok = q.local(e); !ok || e.invalid {
-				// Those before it may still succeed.
+				// Earlier work requests may still succeed.
 				switch {
 				case q.cur != q.head:
 					return rdma.WCSuccess
@@ -253,23 +256,23 @@ func (q *queuePair) transmitLocked() rdma.WCStatus {
 	return rdma.WCSuccess
 }
 
-// carried is how many bytes the packets of e before psn carry, with all of those before
-// e.
+// carried returns the number of bytes that the packets of e before psn carry, plus those
+// of all work requests before e.
 func (q *queuePair) carried(e *sendEntry, psn uint64) uint64 {
 	return e.before + min((psn-e.psn)*uint64(q.mtu), uint64(e.length))
 }
 
-// sendRead asks for the next part of a READ; false if that must wait. There is room
-// for packets, and for bytes in them.
+// sendRead requests the next part of a READ, if there is room for the packets and the
+// bytes of its response. It returns false if the request must wait.
 func (q *queuePair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	i := q.nxt - e.psn
-	// A part that is asked for again must not reach beyond one that was asked
-	// for at first, so the ends are always the same.
+	// A part that is requested again must end where the first request for it ended,
+	// so the ends are always the same.
 	chunk := min(readChunk, readBytes/uint64(q.mtu))
 	n := min(e.n-i, chunk-i%chunk)
 	off := uint32(i) * uint32(q.mtu)
 	length := min(e.length-off, uint32(n)*uint32(q.mtu))
-	// What is under way makes room only if it will be acknowledged.
+	// Data in flight makes room only if it will be acknowledged.
 	if q.asking.n == q.depth || (room < n || bytes < uint64(length)) && q.asked > q.una {
 		return false
 	}
@@ -288,15 +291,15 @@ func (q *queuePair) sendRead(e *sendEntry, room, bytes uint64) bool {
 	return true
 }
 
-// sendOps are the opcodes by operation and place in the message.
+// sendOps holds the opcodes by operation and place in the message.
 var sendOps = [rdma.Read]struct{ first, middle, last, only wire.Opcode }{
 	rdma.Send:           {wire.SendFirst, wire.SendMiddle, wire.SendLast, wire.SendOnly},
 	rdma.SendInvalidate: {wire.SendFirst, wire.SendMiddle, wire.SendLastInv, wire.SendOnlyInv},
 	rdma.Write:          {wire.WriteFirst, wire.WriteMiddle, wire.WriteLast, wire.WriteOnly},
 }
 
-// sendPacket sends the next packet of a SEND or WRITE. So many bytes were sent since the
-// peer was asked for an acknowledgement.
+// sendPacket sends the next packet of a SEND or WRITE. unasked is the number of bytes
+// that were sent since the peer was last asked for an acknowledgement.
 func (q *queuePair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, unasked uint64) {
 	i := q.nxt - e.psn
 	first, last := i == 0, i == e.n-1
@@ -339,7 +342,7 @@ func (q *queuePair) sendPacket(e *sendEntry, mem *[2][]byte, lastOfWindow bool, 
 	}
 }
 
-// completeSend ends the oldest work request.
+// completeSend completes the oldest work request.
 func (q *queuePair) completeSend(status rdma.WCStatus) {
 	e := q.entry(q.head)
 	q.head++
@@ -347,7 +350,7 @@ func (q *queuePair) completeSend(status rdma.WCStatus) {
 	if e.probe {
 		q.probing = 0
 		if status != rdma.WCSuccess && status != rdma.WCFlushErr {
-			q.id.report(rdma.EventDisconnected, "the peer began anew and does not answer any more")
+			q.id.report(rdma.EventDisconnected, "the peer has restarted and does not answer any more")
 		}
 		return
 	}
@@ -356,7 +359,7 @@ func (q *queuePair) completeSend(status rdma.WCStatus) {
 	}
 }
 
-// progress moves una, which stays in the work request at head or ends it.
+// progress moves una, which stays in the work request at head or completes it.
 func (q *queuePair) progress(una uint64) {
 	q.grow(una - q.una)
 	q.una = una
@@ -370,12 +373,12 @@ func (q *queuePair) progress(una uint64) {
 	if e := q.entry(q.head); una == e.psn+e.n {
 		q.completeSend(rdma.WCSuccess)
 	}
-	if q.nxt < una { // it was on its way already when we went back
+	if q.nxt < una { // the response was in flight when goBack was called
 		q.nxt, q.cur = una, q.head
 	}
 }
 
-// grow opens the window again by one packet per window.
+// grow opens the window again, by one packet per window.
 func (q *queuePair) grow(n uint64) {
 	if q.window == maxWindow {
 		return
@@ -386,8 +389,8 @@ func (q *queuePair) grow(n uint64) {
 	}
 }
 
-// ackedTo takes an acknowledgement of all before psn. It stops at a READ whose
-// responses did not come.
+// ackedTo handles an acknowledgement of everything before psn. It stops at a READ whose
+// responses have not arrived.
 func (q *queuePair) ackedTo(psn uint64) {
 	for q.una < psn && q.head < q.tail {
 		e := q.entry(q.head)
@@ -398,26 +401,27 @@ func (q *queuePair) ackedTo(psn uint64) {
 	}
 }
 
-// goBack starts again at una.
+// goBack makes transmit begin again at una.
 func (q *queuePair) goBack() {
 	q.nxt, q.cur, q.asked, q.askedBytes, q.ask = q.una, q.head, q.una, 0, false
 	q.asking = readEnds{}
 	q.sample = 0
 }
 
-// lost is goBack after a loss.
+// lost handles a loss: it halves the window and goes back.
 func (q *queuePair) lost() {
 	q.halve()
 	q.goBack()
 }
 
-// halve makes the window half of what is under way, which may be less than it allows.
+// halve sets the window to half of the packets in flight, which may be fewer than it
+// allows.
 func (q *queuePair) halve() {
 	least := max(2, min(minWindow, minWindow*4096/uint64(q.mtu)))
 	q.window, q.growth = max(least, min(q.window, q.nxt-q.una)/2), 0
 }
 
-// slow halves the window, once for all that is under way.
+// slow halves the window, at most once for all packets in flight.
 func (q *queuePair) slow() {
 	if q.una >= q.slowed {
 		q.halve()
@@ -425,9 +429,8 @@ func (q *queuePair) slow() {
 	}
 }
 
-// gap is called when psn was seen although una is missing. It goes back once
-// per gap, and once more each time that the peer has begun again and the
-// beginning was lost again.
+// gap is called when psn was seen although una is missing. It goes back once per gap, and
+// again each time that the peer has begun again and the beginning was lost again.
 func (q *queuePair) gap(psn uint64, response bool) {
 	q.provider.counters.outOfSequence.Add(1)
 	if q.gapOpen && (psn > q.gapHigh || !response) {
@@ -438,7 +441,7 @@ func (q *queuePair) gap(psn uint64, response bool) {
 	q.gapOpen, q.gapHigh = true, psn
 }
 
-// acknowledge takes an ACK or NAK.
+// acknowledge handles an ACK or NAK.
 func (q *queuePair) acknowledge(h *wire.BTH, a wire.AETH) {
 	psn := extend(h.PSN, q.una)
 	c := &q.provider.counters
@@ -481,7 +484,7 @@ func (q *queuePair) acknowledge(h *wire.BTH, a wire.AETH) {
 	}
 }
 
-// notReadyMicros is what the timer codes of RNR NAKs mean (IBTA table 45).
+// notReadyMicros translates the timer codes of RNR NAKs to microseconds (IBTA table 45).
 var notReadyMicros = [32]uint32{
 	655360, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920,
 	2560, 3840, 5120, 7680, 10240, 15360, 20480, 30720, 40960, 61440, 81920, 122880, 163840, 245760, 327680, 491520,
@@ -508,7 +511,7 @@ func (q *queuePair) peerMayBeReady() {
 	q.transmit()
 }
 
-// awaited reports whether psn is that of a response to a READ that was asked for.
+// awaited reports whether psn belongs to a response to an outstanding READ.
 func (q *queuePair) awaited(psn uint64) bool {
 	if psn < q.una || psn >= q.top {
 		return false
@@ -521,7 +524,7 @@ func (q *queuePair) awaited(psn uint64) bool {
 	return false
 }
 
-// readResponse takes a part of what we READ.
+// readResponse handles a response to a READ.
 func (q *queuePair) readResponse(h *wire.BTH, payload []byte) {
 	psn := extend(h.PSN, q.una)
 	if !q.awaited(psn) {
@@ -552,12 +555,12 @@ func (q *queuePair) readResponse(h *wire.BTH, payload []byte) {
 	q.progress(psn + 1)
 }
 
-// retryInterval is how long to wait for progress.
+// retryInterval returns the time to wait for progress.
 func (r *requester) retryInterval() time.Duration {
 	return min(max(minRetry, 4*r.rtt)<<r.backoff, maxRetry)
 }
 
-// tick looks for progress.
+// tick checks for progress. The timer calls it.
 func (q *queuePair) tick() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -582,7 +585,7 @@ func (q *queuePair) tick() {
 	c := &q.provider.counters
 	switch {
 	case q.asked == q.una && q.nxt > q.una:
-		// Nobody was asked to acknowledge any of what was sent.
+		// No acknowledgement was requested for any of the packets in flight.
 		c.probes.Add(1)
 		if q.cur == q.tail || q.entry(q.cur).psn == q.nxt {
 			q.cur--
@@ -603,7 +606,7 @@ func (q *queuePair) tick() {
 		q.idleTicks = 0
 		q.gapOpen = false
 		q.lost()
-		q.ask = true // otherwise the next round would have to begin with a question
+		q.ask = true // otherwise the next interval would begin with a probe
 	}
 	q.transmit()
 }

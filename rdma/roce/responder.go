@@ -7,17 +7,17 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// Limits of the responder.
+// Limits of the responder
 const (
-	// notReadyCode is the timer of the RNR NAKs that we send: 640 µs.
+	// notReadyCode is the timer code of the RNR NAKs that this side sends: 640 µs.
 	notReadyCode = 12
-	// settlePackets bounds the READ responses that are sent at a time, so that a peer
+	// settlePackets limits the READ responses that are sent at a time, so that a peer
 	// that reads much does not starve the others.
 	settlePackets = 256
 	maxMessage    = 1 << 30
 )
 
-// messageKind says in which message of several packets the peer is.
+// messageKind is the kind of the message of several packets that the peer is sending.
 type messageKind uint8
 
 const (
@@ -31,36 +31,36 @@ type responder struct {
 	recvQ              []rdma.RecvWR
 	recvHead, recvTail uint64
 
-	expected uint64 // sequence number
+	expected uint64 // next sequence number
 	msn      uint32
-	served   int // RDMA READs that the peer may have outstanding
+	served   int // number of RDMA READs that the peer may have outstanding
 	message  messageKind
-	offset   uint32    // of the next packet in the message
-	write    wire.RETH // of the message, if it is a WRITE
+	offset   uint32    // offset of the next packet in the message
+	write    wire.RETH // header of the message, if it is a WRITE
 
 	reads   readJobs
 	recent  readHistory
 	ackDue  bool
-	ackable uint64        // behind the last packet that was no READ
-	acked   uint64        // all before it
-	unsaid  uint64        // a duplicate that got no acknowledgement
-	noteDue bool          // a CNP
-	nak     wire.Syndrome // to send, with PSN nakPSN; 0 = none
+	ackable uint64        // end of the last packet that was not a READ
+	acked   uint64        // everything before it was acknowledged
+	unsaid  uint64        // a duplicate that was not acknowledged
+	noteDue bool          // a CNP must be sent
+	nak     wire.Syndrome // NAK to send with nakPSN; 0: none
 	nakPSN  uint64
 	refused wire.Syndrome // the NAK that ended the connection
-	nakSent bool          // for the gap before expected
-	gapTop  uint64        // the last that was seen beyond it
+	nakSent bool          // a NAK was sent for the gap before expected
+	gapTop  uint64        // last sequence number that was seen beyond the gap
 }
 
 // readJob is a READ of the peer that must be answered.
 type readJob struct {
-	psn      uint64 // of the next response
+	psn      uint64 // sequence number of the next response
 	left     wire.RETH
 	begun    bool
-	repeated bool // the peer asked for it before
+	repeated bool // the peer requested it before
 }
 
-// readJobs are in order of sequence numbers.
+// readJobs holds jobs in the order of their sequence numbers.
 type readJobs struct {
 	jobs [maxReadAtomic]readJob
 	n    int
@@ -68,7 +68,7 @@ type readJobs struct {
 
 func (r *readJobs) clear() { r.n = 0 }
 
-// insert puts a job in its place; false if there is no room.
+// insert inserts a job at its place. It returns false if there is no room.
 func (r *readJobs) insert(j readJob) bool {
 	if r.n == len(r.jobs) {
 		return false
@@ -83,9 +83,9 @@ func (r *readJobs) insert(j readJob) bool {
 	return true
 }
 
-// room reports whether there may be one more of n. It takes out jobs for that which the
-// peer can no longer wait for: it asked again for the oldest, then got the answers that
-// were under way, and now asks for more.
+// room reports whether there is room for one more job, if n are allowed. It removes jobs
+// for which the peer no longer waits: a peer that requested the oldest READ again, then
+// received the responses that were in flight, and now requests more.
 func (r *readJobs) room(n int) bool {
 	for r.n >= n && r.n > 0 && r.jobs[0].repeated {
 		r.drop(r.jobs[0].psn, r.jobs[0].psn+1)
@@ -93,7 +93,7 @@ func (r *readJobs) room(n int) bool {
 	return r.n < n
 }
 
-// drop takes out jobs that begin in [from, to).
+// drop removes jobs that begin in [from, to).
 func (r *readJobs) drop(from, to uint64) {
 	kept := 0
 	for _, j := range r.jobs[:r.n] {
@@ -105,14 +105,14 @@ func (r *readJobs) drop(from, to uint64) {
 	r.n = kept
 }
 
-// readHistory holds the READ requests that were taken last, as many as a peer may have
-// outstanding. A peer repeats no older one.
+// readHistory holds the last READ requests, as many as a peer may have outstanding. A
+// peer does not repeat an older one.
 type readHistory struct {
 	taken [maxReadAtomic]takenRead
 	next  int
 }
 
-// takenRead is a READ request and the sequence numbers of its responses.
+// takenRead is a READ request with the sequence numbers of its responses.
 type takenRead struct {
 	psn, n uint64
 	what   wire.RETH
@@ -123,7 +123,7 @@ func (h *readHistory) add(r takenRead) {
 	h.next = (h.next + 1) % len(h.taken)
 }
 
-// has reports whether r, at psn, is a request that was taken, or a part of one.
+// has reports whether the request r at psn is a request in the history, or a part of one.
 func (h *readHistory) has(psn uint64, r *wire.RETH, mtu int) bool {
 	for i := range h.taken {
 		t := &h.taken[i]
@@ -142,14 +142,14 @@ func (r *responder) start(c *connected) {
 	r.served = min(c.readsServed, maxReadAtomic)
 }
 
-// completeRecv ends the oldest receive.
+// completeRecv completes the oldest receive.
 func (q *queuePair) completeRecv(wc *rdma.WC) {
 	wc.ID, wc.QPNum, wc.Recv = q.recvQ[q.recvHead%uint64(len(q.recvQ))].ID, q.num, true
 	q.recvHead++
 	q.recvCQ.push(wc)
 }
 
-// request takes a SEND, WRITE or READ request.
+// request handles a SEND, WRITE or READ request.
 func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 	psn := extend(h.PSN, q.expected)
 	c := &q.provider.counters
@@ -162,14 +162,15 @@ func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 		case q.ackable == q.expected || psn <= q.unsaid:
 			q.ackDue = true
 		default:
-			// The READ behind it will be asked for again, too, unless this comes once more.
+			// The peer will request the READ behind it again, too, unless
+			// this duplicate comes once more.
 			q.unsaid = psn
 		}
 		return
 	case psn > q.expected:
 		c.outOfSequence.Add(1)
-		// One NAK per gap, and one more when the peer began again without
-		// success, which shows by the sequence going back.
+		// Send one NAK per gap, and one more when the peer has begun again
+		// without success. The sequence number then goes back.
 		if !q.nakSent || psn <= q.gapTop {
 			q.nak, q.nakPSN, q.nakSent = wire.NAKSequence, q.expected, true
 		}
@@ -181,7 +182,7 @@ func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 		q.id.heard()
 	}
 	q.nakSent = false
-	if q.nak == wire.NAKSequence { // for the gap that this fills
+	if q.nak == wire.NAKSequence { // it was for the gap that this packet fills
 		q.nak = 0
 	}
 
@@ -222,7 +223,7 @@ func (q *queuePair) request(h *wire.BTH, packet, payload []byte) {
 	}
 }
 
-// place says where in its message a packet stands.
+// place reports whether a packet is the first and whether it is the last of its message.
 func place(op wire.Opcode) (first, last bool) {
 	switch op {
 	case wire.SendFirst, wire.WriteFirst:
@@ -235,7 +236,8 @@ func place(op wire.Opcode) (first, last bool) {
 	return true, true
 }
 
-// fits reports whether a packet's payload has a length that its place allows.
+// fits reports whether the length of a packet's payload is allowed at its place in the
+// message.
 func (q *queuePair) fits(op wire.Opcode, n int) bool {
 	first, last := place(op)
 	switch {
@@ -259,7 +261,7 @@ func (q *queuePair) took(kind messageKind, n int, last bool) {
 	}
 }
 
-// takeSend takes the next packet of a SEND.
+// takeSend handles the next packet of a SEND.
 func (q *queuePair) takeSend(h *wire.BTH, packet, payload []byte) {
 	if !q.fits(h.Op, len(payload)) {
 		q.refuse(wire.NAKInvalid)
@@ -304,7 +306,7 @@ func (q *queuePair) takeSend(h *wire.BTH, packet, payload []byte) {
 	}
 }
 
-// takeWrite takes the next packet of a WRITE.
+// takeWrite handles the next packet of a WRITE.
 func (q *queuePair) takeWrite(h *wire.BTH, payload []byte) {
 	_, last := place(h.Op)
 	n := uint32(len(payload))
@@ -319,7 +321,8 @@ func (q *queuePair) takeWrite(h *wire.BTH, payload []byte) {
 		return
 	}
 	if n > 0 {
-		// The whole message is checked with each packet: the key may be gone.
+		// Check the whole message with each packet, because the key may have
+		// become invalid.
 		q.pd.mu.RLock()
 		mem := piece(q.pd.remote, q.write.RKey, q.write.VA, uint64(q.write.Length), rdma.AccessRemoteWrite)
 		if mem != nil {
@@ -337,7 +340,7 @@ func (q *queuePair) takeWrite(h *wire.BTH, payload []byte) {
 	}
 }
 
-// readable reports whether the peer may READ this.
+// readable reports whether the peer may READ the given memory.
 func (q *queuePair) readable(r *wire.RETH) bool {
 	if r.Length == 0 {
 		return true
@@ -347,7 +350,7 @@ func (q *queuePair) readable(r *wire.RETH) bool {
 	return piece(q.pd.remote, r.RKey, r.VA, uint64(r.Length), rdma.AccessRemoteRead) != nil
 }
 
-// takeRead takes a READ request.
+// takeRead handles a new READ request.
 func (q *queuePair) takeRead(r wire.RETH, payload int) {
 	switch {
 	case q.message != noMessage, payload != 0, r.Length > maxMessage, !q.reads.room(q.served):
@@ -365,9 +368,10 @@ func (q *queuePair) takeRead(r wire.RETH, payload int) {
 	q.msn++
 }
 
-// readAgain takes a READ request, or the rest of one, that was seen before. Any other request
-// with an old sequence number is dropped, and so is one whose key has gone since. An error would
-// end the connection for anybody who guesses one of half of all sequence numbers.
+// readAgain handles a repeated READ request, or the rest of one. It drops any other
+// request with an old sequence number, and any request whose key is gone. An error would
+// end the connection, and half of all sequence numbers are old, so a forged request would
+// have an easy guess.
 func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
 	if !q.recent.has(psn, &r, q.mtu) || !q.readable(&r) {
 		q.provider.counters.staleReads.Add(1)
@@ -378,22 +382,23 @@ func (q *queuePair) readAgain(psn uint64, r wire.RETH) {
 	q.acknowledges(psn)
 }
 
-// acknowledges records that responses from psn on will be sent. Earlier requests need no
-// acknowledgement then, and should get none: rdma_rxe takes it for the end of a READ that
-// it has a part of, and for the last response if it has the number of that.
+// acknowledges records that responses from psn on will be sent. Earlier requests then
+// need no acknowledgement, and should get none: rdma_rxe interprets it as the end of a
+// READ that it has received in part, and as the last response if it has the same sequence
+// number.
 func (r *responder) acknowledges(psn uint64) {
 	if r.ackable <= psn {
 		r.ackDue, r.acked, r.unsaid = false, r.ackable, 0
 	}
 }
 
-// peerMustWait answers a message for which there is no receive.
+// peerMustWait answers a message for which no receive is posted.
 func (q *queuePair) peerMustWait() {
 	q.provider.counters.rnrNAKsSent.Add(1)
 	q.nak, q.nakPSN, q.nakSent, q.gapTop = wire.NAKNotReady|notReadyCode, q.expected, true, q.expected
 }
 
-// refuse ends the connection: the peer did what it must not.
+// refuse ends the connection because the peer violated the protocol or its rights.
 func (q *queuePair) refuse(s wire.Syndrome) {
 	q.provider.counters.fatalNAKsSent.Add(1)
 	q.nak, q.nakPSN, q.refused = s, q.expected, s
@@ -409,8 +414,8 @@ func (q *queuePair) refuseAgain(h *wire.BTH) {
 	}
 }
 
-// respond sends READ responses and then one acknowledgement for all that came.
-// It reports whether there is more to send.
+// respond sends READ responses and then one acknowledgement for all requests that have
+// arrived. It reports whether there is more to send.
 func (q *queuePair) respond() (more bool) {
 	if q.state != qpReady && q.state != qpFailed {
 		return false
@@ -422,8 +427,8 @@ func (q *queuePair) respond() (more bool) {
 	if gap {
 		q.provider.counters.naksSent.Add(1)
 	}
-	// A NAK says what came before, too, but rdma_rxe listens to no second one before it
-	// has heard an acknowledgement or its timer has run out.
+	// A NAK also acknowledges the packets before it. But rdma_rxe ignores a second
+	// NAK until it has received an acknowledgement, or until its timer has expired.
 	if (q.ackDue && q.nak == 0 || gap && q.ackable > q.acked) && q.state == qpReady {
 		q.sendAck(wire.ACK, q.ackable-1)
 		q.acked = q.ackable
@@ -454,11 +459,11 @@ func (q *queuePair) sendAck(s wire.Syndrome, psn uint64) {
 	q.out.add(wire.BTHLen+wire.AETHLen, nil, nil)
 }
 
-// sendResponses answers READs; false if some are left for the next call.
+// sendResponses answers READs. It returns false if some are left for the next call.
 func (q *queuePair) sendResponses() bool {
 	q.pd.mu.RLock()
 	defer q.pd.mu.RUnlock()
-	defer q.send() // while the memory cannot go
+	defer q.send() // while the lock keeps the memory valid
 	budget := settlePackets
 	done := 0
 	for ; done < q.reads.n; done++ {
@@ -473,7 +478,8 @@ func (q *queuePair) sendResponses() bool {
 	return q.reads.n == 0
 }
 
-// sendResponse answers one READ, within the budget; false if it is not done.
+// sendResponse answers one READ within the budget. It returns false if the READ is not
+// finished.
 func (q *queuePair) sendResponse(j *readJob, budget *int) bool {
 	var mem []byte
 	if j.left.Length > 0 {
@@ -483,7 +489,7 @@ func (q *queuePair) sendResponse(j *readJob, budget *int) bool {
 			return true
 		}
 		if mem == nil {
-			q.refuse(wire.NAKRemoteAccess) // revoked in between
+			q.refuse(wire.NAKRemoteAccess) // the key was revoked in between
 			q.nakPSN = j.psn
 			return true
 		}

@@ -11,19 +11,19 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// Addresses and port of the tests. The port is none of RoCEv2, so that the
-// tests run beside a user of it.
+// Addresses and port of the tests. The port is not that of RoCEv2, so that the tests can
+// run beside a user of it.
 var (
 	hostAddr   = netip.MustParseAddr("127.0.0.1")
 	targetAddr = netip.MustParseAddr("127.0.0.2")
 )
 
-// testPort is below the ephemeral ports, and of this process alone: tests of
-// several checkouts run at the same time.
+// testPort is below the ephemeral ports. Only this process has it, because tests of
+// several checkouts may run at the same time.
 var testPort = uint16(10000 + os.Getpid()%20000)
 
-// open makes a provider for the length of a test and checks at its end that
-// nothing is left in it.
+// open makes a provider for the length of a test, and checks at the end that nothing is
+// left in it.
 func open(t testing.TB, cfg Config) *Provider {
 	t.Helper()
 	if cfg.Port == 0 {
@@ -56,8 +56,8 @@ func openPair(t testing.TB) (host, target *Provider) {
 	return open(t, Config{Addrs: []netip.Addr{hostAddr}}), open(t, Config{Addrs: []netip.Addr{targetAddr}})
 }
 
-// openForeign is openPair with a host that the target does not take for one of ours, so that
-// its packets may come from any port, as those of a network card do.
+// openForeign is openPair with a host that the target does not recognize as a user of
+// this package. So its packets may come from any port, like those of a network card.
 func openForeign(t testing.TB) (host, target *Provider) {
 	host, target = openPair(t)
 	host.guid = 1
@@ -99,8 +99,8 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// needIPv6 skips where the loopback has no IPv6 address, unless UN_REQUIRE
-// lists ipv6.
+// needIPv6 skips the test if the loopback interface has no IPv6 address, unless
+// UN_REQUIRE lists ipv6.
 func needIPv6(t *testing.T) {
 	t.Helper()
 	c, err := net.ListenUDP("udp6", &net.UDPAddr{IP: net.IPv6loopback})

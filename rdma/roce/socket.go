@@ -13,18 +13,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sizes of the socket layer.
+// Sizes of the socket layer
 const (
 	recvMessages = 32       // datagrams, or groups of them, per recvmmsg
 	recvBytes    = 64 << 10 // the most that UDP_GRO joins
-	socketBuffer = 32 << 20 // asked for
+	socketBuffer = 32 << 20 // requested size in bytes
 	controlLen   = 96       // room for IP(V6)_PKTINFO, IP_TOS and UDP_SEGMENT or UDP_GRO
 )
 
 // Explicit congestion notification, in the low bits of the type of service.
 const (
 	ecnMask      = 3
-	ecnCapable   = 2 // mark, instead of losing
+	ecnCapable   = 2 // routers mark packets instead of dropping them
 	ecnCongested = 3
 )
 
@@ -38,31 +38,30 @@ type message struct {
 
 var _ [64]byte = [unsafe.Sizeof(message{})]byte{}
 
-// socket is one UDP socket, unconnected and with path MTU discovery on, which
-// makes the kernel send IPv4 packets with "don't fragment" and identification
-// 0, or k in the k-th segment of a UDP_SEGMENT message. Both are covered by
-// the ICRC.
+// socket is an unconnected UDP socket with path MTU discovery. This makes the kernel send
+// IPv4 packets with "don't fragment" and with identification 0, or k in the k-th segment
+// of a UDP_SEGMENT message. The ICRC covers both.
 //
-// It is not one of package net: the runtime's poller would wake a thread for
-// every packet, also when somebody else takes it.
+// It is not a socket of package net, because the runtime's poller would wake a thread for
+// every packet, even if another thread receives the packet.
 type socket struct {
 	fd    int
 	v4    bool
-	local netip.AddrPort // what it is bound to; its zone is canonical
+	local netip.AddrPort // the bound address; its zone is canonical
 	gso   atomic.Bool    // UDP_SEGMENT works
 	gro   bool
 	hasty bool // see socketConfig
-	// recvBuffer is how many bytes of packets wait before some are lost, what the kernel
-	// needs for them included.
+	// recvBuffer is the number of bytes of packets that can wait before some are
+	// lost. It includes the kernel's overhead.
 	recvBuffer int
 
-	// Of receive; the caller sees to it that there is one call at a time.
+	// Used by receive; its caller ensures that only one call runs at a time.
 	buf   []byte
 	names [recvMessages]unix.RawSockaddrInet6
 	ctls  [recvMessages][controlLen]byte
 	iovs  [recvMessages]unix.Iovec
 	msgs  [recvMessages]message
-	used  int // messages whose lengths are not what there is room for
+	used  int // number of messages whose length fields must be reset
 }
 
 // openSocket binds to an address, which may be the unspecified one of its family.
@@ -109,17 +108,17 @@ func (s *socket) bind(local netip.AddrPort, cfg socketConfig) error {
 	return nil
 }
 
-// socketConfig is how a socket is to be.
+// socketConfig configures a socket.
 type socketConfig struct {
-	plain bool // segmentation offload stays off, as on a kernel without it
-	share bool // the port may be that of another socket of ours
-	hasty bool // what finds no room in its buffer is lost at once
-	ecn   int  // of what it sends
-	// buffer is asked for, both ways.
+	plain bool // no segmentation offload, as on a kernel without it
+	share bool // the port may be that of another socket of this provider
+	hasty bool // a packet that finds no room in the socket's buffer is dropped at once
+	ecn   int  // ECN bits of the packets that it sends
+	// buffer is the requested size of both buffers, in bytes.
 	buffer int
 }
 
-// configure sets options before the bind.
+// configure sets the options before the bind.
 func (s *socket) configure(fd int, cfg socketConfig) error {
 	type option struct{ level, name, value int }
 	must := []option{
@@ -150,7 +149,7 @@ func (s *socket) configure(fd int, cfg socketConfig) error {
 		{unix.SOL_SOCKET, unix.SO_RCVBUF, cfg.buffer}, {unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, cfg.buffer},
 		{unix.SOL_SOCKET, unix.SO_SNDBUF, cfg.buffer}, {unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, cfg.buffer},
 	} {
-		_ = unix.SetsockoptInt(fd, o.level, o.name, o.value) // forcing needs CAP_NET_ADMIN; the rest is clipped
+		_ = unix.SetsockoptInt(fd, o.level, o.name, o.value) // the FORCE options need CAP_NET_ADMIN; the kernel limits the others
 	}
 	var err error
 	if s.recvBuffer, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF); err != nil {
@@ -165,9 +164,9 @@ func (s *socket) configure(fd int, cfg socketConfig) error {
 
 func (s *socket) close() error { return os.NewSyscallError("close", unix.Close(s.fd)) }
 
-// receive gets the datagrams that are there, without waiting. The messages stay
-// valid until the next call. The system call is raw: the scheduler need not
-// know of what does not wait.
+// receive receives the datagrams that have arrived, without waiting. The messages stay
+// valid until the next call. The system call is raw, because the scheduler need not know
+// about a call that does not block.
 func (s *socket) receive() (int, error) {
 	for i := range s.msgs[:s.used] {
 		h := &s.msgs[i].hdr
@@ -187,18 +186,18 @@ func (s *socket) receive() (int, error) {
 	return 0, os.NewSyscallError("recvmmsg", errno)
 }
 
-// arrival is what recvmmsg said of one message.
+// arrival describes a message that recvmmsg returned.
 type arrival struct {
 	src, dst netip.AddrPort // without zones
-	scope    uint32         // the interface that it came by, if one of the addresses is link-local
+	scope    uint32         // interface by which it arrived, if one of the addresses is link-local
 	data     []byte
-	segment  int // bytes per datagram, of which the last may be shorter
-	// congested: a router says that it is about to lose packets (RFC 3168). What was
-	// joined had it in common.
+	segment  int // bytes per datagram; the last one may be shorter
+	// congested means that a router is about to drop packets (RFC 3168). All
+	// datagrams that were joined have the same value.
 	congested bool
 }
 
-// arrived describes message i; false for a message that makes no sense.
+// arrived describes message i. It returns false if the message makes no sense.
 func (s *socket) arrived(i int) (a arrival, ok bool) {
 	h, n := &s.msgs[i].hdr, int(s.msgs[i].len)
 	if h.Flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || n == 0 {
@@ -216,7 +215,8 @@ func (s *socket) arrived(i int) (a arrival, ok bool) {
 		d := c[unix.SizeofCmsghdr:length]
 		switch {
 		case ch.Level == unix.IPPROTO_UDP && ch.Type == unix.UDP_GRO && len(d) >= 2:
-			// An int since it exists, of which some kernels fill 16 bits only.
+			// It was always an int, but some kernels write only 16 bits of
+			// it.
 			a.segment = int(binary.NativeEndian.Uint16(d))
 		case ch.Level == unix.IPPROTO_IP && ch.Type == unix.IP_PKTINFO && len(d) >= unix.SizeofInet4Pktinfo:
 			dst = netip.AddrFrom4([4]byte(d[8:12]))
@@ -236,8 +236,8 @@ func (s *socket) arrived(i int) (a arrival, ok bool) {
 	return a, a.segment > 0
 }
 
-// addrOf reads a socket address, without the zone. The port stands in the same place in both
-// families.
+// addrOf returns a socket address without the zone. The port is at the same offset in
+// both families.
 func addrOf(sa *unix.RawSockaddrInet6) netip.AddrPort {
 	port := sa.Port>>8 | sa.Port<<8
 	if sa.Family == unix.AF_INET {
@@ -246,7 +246,7 @@ func addrOf(sa *unix.RawSockaddrInet6) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), port)
 }
 
-// sockaddrOf is the other direction. It gives the length too.
+// sockaddrOf is the reverse of addrOf. It also returns the length.
 func sockaddrOf(a netip.AddrPort) (sa unix.RawSockaddrInet6, length uint32) {
 	port := a.Port()>>8 | a.Port()<<8
 	if a.Addr().Is4() {
@@ -258,7 +258,7 @@ func sockaddrOf(a netip.AddrPort) (sa unix.RawSockaddrInet6, length uint32) {
 	}, unix.SizeofSockaddrInet6
 }
 
-// path is where packets go: canonical addresses and what a sendmsg needs for them.
+// path is the way to a peer: canonical addresses, and what sendmsg needs for them.
 type path struct {
 	sock          *socket
 	local, remote netip.AddrPort
@@ -268,14 +268,15 @@ type path struct {
 	controlLen    int
 }
 
-// newPath makes a path. tos is the type of service, whose low bits are the socket's, or negative.
+// newPath makes a path. tos is the type of service, or negative. Its low bits are
+// ignored.
 func newPath(s *socket, local netip.Addr, remote netip.AddrPort, tos int) *path {
 	p := new(path)
 	p.set(s, local, remote, tos)
 	return p
 }
 
-// set makes another path of p.
+// set replaces the contents of p.
 func (p *path) set(s *socket, local netip.Addr, remote netip.AddrPort, tos int) {
 	*p = path{sock: s, local: netip.AddrPortFrom(local, s.local.Port()), remote: remote}
 	p.name, p.nameLen = sockaddrOf(remote)
@@ -301,7 +302,8 @@ func (p *path) set(s *socket, local netip.Addr, remote netip.AddrPort, tos int) 
 	}
 }
 
-// scope is the interface of link-local addresses; 0 if there are none.
+// scope returns the interface of link-local addresses, or 0 if neither address is
+// link-local.
 func (p *path) scope() uint32 { return max(scopeOf(p.local.Addr()), scopeOf(p.remote.Addr())) }
 
 func (p *path) namePtr() *byte { return (*byte)(unsafe.Pointer(&p.name)) }
@@ -310,7 +312,7 @@ func (p *path) add(level, kind int, data []byte) {
 	p.controlLen += putControl(p.control[p.controlLen:], level, kind, data)
 }
 
-// putControl writes a control message and gives its length.
+// putControl writes a control message and returns its length.
 func putControl(b []byte, level, kind int, data []byte) int {
 	h := unix.Cmsghdr{Level: int32(level), Type: int32(kind)}
 	h.SetLen(unix.CmsgLen(len(data)))
@@ -319,11 +321,11 @@ func putControl(b []byte, level, kind int, data []byte) int {
 	return unix.CmsgSpace(len(data))
 }
 
-// sendTimeoutMs bounds the wait for room in the socket's buffer.
+// sendTimeoutMs limits the time to wait for room in the socket's buffer, in milliseconds.
 const sendTimeoutMs = 20
 
-// send sends messages. What the network does not take is lost, as on the wire,
-// but for EMSGSIZE: the path's MTU is smaller than what was found at first.
+// send sends messages. Messages that the network does not accept are lost, as on the
+// wire. The only error is EMSGSIZE: the path's MTU is smaller than it was at first.
 func (s *socket) send(msgs []message) error {
 	for waited := false; len(msgs) > 0; {
 		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
@@ -338,8 +340,9 @@ func (s *socket) send(msgs []message) error {
 		case errno == unix.EMSGSIZE:
 			return unix.EMSGSIZE
 		case (errno == unix.EIO || errno == unix.EINVAL) && s.gso.Load():
-			// The device cannot segment. The packets were numbered for it, so
-			// they are lost; what is sent from now on goes one by one.
+			// The device cannot segment. These packets were numbered for
+			// segmentation, so they are lost. From now on, packets are sent
+			// one by one.
 			s.gso.Store(false)
 			return nil
 		default:

@@ -9,28 +9,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Several sockets share a port (SO_REUSEPORT), and a filter in the kernel picks the
-// one that a packet goes to, by the last byte of the queue pair's number. What one
-// receive loop has to do is bounded by its CPU; so there can be one for each that
-// polls.
+// Several sockets can share a port (SO_REUSEPORT). A filter in the kernel chooses the
+// socket for a packet by the last byte of the queue pair's number. One CPU limits the
+// work of one receive loop, so there can be one loop for each polling thread.
 
-// What UDP_GRO has joined goes where its first packet belongs, so a packet may come to
-// another endpoint than the filter would have picked for it alone. The queue pair takes it
-// there, too.
+// UDP_GRO joins packets, and all of them go to the socket of the first one. So a packet
+// may arrive at another endpoint than the filter would have chosen for it alone. The
+// queue pair handles it there, too.
 
-// maxReceivers is bounded by the byte that the filter looks at, and by what is of use.
+// maxReceivers is limited by the byte that the filter uses, and by what is useful.
 const maxReceivers = 64
 
-// destByte is where that byte is in a packet.
+// destByte is the offset of that byte in a packet.
 const destByte = 7
 
-// steer is where packets for a queue pair go, of n.
+// steer returns the index of the socket, of n, for the packets of a queue pair.
 func steer(qpn uint32, n int) int { return int(qpn&0xff) % n }
 
-// openShared opens the endpoints that share a UDP port. The first is the one that has the state of
-// the connections. The lock is held, or nobody knows the provider yet.
+// openShared opens the endpoints that share a UDP port. The first one has the state of
+// the connections. The lock is held, or the provider is not in use yet.
 func (p *Provider) openShared(addr netip.AddrPort) (*endpoint, error) {
-	// That one must not share, so that somebody else's socket is an error.
+	// The first one must not share the port yet, so that a socket of another process
+	// is an error.
 	first, err := p.open(addr, false, nil)
 	n := p.cfg.Receivers
 	if err != nil || n <= 1 {
@@ -70,7 +70,7 @@ func (p *Provider) openShared(addr netip.AddrPort) (*endpoint, error) {
 	return first, nil
 }
 
-// member is the endpoint for the queue pairs of a completion vector.
+// member returns the endpoint for the queue pairs of a completion vector.
 func (p *endpoint) member(vector int) *endpoint {
 	if g := p.group.Load(); g != nil {
 		return (*g)[uint(vector)%uint(len(*g))]
@@ -78,7 +78,8 @@ func (p *endpoint) member(vector int) *endpoint {
 	return p
 }
 
-// ownerOf is the endpoint that packets for a queue pair of this endpoint's group come to.
+// ownerOf returns the endpoint, in this endpoint's group, that receives the packets of a
+// queue pair.
 func (p *endpoint) ownerOf(qpn uint32) *endpoint {
 	if g := p.manager.group.Load(); g != nil && !p.dedicated {
 		return (*g)[steer(qpn, len(*g))]

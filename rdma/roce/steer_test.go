@@ -10,7 +10,8 @@ import (
 )
 
 // TestReceivers has queue pairs on each of several sockets, whose packets the kernel
-// tells apart. Without its filter they come to any of them, and are taken all the same.
+// distinguishes. Without the kernel's filter, packets arrive at any socket and are taken
+// in the same way.
 func TestReceivers(t *testing.T) {
 	const receivers = 3
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}, Receivers: receivers})
@@ -41,7 +42,7 @@ func TestReceivers(t *testing.T) {
 	if s := host.Snapshot(); s.Strays == 0 || s.UnknownQP != 0 {
 		t.Errorf("without the filter: %+v", s)
 	}
-	// Nobody else gets the port, not even who would share it.
+	// No other process gets the port, even if it would share it.
 	for _, n := range []int{1, receivers} {
 		if _, err := New(Config{Addrs: []netip.Addr{hostAddr}, Port: testPort, Receivers: n}); !errors.Is(err, unix.EADDRINUSE) {
 			t.Errorf("a second provider with %d receivers: %v", n, err)

@@ -11,10 +11,10 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// The tests of this file say what somebody can do who sends from the address of a peer and
-// sees none of its packets.
+// The tests of this file show the abilities of an attacker who sends from the address of
+// a peer and sees none of its packets.
 
-// lives checks that a connection is what it was.
+// lives checks that a connection still works.
 func (e *end) lives() {
 	e.t.Helper()
 	q := e.queuePair()
@@ -25,8 +25,8 @@ func (e *end) lives() {
 	}
 }
 
-// TestBlindRead: a READ that claims to have been sent before, with any sequence number and
-// any key, ends no connection and gets no answer.
+// TestBlindRead checks that a READ that claims to have been sent before, with any
+// sequence number and any key, ends no connection and gets no answer.
 func TestBlindRead(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)
@@ -63,7 +63,8 @@ func TestBlindRead(t *testing.T) {
 	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
 }
 
-// TestReadAgainRevoked: a READ that is asked for again after its key has gone is not answered.
+// TestReadAgainRevoked checks that a READ that is repeated after its key has become
+// invalid is not answered.
 func TestReadAgainRevoked(t *testing.T) {
 	host, target := openForeign(t)
 	_, b := join(t, host, target, 16, 1<<16, false)
@@ -82,7 +83,7 @@ func TestReadAgainRevoked(t *testing.T) {
 	}
 }
 
-// TestUnsolicited: answers to what was never asked change nothing.
+// TestUnsolicited checks that answers without a request have no effect.
 func TestUnsolicited(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)
@@ -124,7 +125,8 @@ func TestUnsolicited(t *testing.T) {
 	exchange(t, a, b, 1, rand.New(rand.NewPCG(1, 2)))
 }
 
-// TestResponseForWrite: a READ response does not acknowledge what is no READ.
+// TestResponseForWrite checks that a READ response does not acknowledge a request that is
+// not a READ.
 func TestResponseForWrite(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 1<<16, false)
@@ -148,8 +150,8 @@ func TestResponseForWrite(t *testing.T) {
 	}
 }
 
-// TestPortOfPeer: somebody else on the peer's host, who knows everything but cannot send from
-// its port, reaches nothing.
+// TestPortOfPeer checks that another user of the peer's host, who knows everything but
+// cannot send from the peer's port, has no effect.
 func TestPortOfPeer(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -182,7 +184,8 @@ func TestPortOfPeer(t *testing.T) {
 	}
 }
 
-// TestForgedMessages: messages of the connection manager need what only the peer knows.
+// TestForgedMessages checks that messages of the connection manager need values that only
+// the peer knows.
 func TestForgedMessages(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 64, 2*area, false)
@@ -210,13 +213,13 @@ func TestForgedMessages(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	established, asking := b.id.(*connID), connecting.(*connID)
 	for _, attr := range []wire.Attribute{wire.MRA, wire.REJ, wire.REP, wire.RTU, wire.DREQ, wire.DREP} {
-		// The communication ids are known, the rest is not.
+		// The communication ids are known, but nothing else.
 		send(hostAddr, targetAddr, wire.NewMAD(attr, rnd.Uint64(), established.peerComm, established.comm))
 		send(hostAddr, targetAddr, wire.NewMAD(attr, rnd.Uint64(), asking.comm, requested.(*connID).comm))
 		send(targetAddr, hostAddr, wire.NewMAD(attr, rnd.Uint64(), requested.(*connID).comm, asking.comm))
-		// Only the peer's is known.
+		// Only the peer's id is known.
 		send(hostAddr, targetAddr, wire.NewMAD(attr, rnd.Uint64(), established.peerComm, 0))
-		// From elsewhere, all is known.
+		// Everything is known, but the message comes from another address.
 		m := wire.NewMAD(attr, established.tid, established.peerComm, established.comm)
 		m.SetQPN(b.qp.Num())
 		send(netip.MustParseAddr("127.0.0.3"), targetAddr, m)
@@ -229,7 +232,7 @@ func TestForgedMessages(t *testing.T) {
 	c.lives()
 }
 
-// staleRequest is a REQ that names a queue pair of the host that has a connection.
+// staleRequest returns a REQ that names a connected queue pair of the host.
 func staleRequest(t *testing.T, host *Provider, to netip.AddrPort, qpn uint32) {
 	x := newIntruder(t, hostAddr, targetAddr)
 	r := wire.Request{Port: to.Port(), GUID: host.guid, QPN: qpn, MTU: 1024, Source: hostAddr, Destination: targetAddr}
@@ -238,8 +241,9 @@ func staleRequest(t *testing.T, host *Provider, to netip.AddrPort, qpn uint32) {
 	x.send(x.seal(m.Packet(1)))
 }
 
-// TestStaleRequest: a peer that forgot its connection, and uses the queue pair again, is told
-// so, and the old connection ends; but not if the peer still has it, and somebody pretends.
+// TestStaleRequest checks that a peer that has lost its connection, and uses the queue
+// pair again, is told so, and that the old connection ends. It does not end if the peer
+// still has it and the request is forged.
 func TestStaleRequest(t *testing.T) {
 	host, target := openForeign(t)
 	a, b := join(t, host, target, 16, 2*area, false)
@@ -251,7 +255,7 @@ func TestStaleRequest(t *testing.T) {
 	}
 	until(t, target, "requests", func(c Counters) bool { return c.Requests == 4 })
 	b.lives()
-	// The queue is as long as it was, beside the question.
+	// The queue is as long as before, apart from the probe.
 	for i := range 16 {
 		a.recv(uint64(i), 0, 8)
 		b.post(b.wr(uint64(i), rdma.Send, 0, 8, a, 0))
@@ -287,7 +291,8 @@ func TestStaleRequest(t *testing.T) {
 	}
 }
 
-// TestProof: what anybody can send does not establish a connection whose RTU is missing.
+// TestProof checks that packets that anyone can send do not establish a connection
+// without an RTU.
 func TestProof(t *testing.T) {
 	_, target := openForeign(t)
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 4)

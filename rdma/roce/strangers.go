@@ -13,40 +13,43 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// Anybody can send messages of the connection manager, and from any address. So they are
-// answered at a limited rate, and a source that has proven that it receives our messages is
-// told from a stranger, whose address may be forged. A flood can take all that strangers may
-// have, and not what proven sources may have.
+// Anyone can send messages of the connection manager, from any address. So the rate of
+// answers is limited, and a source that has proven that it receives our messages is
+// distinguished from a stranger, whose address may be forged. A flood can use up the
+// share of the strangers, but not that of the proven sources.
 //
-// A stranger whose request finds no room is challenged, and nothing is kept of the request. The
-// challenge is a DREQ for a connection that does not exist. Every connection manager answers
-// that by a DREP with the same transaction id (Linux: drivers/infiniband/core/cm.c,
-// cm_issue_drep). This id is a keyed hash of the address, so only a receiver of the challenge
-// knows it. When the stranger repeats its request, it is a proven source.
+// A stranger whose request finds no room is challenged, and nothing of the request is
+// kept. The challenge is a DREQ for a connection that does not exist. Every connection
+// manager answers it with a DREP with the same transaction id (Linux:
+// drivers/infiniband/core/cm.c, cm_issue_drep). This id is a keyed hash of the address,
+// so only a receiver of the challenge knows it. When the stranger repeats its request, it
+// is a proven source.
 //
-// That is as much as can be known of a host that uses another implementation: who forges the
-// address of a proven source can take what this source may have. A host of this package also
-// puts the lower half of the challenge's transaction id into its request, so the request itself
-// is confirmed. Confirmed requests count apart from the others of their source.
+// No more can be known of a host with another implementation: an attacker who forges the
+// address of a proven source can use up the share of that source. A host of this package
+// also puts the lower half of the challenge's transaction id into its request, so the
+// request itself is confirmed. Confirmed requests are counted separately from the other
+// requests of their source.
 
 const (
-	// burst is how many seconds' worth of messages may come at once.
+	// burst is the number of seconds whose messages may come at once.
 	burst = 4
-	// sourceWays is how many sources share a set of the table of sources.
+	// sourceWays is the number of sources in a set of the table of sources.
 	sourceWays = 4
-	// sourceSets is the number of sets: with 72 bytes for each source, 288 KiB. A dedicated
-	// endpoint has one peer.
+	// sourceSets is the number of sets. With 72 bytes for each source, the table
+	// takes 288 KiB. A dedicated endpoint has only one peer.
 	sourceSets, dedicatedSets = 1024, 1
-	// challengeTime is how long the answer to a challenge is good, at least. At most it is
-	// twice as long.
+	// challengeTime is the least time for which the answer to a challenge is valid.
+	// The longest is twice as long.
 	challengeTime = 30 * time.Second
-	// challengeRate is how many challenges are sent for each request that may be taken. They
-	// cost little more than to drop a request.
+	// challengeRate is the number of challenges that are sent for each request that
+	// may be accepted. A challenge costs little more than dropping a request.
 	challengeRate = 16
 )
 
-// source is the key of the limits per source: an address of IPv4 or a link-local one, otherwise
-// a network of IPv6, because a host has all the addresses of its own.
+// source returns the key of the limits per source. It is the address itself for IPv4 and
+// link-local addresses, and otherwise the IPv6 network, because a host has all addresses
+// of its network.
 func source(a netip.Addr) netip.Addr {
 	if a.Is4() || a.IsLinkLocalUnicast() {
 		return a
@@ -58,10 +61,11 @@ func source(a netip.Addr) netip.Addr {
 // bucket is a token bucket.
 type bucket struct {
 	tokens   float64
-	refilled time.Time // when tokens was right; zero: it is full
+	refilled time.Time // time of the value of tokens; zero: the bucket is full
 }
 
-// take takes a token if there is one above a part of what the bucket holds.
+// take takes a token if at least one is left above the given fraction of the bucket's
+// capacity.
 func (b *bucket) take(now time.Time, rate int, above float64) bool {
 	most := float64(rate) * burst
 	if b.refilled.IsZero() {
@@ -77,21 +81,22 @@ func (b *bucket) take(now time.Time, rate int, above float64) bool {
 	return true
 }
 
-// originKey names a source.
+// originKey identifies a source.
 type originKey struct {
 	addr      netip.Addr // a result of source
 	confirmed bool       // its requests prove that they come from this address
 }
 
-// origin is what is kept of a source. Confirmed requests are a source of their own.
+// origin holds the state of a source. Its confirmed requests count as a source of their
+// own.
 type origin struct {
 	key    originKey
-	proven bool // it receives what is sent to its address, or we connect to it
+	proven bool // it receives what is sent to its address, or this side connects to it
 	bucket bucket
 }
 
-// share is whose part of the half-open connections those of the source are: its own, or that of
-// all strangers.
+// share returns the share to which the half-open connections of the source belong: a
+// share of its own, or that of all strangers.
 func (o *origin) share() originKey {
 	if o.proven {
 		return o.key
@@ -102,12 +107,12 @@ func (o *origin) share() originKey {
 // strangersShare is the share of all strangers.
 var strangersShare originKey
 
-// strangers is what an endpoint has for messages that belong to no connection. Its memory does
-// not grow. It is guarded by the endpoint's lock.
+// strangers holds the state of an endpoint for messages that belong to no connection. Its
+// memory does not grow. The endpoint's lock guards it.
 type strangers struct {
 	seed       maphash.Seed
 	origins    [][sourceWays]origin // by the hash of their addresses
-	all        bucket               // of messages that are answered
+	all        bucket               // limits the messages that are answered
 	challenges bucket
 	secret     [sha256.Size]byte
 	prover     *socket // sends challenges; nil before there is a listener
@@ -123,11 +128,12 @@ func newStrangers(dedicated bool) strangers {
 	return s
 }
 
-// find finds the source of an address.
+// find returns the source of an address.
 func (s *strangers) find(a netip.Addr) *origin { return s.lookup(originKey{addr: source(a)}) }
 
-// lookup finds a source. One that is new takes the place of the stranger that has been silent
-// longest, or else of such a source. The result is valid until the next call.
+// lookup returns a source. A new source replaces the stranger that has been silent for
+// the longest time, or the proven source if there is no stranger. The result is valid
+// until the next call.
 func (s *strangers) lookup(key originKey) *origin {
 	b := key.addr.As16()
 	set := &s.origins[maphash.Bytes(s.seed, b[:])%uint64(len(s.origins))]
@@ -149,15 +155,16 @@ func (s *strangers) lookup(key originKey) *origin {
 	return worst
 }
 
-// originOf finds the source of a request with a proof, or 0.
+// originOf returns the source of a request with a proof; 0 means no proof.
 func (s *strangers) originOf(a netip.Addr, proof uint32) *origin {
 	key, now := originKey{addr: source(a)}, time.Now()
 	key.confirmed = proof != 0 && (proof == uint32(s.proof(key.addr, now)) || proof == uint32(s.proof(key.addr, now.Add(-challengeTime))))
 	return s.lookup(key)
 }
 
-// admit reports whether one more message of a source may be looked at. A proven source that has
-// sent few messages may use all tokens, and the others only the upper half of them.
+// admit reports whether one more message of a source may be handled. A proven source that
+// has sent few messages may use all tokens. Other sources may use only the upper half of
+// them.
 func (p *endpoint) admit(o *origin) bool {
 	s, cfg, now := &p.strangers, &p.provider.cfg, time.Now()
 	if !o.bucket.take(now, cfg.MaxRequestRatePerSource, 0) {
@@ -170,9 +177,9 @@ func (p *endpoint) admit(o *origin) bool {
 	return s.all.take(now, cfg.MaxRequestRate, above)
 }
 
-// openProver opens the socket that sends challenges. They have one of their own because most
-// of them may go to addresses that nobody has: while the kernel looks for those, the packets
-// use up the socket's buffer.
+// openProver opens the socket that sends challenges. Challenges need their own socket,
+// because most of them may go to addresses that do not exist. While the kernel looks for
+// those, the packets fill the socket's buffer.
 func (p *endpoint) openProver() error {
 	if p.strangers.prover != nil {
 		return nil
@@ -183,13 +190,13 @@ func (p *endpoint) openProver() error {
 	if err != nil {
 		return err
 	}
-	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 0) // nobody reads; the kernel has a minimum
+	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 0) // the socket is never read; the kernel has a minimum
 	p.strangers.prover = s
 	return nil
 }
 
-// challenge asks for a proof that a source receives what is sent to its address, unless a proof
-// would not help it. guid is that of its request.
+// challenge requests a proof that a source receives what is sent to its address, unless a
+// proof would not help it. guid is the GUID in its request.
 func (p *endpoint) challenge(o *origin, src netip.AddrPort, dst netip.Addr, guid uint64) {
 	s, now := &p.strangers, time.Now()
 	if o.key.confirmed || o.proven && !ours(guid) || !s.challenges.take(now, challengeRate*p.provider.cfg.MaxRequestRate, 0) {
@@ -201,8 +208,8 @@ func (p *endpoint) challenge(o *origin, src netip.AddrPort, dst netip.Addr, guid
 	p.sendMAD(&p.outbox.path, wire.NewMAD(wire.DREQ, tid, uint32(tid), 0))
 }
 
-// onChallenge has the requests to a peer carry the proof that it asks for. The first challenge of
-// a request repeats it at once.
+// onChallenge puts the requested proof into the requests to a peer. At the first
+// challenge of a request, it also repeats the request at once.
 func (p *endpoint) onChallenge(proof uint32, src netip.AddrPort, dst netip.Addr) {
 	for _, id := range p.ids {
 		if id.state != idConnecting || !id.isPeer(src, dst) {
@@ -216,7 +223,7 @@ func (p *endpoint) onChallenge(proof uint32, src netip.AddrPort, dst netip.Addr)
 	}
 }
 
-// proof is the transaction id of a challenge to a source at a time.
+// proof returns the transaction id of a challenge to a source at a time.
 func (s *strangers) proof(src netip.Addr, at time.Time) uint64 {
 	var b [sha256.Size + 16 + 4 + 8]byte
 	copy(b[:], s.secret[:])
@@ -228,7 +235,7 @@ func (s *strangers) proof(src netip.Addr, at time.Time) uint64 {
 	return binary.BigEndian.Uint64(sum[:])
 }
 
-// onChallengeMet takes a DREP that may be the answer to a challenge.
+// onChallengeMet handles a DREP that may be the answer to a challenge.
 func (p *endpoint) onChallengeMet(m *wire.MAD, from netip.Addr) {
 	s, src, now := &p.strangers, source(from), time.Now()
 	if s.prover == nil || m.TID() != s.proof(src, now) && m.TID() != s.proof(src, now.Add(-challengeTime)) {

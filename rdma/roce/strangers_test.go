@@ -11,7 +11,7 @@ import (
 	"ublk-nvmeof/rdma/roce/wire"
 )
 
-// requestOf is a connect request as it comes from an address.
+// requestOf returns a connect request as it arrives from an address.
 func requestOf(from netip.Addr, port uint16, n uint32) *wire.MAD {
 	r := wire.Request{Port: port, GUID: 1 + uint64(n), QPN: 100 + n, MTU: 1024, Source: from, Destination: targetAddr}
 	m := wire.NewMAD(wire.REQ, uint64(n), 1000+n, 0)
@@ -19,28 +19,28 @@ func requestOf(from netip.Addr, port uint16, n uint32) *wire.MAD {
 	return m
 }
 
-// manyAddrs are addresses that nobody has.
+// manyAddrs returns addresses that do not exist.
 func manyAddrs(i uint32) netip.Addr {
 	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, 127<<24|1<<16|i%(1<<20))))
 }
 
-// arrive gives an endpoint a message as if it came from an address.
+// arrive passes a message to an endpoint as if it came from an address.
 func (p *endpoint) arrive(m *wire.MAD, from netip.Addr) {
 	p.manage(m, netip.AddrPortFrom(from, testPort), targetAddr)
 }
 
-// TestForgedFlood: a host that the target has never heard of connects while requests come from
-// more forged addresses than the target can remember, faster than it takes requests.
+// TestForgedFlood checks that a new host can connect while requests arrive from more
+// forged addresses than the target can remember, faster than it accepts requests.
 func TestForgedFlood(t *testing.T) {
 	testFlood(t, manyAddrs)
 }
 
-// TestFloodOfFew is the same with requests from four addresses.
+// TestFloodOfFew does the same with requests from four addresses.
 func TestFloodOfFew(t *testing.T) {
 	testFlood(t, func(i uint32) netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, byte(10 + i%4)}) })
 }
 
-// TestFloodOfOwn is the same with requests from the address of the host itself.
+// TestFloodOfOwn does the same with requests from the address of the host itself.
 func TestFloodOfOwn(t *testing.T) {
 	testFlood(t, func(uint32) netip.Addr { return hostAddr })
 }
@@ -57,7 +57,8 @@ func testFlood(t *testing.T, forged func(uint32) netip.Addr) {
 		}
 	})
 	p, n := target.endpoints[0], uint32(0)
-	// The tokens of many seconds are gone before the host comes, and no place is free.
+	// The tokens of many seconds are used up before the host comes, and no place is
+	// free.
 	flood := func(requests int) {
 		for range requests {
 			p.arrive(requestOf(forged(n), l.Addr().Port(), n), forged(n))
@@ -98,8 +99,8 @@ func testFlood(t *testing.T, forged func(uint32) netip.Addr) {
 	}
 }
 
-// TestProvenFlood: a new host connects while sources that have proven their addresses send
-// requests as fast as they like, and confirm none.
+// TestProvenFlood checks that a new host can connect while sources with proven addresses
+// send requests as fast as they can, and confirm none.
 func TestProvenFlood(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 128)
@@ -133,8 +134,8 @@ func TestProvenFlood(t *testing.T) {
 	check(t, l.Close())
 }
 
-// TestFloodedHost: a host that strangers ask, or send disconnect requests, answers the challenge
-// of its target.
+// TestFloodedHost checks that a host that gets connect and disconnect requests of
+// strangers answers the challenge of its target.
 func TestFloodedHost(t *testing.T) {
 	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
 	p := host.endpoints[0]
@@ -167,8 +168,8 @@ func TestFloodedHost(t *testing.T) {
 	<-done
 }
 
-// TestChallenge: only the answer to a challenge of the last minute proves an address, and only
-// the address that the challenge was sent to.
+// TestChallenge checks that only the answer to a challenge of the last minute proves an
+// address, and only the address to which the challenge was sent.
 func TestChallenge(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 2})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 16)
@@ -217,7 +218,8 @@ func TestChallenge(t *testing.T) {
 	}
 }
 
-// TestManySources: proven sources are remembered, however many strangers there are.
+// TestManySources checks that proven sources are remembered, however many strangers there
+// are.
 func TestManySources(t *testing.T) {
 	s := newStrangers(false)
 	const hosts = 100
@@ -236,7 +238,8 @@ func TestManySources(t *testing.T) {
 	}
 }
 
-// TestFloodAllocates: a request that finds no room costs no memory, challenged or not.
+// TestFloodAllocates checks that a request that finds no room costs no memory, challenged
+// or not.
 func TestFloodAllocates(t *testing.T) {
 	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, MaxHalfOpen: 2})
 	l, err := target.Listen(netip.AddrPortFrom(targetAddr, 0), 16)

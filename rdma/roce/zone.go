@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A link-local address of IPv6 means something on one network only, which its zone names. In
-// this package the zone is the number of the interface, whatever the caller wrote, so that
-// addresses can be compared; packets have it apart from their addresses (arrival.scope).
+// A link-local IPv6 address has a meaning on one network only, which its zone names. In
+// this package, the zone is always the number of the interface, so that addresses can be
+// compared. In packets the zone is separate from the addresses (arrival.scope).
 
-// canonical gives an address the zone that this package uses: none, or a number. An address
-// that needs a zone and has none is an error.
+// canonical returns the address with the zone that this package uses: none, or a number.
+// It returns an error if the address needs a zone and has none.
 func canonical(a netip.Addr) (netip.Addr, error) {
 	a = a.Unmap()
 	if !a.Is6() || !a.IsLinkLocalUnicast() {
-		return a.WithZone(""), nil // elsewhere it says nothing
+		return a.WithZone(""), nil // other addresses need no zone
 	}
 	zone := a.Zone()
 	if zone == "" {
@@ -34,7 +34,7 @@ func canonical(a netip.Addr) (netip.Addr, error) {
 	return withScope(a, uint32(i.Index)), nil
 }
 
-// withScope gives a link-local address its zone, and others none.
+// withScope returns a link-local address with its zone, and other addresses without one.
 func withScope(a netip.Addr, scope uint32) netip.Addr {
 	if scope == 0 || !a.Is6() || !a.IsLinkLocalUnicast() {
 		return a.WithZone("")
@@ -42,17 +42,17 @@ func withScope(a netip.Addr, scope uint32) netip.Addr {
 	return a.WithZone(strconv.FormatUint(uint64(scope), 10))
 }
 
-// scopeOf is the interface of a canonical address; 0 if it needs none.
+// scopeOf returns the interface of a canonical address, or 0 if it needs none.
 func scopeOf(a netip.Addr) uint32 {
-	if a.Zone() == "" { // an error would cost memory
+	if a.Zone() == "" { // the error of ParseUint would allocate
 		return 0
 	}
 	n, _ := strconv.ParseUint(a.Zone(), 10, 32) // it is canonical
 	return uint32(n)
 }
 
-// named gives the zone of a canonical address the interface's name, if it still has one: what
-// callers see.
+// named returns a canonical address for callers: its zone is the interface's name, if the
+// interface still exists.
 func named(a netip.Addr) netip.Addr {
 	scope := scopeOf(a)
 	if scope == 0 {

@@ -16,12 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sockaddr has room for an address of either family, as the library takes it.
+// sockaddr has room for an address of either family, in the form of the library.
 type sockaddr unix.RawSockaddrInet6
 
 func (s *sockaddr) c() *C.struct_sockaddr { return (*C.struct_sockaddr)(unsafe.Pointer(s)) }
 
-// newSockaddr translates an address; a zone is an interface name or index.
+// newSockaddr converts an address. The zone may be an interface name or index.
 func newSockaddr(a netip.AddrPort) (*sockaddr, error) {
 	s := new(sockaddr)
 	binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&s.Port))[:], a.Port())
@@ -42,7 +42,7 @@ func newSockaddr(a netip.AddrPort) (*sockaddr, error) {
 	return s, nil
 }
 
-// addrPort translates back. The zone becomes an interface name if there is one.
+// addrPort is the reverse of newSockaddr. The zone is an interface name if there is one.
 func addrPort(c *C.struct_sockaddr) netip.AddrPort {
 	s := (*sockaddr)(unsafe.Pointer(c))
 	switch s.Family {

@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// waiter waits for a library's event descriptor in Go's network poller. It
-// holds a duplicate: the library closes its own.
+// waiter waits for a library's event descriptor in Go's network poller. It has a
+// duplicate of the descriptor, because the library closes its own.
 type waiter struct {
 	file   *os.File
 	raw    syscall.RawConn
@@ -38,8 +38,8 @@ func newWaiter(fd C.int, name string) (*waiter, error) {
 	return &waiter{file: file, raw: raw}, nil
 }
 
-// next calls get, which returns an errno, until that is not EAGAIN, and sleeps
-// in between. After close it returns os.ErrClosed.
+// next calls get, which returns an errno, until the errno is not EAGAIN. It sleeps in
+// between. After close it returns os.ErrClosed.
 func (w *waiter) next(get func() C.int) error {
 	var got C.int
 	err := w.raw.Read(func(uintptr) bool {
@@ -55,26 +55,26 @@ func (w *waiter) next(get func() C.int) error {
 	return err
 }
 
-// close makes a next that waits, and every later one, return.
+// close makes the current and all later calls of next return.
 func (w *waiter) close() error {
 	w.closed.Store(true)
 	return w.file.Close()
 }
 
-// cmEvent is one event of the connection manager.
+// cmEvent is an event of the connection manager.
 type cmEvent struct {
-	id      *C.struct_rdma_cm_id // of a connect request, the new one
+	id      *C.struct_rdma_cm_id // for a connect request, the new ID
 	kind    uint32               // enum rdma_cm_event_type
 	status  int
 	private []byte
 }
 
-// String is the name that the library gives the event.
+// String returns the library's name of the event.
 func (e cmEvent) String() string {
 	return C.GoString(C.rdma_event_str(e.kind))
 }
 
-// err is what the event says of a step that it ended, nil for success.
+// err returns the error of a step that the event has ended, or nil for success.
 func (e cmEvent) err() error {
 	switch {
 	case e.status < 0:
@@ -104,8 +104,8 @@ func newChannel() (*channel, error) {
 	return &channel{c: c, w: w}, nil
 }
 
-// next waits for an event. It is acknowledged already, so that destroying the
-// ID never waits for us.
+// next waits for an event. The event is already acknowledged, so that destroying the ID
+// never waits for this process.
 func (ch *channel) next() (cmEvent, error) {
 	var ev C.struct_cm_event
 	if err := ch.w.next(func() C.int { return C.next_cm_event(ch.c, &ev) }); err != nil {
@@ -118,5 +118,5 @@ func (ch *channel) next() (cmEvent, error) {
 	return got, nil
 }
 
-// destroy frees the channel after its waiter was closed and its IDs destroyed.
+// destroy frees the channel. Its waiter must have been closed and its IDs destroyed.
 func (ch *channel) destroy() { C.rdma_destroy_event_channel(ch.c) }

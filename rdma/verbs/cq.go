@@ -24,7 +24,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// The C struct that poll_cq fills is rdma.WC.
+// rdma.WC must have the layout of the C struct that poll_cq fills in.
 var (
 	_ [unsafe.Sizeof(C.struct_wc{})]byte                   = [unsafe.Sizeof(rdma.WC{})]byte{}
 	_ [unsafe.Offsetof(C.struct_wc{}.id)]byte              = [unsafe.Offsetof(rdma.WC{}.ID)]byte{}
@@ -37,14 +37,14 @@ var (
 	_ [unsafe.Offsetof(C.struct_wc{}.recv)]byte            = [unsafe.Offsetof(rdma.WC{}.Recv)]byte{}
 )
 
-// cq is a completion queue, with a completion channel of its own or none.
+// cq is a completion queue, with or without a completion channel of its own.
 type cq struct {
 	device  *device
 	c       *C.struct_ibv_cq
 	channel *C.struct_ibv_comp_channel // nil without events
-	fd      atomic.Int32               // -1 without events, or closed
+	fd      atomic.Int32               // -1 without events, or after Close
 
-	mu     sync.Mutex  // one Close at a time
+	mu     sync.Mutex  // held during Close
 	closed atomic.Bool // written with mu held
 }
 
@@ -125,7 +125,7 @@ func (q *cq) Arm() error {
 	return nil
 }
 
-// Errors of the hot calls, made beforehand.
+// Errors of the calls on the hot path, made in advance
 var (
 	errNoEvents   = fmt.Errorf("arm completion queue: made without events: %w", rdma.ErrUnsupported)
 	errPollClosed = fmt.Errorf("poll completion queue: %w", rdma.ErrClosed)
@@ -142,9 +142,8 @@ func (q *cq) Ack(n int) {
 	}
 }
 
-// Close implements rdma.CQ. Events that nobody read do not matter; for those
-// that were read it waits until they are acknowledged. It fails while a QP uses
-// the queue.
+// Close implements rdma.CQ. It waits until all events that were read are acknowledged.
+// Unread events do not matter. Close fails while a QP uses the queue.
 func (q *cq) Close() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -17,26 +17,26 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// device is an open RDMA device. librdmacm opens each device once per process;
-// all IDs share it, and we keep it as long as an ID, a PD or a CQ refers to it.
+// device is an open RDMA device. librdmacm opens each device once per process, and all
+// IDs share it. It is kept as long as an ID, a PD or a CQ refers to it.
 type device struct {
 	provider *Provider
 	c        *C.struct_ibv_context
 	attr     rdma.DeviceAttr
-	initRead int // RDMA READs per QP that we can have outstanding
+	initRead int // RDMA READs per QP that this side can have outstanding
 
 	hold   *C.struct_rdma_cm_id // keeps c open, see hold_device; may be nil
 	refs   int                  // guarded by provider.mu
 	events *waiter              // asynchronous events
 	done   chan struct{}        // closed when readEvents has returned
 
-	removed atomic.Bool // an event said so
+	removed atomic.Bool // an event reported the removal
 
-	mu  sync.Mutex // guards ids; taken before an id's own
+	mu  sync.Mutex // guards ids; taken before the lock of an id
 	ids map[*cmID]struct{}
 }
 
-// device takes a reference to the device of a resolved ID.
+// device returns the device of a resolved ID, with one more reference.
 func (p *Provider) device(cid *C.struct_rdma_cm_id) (*device, error) {
 	if cid.verbs == nil {
 		return nil, rdma.ErrNoDevice
@@ -83,7 +83,8 @@ func (p *Provider) open(cid *C.struct_rdma_cm_id) (*device, error) {
 	return d, nil
 }
 
-// get takes one more reference; false if there is none, so that the device is closed.
+// get adds a reference. It returns false if there is none left, because the device is
+// then closed.
 func (d *device) get() bool {
 	d.provider.mu.Lock()
 	defer d.provider.mu.Unlock()
@@ -94,8 +95,8 @@ func (d *device) get() bool {
 	return true
 }
 
-// put gives a reference back; the last one stops the reading of events and
-// lets librdmacm close the device.
+// put releases a reference. The last one stops reading events and lets librdmacm close
+// the device.
 func (d *device) put() {
 	d.provider.mu.Lock()
 	defer d.provider.mu.Unlock()
@@ -103,7 +104,7 @@ func (d *device) put() {
 		return
 	}
 	delete(d.provider.devices, d.c)
-	_ = d.events.close() // the duplicate of a descriptor, nothing can be lost
+	_ = d.events.close() // nothing can be lost: it is a duplicate of a descriptor
 	<-d.done
 	if d.hold != nil {
 		C.rdma_destroy_id(d.hold)
@@ -116,7 +117,7 @@ func (d *device) put() {
 // Attr implements rdma.Device.
 func (d *device) Attr() rdma.DeviceAttr { return d.attr }
 
-// watch routes the device's asynchronous events to an ID, unwatch ends that.
+// watch starts to pass the device's asynchronous events to an ID. unwatch ends this.
 func (d *device) watch(id *cmID) {
 	d.mu.Lock()
 	d.ids[id] = struct{}{}
@@ -147,7 +148,7 @@ func (d *device) readEvents() {
 		}
 		d.mu.Unlock()
 		if err != nil {
-			return // the descriptor is dead, and with it the device
+			return // the descriptor has failed, and so has the device
 		}
 	}
 }
@@ -166,8 +167,8 @@ func (d *device) AllocPD() (rdma.PD, error) {
 	return &pd{device: d, c: c}, nil
 }
 
-// destroyed is the error of destroying an object. EIO says that the device has
-// been removed, and the object with it.
+// destroyed returns the error of destroying an object. EIO is no error: it means that the
+// device was removed, together with the object.
 func destroyed(what string, errno C.int) error {
 	if errno == 0 || unix.Errno(errno) == unix.EIO {
 		return nil

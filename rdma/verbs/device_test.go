@@ -30,9 +30,9 @@ func tool(t *testing.T, args ...string) {
 	}
 }
 
-// withDevice runs a test in a process of its own, with the address of an
-// rdma_rxe device that the test may break: rxe0un on dummy0un. Before Linux 7
-// rdma_rxe cannot detach from its users: it goes away only when the process has.
+// withDevice runs a test in its own process, with the address of an rdma_rxe device that
+// the test may break: rxe0un on dummy0un. Before Linux 7, rdma_rxe cannot detach from its
+// users, so the device disappears only with the process.
 func withDevice(t *testing.T, test func(*testing.T, *Provider, netip.Addr)) {
 	t.Helper()
 	addr := netip.MustParseAddr("192.0.2.77")
@@ -202,7 +202,7 @@ func TestMemoryLimit(t *testing.T) {
 	}
 	defer pd.Close()
 
-	// A thread without CAP_IPC_LOCK, which ends with the goroutine.
+	// A thread without CAP_IPC_LOCK, which ends with the goroutine
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -250,7 +250,7 @@ func TestDescriptorsCloseOnExec(t *testing.T) {
 	}
 }
 
-// openFDs maps descriptors to what they lead to.
+// openFDs maps descriptors to the files that they name.
 func openFDs(t *testing.T) map[int]string {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")

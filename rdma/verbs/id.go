@@ -19,25 +19,26 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Limits of private data for the RC service over the IB CM: the message's field
-// minus, in a request, the header of the RDMA IP CM service.
+// Limits of private data for the RC service over the IB CM. They are the size of the
+// message's field, less, in a request, the header of the RDMA IP CM service.
 const (
 	maxRequestPrivate = 56
 	maxAcceptPrivate  = 196
 	maxRejectPrivate  = 148
 )
 
-// neighbourMS is how long the kernel may wait for a neighbour to answer before it is
-// asked again. It looks when one answers, and when the time is over: an answer
-// that comes while it looks because of another goes unseen until then (addr.c,
-// netevent_callback against process_one_req).
+// neighbourMS is the time in milliseconds that the kernel may wait for an answer of a
+// neighbour before it is asked again. The kernel looks for the answer only when some
+// neighbour answers, and at the end of this time. An answer that arrives while the kernel
+// looks because of another one remains unnoticed until then (addr.c, netevent_callback
+// and process_one_req).
 const neighbourMS = 1000
 
 // cmID is a connection identifier.
 //
-// read runs on a goroutine of its own from newID to Close. It hands the answers
-// to the steps of connection management to whoever waits in await, and what
-// happens to an established connection to Events.
+// read runs on a goroutine of its own from newID to Close. It passes the answers to steps
+// of connection management to await, and the events of an established connection to
+// Events.
 type cmID struct {
 	provider *Provider
 	channel  *channel
@@ -49,7 +50,7 @@ type cmID struct {
 	steps chan cmEvent  // answers to steps
 	done  chan struct{} // closed when read has returned
 
-	mu          sync.Mutex // guards what follows, and c against its end
+	mu          sync.Mutex // guards the fields below, and c until it is destroyed
 	c           *C.struct_rdma_cm_id
 	qp          *qp
 	established bool
@@ -75,7 +76,7 @@ func (p *Provider) newID() (*cmID, error) {
 	return p.startID(ch, c), nil
 }
 
-// startID starts reading the events of c, which are on ch.
+// startID starts to read the events of c, which arrive on ch.
 func (p *Provider) startID(ch *channel, c *C.struct_rdma_cm_id) *cmID {
 	id := &cmID{
 		provider: p, channel: ch, c: c,
@@ -87,9 +88,9 @@ func (p *Provider) startID(ch *channel, c *C.struct_rdma_cm_id) *cmID {
 	return id
 }
 
-// acceptID makes an ID of a connect request that came on a listener's channel.
-// It moves to a channel of its own; the caller must not have read further, or
-// events of the new ID could get lost.
+// acceptID makes an ID for a connect request that arrived on a listener's channel, and
+// moves it to a channel of its own. The caller must not have read further events, because
+// those of the new ID could be lost.
 func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
 	ch, err := newChannel()
 	if err != nil {
@@ -111,7 +112,7 @@ func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
 	return id, nil
 }
 
-// resolve finds the device and the route, and says at which step it failed.
+// resolve finds the device and the route. step is the step that failed.
 func (id *cmID) resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (step string, err error) {
 	step = "resolve address"
 	dst, err := newSockaddr(remote)
@@ -173,7 +174,7 @@ func (id *cmID) await(ctx context.Context) (cmEvent, error) {
 	}
 }
 
-// awaitStep waits for the one answer that means success.
+// awaitStep waits for the answer that means success. Any other answer is an error.
 func (id *cmID) awaitStep(ctx context.Context, want uint32) error {
 	ev, err := id.await(ctx)
 	switch {
@@ -185,7 +186,7 @@ func (id *cmID) awaitStep(ctx context.Context, want uint32) error {
 	return stepFailure(ev)
 }
 
-// stepFailure is the error that an unwelcome answer stands for.
+// stepFailure returns the error for an answer that does not mean success.
 func stepFailure(ev cmEvent) error {
 	if err := ev.err(); err != nil {
 		return cmErrno(err)
@@ -234,11 +235,11 @@ func (id *cmID) dispatch(ev cmEvent) {
 	}
 	select {
 	case id.steps <- ev:
-	default: // no step waits for it
+	default: // no step waits for the event
 	}
 }
 
-// report puts an event into Events, unless that is full or closed.
+// report adds an event to Events, unless the channel is full or closed.
 func (id *cmID) report(kind rdma.EventType, detail string) {
 	id.mu.Lock()
 	defer id.mu.Unlock()
@@ -251,7 +252,7 @@ func (id *cmID) report(kind rdma.EventType, detail string) {
 	}
 }
 
-// setDevice says on which device a resolved ID is, whose reference it takes over.
+// setDevice sets the device of a resolved ID, and takes over a reference to it.
 func (id *cmID) setDevice(d *device) {
 	id.mu.Lock()
 	id.device = d
@@ -269,8 +270,8 @@ func (id *cmID) deviceRemoved(detail string) {
 	id.report(rdma.EventDeviceRemoved, detail)
 }
 
-// async takes what an asynchronous event of the device means for this ID. It
-// runs on the device's goroutine with the device's lock held.
+// async handles an asynchronous event of the device. It runs on the device's goroutine
+// with the device's lock held.
 func (id *cmID) async(ev *C.struct_async_event) {
 	id.mu.Lock()
 	q, port := id.qp, C.int(0)
@@ -279,7 +280,7 @@ func (id *cmID) async(ev *C.struct_async_event) {
 	}
 	mine := q != nil && (ev.qp == q.c || ev.cq != nil && (ev.cq == q.sendCQ.c || ev.cq == q.recvCQ.c))
 	if mine && ev._type == C.IBV_EVENT_COMM_EST && !id.closed {
-		// Data came before the peer's ready-to-use message, which may be lost.
+		// Data arrived before the peer's ready-to-use message, which may be lost.
 		C.rdma_notify(id.c, C.IBV_EVENT_COMM_EST)
 	}
 	id.mu.Unlock()
@@ -308,8 +309,8 @@ func (id *cmID) LocalAddr() netip.AddrPort { return id.local }
 // RemoteAddr implements rdma.ID.
 func (id *cmID) RemoteAddr() netip.AddrPort { return id.remote }
 
-// PrivateData implements rdma.ID. Over the IB CM it always has the full length,
-// padded with zeros.
+// PrivateData implements rdma.ID. With the IB CM, it always has the full length, padded
+// with zeros.
 func (id *cmID) PrivateData() []byte { return id.private }
 
 // Events implements rdma.ID.
@@ -337,8 +338,8 @@ func (id *cmID) CreateQP(domain rdma.PD, cfg rdma.QPConfig) (rdma.QP, error) {
 	return q, nil
 }
 
-// conn translates parameters. What the device cannot do is lowered to what it
-// can; the library would refuse it.
+// conn converts parameters. It lowers values to the limits of the device, because the
+// library would refuse larger ones.
 func (id *cmID) conn(p rdma.ConnParam, maxPrivate int) (*C.struct_conn, error) {
 	if len(p.PrivateData) > maxPrivate {
 		return nil, fmt.Errorf("%d bytes of private data, at most %d fit: %w", len(p.PrivateData), maxPrivate, unix.EMSGSIZE)
@@ -359,7 +360,7 @@ func (id *cmID) conn(p rdma.ConnParam, maxPrivate int) (*C.struct_conn, error) {
 	return c, nil
 }
 
-// start begins connect or accept, with the lock held against Close.
+// start begins Connect or Accept. It holds the lock, so that Close waits.
 func (id *cmID) start(p rdma.ConnParam, maxPrivate int, call func(*C.struct_rdma_cm_id, *C.struct_conn) C.int) error {
 	c, err := id.conn(p, maxPrivate)
 	if err != nil {
@@ -383,7 +384,7 @@ func (id *cmID) stepError(step string, err error) error {
 	return &rdma.StepError{Step: step, Peer: id.remote, Err: err}
 }
 
-// Connect implements rdma.ID. After an error only Close is of use.
+// Connect implements rdma.ID. After an error, the ID can only be closed.
 func (id *cmID) Connect(ctx context.Context, p rdma.ConnParam) ([]byte, error) {
 	err := id.start(p, maxRequestPrivate, func(cid *C.struct_rdma_cm_id, c *C.struct_conn) C.int { return C.cm_connect(cid, c) })
 	if err != nil {
@@ -401,7 +402,7 @@ func (id *cmID) Connect(ctx context.Context, p rdma.ConnParam) ([]byte, error) {
 	return nil, id.stepError("connect", stepFailure(ev))
 }
 
-// rejection translates a reject; iWARP has an errno in place of the reason.
+// rejection returns the error for a reject. iWARP reports an errno instead of the reason.
 func (id *cmID) rejection(ev cmEvent) error {
 	e := &rdma.RejectError{Peer: id.remote, Reason: ev.status}
 	if unix.Errno(-ev.status) == unix.ECONNREFUSED {
@@ -425,7 +426,7 @@ func (id *cmID) Accept(ctx context.Context, p rdma.ConnParam) error {
 	return nil
 }
 
-// Reject implements rdma.ID; at most 148 bytes of private data.
+// Reject implements rdma.ID. private has at most 148 bytes.
 func (id *cmID) Reject(private []byte) error {
 	if len(private) > maxRejectPrivate {
 		return id.stepError("reject", fmt.Errorf("%d bytes of private data, at most %d fit: %w", len(private), maxRejectPrivate, unix.EMSGSIZE))
@@ -460,8 +461,8 @@ func (id *cmID) Close() error {
 	return id.closeErr
 }
 
-// end is Close. The order matters: no event may come to an ID that is
-// destroyed, and none that touches the queue pair after that is; an ID that is
+// end implements Close. The order matters: no event may arrive for an ID that is
+// destroyed, and no event may use the queue pair after it is destroyed. An ID that is
 // still connected sends a disconnect request when it is destroyed.
 func (id *cmID) end() error {
 	id.mu.Lock()

@@ -16,8 +16,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// listener reads connect requests on a goroutine of its own, one ahead of
-// Accept; the others wait in the kernel, as many as the backlog allows.
+// listener reads connect requests on a goroutine of its own, at most one before Accept
+// needs it. The others wait in the kernel, limited by the backlog.
 type listener struct {
 	provider *Provider
 	channel  *channel
@@ -26,12 +26,12 @@ type listener struct {
 	requests chan request
 	stop     chan struct{} // closed by Close
 	done     chan struct{} // closed when read has returned
-	readErr  error         // why it did, valid after done
+	readErr  error         // why read returned; valid after done is closed
 	once     sync.Once
 	closeErr error
 }
 
-// request is a connect request, or why it could not be taken.
+// request is a connect request, or the error of accepting it.
 type request struct {
 	id  *cmID
 	err error
@@ -87,7 +87,7 @@ func bindListen(c *C.struct_rdma_cm_id, s *sockaddr, backlog int) error {
 	return nil
 }
 
-// read takes requests until Close.
+// read reads requests until Close.
 func (l *listener) read() {
 	defer close(l.done)
 	for {
@@ -101,7 +101,7 @@ func (l *listener) read() {
 			return
 		}
 		if ev.kind != C.RDMA_CM_EVENT_CONNECT_REQUEST {
-			continue // a device that came or went; the requests go on
+			continue // a device was added or removed; this does not affect the requests
 		}
 		id, err := l.provider.acceptID(ev)
 		select {
@@ -119,9 +119,9 @@ func (l *listener) read() {
 // Addr implements rdma.Listener.
 func (l *listener) Addr() netip.AddrPort { return l.addr }
 
-// Accept implements rdma.Listener; any number of goroutines may wait in it. An
-// error that wraps neither the context's nor rdma.ErrClosed concerns the one
-// request that could not be taken, and was refused.
+// Accept implements rdma.Listener. Any number of goroutines may call it. An error that
+// wraps neither the error of ctx nor rdma.ErrClosed concerns one request, which was
+// refused.
 func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 	select {
 	case r := <-l.requests:
@@ -136,7 +136,7 @@ func (l *listener) Accept(ctx context.Context) (rdma.ID, error) {
 	}
 }
 
-// Close implements rdma.Listener. Requests that nobody accepted are refused.
+// Close implements rdma.Listener. It refuses requests that were not accepted.
 func (l *listener) Close() error {
 	l.once.Do(func() {
 		close(l.stop)

@@ -21,7 +21,7 @@ import (
 type pd struct {
 	device *device
 	c      *C.struct_ibv_pd
-	mu     sync.RWMutex // guards closed, and c against its end
+	mu     sync.RWMutex // guards closed, and c until it is freed
 	closed bool
 }
 
@@ -46,12 +46,12 @@ func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	return &mr{c: c, access: access, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
 }
 
-// ReregisterMR implements rdma.PD. The old registration ends after the new one was
-// made, or ended with its device.
+// ReregisterMR implements rdma.PD. The old registration ends after the new one was made,
+// unless it ended with its device.
 func (p *pd) ReregisterMR(region rdma.MR) error {
 	m, ok := region.(*mr)
 	if !ok {
-		return fmt.Errorf("reregister memory region: it is another provider's: %w", unix.EINVAL)
+		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -73,7 +73,7 @@ func (p *pd) ReregisterMR(region rdma.MR) error {
 
 func accessFlags(a rdma.Access) C.int {
 	var flags C.int
-	if a&(rdma.AccessLocalWrite|rdma.AccessRemoteWrite) != 0 { // the latter is not allowed without the former
+	if a&(rdma.AccessLocalWrite|rdma.AccessRemoteWrite) != 0 { // remote write requires local write
 		flags |= C.IBV_ACCESS_LOCAL_WRITE
 	}
 	if a&rdma.AccessRemoteRead != 0 {
@@ -85,8 +85,8 @@ func accessFlags(a rdma.Access) C.int {
 	return flags
 }
 
-// registerError says more than ENOMEM where the limit on locked memory is the
-// likely cause.
+// registerError adds the limit on locked memory to ENOMEM if the limit is the likely
+// cause.
 func registerError(length int, err error) error {
 	var limit unix.Rlimit
 	if errors.Is(err, unix.ENOMEM) && unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil && limit.Cur != unix.RLIM_INFINITY {
@@ -96,7 +96,7 @@ func registerError(length int, err error) error {
 	return fmt.Errorf("register %d bytes: %w", length, err)
 }
 
-// Close implements rdma.PD. It fails while something uses the domain.
+// Close implements rdma.PD. It fails while the domain is in use.
 func (p *pd) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -113,7 +113,7 @@ func (p *pd) Close() error {
 
 // mr is a memory region.
 type mr struct {
-	c          *C.struct_ibv_mr // nil when released
+	c          *C.struct_ibv_mr // nil after release
 	access     rdma.Access
 	mem        []byte
 	addr       uint64
@@ -145,8 +145,8 @@ func (m *mr) release() error {
 	return nil
 }
 
-// Close implements rdma.MR. Memory whose registration cannot be ended stays
-// mapped: the device may still write to it.
+// Close implements rdma.MR. If the registration cannot be ended, the memory stays mapped,
+// because the device may still write to it.
 func (m *mr) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -23,18 +23,18 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Supported reports whether this build can have a provider.
+// Supported reports whether this build has the provider.
 const Supported = true
 
-// Provider makes connections through librdmacm. Its methods may be called from
-// any goroutine.
+// Provider implements rdma.Provider with librdmacm. Its methods may be called from any
+// goroutine.
 type Provider struct {
 	mu      sync.Mutex                        // guards devices
-	devices map[*C.struct_ibv_context]*device // those with references
+	devices map[*C.struct_ibv_context]*device // devices with references
 }
 
-// New checks that the connection manager and at least one RDMA device can be
-// reached. The error names the first thing that is missing.
+// New checks that the connection manager and at least one RDMA device are available. The
+// error names the first missing thing.
 func New() (*Provider, error) {
 	if err := probe(); err != nil {
 		return nil, fmt.Errorf("verbs: %w", err)
@@ -42,10 +42,9 @@ func New() (*Provider, error) {
 	return &Provider{devices: make(map[*C.struct_ibv_context]*device)}, nil
 }
 
-// probe looks for what is needed, in the order in which it depends on each
-// other, and opens the connection manager once. This is also the moment when
-// librdmacm initialises itself, which it does not guard well against several
-// threads.
+// probe checks the requirements in the order of their dependencies, and opens the
+// connection manager once. This also makes librdmacm initialize itself now, which it does
+// not protect well against concurrent calls.
 func probe() error {
 	if _, err := os.Stat("/sys/class/infiniband_verbs"); err != nil {
 		return fmt.Errorf("kernel module ib_uverbs is not loaded: %w", err)
@@ -70,7 +69,7 @@ func probe() error {
 	return nil
 }
 
-// missing gives the error of a library call that may have left errno alone.
+// missing returns the error of a library call that may not have set errno.
 func missing(what string, err error) error {
 	if err == nil {
 		err = rdma.ErrNoDevice
@@ -94,11 +93,12 @@ func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.A
 	return id, nil
 }
 
-// slack is by how much the kernel's own timers outlast the context, so that it
-// is the context's error that callers see.
+// slack is the time by which the kernel's own timers outlast the context, so that callers
+// get the error of the context.
 const slack = time.Second
 
-// timeoutMS is the context's remaining time for the kernel.
+// timeoutMS returns the remaining time of the context plus slack in milliseconds, for the
+// kernel.
 func timeoutMS(ctx context.Context) C.int {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -107,7 +107,7 @@ func timeoutMS(ctx context.Context) C.int {
 	return C.int(min(max(0, time.Until(deadline))+slack, math.MaxInt32*time.Millisecond).Milliseconds())
 }
 
-// cmErrno is the error of a connection manager call or event.
+// cmErrno returns the error of a connection manager call or event.
 func cmErrno(err error) error {
 	if errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("%w leads there (%w)", rdma.ErrNoDevice, err)

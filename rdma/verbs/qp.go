@@ -22,7 +22,8 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// The C structs that post_send and post_recv read are rdma's.
+// The structs of package rdma must have the layout of the C structs that post_send and
+// post_recv read.
 var (
 	_ [unsafe.Sizeof(C.struct_send_wr{})]byte               = [unsafe.Sizeof(rdma.SendWR{})]byte{}
 	_ [unsafe.Offsetof(C.struct_send_wr{}.id)]byte          = [unsafe.Offsetof(rdma.SendWR{}.ID)]byte{}
@@ -57,11 +58,11 @@ type qp struct {
 
 	destroyed atomic.Bool // written with mu held
 
-	mu     sync.Mutex // guards what follows, and c against its end
+	mu     sync.Mutex // guards the fields below, and c until it is destroyed
 	failed bool
 }
 
-// newQP makes the queue pair of an ID. librdmacm takes it through its states.
+// newQP makes the queue pair of an ID. librdmacm changes its state.
 func newQP(cid *C.struct_rdma_cm_id, domain *pd, cfg rdma.QPConfig) (*qp, error) {
 	send, okSend := cfg.SendCQ.(*cq)
 	recv, okRecv := cfg.RecvCQ.(*cq)
@@ -125,7 +126,7 @@ func (q *qp) PostRecv(wrs []rdma.RecvWR) (int, error) {
 	return int(done.taken), nil
 }
 
-// Fail implements rdma.QP. After the ID was closed it does nothing.
+// Fail implements rdma.QP. After the ID was closed, it does nothing.
 func (q *qp) Fail() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -140,7 +141,7 @@ func (q *qp) Fail() error {
 	return nil
 }
 
-// destroy ends the queue pair. The ID must not be able to touch it any more.
+// destroy destroys the queue pair. The ID must not be able to use it any more.
 func (q *qp) destroy() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()

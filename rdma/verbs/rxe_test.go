@@ -16,9 +16,8 @@ import (
 	"ublk-nvmeof/rdma/rdmatest"
 )
 
-// rxeAddrs are the addresses of the network devices under rdma_rxe devices,
-// IPv4 first. Without any the test is skipped, or fails when UN_REQUIRE asks
-// for rxe.
+// rxeAddrs returns the addresses of the network devices under rdma_rxe devices, IPv4
+// first. If there are none, the test is skipped, or fails if UN_REQUIRE lists rxe.
 func rxeAddrs(t testing.TB) []netip.Addr {
 	t.Helper()
 	parents, err := filepath.Glob("/sys/class/infiniband/*/parent")
@@ -58,7 +57,7 @@ func rxeAddrs(t testing.TB) []netip.Addr {
 	return found
 }
 
-// rxeAddr is the first of them, or UN_RXE_ADDR.
+// rxeAddr returns the first of them, or UN_RXE_ADDR.
 func rxeAddr(t testing.TB) netip.Addr {
 	t.Helper()
 	if text := os.Getenv("UN_RXE_ADDR"); text != "" {
@@ -79,7 +78,7 @@ func without(t testing.TB, reason string) {
 
 func TestConformance(t *testing.T) { conformance(t, rxeAddr(t)) }
 
-// TestConformanceIPv6 takes a link-local address, which needs its zone.
+// TestConformanceIPv6 uses a link-local address, which needs its zone.
 func TestConformanceIPv6(t *testing.T) {
 	for _, addr := range rxeAddrs(t) {
 		if addr.Zone() != "" {
@@ -100,7 +99,7 @@ func conformance(t *testing.T, addr netip.Addr) {
 	})
 }
 
-// silent is an unlikely neighbour of addr.
+// silent returns an address in the network of addr that is unlikely to be in use.
 func silent(addr netip.Addr) netip.Addr {
 	b := addr.AsSlice()
 	b[len(b)-1] ^= 0x55

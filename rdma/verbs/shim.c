@@ -5,8 +5,8 @@
 #include <errno.h>
 #include <string.h>
 
-// Work requests are chained on the stack, this many per call of the driver.
-// rdma_rxe makes one system call per chain, hardware rings one doorbell.
+// The number of work requests that are chained on the stack for one call of the
+// driver. rdma_rxe makes one system call per chain, and hardware rings one doorbell.
 enum { CHUNK = 64 };
 
 static int opcode(uint8_t op)
@@ -38,7 +38,7 @@ struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
 
 			if (op < 0 || wr->num_sge > 2) {
 				done.err = EINVAL;
-				len = i; // post what stands before it
+				len = i; // post the work requests before it
 				break;
 			}
 			chain[i].wr_id = wr->id;
@@ -47,7 +47,7 @@ struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
 			chain[i].num_sge = wr->num_sge;
 			chain[i].opcode = op;
 			chain[i].send_flags = wr->signaled ? IBV_SEND_SIGNALED : 0;
-			chain[i].invalidate_rkey = wr->rkey; // read with OP_SEND_INVALIDATE only
+			chain[i].invalidate_rkey = wr->rkey; // used with OP_SEND_INVALIDATE only
 			chain[i].wr.rdma.remote_addr = wr->remote_addr;
 			chain[i].wr.rdma.rkey = wr->rkey;
 		}
@@ -115,7 +115,7 @@ int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n)
 			wc->status = (uint8_t)got[i].status;
 			wc->qp_num = got[i].qp_num;
 			wc->vendor = got[i].vendor_err;
-			// Of a failed work request the library fills in no more.
+			// For a failed work request, the library sets no other fields.
 			int ok = got[i].status == IBV_WC_SUCCESS;
 			int inv = ok && (got[i].wc_flags & IBV_WC_WITH_INV);
 			wc->recv = ok && (got[i].opcode & IBV_WC_RECV);
@@ -230,16 +230,16 @@ int cm_accept(struct rdma_cm_id *id, const struct conn *conn)
 	return rdma_accept(id, &param) ? errno : 0;
 }
 
-// A macro in the library's header.
+// ibv_reg_mr is a macro in the library's header.
 struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access)
 {
 	return ibv_reg_mr(pd, addr, length, access);
 }
 
-// librdmacm closes the context of a removed device when the last ID on it goes,
-// while protection domains, queues and memory regions may still stand on it.
-// One more ID, bound to the same address and never used, keeps the context.
-// NULL when the address leads to another device now.
+// librdmacm closes the context of a removed device with the last ID on it, although
+// protection domains, queues and memory regions may still use the context. One more
+// ID, bound to the same address and never used, keeps the context open. hold_device
+// returns NULL if the address now belongs to another device.
 struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
 {
 	struct sockaddr_storage addr = id->route.addr.src_storage;
@@ -258,9 +258,9 @@ struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
 	return hold;
 }
 
-// librdmacm looks for devices that are gone only when somebody asks for one that
-// it does not know, or for all. A driver that cannot detach from its users waits
-// for the context of its device meanwhile.
+// librdmacm looks for removed devices only when it is asked for an unknown device, or
+// for all devices. Until then, a driver that cannot detach from its users waits for
+// the context of its device to be closed.
 void forget_removed_devices(void)
 {
 	struct ibv_context **devices = rdma_get_devices(NULL);

@@ -1,6 +1,6 @@
-// C side of the provider: what Go calls through cgo. The structs that are
-// shared with Go have the layouts of rdma.SendWR, rdma.RecvWR and rdma.WC; the
-// Go side compares them at compile time.
+// The C side of the provider: the functions that Go calls through cgo. The
+// structs that are shared with Go have the layouts of rdma.SendWR, rdma.RecvWR
+// and rdma.WC. The Go side checks this at compile time.
 #ifndef VERBS_SHIM_H
 #define VERBS_SHIM_H
 
@@ -49,7 +49,7 @@ _Static_assert(offsetof(struct send_wr, sge) == 24, "offset of rdma.SendWR.SGE")
 _Static_assert(sizeof(struct recv_wr) == 24, "size of rdma.RecvWR");
 _Static_assert(sizeof(struct wc) == 32, "size of rdma.WC");
 
-// What became of a batch: how many work requests were taken, and an errno.
+// The result of posting a batch: the number of posted work requests, and an errno.
 struct posted {
 	int taken;
 	int err;
@@ -70,7 +70,7 @@ struct cm_event {
 	uint8_t private_data[256];
 };
 
-// An asynchronous event of a device; qp, cq and port as far as it has them.
+// An asynchronous event of a device. It sets those of qp, cq and port that apply.
 struct async_event {
 	int type;
 	int port;

@@ -10,10 +10,10 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// Supported reports whether this build can have a provider.
+// Supported reports whether this build has the provider.
 const Supported = false
 
-// Provider cannot be made in this build.
+// Provider has no instances in this build.
 type Provider struct{}
 
 // New returns an error that wraps rdma.ErrUnsupported.

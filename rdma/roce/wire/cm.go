@@ -5,8 +5,8 @@ import (
 	"net/netip"
 )
 
-// Management datagrams of the connection manager go as UD SEND_ONLY from queue
-// pair 1 to queue pair 1.
+// Management datagrams of the connection manager are UD SEND_ONLY packets from queue pair
+// 1 to queue pair 1.
 const (
 	MADLen       = 256
 	MADPacketLen = BTHLen + DETHLen + MADLen + ICRCLen
@@ -15,10 +15,10 @@ const (
 	body         = 24 // offset of the message in the datagram
 )
 
-// Attribute says which message of the connection manager it is (IBTA 12.6).
+// Attribute is the type of a message of the connection manager (IBTA 12.6).
 type Attribute uint16
 
-// Messages.
+// Attributes
 const (
 	REQ  Attribute = 0x10
 	MRA  Attribute = 0x11
@@ -29,7 +29,7 @@ const (
 	DREP Attribute = 0x16
 )
 
-// Lengths of private data.
+// Lengths of private data, in bytes
 const (
 	RequestPrivate = 56 // after the IP header of annex A11
 	ReplyPrivate   = 196
@@ -39,8 +39,8 @@ const (
 // MAD is a management datagram with a message of the connection manager.
 type MAD [MADLen]byte
 
-// NewMAD starts a message. Every message has a local communication id, and all
-// but REQ the one of the peer.
+// NewMAD makes a message. Every message has the sender's communication id, and all but
+// REQ also that of the receiver.
 func NewMAD(attr Attribute, tid uint64, local, remote uint32) *MAD {
 	m := &MAD{1, 7, 2, 3} // base version, class CM, class version, method Send
 	binary.BigEndian.PutUint64(m[8:], tid)
@@ -50,7 +50,8 @@ func NewMAD(attr Attribute, tid uint64, local, remote uint32) *MAD {
 	return m
 }
 
-// Attribute says which message it is; 0 if it is none of the connection manager.
+// Attribute returns the type of the message, or 0 if it is not one of the connection
+// manager.
 func (m *MAD) Attribute() Attribute {
 	if [4]byte(m[:4]) != [4]byte{1, 7, 2, 3} {
 		return 0
@@ -58,23 +59,23 @@ func (m *MAD) Attribute() Attribute {
 	return Attribute(binary.BigEndian.Uint16(m[16:]))
 }
 
-// TID is the transaction id; answers carry the one of the message they answer.
+// TID returns the transaction id. An answer has the id of the message that it answers.
 func (m *MAD) TID() uint64 { return binary.BigEndian.Uint64(m[8:]) }
 
-// Local is the sender's communication id.
+// Local returns the sender's communication id.
 func (m *MAD) Local() uint32 { return binary.BigEndian.Uint32(m[body:]) }
 
-// Remote is the receiver's communication id, in all messages but REQ.
+// Remote returns the receiver's communication id. REQ has none.
 func (m *MAD) Remote() uint32 { return binary.BigEndian.Uint32(m[body+4:]) }
 
-// Packet makes the packet with sequence number psn, without the ICRC.
+// Packet returns the packet with sequence number psn, without the ICRC.
 func (m *MAD) Packet(psn uint32) []byte {
 	b := make([]byte, MADPacketLen)
 	m.PutPacket(b, psn)
 	return b
 }
 
-// PutPacket puts what Packet makes into b, which is MADPacketLen bytes long.
+// PutPacket writes the result of Packet to b, which must be MADPacketLen bytes long.
 func (m *MAD) PutPacket(b []byte, psn uint32) {
 	h := BTH{Op: DatagramSendOnly, PKey: DefaultPKey, DestQP: CMQueuePair, PSN: psn}
 	h.Put(b)
@@ -83,7 +84,8 @@ func (m *MAD) PutPacket(b []byte, psn uint32) {
 	copy(b[BTHLen+DETHLen:], m[:])
 }
 
-// ParseMAD takes the message from a packet that Parse accepted.
+// ParseMAD returns the message in a packet that Parse accepted. It returns false if there
+// is none.
 func ParseMAD(h *BTH, packet, payload []byte) (*MAD, bool) {
 	if h.Op != DatagramSendOnly || h.DestQP != CMQueuePair || len(payload) != MADLen ||
 		binary.BigEndian.Uint32(packet[BTHLen:]) != cmQKey || get24(packet[BTHLen+5:]) != CMQueuePair {
@@ -100,12 +102,12 @@ func set24(b []byte, v uint32) { b[0], b[1], b[2] = byte(v>>16), byte(v>>8), byt
 // servicePrefix is the RDMA_PS_TCP port space of Linux and annex A11.
 const servicePrefix = 0x0000000001060000
 
-// Request is the REQ message, as far as it is of use (IBTA 12.6.5).
+// Request holds the fields of the REQ message that are used (IBTA 12.6.5).
 type Request struct {
 	Port                               uint16 // destination port of the service id
 	GUID                               uint64
 	QPN                                uint32
-	PSN                                uint32 // the first that the receiver must send
+	PSN                                uint32 // first sequence number that the receiver must send
 	ResponderResources, InitiatorDepth uint8
 	AckTimeout                         uint8 // 4.096 µs << AckTimeout, 5 bits
 	RetryCount, RNRRetryCount          uint8
@@ -113,17 +115,18 @@ type Request struct {
 	MTU                                int // bytes
 	Source, Destination                netip.Addr
 	SourcePort                         uint16
-	// Proof is between peers that know of it: the Local Q_Key, which reliable connections
-	// do not use. 0 is none.
+	// Proof has a meaning between peers that know it. It is in the Local Q_Key field,
+	// which reliable connections do not use. Zero means none.
 	Proof   uint32
 	Private [RequestPrivate]byte
 }
 
-// HostMTU is a path MTU that the standard does not have, for two ends on one host: it
+// HostMTU is a path MTU that the standard does not have, for two ends on one host. It
 // fills a UDP datagram with whole pages.
 const HostMTU = 15 * 4096
 
-// mtuCode is the code of a path MTU: 256 is 1, 4096 is 5, and HostMTU hostCode.
+// mtuCode returns the code of a path MTU: 1 for 256, 5 for 4096, and hostCode for
+// HostMTU.
 func mtuCode(mtu int) uint8 {
 	if mtu >= HostMTU {
 		return hostCode
@@ -138,7 +141,7 @@ func mtuCode(mtu int) uint8 {
 
 const hostCode = 6
 
-// mtuOf is the path MTU with a code; 0: there is none.
+// mtuOf returns the path MTU of a code, or 0 if the code is invalid.
 func mtuOf(code uint8) int {
 	switch {
 	case code == hostCode:
@@ -149,10 +152,10 @@ func mtuOf(code uint8) int {
 	return 128 << code
 }
 
-// cmTimeouts are the response timeouts that we name to the peer: 4.3 s.
+// cmTimeouts is the code of the response timeouts that are named to the peer: 4.3 s.
 const cmTimeouts = 20
 
-// Put writes the message into m.
+// Put writes the message to m.
 func (r *Request) Put(m *MAD) {
 	b := m[body:]
 	binary.BigEndian.PutUint64(b[8:], servicePrefix|uint64(r.Port))
@@ -188,8 +191,8 @@ func (r *Request) Put(m *MAD) {
 	copy(p[36:], r.Private[:])
 }
 
-// ParseRequest reads a REQ. It says no to a service or transport other than a
-// reliable connection by RDMA_PS_TCP, and to addresses that make no sense.
+// ParseRequest reads a REQ. It returns false for a service or transport other than a
+// reliable connection of RDMA_PS_TCP, and for addresses that make no sense.
 func ParseRequest(m *MAD) (r Request, ok bool) {
 	b := m[body:]
 	service := binary.BigEndian.Uint64(b[8:])
@@ -225,17 +228,17 @@ func ParseRequest(m *MAD) (r Request, ok bool) {
 type Reply struct {
 	GUID                               uint64
 	QPN                                uint32
-	PSN                                uint32 // the first that the receiver must send
+	PSN                                uint32 // first sequence number that the receiver must send
 	ResponderResources, InitiatorDepth uint8
 	RNRRetryCount                      uint8
 	FlowControl                        bool
 	Private                            [ReplyPrivate]byte
 }
 
-// ackDelay is the target ack delay that we name: 134 ms.
+// ackDelay is the code of the target ack delay that is named to the peer: 134 ms.
 const ackDelay = 15
 
-// Put writes the message into m.
+// Put writes the message to m.
 func (r *Reply) Put(m *MAD) {
 	b := m[body:]
 	set24(b[12:], r.QPN)
@@ -263,12 +266,12 @@ func ParseReply(m *MAD) Reply {
 
 // Reject is the REJ message (IBTA 12.6.7).
 type Reject struct {
-	Of      uint8 // what is rejected: 0 a REQ, 1 a REP, 2 something else
+	Of      uint8 // the message that is rejected: 0 a REQ, 1 a REP, 2 another
 	Reason  uint16
 	Private [RejectPrivate]byte
 }
 
-// Put writes the message into m.
+// Put writes the message to m.
 func (r *Reject) Put(m *MAD) {
 	b := m[body:]
 	b[8] = r.Of << 6
@@ -285,19 +288,19 @@ func ParseReject(m *MAD) Reject {
 // SetProof writes Request.Proof.
 func (m *MAD) SetProof(proof uint32) { binary.BigEndian.PutUint32(m[body+28:], proof) }
 
-// Proof reads what SetProof wrote.
+// Proof returns the proof that SetProof wrote.
 func (m *MAD) Proof() uint32 { return binary.BigEndian.Uint32(m[body+28:]) }
 
-// NewMRA makes the message that says of a REQ that it came and that the answer
-// will take a while: another 4.3 s at least.
+// NewMRA makes the message that confirms the arrival of a REQ. It says that the answer
+// will take at least another 4.3 s.
 func NewMRA(tid uint64, local, remote uint32) *MAD {
 	m := NewMAD(MRA, tid, local, remote)
 	m[body+9] = cmTimeouts << 3
 	return m
 }
 
-// SetQPN writes the queue pair of a DREQ, which is the receiver's.
+// SetQPN sets the queue pair of a DREQ, which is the receiver's.
 func (m *MAD) SetQPN(qpn uint32) { set24(m[body+8:], qpn) }
 
-// QPN reads what SetQPN wrote.
+// QPN returns the queue pair that SetQPN set.
 func (m *MAD) QPN() uint32 { return get24(m[body+8:]) }

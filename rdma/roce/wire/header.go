@@ -5,11 +5,11 @@ import "encoding/binary"
 // Port is the UDP destination port of RoCEv2.
 const Port = 4791
 
-// Opcode says what a packet is (IBTA 9.2.1).
+// Opcode is the operation of a packet (IBTA 9.2.1).
 type Opcode uint8
 
-// Opcodes of the reliable connection, and the one of datagrams that the
-// connection manager uses.
+// Opcodes of reliable connections, and DatagramSendOnly, which the connection manager
+// uses
 const (
 	SendFirst         Opcode = 0x00
 	SendMiddle        Opcode = 0x01
@@ -35,14 +35,14 @@ const (
 	CongestionNote    Opcode = 0x81 // CNP (annex A17)
 )
 
-// Lengths in bytes.
+// Lengths in bytes
 const (
 	BTHLen       = 12
 	RETHLen      = 16
 	AETHLen      = 4
 	IETHLen      = 4
 	ImmLen       = 4
-	NoteLen      = 16 // reserved, of a CongestionNote
+	NoteLen      = 16 // reserved bytes of a CongestionNote
 	DETHLen      = 8
 	ICRCLen      = 4
 	MaxHeaderLen = BTHLen + RETHLen + ImmLen
@@ -62,8 +62,8 @@ var headerLens = [256]uint8{
 	CongestionNote:   BTHLen + NoteLen,
 }
 
-// HeaderLen is the length of all headers up to the payload, 0 for opcodes that
-// are not listed here.
+// HeaderLen returns the length of all headers before the payload in bytes, or 0 if the
+// opcode is not listed here.
 func (o Opcode) HeaderLen() int { return int(headerLens[o]) }
 
 // BTH is the base transport header (IBTA 9.2).
@@ -98,12 +98,12 @@ func (h *BTH) Put(b []byte) {
 	}
 }
 
-// SetBECN says in a header that Put wrote that what the receiver sent met congestion.
+// SetBECN sets a bit in a header that Put wrote. It tells the receiver that its packets
+// met congestion.
 func SetBECN(b []byte) { b[4] |= bthBECN }
 
-// Parse takes a packet (the UDP payload) apart as far as its payload. It says
-// no to what cannot be a packet: a version or partition other than ours, an
-// unknown opcode, a wrong length.
+// Parse parses a packet (the UDP payload) up to its payload. It returns false if the
+// version, the partition, the opcode or the length is not valid.
 func Parse(packet []byte) (h BTH, payload []byte, ok bool) {
 	if len(packet) < BTHLen+ICRCLen || len(packet)%4 != 0 || packet[1]&0x0f != 0 {
 		return h, nil, false
@@ -149,7 +149,7 @@ func ParseRETH(b []byte) RETH {
 // Syndrome is the first byte of an AETH (IBTA 9.7.5.2).
 type Syndrome uint8
 
-// Syndromes. RNR NAKs are NAKNotReady plus a timer code of 5 bits.
+// Syndromes. An RNR NAK is NAKNotReady plus a timer code of 5 bits.
 const (
 	ACK              Syndrome = 0x1f // no end-to-end credits
 	NAKNotReady      Syndrome = 0x20
@@ -160,10 +160,10 @@ const (
 	syndromeTypeMask          = 0xe0
 )
 
-// IsACK reports whether it is a positive acknowledgement.
+// IsACK reports whether s is a positive acknowledgement.
 func (s Syndrome) IsACK() bool { return s&syndromeTypeMask == 0 }
 
-// IsNotReady reports whether it is an RNR NAK.
+// IsNotReady reports whether s is an RNR NAK.
 func (s Syndrome) IsNotReady() bool { return s&syndromeTypeMask == NAKNotReady }
 
 // AETH is the acknowledgement extended transport header.
@@ -183,5 +183,5 @@ func ParseAETH(b []byte) AETH {
 	return AETH{Syndrome: Syndrome(v >> 24), MSN: v & 0xffffff}
 }
 
-// PSNDiff is a - b of two 24-bit sequence numbers, from -1<<23 to 1<<23 - 1.
+// PSNDiff returns a - b for two 24-bit sequence numbers, from -1<<23 to 1<<23 - 1.
 func PSNDiff(a, b uint32) int { return int(int32((a-b)<<8) >> 8) }

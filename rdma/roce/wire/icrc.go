@@ -7,25 +7,24 @@ import (
 	"net/netip"
 )
 
-// The invariant CRC (IBTA 7.8.1, A17.3.3) is a CRC-32 over eight bytes of ones,
-// the IP and UDP headers and the packet, with the fields that routers may
-// change replaced by ones. It covers the identification field of IPv4, which
-// an ordinary UDP socket does not show to the receiver. A CRC is linear, so the
-// difference that the unknown field makes can be computed backwards from the
-// CRC that came with the packet: it is a valid packet if and only if the
-// result fits in the field's 16 bits.
+// The invariant CRC (IBTA 7.8.1, A17.3.3) is a CRC-32 over eight bytes of ones, the IP
+// and UDP headers and the packet. Ones replace the fields that routers may change. The
+// CRC covers the identification field of IPv4, which an ordinary UDP socket does not show
+// to the receiver. A CRC is linear, so the difference that the unknown field makes can be
+// computed backwards from the packet's CRC. The packet is valid if and only if the result
+// fits in the 16 bits of the field.
 //
-// In IPv4 "don't fragment" is taken to be set and options to be absent.
+// For IPv4, "don't fragment" is assumed to be set and options are assumed to be absent.
 
-// onesState is what crc32.Update gives after eight bytes of ones.
+// onesState is the result of crc32.Update after eight bytes of ones.
 var onesState = crc32.Update(0, crc32.IEEETable, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 
-// maskedFECN stands for the fifth byte of a BTH.
+// maskedFECN replaces the fifth byte of a BTH.
 const maskedFECN = 0xff
 
-// Base is the CRC of the masked IP and UDP headers of a packet with length
-// bytes of UDP payload, ICRC included, with 0 in the identification field. Both
-// addresses must be of the same family, without IPv4 in IPv6.
+// Base returns the CRC of the masked IP and UDP headers of a packet with the given length
+// of UDP payload in bytes, including the ICRC. The identification field is 0. Both
+// addresses must be of the same family, and must not be IPv4 in IPv6.
 func Base(src, dst netip.AddrPort, length int) uint32 {
 	var b [48]byte
 	udp := b[20:28]
@@ -53,7 +52,7 @@ func Base(src, dst netip.AddrPort, length int) uint32 {
 	if !src.Addr().Is4() {
 		end = 48
 	}
-	// Not by crc32.Update, which makes b escape to the heap.
+	// crc32.Update would make b escape to the heap.
 	s := ^onesState
 	for _, v := range b[:end] {
 		s = crc32.IEEETable[uint8(s)^v] ^ s>>8
@@ -61,14 +60,14 @@ func Base(src, dst netip.AddrPort, length int) uint32 {
 	return ^s
 }
 
-// MaxSmallID is the largest IPv4 identification that WithID knows.
+// MaxSmallID is the largest IPv4 identification that WithID supports.
 const MaxSmallID = 255
 
-// afterID is how many bytes of the IPv4 and UDP headers follow the
-// identification field.
+// afterID is the number of bytes of the IPv4 and UDP headers after the identification
+// field.
 const afterID = 22
 
-// smallIDs are the differences that identifications make to Base.
+// smallIDs holds the differences that identifications make to Base.
 var smallIDs = func() (t [MaxSmallID + 1]uint32) {
 	for id := range t {
 		t[id] = feedZeros(uint32(bits.ReverseBytes16(uint16(id))), afterID+2)
@@ -76,7 +75,7 @@ var smallIDs = func() (t [MaxSmallID + 1]uint32) {
 	return t
 }()
 
-// WithID gives the Base of IPv4 with another identification field.
+// WithID returns the Base of IPv4 with another identification field.
 func WithID(base uint32, id uint8) uint32 { return base ^ smallIDs[id] }
 
 // Header continues a Base over the transport headers.
@@ -88,15 +87,16 @@ func Header(base uint32, h []byte) uint32 {
 	return base
 }
 
-// Update continues over payload and padding.
+// Update continues a CRC over payload and padding.
 func Update(crc uint32, b []byte) uint32 { return crc32.Update(crc, crc32.IEEETable, b) }
 
-// PutICRC stores a finished CRC.
+// PutICRC writes a finished CRC to b.
 func PutICRC(b []byte, crc uint32) { binary.LittleEndian.PutUint32(b, crc) }
 
-// Check verifies the CRC of a packet, which ends with it, over its first end
-// bytes: all before the CRC, BTHLen at least. It gives the identification field
-// that the packet must have had if it came by IPv4; guess is the likely one.
+// Check verifies the CRC at the end of a packet. The CRC covers the first end bytes of
+// the packet, usually all bytes before the CRC, and at least BTHLen. For IPv4, Check
+// returns the identification field that the packet must have had. guess is its likely
+// value.
 func Check(base uint32, packet []byte, end int, v4 bool, guess uint8) (id uint16, ok bool) {
 	start := base
 	if v4 {
@@ -117,7 +117,7 @@ func Check(base uint32, packet []byte, end int, v4 bool, guess uint8) (id uint16
 	return bits.ReverseBytes16(uint16(back)) ^ uint16(guess), true
 }
 
-// feedZeros is the linear part of a CRC over n bytes of zeros.
+// feedZeros returns the linear part of a CRC over n bytes of zeros.
 func feedZeros(s uint32, n int) uint32 {
 	for range n {
 		s = crc32.IEEETable[s&0xff] ^ s>>8
@@ -125,7 +125,7 @@ func feedZeros(s uint32, n int) uint32 {
 	return s
 }
 
-// takeZeros undoes feedZeros, for 0 ≤ n < 1<<16.
+// takeZeros reverses feedZeros, for 0 ≤ n < 1<<16.
 func takeZeros(s uint32, n int) uint32 {
 	for i := 0; n != 0; i, n = i+1, n>>1 {
 		if n&1 != 0 {
@@ -135,7 +135,7 @@ func takeZeros(s uint32, n int) uint32 {
 	return s
 }
 
-// linear is a linear map of 32-bit vectors over GF(2), by the bytes of its
+// linear is a linear map of 32-bit vectors over GF(2), tabulated by the bytes of its
 // argument.
 type linear [4][256]uint32
 
@@ -157,7 +157,7 @@ func makeLinear(f func(uint32) uint32) *linear {
 	return &l
 }
 
-// takes are the maps that take away 1<<i zero bytes.
+// takes holds the maps that remove 1<<i zero bytes.
 var takes = func() (t [16]*linear) {
 	var byTop [256]uint32
 	for i, v := range crc32.IEEETable {

@@ -42,7 +42,7 @@ func TestExampleICRC(t *testing.T) {
 	}
 }
 
-// slowICRC is the definition, bit by bit.
+// slowICRC computes the ICRC by its definition, bit by bit.
 func slowICRC(pseudo []byte) uint32 {
 	crc := ^uint32(0)
 	for _, v := range pseudo {
@@ -123,7 +123,7 @@ func TestICRC(t *testing.T) {
 	}
 }
 
-// A flipped bit is found, but for those that the 16 unknown bits hide.
+// A flipped bit is found, except in those cases that the 16 unknown bits hide.
 func TestICRCFindsErrors(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for _, v4 := range []bool{true, false} {
@@ -334,7 +334,8 @@ func BenchmarkCheck(b *testing.B) {
 	})
 }
 
-// TestRetryCounts: what is more than the fields hold is the most that they do.
+// TestRetryCounts checks that values that are too large for their fields become the
+// largest value of the field.
 func TestRetryCounts(t *testing.T) {
 	for _, n := range []uint8{7, 8, 255} {
 		m := NewMAD(REQ, 1, 2, 0)

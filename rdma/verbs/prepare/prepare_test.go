@@ -12,8 +12,8 @@ import (
 	_ "ublk-nvmeof/rdma/verbs" // a change of it is one of the probe
 )
 
-// Package verbs leaves the process of an embedding program as it is. Package prepare
-// changes it.
+// Package verbs does not change the process of an embedding program. Package prepare
+// does.
 func TestOnlyPrepareChangesTheProcess(t *testing.T) {
 	path, err := exec.LookPath("go")
 	if err != nil {

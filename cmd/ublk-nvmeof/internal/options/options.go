@@ -32,7 +32,6 @@ const (
 	maxTransfer         = 1 << 20
 	defaultMaxIO        = 256 << 10
 	defaultPollMax      = 16 << 10
-	defaultPort         = 4420
 	defaultTimeout      = time.Minute
 	defaultReconnect    = 10 * time.Second
 	defaultLoss         = 600 * time.Second
@@ -40,6 +39,9 @@ const (
 	maxNSID             = 0xFFFFFFFE
 	maxKeepAliveSeconds = 1<<32/1000 - 1 // KATO is 32 bits of milliseconds
 )
+
+// DefaultPort is the port of NVMe over RDMA.
+const DefaultPort = 4420
 
 // Forever is a controller loss timeout without a limit.
 const Forever = -1 * time.Second
@@ -118,7 +120,7 @@ type Connect struct {
 // Default returns the values of all flags that are not given.
 func Default() *Connect {
 	return &Connect{
-		Transport: "rdma", Port: defaultPort,
+		Transport: "rdma", Port: DefaultPort,
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
@@ -130,17 +132,37 @@ func Default() *Connect {
 // the first block are those of nvme-cli.
 func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
-	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
-	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
-		"traddr", "a", "address or host name of the target (required)")
-	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
+	c.addTarget(f, "(required)")
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
+	c.addHost(f)
+	c.addConnection(f)
+	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
+		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
+	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
+	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	c.addProvider(f)
+}
+
+// addTarget defines the flags for the address of a target.
+func (c *Connect) addTarget(f *pflag.FlagSet, required string) {
+	f.VarP(OneOf(&c.Transport, "rdma"), "transport", "t", "transport type")
+	f.VarP(text(&c.Address, "address", "an IPv4 or IPv6 address (with %zone) or a host name", checkAddress),
+		"traddr", "a", "address or host name of the target "+required)
+	f.VarP(number(&c.Port, 1, 65535, "a port"), "trsvcid", "s", "port of the target")
+}
+
+// addHost defines the flags for the identity of this host.
+func (c *Connect) addHost(f *pflag.FlagSet) {
 	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
 		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
+}
+
+// addConnection defines the flags that may be the same for several subsystems.
+func (c *Connect) addConnection(f *pflag.FlagSet) {
 	f.VarP(number(&c.Queues.IO, 1, maxQueues, "a number"), "nr-io-queues", "i",
 		"number of I/O queues, or of read queues if there are write queues (default and limit: one per online CPU)")
 	f.Lookup("nr-io-queues").DefValue = "" // the description says it
@@ -163,15 +185,15 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(bytesOf(&c.Memory), "memory-limit", "most memory for the buffers of all namespaces (default: half of what is available)")
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
 	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load, and that this user may use")
-	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
-		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
 		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
-	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
-	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
+	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
+}
+
+// addProvider defines the flags for the way to a target.
+func (c *Connect) addProvider(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
-	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
 	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
 }
 
@@ -184,6 +206,11 @@ func (c *Connect) Complete(from Sources) error {
 	case c.NQN == "":
 		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
 	}
+	return c.complete(from)
+}
+
+// complete is Complete for flags that may lack the target.
+func (c *Connect) complete(from Sources) error {
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
 		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)
 	}

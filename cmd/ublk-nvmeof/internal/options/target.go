@@ -33,7 +33,9 @@ type Target struct {
 	NamespacesAfter time.Duration // time after the start at which namespaces appear
 
 	Subsystems []Subsystem
-	Faults     []string // see FaultWords
+	Referrals  []netip.AddrPort // to other discovery services
+	Discovery  string           // own NQN of the discovery subsystem; empty: none
+	Faults     []string         // see FaultWords
 
 	addr netip.Addr
 	port uint16
@@ -56,7 +58,7 @@ type Subsystem struct {
 // DefaultTarget returns the defaults of all flags.
 func DefaultTarget() *Target {
 	return &Target{
-		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: defaultPort, Provider: AutoProvider,
+		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: DefaultPort, Provider: AutoProvider,
 		InCapsule: target.DefaultInCapsule, QueueSize: target.DefaultQueueSize, MaxIO: target.DefaultMaxTransfer,
 		KeepAlive: Traffic, ANATransition: 10 * time.Second,
 	}
@@ -103,6 +105,12 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.Var(&each{kind: "number", want: fmt.Sprintf("a number, 1 to %d", nvme.MaxQueues), take: last("max-queues", func(s *Subsystem, text string) error {
 		return number(&s.MaxQueues, 1, nvme.MaxQueues, "a number").Set(text)
 	})}, "max-queues", fmt.Sprintf("largest number of I/O queues of a controller of the subsystem (default %d)", target.DefaultMaxQueues))
+	f.Var(&each{kind: "address", want: ReferralWords, take: func(text string) error {
+		to, err := ParseReferral(text)
+		t.Referrals = append(t.Referrals, to)
+		return err
+	}}, "referral", "refer hosts that ask for subsystems to the discovery service at an address as well; may be repeated: "+ReferralWords)
+	f.Var(text(&t.Discovery, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN), "discovery-nqn", "NQN of the discovery subsystem beside the well-known one (default: none)")
 	f.Var(&each{kind: "fault", want: FaultWords, take: func(text string) error {
 		_, err := ParseFault(text)
 		t.Faults = append(t.Faults, text)
@@ -186,7 +194,7 @@ func bytesOf(dst *int64) *flagValue[int64] {
 
 // Complete checks the flags as a whole and fills in Address.
 func (t *Target) Complete() error {
-	if len(t.Subsystems) == 0 {
+	if len(t.Subsystems)+len(t.Referrals) == 0 {
 		return errors.New("-n/--nqn: no value is given; want the name of a subsystem")
 	}
 	if t.MaxIO&(t.MaxIO-1) != 0 {
@@ -222,6 +230,25 @@ func (e *each) Set(s string) error {
 	}
 	e.all = append(e.all, s)
 	return nil
+}
+
+// ReferralWords describe the address of a discovery service.
+const ReferralWords = "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, with port 4420 if none is given"
+
+// ParseReferral parses the address of a discovery service.
+func ParseReferral(text string) (netip.AddrPort, error) {
+	to, err := netip.ParseAddrPort(text)
+	if err != nil {
+		var a netip.Addr
+		if a, err = netip.ParseAddr(strings.Trim(text, "[]")); err != nil {
+			return to, errUnwanted
+		}
+		to = netip.AddrPortFrom(a, DefaultPort)
+	}
+	if to.Port() == 0 || to.Addr().Zone() != "" {
+		return to, errUnwanted
+	}
+	return netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), checkUnicast(to.Addr(), "target")
 }
 
 func listenAddr(dst *netip.Addr) *flagValue[netip.Addr] {

@@ -202,23 +202,52 @@ type list struct {
 	SchemaVersion int `json:"schema_version"`
 	Devices       []listed
 	Controllers   []control.Status `json:"controllers"`
+	Keepers       []Keeper         `json:"discovery"`
+}
+
+// Keeper is a process that stays connected to discovery services.
+type Keeper struct {
+	Name     string    `json:"name"`
+	PID      int       `json:"pid"`
+	Services []Service `json:"services"`
+}
+
+// Service is a discovery service. Its address has the port.
+type Service struct {
+	Address string `json:"address"`
+	NQN     string `json:"subsysnqn"`
+	HostNQN string `json:"hostnqn"`
+	HostID  string `json:"hostid"`
 }
 
 // List writes servers and their devices. JSON has all details with or without
 // verbose.
-func List(w io.Writer, servers []control.Status, format string, verbose bool) error {
+func List(w io.Writer, servers []control.Status, keepers []Keeper, format string, verbose bool) error {
 	if format == JSON {
-		return listJSON(w, servers)
+		return listJSON(w, servers, keepers)
 	}
 	servers = printable(servers)
-	if verbose {
-		return listVerbose(w, servers)
+	if !verbose {
+		return listTable(w, servers)
 	}
-	return listTable(w, servers)
+	if err := listVerbose(w, servers); err != nil {
+		return err
+	}
+	for i, k := range printable(keepers) {
+		if i == 0 && len(servers) > 0 {
+			fmt.Fprintln(w)
+		}
+		for _, s := range k.Services {
+			if _, err := fmt.Fprintf(w, "%s: process %d stays connected to discovery service %s, %s\n", k.Name, k.PID, s.Address, s.NQN); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
-func listJSON(w io.Writer, servers []control.Status) error {
-	l := list{SchemaVersion: SchemaVersion, Devices: []listed{}, Controllers: []control.Status{}}
+func listJSON(w io.Writer, servers []control.Status, keepers []Keeper) error {
+	l := list{SchemaVersion: SchemaVersion, Devices: []listed{}, Controllers: []control.Status{}, Keepers: append([]Keeper{}, keepers...)}
 	l.Controllers = append(l.Controllers, servers...)
 	for _, s := range servers {
 		for _, d := range s.Devices {

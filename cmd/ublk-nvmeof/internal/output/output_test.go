@@ -85,6 +85,8 @@ var connecting = control.Status{
 	State: "connecting",
 }
 
+var keepers = []Keeper{{Name: "discovery0", PID: 1600, Services: []Service{{Address: "10.0.2.19:8009", NQN: "nqn.2014-08.org.nvmexpress.discovery", HostNQN: "nqn.h"}}}}
+
 // TestStateText: why an association was lost, and why the last attempt to make it again
 // failed, are both shown if they differ.
 func TestStateText(t *testing.T) {
@@ -106,11 +108,11 @@ func TestGolden(t *testing.T) {
 		file  string
 		write func(*bytes.Buffer) error
 	}{
-		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, false) }},
-		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, Normal, true) }},
-		{"list.json", func(b *bytes.Buffer) error { return List(b, all, JSON, false) }},
-		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, Normal, false) }},
-		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, JSON, true) }},
+		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, false) }},
+		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, true) }},
+		{"list.json", func(b *bytes.Buffer) error { return List(b, all, keepers, JSON, false) }},
+		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, nil, Normal, false) }},
+		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, nil, JSON, true) }},
 		{"connect.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, false) }},
 		{"connect-verbose.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, true) }},
 		{"connect.json", func(b *bytes.Buffer) error { return Connected(b, live, JSON, true) }},

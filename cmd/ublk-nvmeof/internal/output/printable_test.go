@@ -68,8 +68,8 @@ func TestTablesArePrintable(t *testing.T) {
 	for name, write := range map[string]func(*strings.Builder) error{
 		"connect":    func(b *strings.Builder) error { return Connected(b, s, Normal, false) },
 		"connect -v": func(b *strings.Builder) error { return Connected(b, s, Normal, true) },
-		"list":       func(b *strings.Builder) error { return List(b, []control.Status{s}, Normal, false) },
-		"list -v":    func(b *strings.Builder) error { return List(b, []control.Status{s}, Normal, true) },
+		"list":       func(b *strings.Builder) error { return List(b, []control.Status{s}, nil, Normal, false) },
+		"list -v":    func(b *strings.Builder) error { return List(b, []control.Status{s}, nil, Normal, true) },
 		"targets":    func(b *strings.Builder) error { return Targets(b, []targetserver.Status{target}, Normal, false) },
 		"targets -v": func(b *strings.Builder) error { return Targets(b, []targetserver.Status{target}, Normal, true) },
 	} {
@@ -88,7 +88,7 @@ func TestTablesArePrintable(t *testing.T) {
 		}
 	}
 	var b strings.Builder
-	if err := List(&b, []control.Status{s}, JSON, false); err != nil {
+	if err := List(&b, []control.Status{s}, nil, JSON, false); err != nil {
 		t.Fatal(err)
 	}
 	var l struct{ Controllers []control.Status }

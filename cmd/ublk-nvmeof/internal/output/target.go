@@ -46,6 +46,9 @@ func Targets(out io.Writer, all []targetserver.Status, format string, verbose bo
 				fmt.Fprintf(w, "    namespace %d\t%s\t%s, blocks of %d, %s, %s\n", n.NSID, n.Data, humanize.IBytes(uint64(n.Size)), n.BlockSize, mode, identity(n))
 			}
 		}
+		for _, to := range t.Referrals {
+			fmt.Fprintf(w, "  referral to %s\n", to)
+		}
 		if verbose {
 			describeTarget(w, t)
 		}

@@ -167,6 +167,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 // this host.
 func (s *server) made(target netip.AddrPort, cntlid uint16, asked time.Time) {
 	all := s.record.made(cntlid, state.JustMade(target, asked))
+	s.notified.Store(true)
 	if err := s.cfg.Host.Notify(s.opts.NQN, all); err != nil {
 		s.log.Warn("other servers cannot learn which controllers were made for this one; they may wait for the end of these", "error", err)
 	}

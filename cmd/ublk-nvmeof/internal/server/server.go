@@ -85,17 +85,18 @@ func Run(ctx context.Context, cfg Config) error { return run(ctx, cfg, actual) }
 // server is a running server. The goroutine of run builds it. The same goroutine or a
 // control request ends it.
 type server struct {
-	cfg    Config
-	opts   *options.Connect
-	log    *slog.Logger
-	back   backend
-	remote netip.AddrPort
-	record *record
-	sock   *socket
-	depth  int        // of the devices
-	nbd    *nbdServer // of the front ends nbd and nbd-socket; nil: not open
-	certs  atomic.Pointer[tls.Config]
-	heir   heir
+	cfg      Config
+	opts     *options.Connect
+	log      *slog.Logger
+	back     backend
+	remote   netip.AddrPort
+	record   *record
+	sock     *socket
+	notified atomic.Bool // other servers were told of the controllers of this one
+	depth    int         // of the devices
+	nbd      *nbdServer  // of the front ends nbd and nbd-socket; nil: not open
+	certs    atomic.Pointer[tls.Config]
+	heir     heir
 
 	replacing sync.Mutex  // held while a successor is started
 	leaving   atomic.Bool // the server waits until no device is in use, and then ends
@@ -202,8 +203,11 @@ func (s *server) forget(ctx context.Context) error {
 	return s.record.retire(context.WithoutCancel(ctx))
 }
 
-// withdraw removes the notice that made published.
+// withdraw removes the notice that made published, if it did.
 func (s *server) withdraw() {
+	if !s.notified.Load() {
+		return
+	}
 	if err := s.cfg.Host.Withdraw(); err != nil {
 		s.log.Warn("cannot withdraw the notice to other servers", "error", err)
 	}

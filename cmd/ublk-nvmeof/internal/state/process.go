@@ -152,8 +152,13 @@ func (p Process) Open() (*Handle, error) {
 }
 
 // Kill ends the process at once.
-func (h *Handle) Kill() error {
-	err := unix.PidfdSendSignal(h.fd, unix.SIGKILL, nil, 0)
+func (h *Handle) Kill() error { return h.signal(unix.SIGKILL) }
+
+// Terminate asks the process to end.
+func (h *Handle) Terminate() error { return h.signal(unix.SIGTERM) }
+
+func (h *Handle) signal(s unix.Signal) error {
+	err := unix.PidfdSendSignal(h.fd, s, nil, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}

@@ -15,6 +15,7 @@ type Status struct {
 	ProviderReason string `json:"provider_reason"`
 
 	Subsystems  []Subsystem  `json:"subsystems"`
+	Referrals   []string     `json:"referrals,omitempty"` // to other discovery services, as address:port
 	Controllers []Controller `json:"controllers"`
 	Faults      Faults       `json:"faults"`
 
@@ -159,6 +160,12 @@ type (
 		NQN  string `json:"subsysnqn,omitempty"`
 		NSID uint32 `json:"nsid"`
 		On   bool   `json:"on"`
+	}
+	// ReferralRequest adds a referral to another discovery service, or removes it; see
+	// options.ReferralWords.
+	ReferralRequest struct {
+		Address string `json:"address"`
+		Remove  bool   `json:"remove,omitempty"`
 	}
 	// StopRequest ends the target.
 	StopRequest struct{}

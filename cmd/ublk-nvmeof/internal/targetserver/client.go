@@ -4,9 +4,21 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"path/filepath"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 )
+
+// namePrefix begins the names of targets.
+const namePrefix = "target"
+
+// List finds the names of the targets that run, in order, and takes away what dead ones
+// left.
+func List(runDir string) ([]string, error) { return rundir.Places(runDir, namePrefix) }
+
+// Socket is the control socket of a target.
+func Socket(runDir, name string) string { return filepath.Join(runDir, name, "control.sock") }
 
 // Client talks to a target.
 //
@@ -58,6 +70,8 @@ func path(request any) string {
 		return "/v1/namespace/resize"
 	case ReadOnlyRequest:
 		return "/v1/namespace/read-only"
+	case ReferralRequest:
+		return "/v1/referral"
 	case StopRequest:
 		return "/v1/stop"
 	}

@@ -62,6 +62,7 @@ func (s *server) mux() *http.ServeMux {
 	handle(mux, s, locked(s, s.ana))
 	handle(mux, s, locked(s, s.freeze))
 	handle(mux, s, locked(s, s.hide))
+	handle(mux, s, locked(s, s.referral))
 	handle(mux, s, s.add)
 	handle(mux, s, s.remove)
 	handle(mux, s, s.resize)
@@ -112,6 +113,19 @@ func (s *server) namespace(nqn string, nsid uint32) (*subsystem, *namespace, err
 		}
 	}
 	return nil, nil, exit.Errorf(exit.NotFound, "subsystem %s has no namespace %d", sub.cfg.NQN, nsid)
+}
+
+func (s *server) referral(r ReferralRequest) (Done, error) {
+	to, err := options.ParseReferral(r.Address)
+	switch {
+	case err != nil:
+		return Done{}, exit.Errorf(exit.Usage, "referral %q: want %s", r.Address, options.ReferralWords)
+	case r.Remove:
+		err = s.target.RemoveReferral(to)
+	default:
+		err = s.target.AddReferral(to)
+	}
+	return Done{}, err
 }
 
 func (s *server) grant(r GrantRequest) (Done, error) {

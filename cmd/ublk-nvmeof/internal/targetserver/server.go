@@ -18,6 +18,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/target"
@@ -44,7 +45,7 @@ type server struct {
 	opts   *options.Target
 	log    *slog.Logger
 	choice provider.Choice
-	place  *place
+	place  *rundir.Place
 	target *target.Target
 	stop   chan struct{} // closed when a request ends the target
 	ended  chan struct{} // closed when the target has ended
@@ -86,12 +87,12 @@ func (s *server) run(ctx context.Context) (err error) {
 			err = errors.Join(err, fmt.Errorf("%s: %w", what, uerr))
 		}
 	}
-	if s.place, err = takePlace(s.cfg.RunDir); err != nil {
+	if s.place, err = rundir.TakePlace(s.cfg.RunDir, namePrefix); err != nil {
 		return err
 	}
-	defer undo("remove directory", s.place.leave)
+	defer undo("remove directory", s.place.Leave)
 	if s.cfg.Reserved != nil {
-		if err := s.cfg.Reserved(s.place.dir); err != nil {
+		if err := s.cfg.Reserved(s.place.Dir); err != nil {
 			return err
 		}
 	}
@@ -147,7 +148,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 		}
 	}
 	s.target, err = target.New(target.Config{
-		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true,
+		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true, DiscoveryNQN: o.Discovery,
 		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, QueueMemory: o.QueueMemory,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
@@ -160,6 +161,11 @@ func (s *server) configure() error {
 	for _, c := range s.opts.Subsystems {
 		if err := s.addSubsystem(c); err != nil {
 			return err
+		}
+	}
+	for _, to := range s.opts.Referrals {
+		if err := s.target.AddReferral(to); err != nil {
+			return exit.Errorf(exit.Usage, "--referral: %v", err)
 		}
 	}
 	for _, f := range s.opts.Faults {
@@ -177,7 +183,7 @@ type web struct {
 }
 
 func (s *server) listen() (*web, error) {
-	l, err := control.Listen(s.place.socket())
+	l, err := control.Listen(Socket(s.cfg.RunDir, s.place.Name))
 	if err != nil {
 		return nil, err
 	}
@@ -245,7 +251,7 @@ func (s *server) targetOf(pid int) string {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	for _, name := range names {
-		if name == s.place.name {
+		if name == s.place.Name {
 			continue // it does not answer yet
 		}
 		if status, err := NewClient(Socket(s.cfg.RunDir, name)).Status(ctx); err == nil && status.PID == pid {

@@ -14,13 +14,16 @@ func (s *server) status() Status {
 	snap := s.target.Snapshot()
 	addr := s.target.Addr()
 	out := Status{
-		SchemaVersion: SchemaVersion, Name: s.place.name, PID: os.Getpid(),
+		SchemaVersion: SchemaVersion, Name: s.place.Name, PID: os.Getpid(),
 		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
 		Provider: s.choice.Name, ProviderReason: s.choice.Reason,
 		Subsystems: []Subsystem{}, Controllers: []Controller{},
 		Connections: snap.Connections, QueueMemory: snap.QueueMemory, Connects: snap.Connects, Rejects: snap.Rejects, Refusals: snap.Refusals,
 		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
 		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
+	}
+	for _, to := range s.target.Referrals() {
+		out.Referrals = append(out.Referrals, to.String())
 	}
 	for _, c := range snap.Controllers {
 		io := slices.DeleteFunc(slices.Clone(c.Queues), func(q target.QueueStats) bool { return q.QID == 0 })

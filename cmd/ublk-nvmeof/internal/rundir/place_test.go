@@ -1,4 +1,4 @@
-package targetserver
+package rundir
 
 import (
 	"errors"
@@ -47,12 +47,12 @@ func TestPlaceOfOthers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			run := filepath.Join(t.TempDir(), "run")
 			c.prepare(t, run)
-			p, err := takePlace(run)
+			p, err := TakePlace(run, "target")
 			if err == nil {
-				if info, err := os.Stat(p.dir); err != nil || info.Mode().Perm()&0o022 != 0 {
+				if info, err := os.Stat(p.Dir); err != nil || info.Mode().Perm()&0o022 != 0 {
 					t.Errorf("mode %v, %v", info.Mode(), err)
 				}
-				if err := p.leave(); err != nil {
+				if err := p.Leave(); err != nil {
 					t.Error(err)
 				}
 			}
@@ -68,17 +68,17 @@ func TestPlaceOfOthers(t *testing.T) {
 func TestPlaceLeft(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
 	for range 200 {
-		p, err := takePlace(run)
+		p, err := TakePlace(run, "target")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(p.Dir, "log"), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		left := make(chan error, 1)
-		go func() { left <- p.leave() }()
+		go func() { left <- p.Leave() }()
 		for {
-			names, err := List(run)
+			names, err := Places(run, "target")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -99,14 +99,14 @@ func TestPlaceLeft(t *testing.T) {
 // a complete directory.
 func TestPlaceTakenAtOnce(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
-	p, err := takePlace(run)
+	p, err := TakePlace(run, "target")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 200 {
 		left := make(chan error, 1)
-		go func() { left <- p.leave() }()
-		next := &place{name: p.name, dir: p.dir}
+		go func() { left <- p.Leave() }()
+		next := &Place{Name: p.Name, Dir: p.Dir}
 		for {
 			if err = next.take(); !errors.Is(err, unix.EWOULDBLOCK) {
 				break
@@ -115,20 +115,20 @@ func TestPlaceTakenAtOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(p.dir, "log"), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(p.Dir, "log"), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-left; err != nil {
 			t.Fatal(err)
 		}
 		for _, name := range []string{"log", lockFile} {
-			if _, err := os.Stat(filepath.Join(p.dir, name)); err != nil {
+			if _, err := os.Stat(filepath.Join(p.Dir, name)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		p = next
 	}
-	if err := p.leave(); err != nil {
+	if err := p.Leave(); err != nil {
 		t.Fatal(err)
 	}
 }
