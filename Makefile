@@ -126,7 +126,7 @@ bench: build
 	go run ./bench $(BENCH)
 
 deb:
-	rm -rf build/package && mkdir -p build/package
+	rm -rf build/package build/ublk-nvmeof_*.deb && mkdir -p build/package
 	go build $(RELEASE) -o build/package/ublk-nvmeof ./cmd/ublk-nvmeof
 	CGO_ENABLED=0 go build $(RELEASE) -o build/static/ublk-nvmeof ./cmd/ublk-nvmeof
 	build/package/ublk-nvmeof documentation build/package
