@@ -45,7 +45,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # they need something of the machine, must be in the list.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|OfAStranger|UserSees|Seccomp \
-	cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
+	cmd/ublk-nvmeof/internal/metrics:Promtool cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
 
@@ -75,9 +75,9 @@ test-unit: setup
 	go vet ./...
 	go -C e2e vet ./...
 	# Much of it is waiting, so more packages at a time than there may be CPUs.
-	UN_REQUIRE=nbd-clients,netns go test -race -p 4 -shuffle=on ./...
-	# What allocates nothing is to do so without the detector, too.
-	go test -run Alloc ./...
+	UN_REQUIRE=nbd-clients,netns,promtool go test -race -p 4 -shuffle=on ./...
+	# What allocates nothing is to do so without the detector, too, and times count without it.
+	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The VM

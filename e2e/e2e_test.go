@@ -128,7 +128,7 @@ func (scriptT) Verbose() bool                        { return false } // the pha
 
 // capabilities are what the VM offers to the tests of packages: without one of
 // them a test fails instead of being skipped.
-const capabilities = "root,io_uring,read-multishot,ipv6,ublk,rxe,target,nbd,nbd-clients"
+const capabilities = "root,io_uring,read-multishot,ipv6,ublk,rxe,target,nbd,nbd-clients,promtool"
 
 // TestPackages runs the packages' own tests that need such a kernel. UN_PACKAGES
 // lists the packages by their directories, each with an optional :PATTERN of

@@ -80,7 +80,7 @@ func (a *admin) run() {
 	for {
 		if err := a.drain(); err != nil {
 			a.lose(err)
-			a.fail(fmt.Errorf("admin queue: %w", err))
+			a.fail(because(LossQueuePair, fmt.Errorf("admin queue: %w", err)))
 			return
 		}
 		if _, err := a.file.Read(event); err != nil {
@@ -117,7 +117,7 @@ func (a *admin) poll() (int, error) {
 		cid := events[i].Completion.CID()
 		slot, ok := a.conn.sq.Match(cid)
 		if !ok {
-			return i, fmt.Errorf("response to command id %#x, which is not outstanding", cid)
+			return i, because(LossProtocol, fmt.Errorf("response to command id %#x, which is not outstanding", cid))
 		}
 		a.conn.sq.Answer(slot)
 		a.calls[slot].answer <- events[i].Completion
@@ -148,7 +148,11 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 	defer cancel()
 	c, err := a.transfer(ctx, cmd, in, out)
 	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		err = fmt.Errorf("%s was not answered: %w", cmd.Opcode().AdminString(), err)
+		reason := LossCommandTimeout
+		if cmd.Opcode() == nvme.AdminKeepAlive {
+			reason = LossKeepAlive
+		}
+		err = because(reason, fmt.Errorf("%s was not answered: %w", cmd.Opcode().AdminString(), err))
 		a.lose(err)
 		a.fail(err)
 	}

@@ -435,13 +435,15 @@ func (a *association) watch(conn *connection) {
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
+			reason := LossDisconnected
 			switch ev.Type {
 			case rdma.EventPortDown:
 				continue
 			case rdma.EventDeviceRemoved:
 				a.removed.Store(true)
+				reason = LossDeviceRemoved
 			}
-			a.fail(fmt.Errorf("queue %d: %v", conn.qid, ev.Type))
+			a.fail(because(reason, fmt.Errorf("queue %d: %v", conn.qid, ev.Type)))
 		}
 	}()
 }

@@ -62,11 +62,12 @@ type Controller struct {
 
 	mu           sync.Mutex // guards what follows
 	state        State
-	since        time.Time      // of the state
-	reason       error          // why it is not live, or was not the last time
-	losses       int            // associations lost
-	attempts     int            // to make one since the last was lost
-	failure      error          // of the last of these attempts
+	since        time.Time // of the state
+	reason       error     // why it is not live, or was not the last time
+	losses       int       // associations lost
+	attempts     int       // to make one since the last was lost
+	failure      error     // of the last of these attempts
+	outages      outages
 	remote       netip.AddrPort // of the last association
 	lastPatience time.Duration  // with it
 	assoc        *association
@@ -148,10 +149,12 @@ func (c *Controller) attach(a *association) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	now := time.Now()
 	if c.state != StateDeleting {
-		c.state, c.since = StateLive, time.Now()
+		c.state, c.since = StateLive, now
 	}
 	c.failure = nil
+	c.outages.end(now)
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
 	return nil
 }
@@ -325,6 +328,7 @@ func (c *Controller) reconnect(lost time.Time, err error) (*association, error) 
 func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	c.mu.Lock()
 	c.attempts++
+	c.outages.tries++
 	c.mu.Unlock()
 	a, err := c.associate(ctx)
 	if err != nil {
@@ -366,6 +370,7 @@ func (c *Controller) lose(reason error, when time.Time) {
 	defer c.mu.Unlock()
 	c.assoc, c.reason, c.attempts, c.failure = nil, reason, 0, nil
 	c.losses++
+	c.outages.begin(when, c.reasonOf(reason))
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
 	}
@@ -405,6 +410,8 @@ func (c *Controller) tend(a *association) {
 		if p.inflight.Load() > 0 {
 			// A loop that has ended has no commands.
 			_ = p.lane.loop.Call(func() { p.tend(now, limit) })
+		} else {
+			p.oldest.Store(0)
 		}
 	}
 }
@@ -449,7 +456,7 @@ func (c *Controller) startKeepAlive(_ context.Context, a *association) error {
 				limit = max(limit, c.cfg.ConnectTimeout)
 			}
 			if err := c.ping(a.life, a, limit); err != nil {
-				a.fail(err)
+				a.fail(because(LossKeepAlive, err))
 			}
 		}
 	})
@@ -504,7 +511,7 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 	}
 	switch {
 	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
-		a.fail(errors.New("controller reports a persistent internal error"))
+		a.fail(because(LossTargetError, errors.New("controller reports a persistent internal error")))
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
 		a.lookAtNamespaces()
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
@@ -606,6 +613,20 @@ type Info struct {
 	SQFlow    bool        // SQ flow control is on
 	Lanes     []LaneStats
 	Memory    MemoryInfo
+	Outages   Outages
+	Oldest    time.Duration // age of the oldest command in flight, in whole seconds
+	Stages    [nStages]OpHistograms
+}
+
+// Outages are the times without an association since the controller first connected.
+type Outages struct {
+	// Time is their total duration, including that of the present one. An outage begins
+	// when the loss is noticed: of a silent target at most KeepAlive after its last
+	// answer.
+	Time     time.Duration
+	Losses   map[LossReason]int // associations lost, by reason; those without a loss are 0
+	Attempts int                // to make an association again
+	Made     int                // of those, successful ones
 }
 
 // LaneStats holds the counters of one loop.
@@ -613,6 +634,7 @@ type LaneStats struct {
 	Submitted, Completed uint64 // requests
 	HandedOver           uint64 // requests that a queue pair of another loop served
 	Retried              uint64 // commands sent again after an error status
+	Held                 int64  // requests that cannot be sent at present
 }
 
 // Info returns a snapshot.
@@ -627,12 +649,22 @@ func (c *Controller) Info() Info {
 		if len(a.pairs) > 0 {
 			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
 		}
+		for _, p := range a.pairs {
+			i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)
+		}
 	}
 	for _, l := range c.lanes {
 		i.Lanes = append(i.Lanes, LaneStats{
 			Submitted: l.submitted.Load(), Completed: l.completed.Load(),
-			HandedOver: l.handedOver.Load(), Retried: l.retried.Load(),
+			HandedOver: l.handedOver.Load(), Retried: l.retried.Load(), Held: l.held.Load(),
 		})
+		for s := range l.stages {
+			l.stages[s].addTo(&i.Stages[s])
+		}
+	}
+	i.Outages = Outages{Time: c.outages.time(), Losses: map[LossReason]int{}, Attempts: c.outages.tries, Made: c.outages.made}
+	for r, n := range c.outages.lost {
+		i.Outages.Losses[LossReason(r)] = n
 	}
 	return i
 }

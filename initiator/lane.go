@@ -31,6 +31,9 @@ type lane struct {
 	ring   time.Duration        // time of the alarm, on Controller.now's clock
 	fast   bool                 // without an association, requests fail instead of waiting
 
+	sampler sampler // of the requests that front ends submit here
+	stamps  uint64  // number of times that stamp has read the clock
+
 	_ cpu.CacheLinePad
 	// inbox is a stack of requests from other lanes. A queue pair of this lane must send
 	// them, or they are done and return to their home lane. Its length is limited because
@@ -39,6 +42,8 @@ type lane struct {
 	_     cpu.CacheLinePad
 	// The lane writes these counters; any goroutine may read them.
 	submitted, completed, handedOver, retried atomic.Uint64
+	held                                      atomic.Int64 // length of parked
+	stages                                    [nStages]opHistograms
 	_                                         cpu.CacheLinePad
 }
 
@@ -133,7 +138,7 @@ func (l *lane) admit(r *request) bool {
 		l.finish(r, uint16(unix.ENOLINK))
 		return false
 	case !connected, presence == held:
-		l.parked.push(r)
+		l.park(r)
 		return false
 	}
 	if r.due > l.ctrl.now() {
@@ -142,10 +147,16 @@ func (l *lane) admit(r *request) bool {
 	}
 	r.due = 0
 	if r.suspect() && l.ctrl.suspect.Load() != r && !l.ctrl.suspect.CompareAndSwap(nil, r) {
-		l.parked.push(r)
+		l.park(r)
 		return false
 	}
 	return true
+}
+
+// park keeps a request that cannot be sent now.
+func (l *lane) park(r *request) {
+	l.parked.push(r)
+	l.held.Store(l.held.Load() + 1)
 }
 
 // delay parks a request for some time.
@@ -157,7 +168,7 @@ func (l *lane) delay(r *request, d time.Duration) {
 // parkUntil parks a request until its due time. Only requests in trouble need a timer; the
 // hot path needs none.
 func (l *lane) parkUntil(r *request) {
-	l.parked.push(r)
+	l.park(r)
 	if l.alarm != nil {
 		if l.ring <= r.due {
 			return
@@ -176,6 +187,7 @@ func (l *lane) redispatch() {
 		l.alarm = nil
 	}
 	parked := l.parked.take()
+	l.held.Store(0)
 	for r := parked.pop(); r != nil; r = parked.pop() {
 		l.dispatch(r)
 	}

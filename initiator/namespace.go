@@ -59,7 +59,8 @@ type Namespace struct {
 	mu       sync.Mutex // guards the fields below
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
-	since    time.Time // start of the held state
+	since    time.Time       // start of the held state
+	times    []*opHistograms // by lane; nil: no queue was opened there
 }
 
 // NSID returns the namespace id.

@@ -22,6 +22,7 @@ type nsQueue struct {
 	lkey         uint32
 	maxIO        int
 	requests     []request // by tag
+	times        *opHistograms
 	done         fifo
 	refused      []block.Result // results for tags that do not name a request
 }
@@ -39,7 +40,7 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	}
 	q := &nsQueue{
 		lane: ns.ctrl.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
-		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth),
+		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth), times: ns.timesOn(i),
 	}
 	if err := ns.ctrl.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
@@ -64,7 +65,7 @@ func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q
 func (q *nsQueue) Submit(reqs []block.Request) {
 	l := q.lane
 	l.submitted.Store(l.submitted.Load() + uint64(len(reqs)))
-	terms := q.ns.terms.Load()
+	terms, second := q.ns.terms.Load(), l.ctrl.clock.Load()
 	for i := range reqs {
 		io := &reqs[i]
 		if int(io.Tag) >= len(q.requests) || q.requests[io.Tag].submitted {
@@ -77,6 +78,9 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		if e := io.Check(terms.sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
 			l.finish(r, uint16(e))
 			continue
+		}
+		if l.sampler.sample(second) {
+			r.timed, r.timing = true, timing{began: l.stamp()}
 		}
 		r.class = l.ctrl.classOf(io)
 		l.dispatch(r)
@@ -96,6 +100,9 @@ func (q *nsQueue) Reap(done []block.Result) int {
 			break
 		}
 		r.submitted = false
+		if r.timed {
+			q.lane.record(r)
+		}
 		done[n] = block.Result{Tag: r.io.Tag, Errno: r.errno}
 		n++
 	}

@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// queuePair is an I/O queue pair. Only its lane uses its fields, except inflight.
+// queuePair is an I/O queue pair. Only its lane uses its fields, except inflight and oldest.
 type queuePair struct {
 	*connection
 	assoc *association
@@ -25,6 +25,7 @@ type queuePair struct {
 	requests  []*request    // by slot: the request of the command in flight
 	waiting   fifo          // requests without a slot
 	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
+	oldest    atomic.Uint32 // age in seconds of the oldest command in flight, as of the last tend
 	reaped    []uint16
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // the next response causes an event
@@ -126,6 +127,9 @@ func (p *queuePair) push(r *request) bool {
 	}
 	p.requests[slot] = r
 	r.posted = p.lane.ctrl.clock.Load()
+	if r.timed {
+		r.timing.pushed, r.timing.answered = p.lane.stamp(), 0
+	}
 	var capsule rdma.SGE
 	switch r.io.Op {
 	case block.OpRead:
@@ -229,13 +233,13 @@ func (p *queuePair) answers() int {
 		slot, ok := p.sq.Match(e.Completion.CID())
 		switch {
 		case !ok:
-			p.fail(fmt.Errorf("response to command id %#x, which is not outstanding", e.Completion.CID()))
+			p.fail(because(LossProtocol, fmt.Errorf("response to command id %#x, which is not outstanding", e.Completion.CID())))
 			return i
 		case e.Invalidated:
-			p.fail(fmt.Errorf("target invalidated key %#x without being asked to", e.InvalidatedKey))
+			p.fail(because(LossProtocol, fmt.Errorf("target invalidated key %#x without being asked to", e.InvalidatedKey)))
 			return i
 		case p.checkHead && !p.sq.CheckHead(e.Completion.SQHead()):
-			p.fail(fmt.Errorf("response with submission queue head %d beyond the queue", e.Completion.SQHead()))
+			p.fail(because(LossProtocol, fmt.Errorf("response with submission queue head %d beyond the queue", e.Completion.SQHead())))
 			return i
 		}
 		p.answer(slot, e.Completion.Status())
@@ -250,6 +254,11 @@ func (p *queuePair) answers() int {
 func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	c, r := p.lane.ctrl, p.requests[slot]
 	r.errno = 0
+	if r.timed {
+		t := &r.timing
+		t.answered = p.lane.stamp()
+		t.wire += t.answered - t.pushed
+	}
 	if status.OK() {
 		r.progress += r.sent
 		if r.progress < r.io.Sectors && r.sent > 0 {
@@ -281,6 +290,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
+	r.timing.answered = 0 // the time until the command is sent again is no return
 	// The request keeps its buffer, so the SEND may still read it.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
@@ -357,7 +367,7 @@ func (p *queuePair) ack() {
 func (p *queuePair) fail(err error) {
 	if !p.lost {
 		p.lost = true
-		p.assoc.fail(fmt.Errorf("I/O queue %d: %w", p.qid, err))
+		p.assoc.fail(because(LossQueuePair, fmt.Errorf("I/O queue %d: %w", p.qid, err)))
 	}
 }
 
@@ -368,18 +378,19 @@ func (p *queuePair) tend(now, limit uint32) {
 	if p.lost {
 		return
 	}
-	slow := false
+	slow, oldest := false, uint32(0)
 	for _, r := range p.requests {
 		if r == nil {
 			continue
 		}
 		age := now - r.posted
 		if age > limit {
-			p.fail(fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, p.lane.ctrl.cfg.IOTimeout))
+			p.fail(because(LossCommandTimeout, fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, p.lane.ctrl.cfg.IOTimeout)))
 			return
 		}
-		slow = slow || age > 1
+		slow, oldest = slow || age > 1, max(oldest, age)
 	}
+	p.oldest.Store(oldest)
 	if slow {
 		if err := p.sq.Probe(); err != nil {
 			p.fail(err)

@@ -22,10 +22,12 @@ type request struct {
 	done  bool  // the result is in the inbox of the home lane
 
 	submitted bool         // between Submit and Reap
+	timed     bool         // timing is in use
 	progress  uint32       // sectors that earlier commands over assoc transferred
 	sent      uint32       // sectors of the command in flight
 	assoc     *association // association of progress
 	posted    uint32       // Controller.clock when the command was sent
+	timing    timing
 
 	// The fields below are for requests in trouble. troubled is set if any of them is,
 	// so that the hot path checks only one field.
@@ -40,7 +42,7 @@ type request struct {
 // begin starts a new I/O of a front end.
 func (r *request) begin(io block.Request) {
 	r.io = io
-	r.errno, r.tries, r.sent, r.assoc = 0, 0, 0, nil
+	r.errno, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, nil, false
 	if r.troubled {
 		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince = false, 0, 0, 0, 0, 0
 	}

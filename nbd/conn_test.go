@@ -402,12 +402,13 @@ func TestManyRequests(t *testing.T) {
 // protocol.
 func TestErrors(t *testing.T) {
 	g := newGate(t, block.Geometry{VolatileCache: true})
-	_, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxIO: 4096})
+	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, MaxIO: 4096})
 	c := connect(t, path, "", true)
-	for errno, want := range map[unix.Errno]code{
+	errnos := map[unix.Errno]code{
 		unix.EIO: codeIO, unix.ENOLINK: codeIO, unix.ENOSPC: codeNoSpace, unix.EROFS: codePerm, unix.EINVAL: codeInval,
 		unix.EOPNOTSUPP: codeNotSupp, unix.ENOMEM: codeNoMem, unix.ESHUTDOWN: codeShutdown, unix.EAGAIN: codeIO,
-	} {
+	}
+	for errno, want := range errnos {
 		g.errno.Store(uint32(errno))
 		for _, r := range []request{
 			{kind: cmdWrite, length: 16384}, {kind: cmdFlush}, {kind: cmdTrim, length: 4096}, {kind: cmdZeroes, flags: cmdFlagFUA, length: 4096},
@@ -421,6 +422,12 @@ func TestErrors(t *testing.T) {
 		if kind, data := c.chunk(0); kind != chunkError || code(binary.BigEndian.Uint32(data)) != want {
 			t.Errorf("%v: chunk %d, %x", errno, kind, data)
 		}
+	}
+	n := uint64(len(errnos))
+	want := Failures{Reads: n, Writes: n, Flushes: n, Trims: n, WriteZeroes: n}
+	await(t, "the counters", func() bool { return s.Snapshot("").Errors >= 5*n })
+	if got := s.Snapshot(""); got.Failed != want || got.Errors != 5*n {
+		t.Errorf("%d errors, of which %+v; want %d, %+v", got.Errors, got.Failed, 5*n, want)
 	}
 }
 

@@ -14,7 +14,14 @@ type Stats struct {
 	Trims                   uint64
 	WriteZeroes             uint64
 	Errors                  uint64 // requests that were answered with an error
+	Failed                  Failures
 	Batches                 uint64 // calls of block.Queue.Submit
+}
+
+// Failures are the requests among Stats.Errors, by kind. Errors also has those of no known
+// kind.
+type Failures struct {
+	Reads, Writes, Flushes, Trims, WriteZeroes uint64
 }
 
 func (s *Stats) add(t Stats) {
@@ -27,6 +34,11 @@ func (s *Stats) add(t Stats) {
 	s.WriteZeroes += t.WriteZeroes
 	s.Errors += t.Errors
 	s.Batches += t.Batches
+	s.Failed.Reads += t.Failed.Reads
+	s.Failed.Writes += t.Failed.Writes
+	s.Failed.Flushes += t.Failed.Flushes
+	s.Failed.Trims += t.Failed.Trims
+	s.Failed.WriteZeroes += t.Failed.WriteZeroes
 }
 
 // counter is the index of a counter of a shard.
@@ -43,7 +55,8 @@ const (
 	nZeroes
 	nErrors
 	nBatches
-	nCounters
+	nFailed   // first of the failures, by command
+	nCounters = nFailed + counter(cmdZeroes) + 1
 )
 
 // counterOf holds the counters by command.
@@ -62,12 +75,18 @@ type counters struct {
 
 // publish copies the counters to seen. Only the loop calls it.
 func (c *counters) publish() {
-	for i := range c.now {
+	n := nFailed
+	if c.seen[nErrors].Load() != c.now[nErrors] {
+		n = nCounters
+	}
+	for i := range c.now[:n] {
 		if c.seen[i].Load() != c.now[i] {
 			c.seen[i].Store(c.now[i])
 		}
 	}
 }
+
+func (c *counters) failed(kind command) uint64 { return c.seen[nFailed+counter(kind)].Load() }
 
 // snapshot returns the counters as of the last publish. Any goroutine may call it.
 func (c *counters) snapshot() Stats {
@@ -76,6 +95,10 @@ func (c *counters) snapshot() Stats {
 		ReadBytes: c.seen[nReadBytes].Load(), WrittenBytes: c.seen[nWrittenBytes].Load(),
 		Flushes: c.seen[nFlushes].Load(), Trims: c.seen[nTrims].Load(), WriteZeroes: c.seen[nZeroes].Load(),
 		Errors: c.seen[nErrors].Load(), Batches: c.seen[nBatches].Load(),
+		Failed: Failures{
+			Reads: c.failed(cmdRead), Writes: c.failed(cmdWrite), Flushes: c.failed(cmdFlush),
+			Trims: c.failed(cmdTrim), WriteZeroes: c.failed(cmdZeroes),
+		},
 	}
 }
 
@@ -87,6 +110,9 @@ func (s *shard) count(t *task) {
 	switch {
 	case t.code != 0:
 		s.now[nErrors]++
+		if t.kind <= cmdZeroes {
+			s.now[nFailed+counter(t.kind)]++
+		}
 	case t.kind == cmdRead:
 		s.now[nReadBytes] += uint64(t.length)
 	case t.kind == cmdWrite:

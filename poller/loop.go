@@ -80,6 +80,8 @@ type Loop struct {
 	_       cpu.CacheLinePad
 	publics publicStats
 	_       cpu.CacheLinePad
+	times   times
+	born    time.Time
 
 	// Only the loop uses these.
 	ring     *uring.Ring
@@ -93,6 +95,8 @@ type Loop struct {
 	watches  []*watch
 	stats    Stats
 	spinner  spinner
+	spins    spinClock
+	thread   int // the value of tid while the loop runs
 	backoff  time.Duration
 	stopping bool
 	sink     uring.SQE // receives commands after the ring has failed
@@ -120,7 +124,7 @@ func New(cfg Config) (*Loop, error) {
 	if cfg.Spin == 0 {
 		cfg.Spin = defaultSpin
 	}
-	l := &Loop{cfg: cfg, done: make(chan struct{}), wake: -1, backoff: backoffMin}
+	l := &Loop{cfg: cfg, done: make(chan struct{}), wake: -1, backoff: backoffMin, born: time.Now()}
 	l.spinner = spinner{limit: max(0, cfg.Spin), credit: spinStart}
 	up := make(chan error, 1)
 	go onThread(func() { l.main(up) })
@@ -153,6 +157,7 @@ func (l *Loop) main(up chan<- error) {
 func (l *Loop) setUp() error {
 	l.mu.Lock()
 	l.tid = threadID()
+	l.thread = l.tid
 	l.mu.Unlock()
 	nameThread(l.cfg.Name)
 	if err := l.SetAffinity(l.cfg.CPUs); err != nil {
@@ -197,6 +202,7 @@ func (l *Loop) finish(err error) {
 	for _, w := range l.watches { // after a failure
 		w.close()
 	}
+	l.addTimes(new(Stats))
 	l.mu.Lock()
 	l.tid = 0
 	l.mu.Unlock()
@@ -559,6 +565,17 @@ func (l *Loop) spin() bool {
 	if l.ring.Pending() > 0 {
 		l.submit()
 	}
+	timed := l.spins.begin(l.thread, l.stats.Spins)
+	found := l.pollOn()
+	if timed {
+		l.stats.Spin += l.spins.end(l.thread, l.stats.Spins)
+		l.publics.publish(&l.stats) // a loop may spin without ever waiting
+	}
+	return found
+}
+
+// pollOn polls up to the limit of a spin.
+func (l *Loop) pollOn() bool {
 	for range l.spinner.limit {
 		l.stats.Spins++
 		if l.ring.TaskRun() {

@@ -185,6 +185,7 @@ func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
 	switch {
 	case errno != 0:
 		q.now[nErrors]++
+		q.now[nFailed+counter(m.op)]++
 		if unix.Errno(errno) == unix.EAGAIN {
 			// io_uring clients would try again forever.
 			errno = uint16(unix.EIO)

@@ -162,7 +162,8 @@ func TestRequests(t *testing.T) {
 					t.Fatalf("commit %+v, want result %d", got, want)
 				}
 			}
-			// Twice the requests, once the bytes.
+			// Twice the requests, once the bytes, and one failure of the operation.
+			c.stats.Failed = Failures{c.stats.Reads, c.stats.Writes, c.stats.Flushes, c.stats.Discards, c.stats.WriteZeroes}
 			c.stats.Reads, c.stats.Writes, c.stats.Flushes = 2*c.stats.Reads, 2*c.stats.Writes, 2*c.stats.Flushes
 			c.stats.Discards, c.stats.WriteZeroes = 2*c.stats.Discards, 2*c.stats.WriteZeroes
 			c.stats.Errors, c.stats.Batches = 1, 2

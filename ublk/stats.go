@@ -4,6 +4,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/cpu"
+
+	"ublk-nvmeof/block"
 )
 
 // QueueStats are the counters of one hardware queue since this process began to serve it.
@@ -14,7 +16,13 @@ type QueueStats struct {
 	Discards                uint64
 	WriteZeroes             uint64
 	Errors                  uint64 // requests that ended with an errno
+	Failed                  Failures
 	Batches                 uint64 // calls of block.Queue.Submit
+}
+
+// Failures are the requests among QueueStats.Errors that the back end failed, by operation.
+type Failures struct {
+	Reads, Writes, Flushes, Discards, WriteZeroes uint64
 }
 
 // Stats are the counters of a device.
@@ -35,6 +43,11 @@ func (s Stats) Total() QueueStats {
 		t.WriteZeroes += q.WriteZeroes
 		t.Errors += q.Errors
 		t.Batches += q.Batches
+		t.Failed.Reads += q.Failed.Reads
+		t.Failed.Writes += q.Failed.Writes
+		t.Failed.Flushes += q.Failed.Flushes
+		t.Failed.Discards += q.Failed.Discards
+		t.Failed.WriteZeroes += q.Failed.WriteZeroes
 	}
 	return t
 }
@@ -52,7 +65,8 @@ const (
 	nWriteZeroes
 	nErrors
 	nBatches
-	nCounters
+	nFailed   // first of the failures, by block.Op
+	nCounters = nFailed + counter(block.OpWriteZeroes) + 1
 )
 
 // counters are the counters of a queue. The loop adds to now, and once per batch it
@@ -67,12 +81,18 @@ type counters struct {
 
 // publish publishes the counters. Only the loop calls it.
 func (c *counters) publish() {
-	for i := range c.now {
+	n := nFailed
+	if c.seen[nErrors].Load() != c.now[nErrors] {
+		n = nCounters
+	}
+	for i := range c.now[:n] {
 		if c.seen[i].Load() != c.now[i] {
 			c.seen[i].Store(c.now[i])
 		}
 	}
 }
+
+func (c *counters) failed(op block.Op) uint64 { return c.seen[nFailed+counter(op)].Load() }
 
 // snapshot returns the published counters. Any goroutine may call it.
 func (c *counters) snapshot() QueueStats {
@@ -82,5 +102,9 @@ func (c *counters) snapshot() QueueStats {
 		Flushes: c.seen[nFlushes].Load(), Discards: c.seen[nDiscards].Load(),
 		WriteZeroes: c.seen[nWriteZeroes].Load(), Errors: c.seen[nErrors].Load(),
 		Batches: c.seen[nBatches].Load(),
+		Failed: Failures{
+			Reads: c.failed(block.OpRead), Writes: c.failed(block.OpWrite), Flushes: c.failed(block.OpFlush),
+			Discards: c.failed(block.OpDiscard), WriteZeroes: c.failed(block.OpWriteZeroes),
+		},
 	}
 }

@@ -47,7 +47,7 @@ or without -v.`,
 			if err != nil { // the rest can be shown
 				cmd.PrintErrf("%s: list: %s\n", programName, output.Text(err.Error()))
 			}
-			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, cmd.PrintErrf), keepers, format, verbose)
+			return output.List(cmd.OutOrStdout(), statuses(cmd.Context(), records, "list", cmd.PrintErrf), keepers, format, verbose)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)
@@ -68,13 +68,13 @@ func persistentServices(dir state.Dir) (all []output.Keeper, err error) {
 	return all, err
 }
 
-// statuses asks all servers for their status at the same time.
-func statuses(ctx context.Context, records []state.Record, complain func(string, ...any)) []control.Status {
+// statuses asks all servers for their status at the same time, for a command.
+func statuses(ctx context.Context, records []state.Record, verb string, complain func(string, ...any)) []control.Status {
 	found := make([]control.Status, len(records))
 	var wg sync.WaitGroup
 	for i, r := range records {
 		if r.Err != nil {
-			complain("%s: list: %s: %s\n", programName, output.Text(r.Name), output.Text(r.Err.Error()))
+			complain("%s: %s: %s: %s\n", programName, verb, output.Text(r.Name), output.Text(r.Err.Error()))
 		}
 		wg.Go(func() { found[i] = statusOf(ctx, r) })
 	}
@@ -89,7 +89,7 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 	defer cancel()
 	s := control.Status{
 		SchemaVersion: control.SchemaVersion, Name: r.Name, PID: r.Process.PID,
-		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN,
+		Transport: "rdma", NQN: r.Target.NQN, HostNQN: r.Target.HostNQN, Outages: control.Outages{Losses: map[string]int{}},
 		Devices: []control.Device{}, Lanes: []control.Lane{},
 	}
 	if a := r.Target.Address; a.IsValid() {

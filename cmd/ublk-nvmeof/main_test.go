@@ -100,6 +100,13 @@ func TestUsage(t *testing.T) {
 		{"connect -a 10.0.2.15", "connect: -n/--nqn: no value is given; want the name of the subsystem"},
 		{"connect -n nqn.x", "connect: -a/--traddr: no value is given; want the address of the target"},
 		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
+		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 9471", `connect: --metrics-listen "9471": want HOST:PORT, or :PORT for the loopback address`},
+		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen :0", `connect: --metrics-listen ":0": want HOST:PORT`},
+		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 1.2.3:9471", `connect: --metrics-listen "1.2.3:9471": want HOST:PORT`},
+		{"metrics extra", `unknown command "extra"`},
+		{"top -o x", `top: -o/--output-format "x": want normal or json`},
+		{"top --interval 1ms", `top: --interval "1ms": want seconds, or a time like 1m30s, 100ms to 1h0m0s`},
+		{"top --count -1", `top: --count "-1": want a number, 0 to`},
 		{"disconnect", "disconnect: nothing is given; want -n NQN or -d DEVICE"},
 		{"disconnect --force=x -n y", `disconnect: --force "x": want true or false`},
 		{"discover -a 10.0.2.15 -r /tmp/x", `discover: -r/--raw "/tmp/x": this is not supported; want -o json, which has all fields`},
@@ -176,7 +183,7 @@ func TestHelpHasTheExitCodes(t *testing.T) {
 			t.Errorf("help of %q does not show --run-dir:\n%s", verb, help)
 		}
 	}
-	for _, verb := range []string{"connect", "connect-all", "discover", "disconnect", "disconnect-all", "list", "target", "version", "completion"} {
+	for _, verb := range []string{"connect", "connect-all", "discover", "disconnect", "disconnect-all", "list", "metrics", "top", "target", "version", "completion"} {
 		if !strings.Contains(stdout, "\n  "+verb+" ") {
 			t.Errorf("%s is missing", verb)
 		}

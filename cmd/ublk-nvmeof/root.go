@@ -85,7 +85,7 @@ func newRoot() *cobra.Command {
 		return state.Dir(systemDir), checkRunDir(systemDir)
 	}
 	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
-		newGC(visible), newList(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
+		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
 	return root
 }
 

@@ -7,15 +7,19 @@ const testenv = "internal/testenv"
 
 // Modules from outside that some packages may import.
 const (
-	sys       = "golang.org/x/sys"
-	cobra     = "github.com/spf13/cobra"
-	pflag     = "github.com/spf13/pflag"
-	kmod      = "github.com/pmorjan/kmod"
-	rdmamap   = "github.com/Mellanox/rdmamap"
-	humanize  = "github.com/dustin/go-humanize"
-	english   = "github.com/dustin/go-humanize/english"
-	gosystemd = "github.com/coreos/go-systemd/v22"
-	godbus    = "github.com/godbus/dbus/v5"
+	sys      = "golang.org/x/sys"
+	cobra    = "github.com/spf13/cobra"
+	pflag    = "github.com/spf13/pflag"
+	kmod     = "github.com/pmorjan/kmod"
+	rdmamap  = "github.com/Mellanox/rdmamap"
+	humanize = "github.com/dustin/go-humanize"
+	english  = "github.com/dustin/go-humanize/english"
+
+	prometheus = "github.com/prometheus/client_golang"
+	exposition = "github.com/prometheus/common"
+	yaml       = "go.yaml.in/yaml/v2"
+	gosystemd  = "github.com/coreos/go-systemd/v22"
+	godbus     = "github.com/godbus/dbus/v5"
 )
 
 // row says what a package may import: packages of this module by their path
@@ -73,12 +77,13 @@ var table = map[string]row{
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
+		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target"}},
 	"cmd/ublk-nvmeof/internal/control":    {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":       {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
 	"cmd/ublk-nvmeof/internal/host":       {may: []string{"nvme", kmod, rdmamap, sys}},
+	"cmd/ublk-nvmeof/internal/metrics":    {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
 	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
 	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}},
 	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
@@ -89,8 +94,8 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
 		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
+		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"block/null"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",

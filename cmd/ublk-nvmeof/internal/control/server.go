@@ -64,7 +64,12 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make control socket: %w", err)
 	}
-	return &limited{Listener: l, free: make(chan struct{}, maxClients), closed: make(chan struct{})}, nil
+	return Limit(l), nil
+}
+
+// Limit makes a listener accept maxClients connections at a time.
+func Limit(l net.Listener) net.Listener {
+	return &limited{Listener: l, free: make(chan struct{}, maxClients), closed: make(chan struct{})}
 }
 
 // limited is a listener with a bound on accepted connections that are open.

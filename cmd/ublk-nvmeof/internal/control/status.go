@@ -2,6 +2,7 @@
 // over the Unix socket of the server.
 //
 //	GET  /v1/status                      → 200 Status
+//	GET  /metrics                        → 200 the same for Prometheus (docs/metrics.md)
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
 //	POST /v1/replace {"program": "/path"} → 200 with the process id of the new server, when
@@ -38,6 +39,8 @@ type Status struct {
 	Losses   int    `json:"losses"`
 	Attempts int    `json:"attempts"`
 	Failure  string `json:"failure,omitempty"` // of the last attempt, while it is not live
+	// Outages has what these are part of, from the start of the server.
+	Outages Outages `json:"outages"`
 
 	CNTLID   uint16 `json:"cntlid"`
 	Version  string `json:"nvme_version"`
@@ -67,10 +70,42 @@ type Status struct {
 	TOS       int `json:"tos"`              // 0: unset
 	PollMax   int `json:"poll_max_size"`
 
-	BufferBytes int      `json:"buffer_bytes"` // I/O memory of all devices
-	Devices     []Device `json:"devices"`
-	Lanes       []Lane   `json:"lanes"`
-	Packets     *Packets `json:"packets,omitempty"` // of the provider roce
+	BufferBytes int `json:"buffer_bytes"` // I/O memory of all devices
+	// RegisteredBytes is the memory that is registered for I/O, RegisteredLimit the most
+	// that may be.
+	RegisteredBytes int64    `json:"registered_bytes"`
+	RegisteredLimit int64    `json:"registered_limit_bytes"`
+	Requests        Requests `json:"requests"`
+	// DurationBounds are the upper bounds of the buckets of all Durations, in seconds.
+	DurationBounds []float64 `json:"duration_bounds,omitempty"`
+	// Stages has the parts of the time that requests take (queue, wire, return), by stage
+	// and operation.
+	Stages  map[string]map[string]Durations `json:"stages,omitempty"`
+	Devices []Device                        `json:"devices"`
+	Lanes   []Lane                          `json:"lanes"`
+	Packets *Packets                        `json:"packets,omitempty"` // of the provider roce
+}
+
+// Outages are the times without a connection to the target.
+type Outages struct {
+	Unavailable float64        `json:"unavailable"` // seconds in all
+	Losses      map[string]int `json:"losses"`      // associations lost, by reason
+	Attempts    int            `json:"attempts"`    // to make one again
+	Reconnects  int            `json:"reconnects"`  // of these, successful ones
+}
+
+// Requests are the requests that have not ended.
+type Requests struct {
+	InFlight int64   `json:"in_flight"` // all of them
+	Held     int64   `json:"held"`      // those that cannot be sent at present
+	Oldest   float64 `json:"oldest"`    // age in seconds of the oldest command with the target; whole seconds
+}
+
+// Durations is how long some of the requests took: about one in 64 is timed. Buckets has
+// the number of requests in each bucket, the last one of those beyond the last bound.
+type Durations struct {
+	Buckets []uint64 `json:"buckets"`
+	Sum     float64  `json:"sum"` // seconds
 }
 
 // Packets counts what RoCEv2 in this process sent and received, and what went wrong
@@ -88,6 +123,8 @@ type Packets struct {
 	BadICRC       uint64 `json:"bad_icrc"`        // dropped
 	Dropped       uint64 `json:"dropped"`         // for other reasons: malformed, for nobody, from a stranger
 	Congestion    uint64 `json:"congestion"`      // marks of routers, and notifications of the target
+	// DroppedBy has the packets of Dropped and BadICRC by reason.
+	DroppedBy map[string]uint64 `json:"dropped_by,omitempty"`
 }
 
 // Queues are the I/O queues: how many were asked for and granted, and what
@@ -122,6 +159,10 @@ type Device struct {
 	MaxIO       int    `json:"max_io_size"`
 	BufferBytes int    `json:"buffer_bytes"`
 	Counters    IO     `json:"counters"`
+	// Present says whether the target has the namespace, so that requests are sent.
+	Present bool `json:"present"`
+	// Durations has how long requests took, by operation.
+	Durations map[string]Durations `json:"durations,omitempty"`
 }
 
 // Path is the block device's node, or its URI.
@@ -143,6 +184,17 @@ type IO struct {
 	WriteZeroes  uint64 `json:"write_zeroes"`
 	Errors       uint64 `json:"errors"`
 	Batches      uint64 `json:"batches"`
+	// Failed has the requests of Errors by operation, as far as they have one.
+	Failed Failures `json:"failed"`
+}
+
+// Failures are failed requests by operation.
+type Failures struct {
+	Reads       uint64 `json:"reads"`
+	Writes      uint64 `json:"writes"`
+	Flushes     uint64 `json:"flushes"`
+	Discards    uint64 `json:"discards"`
+	WriteZeroes uint64 `json:"write_zeroes"`
 }
 
 // Lane counts what one loop did: for the NVMe side, and in system calls.
@@ -156,4 +208,8 @@ type Lane struct {
 	Waits         uint64 `json:"waits"`
 	BlockingWaits uint64 `json:"blocking_waits"`
 	Spins         uint64 `json:"spins"`
+	// Busy, Spin and Sleep are how the loop has spent its time, in seconds.
+	Busy  float64 `json:"busy"`
+	Spin  float64 `json:"spin"`
+	Sleep float64 `json:"sleep"`
 }

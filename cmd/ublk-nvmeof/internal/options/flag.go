@@ -278,3 +278,9 @@ func (v *numbers) Set(s string) error {
 	}
 	return nil
 }
+
+// Interval is a flag for the time between two samples.
+func Interval(dst *time.Duration) pflag.Value { return Duration(dst, 100*time.Millisecond, time.Hour) }
+
+// Count is a flag for a number of samples; 0 is no limit.
+func Count(dst *int) pflag.Value { return number(dst, 0, 1<<31-1, "a number") }

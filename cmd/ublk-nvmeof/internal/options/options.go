@@ -112,6 +112,7 @@ type Connect struct {
 	Socket      string // for NBDSocket: a path or host:port; empty: in the server's directory
 	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
 	OnCrash     string // Requeue, Fail or Remove
+	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
 
 	hostID string // value of the flag
@@ -195,6 +196,8 @@ func (c *Connect) addProvider(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
 	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(text(&c.Metrics, "address", "HOST:PORT, or :PORT for the loopback address", checkMetrics), "metrics-listen",
+		"address at which Prometheus can scrape this server, without encryption or authentication; :PORT means 127.0.0.1 (default: only the command metrics can)")
 }
 
 // Complete checks the flags in combination and finds the identity of the host. It is
@@ -271,6 +274,14 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 		return fail(fmt.Errorf("%s contains no certificate", authority))
 	}
 	return config, nil
+}
+
+// MetricsAddress returns the address to serve metrics at, or "".
+func (c *Connect) MetricsAddress() string {
+	if strings.HasPrefix(c.Metrics, ":") {
+		return "127.0.0.1" + c.Metrics
+	}
+	return c.Metrics
 }
 
 // Peer is the target's address and port as they were given.
@@ -383,6 +394,20 @@ func checkSocket(s string) error {
 	}
 	host, port, err := net.SplitHostPort(s)
 	if err != nil || host == "" {
+		return errUnwanted
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return errUnwanted
+	}
+	return nil
+}
+
+func checkMetrics(s string) error {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return errUnwanted
+	}
+	if _, err := netip.ParseAddr(host); err != nil && host != "" && !hostName(host) {
 		return errUnwanted
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {

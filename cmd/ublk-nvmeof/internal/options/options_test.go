@@ -71,6 +71,8 @@ func TestWrongValues(t *testing.T) {
 		{"--frontend", []string{"", "vhost", "nbd,ublk"}, "want auto, ublk, nbd or nbd-socket"},
 		{"--nbd-socket", []string{"", "nbd.sock", "localhost", ":10809", "a:b", "a:0", "a:65536", "/" + strings.Repeat("x", 107)}, "want an absolute path of at most 107 bytes, or HOST:PORT"},
 		{"--nbd-tls", []string{"", "certificates"}, "want an absolute path"},
+		{"--metrics-listen", []string{"", "9471", "localhost", ":0", ":65536", ":http", "1.2.3:9471", "a b:9471", "[::1]", "::1:9471", "/run/x"},
+			"want HOST:PORT, or :PORT for the loopback address"},
 		{"--load-modules", []string{"always", ""}, "want auto or never"},
 		{"--timeout", []string{"0", "-1", "x", "", "61m", "999ms"}, "want seconds, or a time like 1m30s, 1s to 1h0m0s"},
 	} {
@@ -228,5 +230,18 @@ func TestResolve(t *testing.T) {
 	}
 	if got, err := c.Resolve(ctx); err == nil {
 		t.Errorf("an unknown name resolves to %v", got)
+	}
+}
+
+// TestMetricsAddress: without a host the loopback address is meant, never all addresses.
+func TestMetricsAddress(t *testing.T) {
+	for value, want := range map[string]string{":9471": "127.0.0.1:9471", "0.0.0.0:9471": "0.0.0.0:9471", "[::1]:1": "[::1]:1", "host:9471": "host:9471"} {
+		c, _, err := parse(t, "--metrics-listen="+value)
+		if err != nil || c.MetricsAddress() != want {
+			t.Errorf("%s: %q, %v, want %q", value, c.MetricsAddress(), err, want)
+		}
+	}
+	if got := Default().MetricsAddress(); got != "" {
+		t.Errorf("by default metrics are served at %q", got)
 	}
 }

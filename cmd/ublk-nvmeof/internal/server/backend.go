@@ -34,6 +34,13 @@ type namespace struct {
 	nsid               uint32
 	uuid, nguid, eui64 string // empty if the namespace does not have it
 	device             block.Device
+	timed              timed // nil: nothing is known of it
+}
+
+// timed is the part of initiator.Namespace that the status is about.
+type timed interface {
+	Durations() initiator.OpHistograms
+	Present() bool
 }
 
 // queueInfo describes the queues of a device.
@@ -157,11 +164,12 @@ func (d ublkDevice) Counters() control.IO {
 	return control.IO{
 		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
 		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+		Failed: control.Failures(n.Failed),
 	}
 }
 
 func describe(ns *initiator.Namespace) namespace {
-	n := namespace{nsid: ns.NSID(), device: ns}
+	n := namespace{nsid: ns.NSID(), device: ns, timed: ns}
 	ids := ns.IDs()
 	if !ids.UUID.IsZero() {
 		n.uuid = ids.UUID.String()

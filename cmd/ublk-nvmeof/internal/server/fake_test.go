@@ -195,7 +195,7 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 
 // namespace is what the target has behind a namespace id.
 func (w *world) namespace(id uint32) namespace {
-	ns := namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{nsid: id}}
+	ns := namespace{nsid: id, uuid: fmt.Sprintf("uuid-%d", id), device: disk{nsid: id}, timed: disk{nsid: id}}
 	if w.change != nil {
 		w.change(&ns)
 	}
@@ -214,6 +214,18 @@ type disk struct {
 	block uint32 // 0: 512
 	dry   bool   // without a volatile cache
 }
+
+// someBuckets are of a histogram.
+var someBuckets = [22]uint64{1, 21: 3}
+
+// Durations implements timed.
+func (d disk) Durations() (all initiator.OpHistograms) {
+	all[block.OpRead] = initiator.Histogram{Buckets: someBuckets, Sum: 2 * time.Second}
+	return all
+}
+
+// Present implements timed.
+func (d disk) Present() bool { return true }
 
 func (d disk) Geometry() block.Geometry {
 	size := max(512, d.block)
@@ -241,7 +253,10 @@ type fakeController struct {
 func (c *fakeController) Info() initiator.Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2}}}
+	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
+	i.Outages = initiator.Outages{Time: 1500 * time.Millisecond, Losses: map[initiator.LossReason]int{initiator.LossKeepAlive: 2}, Attempts: 3, Made: 2}
+	i.Oldest = 4 * time.Second
+	i.Stages[initiator.StageWire][block.OpWriteZeroes] = initiator.Histogram{Buckets: someBuckets, Sum: time.Second}
 	i.Memory = initiator.MemoryInfo{Limit: cmp.Or(c.world.memory, 1<<30)}
 	if c.reason != nil {
 		i.State, i.Reason = initiator.StateDead, c.reason

@@ -431,5 +431,9 @@ func (x *export) Counters() control.IO {
 	return control.IO{
 		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
 		Flushes: n.Flushes, Discards: n.Trims, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+		Failed: control.Failures{
+			Reads: n.Failed.Reads, Writes: n.Failed.Writes, Flushes: n.Failed.Flushes,
+			Discards: n.Failed.Trims, WriteZeroes: n.Failed.WriteZeroes,
+		},
 	}
 }

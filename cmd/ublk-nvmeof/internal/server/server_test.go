@@ -175,12 +175,20 @@ func TestServe(t *testing.T) {
 			Poll: control.Class{Requested: 1, Granted: 0, Mapped: "default"},
 		},
 		KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, TOS: 3, PollMax: 16 << 10, BufferBytes: 2 * 64 * 64 << 10,
-		Lanes: []control.Lane{{Submitted: 3, Completed: 2}},
+		Lanes:           []control.Lane{{Submitted: 3, Completed: 2}},
+		RegisteredLimit: 1 << 30,
+		Requests:        control.Requests{InFlight: 1, Held: 1, Oldest: 4},
+		Outages:         control.Outages{Unavailable: 1.5, Losses: map[string]int{"keep_alive": 2}, Attempts: 3, Reconnects: 2},
+		DurationBounds:  []float64{1e-05, 2e-05, 5e-05, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60},
+		Stages: map[string]map[string]control.Durations{
+			"queue": {}, "wire": {"write_zeroes": {Buckets: someBuckets[:], Sum: 1}}, "return": {},
+		},
 	}
 	for i, nsid := range w.nsids {
 		want.Devices = append(want.Devices, control.Device{
 			Device: fmt.Sprintf("ublkb%d", i), NSID: nsid, UUID: fmt.Sprintf("uuid-%d", nsid), Size: uint64(nsid) << 20, BlockSize: 512, WriteCache: true,
 			Queues: 1, QueueDepth: 64, MaxIO: 64 << 10, BufferBytes: 64 * 64 << 10, Counters: control.IO{Reads: 3, ReadBytes: 12288},
+			Present: true, Durations: map[string]control.Durations{"read": {Buckets: someBuckets[:], Sum: 2}},
 		})
 	}
 	// The loops are real, and count for themselves.

@@ -6,28 +6,22 @@ import (
 	"net"
 	"net/http"
 	"time"
-
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 )
 
 // answerTime is the time limit for the answer to a control request.
 const answerTime = time.Second
 
-// socket is the control socket while it is served.
+// socket is a socket while it is served.
 type socket struct {
-	http   *http.Server
-	served chan error
+	http    *http.Server
+	served  chan error
+	scrapes *socket // closed with this one; may be nil
 }
 
-func (s *server) listen() error {
-	l, err := control.Listen(s.record.socket())
-	if err != nil {
-		return err
-	}
-	sock := &socket{control.NewServer(s, s.log), make(chan error, 1)}
-	go func(l net.Listener) { sock.served <- sock.http.Serve(l) }(l)
-	s.sock = sock
-	return nil
+func serveSocket(srv *http.Server, l net.Listener) *socket {
+	sock := &socket{http: srv, served: make(chan error, 1)}
+	go func() { sock.served <- srv.Serve(l) }()
+	return sock
 }
 
 // close waits until answers in progress are written.
@@ -44,5 +38,5 @@ func (k *socket) close() error {
 	if serr := <-k.served; !errors.Is(serr, http.ErrServerClosed) {
 		err = errors.Join(err, serr)
 	}
-	return err
+	return errors.Join(err, k.scrapes.close())
 }

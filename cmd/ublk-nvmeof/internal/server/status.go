@@ -3,6 +3,7 @@ package server
 import (
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -24,7 +25,7 @@ func (s *server) Status() control.Status {
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
-		Devices: []control.Device{}, Lanes: []control.Lane{},
+		Devices: []control.Device{}, Lanes: []control.Lane{}, Outages: control.Outages{Losses: map[string]int{}},
 	}
 	if o.SourceAddr.IsValid() {
 		out.HostTrAddr = o.SourceAddr.String()
@@ -36,6 +37,10 @@ func (s *server) Status() control.Status {
 			OutOfSequence: c.OutOfSequence, Duplicates: c.Duplicates, NAKsSent: c.NAKsSent, NAKsReceived: c.NAKsReceived,
 			RNRNAKs: c.RNRNAKs, BadICRC: c.BadICRC, Dropped: c.Malformed + c.UnknownQP + c.WrongAddress + c.StaleReads + c.Unsolicited + c.StaleMessages,
 			Congestion: c.Marks + c.Notes,
+			DroppedBy: map[string]uint64{
+				"bad_icrc": c.BadICRC, "malformed": c.Malformed, "unknown_queue_pair": c.UnknownQP, "wrong_address": c.WrongAddress,
+				"stale_read": c.StaleReads, "unsolicited": c.Unsolicited, "stale_message": c.StaleMessages,
+			},
 		}
 	}
 	if s.ctrl == nil {
@@ -46,6 +51,8 @@ func (s *server) Status() control.Status {
 		s.info = now
 	}
 	describeController(&out, now, s.info)
+	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
+	describeRequests(&out, now)
 	for i, l := range s.loops {
 		if i < len(out.Lanes) {
 			addLoop(&out.Lanes[i], l.Snapshot())
@@ -113,15 +120,56 @@ func describeQueues(p poller.Plan) control.Queues {
 
 func addLoop(out *control.Lane, s poller.Stats) {
 	out.Passes, out.Enters, out.Waits, out.BlockingWaits, out.Spins = s.Passes, s.Enters, s.Waits, s.BlockingWaits, s.Spins
+	out.Busy, out.Spin, out.Sleep = s.Busy.Seconds(), s.Spin.Seconds(), s.Sleep.Seconds()
+}
+
+// describeRequests fills in what became of requests, and of the time that they took.
+func describeRequests(out *control.Status, now initiator.Info) {
+	out.Requests.Oldest = now.Oldest.Seconds()
+	for _, l := range now.Lanes {
+		// The lanes go on while they are looked at.
+		out.Requests.InFlight += max(0, int64(l.Submitted-l.Completed))
+		out.Requests.Held += l.Held
+	}
+	out.Outages = control.Outages{
+		Unavailable: now.Outages.Time.Seconds(), Attempts: now.Outages.Attempts, Reconnects: now.Outages.Made,
+		Losses: map[string]int{},
+	}
+	for reason, n := range now.Outages.Losses {
+		out.Outages.Losses[reason.String()] = n
+	}
+	for _, b := range initiator.DurationBounds() {
+		out.DurationBounds = append(out.DurationBounds, b.Seconds())
+	}
+	out.Stages = map[string]map[string]control.Durations{}
+	for s := range now.Stages {
+		out.Stages[initiator.Stage(s).String()] = describeDurations(&now.Stages[s])
+	}
+}
+
+// describeDurations names the operations of which a request was timed.
+func describeDurations(all *initiator.OpHistograms) map[string]control.Durations {
+	out := map[string]control.Durations{}
+	for op := range all {
+		if h := &all[op]; h.Count() > 0 {
+			out[strings.ReplaceAll(block.Op(op).String(), "-", "_")] = control.Durations{Buckets: h.Buckets[:], Sum: h.Sum.Seconds()}
+		}
+	}
+	return out
 }
 
 func describeDevice(v *serving) control.Device {
 	g, q := v.device.Geometry(), v.dev.Queues()
-	return control.Device{
+	out := control.Device{
 		Device: v.dev.Record().Name(), NSID: v.nsid, UUID: v.uuid,
 		Size: g.Sectors << block.SectorShift, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
 		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
 		Counters:    v.dev.Counters(),
 	}
+	if v.timed != nil {
+		d := v.timed.Durations()
+		out.Present, out.Durations = v.timed.Present(), describeDurations(&d)
+	}
+	return out
 }
