@@ -9,7 +9,8 @@ const (
 	MaxExtendedEntry = 64 << 10
 )
 
-// Types of [ExtendedAttribute]. Implementations disagree about the others.
+// AttributeHostID is the type of an [ExtendedAttribute] with a host identifier.
+// Implementations disagree about the other types.
 const AttributeHostID = 1
 
 // ExtendedAttribute is an attribute of an extended discovery entry (Base, "Extended

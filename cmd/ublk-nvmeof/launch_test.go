@@ -197,9 +197,12 @@ func TestLaunchSaysWhatAServerWaitsFor(t *testing.T) {
 		`echo '{"wait": {"for": "waits for a friend", "seconds": 90}}' >&3; ` +
 		`read word <` + fifo + `; echo '{"status": {"name": "ctrl7"}}' >&3`)
 	var said []string
-	// Without the wait, the limit would be 1 ms.
-	s, err := launch(t.Context(), path, args, time.Millisecond-undoTime, func(text string) {
+	// The server answers after the limit that it would have without the wait.
+	const limit = 5 * time.Second
+	late := time.After(limit)
+	s, err := launch(t.Context(), path, args, limit-undoTime, func(text string) {
 		said = append(said, text)
+		<-late
 		if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
 			t.Error(err)
 		}

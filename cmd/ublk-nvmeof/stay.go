@@ -13,9 +13,8 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
@@ -91,7 +90,9 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 	if err := systemd.Notify(systemd.Ready, systemd.Status("connected to discovery services")); err != nil {
 		log.Warn("cannot notify the service manager", "error", err)
 	}
-	g.errs = func(format string, args ...any) { log.Warn(fmt.Sprintf(format, args...)) }
+	g.errs = func(format string, args ...any) {
+		log.Warn("part of a pass failed", "error", fmt.Sprintf(format, args...))
+	}
 	k := &keeper{gatherer: g, log: log, news: make(chan news), known: map[newsFrom][]discovery.Entry{}}
 	var watches sync.WaitGroup
 	defer watches.Wait()
@@ -243,7 +244,7 @@ func (g *gatherer) stayInForeground(ctx context.Context, services []discoverer.S
 	}
 	g.client = discoverer.New(log)
 	return g.stay(ctx, services, log, func(_ *rundir.Place, what string) error {
-		log.Info(what)
+		log.Info("stays connected", "services", what)
 		return nil
 	})
 }

@@ -18,7 +18,7 @@ import (
 // until waits until a command's output matches.
 func (s *services) until(want string, args ...string) {
 	s.t.Helper()
-	limit := time.Now().Add(20 * time.Second)
+	limit := time.Now().Add(time.Minute)
 	for {
 		out, errs, _ := s.run(args...)
 		if regexp.MustCompile(want).MatchString(out) {

@@ -202,8 +202,8 @@ func Read(path string) (*File, error) {
 // Write replaces a file as a whole. It keeps the mode of a file that exists; a new one can
 // be read by everybody, like those of nvme-cli.
 func (f *File) Write(path string) error {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		path = real // a link stays one
+	if target, err := filepath.EvalSymlinks(path); err == nil {
+		path = target // a link stays one
 	}
 	mode := fs.FileMode(0o644)
 	info, err := os.Stat(path)

@@ -185,8 +185,8 @@ func TestParseErrors(t *testing.T) {
 // TestWrite: a file is replaced as a whole, and keeps its mode; a link stays a link.
 func TestWrite(t *testing.T) {
 	dir := t.TempDir()
-	real, link := filepath.Join(dir, "real.json"), filepath.Join(dir, "config.json")
-	if err := errors.Join(os.WriteFile(real, []byte("[]"), 0o600), os.Symlink("real.json", link)); err != nil {
+	file, link := filepath.Join(dir, "real.json"), filepath.Join(dir, "config.json")
+	if err := errors.Join(os.WriteFile(file, []byte("[]"), 0o600), os.Symlink("real.json", link)); err != nil {
 		t.Fatal(err)
 	}
 	f, err := Read(link)
@@ -196,8 +196,8 @@ func TestWrite(t *testing.T) {
 	if err := errors.Join(f.Set(connect(t, "--traddr=10.0.0.1", "--nqn=nqn.disk")), f.Write(link)); err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(real)
-	info, serr := os.Stat(real)
+	text, err := os.ReadFile(file)
+	info, serr := os.Stat(file)
 	if err != nil || serr != nil || !strings.Contains(string(text), "nqn.disk") || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v: %s", err, info, text)
 	}

@@ -126,7 +126,7 @@ func (k *KernelNVMe) confirms(name string, c NVMeController) bool {
 	if err != nil {
 		return false
 	}
-	defer dev.Close()
+	defer func() { _ = dev.Close() }() // it was only read from
 	// The name may have become another controller's before it was opened.
 	number, err := dev.Number()
 	if err != nil {

@@ -16,31 +16,25 @@ const maxLeft = 1024
 // controllersFile is the file with the controllers of servers whose record is gone.
 const controllersFile = ".controllers.json"
 
-// left holds the controllers of servers whose record is gone, by connection.
+// left holds the controllers of servers whose record is gone, by subsystem.
 type left []leftBy
 
 type leftBy struct {
-	Target               // without an address in files of older versions
+	NQN         string   `json:"nqn"`
+	HostNQN     string   `json:"hostnqn"`
 	Controllers []uint16 `json:"controllers"`
 	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // like State.KeepAlive
 }
 
-// isOf reports whether the target at the address of t can say that the controllers have
-// ended.
-func (b leftBy) isOf(t Target) bool {
-	return b.Target == t || !b.Address.IsValid() && b.sameSubsystem(t)
-}
+func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
 
-// of returns the controllers of a subsystem, at any address.
+// of returns the controllers of a subsystem.
 func (l left) of(t Target) leftBy {
-	all := leftBy{Target: t}
-	for _, b := range l {
-		if b.sameSubsystem(t) {
-			all.Controllers = append(all.Controllers, b.Controllers...)
-			all.KeepAlive = max(all.KeepAlive, b.KeepAlive)
-		}
+	i := slices.IndexFunc(l, func(b leftBy) bool { return b.isOf(t) })
+	if i < 0 {
+		return leftBy{NQN: t.NQN, HostNQN: t.HostNQN}
 	}
-	return all
+	return l[i]
 }
 
 func (l left) without(t Target) left {
@@ -48,16 +42,10 @@ func (l left) without(t Target) left {
 }
 
 func (l left) with(t Target, ids []uint16, keepAlive int) left {
-	now := leftBy{Target: t, KeepAlive: keepAlive}
-	for _, b := range l {
-		if b.isOf(t) {
-			now.Controllers = append(now.Controllers, b.Controllers...)
-			now.KeepAlive = max(now.KeepAlive, b.KeepAlive)
-		}
-	}
-	all := Distinct(append(now.Controllers, ids...))
-	now.Controllers = all[max(0, len(all)-maxLeft):]
-	return append(l.without(t), now)
+	b := l.of(t)
+	all := Distinct(append(slices.Clone(b.Controllers), ids...))
+	b.Controllers, b.KeepAlive = all[max(0, len(all)-maxLeft):], max(b.KeepAlive, keepAlive)
+	return append(l.without(t), b)
 }
 
 type controllersState struct {

@@ -159,8 +159,7 @@ func (e *Entry) take(records []Record) error {
 
 // inheritControllers adds to the entry the controllers of all dead servers of the
 // subsystem, and those that live servers inherited and may still wait for, and saves it.
-// Those without another record are on this one only from now on, if their target has the
-// same address. The caller has the lock.
+// Those without another record are on this one only from now on. The caller has the lock.
 func (e *Entry) inheritControllers(records []Record) error {
 	left, err := e.root.leftControllers()
 	if err != nil {

@@ -46,16 +46,18 @@ func Of(pid int) (Process, error) {
 const exitTime = 5 * time.Second
 
 // Alive reports whether the process still runs. A zombie does not. If the process was
-// killed and is about to end, Alive waits for that, for at most 5 seconds.
+// killed and is about to end, Alive waits for that, for at most 5 seconds. The first
+// thread of a process may be a zombie while others still hold its files.
 func (p Process) Alive() bool {
 	if b, err := boot(); err != nil || b != p.Boot {
 		return false
 	}
 	now, err := stat(p.PID)
-	if err != nil || now.start != p.Start || now.state == 'Z' || now.state == 'X' {
+	if err != nil || now.start != p.Start || now.state == 'X' {
 		return false
 	}
-	return !now.exiting && !killed(p.PID) || !ends(p.PID)
+	ending := now.state == 'Z' || now.exiting || killed(p.PID)
+	return !ending || !ends(p.PID)
 }
 
 // killed reports whether SIGKILL is pending for a process (proc_pid_status(5)).
