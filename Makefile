@@ -29,6 +29,7 @@ BENCH   ?=
 VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
+SERVICE ?= boot life
 SOAKFLAGS ?=
 
 NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
@@ -138,10 +139,10 @@ test-service: build deb
 	rm -rf build/newer && mkdir -p build/newer build/log/service
 	cp $(DEB) build/newer/old.deb
 	$(MAKE) deb VERSION='$(VERSION)+1' && mv build/ublk-nvmeof_*+1_*.deb build/newer/new.deb
-	for k in $(KERNELS); do \
-		build/vm --kernel $$k --mem 2G --timeout 15m --out build/log/service/$$k --systemd e2e/service-before.sh -- e2e/service.sh; \
-		e2e/service-after.sh build/log/service/$$k/console.log; \
-	done
+	for k in $(KERNELS); do for what in $(SERVICE); do \
+		UN_SERVICE=$$what build/vm --kernel $$k --mem 2G --timeout 15m --out build/log/service/$$k-$$what --systemd e2e/service-before.sh -- e2e/service.sh; \
+		UN_SERVICE=$$what e2e/service-after.sh build/log/service/$$k-$$what/console.log; \
+	done; done
 
 lint:
 	$(GOLANGCI) run ./...

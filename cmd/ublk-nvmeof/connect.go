@@ -72,10 +72,10 @@ func newConnect(runDir dirFunc) *cobra.Command {
 		Use:   "connect -a ADDRESS -n NQN",
 		Short: "Connect to a subsystem and make its namespaces block devices",
 		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
-their names. The server runs in the background; SIGHUP and the end of the session
-do not end it. With --foreground this process becomes the server. It then logs to
-standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
-does not wait for requests in flight.
+their names. The server runs in the background; the end of the session does not end
+it. With --foreground this process becomes the server, and logs to standard error.
+SIGTERM or SIGINT ends a server; after a second signal it does not wait for requests in
+flight. SIGHUP never ends it.
 
 A server in the background gets a systemd scope of its own if root starts it and
 systemd runs, so the end of the session or service that started it does not end it.
@@ -194,15 +194,13 @@ func newServe(runDir dirFunc) *cobra.Command {
 // process.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
 	cfg := server.Config{
-		Log:    foregroundLog(os.Stderr, c.level()),
-		Ready:  func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
-		Launch: launchSuccessor(c.runDir),
+		Log:   foregroundLog(os.Stderr, c.level()),
+		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
 	}
-	if !systemd.Managed() {
-		cfg.Launch = nil
-		return c.serve(cfg, endSignals)
+	if systemd.Managed() {
+		return c.serveManaged(cfg)
 	}
-	return c.serveManaged(cfg)
+	return c.serve(cfg)
 }
 
 // serveSucceeding is the server that a server under a service manager has started to take
@@ -211,18 +209,14 @@ func (c *connection) serveSucceeding(r *reporter) error {
 	return c.serveManaged(server.Config{
 		Log: foregroundLog(os.Stderr, c.level()),
 		// The server that listened to this may have left.
-		Ready:  func(s control.Status) error { _ = r.ready(s); return nil },
-		Launch: launchSuccessor(c.runDir),
+		Ready: func(s control.Status) error { _ = r.ready(s); return nil },
 	})
 }
 
 // serveManaged serves under a service manager.
 func (c *connection) serveManaged(cfg server.Config) error {
-	cfg.Patient = true
-	reload, stop := hangups()
-	defer stop()
-	cfg.Reload = reload
-	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg.Patient, cfg.Launch = true, launchSuccessor(c.runDir)
+	return c.serve(cfg)
 }
 
 // foregroundLog writes to w, or to the journal if that is what standard error leads to.
@@ -248,10 +242,8 @@ func (c *connection) serveBackground(r *reporter) error {
 		Waiting: r.waits,
 		Ready:   r.ready,
 	}
-	reload, stop := hangups()
-	defer stop()
-	cfg.Reload, cfg.Patient = reload, systemd.Booted() && systemd.InOwnScope()
-	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg.Patient = systemd.Booted() && systemd.InOwnScope()
+	return c.serve(cfg)
 }
 
 // logIdentity logs the identity that the target knows for this host, and warnings about
@@ -274,10 +266,13 @@ func (c *connection) level() slog.Level {
 	return slog.LevelInfo
 }
 
-// serve runs the server. The first signal ends it in order, the second does not
+// serve runs the server. The first SIGINT or SIGTERM ends it in order, the second does not
 // wait for requests in flight, the third does not wait for anything. If the server is
-// patient, the second and the third have to be SIGINT.
-func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
+// patient, the second and the third have to be SIGINT. SIGHUP makes it reload.
+func (c *connection) serve(cfg server.Config) error {
+	reload, stopReloading := hangups()
+	defer stopReloading()
+	cfg.Reload = reload
 	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
 		cfg.Log.Warn("cannot set the name of the process", "error", err)
 	}
@@ -294,6 +289,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	unix.Umask(0o022) // other users may read the records
 	// The server must not die because nobody reads its log any more.
 	signal.Ignore(syscall.SIGPIPE)
+	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	ctx, stop := interruptible(signals...)
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers, cfg.Within = c.opts, dir, c.succeed, c.recover, c.within

@@ -16,7 +16,7 @@ import (
 	"ublk-nvmeof/target"
 )
 
-// service is connect --foreground under a service manager.
+// service is connect --foreground, under a service manager or in a terminal.
 type service struct {
 	t        *testing.T
 	cmd      *exec.Cmd
@@ -34,17 +34,26 @@ func startService(t *testing.T, s *site, args ...string) *service {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	x := &service{t: t, log: make(chan string, 1000), notified: make(chan string, 1000)}
+	notified := make(chan string, 1000)
 	go func() {
 		b := make([]byte, 4096)
 		for n, err := c.Read(b); err == nil; n, err = c.Read(b) {
 			for line := range strings.SplitSeq(string(b[:n]), "\n") {
-				x.notified <- line
+				notified <- line
 			}
 		}
 	}()
+	x := startForeground(t, s, []string{"NOTIFY_SOCKET=" + path}, args...)
+	x.notified = notified
+	return x
+}
+
+// startForeground starts a connection of the site with more variables in its environment.
+func startForeground(t *testing.T, s *site, env []string, args ...string) *service {
+	t.Helper()
+	x := &service{t: t, log: make(chan string, 1000)}
 	x.cmd = exec.CommandContext(t.Context(), self(), append([]string{"--run-dir", s.dir}, args...)...)
-	x.cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0", "NOTIFY_SOCKET="+path)
+	x.cmd.Env = append(append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0"), env...)
 	errs, err := x.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -157,6 +166,25 @@ func TestServiceRetries(t *testing.T) {
 	}
 	c.close()
 	x.end() // by the second SIGTERM
+}
+
+// The end of a terminal does not end the server in it.
+func TestForegroundSurvivesHangup(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:a"
+	s := newSite(t, nqn)
+	s.put(nqn, newDisk("disk a"))
+	x := startForeground(t, s, nil, s.connectArgs(nqn, "--foreground")...)
+	x.awaitLog("connected")
+	if err := x.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	x.awaitLog("SIGHUP is ignored")
+	c := s.client(s.record(nqn))
+	if got, err := c.read(6); got != "disk a" || err != nil {
+		t.Errorf("after SIGHUP: %q, %v", got, err)
+	}
+	c.close()
+	x.end()
 }
 
 // A server that tries again takes over what a dead server left, once the target is back.

@@ -123,7 +123,7 @@ func (m *machine) boot() (int, error) {
 					return exitVM, fmt.Errorf("exit code: %w", err)
 				}
 				if m.guest.Systemd {
-					if err := q.awaitShutdown(shutdownLimit); err != nil {
+					if err := q.awaitShutdown(m, shutdownLimit); err != nil {
 						return cmp.Or(code, exitVM), err
 					}
 				}
@@ -346,8 +346,9 @@ func (q *qemu) kill() {
 	q.control.Close()
 }
 
-// awaitShutdown waits until the guest has reset itself: the machine ends at a reset.
-func (q *qemu) awaitShutdown(limit time.Duration) error {
+// awaitShutdown waits until the guest has reset itself: the machine ends at a reset. If it
+// has not, the console shows its blocked tasks.
+func (q *qemu) awaitShutdown(m *machine, limit time.Duration) error {
 	alarm := time.NewTimer(limit)
 	defer alarm.Stop()
 	for {
@@ -357,6 +358,8 @@ func (q *qemu) awaitShutdown(limit time.Duration) error {
 				return nil
 			}
 		case <-alarm.C:
+			_ = writeFrame(q.control, frameDump, nil) // the agent may have ended
+			q.drain(m, dumpTime)
 			return fmt.Errorf("the machine did not shut down within %v%s", limit, q.said())
 		}
 	}

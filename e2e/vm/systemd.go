@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,6 +34,10 @@ func becomeSystemd(port *os.File, c guestConfig) error {
 		return err
 	}
 	if err := os.WriteFile("/etc/fstab", nil, 0o644); err != nil {
+		return err
+	}
+	// What makes systemd believe that the machine is a container.
+	if err := os.Remove("/.dockerenv"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	// Emptying the host's /tmp takes long, because all of it is behind the 9p file system.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -58,6 +59,7 @@ type world struct {
 	connected    initiator.Config
 	changed      func(namespace, initiator.Change)
 	started      []ublk.Config
+	stopping     func() bool   // the machine is being shut down; nil: it is not
 	connecting   chan struct{} // closed when connect is called; it then waits for its context
 }
 
@@ -121,7 +123,8 @@ func (w *world) backend() backend {
 			}
 			return ublk.Info{}, ublk.ErrNoDevice
 		},
-		uevent: func(string) error { return nil },
+		uevent:   func(string) error { return nil },
+		stopping: func(context.Context) (bool, error) { return w.stopping != nil && w.stopping(), nil },
 		remove: func(_ context.Context, i ublk.Info) error {
 			w.note("remove %d", i.ID)
 			delete(w.left, i.ID)
@@ -247,7 +250,8 @@ type fakeController struct {
 	done    chan struct{}
 	aborted chan struct{}
 	once    sync.Once
-	hang    bool // in Close
+	hang    bool                      // in Close
+	lost    atomic.Pointer[time.Time] // when the target was lost; nil: it is there
 }
 
 func (c *fakeController) Info() initiator.Info {
@@ -261,6 +265,9 @@ func (c *fakeController) Info() initiator.Info {
 	if c.reason != nil {
 		i.State, i.Reason = initiator.StateDead, c.reason
 		return i
+	}
+	if t := c.lost.Load(); t != nil {
+		i.State, i.Since = initiator.StateConnecting, *t
 	}
 	i.CNTLID, i.Version, i.Model, i.QueueSize, i.Plan, i.InCapsule, i.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
 	return i

@@ -177,10 +177,12 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	stopWatching := s.keepWatch(ctx)
 	defer stopWatching()
 	if err == nil {
+		stopWatching := s.watchShutdown(ctx)
 		s.serve(ctx)
 		if s.cfg.Patient {
 			s.awaitUnused(ctx)
 		}
+		stopWatching()
 	}
 	s.sayStopping()
 	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {

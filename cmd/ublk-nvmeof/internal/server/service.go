@@ -12,6 +12,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
+	"ublk-nvmeof/initiator"
 )
 
 // stopTime is longer than an orderly end takes if no device is in use.
@@ -167,6 +168,47 @@ func (s *server) awaitUnused(ctx context.Context) {
 		case <-s.ended:
 			return
 		}
+	}
+}
+
+// While the machine is shut down, a target may be away for as long as shutdownGrace. Tests
+// have shorter times.
+var shutdownGrace, shutdownPoll = 5 * time.Second, 2 * time.Second
+
+// errShutdown is the reason to give up the target.
+var errShutdown = errors.New("the machine is being shut down, and the target is away")
+
+// watchShutdown gives up a target that is away while the machine is shut down, until the
+// function that it returns is called. Otherwise file systems could not be unmounted as
+// long as requests wait, and the shutdown would wait for them.
+func (s *server) watchShutdown(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var done sync.WaitGroup
+	done.Go(func() {
+		tick := time.NewTicker(shutdownPoll)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+			if now := s.ctrl.Info(); now.State != initiator.StateConnecting || time.Since(now.Since) < shutdownGrace {
+				continue
+			}
+			switch stopping, err := s.back.stopping(ctx); {
+			case err != nil:
+				s.log.Debug("cannot ask whether the machine is being shut down", "error", err)
+			case stopping:
+				s.log.Error("requests are not kept any longer", "reason", errShutdown)
+				s.ctrl.Abort(errShutdown)
+				return
+			}
+		}
+	})
+	return func() {
+		cancel()
+		done.Wait()
 	}
 }
 

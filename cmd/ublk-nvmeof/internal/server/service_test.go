@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -201,6 +202,29 @@ func TestPatientEnd(t *testing.T) {
 			t.Errorf("hurry %t: %v", hurry, err)
 		}
 	}
+}
+
+// A target that is away is given up while the machine is shut down, and not before.
+func TestShutdownWithoutTarget(t *testing.T) {
+	shutdownPoll = 2 * time.Millisecond
+	w := newWorld()
+	asked, stopping := make(chan struct{}), make(chan bool)
+	w.stopping = func() bool {
+		asked <- struct{}{}
+		return <-stopping
+	}
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	lost := time.Now().Add(-time.Hour)
+	w.ctrl.lost.Store(&lost)
+	for _, down := range []bool{false, false, true} {
+		<-asked
+		if slices.Contains(w.happened(), "abort") {
+			t.Error("the target is given up although the machine is not shut down")
+		}
+		stopping <- down
+	}
+	<-w.ctrl.aborted
 }
 
 // A server that a service manager runs starts its successor, and makes it the service when

@@ -19,6 +19,24 @@ func Booted() bool {
 	return err == nil && info.IsDir()
 }
 
+// ShuttingDown reports whether the machine is being shut down. Only root can ask. Where systemd
+// does not run, the answer is no.
+func ShuttingDown(ctx context.Context) (bool, error) {
+	if os.Getuid() != 0 || !Booted() {
+		return false, nil
+	}
+	c, err := dbus.NewSystemdConnectionContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("connect to systemd: %w", err)
+	}
+	defer c.Close()
+	p, err := c.SystemStateContext(ctx)
+	if err != nil {
+		return false, fmt.Errorf("get the state of the system: %w", err)
+	}
+	return p.Value.Value() == "stopping", nil
+}
+
 // MoveToScope puts a process of root into a scope of its own, so that the end of the
 // session or of the service that has started it does not end it. When the machine is shut
 // down, the scope is stopped after network file systems are unmounted.
