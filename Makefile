@@ -6,7 +6,8 @@
 #	make test-unit  format, vet, unit tests with the race detector
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
-#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel
+#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel;
+#	                without RUN, also the first part of test-service on one kernel
 #	make soak       the scenarios soak* with N=100 rounds, N/2 crashes of a target with a
 #	                volatile cache, and a target that adds its namespaces 10 s after it has
 #	                opened its port, on KERNELS
@@ -18,7 +19,9 @@
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
 #	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
 #	                needs no library and has only RoCEv2
-#	make test-service  install, boot, upgrade and remove the package in a VM with systemd
+#	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
+#	                boot to a shutdown with I/O; SERVICE=life is upgrade, stop, late targets,
+#	                connections by hand, and removal
 #	make lint       golangci-lint
 #	make clean      remove everything built except the kernels in build/cache
 
@@ -36,7 +39,7 @@ NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
 
 # A version that sorts before the release that it leads to.
 VERSION ?= 0.1.0~$(shell git show -s --date=format:%Y%m%d --format=git%cd.%h)
-DEB = build/ublk-nvmeof_$(VERSION)_$(shell go env GOARCH).deb
+DEBS ?= build
 RELEASE = -trimpath -ldflags '-X main.version=$(VERSION)'
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -58,7 +61,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench deb test-service lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench deb package static test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -82,8 +85,8 @@ test-unit: setup
 	go -C e2e test ./vm ./soak
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The VM
-# has a time limit and shows what hangs.
-test-vm: build
+# has a time limit and shows what hangs. Another VM boots systemd with the package.
+test-vm: build package
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
@@ -96,7 +99,12 @@ test-vm: build
 			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; } & \
 		pids+=" $$!"; \
 	}; \
+	service() { \
+		{ e2e/service-vm.sh $$1 boot 2>&1 | sed -u "s/^/$$1 systemd: /" | tee build/log/service-$$1.txt; } & \
+		pids+=" $$!"; \
+	}; \
 	vm 6.1 '^TestScenarios$$/^nbd$$'; for k in $(KERNELS); do vm $$k '$(RUN)'; done; \
+	[ '$(RUN)' != . ] || service $(firstword $(KERNELS)); \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
 		echo "failed; all of it is in build/log:"; \
 		grep -hE 'FAIL|panic:|DATA RACE|left behind:|: kernel: ' build/log/*.txt | cut -c -160 | tail -n 20; exit 1; }
@@ -126,23 +134,22 @@ demo-vm: build
 bench: build
 	go run ./bench $(BENCH)
 
-deb:
-	rm -rf build/package build/ublk-nvmeof_*.deb && mkdir -p build/package
+deb: package static
+
+package:
+	rm -rf build/package $(DEBS)/ublk-nvmeof_*.deb && mkdir -p build/package $(DEBS)
 	go build $(RELEASE) -o build/package/ublk-nvmeof ./cmd/ublk-nvmeof
-	CGO_ENABLED=0 go build $(RELEASE) -o build/static/ublk-nvmeof ./cmd/ublk-nvmeof
 	build/package/ublk-nvmeof documentation build/package
 	gzip -9n build/package/man/*.1
-	ARCH=$$(go env GOARCH) VERSION='$(VERSION)' $(NFPM) package -f packaging/nfpm.yaml -p deb -t $(DEB)
+	ARCH=$$(go env GOARCH) VERSION='$(VERSION)' $(NFPM) package -f packaging/nfpm.yaml -p deb -t $(DEBS)/ublk-nvmeof_$(VERSION)_$$(go env GOARCH).deb
+
+static:
+	CGO_ENABLED=0 go build $(RELEASE) -o build/static/ublk-nvmeof ./cmd/ublk-nvmeof
 
 # The newer package is the same program with another version.
-test-service: build deb
-	rm -rf build/newer && mkdir -p build/newer build/log/service
-	cp $(DEB) build/newer/old.deb
-	$(MAKE) deb VERSION='$(VERSION)+1' && mv build/ublk-nvmeof_*+1_*.deb build/newer/new.deb
-	for k in $(KERNELS); do for what in $(SERVICE); do \
-		UN_SERVICE=$$what build/vm --kernel $$k --mem 2G --timeout 15m --out build/log/service/$$k-$$what --systemd e2e/service-before.sh -- e2e/service.sh; \
-		UN_SERVICE=$$what e2e/service-after.sh build/log/service/$$k-$$what/console.log; \
-	done; done
+test-service: build package
+	$(MAKE) package DEBS=build/newer VERSION='$(VERSION)+1'
+	for k in $(KERNELS); do for what in $(SERVICE); do e2e/service-vm.sh $$k $$what; done; done
 
 lint:
 	$(GOLANGCI) run ./...

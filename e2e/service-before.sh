@@ -15,7 +15,7 @@ target() {
 backing() { cat "/sys/kernel/config/nvmet/subsystems/$base:$1/namespaces/$2/device_path"; }
 
 rm -f /var/lib/man-db/auto-update # reading all manual pages takes minutes here
-dpkg -i build/newer/old.deb
+dpkg -i build/ublk-nvmeof_*.deb
 
 target disk 4420 ns=2
 target b 4421

@@ -103,7 +103,7 @@ upgrade() {
 	local pid
 	pid=$(property disk MainPID)
 	load verify-upgrade /mnt/uuid 60
-	dpkg -i build/newer/new.deb
+	dpkg -i build/newer/ublk-nvmeof_*.deb
 	is_main "$pid"
 	ublk-nvmeof upgrade $base:disk
 	until_true 30 isnt_main "$pid"
