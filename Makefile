@@ -84,8 +84,10 @@ test-unit: setup
 	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
 
-# One VM per kernel, all at the same time, because many tests wait most of the time. The VM
-# has a time limit and shows what hangs. Another VM boots systemd with the package.
+# One VM per kernel, all at the same time, because many tests wait most of the time. The short
+# run on Linux 6.1 follows the last of them, and the boot of systemd with the package follows
+# the first. Each kernel runs its share of the cases that do not depend on the kernel. The VM has
+# a time limit and shows what hangs.
 test-vm: build package
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
@@ -94,17 +96,18 @@ test-vm: build package
 	# Linux 6.1 has no ublk.
 	export UN_PACKAGES='$(VM_TESTS)' UN_SKIP='$(VM_SKIP)'; pids=; \
 	vm() { \
-		{ build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
+		build/vm $(VMFLAGS) --kernel $$1 --timeout 30m --out build/log/$$1 -- \
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" 2>&1 | \
-			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; } & \
-		pids+=" $$!"; \
+			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; \
 	}; \
-	service() { \
-		{ e2e/service-vm.sh $$1 boot 2>&1 | sed -u "s/^/$$1 systemd: /" | tee build/log/service-$$1.txt; } & \
+	service() { e2e/service-vm.sh $$1 boot 2>&1 | sed -u "s/^/$$1 systemd: /" | tee build/log/systemd.txt; }; \
+	share=0; for k in $(KERNELS); do \
+		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
+		{ code=0; vm $$k '$(RUN)' || code=1; \
+		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; \
+		[ "$$k $(RUN)" != '$(firstword $(KERNELS)) .' ] || service $$k || code=1; exit $$code; } & \
 		pids+=" $$!"; \
-	}; \
-	vm 6.1 '^TestScenarios$$/^nbd$$'; for k in $(KERNELS); do vm $$k '$(RUN)'; done; \
-	[ '$(RUN)' != . ] || service $(firstword $(KERNELS)); \
+	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
 		echo "failed; all of it is in build/log:"; \
 		grep -hE 'FAIL|panic:|DATA RACE|left behind:|: kernel: ' build/log/*.txt | cut -c -160 | tail -n 20; exit 1; }

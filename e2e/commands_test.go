@@ -18,6 +18,7 @@ import (
 // commands are the scripts' own, beside those of testscript.
 var commands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"exits":   exits,
+	"fields":  fields,
 	"longest": longest,
 	"refuses": refuses,
 	"until":   until,

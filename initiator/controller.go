@@ -59,6 +59,9 @@ type Controller struct {
 	end     context.CancelCauseFunc
 	stopped chan struct{} // supervise has ended
 	dead    chan struct{} // closed in StateDead
+	queries chan struct{} // holds a token for each query in progress
+
+	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
 
 	mu           sync.Mutex // guards what follows
 	state        State
@@ -72,6 +75,8 @@ type Controller struct {
 	lastPatience time.Duration  // with it
 	assoc        *association
 	namespaces   []*Namespace
+	closing      bool          // Close was called
+	attached     chan struct{} // closed, and replaced, when an association is attached
 }
 
 // Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
@@ -89,6 +94,7 @@ func Connect(ctx context.Context, cfg Config) (*Controller, error) {
 	c := &Controller{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
 		stopped: make(chan struct{}), dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory},
+		queries: make(chan struct{}, maxQueries), attached: make(chan struct{}),
 	}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
@@ -156,6 +162,8 @@ func (c *Controller) attach(a *association) error {
 	c.failure = nil
 	c.outages.end(now)
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
+	close(c.attached)
+	c.attached = make(chan struct{})
 	return nil
 }
 
@@ -215,7 +223,7 @@ func (c *Controller) supervise(a *association) {
 		if err := c.release(a); err != nil {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
-		c.countLoss(lost, lost.Sub(live))
+		c.countLoss(lost, lost.Sub(live), errors.Is(reason, errReset))
 		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost, reason); err != nil {
@@ -238,11 +246,12 @@ func (c *Controller) discoveryChanged() {
 // countLoss says when the outage began that an association ends which has lived for some
 // time. An association that has not lived for long has not proved to be better than the
 // one before, and leaves the outage as it was, unless a request is what ended it: the
-// target is there for all others, and they must not fail for that request.
-func (c *Controller) countLoss(lost time.Time, lived time.Duration) {
+// target is there for all others, and they must not fail for that request. Reset says
+// nothing about the target either.
+func (c *Controller) countLoss(lost time.Time, lived time.Duration, reset bool) {
 	blamed := c.blamed.Swap(false)
 	switch {
-	case lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
+	case reset || lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.outage, c.brief = lost, 0
 	case blamed:
 		c.outage, c.brief = lost, 1
@@ -573,6 +582,7 @@ func (c *Controller) Close(ctx context.Context) error {
 	if c.state != StateDead {
 		c.state, c.since = StateDeleting, time.Now()
 	}
+	c.closing = true
 	c.mu.Unlock()
 	c.end(errClosed)
 	<-c.stopped
@@ -587,7 +597,9 @@ func (c *Controller) Close(ctx context.Context) error {
 		}
 		errs = append(errs, c.release(a))
 	}
-	errs = append(errs, c.detachLanes(), c.mem.close())
+	errs = append(errs, c.detachLanes())
+	c.reservations.Wait()
+	errs = append(errs, c.mem.close())
 	return errors.Join(errs...)
 }
 

@@ -58,6 +58,7 @@ type fakeTarget struct {
 	record    bool // keep the I/O commands other than reads
 	recorded  []nvme.Command
 	events    []nvme.AsyncEvent // to be sent
+	keys      []byte            // of the last reservation command
 	shutdown  bool
 	lastID    uint16
 	queues    map[uint16]int     // connections of each controller
@@ -412,6 +413,23 @@ func (c *fakeConn) execute(cmd *nvme.Command, inline []byte) (uint64, nvme.Statu
 		return 0, nvme.StatusSuccess, nil
 	case nvme.OpFlush:
 		return 0, nvme.StatusSuccess, nil
+	case nvme.OpReservationReport: // each byte is the number of the namespace
+		page := c.out.Bytes()[:cmd.ReservationReportLength()]
+		for i := range page {
+			page[i] = byte(cmd.NSID())
+		}
+		s, err := c.movePage(cmd, inline, len(page))
+		return 0, s, err
+	case nvme.OpReservationRegister, nvme.OpReservationAcquire, nvme.OpReservationRelease:
+		n := nvme.ReservationKeys
+		if cmd.Opcode() == nvme.OpReservationRelease {
+			n /= 2
+		}
+		s, err := c.movePage(cmd, inline, n)
+		c.f.mu.Lock()
+		c.f.keys = append([]byte(nil), c.out.Bytes()[:n]...)
+		c.f.mu.Unlock()
+		return 0, s, err
 	}
 	return 0, nvme.StatusInvalidOpcode | nvme.StatusDNR, nil
 }
@@ -554,10 +572,16 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 	case nvme.AdminAsyncEvent:
 		c.listens, c.listener = true, cmd.CID()
 		return 0, noAnswer, nil
-	case nvme.AdminGetLogPage:
-		clear(c.out.Bytes()[:4096])
-		s, err := c.movePage(cmd, inline, 4096)
+	case nvme.AdminGetLogPage: // each byte is the number of the page
+		lid, length, _, _ := cmd.LogPage()
+		page := c.out.Bytes()[:min(length, 4096)]
+		for i := range page {
+			page[i] = lid
+		}
+		s, err := c.movePage(cmd, inline, len(page))
 		return 0, s, err
+	case nvme.AdminGetFeatures:
+		return uint64(cmd.FeatureID()) << 8, nvme.StatusSuccess, nil
 	case nvme.AdminKeepAlive:
 		return 0, nvme.StatusSuccess, nil
 	}

@@ -128,6 +128,7 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	if ns.geometry, err = geometryOf(a, &id0, limits); err != nil {
 		return nil, err
 	}
+	ns.used = min(id0.NUSE(), id0.NSZE()) * uint64(ns.geometry.LogicalBlock)
 	if err := c.identifyIndependent(ctx, a, ns); err != nil {
 		return nil, fmt.Errorf("properties of any command set: %w", err)
 	}

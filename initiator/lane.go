@@ -129,6 +129,9 @@ func (l *lane) dispatch(r *request) {
 
 // admit reports whether a request may be sent now. If not, admit finishes or parks it.
 func (l *lane) admit(r *request) bool {
+	if r.direct != nil {
+		return l.admitDirect(r)
+	}
 	presence, connected := r.home.ns.presence.Load(), l.route[r.class] != nil
 	switch {
 	case presence == gone:
@@ -196,10 +199,16 @@ func (l *lane) redispatch() {
 // finish ends a request and returns it to its home lane.
 func (l *lane) finish(r *request, errno uint16) {
 	r.errno = errno
-	if r.troubled && l.ctrl.suspect.CompareAndSwap(r, nil) {
-		// Other requests may wait to be the suspect. This needs a goroutine, because
-		// redispatch waits for this loop.
-		go l.ctrl.redispatch()
+	if r.troubled {
+		if r.direct != nil {
+			close(r.direct.done)
+			return
+		}
+		if l.ctrl.suspect.CompareAndSwap(r, nil) {
+			// Other requests may wait to be the suspect. This needs a goroutine, because
+			// redispatch waits for this loop.
+			go l.ctrl.redispatch()
+		}
 	}
 	if r.home.lane == l {
 		r.home.done.push(r)
@@ -231,6 +240,11 @@ func (l *lane) recover(p *queuePair) {
 			continue
 		}
 		p.requests[slot] = nil
+		if r.direct != nil {
+			r.direct.err = ErrUncertain
+			l.finish(r, uint16(unix.ENOLINK))
+			continue
+		}
 		if l.ctrl.blame(r) {
 			l.ctrl.reportBlame(r)
 			l.finish(r, uint16(unix.EIO))

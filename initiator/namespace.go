@@ -59,6 +59,7 @@ type Namespace struct {
 	mu       sync.Mutex // guards the fields below
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
+	used     uint64          // bytes that are allocated
 	since    time.Time       // start of the held state
 	times    []*opHistograms // by lane; nil: no queue was opened there
 }
@@ -72,6 +73,13 @@ func (ns *Namespace) IDs() nvme.NamespaceIDs {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	return ns.ids
+}
+
+// Used returns how many bytes of the namespace were allocated at the last look (NUSE).
+func (ns *Namespace) Used() uint64 {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	return ns.used
 }
 
 // Geometry implements block.Device. It returns the geometry of the last look at the
@@ -105,7 +113,7 @@ func (ns *Namespace) adopt(found *Namespace) (was block.Geometry) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	was = ns.geometry
-	ns.geometry = found.geometry
+	ns.geometry, ns.used = found.geometry, found.used
 	ns.ids = union(ns.ids, found.ids)
 	ns.terms.Store(found.terms.Load())
 	return was

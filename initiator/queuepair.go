@@ -142,6 +142,13 @@ func (p *queuePair) push(r *request) bool {
 		capsule = p.inline(cmd, r, r.offset(), length)
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
+	case opDirect:
+		*cmd = r.direct.cmd
+		if nvme.IsWrite(cmd) {
+			capsule = p.inline(cmd, r, 0, r.direct.length)
+		} else {
+			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.rkey, false)
+		}
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
@@ -268,6 +275,8 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 			p.enter(r)
 			return
 		}
+	} else if r.direct != nil {
+		r.direct.err = status
 	} else {
 		if c.mayRetry(p.assoc, r, status) {
 			p.retry(slot, r, status)

@@ -32,6 +32,7 @@ type request struct {
 	// The fields below are for requests in trouble. troubled is set if any of them is,
 	// so that the hot path checks only one field.
 	troubled  bool
+	direct    *direct       // the command of an opDirect; nil: the request is of a front end
 	losses    uint8         // associations that were lost with the request in flight
 	blames    uint8         // losses in which the request was the only suspect
 	firstLoss time.Duration // time of the first loss, on Controller.now's clock

@@ -25,11 +25,12 @@ const (
 	LossDeviceRemoved                    // the RDMA device went away
 	LossTargetError                      // the target reported a persistent internal error
 	LossAborted                          // Abort was called
+	LossReset                            // Reset was called
 	nLossReasons
 )
 
 var lossReasons = [nLossReasons]string{
-	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted",
+	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted", "reset",
 }
 
 func (r LossReason) String() string {

@@ -37,16 +37,16 @@ func (s ANAState) String() string {
 	return fmt.Sprintf("ana state %d", uint8(s))
 }
 
-const (
-	anaHeaderSize = 16
-	anaGroupSize  = 32
-)
+// ANAHeaderSize is the size of the header of the ANA log in bytes.
+const ANAHeaderSize = 16
+
+const anaGroupSize = 32
 
 // ANALogSize returns the largest size of the ANA log of a controller in bytes, given
 // NANAGRPID and MNAN of [IdentifyController]. The log may be larger than a controller's
 // largest transfer.
 func ANALogSize(nanagrpid, mnan uint32) uint64 {
-	return anaHeaderSize + uint64(nanagrpid)*anaGroupSize + uint64(mnan)*4
+	return ANAHeaderSize + uint64(nanagrpid)*anaGroupSize + uint64(mnan)*4
 }
 
 // ANALog is a decoded ANA log (Base, "Asymmetric Namespace Access"). It refers to the
@@ -73,11 +73,11 @@ type ANAGroup struct {
 // returns an error if a group does not fit, if a group id is 0, or if a state is outside
 // 1..15.
 func ParseANALog(b []byte) (ANALog, error) {
-	if len(b) < anaHeaderSize {
-		return ANALog{}, fmt.Errorf("decode ana log: %d bytes, want %d", len(b), anaHeaderSize)
+	if len(b) < ANAHeaderSize {
+		return ANALog{}, fmt.Errorf("decode ana log: %d bytes, want %d", len(b), ANAHeaderSize)
 	}
 	l := ANALog{chgcnt: le.Uint64(b[0:8]), n: int(le.Uint16(b[8:10]))}
-	rest := b[anaHeaderSize:]
+	rest := b[ANAHeaderSize:]
 	l.groups = rest
 	for i := range l.n {
 		if len(rest) < anaGroupSize {
@@ -145,7 +145,7 @@ func (g ANAGroup) NSIDs() iter.Seq[uint32] {
 
 // AppendANAHeader appends the header of an ANA log with this number of groups.
 func AppendANAHeader(b []byte, changeCount uint64, groups uint16) []byte {
-	var raw [anaHeaderSize]byte
+	var raw [ANAHeaderSize]byte
 	le.PutUint64(raw[0:8], changeCount)
 	le.PutUint16(raw[8:10], groups)
 	return append(b, raw[:]...)

@@ -49,6 +49,14 @@ func TestCommandBuilders(t *testing.T) {
 			[]at{{0, "02"}, {4, "ffffffff"}, {40, "70"}, {42, "01000100"}, {48, "7856341201000000"}}},
 		{"get log page rae", func(c *Command) { c.SetGetLogPage(0x0C, 0, 4096, 0, true) },
 			[]at{{0, "02"}, {40, "0c80ff03"}}},
+		{"reservation report", func(c *Command) { c.SetReservationReport(3, 4096, true) },
+			[]at{{0, "0e"}, {4, "03"}, {40, "ff03"}, {44, "01"}}},
+		{"reservation register", func(c *Command) { c.SetReservationRegister(3, 2, true, 3) },
+			[]at{{0, "0d"}, {4, "03"}, {40, "0a0000c0"}}},
+		{"reservation acquire", func(c *Command) { c.SetReservationAcquire(3, 1, false, 6) },
+			[]at{{0, "11"}, {4, "03"}, {40, "0106"}}},
+		{"reservation release", func(c *Command) { c.SetReservationRelease(3, 1, true, 2) },
+			[]at{{0, "15"}, {4, "03"}, {40, "0902"}}},
 		{"async event", func(c *Command) { c.SetAsyncEvent() }, []at{{0, "0c"}}},
 		{"keep alive", func(c *Command) { c.SetKeepAlive() }, []at{{0, "18"}}},
 		{"abort", func(c *Command) { c.SetAbort(0x0102, 0x0304) }, []at{{0, "08"}, {40, "02010403"}}},
@@ -89,6 +97,7 @@ func TestCommandFields(t *testing.T) {
 	},
 		// Builders and descriptor setters, tested with golden bytes.
 		"Read", "Write", "WriteZeroes", "Flush", "DSM", "Identify", "SetFeatures", "GetFeatures", "GetLogPage",
+		"ReservationReport", "ReservationRegister", "ReservationAcquire", "ReservationRelease",
 		"AsyncEvent", "KeepAlive", "Abort", "Connect", "PropertyGet", "PropertySet", "AuthSend", "AuthReceive",
 		"Disconnect", "LogSpecific", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
 }

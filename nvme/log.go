@@ -71,6 +71,18 @@ func (e *ErrorLogEntry) NSID() uint32 { return le.Uint32(e[24:28]) }
 // SetNSID sets NSID.
 func (e *ErrorLogEntry) SetNSID(v uint32) { le.PutUint32(e[24:28], v) }
 
+// TRTYPE returns the transport on which the error came up.
+func (e *ErrorLogEntry) TRTYPE() TransportType { return TransportType(e[29]) }
+
+// SetTRTYPE sets TRTYPE.
+func (e *ErrorLogEntry) SetTRTYPE(v TransportType) { e[29] = byte(v) }
+
+// Version returns the version of the log page.
+func (e *ErrorLogEntry) Version() uint8 { return e[63] }
+
+// SetVersion sets Version.
+func (e *ErrorLogEntry) SetVersion(v uint8) { e[63] = v }
+
 // Opcode returns the opcode of the command; valid from log page version 1 on.
 func (e *ErrorLogEntry) Opcode() Opcode { return Opcode(e[31]) }
 

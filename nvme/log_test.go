@@ -9,7 +9,7 @@ import (
 func TestErrorLogEntry(t *testing.T) {
 	testFields(t, func() any { return new(ErrorLogEntry) }, []field{
 		{"ErrorCount", 0, 8}, {"SQID", 8, 2}, {"CID", 10, 2}, {"ParamLocation", 14, 2}, {"LBA", 16, 8}, {"NSID", 24, 4},
-		{"Opcode", 31, 1},
+		{"TRTYPE", 29, 1}, {"Opcode", 31, 1}, {"Version", 63, 1},
 	}, "Status")
 	e := new(ErrorLogEntry)
 	e.SetStatus(StatusDNR | StatusLBAOutOfRange)

@@ -13,7 +13,8 @@ import (
 const maxPiece = 64 << 20
 
 // enter begins a command's access to blocks of its namespace, unless the
-// namespace was removed or shrunk since the command arrived. Only between it and
+// namespace was removed or shrunk since the command arrived, or another host has it
+// reserved. Only between it and
 // exit a queue uses a store.
 func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 	r := &q.reqs[i]
@@ -29,6 +30,10 @@ func (q *queuePair) enter(i int, slba, nlb uint64) nvme.Status {
 		s = nvme.StatusInvalidNamespace | dnr
 	case !r.ns.within(slba, nlb):
 		s = nvme.StatusLBAOutOfRange | dnr
+	default:
+		if held := r.ns.reservations.current.Load(); held != nil && held.conflicts(q.ctrl.hostID, q.command(i).Opcode()) {
+			s = nvme.StatusReservationConflict | dnr
+		}
 	}
 	if !s.OK() {
 		q.exit()

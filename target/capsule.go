@@ -71,6 +71,9 @@ func (q *queuePair) respond(i int, result uint64, s nvme.Status) {
 	cmd := q.command(i)
 	if !s.OK() {
 		q.stats.errors.Add(1)
+		if q.ctrl != nil {
+			q.ctrl.errors.add(q.qid, cmd, s)
+		}
 	}
 	if r.corrupt == CorruptLost {
 		q.drop(i)

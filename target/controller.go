@@ -50,6 +50,7 @@ type controller struct {
 	ready    atomic.Bool // CSTS.RDY, read by every command
 	alive    atomic.Bool // a command has arrived since the keep alive timer was started
 	cacheOff atomic.Bool // the host turned the volatile write cache off
+	errors   errorLog
 
 	mu       sync.Mutex // guards what follows
 	queues   map[uint16]*queuePair

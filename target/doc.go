@@ -27,7 +27,8 @@
 // connection without a Connect command ends after [Config.ConnectTimeout], or when 128
 // newer connections, or 64 from the same address, have no Connect command either.
 // [Config.MaxConnections] and [Config.MaxPerHost] limit the connections, and
-// [Config.QueueMemory] the memory of connected queues. The log of events that hosts cause
+// [Config.QueueMemory] the memory of connected queues. A namespace has at most 63 registrants
+// of reservations, which it forgets with the target. The log of events that hosts cause
 // is limited in rate; [Snapshot.Refusals] counts all refusals.
 //
 // # The end of a controller

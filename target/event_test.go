@@ -143,6 +143,56 @@ func TestLogPages(t *testing.T) {
 	a.want(0, a.keyed(&cmd, 512)) // zeroes at the end
 }
 
+// TestErrorLog: the log has the last commands that failed, the newest first, and the
+// health log counts all of them.
+func TestErrorLog(t *testing.T) {
+	r, _, _ := newDisk(t, Config{}, 1<<20, NamespaceConfig{})
+	a := r.admin(testNQN)
+	io := r.io(a, 1, 32)
+	var cmd nvme.Command
+	cmd.SetRead(1, 1<<40, 1, false)
+	io.want(nvme.StatusLBAOutOfRange|dnr, io.keyed(&cmd, 512))
+	cmd.SetFlush(77)
+	io.want(nvme.StatusInvalidNamespace|dnr, &cmd)
+	cmd.SetGetFeatures(0xC5)
+	a.want(nvme.StatusInvalidField|dnr, &cmd)
+	entry := func(i int) nvme.ErrorLogEntry {
+		return *nvme.ErrorLogEntryAt(a.log(nvme.LogError, errorEntries*nvme.ErrorLogEntrySize)[i*nvme.ErrorLogEntrySize:])
+	}
+	for i, want := range []struct {
+		count  uint64
+		sqid   uint16
+		status nvme.Status
+		op     nvme.Opcode
+		nsid   uint32
+		lba    uint64
+	}{
+		{3, 0, nvme.StatusInvalidField | dnr, nvme.AdminGetFeatures, 0, 0},
+		{2, 1, nvme.StatusInvalidNamespace | dnr, nvme.OpFlush, 77, 0},
+		{1, 1, nvme.StatusLBAOutOfRange | dnr, nvme.OpRead, 1, 1 << 40},
+		{},
+	} {
+		e := entry(i)
+		if e.ErrorCount() != want.count || e.SQID() != want.sqid || e.Status() != want.status || e.Opcode() != want.op || e.NSID() != want.nsid || e.LBA() != want.lba {
+			t.Errorf("entry %d: error %d of queue %d, %v, opcode %v, namespace %d, block %d", i, e.ErrorCount(), e.SQID(), e.Status(), e.Opcode(), e.NSID(), e.LBA())
+		}
+	}
+	cmd.SetGetFeatures(0xC5)
+	for range errorEntries {
+		a.want(nvme.StatusInvalidField|dnr, &cmd)
+	}
+	if first, last := entry(0), entry(errorEntries-1); first.ErrorCount() != errorEntries+3 || last.ErrorCount() != 4 {
+		t.Errorf("after %d more: errors %d to %d", errorEntries, first.ErrorCount(), last.ErrorCount())
+	}
+	if s := nvme.SMARTLogAt(a.log(nvme.LogSMART, nvme.SMARTLogSize)); s.ErrorLogEntries() != errorEntries+3 {
+		t.Errorf("the health log counts %d", s.ErrorLogEntries())
+	}
+	other := r.admin(testNQN)
+	if e := nvme.ErrorLogEntryAt(other.log(nvme.LogError, 64)); e.ErrorCount() != 0 {
+		t.Error("another controller has the errors")
+	}
+}
+
 // TestKeepAlive lets a controller expire whose host is silent.
 func TestKeepAlive(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})

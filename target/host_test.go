@@ -34,11 +34,12 @@ type rig struct {
 	target *Target
 	subsys *Subsystem
 	host   *rdmatest.Provider
+	hostID nvme.UUID // of the next connections
 }
 
 func newRig(t testing.TB, cfg Config, sub SubsystemConfig) *rig {
 	t.Helper()
-	r := &rig{t: t, fabric: rdmatest.NewFabric()}
+	r := &rig{t: t, fabric: rdmatest.NewFabric(), hostID: hostID}
 	cfg.Provider = r.fabric.Provider(targetAddr)
 	cfg.AddrPort = netip.AddrPortFrom(targetAddr, 4420)
 	r.host = r.fabric.Provider(hostAddr)
@@ -90,6 +91,7 @@ type hostQueue struct {
 	capsule  int
 	next     int
 	cntlid   uint16
+	hostID   nvme.UUID
 	wcs      [1]rdma.WC
 	armed    bool
 	fds      [1]unix.PollFd
@@ -106,7 +108,7 @@ func (r *rig) dial(qid uint16, entries int) (*hostQueue, error) {
 	r.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	h := &hostQueue{t: r.t, entries: entries, capsule: nvme.CommandSize + maxInCapsule}
+	h := &hostQueue{t: r.t, hostID: r.hostID, entries: entries, capsule: nvme.CommandSize + maxInCapsule}
 	must := func(err error) {
 		if err != nil {
 			r.t.Helper()
@@ -256,7 +258,7 @@ func (h *hostQueue) keyed(cmd *nvme.Command, n int) *nvme.Command {
 func (h *hostQueue) connectCommand(nqn string, qid, cntlid uint16, kato uint32) (*nvme.Command, *nvme.ConnectData) {
 	data := nvme.ConnectDataAt(h.data.Bytes())
 	clear(data[:])
-	data.SetHostID(hostID)
+	data.SetHostID(h.hostID)
 	data.SetCNTLID(cntlid)
 	for _, err := range []error{data.SetSubNQN(nqn), data.SetHostNQN(hostNQN)} {
 		if err != nil {

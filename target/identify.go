@@ -97,6 +97,7 @@ func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 		set(uint16(cfg.RetryDelays[i] / (100 * time.Millisecond)))
 	}
 	id.SetACL(3)
+	id.SetELPE(errorEntries - 1)
 	id.SetANATT(uint8(cfg.ANATransition / time.Second))
 	id.SetANACAP(nvme.ANACAPOptimized | nvme.ANACAPNonOptimized | nvme.ANACAPInaccessible | nvme.ANACAPPersistentLoss | nvme.ANACAPChange)
 	id.SetANAGRPMAX(MaxANAGroups)
@@ -105,7 +106,7 @@ func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 	id.SetCQES(0x44)
 	id.SetNN(MaxNamespaces)
 	id.SetMNAN(MaxNamespaces)
-	id.SetONCS(nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes)
+	id.SetONCS(nvme.ONCSCompare | nvme.ONCSDSM | nvme.ONCSWriteZeroes | nvme.ONCSReservations)
 	if !cfg.NoWriteCache {
 		id.SetVWC(nvme.VWCPresent)
 	}
@@ -130,6 +131,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 	id.SetNCAP(blocks)
 	id.SetNUSE(blocks)
 	id.SetNMIC(nsShared)
+	id.SetRESCAP(reservationTypes)
 	id.SetDLFEAT(nvme.DLFEATZeroes | deacZeroes)
 	id.SetANAGRPID(n.cfg.ANAGroup)
 	id.SetNGUID(n.cfg.NGUID)
@@ -142,6 +144,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 
 func (n *Namespace) identifyIndependent(id *nvme.IdentifyNSIndependent) {
 	id.SetNMIC(nsShared)
+	id.SetRESCAP(reservationTypes)
 	id.SetANAGRPID(n.cfg.ANAGroup)
 	id.SetNSTAT(nsReady)
 	if n.readOnly.Load() {

@@ -32,6 +32,10 @@ func (q *queuePair) io(i int) {
 		q.fetch(i, r.length)
 	case nvme.OpDSM:
 		q.fetch(i, cmd.DSMRanges()*nvme.DSMRangeSize)
+	case nvme.OpReservationReport:
+		q.report(i)
+	case nvme.OpReservationRegister, nvme.OpReservationAcquire, nvme.OpReservationRelease:
+		q.fetch(i, r.length)
 	case nvme.OpFlush:
 		q.respond(i, 0, q.flush(i))
 	case nvme.OpWriteZeroes:
@@ -59,6 +63,8 @@ func (q *queuePair) checkIO(r *request, cmd *nvme.Command) nvme.Status {
 			return nvme.StatusInvalidSGLDataLength | dnr
 		}
 		length, ranged = uint64(r.length), false
+	case nvme.OpReservationReport, nvme.OpReservationRegister, nvme.OpReservationAcquire, nvme.OpReservationRelease:
+		length, ranged = reservationLength(cmd), false
 	default:
 		return nvme.StatusInvalidOpcode | dnr
 	}
@@ -71,7 +77,7 @@ func (q *queuePair) checkIO(r *request, cmd *nvme.Command) nvme.Status {
 	if uint64(r.length) != length {
 		return nvme.StatusInvalidSGLDataLength | dnr
 	}
-	if r.ns.readOnly.Load() && op != nvme.OpRead && op != nvme.OpCompare && op != nvme.OpFlush {
+	if r.ns.readOnly.Load() && op != nvme.OpRead && op != nvme.OpCompare && op != nvme.OpFlush && !isReservation(op) {
 		return nvme.StatusNamespaceWriteProtected
 	}
 	return nvme.StatusSuccess
@@ -120,6 +126,8 @@ func (q *queuePair) finishIO(i int) {
 		s = q.compare(i)
 	case nvme.OpDSM:
 		s = q.discard(i, q.arrived(i))
+	case nvme.OpReservationRegister, nvme.OpReservationAcquire, nvme.OpReservationRelease:
+		s = q.reserve(i)
 	}
 	q.respond(i, 0, s)
 }

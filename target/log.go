@@ -47,7 +47,7 @@ func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	}
 	switch lid {
 	case nvme.LogError:
-		return make([]byte, nvme.ErrorLogEntrySize) // none
+		return c.errors.page()
 	case nvme.LogSMART:
 		log := make([]byte, nvme.SMARTLogSize)
 		q.smart(nvme.SMARTLogAt(log))
@@ -79,4 +79,5 @@ func (q *queuePair) smart(log *nvme.SMARTLog) {
 	log.SetDataUnitsWritten((written + unit - 1) / unit)
 	log.SetHostReads(reads)
 	log.SetHostWrites(writes)
+	log.SetErrorLogEntries(q.ctrl.errors.errors())
 }

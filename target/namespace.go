@@ -36,6 +36,8 @@ type Namespace struct {
 	blocks    atomic.Uint64
 	readOnly  atomic.Bool
 	sizeMu    sync.Mutex // for changes of blocks
+
+	reservations reservations
 }
 
 // NSID returns the id of the namespace.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
@@ -36,6 +37,8 @@ type connection struct {
 	foreground bool
 	retry      time.Duration // how long to try again if the first attempt fails
 	flagsFile  string        // of flags that are not on the command line
+	idempotent bool
+	devidFile  string        // to write the name of the device to; empty: none
 	succeed    string        // the running server to take over from
 	recover    string        // the dead server to take over from
 	within     time.Duration // time limit for everything until the devices are usable; 0: see server.Config
@@ -50,6 +53,8 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f.AddFlagSet(c.shown)
 	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
 	f.DurationVar(&c.retry, "retry", 0, "how long to try again if the target cannot be connected to yet")
+	f.BoolVar(&c.idempotent, "idempotent", false, "if this host is connected already, show the connection and succeed")
+	f.StringVar(&c.devidFile, "devid-file", "", "`file` to write the name of the device to when it is usable, for disconnect -d")
 	formatFlag(f, &c.format)
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "show which queues were requested and granted, and log more")
 }
@@ -59,11 +64,50 @@ func (c *connection) complete() error {
 	if c.retry < 0 {
 		return usage(fmt.Errorf("--retry \"%v\": want a duration of 0 or more, such as 90s", c.retry))
 	}
+	if c.devidFile != "" {
+		if info, err := os.Stat(filepath.Dir(c.devidFile)); err != nil || !info.IsDir() {
+			return usage(fmt.Errorf("--devid-file %q: want a file in a directory that exists", c.devidFile))
+		}
+	}
 	return usage(c.opts.Complete(options.Sources{}))
 }
 
+// show reports a connection whose devices are usable.
 func (c *connection) show(w io.Writer, s control.Status) error {
+	if err := c.writeDevID(s); err != nil {
+		return err
+	}
 	return output.Connected(w, s, c.format, c.verbose)
+}
+
+// writeDevID writes the name of the first device to a file, for a service that is to
+// disconnect it.
+func (c *connection) writeDevID(s control.Status) error {
+	if c.devidFile == "" || len(s.Devices) == 0 {
+		return nil
+	}
+	if err := os.WriteFile(c.devidFile, []byte(s.Devices[0].Device+"\n"), 0o644); err != nil {
+		return fmt.Errorf("--devid-file: %w; %s is connected all the same", err, s.NQN)
+	}
+	return nil
+}
+
+// settle shows the connection that err is about, if it exists already and that is enough.
+func (c *connection) settle(cmd *cobra.Command, dir state.Dir, err error) error {
+	if !c.idempotent || exit.Of(err) != exit.AlreadyServed {
+		return err
+	}
+	records, lerr := dir.List()
+	if lerr != nil {
+		return errors.Join(err, lerr)
+	}
+	for _, r := range records {
+		t := r.Target
+		if r.Alive && r.Err == nil && t.NQN == c.opts.NQN && t.HostNQN == c.opts.HostNQN && (c.opts.Named() || t.Address.String() == c.opts.Peer()) {
+			return c.show(cmd.OutOrStdout(), statusOf(cmd.Context(), r))
+		}
+	}
+	return err // it has ended meanwhile
 }
 
 func newConnect(runDir dirFunc) *cobra.Command {
@@ -119,13 +163,14 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
 		}
+		args = append(args, fmt.Sprintf("--idempotent=%t", c.idempotent), "--devid-file="+c.devidFile)
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
 	s, err := startServer(ctx, args, c.opts.Timeout+c.retry, say(cmd))
 	if err != nil {
-		return err
+		return c.settle(cmd, dir, err)
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }
@@ -197,10 +242,19 @@ func (c *connection) serveForeground(cmd *cobra.Command) error {
 		Log:   foregroundLog(os.Stderr, c.level()),
 		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
 	}
+	serve := c.serve
 	if systemd.Managed() {
-		return c.serveManaged(cfg)
+		serve = c.serveManaged
 	}
-	return c.serve(cfg)
+	err := serve(cfg)
+	if err == nil {
+		return nil
+	}
+	dir, derr := c.runDir()
+	if derr != nil {
+		return err
+	}
+	return c.settle(cmd, dir, err)
 }
 
 // serveSucceeding is the server that a server under a service manager has started to take

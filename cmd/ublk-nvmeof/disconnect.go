@@ -82,30 +82,36 @@ is no such device.`,
 	f.StringArrayVarP(&nqns, "nqn", "n", nil, "`NQN` of the subsystem; may be repeated")
 	f.StringArrayVarP(&devices, "device", "d", nil, "block `device`, NBD URI or name of a server; may be repeated")
 	f.BoolVar(&force, "force", false, "end the server even if a device is in use, and return within 5 s")
-	complete := func(pick func(state.Record) []string) cobra.CompletionFunc {
-		return func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			var words []string
-			if dir, err := runDir(); err == nil {
-				records, _ := dir.List() // a shell wants no errors
-				for _, r := range records {
-					words = append(words, pick(r)...)
-				}
+	byNQN := completeServers(runDir, func(r state.Record) []string { return []string{r.Target.NQN} })
+	cobra.CheckErr(cmd.RegisterFlagCompletionFunc("nqn", byNQN))
+	cobra.CheckErr(cmd.RegisterFlagCompletionFunc("device", completeDevices(runDir)))
+	cmd.ValidArgsFunction = byNQN
+	return cmd
+}
+
+// completeServers completes words that servers are known by.
+func completeServers(runDir dirFunc, pick func(state.Record) []string) cobra.CompletionFunc {
+	return func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		var words []string
+		if dir, err := runDir(); err == nil {
+			records, _ := dir.List() // a shell wants no errors
+			for _, r := range records {
+				words = append(words, pick(r)...)
 			}
-			return words, cobra.ShellCompDirectiveNoFileComp
 		}
+		return words, cobra.ShellCompDirectiveNoFileComp
 	}
-	byNQN := complete(func(r state.Record) []string { return []string{r.Target.NQN} })
-	byDevice := complete(func(r state.Record) []string {
+}
+
+// completeDevices completes the names of servers and devices.
+func completeDevices(runDir dirFunc) cobra.CompletionFunc {
+	return completeServers(runDir, func(r state.Record) []string {
 		names := []string{r.Name}
 		for _, d := range r.Devices {
 			names = append(names, d.Path())
 		}
 		return names
 	})
-	cobra.CheckErr(cmd.RegisterFlagCompletionFunc("nqn", byNQN))
-	cobra.CheckErr(cmd.RegisterFlagCompletionFunc("device", byDevice))
-	cmd.ValidArgsFunction = byNQN
-	return cmd
 }
 
 // isDevice reports whether s names a device or a server, and not a subsystem.
@@ -230,12 +236,17 @@ func endAll(cmd *cobra.Command, dir state.Dir, chosen []wanted, force bool, bega
 	return results
 }
 
-// serves reports whether name is that of the server or of one of its devices.
+// serves reports whether name is that of the server or of one of its devices. Programs for
+// nvme-cli put /dev/ before the name of a controller, too.
 func serves(r state.Record, name string) bool {
+	return r.Name == strings.TrimPrefix(name, "/dev/") || r.Listen != "" && r.Listen == name ||
+		slices.ContainsFunc(r.Devices, func(d state.Device) bool { return called(d, name) })
+}
+
+// called reports whether a device has a name.
+func called(d state.Device, name string) bool {
 	name = strings.TrimPrefix(name, "/dev/")
-	return r.Name == name || slices.ContainsFunc(r.Devices, func(d state.Device) bool {
-		return name == d.Name() || d.Kind == state.Ublk && name == "ublkc"+strconv.Itoa(d.ID)
-	})
+	return name == d.Name() || d.Kind == state.Ublk && name == "ublkc"+strconv.Itoa(d.ID)
 }
 
 // end ends a server in order, and returns when it has ended. It tells the user if that

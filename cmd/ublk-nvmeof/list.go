@@ -31,8 +31,11 @@ granted, and the default queues serve its requests.
 
 A server that died is shown as lost, with the devices that it left: recover starts
 a server for them, and disconnect removes them. -v also shows the processes that stay
-connected to discovery services (connect-all --persistent). JSON has all details, with
-or without -v.`,
+connected to discovery services (connect-all --persistent).
+
+In JSON, "Devices" is that of nvme list: one object for each device, or, with -v, hosts
+with their subsystems, controllers and namespaces. What is not known is null.
+"controllers" and "discovery" have all details, with or without -v.`,
 		Args: noArgs,
 		RunE: verb("list", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
@@ -96,7 +99,9 @@ func statusOf(ctx context.Context, r state.Record) control.Status {
 		s.TrAddr, s.TrSvcID = a.Addr().String(), strconv.Itoa(int(a.Port()))
 	}
 	for _, d := range r.Devices {
-		s.Devices = append(s.Devices, control.Device{Device: d.Name(), NSID: d.NSID})
+		s.Devices = append(s.Devices, control.Device{
+			Device: d.Name(), NSID: d.NSID, UUID: d.UUID, Size: d.Told.Size, BlockSize: d.Told.BlockSize, ReadOnly: d.Told.ReadOnly,
+		})
 	}
 	switch {
 	case r.Err != nil:

@@ -7,11 +7,14 @@
 //	disconnect  ends servers
 //	disconnect-all
 //	            ends all servers
-//	list        shows servers and their devices
+//	list        shows servers and their devices; so do list-subsys and show-topology
 //	recover     starts a server for the devices of one that died
 //	upgrade     replaces running servers by this program
 //	gc          removes what dead servers left and nobody can use any more
 //	config      shows and writes connections as the configuration of nvme-cli
+//	id-ctrl …   show what a controller says of itself (inspect.go)
+//	reset       has a server connect again; ns-rescan has it look at the namespaces
+//	resv-… …    show and change the reservation of a namespace (reservation.go)
 //	target      runs a target for tests and demonstrations
 //	version     prints the version of this build
 //

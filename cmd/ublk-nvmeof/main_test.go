@@ -96,14 +96,19 @@ func TestUsage(t *testing.T) {
 		{"connect -a 10.0.2.15 -n nqn.x -i 0", `connect: -i/--nr-io-queues "0": want a number, 1 to 65535`},
 		{"connect -a 10.0.2.15 -n nqn.x -o yaml", `connect: -o/--output-format "yaml": want normal or json`},
 		{"connect -a 10.0.2.15 -n nqn.x --foreground=si", `connect: --foreground "si": want true or false`},
-		{"connect -a 10.0.2.15 -n nqn.x --tls", "connect: unknown flag: --tls"},
+		{"connect -a 10.0.2.15 -n nqn.x --tls", "connect: --tls: only NVMe/TCP has this flag"},
+		{"connect -a 10.0.2.15 -n nqn.x --devid-file /nonexistent/x", `connect: --devid-file "/nonexistent/x": want a file in a directory that exists`},
+		{"connect -a 10.0.2.15 -n nqn.x -f eth99", `connect: -f/--host-iface "eth99": there is no such interface; want one of `},
+		{"connect -a 10.0.2.15 -n nqn.x --fast_io_fail_tmo=off", `connect: -F/--fast-io-fail-tmo "off": want seconds`},
+		{"connect -a 10.0.2.15 -n nqn.x --tls_key=1", "connect: --tls-key: only NVMe/TCP has this flag"},
+		{"connect -a 10.0.2.15 -n nqn.x --owner=", `connect: --owner "": want 1 to 255 printable characters`},
 		{"connect -a 10.0.2.15", "connect: -n/--nqn: no value is given; want the name of the subsystem"},
 		{"connect -n nqn.x", "connect: -a/--traddr: no value is given; want the address of the target"},
 		{"connect -n", "connect: -n/--nqn: no value is given; want the name of an I/O subsystem"},
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 9471", `connect: --metrics-listen "9471": want HOST:PORT, or :PORT for the loopback address`},
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen :0", `connect: --metrics-listen ":0": want HOST:PORT`},
 		{"connect -a 10.0.2.15 -n nqn.x --metrics-listen 1.2.3:9471", `connect: --metrics-listen "1.2.3:9471": want HOST:PORT`},
-		{"metrics extra", `unknown command "extra"`},
+		{"metrics extra", `metrics: "extra": want no argument`},
 		{"top -o x", `top: -o/--output-format "x": want normal or json`},
 		{"top --interval 1ms", `top: --interval "1ms": want seconds, or a time like 1m30s, 100ms to 1h0m0s`},
 		{"top --count -1", `top: --count "-1": want a number, 0 to`},
@@ -196,7 +201,7 @@ func TestVersion(t *testing.T) {
 		t.Errorf("exit code %d, %q", code, stdout)
 	}
 	stdout, _, code = program(t, "version", "-o", "json")
-	var b build
+	var b output.Build
 	if err := json.Unmarshal([]byte(stdout), &b); err != nil || code != exit.OK || b.SchemaVersion != output.SchemaVersion || b.Version == "" {
 		t.Errorf("exit code %d, %q, %v", code, stdout, err)
 	}
@@ -396,6 +401,16 @@ func (f *fake) Status() control.Status {
 
 func (f *fake) HandOver(context.Context) error { return nil }
 
+func (f *fake) Query(_ context.Context, q control.Query) (control.QueryResult, error) {
+	return control.QueryResult{Data: make([]byte, q.Length)}, nil
+}
+
+func (f *fake) Reserve(_ context.Context, r control.Reservation) ([]byte, error) { return r.Data, nil }
+
+func (f *fake) Reset(context.Context) error { return nil }
+
+func (f *fake) Rescan(context.Context) error { return nil }
+
 func (f *fake) Disconnect(_ context.Context, force bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -482,7 +497,7 @@ func TestList(t *testing.T) {
 	serveFake(t, record(t, dir, "nqn.live", state.Process{}))
 	dead, kill := process(t)
 	kill()
-	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2})
+	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2, Told: state.Told{Size: 1 << 20, BlockSize: 512}})
 	record(t, dir, "nqn.silent", state.Process{}, state.Device{ID: 5, NSID: 3}) // no socket
 	bad := record(t, dir, "nqn.bad", state.Process{})
 	if err := os.WriteFile(filepath.Join(dir, bad.Name, "state.json"), []byte("{"), 0o600); err != nil {
@@ -498,7 +513,7 @@ func TestList(t *testing.T) {
 	}
 	if len(rows) != 5 ||
 		rows[1][0] != "/dev/ublkb3" || rows[1][6] != "live" ||
-		rows[2][0] != "/dev/ublkb4" || rows[2][1] != "2" || rows[2][5] != "lost" ||
+		rows[2][0] != "/dev/ublkb4" || rows[2][1] != "2" || rows[2][2] != "1.0" || rows[2][6] != "lost" ||
 		rows[3][0] != "/dev/ublkb5" || rows[3][5] != "unknown" ||
 		rows[4][0] != "-" || rows[4][3] != "-" || rows[4][4] != "-" || rows[4][5] != "unknown" {
 		t.Errorf("%s", stdout)

@@ -15,7 +15,7 @@ label "server" tells the servers apart. A server that died has ublk_nvmeof_up 0.
 
 Each server can also serve its own metrics: at /metrics on its control socket, and
 with connect --metrics-listen at an address. docs/metrics.md describes the metrics.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("metrics", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {

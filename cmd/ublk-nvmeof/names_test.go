@@ -32,7 +32,10 @@ func TestDisconnectNamesWithCommas(t *testing.T) {
 }
 
 // rude is a server that says what a terminal must not see.
-type rude struct{ says control.Status }
+type rude struct {
+	control.Controlled // panics if it is used
+	says               control.Status
+}
 
 const escape = "\x1b]0;owned\x07\r\nublk-nvmeof: all is well"
 
@@ -53,7 +56,7 @@ func TestNothingRawOnTheTerminal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := control.NewServer(rude{control.Status{
+	s := control.NewServer(rude{says: control.Status{
 		SchemaVersion: control.SchemaVersion, Name: "ctrl0", NQN: "nqn.a" + escape, Model: escape, Serial: escape, Firmware: escape, State: "live",
 		Reason: escape, Devices: []control.Device{{Device: "ublkb3", UUID: escape}}, RDMADevice: escape, Provider: "x", ProviderReason: escape,
 	}}, slog.New(slog.DiscardHandler))

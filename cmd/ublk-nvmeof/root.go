@@ -58,6 +58,7 @@ func newRoot() *cobra.Command {
 		},
 	}
 	root.SetFlagErrorFunc(flagError)
+	root.SetGlobalNormalizationFunc(options.Underscores)
 	dir := rundir.Default()
 	root.PersistentFlags().StringVar(&dir, "run-dir", dir,
 		"`DIRECTORY` of the records, logs and sockets of servers and targets (default: "+rundir.System+
@@ -86,6 +87,9 @@ func newRoot() *cobra.Command {
 	}
 	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
 		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
+	root.AddCommand(inspectVerbs(visible)...)
+	root.AddCommand(reservationVerbs(visible)...)
+	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN())
 	return root
 }
 

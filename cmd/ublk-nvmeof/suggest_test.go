@@ -11,21 +11,21 @@ import (
 // with the one that was probably meant.
 func TestUnknownVerbsAndFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of completion, `,
+		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of ana-log, completion, `,
 		"--run-dir /x connect-al -q y": `unknown command "connect-al" for "ublk-nvmeof"; did you mean "connect-all"?`,
 		"discovery -a 10.0.0.1":        `unknown command "discovery" for "ublk-nvmeof"; did you mean "discover"?`,
 		"lst --json":                   `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
-		"id-ctrl /dev/nvme0":           `unknown command "id-ctrl" for "ublk-nvmeof"; want one of completion, `,
+		"format /dev/nvme0":            `unknown command "format" for "ublk-nvmeof"; want one of ana-log, completion, `,
 		"target grnat -q":              `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
 		"target namespace rezise 1 1G": `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
 		"connect --nqm x":              `connect: unknown flag: --nqm; did you mean "--nqn"?`,
 		"connect --nr-io-queue=3":      `connect: unknown flag: --nr-io-queue; did you mean "--nr-io-queues"?`,
-		"connect --hdr-digest":         `connect: unknown flag: --hdr-digest` + "\n",
+		"connect --hdr-digest":         `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
 		"connect -A 10.0.0.1":          `connect: unknown flag: -A; did you mean "-a"?`,
 		"connect --host 10.0.0.1":      `connect: unknown flag: --host` + "\n", // not --tos
 		"connect --addr 10.0.0.1":      `connect: unknown flag: --addr` + "\n",
 		"start":                        `unknown command "start" for "ublk-nvmeof"; want one of `, // not target
-		"connect -g":                   `connect: unknown flag: -g` + "\n",
+		"connect -g":                   `connect: -g/--hdr-digest: only NVMe/TCP has this flag`,
 		"-a 10.0.0.1 -n nqn.x":         `unknown flag: -a; the flags of a command follow its name, see ublk-nvmeof --help`,
 		"disconnect --froce -n x":      `disconnect: unknown flag: --froce; did you mean "--force"?`,
 		"serv --report-fd=3":           `unknown command "serv"`, // serve is hidden

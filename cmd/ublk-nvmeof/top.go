@@ -28,7 +28,7 @@ interval until it is interrupted. On a terminal each sample replaces the one bef
 Otherwise samples follow each other. With -o json there is one sample.
 
 P50 and P99 are estimates, because about one request in 64 is timed.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: verb("top", func(cmd *cobra.Command, _ []string) error {
 			dir, err := runDir()
 			if err != nil {

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"encoding/json"
-	"fmt"
 	"runtime"
 	"runtime/debug"
 
@@ -14,19 +12,8 @@ import (
 // version is set when a release is built: -ldflags "-X main.version=1.2.3".
 var version = ""
 
-type build struct {
-	Version       string `json:"version"`
-	Commit        string `json:"commit,omitempty"`
-	Go            string `json:"go"`
-	Platform      string `json:"platform"`
-	SchemaVersion int    `json:"schema_version"`
-}
-
-func thisBuild() build {
-	b := build{
-		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-		SchemaVersion: output.SchemaVersion,
-	}
+func thisBuild() output.Build {
+	b := output.Build{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 	info, ok := debug.ReadBuildInfo()
 	if b.Version == "" && ok {
 		b.Version = info.Main.Version
@@ -51,14 +38,7 @@ func newVersion() *cobra.Command {
 		Short: "Print the version of this build",
 		Args:  noArgs,
 		RunE: verb("version", func(cmd *cobra.Command, _ []string) error {
-			b := thisBuild()
-			if format == output.JSON {
-				e := json.NewEncoder(cmd.OutOrStdout())
-				e.SetIndent("", "  ")
-				return e.Encode(b)
-			}
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s %s\n", programName, b.Version, b.Go, b.Platform)
-			return err
+			return output.Version(cmd.OutOrStdout(), programName, thisBuild(), format)
 		}),
 	}
 	formatFlag(cmd.Flags(), &format)

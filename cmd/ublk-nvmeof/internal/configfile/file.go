@@ -71,12 +71,12 @@ type Connection struct {
 
 // keys are the members of a port that are flags of connect, in nvme-cli's order.
 var keys = []string{
-	"transport", "traddr", "host_traddr", "trsvcid", "nr_io_queues", "nr_write_queues", "nr_poll_queues", "queue_size",
+	"transport", "traddr", "host_traddr", "host_iface", "trsvcid", "nr_io_queues", "nr_write_queues", "nr_poll_queues", "queue_size",
 	"keep_alive_tmo", "reconnect_delay", "ctrl_loss_tmo", "fast_io_fail_tmo", "tos", "duplicate_connect", "disable_sqflow",
 }
 
 // textKeys are those whose values are strings.
-var textKeys = map[string]bool{"transport": true, "traddr": true, "host_traddr": true, "trsvcid": true}
+var textKeys = map[string]bool{"transport": true, "traddr": true, "host_traddr": true, "host_iface": true, "trsvcid": true}
 
 // Connect describes the connection that flags of connect make. Flags that nvme-cli does not
 // have are left out.

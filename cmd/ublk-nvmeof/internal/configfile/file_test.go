@@ -39,7 +39,7 @@ func TestNew(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []Connection{
-		connect(t, "--traddr=10.0.0.1", "--nqn=nqn.disk", "-i", "3", "-D", "--frontend=nbd-socket", "-w", "10.0.0.9"),
+		connect(t, "--traddr=10.0.0.1", "--nqn=nqn.disk", "-i", "3", "-D", "--frontend=nbd-socket", "-w", "10.0.0.9", "-f", "eth0"),
 		connect(t, "--traddr=10.0.0.2", "--nqn=nqn.disk"),
 		Discovery(service, true),
 	} {
@@ -59,6 +59,7 @@ func TestNew(t *testing.T) {
             "transport":"rdma",
             "traddr":"10.0.0.1",
             "host_traddr":"10.0.0.9",
+            "host_iface":"eth0",
             "trsvcid":"4420",
             "nr_io_queues":3,
             "duplicate_connect":true

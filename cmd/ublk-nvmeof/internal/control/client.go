@@ -67,6 +67,37 @@ func (c *Client) Replace(ctx context.Context, program string) (pid int, err erro
 	return a.PID, err
 }
 
+// Query asks the controller. The error is an *exit.Error if the server or the controller
+// refused.
+func (c *Client) Query(ctx context.Context, q Query) (QueryResult, error) {
+	var a QueryResult
+	err := c.Do(ctx, http.MethodPost, "/v1/query", q, &a)
+	if err == nil && len(a.Data) != q.Length {
+		err = fmt.Errorf("ask server: it answered with %d bytes of %d", len(a.Data), q.Length)
+	}
+	return a, err
+}
+
+// Reserve sends a reservation command, and returns the data of a report.
+func (c *Client) Reserve(ctx context.Context, r Reservation) ([]byte, error) {
+	var a QueryResult
+	err := c.Do(ctx, http.MethodPost, "/v1/reservation", r, &a)
+	if err == nil && len(a.Data) != len(r.Data) {
+		err = fmt.Errorf("ask server: it answered with %d bytes of %d", len(a.Data), len(r.Data))
+	}
+	return a.Data, err
+}
+
+// Reset ends the controller's association, and returns when the next one is in use.
+func (c *Client) Reset(ctx context.Context) error {
+	return c.Do(ctx, http.MethodPost, "/v1/reset", nil, nil)
+}
+
+// Rescan has the server look at the namespaces.
+func (c *Client) Rescan(ctx context.Context) error {
+	return c.Do(ctx, http.MethodPost, "/v1/rescan", nil, nil)
+}
+
 // Do sends body, if any, as JSON and reads the answer into result, if that is not
 // nil. The error is an *exit.Error if the server refused.
 func (c *Client) Do(ctx context.Context, method, path string, body, result any) error {
@@ -95,6 +126,9 @@ func (c *Client) Do(ctx context.Context, method, path string, body, result any) 
 	}
 	if len(answer) > maxAnswer {
 		return fmt.Errorf("ask server: its answer is longer than %d bytes", maxAnswer)
+	}
+	if resp.StatusCode == http.StatusNotFound {
+		return fmt.Errorf("ask server: it runs another build of this program, which does not know %s", path)
 	}
 	if resp.StatusCode != http.StatusOK {
 		var e exit.Error

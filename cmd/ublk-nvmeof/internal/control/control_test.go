@@ -23,11 +23,13 @@ import (
 
 // fake is a server that does as it is told.
 type fake struct {
-	status Status
-	err    error
-	asked  []bool // force of each Disconnect
-	wait   chan struct{}
-	done   chan struct{} // closed when Disconnect returns
+	status   Status
+	err      error
+	asked    []bool // force of each Disconnect
+	queries  []Query
+	reserved []Reservation
+	wait     chan struct{}
+	done     chan struct{} // closed when Disconnect returns
 }
 
 func (f *fake) Status() Status { return f.status }
@@ -46,6 +48,85 @@ func (f *fake) Disconnect(ctx context.Context, force bool) error {
 }
 
 func (f *fake) HandOver(context.Context) error { return f.err }
+
+func (f *fake) Query(ctx context.Context, q Query) (QueryResult, error) {
+	f.queries = append(f.queries, q)
+	return QueryResult{Result: 7, Data: make([]byte, max(0, min(q.Length, 4096)))}, errors.Join(f.err, f.Reset(ctx))
+}
+
+// Reset takes until wait is closed, or its context ends.
+func (f *fake) Reset(ctx context.Context) error {
+	if f.wait == nil {
+		return f.err
+	}
+	defer close(f.done)
+	select {
+	case <-f.wait:
+		return f.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (f *fake) Reserve(_ context.Context, r Reservation) ([]byte, error) {
+	f.reserved = append(f.reserved, r)
+	return bytes.Repeat([]byte{7}, len(r.Data)), f.err
+}
+
+func (f *fake) Rescan(context.Context) error { return f.err }
+
+func TestQuery(t *testing.T) {
+	f := &fake{}
+	c := serve(t, f)
+	want := Query{Command: bytes.Repeat([]byte{1, 2}, 32), Length: 512}
+	if got, err := c.Query(t.Context(), want); err != nil || got.Result != 7 || len(got.Data) != 512 || !reflect.DeepEqual(f.queries, []Query{want}) {
+		t.Errorf("%+v, %v; asked %+v", got, err, f.queries)
+	}
+	if _, err := c.Query(t.Context(), Query{Length: 5000}); err == nil || !strings.Contains(err.Error(), "4096 bytes of 5000") {
+		t.Errorf("a short answer: %v", err)
+	}
+	reserve := Reservation{NSID: 3, Command: want.Command, Data: make([]byte, 4096)}
+	if got, err := c.Reserve(t.Context(), reserve); err != nil || len(got) != 4096 || got[9] != 7 || !reflect.DeepEqual(f.reserved, []Reservation{reserve}) {
+		t.Errorf("reservation: %d bytes, %v; asked %+v", len(got), err, f.reserved)
+	}
+	for name, do := range map[string]func() error{
+		"query":       func() error { _, err := c.Query(t.Context(), want); return err },
+		"reservation": func() error { _, err := c.Reserve(t.Context(), Reservation{NSID: 3}); return err },
+		"reset":       func() error { return c.Reset(t.Context()) },
+		"rescan":      func() error { return c.Rescan(t.Context()) },
+	} {
+		f.err = nil
+		if err := do(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, want := range []exit.Code{exit.Usage, exit.Busy, exit.Negotiation} {
+			f.err = exit.Errorf(want, "told to")
+			if err := do(); exit.Of(err) != want || !strings.Contains(err.Error(), "told to") {
+				t.Errorf("%s: %v, code %d, want %d", name, err, exit.Of(err), want)
+			}
+		}
+	}
+}
+
+// What takes longer than the time for reading a request goes on, but not longer than its
+// client waits.
+func TestPatience(t *testing.T) {
+	read := readTimeout
+	readTimeout = 50 * time.Millisecond
+	t.Cleanup(func() { readTimeout = read }) // after the server's end
+	f := &fake{wait: make(chan struct{}), done: make(chan struct{})}
+	time.AfterFunc(4*readTimeout, func() { close(f.wait) })
+	if err := serve(t, f).Reset(t.Context()); err != nil {
+		t.Errorf("a reset that takes long: %v", err)
+	}
+	f = &fake{wait: make(chan struct{}), done: make(chan struct{})}
+	ctx, cancel := context.WithTimeout(t.Context(), 4*readTimeout)
+	defer cancel()
+	if err := serve(t, f).Reset(ctx); exit.Of(err) != exit.Timeout {
+		t.Errorf("a client that gives up: %v", err)
+	}
+	<-f.done // not before the end of the test otherwise
+}
 
 func TestHandOver(t *testing.T) {
 	f := &fake{}
@@ -161,6 +242,14 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
+// A server of another build may not know a request.
+func TestUnknownRequest(t *testing.T) {
+	err := serve(t, &fake{}).Do(t.Context(), http.MethodPost, "/v1/later", nil, nil)
+	if err == nil || err.Error() != "ask server: it runs another build of this program, which does not know /v1/later" {
+		t.Error(err)
+	}
+}
+
 func TestBadRequests(t *testing.T) {
 	c := serve(t, &fake{})
 	for _, tt := range []struct {
@@ -171,6 +260,12 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/disconnect", "{", 400},
 		{"POST", "/v1/disconnect", `{"force": "x"}`, 400},
 		{"POST", "/v1/disconnect", `{"force": true` + strings.Repeat(" ", maxBody) + "}", 400},
+		{"POST", "/v1/query", `{"command": 1}`, 400},
+		{"POST", "/v1/query", `{"command": "` + strings.Repeat("A", maxBody) + `"}`, 400},
+		{"GET", "/v1/query", "", 405},
+		{"POST", "/v1/reservation", `{"nsid": -1}`, 400},
+		{"POST", "/v1/reservation", `{"data": "` + strings.Repeat("A", maxReservation) + `"}`, 400},
+		{"GET", "/v1/reset", "", 405},
 		{"GET", "/v1/disconnect", "", 405},
 		{"POST", "/v1/status", "", 405},
 		{"GET", "/", "", 404},
@@ -244,6 +339,7 @@ func FuzzRequests(f *testing.F) {
 		"POST /v1/disconnect HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{\"force\": true}",
 		"POST /v1/disconnect HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
 		"POST /v1/handover HTTP/1.1\r\nHost: x\r\n\r\n",
+		"POST /v1/query HTTP/1.1\r\nHost: x\r\nContent-Length: 32\r\n\r\n{\"command\": \"AAAA\", \"length\": 4}",
 	} {
 		f.Add([]byte(text))
 	}

@@ -26,6 +26,14 @@ type Controlled interface {
 	// server. When it has returned, the process ends. An error, exit.Other, means
 	// that nothing has changed.
 	HandOver(ctx context.Context) error
+	// Query asks the controller.
+	Query(ctx context.Context, q Query) (QueryResult, error)
+	// Reserve sends a reservation command, and returns the data with those of a report.
+	Reserve(ctx context.Context, r Reservation) ([]byte, error)
+	// Reset ends the controller's association, and returns when the next one is in use.
+	Reset(ctx context.Context) error
+	// Rescan has the namespaces looked at.
+	Rescan(ctx context.Context) error
 }
 
 // Replaceable is a Controlled that can start another build of the program in its place.
@@ -52,6 +60,8 @@ const (
 	maxClients = 32 // at a time; more of them wait to be accepted
 	maxHeader  = 4096
 	maxBody    = 4096
+	// maxReservation is room for the zeroes of the longest report.
+	maxReservation = 8192
 )
 
 // What a client gets to send a request, and to read the answer. Tests have less time.
@@ -120,19 +130,15 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	mux.HandleFunc("POST /v1/disconnect", func(w http.ResponseWriter, r *http.Request) {
 		var req disconnectRequest
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
-			Answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "disconnect: %v", err))
+			answerError(w, exit.Errorf(exit.Usage, "disconnect: %v", err))
 			return
 		}
 		// The client may give up, ending must not.
-		err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force)
-		switch e := exit.From(err); {
-		case e == nil:
-			Answer(w, http.StatusOK, struct{}{})
-		case e.Code == exit.Busy:
-			Answer(w, http.StatusConflict, e)
-		default:
-			Answer(w, http.StatusInternalServerError, e)
+		if err := c.Disconnect(context.WithoutCancel(r.Context()), req.Force); err != nil {
+			answerError(w, err)
+			return
 		}
+		Answer(w, http.StatusOK, struct{}{})
 	})
 	mux.HandleFunc("POST /v1/handover", func(w http.ResponseWriter, r *http.Request) {
 		if e := exit.From(c.HandOver(context.WithoutCancel(r.Context()))); e != nil {
@@ -141,6 +147,41 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		}
 		Answer(w, http.StatusOK, struct{}{})
 	})
+	mux.HandleFunc("POST /v1/query", func(w http.ResponseWriter, r *http.Request) {
+		var q Query
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&q); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "query: %v", err))
+			return
+		}
+		a, err := c.Query(r.Context(), q)
+		if err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, a)
+	})
+	mux.HandleFunc("POST /v1/reservation", func(w http.ResponseWriter, r *http.Request) {
+		var req Reservation
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxReservation)).Decode(&req); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "reservation: %v", err))
+			return
+		}
+		data, err := c.Reserve(r.Context(), req)
+		if err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, QueryResult{Data: data})
+	})
+	for path, act := range map[string]func(context.Context) error{"POST /v1/reset": c.Reset, "POST /v1/rescan": c.Rescan} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			if err := act(r.Context()); err != nil {
+				answerError(w, err)
+				return
+			}
+			Answer(w, http.StatusOK, struct{}{})
+		})
+	}
 	if r, ok := c.(Replaceable); ok {
 		mux.HandleFunc("POST /v1/replace", func(w http.ResponseWriter, req *http.Request) { replace(w, req, r) })
 	}
@@ -161,15 +202,28 @@ func replace(w http.ResponseWriter, req *http.Request, r Replaceable) {
 		err = fmt.Errorf("program %q: want an absolute path", body.Program)
 	}
 	if err != nil {
-		Answer(w, http.StatusBadRequest, exit.Errorf(exit.Usage, "replace: %v", err))
+		answerError(w, exit.Errorf(exit.Usage, "replace: %v", err))
 		return
 	}
 	pid, err := r.Replace(context.WithoutCancel(req.Context()), body.Program)
-	if e := exit.From(err); e != nil {
-		Answer(w, http.StatusConflict, e)
+	if err != nil {
+		answerError(w, err)
 		return
 	}
 	Answer(w, http.StatusOK, replaceAnswer{pid})
+}
+
+// answerError writes the error of a request that was refused.
+func answerError(w http.ResponseWriter, err error) {
+	e := exit.From(err)
+	code := http.StatusInternalServerError
+	switch e.Code {
+	case exit.Usage:
+		code = http.StatusBadRequest
+	case exit.Busy:
+		code = http.StatusConflict
+	}
+	Answer(w, code, e)
 }
 
 // Answer writes body as JSON. A client that does not read it is given up.

@@ -6,7 +6,14 @@
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
 //	POST /v1/replace {"program": "/path"} → 200 with the process id of the new server, when
-//	                                        it has begun to take over, or an exit.Error
+//	                                        it has begun to take over
+//	POST /v1/query Query                 → 200 QueryResult
+//	POST /v1/reservation Reservation     → 200 QueryResult
+//	POST /v1/reset                       → 200 when the controller is connected again
+//	POST /v1/rescan                      → 200 at once
+//
+// What a server refuses is an exit.Error: 400 if the request makes no sense, 409 if it does
+// not suit the state of the server, else 500.
 package control
 
 import "strings"
@@ -27,9 +34,12 @@ type Status struct {
 	TrAddr     string `json:"traddr"`
 	TrSvcID    string `json:"trsvcid"`
 	HostTrAddr string `json:"host_traddr,omitempty"`
+	HostIface  string `json:"host_iface,omitempty"`
 	NQN        string `json:"subsysnqn"`
 	HostNQN    string `json:"hostnqn"`
 	HostID     string `json:"hostid"`
+	Context    string `json:"context,omitempty"`
+	Owner      string `json:"owner,omitempty"`
 
 	State  string `json:"state"`            // live, dead, …; "lost" of a server that is no more
 	Since  string `json:"since,omitempty"`  // when the state began, RFC 3339
@@ -147,18 +157,20 @@ type Class struct {
 
 // Device is a block device that the server serves.
 type Device struct {
-	Device      string `json:"device"` // ublkb0, nbd0, or an NBD URI
-	NSID        uint32 `json:"nsid"`
-	UUID        string `json:"uuid,omitempty"`
-	Size        uint64 `json:"size"`
-	BlockSize   uint32 `json:"block_size"`
-	ReadOnly    bool   `json:"read_only"`
-	WriteCache  bool   `json:"write_cache"`
-	Queues      int    `json:"queues"`
-	QueueDepth  int    `json:"queue_depth"`
-	MaxIO       int    `json:"max_io_size"`
-	BufferBytes int    `json:"buffer_bytes"`
-	Counters    IO     `json:"counters"`
+	Device string `json:"device"` // ublkb0, nbd0, or an NBD URI
+	NSID   uint32 `json:"nsid"`
+	UUID   string `json:"uuid,omitempty"`
+	Size   uint64 `json:"size"`
+	// Used is the part of Size that the target has allocated; nil: unknown.
+	Used        *uint64 `json:"used,omitempty"`
+	BlockSize   uint32  `json:"block_size"`
+	ReadOnly    bool    `json:"read_only"`
+	WriteCache  bool    `json:"write_cache"`
+	Queues      int     `json:"queues"`
+	QueueDepth  int     `json:"queue_depth"`
+	MaxIO       int     `json:"max_io_size"`
+	BufferBytes int     `json:"buffer_bytes"`
+	Counters    IO      `json:"counters"`
 	// Present says whether the target has the namespace, so that requests are sent.
 	Present bool `json:"present"`
 	// Durations has how long requests took, by operation.
@@ -212,4 +224,25 @@ type Lane struct {
 	Busy  float64 `json:"busy"`
 	Spin  float64 `json:"spin"`
 	Sleep float64 `json:"sleep"`
+}
+
+// Query is an admin command that changes nothing, for the controller (see
+// initiator.Controller.Query).
+type Query struct {
+	Command []byte `json:"command"` // 64 bytes
+	Length  int    `json:"length"`  // bytes of data
+}
+
+// Reservation is a reservation command for a namespace that the server serves (see
+// initiator.Namespace.Reserve).
+type Reservation struct {
+	NSID    uint32 `json:"nsid"`
+	Command []byte `json:"command"` // 64 bytes
+	Data    []byte `json:"data"`    // keys, or zeroes as long as the report
+}
+
+// QueryResult is what the controller answered.
+type QueryResult struct {
+	Result uint64 `json:"result"`
+	Data   []byte `json:"data,omitempty"`
 }

@@ -179,10 +179,10 @@ func parseJSON(text []byte) (hosts []jsonHost, err error) {
 // mean what this program does not have.
 var (
 	portFlags = []string{
-		"transport", "traddr", "trsvcid", "host_traddr", "nr_io_queues", "nr_write_queues", "nr_poll_queues", "queue_size",
+		"transport", "traddr", "trsvcid", "host_traddr", "host_iface", "nr_io_queues", "nr_write_queues", "nr_poll_queues", "queue_size",
 		"keep_alive_tmo", "reconnect_delay", "ctrl_loss_tmo", "fast_io_fail_tmo", "tos", "duplicate_connect", "disable_sqflow",
 	}
-	refusedKeys = []string{"host_iface", "dhchap_key", "dhchap_ctrl_key", "hdr_digest", "data_digest", "tls", "tls_key", "keyring", "concat"}
+	refusedKeys = []string{"dhchap_key", "dhchap_ctrl_key", "hdr_digest", "data_digest", "tls", "tls_key", "keyring", "concat"}
 )
 
 // flags translates a port into flags of connect.
@@ -218,6 +218,9 @@ func (p jsonPort) flags(h jsonHost, s jsonSubsystem) (args []string, discovery b
 		switch v := p[key].(type) {
 		case nil:
 		case string:
+			if key == "host_iface" && (v == "" || v == "none") { // not set
+				continue
+			}
 			args = append(args, flag+"="+v)
 		case bool:
 			args = append(args, fmt.Sprintf("%s=%t", flag, v))

@@ -60,7 +60,11 @@ func summary(f Found) string {
 	}{{"discovery", f.Discovery}, {"subsystem", f.Subsystems}} {
 		for _, s := range group.all {
 			c := s.Options.Connect
-			fmt.Fprintf(&b, "%s %s %s %s as %s, %d queues, persistent %t\n", name(s.From), group.what, c.Peer(), c.NQN, c.HostNQN, c.Queues.IO, s.Options.Persistent)
+			fmt.Fprintf(&b, "%s %s %s %s as %s, %d queues, persistent %t", name(s.From), group.what, c.Peer(), c.NQN, c.HostNQN, c.Queues.IO, s.Options.Persistent)
+			if c.HostIface != "" {
+				fmt.Fprintf(&b, ", on %s from %s", c.HostIface, c.SourceAddr)
+			}
+			b.WriteByte('\n')
 		}
 	}
 	for _, err := range f.Skipped {
@@ -113,6 +117,11 @@ func TestServices(t *testing.T) {
 				"error config.json: subsystem nqn.disk: port 4: -Q/--queue-size \"5\": want a number, 16 to 1024\n" +
 				"error config.json: subsystem nqn.disk: port 5: queue_size: want a text, a number, true or false\n" +
 				"error config.json: subsystem nqn.secret: port 0: dhchap_key of the host: authentication is not supported\n"},
+		{"interface", "", `[{"subsystems": [{"nqn": "nqn.disk", "ports": [{"transport": "rdma", "traddr": "10.0.0.2", "host_iface": "lo"},
+				{"transport": "rdma", "traddr": "10.0.0.3", "host_iface": "none"}, {"transport": "rdma", "traddr": "fe80::1", "host_iface": "a b"}]}]}]`, []string{"-i", "2"},
+			"config.json: subsystem nqn.disk: port 0 subsystem 10.0.0.2:4420 nqn.disk as nqn.this-host, 2 queues, persistent false, on lo from 127.0.0.1\n" +
+				"config.json: subsystem nqn.disk: port 1 subsystem 10.0.0.3:4420 nqn.disk as nqn.this-host, 2 queues, persistent false\n" +
+				"error config.json: subsystem nqn.disk: port 2: -f/--host-iface \"a b\": want the name of a network interface\n"},
 		{"object", "", `{"hosts": [{"subsystems": [{"nqn": "nqn.disk", "ports": [{"transport": "rdma", "traddr": "fd00::1"}]}]}]}`, []string{"-i", "2"},
 			"config.json: subsystem nqn.disk: port 0 subsystem [fd00::1]:4420 nqn.disk as nqn.this-host, 2 queues, persistent false\n"},
 		{"both", "-t rdma -a 10.0.0.1 -i 2", `[{"subsystems": [{"nqn": "nqn.disk", "ports": [{"transport": "rdma", "traddr": "10.0.0.2", "nr_io_queues": "3"}]}]}]`, nil,

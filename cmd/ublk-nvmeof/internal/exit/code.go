@@ -45,10 +45,10 @@ var meanings = [nCodes]string{
 	UnknownSubsys:  "the target has no such subsystem",
 	HostNotAllowed: "the subsystem does not admit this host",
 	Timeout:        "no answer in time",
-	Negotiation:    "host and target could not agree, for example because no I/O queue was granted",
+	Negotiation:    "host and target could not agree, for example because no I/O queue was granted, or the target refused a command",
 	DeviceTaken:    "the device number is taken",
 	AlreadyServed:  "already connected",
-	Busy:           "the device is in use",
+	Busy:           "the device is in use, or its controller is not connected at the moment",
 	NotFound:       "no such device, controller or namespace",
 	NoMemory:       "the I/O buffers need more memory than they may have; the message says how much",
 }

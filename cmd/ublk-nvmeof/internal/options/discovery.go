@@ -75,7 +75,9 @@ func (d *Discovery) AddDiscoverFlags(f *pflag.FlagSet) {
 	f.VarPF(&refused[bool]{want: "connect-all --persistent, which stays and connects what appears"},
 		"persistent", "p", "").NoOptDefVal = "true"
 	f.VarP(&refused[string]{want: "-o json, which has all fields"}, "raw", "r", "")
-	f.Lookup("persistent").Hidden, f.Lookup("raw").Hidden = true, true
+	for _, name := range []string{"persistent", "raw", "metrics-listen"} {
+		f.Lookup(name).Hidden = true
+	}
 	f.Lookup("keep-alive-tmo").Usage, f.Lookup("keep-alive-tmo").DefValue = "keep alive timeout (default: none, because the connection does not last)", ""
 }
 

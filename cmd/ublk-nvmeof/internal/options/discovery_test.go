@@ -33,6 +33,21 @@ func parseDiscovery(t *testing.T, add func(*Discovery, *pflag.FlagSet), args ...
 	return d, d.Complete(nobody)
 }
 
+// TestDiscoveryInterface: an interface gives the source address when the target is known.
+func TestDiscoveryInterface(t *testing.T) {
+	d, err := parseDiscovery(t, (*Discovery).AddFlags, "-q", "nqn.host", "-f", "lo")
+	if err != nil || d.Connect.SourceAddr.IsValid() {
+		t.Fatalf("without a target: source %v, %v", d.Connect.SourceAddr, err)
+	}
+	local, err := d.With([]string{"-a", "127.0.0.2"}, nobody)
+	if err != nil || local.Connect.SourceAddr.String() != "127.0.0.1" {
+		t.Fatalf("source %v, %v", local.Connect.SourceAddr, err)
+	}
+	if args := local.ConnectArgs(netip.MustParseAddrPort("127.0.0.3:4420"), "x"); !slices.Contains(args, "--host-iface=lo") {
+		t.Errorf("args %q", args)
+	}
+}
+
 func TestDiscoveryFlags(t *testing.T) {
 	d, err := parseDiscovery(t, (*Discovery).AddFlags, "-t", "rdma", "-a", "10.0.0.1", "-q", "nqn.host", "-I", "12345678-1234-1234-1234-123456789abc",
 		"-i", "3", "-J", "none", "-p", "--quiet")

@@ -70,6 +70,8 @@ func FlagError(err error) error {
 	var invalid *pflag.InvalidValueError
 	var missing *pflag.ValueRequiredError
 	switch {
+	case errors.As(err, &invalid) && errors.Is(invalid.Unwrap(), errForeign):
+		return fmt.Errorf("%s: %w", flagName(invalid.GetFlag()), errForeign)
 	case errors.As(err, &invalid):
 		return fmt.Errorf("%s %q: %w", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
 	case errors.As(err, &missing):
@@ -96,9 +98,6 @@ func wanted(f *pflag.Flag) string {
 	if w, ok := f.Value.(interface{ Want() string }); ok {
 		return w.Want()
 	}
-	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
-		return name
-	}
 	switch f.Value.Type() {
 	case "bool":
 		return "true or false"
@@ -106,6 +105,12 @@ func wanted(f *pflag.Flag) string {
 		return "a whole number"
 	case "count":
 		return "no value"
+	case "uint8", "uint16", "uint32", "uint64":
+		bits, _ := strconv.Atoi(strings.TrimPrefix(f.Value.Type(), "uint"))
+		return fmt.Sprintf("a number, 0 to %d", uint64(1)<<bits-1)
+	}
+	if name, _ := pflag.UnquoteUsage(f); strings.Contains(f.Usage, "`"+name+"`") {
+		return name
 	}
 	return "a " + f.Value.Type()
 }

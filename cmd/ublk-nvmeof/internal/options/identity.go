@@ -42,16 +42,20 @@ func (s Sources) withDefaults() Sources {
 
 // keepHostID is Sources.Keep of this host.
 func keepHostID(text string) (file, kept string, err error) {
-	dir, err := rundir.Persistent()
-	if err != nil {
+	if file, err = keptHostID(); err != nil {
 		return "", "", err
 	}
-	if err := rundir.Make(dir, 0o755); err != nil {
+	if err := rundir.Make(filepath.Dir(file), 0o755); err != nil {
 		return "", "", err
 	}
-	file = filepath.Join(dir, "hostid")
 	line, err := rundir.Keep(file, []byte(text+"\n"), 0o644)
 	return file, string(line), err
+}
+
+// keptHostID is the file that keeps a generated identifier.
+func keptHostID() (string, error) {
+	dir, err := rundir.Persistent()
+	return filepath.Join(dir, "hostid"), err
 }
 
 // machineIDs name the machine, if they are there.
@@ -109,6 +113,38 @@ func findIdentity(nqnFlag, idFlag string, from Sources) (identity, error) {
 	return out, nil
 }
 
+// HostNQN returns the NQN of this host that connect uses without flags. An identifier that
+// would have to be generated is an error, because connect has not kept one yet.
+func HostNQN(from Sources) (string, error) {
+	from = from.withDefaults()
+	errNone := errors.New("this host has no NQN yet: connect generates one and keeps it; gen-hostnqn makes one for /etc/nvme/hostnqn")
+	var none error
+	from.Keep = func(string) (file, kept string, err error) {
+		file, err = keptHostID()
+		if err == nil {
+			var text []byte
+			text, err = from.ReadFile(file)
+			kept = string(text)
+		}
+		if err != nil {
+			none = errNone
+		}
+		return file, kept, err
+	}
+	host, err := findIdentity("", "", from)
+	return host.nqn, errors.Join(err, none)
+}
+
+// GenerateHostNQN makes an NQN of the machine's identifier, or of a new one if it has none.
+func GenerateHostNQN(from Sources) string {
+	from = from.withDefaults()
+	id, ok := from.machineID()
+	if !ok {
+		id = from.NewUUID()
+	}
+	return nvme.UUIDNQN(id)
+}
+
 // given is what flag, environment or file say, and which of them it was.
 func (s Sources) given(flag, flagName, env, file string) (value, source string, err error) {
 	if flag != "" {
@@ -141,17 +177,8 @@ func (s Sources) derive(out *identity) (err error) {
 	if out.id, ok = uuidOf(out.nqn); ok {
 		return nil
 	}
-	for _, file := range machineIDs {
-		text, err := s.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		id, err := nvme.ParseUUID(strings.Trim(string(text), "\x00 \n"))
-		// Firmware without an identifier says all zeroes or all ones.
-		if err == nil && !id.IsZero() && id != allOnes {
-			out.id = id
-			return nil
-		}
+	if out.id, ok = s.machineID(); ok {
+		return nil
 	}
 	out.id = s.NewUUID()
 	file, kept, err := s.Keep(out.id.String())
@@ -164,6 +191,22 @@ func (s Sources) derive(out *identity) (err error) {
 		return fmt.Errorf("%s %q: %s; remove the file to have one generated", file, kept, wantUUID)
 	}
 	return nil
+}
+
+// machineID is the identifier that the firmware has.
+func (s Sources) machineID() (nvme.UUID, bool) {
+	for _, file := range machineIDs {
+		text, err := s.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		id, err := nvme.ParseUUID(strings.Trim(string(text), "\x00 \n"))
+		// Firmware without an identifier says all zeroes or all ones.
+		if err == nil && !id.IsZero() && id != allOnes {
+			return id, true
+		}
+	}
+	return nvme.UUID{}, false
 }
 
 var allOnes = func() (id nvme.UUID) {

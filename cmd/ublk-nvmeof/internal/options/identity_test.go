@@ -185,3 +185,34 @@ func TestGeneratedIdentityThatCannotBeKept(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
+
+// TestHostNQN shows what connect would use, and generates nothing.
+func TestHostNQN(t *testing.T) {
+	t.Setenv("STATE_DIRECTORY", "/state")
+	for name, tt := range map[string]struct {
+		env, files vars
+		want       string // empty: an error
+	}{
+		"file":                {nil, vars{nqnFile: "nqn.file\n", dmiFile: idDMI}, "nqn.file"},
+		"environment":         {vars{"LIBNVME_HOSTNQN": "nqn.env"}, vars{nqnFile: "nqn.file\n", "/state/hostid": idFile}, "nqn.env"},
+		"firmware":            {nil, vars{dmiFile: idDMI}, "nqn.2014-08.org.nvmexpress:uuid:" + idDMI},
+		"kept by connect":     {nil, vars{"/state/hostid": idFile + "\n"}, "nqn.2014-08.org.nvmexpress:uuid:" + idFile},
+		"nothing":             {nil, nil, ""},
+		"a file that is none": {nil, vars{nqnFile: strings.Repeat("x", 300)}, ""},
+	} {
+		got, err := HostNQN(sources(tt.env, tt.files))
+		if tt.want == "" && err == nil || tt.want != "" && (err != nil || got != tt.want) {
+			t.Errorf("%s: %q, %v, want %q", name, got, err, tt.want)
+		}
+	}
+}
+
+func TestGenerateHostNQN(t *testing.T) {
+	const prefix = "nqn.2014-08.org.nvmexpress:uuid:"
+	if got := GenerateHostNQN(sources(nil, vars{nqnFile: "nqn.file", dmiFile: idDMI})); got != prefix+idDMI {
+		t.Errorf("of the firmware: %s", got)
+	}
+	if got := GenerateHostNQN(nowhere); got != prefix+idRandom {
+		t.Errorf("without firmware: %s", got)
+	}
+}

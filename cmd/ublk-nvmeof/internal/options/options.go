@@ -81,6 +81,7 @@ type Connect struct {
 	Port       uint16
 	NQN        string
 	SourceAddr netip.Addr // zero: that of the route
+	HostIface  string     // the interface that SourceAddr is of; empty: not given
 
 	HostNQN string
 	HostID  nvme.UUID
@@ -114,6 +115,8 @@ type Connect struct {
 	OnCrash     string // Requeue, Fail or Remove
 	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
+	Context     string // who connects, for others to see
+	Owner       string
 
 	hostID string // value of the flag
 }
@@ -156,6 +159,8 @@ func (c *Connect) addTarget(f *pflag.FlagSet, required string) {
 // addHost defines the flags for the identity of this host.
 func (c *Connect) addHost(f *pflag.FlagSet) {
 	f.VarP(sourceAddr(&c.SourceAddr), "host-traddr", "w", "source address (default: that of the route)")
+	f.VarP(text(&c.HostIface, "interface", "the name of a network interface", checkWord), "host-iface", "f",
+		"network interface of this host, whose address is the source address")
 	f.VarP(text(&c.HostNQN, "nqn", "a name of 1 to 223 bytes", nvme.ValidateNQN),
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
@@ -180,6 +185,9 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 	f.BoolVarP(&c.Duplicate, "duplicate-connect", "D", false, "connect even if this host is already connected to the subsystem at this address")
 	f.VarP(number(&c.TOS, 0, 255, "a number"), "tos", "T", "type of service; 0 is the default of the system")
 	f.BoolVarP(&c.DisableSQFlow, "disable-sqflow", "d", false, "ask the target to work without submission queue flow control")
+	f.Var(text(&c.Context, "word", "1 to 255 printable characters", checkWord), "context", "who connects, for list to show")
+	f.Var(text(&c.Owner, "word", "1 to 255 printable characters", checkWord), "owner", "who owns the connection, for list to show")
+	addForeign(f)
 
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
@@ -214,6 +222,9 @@ func (c *Connect) Complete(from Sources) error {
 
 // complete is Complete for flags that may lack the target.
 func (c *Connect) complete(from Sources) error {
+	if err := c.chooseSource(); err != nil {
+		return err
+	}
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
 		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)
 	}

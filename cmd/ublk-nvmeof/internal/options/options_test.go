@@ -46,6 +46,9 @@ func TestWrongValues(t *testing.T) {
 		{"-n/--nqn", []string{"", long, "a\x00b", "\xff"}, "want the name of an I/O subsystem, 1 to 223 bytes"},
 		{"-n/--nqn", []string{nvme.DiscoveryNQN}, "a discovery subsystem has no namespaces; want"},
 		{"-w/--host-traddr", []string{"", "host", "10.0.2", "::", "224.0.0.1"}, "want an IPv4 or IPv6 address (with %zone) of this host"},
+		{"-f/--host-iface", []string{"", "a b", "\n"}, "want the name of a network interface"},
+		{"--context", []string{"", strings.Repeat("x", 256), "a b"}, "want 1 to 255 printable characters"},
+		{"--owner", []string{"", "\x1b"}, "want 1 to 255 printable characters"},
 		{"-q/--hostnqn", []string{"", long}, "want a name of 1 to 223 bytes"},
 		{"-I/--hostid", []string{"", "x", "12345678-1234-1234-1234-123456789ab", "00000000-0000-0000-0000-000000000000"}, "want a UUID like"},
 		{"-i/--nr-io-queues", []string{"0", "-1", "65536", "x", "", "1.5"}, "want a number, 1 to 65535"},
@@ -91,7 +94,7 @@ func TestWrongValues(t *testing.T) {
 	}
 }
 
-// No flag is missing from TestWrongValues.
+// No flag is missing from TestWrongValues. TestForeignFlags has those of other transports.
 func TestEveryFlagIsTested(t *testing.T) {
 	src, err := os.ReadFile("options_test.go")
 	if err != nil {
@@ -99,7 +102,7 @@ func TestEveryFlagIsTested(t *testing.T) {
 	}
 	_, f, _ := parse(t)
 	f.VisitAll(func(flag *pflag.Flag) {
-		if !strings.Contains(string(src), `{"`+flagName(flag)+`", []string{`) {
+		if _, foreign := flag.Value.(foreignValue); !foreign && !strings.Contains(string(src), `{"`+flagName(flag)+`", []string{`) {
 			t.Errorf("%s has no wrong values in TestWrongValues", flagName(flag))
 		}
 	})
@@ -112,8 +115,8 @@ func TestOtherUsageErrors(t *testing.T) {
 	}{
 		{[]string{"--queue-size"}, "-Q/--queue-size: no value is given; want a number, 16 to 1024"},
 		{[]string{"-a"}, "-a/--traddr: no value is given; want an IPv4"},
-		{[]string{"--hdr-digest"}, "unknown flag: --hdr-digest"},
-		{[]string{"-g"}, "unknown shorthand flag"},
+		{[]string{"--matching"}, "unknown flag: --matching"},
+		{[]string{"-x"}, "unknown shorthand flag"},
 	} {
 		if _, _, err := parse(t, tt.args...); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
@@ -230,6 +233,45 @@ func TestResolve(t *testing.T) {
 	}
 	if got, err := c.Resolve(ctx); err == nil {
 		t.Errorf("an unknown name resolves to %v", got)
+	}
+}
+
+// TestHostIface finds the source address of an interface.
+func TestHostIface(t *testing.T) {
+	for _, tt := range []struct{ args, source, want string }{
+		{"-a 127.0.0.2 -f lo", "127.0.0.1", ""},
+		{"-a localhost -f lo", "127.0.0.1", ""},
+		{"-a 127.0.0.2 -f lo -w 127.0.0.1", "127.0.0.1", ""},
+		{"-a 127.0.0.2 -f lo -w 127.0.0.9", "", `-f/--host-iface "lo": it does not have the address 127.0.0.9 of -w/--host-traddr, only [127.0.0.1`},
+		{"-a fe80::1 -f lo", "", `-f/--host-iface "lo": none of its addresses [127.0.0.1`},
+		{"-a 127.0.0.2 -f eth99", "", `-f/--host-iface "eth99": there is no such interface; want one of `},
+	} {
+		c, _, err := parse(t, append(strings.Fields(tt.args), "-n", "nqn.x")...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.Complete(nowhere)
+		switch {
+		case tt.want != "" && (err == nil || !strings.HasPrefix(err.Error(), tt.want)):
+			t.Errorf("%s: %v, want %s", tt.args, err, tt.want)
+		case tt.want == "" && (err != nil || c.SourceAddr.String() != tt.source):
+			t.Errorf("%s: %v, %v, want %s", tt.args, c.SourceAddr, err, tt.source)
+		}
+	}
+}
+
+// TestForeignFlags: flags of other transports are named as such, by any name that they have.
+func TestForeignFlags(t *testing.T) {
+	_, f, _ := parse(t)
+	for _, o := range foreign {
+		if f.Lookup(o.name) == nil {
+			t.Errorf("%s is not defined", o.name)
+		}
+	}
+	for _, args := range []string{"--tls", "--hdr-digest", "-g", "-G", "--data-digest", "--concat", "--tls-key=x", "--keyring=1", "--tls-key-identity=x"} {
+		if _, _, err := parse(t, args); err == nil || !strings.Contains(err.Error(), ": only NVMe/TCP has this flag") {
+			t.Errorf("%s: %v", args, err)
+		}
 	}
 }
 

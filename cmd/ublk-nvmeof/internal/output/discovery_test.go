@@ -1,6 +1,7 @@
 package output
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -9,7 +10,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// discoveryLog is the log of which nvme-cli 2.3 printed the texts below: that of nvmet with
+// discoveryLog is the log of which nvme-cli 2.3 printed discover.txt and discover.json of testdata: that of nvmet with
 // a subsystem and a referral.
 func discoveryLog(t *testing.T) *discovery.Log {
 	t.Helper()
@@ -41,111 +42,14 @@ func discoveryLog(t *testing.T) *discovery.Log {
 	return log
 }
 
-const discoveryText = `
-Discovery Log Number of Records 3, Generation counter 6
-=====Discovery Log Entry 0======
-trtype:  rdma
-adrfam:  ipv4
-subtype: current discovery subsystem
-treq:    not specified, sq flow control disable supported
-portid:  1
-trsvcid: 4420
-subnqn:  nqn.2014-08.org.nvmexpress.discovery
-traddr:  10.0.2.15
-eflags:  none
-rdma_prtype: not specified
-rdma_qptype: connected
-rdma_cms:    rdma-cm
-rdma_pkey: 0x0000
-=====Discovery Log Entry 1======
-trtype:  rdma
-adrfam:  ipv4
-subtype: nvme subsystem
-treq:    not specified, sq flow control disable supported
-portid:  1
-trsvcid: 4420
-subnqn:  nqn.2026-01.org.example:lab
-traddr:  10.0.2.15
-eflags:  none
-rdma_prtype: not specified
-rdma_qptype: connected
-rdma_cms:    rdma-cm
-rdma_pkey: 0x0000
-=====Discovery Log Entry 2======
-trtype:  rdma
-adrfam:  ipv4
-subtype: discovery subsystem referral
-treq:    not specified
-portid:  0
-trsvcid: 8009
-subnqn:  nqn.2014-08.org.nvmexpress.discovery
-traddr:  10.9.9.9
-eflags:  none
-rdma_prtype: not specified
-rdma_qptype: connected
-rdma_cms:    rdma-cm
-rdma_pkey: 0x0000
-`
-
-const discoveryJSONText = `{
-  "genctr":6,
-  "records":[
-    {
-      "trtype":"rdma",
-      "adrfam":"ipv4",
-      "subtype":"current discovery subsystem",
-      "treq":"not specified, sq flow control disable supported",
-      "portid":1,
-      "trsvcid":"4420",
-      "subnqn":"nqn.2014-08.org.nvmexpress.discovery",
-      "traddr":"10.0.2.15",
-      "eflags":"none",
-      "rdma_prtype":"not specified",
-      "rdma_qptype":"connected",
-      "rdma_cms":"rdma-cm",
-      "rdma_pkey":0
-    },
-    {
-      "trtype":"rdma",
-      "adrfam":"ipv4",
-      "subtype":"nvme subsystem",
-      "treq":"not specified, sq flow control disable supported",
-      "portid":1,
-      "trsvcid":"4420",
-      "subnqn":"nqn.2026-01.org.example:lab",
-      "traddr":"10.0.2.15",
-      "eflags":"none",
-      "rdma_prtype":"not specified",
-      "rdma_qptype":"connected",
-      "rdma_cms":"rdma-cm",
-      "rdma_pkey":0
-    },
-    {
-      "trtype":"rdma",
-      "adrfam":"ipv4",
-      "subtype":"discovery subsystem referral",
-      "treq":"not specified",
-      "portid":0,
-      "trsvcid":"8009",
-      "subnqn":"nqn.2014-08.org.nvmexpress.discovery",
-      "traddr":"10.9.9.9",
-      "eflags":"none",
-      "rdma_prtype":"not specified",
-      "rdma_qptype":"connected",
-      "rdma_cms":"rdma-cm",
-      "rdma_pkey":0
-    }
-  ]
-}
-`
-
 func TestDiscovery(t *testing.T) {
 	log := discoveryLog(t)
-	for format, want := range map[string]string{Normal: discoveryText, JSON: discoveryJSONText} {
-		var b strings.Builder
-		if err := Discovery(&b, log, format); err != nil || b.String() != want {
-			t.Errorf("%s: %v\n%s", format, err, b.String())
+	for file, format := range map[string]string{"discover.txt": Normal, "discover.json": JSON} {
+		var b bytes.Buffer
+		if err := Discovery(&b, log, format); err != nil {
+			t.Fatal(err)
 		}
+		golden(t, file, b.Bytes())
 	}
 	// What a service says can do no harm to a terminal, and JSON stays JSON.
 	log.Entries = log.Entries[:1]
@@ -169,4 +73,9 @@ func TestDiscovery(t *testing.T) {
 	if err := Discovery(&b, log, Normal); err != nil || strings.Contains(b.String(), "rdma") || !strings.HasSuffix(b.String(), "eflags:  none\nsectype: tls13\n") {
 		t.Errorf("%v: %q", err, b.String())
 	}
+	var tcp bytes.Buffer
+	if err := Discovery(&tcp, log, JSON); err != nil {
+		t.Error(err)
+	}
+	golden(t, "discover-tcp.json", tcp.Bytes())
 }

@@ -28,6 +28,7 @@ const SchemaVersion = 1
 const (
 	Normal = "normal"
 	JSON   = "json"
+	Binary = "binary" // the bytes of a controller, where they are all that there is
 )
 
 // none stands for an unknown value.
@@ -168,6 +169,9 @@ func Address(s control.Status) string {
 	if s.HostTrAddr != "" {
 		a += ",host_traddr=" + s.HostTrAddr
 	}
+	if s.HostIface != "" {
+		a += ",host_iface=" + s.HostIface
+	}
 	return a
 }
 
@@ -179,30 +183,6 @@ func endpoint(s control.Status) string {
 		return "[" + s.TrAddr + "]:" + s.TrSvcID
 	}
 	return s.TrAddr + ":" + s.TrSvcID
-}
-
-// listed is a device in the JSON list, with the fields of nvme-cli first.
-type listed struct {
-	NameSpace    uint32
-	DevicePath   string
-	Firmware     string
-	ModelNumber  string
-	SerialNumber string
-	MaximumLBA   uint64
-	PhysicalSize uint64
-	SectorSize   uint32
-	SubsystemNQN string
-	Transport    string
-	Address      string
-	State        string
-	Controller   string
-}
-
-type list struct {
-	SchemaVersion int `json:"schema_version"`
-	Devices       []listed
-	Controllers   []control.Status `json:"controllers"`
-	Keepers       []Keeper         `json:"discovery"`
 }
 
 // Keeper is a process that stays connected to discovery services.
@@ -220,11 +200,20 @@ type Service struct {
 	HostID  string `json:"hostid"`
 }
 
-// List writes servers and their devices. JSON has all details with or without
-// verbose.
+// List writes servers and their devices. JSON has "Devices" in the form of nvme list:
+// flat, or with verbose nested in hosts, subsystems and controllers. Beside it, both have
+// "controllers" and "discovery" with all details.
 func List(w io.Writer, servers []control.Status, keepers []Keeper, format string, verbose bool) error {
 	if format == JSON {
-		return listJSON(w, servers, keepers)
+		devices := deviceList(servers)
+		if verbose {
+			devices = hostList(servers)
+		}
+		return writeJSON(w, object{
+			{name: "schema_version", value: SchemaVersion}, {name: "Devices", value: devices},
+			{name: "controllers", value: append([]control.Status{}, servers...)},
+			{name: "discovery", value: append([]Keeper{}, keepers...)},
+		})
 	}
 	servers = printable(servers)
 	if !verbose {
@@ -246,19 +235,24 @@ func List(w io.Writer, servers []control.Status, keepers []Keeper, format string
 	return nil
 }
 
-func listJSON(w io.Writer, servers []control.Status, keepers []Keeper) error {
-	l := list{SchemaVersion: SchemaVersion, Devices: []listed{}, Controllers: []control.Status{}, Keepers: append([]Keeper{}, keepers...)}
-	l.Controllers = append(l.Controllers, servers...)
+// deviceList is the flat list of nvme list, with fields of this program after those of
+// nvme-cli. What is not known is null, and so is the generic device, which does not exist.
+func deviceList(servers []control.Status) []object {
+	out := []object{}
 	for _, s := range servers {
 		for _, d := range s.Devices {
-			l.Devices = append(l.Devices, listed{
-				NameSpace: d.NSID, DevicePath: d.Path(), Firmware: s.Firmware, ModelNumber: s.Model, SerialNumber: s.Serial,
-				MaximumLBA: d.Size / uint64(max(d.BlockSize, 1)), PhysicalSize: d.Size, SectorSize: d.BlockSize,
-				SubsystemNQN: s.NQN, Transport: s.Transport, Address: Address(s), State: s.State, Controller: s.Name,
-			})
+			o := object{
+				{name: "NameSpace", value: d.NSID}, {name: "DevicePath", value: d.Path()}, {name: "GenericPath"},
+				{name: "Firmware", value: orNull(s.Firmware)}, {name: "ModelNumber", value: orNull(s.Model)}, {name: "SerialNumber", value: orNull(s.Serial)},
+			}
+			o = append(o, sizes(d)...)
+			out = append(out, append(o, object{
+				{name: "SubsystemNQN", value: s.NQN}, {name: "Transport", value: s.Transport}, {name: "Address", value: Address(s)},
+				{name: "State", value: s.State}, {name: "Controller", value: s.Name},
+			}...))
 		}
 	}
-	return writeJSON(w, l)
+	return out
 }
 
 func listTable(out io.Writer, servers []control.Status) error {
@@ -301,6 +295,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		row("address", "%s %s%s", s.Transport, endpoint(s), source)
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
+		if s.Owner != "" || s.Context != "" {
+			row("owner", "%s, context %s", orNone(s.Owner), orNone(s.Context))
+		}
 		if s.Model != "" {
 			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}

@@ -3,6 +3,7 @@ package output
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -48,7 +49,7 @@ var live = control.Status{
 	},
 	KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, PollMax: 16384, BufferBytes: 128 << 20,
 	Devices: []control.Device{
-		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, BlockSize: 512,
+		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, Used: new(uint64(192 << 20)), BlockSize: 512,
 			WriteCache: true, Queues: 2, QueueDepth: 128, MaxIO: 256 << 10, BufferBytes: 64 << 20,
 			Counters: control.IO{Reads: 10, ReadBytes: 40960, Writes: 3, WrittenBytes: 1 << 20, Flushes: 1, Errors: 2, Batches: 9}},
 		{Device: "ublkb1", NSID: 7, Size: 5 << 40, BlockSize: 4096, ReadOnly: true, Queues: 2, QueueDepth: 128,
@@ -103,7 +104,23 @@ func TestStateText(t *testing.T) {
 }
 
 func TestGolden(t *testing.T) {
-	all := []control.Status{live, plain, lost, connecting}
+	// other is another path to the subsystem of live.
+	other := connecting
+	other.HostIface, other.Owner, other.Context = "eth1", "csi", "node"
+	// other has what only some servers have.
+	durations := map[string]control.Durations{"read": {Buckets: []uint64{1, 0}, Sum: 0.5}}
+	other.Outages.Losses = map[string]int{"keep_alive": 1}
+	other.DurationBounds, other.Stages = []float64{0.5}, map[string]map[string]control.Durations{"wire": durations}
+	other.Failure, other.Packets = "rejected", &control.Packets{DroppedBy: map[string]uint64{"icrc": 2}}
+	other.Devices = []control.Device{{Device: "ublkb4", NSID: 1, Present: true, Durations: durations}}
+	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
+	all := []control.Status{live, plain, lost, connecting, other}
+	results := []SubsystemResult{
+		{NQN: live.NQN, Outcome: New, Status: live, Further: []string{"10.0.3.15:4420"}},
+		{NQN: plain.NQN, Outcome: Already, Status: plain},
+		{NQN: "nqn.none", Outcome: Failed, Err: errors.Join(errors.New("10.0.2.15:4420: nobody listens"), errors.New("10.0.3.15:4420: no route"))},
+	}
+	built := Build{Version: "1.2.3", Commit: "0123456789abcdef", Go: "go1.26.0", Platform: "linux/amd64"}
 	for _, tt := range []struct {
 		file  string
 		write func(*bytes.Buffer) error
@@ -111,12 +128,23 @@ func TestGolden(t *testing.T) {
 		{"list.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, false) }},
 		{"list-verbose.txt", func(b *bytes.Buffer) error { return List(b, all, keepers, Normal, true) }},
 		{"list.json", func(b *bytes.Buffer) error { return List(b, all, keepers, JSON, false) }},
+		{"list-verbose.json", func(b *bytes.Buffer) error { return List(b, all, keepers, JSON, true) }},
+		{"list-subsys.txt", func(b *bytes.Buffer) error { return Subsystems(b, all, Normal) }},
+		{"list-subsys.json", func(b *bytes.Buffer) error { return Subsystems(b, all, JSON) }},
+		{"show-topology.txt", func(b *bytes.Buffer) error { return Topology(b, all, Normal) }},
+		{"show-topology.json", func(b *bytes.Buffer) error { return Topology(b, all, JSON) }},
+		{"list-subsys-empty.json", func(b *bytes.Buffer) error { return Subsystems(b, nil, JSON) }},
 		{"list-empty.txt", func(b *bytes.Buffer) error { return List(b, nil, nil, Normal, false) }},
 		{"list-empty.json", func(b *bytes.Buffer) error { return List(b, nil, nil, JSON, true) }},
 		{"connect.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, false) }},
 		{"connect-verbose.txt", func(b *bytes.Buffer) error { return Connected(b, live, Normal, true) }},
 		{"connect.json", func(b *bytes.Buffer) error { return Connected(b, live, JSON, true) }},
 		{"connect-ipv6.txt", func(b *bytes.Buffer) error { return Connected(b, plain, Normal, false) }},
+		{"connect-all.txt", func(b *bytes.Buffer) error { return ConnectedAll(b, results, Normal, false) }},
+		{"connect-all.json", func(b *bytes.Buffer) error { return ConnectedAll(b, results, JSON, false) }},
+		{"connect-all-empty.json", func(b *bytes.Buffer) error { return ConnectedAll(b, nil, JSON, false) }},
+		{"version.txt", func(b *bytes.Buffer) error { return Version(b, "ublk-nvmeof", built, Normal) }},
+		{"version.json", func(b *bytes.Buffer) error { return Version(b, "ublk-nvmeof", built, JSON) }},
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			var b bytes.Buffer

@@ -70,6 +70,8 @@ func TestTablesArePrintable(t *testing.T) {
 		"connect -v": func(b *strings.Builder) error { return Connected(b, s, Normal, true) },
 		"list":       func(b *strings.Builder) error { return List(b, []control.Status{s}, nil, Normal, false) },
 		"list -v":    func(b *strings.Builder) error { return List(b, []control.Status{s}, nil, Normal, true) },
+		"subsystems": func(b *strings.Builder) error { return Subsystems(b, []control.Status{s}, Normal) },
+		"topology":   func(b *strings.Builder) error { return Topology(b, []control.Status{s}, Normal) },
 		"targets":    func(b *strings.Builder) error { return Targets(b, []targetserver.Status{target}, Normal, false) },
 		"targets -v": func(b *strings.Builder) error { return Targets(b, []targetserver.Status{target}, Normal, true) },
 	} {

@@ -14,6 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -26,6 +27,9 @@ type controller interface {
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
 	OutliveTime(keepAlive time.Duration, n int) time.Duration
+	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
+	Reset(ctx context.Context) error
+	Rescan() error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -35,6 +39,8 @@ type namespace struct {
 	nsid               uint32
 	uuid, nguid, eui64 string // empty if the namespace does not have it
 	device             block.Device
+	used               func() uint64 // bytes that are allocated; nil: unknown
+	reserve            func(ctx context.Context, cmd *nvme.Command, data []byte) error
 	timed              timed // nil: nothing is known of it
 }
 
@@ -172,7 +178,7 @@ func (d ublkDevice) Counters() control.IO {
 }
 
 func describe(ns *initiator.Namespace) namespace {
-	n := namespace{nsid: ns.NSID(), device: ns, timed: ns}
+	n := namespace{nsid: ns.NSID(), device: ns, used: ns.Used, reserve: ns.Reserve, timed: ns}
 	ids := ns.IDs()
 	if !ids.UUID.IsZero() {
 		n.uuid = ids.UUID.String()

@@ -22,6 +22,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
@@ -47,6 +48,7 @@ type world struct {
 	route        host.Route
 	routeErr     error
 	connectErr   error
+	queryErr     error // of queries, resets and rescans
 	nsids        []uint32
 	change       func(*namespace) // what the target's namespaces are, if not the usual
 	startErr     map[uint32]error // by namespace id
@@ -81,6 +83,19 @@ func (w *world) setBusy(id int, busy bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.busy[id] = busy
+}
+
+// failQueries makes queries, resets and rescans fail.
+func (w *world) failQueries(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.queryErr = err
+}
+
+func (w *world) queriesFail() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.queryErr
 }
 
 func (w *world) happened() []string {
@@ -295,6 +310,26 @@ func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, c
 		c.world.outliveLimit = time.Until(deadline)
 	}
 	return nil
+}
+
+func (c *fakeController) Query(_ context.Context, cmd *nvme.Command, out []byte) (uint64, error) {
+	if err := c.world.queriesFail(); err != nil {
+		return 0, err
+	}
+	for i := range out {
+		out[i] = byte(cmd.Opcode())
+	}
+	return uint64(cmd.CDW10()), nil
+}
+
+func (c *fakeController) Reset(context.Context) error {
+	c.world.note("reset")
+	return c.world.queriesFail()
+}
+
+func (c *fakeController) Rescan() error {
+	c.world.note("rescan")
+	return c.world.queriesFail()
 }
 
 func (c *fakeController) OutliveTime(keepAlive time.Duration, n int) time.Duration {

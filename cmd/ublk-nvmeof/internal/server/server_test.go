@@ -892,3 +892,61 @@ func TestNamespacesRetry(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What others ask of the controller goes to it through the server, which says in words
+// why it cannot.
+func TestQueries(t *testing.T) {
+	w := newWorld()
+	w.change = func(ns *namespace) {
+		ns.reserve = func(_ context.Context, _ *nvme.Command, data []byte) error {
+			copy(data, "reserved")
+			return w.queriesFail()
+		}
+	}
+	r := begin(t, w, lab(), runDir(t))
+	r.waitReady()
+	c := r.client()
+	var cmd nvme.Command
+	cmd.SetGetFeatures(nvme.FeatureKeepAlive)
+	if a, err := c.Query(t.Context(), control.Query{Command: cmd[:], Length: 8}); err != nil || a.Result != nvme.FeatureKeepAlive || len(a.Data) != 8 || a.Data[7] != byte(nvme.AdminGetFeatures) {
+		t.Errorf("%+v, %v", a, err)
+	}
+	for _, q := range []control.Query{{}, {Command: cmd[:63]}, {Command: cmd[:], Length: -1}, {Command: cmd[:], Length: initiator.MaxQuery + 1}} {
+		if _, err := c.Query(t.Context(), q); exit.Of(err) != exit.Usage {
+			t.Errorf("%d bytes, length %d: %v", len(q.Command), q.Length, err)
+		}
+	}
+	if _, err := c.Reserve(t.Context(), control.Reservation{NSID: 9, Command: cmd[:]}); exit.Of(err) != exit.NotFound {
+		t.Errorf("a namespace that is not served: %v", err)
+	}
+	if _, err := c.Reserve(t.Context(), control.Reservation{NSID: 1, Command: cmd[:5]}); exit.Of(err) != exit.Usage {
+		t.Errorf("a short command: %v", err)
+	}
+	if data, err := c.Reserve(t.Context(), control.Reservation{NSID: 1, Command: cmd[:], Data: make([]byte, 8)}); err != nil || string(data) != "reserved" {
+		t.Errorf("reservation: %q, %v", data, err)
+	}
+	if err := errors.Join(c.Reset(t.Context()), c.Rescan(t.Context())); err != nil {
+		t.Error(err)
+	}
+	for _, tt := range []struct {
+		err  error
+		code exit.Code
+		want string
+	}{
+		{&initiator.QueryError{Reason: "x"}, exit.Usage, "get features: not a query: x"},
+		{initiator.ErrNotConnected, exit.Busy, "get features: the controller is not connected, it is live"},
+		{nvme.StatusInvalidField | nvme.StatusDNR, exit.Negotiation, "get features: the target answered: nvme status 002h: invalid field"},
+		{context.DeadlineExceeded, exit.Timeout, "get features: context deadline exceeded"},
+	} {
+		w.failQueries(tt.err)
+		if _, err := c.Query(t.Context(), control.Query{Command: cmd[:]}); exit.Of(err) != tt.code || !strings.HasPrefix(err.Error(), tt.want) {
+			t.Errorf("code %d, %v, want %d, %s", exit.Of(err), err, tt.code, tt.want)
+		}
+		if err := c.Reset(t.Context()); exit.Of(err) != tt.code {
+			t.Errorf("reset: code %d, %v", exit.Of(err), err)
+		}
+		if err := c.Rescan(t.Context()); exit.Of(err) != tt.code {
+			t.Errorf("rescan: code %d, %v", exit.Of(err), err)
+		}
+	}
+}

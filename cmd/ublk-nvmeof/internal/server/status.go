@@ -21,7 +21,7 @@ func (s *server) Status() control.Status {
 	out := control.Status{
 		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(), Managed: systemd.Managed(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
-		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(),
+		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), HostIface: o.HostIface, Context: o.Context, Owner: o.Owner,
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
@@ -166,6 +166,10 @@ func describeDevice(v *serving) control.Device {
 		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
 		Counters:    v.dev.Counters(),
+	}
+	if v.used != nil {
+		used := v.used()
+		out.Used = &used
 	}
 	if v.timed != nil {
 		d := v.timed.Durations()

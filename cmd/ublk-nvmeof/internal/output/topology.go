@@ -1,0 +1,206 @@
+package output
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+)
+
+// hostTree is a host with the subsystems that it is connected to.
+type hostTree struct {
+	nqn, id    string
+	subsystems []*subsystemTree
+}
+
+// subsystemTree is a subsystem with the servers that are connected to it.
+type subsystemTree struct {
+	name    string
+	nqn     string
+	servers []control.Status
+}
+
+// tree sorts servers by host and subsystem, each in the order in which it comes first.
+func tree(servers []control.Status) []*hostTree {
+	var hosts []*hostTree
+	subsystems := 0
+	for _, s := range servers {
+		h := find(hosts, func(h *hostTree) bool {
+			return h.nqn == s.HostNQN && (h.id == s.HostID || h.id == "" || s.HostID == "")
+		})
+		if h == nil {
+			h = &hostTree{nqn: s.HostNQN}
+			hosts = append(hosts, h)
+		}
+		if h.id == "" {
+			h.id = s.HostID // which a server that has died does not tell
+		}
+		sub := find(h.subsystems, func(t *subsystemTree) bool { return t.nqn == s.NQN })
+		if sub == nil {
+			sub = &subsystemTree{name: fmt.Sprintf("subsys%d", subsystems), nqn: s.NQN}
+			subsystems++
+			h.subsystems = append(h.subsystems, sub)
+		}
+		sub.servers = append(sub.servers, s)
+	}
+	return hosts
+}
+
+func find[T any](all []*T, match func(*T) bool) *T {
+	if i := slices.IndexFunc(all, match); i >= 0 {
+		return all[i]
+	}
+	return nil
+}
+
+// orNull is a JSON string, or null if it is empty.
+func orNull(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}
+
+// Subsystems writes the subsystems with the paths to them, as nvme list-subsys.
+func Subsystems(w io.Writer, servers []control.Status, format string) error {
+	if format == JSON {
+		return writeJSON(w, subsystemsJSON(servers, "Paths", paths))
+	}
+	return writeTree(w, servers, func(w io.Writer, sub *subsystemTree) {
+		for _, s := range sub.servers {
+			fmt.Fprintf(w, " +- %s\n", pathText(s))
+		}
+	})
+}
+
+// Topology writes the subsystems with their namespaces and the path to each, as nvme
+// show-topology.
+func Topology(w io.Writer, servers []control.Status, format string) error {
+	if format == JSON {
+		return writeJSON(w, subsystemsJSON(servers, "Namespaces", namespaces))
+	}
+	return writeTree(w, servers, func(w io.Writer, sub *subsystemTree) {
+		for _, s := range sub.servers {
+			for _, d := range s.Devices {
+				fmt.Fprintf(w, " +- ns %d %s\n \\\n  +- %s\n", d.NSID, d.Path(), pathText(s))
+			}
+		}
+	})
+}
+
+// pathText is one path for people.
+func pathText(s control.Status) string {
+	return strings.TrimSpace(fmt.Sprintf("%s %s %s %s", s.Name, s.Transport, Address(s), s.State))
+}
+
+func writeTree(w io.Writer, servers []control.Status, below func(io.Writer, *subsystemTree)) error {
+	first := true
+	for _, h := range tree(printable(servers)) {
+		for _, sub := range h.subsystems {
+			if !first {
+				fmt.Fprintln(w)
+			}
+			first = false
+			if _, err := fmt.Fprintf(w, "%s - NQN=%s\n%*s   hostnqn=%s\n\\\n", sub.name, sub.nqn, len(sub.name), "", h.nqn); err != nil {
+				return err
+			}
+			below(w, sub)
+		}
+	}
+	return nil
+}
+
+// subsystemsJSON is the array of hosts of nvme-cli, with one member of each subsystem.
+func subsystemsJSON(servers []control.Status, name string, below func(*subsystemTree) []object) []object {
+	out := []object{}
+	for _, h := range tree(servers) {
+		list := []object{}
+		for _, sub := range h.subsystems {
+			list = append(list, object{{name: "Name", value: sub.name}, {name: "NQN", value: sub.nqn}, {name: name, value: below(sub)}})
+		}
+		out = append(out, object{{name: "HostNQN", value: h.nqn}, {name: "HostID", value: orNull(h.id)}, {name: "Subsystems", value: list}})
+	}
+	return out
+}
+
+func paths(sub *subsystemTree) []object {
+	out := []object{}
+	for _, s := range sub.servers {
+		out = append(out, path(s))
+	}
+	return out
+}
+
+func path(s control.Status) object {
+	return object{
+		{name: "Name", value: s.Name}, {name: "Transport", value: s.Transport},
+		{name: "Address", value: Address(s)}, {name: "State", value: s.State},
+	}
+}
+
+func namespaces(sub *subsystemTree) []object {
+	out := []object{}
+	for _, s := range sub.servers {
+		for _, d := range s.Devices {
+			out = append(out, object{{name: "NSID", value: d.NSID}, {name: "Controller", value: []object{path(s)}}})
+		}
+	}
+	return out
+}
+
+// hostList is the nested list of nvme list -v. The namespaces are those of controllers, as
+// those of a kernel that does not combine the paths to a namespace.
+func hostList(servers []control.Status) []object {
+	out := []object{}
+	for _, h := range tree(servers) {
+		list := []object{}
+		for _, sub := range h.subsystems {
+			controllers := []object{}
+			for _, s := range sub.servers {
+				controllers = append(controllers, controller(s))
+			}
+			list = append(list, object{
+				{name: "Subsystem", value: sub.name}, {name: "SubsystemNQN", value: sub.nqn},
+				{name: "Controllers", value: controllers}, {name: "Namespaces", value: []object{}},
+			})
+		}
+		out = append(out, object{{name: "HostNQN", value: h.nqn}, {name: "HostID", value: orNull(h.id)}, {name: "Subsystems", value: list}})
+	}
+	return out
+}
+
+func controller(s control.Status) object {
+	list := []object{}
+	for _, d := range s.Devices {
+		list = append(list, append(object{
+			{name: "NameSpace", value: d.Device}, {name: "Generic"}, {name: "NSID", value: d.NSID},
+		}, sizes(d)...))
+	}
+	var cntlid any
+	if s.Model != "" { // it has connected
+		cntlid = fmt.Sprint(s.CNTLID)
+	}
+	return object{
+		{name: "Controller", value: s.Name}, {name: "Cntlid", value: cntlid}, {name: "SerialNumber", value: orNull(s.Serial)},
+		{name: "ModelNumber", value: orNull(s.Model)}, {name: "Firmware", value: orNull(s.Firmware)},
+		{name: "Transport", value: s.Transport}, {name: "Address", value: Address(s)}, {name: "Slot"},
+		{name: "Namespaces", value: list}, {name: "Paths", value: []object{}},
+	}
+}
+
+// sizes are the sizes of a device as nvme-cli names them; null if they are not known.
+func sizes(d control.Device) object {
+	if d.BlockSize == 0 {
+		return object{{name: "UsedBytes"}, {name: "MaximumLBA"}, {name: "PhysicalSize"}, {name: "SectorSize"}}
+	}
+	var used any
+	if d.Used != nil {
+		used = *d.Used
+	}
+	return object{
+		{name: "UsedBytes", value: used}, {name: "MaximumLBA", value: d.Size / uint64(d.BlockSize)},
+		{name: "PhysicalSize", value: d.Size}, {name: "SectorSize", value: d.BlockSize},
+	}
+}

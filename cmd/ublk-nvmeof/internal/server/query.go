@@ -1,0 +1,106 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/nvme"
+)
+
+// Query implements control.Controlled.
+func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResult, error) {
+	switch {
+	case len(q.Command) != nvme.CommandSize:
+		return control.QueryResult{}, exit.Errorf(exit.Usage, "the command has %d bytes; want %d", len(q.Command), nvme.CommandSize)
+	case q.Length < 0 || q.Length > initiator.MaxQuery:
+		return control.QueryResult{}, exit.Errorf(exit.Usage, "length %d; want 0 to %d", q.Length, initiator.MaxQuery)
+	}
+	ctrl, err := s.controller()
+	if err != nil {
+		return control.QueryResult{}, err
+	}
+	r := control.QueryResult{}
+	if q.Length > 0 {
+		r.Data = make([]byte, q.Length)
+	}
+	cmd := nvme.CommandAt(q.Command)
+	r.Result, err = ctrl.Query(ctx, cmd, r.Data)
+	return r, s.explainRefusal(cmd.Opcode().AdminString(), err)
+}
+
+// Reserve implements control.Controlled.
+func (s *server) Reserve(ctx context.Context, r control.Reservation) ([]byte, error) {
+	if len(r.Command) != nvme.CommandSize {
+		return nil, exit.Errorf(exit.Usage, "the command has %d bytes; want %d", len(r.Command), nvme.CommandSize)
+	}
+	cmd := nvme.CommandAt(r.Command)
+	for _, v := range s.devices() {
+		if v.nsid == r.NSID && v.reserve != nil {
+			if nvme.IsWrite(cmd) {
+				s.log.Info("reservation on request", "command", cmd.Opcode().IOString(), "nsid", v.nsid)
+			}
+			return r.Data, s.explainRefusal(cmd.Opcode().IOString(), v.reserve(ctx, cmd, r.Data))
+		}
+	}
+	return nil, exit.Errorf(exit.NotFound, "the server does not serve namespace %d", r.NSID)
+}
+
+// Reset implements control.Controlled.
+func (s *server) Reset(ctx context.Context) error {
+	ctrl, err := s.controller()
+	if err != nil {
+		return err
+	}
+	s.log.Info("controller is reset on request")
+	return s.explainRefusal("reset", ctrl.Reset(ctx))
+}
+
+// Rescan implements control.Controlled.
+func (s *server) Rescan(context.Context) error {
+	ctrl, err := s.controller()
+	if err != nil {
+		return err
+	}
+	return s.explainRefusal("rescan", ctrl.Rescan())
+}
+
+// controller returns the controller of a server that has connected.
+func (s *server) controller() (controller, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ctrl == nil {
+		return nil, exit.Errorf(exit.Busy, "the server is still connecting")
+	}
+	return s.ctrl, nil
+}
+
+// explainRefusal says in words why a request to the controller failed.
+func (s *server) explainRefusal(what string, err error) error {
+	var (
+		status nvme.Status
+		bad    *initiator.QueryError
+	)
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &bad):
+		return exit.Errorf(exit.Usage, "%s: %v", what, err)
+	case errors.Is(err, initiator.ErrNotConnected):
+		now := s.ctrl.Info()
+		reason := ""
+		if now.Reason != nil {
+			reason = ": " + now.Reason.Error()
+		}
+		return exit.Errorf(exit.Busy, "%s: the controller is not connected, it is %v%s", what, now.State, reason)
+	case errors.Is(err, os.ErrNotExist):
+		return exit.Errorf(exit.NotFound, "%s: %v", what, err)
+	case errors.As(err, &status):
+		return fmt.Errorf("%s: the target answered: %w", what, err)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
