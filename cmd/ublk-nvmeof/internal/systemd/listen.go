@@ -42,13 +42,14 @@ func Listener() (net.Listener, error) {
 	if n := passed(); n > 1 {
 		return nil, fmt.Errorf("systemd has passed %d sockets; want one", n)
 	}
-	for _, f := range activation.Files(true) {
-		defer f.Close()
-		l, err := net.FileListener(f)
-		if err != nil {
-			return nil, fmt.Errorf("listen on socket %s of systemd: %w", f.Name(), err)
-		}
-		return l, nil
+	files := activation.Files(true)
+	if len(files) == 0 {
+		return nil, nil
 	}
-	return nil, nil
+	defer files[0].Close()
+	l, err := net.FileListener(files[0])
+	if err != nil {
+		return nil, fmt.Errorf("listen on socket %s of systemd: %w", files[0].Name(), err)
+	}
+	return l, nil
 }

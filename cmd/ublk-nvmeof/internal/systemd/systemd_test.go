@@ -175,7 +175,7 @@ func TestJournalHandler(t *testing.T) {
 	log := slog.New(h)
 	log.Debug("not this")
 	log.Info("one", "nsid", 1, "next_in", time.Second)
-	log.With("server", "ctrl0").WithGroup("g").Warn("two words", "a b", "c d")
+	log.With("server", "ctrl0").WithGroup("g").Warn("two words", "a b", "c d") //nolint:sloglint // a name that the journal does not take
 	failure = errors.New("no journal")
 	log.Error("three")
 	want := []entry{
