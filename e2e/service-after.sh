@@ -9,7 +9,7 @@ bad() {
 	exit 1
 }
 line() { grep -an -- "$1" "$log" | tail -n 1 | cut -d: -f1; }
-began=$(sed -n 's/.*=== \([0-9]*\)[0-9.]* shutdown$/\1/p' "$log" | tail -n 1)
+began=$(sed -n 's/.*=== \([0-9]*\)[0-9.]* shutdown.*/\1/p' "$log" | tail -n 1)
 ended=$(sed -n 's/.*=== \([0-9]*\)[0-9.]* unmounted.*/\1/p' "$log" | tail -n 1)
 [ -n "$began" ] && [ -n "$ended" ] || bad "no times of the shutdown"
 echo "the shutdown took $((ended - began)) s"
