@@ -112,6 +112,10 @@ upgrade() {
 	grep -q 'ublk-nvmeof@disk.service$' "/proc/$pid/cgroup"
 	until_true 120 verified verify-upgrade
 	[[ $(property disk StatusText) == "live: $base:disk"* ]] || fail "status $(property disk StatusText)"
+	step "the new main process is killed"
+	kill -9 "$pid"
+	until_true 60 isnt_main "$pid"
+	echo "after the upgrade" >/mnt/uuid/after && sync -f /mnt/uuid/after
 }
 
 stop_waits() {
@@ -145,6 +149,22 @@ late() {
 	mkfs.ext4 -q "$(cat /sys/kernel/config/nvmet/subsystems/$base:late/namespaces/1/device_path)"
 	until_true 60 active ublk-nvmeof@late.service
 	until_true 60 mountpoint -q /mnt/late
+}
+
+socket() {
+	step "the first client of a socket starts its service"
+	lab_target nqn=$base:nbd svc=4426 size=64
+	connection nbd 4426
+	echo "frontend = nbd-socket" >>/etc/ublk-nvmeof/nbd.conf
+	cp /usr/share/doc/ublk-nvmeof/examples/ublk-nvmeof-nbd@.socket /run/systemd/system/ublk-nvmeof@.socket
+	systemctl daemon-reload
+	systemctl start ublk-nvmeof@nbd.socket
+	if active ublk-nvmeof@nbd.service; then fail "it is active without a client"; fi
+	[ "$(nbdinfo --size "nbd+unix:///1?socket=/run/ublk-nvmeof-nbd.sock")" = $((64 << 20)) ]
+	active ublk-nvmeof@nbd.service
+	systemctl stop ublk-nvmeof@nbd.socket ublk-nvmeof@nbd.service
+	rm /run/systemd/system/ublk-nvmeof@.socket
+	systemctl daemon-reload
 }
 
 by_hand() {
@@ -197,6 +217,7 @@ life)
 	upgrade
 	stop_waits
 	late
+	socket
 	by_hand
 	removal
 	;;
