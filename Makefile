@@ -3,7 +3,7 @@
 #
 #	make build      build/ublk-nvmeof, and build/vm, the VM runner
 #	make test       all tests: test-unit, then test-vm
-#	make test-unit  format, vet, unit tests with the race detector
+#	make test-unit  format, vet, unit tests with the race detector, the commands of the README
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
 #	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel;
@@ -83,6 +83,7 @@ test-unit: setup
 	# What allocates nothing is to do so without the detector, too, and times count without it.
 	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
+	e2e/readme.sh
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The short
 # run on Linux 6.1 follows the last of them, and the boot of systemd with the package follows
