@@ -42,6 +42,8 @@ if [ "$UN_SERVICE" = life ]; then
 fi
 systemctl enable ublk-nvmeof-autoconnect.service remote-fs.target
 systemctl set-default multi-user.target
+# What takes long here and is about other things.
+systemctl mask --quiet systemd-binfmt.service proc-sys-fs-binfmt_misc.automount rdma-load-modules@{rdma,roce}.service rdma-ndd.service
 
 # The journal goes to the console, too, so that the shutdown can be looked at.
 mkdir -p /etc/systemd/journald.conf.d
