@@ -15,10 +15,12 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// The data of an admin command passes through one of a few buffers of one page. Identify
-// data is not longer than a page, and log pages are read page by page.
+// The data of an admin command passes through one of a few buffers. Most commands have at
+// most a page. The buffers have room for the ANA log of Linux' target (1024 namespaces in 128
+// groups), because that target cannot return a log page from the middle, although it says so.
 const (
 	adminBuffers = 8
+	adminBuffer  = 16 << 10
 	adminPage    = 4096
 )
 
@@ -27,7 +29,7 @@ const (
 type admin struct {
 	conn    *connection
 	mr      rdma.MR
-	buffers chan int     // free pages of mr
+	buffers chan int     // free buffers of mr
 	timeout atomic.Int64 // limit for one command, in nanoseconds
 	fail    func(error)  // called once, when the queue is lost
 	file    *os.File     // the completion channel, for the runtime's poller
@@ -54,7 +56,7 @@ func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(err
 	}
 	a.setTimeout(timeout)
 	var err error
-	a.mr, err = pd.AllocMR(adminBuffers*adminPage, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	a.mr, err = pd.AllocMR(adminBuffers*adminBuffer, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
 		return nil, fmt.Errorf("register admin buffers: %w", err)
 	}
@@ -168,15 +170,15 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		}
 		defer a.users.Done()
 		select {
-		case page := <-a.buffers:
-			buf := a.mr.Bytes()[page*adminPage:][:adminPage]
+		case b := <-a.buffers:
+			buf := a.mr.Bytes()[b*adminBuffer:][:adminBuffer]
 			clear(buf[:n]) // the controller may fill less of it
 			copy(buf, in)
-			cmd.SetKeyedSGL(a.mr.Addr()+uint64(page*adminPage), uint32(n), a.mr.RKey(), false)
+			cmd.SetKeyedSGL(a.mr.Addr()+uint64(b*adminBuffer), uint32(n), a.mr.RKey(), false)
 			c, err := a.do(ctx, cmd)
 			if err == nil || errors.As(err, new(nvme.Status)) {
 				copy(out, buf)
-				a.buffers <- page
+				a.buffers <- b
 			}
 			return c, err
 		case <-ctx.Done():

@@ -356,12 +356,12 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	if err := c.establish(ctx, conn, q); err != nil {
 		return nil, errors.Join(err, conn.close())
 	}
-	page := <-a.admin.buffers
-	flow, err := c.connectCommand(ctx, conn, q, a.admin.mr, page*adminPage)
+	buffer := <-a.admin.buffers
+	flow, err := c.connectCommand(ctx, conn, q, a.admin.mr, buffer*adminBuffer)
 	if err != nil {
 		return nil, errors.Join(err, conn.close())
 	}
-	a.admin.buffers <- page
+	a.admin.buffers <- buffer
 	inCapsule := uint32(0)
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
 		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))

@@ -166,7 +166,7 @@ func (f *fakeTarget) open(id rdma.ID) (*fakeConn, error) {
 	if c.in, err = f.pd.AllocMR(c.depth*c.capsule, rdma.AccessLocalWrite); err != nil {
 		return nil, err
 	}
-	if c.out, err = f.pd.AllocMR(4096+c.depth*16, rdma.AccessLocalWrite); err != nil {
+	if c.out, err = f.pd.AllocMR(MaxQuery+c.depth*16, rdma.AccessLocalWrite); err != nil {
 		return nil, err
 	}
 	if c.recv, err = dev.CreateCQ(c.depth+1, true, 0); err != nil {
@@ -322,8 +322,8 @@ func (f *fakeTarget) change(fn func()) {
 }
 
 func (c *fakeConn) respond() error {
-	copy(c.out.Bytes()[4096:], c.done[:])
-	_, err := c.transfer(rdma.SendWR{Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{{Addr: c.out.Addr() + 4096, Length: 16, LKey: c.out.LKey()}}})
+	copy(c.out.Bytes()[MaxQuery:], c.done[:])
+	_, err := c.transfer(rdma.SendWR{Op: rdma.Send, Signaled: true, NumSGE: 1, SGE: [2]rdma.SGE{{Addr: c.out.Addr() + MaxQuery, Length: 16, LKey: c.out.LKey()}}})
 	return err
 }
 
@@ -574,7 +574,7 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 		return 0, noAnswer, nil
 	case nvme.AdminGetLogPage: // each byte is the number of the page
 		lid, length, _, _ := cmd.LogPage()
-		page := c.out.Bytes()[:min(length, 4096)]
+		page := c.out.Bytes()[:min(length, MaxQuery)]
 		for i := range page {
 			page[i] = lid
 		}

@@ -832,7 +832,7 @@ func checkNoAllocations(t *testing.T, cfg Config, sectors uint32) {
 		allocs = testing.AllocsPerRun(100, func() {
 			q.Submit(reqs)
 			for got := 0; got < len(reqs); {
-				if l.Poll() == 0 {
+				if l.Poll()+l.Flush() == 0 {
 					runtime.Gosched() // there is one processor meanwhile
 				}
 				got += q.Reap(results)

@@ -59,6 +59,15 @@ func (l *lane) Poll() int {
 	return n
 }
 
+// Flush implements poller.Flusher.
+func (l *lane) Flush() int {
+	n := 0
+	for _, p := range l.pairs {
+		n += p.flush()
+	}
+	return n
+}
+
 // Arm implements poller.Source.
 func (l *lane) Arm() poller.Readiness {
 	answer := poller.Sleep

@@ -8,8 +8,9 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// MaxQuery is the largest number of bytes that a query returns.
-const MaxQuery = adminPage
+// MaxQuery is the largest number of bytes that a query returns. A controller may have a
+// smaller limit (MDTS).
+const MaxQuery = adminBuffer
 
 // maxQueries is the number of queries in progress. The controller's own commands need
 // the other buffers.

@@ -16,14 +16,19 @@ import (
 func TestQuery(t *testing.T) {
 	s := newLookSetup(t, nil)
 	var cmd nvme.Command
-	var page [MaxQuery]byte
+	page := make([]byte, nvme.IdentifySize)
 	cmd.SetIdentify(nvme.CNSController, 0, 0)
-	if _, err := s.ctrl.Query(t.Context(), &cmd, page[:]); err != nil || nvme.IdentifyControllerAt(page[:]).MN() != "fake" {
+	if _, err := s.ctrl.Query(t.Context(), &cmd, page); err != nil || nvme.IdentifyControllerAt(page).MN() != "fake" {
 		t.Errorf("identify: %v", err)
 	}
 	cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, 512, 0, true)
 	if _, err := s.ctrl.Query(t.Context(), &cmd, page[:512]); err != nil || !bytes.Equal(page[:512], bytes.Repeat([]byte{nvme.LogSMART}, 512)) {
 		t.Errorf("log page: %v, %x…", err, page[:8])
+	}
+	long := make([]byte, MaxQuery)
+	cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, MaxQuery, 0, true)
+	if _, err := s.ctrl.Query(t.Context(), &cmd, long); err != nil || !bytes.Equal(long, bytes.Repeat([]byte{nvme.LogSMART}, MaxQuery)) {
+		t.Errorf("long log page: %v, %x…%x", err, long[:8], long[MaxQuery-8:])
 	}
 	cmd.SetGetFeatures(nvme.FeatureKeepAlive)
 	if v, err := s.ctrl.Query(t.Context(), &cmd, nil); err != nil || v != nvme.FeatureKeepAlive<<8 {
@@ -35,7 +40,7 @@ func TestQuery(t *testing.T) {
 	}
 	cmd.SetIdentify(0xC0, 0, 0)
 	var status nvme.Status
-	if _, err := s.ctrl.Query(t.Context(), &cmd, page[:]); !errors.As(err, &status) || status.Code() != nvme.StatusInvalidField {
+	if _, err := s.ctrl.Query(t.Context(), &cmd, page); !errors.As(err, &status) || status.Code() != nvme.StatusInvalidField {
 		t.Errorf("a command that the target refuses: %v", err)
 	}
 	if n := s.ctrl.Info().Losses; n != 0 {
@@ -69,7 +74,7 @@ func TestQueryThatIsNone(t *testing.T) {
 		"short identify":      {func(c *nvme.Command) { c.SetIdentify(nvme.CNSController, 0, 0) }, 512},
 		"identify, no data":   {func(c *nvme.Command) { c.SetIdentify(nvme.CNSController, 0, 0) }, 0},
 		"log of other length": {func(c *nvme.Command) { c.SetGetLogPage(nvme.LogSMART, 0, 512, 0, false) }, 508},
-		"long log":            {func(c *nvme.Command) { c.SetGetLogPage(nvme.LogSMART, 0, 8192, 0, false) }, 8192},
+		"long log":            {func(c *nvme.Command) { c.SetGetLogPage(nvme.LogSMART, 0, MaxQuery+4, 0, false) }, MaxQuery + 4},
 		"property with data":  {func(c *nvme.Command) { c.SetPropertyGet(nvme.PropCAP, true) }, 8},
 	} {
 		var cmd nvme.Command

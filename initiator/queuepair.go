@@ -208,16 +208,12 @@ func putRange(b []byte, blocks uint32, lba uint64) uint32 {
 	return rangeListSize
 }
 
-// poll posts the pushed commands and handles responses.
+// poll handles responses, and sends requests that waited for a slot with the next flush.
 func (p *queuePair) poll() int {
 	if p.lost {
 		return 0
 	}
-	n, err := p.sq.Flush()
-	if err != nil {
-		p.fail(err)
-		return n
-	}
+	n := 0
 	if p.sq.Outstanding() > 0 {
 		n += p.answers()
 	}
@@ -230,6 +226,18 @@ func (p *queuePair) poll() int {
 	for p.waiting.head != nil && p.push(p.waiting.head) {
 		p.waiting.pop()
 		n++
+	}
+	return n
+}
+
+// flush posts the pushed commands.
+func (p *queuePair) flush() int {
+	if p.lost {
+		return 0
+	}
+	n, err := p.sq.Flush()
+	if err != nil {
+		p.fail(err)
 	}
 	return n
 }

@@ -15,6 +15,9 @@ import (
 // opDirect is the operation of a request that has a command of its own.
 const opDirect block.Op = 0xFF
 
+// maxReport is the longest reservation report in bytes.
+const maxReport = 4096
+
 // direct is the command of such a request. It is sent once: what an association that is lost
 // has made of it cannot be known. The lane that has the request sets err.
 type direct struct {
@@ -117,8 +120,8 @@ func checkReservation(cmd *nvme.Command, n int) error {
 	want := nvme.ReservationKeys
 	switch op := cmd.Opcode(); op {
 	case nvme.OpReservationReport:
-		if uint64(n) != cmd.ReservationReportLength() || n > MaxQuery {
-			return &QueryError{fmt.Sprintf("%d bytes of a reservation report; the command says %d, and there are at most %d", n, cmd.ReservationReportLength(), MaxQuery)}
+		if uint64(n) != cmd.ReservationReportLength() || n > maxReport {
+			return &QueryError{fmt.Sprintf("%d bytes of a reservation report; the command says %d, and there are at most %d", n, cmd.ReservationReportLength(), maxReport)}
 		}
 		return nil
 	case nvme.OpReservationRegister, nvme.OpReservationAcquire:

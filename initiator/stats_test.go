@@ -41,6 +41,7 @@ func TestDurations(t *testing.T) {
 			q.Submit(reqs)
 			for got := 0; got < len(reqs); {
 				l.Poll()
+				l.Flush()
 				got += q.Reap(results)
 			}
 		}
@@ -168,7 +169,7 @@ func TestTimedRequestsAllocateNothing(t *testing.T) {
 			for range 20 {
 				q.Submit(reqs)
 				for got := 0; got < len(reqs); {
-					if l.Poll() == 0 {
+					if l.Poll()+l.Flush() == 0 {
 						runtime.Gosched() // there is one processor meanwhile
 					}
 					got += q.Reap(results)

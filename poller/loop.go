@@ -88,7 +88,8 @@ type Loop struct {
 	bufs     *uring.BufRing // nil: no READ_MULTISHOT
 	quarter  int            // a quarter of the size of the submission queue
 	sources  []Source
-	flights  []Flight // the sources that implement Flight
+	flushers []Flusher // the sources that implement Flusher
+	flights  []Flight  // the sources that implement Flight
 	handlers [maxHandlers]Handler
 	last     int // slot that was assigned last
 	handled  int // number of handlers, without watches
@@ -310,10 +311,14 @@ func (l *Loop) Wake() {
 	l.waking.Add(-1)
 }
 
-// Attach adds a source. Sources are polled in the order in which they were attached. Only
-// the loop may call it; a source may attach others.
+// Attach adds a source. Sources are polled in the order in which they were attached, and
+// those that are Flushers then flushed in that order. Only the loop may call it; a source
+// may attach others.
 func (l *Loop) Attach(s Source) {
 	l.sources = append(l.sources, s)
+	if f, ok := s.(Flusher); ok {
+		l.flushers = append(l.flushers, f)
+	}
 	if f, ok := s.(Flight); ok {
 		l.flights = append(l.flights, f)
 	}
@@ -323,6 +328,7 @@ func (l *Loop) Attach(s Source) {
 // a source may detach itself.
 func (l *Loop) Detach(s Source) {
 	l.sources = slices.DeleteFunc(l.sources, func(have Source) bool { return have == s })
+	l.flushers = slices.DeleteFunc(l.flushers, func(have Flusher) bool { return have == s })
 	l.flights = slices.DeleteFunc(l.flights, func(have Flight) bool { return have == s })
 }
 
@@ -444,11 +450,15 @@ func (l *Loop) dispatch() int {
 	return n
 }
 
-// poll polls every source once. A source may attach and detach sources meanwhile.
+// poll polls every source once, and then flushes. A source may attach and detach sources
+// meanwhile.
 func (l *Loop) poll() int {
 	n := 0
 	for i := 0; i < len(l.sources); i++ {
 		n += l.sources[i].Poll()
+	}
+	for i := 0; i < len(l.flushers); i++ {
+		n += l.flushers[i].Flush()
 	}
 	return n
 }

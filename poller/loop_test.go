@@ -300,6 +300,46 @@ func TestWake(t *testing.T) {
 	}
 }
 
+// collector is a source that posts what other sources hand to it.
+type collector struct {
+	source
+	collected, posted int
+}
+
+func (c *collector) Flush() int {
+	n := c.collected
+	c.collected = 0
+	c.posted += n
+	return n
+}
+
+// TestFlush hands work to a source that was attached before: it is posted in the same pass.
+func TestFlush(t *testing.T) {
+	l := newLoop(t, Config{})
+	on(t, l, func() {
+		c := &collector{}
+		work := 0
+		s := &source{poll: func() int {
+			n := work
+			c.collected += n
+			work = 0
+			return n
+		}}
+		l.Attach(c)
+		l.Attach(s)
+		work = 3
+		if l.Step(); c.posted != 3 {
+			t.Errorf("posted %d after one pass, want 3", c.posted)
+		}
+		l.Detach(c)
+		work = 2
+		if l.Step(); c.posted != 3 {
+			t.Errorf("posted %d, want 3: a detached source was flushed", c.posted)
+		}
+		l.Detach(s)
+	})
+}
+
 // TestWakeWindows publishes and wakes at each point where the loop has just looked in
 // vain: after every Poll that found no work, in Arm, and before. The loop waits
 // meanwhile, so the test does not depend on chance.

@@ -27,6 +27,16 @@ type Source interface {
 	Arm() Readiness
 }
 
+// Flusher is a Source that collects what other sources hand to it while they are polled,
+// and posts all of it in one call. The order in which the sources were attached does not
+// matter then: what one source hands to another is posted in the same pass.
+type Flusher interface {
+	Source
+	// Flush is called after every source was polled. It posts what was collected,
+	// without blocking, and returns the number of things posted.
+	Flush() int
+}
+
 // Flight is a Source that knows for what it waits. While InFlight is true, the loop may
 // poll for a limited time before it arms the sources. If an answer usually comes soon,
 // this saves the event, the sleep and the wake-up.

@@ -185,6 +185,24 @@ type logRequest struct {
 // maxLog is the longest log page that is read.
 const maxLog = 16 << 20
 
+// pieceOfLog is how many bytes of a log page to read with one command. It is as much as
+// possible: Linux' target says that it can return a page from the middle, and returns the
+// beginning.
+func (a *asked) pieceOfLog(length int) (int, error) {
+	if length <= nvme.IdentifySize {
+		return length, nil
+	}
+	page, err := a.identify(nvme.CNSController, 0)
+	if err != nil {
+		return 0, err
+	}
+	most := min(length, initiator.MaxQuery)
+	if mdts := nvme.IdentifyControllerAt(page).MaxTransfer(0); mdts > 0 { // of the smallest page that there is
+		most = int(min(uint64(most), mdts))
+	}
+	return most, nil
+}
+
 // readLog reads a log page, piece by piece. Only the last piece clears the event that
 // announced it, if the request says so.
 func (a *asked) readLog(r logRequest) ([]byte, error) {
@@ -194,9 +212,13 @@ func (a *asked) readLog(r logRequest) ([]byte, error) {
 	if r.byIndex && r.length > initiator.MaxQuery {
 		return nil, usage(fmt.Errorf("length %d of a log page by index: want at most %d", r.length, initiator.MaxQuery))
 	}
+	most, err := a.pieceOfLog(r.length)
+	if err != nil {
+		return nil, err
+	}
 	var log []byte
 	for len(log) < r.length {
-		n := min(r.length-len(log), initiator.MaxQuery)
+		n := min(r.length-len(log), most)
 		last := len(log)+n == r.length
 		var cmd nvme.Command
 		cmd.SetGetLogPage(r.lid, r.nsid, uint32(n), r.offset+uint64(len(log)), r.rae || !last)

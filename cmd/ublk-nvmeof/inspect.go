@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 )
 
@@ -171,7 +172,7 @@ func (a *asked) readANALog(id *nvme.IdentifyController, groupsOnly bool) ([]byte
 // more room for groups than it has groups.
 func (a *asked) readGroups(r logRequest, most uint64) (log []byte, parsed nvme.ANALog, err error) {
 	for uint64(len(log)) < most {
-		r.offset, r.length = uint64(len(log)), int(min(nvme.IdentifySize, (most-uint64(len(log))+3)&^3))
+		r.offset, r.length = uint64(len(log)), int(min(initiator.MaxQuery, (most-uint64(len(log))+3)&^3))
 		piece, qerr := a.readLog(r)
 		if qerr != nil {
 			if err == nil || !refusedBy(qerr) {

@@ -91,7 +91,7 @@ func TestScriptsForNVMe(t *testing.T) {
 			live := i.ok(append(args, "-o", "json")...)
 			for _, p := range paths {
 				// The golden files have servers that are not connected, of which less is known.
-				if err := reads([]byte(golden), p, true); err != nil {
+				if err := reads(golden, p, true); err != nil {
 					t.Errorf("%s: golden file of %s: %v", s.name, command, err)
 				}
 				if err := reads([]byte(live), p, false); err != nil {

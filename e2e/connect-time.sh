@@ -1,0 +1,39 @@
+#!/bin/bash
+# connect-time.sh [ROUNDS]: how long nvme connect and ublk-nvmeof connect take until a block of
+# the new device has been read, in turns, with the same queues. It runs in the VM:
+#
+#	build/vm --kernel 7.3 --mtu 4200 -- e2e/connect-time.sh
+#
+# For each number of queues, the third line has the medians.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/build:$PATH
+. e2e/lab.sh
+rounds=${1:-9}
+lab_target
+modprobe -a nvme-rdma ublk_drv
+
+now() { echo $(($(date +%s%N) / 1000000)); }
+block() { until dd if="$1" of=/dev/null bs=4096 count=1 iflag=direct status=none 2>/dev/null; do :; done; }
+median() { printf '%s\n' "$@" | sort -n | sed -n "$(((rounds + 1) / 2))p"; }
+
+for queues in 1 4; do
+	with=(-t rdma -a "$LAB_ADDR" -s "$LAB_PORT" -n "$LAB_NQN" -i "$queues")
+	kernel=() ours=()
+	for ((i = 0; i < rounds; i++)); do
+		t=$(now)
+		nvme connect "${with[@]}" >/dev/null
+		block /dev/nvme0n1
+		kernel+=($(($(now) - t)))
+		nvme disconnect -n "$LAB_NQN" >/dev/null
+		t=$(now)
+		ublk-nvmeof connect "${with[@]}" --device-id 0 >/dev/null
+		block /dev/ublkb0
+		ours+=($(($(now) - t)))
+		ublk-nvmeof disconnect -n "$LAB_NQN" >/dev/null
+	done
+	echo "nvme connect, ms:        ${kernel[*]}"
+	echo "ublk-nvmeof connect, ms: ${ours[*]}"
+	echo "$queues queues, medians of $rounds: nvme connect $(median "${kernel[@]}") ms, ublk-nvmeof connect $(median "${ours[@]}") ms"
+done
+lab_clean
