@@ -58,7 +58,11 @@ type keys struct{ host, controller *auth.Key }
 func keysOf(o *options.Connect) keys { return keys{o.Secret, o.ControllerSecret} }
 
 // keysFrom returns the keys of a recorded server.
-func keysFrom(s state.Secrets) (k keys, err error) {
+func keysFrom(r state.Record) (k keys, err error) {
+	s, err := r.Secrets()
+	if err != nil {
+		return k, err
+	}
 	for _, f := range []struct {
 		text string
 		key  **auth.Key

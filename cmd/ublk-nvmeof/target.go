@@ -82,7 +82,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	log := &logFile{}
 	cfg := targetserver.Config{
 		Options: x.opts, RunDir: dir,
-		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: level, ReplaceAttr: journalAttr})),
+		Log: foregroundLog(log, level),
 	}
 	if x.readyFD < 0 {
 		cfg.Ready = func(s targetserver.Status) error {

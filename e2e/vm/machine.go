@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,7 +26,9 @@ const (
 	initLimit    = 60 * time.Second // from QEMU's start to the first word of the guest; usual: 2 to 5 s
 	readyLimit   = 60 * time.Second // from there to the command's start; usual: 1 s
 	dumpTime     = 5 * time.Second  // for the guest to print its blocked tasks after a timeout
-	tailLines    = 80               // of the console, shown when the VM fails
+	// shutdownLimit is for systemd to stop all services. Its own limit for one of them is 90 s.
+	shutdownLimit = 4 * time.Minute
+	tailLines     = 80 // of the console, shown when the VM fails
 )
 
 // machine is one virtual machine to be. Its fields are set once.
@@ -120,6 +123,11 @@ func (m *machine) boot() (int, error) {
 				code, err := strconv.Atoi(string(f.payload))
 				if err != nil {
 					return exitVM, fmt.Errorf("exit code: %w", err)
+				}
+				if m.guest.Systemd {
+					if err := q.awaitShutdown(m, shutdownLimit); err != nil {
+						return cmp.Or(code, exitVM), err
+					}
 				}
 				return code, nil
 			}
@@ -356,6 +364,25 @@ func (q *qemu) kill() {
 	_ = q.cmd.Wait()
 	q.readers.Wait()
 	q.control.Close()
+}
+
+// awaitShutdown waits until the guest has reset itself: the machine ends at a reset. If it
+// has not, the console shows its blocked tasks.
+func (q *qemu) awaitShutdown(m *machine, limit time.Duration) error {
+	alarm := time.NewTimer(limit)
+	defer alarm.Stop()
+	for {
+		select {
+		case _, ok := <-q.frames:
+			if !ok {
+				return nil
+			}
+		case <-alarm.C:
+			_ = writeFrame(q.control, frameDump, nil) // the agent may have ended
+			q.drain(m, dumpTime)
+			return fmt.Errorf("the machine did not shut down within %v%s", limit, q.said())
+		}
+	}
 }
 
 // ended is how QEMU, which has closed the control port, ended, and what was said

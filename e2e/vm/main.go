@@ -30,6 +30,10 @@ Inside the VM:
   - every module of the kernel, for modprobe; configfs, debugfs, cgroup2 mounted
   - eth0 with the address 10.0.2.15/24 and no other host on its network
   - nothing on standard input
+  - with --systemd SCRIPT: systemd as the first process, as on an ordinary
+    machine, but without the host's enabled units. SCRIPT runs before systemd
+    does, and the command beside it. When the command has ended, the machine is
+    shut down, which must succeed too.
 
 Exit code: the command's own (128+n when signal n ended it), 124 when --timeout
 ended it, 125 when the VM failed; the console's last lines then say more.
@@ -48,7 +52,10 @@ const (
 )
 
 func main() {
-	if os.Getpid() == 1 {
+	switch {
+	case os.Args[0] == agentName:
+		agentMain() // does not return
+	case os.Getpid() == 1:
 		guestMain() // does not return
 	}
 	code, err := hostMain(os.Args[1:])
@@ -76,6 +83,7 @@ type options struct {
 	env      []string
 	verbose  bool
 	fetch    bool
+	systemd  string
 	command  []string
 }
 
@@ -106,6 +114,7 @@ func parseOptions(args []string) (options, error) {
 		o.env = append(o.env, s)
 		return nil
 	})
+	fs.StringVar(&o.systemd, "systemd", "", "make systemd the first process, after this `script` has run")
 	fs.BoolVar(&o.verbose, "v", false, "show the console and the boot time on standard error")
 	fs.BoolVar(&o.fetch, "fetch", false, "only make sure that the kernel is in the cache")
 	if err := fs.Parse(args); err != nil {
@@ -161,6 +170,12 @@ func hostMain(args []string) (int, error) {
 	}
 	if g.Dir, err = os.Getwd(); err != nil {
 		return exitVM, err
+	}
+	if o.systemd != "" {
+		g.Systemd = true
+		if g.Before, err = filepath.Abs(o.systemd); err != nil {
+			return exitVM, err
+		}
 	}
 	if o.out != "" {
 		if g.Out, err = filepath.Abs(o.out); err != nil {

@@ -18,6 +18,8 @@ const (
 	prometheus = "github.com/prometheus/client_golang"
 	exposition = "github.com/prometheus/common"
 	yaml       = "go.yaml.in/yaml/v2"
+	gosystemd  = "github.com/coreos/go-systemd/v22"
+	godbus     = "github.com/godbus/dbus/v5"
 	testscript = "github.com/rogpeppe/go-internal/testscript"
 )
 
@@ -83,7 +85,7 @@ var table = map[string]row{
 		"auth",
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
@@ -105,7 +107,7 @@ var table = map[string]row{
 		"auth", "block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state",
+		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"block/null", "vhost/vhosttest"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
@@ -113,8 +115,9 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", "internal/hostmem", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
-	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/state":   {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/rundir":  {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/systemd": {may: []string{gosystemd, godbus, sys}},
 }

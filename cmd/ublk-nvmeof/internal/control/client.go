@@ -59,6 +59,14 @@ func (c *Client) HandOver(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/handover", nil, nil)
 }
 
+// Replace has a server that a service manager runs start program in its place. It returns
+// the process id of the new server when that has begun to take over.
+func (c *Client) Replace(ctx context.Context, program string) (pid int, err error) {
+	var a replaceAnswer
+	err = c.Do(ctx, http.MethodPost, "/v1/replace", replaceRequest{program}, &a)
+	return a.PID, err
+}
+
 // Query asks the controller. The error is an *exit.Error if the server or the controller
 // refused.
 func (c *Client) Query(ctx context.Context, q Query) (QueryResult, error) {

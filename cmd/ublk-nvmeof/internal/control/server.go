@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -35,6 +36,21 @@ type Controlled interface {
 	Rescan(ctx context.Context) error
 	// Reauthenticate authenticates the connection again.
 	Reauthenticate(ctx context.Context, r Reauthentication) error
+}
+
+// Replaceable is a Controlled that can start another build of the program in its place.
+type Replaceable interface {
+	// Replace starts program, and returns its process id when it has begun to take over.
+	// An error means that nothing has changed.
+	Replace(ctx context.Context, program string) (pid int, err error)
+}
+
+type replaceRequest struct {
+	Program string `json:"program"`
+}
+
+type replaceAnswer struct {
+	PID int `json:"pid"`
 }
 
 type disconnectRequest struct {
@@ -180,6 +196,9 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 			Answer(w, http.StatusOK, struct{}{})
 		})
 	}
+	if r, ok := c.(Replaceable); ok {
+		mux.HandleFunc("POST /v1/replace", func(w http.ResponseWriter, req *http.Request) { replace(w, req, r) })
+	}
 	srv := &http.Server{
 		Handler:        mux,
 		ReadTimeout:    readTimeout,
@@ -188,6 +207,24 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	}
 	srv.SetKeepAlivesEnabled(false) // each request has a connection of its own
 	return srv
+}
+
+func replace(w http.ResponseWriter, req *http.Request, r Replaceable) {
+	var body replaceRequest
+	err := json.NewDecoder(http.MaxBytesReader(w, req.Body, maxBody)).Decode(&body)
+	if err == nil && !filepath.IsAbs(body.Program) {
+		err = fmt.Errorf("program %q: want an absolute path", body.Program)
+	}
+	if err != nil {
+		answerError(w, exit.Errorf(exit.Usage, "replace: %v", err))
+		return
+	}
+	pid, err := r.Replace(context.WithoutCancel(req.Context()), body.Program)
+	if err != nil {
+		answerError(w, err)
+		return
+	}
+	Answer(w, http.StatusOK, replaceAnswer{pid})
 }
 
 // answerError writes the error of a request that was refused.

@@ -5,6 +5,8 @@
 //	GET  /metrics                        → 200 the same for Prometheus (docs/metrics.md)
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
+//	POST /v1/replace {"program": "/path"} → 200 with the process id of the new server, when
+//	                                        it has begun to take over
 //	POST /v1/query Query                 → 200 QueryResult
 //	POST /v1/reservation Reservation     → 200 QueryResult
 //	POST /v1/reset                       → 200 when the controller is connected again
@@ -25,6 +27,9 @@ type Status struct {
 	SchemaVersion int    `json:"schema_version"`
 	Name          string `json:"name"`
 	PID           int    `json:"pid"`
+
+	// Managed says that a service manager runs the server.
+	Managed bool `json:"managed,omitempty"`
 
 	Transport  string `json:"transport"`
 	TrAddr     string `json:"traddr"`

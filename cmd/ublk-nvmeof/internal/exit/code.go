@@ -63,6 +63,16 @@ func (c Code) String() string {
 	return fmt.Sprintf("exit code %d", int(c))
 }
 
+// MayPass reports whether the cause may pass without a change of the command line or of
+// this machine: the target is not there, or does not serve this host yet.
+func (c Code) MayPass() bool {
+	switch c {
+	case NoRDMA, Unreachable, Rejected, UnknownSubsys, HostNotAllowed, Timeout, Negotiation, NotFound:
+		return true
+	}
+	return false
+}
+
 // Table returns all codes with their meanings, one in a line, for --help.
 func Table() string {
 	var b strings.Builder

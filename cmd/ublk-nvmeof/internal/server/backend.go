@@ -11,6 +11,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/nvme"
@@ -96,6 +97,8 @@ type backend struct {
 	list         func(context.Context) ([]ublk.Info, error)
 	remove       func(context.Context, ublk.Info) error
 	abandon      func(ctx context.Context, info ublk.Info, force bool) error
+	uevent       func(name string) error             // makes udev process a block device again
+	stopping     func(context.Context) (bool, error) // the machine is being shut down
 }
 
 // actual is the backend outside of tests.
@@ -141,10 +144,12 @@ var actual = backend{
 		}
 		return ublkDevice{d}, nil
 	},
-	get:     ublk.Get,
-	list:    ublk.List,
-	remove:  ublk.Remove,
-	abandon: ublk.Abandon,
+	get:      ublk.Get,
+	list:     ublk.List,
+	remove:   ublk.Remove,
+	abandon:  ublk.Abandon,
+	uevent:   host.Uevent,
+	stopping: systemd.ShuttingDown,
 }
 
 // explainedLoop makes a loop. Its error names the limit that the loop exceeds.

@@ -65,6 +65,10 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 		return errors.Join(err, s.record.removeDevices(s.recordOf(ns, d)))
 	}
 	s.addServing(ns, d)
+	// udev may have looked for the record before it existed.
+	if err := s.back.uevent(d.Record().Name()); err != nil {
+		s.log.Warn("udev is not told of the device's names", "device", d.Record().Path(), "error", err)
+	}
 	return nil
 }
 
@@ -76,7 +80,7 @@ func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	}
 	var records []state.Device
 	for _, ns := range chosen {
-		records = append(records, describeRecord(ns, s.nbd.exportOf(ns, s.opts.NQN).record))
+		records = append(records, s.described(ns, s.nbd.exportOf(ns, s.opts.NQN).record))
 	}
 	if err := s.record.addDevices(records...); err != nil {
 		return errors.Join(err, s.record.removeDevices(records...))
@@ -179,7 +183,16 @@ func (s *server) mind(v *serving) {
 }
 
 // recordOf returns the record of a device.
-func (s *server) recordOf(ns namespace, d device) state.Device { return describeRecord(ns, d.Record()) }
+func (s *server) recordOf(ns namespace, d device) state.Device { return s.described(ns, d.Record()) }
+
+// described adds to the record of a device what the device is.
+func (s *server) described(ns namespace, d state.Device) state.Device {
+	r := describeRecord(ns, d)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.Model, r.Serial = s.info.Model, s.info.Serial
+	return r
+}
 
 // describeRecord adds to the record of a device the identity of its namespace and the
 // properties that its users see.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,6 +61,7 @@ type world struct {
 	connected    initiator.Config
 	changed      func(namespace, initiator.Change)
 	started      []ublk.Config
+	stopping     func() bool   // the machine is being shut down; nil: it is not
 	connecting   chan struct{} // closed when connect is called; it then waits for its context
 }
 
@@ -136,6 +138,8 @@ func (w *world) backend() backend {
 			}
 			return ublk.Info{}, ublk.ErrNoDevice
 		},
+		uevent:   func(string) error { return nil },
+		stopping: func(context.Context) (bool, error) { return w.stopping != nil && w.stopping(), nil },
 		remove: func(_ context.Context, i ublk.Info) error {
 			w.note("remove %d", i.ID)
 			delete(w.left, i.ID)
@@ -218,7 +222,9 @@ func (w *world) namespace(id uint32) namespace {
 
 // described is a device of a namespace, as it is on record.
 func (w *world) described(id uint32, d state.Device) state.Device {
-	return describeRecord(w.namespace(id), d)
+	r := describeRecord(w.namespace(id), d)
+	r.Model = "M"
+	return r
 }
 
 type disk struct {
@@ -259,9 +265,10 @@ type fakeController struct {
 	done    chan struct{}
 	aborted chan struct{}
 	once    sync.Once
-	hang    bool                   // in Close
-	keys    *initiator.Credentials // of the last Reauthenticate
-	reauth  error                  // its error
+	hang    bool                      // in Close
+	keys    *initiator.Credentials    // of the last Reauthenticate
+	reauth  error                     // its error
+	lost    atomic.Pointer[time.Time] // when the target was lost; nil: it is there
 }
 
 func (c *fakeController) Info() initiator.Info {
@@ -275,6 +282,9 @@ func (c *fakeController) Info() initiator.Info {
 	if c.reason != nil {
 		i.State, i.Reason = initiator.StateDead, c.reason
 		return i
+	}
+	if t := c.lost.Load(); t != nil {
+		i.State, i.Since = initiator.StateConnecting, *t
 	}
 	i.CNTLID, i.Version, i.Model, i.QueueSize, i.Plan, i.InCapsule, i.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
 	return i

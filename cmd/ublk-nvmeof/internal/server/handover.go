@@ -51,6 +51,7 @@ func (s *server) handOver(ctx context.Context) error {
 	}
 	wg.Wait()
 	s.leaveInOrder(ctx, all)
+	s.heir.takesOver(s)
 	s.finish(nil)
 	return nil
 }

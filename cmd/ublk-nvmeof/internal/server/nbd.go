@@ -42,7 +42,7 @@ func (s *server) openNBD() error {
 	if s.nbd != nil {
 		return nil
 	}
-	secure, err := s.opts.TLSConfig()
+	secure, err := s.secure()
 	if err != nil {
 		return err
 	}
@@ -96,6 +96,9 @@ func (n *nbdServer) accept() {
 // bindNBD listens at the address where NBD clients look for this server. It refuses an
 // address where clients of a dead server may look for that server.
 func (s *server) bindNBD() (net.Listener, error) {
+	if s.cfg.Listener != nil {
+		return s.cfg.Listener, nil
+	}
 	address, err := s.nbdAddress()
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 )
@@ -18,7 +19,7 @@ func (s *server) Status() control.Status {
 	defer s.mu.Unlock()
 	o := s.opts
 	out := control.Status{
-		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(),
+		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(), Managed: systemd.Managed(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), HostIface: o.HostIface, Context: o.Context, Owner: o.Owner,
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,

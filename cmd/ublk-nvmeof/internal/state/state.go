@@ -113,6 +113,9 @@ type Device struct {
 	NGUID string `json:"nguid,omitempty"` // hexadecimal
 	EUI64 string `json:"eui64,omitempty"` // hexadecimal
 	Told  Told   `json:"told,omitzero"`
+	// Model and Serial are those of the controller when the device was made.
+	Model  string `json:"model,omitempty"`
+	Serial string `json:"serial,omitempty"`
 }
 
 // Told holds the properties of a device that its users saw when it was made. Users may not
