@@ -47,7 +47,7 @@ func TryUDP(ctx context.Context, local netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
-	defer server.Close()
+	defer func() { _ = server.Close() }()
 	dialer := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.AddrPortFrom(local.Addr(), 0))}
 	client, err := dialer.DialContext(ctx, "udp", local.String())
 	if err != nil {
