@@ -139,9 +139,9 @@ func (w *worker) Poll() (n int) {
 	return n
 }
 
-// Arm asks the guest to kick. It implements poller.Source.
+// Arm asks the guest to kick. After a fault it returns no answer, so the loop polls again. It
+// implements poller.Source.
 func (w *worker) Arm() (ready poller.Readiness) {
-	ready = poller.Busy // after a fault
 	defer w.guard(nil)
 	if len(w.reqs) > 0 {
 		return poller.Busy
