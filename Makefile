@@ -12,6 +12,8 @@
 #	                opened its port, on KERNELS
 #	make soak-native  random faults for MINUTES=15 on this machine (root), without a VM,
 #	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
+#	make vhost      a QEMU guest on a vhost-user-blk disk, whose server is upgraded UPGRADES=2 and
+#	                killed KILLS=3 times below it, on this machine with KERNEL, without a module
 #	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
 #	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
@@ -26,6 +28,8 @@ BENCH   ?=
 VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
+KILLS   ?= 3
+UPGRADES ?= 2
 SOAKFLAGS ?=
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -47,7 +51,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -106,6 +110,9 @@ soak: build
 soak-native: build
 	go -C e2e build -o ../build/soak ./soak
 	e2e/soak-native.sh -minutes $(MINUTES) $(SOAKFLAGS)
+
+vhost: build
+	e2e/vhost.sh build/ublk-nvmeof build/vm $(KERNEL) $(KILLS) $(UPGRADES)
 
 frozen: build
 	for k in $(KERNELS); do e2e/frozen.sh $$k; done
