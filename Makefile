@@ -13,6 +13,8 @@
 #	                opened its port, on KERNELS
 #	make soak-native  random faults for MINUTES=15 on this machine (root), without a VM,
 #	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
+#	make vhost      a QEMU guest on a vhost-user-blk disk, whose server is upgraded UPGRADES=2 and
+#	                killed KILLS=3 times below it, on this machine with KERNEL, without a module
 #	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
 #	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
@@ -33,6 +35,8 @@ VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
 SERVICE ?= boot life
+KILLS   ?= 3
+UPGRADES ?= 2
 SOAKFLAGS ?=
 
 NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
@@ -61,7 +65,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench deb package static test-service lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench deb package static test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -123,6 +127,9 @@ soak: build
 soak-native: build
 	go -C e2e build -o ../build/soak ./soak
 	e2e/soak-native.sh -minutes $(MINUTES) $(SOAKFLAGS)
+
+vhost: build
+	e2e/vhost.sh build/ublk-nvmeof build/vm $(KERNEL) $(KILLS) $(UPGRADES)
 
 frozen: build
 	for k in $(KERNELS); do e2e/frozen.sh $$k; done

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The guest of e2e/vhost.sh: one step, by name.
+# The guest of e2e/vhost.sh: one step, by name, and two times in seconds.
 set -eu
 for module in virtio_blk ext4 xfs; do modprobe $module; done
 for _ in $(seq 100); do [ -b /dev/vda ] && break; sleep 0.1; done
@@ -54,8 +54,14 @@ first)
 	xfs_repair -n /dev/vda >/dev/null 2>&1
 	;;
 load)
-	echo "load begins"
-	verify /dev/vda "--time_based --runtime=45"
+	echo "upgrades begin"
+	verify /dev/vda "--time_based --runtime=$2"
+	echo "kills begin"
+	verify /dev/vda "--time_based --runtime=$3"
+	;;
+kills)
+	echo "kills begin"
+	verify /dev/vda "--time_based --runtime=$3"
 	;;
 again)
 	verify /dev/vda

@@ -323,13 +323,70 @@ func TestStopWithRequests(t *testing.T) {
 	if _, _, ok := r.Reap(); ok {
 		t.Error("a request of a device that was reset was completed")
 	}
-	g.Conn.Close()
-	g.Reset()
-	if err := g.Connect(s.path); err != nil {
+	// The guest begins anew, with the same record.
+	r.Begin()
+	if err := r.Start(); err != nil {
 		t.Fatal(err)
 	}
 	startWrite(r, 5, 3)
 	finish(t, r, 1)
+}
+
+// TestStopWhileResubmitting stops a ring whose requests of an earlier server have not all
+// been executed again.
+func TestStopWhileResubmitting(t *testing.T) {
+	disk := newHeld(newRAM(t, block.Geometry{}))
+	s := newHeldServer(t, disk)
+	g := connect(t, s, vhosttest.Config{Ack: true})
+	r := g.Rings[0]
+	disk.hold()
+	for i := range uint64(5) {
+		startWrite(r, i, 1)
+	}
+	disk.await(t, 5)
+	g.Conn.Close()
+	loops := newLoops(t, 1)
+	disk2 := newHeld(disk.Device)
+	disk2.wake = func() { loops[0].Wake() }
+	s2 := newServer(t, Config{Device: disk2, Loops: loops, Depth: 2})
+	disk2.hold()
+	if err := g.Connect(s2.path); err != nil {
+		t.Fatal(err)
+	}
+	disk2.await(t, 2)
+	go func() {
+		for stopping := false; !stopping; {
+			_ = loops[0].Call(func() { stopping = s2.workers[0].rings[0].stopping })
+		}
+		disk2.release()
+	}()
+	if base, err := r.Stop(); err != nil || base != 5 {
+		t.Errorf("base %d, %v", base, err)
+	}
+	finish(t, r, 5)
+	disk.release()
+}
+
+// TestNoNotifyOfDeadServer begins with a ring in which a server that has died had told the
+// guest not to kick.
+func TestNoNotifyOfDeadServer(t *testing.T) {
+	s := newServer(t, Config{Device: newRAM(t, block.Geometry{})})
+	g := newGuest(t, vhosttest.Config{Features: ^uint64(vhosttest.FeatEventIdx), Ack: true})
+	g.Mem[g.Rings[0].Used] = 1
+	if err := g.Connect(s.path); err != nil {
+		t.Fatal(err)
+	}
+	limit := time.After(20 * time.Second)
+	for g.Rings[0].MustNotKick() {
+		select {
+		case <-limit:
+			t.Fatal("the guest must not kick")
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if got := do(t, g.Rings[0], vhosttest.In, 0, 512); got != vhosttest.OK {
+		t.Fatalf("status %d", got)
+	}
 }
 
 // TestHandOver hands a front end over to another server with requests in flight.

@@ -191,6 +191,10 @@ func (t *track) restore(usedIdx uint16) (heads []uint16, counter uint64, err err
 func (t *track) finishBatch(usedIdx uint16) error {
 	h := t.head
 	n := usedIdx - h.usedIdx
+	if int(n) > len(t.entries) && !slices.ContainsFunc(t.entries, func(e trackEntry) bool { return e.inflight != 0 }) {
+		h.usedIdx = usedIdx // the guest has begun anew
+		return nil
+	}
 	if int(n) > len(t.entries) {
 		return fmt.Errorf("the used ring is at %d, and the area of requests in flight at %d", usedIdx, h.usedIdx)
 	}
@@ -212,6 +216,14 @@ func (t *track) take(head uint16, counter uint64) {
 	e := &t.entries[head]
 	atomic.StoreUint64(&e.counter, counter)
 	e.inflight = 1
+}
+
+// reset records that no request is in flight, and that the ring begins anew.
+func (t *track) reset() {
+	for i := range t.entries {
+		t.entries[i].inflight = 0
+	}
+	t.head.version = 0
 }
 
 // link adds a request to the batch that the next publish makes visible.

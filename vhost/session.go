@@ -180,7 +180,12 @@ func (n *session) serve(messages <-chan *message) error {
 		case <-n.failed:
 			return n.err
 		case <-n.hungUp:
-			return n.read
+			select {
+			case <-n.failed: // the reader has ended for the same reason
+				return n.err
+			default:
+				return n.read
+			}
 		}
 	}
 }

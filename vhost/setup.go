@@ -393,8 +393,7 @@ func (n *session) resetDevice() error {
 			continue
 		}
 		err := n.on(i, func(w *worker) error {
-			w.abandon(f.served)
-			w.stop(f.served)
+			w.reset(f.served)
 			return nil
 		})
 		if err != nil {

@@ -76,8 +76,10 @@ func (r *vring) locate(m *memory, a vringAddr) error {
 // begin reads the state of the ring. base is the next entry of the available ring, if no
 // record of requests in flight tells it.
 func (r *vring) begin(base uint16) error {
-	r.usedIdx = uint16(atomic.LoadUint32(word(r.used, 0)) >> 16)
+	w := atomic.LoadUint32(word(r.used, 0))
+	r.usedIdx = uint16(w >> 16)
 	r.published, r.lastAvail = r.usedIdx, base
+	r.noNotify = w&usedNoNotify != 0 // a dead server may have left that
 	r.armed = r.lastAvail - 1
 	if r.track == nil {
 		return nil

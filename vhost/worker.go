@@ -139,9 +139,9 @@ func (w *worker) Poll() (n int) {
 	return n
 }
 
-// Arm asks the guest to kick. It implements poller.Source.
+// Arm asks the guest to kick. After a fault it returns no answer, so the loop polls again. It
+// implements poller.Source.
 func (w *worker) Arm() (ready poller.Readiness) {
-	ready = poller.Busy // after a fault
 	defer w.guard(nil)
 	if len(w.reqs) > 0 {
 		return poller.Busy
@@ -190,7 +190,7 @@ func (w *worker) takeAll() int {
 			i -= len(w.rings)
 		}
 		r := w.rings[i]
-		if !r.enabled || r.stopping {
+		if !r.enabled && !(r.stopping && len(r.resubmit) > 0) {
 			continue
 		}
 		k, err := w.takeFrom(r)
@@ -213,7 +213,7 @@ func (w *worker) takeFrom(r *vring) (n int, err error) {
 		}
 		n++
 	}
-	if len(r.resubmit) > 0 {
+	if len(r.resubmit) > 0 || r.stopping {
 		return n, nil
 	}
 	available, err := r.available()
@@ -572,7 +572,8 @@ func (w *worker) cancelCall(r *vring) {
 
 // settle removes a ring that is stopping when nothing of it is in flight any more.
 func (w *worker) settle(r *vring) {
-	if !r.stopping || r.tasks > 0 || r.calling || r.again || w.session != nil && r.published != r.usedIdx {
+	owed := w.session != nil && (r.published != r.usedIdx || len(r.resubmit) > 0)
+	if !r.stopping || owed || r.tasks > 0 || r.calling || r.again {
 		return
 	}
 	w.rings = slices.DeleteFunc(w.rings, func(have *vring) bool { return have == r })
@@ -669,6 +670,16 @@ func (w *worker) serve(r *vring, base uint16) error {
 	w.rings = append(w.rings, r)
 	w.callRing(r)
 	return nil
+}
+
+// reset gives up the requests of a ring, also for later servers, and stops it.
+func (w *worker) reset(r *vring) {
+	if r.track != nil {
+		r.track.reset()
+	}
+	r.resubmit = nil
+	w.abandon(r)
+	w.stop(r)
 }
 
 // stop stops a ring after its requests. Its done is closed then.

@@ -128,15 +128,20 @@ func NewGuest(cfg Config) (*Guest, error) {
 // Reset makes all rings empty, as a driver does when it starts.
 func (g *Guest) Reset() {
 	for _, r := range g.Rings {
-		clear(g.Mem[r.Desc:r.slots])
-		r.availIdx, r.usedIdx, r.free = 0, 0, r.free[:0]
-		for i := int(r.Num)/3 - 1; i >= 0; i-- {
-			r.free = append(r.free, uint16(i))
-		}
+		r.Begin()
 	}
 	if g.track >= 0 {
 		_ = unix.Close(g.track)
 		g.track = -1
+	}
+}
+
+// Begin makes the ring empty.
+func (r *Ring) Begin() {
+	clear(r.guest.Mem[r.Desc:r.slots])
+	r.availIdx, r.usedIdx, r.free = 0, 0, r.free[:0]
+	for i := int(r.Num)/3 - 1; i >= 0; i-- {
+		r.free = append(r.free, uint16(i))
 	}
 }
 
@@ -386,11 +391,14 @@ func (r *Ring) notifyIfWanted(was uint16) {
 		if r.availIdx-event-1 >= r.availIdx-was {
 			return
 		}
-	} else if atomic.LoadUint32(r.guest.word(r.Used))&1 != 0 {
+	} else if r.MustNotKick() {
 		return
 	}
 	r.Notify()
 }
+
+// MustNotKick reports whether the back end has told a guest without event index not to kick.
+func (r *Ring) MustNotKick() bool { return atomic.LoadUint32(r.guest.word(r.Used))&1 != 0 }
 
 // Slot returns the offsets of the header and the data of a slot, for malformed requests.
 func (r *Ring) Slot(i uint16) (header, data uint64) {

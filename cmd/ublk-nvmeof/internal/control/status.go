@@ -162,10 +162,12 @@ type Class struct {
 
 // Device is a block device that the server serves.
 type Device struct {
-	Device string `json:"device"` // ublkb0, nbd0, or an NBD URI
-	NSID   uint32 `json:"nsid"`
-	UUID   string `json:"uuid,omitempty"`
-	Size   uint64 `json:"size"`
+	Device string `json:"device"` // ublkb0, nbd0, an NBD URI, or the path of a vhost-user-blk socket
+	// User is the front end that is connected to a vhost-user-blk socket.
+	User string `json:"user,omitempty"`
+	NSID uint32 `json:"nsid"`
+	UUID string `json:"uuid,omitempty"`
+	Size uint64 `json:"size"`
 	// Used is the part of Size that the target has allocated; nil: unknown.
 	Used        *uint64 `json:"used,omitempty"`
 	BlockSize   uint32  `json:"block_size"`

@@ -302,3 +302,16 @@ func TestMetricsAddress(t *testing.T) {
 		t.Errorf("by default metrics are served at %q", got)
 	}
 }
+
+// TestVhostSocketOwner accepts names and numbers, and gives them again.
+func TestVhostSocketOwner(t *testing.T) {
+	for value, want := range map[string][2]int{"root": {0, -1}, "root:root": {0, 0}, ":root": {-1, 0}, "1000:50": {1000, 50}} {
+		c, f, err := parse(t, "--vhost-socket-owner="+value)
+		if err != nil || c.VhostOwner.UID != want[0] || c.VhostOwner.GID != want[1] {
+			t.Errorf("%s: %+v, %v", value, c.VhostOwner, err)
+		}
+		if got := Args(f); len(got) != 1 || got[0] != "--vhost-socket-owner="+value {
+			t.Errorf("%s: again %q", value, got)
+		}
+	}
+}

@@ -372,6 +372,9 @@ func deviceText(d control.Device) string {
 	if d.UUID != "" {
 		parts = append(parts, "uuid "+d.UUID)
 	}
+	if d.User != "" {
+		parts = append(parts, "used by "+d.User)
+	}
 	return strings.Join(parts, ", ")
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize/english"
+
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"

@@ -168,6 +168,9 @@ func describeDevice(v *serving) control.Device {
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
 		Counters:    v.dev.Counters(),
 	}
+	if d, ok := v.dev.(*vhostDevice); ok {
+		out.User = d.srv.Front()
+	}
 	if v.used != nil {
 		used := v.used()
 		out.Used = &used

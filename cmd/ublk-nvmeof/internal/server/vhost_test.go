@@ -58,6 +58,9 @@ func TestVhostUserBlk(t *testing.T) {
 		t.Errorf("%v, %v", info, err)
 	}
 	g := guestAt(t, path("7"))
+	if s, err := r.client().Status(t.Context()); err != nil || s.Devices[0].User != "" || !strings.HasPrefix(s.Devices[1].User, "process ") {
+		t.Errorf("status: %+v, %v", s, err)
+	}
 	if err := r.client().Disconnect(t.Context(), false); exit.Of(err) != exit.Busy || !strings.Contains(err.Error(), "by process") {
 		t.Errorf("disconnect with a guest: %v", err)
 	}
