@@ -26,7 +26,8 @@ func newReauth(runDir dirFunc) *cobra.Command {
 	cmd.Long += `
 
 After success the keys are used for later connections too, also by recover and upgrade.
-After an error the connection and its keys stay as they were.`
+After an error the keys stay as they were. A target may end the connection then; it is made
+again with those keys.`
 	return cmd
 }
 
