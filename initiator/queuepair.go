@@ -26,6 +26,7 @@ type queuePair struct {
 	waiting   fifo          // requests without a slot
 	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
 	oldest    atomic.Uint32 // age in seconds of the oldest command in flight, as of the last tend
+	reaped    []uint16
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // the next response causes an event
 	lost      bool          // the queue pair failed and is not used any more
@@ -36,6 +37,7 @@ func newQueuePair(a *association, conn *connection, l *lane, class poller.Class,
 	return &queuePair{
 		connection: conn, assoc: a, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
 		requests: make([]*request, conn.sq.Slots()),
+		reaped:   make([]uint16, conn.sq.Slots()),
 	}
 }
 
@@ -218,10 +220,7 @@ func (p *queuePair) poll() int {
 		n += p.answers()
 	}
 	if p.sq.Scarce() && !p.lost {
-		sends, err := p.sq.Reap()
-		if n += sends; err != nil {
-			p.fail(err)
-		}
+		n += p.sends()
 	}
 	for p.waiting.head != nil && p.push(p.waiting.head) {
 		p.waiting.pop()
@@ -269,9 +268,7 @@ func (p *queuePair) answers() int {
 // answer handles the response to the command in a slot.
 func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	c, r := p.lane.ctrl, p.requests[slot]
-	p.sq.Answer(slot)
-	p.requests[slot] = nil
-	errno := uint16(0)
+	r.errno = 0
 	if r.timed {
 		t := &r.timing
 		t.answered = p.lane.stamp()
@@ -280,6 +277,9 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	if status.OK() {
 		r.progress += r.sent
 		if r.progress < r.io.Sectors && r.sent > 0 {
+			// The request keeps its buffer, so the SEND may still read it.
+			p.sq.Answer(slot)
+			p.requests[slot] = nil
 			p.enter(r)
 			return
 		}
@@ -292,24 +292,30 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 			return
 		}
 		if c.mayRetry(p.assoc, r, status) {
-			p.retry(r, status)
+			p.retry(slot, r, status)
 			return
 		}
-		errno = errnoOf(status)
+		r.errno = errnoOf(status)
 		c.reportStatus(r, status)
 		if status.Code() == nvme.StatusInvalidNamespace {
 			p.assoc.lookAtNamespaces() // the event may be lost
 		}
 	}
-	p.finish(r, errno)
+	if p.sq.Answer(slot) {
+		p.requests[slot] = nil
+		p.finish(r, r.errno)
+	}
 }
 
 // retry sends a command again, after the delay that the target requested. It may allocate,
 // because errors are not on the hot path.
-func (p *queuePair) retry(r *request, status nvme.Status) {
+func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
 	r.timing.answered = 0 // the time until the command is sent again is no return
+	// The request keeps its buffer, so the SEND may still read it.
+	p.sq.Answer(slot)
+	p.requests[slot] = nil
 	delay := l.ctrl.retryDelay(p.assoc, status)
 	if delay == 0 {
 		p.enter(r)
@@ -319,6 +325,22 @@ func (p *queuePair) retry(r *request, status nvme.Status) {
 	l.delay(r, delay)
 }
 
+// sends collects completed SENDs.
+func (p *queuePair) sends() int {
+	n, err := p.sq.Reap(p.reaped)
+	for _, slot := range p.reaped[:n] {
+		// A command that is sent again has already left its slot.
+		if r := p.requests[slot]; r != nil {
+			p.requests[slot] = nil
+			p.finish(r, r.errno)
+		}
+	}
+	if err != nil {
+		p.fail(err)
+	}
+	return n
+}
+
 // arm implements the pair's part of poller.Source.
 func (p *queuePair) arm() poller.Readiness {
 	switch {
@@ -326,6 +348,9 @@ func (p *queuePair) arm() poller.Readiness {
 		return poller.Sleep
 	case p.sq.Pending() > 0:
 		return poller.Busy
+	case p.sq.Held() > 0:
+		// A response arrived before the completion of its SEND, which follows soon.
+		return poller.Spin
 	case p.waiting.head != nil && p.sq.Starved():
 		// Completions of SENDs free slots, and cause no event.
 		return poller.Spin
