@@ -74,6 +74,8 @@ func (m *Machine) remedy(code exit.Code) string {
 		return "check -n; \"ublk-nvmeof discover\" shows what this host may use"
 	case exit.HostNotAllowed:
 		return "let the target admit host NQN " + m.Options.HostNQN
+	case exit.NotProved:
+		return "check the keys of host and target (--dhchap-secret, --dhchap-ctrl-secret)"
 	case exit.Timeout:
 		return "check that the target runs, that UDP port 4791 is open on the way, and that the whole path has the MTU of both ends"
 	case exit.NoRDMA:
@@ -90,6 +92,7 @@ func (m *Machine) config(nqn string) initiator.Config {
 	return initiator.Config{
 		Provider: m.probe.provider, Address: m.way.remote, Source: o.SourceAddr, SubNQN: nqn,
 		HostNQN: o.HostNQN, HostID: o.HostID, TOS: o.TOS,
+		Credentials: initiator.Credentials{Host: o.Secret, Controller: o.ControllerSecret},
 	}
 }
 
