@@ -6,16 +6,24 @@
 #	make test-unit  format, vet, unit tests with the race detector, the commands of the README
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
-#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel
+#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel;
+#	                without RUN, also the first part of test-service on one kernel
 #	make soak       the scenarios soak* with N=100 rounds, N/2 crashes of a target with a
 #	                volatile cache, and a target that adds its namespaces 10 s after it has
 #	                opened its port, on KERNELS
 #	make soak-native  random faults for MINUTES=15 on this machine (root), without a VM,
 #	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
+#	make vhost      a QEMU guest on a vhost-user-blk disk, whose server is upgraded UPGRADES=2 and
+#	                killed KILLS=3 times below it, on this machine with KERNEL, without a module
 #	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
 #	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
+#	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
+#	                needs no library and has only RoCEv2
+#	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
+#	                boot to a shutdown with I/O; SERVICE=life is upgrade, stop, late targets,
+#	                connections by hand, and removal
 #	make lint       golangci-lint
 #	make clean      remove everything built except the kernels in build/cache
 
@@ -26,7 +34,17 @@ BENCH   ?=
 VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
+SERVICE ?= boot life
+KILLS   ?= 3
+UPGRADES ?= 2
 SOAKFLAGS ?=
+
+NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
+
+# A version that sorts before the release that it leads to.
+VERSION ?= 0.1.0~$(shell git show -s --date=format:%Y%m%d --format=git%cd.%h)
+DEBS ?= build
+RELEASE = -trimpath -ldflags '-X main.version=$(VERSION)'
 
 GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
@@ -47,7 +65,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native frozen demo demo-vm bench lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench deb package static test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -65,16 +83,17 @@ test-unit: setup
 	go vet ./...
 	go -C e2e vet ./...
 	# Much of it is waiting, so more packages at a time than there may be CPUs.
-	UN_REQUIRE=nbd-clients,netns,promtool go test -race -p 4 -shuffle=on ./...
+	UN_REQUIRE=nbd-clients,netns,prometheus,promtool go test -race -p 4 -shuffle=on ./...
 	# What allocates nothing is to do so without the detector, too, and times count without it.
 	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
 	e2e/readme.sh
 
-# One VM per kernel, all at the same time, because many tests wait most of the time; the short
-# run on Linux 6.1 follows the last of them. Each kernel runs its share of the cases that do not
-# depend on the kernel. The VM has a time limit and shows what hangs.
-test-vm: build
+# One VM per kernel, all at the same time, because many tests wait most of the time. The short
+# run on Linux 6.1 follows the last of them, and the boot of systemd with the package follows
+# the first. Each kernel runs its share of the cases that do not depend on the kernel. The VM has
+# a time limit and shows what hangs.
+test-vm: build package
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
@@ -86,10 +105,12 @@ test-vm: build
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" 2>&1 | \
 			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; \
 	}; \
+	service() { e2e/service-vm.sh $$1 boot 2>&1 | sed -u "s/^/$$1 systemd: /" | tee build/log/systemd.txt; }; \
 	share=0; for k in $(KERNELS); do \
 		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
 		{ code=0; vm $$k '$(RUN)' || code=1; \
-		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
+		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; \
+		[ "$$k $(RUN)" != '$(firstword $(KERNELS)) .' ] || service $$k || code=1; exit $$code; } & \
 		pids+=" $$!"; \
 	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
@@ -107,6 +128,9 @@ soak-native: build
 	go -C e2e build -o ../build/soak ./soak
 	e2e/soak-native.sh -minutes $(MINUTES) $(SOAKFLAGS)
 
+vhost: build
+	e2e/vhost.sh build/ublk-nvmeof build/vm $(KERNEL) $(KILLS) $(UPGRADES)
+
 frozen: build
 	for k in $(KERNELS); do e2e/frozen.sh $$k; done
 
@@ -121,9 +145,26 @@ demo-vm: build
 bench: build
 	go run ./bench $(BENCH)
 
+deb: package static
+
+package:
+	rm -rf build/package $(DEBS)/ublk-nvmeof_*.deb && mkdir -p build/package $(DEBS)
+	go build $(RELEASE) -o build/package/ublk-nvmeof ./cmd/ublk-nvmeof
+	build/package/ublk-nvmeof documentation build/package
+	gzip -9n build/package/man/*.1
+	ARCH=$$(go env GOARCH) VERSION='$(VERSION)' $(NFPM) package -f packaging/nfpm.yaml -p deb -t $(DEBS)/ublk-nvmeof_$(VERSION)_$$(go env GOARCH).deb
+
+static:
+	CGO_ENABLED=0 go build $(RELEASE) -o build/static/ublk-nvmeof ./cmd/ublk-nvmeof
+
+# The newer package is the same program with another version.
+test-service: build package
+	$(MAKE) package DEBS=build/newer VERSION='$(VERSION)+1'
+	for k in $(KERNELS); do for what in $(SERVICE); do e2e/service-vm.sh $$k $$what; done; done
+
 lint:
 	$(GOLANGCI) run ./...
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
 
 clean:
-	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log
+	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log build/package build/static build/newer build/*.deb

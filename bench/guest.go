@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -79,7 +80,7 @@ func (g *guest) fail(ctx context.Context, path, where string, err error) error {
 
 // prepare sets up the target and loads what the paths need.
 func (g *guest) prepare(ctx context.Context) error {
-	if _, err := command(ctx, g.plan.Lab, "target", "size="+strconv.Itoa(g.plan.SizeMiB)); err != nil {
+	if _, err := command(ctx, g.plan.Lab, "target", "ns="+strconv.Itoa(max(1, g.plan.Devices)), "size="+strconv.Itoa(g.plan.SizeMiB)); err != nil {
 		return err
 	}
 	node, err := os.ReadFile("/sys/kernel/config/nvmet/subsystems/" + targetNQN + "/namespaces/1/device_path")
@@ -215,6 +216,13 @@ type snapshot struct {
 
 // measure runs a workload on one of the disks.
 func (g *guest) measure(ctx context.Context, w workload, disks []connected, loaded int) (sample, error) {
+	if beside := disks[loaded].beside; beside != nil {
+		during, stop := context.WithCancel(ctx)
+		var ended sync.WaitGroup
+		ended.Go(func() { beside(during) })
+		defer ended.Wait()
+		defer stop()
+	}
 	r, err := g.load(ctx, w, disks[loaded].node, func(s *snapshot) error {
 		for _, d := range disks {
 			u, err := readTaskUse(d.server)

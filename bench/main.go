@@ -5,6 +5,9 @@
 //	ours    ublk-nvmeof connect
 //	null    the ublk front end with a back end that does nothing, as the upper limit
 //
+// and, with -paths, on ours-poll, which has poll queues besides, and on scraped, whose
+// metrics are read each second.
+//
 // kernel and ours use the same target, nvmet-rdma over rdma_rxe with a memory-backed
 // null_blk, in the same VM.
 //
@@ -123,6 +126,7 @@ func parseOptions(args []string) (options, error) {
 	fs.IntVar(&o.plan.CPUs, "cpus", 2, "virtual CPUs")
 	fs.IntVar(&o.plan.Queues, "queues", 2, "I/O queues of each path")
 	fs.IntVar(&o.plan.SizeMiB, "size", 256, "size of the namespace in `MiB`")
+	fs.IntVar(&o.plan.Devices, "devices", 1, "namespaces of the target, of which the first is under load")
 	fs.DurationVar(&o.plan.Idle, "idle", 10*time.Second, "`time` over which idle servers are watched; 0 = not at all")
 	fs.BoolVar(&o.plan.Syscalls, "syscalls", true, "count the servers' system calls in a run of their own")
 	fs.IntVar(&o.mtu, "mtu", 4200, "MTU of the VM's network interface in `bytes`; 4200 makes it 4096 for RDMA")
@@ -153,6 +157,8 @@ func parseOptions(args []string) (options, error) {
 		return o, errors.New("--cpus and --queues: want 1 or more")
 	case o.plan.SizeMiB < 1:
 		return o, fmt.Errorf("--size %d: want 1 or more", o.plan.SizeMiB)
+	case o.plan.Devices < 1:
+		return o, fmt.Errorf("--devices %d: want 1 or more", o.plan.Devices)
 	}
 	if o.plan.Workloads, err = choose("--only", *only, workloadNames()); err != nil {
 		return o, err

@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +38,7 @@ type disk struct {
 	node   string // /dev/…
 	server int    // pid, 0 for the kernel
 	close  func(context.Context) error
+	beside func(context.Context) // runs while the disk is under load; may be nil
 }
 
 // path is one way to a block device.
@@ -45,12 +48,14 @@ type path struct {
 	connect func(context.Context, plan) (*disk, error)
 }
 
-// The paths by name; oursPoll is ours with poll queues besides.
+// The paths by name; oursPoll is ours with poll queues besides, and scraped is ours whose
+// metrics are read each second.
 const (
 	pathKernel   = "kernel"
 	pathOurs     = "ours"
 	pathNull     = "null"
 	pathOursPoll = "ours-poll"
+	pathScraped  = "scraped"
 )
 
 var paths = []path{
@@ -60,6 +65,7 @@ var paths = []path{
 	{pathOursPoll, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
 		return connectOurs(ctx, p, "-P", strconv.Itoa(p.Queues))
 	}},
+	{pathScraped, "ublk_drv", connectScraped},
 }
 
 func pathNames() []string {
@@ -116,8 +122,12 @@ func connectKernel(ctx context.Context, p plan) (*disk, error) {
 var ublkNode = regexp.MustCompile(`/dev/ublkb(\d+)`)
 
 func connectOurs(ctx context.Context, p plan, more ...string) (*disk, error) {
-	out, err := command(ctx, p.Ours, append([]string{"connect", "-t", "rdma", "-a", targetAddress,
-		"-s", targetService, "-n", targetNQN, "-i", strconv.Itoa(p.Queues)}, more...)...)
+	args := append([]string{"connect", "-t", "rdma", "-a", targetAddress, "-s", targetService,
+		"-n", targetNQN, "-i", strconv.Itoa(p.Queues), "--duplicate-connect"}, more...)
+	if p.Devices > 1 {
+		args = append(args, "--max-io-size=64KiB") // their buffers have to fit into the VM
+	}
+	out, err := command(ctx, p.Ours, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -126,12 +136,39 @@ func connectOurs(ctx context.Context, p plan, more ...string) (*disk, error) {
 		return nil, fmt.Errorf("%s connect: %w", p.Ours, err)
 	}
 	d.close = func(ctx context.Context) error {
-		if _, err := command(ctx, p.Ours, "disconnect", "-n", targetNQN); err != nil {
+		if _, err := command(ctx, p.Ours, "disconnect", "-d", d.node); err != nil {
 			return err
 		}
 		return gone(ctx, d.server)
 	}
 	return d, nil
+}
+
+// metricsAddress is where the path scraped has its metrics.
+const metricsAddress = "127.0.0.1:9471"
+
+func connectScraped(ctx context.Context, p plan) (*disk, error) {
+	d, err := connectOurs(ctx, p, "--metrics-listen", metricsAddress)
+	if err == nil {
+		d.beside = scrapeEachSecond
+	}
+	return d, err
+}
+
+// scrapeEachSecond reads the metrics as Prometheus does, each second until ctx is done.
+func scrapeEachSecond(ctx context.Context) {
+	for sleep(ctx, time.Second) == nil {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+metricsAddress+"/metrics", nil)
+		if err != nil {
+			panic(err) // the address is a constant
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			continue
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		_ = resp.Body.Close()
+	}
 }
 
 func connectNull(ctx context.Context, p plan) (*disk, error) {

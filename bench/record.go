@@ -7,6 +7,7 @@ type plan struct {
 	CPUs, Queues int
 	Rounds       int
 	SizeMiB      int
+	Devices      int // namespaces; the first one is under load
 	Ramp         time.Duration
 	Runtime      time.Duration
 	Idle         time.Duration // 0 = do not watch idle servers

@@ -103,17 +103,28 @@ func (r result) markdown() string {
 	return b.String()
 }
 
-// ioTable is of IOPS, and of the ratios to the kernel within each round.
+// comparisons are the pairs of paths whose IOPS are compared: each with the kernel, and
+// scraped with ours.
+func comparisons(names []string) (pairs [][2]string) {
+	for _, p := range names {
+		if p != pathKernel && slices.Contains(names, pathKernel) {
+			pairs = append(pairs, [2]string{p, pathKernel})
+		}
+	}
+	if slices.Contains(names, pathScraped) && slices.Contains(names, pathOurs) {
+		pairs = append(pairs, [2]string{pathScraped, pathOurs})
+	}
+	return pairs
+}
+
+// ioTable is of IOPS, and of their ratios within each round.
 func (r result) ioTable(b *strings.Builder, names []string) {
 	head := []string{"fio"}
 	for _, p := range names {
 		head = append(head, p+" IOPS")
 	}
-	compare := slices.Contains(names, pathKernel)
-	for _, p := range names {
-		if compare && p != pathKernel {
-			head = append(head, p+" / kernel")
-		}
+	for _, pair := range comparisons(names) {
+		head = append(head, pair[0]+" / "+pair[1])
 	}
 	head = append(head, "p99 µs: "+strings.Join(names, ", "))
 	row(b, head)
@@ -123,11 +134,12 @@ func (r result) ioTable(b *strings.Builder, names []string) {
 		for _, p := range names {
 			cells = append(cells, format(r.spread(w, p, iops), rate))
 		}
-		base := r.values(w, pathKernel, iops)
-		for _, p := range names {
-			if compare && p != pathKernel {
-				cells = append(cells, format(spreadOf(ratios(r.values(w, p, iops), base)), ratio))
+		for _, pair := range comparisons(names) {
+			number := ratio
+			if pair[0] == pathScraped {
+				number = fine // the difference is small
 			}
+			cells = append(cells, format(spreadOf(ratios(r.values(w, pair[0], iops), r.values(w, pair[1], iops))), number))
 		}
 		var latencies []string
 		for _, p := range names {
@@ -234,6 +246,7 @@ func rule(b *strings.Builder, columns int) {
 
 func rate(v float64) string  { return humanize.Comma(int64(v + 0.5)) }
 func ratio(v float64) string { return fmt.Sprintf("%.2f", v) }
+func fine(v float64) string  { return fmt.Sprintf("%.3f", v) }
 func micro(ns float64) string {
 	return humanize.CommafWithDigits(ns/1e3, 1)
 }

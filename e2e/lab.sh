@@ -11,6 +11,9 @@
 #	list NQN 0|1          the first port serves one more subsystem, or no longer
 #	referral ADDR PORT [TRANSPORT]
 #	                      the first port refers hosts to the discovery service there (rdma)
+#	auth HOSTNQN [KEY=VALUE]…
+#	                      what the host must prove from now on: key=FILE and ctrl=FILE have
+#	                      its key and that of the controller, hash=sha256 group=null
 #	grant N [NQN]         at most N I/O queues from now on; makes every host reconnect
 #	readonly NSID [NQN]   write protect a namespace
 #	file NSID MiB         one more namespace, on a file, which can be resized
@@ -149,6 +152,22 @@ lab_referral() {
 	lab_set "$dir/addr_traddr" "$1" || return
 	lab_set "$dir/addr_trsvcid" "$2" || return
 	lab_set "$dir/enable" 1
+}
+
+lab_auth() {
+	local dir=$lab_nvmet/hosts/$1 arg tests=/sys/module/cryptomgr/parameters/notests
+	shift
+	# The kernel tests a group before its first use, which takes minutes on an emulated CPU.
+	[ ! -e $tests ] || lab_set $tests Y || return
+	for arg in "$@"; do
+		case $arg in
+		key=*) lab_set "$dir/dhchap_key" "$(cat "${arg#*=}")" || return ;;
+		ctrl=*) lab_set "$dir/dhchap_ctrl_key" "$(cat "${arg#*=}")" || return ;;
+		hash=*) lab_set "$dir/dhchap_hash" "hmac(${arg#*=})" || return ;;
+		group=*) lab_set "$dir/dhchap_dhgroup" "${arg#*=}" || return ;;
+		*) lab_fail "auth: unknown argument '$arg'" || return ;;
+		esac
+	done
 }
 
 # lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD
@@ -462,7 +481,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | list | referral | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
+	rxe | target | list | referral | auth | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
 		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"

@@ -27,6 +27,7 @@ type association struct {
 	cap      nvme.Cap
 	version  nvme.Version
 	identify nvme.IdentifyController
+	method   string            // how the admin queue was authenticated; empty: not. Controller.mu guards it once the association is in use
 	depth    int               // of the I/O queues
 	plan     poller.Assignment // of the granted queues to classes and loops
 	pairs    []*queuePair
@@ -163,14 +164,12 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return connectError(done, err)
 	}
 	r := nvme.ConnectResult(done.DW0())
-	if r.AuthRequired() || r.SecureChannelRequired() {
-		return errors.New("target requires authentication, which is not supported")
-	}
 	a.cntlid, a.asked = r.CNTLID(), asked
 	if c.cfg.Made != nil {
 		c.cfg.Made(a.remote, a.cntlid, asked)
 	}
-	return nil
+	a.method, err = c.authenticate(ctx, 0, r, a.admin.authPort)
+	return err
 }
 
 func (c *Controller) fillConnect(data *nvme.ConnectData, cntlid uint16) error {
@@ -375,7 +374,10 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 		return nil, errors.Join(err, conn.close())
 	}
 	buffer := <-a.admin.buffers
-	flow, err := c.connectCommand(ctx, conn, q, a.admin.mr, buffer*adminBuffer)
+	done, err := c.connectCommand(ctx, conn, q, a.admin.mr, buffer*adminBuffer)
+	if err == nil {
+		_, err = c.authenticate(ctx, qid, nvme.ConnectResult(done.DW0()), conn.authPort(a.admin, buffer))
+	}
 	if err != nil {
 		return nil, errors.Join(err, conn.close())
 	}
@@ -384,30 +386,31 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	if a.identify.SGLS()&nvme.SGLSOffset != 0 {
 		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))
 	}
+	flow := done.SQHead() != 0xFFFF
 	return newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow), nil
 }
 
-// connectCommand makes the connection an I/O queue, and reports whether the target uses
-// SQ flow control. The data of the command are at offset at of mr.
-func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (bool, error) {
+// connectCommand makes the connection an I/O queue. SQHD in the completion is 0xFFFF if the
+// target does not use SQ flow control. The data of the command are at offset at of mr.
+func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (nvme.Completion, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.IOTimeout)
 	defer cancel()
 	data := nvme.ConnectDataAt(mr.Bytes()[at:])
 	*data = nvme.ConnectData{}
 	if err := c.fillConnect(data, q.cntlid); err != nil {
-		return false, err
+		return nvme.Completion{}, err
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(q.qid, uint16(q.depth-1), 0, c.cfg.DisableSQFlow)
 	cmd.SetKeyedSGL(mr.Addr()+uint64(at), nvme.ConnectDataSize, mr.RKey(), false)
 	done, err := conn.call(ctx, &cmd)
 	if err != nil {
-		return false, err
+		return done, err
 	}
 	if s := done.Status(); !s.OK() {
-		return false, connectError(done, s)
+		return done, connectError(done, s)
 	}
-	return done.SQHead() != 0xFFFF, nil
+	return done, nil
 }
 
 // configureEvents requests the asynchronous events that handleEvent understands, as far

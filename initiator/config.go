@@ -60,6 +60,10 @@ type Config struct {
 	HostNQN string
 	HostID  nvme.UUID
 
+	// Credentials are for targets that require authentication. See also
+	// Subsystem.Reauthenticate.
+	Credentials Credentials
+
 	// Discovery says that SubNQN is a discovery subsystem. Its controller has an admin
 	// queue and nothing else, so Queues and Loops stay empty.
 	Discovery bool
@@ -148,6 +152,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: %w", err)
 	}
 	switch {
+	case c.Credentials.Controller != nil && c.Credentials.Host == nil:
+		return errors.New("config: a controller key needs a host key")
 	case c.Discovery && c.Queues != (poller.Request{}):
 		return fmt.Errorf("config: queues %+v: a discovery controller has no I/O queues", c.Queues)
 	case len(c.Loops) < c.Queues.Loops():

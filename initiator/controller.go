@@ -53,6 +53,8 @@ type Controller struct {
 	blamed    atomic.Bool   // the last association was lost with the suspect in flight
 	stopped   chan struct{} // supervise has ended
 
+	transactions atomic.Uint32 // runs of authentication, for their ids
+
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
 	failovers atomic.Uint64 // requests that were in flight when an association was lost
 
@@ -551,6 +553,7 @@ type PathInfo struct {
 	Failure    error          // error of the last attempt, while there is no association
 	Address    netip.AddrPort // of the target
 	CNTLID     uint16
+	Auth       string // how the connection was authenticated; empty: the target did not ask
 	Version    nvme.Version
 	Model      string
 	Serial     string
@@ -614,5 +617,7 @@ func (c *Controller) describe(i *PathInfo, a *association) {
 			i.Access[ns.id] = v.ana
 		}
 	}
-	i.Refused = c.refusedBecause(a)
+	c.mu.Lock()
+	i.Auth, i.Refused = a.method, a.refused
+	c.mu.Unlock()
 }

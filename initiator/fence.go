@@ -98,7 +98,7 @@ func (c *Controller) fence(ctx context.Context, a *association, rem *remnant) er
 		}
 		if presence != unclear {
 			f.lived = 0 // only time in which the target does not tell counts
-			rem.exists(fmt.Sprintf("the target at %v says that the controller exists", a.remote))
+			rem.exists(fmt.Sprintf("the target at %v, which says that the controller exists, to say that it is gone", a.remote))
 		}
 		if err := f.wait(ctx, wait); err == errOver {
 			return nil

@@ -204,8 +204,7 @@ func (m *memory) open(q *nsQueue, size int) (err error) {
 	return nil
 }
 
-// shut frees the buffers of a queue. A SEND whose acknowledgement was lost may still have to
-// read them (package sq). Then the queue pair fails, and the controller connects anew.
+// shut frees the buffers of a queue.
 func (m *memory) shut(q *nsQueue) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

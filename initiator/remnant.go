@@ -233,7 +233,7 @@ func (s *Subsystem) fence(rem *remnant) {
 				rem.end("its id belongs to another association by now")
 				return
 			case presence != unclear:
-				rem.exists(fmt.Sprintf("path %v says that the controller exists", b.remote))
+				rem.exists(fmt.Sprintf("path %v, which says that the controller exists, to say that it is gone", b.remote))
 			case rem.left() <= 0:
 				rem.end(fmt.Sprintf("path %v does not answer, and the target must have ended it by now (%v)", b.remote, err))
 				return

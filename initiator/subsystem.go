@@ -33,6 +33,7 @@ type Subsystem struct {
 	running sync.WaitGroup // the goroutine of tick, and that of each path
 	dead    chan struct{}  // closed in StateDead
 	queries chan struct{}  // holds a token for each query in progress
+	proving chan struct{}  // holds a token while Reauthenticate runs
 
 	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
 
@@ -41,6 +42,7 @@ type Subsystem struct {
 
 	mu         sync.Mutex // guards what follows; taken before Controller.mu
 	slots      [maxPaths]*Controller
+	keys       Credentials
 	policy     Policy
 	preferred  int // slot of the policy Preferred
 	namespaces []*Namespace
@@ -96,7 +98,7 @@ func newSubsystem(cfg Config) *Subsystem {
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	s := &Subsystem{
 		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), start: time.Now(), since: time.Now(),
-		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory}, queries: make(chan struct{}, maxQueries),
+		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory}, queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), keys: cfg.Credentials,
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {
@@ -190,7 +192,7 @@ func (s *Subsystem) limitOutage() {
 	}
 	s.outage.begin(time.Now())
 	if s.cfg.FastIOFail > 0 {
-		s.failing = time.AfterFunc(time.Until(began.Add(s.cfg.FastIOFail)), s.failFast)
+		s.failing = time.AfterFunc(time.Until(began.Add(s.cfg.FastIOFail)), s.failWaiting)
 	}
 	if s.cfg.CtrlLoss > 0 {
 		s.giving = time.AfterFunc(time.Until(began.Add(s.cfg.CtrlLoss)), s.giveUp)
@@ -213,6 +215,16 @@ func (s *Subsystem) outageBegan() (time.Time, bool) {
 	return began, true
 }
 
+// failWaiting fails the requests that have waited for an association for too long.
+func (s *Subsystem) failWaiting() {
+	s.mu.Lock()
+	began, out := s.outageBegan()
+	s.mu.Unlock()
+	if out && time.Since(began) >= s.cfg.FastIOFail {
+		s.failFast()
+	}
+}
+
 // failFast fails the requests that wait for an association, unless there is one by now.
 func (s *Subsystem) failFast() {
 	for _, l := range s.lanes {
@@ -228,11 +240,11 @@ func (s *Subsystem) failFast() {
 // giveUp ends the subsystem because no path could be reached for too long.
 func (s *Subsystem) giveUp() {
 	s.mu.Lock()
-	_, out := s.outageBegan()
+	began, out := s.outageBegan()
 	paths := s.lockedPaths()
 	s.mu.Unlock()
-	if !out {
-		return
+	if !out || time.Since(began) < s.cfg.CtrlLoss {
+		return // the outage that the timer was for has ended
 	}
 	var errs []error
 	for _, c := range paths {

@@ -45,6 +45,7 @@ type controller struct {
 	subsystem *Subsystem
 	port      *Port
 	id        uint16
+	subNQN    string // by which the host calls the subsystem
 	hostNQN   string
 	hostID    nvme.UUID
 
@@ -71,7 +72,7 @@ type controller struct {
 
 func newController(s *Subsystem, p *Port, data *nvme.ConnectData) *controller {
 	c := &controller{
-		subsystem: s, port: p, hostNQN: data.HostNQN(), hostID: data.HostID(),
+		subsystem: s, port: p, subNQN: data.SubNQN(), hostNQN: data.HostNQN(), hostID: data.HostID(),
 		queues: map[uint16]*queuePair{}, granted: int(s.maxQueues.Load()),
 		enabled: nvme.AENNamespaceAttribute | nvme.AENANAChange,
 	}

@@ -92,6 +92,10 @@ func (q *queuePair) execute(i int) {
 		} else {
 			q.fetch(i, nvme.ConnectDataSize)
 		}
+	case isAuth(cmd):
+		q.authenticate(i)
+	case q.unproved.Load():
+		q.respond(i, 0, nvme.StatusAuthRequired|dnr)
 	case cmd.Opcode() == nvme.OpFabrics:
 		q.property(i)
 	case !q.ctrl.ready.Load():
@@ -116,11 +120,14 @@ func (q *queuePair) fetch(i int, length uint32) {
 
 // finish carries out a command whose data has arrived.
 func (q *queuePair) finish(i int) {
-	if q.command(i).Opcode() == nvme.OpFabrics {
+	switch {
+	case q.ctrl == nil:
 		q.connect(i)
-		return
+	case q.command(i).Opcode() == nvme.OpFabrics:
+		q.takeAuth(i)
+	default:
+		q.finishIO(i)
 	}
-	q.finishIO(i)
 }
 
 // inlineData returns the in-capsule data of a command.

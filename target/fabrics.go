@@ -27,7 +27,7 @@ func (q *queuePair) connect(i int) {
 	if q.qid == 0 {
 		q.target.log.Info("controller created", "controller", q.ctrl.id, "host", q.ctrl.hostNQN, "subsystem", q.ctrl.subsystem.cfg.NQN)
 	}
-	q.respond(i, uint64(nvme.NewConnectResult(q.ctrl.id, false)), nvme.StatusSuccess)
+	q.respond(i, uint64(nvme.NewConnectResult(q.ctrl.id, q.requireAuth())), nvme.StatusSuccess)
 }
 
 // join creates the controller of an admin queue, or adds an I/O queue to its

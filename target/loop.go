@@ -38,6 +38,11 @@ func (q *queuePair) run() error {
 	}
 	handshake := time.AfterFunc(q.target.cfg.ConnectTimeout, q.expire)
 	defer handshake.Stop()
+	defer func() {
+		if q.authTimer != nil {
+			q.authTimer.Stop()
+		}
+	}()
 	q.target.running.Go(q.watch)
 	if q.receiver != nil {
 		q.receiver.Receiving(true)

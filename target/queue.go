@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -71,9 +72,14 @@ type queuePair struct {
 	ctrl   *controller // nil before Connect
 	joined atomic.Bool // ctrl is set; for other goroutines
 	stats  queueStats
-	sqSize uint16 // entries of the submission queue
-	sqHead uint16
-	noFlow bool // SQ flow control is off
+	// unproved is set while the host must authenticate the queue before it may use it. proving
+	// is the last authentication that has begun.
+	unproved  atomic.Bool
+	proving   *auth.Controller
+	authTimer *time.Timer
+	sqSize    uint16 // entries of the submission queue
+	sqHead    uint16
+	noFlow    bool // SQ flow control is off
 
 	reqs      []request
 	pending   []uint16 // ring of the receive buffers whose command has not begun

@@ -85,8 +85,9 @@ type Subsystem struct {
 	// path reads it.
 	ana [MaxPorts][MaxANAGroups]atomic.Uint32
 
-	mu         sync.Mutex   // guards what follows, and changes of namespaces and ana
-	table      []*Namespace // by namespace id minus one
+	mu         sync.Mutex           // guards what follows, and changes of namespaces and ana
+	hostAuth   map[string]*HostAuth // by host NQN; replaced as a whole
+	table      []*Namespace         // by namespace id minus one
 	anaChanges uint64
 	anaCounts  [MaxPorts][MaxANAGroups]uint64
 }
@@ -123,7 +124,7 @@ func (s *Subsystem) DropControllers() {
 }
 
 func (s *Subsystem) allows(host string) bool {
-	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host)
+	return s.cfg.AllowAny || slices.Contains(s.cfg.AllowHosts, host) || s.authOf(host) != nil
 }
 
 // notify notifies every controller of an event.

@@ -244,6 +244,10 @@ func (t *Target) Start() {
 // Addr returns the address of the first port.
 func (t *Target) Addr() netip.AddrPort { return t.first.Addr() }
 
+// Discovery returns the discovery subsystem, which every host may use. Hosts with a
+// [HostAuth] must authenticate.
+func (t *Target) Discovery() *Subsystem { return t.discovery }
+
 // Faults returns the faults of this target.
 func (t *Target) Faults() *Faults { return &t.faults }
 

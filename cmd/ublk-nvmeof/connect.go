@@ -24,6 +24,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
 // connection holds the options that connect and serve have in common.
@@ -34,6 +35,8 @@ type connection struct {
 	format     string
 	verbose    bool
 	foreground bool
+	retry      time.Duration // how long to try again if the first attempt fails
+	flagsFile  string        // of flags that are not on the command line
 	idempotent bool
 	devidFile  string        // to write the name of the device to; empty: none
 	succeed    string        // the running server to take over from
@@ -49,6 +52,7 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 	f.SortFlags = false
 	f.AddFlagSet(c.shown)
 	f.BoolVar(&c.foreground, "foreground", false, "run the server in this process, for a terminal or a service manager (Type=notify)")
+	f.DurationVar(&c.retry, "retry", 0, "how long to try again if the target cannot be connected to yet")
 	f.BoolVar(&c.idempotent, "idempotent", false, "if this host is connected already, show the connection and succeed")
 	f.StringVar(&c.devidFile, "devid-file", "", "`file` to write the name of the device to when it is usable, for disconnect -d")
 	formatFlag(f, &c.format)
@@ -57,6 +61,9 @@ func (c *connection) addFlags(cmd *cobra.Command) {
 
 // complete checks the flags as a whole.
 func (c *connection) complete() error {
+	if c.retry < 0 {
+		return usage(fmt.Errorf("--retry \"%v\": want a duration of 0 or more, such as 90s", c.retry))
+	}
 	if c.devidFile != "" {
 		if info, err := os.Stat(filepath.Dir(c.devidFile)); err != nil || !info.IsDir() {
 			return usage(fmt.Errorf("--devid-file %q: want a file in a directory that exists", c.devidFile))
@@ -109,10 +116,13 @@ func newConnect(runDir dirFunc) *cobra.Command {
 		Use:   "connect -a ADDRESS -n NQN",
 		Short: "Connect to a subsystem and make its namespaces block devices",
 		Long: `Starts a server for a subsystem, waits until its devices can be used, and prints
-their names. The server runs in the background; SIGHUP and the end of the session
-do not end it. With --foreground this process becomes the server. It then logs to
-standard error and ends after SIGTERM, SIGINT or SIGHUP. After a second signal it
-does not wait for requests in flight.
+their names. The server runs in the background; the end of the session does not end
+it. With --foreground this process becomes the server, and logs to standard error.
+SIGTERM or SIGINT ends a server; after a second signal it does not wait for requests in
+flight. SIGHUP never ends it.
+
+A server in the background gets a systemd scope of its own if root starts it and
+systemd runs, so the end of the session or service that started it does not end it.
 
 If the address is a host name, each of its addresses is tried until one accepts
 the connection.
@@ -124,9 +134,17 @@ server and other devices.
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: noArgs,
-		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error { return c.connect(cmd) }),
+		RunE: verb("connect", func(cmd *cobra.Command, _ []string) error {
+			if c.flagsFile != "" {
+				if err := usage(flagsFrom(c.flagsFile, cmd.Flags())); err != nil {
+					return err
+				}
+			}
+			return c.connect(cmd)
+		}),
 	}
 	c.addFlags(cmd)
+	cmd.Flags().StringVar(&c.flagsFile, "flags-from", "", "`file` with a flag in each line, such as \"nqn = NAME\"; flags of the command line come first")
 	return cmd
 }
 
@@ -140,16 +158,22 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		return err
 	}
 	args := append(serveArgs(dir), options.Args(c.shown)...)
-	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose))
+	args = append(args, "--output-format="+c.format, fmt.Sprintf("--verbose=%t", c.verbose), "--retry="+c.retry.String())
 	if c.shown.Changed("timeout") {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
 		_ = host.SetIOFlusher() // the server works without it and logs a warning
-		if err := host.CloseOnExec(); err != nil {
+		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
 		}
+		secrets, files, err := keysOf(c.opts).keep()
+		if err != nil {
+			return err
+		}
+		defer closeAll(files)
 		args = append(args, fmt.Sprintf("--idempotent=%t", c.idempotent), "--devid-file="+c.devidFile)
+		args = append(args, secrets...)
 		return fmt.Errorf("become the server: %w", unix.Exec(self(), args, os.Environ()))
 	}
 	ctx, stop := interruptible(endSignals...)
@@ -160,7 +184,7 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		}
 		return c.show(cmd.OutOrStdout(), s)
 	}
-	s, err := startServer(ctx, args, c.opts.Timeout, say(cmd))
+	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
 	if err != nil {
 		return c.settle(cmd, dir, err)
 	}
@@ -172,11 +196,16 @@ func serveArgs(dir state.Dir) []string {
 	return []string{programName, "serve", "--run-dir=" + string(dir)}
 }
 
-// startServer starts a server in the background, and waits until its devices are
-// usable.
-func startServer(ctx context.Context, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
+// startServer starts a server in the background, with keys that are not in its arguments, and
+// waits until its devices are usable.
+func startServer(ctx context.Context, args []string, k keys, timeout time.Duration, say func(string)) (control.Status, error) {
 	_ = host.SetIOFlusher() // the server works without it and logs a warning
-	return launch(ctx, self(), args, timeout, say)
+	secrets, files, err := k.handOver()
+	if err != nil {
+		return control.Status{}, err
+	}
+	defer closeAll(files)
+	return launch(ctx, self(), append(args, secrets...), files, timeout, say)
 }
 
 // say returns a function that tells the user of a command what the command waits for.
@@ -211,7 +240,11 @@ func newServe(runDir dirFunc) *cobra.Command {
 		}
 		unix.CloseOnExec(reportFD)
 		r := &reporter{file: os.NewFile(uintptr(reportFD), "report")}
-		err := exit.From(c.serveBackground(r))
+		serve := c.serveBackground
+		if systemd.Managed() {
+			serve = c.serveSucceeding
+		}
+		err := exit.From(serve(r))
 		if err == nil {
 			return nil
 		}
@@ -226,11 +259,15 @@ func newServe(runDir dirFunc) *cobra.Command {
 // serveForeground runs the server for connect --foreground, which has become this
 // process.
 func (c *connection) serveForeground(cmd *cobra.Command) error {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.level(), ReplaceAttr: journalAttr}))
-	err := c.serve(server.Config{
-		Log:   log,
+	cfg := server.Config{
+		Log:   foregroundLog(os.Stderr, c.level()),
 		Ready: func(s control.Status) error { return c.show(cmd.OutOrStdout(), s) },
-	}, endSignals)
+	}
+	serve := c.serve
+	if systemd.Managed() {
+		serve = c.serveManaged
+	}
+	err := serve(cfg)
 	if err == nil {
 		return nil
 	}
@@ -241,12 +278,28 @@ func (c *connection) serveForeground(cmd *cobra.Command) error {
 	return c.settle(cmd, dir, err)
 }
 
-// journalAttr leaves out the time where the journal notes it.
-func journalAttr(groups []string, a slog.Attr) slog.Attr {
-	if len(groups) == 0 && a.Key == slog.TimeKey && os.Getenv("JOURNAL_STREAM") != "" {
-		return slog.Attr{}
+// serveSucceeding is the server that a server under a service manager has started to take
+// over from it.
+func (c *connection) serveSucceeding(r *reporter) error {
+	return c.serveManaged(server.Config{
+		Log: foregroundLog(os.Stderr, c.level()),
+		// The server that listened to this may have left.
+		Ready: func(s control.Status) error { _ = r.ready(s); return nil },
+	})
+}
+
+// serveManaged serves under a service manager.
+func (c *connection) serveManaged(cfg server.Config) error {
+	cfg.Patient, cfg.Launch = true, launchSuccessor(c.runDir)
+	return c.serve(cfg)
+}
+
+// foregroundLog writes to w, or to the journal if that is what standard error leads to.
+func foregroundLog(w io.Writer, level slog.Level) *slog.Logger {
+	if systemd.ToJournal() {
+		return slog.New(systemd.NewJournalHandler(os.Stderr, level, programName))
 	}
-	return a
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
 // serveBackground runs the server that connect has started. Until there is a log file,
@@ -264,8 +317,8 @@ func (c *connection) serveBackground(r *reporter) error {
 		Waiting: r.waits,
 		Ready:   r.ready,
 	}
-	defer surviveHangup(cfg.Log)()
-	return c.serve(cfg, []os.Signal{syscall.SIGINT, syscall.SIGTERM})
+	cfg.Patient = systemd.Booted() && systemd.InOwnScope()
+	return c.serve(cfg)
 }
 
 // logIdentity logs the identity that the target knows for this host, and warnings about
@@ -288,9 +341,13 @@ func (c *connection) level() slog.Level {
 	return slog.LevelInfo
 }
 
-// serve runs the server. The first signal ends it in order, the second does not
-// wait for requests in flight, the third does not wait for anything.
-func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
+// serve runs the server. The first SIGINT or SIGTERM ends it in order, the second does not
+// wait for requests in flight, the third does not wait for anything. If the server is
+// patient, the second and the third have to be SIGINT. SIGHUP makes it reload.
+func (c *connection) serve(cfg server.Config) error {
+	reload, stopReloading := hangups()
+	defer stopReloading()
+	cfg.Reload = reload
 	if err := host.SetName(programName); err != nil { // after executing self it may be "exe"
 		cfg.Log.Warn("cannot set the name of the process", "error", err)
 	}
@@ -307,6 +364,7 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 	unix.Umask(0o022) // other users may read the records
 	// The server must not die because nobody reads its log any more.
 	signal.Ignore(syscall.SIGPIPE)
+	signals := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	ctx, stop := interruptible(signals...)
 	defer stop()
 	cfg.Options, cfg.Dir, cfg.Succeeds, cfg.Recovers, cfg.Within = c.opts, dir, c.succeed, c.recover, c.within
@@ -322,6 +380,10 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		c.logIdentity(cfg.Log)
 		return nil
 	}
+	// systemd may send SIGTERM several times, and does not mean to hurry.
+	if cfg.Patient {
+		signals = []os.Signal{syscall.SIGINT}
+	}
 	hurry := make(chan struct{})
 	cfg.Hurry = hurry
 	go func() {
@@ -333,5 +395,42 @@ func (c *connection) serve(cfg server.Config, signals []os.Signal) error {
 		cfg.Log.Error("a third signal: the server ends at once", "signal", (<-more).String())
 		os.Exit(int(exit.Other))
 	}()
-	return server.Run(ctx, cfg)
+	if cfg.Listener, err = systemd.Listener(); err != nil {
+		return err
+	}
+	if cfg.Listener != nil && c.opts.Frontend == options.Auto {
+		c.opts.Frontend = options.NBDSocket
+	}
+	return c.runRepeatedly(ctx, cfg)
+}
+
+// retryDelay is the time between two attempts to connect at first.
+const retryDelay = 2 * time.Second
+
+// runRepeatedly runs the server. If it cannot connect, it is run again until c.retry has
+// passed.
+func (c *connection) runRepeatedly(ctx context.Context, cfg server.Config) error {
+	began := time.Now()
+	reserved := cfg.Reserved
+	cfg.Reserved = func(e *state.Entry) error {
+		if e.Inherited { // the devices stay on this record until they are taken over
+			cfg.Recovers, cfg.Again = e.Name, true
+		}
+		return reserved(e)
+	}
+	for {
+		err := server.Run(ctx, cfg)
+		if !exit.Of(err).MayPass() || ctx.Err() != nil || time.Since(began)+retryDelay > c.retry {
+			return err
+		}
+		cfg.Log.Warn("cannot connect yet", "error", err, "next_in", retryDelay)
+		if nerr := systemd.Notify(systemd.Status("cannot connect yet: "+err.Error()), systemd.ExtendTimeout(c.opts.Timeout)); nerr != nil {
+			cfg.Log.Warn("cannot notify the service manager", "error", nerr)
+		}
+		select {
+		case <-time.After(retryDelay):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }

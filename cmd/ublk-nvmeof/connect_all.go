@@ -364,7 +364,7 @@ func (g *gatherer) connect(ctx context.Context, s *subsystem, r *output.Subsyste
 	for _, p := range s.paths {
 		args := append(serveArgs(g.dir), p.with.ConnectArgs(p.to, s.nqn)...)
 		args = append(args, fmt.Sprintf("--verbose=%t", g.verbose))
-		status, err := startServer(ctx, args, p.with.Connect.Timeout, func(text string) { g.errs("%s", text) })
+		status, err := startServer(ctx, args, keysOf(p.with.Connect), p.with.Connect.Timeout, func(text string) { g.errs("%s", text) })
 		switch {
 		case err == nil:
 			r.Outcome, r.Status = output.New, status

@@ -13,17 +13,19 @@ import (
 	"os/exec"
 	"os/signal"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 )
 
 // self returns the path of this program, or of a link to it if its file has been
@@ -111,28 +113,35 @@ func receive(r io.Reader, heard chan<- report) {
 
 // background returns a command of this program that continues when the session of the
 // caller ends. The command runs in its own session and inherits only standard error,
-// and out as its descriptor 3.
-func background(path string, args []string, out *os.File) (*exec.Cmd, error) {
+// and out and secrets as its descriptors from 3 on.
+func background(path string, args []string, out *os.File, secrets []*os.File) (*exec.Cmd, error) {
 	if err := host.CloseOnExec(); err != nil {
 		return nil, err
 	}
 	return &exec.Cmd{
 		Path: path, Args: args,
-		Env: withoutNotify(os.Environ()), Stderr: os.Stderr, ExtraFiles: []*os.File{out},
+		Env: systemd.Outside(os.Environ()), Stderr: os.Stderr, ExtraFiles: append([]*os.File{out}, secrets...),
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}, nil
 }
 
 // startInBackground runs this program with args in a session of its own. It returns when that
 // process has written to its descriptor 3 that it is ready, and closed it. What it wrote goes
-// to out, unless that is nil. Until then the process reports errors itself.
-func startInBackground(out io.Writer, what string, args []string) error {
+// to out, unless that is nil. Until then the process reports errors itself. args are what f
+// has parsed; keys in them are handed over. more are further arguments.
+func startInBackground(out io.Writer, what string, f *pflag.FlagSet, args []string, more ...string) error {
+	args, texts := options.HideSecrets(f, args, firstSecret)
+	secrets, err := memoryFiles(texts)
+	if err != nil {
+		return fmt.Errorf("start %s: %w", what, err)
+	}
+	defer closeAll(secrets)
 	r, w, err := os.Pipe()
 	if err != nil {
 		return fmt.Errorf("start %s: %w", what, err)
 	}
 	defer r.Close()
-	c, err := background(self(), append([]string{programName}, args...), w)
+	c, err := background(self(), slices.Concat([]string{programName}, args, more), w, secrets)
 	if err != nil {
 		return fmt.Errorf("start %s: %w", what, err)
 	}
@@ -155,10 +164,12 @@ func startInBackground(out io.Writer, what string, args []string) error {
 	return fmt.Errorf("start %s: %w", what, err)
 }
 
-// withoutNotify keeps a server in the background from speaking for the service
-// that started it.
-func withoutNotify(env []string) []string {
-	return slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, "NOTIFY_SOCKET=") })
+// hangups delivers each SIGHUP, which then does not end the process, until stop is called.
+// The end of a session may send one.
+func hangups() (c chan os.Signal, stop func()) {
+	c = make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGHUP)
+	return c, func() { signal.Stop(c) }
 }
 
 // surviveHangup makes this process ignore SIGHUP, which the end of a session may send,
@@ -182,14 +193,15 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 // or says how the server died. The server inherits the marks of the calling thread
 // (host.SetIOFlusher). say tells the user what the server waits for. timeout is the
 // time limit of the server without the waits that it announces. If ctx ends, launch
-// asks the server to end.
-func launch(ctx context.Context, path string, args []string, timeout time.Duration, say func(string)) (control.Status, error) {
+// asks the server to end. The server inherits secrets as its descriptors from firstSecret
+// on.
+func launch(ctx context.Context, path string, args []string, secrets []*os.File, timeout time.Duration, say func(string)) (control.Status, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	defer r.Close()
-	cmd, err := background(path, append(args, "--report-fd=3"), w)
+	cmd, err := background(path, append(args, "--report-fd=3"), w, secrets)
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
@@ -200,6 +212,7 @@ func launch(ctx context.Context, path string, args []string, timeout time.Durati
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
+	leaveSession(ctx, cmd.Process.Pid)
 	heard := make(chan report, 1)
 	go receive(r, heard)
 	m, err := await(ctx, heard, cmd.Process, timeout, say)
@@ -230,6 +243,77 @@ func launch(ctx context.Context, path string, args []string, timeout time.Durati
 		memory = memoryRanOut
 	}
 	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, memory))
+}
+
+// scopeTime limits the time to make a scope.
+const scopeTime = 5 * time.Second
+
+// leaveSession puts a server in the background into a scope of its own, where systemd runs.
+func leaveSession(ctx context.Context, pid int) {
+	if os.Getuid() != 0 || !systemd.Booted() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, scopeTime)
+	defer cancel()
+	if err := systemd.MoveToScope(ctx, pid, "NVMe over Fabrics block devices"); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: the server may end with this session, because it has no scope of its own: %v\n", programName, err)
+	}
+}
+
+// launchSuccessor returns a function for server.Config.Launch.
+func launchSuccessor(runDir dirFunc) func(program, succeeds string, flags []string) (int, <-chan error, error) {
+	return func(program, succeeds string, flags []string) (int, <-chan error, error) {
+		dir, err := runDir()
+		if err != nil {
+			return 0, nil, err
+		}
+		record, err := dir.Find(succeeds)
+		if err != nil {
+			return 0, nil, err
+		}
+		k, err := keysFrom(record)
+		if err != nil {
+			return 0, nil, err
+		}
+		secrets, files, err := k.handOver()
+		if err != nil {
+			return 0, nil, err
+		}
+		defer closeAll(files)
+		r, w, err := os.Pipe()
+		if err != nil {
+			return 0, nil, fmt.Errorf("start %s: %w", program, err)
+		}
+		defer w.Close()
+		if err := host.CloseOnExec(); err != nil {
+			r.Close()
+			return 0, nil, err
+		}
+		args := append(append(serveArgs(dir), "--succeed="+succeeds, "--report-fd=3"), flags...)
+		cmd := &exec.Cmd{
+			Path: program, Args: append(args, secrets...), Dir: "/", Env: systemd.Successor(os.Environ()),
+			Stdout: os.Stdout, Stderr: os.Stderr, ExtraFiles: append([]*os.File{w}, files...),
+		}
+		if err := cmd.Start(); err != nil {
+			r.Close()
+			return 0, nil, fmt.Errorf("start %s: %w", program, err)
+		}
+		failed := make(chan error, 1)
+		heard := make(chan report)
+		go receive(r, heard)
+		go func() {
+			var m report
+			for m = range heard { // until the last one
+			}
+			r.Close()
+			err := cmd.Wait() // this process ends first if all goes well
+			if m.Error != nil {
+				err = m.Error
+			}
+			failed <- cmp.Or(err, errors.New("the new server ended"))
+		}()
+		return cmd.Process.Pid, failed, nil
+	}
 }
 
 // memory reports whether the kernel killed a process while a server was starting.

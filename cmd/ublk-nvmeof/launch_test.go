@@ -37,14 +37,14 @@ func TestLaunchSaysHowAServerDied(t *testing.T) {
 		`echo '{"log": "/x"}' >&3; `: "it ended with exit code 0 and reported nothing",
 	} {
 		path, args := shell(script)
-		_, err := launch(t.Context(), path, args, time.Minute, silent)
+		_, err := launch(t.Context(), path, args, nil, time.Minute, silent)
 		if err == nil || !strings.HasPrefix(err.Error(), "the server died: "+want) ||
 			script != killed && err.Error() != "the server died: "+want {
 			t.Errorf("%s: %v, want %s", script, err, want)
 		}
 	}
 	path, args := shell(logs + `echo '{"status": {"name": "ctrl9"}}' >&3`)
-	if s, err := launch(t.Context(), path, args, time.Minute, silent); err != nil || s.Name != "ctrl9" {
+	if s, err := launch(t.Context(), path, args, nil, time.Minute, silent); err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
 	}
 }
@@ -200,7 +200,7 @@ func TestLaunchSaysWhatAServerWaitsFor(t *testing.T) {
 	// The server answers after the limit that it would have without the wait.
 	const limit = 5 * time.Second
 	late := time.After(limit)
-	s, err := launch(t.Context(), path, args, limit-undoTime, func(text string) {
+	s, err := launch(t.Context(), path, args, nil, limit-undoTime, func(text string) {
 		said = append(said, text)
 		<-late
 		if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {

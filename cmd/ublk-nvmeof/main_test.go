@@ -233,21 +233,21 @@ func silent(string) {}
 
 func TestLaunch(t *testing.T) {
 	path, args := shell(`echo '{"status": {"name": "ctrl9"}}' >&3; exec 3>&-; exit 0`)
-	s, err := launch(t.Context(), path, args, time.Minute, silent)
+	s, err := launch(t.Context(), path, args, nil, time.Minute, silent)
 	if err != nil || s.Name != "ctrl9" {
 		t.Errorf("%+v, %v", s, err)
 	}
 	path, args = shell(`echo '{"error": {"code": 8, "error": "no such subsystem"}}' >&3; exit 8`)
-	if _, err := launch(t.Context(), path, args, time.Minute, silent); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
+	if _, err := launch(t.Context(), path, args, nil, time.Minute, silent); exit.Of(err) != exit.UnknownSubsys || err.Error() != "no such subsystem" {
 		t.Errorf("%v", err)
 	}
 	for _, script := range []string{"exit 3", "kill -9 $$", "echo nonsense >&3"} {
 		path, args = shell(script)
-		if _, err := launch(t.Context(), path, args, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
+		if _, err := launch(t.Context(), path, args, nil, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "the server died: ") {
 			t.Errorf("%s: %v", script, err)
 		}
 	}
-	if _, err := launch(t.Context(), "/nonexistent", nil, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
+	if _, err := launch(t.Context(), "/nonexistent", nil, nil, time.Minute, silent); err == nil || !strings.HasPrefix(err.Error(), "start server: ") {
 		t.Error(err)
 	}
 }
@@ -258,7 +258,7 @@ func TestServerIsOnItsOwn(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "/nonexistent")
 	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
 printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "serial": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
-	s, err := launch(t.Context(), path, args, time.Minute, silent)
+	s, err := launch(t.Context(), path, args, nil, time.Minute, silent)
 	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" || s.Serial != "" {
 		t.Errorf("%+v, %v", s, err)
 	}
@@ -312,7 +312,7 @@ func TestIOFlusherPassesToPrograms(t *testing.T) {
 	// A shell's threads are one; the flags are those of the process that this
 	// thread starts.
 	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)
-	s, err := launch(t.Context(), path, args, time.Minute, silent)
+	s, err := launch(t.Context(), path, args, nil, time.Minute, silent)
 	var flags uint64
 	if err == nil {
 		_, err = fmt.Sscan(s.Name, &flags)
@@ -378,6 +378,7 @@ type fake struct {
 	mu    sync.Mutex // guards what follows
 	code  exit.Code
 	asked []bool // with force or not
+	keys  control.Reauthentication
 }
 
 func (f *fake) refuse(c exit.Code) {
@@ -416,6 +417,12 @@ func (f *fake) AddPath(context.Context, control.PathRequest) error { return nil 
 func (f *fake) RemovePath(context.Context, control.PathRequest) error { return nil }
 
 func (f *fake) SetPolicy(context.Context, control.PolicyRequest) error { return nil }
+func (f *fake) Reauthenticate(_ context.Context, r control.Reauthentication) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.keys = r
+	return nil
+}
 
 func (f *fake) Disconnect(_ context.Context, force bool) error {
 	f.mu.Lock()

@@ -80,8 +80,9 @@ func freePort(t *testing.T, address string) string {
 // measured is a server of 32 namespaces, whose metrics are looked at.
 type measured struct {
 	*testing.T
-	dir, nqn, address string // address of the metrics
-	device            string // of namespace 1
+	dir, nqn, address string   // address of the metrics
+	target            []string // the command that starts the target
+	device            string   // of namespace 1
 	client            *nbdClient
 }
 
@@ -113,11 +114,11 @@ func newMeasured(t *testing.T) *measured {
 	const namespaces = 32
 	m := &measured{T: t, dir: runDir(t), nqn: "nqn.2026-01.org.example:metrics"}
 	m.address = net.JoinHostPort(loopback(), freePort(t, loopback()))
-	target := []string{"target", "-a", loopback(), "-s", "4423", "--provider", "roce", "--background", "-n", m.nqn}
-	for range namespaces {
-		target = append(target, "--namespace", "ram=1MiB")
+	m.target = []string{"target", "-a", loopback(), "-s", "4423", "--provider", "roce", "--background", "-n", m.nqn}
+	for i := range namespaces { // the same ones whenever it starts
+		m.target = append(m.target, "--namespace", fmt.Sprintf("ram=1MiB,uuid=00000000-0000-4000-8000-%012d", i+1))
 	}
-	m.un(target...)
+	m.un(m.target...)
 	m.un(m.connect()...)
 	s, err := control.NewClient(filepath.Join(m.dir, "ctrl0", "control.sock")).Status(t.Context())
 	if err != nil {

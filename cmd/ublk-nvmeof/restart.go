@@ -20,6 +20,9 @@ import (
 // maxRestarts is the largest number of servers that are started at the same time.
 const maxRestarts = 8
 
+// succeed is the flag that names a running server.
+const succeed = "--succeed="
+
 // restart starts servers in place of others, for recover and upgrade.
 type restart struct {
 	format string
@@ -68,6 +71,14 @@ func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Re
 	if ctx.Err() != nil {
 		return control.Status{}, context.Cause(ctx)
 	}
+	if how == succeed {
+		limit := cmp.Or(s.within, timeoutOf(r)+3*time.Duration(r.KeepAlive)*time.Second) + undoTime
+		ctx, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
+		if now, err := control.NewClient(r.Socket()).Status(ctx); err == nil && now.Managed {
+			return replaceManaged(ctx, dir, r)
+		}
+	}
 	// The server inherits a mark of this thread. The thread ends with the
 	// goroutine.
 	runtime.LockOSThread()
@@ -75,7 +86,11 @@ func (s *restart) one(ctx context.Context, dir state.Dir, how string, r state.Re
 	if s.within != 0 {
 		args = append(args, "--within="+s.within.String())
 	}
-	return startServer(ctx, args, cmp.Or(s.within, timeoutOf(r)), tell)
+	k, err := keysFrom(r)
+	if err != nil {
+		return control.Status{}, err
+	}
+	return startServer(ctx, args, k, cmp.Or(s.within, timeoutOf(r)), tell)
 }
 
 // timeoutOf returns the time limit for connecting in the flags of a recorded server.

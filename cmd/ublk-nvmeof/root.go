@@ -86,10 +86,10 @@ func newRoot() *cobra.Command {
 		return state.Dir(systemDir), checkRunDir(systemDir)
 	}
 	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
-		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion())
+		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
 	root.AddCommand(inspectVerbs(visible)...)
 	root.AddCommand(reservationVerbs(visible)...)
-	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN())
+	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN(), newGenDHCHAPKey(), newCheckDHCHAPKey(), newDoctor(visible))
 	return root
 }
 

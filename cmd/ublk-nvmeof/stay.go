@@ -17,10 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/discovery"
 )
 
@@ -49,7 +49,7 @@ func (g *gatherer) startKeeper(cmd *cobra.Command) error {
 	if g.format == output.JSON {
 		out = nil // the result is all of the output
 	}
-	return startInBackground(out, "keeper of the discovery services", append(os.Args[1:], "--run-dir="+string(g.dir), "--stay-fd=3"))
+	return startInBackground(out, "keeper of the discovery services", cmd.Flags(), os.Args[1:], "--run-dir="+string(g.dir), "--stay-fd=3")
 }
 
 // keeper stays connected to discovery services, and connects what they list.
@@ -87,7 +87,7 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 	if err := ready(place, fmt.Sprintf("%s, process %d, stays connected to %s", record.Name, record.Process.PID, strings.Join(at, ", "))); err != nil {
 		return err
 	}
-	if err := host.Notify("READY=1", "STATUS=connected to discovery services"); err != nil {
+	if err := systemd.Notify(systemd.Ready, systemd.Status("connected to discovery services")); err != nil {
 		log.Warn("cannot notify the service manager", "error", err)
 	}
 	g.errs = func(format string, args ...any) {
@@ -238,7 +238,7 @@ func (k *keeper) learn(n news) {
 
 // stayInForeground is connect-all --persistent --foreground after the first pass.
 func (g *gatherer) stayInForeground(ctx context.Context, services []discoverer.Service) error {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: g.level(), ReplaceAttr: journalAttr}))
+	log := foregroundLog(os.Stderr, g.level())
 	if err := g.client.Close(); err != nil { // its log is for a command that ends
 		return err
 	}

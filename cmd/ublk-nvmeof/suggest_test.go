@@ -11,11 +11,11 @@ import (
 // with the one that was probably meant.
 func TestUnknownVerbsAndFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of ana-log, completion, `,
+		"dim -t rdma -a 10.0.0.1":      `unknown command "dim" for "ublk-nvmeof"; want one of ana-log, check-dhchap-key, completion, `,
 		"--run-dir /x connect-al -q y": `unknown command "connect-al" for "ublk-nvmeof"; did you mean "connect-all"?`,
 		"discovery -a 10.0.0.1":        `unknown command "discovery" for "ublk-nvmeof"; did you mean "discover"?`,
 		"lst --json":                   `unknown command "lst" for "ublk-nvmeof"; did you mean "list"?`,
-		"format /dev/nvme0":            `unknown command "format" for "ublk-nvmeof"; want one of ana-log, completion, `,
+		"format /dev/nvme0":            `unknown command "format" for "ublk-nvmeof"; want one of ana-log, check-dhchap-key, completion, `,
 		"target grnat -q":              `unknown command "grnat" for "ublk-nvmeof target"; did you mean "grant"?`,
 		"target namespace rezise 1 1G": `unknown command "rezise" for "ublk-nvmeof target namespace"; did you mean "resize"?`,
 		"connect --nqm x":              `connect: unknown flag: --nqm; did you mean "--nqn"?`,

@@ -82,7 +82,7 @@ func (x *exporter) run(cmd *cobra.Command) error {
 	log := &logFile{}
 	cfg := targetserver.Config{
 		Options: x.opts, RunDir: dir,
-		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: level, ReplaceAttr: journalAttr})),
+		Log: foregroundLog(log, level),
 	}
 	if x.readyFD < 0 {
 		cfg.Ready = func(s targetserver.Status) error {
@@ -108,5 +108,5 @@ func (x *exporter) run(cmd *cobra.Command) error {
 // startTarget runs the same command line in its own session, and returns when the
 // target is ready. Until then the target reports errors itself.
 func startTarget(cmd *cobra.Command, dir string) error {
-	return startInBackground(cmd.OutOrStdout(), "target", append(os.Args[1:], "--background=false", "--run-dir="+dir, "--ready-fd=3"))
+	return startInBackground(cmd.OutOrStdout(), "target", cmd.Flags(), os.Args[1:], "--background=false", "--run-dir="+dir, "--ready-fd=3")
 }

@@ -142,7 +142,7 @@ func milliseconds(text string) (int64, error) {
 // targetVerbs returns the commands that change or list running targets.
 func targetVerbs(runDir dirFunc) []*cobra.Command {
 	return []*cobra.Command{
-		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir), referralVerbs(runDir),
+		newTargetList(runDir), grantVerb(runDir), dropVerb(runDir), namespaceVerbs(runDir), anaVerb(runDir), authVerb(runDir), referralVerbs(runDir),
 		faultVerb(runDir), clearVerb(runDir), stallVerb(runDir), freezeVerb(runDir), rejectVerb(runDir), refuseVerb(runDir),
 		without(change(runDir, "stop", "End a target", "",
 			noArgs, func(*remote, []string) (any, error) { return targetserver.StopRequest{}, nil })),
@@ -199,6 +199,17 @@ func anaVerb(runDir dirFunc) *cobra.Command {
 			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1], Port: uint16(port)}, err
 		})
 	cmd.Flags().IntVar(&port, "port", 0, "`number` of the port over which the state is meant (default: all)")
+	return cmd
+}
+
+func authVerb(runDir dirFunc) *cobra.Command {
+	var a options.HostAuth
+	cmd := change(runDir, "auth HOSTNQN", "Set how a host must authenticate",
+		"The flags are those of target, and without one its default holds. With --dhchap-key none,\nthe host need not authenticate any more. Connections stay; what is set counts when the\nhost authenticates the next time.",
+		wantArgs(1, 1), func(r *remote, args []string) (any, error) {
+			return targetserver.AuthRequest{NQN: r.nqn, Host: args[0], Auth: a.Text()}, nvme.ValidateNQN(args[0])
+		})
+	options.AddHostAuthFlags(cmd.Flags(), &a)
 	return cmd
 }
 

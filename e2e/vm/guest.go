@@ -26,6 +26,8 @@ type guestConfig struct {
 	Release string // uname -r
 	Modules string // the host's path of the lib/modules/RELEASE tree
 	Out     string // "" = nothing writable
+	Before  string // with Systemd: a command to run before systemd
+	Systemd bool   // make systemd the first process
 }
 
 const (
@@ -148,6 +150,9 @@ func guestRun(port *os.File) error {
 	}
 	if err := guestNetwork(c); err != nil {
 		return err
+	}
+	if c.Systemd {
+		return becomeSystemd(port, c)
 	}
 	return guestCommand(port, c)
 }

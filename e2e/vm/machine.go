@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,7 +26,9 @@ const (
 	initLimit    = 60 * time.Second // from QEMU's start to the first word of the guest; usual: 2 to 5 s
 	readyLimit   = 60 * time.Second // from there to the command's start; usual: 1 s
 	dumpTime     = 5 * time.Second  // for the guest to print its blocked tasks after a timeout
-	tailLines    = 80               // of the console, shown when the VM fails
+	// shutdownLimit is for systemd to stop all services. Its own limit for one of them is 90 s.
+	shutdownLimit = 4 * time.Minute
+	tailLines     = 80 // of the console, shown when the VM fails
 )
 
 // machine is one virtual machine to be. Its fields are set once.
@@ -38,7 +41,9 @@ type machine struct {
 	icount   bool
 	parallel bool
 	append   string
-	cable    string // path of a socket, or empty
+	cable    string   // path of a socket, or empty
+	disks    []string // paths of the sockets of vhost-user-blk back ends
+	reboot   bool     // the guest may reboot
 	timeout  time.Duration
 	verbose  bool
 	stdout   io.Writer
@@ -119,6 +124,11 @@ func (m *machine) boot() (int, error) {
 				if err != nil {
 					return exitVM, fmt.Errorf("exit code: %w", err)
 				}
+				if m.guest.Systemd {
+					if err := q.awaitShutdown(m, shutdownLimit); err != nil {
+						return cmp.Or(code, exitVM), err
+					}
+				}
 				return code, nil
 			}
 
@@ -165,7 +175,7 @@ func (m *machine) arguments(initrd string) []string {
 		cpu += ",cx16=off"
 	}
 	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-nodefaults", "-no-user-config", "-display", "none",
 		"-machine", "q35", "-cpu", cpu,
 		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
 		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
@@ -191,6 +201,10 @@ func (m *machine) arguments(initrd string) []string {
 		args = append(args, "-netdev", "stream,id=cable,server="+server+",addr.type=unix,addr.path="+strings.ReplaceAll(m.cable, ",", ",,"),
 			"-device", "virtio-net-pci,netdev=cable,romfile=,mac="+mac)
 	}
+	args = append(args, m.diskArguments()...)
+	if !m.reboot {
+		args = append(args, "-no-reboot")
+	}
 	switch {
 	case m.accel == "kvm":
 		return append(args, "-accel", "kvm")
@@ -204,6 +218,20 @@ func (m *machine) arguments(initrd string) []string {
 		// time that the other one needs.
 		return append(args, "-accel", "tcg,thread=single")
 	}
+}
+
+// diskArguments are the disks of vhost-user-blk back ends, which share the guest's memory.
+// A back end that dies is connected again.
+func (m *machine) diskArguments() []string {
+	if len(m.disks) == 0 {
+		return nil
+	}
+	args := []string{"-object", "memory-backend-memfd,id=memory,size=" + m.memory + ",share=on", "-machine", "memory-backend=memory"}
+	for i, path := range m.disks {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=disk%d,path=%s,reconnect=1", i, strings.ReplaceAll(path, ",", ",,")),
+			"-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=%d", i, m.cpus))
+	}
+	return args
 }
 
 // writeInitramfs packs this program as /init, the boot modules and the guest's
@@ -336,6 +364,25 @@ func (q *qemu) kill() {
 	_ = q.cmd.Wait()
 	q.readers.Wait()
 	q.control.Close()
+}
+
+// awaitShutdown waits until the guest has reset itself: the machine ends at a reset. If it
+// has not, the console shows its blocked tasks.
+func (q *qemu) awaitShutdown(m *machine, limit time.Duration) error {
+	alarm := time.NewTimer(limit)
+	defer alarm.Stop()
+	for {
+		select {
+		case _, ok := <-q.frames:
+			if !ok {
+				return nil
+			}
+		case <-alarm.C:
+			_ = writeFrame(q.control, frameDump, nil) // the agent may have ended
+			q.drain(m, dumpTime)
+			return fmt.Errorf("the machine did not shut down within %v%s", limit, q.said())
+		}
+	}
 }
 
 // ended is how QEMU, which has closed the control port, ended, and what was said

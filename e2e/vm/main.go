@@ -30,6 +30,10 @@ Inside the VM:
   - every module of the kernel, for modprobe; configfs, debugfs, cgroup2 mounted
   - eth0 with the address 10.0.2.15/24 and no other host on its network
   - nothing on standard input
+  - with --systemd SCRIPT: systemd as the first process, as on an ordinary
+    machine, but without the host's enabled units. SCRIPT runs before systemd
+    does, and the command beside it. When the command has ended, the machine is
+    shut down, which must succeed too.
 
 Exit code: the command's own (128+n when signal n ended it), 124 when --timeout
 ended it, 125 when the VM failed; the console's last lines then say more.
@@ -48,7 +52,10 @@ const (
 )
 
 func main() {
-	if os.Getpid() == 1 {
+	switch {
+	case os.Args[0] == agentName:
+		agentMain() // does not return
+	case os.Getpid() == 1:
 		guestMain() // does not return
 	}
 	code, err := hostMain(os.Args[1:])
@@ -71,9 +78,12 @@ type options struct {
 	out      string
 	appendK  string
 	cable    string
+	disks    []string
+	reboot   bool
 	env      []string
 	verbose  bool
 	fetch    bool
+	systemd  string
 	command  []string
 }
 
@@ -95,10 +105,16 @@ func parseOptions(args []string) (options, error) {
 	fs.StringVar(&o.out, "out", "", "`directory` that the VM may write, at the same path inside; gets console.log")
 	fs.StringVar(&o.appendK, "append", "", "more kernel `parameters`")
 	fs.StringVar(&o.cable, "cable", "", "`path` of a socket, which is made if it does not exist: a cable between eth1 here and in another VM with the same path")
+	fs.Func("vhost-user-blk", "path of the `socket` of a vhost-user-blk back end, for a disk with a queue per virtual CPU (modprobe virtio_blk); repeatable", func(s string) error {
+		o.disks = append(o.disks, s)
+		return nil
+	})
+	fs.BoolVar(&o.reboot, "reboot", false, "let the VM reboot (reboot -f), which runs the command again; a panic does so, too")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
 		o.env = append(o.env, s)
 		return nil
 	})
+	fs.StringVar(&o.systemd, "systemd", "", "make systemd the first process, after this `script` has run")
 	fs.BoolVar(&o.verbose, "v", false, "show the console and the boot time on standard error")
 	fs.BoolVar(&o.fetch, "fetch", false, "only make sure that the kernel is in the cache")
 	if err := fs.Parse(args); err != nil {
@@ -155,6 +171,12 @@ func hostMain(args []string) (int, error) {
 	if g.Dir, err = os.Getwd(); err != nil {
 		return exitVM, err
 	}
+	if o.systemd != "" {
+		g.Systemd = true
+		if g.Before, err = filepath.Abs(o.systemd); err != nil {
+			return exitVM, err
+		}
+	}
 	if o.out != "" {
 		if g.Out, err = filepath.Abs(o.out); err != nil {
 			return exitVM, err
@@ -177,7 +199,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()

@@ -18,6 +18,8 @@ const (
 	prometheus = "github.com/prometheus/client_golang"
 	exposition = "github.com/prometheus/common"
 	yaml       = "go.yaml.in/yaml/v2"
+	gosystemd  = "github.com/coreos/go-systemd/v22"
+	godbus     = "github.com/godbus/dbus/v5"
 	testscript = "github.com/rogpeppe/go-internal/testscript"
 )
 
@@ -34,6 +36,7 @@ type row struct {
 var table = map[string]row{
 	// What a specification says, and the seams.
 	"nvme":  {},
+	"auth":  {},
 	"block": {may: []string{sys}},
 	"rdma":  {},
 
@@ -41,7 +44,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
-	"initiator": {may: []string{"nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
@@ -53,18 +56,22 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	// A front end of its own, which knows nothing of the back end that it tests.
+	"vhost/vhosttest": {may: []string{sys}},
 
 	// Back ends that need no target.
 	"block/null": {may: []string{"block", "internal/hostmem", sys}},
 	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
+	"docs":              {}, // what the program reads of its documents
 	"internal/uring":    {may: []string{sys}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
@@ -75,35 +82,42 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
-		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"auth",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
-	}, testing: []string{"rdma/roce", "target", testscript}},
-	"cmd/ublk-nvmeof/internal/control":    {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":       {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk"}},
-	"cmd/ublk-nvmeof/internal/host":       {may: []string{"nvme", kmod, rdmamap, sys}},
-	"cmd/ublk-nvmeof/internal/metrics":    {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
-	"cmd/ublk-nvmeof/internal/options":    {may: []string{"cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
-	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}},
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
+	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
+	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
+	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
+	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"auth", "cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
+	"cmd/ublk-nvmeof/internal/doctor": {may: []string{
+		"block", "discovery", "docs", "initiator", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+	}},
+	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}, testing: []string{"cmd/ublk-nvmeof/internal/exit"}},
 	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
 		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"auth", "block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state",
-	}, testing: []string{"block/null"}},
+		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
+	}, testing: []string{"block/null", "vhost/vhosttest"}},
 	"cmd/ublk-nvmeof/internal/provider": {may: []string{
 		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
 	}},
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", "internal/hostmem", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir",
+		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state":  {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
-	"cmd/ublk-nvmeof/internal/rundir": {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/state":   {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
+	"cmd/ublk-nvmeof/internal/rundir":  {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/systemd": {may: []string{gosystemd, godbus, sys}},
 }

@@ -103,7 +103,7 @@ func Discovery(d *options.Discovery, persistent bool) Connection {
 
 func connection(f *pflag.FlagSet, hostID, hostNQN, nqn string) Connection {
 	c := Connection{HostNQN: hostNQN, HostID: hostID, NQN: nqn}
-	for _, key := range keys {
+	for _, key := range keys { // without those for authentication, whose flags do not tell them
 		flag := f.Lookup(strings.ReplaceAll(key, "_", "-"))
 		if key != "transport" && key != "trsvcid" && !flag.Changed {
 			continue

@@ -59,6 +59,14 @@ func (c *Client) HandOver(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/handover", nil, nil)
 }
 
+// Replace has a server that a service manager runs start program in its place. It returns
+// the process id of the new server when that has begun to take over.
+func (c *Client) Replace(ctx context.Context, program string) (pid int, err error) {
+	var a replaceAnswer
+	err = c.Do(ctx, http.MethodPost, "/v1/replace", replaceRequest{program}, &a)
+	return a.PID, err
+}
+
 // Query asks the controller. The error is an *exit.Error if the server or the controller
 // refused.
 func (c *Client) Query(ctx context.Context, q Query) (QueryResult, error) {
@@ -83,6 +91,11 @@ func (c *Client) Reserve(ctx context.Context, r Reservation) ([]byte, error) {
 // Reset ends the controller's association, and returns when the next one is in use.
 func (c *Client) Reset(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/reset", nil, nil)
+}
+
+// Reauthenticate has the server authenticate its connection again.
+func (c *Client) Reauthenticate(ctx context.Context, r Reauthentication) error {
+	return c.Do(ctx, http.MethodPost, "/v1/reauth", r, nil)
 }
 
 // Rescan has the server look at the namespaces.

@@ -30,6 +30,7 @@ type fake struct {
 	queries  []Query
 	reserved []Reservation
 	paths    []string // requests about them
+	reauth   Reauthentication
 	wait     chan struct{}
 	done     chan struct{} // closed when Disconnect returns
 }
@@ -76,6 +77,10 @@ func (f *fake) Reserve(_ context.Context, r Reservation) ([]byte, error) {
 }
 
 func (f *fake) Rescan(context.Context) error { return f.err }
+func (f *fake) Reauthenticate(_ context.Context, r Reauthentication) error {
+	f.reauth = r
+	return f.err
+}
 
 func (f *fake) AddPath(_ context.Context, r PathRequest) error {
 	f.paths = append(f.paths, "add "+r.Path)
@@ -131,6 +136,14 @@ func TestQuery(t *testing.T) {
 		"reservation": func() error { _, err := c.Reserve(t.Context(), Reservation{NSID: 3}); return err },
 		"reset":       func() error { return c.Reset(t.Context()) },
 		"rescan":      func() error { return c.Rescan(t.Context()) },
+		"reauth": func() error {
+			keys := Reauthentication{Host: "a", Controller: "b"}
+			err := c.Reauthenticate(t.Context(), keys)
+			if f.reauth != keys {
+				t.Errorf("the server got %+v", f.reauth)
+			}
+			return err
+		},
 	} {
 		f.err = nil
 		if err := do(); err != nil {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -38,6 +39,23 @@ type Controlled interface {
 	RemovePath(ctx context.Context, r PathRequest) error
 	// SetPolicy changes how a request chooses its path.
 	SetPolicy(ctx context.Context, r PolicyRequest) error
+	// Reauthenticate authenticates the connection again.
+	Reauthenticate(ctx context.Context, r Reauthentication) error
+}
+
+// Replaceable is a Controlled that can start another build of the program in its place.
+type Replaceable interface {
+	// Replace starts program, and returns its process id when it has begun to take over.
+	// An error means that nothing has changed.
+	Replace(ctx context.Context, program string) (pid int, err error)
+}
+
+type replaceRequest struct {
+	Program string `json:"program"`
+}
+
+type replaceAnswer struct {
+	PID int `json:"pid"`
 }
 
 type disconnectRequest struct {
@@ -162,6 +180,18 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		}
 		Answer(w, http.StatusOK, QueryResult{Data: data})
 	})
+	mux.HandleFunc("POST /v1/reauth", func(w http.ResponseWriter, r *http.Request) {
+		var req Reauthentication
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "reauth: the request makes no sense")) // err may quote it
+			return
+		}
+		if err := c.Reauthenticate(context.WithoutCancel(r.Context()), req); err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, struct{}{})
+	})
 	for path, act := range map[string]func(context.Context) error{"POST /v1/reset": c.Reset, "POST /v1/rescan": c.Rescan} {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			if err := act(r.Context()); err != nil {
@@ -174,6 +204,9 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	handle(mux, "POST /v1/path/add", c.AddPath)
 	handle(mux, "POST /v1/path/remove", c.RemovePath)
 	handle(mux, "POST /v1/policy", c.SetPolicy)
+	if r, ok := c.(Replaceable); ok {
+		mux.HandleFunc("POST /v1/replace", func(w http.ResponseWriter, req *http.Request) { replace(w, req, r) })
+	}
 	srv := &http.Server{
 		Handler:        mux,
 		ReadTimeout:    readTimeout,
@@ -198,6 +231,24 @@ func handle[T any](mux *http.ServeMux, pattern string, act func(context.Context,
 		}
 		Answer(w, http.StatusOK, struct{}{})
 	})
+}
+
+func replace(w http.ResponseWriter, req *http.Request, r Replaceable) {
+	var body replaceRequest
+	err := json.NewDecoder(http.MaxBytesReader(w, req.Body, maxBody)).Decode(&body)
+	if err == nil && !filepath.IsAbs(body.Program) {
+		err = fmt.Errorf("program %q: want an absolute path", body.Program)
+	}
+	if err != nil {
+		answerError(w, exit.Errorf(exit.Usage, "replace: %v", err))
+		return
+	}
+	pid, err := r.Replace(context.WithoutCancel(req.Context()), body.Program)
+	if err != nil {
+		answerError(w, err)
+		return
+	}
+	Answer(w, http.StatusOK, replaceAnswer{pid})
 }
 
 // answerError writes the error of a request that was refused.

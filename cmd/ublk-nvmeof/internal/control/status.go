@@ -5,6 +5,8 @@
 //	GET  /metrics                        → 200 the same for Prometheus (docs/metrics.md)
 //	POST /v1/disconnect {"force": true}  → 200 when everything has ended, or an exit.Error:
 //	                                       409 if a device is in use, else 500
+//	POST /v1/replace {"program": "/path"} → 200 with the process id of the new server, when
+//	                                        it has begun to take over
 //	POST /v1/query Query                 → 200 QueryResult
 //	POST /v1/reservation Reservation     → 200 QueryResult
 //	POST /v1/reset                       → 200 when the controller is connected again
@@ -12,6 +14,7 @@
 //	POST /v1/path/add PathRequest        → 200 when the path is in use
 //	POST /v1/path/remove PathRequest     → 200 when the path is gone
 //	POST /v1/policy PolicyRequest        → 200
+//	POST /v1/reauth Reauthentication     → 200 when the connection is authenticated again
 //
 // What a server refuses is an exit.Error: 400 if the request makes no sense, 409 if it does
 // not suit the state of the server, else 500.
@@ -27,6 +30,9 @@ type Status struct {
 	SchemaVersion int    `json:"schema_version"`
 	Name          string `json:"name"`
 	PID           int    `json:"pid"`
+
+	// Managed says that a service manager runs the server.
+	Managed bool `json:"managed,omitempty"`
 
 	Transport  string `json:"transport"`
 	TrAddr     string `json:"traddr"`
@@ -56,6 +62,9 @@ type Status struct {
 	Policy string  `json:"policy,omitempty"` // queue-depth, round-robin or preferred
 	Fence  string  `json:"fence,omitempty"`  // auto or none
 	Fences []Fence `json:"fences,omitempty"` // what writes wait for
+	// Authentication is the hash, the group, and whether both sides proved who they are;
+	// empty if the target did not ask.
+	Authentication string `json:"authentication,omitempty"`
 
 	CNTLID   uint16 `json:"cntlid"`
 	Version  string `json:"nvme_version"`
@@ -63,7 +72,7 @@ type Status struct {
 	Serial   string `json:"serial"`
 	Firmware string `json:"firmware_rev"`
 
-	Frontend       string `json:"frontend"` // ublk, nbd or nbd-socket
+	Frontend       string `json:"frontend"` // ublk, nbd, nbd-socket or vhost-user-blk
 	FrontendReason string `json:"frontend_reason,omitempty"`
 
 	Provider string `json:"provider"`
@@ -207,10 +216,12 @@ type Class struct {
 
 // Device is a block device that the server serves.
 type Device struct {
-	Device string `json:"device"` // ublkb0, nbd0, or an NBD URI
-	NSID   uint32 `json:"nsid"`
-	UUID   string `json:"uuid,omitempty"`
-	Size   uint64 `json:"size"`
+	Device string `json:"device"` // ublkb0, nbd0, an NBD URI, or the path of a vhost-user-blk socket
+	// User is the front end that is connected to a vhost-user-blk socket.
+	User string `json:"user,omitempty"`
+	NSID uint32 `json:"nsid"`
+	UUID string `json:"uuid,omitempty"`
+	Size uint64 `json:"size"`
 	// Used is the part of Size that the target has allocated; nil: unknown.
 	Used        *uint64 `json:"used,omitempty"`
 	BlockSize   uint32  `json:"block_size"`
@@ -227,9 +238,9 @@ type Device struct {
 	Durations map[string]Durations `json:"durations,omitempty"`
 }
 
-// Path is the block device's node, or its URI.
+// Path is the block device's node, or the path of its socket, or its URI.
 func (d Device) Path() string {
-	if strings.Contains(d.Device, "://") {
+	if strings.Contains(d.Device, "://") || strings.HasPrefix(d.Device, "/") {
 		return d.Device
 	}
 	return "/dev/" + d.Device
@@ -289,6 +300,13 @@ type Reservation struct {
 	NSID    uint32 `json:"nsid"`
 	Command []byte `json:"command"` // 64 bytes
 	Data    []byte `json:"data"`    // keys, or zeroes as long as the report
+}
+
+// Reauthentication has the keys to authenticate with from now on. An empty one stays as it
+// is, and for "none" there is none from now on.
+type Reauthentication struct {
+	Host       string `json:"dhchap_secret,omitempty"`
+	Controller string `json:"dhchap_ctrl_secret,omitempty"`
 }
 
 // QueryResult is what the controller answered.

@@ -114,9 +114,22 @@ func readConf(f *Found, o *options.Discovery, file string, text []byte) error {
 		if line == "" || line[0] == '#' {
 			continue
 		}
-		f.add(o, fmt.Sprintf("%s:%d", file, n), strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == '\t' || r == '=' }), true)
+		f.add(o, fmt.Sprintf("%s:%d", file, n), words(line), true)
 	}
 	return nil
+}
+
+// words splits a line at spaces, and at the first "=" of each word. A key may have more.
+func words(line string) (out []string) {
+	for field := range strings.FieldsSeq(line) {
+		name, value, _ := strings.Cut(field, "=")
+		for _, word := range []string{name, value} {
+			if word != "" {
+				out = append(out, word)
+			}
+		}
+	}
+	return out
 }
 
 // jsonHost, jsonSubsystem and jsonPort are nvme-cli's configuration. Fields of jsonPort
@@ -182,16 +195,13 @@ var (
 		"transport", "traddr", "trsvcid", "host_traddr", "host_iface", "nr_io_queues", "nr_write_queues", "nr_poll_queues", "queue_size",
 		"keep_alive_tmo", "reconnect_delay", "ctrl_loss_tmo", "fast_io_fail_tmo", "tos", "duplicate_connect", "disable_sqflow",
 	}
-	refusedKeys = []string{"dhchap_key", "dhchap_ctrl_key", "hdr_digest", "data_digest", "tls", "tls_key", "keyring", "concat"}
+	refusedKeys = []string{"hdr_digest", "data_digest", "tls", "tls_key", "keyring", "concat"}
 )
 
 // flags translates a port into flags of connect.
 func (p jsonPort) flags(h jsonHost, s jsonSubsystem) (args []string, discovery bool, err error) {
 	if transport, ok := p["transport"].(string); ok && transport != "rdma" {
 		return []string{"--transport=" + transport}, false, nil // it is skipped, whatever else it has
-	}
-	if h.DHCHAPKey != "" {
-		return nil, false, errors.New("dhchap_key of the host: authentication is not supported")
 	}
 	for _, key := range refusedKeys {
 		switch v := p[key].(type) {
@@ -212,6 +222,9 @@ func (p jsonPort) flags(h jsonHost, s jsonSubsystem) (args []string, discovery b
 		if value != "" {
 			args = append(args, "--"+flag+"="+value)
 		}
+	}
+	if args, err = p.secrets(h, args); err != nil {
+		return nil, false, err
 	}
 	for _, key := range portFlags {
 		flag := "--" + strings.ReplaceAll(key, "_", "-")
@@ -238,4 +251,23 @@ func (p jsonPort) flags(h jsonHost, s jsonSubsystem) (args []string, discovery b
 	}
 	discovery, _ = p["discovery"].(bool)
 	return args, discovery || s.NQN == nvme.DiscoveryNQN, nil
+}
+
+// secrets adds the keys of a port, or of its host, to flags of connect.
+func (p jsonPort) secrets(h jsonHost, args []string) ([]string, error) {
+	for _, s := range []struct{ key, flag, inherited string }{
+		{"dhchap_key", options.HostSecret, h.DHCHAPKey}, {"dhchap_ctrl_key", options.ControllerSecret, ""},
+	} {
+		text, ok := p[s.key].(string)
+		if !ok && p[s.key] != nil {
+			return nil, fmt.Errorf("%s: want a text", s.key)
+		}
+		if text == "" || text == options.NoSecret { // what nvme-cli writes if there is none
+			text = s.inherited
+		}
+		if text != "" {
+			args = append(args, "--"+s.flag+"="+text)
+		}
+	}
+	return args, nil
 }

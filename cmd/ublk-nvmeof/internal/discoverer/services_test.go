@@ -116,7 +116,7 @@ func TestServices(t *testing.T) {
 				"error config.json: subsystem nqn.disk: port 3: -a/--traddr: no value is given; want the address of the target\n" +
 				"error config.json: subsystem nqn.disk: port 4: -Q/--queue-size \"5\": want a number, 16 to 1024\n" +
 				"error config.json: subsystem nqn.disk: port 5: queue_size: want a text, a number, true or false\n" +
-				"error config.json: subsystem nqn.secret: port 0: dhchap_key of the host: authentication is not supported\n"},
+				"error config.json: subsystem nqn.secret: port 0: -S/--dhchap-secret: key: want DHHC-1:hh:BASE64: with hh 00 to 03; want a key like DHHC-1:00:BASE64:, @FILE for a file that contains one, or none\n"},
 		{"interface", "", `[{"subsystems": [{"nqn": "nqn.disk", "ports": [{"transport": "rdma", "traddr": "10.0.0.2", "host_iface": "lo"},
 				{"transport": "rdma", "traddr": "10.0.0.3", "host_iface": "none"}, {"transport": "rdma", "traddr": "fe80::1", "host_iface": "a b"}]}]}]`, []string{"-i", "2"},
 			"config.json: subsystem nqn.disk: port 0 subsystem 10.0.0.2:4420 nqn.disk as nqn.this-host, 2 queues, persistent false, on lo from 127.0.0.1\n" +

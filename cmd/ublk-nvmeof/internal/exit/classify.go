@@ -14,12 +14,16 @@ import (
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
+	"ublk-nvmeof/vhost"
 )
 
 // classify finds the code of an error by the errors in its chain, the most specific
 // first. For example, a deadline means Timeout only if the step that it ended says
 // nothing more specific.
 func classify(err error) Code {
+	if errors.As(err, new(*initiator.AuthError)) {
+		return NotProved // whatever ended it
+	}
 	for _, s := range []struct {
 		err  error
 		code Code
@@ -31,6 +35,7 @@ func classify(err error) Code {
 		{nbd.ErrTaken, DeviceTaken},
 		{nbd.ErrNoDevice, NotFound},
 		{nbd.ErrBusy, Busy},
+		{vhost.ErrBusy, Busy},
 		{ublk.ErrIDTaken, DeviceTaken},
 		{ublk.ErrNoDevice, NotFound},
 		{ublk.ErrBusy, Busy},
@@ -133,6 +138,11 @@ func Connecting(peer, subsystem, host string, err error) *Error {
 		words = fmt.Sprintf("%s has no subsystem %s", peer, subsystem)
 	case HostNotAllowed:
 		words = fmt.Sprintf("subsystem %s at %s does not admit host %s", subsystem, peer, host)
+	case NotProved:
+		words = fmt.Sprintf("authentication with subsystem %s at %s failed", subsystem, peer)
+		if errors.Is(err, initiator.ErrNoKey) {
+			words = fmt.Sprintf("subsystem %s at %s requires authentication of host %s; --dhchap-secret gives its key", subsystem, peer, host)
+		}
 	case Timeout:
 		words = fmt.Sprintf("no answer from %s in time", peer)
 	case Negotiation:

@@ -30,7 +30,8 @@ const (
 	Busy           Code = 14
 	NotFound       Code = 15
 	NoMemory       Code = 16
-	nCodes              = 17
+	NotProved      Code = 17
+	nCodes              = 18
 )
 
 var meanings = [nCodes]string{
@@ -51,6 +52,7 @@ var meanings = [nCodes]string{
 	Busy:           "the device is in use, or its controller is not connected at the moment",
 	NotFound:       "no such device, controller or namespace",
 	NoMemory:       "the I/O buffers need more memory than they may have; the message says how much",
+	NotProved:      "host and target could not prove to each other who they are: a key is missing or wrong",
 }
 
 // String returns the meaning of the code.
@@ -59,6 +61,16 @@ func (c Code) String() string {
 		return meanings[c]
 	}
 	return fmt.Sprintf("exit code %d", int(c))
+}
+
+// MayPass reports whether the cause may pass without a change of the command line or of
+// this machine: the target is not there, or does not serve this host yet.
+func (c Code) MayPass() bool {
+	switch c {
+	case NoRDMA, Unreachable, Rejected, UnknownSubsys, HostNotAllowed, Timeout, Negotiation, NotFound:
+		return true
+	}
+	return false
 }
 
 // Table returns all codes with their meanings, one in a line, for --help.

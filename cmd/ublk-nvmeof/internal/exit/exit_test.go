@@ -71,6 +71,9 @@ func TestCodes(t *testing.T) {
 		{"nonsense of the target", atStep(errors.New("controller id 5, connected to 6")), Negotiation},
 		{"identify refused", atStep(nvme.StatusInvalidField), Negotiation},
 
+		{"no key", atStep(&initiator.AuthError{Err: initiator.ErrNoKey}), NotProved},
+		{"silent while it authenticates", atStep(&initiator.AuthError{Err: context.DeadlineExceeded}), NotProved},
+		{"lost while it authenticates", atStep(&initiator.AuthError{Err: rdma.ErrNoDevice}), NotProved},
 		{"deadline", atStep(context.DeadlineExceeded), Timeout},
 		{"file deadline", os.ErrDeadlineExceeded, Timeout},
 		{"permission", &os.PathError{Op: "mkdir", Path: "/run/x", Err: syscall.EACCES}, Permission},
@@ -94,6 +97,8 @@ func TestConnecting(t *testing.T) {
 		{atStep(&rdma.RejectError{Peer: peer, Reason: 8}), "nobody listens at A ("},
 		{atStep(&rdma.RejectError{Peer: peer, Reason: 28}), "A rejected the connection ("},
 		{atStep(context.DeadlineExceeded), "no answer from A in time ("},
+		{atStep(&initiator.AuthError{Err: initiator.ErrNoKey}), "subsystem S at A requires authentication of host H; --dhchap-secret gives its key ("},
+		{atStep(&initiator.AuthError{Err: errors.New("rain")}), "authentication with subsystem S at A failed ("},
 		{errors.Join(errors.New("rain"), errors.New("wind")), "connect to S at A (rain; wind)"},
 	} {
 		got := Connecting("A", "S", "H", tt.err)

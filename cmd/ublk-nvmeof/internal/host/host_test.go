@@ -1,44 +1,12 @@
 package host
 
 import (
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 )
-
-func TestNotify(t *testing.T) {
-	t.Setenv("NOTIFY_SOCKET", "")
-	if err := Notify("READY=1"); err != nil {
-		t.Errorf("without a service manager: %v", err)
-	}
-	dir, err := os.MkdirTemp("", "notify") // t.TempDir may be longer than a socket's name
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	for _, name := range []string{filepath.Join(dir, "s"), "@" + filepath.Base(dir)} {
-		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Setenv("NOTIFY_SOCKET", name)
-		if err := Notify("READY=1", "STATUS=a\nMAINPID=1"); err != nil {
-			t.Fatal(err)
-		}
-		b := make([]byte, 100)
-		n, err := l.Read(b)
-		if err != nil || string(b[:n]) != "READY=1\nSTATUS=a MAINPID=1" {
-			t.Errorf("%s: %q, %v", name, b[:n], err)
-		}
-		l.Close()
-		if err := Notify("STOPPING=1"); err == nil {
-			t.Errorf("%s: nobody listens, no error", name)
-		}
-	}
-}
 
 func TestModulePresent(t *testing.T) {
 	dir := t.TempDir()

@@ -10,17 +10,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ringError is an io_uring that cannot be had, with the cause and the remedy.
-type ringError struct {
-	why string
-	err error
+// RingError is an io_uring that cannot be had, with the cause and the remedy.
+type RingError struct {
+	Why    string
+	Remedy string // empty: none is known
+	Err    error
 }
 
-func (e *ringError) Error() string {
-	return fmt.Sprintf("io_uring cannot be used (%v): %s", e.err, e.why)
+func (e *RingError) Error() string {
+	text := fmt.Sprintf("io_uring cannot be used (%v): %s", e.Err, e.Why)
+	if e.Remedy != "" {
+		text += "; " + e.Remedy
+	}
+	return text
 }
 
-func (e *ringError) Unwrap() error { return e.err }
+func (e *RingError) Unwrap() error { return e.Err }
 
 // CheckIOUring says why this process cannot make an io_uring, without which it
 // cannot serve anything, and what would help. nil: it can.
@@ -41,36 +46,36 @@ func CheckIOUring() error {
 // explainRing explains an error of io_uring_setup(2), with what is in
 // /proc/sys/kernel/io_uring_disabled and /proc/self/status.
 func explainRing(errno unix.Errno, disabled, status string) error {
-	const remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile (docs/ci.md)"
+	const enable = "sysctl kernel.io_uring_disabled=0 enables it"
 	filtered := false
 	for line := range strings.Lines(status) {
 		if mode, ok := strings.CutPrefix(line, "Seccomp:"); ok {
 			filtered = strings.TrimSpace(mode) == "2"
 		}
 	}
-	why := "the kernel refuses it"
 	switch {
 	case errno == unix.EPERM && disabled == "2":
-		why = "the administrator has disabled it for every process; sysctl kernel.io_uring_disabled=0 enables it"
+		return &RingError{"the administrator has disabled it for every process", enable, errno}
 	case errno == unix.EPERM && disabled == "1" && !filtered:
-		why = "the administrator has disabled it for users without CAP_SYS_ADMIN that are not in the group kernel.io_uring_group; sysctl kernel.io_uring_disabled=0 enables it"
+		return &RingError{"the administrator has disabled it for users without CAP_SYS_ADMIN that are not in the group kernel.io_uring_group", enable, errno}
 	case filtered:
-		why = "a seccomp filter, as containers have, refuses the system call; " + remedy
+		return &RingError{"a seccomp filter, as containers have, refuses the system call",
+			"allow io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile (docs/ci.md)", errno}
 	case errno == unix.ENOSYS:
-		why = "this kernel is built without it (CONFIG_IO_URING), or a sandbox hides it"
+		return &RingError{"this kernel is built without it (CONFIG_IO_URING), or a sandbox hides it", "", errno}
 	}
-	return &ringError{why, errno}
+	return &RingError{"the kernel refuses it", "", errno}
 }
 
-// loopMemory is about what a loop locks, in KiB.
-const loopMemory = 100
+// LoopMemory is about what a loop locks, in KiB.
+const LoopMemory = 100
 
 // ExplainMemlock adds to an error of too little memory that the limit of locked
 // memory is the cause, if there is one, and what would help. Other errors, and
 // nil, are returned as they are.
 func ExplainMemlock(err error) error {
 	var limit unix.Rlimit
-	if !errors.Is(err, unix.ENOMEM) || mayLock() || unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil {
+	if !errors.Is(err, unix.ENOMEM) || MayLock() || unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil {
 		return err
 	}
 	return explainMemlock(err, limit.Cur)
@@ -83,11 +88,11 @@ func explainMemlock(err error, limit uint64) error {
 	}
 	return fmt.Errorf("%w: the processes of this user may lock %d KiB of memory (RLIMIT_MEMLOCK), and each I/O queue takes about %d KiB, "+
 		"with an RDMA device its buffers as well; raise the limit (ulimit -l, LimitMEMLOCK= of a service, --ulimit memlock= of a container), or ask for fewer queues (--nr-io-queues)",
-		err, limit>>10, loopMemory)
+		err, limit>>10, LoopMemory)
 }
 
-// mayLock reports whether the process has CAP_IPC_LOCK, for which there is no limit.
-func mayLock() bool { return capable(unix.CAP_IPC_LOCK) }
+// MayLock reports whether the process has CAP_IPC_LOCK, for which there is no limit.
+func MayLock() bool { return capable(unix.CAP_IPC_LOCK) }
 
 // IsAdmin reports whether the process has CAP_SYS_ADMIN over the machine, and not only in a
 // user namespace. The drivers for block devices ask for it.

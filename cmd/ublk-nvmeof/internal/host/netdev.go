@@ -10,8 +10,9 @@ import (
 
 // Route is the network device through which a target is reached.
 type Route struct {
-	Netdev string
-	RDMA   string // RDMA device on it; empty if there is none
+	Source netip.Addr // address of this host
+	Netdev string     // that has it
+	RDMA   string     // RDMA device on it; empty if there is none
 }
 
 // RouteTo looks a target up in the routing table. It sends nothing. source may be
@@ -37,7 +38,7 @@ func RouteTo(remote netip.AddrPort, source netip.Addr) (Route, error) {
 	// If there is none, the library returns an error or an empty name. It has no other
 	// errors that matter here.
 	dev, _ := rdmamap.GetRdmaDeviceForNetdevice(netdev)
-	return Route{Netdev: netdev, RDMA: dev}, nil
+	return Route{Source: addr.Unmap(), Netdev: netdev, RDMA: dev}, nil
 }
 
 // RDMADevices returns the names of the RDMA devices of this host.

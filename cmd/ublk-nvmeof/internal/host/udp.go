@@ -1,14 +1,19 @@
 package host
 
 import (
+	"bytes"
+	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Holder is who has a UDP port. PID is 0 if no process is known that has it.
@@ -28,6 +33,41 @@ func (h Holder) String() string {
 		return "a process of root, or rdma_rxe in the kernel"
 	}
 	return "rdma_rxe in the kernel, or a process outside of this container"
+}
+
+// echoTime is how long a packet may take from this host to itself.
+const echoTime = time.Second
+
+// TryUDP sends a packet from an address of this host to itself, at a UDP port. Errors: that
+// of the bind if somebody has the port, that of the system if it refuses to send, and
+// os.ErrDeadlineExceeded if the packet does not arrive within a second.
+func TryUDP(ctx context.Context, local netip.AddrPort) error {
+	var listen net.ListenConfig
+	server, err := listen.ListenPacket(ctx, "udp", local.String())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = server.Close() }()
+	dialer := net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(netip.AddrPortFrom(local.Addr(), 0))}
+	client, err := dialer.DialContext(ctx, "udp", local.String())
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	sent := make([]byte, 16)
+	_, _ = rand.Read(sent) // it does not fail
+	if _, err := client.Write(sent); err != nil {
+		return err
+	}
+	if err := server.SetReadDeadline(time.Now().Add(echoTime)); err != nil {
+		return err
+	}
+	for got := make([]byte, 64); ; {
+		n, _, err := server.ReadFrom(got)
+		if err != nil || bytes.Equal(got[:n], sent) {
+			return err
+		}
+	}
 }
 
 // UDPHolder finds out who has the UDP port in this network namespace, at the address or

@@ -2,12 +2,15 @@ package host
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestUDPHolder(t *testing.T) {
@@ -49,5 +52,23 @@ func TestFindUDP(t *testing.T) {
 		if _, inode, ok := findUDP(tt.table, netip.MustParseAddrPort(tt.address)); inode != tt.inode || ok != (tt.inode != "") {
 			t.Errorf("%s: %q, %t, want %q", tt.address, inode, ok, tt.inode)
 		}
+	}
+}
+
+func TestTryUDP(t *testing.T) {
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := c.LocalAddr().(*net.UDPAddr).AddrPort()
+	if err := TryUDP(t.Context(), taken); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a port that is taken: %v", err)
+	}
+	c.Close()
+	if err := TryUDP(t.Context(), taken); err != nil {
+		t.Error(err)
+	}
+	if err := TryUDP(t.Context(), netip.MustParseAddrPort("192.0.2.1:4791")); err == nil {
+		t.Error("an address of another host works")
 	}
 }

@@ -102,7 +102,7 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (d *Discovery) Complete(from Sources) error { return d.Connect.complete(from) }
+func (d *Discovery) Complete(from Sources) error { return d.Connect.CompleteHost(from) }
 
 // Flags returns the flags of the service and of the connections.
 func (d *Discovery) Flags() *pflag.FlagSet { return d.flags }
@@ -134,7 +134,7 @@ func (d *Discovery) With(args []string, from Sources) (*Discovery, error) {
 	var err error
 	d.flags.VisitAll(func(f *pflag.Flag) {
 		if err == nil && f.Changed && !slices.Contains(targetFlags, f.Name) {
-			err = n.flags.Set(f.Name, f.Value.String())
+			err = n.flags.Set(f.Name, valueOf(f))
 		}
 	})
 	if err == nil {
@@ -152,15 +152,23 @@ func (d *Discovery) With(args []string, from Sources) (*Discovery, error) {
 	return n, n.Complete(from)
 }
 
+// valueOf returns the value that sets a flag again.
+func valueOf(f *pflag.Flag) string {
+	if s, ok := f.Value.(*secretFlag); ok {
+		return s.text()
+	}
+	return f.Value.String()
+}
+
 // ConnectArgs returns the flags of a connect to a subsystem at an address, with everything
-// that was set for all subsystems.
+// that was set for all subsystems, but for the keys.
 func (d *Discovery) ConnectArgs(to netip.AddrPort, nqn string) []string {
 	args := []string{
 		"--traddr=" + to.Addr().String(), "--trsvcid=" + strconv.Itoa(int(to.Port())), "--nqn=" + nqn,
 		"--hostnqn=" + d.Connect.HostNQN, "--hostid=" + d.Connect.HostID.String(),
 	}
 	d.flags.VisitAll(func(f *pflag.Flag) {
-		if f.Changed && !slices.Contains(targetFlags, f.Name) && !slices.Contains([]string{"hostnqn", "hostid", "persistent"}, f.Name) {
+		if f.Changed && !isSecret(f) && !slices.Contains(targetFlags, f.Name) && !slices.Contains([]string{"hostnqn", "hostid", "persistent"}, f.Name) {
 			args = append(args, "--"+f.Name+"="+f.Value.String())
 		}
 	})

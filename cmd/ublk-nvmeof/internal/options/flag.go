@@ -72,6 +72,8 @@ func FlagError(err error) error {
 	switch {
 	case errors.As(err, &invalid) && errors.Is(invalid.Unwrap(), errForeign):
 		return fmt.Errorf("%s: %w", flagName(invalid.GetFlag()), errForeign)
+	case errors.As(err, &invalid) && isSecret(invalid.GetFlag()):
+		return fmt.Errorf("%s: %w", flagName(invalid.GetFlag()), cause(invalid))
 	case errors.As(err, &invalid):
 		return fmt.Errorf("%s %q: %w", flagName(invalid.GetFlag()), invalid.GetValue(), cause(invalid))
 	case errors.As(err, &missing):

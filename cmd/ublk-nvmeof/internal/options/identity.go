@@ -113,21 +113,36 @@ func findIdentity(nqnFlag, idFlag string, from Sources) (identity, error) {
 	return out, nil
 }
 
+// errNoIdentity is a host without an identifier.
+var errNoIdentity = errors.New("this host has no NQN yet: connect generates one and keeps it; gen-hostnqn makes one for /etc/nvme/hostnqn")
+
+// ReadOnly returns sources that keep nothing: a generated identifier is the one that was
+// kept before, or else one that lasts as long as the process.
+func (s Sources) ReadOnly() Sources {
+	s = s.withDefaults()
+	s.Keep = func(string) (file, kept string, err error) {
+		if file, err = keptHostID(); err != nil {
+			return file, "", err
+		}
+		text, err := s.ReadFile(file)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = errNoIdentity
+		}
+		return file, string(text), err
+	}
+	return s
+}
+
 // HostNQN returns the NQN of this host that connect uses without flags. An identifier that
 // would have to be generated is an error, because connect has not kept one yet.
 func HostNQN(from Sources) (string, error) {
-	from = from.withDefaults()
-	errNone := errors.New("this host has no NQN yet: connect generates one and keeps it; gen-hostnqn makes one for /etc/nvme/hostnqn")
+	from = from.ReadOnly()
+	keep := from.Keep
 	var none error
-	from.Keep = func(string) (file, kept string, err error) {
-		file, err = keptHostID()
-		if err == nil {
-			var text []byte
-			text, err = from.ReadFile(file)
-			kept = string(text)
-		}
+	from.Keep = func(text string) (file, kept string, err error) {
+		file, kept, err = keep(text)
 		if err != nil {
-			none = errNone
+			none = errNoIdentity
 		}
 		return file, kept, err
 	}
@@ -182,7 +197,11 @@ func (s Sources) derive(out *identity) (err error) {
 	}
 	out.id = s.NewUUID()
 	file, kept, err := s.Keep(out.id.String())
-	if err != nil {
+	switch {
+	case errors.Is(err, errNoIdentity):
+		out.warnings = append(out.warnings, err.Error())
+		return nil
+	case err != nil:
 		out.warnings = append(out.warnings, fmt.Sprintf("host id %s was generated and cannot be kept, so the next connect will be another host's; use --hostid or /etc/nvme/hostid (%v)", out.id, err))
 		return nil
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
@@ -65,10 +66,11 @@ const (
 
 // Values of --frontend.
 const (
-	Auto      = "auto"
-	Ublk      = "ublk"       // /dev/ublkbN
-	NBD       = "nbd"        // /dev/nbdN, by the kernel's NBD client
-	NBDSocket = "nbd-socket" // a socket for any NBD client
+	Auto         = "auto"
+	Ublk         = "ublk"           // /dev/ublkbN
+	NBD          = "nbd"            // /dev/nbdN, by the kernel's NBD client
+	NBDSocket    = "nbd-socket"     // a socket for any NBD client
+	VhostUserBlk = "vhost-user-blk" // sockets for virtual machine monitors
 )
 
 // AutoDevice lets the driver choose the number of the ublk device.
@@ -95,6 +97,9 @@ type Connect struct {
 	// for the log.
 	Warnings []string
 
+	Secret           *auth.Key // of this host; nil: none
+	ControllerSecret *auth.Key // that the target must prove to have; nil: none
+
 	Queues        poller.Request
 	QueueSize     int
 	KeepAlive     time.Duration
@@ -112,9 +117,12 @@ type Connect struct {
 	NSIDs       []uint32 // nil: all
 	Provider    string
 	LoadModules string
-	Frontend    string // Auto, Ublk, NBD or NBDSocket
+	Frontend    string // Auto, Ublk, NBD, NBDSocket or VhostUserBlk
 	Socket      string // for NBDSocket: a path or host:port; empty: in the server's directory
 	TLS         string // for NBDSocket: directory of certificates; empty: no TLS
+	VhostSocket string // for VhostUserBlk: a path, with NSIDField; empty: in the run directory
+	VhostMode   fs.FileMode
+	VhostOwner  FileOwner
 	OnCrash     string // Requeue, Fail or Remove
 	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
@@ -130,7 +138,7 @@ func Default() *Connect {
 		Transport: "rdma", Port: DefaultPort,
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
-		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice,
+		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice, VhostMode: defaultVhostMode, VhostOwner: anyOwner,
 		Fence: FenceAuto, Provider: AutoProvider, LoadModules: "auto", Frontend: Auto, OnCrash: Requeue, Timeout: defaultTimeout,
 	}
 }
@@ -147,6 +155,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	c.addConnection(f)
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
+	f.Var(text(&c.VhostSocket, "path", "an absolute path of at most 107 bytes; "+NSIDField+" in the last part of it stands for the number of the namespace", checkVhostSocket), "vhost-socket",
+		"path of the socket of each namespace for virtual machine monitors, with "+NSIDField+" for the number of the namespace; implies --frontend vhost-user-blk (default: sockets in the run directory that only this target has)")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
 	c.addProvider(f)
@@ -169,6 +179,7 @@ func (c *Connect) addHost(f *pflag.FlagSet) {
 		"hostnqn", "q", "NQN of this host (default: $LIBNVME_HOSTNQN, /etc/nvme/hostnqn, or an NQN made from the host id)")
 	f.VarP(text(&c.hostID, "uuid", "a UUID like 12345678-1234-1234-1234-123456789abc", checkUUID),
 		"hostid", "I", "identifier of this host (default: $LIBNVME_HOSTID, /etc/nvme/hostid, that of the firmware, or one that is generated once and kept)")
+	c.addSecrets(f)
 }
 
 // addConnection defines the flags that may be the same for several subsystems.
@@ -199,9 +210,10 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
 	f.Var(bytesOf(&c.Memory), "memory-limit", "most memory for the buffers of all namespaces (default: half of what is available)")
 	f.Var(size(&c.PollMax, 1, 512, maxTransfer), "poll-max-size", "size of the largest read or write that goes to the poll queues")
-	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, or on a socket for NBD clients; auto takes the first that the machine has or can load, and that this user may use")
+	f.Var(OneOf(&c.Frontend, Auto, Ublk, NBD, NBDSocket, VhostUserBlk), "frontend", "how namespaces are offered: by the ublk driver, by the kernel's NBD client, on a socket for NBD clients, or on sockets for virtual machine monitors; auto takes the first of the first three that the machine has or can load, and that this user may use")
 	f.Var(text(&c.TLS, "directory", "an absolute path", checkAbsolute), "nbd-tls",
 		"require TLS of NBD clients, with server-cert.pem and server-key.pem of this directory; if it has ca-cert.pem, require a certificate of that authority as well")
+	c.addVhost(f)
 	f.Var(OneOf(&c.OnCrash, Requeue, Fail, Remove), "on-crash", "what happens when the server dies: requests wait for recover, requests fail until recover, or the devices are removed")
 }
 
@@ -223,12 +235,12 @@ func (c *Connect) Complete(from Sources) error {
 	case c.NQN == "":
 		return errors.New("-n/--nqn: no value is given; want the name of the subsystem")
 	}
-	return c.complete(from)
+	return c.CompleteHost(from)
 }
 
-// complete is Complete for flags that may lack the target.
-func (c *Connect) complete(from Sources) error {
-	if err := c.chooseSource(); err != nil {
+// CompleteHost is Complete for flags that may lack the target.
+func (c *Connect) CompleteHost(from Sources) error {
+	if err := errors.Join(c.chooseSource(), c.checkSecrets()); err != nil {
 		return err
 	}
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
@@ -252,10 +264,13 @@ func (c *Connect) complete(from Sources) error {
 	switch {
 	case c.Socket != "" && c.Frontend != NBDSocket:
 		return fmt.Errorf("--nbd-socket %q: want it with --frontend %s, not %s", c.Socket, NBDSocket, c.Frontend)
-	case c.Device != AutoDevice && c.Frontend == NBDSocket:
+	case c.Device != AutoDevice && (c.Frontend == NBDSocket || c.Frontend == VhostUserBlk || c.VhostSocket != ""):
 		return fmt.Errorf("--device-id \"%d\": a socket has no number", c.Device)
 	case c.TLS != "" && c.Frontend != NBDSocket:
 		return fmt.Errorf("--nbd-tls %q: want it with --frontend %s, not %s", c.TLS, NBDSocket, c.Frontend)
+	}
+	if err := c.completeVhost(); err != nil {
+		return err
 	}
 	if _, err := c.TLSConfig(); err != nil {
 		return err
@@ -341,12 +356,13 @@ func (c *Connect) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	return out, nil
 }
 
-// Args returns the flags of f that were set, as arguments that set them again.
+// Args returns the flags of f that were set, as arguments that set them again. Keys are left
+// out.
 func Args(f *pflag.FlagSet) []string {
 	var args []string
 	// Visit would visit only the flags that f itself has parsed.
 	f.VisitAll(func(flag *pflag.Flag) {
-		if flag.Changed {
+		if flag.Changed && !isSecret(flag) {
 			args = append(args, "--"+flag.Name+"="+flag.Value.String())
 		}
 	})

@@ -54,6 +54,8 @@ func TestWrongValues(t *testing.T) {
 		{"--context", []string{"", strings.Repeat("x", 256), "a b"}, "want 1 to 255 printable characters"},
 		{"--owner", []string{"", "\x1b"}, "want 1 to 255 printable characters"},
 		{"-q/--hostnqn", []string{"", long}, "want a name of 1 to 223 bytes"},
+		{"-S/--dhchap-secret", []string{"", "DHHC-1:", "none ", "DHHC-1:00:x:", "@"}, "want a key like DHHC-1:00:BASE64:, @FILE"},
+		{"-C/--dhchap-ctrl-secret", []string{"DHHC-1:00:Jc/My1o0qtLCWRp+sHhAVafdfaS7YQOMYhk9zSmlatobqB8C:"}, "the checksum does not match the secret, so a character is wrong; want a key like"},
 		{"-I/--hostid", []string{"", "x", "12345678-1234-1234-1234-123456789ab", "00000000-0000-0000-0000-000000000000"}, "want a UUID like"},
 		{"-i/--nr-io-queues", []string{"0", "-1", "65536", "x", "", "1.5"}, "want a number, 1 to 65535"},
 		{"-W/--nr-write-queues", []string{"-1", "65536", "x", ""}, "want a number, 0 to 65535"},
@@ -75,9 +77,12 @@ func TestWrongValues(t *testing.T) {
 		{"--namespace", []string{"0", "4294967295", "x", "", "1,", "1,,2", "-1"}, "want namespace ids, 1 to 4294967294, several"},
 		{"--provider", []string{"rxe", "", "tcp"}, "want auto, verbs or roce"},
 		{"--on-crash", []string{"wait", ""}, "want requeue, fail or remove"},
-		{"--frontend", []string{"", "vhost", "nbd,ublk"}, "want auto, ublk, nbd or nbd-socket"},
+		{"--frontend", []string{"", "vhost", "nbd,ublk"}, "want auto, ublk, nbd, nbd-socket or vhost-user-blk"},
 		{"--nbd-socket", []string{"", "nbd.sock", "localhost", ":10809", "a:b", "a:0", "a:65536", "/" + strings.Repeat("x", 107)}, "want an absolute path of at most 107 bytes, or HOST:PORT"},
 		{"--nbd-tls", []string{"", "certificates"}, "want an absolute path"},
+		{"--vhost-socket", []string{"", "vm.sock", "h:1", "/{nsid}/s", "/" + strings.Repeat("x", 107), "/{nsid}" + strings.Repeat("x", 98)}, "want an absolute path of at most 107 bytes; {nsid} in"},
+		{"--vhost-socket-mode", []string{"", "x", "888", "1777", "0060", "0460", "-1"}, "want an octal number up to 0777 that lets the owner read and write"},
+		{"--vhost-socket-owner", []string{"", ":", "root:", "no such user", ":no such group", "-1"}, "want USER, USER:GROUP or :GROUP"},
 		{"--metrics-listen", []string{"", "9471", "localhost", ":0", ":65536", ":http", "1.2.3:9471", "a b:9471", "[::1]", "::1:9471", "/run/x"},
 			"want HOST:PORT, or :PORT for the loopback address"},
 		{"--load-modules", []string{"always", ""}, "want auto or never"},
@@ -91,7 +96,11 @@ func TestWrongValues(t *testing.T) {
 				continue
 			}
 			got := err.Error()
-			if !strings.HasPrefix(got, tt.flag+" ") || !strings.Contains(got, tt.want) || strings.Contains(got, "\n") {
+			quoted := " "
+			if strings.HasSuffix(tt.flag, "-secret") { // whose values are not to be shown
+				quoted = ":"
+			}
+			if !strings.HasPrefix(got, tt.flag+quoted) || !strings.Contains(got, tt.want) || strings.Contains(got, "\n") {
 				t.Errorf("--%s=%q: message %q, want %s …%q", name, value, got, tt.flag, tt.want)
 			}
 		}
@@ -137,6 +146,12 @@ func TestOtherUsageErrors(t *testing.T) {
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "/s", "--frontend", "nbd"}, `--nbd-socket "/s": want it with --frontend nbd-socket, not nbd`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--device-id", "1"}, `--device-id "1": a socket has no number`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-tls", "/t"}, `--nbd-tls "/t": want it with --frontend nbd-socket, not auto`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s"}, `--vhost-socket "/s": each namespace has a socket; want a path with {nsid} in it, or --namespace with one id`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s", "--namespace", "1,2"}, `--vhost-socket "/s": each namespace has a socket`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s", "--frontend", "nbd"}, `--vhost-socket "/s": want it with --frontend vhost-user-blk, not nbd`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s{nsid}", "--device-id", "1"}, `--device-id "1": a socket has no number`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket-mode", "660"}, `--vhost-socket-mode "0660": want it with --frontend vhost-user-blk, not auto`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket-owner", "root"}, `--vhost-socket-owner "root": want it with --frontend vhost-user-blk, not auto`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--nbd-tls", "/nowhere"}, `--nbd-tls "/nowhere": open /nowhere/server-cert.pem: no such file`},
 	} {
 		c, _, err := parse(t, tt.args...)
@@ -289,5 +304,18 @@ func TestMetricsAddress(t *testing.T) {
 	}
 	if got := Default().MetricsAddress(); got != "" {
 		t.Errorf("by default metrics are served at %q", got)
+	}
+}
+
+// TestVhostSocketOwner accepts names and numbers, and gives them again.
+func TestVhostSocketOwner(t *testing.T) {
+	for value, want := range map[string][2]int{"root": {0, -1}, "root:root": {0, 0}, ":root": {-1, 0}, "1000:50": {1000, 50}} {
+		c, f, err := parse(t, "--vhost-socket-owner="+value)
+		if err != nil || c.VhostOwner.UID != want[0] || c.VhostOwner.GID != want[1] {
+			t.Errorf("%s: %+v, %v", value, c.VhostOwner, err)
+		}
+		if got := Args(f); len(got) != 1 || got[0] != "--vhost-socket-owner="+value {
+			t.Errorf("%s: again %q", value, got)
+		}
 	}
 }

@@ -54,6 +54,7 @@ type Subsystem struct {
 	NQN        string
 	MaxQueues  int      // I/O queues per controller
 	AllowHosts []string // none: any
+	Auth       []HostAuth
 	Namespaces []Namespace
 }
 
@@ -112,6 +113,7 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 		s.AllowHosts = append(s.AllowHosts, nqn)
 		return nvme.ValidateNQN(nqn)
 	})}, "allow-host", "NQN of a host that may connect to the subsystem (default: any host)")
+	addAuthFlags(f, t.hostAuth)
 	f.Var(&each{kind: "number", want: fmt.Sprintf("a number, 1 to %d", nvme.MaxQueues), take: last("max-queues", func(s *Subsystem, text string) error {
 		return number(&s.MaxQueues, 1, nvme.MaxQueues, "a number").Set(text)
 	})}, "max-queues", fmt.Sprintf("largest number of I/O queues of a controller of the subsystem (default %d)", target.DefaultMaxQueues))
@@ -210,6 +212,13 @@ func bytesOf(dst *int64) *flagValue[int64] {
 func (t *Target) Complete() error {
 	if len(t.Subsystems)+len(t.Referrals) == 0 {
 		return errors.New("-n/--nqn: no value is given; want the name of a subsystem")
+	}
+	for _, s := range t.Subsystems {
+		for _, a := range s.Auth {
+			if err := a.check(); err != nil {
+				return err
+			}
+		}
 	}
 	if t.MaxIO&(t.MaxIO-1) != 0 {
 		return fmt.Errorf("--max-io-size %q: want a power of two", ibytes(t.MaxIO))

@@ -312,6 +312,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("owner", "%s, context %s", orNone(s.Owner), orNone(s.Context))
 		}
 		if s.Model != "" {
+			if s.Authentication != "" {
+				row("authentication", "%s", s.Authentication)
+			}
 			row("controller", "id %d, model \"%s\", serial \"%s\", firmware \"%s\", NVMe %s", s.CNTLID, s.Model, s.Serial, s.Firmware, s.Version)
 		}
 		if s.Provider != "" {
@@ -411,6 +414,9 @@ func deviceText(d control.Device) string {
 	}
 	if d.UUID != "" {
 		parts = append(parts, "uuid "+d.UUID)
+	}
+	if d.User != "" {
+		parts = append(parts, "used by "+d.User)
 	}
 	return strings.Join(parts, ", ")
 }

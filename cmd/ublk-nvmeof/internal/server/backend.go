@@ -11,6 +11,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/nvme"
@@ -34,6 +35,7 @@ type subsystem interface {
 	RemovePath(ctx context.Context, c *initiator.Controller) error
 	Paths() []*initiator.Controller
 	SetPolicy(p initiator.Policy, preferred *initiator.Controller) error
+	Reauthenticate(ctx context.Context, keys *initiator.Credentials) error
 	Abort(reason error)
 	Close(ctx context.Context) error
 }
@@ -61,9 +63,13 @@ type queueInfo struct {
 	MaxIO  int // bytes of the largest request
 }
 
-// device is the part of ublk.Device, or of an NBD export, that the server uses.
+// device is the part of ublk.Device, of an NBD export or of a vhost-user-blk server that the
+// server uses.
 type device interface {
 	Record() state.Device
+	// Accept lets clients of a socket in. It is called, also repeatedly, when the record
+	// names the device.
+	Accept()
 	Queues() queueInfo
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
@@ -96,6 +102,8 @@ type backend struct {
 	list         func(context.Context) ([]ublk.Info, error)
 	remove       func(context.Context, ublk.Info) error
 	abandon      func(ctx context.Context, info ublk.Info, force bool) error
+	uevent       func(name string) error             // makes udev process a block device again
+	stopping     func(context.Context) (bool, error) // the machine is being shut down
 }
 
 // actual is the backend outside of tests.
@@ -141,10 +149,12 @@ var actual = backend{
 		}
 		return ublkDevice{d}, nil
 	},
-	get:     ublk.Get,
-	list:    ublk.List,
-	remove:  ublk.Remove,
-	abandon: ublk.Abandon,
+	get:      ublk.Get,
+	list:     ublk.List,
+	remove:   ublk.Remove,
+	abandon:  ublk.Abandon,
+	uevent:   host.Uevent,
+	stopping: systemd.ShuttingDown,
 }
 
 // explainedLoop makes a loop. Its error names the limit that the loop exceeds.
@@ -160,6 +170,9 @@ type ublkDevice struct{ *ublk.Device }
 func (d ublkDevice) Record() state.Device {
 	return state.Device{ID: d.ID(), Cookie: d.Info().Cookie}
 }
+
+// Accept implements device. The block device is there already.
+func (d ublkDevice) Accept() {}
 
 // Queues implements device.
 func (d ublkDevice) Queues() queueInfo {

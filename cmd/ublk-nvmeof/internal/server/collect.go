@@ -133,8 +133,8 @@ func (b *backend) findingOf(r state.Record, devices []ublk.Info) (Finding, bool)
 	}
 	for _, d := range r.Devices {
 		switch d.Kind {
-		case state.NBDSocket:
-			f.Why = fmt.Sprintf("clients may wait for %s; recover takes it over, disconnect gives it up", d.URI)
+		case state.NBDSocket, state.VhostUserBlk:
+			f.Why = fmt.Sprintf("clients may wait for %s; recover takes it over, disconnect gives it up", d.Path())
 			return f, true
 		case state.NBD:
 			if there, err := b.nbdConnected(d.ID, d.Cookie); there || err != nil {

@@ -121,7 +121,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	if err := s.connectPaths(ctx, further); err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String())
+	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String(), "authentication", cmp.Or(path.Auth, "none"))
 	return found, nil
 }
 
@@ -155,7 +155,8 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Path:   initiator.Path{Provider: provider.rdma, Address: s.remote, Source: s.opts.SourceAddr},
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
 		Policy: s.opts.Policy, NoFence: s.opts.Fence == options.FenceNone,
-		Queues: queues, Loops: loops, QueueSize: s.opts.QueueSize,
+		Credentials: initiator.Credentials{Host: s.opts.Secret, Controller: s.opts.ControllerSecret},
+		Queues:      queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
 		MaxMemory: s.opts.Memory, Associated: s.record.associated,
@@ -216,7 +217,7 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		return err
 	}
 	if len(devices) > 0 {
-		if err := s.record.takenOver(s.target(), s.cfg.Args, devices); err != nil {
+		if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), devices); err != nil {
 			return err
 		}
 		s.waiting = nil
@@ -228,7 +229,7 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		}
 		return nil
 	}
-	if err := s.record.takenOver(s.target(), s.cfg.Args, nil); err != nil {
+	if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), nil); err != nil {
 		return err
 	}
 	s.waiting = nil

@@ -40,8 +40,10 @@ func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, 
 				return false, nil
 			}
 		}
-		if path := listensAt(r.State); strings.HasPrefix(path, "/") {
-			_ = removeDeadSocket(path) // the next server at this path reports a failure
+		for _, path := range addressesOf(r.State) {
+			if strings.HasPrefix(path, "/") {
+				_ = removeDeadSocket(path) // the next server at this path reports a failure
+			}
 		}
 		return true, nil
 	}
@@ -51,7 +53,7 @@ func (b *backend) reap(log *slog.Logger, waiting Waiting) func(context.Context, 
 // if waiting says so or if nobody can use it any more.
 func (b *backend) gone(ctx context.Context, d state.Device, waiting Waiting) (bool, error) {
 	switch d.Kind {
-	case state.NBDSocket:
+	case state.NBDSocket, state.VhostUserBlk:
 		// Its clients wait to connect again.
 		return waiting != Keep, nil
 	case state.NBD:

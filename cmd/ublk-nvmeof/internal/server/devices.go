@@ -65,6 +65,10 @@ func (s *server) startDevice(ctx context.Context, ns namespace, id int, later bo
 		return errors.Join(err, s.record.removeDevices(s.recordOf(ns, d)))
 	}
 	s.addServing(ns, d)
+	// udev may have looked for the record before it existed.
+	if err := s.back.uevent(d.Record().Name()); err != nil {
+		s.log.Warn("udev is not told of the device's names", "device", d.Record().Path(), "error", err)
+	}
 	return nil
 }
 
@@ -76,7 +80,7 @@ func (s *server) startExports(ctx context.Context, chosen ...namespace) error {
 	}
 	var records []state.Device
 	for _, ns := range chosen {
-		records = append(records, describeRecord(ns, s.nbd.exportOf(ns, s.opts.NQN).record))
+		records = append(records, s.described(ns, s.nbd.exportOf(ns, s.opts.NQN).record))
 	}
 	if err := s.record.addDevices(records...); err != nil {
 		return errors.Join(err, s.record.removeDevices(records...))
@@ -97,6 +101,9 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 	kind := state.Ublk
 	if s.front.name == options.NBD {
 		kind = state.NBD
+	}
+	if s.front.name == options.VhostUserBlk {
+		return s.serveVhost(ns, "")
 	}
 	start := func(id int) (device, error) {
 		if kind == state.NBD {
@@ -141,6 +148,14 @@ var policies = map[string]ublk.RecoveryPolicy{
 	options.Requeue: ublk.RecoveryRequeue, options.Fail: ublk.RecoveryFail, options.Remove: ublk.RecoveryNone,
 }
 
+// acceptClients lets clients of all sockets in. The caller has recorded everything that
+// clients may use and has made its devices.
+func (s *server) acceptClients() {
+	for _, v := range s.devices() {
+		v.dev.Accept()
+	}
+}
+
 // addServing adds a device to the served devices and watches it.
 func (s *server) addServing(ns namespace, d device) {
 	v := &serving{namespace: ns, dev: d}
@@ -168,7 +183,16 @@ func (s *server) mind(v *serving) {
 }
 
 // recordOf returns the record of a device.
-func (s *server) recordOf(ns namespace, d device) state.Device { return describeRecord(ns, d.Record()) }
+func (s *server) recordOf(ns namespace, d device) state.Device { return s.described(ns, d.Record()) }
+
+// described adds to the record of a device what the device is.
+func (s *server) described(ns namespace, d state.Device) state.Device {
+	r := describeRecord(ns, d)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.Model, r.Serial = s.path.Model, s.path.Serial
+	return r
+}
 
 // describeRecord adds to the record of a device the identity of its namespace and the
 // properties that its users see.

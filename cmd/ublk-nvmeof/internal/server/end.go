@@ -76,6 +76,7 @@ func (s *server) end(ctx context.Context, force bool, p pace) error {
 // endBelow ends the parts below the devices, top down. A part that does not end still
 // uses the parts below it, so those stay.
 func (s *server) endBelow(ctx context.Context, p pace) error {
+	s.ending.Store(true)
 	for _, step := range []func() error{
 		func() error { return s.endNBD(p) },
 		func() error { return s.endController(ctx, p) },
@@ -95,6 +96,7 @@ func (s *server) finish(left error) {
 		s.log.Error("server ended, but not all its parts did", "error", left)
 	}
 	s.closed = true
+	s.ending.Store(true)
 	close(s.ended)
 }
 

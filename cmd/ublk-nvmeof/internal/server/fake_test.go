@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -61,6 +62,7 @@ type world struct {
 	connected    initiator.Config
 	changed      func(namespace, initiator.Change)
 	started      []ublk.Config
+	stopping     func() bool   // the machine is being shut down; nil: it is not
 	connecting   chan struct{} // closed when connect is called; it then waits for its context
 }
 
@@ -137,6 +139,8 @@ func (w *world) backend() backend {
 			}
 			return ublk.Info{}, ublk.ErrNoDevice
 		},
+		uevent:   func(string) error { return nil },
+		stopping: func(context.Context) (bool, error) { return w.stopping != nil && w.stopping(), nil },
 		remove: func(_ context.Context, i ublk.Info) error {
 			w.note("remove %d", i.ID)
 			delete(w.left, i.ID)
@@ -219,7 +223,9 @@ func (w *world) namespace(id uint32) namespace {
 
 // described is a device of a namespace, as it is on record.
 func (w *world) described(id uint32, d state.Device) state.Device {
-	return describeRecord(w.namespace(id), d)
+	r := describeRecord(w.namespace(id), d)
+	r.Model = "M"
+	return r
 }
 
 type disk struct {
@@ -260,7 +266,10 @@ type fakeSubsystem struct {
 	done    chan struct{}
 	aborted chan struct{}
 	once    sync.Once
-	hang    bool // in Close
+	hang    bool                      // in Close
+	keys    *initiator.Credentials    // of the last Reauthenticate
+	reauth  error                     // its error
+	lost    atomic.Pointer[time.Time] // when the target was lost; nil: it is there
 }
 
 func (c *fakeSubsystem) Info() initiator.Info {
@@ -276,6 +285,10 @@ func (c *fakeSubsystem) Info() initiator.Info {
 		i.State, p.State, p.Reason = initiator.StateDead, initiator.StateDead, c.reason
 		i.Paths = []initiator.PathInfo{p}
 		return i
+	}
+	if t := c.lost.Load(); t != nil {
+		i.State, i.Since = initiator.StateConnecting, *t
+		p.State, p.Since = i.State, *t
 	}
 	p.CNTLID, p.Version, p.Model, p.QueueSize, p.Plan, p.InCapsule, p.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
 	i.Paths = []initiator.PathInfo{p}
@@ -323,6 +336,11 @@ func (c *fakeSubsystem) Query(_ context.Context, cmd *nvme.Command, out []byte) 
 func (c *fakeSubsystem) Reset(context.Context) error {
 	c.world.note("reset")
 	return c.world.queriesFail()
+}
+
+func (c *fakeSubsystem) Reauthenticate(_ context.Context, keys *initiator.Credentials) error {
+	c.keys = keys
+	return c.reauth
 }
 
 // AddPath implements subsystem. A fake path has an address and nothing else.
@@ -427,6 +445,8 @@ func (d *fakeDevice) HandOver(context.Context) error {
 	d.world.note("hand ublkb%d over", d.id)
 	return nil
 }
+
+func (d *fakeDevice) Accept() {}
 
 func (d *fakeDevice) InUse() error {
 	d.world.mu.Lock()

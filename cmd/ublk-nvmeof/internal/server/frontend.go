@@ -10,11 +10,12 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/ublk"
+	"ublk-nvmeof/vhost"
 )
 
 // frontEnd is the front end of a server, with the reason for the choice.
 type frontEnd struct {
-	name   string // options.Ublk, NBD or NBDSocket
+	name   string // options.Ublk, NBD, NBDSocket or VhostUserBlk
 	reason string
 }
 
@@ -31,8 +32,8 @@ func (s *server) chooseFront() (frontEnd, error) {
 		return frontEnd{options.Ublk, asked}, s.driver(host.UblkDrv, s.back.available, ublk.ErrNoDriver)
 	case options.NBD:
 		return frontEnd{options.NBD, asked}, s.driver(host.NBD, s.back.nbd, nbd.ErrNoDriver)
-	case options.NBDSocket:
-		return frontEnd{options.NBDSocket, asked}, nil
+	case options.NBDSocket, options.VhostUserBlk:
+		return frontEnd{s.opts.Frontend, asked}, nil
 	}
 	noUblk := s.driver(host.UblkDrv, s.back.available, ublk.ErrNoDriver)
 	forbidden := errors.Is(noUblk, ublk.ErrPermission)
@@ -64,6 +65,8 @@ func (s *server) inheritedFront() (frontEnd, error) {
 			f = frontEnd{options.Ublk, inherited}
 		case state.NBDSocket:
 			f = frontEnd{options.NBDSocket, inherited}
+		case state.VhostUserBlk:
+			f = frontEnd{options.VhostUserBlk, inherited}
 		default:
 			there, err := s.back.nbdConnected(d.ID, d.Cookie)
 			if err != nil {
@@ -123,4 +126,6 @@ func nbdAvailable() error {
 }
 
 // isBusy reports whether the error says that a device is in use.
-func isBusy(err error) bool { return errors.Is(err, ublk.ErrBusy) || errors.Is(err, nbd.ErrBusy) }
+func isBusy(err error) bool {
+	return errors.Is(err, ublk.ErrBusy) || errors.Is(err, nbd.ErrBusy) || errors.Is(err, vhost.ErrBusy)
+}

@@ -102,6 +102,31 @@ func certify(t *testing.T, dir string) *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "nbd.test", Certificates: []tls.Certificate{{Certificate: [][]byte{cert}, PrivateKey: key}}}
 }
 
+// dialTLS asks the server for TLS, and then for the list of exports.
+func dialTLS(socket string, config *tls.Config) error {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	answer := make([]byte, 20)
+	if _, err := io.ReadFull(c, answer[:18]); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte("\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x05\x00\x00\x00\x00")); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(c, answer); err != nil {
+		return err
+	}
+	secure := tls.Client(c, config)
+	// A server that refuses may have closed already; it is the answer that says why.
+	_, _ = secure.Write([]byte("IHAVEOPT\x00\x00\x00\x03\x00\x00\x00\x00"))
+	_, err = io.ReadFull(secure, answer)
+	return err
+}
+
 func TestNBDSocketTLS(t *testing.T) {
 	w, o, dir := newWorld(), lab(), runDir(t)
 	o.Frontend, o.Socket, o.TLS = options.NBDSocket, filepath.Join(dir, "tls.sock"), t.TempDir()
@@ -110,35 +135,11 @@ func TestNBDSocketTLS(t *testing.T) {
 	if s := r.waitReady(); s.Devices[0].Path() != "nbds+unix:///1?socket="+o.Socket {
 		t.Errorf("%+v", s)
 	}
-	// dial asks for TLS, and then for the list of exports.
-	dial := func(config *tls.Config) error {
-		c, err := net.Dial("unix", o.Socket)
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-		answer := make([]byte, 20)
-		if _, err := io.ReadFull(c, answer[:18]); err != nil {
-			return err
-		}
-		if _, err := c.Write([]byte("\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x05\x00\x00\x00\x00")); err != nil {
-			return err
-		}
-		if _, err := io.ReadFull(c, answer); err != nil {
-			return err
-		}
-		secure := tls.Client(c, config)
-		// A server that refuses may have closed already; it is the answer that says why.
-		_, _ = secure.Write([]byte("IHAVEOPT\x00\x00\x00\x03\x00\x00\x00\x00"))
-		_, err = io.ReadFull(secure, answer)
-		return err
-	}
-	if err := dial(peer); err != nil {
+	if err := dialTLS(o.Socket, peer); err != nil {
 		t.Errorf("with a certificate: %v", err)
 	}
 	peer.Certificates = nil
-	if err := dial(peer); err == nil || !strings.Contains(err.Error(), "certificate") {
+	if err := dialTLS(o.Socket, peer); err == nil || !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("without a certificate: %v", err)
 	}
 	if err := r.client().Disconnect(t.Context(), true); err != nil {

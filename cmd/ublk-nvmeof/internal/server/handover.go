@@ -24,7 +24,7 @@ func (s *server) HandOver(ctx context.Context) error {
 	s.mu.Lock()
 	front := s.front.name
 	s.mu.Unlock()
-	if front != options.Ublk {
+	if front != options.Ublk && front != options.VhostUserBlk {
 		return exit.Errorf(exit.Other, "the front end is %s, which cannot hand over its clients", front)
 	}
 	var err error
@@ -50,6 +50,24 @@ func (s *server) handOver(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	s.leaveInOrder(ctx, all)
+	s.heir.takesOver(s)
 	s.finish(nil)
 	return nil
+}
+
+// leaveInOrder shuts down the controller, so that the next server need not wait until the
+// target has ended it. It does nothing if a device still has requests in flight. A block
+// device stays in use until the process ends, so only servers of sockets leave in order.
+func (s *server) leaveInOrder(ctx context.Context, all []*serving) {
+	if slices.ContainsFunc(all, func(v *serving) bool { return !ended(v.dev) }) {
+		return
+	}
+	err := s.endBelow(ctx, hurried)
+	if err == nil {
+		err = s.record.left()
+	}
+	if err != nil {
+		s.log.Warn("devices were handed over, but the server has not left the target", "error", err)
+	}
 }

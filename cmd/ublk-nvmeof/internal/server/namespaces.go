@@ -167,8 +167,8 @@ func (s *server) apply(ctx context.Context, c change) error {
 	return nil
 }
 
-// offer makes the device of an added namespace. An export has the number of its
-// namespace as its name, so an earlier export with this number must end first.
+// offer makes the device of an added namespace. An export, or the socket of a namespace, is
+// named by the number of the namespace, so an earlier one with this number must end first.
 func (s *server) offer(ctx context.Context, ns namespace) error {
 	if s.front.name != options.Ublk && slices.ContainsFunc(s.devices(), func(v *serving) bool { return v.nsid == ns.nsid && v.orphan }) {
 		return errHeld

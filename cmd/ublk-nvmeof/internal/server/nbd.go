@@ -2,42 +2,33 @@ package server
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize/english"
-	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nbd"
 )
 
-const (
-	// minNBDDepth is the smallest depth that package nbd accepts.
-	minNBDDepth = 16
-	// maxSocketPath is the longest path that fits into struct sockaddr_un.
-	maxSocketPath = 107
-)
+// minNBDDepth is the smallest depth that package nbd accepts.
+const minNBDDepth = 16
 
 // nbdServer is the NBD server whose exports are the namespaces.
 type nbdServer struct {
 	*nbd.Server
+	log      *slog.Logger
 	listener net.Listener // nil if it serves only the kernel's client
 	accepts  bool         // the server accepts clients from the listener
 	secure   bool         // clients must use TLS
@@ -47,12 +38,12 @@ type nbdServer struct {
 }
 
 // openNBD makes the NBD server, unless there is one, and records the address on which it
-// listens. Clients that connect wait until acceptClients is called.
+// listens. Clients that connect wait until accept is called.
 func (s *server) openNBD() error {
 	if s.nbd != nil {
 		return nil
 	}
-	secure, err := s.opts.TLSConfig()
+	secure, err := s.secure()
 	if err != nil {
 		return err
 	}
@@ -64,7 +55,7 @@ func (s *server) openNBD() error {
 	if err != nil {
 		return err
 	}
-	n := &nbdServer{Server: srv, secure: secure != nil, queues: len(s.loops), depth: depth, maxIO: s.opts.MaxIO}
+	n := &nbdServer{Server: srv, log: s.log, secure: secure != nil, queues: len(s.loops), depth: depth, maxIO: s.opts.MaxIO}
 	if s.front.name == options.NBDSocket {
 		if err := s.listenNBD(n); err != nil {
 			undo, cancel := context.WithTimeout(context.Background(), undoTime)
@@ -89,18 +80,16 @@ func (s *server) listenNBD(n *nbdServer) error {
 	return nil
 }
 
-// acceptClients makes the NBD server accept clients, if it has a socket and does not
-// accept them yet. The caller has recorded everything that clients may use and has made
-// its exports.
-func (s *server) acceptClients() {
-	n := s.nbd
-	if n == nil || n.listener == nil || n.accepts {
+// accept makes the NBD server accept clients, if it has a socket and does not accept them
+// yet.
+func (n *nbdServer) accept() {
+	if n.listener == nil || n.accepts {
 		return
 	}
 	n.accepts = true
 	go func() {
 		if err := n.Serve(n.listener); err != nil && !errors.Is(err, nbd.ErrStopped) {
-			s.log.Error("NBD server stopped accepting clients", "error", err)
+			n.log.Error("NBD server stopped accepting clients", "error", err)
 		}
 	}()
 }
@@ -108,22 +97,18 @@ func (s *server) acceptClients() {
 // bindNBD listens at the address where NBD clients look for this server. It refuses an
 // address where clients of a dead server may look for that server.
 func (s *server) bindNBD() (net.Listener, error) {
+	if s.cfg.Listener != nil {
+		return s.cfg.Listener, nil
+	}
 	address, err := s.nbdAddress()
 	if err != nil {
 		return nil, err
 	}
+	given := s.opts.Socket != ""
 	network := "tcp"
 	if strings.HasPrefix(address, "/") {
 		network = "unix"
-	}
-	if network == "unix" {
-		if len(address) > maxSocketPath {
-			return nil, exit.Errorf(exit.Other, "the path %s has %d bytes, and the path of a socket at most %d; want --nbd-socket with a shorter path", address, len(address), maxSocketPath)
-		}
-		if err := s.checkKept(address); err != nil {
-			return nil, err
-		}
-		if err := s.takeSocket(address); err != nil {
+		if err := s.claimPath(address, given, "--nbd-socket"); err != nil {
 			return nil, err
 		}
 	}
@@ -135,7 +120,7 @@ func (s *server) bindNBD() (net.Listener, error) {
 		return nil, err
 	}
 	if network != "unix" {
-		if err := s.checkKept(l.Addr().String()); err != nil {
+		if err := s.checkKept(l.Addr().String(), given); err != nil {
 			return nil, errors.Join(err, l.Close())
 		}
 	}
@@ -143,30 +128,15 @@ func (s *server) bindNBD() (net.Listener, error) {
 }
 
 // nbdAddress returns the address on which this server listens for NBD clients: the one
-// that the user gave, that of its predecessor, or a path that is derived from the
-// target. No other subsystem ever has this path. A second server of the same target
-// gets another path.
+// that the user gave, that of its predecessor, or a path that only this target has.
 func (s *server) nbdAddress() (string, error) {
 	if s.opts.Socket != "" {
 		return s.opts.Socket, nil
 	}
-	own := s.record.state()
-	if address := listensAt(own); address != "" {
+	if address := listensAt(s.record.state()); address != "" {
 		return address, nil
 	}
-	t := s.target()
-	sum := sha256.Sum256([]byte(t.Address.String() + "\x00" + t.NQN + "\x00" + t.HostNQN))
-	path := filepath.Join(string(s.cfg.Dir), "nbd-"+hex.EncodeToString(sum[:8]))
-	records, err := s.cfg.Dir.List()
-	if err != nil {
-		return "", err
-	}
-	for _, r := range records {
-		if r.Name != own.Name && listensAt(r.State) == path+".sock" {
-			return path + "-" + own.Name + ".sock", nil
-		}
-	}
-	return path + ".sock", nil
+	return s.derivedPath("nbd")
 }
 
 // listensAt returns the address on which the recorded server listens for NBD clients, or
@@ -191,110 +161,11 @@ func listensAt(r state.State) string {
 	return ""
 }
 
-// takeSocket removes the socket of a dead server. Either the record of this server must
-// name it, or it must have the path in this run directory that only this target has.
-// The owner of any other socket is unknown, and so is the target that its clients
-// expect.
-func (s *server) takeSocket(address string) error {
-	own := listensAt(s.record.state())
-	if s.opts.Socket == "" || own != "" && sameAddress(own, address) {
-		return removeDeadSocket(address)
-	}
-	info, err := os.Lstat(address)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case dialSocket(address) == nil:
-		return errListens(address)
-	case err == nil && info.Mode().Type() == os.ModeSocket:
-		return exit.Errorf(exit.DeviceTaken, "%s is an existing socket that no record here names; clients may wait there for another target; remove it if no client does", address)
-	case err == nil:
-		return exit.Errorf(exit.DeviceTaken, "%s exists and is not a socket", address)
-	default:
-		return err
-	}
-}
-
-// checkKept refuses an address where clients of a dead server may look for it.
-func (s *server) checkKept(address string) error {
-	records, err := s.cfg.Dir.List()
-	if err != nil {
-		return err
-	}
-	for _, r := range records {
-		if r.Err != nil && s.opts.Socket != "" {
-			return fmt.Errorf("the record of %s cannot be read, and its clients may look for it at %s: %w", r.Name, address, r.Err)
-		}
-	}
-	kept, err := s.keptBy(func(r state.Record) bool {
-		at := listensAt(r.State)
-		return at != "" && sameAddress(at, address)
-	})
-	if err != nil || len(kept) == 0 {
-		return err
-	}
-	return errKept(address, kept[0])
-}
-
-// sameAddress reports whether a client of one address could reach a server at the other.
-func sameAddress(a, b string) bool {
-	if a == b || strings.HasPrefix(a, "/") && strings.HasPrefix(b, "/") && realPath(a) == realPath(b) {
-		return true
-	}
-	x, xerr := netip.ParseAddrPort(a)
-	y, yerr := netip.ParseAddrPort(b)
-	if xerr != nil || yerr != nil || x.Port() != y.Port() {
-		return false
-	}
-	return x.Addr().Unmap() == y.Addr().Unmap() || x.Addr().IsUnspecified() || y.Addr().IsUnspecified()
-}
-
-// realPath returns the path of a socket with the symbolic links of its directory
-// resolved, if they can be.
-func realPath(path string) string {
-	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
-	if err != nil {
-		return filepath.Clean(path)
-	}
-	return filepath.Join(dir, filepath.Base(path))
-}
-
-// dialSocket returns nil if a process accepts connections at the path of a socket,
-// unix.ECONNREFUSED if a file is there but no process accepts connections, or another
-// error.
-func dialSocket(path string) error {
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		return err
-	}
-	return c.Close()
-}
-
-// errListens returns the error for a socket at which another process listens.
-func errListens(path string) error {
-	return exit.Errorf(exit.DeviceTaken, "another process listens at %s", path)
-}
-
-// removeDeadSocket removes a socket that nobody listens on.
-func removeDeadSocket(path string) error {
-	err := dialSocket(path)
-	switch {
-	case err == nil:
-		return errListens(path)
-	case errors.Is(err, unix.ECONNREFUSED):
-		if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
-			return fmt.Errorf("%s exists and is not a socket", path)
-		}
-		return os.Remove(path)
-	}
-	return nil
-}
-
 // exportOf returns the export of a namespace without serving it. The number of the
 // namespace is the name of the export.
 func (n *nbdServer) exportOf(ns namespace, nqn string) *export {
 	x := &export{
-		srv: n.Server, name: strconv.FormatUint(uint64(ns.nsid), 10), done: make(chan struct{}),
+		srv: n, name: strconv.FormatUint(uint64(ns.nsid), 10), done: make(chan struct{}),
 		description: fmt.Sprintf("namespace %d of %s", ns.nsid, nqn),
 		queueInfo:   queueInfo{Queues: n.queues, Depth: n.depth, MaxIO: min(n.maxIO, int(ns.device.Geometry().MaxIO))},
 	}
@@ -347,7 +218,7 @@ func (s *server) endNBD(p pace) error {
 // export is a namespace that is served by NBD, with or without a device of the kernel's
 // client.
 type export struct {
-	srv         *nbd.Server
+	srv         *nbdServer
 	name        string
 	description string
 	dev         *nbd.Device // nil for the front end nbd-socket
@@ -373,6 +244,9 @@ func (x *export) InUse() error {
 	}
 	return nil
 }
+
+// Accept implements device.
+func (x *export) Accept() { x.srv.accept() }
 
 // Resize implements device. A client of a socket sees the new size when it connects
 // again.

@@ -183,17 +183,34 @@ func (r *record) left() error {
 	return r.save()
 }
 
-// takenOver records that a server with these flags and this target serves all devices of
-// an inherited record.
-func (r *record) takenOver(target state.Target, args []string, devices []state.Device) error {
+// takenOver records that a server with these flags, keys and this target serves all devices
+// of an inherited record.
+func (r *record) takenOver(target state.Target, args []string, secrets state.Secrets, devices []state.Device) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err := r.entry.SaveSecrets(secrets); err != nil {
+		return err
+	}
 	r.entry.Target, r.entry.Args, r.entry.Devices, r.entry.Phase = target, args, devices, state.Live
 	if err := r.save(); err != nil {
 		return err
 	}
 	r.inherited = false
 	return nil
+}
+
+// changeSecrets records the keys of a connection that was authenticated with them.
+func (r *record) changeSecrets(secrets state.Secrets) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.entry.SaveSecrets(secrets)
+}
+
+// secrets returns the recorded keys.
+func (r *record) secrets() (state.Secrets, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.entry.Secrets()
 }
 
 // retire removes the record, unless one of its devices remains or another server needs
@@ -249,5 +266,5 @@ func (r *record) removeDevices(all ...state.Device) error {
 
 // sameDevice reports whether two records describe the same device.
 func sameDevice(a, b state.Device) bool {
-	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI
+	return a.Kind == b.Kind && a.ID == b.ID && a.Cookie == b.Cookie && a.URI == b.URI && a.Socket == b.Socket
 }

@@ -2,10 +2,13 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -13,10 +16,10 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 )
@@ -34,6 +37,9 @@ type Config struct {
 	// Recovers is the name of a dead server that this server replaces. If it is empty,
 	// Run looks for a dead server with the same target.
 	Recovers string
+	// Again says that an earlier run of this process inherited the record Recovers, and
+	// could not take over the devices.
+	Again bool
 	// Within is the time limit for everything until the devices are usable. If it is zero,
 	// only Options.Timeout and the times within which the target ends the controllers of
 	// earlier servers are limits.
@@ -48,6 +54,17 @@ type Config struct {
 	Ready func(control.Status) error
 	// Hurry is closed to shorten the end of the server.
 	Hurry <-chan struct{}
+	// Patient makes a server that is asked to end by ctx wait until no device is in use,
+	// or until Hurry is closed.
+	Patient bool
+	// Reload has the server read its certificates again each time that it delivers.
+	Reload <-chan os.Signal
+	// Listener, if not nil, is the socket for NBD clients.
+	Listener net.Listener
+	// Launch, if not nil, starts another build of the program with these arguments as the
+	// successor of this process, and returns its process id and a channel that delivers
+	// if it ends without having taken over.
+	Launch func(program string, succeeds string, args []string) (pid int, failed <-chan error, err error)
 }
 
 // Wait is a wait before the devices are usable. The zero value is the end of a wait.
@@ -77,6 +94,11 @@ type server struct {
 	notified atomic.Bool // other servers were told of the controllers of this one
 	depth    int         // of the devices
 	nbd      *nbdServer  // of the front ends nbd and nbd-socket; nil: not open
+	certs    atomic.Pointer[tls.Config]
+	heir     heir
+
+	replacing sync.Mutex  // held while a successor is started
+	leaving   atomic.Bool // the server waits until no device is in use, and then ends
 
 	// waiting holds the devices of another server that this server takes over.
 	// Until all of them are served, none is ended, so that they can wait for the
@@ -89,6 +111,7 @@ type server struct {
 	changes chan struct{}           // a lock: holds a token while nobody starts, ends or changes devices
 	closed  bool                    // guarded by changes: everything has ended
 	aborted bool                    // guarded by changes: requests in flight were aborted
+	ending  atomic.Bool             // the parts below the devices are ending
 	ended   chan struct{}           // closed when closed is set
 	pending []*pending              // pending changes of namespaces; guarded by changes
 
@@ -131,6 +154,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	}
 	connecting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
+	s.notify(systemd.Status("connecting to "+s.opts.NQN+" at "+s.opts.Peer()), systemd.ExtendTimeout(s.opts.Timeout+stopTime))
 
 	defer s.withdraw()
 	if err := s.reserve(connecting); err != nil {
@@ -149,12 +173,17 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	if err == nil {
 		err = s.announce()
 	}
+	stopWatching := s.keepWatch(ctx)
+	defer stopWatching()
 	if err == nil {
+		stopWatching := s.watchShutdown(ctx)
 		s.serve(ctx)
+		if s.cfg.Patient {
+			s.awaitUnused(ctx)
+		}
+		stopWatching()
 	}
-	if nerr := host.Notify("STOPPING=1"); nerr != nil {
-		s.log.Warn("cannot notify the service manager", "error", nerr)
-	}
+	s.sayStopping()
 	if eerr := s.end(context.WithoutCancel(ctx), true, orderly); err == nil {
 		err = eerr
 	}
@@ -187,9 +216,7 @@ func (s *server) withdraw() {
 
 // announce reports that the devices are usable.
 func (s *server) announce() error {
-	if err := host.Notify("READY=1", "STATUS=serving "+s.opts.NQN); err != nil {
-		s.log.Warn("cannot notify the service manager", "error", err)
-	}
+	s.notify(systemd.Ready, systemd.Status(s.summary()))
 	if s.cfg.Ready == nil {
 		return nil
 	}
@@ -204,6 +231,7 @@ func (s *server) serve(ctx context.Context) {
 	following, stop := context.WithCancel(ctx)
 	var follower sync.WaitGroup
 	follower.Go(func() { s.follow(following) })
+	follower.Go(func() { s.followReloads(following) })
 	s.wait(ctx)
 	stop()
 	follower.Wait()

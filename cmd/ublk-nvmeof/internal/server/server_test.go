@@ -61,6 +61,12 @@ func runDir(t *testing.T) string {
 // begin runs a server. Its end is waited for.
 func begin(t *testing.T, w *world, o *options.Connect, dir string) *running {
 	t.Helper()
+	return beginWith(t, w, o, dir, func(*Config) {})
+}
+
+// beginWith runs a server with a changed configuration.
+func beginWith(t *testing.T, w *world, o *options.Connect, dir string, change func(*Config)) *running {
+	t.Helper()
 	needRings(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	r := &running{
@@ -74,6 +80,7 @@ func begin(t *testing.T, w *world, o *options.Connect, dir string) *running {
 		Ready:    func(s control.Status) error { r.ready <- s; return nil },
 		Hurry:    r.hurry,
 	}
+	change(&cfg)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)

@@ -8,6 +8,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
 )
@@ -18,7 +19,7 @@ func (s *server) Status() control.Status {
 	defer s.mu.Unlock()
 	o := s.opts
 	out := control.Status{
-		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(),
+		SchemaVersion: control.SchemaVersion, Name: s.record.state().Name, PID: os.Getpid(), Managed: systemd.Managed(),
 		Transport: o.Transport, TrAddr: s.remote.Addr().String(), TrSvcID: strconv.Itoa(int(o.Port)),
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), HostIface: o.HostIface, Context: o.Context, Owner: o.Owner,
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
@@ -110,6 +111,7 @@ func describePath(out *control.Status, connected initiator.PathInfo) {
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
+	out.Authentication = connected.Auth
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()
 	out.Model, out.Serial, out.Firmware = connected.Model, connected.Serial, connected.Firmware
 	out.RDMADevice, out.Memory = connected.Device, "registered"
@@ -175,6 +177,9 @@ func describeDevice(v *serving) control.Device {
 		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
 		Counters:    v.dev.Counters(),
+	}
+	if d, ok := v.dev.(*vhostDevice); ok {
+		out.User = d.srv.Front()
 	}
 	if v.used != nil {
 		used := v.used()

@@ -13,6 +13,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/ublk"
 )
@@ -28,9 +29,12 @@ import (
 func (s *server) take(ctx context.Context) error {
 	var e *state.Entry
 	var err error
-	if s.cfg.Recovers != "" {
+	switch {
+	case s.cfg.Again:
+		e, err = s.cfg.Dir.AdoptAgain(ctx, s.cfg.Recovers)
+	case s.cfg.Recovers != "":
 		e, err = s.cfg.Dir.Adopt(ctx, s.cfg.Recovers)
-	} else {
+	default:
 		e, err = s.cfg.Dir.Reserve(ctx, s.target(), s.cfg.Args, s.opts.Duplicate)
 	}
 	if dup := (*state.DuplicateError)(nil); errors.As(err, &dup) {
@@ -147,10 +151,12 @@ const outliveMargin = 10 * time.Second
 // announceWait tells the command that started this server what the server waits for,
 // and how long at most. The caller must call over when the wait has ended.
 func (s *server) announceWait(limit time.Duration, format string, args ...any) (over func()) {
+	what := "waits until " + fmt.Sprintf(format, args...)
+	s.notify(systemd.Status(what), systemd.ExtendTimeout(limit+s.opts.Timeout+stopTime))
 	if s.cfg.Waiting == nil {
 		return func() {}
 	}
-	s.cfg.Waiting(Wait{For: "waits until " + fmt.Sprintf(format, args...), Seconds: int(limit.Round(time.Second) / time.Second)})
+	s.cfg.Waiting(Wait{For: what, Seconds: int(limit.Round(time.Second) / time.Second)})
 	return func() { s.cfg.Waiting(Wait{}) }
 }
 
@@ -350,8 +356,11 @@ func sameNamespace(d state.Device, ns namespace) error {
 // recoverDevice takes over a device. later is set if the loops have already served
 // another device.
 func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (device, error) {
-	if h.Kind == state.NBDSocket {
+	switch h.Kind {
+	case state.NBDSocket:
 		return s.export(ctx, h.namespace, -1)
+	case state.VhostUserBlk:
+		return s.serveVhost(h.namespace, h.Socket)
 	}
 	info, err := s.back.get(ctx, h.ID)
 	if err != nil {

@@ -77,7 +77,7 @@ func (d Dir) leftControllers() (left, error) {
 func (d Dir) saveLeft(l left) error {
 	file := filepath.Join(string(d), controllersFile)
 	if len(l) > 0 {
-		return writeFile(file, controllersState{SchemaVersion, l})
+		return writeFile(file, controllersState{SchemaVersion, l}, public)
 	}
 	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove %s: %w", file, err)

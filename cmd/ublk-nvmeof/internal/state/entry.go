@@ -84,6 +84,17 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 // Adopt makes the record of a server that has ended the record of the calling process.
 // Controllers of the Entry are as for Reserve.
 func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
+	return d.inherit(ctx, name, func(r Record, _ Process) bool { return !r.Alive })
+}
+
+// AdoptAgain does the same with a record that the calling process has adopted or inherited
+// before, and whose devices it has not taken over.
+func (d Dir) AdoptAgain(ctx context.Context, name string) (*Entry, error) {
+	return d.inherit(ctx, name, func(r Record, self Process) bool { return r.Process == self && r.Phase == Connecting })
+}
+
+// inherit makes a record the caller's if that is allowed.
+func (d Dir) inherit(ctx context.Context, name string, allowed func(r Record, self Process) bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
 		return nil, err
@@ -97,7 +108,7 @@ func (d Dir) Adopt(ctx context.Context, name string) (*Entry, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case r.Alive:
+	case !allowed(r, self):
 		return nil, fmt.Errorf("%s is served by process %d", name, r.Process.PID)
 	}
 	records, err := d.List()
@@ -225,7 +236,7 @@ func Distinct(ids []uint16) []uint16 {
 }
 
 // Save replaces the saved state atomically.
-func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State) }
+func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State, public) }
 
 // Retire removes the record of the calling process, which is about to end. unfinished
 // are the controllers that the target may still have. The next server of the subsystem

@@ -128,7 +128,7 @@ func (h Host) Notify(nqn string, made map[uint16]Made) error {
 			_ = os.Remove(path) // the next process tries again
 		}
 	}
-	return writeFile(noticeFile(dir, self), notice{SchemaVersion, self, nqn, made})
+	return writeFile(noticeFile(dir, self), notice{SchemaVersion, self, nqn, made}, public)
 }
 
 // Withdraw removes the notice of the calling process, if there is one.

@@ -120,7 +120,7 @@ func TestNotices(t *testing.T) {
 	}
 	notify(1)
 	dead := notice{SchemaVersion, deadProcess(t), lab.NQN, map[uint16]Made{3: at(20)}}
-	if err := writeFile(noticeFile(dir, dead.Process), dead); err != nil {
+	if err := writeFile(noticeFile(dir, dead.Process), dead, public); err != nil {
 		t.Fatal(err)
 	}
 	if !h.GivenLater(lab.NQN, lab.Address, 3, at(10)) {

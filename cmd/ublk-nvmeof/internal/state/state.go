@@ -5,6 +5,7 @@
 //	/run/ublk-nvmeof/.lock             held (flock) while records come and go
 //	/run/ublk-nvmeof/.controllers.json controllers of servers whose record is gone
 //	/run/ublk-nvmeof/ctrl0/state.json  the record, replaced by rename
+//	/run/ublk-nvmeof/ctrl0/secrets.json the keys of its connection, for its owner only
 //	/run/ublk-nvmeof/ctrl0/control.sock
 //	/run/ublk-nvmeof/ctrl0/log         of a server that runs in the background
 //
@@ -90,16 +91,18 @@ type Kind string
 
 // Kinds.
 const (
-	Ublk      Kind = ""           // /dev/ublkbN
-	NBD       Kind = "nbd"        // /dev/nbdN
-	NBDSocket Kind = "nbd-socket" // a socket, at URI
+	Ublk         Kind = ""               // /dev/ublkbN
+	NBD          Kind = "nbd"            // /dev/nbdN
+	NBDSocket    Kind = "nbd-socket"     // a socket for NBD clients, at URI
+	VhostUserBlk Kind = "vhost-user-blk" // a socket for a virtual machine monitor, at Socket
 )
 
 // Device is a device that belongs to a server. Another device may have its number later;
 // the cookie distinguishes them (ublk.Info.Cookie, nbd.Device.Cookie).
 type Device struct {
 	Kind   Kind   `json:"kind,omitempty"`
-	URI    string `json:"uri,omitempty"` // of NBDSocket, which has no number
+	URI    string `json:"uri,omitempty"`    // of NBDSocket, which has no number
+	Socket string `json:"socket,omitempty"` // path of VhostUserBlk, which has no number
 	ID     int    `json:"id"`
 	Cookie uint64 `json:"cookie"`
 	NSID   uint32 `json:"nsid"`
@@ -110,6 +113,9 @@ type Device struct {
 	NGUID string `json:"nguid,omitempty"` // hexadecimal
 	EUI64 string `json:"eui64,omitempty"` // hexadecimal
 	Told  Told   `json:"told,omitzero"`
+	// Model and Serial are those of the controller when the device was made.
+	Model  string `json:"model,omitempty"`
+	Serial string `json:"serial,omitempty"`
 }
 
 // Told holds the properties of a device that its users saw when it was made. Users may not
@@ -124,13 +130,15 @@ type Told struct {
 	ReadOnly      bool   `json:"read_only"`
 }
 
-// Path returns the path of the block device, or the URI of a device that is a socket.
+// Path returns the path of the block device or socket, or the URI of an NBD export.
 func (d Device) Path() string {
 	switch d.Kind {
 	case NBD:
 		return "/dev/nbd" + strconv.Itoa(d.ID)
 	case NBDSocket:
 		return d.URI
+	case VhostUserBlk:
+		return d.Socket
 	}
 	return "/dev/ublkb" + strconv.Itoa(d.ID)
 }
@@ -141,7 +149,7 @@ func (d Device) Name() string { return strings.TrimPrefix(d.Path(), "/dev/") }
 // check returns an error if the record of a device is not valid.
 func (d Device) check() error {
 	switch {
-	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket:
+	case d.Kind != Ublk && d.Kind != NBD && d.Kind != NBDSocket && d.Kind != VhostUserBlk:
 		return fmt.Errorf("kind %q is unknown", d.Kind)
 	case d.ID < 0:
 		return fmt.Errorf("id %d is negative", d.ID)
@@ -149,6 +157,8 @@ func (d Device) check() error {
 		return errors.New("nsid is 0")
 	case d.Kind == NBDSocket && d.URI == "":
 		return errors.New("uri is empty")
+	case d.Kind == VhostUserBlk && d.Socket == "":
+		return errors.New("socket is empty")
 	}
 	return nil
 }
@@ -317,9 +327,12 @@ func readFile(path string) ([]byte, error) {
 	return text, err
 }
 
+// public is the mode of files that other users may read.
+const public fs.FileMode = 0o644
+
 // writeFile replaces the contents of a file atomically. If the process dies meanwhile,
 // the file has either its old or its new contents.
-func writeFile(path string, content any) (err error) {
+func writeFile(path string, content any, mode fs.FileMode) (err error) {
 	text, err := json.MarshalIndent(content, "", "\t")
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
@@ -328,7 +341,7 @@ func writeFile(path string, content any) (err error) {
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, mode)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}

@@ -1,5 +1,7 @@
 package targetserver
 
+import "ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+
 // SchemaVersion is the version of Status.
 const SchemaVersion = 1
 
@@ -176,6 +178,12 @@ type (
 	ReferralRequest struct {
 		Address string `json:"address"`
 		Remove  bool   `json:"remove,omitempty"`
+	}
+	// AuthRequest says how a host must authenticate from now on.
+	AuthRequest struct {
+		NQN  string               `json:"subsysnqn,omitempty"`
+		Host string               `json:"hostnqn"`
+		Auth options.HostAuthText `json:"auth"`
 	}
 	// StopRequest ends the target.
 	StopRequest struct{}

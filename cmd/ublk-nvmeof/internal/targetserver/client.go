@@ -72,6 +72,8 @@ func path(request any) string {
 		return "/v1/namespace/read-only"
 	case ReferralRequest:
 		return "/v1/referral"
+	case AuthRequest:
+		return "/v1/auth"
 	case StopRequest:
 		return "/v1/stop"
 	}

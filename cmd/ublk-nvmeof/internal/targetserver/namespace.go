@@ -43,6 +43,11 @@ func (s *server) addSubsystem(c options.Subsystem) error {
 	if err != nil {
 		return err
 	}
+	for _, a := range c.Auth {
+		if err := t.SetHostAuth(a.Host, &a.HostAuth); err != nil {
+			return err
+		}
+	}
 	if c.MaxQueues == 0 {
 		c.MaxQueues = target.DefaultMaxQueues
 	}

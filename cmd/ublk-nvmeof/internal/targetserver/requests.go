@@ -64,6 +64,7 @@ func (s *server) mux() *http.ServeMux {
 	handle(mux, s, locked(s, s.freeze))
 	handle(mux, s, locked(s, s.hide))
 	handle(mux, s, locked(s, s.referral))
+	handle(mux, s, locked(s, s.auth))
 	handle(mux, s, s.add)
 	handle(mux, s, s.remove)
 	handle(mux, s, s.resize)
@@ -127,6 +128,21 @@ func (s *server) referral(r ReferralRequest) (Done, error) {
 		err = s.target.AddReferral(to)
 	}
 	return Done{}, err
+}
+
+func (s *server) auth(r AuthRequest) (Done, error) {
+	sub, err := s.one(r.NQN)
+	if err != nil {
+		return Done{}, err
+	}
+	a, err := r.Auth.Parse()
+	if err == nil {
+		err = sub.SetHostAuth(r.Host, a)
+	}
+	if err != nil {
+		return Done{}, exit.Errorf(exit.Usage, "%v", err)
+	}
+	return Done{}, nil
 }
 
 func (s *server) grant(r GrantRequest) (Done, error) {

@@ -19,6 +19,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/target"
 )
@@ -119,7 +120,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	}
 	defer undo("close control socket", web.close)
 	s.target.Start()
-	if err := host.Notify("READY=1"); err != nil {
+	if err := systemd.Notify(systemd.Ready); err != nil {
 		s.log.Warn("service manager not told", "error", err)
 	}
 	if s.cfg.Ready != nil {
@@ -133,7 +134,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	case <-s.stop:
 	}
 	s.log.Info("target ends")
-	if err := host.Notify("STOPPING=1"); err != nil {
+	if err := systemd.Notify(systemd.Stopping); err != nil {
 		s.log.Warn("service manager not told", "error", err)
 	}
 	return nil

@@ -1,0 +1,65 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	"ublk-nvmeof/auth"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
+)
+
+// secretsOf returns keys for the record; nil ones are left out.
+func secretsOf(host, controller *auth.Key) (s state.Secrets) {
+	if host != nil {
+		s.Host = host.Text()
+	}
+	if controller != nil {
+		s.Controller = controller.Text()
+	}
+	return s
+}
+
+// Reauthenticate implements control.Controlled. The keys that the request lacks are those
+// that are recorded.
+func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication) error {
+	sub, err := s.connected()
+	if err != nil {
+		return err
+	}
+	present, err := s.record.secrets()
+	if err != nil {
+		return err
+	}
+	var keys initiator.Credentials
+	for _, k := range []struct {
+		key                   **auth.Key
+		flag, given, recorded string
+	}{
+		{&keys.Host, options.HostSecret, r.Host, present.Host},
+		{&keys.Controller, options.ControllerSecret, r.Controller, present.Controller},
+	} {
+		text := cmp.Or(k.given, k.recorded)
+		if text == "" || text == options.NoSecret {
+			continue
+		}
+		if *k.key, err = auth.ParseKey(text); err != nil {
+			return exit.Errorf(exit.Usage, "--%s: %v", k.flag, err)
+		}
+	}
+	s.log.Info("authentication on request", "new_keys", r != control.Reauthentication{})
+	if err := sub.Reauthenticate(ctx, &keys); errors.As(err, new(*initiator.AuthError)) {
+		return err
+	} else if err != nil {
+		return s.explainRefusal("reauth", err)
+	}
+	if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
+		return fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err)
+	}
+	return nil
+}

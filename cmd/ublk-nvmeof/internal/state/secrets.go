@@ -1,0 +1,48 @@
+package state
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// secretsFile is beside the state, and only its owner can read it.
+const secretsFile = "secrets.json"
+
+// Secrets are the keys of a server's connection in their text form. Empty ones are not
+// there.
+type Secrets struct {
+	Host       string `json:"dhchap_secret,omitempty"`
+	Controller string `json:"dhchap_ctrl_secret,omitempty"`
+}
+
+// Secrets reads the keys with which the server of the record connected, for its successor.
+func (r Record) Secrets() (s Secrets, err error) {
+	file := filepath.Join(r.dir, secretsFile)
+	text, err := readFile(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return s, nil
+	case err == nil:
+		err = json.Unmarshal(text, &s)
+	}
+	if err != nil {
+		err = fmt.Errorf("read %s: %w", file, err)
+	}
+	return s, err
+}
+
+// SaveSecrets replaces the keys atomically.
+func (e *Entry) SaveSecrets(s Secrets) error {
+	file := filepath.Join(e.dir, secretsFile)
+	if s == (Secrets{}) {
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove keys: %w", err)
+		}
+		return nil
+	}
+	return writeFile(file, s, 0o600)
+}

@@ -1,0 +1,121 @@
+#!/bin/bash
+# A disk by vhost-user-blk for a stock Debian kernel under QEMU, natively on this machine: a
+# target in memory, RoCEv2 over UDP, no module. The guest boots, makes file systems, verifies
+# data with four queues, reboots, sees a new size, is killed and started again. Then the
+# server is upgraded and killed below the guest while it verifies. Between the kills the
+# target drops connections, and changes its grant.
+#
+#	e2e/vhost.sh PROGRAM VM [KERNEL [KILLS [UPGRADES [STEPS]]]]
+#
+# STEPS is guest, server, or both with a comma between them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+program=$(realpath "$1") vm=$(realpath "$2") kernel=${3:-6.12} kills=${4:-3} upgrades=${5:-2} steps=${6:-guest,server}
+work=$(mktemp -d)
+nqn=nqn.2026-01.org.example:vm
+addr=127.0.0.1
+port=$((20000 + $$ % 10000))
+socket=$work/disk-1.sock
+# How long the guest verifies while the server is upgraded, and while it is killed.
+upgrade_time=$((upgrades * 4 + 5)) kill_time=$((kills * 7 + 10))
+guest=
+un() { "$program" "$@" --run-dir "$work/run"; }
+
+clear_away() {
+	status=$?
+	[ -z "$guest" ] || kill -9 "$guest" 2>/dev/null || true
+	if [ $status != 0 ]; then
+		echo "vhost: failed" >&2
+		tail -n 20 "$work"/run/ctrl*/log >&2 || true
+	fi
+	# What is over already is no error.
+	un disconnect -n $nqn --force >/dev/null 2>&1 || true
+	un target stop >/dev/null 2>&1 || true
+	rm -rf "$work"
+	exit $status
+}
+trap clear_away EXIT
+
+# boot runs a step of the guest.
+boot() {
+	"$vm" --kernel "$kernel" --parallel --mem 1G --timeout 10m "${@:2}" --vhost-user-blk "$socket" -- sh e2e/vhost-guest.sh $1 "$upgrade_time" "$kill_time"
+}
+
+# await waits until a file has a line.
+await() {
+	for _ in $(seq 1200); do
+		! grep -qs "$2" "$1" || return 0
+		sleep 0.1
+	done
+	echo "vhost: no $2 in time" >&2
+	return 1
+}
+
+truncate -s 512M "$work/disk"
+un target --background -a $addr -s $port -n $nqn --namespace "file=$work/disk"
+un connect -a $addr -s $port -n $nqn -i 2 -c 1 -k 1 --provider roce --vhost-socket "$work/disk-{nsid}.sock"
+
+guest_steps() {
+	echo "== file systems, verify, reboot, resize"
+	boot first --reboot >"$work/first" 2>&1 &
+	guest=$!
+	await "$work/first" 'want 768 MiB'
+	un target namespace resize 1 768MiB
+	wait $guest || { cat "$work/first"; exit 1; }
+	guest=
+	cat "$work/first"
+
+	echo "== a guest that is killed, and started again"
+	boot kills >"$work/load" 2>&1 &
+	guest=$!
+	await "$work/load" 'kills begin'
+	sleep 3
+	kill -9 $guest
+	wait $guest || true
+	guest=
+	boot again
+}
+
+# next ends the server in a way, and waits until the next one listens.
+next() {
+	kill -0 $guest || { cat "$work/load"; exit 1; }
+	local begin
+	begin=$(date +%s%N)
+	if [ "$1" = killed ]; then
+		kill -9 "$(un list -v -o json | grep -o '"pid": *[0-9]*' | grep -o '[0-9]*' | head -n 1)"
+		un recover $nqn >/dev/null 2>&1
+	else
+		un upgrade "$socket" >/dev/null
+	fi
+	echo "$1: the next server listened after $((($(date +%s%N) - begin) / 1000000)) ms"
+}
+
+server_steps() {
+	echo "== the server is upgraded $upgrades times and killed $kills times below the guest"
+	boot load >"$work/load" 2>&1 &
+	guest=$!
+	await "$work/load" 'upgrades begin'
+	for _ in $(seq "$upgrades"); do
+		sleep 2
+		next upgraded
+	done
+	await "$work/load" 'kills begin'
+	for i in $(seq "$kills"); do
+		sleep 0.$((RANDOM % 10))
+		case $((i % 3)) in
+		1) un target drop >/dev/null ;;
+		2) un target grant $((1 + RANDOM % 2)) >/dev/null ;;
+		esac
+		sleep 0.$((RANDOM % 10))
+		next killed
+		sleep 1
+	done
+	wait $guest || { cat "$work/load"; exit 1; }
+	guest=
+	cat "$work/load"
+	un list -v
+}
+
+case ,$steps, in *,guest,*) guest_steps ;; esac
+case ,$steps, in *,server,*) server_steps ;; esac
+echo "== done"

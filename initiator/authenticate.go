@@ -1,0 +1,217 @@
+package initiator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"ublk-nvmeof/auth"
+	"ublk-nvmeof/nvme"
+)
+
+// Credentials are the keys for in-band authentication (DH-HMAC-CHAP).
+type Credentials struct {
+	Host       *auth.Key // what this host proves to have; nil: it cannot authenticate
+	Controller *auth.Key // what the controller must prove to have; nil: nothing. It needs Host
+}
+
+// Errors of an authentication that does not begin.
+var (
+	ErrNoKey      = errors.New("the target requires authentication, and there is no host key")
+	ErrNotMutual  = errors.New("the target does not ask for authentication, so it does not prove that it has the controller key")
+	errNoChannel  = errors.New("the target requires a secure channel, which RDMA does not have")
+	errNotAgain   = errors.New("the target did not ask for authentication, so there is nothing to repeat")
+	errAuthStatus = errors.New("the target requires authentication in the middle of the connection")
+)
+
+// AuthError is a failed authentication of a queue. It is also the error if the connection
+// is lost, or the target falls silent, in the middle of one. The cause is an *auth.Error,
+// ErrNoKey, ErrNotMutual, an nvme.Status, or why the connection was lost.
+type AuthError struct {
+	Queue uint16
+	Err   error
+}
+
+func (e *AuthError) Error() string {
+	return fmt.Sprintf("authentication of queue %d: %v", e.Queue, e.Err)
+}
+func (e *AuthError) Unwrap() error { return e.Err }
+
+// authPort runs an Authentication Send with data from in, or a Receive with data for out.
+// A status other than success is an error.
+type authPort func(ctx context.Context, cmd *nvme.Command, in, out []byte) error
+
+// authenticate does what the target asked for in its answer to the Connect of a queue.
+// method says how the queue was authenticated; it is empty if the target did not ask.
+func (c *Controller) authenticate(ctx context.Context, qid uint16, asked nvme.ConnectResult, port authPort) (method string, err error) {
+	keys := c.sub.credentials()
+	switch {
+	case asked.SecureChannelRequired():
+		return "", &AuthError{qid, errNoChannel}
+	case asked.AuthRequired():
+		return c.prove(ctx, qid, keys, port)
+	case qid == 0 && keys.Controller != nil && !c.cfg.Discovery:
+		// Targets may ask on the admin queue only, and not for discovery.
+		return "", &AuthError{qid, ErrNotMutual}
+	}
+	return "", nil
+}
+
+func (s *Subsystem) credentials() Credentials {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.keys
+}
+
+// prove authenticates a queue. No other run may be in progress on it. The arithmetic takes
+// up to a tenth of a second, so it must not run on a loop.
+func (c *Controller) prove(ctx context.Context, qid uint16, keys Credentials, port authPort) (method string, err error) {
+	began := time.Now()
+	if keys.Host == nil {
+		return "", &AuthError{qid, ErrNoKey}
+	}
+	host, err := auth.NewHost(auth.HostConfig{
+		HostNQN: c.cfg.HostNQN, SubNQN: c.cfg.SubNQN, Key: keys.Host, ControllerKey: keys.Controller,
+		Transaction: uint16(c.transactions.Add(1)),
+	})
+	if err == nil {
+		err = converse(ctx, host, port)
+	}
+	if err != nil {
+		return "", &AuthError{qid, err}
+	}
+	hash, group := host.Method()
+	method = fmt.Sprintf("%v, %v, %s", hash, group, ways(keys))
+	c.cfg.Log.Debug("authenticated", "queue", qid, "method", method, "after", time.Since(began).Round(time.Microsecond))
+	return method, nil
+}
+
+func ways(keys Credentials) string {
+	if keys.Controller != nil {
+		return "two-way"
+	}
+	return "one-way"
+}
+
+// converse passes the messages of a run.
+func converse(ctx context.Context, host *auth.Host, port authPort) error {
+	send := func(msg []byte) error {
+		var cmd nvme.Command
+		cmd.SetAuthSend(uint32(len(msg)))
+		return port(ctx, &cmd, msg, nil)
+	}
+	var room [auth.MaxMessage]byte
+	for msg := host.Negotiate(); msg != nil; {
+		if err := send(msg); err != nil {
+			return refusalOf(host, err)
+		}
+		if host.Authenticated() {
+			return nil
+		}
+		var cmd nvme.Command
+		cmd.SetAuthReceive(auth.MaxMessage)
+		if err := port(ctx, &cmd, nil, room[:]); err != nil {
+			return refusalOf(host, err)
+		}
+		out, err := host.Next(room[:])
+		if err != nil {
+			if out != nil {
+				_ = send(out) // the target may have left; err is what matters
+			}
+			return err
+		}
+		msg = out
+	}
+	return nil
+}
+
+// refusalOf explains why a command of a run failed. Targets often end the connection
+// before the host can read why they refuse it (nvmet does).
+func refusalOf(host *auth.Host, err error) error {
+	if host.Replied() {
+		return fmt.Errorf("the target ended it after the reply of this host, most likely because it has another host key, or no controller key: %w", err)
+	}
+	return fmt.Errorf("it was not completed: %w", err)
+}
+
+// authPort is the port of the admin queue.
+func (a *admin) authPort(ctx context.Context, cmd *nvme.Command, in, out []byte) error {
+	_, err := a.exec(ctx, cmd, in, out)
+	return err
+}
+
+// authPort is the port of an I/O queue that no lane uses yet. It uses a buffer of the admin
+// queue.
+func (conn *connection) authPort(a *admin, buffer int) authPort {
+	return func(ctx context.Context, cmd *nvme.Command, in, out []byte) error {
+		buf := a.mr.Bytes()[buffer*adminBuffer:][:max(len(in), len(out))]
+		clear(buf) // the controller may fill less of it
+		copy(buf, in)
+		cmd.SetKeyedSGL(a.mr.Addr()+uint64(buffer*adminBuffer), uint32(len(buf)), a.mr.RKey(), false)
+		done, err := conn.call(ctx, cmd)
+		if err != nil {
+			return err
+		}
+		if s := done.Status(); !s.OK() {
+			return s
+		}
+		copy(out, buf)
+		return nil
+	}
+}
+
+// Reauthenticate authenticates the admin queues of all paths again, with these keys or, if keys is nil,
+// with the present ones. I/O goes on meanwhile. After success the keys are those of all
+// later associations too; after an error everything stays as it was, unless the connection
+// was lost. I/O queues prove their keys when they are connected the next time.
+//
+// Errors: *AuthError, ErrNotConnected, or that of ctx, which counts only until the run
+// begins. A command that the target does not answer within Config.AdminTimeout ends the
+// association. Any goroutine but the loops' may call it.
+func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error {
+	select {
+	case s.proving <- struct{}{}:
+		defer func() { <-s.proving }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if keys == nil {
+		present := s.credentials()
+		keys = &present
+	}
+	_, err := s.current()
+	if err != nil {
+		return err
+	}
+	for _, c := range s.paths() {
+		if a := c.current(); a != nil {
+			if err := c.reauthenticate(a, *keys); err != nil {
+				return err
+			}
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys = *keys
+	return nil
+}
+
+// reauthenticate authenticates the admin queue of an association again.
+func (c *Controller) reauthenticate(a *association, keys Credentials) error {
+	c.mu.Lock()
+	method := a.method
+	c.mu.Unlock()
+	if method == "" {
+		return &AuthError{0, errNotAgain}
+	}
+	method, err := c.prove(a.life, 0, keys, a.admin.authPort)
+	if err != nil {
+		return err
+	}
+	c.cfg.Log.Info("authenticated again", "method", method)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a.method = method
+	return nil
+}

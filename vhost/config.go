@@ -1,0 +1,115 @@
+package vhost
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"os"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/poller"
+)
+
+// Config configures New.
+type Config struct {
+	// Device is the back end.
+	Device block.Device
+	// Loops serve the rings: Loops[i mod len(Loops)] serves ring i. Loop i opens queue i
+	// of the device. Several servers may share the loops. The loops must run until Stop
+	// has returned.
+	Loops []*poller.Loop
+	// Depth is the number of buffers on each loop, 1..4096. Zero means 128.
+	Depth int
+	// MaxIO is the size of a buffer in bytes, from one page to 1 GiB. It is rounded down
+	// to pages and limited to the geometry's MaxIO. Zero means 256 KiB. The back end
+	// allocates Loops × Depth × MaxIO. Larger requests are served in pieces.
+	MaxIO int
+	// ID is the name of the disk for the guest, of which it sees 20 bytes.
+	ID string
+	// Log receives changes of state. Nothing is logged if it is nil.
+	Log *slog.Logger
+}
+
+const (
+	defaultDepth = 128
+	maxDepth     = 4096
+	defaultMaxIO = 256 << 10
+	largestMaxIO = 1 << 30
+)
+
+// setDefaults fills in defaults and checks the configuration.
+func (c *Config) setDefaults() error {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Depth == 0 {
+		c.Depth = defaultDepth
+	}
+	if c.MaxIO == 0 {
+		c.MaxIO = defaultMaxIO
+	}
+	page := os.Getpagesize()
+	switch {
+	case binary.NativeEndian.Uint16([]byte{1, 0}) != 1:
+		return errors.New("rings of virtio are little-endian, and this machine is not")
+	case c.Device == nil:
+		return errors.New("no block device to serve")
+	case len(c.Loops) == 0:
+		return errors.New("no loop to serve on")
+	case c.Depth < 1 || c.Depth > maxDepth:
+		return fmt.Errorf("depth %d is not in 1..%d", c.Depth, maxDepth)
+	case c.MaxIO < page || c.MaxIO > largestMaxIO:
+		return fmt.Errorf("buffer of %d bytes is not in %d..%d", c.MaxIO, page, largestMaxIO)
+	}
+	g := c.Device.Geometry()
+	if err := g.Validate(); err != nil {
+		return err
+	}
+	c.MaxIO = max(min(c.MaxIO, int(g.MaxIO))/page*page, page)
+	return nil
+}
+
+// features returns the features to offer for a device.
+func features(g block.Geometry) uint64 {
+	f := uint64(alwaysOffered)
+	if g.ReadOnly {
+		f |= featReadOnly
+	}
+	if g.MaxDiscardSectors > 0 {
+		f |= featDiscard
+	}
+	if g.MaxZeroesSectors > 0 {
+		f |= featWriteZeroes
+	}
+	return f
+}
+
+// configSpace returns struct virtio_blk_config. A guest always flushes, because only the
+// back end knows at each moment whether that is needed.
+func configSpace(g block.Geometry, queues int) [maxConfigSize]byte {
+	var p [maxConfigSize]byte
+	le := binary.LittleEndian
+	perBlock := g.LogicalBlock >> block.SectorShift
+	clip16 := func(n uint32) uint16 { return uint16(min(n, 1<<16-1)) }
+	le.PutUint64(p[0:], g.Sectors)
+	le.PutUint32(p[12:], segMax)
+	le.PutUint32(p[20:], g.LogicalBlock)
+	p[24] = byte(bits.TrailingZeros32(g.PhysicalBlock / g.LogicalBlock))
+	le.PutUint16(p[26:], max(clip16(g.IOMin/g.LogicalBlock), 1))
+	le.PutUint32(p[28:], g.IOOpt/g.LogicalBlock)
+	p[32] = 1 // write back
+	le.PutUint16(p[34:], uint16(queues))
+	if g.MaxDiscardSectors > 0 {
+		le.PutUint32(p[36:], max(g.MaxDiscardSectors/perBlock, 1)*perBlock)
+		le.PutUint32(p[40:], maxDiscardSegments)
+		le.PutUint32(p[44:], max(g.DiscardGranularity, g.LogicalBlock)>>block.SectorShift)
+	}
+	if g.MaxZeroesSectors > 0 {
+		le.PutUint32(p[48:], max(g.MaxZeroesSectors/perBlock, 1)*perBlock)
+		le.PutUint32(p[52:], maxDiscardSegments)
+		p[56] = 1
+	}
+	return p
+}
