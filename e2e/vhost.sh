@@ -36,9 +36,9 @@ clear_away() {
 }
 trap clear_away EXIT
 
-# boot runs a step of the guest.
+# boot runs a step of the guest, in place of the shell that calls it.
 boot() {
-	"$vm" --kernel "$kernel" --parallel --mem 1G --timeout 10m "${@:2}" --vhost-user-blk "$socket" -- sh e2e/vhost-guest.sh $1 "$upgrade_time" "$kill_time"
+	exec "$vm" --kernel "$kernel" --parallel --mem 1G --timeout 10m "${@:2}" --vhost-user-blk "$socket" -- sh e2e/vhost-guest.sh $1 "$upgrade_time" "$kill_time"
 }
 
 # await waits until a file has a line.
@@ -73,7 +73,7 @@ guest_steps() {
 	kill -9 $guest
 	wait $guest || true
 	guest=
-	boot again
+	(boot again)
 }
 
 # next ends the server in a way, and waits until the next one listens.

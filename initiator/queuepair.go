@@ -300,10 +300,11 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 		r.direct.err = status
 	} else {
 		if status.Code() == nvme.StatusAuthRequired {
+			// The next association authenticates, and sends the request again.
+			p.fail(because(LossTargetError, errAuthStatus))
 			p.sq.Answer(slot)
 			p.requests[slot] = nil
-			p.fail(because(LossTargetError, errAuthStatus)) // the next association authenticates
-			p.enter(r)                                      // and sends it again
+			p.enter(r)
 			return
 		}
 		if c.mayRetry(p.assoc, r, status) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -10,8 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
-
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 )
 
 // newDocumentation returns the command that a package is made with.
@@ -19,9 +18,9 @@ func newDocumentation() *cobra.Command {
 	return &cobra.Command{
 		Use:    "documentation DIR",
 		Hidden: true,
-		Short:  "Write manual pages and shell completions",
-		Long: `Writes a manual page for each verb to DIR/man, and completions for bash, zsh and fish
-to DIR/completions.`,
+		Short:  "Write manual pages, shell completions and the reference of the command line",
+		Long: `Writes a manual page for each verb to DIR/man, completions for bash, zsh and fish to
+DIR/completions, and the reference of the command line to DIR/cli.md.`,
 		Args: cobra.ExactArgs(1),
 		RunE: verb("documentation", func(cmd *cobra.Command, args []string) error {
 			return writeDocumentation(cmd.Root(), args[0])
@@ -43,6 +42,7 @@ func writeDocumentation(root *cobra.Command, dir string) error {
 		}
 	}
 	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "cli.md"), reference(root), 0o644),
 		root.GenBashCompletionFileV2(filepath.Join(completions, programName+".bash"), true),
 		root.GenZshCompletionFile(filepath.Join(completions, "_"+programName)),
 		root.GenFishCompletionFile(filepath.Join(completions, programName+".fish"), true),
@@ -92,13 +92,30 @@ func manual(c *cobra.Command) []byte {
 		c.NonInheritedFlags().VisitAll(func(f *pflag.Flag) { option(&b, f) })
 	}
 	if c.HasParent() {
-		fmt.Fprintf(&b, ".SH EXIT STATUS\n.BR %s (1)\nlists the exit codes, 0 to %d.\n", roff(programName), exit.NoMemory)
+		fmt.Fprintf(&b, ".SH EXIT STATUS\n.BR %s (1)\nlists the exit codes.\n", roff(programName))
 		fmt.Fprintf(&b, ".SH SEE ALSO\n.BR %s (1)\n", roff(pageName(c.Parent())))
 	} else {
 		b.WriteString(".SH SEE ALSO\n.BR nvme-connect (1),\n.BR systemd.mount (5)\n")
 	}
 	return b.Bytes()
 }
+
+// reference returns docs/cli.md.
+func reference(root *cobra.Command) []byte {
+	var b bytes.Buffer
+	b.WriteString("# Command line\n\n`ublk-nvmeof VERB --help` shows the same. This page is made from the program.\n")
+	for _, c := range documented(root) {
+		fmt.Fprintf(&b, "\n## %s\n\n```text\n%s\n\n%s\n", c.CommandPath(), strings.TrimSpace(cmp.Or(c.Long, c.Short)), c.UseLine())
+		if flags := c.NonInheritedFlags().FlagUsagesWrapped(referenceWidth); flags != "" {
+			fmt.Fprintf(&b, "\n%s", flags)
+		}
+		b.WriteString("```\n")
+	}
+	return b.Bytes()
+}
+
+// referenceWidth is the number of columns of the reference.
+const referenceWidth = 110
 
 // option writes a flag with its default.
 func option(b *bytes.Buffer, f *pflag.Flag) {

@@ -11,6 +11,22 @@ import (
 	"github.com/spf13/pflag"
 )
 
+// TestReference compares docs/cli.md with the program.
+func TestReference(t *testing.T) {
+	const file = "../../docs/cli.md"
+	dir := t.TempDir()
+	if err := writeDocumentation(newRoot(), dir); err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile(filepath.Join(dir, "cli.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(file); err != nil || string(got) != string(want) {
+		t.Errorf("%s differs from DIR/cli.md of \"ublk-nvmeof documentation DIR\" (%v)", file, err)
+	}
+}
+
 // Each verb has a manual page that names all its flags and verbs, there is no page
 // without a verb, and the shells complete every verb.
 func TestDocumentation(t *testing.T) {

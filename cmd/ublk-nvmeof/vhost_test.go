@@ -78,16 +78,16 @@ func (l *guestLoad) reconnect(stop <-chan struct{}) {
 			return
 		}
 		_ = l.guest.Conn.Close()
-		for again := time.After(0); again != nil; {
+		for {
 			select {
 			case <-stop:
 				return
-			case <-again:
-				again = nil
-				if l.guest.Connect(l.path) != nil {
-					again = time.After(5 * time.Millisecond)
-				}
+			default:
 			}
+			if l.guest.Connect(l.path) == nil {
+				break
+			}
+			time.Sleep(5 * time.Millisecond)
 		}
 		l.mu.Lock()
 		for _, c := range l.back {
