@@ -6,8 +6,7 @@
 #	make test-unit  format, vet, unit tests with the race detector, the commands of the README
 #	make test-vm    scenarios and tests that need a kernel with ublk and RDMA;
 #	                KERNELS="6.12" selects kernels, RUN=TestScenarios/name selects
-#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel;
-#	                without RUN, also the first part of test-service on one kernel
+#	                tests, VMFLAGS=--parallel emulates the CPUs of a VM in parallel
 #	make soak       the scenarios soak* with N=100 rounds, N/2 crashes of a target with a
 #	                volatile cache, and a target that adds its namespaces 10 s after it has
 #	                opened its port, on KERNELS
@@ -90,10 +89,9 @@ test-unit: setup
 	e2e/readme.sh
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The short
-# run on Linux 6.1 follows the last of them, and the boot of systemd with the package follows
-# the first. Each kernel runs its share of the cases that do not depend on the kernel. The VM has
-# a time limit and shows what hangs.
-test-vm: build package
+# run on Linux 6.1 follows the last of them. Each kernel runs its share of what does not depend
+# on the kernel. The VM has a time limit and shows what hangs.
+test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
 	rm -rf build/test build/log && mkdir -p build/log
 	for p in $(VM_DIRS); do go test -c -o build/test/$$p.test ./$$p; done
@@ -105,12 +103,10 @@ test-vm: build package
 			sh -c 'cd e2e && exec ../build/test/e2e.test -test.v -test.run "$$0"' "$$2" 2>&1 | \
 			sed -u "s/^/$$1: /" | tee build/log/$$1.txt; \
 	}; \
-	service() { e2e/service-vm.sh $$1 boot 2>&1 | sed -u "s/^/$$1 systemd: /" | tee build/log/systemd.txt; }; \
 	share=0; for k in $(KERNELS); do \
 		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
 		{ code=0; vm $$k '$(RUN)' || code=1; \
-		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; \
-		[ "$$k $(RUN)" != '$(firstword $(KERNELS)) .' ] || service $$k || code=1; exit $$code; } & \
+		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
 		pids+=" $$!"; \
 	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
