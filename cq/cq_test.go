@@ -27,14 +27,14 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return region{a}, nil
 }
-func (a *adapter) Close() error                        { a.closed++; return a.busy }
-func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
-func (a *adapter) Num() uint32                         { return 1 }
-func (a *adapter) PostSend([]rdma.SendWR) (int, error) { return 0, nil }
-func (a *adapter) Fail() error                         { return nil }
-func (a *adapter) Arm() error                          { return nil }
-func (a *adapter) FD() int                             { return -1 }
-func (a *adapter) Ack(int)                             {}
+func (a *adapter) Close() error                               { a.closed++; return a.busy }
+func (a *adapter) RegMR([]byte, rdma.Access) (rdma.MR, error) { return region{a}, nil }
+func (a *adapter) Num() uint32                                { return 1 }
+func (a *adapter) PostSend([]rdma.SendWR) (int, error)        { return 0, nil }
+func (a *adapter) Fail() error                                { return nil }
+func (a *adapter) Arm() error                                 { return nil }
+func (a *adapter) FD() int                                    { return -1 }
+func (a *adapter) Ack(int)                                    {}
 func (a *adapter) PostRecv(wrs []rdma.RecvWR) (int, error) {
 	a.posted = append(a.posted, wrs...)
 	return len(wrs), nil
@@ -52,7 +52,6 @@ func (r region) Bytes() []byte { return r.bytes }
 func (r region) Addr() uint64  { return base }
 func (r region) LKey() uint32  { return 7 }
 func (r region) RKey() uint32  { return 8 }
-func (region) Release() error  { return nil }
 
 // respond puts a response with a command id into the oldest posted buffer.
 func (a *adapter) respond(cid uint16) {

@@ -1,7 +1,7 @@
 // Package discovery reads the logs of NVMe over Fabrics discovery services: which
 // subsystems a host may use, at which addresses, and which other services know more.
 //
-// A discovery controller is an initiator.Controller that was connected with
+// A discovery controller is an initiator.Subsystem that was connected with
 // initiator.Config.Discovery; [Open] makes one. [Read] reads its log, [Walk] follows the
 // referrals of one service to others, and [Watch] stays connected and reads again whenever
 // a controller says that its log has changed.

@@ -11,7 +11,7 @@ import (
 // Open connects to a discovery controller. cfg needs what initiator.Connect needs, but for
 // queues and loops; SubNQN is nvme.DiscoveryNQN if it is empty. Errors are those of
 // initiator.Connect.
-func Open(ctx context.Context, cfg initiator.Config) (*initiator.Controller, error) {
+func Open(ctx context.Context, cfg initiator.Config) (*initiator.Subsystem, error) {
 	cfg.Discovery = true
 	if cfg.SubNQN == "" {
 		cfg.SubNQN = nvme.DiscoveryNQN
@@ -22,7 +22,7 @@ func Open(ctx context.Context, cfg initiator.Config) (*initiator.Controller, err
 // OpenUnique is Open for a connection that is kept. A service that has a name of its own
 // beside the well-known one is connected to by that name, if it accepts it: hosts and the
 // service itself know such a connection by it.
-func OpenUnique(ctx context.Context, cfg initiator.Config) (*initiator.Controller, error) {
+func OpenUnique(ctx context.Context, cfg initiator.Config) (*initiator.Subsystem, error) {
 	c, err := Open(ctx, cfg)
 	if err != nil {
 		return nil, err

@@ -57,7 +57,7 @@ func (l *lab) target(to Endpoint, nqns ...string) *target.Target {
 
 func (l *lab) config(to Endpoint) initiator.Config {
 	return initiator.Config{
-		Provider: l.fabric.Provider(hostAddr), Address: to.Address, HostNQN: testHost, HostID: nvme.UUID{1},
+		Path: initiator.Path{Provider: l.fabric.Provider(hostAddr), Address: to.Address}, HostNQN: testHost, HostID: nvme.UUID{1},
 		ReconnectDelay: 10 * time.Millisecond, CtrlLoss: -1,
 	}
 }
@@ -88,7 +88,7 @@ func TestOpen(t *testing.T) {
 			t.Errorf("entry %d: %v, %v", i, got, err)
 		}
 	}
-	if i := c.Info(); i.State != initiator.StateLive || i.Plan.Queues() != 0 || len(c.Namespaces()) != 0 {
+	if i := c.Info(); i.State != initiator.StateLive || i.Paths[0].Plan.Queues() != 0 || len(c.Namespaces()) != 0 {
 		t.Errorf("%+v", i)
 	}
 	if err := c.Close(t.Context()); err != nil {
@@ -124,7 +124,7 @@ func TestOpenUnique(t *testing.T) {
 	l.target(at(2))
 	for _, c := range []struct {
 		to        Endpoint
-		open      func(context.Context, initiator.Config) (*initiator.Controller, error)
+		open      func(context.Context, initiator.Config) (*initiator.Subsystem, error)
 		ask, want string
 	}{
 		{at(1), Open, "", nvme.DiscoveryNQN}, {at(1), OpenUnique, "", own}, {at(1), OpenUnique, nvme.DiscoveryNQN, own},

@@ -34,7 +34,7 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// Reader reads log pages of a discovery controller, as initiator.Controller does.
+// Reader reads log pages of a discovery controller, as initiator.Subsystem does.
 type Reader interface {
 	ReadLog(ctx context.Context, r initiator.LogRequest, out []byte) error
 }

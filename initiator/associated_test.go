@@ -25,7 +25,7 @@ func TestAssociatedFails(t *testing.T) {
 	cfg.ReconnectDelay = 10 * time.Millisecond
 	full := unix.ENOSPC
 
-	cfg.Associated = func(uint16) error { return full }
+	cfg.Associated = func([]ControllerID) error { return full }
 	if _, err := Connect(t.Context(), cfg); !errors.Is(err, full) {
 		t.Fatalf("connect: %v, want %v", err, full)
 	}
@@ -33,7 +33,7 @@ func TestAssociatedFails(t *testing.T) {
 	var mu sync.Mutex // guards what follows
 	var noted []uint16
 	refuse, refused := 0, 0
-	cfg.Associated = func(id uint16) error {
+	cfg.Associated = func(all []ControllerID) error {
 		mu.Lock()
 		defer mu.Unlock()
 		if refuse > 0 {
@@ -41,7 +41,10 @@ func TestAssociatedFails(t *testing.T) {
 			refused++
 			return full
 		}
-		noted = append(noted, id)
+		if len(all) != 1 || all[0].Address != cfg.Address {
+			t.Errorf("controllers %v", all)
+		}
+		noted = append(noted, all[len(all)-1].CNTLID)
 		return nil
 	}
 	c := connect(t, cfg)
@@ -58,8 +61,8 @@ func TestAssociatedFails(t *testing.T) {
 	}
 	waitFor(t, "the association", func() bool { return c.Info().State == StateLive })
 	mu.Lock()
-	if refused != 2 || len(noted) != 2 || !slices.Contains(noted, c.Info().CNTLID) {
-		t.Errorf("refused %d times, noted %v, in use %d", refused, noted, c.Info().CNTLID)
+	if refused != 2 || len(noted) != 2 || !slices.Contains(noted, c.Info().Paths[0].CNTLID) {
+		t.Errorf("refused %d times, noted %v, in use %d", refused, noted, c.Info().Paths[0].CNTLID)
 	}
 	mu.Unlock()
 	target.mu.Lock()
@@ -67,5 +70,5 @@ func TestAssociatedFails(t *testing.T) {
 		t.Errorf("%d writes arrived, want 2", n)
 	}
 	target.mu.Unlock()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }

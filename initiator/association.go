@@ -17,6 +17,7 @@ import (
 // association is an admin connection with the I/O queue pairs that belong to it.
 // associate makes it from nothing, and it is given up as a whole.
 type association struct {
+	ctrl     *Controller
 	life     context.Context // ends when the association is lost; its cause is the first reason
 	end      context.CancelCauseFunc
 	alive    sync.WaitGroup // the goroutine that sends Keep Alive commands
@@ -32,9 +33,16 @@ type association struct {
 	pairs    []*queuePair
 	removed  atomic.Bool     // the RDMA device is being removed
 	watching sync.WaitGroup  // the goroutines that read the events of the connections
-	born     time.Time       // when the target made the controller
+	asked    time.Time       // when the controller was requested
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at the namespaces left nothing unknown
+	ana      anaStates
+	reread   chan struct{}   // the ANA log must be read
+	settled  bool            // the last look found access to all namespaces of the path
+	turned   bool            // the last look changed the access to a namespace
+	refused  error           // why a namespace is not used over this association; guarded by the controller's mu
+	remnant  *remnant        // what is left of it when it is lost; set before its requests are recovered
+	vouching                 // of its target, for other controllers
 	reported map[string]bool // the steps whose errors tolerate has logged
 	unknown  error           // the last error that tolerate accepted
 	changed  chan struct{}   // the namespaces must be looked at
@@ -59,6 +67,14 @@ func (a *association) lookAtNamespaces() {
 	select {
 	case a.changed <- struct{}{}:
 	default: // a look is due already
+	}
+}
+
+// readANA requests that the ANA log is read. Any goroutine may call it.
+func (a *association) readANA() {
+	select {
+	case a.reread <- struct{}{}:
+	default: // it will be read already
 	}
 }
 
@@ -89,7 +105,7 @@ var ErrNoQueues = errors.New("target granted no I/O queues")
 // nvme_rdma_setup_ctrl. The association that it returns is connected and idle, and no
 // lane uses it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1)}
+	a = &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1), reread: make(chan struct{}, 1)}
 	a.life, a.end = context.WithCancelCause(c.life)
 	ctx, cancel := a.during(ctx)
 	defer cancel()
@@ -109,6 +125,7 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 		{"enable controller", c.enable, false},
 		{"keep controller alive", c.startKeepAlive, false},
 		{"identify controller", c.identifyController, false},
+		{"compare with the other paths", c.checkSubsystem, true},
 		{"negotiate I/O queues", c.negotiate, true},
 		{"connect I/O queues", c.connectIO, true},
 		{"configure events", c.configureEvents, false},
@@ -130,7 +147,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return err
 	}
 	a.remote = remote
-	if a.admin, err = newAdmin(conn, c.mem.domain(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
+	if a.admin, err = newAdmin(conn, c.mem.current(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
 		return errors.Join(err, conn.close())
 	}
 	a.watch(conn)
@@ -147,7 +164,7 @@ func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
 		return connectError(done, err)
 	}
 	r := nvme.ConnectResult(done.DW0())
-	a.cntlid, a.born = r.CNTLID(), time.Now()
+	a.cntlid, a.asked = r.CNTLID(), asked
 	if c.cfg.Made != nil {
 		c.cfg.Made(a.remote, a.cntlid, asked)
 	}
@@ -323,10 +340,11 @@ func (c *Controller) negotiate(ctx context.Context, a *association) error {
 	if err != nil {
 		return err
 	}
-	a.plan = poller.Assign(c.cfg.Queues, nvme.GrantedQueues(granted), len(c.lanes))
+	a.plan = poller.Assign(c.cfg.Queues, nvme.GrantedQueues(granted), len(c.sub.lanes))
 	if a.plan.Queues() == 0 {
 		return ErrNoQueues
 	}
+	a.plan.Mapping = a.plan.Rotate(c.slot) // short grants of several paths do not meet on one loop
 	return nil
 }
 
@@ -369,7 +387,7 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))
 	}
 	flow := done.SQHead() != 0xFFFF
-	return newQueuePair(a, conn, c.lanes[owner], class, inCapsule, flow), nil
+	return newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow), nil
 }
 
 // connectCommand makes the connection an I/O queue. SQHD in the completion is 0xFFFF if the
@@ -430,25 +448,33 @@ func (a *association) shutdown(ctx context.Context) error {
 	return a.waitStatus(ctx, limit, func(s nvme.CSTS) bool { return s.SHST() == 2 })
 }
 
-// watch ends the association when an event reports the end of a connection. EventPortDown
-// does not end it: adapters send again when the port is back, and otherwise keep alive
-// fails.
+// watch ends the association when an event reports the end of a connection.
 func (a *association) watch(conn *connection) {
 	a.watching.Add(1)
 	go func() {
 		defer a.watching.Done()
 		for ev := range conn.id.Events() {
-			reason := LossDisconnected
-			switch ev.Type {
-			case rdma.EventPortDown:
-				continue
-			case rdma.EventDeviceRemoved:
-				a.removed.Store(true)
-				reason = LossDeviceRemoved
-			}
-			a.fail(because(reason, fmt.Errorf("queue %d: %v", conn.qid, ev.Type)))
+			a.event(ev, conn.qid)
 		}
 	}()
+}
+
+// event handles an event of a queue's connection. EventPortDown ends the association if there
+// is another path. Otherwise it does not: adapters send again when the port is back, and if it
+// does not come back keep alive fails.
+func (a *association) event(ev rdma.Event, qid uint16) {
+	reason := LossDisconnected
+	switch ev.Type {
+	case rdma.EventPortDown:
+		if !a.ctrl.sub.others(a.ctrl) {
+			return
+		}
+		reason = LossLinkDown
+	case rdma.EventDeviceRemoved:
+		a.removed.Store(true)
+		reason = LossDeviceRemoved
+	}
+	a.fail(because(reason, fmt.Errorf("queue %d: %v", qid, ev.Type)))
 }
 
 // close closes all connections of the association, I/O queues first. No lane may use the

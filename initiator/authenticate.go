@@ -45,7 +45,7 @@ type authPort func(ctx context.Context, cmd *nvme.Command, in, out []byte) error
 // authenticate does what the target asked for in its answer to the Connect of a queue.
 // method says how the queue was authenticated; it is empty if the target did not ask.
 func (c *Controller) authenticate(ctx context.Context, qid uint16, asked nvme.ConnectResult, port authPort) (method string, err error) {
-	keys := c.credentials()
+	keys := c.sub.credentials()
 	switch {
 	case asked.SecureChannelRequired():
 		return "", &AuthError{qid, errNoChannel}
@@ -58,10 +58,10 @@ func (c *Controller) authenticate(ctx context.Context, qid uint16, asked nvme.Co
 	return "", nil
 }
 
-func (c *Controller) credentials() Credentials {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.keys
+func (s *Subsystem) credentials() Credentials {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.keys
 }
 
 // prove authenticates a queue. No other run may be in progress on it. The arithmetic takes
@@ -161,7 +161,7 @@ func (conn *connection) authPort(a *admin, buffer int) authPort {
 	}
 }
 
-// Reauthenticate authenticates the admin queue again, with these keys or, if keys is nil,
+// Reauthenticate authenticates the admin queues of all paths again, with these keys or, if keys is nil,
 // with the present ones. I/O goes on meanwhile. After success the keys are those of all
 // later associations too; after an error everything stays as it was, unless the connection
 // was lost. I/O queues prove their keys when they are connected the next time.
@@ -169,31 +169,49 @@ func (conn *connection) authPort(a *admin, buffer int) authPort {
 // Errors: *AuthError, ErrNotConnected, or that of ctx, which counts only until the run
 // begins. A command that the target does not answer within Config.AdminTimeout ends the
 // association. Any goroutine but the loops' may call it.
-func (c *Controller) Reauthenticate(ctx context.Context, keys *Credentials) error {
+func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error {
 	select {
-	case c.proving <- struct{}{}:
-		defer func() { <-c.proving }()
+	case s.proving <- struct{}{}:
+		defer func() { <-s.proving }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	a, err := c.current()
+	if keys == nil {
+		present := s.credentials()
+		keys = &present
+	}
+	_, err := s.current()
 	if err != nil {
 		return err
 	}
-	if keys == nil {
-		present := c.credentials()
-		keys = &present
+	for _, c := range s.paths() {
+		if a := c.current(); a != nil {
+			if err := c.reauthenticate(a, *keys); err != nil {
+				return err
+			}
+		}
 	}
-	if a.method == "" {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys = *keys
+	return nil
+}
+
+// reauthenticate authenticates the admin queue of an association again.
+func (c *Controller) reauthenticate(a *association, keys Credentials) error {
+	c.mu.Lock()
+	method := a.method
+	c.mu.Unlock()
+	if method == "" {
 		return &AuthError{0, errNotAgain}
 	}
-	method, err := c.prove(a.life, 0, *keys, a.admin.authPort)
+	method, err := c.prove(a.life, 0, keys, a.admin.authPort)
 	if err != nil {
 		return err
 	}
 	c.cfg.Log.Info("authenticated again", "method", method)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a.method, c.keys = method, *keys
+	a.method = method
 	return nil
 }

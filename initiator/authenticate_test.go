@@ -76,13 +76,13 @@ func TestAuthentication(t *testing.T) {
 						cfg.Credentials.Controller = nil
 					}
 					c := connect(t, cfg)
-					if got, want := c.Info().Auth, fmt.Sprintf("%v, %v, %s", hash, group, way); got != want {
+					if got, want := c.Info().Paths[0].Auth, fmt.Sprintf("%v, %v, %s", hash, group, way); got != want {
 						t.Errorf("authenticated by %q, want %q", got, want)
 					}
 					if errno := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}); errno != 0 {
 						t.Errorf("write: errno %d", errno)
 					}
-					closeController(t, c)
+					closeSubsystem(t, c)
 				})
 			}
 		}
@@ -135,7 +135,7 @@ func TestAuthenticationRefused(t *testing.T) {
 			s.require()
 			c, err := Connect(t.Context(), cfg)
 			if err == nil {
-				closeController(t, c)
+				closeSubsystem(t, c)
 				t.Fatal("connected")
 			}
 			var failed *AuthError
@@ -170,7 +170,7 @@ func TestAuthenticationPerQueue(t *testing.T) {
 		if got := sends() - before; got != tt.want {
 			t.Errorf("admin only %t: %d Fabrics commands on the I/O queue, want %d", tt.adminOnly, got, tt.want)
 		}
-		closeController(t, c)
+		closeSubsystem(t, c)
 	}
 	s.target.Faults().Add(target.Fault{Match: target.Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFabrics}}, Skip: 4, Count: 1, Patches: []target.Patch{{Offset: 16, Bytes: []byte("forged")}}})
 	_, err := Connect(t.Context(), s.config(newLoops(t, 1), poller.Request{IO: 1}))
@@ -187,7 +187,7 @@ func TestReauthenticate(t *testing.T) {
 	c := connect(t, s.config(loops, poller.Request{IO: 1}))
 	f := newFrontEnd(t, c.Namespaces()[0], loops, 16, 64<<10, 5)
 	f.start(4000)
-	losses := c.Info().Losses
+	losses := c.Info().Paths[0].Losses
 	for i := range 12 {
 		keys := &Credentials{Host: newKey(t, auth.NoHash, 48), Controller: newKey(t, auth.SHA384, 48)}
 		switch i % 4 {
@@ -211,17 +211,17 @@ func TestReauthenticate(t *testing.T) {
 			t.Errorf("%d: %v", i, err)
 		}
 	}
-	if got := c.Info(); got.Losses != losses || !strings.HasSuffix(got.Auth, "one-way") {
+	if got := c.Info().Paths[0]; got.Losses != losses || !strings.HasSuffix(got.Auth, "one-way") {
 		t.Errorf("%d losses, %q", got.Losses, got.Auth)
 	}
 	// The next association uses the last keys.
 	s.target.Faults().Disconnect(-1)
-	waitFor(t, "the next association", func() bool { return c.Info().Losses > losses && c.Info().State == StateLive })
+	waitFor(t, "the next association", func() bool { return c.Info().Paths[0].Losses > losses && c.Info().State == StateLive })
 	for _, err := range f.wait(time.Minute) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestReauthenticateNothing checks the errors without a run.
@@ -232,7 +232,7 @@ func TestReauthenticateNothing(t *testing.T) {
 	if err := c.Reauthenticate(t.Context(), &s.keys); !errors.Is(err, errNotAgain) {
 		t.Errorf("target that did not ask: %v", err)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestAuthenticationAtReconnect checks that an association that cannot be authenticated is
@@ -249,7 +249,7 @@ func TestAuthenticationAtReconnect(t *testing.T) {
 	f.start(200)
 	waitFor(t, "a failed attempt", func() bool {
 		var failed *AuthError
-		return c.Info().Attempts >= 2 && errors.As(c.Info().Failure, &failed)
+		return c.Info().Paths[0].Attempts >= 2 && errors.As(c.Info().Paths[0].Failure, &failed)
 	})
 	s.host = good
 	s.require()
@@ -257,7 +257,7 @@ func TestAuthenticationAtReconnect(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestAuthenticationDemanded checks that a queue on which the target demands authentication in
@@ -270,10 +270,10 @@ func TestAuthenticationDemanded(t *testing.T) {
 	if errno := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}); errno != 0 {
 		t.Errorf("errno %d", errno)
 	}
-	if c.Info().Losses != 1 {
-		t.Errorf("%d losses", c.Info().Losses)
+	if c.Info().Paths[0].Losses != 1 {
+		t.Errorf("%d losses", c.Info().Paths[0].Losses)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestSecretsAreNotLogged looks for keys in what a controller logs.
@@ -286,7 +286,7 @@ func TestSecretsAreNotLogged(t *testing.T) {
 	cfg.Log.Debug("configuration", "config", fmt.Sprintf("%+v", cfg))
 	c := connect(t, cfg)
 	_ = c.Reauthenticate(t.Context(), &Credentials{Host: s.keys.Controller, Controller: s.keys.Host})
-	closeController(t, c)
+	closeSubsystem(t, c)
 	mu.Lock()
 	defer mu.Unlock()
 	for _, k := range []*auth.Key{s.keys.Host, s.keys.Controller} {
@@ -319,18 +319,18 @@ func TestDiscoveryAuthenticates(t *testing.T) {
 	cfg := s.config(nil, poller.Request{})
 	cfg.SubNQN, cfg.Discovery = nvme.DiscoveryNQN, true
 	c := connect(t, cfg)
-	if got := c.Info().Auth; got != "" {
+	if got := c.Info().Paths[0].Auth; got != "" {
 		t.Errorf("authenticated by %q", got)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 	if err := s.target.Discovery().SetHostAuth(authHost, &s.host); err != nil {
 		t.Fatal(err)
 	}
 	c = connect(t, cfg)
-	if got := c.Info().Auth; got != "sha512, ffdhe2048, two-way" {
+	if got := c.Info().Paths[0].Auth; got != "sha512, ffdhe2048, two-way" {
 		t.Errorf("authenticated by %q", got)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 	cfg.Credentials = Credentials{}
 	if _, err := Connect(t.Context(), cfg); !errors.Is(err, ErrNoKey) {
 		t.Errorf("without a key: %v", err)
@@ -344,11 +344,9 @@ func BenchmarkAuthentication(b *testing.B) {
 			s := newSecured(b, target.Config{})
 			s.host.Groups = []auth.Group{group}
 			s.require()
-			c := connect(b, s.config(newLoops(b, 1), poller.Request{IO: 1}))
-			a, err := c.current()
-			if err != nil {
-				b.Fatal(err)
-			}
+			sub := connect(b, s.config(newLoops(b, 1), poller.Request{IO: 1}))
+			c := sub.slots[0]
+			a := c.current()
 			for b.Loop() {
 				b.StopTimer()
 				q := queueParam{remote: a.remote, qid: 2, depth: 16, cntlid: a.cntlid}
@@ -377,7 +375,7 @@ func BenchmarkAuthentication(b *testing.B) {
 				waitFor(b, "the end of the queue", func() bool { return s.target.Snapshot().Connections == 2 })
 				b.StartTimer()
 			}
-			closeController(b, c)
+			closeSubsystem(b, sub)
 		})
 	}
 }

@@ -31,23 +31,38 @@ const (
 	adminDepth = 32 // NVME_AQ_DEPTH; nvmet accepts no more
 )
 
-// Config configures Connect. Fields are required unless their comment says otherwise.
-type Config struct {
+// Path is a way to a controller of a subsystem.
+type Path struct {
 	Provider rdma.Provider
 	Address  netip.AddrPort // of the target; unused if Resolve is set
 	Source   netip.Addr     // local address; zero: chosen by the route
-	SubNQN   string
-	HostNQN  string
-	HostID   nvme.UUID
-
-	// Credentials are for targets that require authentication. See also
-	// Controller.Reauthenticate.
-	Credentials Credentials
 
 	// Resolve returns the addresses of the target in the order in which to try them.
 	// It is called for the first association, and for a later one if the last address
 	// does not accept it. If Resolve is nil, Address is the only address.
 	Resolve func(ctx context.Context) ([]netip.AddrPort, error)
+}
+
+func (p *Path) check() error {
+	switch {
+	case p.Provider == nil:
+		return errors.New("no RDMA provider")
+	case p.Resolve == nil && (!p.Address.IsValid() || p.Address.Port() == 0):
+		return errors.New("no target address")
+	}
+	return nil
+}
+
+// Config configures Connect. Fields are required unless their comment says otherwise.
+type Config struct {
+	Path    // the first path
+	SubNQN  string
+	HostNQN string
+	HostID  nvme.UUID
+
+	// Credentials are for targets that require authentication. See also
+	// Subsystem.Reauthenticate.
+	Credentials Credentials
 
 	// Discovery says that SubNQN is a discovery subsystem. Its controller has an admin
 	// queue and nothing else, so Queues and Loops stay empty.
@@ -62,6 +77,12 @@ type Config struct {
 	Queues poller.Request
 	Loops  []*poller.Loop
 
+	Policy Policy // how a request chooses its path; see SetPolicy
+	// NoFence sends changes again over other paths at once, without knowing whether the
+	// controller of a lost path still executes them, as Linux does. An old write may then
+	// overwrite a newer one.
+	NoFence bool
+
 	QueueSize     int           // entries per I/O queue, 16..1024; 0: 128. The target may lower it
 	KeepAlive     time.Duration // 0: 5 s; for a discovery controller: none, so the target may end it after a while
 	TOS           uint8         // type of service; 0: unset
@@ -72,29 +93,29 @@ type Config struct {
 	AdminTimeout   time.Duration // per admin command; 0: 60 s. While an association is made again, it is ConnectTimeout at first, and twice as much at each attempt
 	IOTimeout      time.Duration // per I/O command; 0: 30 s
 
-	// A lost association is made again: at once, and then every ReconnectDelay
-	// (0: 10 s) until CtrlLoss has passed (0: 600 s; negative: without end). Requests
-	// wait meanwhile, and fail after FastIOFail (0: only when the controller is given
-	// up).
+	// A lost association is made again: at once, and then every ReconnectDelay (0: 10 s),
+	// as long as the subsystem lives. While no path has an association, requests wait.
+	// They fail after FastIOFail (0: only when the subsystem is given up), and the
+	// subsystem is given up after CtrlLoss (0: 600 s; negative: never).
 	ReconnectDelay time.Duration
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
 
 	// MaxMemory limits the I/O buffers of all queues of all namespaces, in bytes (0:
-	// half of the memory that is available when the controller connects). A queue
+	// half of the memory that is available when Connect is called). A queue
 	// beyond the limit is not opened.
 	MaxMemory int64
 
-	// Associated is called with the controller id of each association before anything
-	// is sent over it. By then the target has ended all earlier controllers, so a process
-	// that takes over from this one needs to wait for this controller only
-	// (Controller.Outlive). If Associated returns an error, nothing is sent: Connect
+	// Associated is called before anything is sent over a new association, with all
+	// controllers that may have commands of this process: that of the new association,
+	// those of the other paths, and those whose end is not known yet. A process that takes
+	// over from this one needs to wait for these (Subsystem.Outlive). If Associated returns an error, nothing is sent: Connect
 	// fails, and a later association is tried again. Associated must not call the
-	// Controller. It may be nil.
-	Associated func(cntlid uint16) error
+	// Subsystem. It may be nil.
+	Associated func(all []ControllerID) error
 
 	// Made is called with each controller as soon as the target has made it. asked is
-	// the time when this host requested it. Made must not call the Controller. It may
+	// the time when this host requested it. Made must not call the Subsystem. It may
 	// be nil.
 	Made func(target netip.AddrPort, cntlid uint16, asked time.Time)
 
@@ -103,14 +124,20 @@ type Config struct {
 	// another association of this host since: then the target has ended the old controller.
 	// Without proof the controller is taken for the old one, and I/O waits. A wrong true
 	// lets an old write overwrite a newer one. Superseded must return when ctx is done,
-	// and must not call the Controller. It may be nil.
+	// and must not call the Subsystem. It may be nil.
 	Superseded func(ctx context.Context, p Present) bool
 
 	// Changed is called when a namespace changes after Connect has returned. It must
-	// neither block nor call the Controller. It may be nil.
+	// neither block nor call the Subsystem. It may be nil.
 	Changed func(ns *Namespace, what Change)
 
 	Log *slog.Logger // nil: nothing is logged
+}
+
+// ControllerID names a controller of the subsystem at one of its addresses.
+type ControllerID struct {
+	Address netip.AddrPort // zero: any
+	CNTLID  uint16
 }
 
 // Present is a controller that the target reports as existing.
@@ -121,11 +148,10 @@ type Present struct {
 }
 
 func (c *Config) setDefaults() error {
+	if err := c.check(); err != nil {
+		return fmt.Errorf("config: %w", err)
+	}
 	switch {
-	case c.Provider == nil:
-		return errors.New("config: no RDMA provider")
-	case c.Resolve == nil && (!c.Address.IsValid() || c.Address.Port() == 0):
-		return errors.New("config: no target address")
 	case c.Credentials.Controller != nil && c.Credentials.Host == nil:
 		return errors.New("config: a controller key needs a host key")
 	case c.Discovery && c.Queues != (poller.Request{}):

@@ -56,7 +56,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	if err = c.mem.use(dev, p.qid == 0); err != nil {
 		return nil, err
 	}
-	pd := c.mem.domain()
+	pd := c.mem.current()
 	if conn.sq, err = sq.New(dev, pd, sq.Config{Depth: p.depth, Vector: p.vector}); err != nil {
 		return nil, err
 	}

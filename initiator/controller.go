@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,7 +13,7 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// State is the state of a controller.
+// State is the state of a controller, or the best state of the controllers of a subsystem.
 type State uint8
 
 // States, with the names of Linux (enum nvme_ctrl_state)
@@ -37,39 +35,33 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", s)
 }
 
-// Controller is the host's side of an NVMe controller.
+// Controller is the host's side of an NVMe controller: a path to the namespaces of a
+// subsystem. It outlives its associations.
 type Controller struct {
-	cfg     Config
-	pollMax uint32
-	lanes   []*lane
-	start   time.Time               // origin of now
-	clock   atomic.Uint32           // seconds with an association; lanes stamp commands with it
-	suspect atomic.Pointer[request] // the request that may be the cause of the losses
-	blamed  atomic.Bool             // the last association was lost with that request in flight
-
-	mem memory
+	sub  *Subsystem
+	slot int    // in the subsystem and in its lanes
+	cfg  Config // of the subsystem, with the Path of this controller
+	mem  *domain
 
 	// Only the goroutine that makes associations uses these.
-	unfenced []uint16  // ids of earlier controllers that may hold commands; see fence
-	outage   time.Time // start of the current outage; see countLoss
-	brief    int       // number of consecutive associations that were lost early
+	unfenced []*remnant // earlier controllers that may hold commands; see await
+	brief    int        // number of consecutive associations that were lost early
 
-	// life ends with Close (cause errClosed) or Abort (cause: its reason).
-	life    context.Context
-	end     context.CancelCauseFunc
-	stopped chan struct{} // supervise has ended
-	dead    chan struct{} // closed in StateDead
-	queries chan struct{} // holds a token for each query in progress
-	proving chan struct{} // holds a token while Reauthenticate runs
+	life      context.Context // ends with that of the subsystem
+	end       context.CancelCauseFunc
+	announced ControllerID  // of the last association that was recorded; guarded by the subsystem's recording
+	blamed    atomic.Bool   // the last association was lost with the suspect in flight
+	stopped   chan struct{} // supervise has ended
 
 	transactions atomic.Uint32 // runs of authentication, for their ids
 
-	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
+	removing  bool          // RemovePath was called; guarded by the subsystem's mu
+	failovers atomic.Uint64 // requests that were in flight when an association was lost
 
 	mu           sync.Mutex // guards what follows
-	keys         Credentials
 	state        State
 	since        time.Time // of the state
+	outage       time.Time // start of the current outage, and of the last one while there is an association; see countLoss
 	reason       error     // why it is not live, or was not the last time
 	losses       int       // associations lost
 	attempts     int       // to make one since the last was lost
@@ -78,61 +70,52 @@ type Controller struct {
 	remote       netip.AddrPort // of the last association
 	lastPatience time.Duration  // with it
 	assoc        *association
-	namespaces   []*Namespace
-	closing      bool          // Close was called
 	attached     chan struct{} // closed, and replaced, when an association is attached
 }
 
-// Connect connects to a subsystem and identifies its namespaces, if it can have any. ctx
-// bounds the whole of it. Errors: *StepError, whose cause is a *rdma.StepError, a
-// *rdma.RejectError, a ConnectStatus, an *AuthError, an nvme.Status, ErrNoQueues or a context
-// error.
-func Connect(ctx context.Context, cfg Config) (*Controller, error) {
-	if err := cfg.setDefaults(); err != nil {
-		return nil, err
-	}
-	if !cfg.Discovery {
-		cfg.Queues = cfg.Queues.Clip(runtime.NumCPU())
-	}
-	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
+func (s *Subsystem) newController(slot int, p Path) *Controller {
+	cfg := s.cfg
+	cfg.Path = p
 	c := &Controller{
-		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), state: StateNew, since: time.Now(), start: time.Now(),
-		stopped: make(chan struct{}), dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory},
-		queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), attached: make(chan struct{}),
-		keys: cfg.Credentials,
+		sub: s, slot: slot, cfg: cfg, mem: s.mem.domain(slot), state: StateNew, since: time.Now(),
+		stopped: make(chan struct{}), attached: make(chan struct{}),
 	}
-	c.life, c.end = context.WithCancelCause(context.Background())
-	for i, loop := range cfg.Loops {
-		c.lanes = append(c.lanes, &lane{ctrl: c, loop: loop, index: i})
-	}
+	c.life, c.end = context.WithCancelCause(s.life)
+	return c
+}
+
+// connect makes the first association and identifies the namespaces. Nothing uses the
+// association yet.
+func (c *Controller) connect(ctx context.Context) (*association, error) {
 	a, err := c.associate(ctx)
 	if err != nil {
-		return nil, errors.Join(err, c.mem.close())
+		return nil, err
 	}
 	during, cancel := a.during(ctx)
 	defer cancel()
 	if err := c.firstLook(during, a); err != nil {
-		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close(), c.mem.close())
+		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
-	for _, l := range c.lanes {
-		if err := l.loop.Call(func() { l.loop.Attach(l) }); err != nil {
-			return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
-		}
-	}
+	return a, nil
+}
+
+// use records the controller of an association and gives the association to the lanes.
+// After an error it is closed.
+func (c *Controller) use(a *association) error {
 	if err := c.announce(a); err != nil {
-		return nil, errors.Join(err, c.detachLanes(), a.close(), c.mem.close())
+		return errors.Join(err, a.close())
 	}
 	if err := c.attach(a); err != nil {
-		return nil, errors.Join(err, c.release(a), c.detachLanes(), c.mem.close())
+		c.leaveBehind(a, time.Now()) // some lanes may have used it
+		return errors.Join(err, c.release(a))
 	}
-	go c.supervise(a)
-	return c, nil
+	return nil
 }
 
 // attach gives each lane its part of the association. All lanes have released the
-// previous association already.
+// previous association of the path already.
 func (c *Controller) attach(a *association) error {
-	for _, l := range c.lanes {
+	for _, l := range c.sub.lanes {
 		var own []*queuePair
 		var route [nClasses]*queuePair
 		for i, p := range a.pairs {
@@ -150,7 +133,7 @@ func (c *Controller) attach(a *association) error {
 					err = p.attach()
 				}
 			}
-			l.connect(own, route)
+			l.connect(c.slot, own, route)
 		}); e != nil {
 			err = e
 		}
@@ -159,7 +142,6 @@ func (c *Controller) attach(a *association) error {
 		}
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	now := time.Now()
 	if c.state != StateDeleting {
 		c.state, c.since = StateLive, now
@@ -169,16 +151,18 @@ func (c *Controller) attach(a *association) error {
 	c.assoc, c.remote, c.lastPatience = a, a.remote, c.patience(a, c.cfg.KeepAlive)
 	close(c.attached)
 	c.attached = make(chan struct{})
+	c.mu.Unlock()
+	c.sub.limitOutage()
 	return nil
 }
 
 // release takes an association from the lanes and closes it. Afterwards, the requests
-// that were in flight are parked on their lanes, and no adapter accesses their buffers
+// that were in flight are with their lanes again, and no adapter accesses their buffers
 // any more.
 func (c *Controller) release(a *association) error {
 	var errs []error
-	for _, l := range c.lanes {
-		errs = append(errs, l.loop.Call(l.disconnect))
+	for _, l := range c.sub.lanes {
+		errs = append(errs, l.loop.Call(func() { l.disconnect(c.slot) }))
 	}
 	for _, p := range a.pairs {
 		errs = append(errs, p.detach())
@@ -190,51 +174,34 @@ func (c *Controller) release(a *association) error {
 	return errors.Join(errs...)
 }
 
-func (c *Controller) detachLanes() error {
-	var errs []error
-	for _, l := range c.lanes {
-		errs = append(errs, l.loop.Call(func() { l.loop.Detach(l) }))
-	}
-	return errors.Join(errs...)
-}
-
-var errClosed = errors.New("controller was closed")
-
-// now returns the time since the controller was made.
-func (c *Controller) now() time.Duration { return time.Since(c.start) }
-
-// redispatch makes every lane dispatch its parked requests again. It must not be called
-// on a loop.
-func (c *Controller) redispatch() {
-	for _, l := range c.lanes {
-		// A loop that has ended holds no requests.
-		_ = l.loop.Call(l.redispatch)
-	}
-}
-
-// supervise serves one association after the other, until Close or until no further one
-// can be made.
+// supervise serves one association after the other, until the path ends.
 func (c *Controller) supervise(a *association) {
 	defer close(c.stopped)
 	for {
+		if a == nil { // the path has not been connected yet
+			var err error
+			if a, err = c.reconnect(time.Now()); err != nil {
+				c.stop(err)
+				return
+			}
+		}
 		live := time.Now()
 		reason := c.serve(a)
-		if errors.Is(reason, errClosed) {
-			return // Close goes on with the association
+		if errors.Is(reason, errClosed) || errors.Is(reason, errRemoved) {
+			return // leave goes on with the association
 		}
 		lost := time.Now()
-		c.lose(reason, lost)
+		c.leaveBehind(a, lost)
+		before := c.lose(reason, lost)
 		c.cfg.Log.Warn("association lost", "reason", reason)
 		if err := c.release(a); err != nil {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
-		c.countLoss(lost, lost.Sub(live), errors.Is(reason, errReset))
+		c.countLoss(before, lost.Sub(live), errors.Is(reason, errReset))
 		c.leaveDevice(a.removed.Load())
 		var err error
-		if a, err = c.reconnect(lost, reason); err != nil {
-			if !errors.Is(err, errClosed) {
-				c.die(err)
-			}
+		if a, err = c.reconnect(lost); err != nil {
+			c.stop(err)
 			return
 		}
 		c.discoveryChanged() // its events were lost with the association
@@ -249,23 +216,26 @@ func (c *Controller) discoveryChanged() {
 }
 
 // countLoss says when the outage began that an association ends which has lived for some
-// time. An association that has not lived for long has not proved to be better than the
-// one before, and leaves the outage as it was, unless a request is what ended it: the
-// target is there for all others, and they must not fail for that request. Reset says
-// nothing about the target either.
-func (c *Controller) countLoss(lost time.Time, lived time.Duration, reset bool) {
+// time; before is the start of the outage before. An association that has not lived for long
+// has not proved to be better than the one before, and leaves the outage as it was, unless a
+// request is what ended it: the target is there for all others, and they must not fail for
+// that request. Reset says nothing about the target either.
+func (c *Controller) countLoss(before time.Time, lived time.Duration, reset bool) {
 	blamed := c.blamed.Swap(false)
 	switch {
 	case reset || lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
-		c.outage, c.brief = lost, 0
+		c.brief = 0
 	case blamed:
-		c.outage, c.brief = lost, 1
+		c.brief = 1
 	default:
 		c.brief++
-		if c.outage.IsZero() {
-			c.outage = lost
+		if !before.IsZero() {
+			c.mu.Lock()
+			c.outage = before
+			c.mu.Unlock()
 		}
 	}
+	c.sub.limitOutage()
 }
 
 // serve runs an association until it is lost, and returns the reason.
@@ -274,18 +244,10 @@ func (c *Controller) serve(a *association) error {
 	var helpers sync.WaitGroup
 	helpers.Go(func() { c.listen(a.life, a) })
 	helpers.Go(func() { c.watchNamespaces(a.life, a) })
+	helpers.Go(func() { c.vouch(a) })
 	defer helpers.Wait()
-	second := time.NewTicker(time.Second)
-	defer second.Stop()
-	for {
-		select {
-		case <-second.C:
-			c.clock.Add(1)
-			c.tend(a)
-		case <-a.life.Done():
-			return context.Cause(a.life)
-		}
-	}
+	<-a.life.Done()
+	return context.Cause(a.life)
 }
 
 // backoffMin is the first pause between associations that are lost at once. Each further
@@ -301,32 +263,17 @@ func (c *Controller) pause() time.Duration {
 	return min(backoffMin<<min(c.brief-1, 16), c.cfg.ReconnectDelay)
 }
 
-// reconnect makes the next association: at once, and then at intervals. The loss timeouts
-// count from the beginning of the outage. err is the reason of the loss. If reconnect
-// returns an error, the controller must end.
-func (c *Controller) reconnect(lost time.Time, err error) (*association, error) {
-	ctx := c.life
-	giveUp := make(<-chan time.Time) // never
-	if c.cfg.CtrlLoss > 0 {
-		end := c.outage.Add(c.cfg.CtrlLoss)
-		limited, cancel := context.WithDeadline(ctx, end)
-		defer cancel()
-		ctx, giveUp = limited, time.After(time.Until(end))
-	}
-	if c.cfg.FastIOFail > 0 {
-		fast := time.AfterFunc(time.Until(c.outage.Add(c.cfg.FastIOFail)), c.failFast)
-		defer fast.Stop()
-	}
+// reconnect makes the next association: at once, and then at intervals, until the life of
+// the path ends. The error is its cause.
+func (c *Controller) reconnect(lost time.Time) (*association, error) {
 	for pause := c.pause(); ; pause = c.cfg.ReconnectDelay {
 		select {
 		case <-time.After(pause):
-		case <-giveUp:
-			return nil, fmt.Errorf("given up after %v: %w", c.cfg.CtrlLoss, err)
 		case <-c.life.Done():
 			return nil, context.Cause(c.life)
 		}
-		var a *association
-		if a, err = c.attempt(ctx); err == nil {
+		a, err := c.attempt(c.life)
+		if err == nil {
 			c.cfg.Log.Info("association made again", "after", time.Since(lost).Round(time.Millisecond), "queues", a.plan.String())
 			return a, nil
 		}
@@ -348,78 +295,136 @@ func (c *Controller) attempt(ctx context.Context) (*association, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := c.resume(ctx, a); err != nil {
+		c.sub.doubt(c, time.Now())
+		return nil, err
+	}
+	return a, nil
+}
+
+// resume puts an association into use that was made again. After an error it is closed.
+func (c *Controller) resume(ctx context.Context, a *association) error {
 	ctx, cancel := a.during(ctx)
 	defer cancel()
 	if _, err := c.look(ctx, a); err != nil {
-		return nil, errors.Join(&StepError{"identify namespaces", err}, a.close())
+		return errors.Join(&StepError{"identify namespaces", err}, a.close())
 	}
-	if err := c.fenceAll(ctx, a); err != nil {
-		return nil, errors.Join(err, a.close())
+	if err := c.await(ctx, a); err != nil {
+		return errors.Join(err, a.close())
 	}
-	if err := c.announce(a); err != nil {
-		return nil, errors.Join(err, a.close())
-	}
-	if err := c.attach(a); err != nil {
-		return nil, errors.Join(err, c.release(a))
-	}
-	return a, nil
+	return c.use(a)
 }
 
 // announce records the controller of an association before commands are sent to it. A
 // controller that could not be recorded is not used.
 func (c *Controller) announce(a *association) error {
-	if c.cfg.Associated != nil {
-		if err := c.cfg.Associated(a.cntlid); err != nil {
-			return &StepError{"record controller id", err}
-		}
+	if c.cfg.Associated == nil {
+		return nil
 	}
-	if !c.cfg.Discovery { // whose commands write nothing
-		c.unfenced = append(c.unfenced, a.cntlid)
+	s := c.sub
+	s.recording.Lock()
+	defer s.recording.Unlock()
+	last := c.announced
+	c.announced = ControllerID{a.remote, a.cntlid}
+	if err := c.cfg.Associated(s.holders()); err != nil {
+		c.announced = last
+		return &StepError{"record controller id", err}
 	}
 	return nil
 }
 
-func (c *Controller) lose(reason error, when time.Time) {
+// lose records the loss of the association. An outage begins with it, for now: countLoss
+// decides. lose returns the start of the outage before.
+func (c *Controller) lose(reason error, when time.Time) (before time.Time) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	before, c.outage = c.outage, when
 	c.assoc, c.reason, c.attempts, c.failure = nil, reason, 0, nil
 	c.losses++
-	c.outages.begin(when, c.reasonOf(reason))
+	c.outages.lost[c.reasonOf(reason)]++
+	c.outages.begin(when)
 	if c.state != StateDeleting {
 		c.state, c.since = StateConnecting, when
 	}
-	for _, ns := range c.namespaces {
-		ns.doubt(when)
-	}
+	c.mu.Unlock()
+	c.sub.doubt(c, when)
+	return before
 }
 
-// failFast fails the requests that wait for an association.
-func (c *Controller) failFast() {
-	for _, l := range c.lanes {
-		// A loop that has ended holds no requests.
-		_ = l.loop.Call(func() {
-			if l.route[poller.Default] == nil {
-				l.failFast()
-			}
-		})
+// stop gives up the path, and the subsystem with its last path, unless it is closed or
+// removed.
+func (c *Controller) stop(err error) {
+	if errors.Is(err, errClosed) || errors.Is(err, errRemoved) {
+		return
 	}
-}
-
-// die gives up the controller.
-func (c *Controller) die(err error) {
-	c.cfg.Log.Error("controller is given up", "reason", err)
 	c.mu.Lock()
 	c.state, c.since, c.reason, c.failure = StateDead, time.Now(), err, nil // err has the last failure
 	c.mu.Unlock()
-	close(c.dead)
-	c.failFast()
+	for _, other := range c.sub.paths() {
+		other.mu.Lock()
+		dead := other.state == StateDead
+		other.mu.Unlock()
+		if !dead {
+			return
+		}
+	}
+	c.sub.die(err)
+}
+
+// outageBegan returns when the present outage of the path began. It returns false if there is
+// an association.
+func (c *Controller) outageBegan() (time.Time, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.outage, c.assoc == nil
+}
+
+// trouble returns why there is no association: the error of the last attempt to make one, or
+// why the last one was lost.
+func (c *Controller) trouble() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failure != nil {
+		return c.failure
+	}
+	return c.reason
+}
+
+// current returns the association in use, or nil.
+func (c *Controller) current() *association {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.assoc
+}
+
+// leave ends the association in use in order, if there is one. supervise has ended.
+func (c *Controller) leave(ctx context.Context) error {
+	c.mu.Lock()
+	a := c.assoc
+	c.assoc = nil
+	if c.state != StateDead {
+		c.state, c.since = StateDeleting, time.Now()
+	}
+	c.mu.Unlock()
+	if a == nil {
+		return nil
+	}
+	var errs []error
+	if err := a.shutdown(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("shut down controller: %w", err))
+		c.leaveBehind(a, time.Now())
+	}
+	return errors.Join(append(errs, c.release(a))...)
 }
 
 // tend makes the queue pairs check their commands in flight. It does not disturb loops
 // whose queue pairs have none.
-func (c *Controller) tend(a *association) {
+func (c *Controller) tend() {
+	a := c.current()
+	if a == nil {
+		return
+	}
 	limit := uint32(max(1, c.cfg.IOTimeout/time.Second))
-	now := c.clock.Load()
+	now := c.sub.clock.Load()
 	for _, p := range a.pairs {
 		if p.inflight.Load() > 0 {
 			// A loop that has ended has no commands.
@@ -526,8 +531,8 @@ func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.As
 	switch {
 	case ev.Type() == nvme.EventError && ev.Info() == nvme.ErrorPersistentInternal:
 		a.fail(because(LossTargetError, errors.New("controller reports a persistent internal error")))
-	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeNamespaceChanged:
-		a.lookAtNamespaces()
+	case ev.Type() == nvme.EventNotice && (ev.Info() == nvme.NoticeNamespaceChanged || ev.Info() == nvme.NoticeANAChanged):
+		a.lookAtNamespaces() // they may have moved to another ANA group
 	case ev.Type() == nvme.EventNotice && ev.Info() == nvme.NoticeDiscoveryChanged:
 		c.discoveryChanged()
 	}
@@ -538,152 +543,81 @@ func (c *Controller) readLog(ctx context.Context, a *association, page uint8) er
 	return a.admin.logPage(ctx, LogRequest{Page: page, NSID: nvme.NSIDAll}, out[:])
 }
 
-// reportStatus logs a request that fails with an error status.
-func (c *Controller) reportStatus(r *request, s nvme.Status) {
-	c.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
-		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", s.String(), "tries", r.tries)
-}
-
-// reportBlame logs a request that fails because it is blamed for lost associations.
-func (c *Controller) reportBlame(r *request) {
-	c.cfg.Log.Error("I/O error: the association was lost each time that the request was sent", "op", r.io.Op.String(),
-		"nsid", r.home.ns.id, "sector", r.io.Sector, "sectors", r.io.Sectors, "losses", r.losses)
-}
-
-// Namespaces returns the namespaces that were seen since the controller connected,
-// including those that are gone. Of the gone ones without an open queue, only the last 64
-// are kept.
-func (c *Controller) Namespaces() []*Namespace {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return slices.Clone(c.namespaces)
-}
-
-// Done returns a channel that is closed when the controller is dead. Err then returns the
-// reason.
-func (c *Controller) Done() <-chan struct{} { return c.dead }
-
-// Err returns the reason why the controller is dead, or nil if it is not.
-func (c *Controller) Err() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.state != StateDead {
-		return nil
-	}
-	return c.reason
-}
-
-// Abort gives up the association for good. A front end calls it if it must end while the
-// target does not answer. The controller dies with the given reason. Every request fails
-// as soon as the target can no longer access its buffer, whether it waits, is in flight
-// or comes later. The caller must still call Close. Any goroutine may call Abort.
-func (c *Controller) Abort(reason error) { c.end(reason) }
-
-// Close leaves the subsystem in order: it notifies the controller of the shutdown, and
-// then closes the I/O queues and the admin queue. The shutdown ends when ctx is done, or
-// before. The queues of the namespaces must be closed before.
-func (c *Controller) Close(ctx context.Context) error {
-	c.mu.Lock()
-	if c.state != StateDead {
-		c.state, c.since = StateDeleting, time.Now()
-	}
-	c.closing = true
-	c.mu.Unlock()
-	c.end(errClosed)
-	<-c.stopped
-	c.mu.Lock()
-	a := c.assoc
-	c.assoc = nil
-	c.mu.Unlock()
-	var errs []error
-	if a != nil {
-		if err := a.shutdown(ctx); err != nil {
-			errs = append(errs, fmt.Errorf("shut down controller: %w", err))
-		}
-		errs = append(errs, c.release(a))
-	}
-	errs = append(errs, c.detachLanes())
-	c.reservations.Wait()
-	errs = append(errs, c.mem.close())
-	return errors.Join(errs...)
-}
-
-// Info describes a controller at one moment.
-type Info struct {
-	State     State
-	Since     time.Time      // start of the state
-	Reason    error          // why the association was lost the last time
-	Losses    int            // number of associations lost
-	Attempts  int            // attempts to reconnect since then
-	Failure   error          // error of the last attempt, while there is no association
-	Address   netip.AddrPort // of the target
-	SubNQN    string         // name by which the subsystem was connected to
-	CNTLID    uint16
-	Version   nvme.Version
-	Model     string
-	Serial    string
-	Firmware  string
-	QueueSize int         // entries per I/O queue in use
-	Plan      poller.Plan // requested and granted queues per class
-	Device    string      // RDMA device
-	Auth      string      // hash, group, and "one-way" or "two-way"; empty if the target did not ask for authentication
-	InCapsule int         // bytes of data that travel with a command; 0 = none
-	SQFlow    bool        // SQ flow control is on
-	Lanes     []LaneStats
-	Memory    MemoryInfo
-	Outages   Outages
-	Oldest    time.Duration // age of the oldest command in flight, in whole seconds
-	Stages    [nStages]OpHistograms
-}
-
-// Outages are the times without an association since the controller first connected.
-type Outages struct {
-	// Time is their total duration, including that of the present one. An outage begins
-	// when the loss is noticed: of a silent target at most KeepAlive after its last
-	// answer.
-	Time     time.Duration
-	Losses   map[LossReason]int // associations lost, by reason; those without a loss are 0
-	Attempts int                // to make an association again
-	Made     int                // of those, successful ones
-}
-
-// LaneStats holds the counters of one loop.
-type LaneStats struct {
-	Submitted, Completed uint64 // requests
-	HandedOver           uint64 // requests that a queue pair of another loop served
-	Retried              uint64 // commands sent again after an error status
-	Held                 int64  // requests that cannot be sent at present
+// PathInfo describes a controller at one moment.
+type PathInfo struct {
+	State      State
+	Since      time.Time      // start of the state
+	Reason     error          // why the association was lost the last time
+	Losses     int            // number of associations lost
+	Attempts   int            // attempts to reconnect since then
+	Failure    error          // error of the last attempt, while there is no association
+	Address    netip.AddrPort // of the target
+	CNTLID     uint16
+	Auth       string // how the connection was authenticated; empty: the target did not ask
+	Version    nvme.Version
+	Model      string
+	Serial     string
+	Firmware   string
+	QueueSize  int                      // entries per I/O queue in use
+	Plan       poller.Plan              // requested and granted queues per class
+	Device     string                   // RDMA device
+	InCapsule  int                      // bytes of data that travel with a command; 0 = none
+	SQFlow     bool                     // SQ flow control is on
+	InFlight   int                      // requests that its queue pairs have
+	Failovers  uint64                   // requests that were in flight when an association was lost
+	Configured netip.AddrPort           // address that the path was added with
+	Source     netip.Addr               // local address that the path was added with
+	Provider   string                   // name of the RDMA provider
+	Access     map[uint32]nvme.ANAState // of each namespace that the path has; 0: the controller does not report it
+	Vouched    []netip.AddrPort         // paths whose controllers the target of this one knows
+	Refused    error                    // why a namespace is not used over this path
+	Outages    Outages
+	Oldest     time.Duration // age of the oldest command in flight, in whole seconds
 }
 
 // Info returns a snapshot.
-func (c *Controller) Info() Info {
+func (c *Controller) Info() PathInfo {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	i := Info{SubNQN: c.cfg.SubNQN, State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure, Device: c.mem.device(), Memory: c.mem.info()}
-	if a := c.assoc; a != nil {
-		i.Address = a.remote
-		i.Auth = a.method
-		i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
-		i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
-		if len(a.pairs) > 0 {
-			i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
-		}
-		for _, p := range a.pairs {
-			i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)
-		}
+	i := PathInfo{
+		State: c.state, Since: c.since, Reason: c.reason, Losses: c.losses, Attempts: c.attempts, Failure: c.failure,
+		Device: c.mem.device(), Failovers: c.failovers.Load(), Configured: c.cfg.Address, Source: c.cfg.Source, Provider: c.cfg.Provider.Name(),
 	}
-	for _, l := range c.lanes {
-		i.Lanes = append(i.Lanes, LaneStats{
-			Submitted: l.submitted.Load(), Completed: l.completed.Load(),
-			HandedOver: l.handedOver.Load(), Retried: l.retried.Load(), Held: l.held.Load(),
-		})
-		for s := range l.stages {
-			l.stages[s].addTo(&i.Stages[s])
-		}
-	}
+	a := c.assoc
 	i.Outages = Outages{Time: c.outages.time(), Losses: map[LossReason]int{}, Attempts: c.outages.tries, Made: c.outages.made}
 	for r, n := range c.outages.lost {
 		i.Outages.Losses[LossReason(r)] = n
 	}
+	c.mu.Unlock()
+	if a != nil {
+		c.describe(&i, a)
+	}
 	return i
+}
+
+// describe fills in what an association has.
+func (c *Controller) describe(i *PathInfo, a *association) {
+	i.Address = a.remote
+	i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
+	i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
+	if len(a.pairs) > 0 {
+		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+	}
+	for _, p := range a.pairs {
+		i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)
+		i.InFlight += int(p.inflight.Load())
+	}
+	for _, other := range c.sub.paths() {
+		if b := other.current(); other != c && a.vouchesFor(b) {
+			i.Vouched = append(i.Vouched, b.remote)
+		}
+	}
+	i.Access = make(map[uint32]nvme.ANAState)
+	for _, ns := range c.sub.Namespaces() {
+		if v := ns.views[c.slot].Load(); v != nil {
+			i.Access[ns.id] = v.ana
+		}
+	}
+	c.mu.Lock()
+	i.Auth, i.Refused = a.method, a.refused
+	c.mu.Unlock()
 }

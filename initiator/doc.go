@@ -1,23 +1,23 @@
-// Package initiator is the host side of an NVMe over Fabrics controller on RDMA. It
-// connects to the target, negotiates, splits the granted queues into classes, connects
-// the I/O queues, keeps the controller alive, and offers each namespace as a
-// block.Device.
+// Package initiator is the host side of NVMe over Fabrics on RDMA. It connects to the
+// controllers of a subsystem, negotiates, splits the granted queues into classes, connects
+// the I/O queues, keeps the controllers alive, and offers each namespace as a block.Device.
 //
 // # Structure
 //
-// A Controller outlives its associations. An association is one admin connection with
-// the I/O queue pairs that belong to it. Each association is made by the same code,
-// from zero. A lane is the part of the controller that runs on one poller.Loop: it
-// drives the queue pairs that the loop owns, and it takes the requests of the
-// namespaces' queues on that loop. If a queue pair of another loop serves the class of
-// a request, the request is handed over through the inbox of that loop's lane. A request
+// A Subsystem owns the namespaces, the lanes and the I/O memory. A Controller is a path to
+// these namespaces. It outlives its associations. An association is one admin connection with
+// the I/O queue pairs that belong to it. Each association is made by the same code, from
+// zero. A lane is the part of the subsystem that runs on one poller.Loop: it drives the queue
+// pairs that the loop owns, and it takes the requests of the namespaces' queues on that loop.
+// It chooses a path for each request. If a queue pair of another loop serves the class of the
+// request there, the request is handed over through the inbox of that loop's lane. A request
 // that cannot be sent now is parked on a lane.
 //
 //	front end ── nsQueue.Submit ─► lane ─► queuePair ─► sq ─► SEND
 //	front end ◄─ nsQueue.Reap  ◄── lane ◄─ queuePair ◄─ cq ◄─ RECV
 //
-// A controller of a discovery subsystem (Config.Discovery) has an admin queue only. It has no
-// lanes, and nothing but ReadLog, Identify and the events of Config.DiscoveryChanged.
+// A discovery subsystem (Config.Discovery) has no lanes, and its controller has an admin queue
+// only. There is nothing but ReadLog, Identify and the events of Config.DiscoveryChanged.
 //
 // # Completion
 //
@@ -29,13 +29,13 @@
 //
 // # Memory
 //
-// Each queue registers one slab of depth × maximum I/O. Config.MaxMemory bounds the sum
-// of them, and a queue beyond it is refused (MemoryError). The target holds the key of
-// the slab for the time of the connection. A target can access the I/O buffers of the
+// Each queue has one slab of depth × maximum I/O, which is registered in the protection
+// domain of each path. Config.MaxMemory bounds the sum of the slabs, and a queue beyond it is
+// refused (MemoryError). A target holds the key of the slab for the time of the connection. A target can access the I/O buffers of the
 // subsystem that it serves, and no other memory.
 //
 // # Concurrency
 //
-// The methods of Controller and Namespace may be called from any goroutine. The
+// The methods of Subsystem, Controller and Namespace may be called from any goroutine. The
 // block.Queue of a namespace must be used on the loop that it was opened for.
 package initiator

@@ -3,6 +3,8 @@ package initiator
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -48,37 +50,26 @@ func (c *Controller) patience(a *association, keepAlive time.Duration) time.Dura
 	return timeouts*keepAlive + time.Duration(a.identify.CQT())*time.Millisecond + time.Second
 }
 
-// fenceAll waits until the target of a has ended every earlier controller that received
-// commands.
-func (c *Controller) fenceAll(ctx context.Context, a *association) error {
-	for len(c.unfenced) > 0 {
-		if err := c.fence(ctx, a, c.unfenced[0], c.cfg.KeepAlive); err != nil {
-			return err
-		}
-		c.unfenced = c.unfenced[1:]
-	}
-	return nil
-}
-
 // fencing is one wait for the end of an old controller.
 type fencing struct {
 	ctrl     *Controller
 	a        *association
-	cntlid   uint16
+	remnant  *remnant
 	began    time.Time
 	answered time.Time     // when the target last answered anything
 	lived    time.Duration // what the target has lived through since it last said that it has the controller
 	reported bool
 }
 
-// fence waits until the target of a has ended the controller cntlid, which had the given
-// keep alive timeout. It returns an error if a fails or ctx is done before.
-func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, keepAlive time.Duration) error {
+// fence waits until the target of a has ended the controller of a remnant, or the remnant has
+// ended otherwise. It returns an error if a fails or ctx is done before.
+func (c *Controller) fence(ctx context.Context, a *association, rem *remnant) error {
+	cntlid := rem.id.CNTLID
 	if cntlid == a.cntlid {
 		return nil // the new controller has its id
 	}
-	patience := c.patience(a, keepAlive)
-	f := &fencing{ctrl: c, a: a, cntlid: cntlid, began: time.Now(), answered: time.Now()}
+	patience := c.patience(a, rem.keepAlive)
+	f := &fencing{ctrl: c, a: a, remnant: rem, began: time.Now(), answered: time.Now()}
 	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
 		presence, err := c.ask(ctx, a, cntlid)
 		if err == nil {
@@ -88,7 +79,10 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		case presence == ended:
 			c.cfg.Log.Debug("old controller has ended", "controller", cntlid, "after", time.Since(f.began).Round(time.Millisecond))
 			return nil
-		case presence != unclear && c.superseded(ctx, a, cntlid):
+		case presence != unclear && c.sub.inherited(rem, a):
+			c.cfg.Log.Info("the id of the old controller is that of another path by now", "controller", cntlid)
+			return nil
+		case presence != unclear && c.superseded(ctx, a, rem.id):
 			c.cfg.Log.Info("the id of the old controller is another association's by now", "controller", cntlid)
 			return nil
 		case presence == unclear && f.lived >= patience:
@@ -104,12 +98,18 @@ func (c *Controller) fence(ctx context.Context, a *association, cntlid uint16, k
 		}
 		if presence != unclear {
 			f.lived = 0 // only time in which the target does not tell counts
+			rem.exists(fmt.Sprintf("the target at %v, which says that the controller exists, to say that it is gone", a.remote))
 		}
-		if err := f.wait(ctx, wait); err != nil {
+		if err := f.wait(ctx, wait); errors.Is(err, errOver) {
+			return nil
+		} else if err != nil {
 			return &StepError{"wait for the end of the old controller", err}
 		}
 	}
 }
+
+// errOver ends a wait because the remnant has ended.
+var errOver = errors.New("the old controller has ended")
 
 // alive records an answer of the target.
 func (f *fencing) alive() {
@@ -124,7 +124,7 @@ func (f *fencing) report(err error) {
 		return
 	}
 	f.reported = true
-	f.ctrl.cfg.Log.Info("I/O waits until the target has ended the old controller", "controller", f.cntlid, "error", err)
+	f.ctrl.cfg.Log.Info("I/O waits until the target has ended the old controller", "controller", f.remnant.id.CNTLID, "error", err)
 }
 
 // wait waits for d and keeps the new association alive.
@@ -133,6 +133,8 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 		left := time.Until(end)
 		select {
 		case <-time.After(min(left, f.ctrl.cfg.KeepAlive/4)):
+		case <-f.remnant.over:
+			return errOver
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -150,14 +152,18 @@ func (f *fencing) wait(ctx context.Context, d time.Duration) error {
 
 // superseded reports whether the controller that the target has under an old id is proven
 // to be another association's. It takes as long as a question at most.
-func (c *Controller) superseded(ctx context.Context, a *association, cntlid uint16) bool {
+func (c *Controller) superseded(ctx context.Context, a *association, id ControllerID) bool {
 	if c.cfg.Superseded == nil {
 		return false
+	}
+	at := id.Address
+	if !at.IsValid() {
+		at = a.remote
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
 	defer cancel()
 	return c.cfg.Superseded(ctx, Present{
-		Address: a.remote, CNTLID: cntlid, Serial: a.identify.SN(), Model: a.identify.MN(),
+		Address: at, CNTLID: id.CNTLID, Serial: a.identify.SN(), Model: a.identify.MN(),
 	})
 }
 
@@ -183,7 +189,7 @@ func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (ex
 	}
 	// The connection needs its own memory, because the association may end while the
 	// target reads it.
-	mr, err := c.mem.domain().AllocMR(adminPage, rdma.AccessRemoteRead)
+	mr, err := c.mem.current().AllocMR(adminPage, rdma.AccessRemoteRead)
 	if err != nil {
 		return unclear, errors.Join(err, conn.close())
 	}
@@ -222,53 +228,77 @@ func existenceOf(err error) existence {
 
 // Outlive waits until the target has ended the given controllers of an earlier process.
 // keepAlive is their keep alive timeout. This process may then send their commands again.
-// Call Outlive before the first I/O.
-func (c *Controller) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
-	for _, id := range cntlids {
+// Each controller is asked for at its own address, if there is a path to it, and otherwise
+// over the first path. A path that cannot be reached for as long as its target may need to end
+// a controller is not waited for. Call Outlive before the first I/O.
+func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, ids ...ControllerID) error {
+	began := time.Now()
+	for _, id := range ids {
+		c := s.pathTo(id.Address)
+		keepAlive := max(keepAlive, c.cfg.KeepAlive)
+		rem := &remnant{ctrl: c, id: id, keepAlive: keepAlive, over: make(chan struct{})}
 		for {
-			c.mu.Lock()
-			a := c.assoc
-			c.mu.Unlock()
+			a := c.current()
 			var err error
 			if a != nil {
 				during, cancel := a.during(ctx)
-				err = c.fence(during, a, id, max(keepAlive, c.cfg.KeepAlive))
+				err = c.fence(during, a, rem)
 				cancel()
 				if err == nil && c.serves(a) {
 					break
 				}
+			} else if limit := c.longestPatience(keepAlive); s.others(c) && time.Since(began) >= limit {
+				c.cfg.Log.Warn("target of a path cannot be reached, but must have ended an old controller by now; I/O continues",
+					"controller", id.CNTLID, "address", id.Address.String(), "after", limit)
+				break
 			}
 			// The next association may succeed.
 			select {
 			case <-time.After(fencePause):
 			case <-ctx.Done():
 				return errors.Join(context.Cause(ctx), err)
-			case <-c.dead:
-				return c.Err()
+			case <-s.dead:
+				return s.Err()
 			}
 		}
 	}
 	return nil
 }
 
+// pathTo returns the path to an address, or the first path.
+func (s *Subsystem) pathTo(address netip.AddrPort) *Controller {
+	paths := s.paths()
+	for _, c := range paths {
+		if address.IsValid() && (c.cfg.Address == address || c.Address() == address) {
+			return c
+		}
+	}
+	return paths[0]
+}
+
+// longestPatience is patience for a target that cannot say what it announces.
+func (c *Controller) longestPatience(keepAlive time.Duration) time.Duration {
+	a := &association{}
+	a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+	return c.patience(a, keepAlive)
+}
+
 // OutliveTime returns the longest time that Outlive takes for n controllers with the given
 // keep alive timeout, as long as the target answers. If the target does not tell whether
 // the controllers exist, Outlive waits for each of them as long as the target may need to
 // end it. It waits once more if its questions may have kept a controller alive.
-func (c *Controller) OutliveTime(keepAlive time.Duration, n int) time.Duration {
-	c.mu.Lock()
-	a := c.assoc
-	c.mu.Unlock()
-	if a == nil { // lost; what the next one announces is unknown
-		a = &association{}
-		a.identify.SetCTRATT(nvme.CTRATTTBKAS)
+func (s *Subsystem) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+	longest := time.Duration(0)
+	for _, c := range s.paths() {
+		keepAlive := max(keepAlive, c.cfg.KeepAlive)
+		if a := c.current(); a != nil {
+			longest = max(longest, c.patience(a, keepAlive))
+		} else { // lost; what the next one announces is unknown
+			longest = max(longest, c.longestPatience(keepAlive))
+		}
 	}
-	return time.Duration(n+1) * c.patience(a, max(keepAlive, c.cfg.KeepAlive))
+	return time.Duration(n+1) * longest
 }
 
 // serves reports whether a is the association in use.
-func (c *Controller) serves(a *association) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.assoc == a
-}
+func (c *Controller) serves(a *association) bool { return c.current() == a }

@@ -48,7 +48,8 @@ func TestOutliveTime(t *testing.T) {
 		{nil, 30 * time.Second, 1, 2 * 91 * time.Second},
 	} {
 		c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}, assoc: tt.assoc}
-		if got := c.OutliveTime(tt.keepAlive, tt.n); got != tt.want {
+		s := &Subsystem{slots: [maxPaths]*Controller{c}}
+		if got := s.OutliveTime(tt.keepAlive, tt.n); got != tt.want {
 			t.Errorf("%v, %d controllers: %v, want %v", tt.keepAlive, tt.n, got, tt.want)
 		}
 	}
@@ -74,13 +75,13 @@ func TestFenceAfterFreeze(t *testing.T) {
 		vague(f, cfg)
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
-	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
+	patience := s.sub.slots[0].patience(s.sub.slots[0].assoc, s.sub.cfg.KeepAlive)
 	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 	s.fabric.KillAll(hostAddr)
 	time.Sleep(patience + 200*time.Millisecond) // the freeze
 	thawed := time.Now()
 	s.fabric.SetRefuse(targetAddr, 0, nil)
-	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+	if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 		t.Errorf("write: %v", e)
 	}
 	if took := time.Since(thawed); took < patience {
@@ -111,7 +112,7 @@ func TestNoAnswerIsNoPermission(t *testing.T) {
 		cfg.KeepAlive = 200 * time.Millisecond
 		f.intercept = func(uint16, *nvme.Command) (nvme.Status, bool) { return noAnswer, frozen.Load() }
 	})
-	old := s.ctrl.Info().CNTLID
+	old := s.sub.Info().Paths[0].CNTLID
 	s.fabric.KillAll(hostAddr)
 	waitFor(t, "a question", func() bool {
 		s.target.mu.Lock()
@@ -119,14 +120,14 @@ func TestNoAnswerIsNoPermission(t *testing.T) {
 		return s.target.asked[old] > 1
 	})
 	frozen.Store(true)
-	q, err := s.ctrl.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
+	q, err := s.sub.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close()
 	s.loops[0].Call(func() { q.Submit([]block.Request{{Op: block.OpWrite, Sectors: 8}}) })
 	time.Sleep(2500 * time.Millisecond) // longer than the patience
-	if state := s.ctrl.Info().State; state != StateConnecting {
+	if state := s.sub.Info().State; state != StateConnecting {
 		t.Errorf("state %v", state)
 	}
 	s.target.end(old)
@@ -148,7 +149,7 @@ func TestOldControllerStays(t *testing.T) {
 	})
 	s.fabric.KillAll(hostAddr)
 	began := time.Now()
-	if e := s.write(t, s.ctrl.Namespaces()[0]); e != unix.ENOLINK {
+	if e := s.write(t, s.sub.Namespaces()[0]); e != unix.ENOLINK {
 		t.Errorf("write: %v", e)
 	}
 	if took := time.Since(began); took < 2*time.Second {
@@ -173,13 +174,13 @@ func TestSuperseded(t *testing.T) {
 			return uint32(p.CNTLID) == other.Load()
 		}
 	})
-	old := s.ctrl.Info().CNTLID
+	old := s.sub.Info().Paths[0].CNTLID
 	if made.Load() != uint32(old) {
 		t.Errorf("%d was made, it is %d", made.Load(), old)
 	}
 	s.fabric.KillAll(hostAddr)
 	done := make(chan unix.Errno, 1)
-	go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+	go func() { done <- s.write(t, s.sub.Namespaces()[0]) }()
 	select {
 	case e := <-done:
 		t.Fatalf("write while the target has the controller: %v", e)
@@ -208,11 +209,11 @@ func TestVagueOnce(t *testing.T) {
 			return nvme.StatusSuccess
 		}
 	})
-	old := s.ctrl.Info().CNTLID
+	old := s.sub.Info().Paths[0].CNTLID
 	s.fabric.KillAll(hostAddr)
 	done := make(chan unix.Errno, 1)
-	go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
-	time.Sleep(2 * s.ctrl.lastPatience)
+	go func() { done <- s.write(t, s.sub.Namespaces()[0]) }()
+	time.Sleep(2 * s.sub.slots[0].lastPatience)
 	doubt.Store(true)
 	select {
 	case e := <-done:
@@ -233,10 +234,10 @@ func TestVagueTarget(t *testing.T) {
 		vague(f, cfg)
 		cfg.KeepAlive = 100 * time.Millisecond
 	})
-	patience := s.ctrl.patience(s.ctrl.assoc, s.ctrl.cfg.KeepAlive)
+	patience := s.sub.slots[0].patience(s.sub.slots[0].assoc, s.sub.cfg.KeepAlive)
 	began := time.Now()
 	s.fabric.KillAll(hostAddr)
-	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+	if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 		t.Errorf("write: %v", e)
 	}
 	if took := time.Since(began); took < patience || took > 4*patience {
@@ -255,7 +256,7 @@ func TestOutliveLater(t *testing.T) {
 	})
 	for _, keepAlive := range []time.Duration{0, 500 * time.Millisecond} {
 		began := time.Now()
-		if err := s.ctrl.Outlive(t.Context(), keepAlive, 777); err != nil {
+		if err := s.sub.Outlive(t.Context(), keepAlive, ControllerID{CNTLID: 777}); err != nil {
 			t.Error(err)
 		}
 		if took := time.Since(began); took < 2*keepAlive+time.Second {
@@ -288,13 +289,13 @@ func TestExistence(t *testing.T) {
 // an old controller leaves this task to the next one.
 func TestFenceIsKept(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, cfg *Config) { f.immortal, cfg.KeepAlive = true, 200*time.Millisecond })
-	old := s.ctrl.Info().CNTLID
+	old := s.sub.Info().Paths[0].CNTLID
 	asked := func() int {
 		s.target.mu.Lock()
 		defer s.target.mu.Unlock()
 		return s.target.asked[old]
 	}
-	q, err := s.ctrl.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
+	q, err := s.sub.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -96,13 +96,13 @@ func (e *UnusableError) Error() string { return "unusable: " + e.Reason }
 
 // identifyNamespace reads the properties of a namespace. Errors: errInactive,
 // *UnusableError, and others after which the namespace remains unknown.
-func (c *Controller) identifyNamespace(ctx context.Context, a *association, id uint32, limits *nvme.IdentifyControllerNVM) (*Namespace, error) {
-	ns := &Namespace{ctrl: c, id: id}
+func (c *Controller) identifyNamespace(ctx context.Context, a *association, id uint32, limits *nvme.IdentifyControllerNVM) (*finding, error) {
+	f := &finding{id: id}
 	var page [adminPage]byte
 	err := a.admin.identify(ctx, nvme.CNSNamespaceDescriptors, id, &page)
 	switch {
 	case err == nil:
-		if ns.ids, err = nvme.ParseNamespaceDescriptors(page[:]); err != nil {
+		if f.ids, err = nvme.ParseNamespaceDescriptors(page[:]); err != nil {
 			return nil, badData("identification descriptors: %w", err)
 		}
 	case inactive(err):
@@ -110,7 +110,7 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 	case !refused(err):
 		return nil, fmt.Errorf("identification descriptors: %w", err)
 	}
-	if csi := ns.ids.CSI; csi != nvme.CSINVM {
+	if csi := f.ids.CSI; csi != nvme.CSINVM {
 		return nil, &UnusableError{fmt.Sprintf("command set %d is not NVM", csi)}
 	}
 	var id0 nvme.IdentifyNamespace
@@ -124,33 +124,33 @@ func (c *Controller) identifyNamespace(ctx context.Context, a *association, id u
 		return nil, errInactive // the structure of an inactive namespace is zeroes
 	}
 	// Controllers without descriptors have the identifiers here.
-	ns.ids = union(ns.ids, nvme.NamespaceIDs{NGUID: id0.NGUID(), EUI64: id0.EUI64()})
-	if ns.geometry, err = geometryOf(a, &id0, limits); err != nil {
+	f.ids = union(f.ids, nvme.NamespaceIDs{NGUID: id0.NGUID(), EUI64: id0.EUI64()})
+	if f.geometry, err = geometryOf(a, &id0, limits); err != nil {
 		return nil, err
 	}
-	ns.used = min(id0.NUSE(), id0.NSZE()) * uint64(ns.geometry.LogicalBlock)
-	if err := c.identifyIndependent(ctx, a, ns); err != nil {
+	f.shared, f.group = id0.NMIC()&1 != 0, id0.ANAGRPID()
+	f.used = min(id0.NUSE(), id0.NSZE()) * uint64(f.geometry.LogicalBlock)
+	if err := c.identifyIndependent(ctx, a, f); err != nil {
 		return nil, fmt.Errorf("properties of any command set: %w", err)
 	}
-	ns.sectorShift = uint8(bits.TrailingZeros32(ns.geometry.LogicalBlock >> block.SectorShift))
-	ns.terms.Store(termsOf(ns.geometry, id0.WriteZeroesDEAC() && id0.DeallocatedRead() == nvme.DLFEATZeroes))
-	return ns, nil
+	f.deallocateZeroes = id0.WriteZeroesDEAC() && id0.DeallocatedRead() == nvme.DLFEATZeroes
+	return f, nil
 }
 
 // identifyIndependent reads the properties that do not depend on the command set, which
 // newer controllers have. They can say that the namespace has no volatile cache although
 // the controller has one.
-func (c *Controller) identifyIndependent(ctx context.Context, a *association, ns *Namespace) error {
+func (c *Controller) identifyIndependent(ctx context.Context, a *association, f *finding) error {
 	if a.version < nvme.NewVersion(2, 0, 0) && !a.cap.CRIMS() {
 		return nil
 	}
 	var id nvme.IdentifyNSIndependent
-	err := a.admin.identify(ctx, nvme.CNSNSIndependent, ns.id, (*[adminPage]byte)(&id))
+	err := a.admin.identify(ctx, nvme.CNSNSIndependent, f.id, (*[adminPage]byte)(&id))
 	if errors.As(err, new(nvme.Status)) {
 		return nil // assume that the cache exists
 	}
 	if id.NSFEAT()&nvme.NSIndependentNoVWC != 0 {
-		ns.geometry.VolatileCache = false
+		f.geometry.VolatileCache = false
 	}
 	return err
 }

@@ -38,14 +38,14 @@ func newLoops(t testing.TB, n int) []*poller.Loop {
 
 func testConfig(p rdma.Provider, loops []*poller.Loop, q poller.Request) Config {
 	return Config{
-		Provider: p, Address: netip.AddrPortFrom(targetAddr, 4420), SubNQN: fakeNQN,
+		Path: Path{Provider: p, Address: netip.AddrPortFrom(targetAddr, 4420)}, SubNQN: fakeNQN,
 		HostNQN: "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-0000-0000-000000000001", HostID: nvme.NewUUID(),
 		Queues: q, Loops: loops,
 		AdminTimeout: 2 * time.Second, IOTimeout: 2 * time.Second, ConnectTimeout: 2 * time.Second,
 	}
 }
 
-func connect(t testing.TB, cfg Config) *Controller {
+func connect(t testing.TB, cfg Config) *Subsystem {
 	t.Helper()
 	c, err := Connect(context.Background(), cfg)
 	if err != nil {
@@ -54,7 +54,7 @@ func connect(t testing.TB, cfg Config) *Controller {
 	return c
 }
 
-func closeController(t testing.TB, c *Controller) {
+func closeSubsystem(t testing.TB, c *Subsystem) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -76,13 +76,13 @@ func TestVerifyEverySplit(t *testing.T) {
 				target.grant.Store(int32(grant))
 				loops := newLoops(t, q.Loops())
 				c := connect(t, testConfig(fabric.Provider(hostAddr), loops, q))
-				if got := c.Info().Plan; got != poller.Split(q, grant) {
+				if got := c.Info().Paths[0].Plan; got != poller.Split(q, grant) {
 					t.Errorf("plan %v", got)
 				}
 				f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 64<<10, 1)
 				f.run(1500)
 				f.close()
-				closeController(t, c)
+				closeSubsystem(t, c)
 				target.mu.Lock()
 				defer target.mu.Unlock()
 				for qid := 1; qid <= grant; qid++ {
@@ -118,7 +118,7 @@ func TestVariants(t *testing.T) {
 			f := newFrontEnd(t, c.Namespaces()[0], loops, 64, 128<<10, 2)
 			f.run(3000)
 			f.close()
-			closeController(t, c)
+			closeSubsystem(t, c)
 		})
 	}
 }
@@ -134,7 +134,7 @@ func TestDelayedFabric(t *testing.T) {
 	f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 64<<10, 3)
 	f.run(300)
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestTwoNamespaces serves two namespaces at once on the same loops and queue pairs.
@@ -178,7 +178,7 @@ func TestTwoNamespaces(t *testing.T) {
 	}
 	q.Close()
 	a.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestRefusals checks that the error of each step names the step.
@@ -221,7 +221,7 @@ func TestRefusals(t *testing.T) {
 			c.set(target, &cfg)
 			ctl, err := Connect(context.Background(), cfg)
 			if err == nil {
-				closeController(t, ctl)
+				closeSubsystem(t, ctl)
 				t.Fatal("connected")
 			}
 			for _, w := range c.want {
@@ -252,7 +252,7 @@ func TestVolatileCache(t *testing.T) {
 		if got := c.Namespaces()[0].Geometry().VolatileCache; got == writeThrough {
 			t.Errorf("write through %v: volatile cache %v", writeThrough, got)
 		}
-		closeController(t, c)
+		closeSubsystem(t, c)
 	}
 }
 
@@ -287,7 +287,7 @@ func TestErrorStatus(t *testing.T) {
 			t.Errorf("sector %d: errno %v after %d tries, want %v after %d", want.sector, unix.Errno(got), seen[want.sector], want.errno, want.tries)
 		}
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // single executes one request and returns its errno.
@@ -350,7 +350,7 @@ func TestRequestsThatMustNotBeSent(t *testing.T) {
 	if len(target.commands) != 0 {
 		t.Errorf("the target saw %v", target.commands)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestHostileResponses checks that the association ends with a reason, whatever a target
@@ -378,12 +378,12 @@ func TestHostileResponses(t *testing.T) {
 			hostile.Store(true)
 			f := newFrontEnd(t, ctl.Namespaces()[0], loops, 8, 4096, 9)
 			f.run(200)
-			i := ctl.Info()
+			i := ctl.Info().Paths[0]
 			if i.Losses != 1 || i.State != StateLive || i.Reason == nil || !strings.Contains(i.Reason.Error(), c.want) {
 				t.Errorf("state %v after %d losses, reason %v, want %q", i.State, i.Losses, i.Reason, c.want)
 			}
 			f.close()
-			closeController(t, ctl)
+			closeSubsystem(t, ctl)
 		})
 	}
 }
@@ -407,23 +407,23 @@ func TestSilentLoss(t *testing.T) {
 	cfg.IOTimeout = time.Hour
 	cfg.KeepAlive = time.Second // the target does not hear of the end of what is cut
 	ctl := connect(t, cfg)
-	id := ctl.assoc.pairs[0].id
+	id := ctl.slots[0].assoc.pairs[0].id
 	f := newFrontEnd(t, ctl.Namespaces()[0], loops, 1, 4096, 9)
 	lose.Store(true)
 	f.start(3)
 	<-lost
 	// The SEND is complete; nothing is outstanding whose retries could run out.
 	fabric.Cut(id)
-	old := ctl.Info().CNTLID
+	old := ctl.Info().Paths[0].CNTLID
 	time.AfterFunc(2*cfg.KeepAlive, func() { target.end(old) }) // as its keep alive timer does
 	for _, err := range f.wait(time.Minute) {
 		t.Error(err)
 	}
-	if i := ctl.Info(); i.Losses != 1 || i.State != StateLive {
+	if i := ctl.Info().Paths[0]; i.Losses != 1 || i.State != StateLive {
 		t.Errorf("state %v after %d losses, reason %v", i.State, i.Losses, i.Reason)
 	}
 	f.close()
-	closeController(t, ctl)
+	closeSubsystem(t, ctl)
 }
 
 // TestSilentWhileConnecting checks that a target that falls silent while an association
@@ -456,7 +456,7 @@ func TestSilentWhileConnecting(t *testing.T) {
 			defer cancel()
 			c, err := Connect(ctx, cfg)
 			if err == nil {
-				closeController(t, c)
+				closeSubsystem(t, c)
 			}
 			if err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "was not answered") {
 				t.Errorf("connect: %v", err)
@@ -487,11 +487,11 @@ func TestRegrant(t *testing.T) {
 				fabric.KillAll(hostAddr)
 				losses++
 				if grant == 0 {
-					waitFor(t, "a refused attempt", func() bool { return c.Info().Attempts >= 2 })
+					waitFor(t, "a refused attempt", func() bool { return c.Info().Paths[0].Attempts >= 2 })
 					continue
 				}
 				waitFor(t, "the next association", func() bool {
-					i := c.Info()
+					i := c.Info().Paths[0]
 					return i.State == StateLive && i.Plan == poller.Split(q, grant)
 				})
 			}
@@ -499,7 +499,7 @@ func TestRegrant(t *testing.T) {
 				t.Error(err)
 			}
 			f.close()
-			closeController(t, c)
+			closeSubsystem(t, c)
 		})
 	}
 }
@@ -534,13 +534,13 @@ func TestDeviceReplaced(t *testing.T) {
 	f.start(3000)
 	for n := range 3 {
 		fabric.ReplaceDevice(hostAddr)
-		waitFor(t, "the next association", func() bool { i := c.Info(); return i.State == StateLive && i.Losses == n+1 })
+		waitFor(t, "the next association", func() bool { i := c.Info().Paths[0]; return i.State == StateLive && i.Losses == n+1 })
 	}
 	for _, err := range f.wait(time.Minute) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 	waitFor(t, "the end of the target's connections", func() bool { return fabric.Objects() == before })
 }
 
@@ -557,8 +557,8 @@ func TestOutage(t *testing.T) {
 	f.start(20000)
 	fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 	fabric.KillAll(hostAddr)
-	waitFor(t, "the third attempt", func() bool { return c.Info().Attempts >= 3 })
-	if i := c.Info(); i.State != StateConnecting {
+	waitFor(t, "the third attempt", func() bool { return c.Info().Paths[0].Attempts >= 3 })
+	if i := c.Info().Paths[0]; i.State != StateConnecting {
 		t.Errorf("state %v", i.State)
 	}
 	fabric.SetRefuse(targetAddr, 0, nil)
@@ -566,7 +566,7 @@ func TestOutage(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestOldWrite checks that a write that the target still executes when its association is
@@ -591,7 +591,7 @@ func TestOldWrite(t *testing.T) {
 	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
 	cfg.ReconnectDelay = 10 * time.Millisecond
 	c := connect(t, cfg)
-	old := c.Info().CNTLID
+	old := c.Info().Paths[0].CNTLID
 	asked := func() int {
 		target.mu.Lock()
 		defer target.mu.Unlock()
@@ -621,7 +621,7 @@ func TestOldWrite(t *testing.T) {
 			t.Errorf("write: %v", unix.Errno(errno))
 		}
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 	if got := string(target.disk.Bytes()[:3]); got != "new" {
 		t.Errorf("the disk has the %q write", got)
 	}
@@ -638,17 +638,17 @@ func TestOutlive(t *testing.T) {
 	cfg.Loops = loops[1:]
 	second := connect(t, cfg)
 	gone := make(chan error, 1)
-	go func() { gone <- second.Outlive(t.Context(), 0, first.Info().CNTLID) }()
+	go func() { gone <- second.Outlive(t.Context(), 0, ControllerID{CNTLID: first.Info().Paths[0].CNTLID}) }()
 	select {
 	case err := <-gone:
 		t.Fatalf("not waited: %v", err)
 	case <-time.After(5 * fencePause):
 	}
-	closeController(t, first)
+	closeSubsystem(t, first)
 	if err := <-gone; err != nil {
 		t.Error(err)
 	}
-	closeController(t, second)
+	closeSubsystem(t, second)
 }
 
 // TestGivenUp checks that the controller is dead and requests fail after ctrl_loss_tmo,
@@ -685,7 +685,7 @@ func TestGivenUp(t *testing.T) {
 					t.Errorf("reason %v", err)
 				}
 			}
-			closeController(t, c)
+			closeSubsystem(t, c)
 		})
 	}
 }
@@ -712,7 +712,7 @@ func TestAbort(t *testing.T) {
 		t.Errorf("reason %v", c.Err())
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestNamespaceReplaced checks that a namespace that is another one after the outage is
@@ -726,7 +726,7 @@ func TestNamespaceReplaced(t *testing.T) {
 	target.uuid[0]++
 	target.mu.Unlock()
 	fabric.KillAll(hostAddr)
-	waitFor(t, "the next association", func() bool { i := c.Info(); return i.State == StateLive && i.Losses == 1 })
+	waitFor(t, "the next association", func() bool { i := c.Info().Paths[0]; return i.State == StateLive && i.Losses == 1 })
 	write := block.Request{Op: block.OpWrite, Sectors: 8}
 	if got := single(t, loops[0], c.Namespaces()[0], write); unix.Errno(got) != unix.ENODEV {
 		t.Errorf("write: %v", unix.Errno(got))
@@ -734,7 +734,7 @@ func TestNamespaceReplaced(t *testing.T) {
 	if n := target.commands[nvme.OpWrite]; n != 0 {
 		t.Errorf("%d writes arrived", n)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestNamespaceEvents checks that changes that the target announces become known and are
@@ -791,7 +791,7 @@ func TestNamespaceEvents(t *testing.T) {
 	if got := <-heard; got != "1 resized" || ns.Geometry().Sectors != 800 {
 		t.Errorf("heard %q after the outage, %d sectors", got, ns.Geometry().Sectors)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestNoAllocations checks that a batch of reads and writes does not allocate, from
@@ -846,5 +846,5 @@ func checkNoAllocations(t *testing.T, cfg Config, sectors uint32) {
 		t.Errorf("%v allocations per batch of 32 requests", allocs)
 	}
 	q.Close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }

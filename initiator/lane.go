@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -13,23 +14,30 @@ import (
 // nClasses is the number of queue classes.
 const nClasses = len(poller.Classes)
 
-// lane is the part of a controller on one loop. Only the loop uses its fields, unless a
+// lane is the part of a subsystem on one loop. Only the loop uses its fields, unless a
 // comment says otherwise.
 //
 // A request that has left its namespace queue is in one of five places: in flight or
 // waiting for a slot in a queue pair, in the inbox of a lane, parked on a lane, or
-// finished. The end of an association, a namespace or the controller visits all places.
+// finished. The end of an association, a namespace or the subsystem visits all places.
 type lane struct {
-	ctrl  *Controller
+	sub   *Subsystem
 	loop  *poller.Loop
 	index int
 
-	pairs  []*queuePair         // queue pairs of this lane
-	route  [nClasses]*queuePair // queue pair that serves a class; nil without an association
-	parked fifo                 // requests that cannot be sent now
-	alarm  *time.Timer          // runs redispatch for parked requests with a due time
-	ring   time.Duration        // time of the alarm, on Controller.now's clock
-	fast   bool                 // without an association, requests fail instead of waiting
+	pairs  []*queuePair    // queue pairs of this lane
+	routes [maxPaths]route // of the paths with an association, by slot
+	slots  int             // number of slots that may have a route
+
+	policy    Policy
+	preferred int // slot of the policy Preferred
+	last      int // slot of the last request
+	turn      int // slot before the one that pick looks at first
+
+	parked fifo          // requests that cannot be sent now
+	alarm  *time.Timer   // runs redispatch for parked requests with a due time
+	ring   time.Duration // time of the alarm, on Subsystem.now's clock
+	fast   bool          // without an association, requests fail instead of waiting
 
 	sampler sampler // of the requests that front ends submit here
 	stamps  uint64  // number of times that stamp has read the clock
@@ -46,6 +54,9 @@ type lane struct {
 	stages                                    [nStages]opHistograms
 	_                                         cpu.CacheLinePad
 }
+
+// route has the queue pair of a path that serves each class; nil without an association.
+type route [nClasses]*queuePair
 
 // Poll implements poller.Source.
 func (l *lane) Poll() int {
@@ -108,10 +119,13 @@ func (l *lane) receive() int {
 	}
 	for r := inOrder; r != nil; {
 		next := r.next
-		if r.done {
+		switch {
+		case r.done:
 			r.done = false
 			r.home.done.push(r)
-		} else {
+		case !r.via.gone:
+			r.via.start(r)
+		default: // its association has ended meanwhile
 			l.dispatch(r)
 		}
 		r = next
@@ -119,50 +133,80 @@ func (l *lane) receive() int {
 	return n
 }
 
-// dispatch gives a request to the queue pair that serves its class, or finishes or parks
-// it.
+// dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
-	p := l.route[r.class]
-	if p == nil || r.troubled || r.home.ns.presence.Load() != served {
-		if !l.admit(r) {
-			return
-		}
-	}
-	if p.lane == l {
-		p.start(r)
+	ns := r.home.ns
+	if (r.troubled || ns.presence.Load() != served || ns.barrier.Load() != nil) && !l.admit(r) {
 		return
 	}
-	l.handedOver.Store(l.handedOver.Load() + 1)
-	p.lane.send(r)
+	p := l.pick(r)
+	switch {
+	case p == nil:
+		l.strand(r)
+	case p.lane == l:
+		l.took(p.slot)
+		p.start(r)
+	default:
+		l.took(p.slot)
+		l.handedOver.Store(l.handedOver.Load() + 1)
+		r.via = p
+		p.lane.send(r)
+	}
 }
 
-// admit reports whether a request may be sent now. If not, admit finishes or parks it.
+// connected reports whether any path has an association.
+func (l *lane) connected() bool {
+	for slot := range l.routes {
+		if l.routes[slot][poller.Default] != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// admit reports whether a request may be sent now, if there is a path. If not, admit finishes
+// or parks it.
 func (l *lane) admit(r *request) bool {
 	if r.direct != nil {
 		return l.admitDirect(r)
 	}
-	presence, connected := r.home.ns.presence.Load(), l.route[r.class] != nil
-	switch {
+	switch presence := r.home.ns.presence.Load(); {
 	case presence == gone:
 		l.finish(r, uint16(unix.ENODEV))
 		return false
-	case !connected && l.fast, presence == failing:
+	case presence == failing:
 		l.finish(r, uint16(unix.ENOLINK))
 		return false
-	case !connected, presence == held:
-		l.park(r)
+	case l.pick(r) == nil:
+		l.strand(r)
+		return false
+	case r.home.ns.barred(r):
+		if l.sub.heldTooLong(r) {
+			l.finish(r, uint16(unix.ENOLINK))
+		} else {
+			l.park(r)
+		}
 		return false
 	}
-	if r.due > l.ctrl.now() {
+	if r.due > l.sub.now() {
 		l.parkUntil(r)
 		return false
 	}
 	r.due = 0
-	if r.suspect() && l.ctrl.suspect.Load() != r && !l.ctrl.suspect.CompareAndSwap(nil, r) {
+	if r.suspect() && l.sub.suspect.Load() != r && !l.sub.suspect.CompareAndSwap(nil, r) {
 		l.park(r)
 		return false
 	}
 	return true
+}
+
+// strand parks a request for which there is no path, or fails it if such requests fail.
+func (l *lane) strand(r *request) {
+	if l.fast && !l.connected() {
+		l.finish(r, uint16(unix.ENOLINK))
+		return
+	}
+	l.park(r)
 }
 
 // park keeps a request that cannot be sent now.
@@ -173,7 +217,7 @@ func (l *lane) park(r *request) {
 
 // delay parks a request for some time.
 func (l *lane) delay(r *request, d time.Duration) {
-	r.troubled, r.due = true, l.ctrl.now()+d
+	r.troubled, r.due = true, l.sub.now()+d
 	l.parkUntil(r)
 }
 
@@ -189,7 +233,7 @@ func (l *lane) parkUntil(r *request) {
 	}
 	l.ring = r.due
 	// Call fails only if the loop has ended, and such a loop holds no requests.
-	l.alarm = time.AfterFunc(r.due-l.ctrl.now(), func() { _ = l.loop.Call(l.redispatch) })
+	l.alarm = time.AfterFunc(r.due-l.sub.now(), func() { _ = l.loop.Call(l.redispatch) })
 }
 
 // redispatch dispatches every parked request again.
@@ -213,10 +257,10 @@ func (l *lane) finish(r *request, errno uint16) {
 			close(r.direct.done)
 			return
 		}
-		if l.ctrl.suspect.CompareAndSwap(r, nil) {
+		if l.sub.suspect.CompareAndSwap(r, nil) {
 			// Other requests may wait to be the suspect. This needs a goroutine, because
 			// redispatch waits for this loop.
-			go l.ctrl.redispatch()
+			go l.sub.redispatch()
 		}
 	}
 	if r.home.lane == l {
@@ -228,34 +272,42 @@ func (l *lane) finish(r *request, errno uint16) {
 }
 
 // connect gives the lane its part of an association, and dispatches the parked requests.
-// Other lanes may not have their part yet. They park requests that are handed over to them
-// until then.
-func (l *lane) connect(pairs []*queuePair, route [nClasses]*queuePair) {
-	l.pairs, l.route, l.fast = pairs, route, false
+// Other lanes may not have their part yet. A queue pair that is not polled yet keeps the
+// requests that are handed over to it until then.
+func (l *lane) connect(slot int, pairs []*queuePair, r route) {
+	l.pairs = append(l.pairs, pairs...)
+	l.routes[slot], l.fast = r, false
+	l.slots = max(l.slots, slot+1)
 	l.redispatch()
 }
 
-// disconnect removes the association from the lane. Requests in flight stay with their
-// queue pairs until recover.
-func (l *lane) disconnect() {
-	l.pairs, l.route = nil, [nClasses]*queuePair{}
+// disconnect removes the association of a path from the lane. Requests in flight stay with
+// their queue pairs until recover.
+func (l *lane) disconnect(slot int) {
+	l.routes[slot] = route{}
+	l.pairs = slices.DeleteFunc(l.pairs, func(p *queuePair) bool {
+		p.gone = p.gone || p.slot == slot
+		return p.gone
+	})
 }
 
-// recover parks the requests of a queue pair in the error state, so that the next
-// association sends them again.
+// recover dispatches the requests of a queue pair in the error state, so that another path or
+// the next association sends them again.
 func (l *lane) recover(p *queuePair) {
 	for slot, r := range p.requests {
 		if r == nil {
 			continue
 		}
 		p.requests[slot] = nil
+		p.assoc.ctrl.failovers.Add(1)
+		r.home.ns.bar(p.assoc.remnant, r)
 		if r.direct != nil {
 			r.direct.err = ErrUncertain
 			l.finish(r, uint16(unix.ENOLINK))
 			continue
 		}
-		if l.ctrl.blame(r) {
-			l.ctrl.reportBlame(r)
+		if p.assoc.ctrl.blame(r) {
+			l.sub.reportBlame(r)
 			l.finish(r, uint16(unix.EIO))
 			continue
 		}

@@ -42,7 +42,7 @@ func TestReadLogWithoutData(t *testing.T) {
 	if err := c.ReadLog(t.Context(), LogRequest{Offset: 2}, make([]byte, 4)); err == nil {
 		t.Error("an offset of 2 was read")
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 	if err := c.ReadLog(t.Context(), LogRequest{}, make([]byte, 4)); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("after Close: %v", err)
 	}
@@ -75,9 +75,9 @@ func TestReadLogAtTheEnd(t *testing.T) {
 		}
 		for losses := range 3 {
 			fabric.KillAll(hostAddr)
-			waitFor(t, "the next association", func() bool { i := c.Info(); return i.Losses > losses && i.State == StateLive })
+			waitFor(t, "the next association", func() bool { i := c.Info().Paths[0]; return i.Losses > losses && i.State == StateLive })
 		}
-		closeController(t, c)
+		closeSubsystem(t, c)
 		close(stop)
 		readers.Wait()
 	}
@@ -121,7 +121,7 @@ func TestDiscoveryController(t *testing.T) {
 	}
 	fabric.KillAll(hostAddr)
 	change("a loss")
-	if i := c.Info(); i.State != StateLive || i.Losses != 1 {
+	if i := c.Info().Paths[0]; i.State != StateLive || i.Losses != 1 {
 		t.Errorf("%+v", i)
 	}
 	if id, err := c.Identify(); err != nil || id.SUBNQN() != nvme.DiscoveryNQN {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -12,8 +13,8 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// A controller learns about its namespaces by looks. It looks before it uses an
-// association, after each event, and repeatedly while anything is unknown.
+// A controller learns about the namespaces of its subsystem by looks. It looks before it uses
+// an association, after each event, and repeatedly while anything is unknown.
 //
 //	         found, the same                  found, the same
 //	 (new) ──────────────────► served ◄──────────────────────┐
@@ -42,7 +43,7 @@ const (
 // that are still unknown are added later, when they have been identified.
 const firstLookTime = 2 * time.Second
 
-// maxNamespaces is the largest number of namespaces that a controller keeps. It limits the
+// maxNamespaces is the largest number of namespaces that a subsystem keeps. It limits the
 // memory that a target can use up.
 const maxNamespaces = 4096
 
@@ -55,8 +56,10 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 		switch {
 		case err != nil, complete:
 			return err
+		case c.refusedBecause(a) != nil:
+			return nil // it is for the caller to decide
 		case !time.Now().Add(pause).After(limit):
-		case len(c.Namespaces()) == 0:
+		case len(c.sub.Namespaces()) == 0:
 			return a.unknown
 		default:
 			return nil
@@ -72,30 +75,32 @@ func (c *Controller) firstLook(ctx context.Context, a *association) error {
 // watchNamespaces looks at the namespaces of an association after each change, and
 // repeatedly while anything is unknown, until ctx is done.
 func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
-	complete := a.known
+	complete := a.known && a.settled
 	pause := lookPause
 	for {
 		var repeat <-chan time.Time
 		if !complete {
-			repeat = time.After(c.untilNextLook(pause))
+			repeat = time.After(c.sub.untilNextLook(pause))
 			pause = min(2*pause, lookPauseMax)
 		}
 		select {
 		case <-a.changed:
 			clear(a.found)
 			pause = lookPause
+		case <-a.reread:
 		case <-repeat:
 		case <-ctx.Done():
 			return
 		}
-		before := c.presences()
+		before := c.sub.presences()
 		var err error
 		if complete, err = c.look(ctx, a); err != nil && ctx.Err() == nil {
 			c.cfg.Log.Warn("look at namespaces", "error", err)
 		}
-		c.expireHeld(time.Now())
-		if !slices.Equal(before, c.presences()) {
-			c.redispatch()
+		complete = complete && a.settled
+		c.sub.expireHeld(time.Now())
+		if a.turned || !slices.Equal(before, c.sub.presences()) {
+			c.sub.redispatch()
 		}
 		select {
 		case <-time.After(lookPause):
@@ -110,23 +115,29 @@ func (ns *Namespace) isHeld() bool {
 	return p == held || p == failing
 }
 
-// presences returns the presence of each namespace, for comparison.
-func (c *Controller) presences() (all []presence) {
-	for _, ns := range c.Namespaces() {
+// presences returns the presence of each namespace and the paths that have it, for
+// comparison.
+func (s *Subsystem) presences() (all []presence) {
+	for _, ns := range s.Namespaces() {
 		all = append(all, ns.presence.Load())
+		for slot := range ns.views {
+			if ns.views[slot].Load() != nil {
+				all = append(all, presence(slot)<<8)
+			}
+		}
 	}
 	return all
 }
 
 // untilNextLook returns pause, or the time until requests of a held namespace must fail
 // if that is less.
-func (c *Controller) untilNextLook(pause time.Duration) time.Duration {
+func (s *Subsystem) untilNextLook(pause time.Duration) time.Duration {
 	now := time.Now()
-	for _, ns := range c.Namespaces() {
+	for _, ns := range s.Namespaces() {
 		if !ns.isHeld() {
 			continue
 		}
-		for _, limit := range []time.Duration{c.cfg.FastIOFail, c.cfg.CtrlLoss} {
+		for _, limit := range []time.Duration{s.cfg.FastIOFail, s.cfg.CtrlLoss} {
 			if left := limit - ns.heldFor(now); limit > 0 && left > 0 {
 				pause = min(pause, left)
 			}
@@ -136,17 +147,17 @@ func (c *Controller) untilNextLook(pause time.Duration) time.Duration {
 }
 
 // expireHeld fails or removes held namespaces that have not come back in time.
-func (c *Controller) expireHeld(now time.Time) {
-	for _, ns := range c.Namespaces() {
+func (s *Subsystem) expireHeld(now time.Time) {
+	for _, ns := range s.Namespaces() {
 		if !ns.isHeld() {
 			continue
 		}
 		waited := ns.heldFor(now)
 		switch {
-		case c.cfg.CtrlLoss > 0 && waited >= c.cfg.CtrlLoss:
-			c.remove(ns, fmt.Sprintf("it did not come back within %v", c.cfg.CtrlLoss))
-		case c.cfg.FastIOFail > 0 && waited >= c.cfg.FastIOFail && ns.presence.CompareAndSwap(held, failing):
-			c.cfg.Log.Warn("namespace has not come back; its requests fail", "nsid", ns.id, "after", c.cfg.FastIOFail)
+		case s.cfg.CtrlLoss > 0 && waited >= s.cfg.CtrlLoss:
+			s.remove(ns, fmt.Sprintf("it did not come back within %v", s.cfg.CtrlLoss))
+		case s.cfg.FastIOFail > 0 && waited >= s.cfg.FastIOFail && ns.presence.CompareAndSwap(held, failing):
+			s.cfg.Log.Warn("namespace has not come back; its requests fail", "nsid", ns.id, "after", s.cfg.FastIOFail)
 		}
 	}
 }
@@ -177,7 +188,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		var unusable *UnusableError
 		switch {
 		case err == nil:
-			if c.place(found) {
+			if c.sub.place(c, a, found) {
 				a.found[id] = true
 			} else {
 				complete = false
@@ -185,7 +196,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case errors.As(err, &unusable):
 			a.found[id] = true
 			c.cfg.Log.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
-			c.removeOthers(id, nil, unusable.Error())
+			c.sub.lack(c, id, unusable.Error())
 		case errors.Is(err, errInactive):
 			delete(there, id)
 		default:
@@ -195,17 +206,20 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 			}
 		}
 	}
-	for _, ns := range c.Namespaces() {
+	for _, ns := range c.sub.Namespaces() {
 		switch {
 		case there[ns.id]:
-		case ns.presence.Load() == served:
+		case ns.presence.Load() != gone && ns.views[c.slot].Load() != nil:
 			delete(a.found, ns.id)
-			c.remove(ns, "the target does not list it any more")
+			c.sub.lack(c, ns.id, "the target does not list it any more")
 		case ns.isHeld():
 			complete = false
 		}
 	}
-	c.forget()
+	c.sub.forget()
+	if a.settled, a.turned, err = c.updateANA(ctx, a); err != nil {
+		return false, err
+	}
 	return complete, nil
 }
 
@@ -225,78 +239,153 @@ func (c *Controller) tolerate(a *association, step string, err error) error {
 	return fmt.Errorf("%s: %w", step, err)
 }
 
-// place updates the known namespace that found is, or adds found as a new one. It returns
+// place updates the known namespace that a path has found, or adds a new one. It returns
 // false if it cannot tell which.
-func (c *Controller) place(found *Namespace) bool {
-	for _, ns := range c.Namespaces() {
-		if ns.id != found.id {
+func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
+	s.placing.Lock()
+	defer s.placing.Unlock()
+	for _, ns := range s.Namespaces() {
+		if ns.id != f.id {
 			continue
 		}
-		answer, reason := ns.compare(found)
+		answer, reason := ns.compare(f)
+		if answer == same {
+			if differs := ns.unlike(c.slot, f); differs != "" {
+				answer, reason = different, differs
+			}
+		}
 		switch {
+		case answer != same && ns.presence.Load() != gone && s.keptBy(ns, c):
+			ns.withdraw(c.slot)
+			c.refuse(a, ns, reason)
+			return false
 		case answer == same:
-			c.removeOthers(ns.id, ns, "another namespace has its id")
-			c.confirm(ns, found)
+			s.removeOthers(ns.id, ns, "another namespace has its id")
+			s.confirm(c, a, ns, f)
 			return true
 		case answer == unknown && ns.presence.Load() != gone:
-			c.cfg.Log.Warn("namespace cannot be recognized", "nsid", ns.id, "reason", reason)
+			s.cfg.Log.Warn("namespace cannot be recognized", "nsid", ns.id, "reason", reason)
 			return false
 		case answer == different:
-			c.remove(ns, reason)
+			s.remove(ns, reason)
 		}
 	}
-	if len(c.Namespaces()) >= maxNamespaces {
-		c.cfg.Log.Warn("namespace left out", "nsid", found.id, "reason", fmt.Sprintf("there are %d already", maxNamespaces))
+	if len(s.Namespaces()) >= maxNamespaces {
+		s.cfg.Log.Warn("namespace left out", "nsid", f.id, "reason", fmt.Sprintf("there are %d already", maxNamespaces))
 		return true
 	}
-	found.presence.Store(served)
-	c.mu.Lock()
-	c.namespaces = append(c.namespaces, found)
-	c.mu.Unlock()
-	c.changed(found, Added, "it is new")
+	ns := &Namespace{
+		sub: s, id: f.id, ids: f.ids,
+		sectorShift: uint8(bits.TrailingZeros32(f.geometry.LogicalBlock >> block.SectorShift)),
+	}
+	ns.adopt(c.slot, f, &a.ana)
+	ns.presence.Store(served)
+	s.mu.Lock()
+	s.namespaces = append(s.namespaces, ns)
+	s.mu.Unlock()
+	s.changed(ns, Added, "it is new")
 	return true
 }
 
 // confirm serves a namespace that is the same as before, with its changed properties.
-func (c *Controller) confirm(ns, found *Namespace) {
-	now := found.geometry
-	was := ns.adopt(found)
+func (s *Subsystem) confirm(c *Controller, a *association, ns *Namespace, f *finding) {
+	was, now := ns.adopt(c.slot, f, &a.ana)
 	if ns.presence.Swap(served) == gone {
-		c.changed(ns, Added, "it is back")
+		s.changed(ns, Added, "it is back")
 	}
 	if was.Sectors != now.Sectors {
-		c.changed(ns, Resized, fmt.Sprintf("from %d to %d sectors", was.Sectors, now.Sectors))
+		s.changed(ns, Resized, fmt.Sprintf("from %d to %d sectors", was.Sectors, now.Sectors))
 	}
 	if was.ReadOnly != now.ReadOnly {
-		c.changed(ns, WriteProtection, fmt.Sprintf("read-only %t", now.ReadOnly))
+		s.changed(ns, WriteProtection, fmt.Sprintf("read-only %t", now.ReadOnly))
 	}
-	c.reportLimits(ns, was, now)
+	s.reportLimits(ns, was, now)
+}
+
+// keptBy reports whether another path has a namespace, or may have it: a path that is not
+// connected may have it when it is back. Then the namespace is not replaced by what this path
+// has in its place.
+func (s *Subsystem) keptBy(ns *Namespace, c *Controller) bool {
+	for _, other := range s.paths() {
+		if other != c && (other.current() == nil || ns.views[other.slot].Load() != nil) {
+			return true
+		}
+	}
+	return false
+}
+
+// refuse records why a path is not used for a namespace.
+func (c *Controller) refuse(a *association, ns *Namespace, reason string) {
+	err := fmt.Errorf("namespace %d is not used over this path: %s", ns.id, reason)
+	c.mu.Lock()
+	known := a.refused != nil && a.refused.Error() == err.Error()
+	a.refused = err
+	c.mu.Unlock()
+	if !known {
+		c.cfg.Log.Warn("namespace refused over a path", "nsid", ns.id, "address", a.remote.String(), "reason", reason)
+	}
+}
+
+// refusedBecause returns why a namespace is not used over an association, or nil.
+func (c *Controller) refusedBecause(a *association) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return a.refused
+}
+
+// lack is called when a path does not have a usable namespace with an id. The namespace goes
+// with the last path that has it, or may have it.
+func (s *Subsystem) lack(c *Controller, id uint32, reason string) {
+	s.placing.Lock()
+	defer s.placing.Unlock()
+	for _, ns := range s.Namespaces() {
+		if ns.id != id || ns.presence.Load() == gone {
+			continue
+		}
+		switch last := ns.withdraw(c.slot); {
+		case !last:
+			s.cfg.Log.Warn("a path has lost a namespace", "nsid", id, "slot", c.slot, "reason", reason)
+		case s.keptBy(ns, c):
+			ns.hold(time.Now())
+		default:
+			s.remove(ns, reason)
+		}
+	}
+}
+
+// doubt has the namespaces found again over the next association of a path.
+func (s *Subsystem) doubt(c *Controller, when time.Time) {
+	s.placing.Lock()
+	defer s.placing.Unlock()
+	for _, ns := range s.Namespaces() {
+		ns.doubt(c.slot, when)
+	}
 }
 
 // reportLimits logs changes of limits for which open queues must compensate.
-func (c *Controller) reportLimits(ns *Namespace, was, now block.Geometry) {
+func (s *Subsystem) reportLimits(ns *Namespace, was, now block.Geometry) {
 	if now.VolatileCache && !was.VolatileCache {
-		c.cfg.Log.Warn("namespace has a volatile cache now; writes of devices without a cache bypass it", "nsid", ns.id)
+		s.cfg.Log.Warn("namespace has a volatile cache now; writes of devices without a cache bypass it", "nsid", ns.id)
 	}
 	if now.MaxIO < was.MaxIO || now.MaxDiscardSectors < was.MaxDiscardSectors || now.MaxZeroesSectors < was.MaxZeroesSectors {
-		c.cfg.Log.Warn("limits of namespace have shrunk; larger requests are split", "nsid", ns.id, "max_io", now.MaxIO,
+		s.cfg.Log.Warn("limits of namespace have shrunk; larger requests are split", "nsid", ns.id, "max_io", now.MaxIO,
 			"max_discard_sectors", now.MaxDiscardSectors, "max_zeroes_sectors", now.MaxZeroesSectors)
 	}
 }
 
 // remove makes the requests of a namespace fail from now on. The namespace is gone, and the
 // one that replaced it must not be written to.
-func (c *Controller) remove(ns *Namespace, reason string) {
+func (s *Subsystem) remove(ns *Namespace, reason string) {
 	if ns.presence.Swap(gone) != gone {
-		c.changed(ns, Removed, reason)
+		s.changed(ns, Removed, reason)
 	}
 }
 
 // removeOthers removes all namespaces with an id, except one.
-func (c *Controller) removeOthers(id uint32, but *Namespace, reason string) {
-	for _, ns := range c.Namespaces() {
+func (s *Subsystem) removeOthers(id uint32, but *Namespace, reason string) {
+	for _, ns := range s.Namespaces() {
 		if ns.id == id && ns != but {
-			c.remove(ns, reason)
+			s.remove(ns, reason)
 		}
 	}
 }
@@ -306,17 +395,17 @@ func (c *Controller) removeOthers(id uint32, but *Namespace, reason string) {
 const maxGone = 64
 
 // forget drops the oldest such namespaces beyond maxGone.
-func (c *Controller) forget() {
+func (s *Subsystem) forget() {
 	unused := func(ns *Namespace) bool { return ns.presence.Load() == gone && ns.open.Load() == 0 }
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	excess := -maxGone
-	for _, ns := range c.namespaces {
+	for _, ns := range s.namespaces {
 		if unused(ns) {
 			excess++
 		}
 	}
-	c.namespaces = slices.DeleteFunc(slices.Clone(c.namespaces), func(ns *Namespace) bool {
+	s.namespaces = slices.DeleteFunc(slices.Clone(s.namespaces), func(ns *Namespace) bool {
 		if excess <= 0 || !unused(ns) {
 			return false
 		}
@@ -326,12 +415,15 @@ func (c *Controller) forget() {
 }
 
 // changed reports a change to Config.Changed.
-func (c *Controller) changed(ns *Namespace, what Change, detail string) {
-	if c.Info().State == StateNew {
+func (s *Subsystem) changed(ns *Namespace, what Change, detail string) {
+	s.mu.Lock()
+	connected := s.connected
+	s.mu.Unlock()
+	if !connected {
 		return // Connect returns all namespaces
 	}
-	c.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
-	if c.cfg.Changed != nil {
-		c.cfg.Changed(ns, what)
+	s.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
+	if s.cfg.Changed != nil {
+		s.cfg.Changed(ns, what)
 	}
 }

@@ -20,7 +20,7 @@ type lookSetup struct {
 	fabric *rdmatest.Fabric
 	target *fakeTarget
 	loops  []*poller.Loop
-	ctrl   *Controller
+	sub    *Subsystem
 	heard  chan string
 }
 
@@ -34,8 +34,8 @@ func newLookSetup(t *testing.T, set func(*fakeTarget, *Config)) *lookSetup {
 	if set != nil {
 		set(s.target, &cfg)
 	}
-	s.ctrl = connect(t, cfg)
-	t.Cleanup(func() { closeController(t, s.ctrl) })
+	s.sub = connect(t, cfg)
+	t.Cleanup(func() { closeSubsystem(t, s.sub) })
 	return s
 }
 
@@ -91,7 +91,7 @@ func TestLookFails(t *testing.T) {
 						return status, isLook(qid, cmd) && left.Add(-1) == 0
 					}
 				})
-				ns := s.ctrl.Namespaces()[0]
+				ns := s.sub.Namespaces()[0]
 				left.Store(int32(skip + 1))
 				s.target.change(func() { s.target.namespaces = []uint32{1, 5} })
 				s.expect(t, "5 added")
@@ -118,11 +118,11 @@ func TestPartlyIdentified(t *testing.T) {
 					return status, isLook(qid, cmd) && cmd.CNS() == nvme.CNSNamespace && cmd.NSID() == 2 && fails.Load()
 				}
 			})
-			if all := s.ctrl.Namespaces(); len(all) != 1 || all[0].NSID() != 1 {
+			if all := s.sub.Namespaces(); len(all) != 1 || all[0].NSID() != 1 {
 				t.Fatalf("%d namespaces", len(all))
 			}
 			s.restart(func(*fakeTarget) {})
-			if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+			if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 				t.Errorf("write: %v", e)
 			}
 			fails.Store(false)
@@ -138,7 +138,7 @@ func TestIdentifiers(t *testing.T) {
 	}
 	t.Run("another NGUID without descriptors", func(t *testing.T) {
 		s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.intercept, f.nguid = refused, [16]byte{0xaa} })
-		ns := s.ctrl.Namespaces()[0]
+		ns := s.sub.Namespaces()[0]
 		s.restart(func(f *fakeTarget) { f.nguid = [16]byte{0xbb} })
 		s.expect(t, "1 removed")
 		s.expect(t, "1 added")
@@ -152,7 +152,7 @@ func TestIdentifiers(t *testing.T) {
 	t.Run("the same NGUID without descriptors", func(t *testing.T) {
 		s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.intercept, f.nguid = refused, [16]byte{0xaa} })
 		s.restart(func(*fakeTarget) {})
-		if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+		if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 			t.Errorf("write: %v", e)
 		}
 	})
@@ -167,7 +167,7 @@ func TestIdentifiers(t *testing.T) {
 		gone.Store(true)
 		s.restart(func(*fakeTarget) {})
 		done := make(chan unix.Errno, 1)
-		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
+		go func() { done <- s.write(t, s.sub.Namespaces()[0]) }()
 		select {
 		case e := <-done:
 			t.Fatalf("write to a namespace that is not known: %v", e)
@@ -188,8 +188,8 @@ func TestLateNamespaces(t *testing.T) {
 		s := newLookSetup(t, nil)
 		s.restart(func(f *fakeTarget) { f.namespaces = nil })
 		done := make(chan unix.Errno, 1)
-		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
-		waitFor(t, "the next association", func() bool { i := s.ctrl.Info(); return i.State == StateLive && i.Losses == 1 })
+		go func() { done <- s.write(t, s.sub.Namespaces()[0]) }()
+		waitFor(t, "the next association", func() bool { i := s.sub.Info().Paths[0]; return i.State == StateLive && i.Losses == 1 })
 		// Another namespace comes first, with an event.
 		s.target.change(func() { s.target.namespaces = []uint32{7} })
 		s.expect(t, "7 added")
@@ -203,7 +203,7 @@ func TestLateNamespaces(t *testing.T) {
 	})
 	t.Run("fast_io_fail_tmo", func(t *testing.T) {
 		s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.FastIOFail = 200 * time.Millisecond })
-		ns := s.ctrl.Namespaces()[0]
+		ns := s.sub.Namespaces()[0]
 		s.restart(func(f *fakeTarget) { f.namespaces = nil })
 		if e := s.write(t, ns); e != unix.ENOLINK {
 			t.Errorf("write: %v", e)
@@ -214,7 +214,7 @@ func TestLateNamespaces(t *testing.T) {
 	})
 	t.Run("ctrl_loss_tmo", func(t *testing.T) {
 		s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.CtrlLoss = time.Second })
-		ns := s.ctrl.Namespaces()[0]
+		ns := s.sub.Namespaces()[0]
 		s.restart(func(f *fakeTarget) { f.namespaces = nil })
 		if e := s.write(t, ns); e != unix.ENODEV {
 			t.Errorf("write: %v", e)
@@ -236,7 +236,7 @@ func TestUnansweredLook(t *testing.T) {
 	lose.Store(true)
 	s.target.change(func() { s.target.namespaces = []uint32{1, 5} })
 	s.expect(t, "5 added")
-	if i := s.ctrl.Info(); i.Losses != 1 {
+	if i := s.sub.Info().Paths[0]; i.Losses != 1 {
 		t.Errorf("%d associations lost, reason %v", i.Losses, i.Reason)
 	}
 }
@@ -253,7 +253,7 @@ func TestLostAnswerAtReconnect(t *testing.T) {
 	})
 	lose.Store(2)
 	s.restart(func(*fakeTarget) {})
-	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+	if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 		t.Errorf("write: %v", e)
 	}
 	if n := lose.Load(); n > 0 {
@@ -281,7 +281,7 @@ func TestUnansweredLog(t *testing.T) {
 // smaller commands.
 func TestShrunkLimits(t *testing.T) {
 	s := newLookSetup(t, nil)
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	f := newFrontEnd(t, ns, s.loops, 16, 128<<10, 21)
 	f.run(500)
 	for _, step := range []struct {
@@ -315,7 +315,7 @@ func TestShrunkLimits(t *testing.T) {
 // target.
 func TestPiecesFitTheTarget(t *testing.T) {
 	s := newLookSetup(t, nil)
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	q, err := ns.OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 64 << 10})
 	if err != nil {
 		t.Fatal(err)
@@ -350,7 +350,7 @@ func TestPiecesFitTheTarget(t *testing.T) {
 // because a device that was said to have no volatile cache sends no flush.
 func TestCacheAppears(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.vwc = 0 })
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	if ns.Geometry().VolatileCache {
 		t.Fatal("there is a cache already")
 	}
@@ -390,7 +390,7 @@ func TestEndlessList(t *testing.T) {
 		defer s.target.mu.Unlock()
 		return s.target.looks >= 4
 	})
-	if n := len(s.ctrl.Namespaces()); n != 1 {
+	if n := len(s.sub.Namespaces()); n != 1 {
 		t.Errorf("%d namespaces", n)
 	}
 	s.target.mu.Lock()
@@ -403,20 +403,20 @@ func TestEndlessList(t *testing.T) {
 func TestReplacedAllTheTime(t *testing.T) {
 	s := newLookSetup(t, nil)
 	for n := range 2 * maxGone {
-		waitFor(t, "the association", func() bool { i := s.ctrl.Info(); return i.State == StateLive && i.Losses == n })
+		waitFor(t, "the association", func() bool { i := s.sub.Info().Paths[0]; return i.State == StateLive && i.Losses == n })
 		s.restart(func(f *fakeTarget) { f.uuid[0]++ })
 		s.expect(t, "1 removed")
 		s.expect(t, "1 added")
 	}
 	// The last ones are dropped after the change was reported.
-	waitFor(t, "most to be forgotten", func() bool { return len(s.ctrl.Namespaces()) <= maxGone+1 })
+	waitFor(t, "most to be forgotten", func() bool { return len(s.sub.Namespaces()) <= maxGone+1 })
 }
 
 // TestMemoryBudget checks that queues are opened only while their buffers stay below the
 // limit.
 func TestMemoryBudget(t *testing.T) {
 	s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.MaxMemory = 5 << 20 })
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	cfg := block.QueueConfig{Depth: 32, MaxIO: 64 << 10}
 	var open []block.Queue
 	for range 2 {
@@ -431,7 +431,7 @@ func TestMemoryBudget(t *testing.T) {
 	if !errors.As(err, &memory) || memory.Want != 2<<20 || memory.Used != 4<<20 || memory.Limit != 5<<20 {
 		t.Errorf("error %v", err)
 	}
-	if got := s.ctrl.Info().Memory; got != (MemoryInfo{Used: 4 << 20, Limit: 5 << 20}) {
+	if got := s.sub.Info().Memory; got != (MemoryInfo{Used: 4 << 20, Limit: 5 << 20}) {
 		t.Errorf("%+v", got)
 	}
 	for _, q := range open {

@@ -5,99 +5,155 @@ import (
 	"fmt"
 	"sync"
 
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the memory that a controller has registered: the protection domain of its
-// connections, and the buffers of all queues in it. All of it is on one device. Another
-// device may replace this one between two associations. The buffers then stay where they
-// are, and get new keys. Methods may be called from any goroutine.
+// memory holds the I/O buffers of a subsystem: one slab for each open queue, which is
+// registered in the domain of each path. Methods may be called from any goroutine.
 type memory struct {
-	limit  int64       // largest number of bytes of buffers
-	mu     sync.Mutex  // guards what follows
-	used   int64       // bytes of buffers in use
-	dev    rdma.Device // nil: none at present
-	pd     rdma.PD
-	name   string               // name of the device, or of the last one
-	queues map[*nsQueue]rdma.PD // open queues, with the domain in which their buffers are registered
-	old    []rdma.PD            // domains of earlier devices that still have something in them
+	limit   int64      // largest number of bytes of buffers
+	mu      sync.Mutex // guards what follows, and the fields of the domains
+	used    int64      // bytes of buffers in use
+	queues  map[*nsQueue]struct{}
+	domains [maxPaths]*domain
+}
+
+// domain is the protection domain of a path: it has the connections of the path, and the
+// buffers of all queues. Each path has one of its own, even if several use the same device, so
+// that a target cannot use a key over the connections of another path. Another device may
+// replace the present one between two associations. The buffers stay where they are, and get
+// new keys.
+type domain struct {
+	mem  *memory
+	slot int         // of the path
+	dev  rdma.Device // nil: none at present
+	pd   rdma.PD
+	name string                    // name of the device, or of the last one
+	regs map[*nsQueue]registration // of the buffers of the open queues
+	old  []rdma.PD                 // domains of earlier devices that still have something in them
+}
+
+// registration is a slab in a domain.
+type registration struct {
+	pd rdma.PD
+	mr rdma.MR
+}
+
+// keys are the keys of a slab in the domain of a path.
+type keys struct{ local, remote uint32 }
+
+// domain returns the domain of a path, which has no device yet.
+func (m *memory) domain(slot int) *domain {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := &domain{mem: m, slot: slot, regs: make(map[*nsQueue]registration)}
+	m.domains[slot] = d
+	return d
 }
 
 // use makes dev the device. If move is true, dev may differ from the present device, and
-// no queue pair of any lane may exist.
-func (m *memory) use(dev rdma.Device, move bool) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+// no queue pair of any lane may exist on this path.
+func (d *domain) use(dev rdma.Device, move bool) error {
+	d.mem.mu.Lock()
+	defer d.mem.mu.Unlock()
 	switch {
-	case m.dev == dev:
-	case m.dev != nil && !move:
-		return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, m.name)
+	case d.dev == dev:
+	case d.dev != nil && !move:
+		return fmt.Errorf("route goes through %s, registered memory is on %s", dev.Attr().Name, d.name)
 	default:
 		pd, err := dev.AllocPD()
 		if err != nil {
 			return fmt.Errorf("allocate protection domain: %w", err)
 		}
-		if m.pd != nil {
-			m.old = append(m.old, m.pd)
+		if d.pd != nil {
+			d.old = append(d.old, d.pd)
 		}
-		m.dev, m.pd, m.name = dev, pd, dev.Attr().Name
+		d.dev, d.pd, d.name = dev, pd, dev.Attr().Name
 	}
-	return m.gather()
+	return d.gather()
 }
 
-// gather moves the buffers of other domains to the present one. If it fails, a later call
-// moves the rest.
-func (m *memory) gather() error {
-	for q, pd := range m.queues {
-		if pd == m.pd {
-			continue
+// gather registers the buffers of all queues in the present domain. If it fails, a later
+// call registers the rest.
+func (d *domain) gather() error {
+	for q := range d.mem.queues {
+		if err := d.register(q); err != nil {
+			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), d.name, err)
 		}
-		if err := m.pd.ReregisterMR(q.mr); err != nil {
-			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), m.name, err)
-		}
-		q.rkey, q.lkey = q.mr.RKey(), q.mr.LKey()
-		m.queues[q] = m.pd
 	}
-	for len(m.old) > 0 {
-		if err := m.old[0].Close(); err != nil {
+	for len(d.old) > 0 {
+		if err := d.old[0].Close(); err != nil {
 			return fmt.Errorf("free protection domain: %w", err)
 		}
-		m.old = m.old[1:]
+		d.old = d.old[1:]
 	}
 	return nil
 }
 
-// leave releases everything on a device that is being removed. The buffers are
-// registered again on the next device. No connection may be open.
-func (m *memory) leave() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var errs []error
-	for q := range m.queues {
-		errs = append(errs, q.mr.Release())
-		m.queues[q] = nil
+// register registers the buffers of a queue in the present domain, and in no other.
+func (d *domain) register(q *nsQueue) error {
+	r, ok := d.regs[q]
+	if ok && r.pd == d.pd {
+		return nil
 	}
-	for _, pd := range append(m.old, m.pd) {
+	mr, err := d.pd.RegMR(q.slab, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	if err != nil {
+		return err
+	}
+	if ok {
+		if err := r.mr.Close(); err != nil {
+			return errors.Join(err, mr.Close())
+		}
+	}
+	d.regs[q] = registration{d.pd, mr}
+	q.keys[d.slot] = keys{mr.LKey(), mr.RKey()}
+	return nil
+}
+
+// unregister ends the registration of a queue's buffers.
+func (d *domain) unregister(q *nsQueue) error {
+	r, ok := d.regs[q]
+	if !ok {
+		return nil
+	}
+	if err := r.mr.Close(); err != nil {
+		return err
+	}
+	delete(d.regs, q)
+	return nil
+}
+
+// leave releases everything on a device that is being removed. The buffers are
+// registered again on the next device. No connection of the path may be open.
+func (d *domain) leave() error {
+	d.mem.mu.Lock()
+	defer d.mem.mu.Unlock()
+	var errs []error
+	for q := range d.regs {
+		errs = append(errs, d.unregister(q))
+	}
+	for _, pd := range append(d.old, d.pd) {
 		if pd != nil {
 			errs = append(errs, pd.Close())
 		}
 	}
-	m.dev, m.pd, m.old = nil, nil, nil
+	d.dev, d.pd, d.old = nil, nil, nil
 	return errors.Join(errs...)
 }
 
-// domain returns the protection domain for connections and their memory.
-func (m *memory) domain() rdma.PD {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.pd
+// current returns the protection domain for connections and their memory.
+func (d *domain) current() rdma.PD {
+	d.mem.mu.Lock()
+	defer d.mem.mu.Unlock()
+	return d.pd
 }
 
 // device returns the name of the device.
-func (m *memory) device() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.name
+func (d *domain) device() string {
+	d.mem.mu.Lock()
+	defer d.mem.mu.Unlock()
+	return d.name
 }
 
 // MemoryError means that the buffers of a queue would exceed Config.MaxMemory. All values
@@ -112,7 +168,7 @@ func (e *MemoryError) Error() string {
 	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
 }
 
-// MemoryInfo is the size of the I/O buffers of a controller, in bytes.
+// MemoryInfo is the size of the I/O buffers of a subsystem, in bytes.
 type MemoryInfo struct{ Used, Limit int64 }
 
 func (m *memory) info() MemoryInfo {
@@ -121,26 +177,30 @@ func (m *memory) info() MemoryInfo {
 	return MemoryInfo{m.used, m.limit}
 }
 
-// open registers size bytes of buffers for a queue.
-func (m *memory) open(q *nsQueue, size int) error {
+// open maps size bytes of buffers for a queue and registers them in all domains that have a
+// device. The others follow when their path has an association.
+func (m *memory) open(q *nsQueue, size int) (err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.pd == nil {
-		return rdma.ErrNoDevice
-	}
 	if int64(size) > m.limit-m.used {
 		return &MemoryError{Want: int64(size), Used: m.used, Limit: m.limit}
 	}
-	mr, err := m.pd.AllocMR(size, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
-	if err != nil {
+	if q.slab, err = hostmem.Map(size); err != nil {
 		return err
 	}
-	q.mr, q.slab, q.base, q.rkey, q.lkey = mr, mr.Bytes(), mr.Addr(), mr.RKey(), mr.LKey()
+	q.base = hostmem.Addr(q.slab)
 	if m.queues == nil {
-		m.queues = make(map[*nsQueue]rdma.PD)
+		m.queues = make(map[*nsQueue]struct{})
 	}
-	m.queues[q] = m.pd
-	m.used += int64(size)
+	m.queues[q] = struct{}{}
+	m.used += int64(len(q.slab))
+	for _, d := range m.domains {
+		if d != nil && d.pd != nil {
+			if err := d.register(q); err != nil {
+				return errors.Join(err, m.free(q))
+			}
+		}
+	}
 	return nil
 }
 
@@ -151,22 +211,62 @@ func (m *memory) shut(q *nsQueue) error {
 	if _, open := m.queues[q]; !open {
 		return fmt.Errorf("close queue: %w", rdma.ErrClosed)
 	}
-	delete(m.queues, q)
-	m.used -= int64(len(q.slab))
-	return q.mr.Close()
+	return m.free(q)
 }
 
-// close frees the domain. No connection and no queue may be open.
+// free does what shut does. If a registration cannot be ended, the memory stays mapped,
+// because the device may still write to it.
+func (m *memory) free(q *nsQueue) error {
+	delete(m.queues, q)
+	m.used -= int64(len(q.slab))
+	var errs []error
+	for _, d := range m.domains {
+		if d != nil {
+			errs = append(errs, d.unregister(q))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return hostmem.Unmap(q.slab)
+}
+
+// close frees the domains. No connection and no queue may be open.
 func (m *memory) close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var errs []error
-	if m.pd != nil {
-		errs = append(errs, m.pd.Close())
+	for slot := range m.domains {
+		errs = append(errs, m.drop(slot))
 	}
-	for _, pd := range m.old {
+	return errors.Join(errs...)
+}
+
+// forget frees the domain of a path that is removed. The path has no connection any more.
+func (m *memory) forget(slot int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := m.domains[slot]
+	var errs []error
+	for q := range d.regs {
+		errs = append(errs, d.unregister(q))
+	}
+	return errors.Join(append(errs, m.drop(slot))...)
+}
+
+// drop frees the domain of a path, which has no connection and no registration any more.
+func (m *memory) drop(slot int) error {
+	d := m.domains[slot]
+	if d == nil {
+		return nil
+	}
+	var errs []error
+	if d.pd != nil {
+		errs = append(errs, d.pd.Close())
+	}
+	for _, pd := range d.old {
 		errs = append(errs, pd.Close())
 	}
-	m.old = nil
+	m.domains[slot] = nil
 	return errors.Join(errs...)
 }

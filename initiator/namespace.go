@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"encoding/hex"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -14,7 +15,7 @@ import (
 type presence = uint32
 
 const (
-	// held: the namespace has not been found over the present association yet, and its
+	// held: the namespace has not been found over any present association yet, and its
 	// requests wait. A target that restarts may open its port before its namespaces
 	// exist.
 	held presence = iota
@@ -22,45 +23,62 @@ const (
 	served
 	// failing: the namespace has been held for longer than requests may wait.
 	failing
-	// gone: the target removed the namespace or has another one in its place.
+	// gone: the target has removed the namespace or has another one in its place.
 	gone
 )
 
-// terms are the properties of a namespace that may change while it is in use. A terms value
-// is immutable; a change makes a new one.
-type terms struct {
-	sectors          uint64 // capacity
+// view is a namespace as one path sees it. A view is immutable; a change makes a new one.
+type view struct {
 	transfer         uint32 // sectors of the largest read or write command
 	discard          uint32 // sectors of the largest DSM command; 0: none
 	zeroes           uint32 // sectors of the largest Write Zeroes command; 0: none
 	volatileCache    bool
 	deallocateZeroes bool // Write Zeroes may deallocate and still read zeroes
+	access           access
+	ana              nvme.ANAState // 0: the controller does not report it
 }
 
-func termsOf(g block.Geometry, deallocateZeroes bool) *terms {
-	return &terms{
-		sectors: g.Sectors, transfer: g.MaxIO >> block.SectorShift,
-		discard: g.MaxDiscardSectors, zeroes: g.MaxZeroesSectors,
-		volatileCache: g.VolatileCache, deallocateZeroes: deallocateZeroes,
+// finding is what a path says of a namespace.
+type finding struct {
+	id               uint32
+	ids              nvme.NamespaceIDs
+	geometry         block.Geometry
+	used             uint64 // bytes that are allocated
+	deallocateZeroes bool   // Write Zeroes may deallocate and still read zeroes
+	shared           bool   // several controllers may have it (NMIC)
+	group            uint32 // ANA group
+}
+
+func (f *finding) view(a *anaStates) *view {
+	g := &f.geometry
+	got, state := a.accessOf(f.group)
+	return &view{
+		access: got, ana: state,
+		transfer: g.MaxIO >> block.SectorShift, discard: g.MaxDiscardSectors, zeroes: g.MaxZeroesSectors,
+		volatileCache: g.VolatileCache, deallocateZeroes: f.deallocateZeroes,
 	}
 }
 
 // Namespace is a namespace of the subsystem: a block.Device.
 type Namespace struct {
-	ctrl        *Controller
+	sub         *Subsystem
 	id          uint32
 	sectorShift uint8 // log2 of 512-byte sectors per logical block
 
-	// The goroutine that looks at namespaces writes these fields; the loops read them.
+	// The goroutines that look at namespaces write these fields; the loops read them.
 	presence atomic.Uint32
-	terms    atomic.Pointer[terms]
-	open     atomic.Int32 // number of open queues
+	sectors  atomic.Uint64                  // capacity
+	views    [maxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
+	barrier  atomic.Pointer[[]extent]       // what changes must not overlap at present; nil: nothing
+	open     atomic.Int32                   // number of open queues
 
-	mu       sync.Mutex // guards the fields below
+	mu       sync.Mutex         // guards the fields below
+	findings [maxPaths]*finding // by slot; what the views were made of
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
 	used     uint64          // bytes that are allocated
 	since    time.Time       // start of the held state
+	blocked  time.Time       // since when no path has given access; zero: one does
 	times    []*opHistograms // by lane; nil: no queue was opened there
 }
 
@@ -90,14 +108,51 @@ func (ns *Namespace) Geometry() block.Geometry {
 	return ns.geometry
 }
 
-// doubt is called when an association is lost. The namespace must be found again over the
-// next association.
-func (ns *Namespace) doubt(when time.Time) {
-	if ns.presence.CompareAndSwap(served, held) {
-		ns.mu.Lock()
+// doubt is called when the association of a path is lost. The namespace must be found again
+// over the next one. Its requests wait if no other path has it.
+func (ns *Namespace) doubt(slot int, when time.Time) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.views[slot].Store(nil)
+	ns.findings[slot] = nil
+	ns.settle(when)
+}
+
+// settle holds the requests of a namespace that no path has found, and recomputes its geometry
+// otherwise. The caller holds the lock.
+func (ns *Namespace) settle(when time.Time) {
+	if ns.seen() {
+		ns.merge()
+	} else if ns.presence.CompareAndSwap(served, held) {
 		ns.since = when
-		ns.mu.Unlock()
 	}
+}
+
+// withdraw is called when a path does not have the namespace any more. It reports whether no
+// path has it.
+func (ns *Namespace) withdraw(slot int) bool {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.views[slot].Store(nil)
+	ns.findings[slot] = nil
+	return !ns.seen()
+}
+
+// hold makes the requests wait until a path finds the namespace again.
+func (ns *Namespace) hold(when time.Time) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.settle(when)
+}
+
+// seen reports whether a path has found the namespace. The caller holds the lock.
+func (ns *Namespace) seen() bool {
+	for _, f := range ns.findings {
+		if f != nil {
+			return true
+		}
+	}
+	return false
 }
 
 // heldFor returns how long the namespace has been held at the given time.
@@ -107,16 +162,47 @@ func (ns *Namespace) heldFor(now time.Time) time.Duration {
 	return now.Sub(ns.since)
 }
 
-// adopt takes over the properties of found, which is the same namespace, and returns the
-// old geometry.
-func (ns *Namespace) adopt(found *Namespace) (was block.Geometry) {
+// adopt takes over what a path says, which is about the same namespace, and returns the old
+// geometry and the new one.
+func (ns *Namespace) adopt(slot int, f *finding, a *anaStates) (was, is block.Geometry) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	was = ns.geometry
-	ns.geometry, ns.used = found.geometry, found.used
-	ns.ids = union(ns.ids, found.ids)
-	ns.terms.Store(found.terms.Load())
-	return was
+	ns.findings[slot] = f
+	ns.ids, ns.used = union(ns.ids, f.ids), f.used
+	ns.merge()
+	ns.views[slot].Store(f.view(a))
+	ns.noteAccess(time.Now())
+	return was, ns.geometry
+}
+
+// merge computes the geometry from what the paths say. A path must be able to carry out every
+// request, so the smallest size and limits count. The caller holds the lock.
+func (ns *Namespace) merge() {
+	first := true
+	for _, f := range ns.findings {
+		switch {
+		case f == nil:
+		case first:
+			ns.geometry, first = f.geometry, false
+		default:
+			ns.geometry = narrower(ns.geometry, f.geometry)
+		}
+	}
+	ns.sectors.Store(ns.geometry.Sectors)
+}
+
+// narrower returns a geometry that two paths can serve.
+func narrower(a, b block.Geometry) block.Geometry {
+	a.Sectors = min(a.Sectors, b.Sectors)
+	a.PhysicalBlock = min(a.PhysicalBlock, b.PhysicalBlock)
+	a.MaxIO = min(a.MaxIO, b.MaxIO)
+	a.VolatileCache = a.VolatileCache || b.VolatileCache
+	a.ReadOnly = a.ReadOnly || b.ReadOnly
+	a.MaxDiscardSectors = min(a.MaxDiscardSectors, b.MaxDiscardSectors)
+	a.DiscardGranularity = max(a.DiscardGranularity, b.DiscardGranularity)
+	a.MaxZeroesSectors = min(a.MaxZeroesSectors, b.MaxZeroesSectors)
+	return a
 }
 
 // identity is the result of a comparison of two namespaces.
@@ -130,7 +216,7 @@ const (
 
 // compare reports whether found is the same namespace as ns, with a block size that users of
 // ns can keep. If it is not the same, compare returns the reason.
-func (ns *Namespace) compare(found *Namespace) (identity, string) {
+func (ns *Namespace) compare(found *finding) (identity, string) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	switch compareIDs(ns.ids, found.ids) {
@@ -143,6 +229,41 @@ func (ns *Namespace) compare(found *Namespace) (identity, string) {
 		return different, fmt.Sprintf("its block size was %d and is %d", was, is)
 	}
 	return same, ""
+}
+
+// unlike returns how a finding differs from what the other paths say of the namespace, or "".
+// All identifiers must be equal here. A size may differ over a path that has found the
+// namespace before, because a new size becomes known over one path after the other.
+func (ns *Namespace) unlike(slot int, f *finding) string {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	for other, g := range ns.findings {
+		if g == nil || other == slot {
+			continue
+		}
+		differs := func(what string, is, was any) string {
+			return fmt.Sprintf("its %s is %v, over another path it is %v", what, is, was)
+		}
+		switch {
+		case !f.shared || !g.shared:
+			return "it is not shared between controllers (NMIC)"
+		case hasNone(f.ids):
+			return "it has no identifier, so nothing says that it is the same over two paths"
+		case f.ids.UUID != g.ids.UUID:
+			return differs("UUID", f.ids.UUID, g.ids.UUID)
+		case f.ids.NGUID != g.ids.NGUID:
+			return differs("NGUID", hex.EncodeToString(f.ids.NGUID[:]), hex.EncodeToString(g.ids.NGUID[:]))
+		case f.ids.EUI64 != g.ids.EUI64:
+			return differs("EUI-64", hex.EncodeToString(f.ids.EUI64[:]), hex.EncodeToString(g.ids.EUI64[:]))
+		case f.ids.CSI != g.ids.CSI:
+			return differs("command set", f.ids.CSI, g.ids.CSI)
+		case f.geometry.LogicalBlock != g.geometry.LogicalBlock:
+			return differs("block size", f.geometry.LogicalBlock, g.geometry.LogicalBlock)
+		case f.geometry.Sectors != g.geometry.Sectors && ns.findings[slot] == nil:
+			return differs("size in sectors", f.geometry.Sectors, g.geometry.Sectors)
+		}
+	}
+	return ""
 }
 
 // compareIDs compares the identifiers that both namespaces have. Namespaces without any

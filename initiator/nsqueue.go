@@ -7,7 +7,6 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/poller"
-	"ublk-nvmeof/rdma"
 )
 
 // nsQueue is the block.Queue of a namespace on one lane. Only the lane uses its fields.
@@ -15,11 +14,9 @@ type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
 	writeThrough bool // the front end's device has no volatile cache
-	mr           rdma.MR
 	slab         []byte
 	base         uint64
-	rkey         uint32 // the keys change with the device, between associations
-	lkey         uint32
+	keys         [maxPaths]keys // by slot; they change with the device, between associations of the path
 	maxIO        int
 	requests     []request // by tag
 	times        *opHistograms
@@ -31,18 +28,18 @@ type nsQueue struct {
 // exceed Config.MaxMemory.
 func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	switch {
-	case i < 0 || i >= len(ns.ctrl.lanes):
-		return nil, fmt.Errorf("open queue %d: the controller has %d loops", i, len(ns.ctrl.lanes))
+	case i < 0 || i >= len(ns.sub.lanes):
+		return nil, fmt.Errorf("open queue %d: the subsystem has %d loops", i, len(ns.sub.lanes))
 	case cfg.Depth < 1 || cfg.Depth > 4096:
 		return nil, fmt.Errorf("open queue %d: depth %d is not 1..4096", i, cfg.Depth)
 	case cfg.MaxIO < unix.Getpagesize() || cfg.MaxIO%unix.Getpagesize() != 0:
 		return nil, fmt.Errorf("open queue %d: maximum I/O of %d bytes is no multiple of the page size", i, cfg.MaxIO)
 	}
 	q := &nsQueue{
-		lane: ns.ctrl.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
+		lane: ns.sub.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
 		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth), times: ns.timesOn(i),
 	}
-	if err := ns.ctrl.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
+	if err := ns.sub.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
 	}
 	ns.open.Add(1)
@@ -65,7 +62,7 @@ func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q
 func (q *nsQueue) Submit(reqs []block.Request) {
 	l := q.lane
 	l.submitted.Store(l.submitted.Load() + uint64(len(reqs)))
-	terms, second := q.ns.terms.Load(), l.ctrl.clock.Load()
+	sectors, second := q.ns.sectors.Load(), l.sub.clock.Load()
 	for i := range reqs {
 		io := &reqs[i]
 		if int(io.Tag) >= len(q.requests) || q.requests[io.Tag].submitted {
@@ -75,14 +72,14 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		r := &q.requests[io.Tag]
 		r.submitted = true
 		r.begin(*io)
-		if e := io.Check(terms.sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
+		if e := io.Check(sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
 			l.finish(r, uint16(e))
 			continue
 		}
 		if l.sampler.sample(second) {
 			r.timed, r.timing = true, timing{began: l.stamp()}
 		}
-		r.class = l.ctrl.classOf(io)
+		r.class = l.sub.classOf(io)
 		l.dispatch(r)
 	}
 }
@@ -115,15 +112,15 @@ func (q *nsQueue) Reap(done []block.Result) int {
 // Close implements block.Queue.
 func (q *nsQueue) Close() error {
 	q.ns.open.Add(-1)
-	return q.ns.ctrl.mem.shut(q)
+	return q.ns.sub.mem.shut(q)
 }
 
 // classOf returns the queue class of a request. ublk does not tell whether an application
 // polls, so the size decides which requests are polled.
-func (c *Controller) classOf(io *block.Request) poller.Class {
+func (s *Subsystem) classOf(io *block.Request) poller.Class {
 	switch io.Op {
 	case block.OpRead, block.OpWrite:
-		if c.cfg.Queues.Poll > 0 && io.Sectors<<block.SectorShift <= c.pollMax {
+		if s.cfg.Queues.Poll > 0 && io.Sectors<<block.SectorShift <= s.pollMax {
 			return poller.Poll
 		}
 		if io.Op == block.OpRead {

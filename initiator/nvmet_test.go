@@ -31,13 +31,13 @@ func TestNvmet(t *testing.T) {
 		cfg.Address, cfg.SubNQN = netip.MustParseAddrPort(addr), nqn
 		cfg.AdminTimeout, cfg.IOTimeout = 0, 0
 		c := connect(t, cfg)
-		t.Logf("%v: %v", q, c.Info().Plan)
+		t.Logf("%v: %v", q, c.Info().Paths[0].Plan)
 		for _, ns := range c.Namespaces() {
 			t.Logf("namespace %d: %+v", ns.NSID(), ns.Geometry())
 			f := newFrontEnd(t, ns, loops, 64, 256<<10, 5)
 			f.run(2000)
 			f.close()
 		}
-		closeController(t, c)
+		closeSubsystem(t, c)
 	}
 }

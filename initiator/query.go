@@ -32,18 +32,18 @@ func (e *QueryError) Error() string { return "not a query: " + e.Reason }
 // ctx. When ctx ends, the command goes on without its caller. A command that the
 // controller does not answer within Config.AdminTimeout ends the association. Any
 // goroutine may call it; queries beyond a few wait.
-func (c *Controller) Query(ctx context.Context, cmd *nvme.Command, out []byte) (result uint64, err error) {
+func (s *Subsystem) Query(ctx context.Context, cmd *nvme.Command, out []byte) (result uint64, err error) {
 	if err := checkQuery(cmd, len(out)); err != nil {
 		return 0, err
 	}
 	select {
-	case c.queries <- struct{}{}:
+	case s.queries <- struct{}{}:
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}
-	a, err := c.current()
+	a, err := s.current()
 	if err != nil {
-		<-c.queries
+		<-s.queries
 		return 0, err
 	}
 	type answer struct {
@@ -53,8 +53,8 @@ func (c *Controller) Query(ctx context.Context, cmd *nvme.Command, out []byte) (
 	answered := make(chan answer, 1)
 	data := make([]byte, len(out))
 	go func() {
-		defer func() { <-c.queries }()
-		done, err := a.admin.exec(c.life, bare(cmd), nil, data)
+		defer func() { <-s.queries }()
+		done, err := a.admin.exec(s.life, bare(cmd), nil, data)
 		answered <- answer{done.Result(), err}
 	}()
 	select {
@@ -111,10 +111,26 @@ func checkQuery(cmd *nvme.Command, n int) error {
 // errReset is why an association ends that is reset.
 var errReset = because(LossReset, errors.New("controller was reset"))
 
-// Reset ends the association and returns when the next one is in use. Requests wait
-// meanwhile, as after any other loss. Errors: ErrNotConnected if there is no association
-// to end, the reason if the controller is given up or closed, or that of ctx; the
-// controller goes on to connect then. Any goroutine but the loops'.
+// Reset ends the associations of all paths, one after the other, and returns when the next
+// ones are in use. Requests wait meanwhile, or take another path, as after any other loss.
+// Errors: ErrNotConnected if there is no association to end, the reason if the subsystem is
+// given up or closed, or that of ctx; the paths go on to connect then. Any goroutine but the
+// loops'.
+func (s *Subsystem) Reset(ctx context.Context) error {
+	err := ErrNotConnected
+	for _, c := range s.paths() {
+		if c.current() == nil {
+			continue
+		}
+		if err = c.Reset(ctx); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// Reset ends the association and returns when the next one is in use. Errors are those of
+// Subsystem.Reset.
 func (c *Controller) Reset(ctx context.Context) error {
 	c.mu.Lock()
 	a, losses := c.assoc, c.losses
@@ -132,8 +148,6 @@ func (c *Controller) Reset(ctx context.Context) error {
 		}
 		select {
 		case <-attached:
-		case <-c.dead:
-			return c.Err()
 		case <-c.life.Done():
 			return context.Cause(c.life)
 		case <-ctx.Done():
@@ -142,13 +156,14 @@ func (c *Controller) Reset(ctx context.Context) error {
 	}
 }
 
-// Rescan has the namespaces looked at soon, as if the target had said that they changed.
-// The error is ErrNotConnected. Any goroutine may call it.
-func (c *Controller) Rescan() error {
-	a, err := c.current()
-	if err != nil {
-		return err
+// Rescan has the namespaces looked at soon over all paths, as if the target had said that they
+// changed. The error is ErrNotConnected. Any goroutine may call it.
+func (s *Subsystem) Rescan() error {
+	_, err := s.current()
+	for _, c := range s.paths() {
+		if a := c.current(); a != nil {
+			a.lookAtNamespaces()
+		}
 	}
-	a.lookAtNamespaces()
-	return nil
+	return err
 }

@@ -18,32 +18,32 @@ func TestQuery(t *testing.T) {
 	var cmd nvme.Command
 	page := make([]byte, nvme.IdentifySize)
 	cmd.SetIdentify(nvme.CNSController, 0, 0)
-	if _, err := s.ctrl.Query(t.Context(), &cmd, page); err != nil || nvme.IdentifyControllerAt(page).MN() != "fake" {
+	if _, err := s.sub.Query(t.Context(), &cmd, page); err != nil || nvme.IdentifyControllerAt(page).MN() != "fake" {
 		t.Errorf("identify: %v", err)
 	}
 	cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, 512, 0, true)
-	if _, err := s.ctrl.Query(t.Context(), &cmd, page[:512]); err != nil || !bytes.Equal(page[:512], bytes.Repeat([]byte{nvme.LogSMART}, 512)) {
+	if _, err := s.sub.Query(t.Context(), &cmd, page[:512]); err != nil || !bytes.Equal(page[:512], bytes.Repeat([]byte{nvme.LogSMART}, 512)) {
 		t.Errorf("log page: %v, %x…", err, page[:8])
 	}
 	long := make([]byte, MaxQuery)
 	cmd.SetGetLogPage(nvme.LogSMART, nvme.NSIDAll, MaxQuery, 0, true)
-	if _, err := s.ctrl.Query(t.Context(), &cmd, long); err != nil || !bytes.Equal(long, bytes.Repeat([]byte{nvme.LogSMART}, MaxQuery)) {
+	if _, err := s.sub.Query(t.Context(), &cmd, long); err != nil || !bytes.Equal(long, bytes.Repeat([]byte{nvme.LogSMART}, MaxQuery)) {
 		t.Errorf("long log page: %v, %x…%x", err, long[:8], long[MaxQuery-8:])
 	}
 	cmd.SetGetFeatures(nvme.FeatureKeepAlive)
-	if v, err := s.ctrl.Query(t.Context(), &cmd, nil); err != nil || v != nvme.FeatureKeepAlive<<8 {
+	if v, err := s.sub.Query(t.Context(), &cmd, nil); err != nil || v != nvme.FeatureKeepAlive<<8 {
 		t.Errorf("feature: %#x, %v", v, err)
 	}
 	cmd.SetPropertyGet(nvme.PropCAP, true)
-	if v, err := s.ctrl.Query(t.Context(), &cmd, nil); err != nil || v != uint64(nvme.NewCap(127, 15, 1)) {
+	if v, err := s.sub.Query(t.Context(), &cmd, nil); err != nil || v != uint64(nvme.NewCap(127, 15, 1)) {
 		t.Errorf("property: %#x, %v", v, err)
 	}
 	cmd.SetIdentify(0xC0, 0, 0)
 	var status nvme.Status
-	if _, err := s.ctrl.Query(t.Context(), &cmd, page); !errors.As(err, &status) || status.Code() != nvme.StatusInvalidField {
+	if _, err := s.sub.Query(t.Context(), &cmd, page); !errors.As(err, &status) || status.Code() != nvme.StatusInvalidField {
 		t.Errorf("a command that the target refuses: %v", err)
 	}
-	if n := s.ctrl.Info().Losses; n != 0 {
+	if n := s.sub.Info().Paths[0].Losses; n != 0 {
 		t.Errorf("the association was lost %d times", n)
 	}
 }
@@ -80,7 +80,7 @@ func TestQueryThatIsNone(t *testing.T) {
 		var cmd nvme.Command
 		tt.set(&cmd)
 		var bad *QueryError
-		if _, err := s.ctrl.Query(t.Context(), &cmd, make([]byte, tt.n)); !errors.As(err, &bad) {
+		if _, err := s.sub.Query(t.Context(), &cmd, make([]byte, tt.n)); !errors.As(err, &bad) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -112,17 +112,17 @@ func TestQueryAbandoned(t *testing.T) {
 	}()
 	var cmd nvme.Command
 	cmd.SetGetFeatures(nvme.FeatureKeepAlive)
-	if _, err := s.ctrl.Query(ctx, &cmd, make([]byte, 8)); !errors.Is(err, context.Canceled) {
+	if _, err := s.sub.Query(ctx, &cmd, make([]byte, 8)); !errors.Is(err, context.Canceled) {
 		t.Errorf("canceled: %v", err)
 	}
-	if n := s.ctrl.Info().Losses; n != 0 {
+	if n := s.sub.Info().Paths[0].Losses; n != 0 {
 		t.Errorf("the association was lost with its caller")
 	}
 	// The controller has the time that any admin command has.
-	waitFor(t, "the loss of the association", func() bool { return s.ctrl.Info().Losses == 1 })
+	waitFor(t, "the loss of the association", func() bool { return s.sub.Info().Paths[0].Losses == 1 })
 	silent.Store(false)
-	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
-	if v, err := s.ctrl.Query(t.Context(), &cmd, nil); err != nil || v != nvme.FeatureKeepAlive<<8 {
+	waitFor(t, "the next association", func() bool { return s.sub.Info().State == StateLive })
+	if v, err := s.sub.Query(t.Context(), &cmd, nil); err != nil || v != nvme.FeatureKeepAlive<<8 {
 		t.Errorf("after it: %#x, %v", v, err)
 	}
 }
@@ -142,7 +142,7 @@ func TestQueriesWhileAssociationsEnd(t *testing.T) {
 				var cmd nvme.Command
 				out := make([]byte, 512)
 				cmd.SetGetLogPage(lid, 0, 512, 0, true)
-				if _, err := s.ctrl.Query(ctx, &cmd, out); err != nil {
+				if _, err := s.sub.Query(ctx, &cmd, out); err != nil {
 					continue
 				}
 				answered.Add(1)
@@ -153,9 +153,9 @@ func TestQueriesWhileAssociationsEnd(t *testing.T) {
 		})
 	}
 	for range 20 {
-		losses := s.ctrl.Info().Losses
+		losses := s.sub.Info().Paths[0].Losses
 		s.fabric.KillAll(hostAddr)
-		waitFor(t, "the next association", func() bool { i := s.ctrl.Info(); return i.Losses > losses && i.State == StateLive })
+		waitFor(t, "the next association", func() bool { i := s.sub.Info().Paths[0]; return i.Losses > losses && i.State == StateLive })
 		want := answered.Load() + maxQueries
 		waitFor(t, "answers after the cut", func() bool { return answered.Load() > want })
 	}
@@ -171,14 +171,14 @@ func TestReset(t *testing.T) {
 	began := time.Now()
 	resets := 0
 	for ; time.Since(began) < 2*loss; resets++ {
-		if err := s.ctrl.Reset(t.Context()); err != nil {
+		if err := s.sub.Reset(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if i := s.ctrl.Info(); i.State != StateLive || i.Losses != resets+1 || !errors.Is(i.Reason, errReset) || i.Outages.Losses[LossReset] != resets+1 {
+		if i := s.sub.Info().Paths[0]; i.State != StateLive || i.Losses != resets+1 || !errors.Is(i.Reason, errReset) || i.Outages.Losses[LossReset] != resets+1 {
 			t.Fatalf("after %d: %v, lost %d times, as %v: %v", resets+1, i.State, i.Losses, i.Outages.Losses, i.Reason)
 		}
 	}
-	if e := s.write(t, s.ctrl.Namespaces()[0]); e != 0 {
+	if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
 		t.Errorf("write: %v", e)
 	}
 }
@@ -198,22 +198,22 @@ func TestResetOfNothing(t *testing.T) {
 	refuse.Store(true)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if err := s.ctrl.Reset(ctx); !errors.Is(err, context.DeadlineExceeded) {
+	if err := s.sub.Reset(ctx); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a target that refuses: %v", err)
 	}
-	if err := s.ctrl.Reset(t.Context()); !errors.Is(err, ErrNotConnected) {
+	if err := s.sub.Reset(t.Context()); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("reset: %v", err)
 	}
-	if err := s.ctrl.Rescan(); !errors.Is(err, ErrNotConnected) {
+	if err := s.sub.Rescan(); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("rescan: %v", err)
 	}
 	var cmd nvme.Command
 	cmd.SetGetFeatures(nvme.FeatureKeepAlive)
-	if _, err := s.ctrl.Query(t.Context(), &cmd, nil); !errors.Is(err, ErrNotConnected) {
+	if _, err := s.sub.Query(t.Context(), &cmd, nil); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("query: %v", err)
 	}
 	refuse.Store(false)
-	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
+	waitFor(t, "the next association", func() bool { return s.sub.Info().State == StateLive })
 }
 
 // TestRescan finds what no event told of.
@@ -222,7 +222,7 @@ func TestRescan(t *testing.T) {
 	s.target.mu.Lock()
 	s.target.namespaces = []uint32{1, 5}
 	s.target.mu.Unlock()
-	if err := s.ctrl.Rescan(); err != nil {
+	if err := s.sub.Rescan(); err != nil {
 		t.Fatal(err)
 	}
 	s.expect(t, "5 added")

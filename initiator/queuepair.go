@@ -17,6 +17,7 @@ import (
 type queuePair struct {
 	*connection
 	assoc *association
+	slot  int // of the path
 	lane  *lane
 	class poller.Class
 
@@ -30,12 +31,13 @@ type queuePair struct {
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // the next response causes an event
 	lost      bool          // the queue pair failed and is not used any more
+	gone      bool          // the lane has released the queue pair
 	unacked   int
 }
 
 func newQueuePair(a *association, conn *connection, l *lane, class poller.Class, inCapsule uint32, checkHead bool) *queuePair {
 	return &queuePair{
-		connection: conn, assoc: a, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
+		connection: conn, assoc: a, slot: a.ctrl.slot, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
 		requests: make([]*request, conn.sq.Slots()),
 		reaped:   make([]uint16, conn.sq.Slots()),
 	}
@@ -96,9 +98,15 @@ func (p *queuePair) start(r *request) {
 
 // enter is like start, for a request that the queue pair has already counted.
 func (p *queuePair) enter(r *request) {
-	if p.lost || p.waiting.head != nil || !p.push(r) {
+	if p.lost || p.gone || p.waiting.head != nil || !p.push(r) {
 		p.waiting.push(r)
 	}
+}
+
+// giveBack has the lane dispatch a request again that must not be sent over this path.
+func (p *queuePair) giveBack(r *request) {
+	p.inflight.Store(p.inflight.Load() - 1)
+	p.lane.dispatch(r)
 }
 
 // finish ends a request of this queue pair.
@@ -112,7 +120,11 @@ func (p *queuePair) finish(r *request, errno uint16) {
 // learned it.
 func (p *queuePair) push(r *request) bool {
 	ns := r.home.ns
-	terms := ns.terms.Load()
+	terms := ns.views[p.slot].Load()
+	if terms == nil || terms.access == noAccess {
+		p.giveBack(r)
+		return true
+	}
 	if r.io.Op == block.OpDiscard && terms.discard == 0 {
 		p.finish(r, uint16(unix.EOPNOTSUPP))
 		return true
@@ -126,7 +138,7 @@ func (p *queuePair) push(r *request) bool {
 		r.assoc, r.progress = p.assoc, 0
 	}
 	p.requests[slot] = r
-	r.posted = p.lane.ctrl.clock.Load()
+	r.posted = p.lane.sub.clock.Load()
 	if r.timed {
 		r.timing.pushed, r.timing.answered = p.lane.stamp(), 0
 	}
@@ -135,7 +147,7 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpRead:
 		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetRead(ns.id, lba, blocks, false)
-		cmd.SetKeyedSGL(r.home.addr(r.io.Tag)+r.offset(), length, r.home.rkey, false)
+		cmd.SetKeyedSGL(r.home.addr(r.io.Tag)+r.offset(), length, r.home.keys[p.slot].remote, false)
 	case block.OpWrite:
 		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
@@ -143,12 +155,10 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case opDirect:
+		// The buffer ends with the answer, and a capsule may be sent again after it. So the
+		// data are not in the capsule.
 		*cmd = r.direct.cmd
-		if nvme.IsWrite(cmd) {
-			capsule = p.inline(cmd, r, 0, r.direct.length)
-		} else {
-			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.rkey, false)
-		}
+		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
@@ -183,7 +193,7 @@ func (r *request) offset() uint64 { return uint64(r.progress) << block.SectorShi
 
 // durable reports whether the data must be on stable media when the command completes. A
 // front end without a volatile cache sends no flush.
-func (r *request) durable(t *terms) bool {
+func (r *request) durable(t *view) bool {
 	return r.io.Flags&block.FUA != 0 || t.volatileCache && r.home.writeThrough
 }
 
@@ -193,9 +203,9 @@ func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint3
 	addr := r.home.addr(r.io.Tag) + offset
 	if n <= p.inCapsule {
 		cmd.SetInCapsuleSGL(0, n)
-		return rdma.SGE{Addr: addr, Length: n, LKey: r.home.lkey}
+		return rdma.SGE{Addr: addr, Length: n, LKey: r.home.keys[p.slot].local}
 	}
-	cmd.SetKeyedSGL(addr, n, r.home.rkey, false)
+	cmd.SetKeyedSGL(addr, n, r.home.keys[p.slot].remote, false)
 	return rdma.SGE{}
 }
 
@@ -222,8 +232,11 @@ func (p *queuePair) poll() int {
 	if p.sq.Scarce() && !p.lost {
 		n += p.sends()
 	}
-	for p.waiting.head != nil && p.push(p.waiting.head) {
-		p.waiting.pop()
+	for r := p.waiting.pop(); r != nil; r = p.waiting.pop() {
+		if !p.push(r) {
+			p.waiting.unpop(r)
+			break
+		}
 		n++
 	}
 	return n
@@ -267,7 +280,7 @@ func (p *queuePair) answers() int {
 
 // answer handles the response to the command in a slot.
 func (p *queuePair) answer(slot uint16, status nvme.Status) {
-	c, r := p.lane.ctrl, p.requests[slot]
+	c, r := p.assoc.ctrl, p.requests[slot]
 	r.errno = 0
 	if r.timed {
 		t := &r.timing
@@ -299,7 +312,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 			return
 		}
 		r.errno = errnoOf(status)
-		c.reportStatus(r, status)
+		c.sub.reportStatus(r, status)
 		if status.Code() == nvme.StatusInvalidNamespace {
 			p.assoc.lookAtNamespaces() // the event may be lost
 		}
@@ -319,7 +332,11 @@ func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	// The request keeps its buffer, so the SEND may still read it.
 	p.sq.Answer(slot)
 	p.requests[slot] = nil
-	delay := l.ctrl.retryDelay(p.assoc, status)
+	if status.IsPathError() && p.elsewhere(r, status) {
+		p.giveBack(r)
+		return
+	}
+	delay := p.assoc.ctrl.retryDelay(p.assoc, status)
 	if delay == 0 {
 		p.enter(r)
 		return
@@ -410,7 +427,7 @@ func (p *queuePair) tend(now, limit uint32) {
 		}
 		age := now - r.posted
 		if age > limit {
-			p.fail(because(LossCommandTimeout, fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, p.lane.ctrl.cfg.IOTimeout)))
+			p.fail(because(LossCommandTimeout, fmt.Errorf("%v at sector %d was not answered within %v", r.io.Op, r.io.Sector, p.lane.sub.cfg.IOTimeout)))
 			return
 		}
 		slow, oldest = slow || age > 1, max(oldest, age)

@@ -38,15 +38,15 @@ func TestSeveralAddresses(t *testing.T) {
 	cfg.Address = netip.AddrPort{}
 	cfg.Resolve = resolveTo("192.0.2.77:4420", netip.AddrPortFrom(targetAddr, 4421).String(), good.String())
 	c := connect(t, cfg)
-	defer closeController(t, c)
-	if got := c.Info().Address; got != good {
+	defer closeSubsystem(t, c)
+	if got := c.Info().Paths[0].Address; got != good {
 		t.Errorf("connected to %s, want %s", got, good)
 	}
 	f := newFrontEnd(t, c.Namespaces()[0], loops, 16, 4096, 1)
 	fabric.KillAll(targetAddr)
 	f.run(200)
 	f.close()
-	if got := c.Info(); got.Address != good || got.Losses == 0 {
+	if got := c.Info().Paths[0]; got.Address != good || got.Losses == 0 {
 		t.Errorf("%d losses, then connected to %s, want %s", got.Losses, got.Address, good)
 	}
 }
@@ -92,7 +92,7 @@ func TestSilentAddressGetsItsShare(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 func TestAddressesForTheNextAssociation(t *testing.T) {
@@ -119,7 +119,7 @@ func TestAddressesForTheNextAssociation(t *testing.T) {
 	} {
 		c := &Controller{since: time.Now().Add(-tt.ago), lastPatience: 11 * time.Second}
 		c.cfg = Config{
-			Address: netip.MustParseAddrPort(d), Resolve: tt.resolve,
+			Path:      Path{Address: netip.MustParseAddrPort(d), Resolve: tt.resolve},
 			KeepAlive: DefaultKeepAlive, Log: slog.New(slog.DiscardHandler),
 		}
 		if tt.last != "" {
@@ -137,14 +137,14 @@ func TestFailure(t *testing.T) {
 	s := newLookSetup(t, nil)
 	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
 	s.fabric.KillAll(hostAddr)
-	waitFor(t, "a failed attempt", func() bool { return s.ctrl.Info().Failure != nil })
-	i := s.ctrl.Info()
+	waitFor(t, "a failed attempt", func() bool { return s.sub.Info().Paths[0].Failure != nil })
+	i := s.sub.Info().Paths[0]
 	if step := (*StepError)(nil); !errors.As(i.Failure, &step) || step.Step != "connect admin queue" || i.Reason == nil || errors.As(i.Reason, &step) {
 		t.Errorf("lost because of %v, last attempt: %v", i.Reason, i.Failure)
 	}
 	s.fabric.SetRefuse(targetAddr, 0, nil)
-	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
-	if i := s.ctrl.Info(); i.Failure != nil || i.Reason == nil {
+	waitFor(t, "the next association", func() bool { return s.sub.Info().State == StateLive })
+	if i := s.sub.Info().Paths[0]; i.Failure != nil || i.Reason == nil {
 		t.Errorf("lost because of %v, last attempt: %v, although it succeeded", i.Reason, i.Failure)
 	}
 }

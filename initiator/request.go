@@ -15,6 +15,7 @@ import (
 type request struct {
 	next  *request // in a fifo or an inbox
 	home  *nsQueue
+	via   *queuePair // for which the request is in an inbox
 	io    block.Request
 	class poller.Class
 	errno uint16
@@ -26,7 +27,7 @@ type request struct {
 	progress  uint32       // sectors that earlier commands over assoc transferred
 	sent      uint32       // sectors of the command in flight
 	assoc     *association // association of progress
-	posted    uint32       // Controller.clock when the command was sent
+	posted    uint32       // Subsystem.clock when the command was sent
 	timing    timing
 
 	// The fields below are for requests in trouble. troubled is set if any of them is,
@@ -35,9 +36,10 @@ type request struct {
 	direct    *direct       // the command of an opDirect; nil: the request is of a front end
 	losses    uint8         // associations that were lost with the request in flight
 	blames    uint8         // losses in which the request was the only suspect
-	firstLoss time.Duration // time of the first loss, on Controller.now's clock
+	firstLoss time.Duration // time of the first loss, on Subsystem.now's clock
 	due       time.Duration // earliest time to send the request; 0: at once
 	pathSince time.Duration // time of the first of a series of path errors; 0: none
+	avoid     uint16        // slots of the paths that answered with a path error, one bit each
 }
 
 // begin starts a new I/O of a front end.
@@ -45,7 +47,7 @@ func (r *request) begin(io block.Request) {
 	r.io = io
 	r.errno, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, nil, false
 	if r.troubled {
-		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince = false, 0, 0, 0, 0, 0
+		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince, r.avoid = false, 0, 0, 0, 0, 0, 0
 	}
 }
 
@@ -69,29 +71,30 @@ func (r *request) suspect() bool { return r.losses >= suspectLosses }
 // blame counts an association that was lost with the request in flight, and reports
 // whether the request must fail.
 func (c *Controller) blame(r *request) (fail bool) {
+	s := c.sub
 	if r.losses == 0 {
-		r.firstLoss = c.now()
+		r.firstLoss = s.now()
 	}
 	r.troubled = true
 	if r.losses < math.MaxUint8 {
 		r.losses++
 	}
-	if !c.suspect.CompareAndSwap(r, nil) {
+	if !s.suspect.CompareAndSwap(r, nil) {
 		return false
 	}
 	c.blamed.Store(true)
 	if r.blames < math.MaxUint8 {
 		r.blames++
 	}
-	r.due = c.now() + min(blamePause<<min(r.blames, 16), blamePauseMax)
-	return r.blames >= minBlames && c.now()-r.firstLoss >= c.blameTime()
+	r.due = s.now() + min(blamePause<<min(r.blames, 16), blamePauseMax)
+	return r.blames >= minBlames && s.now()-r.firstLoss >= s.blameTime()
 }
 
 // blameTime returns the time for which a request may at least go on to end associations.
 // It is short enough that other requests do not fail before.
-func (c *Controller) blameTime() time.Duration {
-	limit := c.cfg.IOTimeout
-	if loss, bounded := c.lossTime(); bounded {
+func (s *Subsystem) blameTime() time.Duration {
+	limit := s.cfg.IOTimeout
+	if loss, bounded := s.lossTime(); bounded {
 		limit = min(limit, loss/2)
 	}
 	return limit
@@ -115,11 +118,11 @@ func (c *Controller) mayRetry(a *association, r *request, s nvme.Status) bool {
 		r.tries++
 		return r.tries <= maxRetries
 	}
-	now := c.now()
+	now := c.sub.now()
 	if r.pathSince == 0 {
 		r.troubled, r.pathSince = true, now
 	}
-	limit, bounded := c.lossTime()
+	limit, bounded := c.sub.lossTime()
 	if s.IsANAError() {
 		limit += time.Duration(a.identify.ANATT()) * time.Second
 	}
@@ -138,12 +141,12 @@ func (c *Controller) retryDelay(a *association, s nvme.Status) time.Duration {
 
 // lossTime returns how long a request may wait for a path to its namespace. If bounded is
 // false, the request may wait forever.
-func (c *Controller) lossTime() (limit time.Duration, bounded bool) {
+func (s *Subsystem) lossTime() (limit time.Duration, bounded bool) {
 	switch {
-	case c.cfg.FastIOFail > 0:
-		return c.cfg.FastIOFail, true
-	case c.cfg.CtrlLoss > 0:
-		return c.cfg.CtrlLoss, true
+	case s.cfg.FastIOFail > 0:
+		return s.cfg.FastIOFail, true
+	case s.cfg.CtrlLoss > 0:
+		return s.cfg.CtrlLoss, true
 	}
 	return 0, false
 }
@@ -170,6 +173,14 @@ func (f *fifo) pop() *request {
 		f.tail = nil
 	}
 	return r
+}
+
+// unpop puts back what pop returned.
+func (f *fifo) unpop(r *request) {
+	if r.next = f.head; f.head == nil {
+		f.tail = r
+	}
+	f.head = r
 }
 
 // take empties the list and returns its contents.

@@ -34,7 +34,7 @@ func TestPathStatus(t *testing.T) {
 					return status, true
 				}
 			})
-			ns := s.ctrl.Namespaces()[0]
+			ns := s.sub.Namespaces()[0]
 			done := make(chan unix.Errno, 1)
 			go func() { done <- s.write(t, ns) }()
 			waitFor(t, "more tries than an error has", func() bool { return tries.Load() > maxRetries+2 })
@@ -71,7 +71,7 @@ func TestPathStatusEnds(t *testing.T) {
 				}
 			})
 			began := time.Now()
-			if e := s.write(t, s.ctrl.Namespaces()[0]); e == 0 {
+			if e := s.write(t, s.sub.Namespaces()[0]); e == 0 {
 				t.Error("write succeeded")
 			}
 			if took := time.Since(began); took < c.least || c.least == 0 && took > 300*time.Millisecond {
@@ -98,8 +98,8 @@ func TestRetryDelay(t *testing.T) {
 	}
 	start := func(t *testing.T, s *lookSetup) <-chan unix.Errno {
 		done := make(chan unix.Errno, 1)
-		go func() { done <- s.write(t, s.ctrl.Namespaces()[0]) }()
-		waitFor(t, "the first try", func() bool { return s.ctrl.Info().Lanes[0].Retried == 1 })
+		go func() { done <- s.write(t, s.sub.Namespaces()[0]) }()
+		waitFor(t, "the first try", func() bool { return s.sub.Info().Lanes[0].Retried == 1 })
 		return done
 	}
 	t.Run("bounded", func(t *testing.T) {
@@ -112,7 +112,7 @@ func TestRetryDelay(t *testing.T) {
 	t.Run("aborted", func(t *testing.T) {
 		s := newSetup(t, 100, func(cfg *Config) { cfg.IOTimeout = time.Hour })
 		done := start(t, s)
-		s.ctrl.Abort(errors.New("not wanted"))
+		s.sub.Abort(errors.New("not wanted"))
 		if e := <-done; e != unix.ENOLINK {
 			t.Errorf("write: %v", e)
 		}
@@ -159,7 +159,7 @@ func poisonSetup(t *testing.T, set func(*Config)) *lookSetup {
 // limited number of associations, and that other requests do not fail.
 func TestPoison(t *testing.T) {
 	s := poisonSetup(t, func(cfg *Config) { cfg.IOTimeout = 500 * time.Millisecond })
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	f := newFrontEnd(t, ns, s.loops, 8, 4096, 31)
 	j := f.jobs[0]
 	j.first, j.content = 8, j.content[:len(j.content)-8] // nobody else reads sector 0
@@ -172,7 +172,7 @@ func TestPoison(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	waitFor(t, "the association", func() bool { return s.ctrl.Info().State == StateLive })
+	waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
 	if n := s.target.killers.Load(); n < suspectLosses+minBlames {
 		t.Errorf("given up after %d times", n)
 	}
@@ -184,7 +184,7 @@ func TestPoisonWithLimits(t *testing.T) {
 	s := poisonSetup(t, func(cfg *Config) {
 		cfg.ReconnectDelay, cfg.FastIOFail, cfg.CtrlLoss = time.Second, 1500*time.Millisecond, 2*time.Second
 	})
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	began := time.Now()
 	f := newFrontEnd(t, ns, s.loops, 8, 4096, 31)
 	j := f.jobs[0]
@@ -206,7 +206,7 @@ func TestPoisonWithLimits(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	waitFor(t, "the association", func() bool { return s.ctrl.Info().State == StateLive })
+	waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
 }
 
 // TestHandedOverTimeout checks that a command on the queue pair of another loop times
@@ -223,11 +223,11 @@ func TestHandedOverTimeout(t *testing.T) {
 	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 2})
 	cfg.IOTimeout = time.Second
 	c := connect(t, cfg)
-	defer closeController(t, c)
+	defer closeSubsystem(t, c)
 	if len(c.lanes) < 2 {
 		t.Fatal("one CPU has no second loop")
 	}
-	owner := c.assoc.pairs[0].lane.index
+	owner := c.slots[0].assoc.pairs[0].lane.index
 	q, err := c.Namespaces()[0].OpenQueue(1-owner, block.QueueConfig{Depth: 1, MaxIO: 4096})
 	if err != nil {
 		t.Fatal(err)
@@ -237,7 +237,7 @@ func TestHandedOverTimeout(t *testing.T) {
 	if e := submit(t, loops[1-owner], q, block.Request{Op: block.OpRead, Sectors: 8}); e != 0 {
 		t.Errorf("read: %v", e)
 	}
-	if i := c.Info(); i.Losses != 1 || !strings.Contains(i.Reason.Error(), "not answered") {
+	if i := c.Info().Paths[0]; i.Losses != 1 || !strings.Contains(i.Reason.Error(), "not answered") {
 		t.Errorf("%d losses, %v", i.Losses, i.Reason)
 	}
 }
@@ -246,7 +246,7 @@ func TestHandedOverTimeout(t *testing.T) {
 // is, and sends nothing that the target would have to refuse.
 func TestSeam(t *testing.T) {
 	s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.blocks = 1 << 40 })
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	q, err := ns.OpenQueue(0, block.QueueConfig{Depth: 2, MaxIO: 4096})
 	if err != nil {
 		t.Fatal(err)
@@ -303,7 +303,7 @@ func TestLongZeroes(t *testing.T) {
 		s.target.mu.Lock()
 		s.target.recorded = nil
 		s.target.mu.Unlock()
-		if e := unix.Errno(single(t, s.loops[0], s.ctrl.Namespaces()[0], block.Request{Op: block.OpWriteZeroes, Sectors: sectors})); e != 0 {
+		if e := unix.Errno(single(t, s.loops[0], s.sub.Namespaces()[0], block.Request{Op: block.OpWriteZeroes, Sectors: sectors})); e != 0 {
 			t.Errorf("%d sectors: %v", sectors, e)
 		}
 		var sum uint64
@@ -331,7 +331,7 @@ func TestStarvedQueuePair(t *testing.T) {
 	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
 	cfg.QueueSize = MinQueueSize
 	c := connect(t, cfg)
-	defer closeController(t, c)
+	defer closeSubsystem(t, c)
 	err := loops[0].Call(func() {
 		p := c.lanes[0].pairs[0]
 		// Every slot except the oldest is answered, and no SEND has completed.

@@ -43,13 +43,13 @@ func (ns *Namespace) Reserve(ctx context.Context, cmd *nvme.Command, data []byte
 	if err := checkReservation(cmd, len(data)); err != nil {
 		return err
 	}
-	c := ns.ctrl
-	if err := c.beginReservation(); err != nil {
+	s := ns.sub
+	if err := s.beginReservation(); err != nil {
 		return err
 	}
 	q, err := ns.openReservation()
 	if err != nil {
-		c.reservations.Done()
+		s.reservations.Done()
 		return err
 	}
 	d := &direct{length: uint32(len(data)), done: make(chan struct{})}
@@ -60,7 +60,7 @@ func (ns *Namespace) Reserve(ctx context.Context, cmd *nvme.Command, data []byte
 	answer := make([]byte, len(data))
 	ended := make(chan error, 1)
 	go func() {
-		defer c.reservations.Done()
+		defer s.reservations.Done()
 		<-d.done
 		copy(answer, q.Buffer(0))
 		ended <- errors.Join(d.err, q.Close())
@@ -105,13 +105,13 @@ func (d *direct) end(err error) {
 }
 
 // beginReservation counts a reservation command that Close has to wait for.
-func (c *Controller) beginReservation() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closing {
+func (s *Subsystem) beginReservation() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
 		return errClosed
 	}
-	c.reservations.Add(1)
+	s.reservations.Add(1)
 	return nil
 }
 
@@ -142,7 +142,9 @@ func (l *lane) admitDirect(r *request) bool {
 	switch presence := r.home.ns.presence.Load(); {
 	case presence == gone:
 		r.direct.err = fmt.Errorf("namespace %d: %w", r.home.ns.id, os.ErrNotExist)
-	case presence != served || l.route[r.class] == nil:
+	case r.home.ns.barred(r):
+		r.direct.err = errBarred
+	case presence != served || l.pick(r) == nil:
 		r.direct.err = ErrNotConnected
 	default:
 		return true

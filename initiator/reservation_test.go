@@ -23,7 +23,7 @@ func (f *fakeTarget) reserved(op nvme.Opcode) int {
 func TestReserve(t *testing.T) {
 	for _, inCapsule := range []int{0, 4096} {
 		s := newLookSetup(t, func(f *fakeTarget, _ *Config) { f.inCapsule = inCapsule })
-		ns := s.ctrl.Namespaces()[0]
+		ns := s.sub.Namespaces()[0]
 		keys := bytes.Repeat([]byte{1, 2, 3, 4, 5, 6, 7, 8}, 2)
 		for op, set := range map[nvme.Opcode]func(*nvme.Command){
 			nvme.OpReservationRegister: func(c *nvme.Command) { c.SetReservationRegister(99, 0, false, 0) },
@@ -51,7 +51,7 @@ func TestReserve(t *testing.T) {
 		if err := ns.Reserve(t.Context(), &cmd, report); err != nil || !bytes.Equal(report, bytes.Repeat([]byte{1}, 4096)) {
 			t.Errorf("report: %v, %x…", err, report[:8])
 		}
-		if used := s.ctrl.Info().Memory.Used; used != 0 {
+		if used := s.sub.Info().Memory.Used; used != 0 {
 			t.Errorf("%d bytes are still in use", used)
 		}
 	}
@@ -59,7 +59,7 @@ func TestReserve(t *testing.T) {
 
 func TestReserveThatIsNone(t *testing.T) {
 	s := newLookSetup(t, nil)
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	for name, tt := range map[string]struct {
 		set func(*nvme.Command)
 		n   int
@@ -94,7 +94,7 @@ func TestReserveOnce(t *testing.T) {
 			return nvme.Status(answer.Load()), true
 		}
 	})
-	ns := s.ctrl.Namespaces()[0]
+	ns := s.sub.Namespaces()[0]
 	register := func(ctx context.Context) error {
 		var cmd nvme.Command
 		cmd.SetReservationRegister(1, 0, false, 0)
@@ -121,7 +121,7 @@ func TestReserveOnce(t *testing.T) {
 	if err := <-ended; !errors.Is(err, ErrUncertain) {
 		t.Errorf("association lost: %v", err)
 	}
-	waitFor(t, "the next association", func() bool { return s.ctrl.Info().State == StateLive })
+	waitFor(t, "the next association", func() bool { return s.sub.Info().State == StateLive })
 	answer.Store(0)
 	waitFor(t, "an answer", func() bool { return register(t.Context()) == nil }) // the namespace may be held for a moment
 	if n := s.target.reserved(nvme.OpReservationRegister) - before; n != 2 {
@@ -151,7 +151,7 @@ func TestReserveNowhere(t *testing.T) {
 			return nvme.StatusSuccess
 		}
 	})
-	ns := s.ctrl.Namespaces()[1]
+	ns := s.sub.Namespaces()[1]
 	report := func() error {
 		var cmd nvme.Command
 		cmd.SetReservationReport(5, 64, true)
@@ -159,7 +159,7 @@ func TestReserveNowhere(t *testing.T) {
 	}
 	refuse.Store(true)
 	s.fabric.KillAll(hostAddr)
-	waitFor(t, "the loss", func() bool { return s.ctrl.Info().State == StateConnecting })
+	waitFor(t, "the loss", func() bool { return s.sub.Info().State == StateConnecting })
 	waitFor(t, "an error", func() bool { return errors.Is(report(), ErrNotConnected) }) // a report that the loss overtakes is uncertain
 	refuse.Store(false)
 	waitFor(t, "the next association", func() bool { return report() == nil })

@@ -174,7 +174,7 @@ func BenchmarkRoCE(b *testing.B) {
 					b.Fatal(err)
 				}
 			}
-			closeController(b, c)
+			closeSubsystem(b, c)
 		})
 	}
 }
@@ -201,16 +201,16 @@ func TestRoCESplits(t *testing.T) {
 				}
 				loops := newLoops(t, q.Loops())
 				c := connect(t, w.config(loops, q))
-				if got := c.Info().Plan; got != poller.Split(q, min(grant, q.Total())) {
+				if got := c.Info().Paths[0].Plan; got != poller.Split(q, min(grant, q.Total())) {
 					t.Errorf("plan %v", got)
 				}
 				f := newFrontEnd(t, c.Namespaces()[0], loops, 16, 64<<10, 1)
 				f.run(200)
 				f.close()
-				if i := c.Info(); i.Losses != 0 {
+				if i := c.Info().Paths[0]; i.Losses != 0 {
 					t.Errorf("lost %d times: %v", i.Losses, i.Reason)
 				}
-				closeController(t, c)
+				closeSubsystem(t, c)
 			})
 		}
 	}
@@ -238,7 +238,7 @@ func TestRoCEShapes(t *testing.T) {
 			f := newFrontEnd(t, ns, loops, 64, min(512<<10, int(ns.Geometry().MaxIO)), 2)
 			f.run(300)
 			f.close()
-			closeController(t, ctl)
+			closeSubsystem(t, ctl)
 		})
 	}
 }
@@ -256,11 +256,11 @@ func TestRoCERegrant(t *testing.T) {
 		w.target.Faults().Grant(grant)
 		w.sub.DropControllers()
 		if grant < 0 {
-			waitFor(t, "a refused attempt", func() bool { return c.Info().Attempts >= 2 })
+			waitFor(t, "a refused attempt", func() bool { return c.Info().Paths[0].Attempts >= 2 })
 			continue
 		}
 		waitFor(t, "the next association", func() bool {
-			i := c.Info()
+			i := c.Info().Paths[0]
 			return i.State == StateLive && i.Plan == poller.Split(q, min(grant, q.Total()))
 		})
 	}
@@ -268,7 +268,7 @@ func TestRoCERegrant(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestRoCEMisbehaviour checks that the controller names the fault and reconnects,
@@ -296,12 +296,12 @@ func TestRoCEMisbehaviour(t *testing.T) {
 			f.run(200)
 			// Requests end before the last lane has its queues.
 			waitFor(t, "the next association", func() bool { return ctl.Info().State == StateLive })
-			i := ctl.Info()
+			i := ctl.Info().Paths[0]
 			if i.Losses != 1 || i.Reason == nil || !strings.Contains(i.Reason.Error(), c.want) {
 				t.Errorf("%d losses, reason %v, want %q", i.Losses, i.Reason, c.want)
 			}
 			f.close()
-			closeController(t, ctl)
+			closeSubsystem(t, ctl)
 		})
 	}
 }
@@ -329,10 +329,10 @@ func TestRoCEStatus(t *testing.T) {
 		}
 		added.Remove()
 	}
-	if i := c.Info(); i.Losses != 0 {
+	if i := c.Info().Paths[0]; i.Losses != 0 {
 		t.Errorf("lost %d times: %v", i.Losses, i.Reason)
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // silences are faults that leave one admin or Connect command without an answer, each in
@@ -373,7 +373,7 @@ func TestRoCESilence(t *testing.T) {
 				// A step without so late a command, or whose loss does
 				// not matter
 				t.Log("connected all the same")
-				closeController(t, c)
+				closeSubsystem(t, c)
 			case !errors.As(err, &step) || !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil:
 				t.Errorf("%v, want a step that timed out", err)
 			}
@@ -405,7 +405,7 @@ func TestRoCEGarbage(t *testing.T) {
 					refused++
 					continue
 				}
-				closeController(t, c)
+				closeSubsystem(t, c)
 			}
 			// A random list of namespaces is refused, too, unless it is
 			// empty.
@@ -438,7 +438,7 @@ func TestRoCEGarbage(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestRoCESilentReconnect checks the same during a reconnect. One attempt fails, the next
@@ -460,13 +460,13 @@ func TestRoCESilentReconnect(t *testing.T) {
 	w.target.Faults().Stall(true)
 	w.target.Faults().Disconnect(-1)
 	f.start(50)
-	waitFor(t, "the second attempt", func() bool { return c.Info().Attempts >= 2 })
+	waitFor(t, "the second attempt", func() bool { return c.Info().Paths[0].Attempts >= 2 })
 	w.target.Faults().Stall(false)
 	for _, err := range f.wait(time.Minute) {
 		t.Error(err)
 	}
 	f.close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestRoCERefusals checks that the error of Connect has the target's reason.
@@ -477,7 +477,7 @@ func TestRoCERefusals(t *testing.T) {
 	try := func() error {
 		c, err := Connect(t.Context(), w.config(loops, poller.Request{IO: 1}))
 		if err == nil {
-			closeController(t, c)
+			closeSubsystem(t, c)
 		}
 		return err
 	}
@@ -538,7 +538,7 @@ func TestOldWriteOfTarget(t *testing.T) {
 	done := write("old")
 	<-store.began
 	w.sub.DropControllers()
-	waitFor(t, "the loss", func() bool { return c.Info().Losses == 1 })
+	waitFor(t, "the loss", func() bool { return c.Info().Paths[0].Losses == 1 })
 	select {
 	case <-done:
 		t.Error("the write was sent again while the target had the first copy")
@@ -553,7 +553,7 @@ func TestOldWriteOfTarget(t *testing.T) {
 			t.Errorf("write: %v", unix.Errno(errno))
 		}
 	}
-	closeController(t, c)
+	closeSubsystem(t, c)
 	got := make([]byte, 3)
 	if _, err := store.ReadAt(got, 0); err != nil || string(got) != "new" {
 		t.Errorf("the disk has the %q write, %v", got, err)

@@ -26,11 +26,13 @@ const (
 	LossTargetError                      // the target reported a persistent internal error
 	LossAborted                          // Abort was called
 	LossReset                            // Reset was called
+	LossLinkDown                         // the link is down, and there is another path
+	LossANA                              // an ANA group was in transition for too long
 	nLossReasons
 )
 
 var lossReasons = [nLossReasons]string{
-	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted", "reset",
+	"other", "keep_alive", "command_timeout", "queue_pair", "protocol", "disconnected", "device_removed", "target_error", "aborted", "reset", "link_down", "ana_transition",
 }
 
 func (r LossReason) String() string {
@@ -204,7 +206,7 @@ type timing struct {
 // through it.
 func (l *lane) stamp() time.Duration {
 	l.stamps++
-	return max(1, l.ctrl.now())
+	return max(1, l.sub.now())
 }
 
 // record adds the times of a request that ends to the histograms. The request's home is on
@@ -243,7 +245,7 @@ func (ns *Namespace) timesOn(lane int) *opHistograms {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	if ns.times == nil {
-		ns.times = make([]*opHistograms, len(ns.ctrl.lanes))
+		ns.times = make([]*opHistograms, len(ns.sub.lanes))
 	}
 	if ns.times[lane] == nil {
 		ns.times[lane] = new(opHistograms)
@@ -251,11 +253,11 @@ func (ns *Namespace) timesOn(lane int) *opHistograms {
 	return ns.times[lane]
 }
 
-// Present reports whether the namespace was found over the present association, so that
+// Present reports whether the namespace was found over a present association, so that
 // its requests are sent. Any goroutine may call it.
 func (ns *Namespace) Present() bool { return ns.presence.Load() == served }
 
-// outages counts the time without an association. The controller's mu guards it.
+// outages counts the time without an association.
 type outages struct {
 	total time.Duration // of the outages that have ended
 	since time.Time     // start of the present one; zero: there is none
@@ -264,8 +266,7 @@ type outages struct {
 	lost  [nLossReasons]int
 }
 
-func (o *outages) begin(when time.Time, reason LossReason) {
-	o.lost[reason]++
+func (o *outages) begin(when time.Time) {
 	if o.since.IsZero() {
 		o.since = when
 	}

@@ -85,7 +85,7 @@ func TestDurations(t *testing.T) {
 		t.Error("the next queue began anew")
 	}
 	q.Close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestFewRequestsAreTimed: where few requests come, one in each second of the controller's
@@ -184,7 +184,7 @@ func TestTimedRequestsAllocateNothing(t *testing.T) {
 		t.Errorf("%v allocations in 640 requests, %v", allocs, err)
 	}
 	q.Close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestLossReasons: the loss of an association is counted under its reason.
@@ -215,8 +215,8 @@ func TestLossReasons(t *testing.T) {
 			if errno := single(t, loops[0], ctl.Namespaces()[0], read); errno != 0 {
 				t.Errorf("errno %d", errno)
 			}
-			waitFor(t, "the next association", func() bool { i := ctl.Info(); return i.Losses == 1 && i.State == StateLive })
-			i := ctl.Info()
+			waitFor(t, "the next association", func() bool { i := ctl.Info().Paths[0]; return i.Losses == 1 && i.State == StateLive })
+			i := ctl.Info().Paths[0]
 			got := 0
 			for _, r := range c.want {
 				got += i.Outages.Losses[r]
@@ -224,7 +224,7 @@ func TestLossReasons(t *testing.T) {
 			if got != 1 || i.Outages.Made != 1 || i.Outages.Attempts < 1 || len(i.Outages.Losses) != int(nLossReasons) {
 				t.Errorf("%+v, want one loss for %v (%v)", i.Outages, c.want, i.Reason)
 			}
-			closeController(t, ctl)
+			closeSubsystem(t, ctl)
 		})
 	}
 	if got := (&Controller{life: t.Context()}).reasonOf(because(LossQueuePair, fmt.Errorf("queue: %w", because(LossProtocol, errors.New("nonsense"))))); got != LossProtocol {
@@ -323,7 +323,7 @@ func TestTimeOfRetry(t *testing.T) {
 		t.Errorf("errno %d, %v in the queue, %v on the way back", done[0].Errno, queue.Sum, back.Sum)
 	}
 	q.Close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // TestOldestCommand: a command that the target does not answer shows its age.
@@ -350,7 +350,7 @@ func TestOldestCommand(t *testing.T) {
 	})
 	waitFor(t, "no command", func() bool { return c.Info().Oldest == 0 })
 	q.Close()
-	closeController(t, c)
+	closeSubsystem(t, c)
 }
 
 // BenchmarkSample is what the choice of the requests to time costs each request.

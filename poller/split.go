@@ -203,3 +203,17 @@ func Map(p Plan, loops int) Mapping {
 	}
 	return m
 }
+
+// Rotate returns the mapping with every loop replaced by the one n places further. Several
+// mappings over the same loops then do not concentrate the load on the first loops.
+func (m Mapping) Rotate(n int) Mapping {
+	loops := len(m.Queue)
+	out := Mapping{Queue: make([][nClasses]int, loops), Owner: make([]int, len(m.Owner))}
+	for l := range loops {
+		out.Queue[(l+n)%loops] = m.Queue[l]
+	}
+	for i, l := range m.Owner {
+		out.Owner[i] = (l + n) % loops
+	}
+	return out
+}

@@ -189,3 +189,23 @@ func TestAssign(t *testing.T) {
 		}
 	}
 }
+
+// TestRotate checks that a rotated mapping has the same queues on other loops.
+func TestRotate(t *testing.T) {
+	for loops := 1; loops <= 4; loops++ {
+		m := Map(Split(Request{IO: loops, Write: 1}, loops), loops)
+		for n := range 6 {
+			r := m.Rotate(n)
+			for l := range loops {
+				if r.Queue[(l+n)%loops] != m.Queue[l] {
+					t.Errorf("%d loops by %d: loop %d has queues %v, want %v", loops, n, (l+n)%loops, r.Queue[(l+n)%loops], m.Queue[l])
+				}
+			}
+			for q, owner := range m.Owner {
+				if r.Owner[q] != (owner+n)%loops {
+					t.Errorf("%d loops by %d: queue %d has owner %d", loops, n, q+1, r.Owner[q])
+				}
+			}
+		}
+	}
+}

@@ -5,8 +5,9 @@
 //
 // # Ownership
 //
-// The provider allocates registered memory off the Go heap. It stays mapped and pinned
-// until MR.Close. Close objects in the reverse order of their creation: the ID (which
+// Registered memory is off the Go heap. Either the provider allocates it (PD.AllocMR), and it
+// stays mapped until MR.Close, or it is the caller's (PD.RegMR). It stays pinned until
+// MR.Close. Close objects in the reverse order of their creation: the ID (which
 // destroys its QP) before the CQs and MRs that the QP used, and those before the PD. In
 // another order, Close works, or changes nothing and returns EBUSY. After Close of an
 // object or of its provider, every method returns an error (ErrClosed) or does nothing,
@@ -171,9 +172,9 @@ type Access uint8
 // Access rights. AccessRemoteWrite includes AccessLocalWrite.
 //
 // AccessRemoteInvalidate allows the peer to invalidate the remote key by SEND with
-// invalidate. The region then has no remote key until ReregisterMR. Without this right, such
-// a SEND ends the connection with a remote access error, and the key stays valid (IBTA vol
-// 1, 10.6.7.2). A provider that does not support the right for ordinary regions returns
+// invalidate. The region then has no remote key. Without this right, such a SEND ends the
+// connection with a remote access error, and the key stays valid (IBTA vol 1, 10.6.7.2). A
+// provider that does not support the right for ordinary regions returns
 // ErrUnsupported.
 const (
 	AccessLocalWrite Access = 1 << iota
@@ -186,23 +187,21 @@ const (
 type PD interface {
 	// AllocMR maps length bytes, rounded up to pages, populates them and registers them.
 	AllocMR(length int, access Access) (MR, error)
-	// ReregisterMR moves a region from another domain of this provider, perhaps on
-	// another device, to this domain. Memory, address and rights stay the same, and the
-	// keys are new. The region must not be in use. On an error it stays in its old
-	// domain. The region may have been released before.
-	ReregisterMR(mr MR) error
+	// RegMR registers memory that exists. The memory is off the Go heap and page aligned,
+	// and stays mapped until Close of the region has succeeded. The same memory may be in
+	// any number of regions, in any domains of any providers. Its address is the same in
+	// all of them, and each region has keys of its own.
+	RegMR(mem []byte, access Access) (MR, error)
 	Close() error
 }
 
 // MR is a registered memory region.
 type MR interface {
-	Bytes() []byte // off the Go heap, page aligned, zeroed at first
+	Bytes() []byte // off the Go heap, page aligned; of AllocMR: zeroed at first
 	Addr() uint64  // address for an SGE or for the peer
 	LKey() uint32
 	RKey() uint32
-	// Release ends the registration and keeps the memory, so that ReregisterMR can
-	// register it again. It is idempotent.
-	Release() error
+	// Close ends the registration, and unmaps the memory if AllocMR allocated it.
 	Close() error
 }
 

@@ -26,7 +26,6 @@ func (m *memory) Bytes() []byte { return m.bytes }
 func (m *memory) Addr() uint64  { return 0x10000 }
 func (m *memory) LKey() uint32  { return 7 }
 func (m *memory) RKey() uint32  { return 8 }
-func (*memory) Release() error  { return nil }
 func (m *memory) Close() error  { m.closed++; return m.busy }
 
 func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
@@ -36,13 +35,13 @@ func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return &a.memory, nil
 }
-func (a *adapter) ReregisterMR(rdma.MR) error          { return nil }
-func (a *adapter) Num() uint32                         { return 1 }
-func (a *adapter) PostRecv([]rdma.RecvWR) (int, error) { return 0, nil }
-func (a *adapter) Fail() error                         { return nil }
-func (a *adapter) Arm() error                          { return nil }
-func (a *adapter) FD() int                             { return -1 }
-func (a *adapter) Ack(int)                             {}
+func (a *adapter) RegMR([]byte, rdma.Access) (rdma.MR, error) { return &a.memory, nil }
+func (a *adapter) Num() uint32                                { return 1 }
+func (a *adapter) PostRecv([]rdma.RecvWR) (int, error)        { return 0, nil }
+func (a *adapter) Fail() error                                { return nil }
+func (a *adapter) Arm() error                                 { return nil }
+func (a *adapter) FD() int                                    { return -1 }
+func (a *adapter) Ack(int)                                    {}
 func (a *adapter) PostSend(wrs []rdma.SendWR) (int, error) {
 	a.posted = append(a.posted, wrs...)
 	return len(wrs), nil

@@ -177,7 +177,7 @@ func (t *Target) takeMemory(n int64) error {
 
 // open makes the queue for a connect request. An error that wraps no
 // nvme.RDMARejectStatus means that resources are missing.
-func (t *Target) open(id rdma.ID) (*queuePair, error) {
+func (t *Target) open(id rdma.ID, p *Port) (*queuePair, error) {
 	if reason := nvme.RDMARejectStatus(t.faults.reject.Load()); reason != 0 {
 		return nil, fmt.Errorf("fault: %w", reason)
 	}
@@ -196,7 +196,7 @@ func (t *Target) open(id rdma.ID) (*queuePair, error) {
 	if err := t.admit(host); err != nil {
 		return nil, err
 	}
-	q, err := newQueuePair(t, id, req)
+	q, err := newQueuePair(p, id, req)
 	if err != nil {
 		t.ended(host, nil)
 		return nil, err

@@ -43,6 +43,7 @@ var events = [numEvents]struct {
 // its commands executes any more.
 type controller struct {
 	subsystem *Subsystem
+	port      *Port
 	id        uint16
 	subNQN    string // by which the host calls the subsystem
 	hostNQN   string
@@ -69,9 +70,9 @@ type controller struct {
 	changed  []uint32        // ids of changed namespaces, for log page 04h
 }
 
-func newController(s *Subsystem, data *nvme.ConnectData) *controller {
+func newController(s *Subsystem, p *Port, data *nvme.ConnectData) *controller {
 	c := &controller{
-		subsystem: s, subNQN: data.SubNQN(), hostNQN: data.HostNQN(), hostID: data.HostID(),
+		subsystem: s, port: p, subNQN: data.SubNQN(), hostNQN: data.HostNQN(), hostID: data.HostID(),
 		queues: map[uint16]*queuePair{}, granted: int(s.maxQueues.Load()),
 		enabled: nvme.AENNamespaceAttribute | nvme.AENANAChange,
 	}

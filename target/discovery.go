@@ -86,29 +86,48 @@ func (t *Target) visible(host string) (subsystems []*Subsystem, referrals []neti
 // is connected to, because it can reach that one.
 func (q *queuePair) discoveryLog() ([]byte, error) {
 	subsystems, referrals, genctr := q.target.visible(q.ctrl.hostNQN)
-	own := netip.AddrPortFrom(q.id.LocalAddr().Addr(), q.target.Addr().Port())
-	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(1 + len(subsystems) + len(referrals))}.AppendTo(nil)
+	ports := q.listedPorts()
+	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(1 + len(subsystems)*len(ports) + len(referrals))}.AppendTo(nil)
 	var errs []error
-	add := func(kind nvme.SubsystemType, nqn string, at netip.AddrPort, flags nvme.EntryFlags, treq nvme.TransportRequirements) {
+	add := func(kind nvme.SubsystemType, nqn string, at netip.AddrPort, port uint16, flags nvme.EntryFlags, treq nvme.TransportRequirements) {
 		var e nvme.DiscoveryEntry
 		errs = append(errs, fillEntry(&e, nqn, at))
 		e.SetSUBTYPE(kind)
 		e.SetEFLAGS(flags)
 		e.SetTREQ(treq)
-		if kind != nvme.SubsystemReferral { // the port of another service is its own affair
-			e.SetPORTID(1)
-		}
+		e.SetPORTID(port)
 		log = append(log, e[:]...)
 	}
 	ours := nvme.TREQNotSpecified | nvme.TREQDisableSQFlow
-	add(nvme.SubsystemCurrentDiscovery, q.target.cfg.DiscoveryNQN, own, nvme.EntryPersistent, ours)
+	add(nvme.SubsystemCurrentDiscovery, q.target.cfg.DiscoveryNQN, ports[0].at, ports[0].id, nvme.EntryPersistent, ours)
 	for _, s := range subsystems {
-		add(nvme.SubsystemNVMe, s.cfg.NQN, own, 0, ours)
+		for _, p := range ports {
+			add(nvme.SubsystemNVMe, s.cfg.NQN, p.at, p.id, 0, ours)
+		}
 	}
 	for _, to := range referrals {
-		add(nvme.SubsystemReferral, nvme.DiscoveryNQN, to, 0, nvme.TREQNotSpecified)
+		add(nvme.SubsystemReferral, nvme.DiscoveryNQN, to, 0, 0, nvme.TREQNotSpecified)
 	}
 	return log, errors.Join(errs...)
+}
+
+// listedPort is a port in the discovery log.
+type listedPort struct {
+	at netip.AddrPort
+	id uint16
+}
+
+// listedPorts returns the port of this queue and then the others. Of a port that listens on
+// all addresses, only the address that the host is connected to is known to be reachable.
+func (q *queuePair) listedPorts() []listedPort {
+	own := netip.AddrPortFrom(q.id.LocalAddr().Addr(), q.port.Addr().Port())
+	all := []listedPort{{own, q.port.ID()}}
+	for _, p := range q.target.Ports() {
+		if at := p.Addr(); p != q.port && !at.Addr().IsUnspecified() {
+			all = append(all, listedPort{at, p.ID()})
+		}
+	}
+	return all
 }
 
 // fillEntry fills in what all entries have.

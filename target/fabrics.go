@@ -84,7 +84,7 @@ func (q *queuePair) create(s *Subsystem, p nvme.ConnectParams, data *nvme.Connec
 	if data.CNTLID() != nvme.CNTLIDDynamic {
 		return refusedController
 	}
-	c := newController(s, data)
+	c := newController(s, q.port, data)
 	if !q.target.controllers.add(c) {
 		return refusedIDs
 	}

@@ -15,6 +15,7 @@ import (
 
 // Match selects the commands that a fault applies to.
 type Match struct {
+	Port    uint16        // match commands that arrive at the port with this id; 0: at any
 	Admin   bool          // match commands of admin queues instead of I/O queues
 	QID     uint16        // without Admin: match commands of this queue; 0: of every I/O queue
 	NSID    uint32        // match commands to this namespace; 0: to any
@@ -25,8 +26,8 @@ type Match struct {
 	Selectors []uint8
 }
 
-func (m *Match) hits(qid uint16, cmd *nvme.Command) bool {
-	if m.Admin != (qid == 0) || m.QID != 0 && m.QID != qid || m.NSID != 0 && m.NSID != cmd.NSID() {
+func (m *Match) hits(port, qid uint16, cmd *nvme.Command) bool {
+	if m.Port != 0 && m.Port != port || m.Admin != (qid == 0) || m.QID != 0 && m.QID != qid || m.NSID != 0 && m.NSID != cmd.NSID() {
 		return false
 	}
 	if len(m.Selectors) > 0 && !slices.Contains(m.Selectors, uint8(cmd.CDW10())) {
@@ -249,7 +250,7 @@ func (f *Faults) Hidden() bool { return f.hidden.Load() }
 func (q *queuePair) judge(i int, rules []*rule) bool {
 	r, cmd := &q.reqs[i], q.command(i)
 	for _, rule := range rules {
-		if !rule.hits(q.qid, cmd) || !rule.strikes() {
+		if !rule.hits(q.port.ID(), q.qid, cmd) || !rule.strikes() {
 			continue
 		}
 		r.corrupt, r.rule = rule.Corrupt, rule

@@ -133,7 +133,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 	id.SetNMIC(nsShared)
 	id.SetRESCAP(reservationTypes)
 	id.SetDLFEAT(nvme.DLFEATZeroes | deacZeroes)
-	id.SetANAGRPID(n.cfg.ANAGroup)
+	id.SetANAGRPID(n.group.Load())
 	id.SetNGUID(n.cfg.NGUID)
 	id.SetEUI64(n.cfg.EUI64)
 	id.SetLBAFormat(0, nvme.LBAFormat{LBADS: n.shift})
@@ -145,7 +145,7 @@ func (n *Namespace) identify(id *nvme.IdentifyNamespace) {
 func (n *Namespace) identifyIndependent(id *nvme.IdentifyNSIndependent) {
 	id.SetNMIC(nsShared)
 	id.SetRESCAP(reservationTypes)
-	id.SetANAGRPID(n.cfg.ANAGroup)
+	id.SetANAGRPID(n.group.Load())
 	id.SetNSTAT(nsReady)
 	if n.readOnly.Load() {
 		id.SetNSATTR(nsWriteProtected)

@@ -17,7 +17,7 @@ func (q *queuePair) io(i int) {
 		return
 	}
 	r.ns = ns
-	s := ns.access()
+	s := ns.access(q.port)
 	if s.OK() {
 		s = q.checkIO(r, cmd)
 	}

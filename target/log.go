@@ -55,7 +55,7 @@ func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	case nvme.LogChangedNamespaces:
 		return c.takeChanged(middle)
 	case nvme.LogANA:
-		return s.anaLog(cmd.CDW10()&lspGroupsOnly != 0)
+		return s.anaLog(q.port, cmd.CDW10()&lspGroupsOnly != 0)
 	}
 	return nil
 }

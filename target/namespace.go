@@ -31,8 +31,8 @@ type NamespaceConfig struct {
 type Namespace struct {
 	subsystem *Subsystem
 	cfg       NamespaceConfig
-	shift     uint8 // log2 of the block size
-	group     *atomic.Uint32
+	shift     uint8         // log2 of the block size
+	group     atomic.Uint32 // ANA group
 	blocks    atomic.Uint64
 	readOnly  atomic.Bool
 	sizeMu    sync.Mutex // for changes of blocks
@@ -78,7 +78,7 @@ func (s *Subsystem) newNamespace(cfg NamespaceConfig) (*Namespace, error) {
 	case cfg.ANAGroup > MaxANAGroups:
 		return nil, fmt.Errorf("namespace: ana group %d is above %d", cfg.ANAGroup, MaxANAGroups)
 	}
-	n.group = &s.ana[cfg.ANAGroup-1]
+	n.group.Store(cfg.ANAGroup)
 	n.readOnly.Store(cfg.ReadOnly)
 	size := cfg.Store.Size()
 	if err := n.checkSize(size); err != nil {
@@ -156,9 +156,10 @@ func (n *Namespace) SetReadOnly(on bool) {
 	}
 }
 
-// access returns the error status that the ANA state gives to commands, or success.
-func (n *Namespace) access() nvme.Status {
-	switch nvme.ANAState(n.group.Load()) {
+// access returns the error status that the ANA state gives to commands over a port, or
+// success.
+func (n *Namespace) access(p *Port) nvme.Status {
+	switch nvme.ANAState(n.subsystem.ana[p.index][n.group.Load()-1].Load()) {
 	case nvme.ANAInaccessible:
 		return nvme.StatusANAInaccessible
 	case nvme.ANAPersistentLoss:

@@ -52,6 +52,7 @@ type response struct {
 // kill.
 type queuePair struct {
 	target *Target
+	port   *Port
 	id     rdma.ID
 	host   netip.Addr // address of the host
 	qp     rdma.QP
@@ -114,9 +115,10 @@ type queuePair struct {
 }
 
 // newQueuePair makes a queue that can receive a Connect command.
-func newQueuePair(t *Target, id rdma.ID, req nvme.RDMARequest) (*queuePair, error) {
+func newQueuePair(p *Port, id rdma.ID, req nvme.RDMARequest) (*queuePair, error) {
+	t := p.target
 	q := &queuePair{
-		target: t, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1,
+		target: t, port: p, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1,
 	}
 	q.ctx, q.cancel = context.WithCancel(t.ctx)
 	if q.qid > 0 {

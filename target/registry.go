@@ -3,8 +3,6 @@ package target
 import (
 	"math/rand/v2"
 	"sync"
-
-	"ublk-nvmeof/nvme"
 )
 
 // registry holds the controllers of all subsystems of a target. A controller stays in
@@ -15,20 +13,24 @@ type registry struct {
 	mu   sync.Mutex // guards what follows; no other lock is taken while it is held
 	byID map[uint16]*controller
 	last uint16 // the id assigned last
+
+	least, most uint16 // ids to assign
 }
 
-// newRegistry returns an empty registry. It begins at a random id, so that ids of an
-// earlier process are not soon those of other controllers.
-func newRegistry() registry {
-	return registry{byID: map[uint16]*controller{}, last: uint16(rand.IntN(nvme.CNTLIDMax))}
+// newRegistry returns an empty registry for ids from least to most. It begins at a random id,
+// so that ids of an earlier process are not soon those of other controllers.
+func newRegistry(least, most uint16) registry {
+	return registry{byID: map[uint16]*controller{}, last: least + uint16(rand.IntN(int(most-least)+1)), least: least, most: most}
 }
 
 // add assigns the next free id to a new controller. It returns false if no id is free.
 func (r *registry) add(c *controller) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for range nvme.CNTLIDMax {
-		r.last = r.last%nvme.CNTLIDMax + 1
+	for range int(r.most-r.least) + 1 {
+		if r.last++; r.last > r.most || r.last < r.least {
+			r.last = r.least
+		}
 		if r.byID[r.last] == nil {
 			c.id = r.last
 			r.byID[c.id] = c

@@ -81,22 +81,23 @@ type Subsystem struct {
 	maxQueues atomic.Int32
 	// namespaces is the part of table that hosts see. It is replaced as a whole.
 	namespaces atomic.Pointer[[]*Namespace]
-	// ana holds the state of each group, by group id minus one. The I/O path reads it.
-	ana [MaxANAGroups]atomic.Uint32
+	// ana holds the state of each group over each port, by group id minus one. The I/O
+	// path reads it.
+	ana [MaxPorts][MaxANAGroups]atomic.Uint32
 
 	mu         sync.Mutex           // guards what follows, and changes of namespaces and ana
 	hostAuth   map[string]*HostAuth // by host NQN; replaced as a whole
 	table      []*Namespace         // by namespace id minus one
 	anaChanges uint64
-	anaCounts  [MaxANAGroups]uint64
+	anaCounts  [MaxPorts][MaxANAGroups]uint64
 }
 
 func newSubsystem(t *Target, cfg SubsystemConfig) *Subsystem {
 	s := &Subsystem{target: t, cfg: cfg}
 	s.maxQueues.Store(int32(cfg.MaxQueues))
 	s.namespaces.Store(&[]*Namespace{})
-	for i := range s.ana {
-		s.ana[i].Store(uint32(nvme.ANAOptimized))
+	for port := range s.ana {
+		s.resetANA(port)
 	}
 	return s
 }
@@ -257,9 +258,19 @@ func (s *Subsystem) flush() error {
 	return errors.Join(errs...)
 }
 
-// SetANAState sets the state of an ANA group (1..MaxANAGroups) and notifies the hosts.
-// Initially, all groups are optimized.
+// SetANAState sets the state of an ANA group (1..MaxANAGroups) over all ports and notifies the
+// hosts. Initially, all groups are optimized.
 func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
+	if err := checkANA(group, state); err != nil {
+		return err
+	}
+	for _, p := range s.target.Ports() {
+		s.setANA(p.index, group, state)
+	}
+	return nil
+}
+
+func checkANA(group uint32, state nvme.ANAState) error {
 	switch state {
 	case nvme.ANAOptimized, nvme.ANANonOptimized, nvme.ANAInaccessible, nvme.ANAPersistentLoss, nvme.ANAChange:
 	default:
@@ -268,21 +279,29 @@ func (s *Subsystem) SetANAState(group uint32, state nvme.ANAState) error {
 	if group < 1 || group > MaxANAGroups {
 		return fmt.Errorf("subsystem: ana group %d; want 1 to %d", group, MaxANAGroups)
 	}
-	s.mu.Lock()
-	changed := s.ana[group-1].Swap(uint32(state)) != uint32(state)
-	if changed {
-		s.anaChanges++
-		s.anaCounts[group-1] = s.anaChanges
-	}
-	s.mu.Unlock()
-	if changed {
-		s.notify(eventANA, 0)
-	}
 	return nil
 }
 
-// anaLog returns log page 0Ch, without namespace ids if groupsOnly is set.
-func (s *Subsystem) anaLog(groupsOnly bool) []byte {
+func (s *Subsystem) setANA(port int, group uint32, state nvme.ANAState) {
+	s.mu.Lock()
+	changed := s.ana[port][group-1].Swap(uint32(state)) != uint32(state)
+	if changed {
+		s.anaChanges++
+		s.anaCounts[port][group-1] = s.anaChanges
+	}
+	s.mu.Unlock()
+	if !changed {
+		return
+	}
+	for _, c := range s.target.controllers.of(s) {
+		if c.port.index == port {
+			c.notify(eventANA, 0)
+		}
+	}
+}
+
+// anaLog returns log page 0Ch for a port, without namespace ids if groupsOnly is set.
+func (s *Subsystem) anaLog(p *Port, groupsOnly bool) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var members [MaxANAGroups][]uint32
@@ -291,7 +310,7 @@ func (s *Subsystem) anaLog(groupsOnly bool) []byte {
 		if n == nil {
 			continue
 		}
-		m := &members[n.cfg.ANAGroup-1]
+		m := &members[n.group.Load()-1]
 		if *m == nil {
 			groups++
 		}
@@ -305,7 +324,7 @@ func (s *Subsystem) anaLog(groupsOnly bool) []byte {
 		if groupsOnly {
 			ids = nil
 		}
-		log = nvme.AppendANAGroup(log, uint32(i)+1, s.anaCounts[i], nvme.ANAState(s.ana[i].Load()), ids...)
+		log = nvme.AppendANAGroup(log, uint32(i)+1, s.anaCounts[p.index][i], nvme.ANAState(s.ana[p.index][i].Load()), ids...)
 	}
 	return log
 }

@@ -58,6 +58,10 @@ type Config struct {
 	// queue takes about 1 MiB. 0: a quarter of the machine's memory, at least 256 MiB.
 	QueueMemory int64
 
+	// The ids of controllers are between these, 1..nvme.CNTLIDMax; 0: the smallest and the
+	// largest. The targets of one subsystem must not give the same ids.
+	MinControllerID, MaxControllerID uint16
+
 	// DiscoveryNQN is a name of the discovery subsystem beside the well-known one, which
 	// its controllers and its log give; empty: there is none.
 	DiscoveryNQN string
@@ -117,6 +121,12 @@ func (c *Config) setDefaults() error {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = DefaultConnectTimeout
 	}
+	if c.MinControllerID == 0 {
+		c.MinControllerID = 1
+	}
+	if c.MaxControllerID == 0 {
+		c.MaxControllerID = nvme.CNTLIDMax
+	}
 	c.InCapsule = max(0, c.InCapsule)
 	switch {
 	case c.InCapsule > maxInCapsule || c.InCapsule%16 != 0:
@@ -131,6 +141,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: limit of %d connections of one host; want at least 1", c.MaxPerHost)
 	case c.QueueMemory < 0:
 		return fmt.Errorf("config: queue memory of %d bytes is negative", c.QueueMemory)
+	case c.MinControllerID > c.MaxControllerID || c.MaxControllerID > nvme.CNTLIDMax:
+		return fmt.Errorf("config: controller ids %d to %d; want a range within 1 to %d", c.MinControllerID, c.MaxControllerID, nvme.CNTLIDMax)
 	case c.ConnectTimeout < 0:
 		return fmt.Errorf("config: connect timeout %v is negative", c.ConnectTimeout)
 	case !fits(c.ANATransition, time.Second) || c.ANATransition > math.MaxUint8*time.Second:
@@ -158,21 +170,24 @@ func (c *Config) setDefaults() error {
 // fits reports whether d can be written as a 16-bit number of units.
 func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <= math.MaxUint16 }
 
-// Target is an NVMe over Fabrics target that listens on one address.
+// Target is an NVMe over Fabrics target. It listens on the address of its configuration, and
+// on those of further ports.
 type Target struct {
-	cfg      Config
-	listener rdma.Listener
-	log      *slog.Logger // for events that hosts cause; limited in rate, so that hosts cannot fill a disk
-	faults   Faults
-	running  sync.WaitGroup
-	start    sync.Once
-	ctx      context.Context // ends with Close
-	cancel   context.CancelFunc
+	cfg     Config
+	first   *Port
+	log     *slog.Logger // for events that hosts cause; limited in rate, so that hosts cannot fill a disk
+	faults  Faults
+	running sync.WaitGroup
+	start   sync.Once
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
 
 	controllers registry
 	flushes     atomic.Int64 // flushes of whole subsystems in progress
 
 	mu         sync.Mutex // guards what follows
+	ports      [MaxPorts]*Port
+	started    bool // ports accept connections
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
 	referrals  []netip.AddrPort // in the discovery log
@@ -192,7 +207,7 @@ func New(cfg Config) (*Target, error) {
 		return nil, err
 	}
 	t := &Target{
-		cfg: cfg, controllers: newRegistry(),
+		cfg: cfg, controllers: newRegistry(cfg.MinControllerID, cfg.MaxControllerID),
 		subsystems: map[string]*Subsystem{}, queues: map[*queuePair]struct{}{}, past: newTotals(), refusals: map[string]uint64{},
 		admission: admission{hosts: map[netip.Addr]int{}, endingOf: map[netip.Addr]int{}},
 	}
@@ -202,7 +217,7 @@ func New(cfg Config) (*Target, error) {
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: cfg.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
 	t.discovery.discovery = true
 	var err error
-	if t.listener, err = cfg.Provider.Listen(cfg.AddrPort, backlog); err != nil {
+	if t.first, err = t.AddPort(cfg.Provider, cfg.AddrPort); err != nil {
 		t.cancel()
 		return nil, err
 	}
@@ -213,10 +228,21 @@ func New(cfg Config) (*Target, error) {
 }
 
 // Start begins to answer connect requests. Later calls do nothing.
-func (t *Target) Start() { t.start.Do(func() { t.running.Go(t.accept) }) }
+func (t *Target) Start() {
+	t.start.Do(func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.started = true
+		for _, p := range t.ports {
+			if p != nil {
+				t.running.Go(p.accept)
+			}
+		}
+	})
+}
 
-// Addr returns the address on which the target listens.
-func (t *Target) Addr() netip.AddrPort { return t.listener.Addr() }
+// Addr returns the address of the first port.
+func (t *Target) Addr() netip.AddrPort { return t.first.Addr() }
 
 // Discovery returns the discovery subsystem, which every host may use. Hosts with a
 // [HostAuth] must authenticate.
@@ -228,10 +254,13 @@ func (t *Target) Faults() *Faults { return &t.faults }
 // Close ends all connections and waits until all goroutines of the target have ended.
 func (t *Target) Close() error {
 	t.cancel()
-	err := t.listener.Close()
+	var errs []error
+	for _, p := range t.Ports() {
+		errs = append(errs, p.Close())
+	}
 	t.disconnect(func(*queuePair) bool { return true }, "target closes")
 	t.running.Wait()
-	return err
+	return errors.Join(errs...)
 }
 
 // AddSubsystem adds a subsystem without namespaces. It fails if the configuration is
@@ -294,9 +323,10 @@ func (t *Target) all() []*Subsystem {
 }
 
 // accept serves connect requests until the listener closes.
-func (t *Target) accept() {
+func (p *Port) accept() {
+	t := p.target
 	for {
-		id, err := t.listener.Accept(t.ctx)
+		id, err := p.listener.Accept(t.ctx)
 		t.faults.awaitThaw(t.ctx)
 		switch {
 		case t.ctx.Err() != nil:
@@ -305,20 +335,20 @@ func (t *Target) accept() {
 			}
 			return
 		case errors.Is(err, rdma.ErrClosed):
-			t.cfg.Log.Error("listener ended", "err", err)
+			t.cfg.Log.Info("port is closed", "address", p.Addr().String())
 			return
 		case err != nil:
 			t.log.Warn("connect request failed", "err", err)
 			continue
 		}
-		t.running.Go(func() { t.serve(id) })
+		t.running.Go(func() { t.serve(id, p) })
 	}
 }
 
 // serve serves a connect request and the connection until it has ended.
-func (t *Target) serve(id rdma.ID) {
+func (t *Target) serve(id rdma.ID, p *Port) {
 	log := t.log.With("host", id.RemoteAddr())
-	q, err := t.open(id)
+	q, err := t.open(id, p)
 	if err != nil {
 		log.Warn("connection refused", "err", err)
 		reason := nvme.RDMARejectNoResources

@@ -127,6 +127,10 @@ systemd runs, so the end of the session or service that started it does not end 
 If the address is a host name, each of its addresses is tried until one accepts
 the connection.
 
+If a server of this host serves the subsystem already, the address becomes a further
+path of its devices (see --path). With --duplicate-connect the subsystem gets another
+server and other devices.
+
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
 		Args: noArgs,
@@ -174,6 +178,12 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
+	if s, joined, err := c.join(ctx, dir); joined || err != nil {
+		if err != nil {
+			return err
+		}
+		return c.show(cmd.OutOrStdout(), s)
+	}
 	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
 	if err != nil {
 		return c.settle(cmd, dir, err)

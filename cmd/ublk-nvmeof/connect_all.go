@@ -316,6 +316,7 @@ func (g *gatherer) connectAll(ctx context.Context, all []*subsystem) (results []
 		if r.Err != nil {
 			r.Outcome = output.Failed
 		}
+		g.joinAll(ctx, s, &r)
 		r.Further = further(s, r.Status)
 		results = append(results, r)
 	}
@@ -383,7 +384,7 @@ func (g *gatherer) connect(ctx context.Context, s *subsystem, r *output.Subsyste
 // further lists the addresses of a subsystem that its server does not use.
 func further(s *subsystem, used control.Status) (out []string) {
 	for _, p := range s.paths {
-		if used.Name != "" && p.to.String() != output.Endpoint(used) {
+		if used.Name != "" && p.to.String() != output.Endpoint(used) && !hasPath(used, state.Record{}, p.to) {
 			out = append(out, p.to.String())
 		}
 	}

@@ -43,7 +43,7 @@ const (
 )
 
 func newDisconnect(runDir dirFunc) *cobra.Command {
-	var nqns, devices []string
+	var nqns, devices, paths []string
 	var force bool
 	cmd := &cobra.Command{
 		Use:   "disconnect {-n NQN | -d DEVICE | NQN | DEVICE}…",
@@ -58,6 +58,8 @@ the users of the device get I/O errors, and a server that does not end within
 seconds is killed. When the command returns, the server has ended, or the error
 says why it has not. A server that does not answer is given up after 30 s.
 
+With --path, only a path of a server is removed. The last path goes only with the devices.
+
 As with nvme-cli, it is no error if no server has the NQN. It is an error if there
 is no such device.`,
 		RunE: verb("disconnect", func(cmd *cobra.Command, args []string) error {
@@ -71,16 +73,20 @@ is no such device.`,
 			if len(nqns)+len(devices) == 0 {
 				return usage(errors.New("nothing is given; want -n NQN or -d DEVICE"))
 			}
+			if err := checkPaths(paths); err != nil {
+				return err
+			}
 			dir, err := runDir()
 			if err != nil {
 				return err
 			}
-			return disconnect(cmd, dir, nqns, devices, force)
+			return disconnect(cmd, dir, nqns, devices, paths, force)
 		}),
 	}
 	f := cmd.Flags()
 	f.StringArrayVarP(&nqns, "nqn", "n", nil, "`NQN` of the subsystem; may be repeated")
 	f.StringArrayVarP(&devices, "device", "d", nil, "block `device`, NBD URI or name of a server; may be repeated")
+	f.StringArrayVar(&paths, "path", nil, "remove only the path to an address, `ADDRESS[,PORT[,HOST_TRADDR]]`, and leave the devices; may be repeated")
 	f.BoolVar(&force, "force", false, "end the server even if a device is in use, and return within 5 s")
 	byNQN := completeServers(runDir, func(r state.Record) []string { return []string{r.Target.NQN} })
 	cobra.CheckErr(cmd.RegisterFlagCompletionFunc("nqn", byNQN))
@@ -169,11 +175,15 @@ func choose(records []state.Record, nqns, devices []string) (chosen []wanted, er
 
 // disconnect ends all named servers at the same time. It reports those that it could
 // not end.
-func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices []string, force bool) error {
+func disconnect(cmd *cobra.Command, dir state.Dir, nqns, devices, paths []string, force bool) error {
 	began := time.Now()
 	records, err := dir.List()
 	if err != nil {
 		return err
+	}
+	if len(paths) > 0 {
+		chosen, errs := choose(records, nqns, devices)
+		return errors.Join(append(errs, removePaths(cmd, chosen, paths))...)
 	}
 	devices, keeperErrs := endKeepers(cmd, dir, devices)
 	chosen, errs := choose(records, nqns, devices)

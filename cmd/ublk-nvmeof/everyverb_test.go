@@ -191,8 +191,8 @@ func TestSchemaOfEveryVerb(t *testing.T) {
 	const connects, silent = "connect", ""
 	others := map[string]string{
 		"recover": connects, "upgrade": connects, // they show the new server as connect does
-		"target": "target-list",                                 // that of the target that has started
-		"reset":  silent, "ns-rescan": silent, "reauth": silent, // they write nothing
+		"target": "target-list",                                                   // that of the target that has started
+		"reset":  silent, "ns-rescan": silent, "reauth": silent, "policy": silent, // they write nothing
 		"resv-register": silent, "resv-acquire": silent, "resv-release": silent, // one line of text, as nvme-cli
 	}
 	verbs := 0

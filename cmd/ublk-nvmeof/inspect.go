@@ -21,7 +21,7 @@ func inspectVerbs(runDir dirFunc) []*cobra.Command {
 		newIDCtrl(runDir), newIDNS(runDir), newListNS(runDir), newNSDescs(runDir),
 		newSmartLog(runDir), newErrorLog(runDir), newANALog(runDir), newGetLog(runDir),
 		newGetFeature(runDir), newShowRegs(runDir), newGetProperty(runDir),
-		newReset(runDir), newRescan(runDir), newReauth(runDir),
+		newReset(runDir), newRescan(runDir), newReauth(runDir), newPolicy(runDir),
 	}
 }
 

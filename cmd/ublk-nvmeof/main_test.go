@@ -412,6 +412,11 @@ func (f *fake) Reset(context.Context) error { return nil }
 
 func (f *fake) Rescan(context.Context) error { return nil }
 
+func (f *fake) AddPath(context.Context, control.PathRequest) error { return nil }
+
+func (f *fake) RemovePath(context.Context, control.PathRequest) error { return nil }
+
+func (f *fake) SetPolicy(context.Context, control.PolicyRequest) error { return nil }
 func (f *fake) Reauthenticate(_ context.Context, r control.Reauthentication) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -47,6 +48,7 @@ func TestScenarios(t *testing.T) {
 					env.Setenv("RUN", dir)
 					env.Setenv("PATH", bin+":"+env.Getenv("PATH"))
 					env.Setenv("ADDR", loopback())
+					env.Setenv("ADDR2", netip.MustParseAddr(loopback()).Next().String())
 					env.Setenv("NQN", "nqn.2026-01.org.example:scenario")
 					return nil
 				},

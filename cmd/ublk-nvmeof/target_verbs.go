@@ -168,28 +168,38 @@ func grantVerb(runDir dirFunc) *cobra.Command {
 }
 
 func dropVerb(runDir dirFunc) *cobra.Command {
-	qid := -1
-	cmd := change(runDir, "drop", "Drop connections", "Drops the connections of all queues, or of the queues with one id.",
+	qid, port := -1, 0
+	cmd := change(runDir, "drop", "Drop connections", "Drops the connections of all queues, of the queues with one id, or of one port.",
 		noArgs, func(r *remote, _ []string) (any, error) {
 			if qid < -1 || qid > nvme.MaxQueues {
 				return nil, fmt.Errorf("--qid %d: want a number, 0 to %d", qid, nvme.MaxQueues)
 			}
-			return targetserver.DropRequest{NQN: r.nqn, QID: qid}, nil
+			if port < 0 || port > 255 {
+				return nil, fmt.Errorf("--port %d: want the number of a port", port)
+			}
+			return targetserver.DropRequest{NQN: r.nqn, QID: qid, Port: uint16(port)}, nil
 		})
+	cmd.Flags().IntVar(&port, "port", 0, "`number` of the port whose connections are dropped (default: any)")
 	cmd.Flags().IntVar(&qid, "qid", -1, "id of the queues; 0 is the admin queue (default: all queues)")
 	return cmd
 }
 
 func anaVerb(runDir dirFunc) *cobra.Command {
-	return change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
+	port := 0
+	cmd := change(runDir, "ana GROUP STATE", "Set the state of an ANA group",
 		"STATE is optimized, non-optimized, inaccessible, persistent-loss or change.",
 		wantArgs(2, 2), func(r *remote, args []string) (any, error) {
 			n, err := number("group", args[0], 1, 1<<32-1)
 			if err == nil {
 				_, err = options.ParseANAState(args[1])
 			}
-			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1]}, err
+			if err == nil && (port < 0 || port > 255) {
+				err = fmt.Errorf("--port %d: want the number of a port", port)
+			}
+			return targetserver.ANARequest{NQN: r.nqn, Group: uint32(n), State: args[1], Port: uint16(port)}, err
 		})
+	cmd.Flags().IntVar(&port, "port", 0, "`number` of the port over which the state is meant (default: all)")
+	return cmd
 }
 
 func authVerb(runDir dirFunc) *cobra.Command {

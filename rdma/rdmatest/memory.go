@@ -23,11 +23,32 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	if err != nil {
 		return nil, fmt.Errorf("allocate memory region: %w", err)
 	}
+	m, err := p.register(mem, access)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", err), hostmem.Unmap(mem))
+	}
+	m.own = true
+	return m, nil
+}
+
+// RegMR implements rdma.PD.
+func (p *protectionDomain) RegMR(mem []byte, access rdma.Access) (rdma.MR, error) {
+	m, err := p.register(mem, access)
+	if err != nil {
+		return nil, fmt.Errorf("register memory region: %w", err)
+	}
+	return m, nil
+}
+
+func (p *protectionDomain) register(mem []byte, access rdma.Access) (*memoryRegion, error) {
 	f := p.device.endpoint.fabric
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if p.closed {
-		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", rdma.ErrClosed), hostmem.Unmap(mem))
+	switch {
+	case p.closed:
+		return nil, rdma.ErrClosed
+	case len(mem) == 0:
+		return nil, unix.EINVAL
 	}
 	if access&rdma.AccessRemoteWrite != 0 {
 		access |= rdma.AccessLocalWrite
@@ -38,26 +59,6 @@ func (p *protectionDomain) AllocMR(length int, access rdma.Access) (rdma.MR, err
 	f.objects.MRs++
 	p.users++
 	return m, nil
-}
-
-// ReregisterMR implements rdma.PD.
-func (p *protectionDomain) ReregisterMR(region rdma.MR) error {
-	m, ok := region.(*memoryRegion)
-	if !ok {
-		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
-	}
-	f := p.device.endpoint.fabric
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if m.closed || p.closed {
-		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
-	}
-	m.release()
-	f.nextKey += 2
-	m.pd, m.lkey, m.rkey = p, f.nextKey, f.nextKey+1
-	f.mrs[m.lkey], f.mrs[m.rkey] = m, m
-	p.users++
-	return nil
 }
 
 // Close implements rdma.PD.
@@ -78,8 +79,9 @@ func (p *protectionDomain) Close() error {
 
 // memoryRegion implements rdma.MR.
 type memoryRegion struct {
-	pd         *protectionDomain // nil after release
+	pd         *protectionDomain
 	fabric     *Fabric
+	own        bool // the memory ends with the region
 	mem        []byte
 	addr       uint64
 	access     rdma.Access
@@ -99,25 +101,6 @@ func (m *memoryRegion) LKey() uint32 { return m.lkey }
 // RKey implements rdma.MR.
 func (m *memoryRegion) RKey() uint32 { return m.rkey }
 
-// Release implements rdma.MR.
-func (m *memoryRegion) Release() error {
-	m.fabric.mu.Lock()
-	defer m.fabric.mu.Unlock()
-	m.release()
-	return nil
-}
-
-// release removes the region from its domain. The lock is held.
-func (m *memoryRegion) release() {
-	if m.pd == nil {
-		return
-	}
-	delete(m.fabric.mrs, m.lkey)
-	delete(m.fabric.mrs, m.rkey)
-	m.pd.users--
-	m.pd = nil
-}
-
 // Close implements rdma.MR.
 func (m *memoryRegion) Close() error {
 	f := m.fabric
@@ -127,8 +110,13 @@ func (m *memoryRegion) Close() error {
 		return nil
 	}
 	m.closed = true
-	m.release()
+	delete(f.mrs, m.lkey)
+	delete(f.mrs, m.rkey)
+	m.pd.users--
 	f.objects.MRs--
+	if !m.own {
+		return nil
+	}
 	return hostmem.Unmap(m.mem)
 }
 

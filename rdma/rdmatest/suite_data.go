@@ -11,6 +11,9 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/rdma"
 )
 
@@ -224,33 +227,70 @@ func testWriteRead(t *testing.T, s Setup) {
 	}
 }
 
-// testReregisterMR moves a region that was allocated in a domain of its own into that
-// of a connection: it keeps its memory, and the peer reaches it by its new key.
-func testReregisterMR(t *testing.T, s Setup) {
+// testRegMR registers memory that exists in several domains. The peer reaches it by the key
+// of the domain of its connection, and by no other. It stays when regions are closed.
+func testRegMR(t *testing.T, s Setup) {
 	a, p := connection(t, s, config{})
+	mem, err := hostmem.Map(8192)
+	check(t, err)
+	t.Cleanup(func() { check(t, hostmem.Unmap(mem)) })
+	pattern(mem, 1)
 	other, err := p.id.Device().AllocPD()
 	check(t, err)
-	mr, err := other.AllocMR(8192, rdma.AccessRemoteWrite)
+	first, err := other.RegMR(mem, rdma.AccessRemoteWrite)
 	check(t, err)
-	closer(t, mr)
-	pattern(mr.Bytes(), 1)
-	addr := mr.Addr()
-	check(t, p.pd.ReregisterMR(mr))
-	check(t, other.ReregisterMR(mr)) // back
-	check(t, mr.Release())
-	check(t, other.Close()) // nothing of the region is left there
-	check(t, mr.Release())
-	check(t, p.pd.ReregisterMR(mr))
-	if mr.Addr() != addr {
-		t.Errorf("region is at %#x, was at %#x", mr.Addr(), addr)
+	mr, err := p.pd.RegMR(mem, rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	check(t, err)
+	again, err := p.pd.RegMR(mem, rdma.AccessRemoteRead)
+	check(t, err)
+	closer(t, again)
+	for _, m := range []rdma.MR{first, mr, again} {
+		if m.Addr() != hostmem.Addr(mem) || len(m.Bytes()) != len(mem) || &m.Bytes()[0] != &mem[0] {
+			t.Errorf("region of %d bytes at %#x, memory of %d bytes at %#x", len(m.Bytes()), m.Addr(), len(mem), hostmem.Addr(mem))
+		}
 	}
-	wantPattern(t, mr.Bytes(), 1)
+	if mr.RKey() == again.RKey() {
+		t.Errorf("two regions have the key %#x", mr.RKey())
+	}
+	check(t, first.Close())
+	check(t, other.Close()) // nothing of the memory is left there
+	wantPattern(t, mem, 1)
 	pattern(a.mr.Bytes()[:4096], 2)
 	wr := a.remoteWR(1, rdma.Write, 0, 4096, p, 0)
 	wr.RemoteAddr, wr.RKey = mr.Addr()+4096, mr.RKey()
 	a.postSend(wr)
 	a.waitOK(a.sendCQ, 1)
-	wantPattern(t, mr.Bytes()[4096:], 2)
+	wantPattern(t, mem[4096:], 2)
+	wr.RKey = again.RKey() // for reading only
+	a.postSend(wr)
+	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status != rdma.WCRemoteAccess {
+		t.Errorf("WRITE by a key for reading: %s", wc.Status)
+	}
+	check(t, mr.Close())
+	wantPattern(t, mem[4096:], 2)
+}
+
+// testRegMRClose ends one of two regions with the same memory: its key is invalid, and the
+// other is not affected.
+func testRegMRClose(t *testing.T, s Setup) {
+	a, p := connection(t, s, config{})
+	rights := rdma.AccessRemoteRead | rdma.AccessRemoteWrite
+	mr, err := p.pd.RegMR(p.mr.Bytes(), rights)
+	check(t, err)
+	if _, err := p.pd.RegMR(nil, rights); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("region without memory: %v", err)
+	}
+	key := mr.RKey()
+	check(t, mr.Close())
+	check(t, mr.Close())
+	a.postSend(a.remoteWR(1, rdma.Write, 0, 8, p, 0))
+	a.waitOK(a.sendCQ, 1)
+	old := a.remoteWR(2, rdma.Write, 0, 8, p, 0)
+	old.RKey = key
+	a.postSend(old)
+	if wc := a.wait(a.sendCQ, 1)[0]; wc.Status != rdma.WCRemoteAccess {
+		t.Errorf("WRITE by the key of a region that was closed: %s", wc.Status)
+	}
 }
 
 func testInvalidate(t *testing.T, s Setup) {
@@ -276,9 +316,13 @@ func testInvalidate(t *testing.T, s Setup) {
 		t.Errorf("receive with invalidate: %+v, want key %#x", wc, key)
 	}
 	a.waitOK(a.sendCQ, 3)
-	// The region can have a new key.
-	check(t, p.pd.ReregisterMR(p.mr))
-	a.postSend(a.remoteWR(4, rdma.Write, 0, 8, p, 0))
+	// The memory can have a new key.
+	mr, err := p.pd.RegMR(p.mr.Bytes(), cfg.access)
+	check(t, err)
+	closer(t, mr)
+	renewed := a.remoteWR(4, rdma.Write, 0, 8, p, 0)
+	renewed.RKey = mr.RKey()
+	a.postSend(renewed)
 	a.waitOK(a.sendCQ, 4)
 	old := a.remoteWR(5, rdma.Write, 0, 8, p, 0)
 	old.RKey = key

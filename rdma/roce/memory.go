@@ -60,43 +60,39 @@ func (d *domain) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
 	if err != nil {
 		return nil, fmt.Errorf("allocate memory region: %w", err)
 	}
-	if access&rdma.AccessRemoteWrite != 0 {
-		access |= rdma.AccessLocalWrite
+	m, err := d.register(mem, access)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", err), hostmem.Unmap(mem))
 	}
-	m := &region{domain: d, mem: mem, addr: hostmem.Addr(mem), access: access}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.closed {
-		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", rdma.ErrClosed), hostmem.Unmap(mem))
-	}
-	m.lkey, m.rkey = newKey(d.local), newKey(d.remote)
-	d.local[m.lkey], d.remote[m.rkey] = m, m
-	d.users++
+	m.own = true
 	return m, nil
 }
 
-// ReregisterMR implements rdma.PD.
-func (d *domain) ReregisterMR(mr rdma.MR) error {
-	m, ok := mr.(*region)
-	if !ok {
-		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
+// RegMR implements rdma.PD.
+func (d *domain) RegMR(mem []byte, access rdma.Access) (rdma.MR, error) {
+	m, err := d.register(mem, access)
+	if err != nil {
+		return nil, fmt.Errorf("register memory region: %w", err)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
+	return m, nil
+}
+
+func (d *domain) register(mem []byte, access rdma.Access) (*region, error) {
+	if access&rdma.AccessRemoteWrite != 0 {
+		access |= rdma.AccessLocalWrite
 	}
-	// Enter the new domain first, so that an error changes nothing.
-	if err := d.use(); err != nil {
-		return fmt.Errorf("reregister memory region: %w", err)
-	}
-	m.release()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	m.domain = d
-	m.lkey, m.rkey = newKey(d.local), newKey(d.remote)
+	switch {
+	case d.closed:
+		return nil, rdma.ErrClosed
+	case len(mem) == 0:
+		return nil, unix.EINVAL
+	}
+	m := &region{domain: d, mem: mem, addr: hostmem.Addr(mem), access: access, lkey: newKey(d.local), rkey: newKey(d.remote)}
 	d.local[m.lkey], d.remote[m.rkey] = m, m
-	return nil
+	d.users++
+	return m, nil
 }
 
 // use keeps the domain open for one more queue pair or region.
@@ -115,31 +111,6 @@ func (d *domain) unuse() {
 	d.mu.Lock()
 	d.users--
 	d.mu.Unlock()
-}
-
-// Release implements rdma.MR.
-func (m *region) Release() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.release()
-	return nil
-}
-
-// release removes a region from its domain, so that its keys become invalid. The region's
-// lock is held.
-func (m *region) release() {
-	d := m.domain
-	if d == nil {
-		return
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.local, m.lkey)
-	if d.remote[m.rkey] == m {
-		delete(d.remote, m.rkey)
-	}
-	d.users--
-	m.domain = nil
 }
 
 // newKey picks a random key that is not in use. The peer cannot guess it.
@@ -170,13 +141,13 @@ func (d *domain) Close() error {
 
 // region implements rdma.MR.
 type region struct {
-	mu         sync.Mutex // guards domain and closed; taken before the domain's lock
-	domain     *domain    // nil after release
+	domain     *domain
+	own        bool // the memory ends with the region
 	mem        []byte
 	addr       uint64
 	access     rdma.Access
 	lkey, rkey uint32
-	closed     bool
+	closed     bool // guarded by the domain's lock
 }
 
 // Bytes implements rdma.MR.
@@ -191,15 +162,23 @@ func (m *region) LKey() uint32 { return m.lkey }
 // RKey implements rdma.MR.
 func (m *region) RKey() uint32 { return m.rkey }
 
-// Close implements rdma.MR.
+// Close implements rdma.MR. Its keys are not in use any more when it returns.
 func (m *region) Close() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	d := m.domain
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if m.closed {
 		return nil
 	}
 	m.closed = true
-	m.release()
+	delete(d.local, m.lkey)
+	if d.remote[m.rkey] == m { // it was not invalidated
+		delete(d.remote, m.rkey)
+	}
+	d.users--
+	if !m.own {
+		return nil
+	}
 	return hostmem.Unmap(m.mem)
 }
 

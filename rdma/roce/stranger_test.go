@@ -75,7 +75,7 @@ func TestReadAgainRevoked(t *testing.T) {
 	if c := target.Snapshot(); c.PacketsSent != sent+1 || c.StaleReads != 0 {
 		t.Fatalf("it is not answered again: %+v", c)
 	}
-	check(t, b.mr.Release())
+	check(t, b.mr.Close())
 	b.take(read)
 	b.lives()
 	if c := target.Snapshot(); c.PacketsSent != sent+1 || c.StaleReads != 1 {

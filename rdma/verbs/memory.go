@@ -27,48 +27,43 @@ type pd struct {
 
 // AllocMR implements rdma.PD.
 func (p *pd) AllocMR(length int, access rdma.Access) (rdma.MR, error) {
-	if access&rdma.AccessRemoteInvalidate != 0 {
-		return nil, fmt.Errorf("allocate memory region that the peer may invalidate: %w", rdma.ErrUnsupported)
-	}
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	if p.closed {
-		return nil, fmt.Errorf("allocate memory region: %w", rdma.ErrClosed)
-	}
 	mem, err := hostmem.Map(length)
 	if err != nil {
 		return nil, fmt.Errorf("allocate memory region: %w", err)
 	}
-	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(mem)), C.size_t(len(mem)), accessFlags(access))
-	if c == nil {
-		return nil, errors.Join(registerError(len(mem), err), hostmem.Unmap(mem))
+	m, err := p.register(mem, access)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("allocate memory region: %w", err), hostmem.Unmap(mem))
 	}
-	return &mr{c: c, access: access, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
+	m.own = true
+	return m, nil
 }
 
-// ReregisterMR implements rdma.PD. The old registration ends after the new one was made,
-// unless it ended with its device.
-func (p *pd) ReregisterMR(region rdma.MR) error {
-	m, ok := region.(*mr)
-	if !ok {
-		return fmt.Errorf("reregister memory region: it belongs to another provider: %w", unix.EINVAL)
+// RegMR implements rdma.PD.
+func (p *pd) RegMR(mem []byte, access rdma.Access) (rdma.MR, error) {
+	m, err := p.register(mem, access)
+	if err != nil {
+		return nil, fmt.Errorf("register memory region: %w", err)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	return m, nil
+}
+
+func (p *pd) register(mem []byte, access rdma.Access) (*mr, error) {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
-	if m.closed || p.closed {
-		return fmt.Errorf("reregister memory region: %w", rdma.ErrClosed)
+	switch {
+	case access&rdma.AccessRemoteInvalidate != 0:
+		return nil, fmt.Errorf("keys that the peer may invalidate: %w", rdma.ErrUnsupported)
+	case p.closed:
+		return nil, rdma.ErrClosed
+	case len(mem) == 0:
+		return nil, unix.EINVAL
 	}
-	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(m.mem)), C.size_t(len(m.mem)), accessFlags(m.access))
+	c, err := C.reg_mr(p.c, unsafe.Pointer(unsafe.SliceData(mem)), C.size_t(len(mem)), accessFlags(access))
 	if c == nil {
-		return registerError(len(m.mem), err)
+		return nil, registerError(len(mem), err)
 	}
-	if err := m.release(); err != nil {
-		return errors.Join(err, destroyed("memory region", C.ibv_dereg_mr(c)))
-	}
-	m.c, m.lkey, m.rkey = c, uint32(c.lkey), uint32(c.rkey)
-	return nil
+	return &mr{c: c, mem: mem, addr: hostmem.Addr(mem), lkey: uint32(c.lkey), rkey: uint32(c.rkey)}, nil
 }
 
 func accessFlags(a rdma.Access) C.int {
@@ -113,8 +108,8 @@ func (p *pd) Close() error {
 
 // mr is a memory region.
 type mr struct {
-	c          *C.struct_ibv_mr // nil after release
-	access     rdma.Access
+	c          *C.struct_ibv_mr
+	own        bool // the memory ends with the region
 	mem        []byte
 	addr       uint64
 	lkey, rkey uint32
@@ -127,24 +122,6 @@ func (m *mr) Addr() uint64  { return m.addr }
 func (m *mr) LKey() uint32  { return m.lkey }
 func (m *mr) RKey() uint32  { return m.rkey }
 
-// Release implements rdma.MR.
-func (m *mr) Release() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.release()
-}
-
-func (m *mr) release() error {
-	if m.c == nil {
-		return nil
-	}
-	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
-		return err
-	}
-	m.c = nil
-	return nil
-}
-
 // Close implements rdma.MR. If the registration cannot be ended, the memory stays mapped,
 // because the device may still write to it.
 func (m *mr) Close() error {
@@ -153,9 +130,12 @@ func (m *mr) Close() error {
 	if m.closed {
 		return nil
 	}
-	if err := m.release(); err != nil {
+	if err := destroyed("memory region", C.ibv_dereg_mr(m.c)); err != nil {
 		return err
 	}
-	m.closed = true
+	m.c, m.closed = nil, true
+	if !m.own {
+		return nil
+	}
 	return hostmem.Unmap(m.mem)
 }

@@ -103,6 +103,21 @@ func (c *Client) Rescan(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/rescan", nil, nil)
 }
 
+// AddPath has the server add a path, in the form of --path.
+func (c *Client) AddPath(ctx context.Context, path string) error {
+	return c.Do(ctx, http.MethodPost, "/v1/path/add", PathRequest{path}, nil)
+}
+
+// RemovePath has the server remove a path, in the form of --path.
+func (c *Client) RemovePath(ctx context.Context, path string) error {
+	return c.Do(ctx, http.MethodPost, "/v1/path/remove", PathRequest{path}, nil)
+}
+
+// SetPolicy changes how a request chooses its path.
+func (c *Client) SetPolicy(ctx context.Context, r PolicyRequest) error {
+	return c.Do(ctx, http.MethodPost, "/v1/policy", r, nil)
+}
+
 // Do sends body, if any, as JSON and reads the answer into result, if that is not
 // nil. The error is an *exit.Error if the server refused.
 func (c *Client) Do(ctx context.Context, method, path string, body, result any) error {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,6 +29,7 @@ type fake struct {
 	asked    []bool // force of each Disconnect
 	queries  []Query
 	reserved []Reservation
+	paths    []string // requests about them
 	reauth   Reauthentication
 	wait     chan struct{}
 	done     chan struct{} // closed when Disconnect returns
@@ -78,6 +80,41 @@ func (f *fake) Rescan(context.Context) error { return f.err }
 func (f *fake) Reauthenticate(_ context.Context, r Reauthentication) error {
 	f.reauth = r
 	return f.err
+}
+
+func (f *fake) AddPath(_ context.Context, r PathRequest) error {
+	f.paths = append(f.paths, "add "+r.Path)
+	return f.err
+}
+
+func (f *fake) RemovePath(_ context.Context, r PathRequest) error {
+	f.paths = append(f.paths, "remove "+r.Path)
+	return f.err
+}
+
+func (f *fake) SetPolicy(_ context.Context, r PolicyRequest) error {
+	f.paths = append(f.paths, "policy "+r.Policy+" "+r.Preferred)
+	return f.err
+}
+
+// TestPaths checks that requests about paths arrive, and that errors come back.
+func TestPaths(t *testing.T) {
+	f := &fake{}
+	c := serve(t, f)
+	ask := func() error {
+		return errors.Join(c.AddPath(t.Context(), "192.0.2.1,4421"), c.RemovePath(t.Context(), "192.0.2.1"),
+			c.SetPolicy(t.Context(), PolicyRequest{"preferred", "192.0.2.1"}))
+	}
+	if err := ask(); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"add 192.0.2.1,4421", "remove 192.0.2.1", "policy preferred 192.0.2.1"}; !slices.Equal(f.paths, want) {
+		t.Errorf("%q, want %q", f.paths, want)
+	}
+	f.err = exit.Errorf(exit.Busy, "no")
+	if err := ask(); exit.Of(err) != exit.Busy {
+		t.Error(err)
+	}
 }
 
 func TestQuery(t *testing.T) {

@@ -34,6 +34,11 @@ type Controlled interface {
 	Reset(ctx context.Context) error
 	// Rescan has the namespaces looked at.
 	Rescan(ctx context.Context) error
+	// AddPath and RemovePath change the paths to the subsystem.
+	AddPath(ctx context.Context, r PathRequest) error
+	RemovePath(ctx context.Context, r PathRequest) error
+	// SetPolicy changes how a request chooses its path.
+	SetPolicy(ctx context.Context, r PolicyRequest) error
 	// Reauthenticate authenticates the connection again.
 	Reauthenticate(ctx context.Context, r Reauthentication) error
 }
@@ -196,6 +201,9 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 			Answer(w, http.StatusOK, struct{}{})
 		})
 	}
+	handle(mux, "POST /v1/path/add", c.AddPath)
+	handle(mux, "POST /v1/path/remove", c.RemovePath)
+	handle(mux, "POST /v1/policy", c.SetPolicy)
 	if r, ok := c.(Replaceable); ok {
 		mux.HandleFunc("POST /v1/replace", func(w http.ResponseWriter, req *http.Request) { replace(w, req, r) })
 	}
@@ -207,6 +215,22 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 	}
 	srv.SetKeepAlivesEnabled(false) // each request has a connection of its own
 	return srv
+}
+
+// handle answers requests of one kind that have no result.
+func handle[T any](mux *http.ServeMux, pattern string, act func(context.Context, T) error) {
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		var req T
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
+			answerError(w, exit.Errorf(exit.Usage, "%s: %v", r.URL.Path, err))
+			return
+		}
+		if err := act(context.WithoutCancel(r.Context()), req); err != nil {
+			answerError(w, err)
+			return
+		}
+		Answer(w, http.StatusOK, struct{}{})
+	})
 }
 
 func replace(w http.ResponseWriter, req *http.Request, r Replaceable) {

@@ -11,6 +11,9 @@
 //	POST /v1/reservation Reservation     → 200 QueryResult
 //	POST /v1/reset                       → 200 when the controller is connected again
 //	POST /v1/rescan                      → 200 at once
+//	POST /v1/path/add PathRequest        → 200 when the path is in use
+//	POST /v1/path/remove PathRequest     → 200 when the path is gone
+//	POST /v1/policy PolicyRequest        → 200
 //	POST /v1/reauth Reauthentication     → 200 when the connection is authenticated again
 //
 // What a server refuses is an exit.Error: 400 if the request makes no sense, 409 if it does
@@ -53,6 +56,12 @@ type Status struct {
 	// Outages has what these are part of, from the start of the server.
 	Outages Outages `json:"outages"`
 
+	// Paths are the controllers over which the subsystem is reached. What follows here, and
+	// the address above, is about the first of them.
+	Paths  []Path  `json:"paths,omitempty"`
+	Policy string  `json:"policy,omitempty"` // queue-depth, round-robin or preferred
+	Fence  string  `json:"fence,omitempty"`  // auto or none
+	Fences []Fence `json:"fences,omitempty"` // what writes wait for
 	// Authentication is the hash, the group, and whether both sides proved who they are;
 	// empty if the target did not ask.
 	Authentication string `json:"authentication,omitempty"`
@@ -99,6 +108,51 @@ type Status struct {
 	Devices []Device                        `json:"devices"`
 	Lanes   []Lane                          `json:"lanes"`
 	Packets *Packets                        `json:"packets,omitempty"` // of the provider roce
+}
+
+// Path is a controller over which a subsystem is reached.
+type Path struct {
+	Path       string `json:"path"` // as --path takes it
+	TrAddr     string `json:"traddr"`
+	TrSvcID    string `json:"trsvcid"`
+	HostTrAddr string `json:"host_traddr,omitempty"`
+	State      string `json:"state"`
+	CNTLID     uint16 `json:"cntlid"` // 0: it is not connected
+	Provider   string `json:"provider"`
+	RDMADevice string `json:"rdma_device"`
+	Preferred  bool   `json:"preferred,omitempty"`
+	// ANA has the state of each namespace of which the controller reports one, by number.
+	ANA       map[string]string `json:"ana"`
+	InFlight  int               `json:"in_flight"` // requests
+	Failovers uint64            `json:"failovers"` // requests that were in flight when it was lost
+	Losses    int               `json:"losses"`
+	Attempts  int               `json:"attempts"` // to connect again, since the last loss
+	// Vouched are the addresses of the paths whose controllers the target of this path
+	// knows, so that it can say when they are gone.
+	Vouched   []string `json:"vouched"`
+	LastError string   `json:"last_error,omitempty"`
+}
+
+// Fence is an old controller that may still execute writes. These, and those that overlap
+// them, wait.
+type Fence struct {
+	Path     string `json:"path"` // address of the lost path
+	CNTLID   uint16 `json:"cntlid"`
+	Since    string `json:"since"`     // of the loss, RFC 3339
+	Changes  int    `json:"changes"`   // writes, zeroes and discards whose outcome is unknown
+	WaitsFor string `json:"waits_for"` // in words
+}
+
+// PathRequest asks to add or remove a path, in the form of --path.
+type PathRequest struct {
+	Path string `json:"path"`
+}
+
+// PolicyRequest asks to change how paths are chosen. Preferred is a path in the form of --path,
+// or empty.
+type PolicyRequest struct {
+	Policy    string `json:"policy"`
+	Preferred string `json:"preferred,omitempty"`
 }
 
 // Outages are the times without a connection to the target.
@@ -234,7 +288,7 @@ type Lane struct {
 }
 
 // Query is an admin command that changes nothing, for the controller (see
-// initiator.Controller.Query).
+// initiator.Subsystem.Query).
 type Query struct {
 	Command []byte `json:"command"` // 64 bytes
 	Length  int    `json:"length"`  // bytes of data

@@ -77,7 +77,8 @@ func (c *Client) config(o *options.Discovery, at discovery.Endpoint) (initiator.
 		return initiator.Config{}, err
 	}
 	return initiator.Config{
-		Provider: p, Address: at.Address, Source: o.Connect.SourceAddr, SubNQN: at.NQN,
+		Path:        initiator.Path{Provider: p, Address: at.Address, Source: o.Connect.SourceAddr},
+		SubNQN:      at.NQN,
 		Credentials: initiator.Credentials{Host: o.Connect.Secret, Controller: o.Connect.ControllerSecret},
 		HostNQN:     o.Connect.HostNQN, HostID: o.Connect.HostID, TOS: o.Connect.TOS,
 		KeepAlive: o.KeepAlive(), Log: c.log,

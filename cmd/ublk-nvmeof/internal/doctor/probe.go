@@ -27,13 +27,13 @@ import (
 // service, then to the subsystem.
 type probe struct {
 	provider rdma.Provider
-	service  *initiator.Controller // of the discovery service
-	refusal  error                 // why there is none, although the target answers
+	service  *initiator.Subsystem // of the discovery service
+	refusal  error                // why there is none, although the target answers
 	loops    []*poller.Loop
-	ctrl     *initiator.Controller // of the subsystem
-	broken   bool                  // a step has failed, and no later one is made
-	failed   Check                 // the step of connecting to the subsystem that failed
-	err      error                 // and why
+	sub      *initiator.Subsystem // of the subsystem
+	broken   bool                 // a step has failed, and no later one is made
+	failed   Check                // the step of connecting to the subsystem that failed
+	err      error                // and why
 }
 
 // closeTime limits the end of a connection.
@@ -43,7 +43,7 @@ const closeTime = 5 * time.Second
 func (p *probe) end() {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 	defer cancel()
-	for _, c := range []*initiator.Controller{p.ctrl, p.service} {
+	for _, c := range []*initiator.Subsystem{p.sub, p.service} {
 		if c != nil {
 			_ = c.Close(ctx)
 		}
@@ -90,7 +90,7 @@ func (m *Machine) remedy(code exit.Code) string {
 func (m *Machine) config(nqn string) initiator.Config {
 	o := m.Options
 	return initiator.Config{
-		Provider: m.probe.provider, Address: m.way.remote, Source: o.SourceAddr, SubNQN: nqn,
+		Path: initiator.Path{Provider: m.probe.provider, Address: m.way.remote, Source: o.SourceAddr}, SubNQN: nqn,
 		HostNQN: o.HostNQN, HostID: o.HostID, TOS: o.TOS,
 		Credentials: initiator.Credentials{Host: o.Secret, Controller: o.ControllerSecret},
 	}
@@ -122,7 +122,7 @@ func (connection) Look(ctx context.Context, m *Machine) Result {
 	p.service, err = discovery.Open(ctx, m.config(nvme.DiscoveryNQN))
 	switch {
 	case err == nil:
-		return ok("%s by RDMA device %s", m.way.remote, p.service.Info().Device)
+		return ok("%s by RDMA device %s", m.way.remote, p.service.Info().Paths[0].Device)
 	case fromConnection(err), exit.Of(err) == exit.NoRDMA, exit.Of(err) == exit.Permission:
 		return p.fail(m, nvme.DiscoveryNQN, err)
 	}
@@ -208,7 +208,7 @@ func (c adminConnect) Look(ctx context.Context, m *Machine) Result {
 		}
 		return ok("the target made a controller of %s for host NQN %s", m.Options.NQN, m.Options.HostNQN)
 	}
-	return ok("the target made controller %d of %s for host NQN %s", p.ctrl.Info().CNTLID, m.Options.NQN, m.Options.HostNQN)
+	return ok("the target made controller %d of %s for host NQN %s", p.sub.Info().Paths[0].CNTLID, m.Options.NQN, m.Options.HostNQN)
 }
 
 // connect connects to the subsystem as a server does, but makes no devices.
@@ -225,7 +225,7 @@ func (m *Machine) connect(ctx context.Context) error {
 	cfg.Queues, cfg.Loops, cfg.QueueSize = o.Queues, p.loops, o.QueueSize
 	cfg.KeepAlive, cfg.DisableSQFlow = o.KeepAlive, o.DisableSQFlow
 	var err error
-	p.ctrl, err = initiator.Connect(ctx, cfg)
+	p.sub, err = initiator.Connect(ctx, cfg)
 	return err
 }
 
@@ -248,16 +248,16 @@ func stepOf(err error) Check {
 }
 
 // step reports a later step: as worked says, unless this step or one before it has failed.
-func (m *Machine) step(c Check, worked func(initiator.Info) Result) Result {
+func (m *Machine) step(c Check, worked func(initiator.PathInfo) Result) Result {
 	switch {
 	case !m.probing() || m.Options.NQN == "":
 		return Result{}
 	case m.probe.failed == c:
 		return m.probe.fail(m, m.Options.NQN, m.probe.err)
-	case m.probe.ctrl == nil:
+	case m.probe.sub == nil:
 		return ok("done")
 	}
-	return worked(m.probe.ctrl.Info())
+	return worked(m.probe.sub.Info().Paths[0])
 }
 
 // enable reports whether the controller became ready.
@@ -266,7 +266,7 @@ type enable struct{}
 func (enable) Name() string { return "enable" }
 
 func (c enable) Look(_ context.Context, m *Machine) Result {
-	return m.step(c, func(i initiator.Info) Result { return ok("the controller is ready, NVMe %v", i.Version) })
+	return m.step(c, func(i initiator.PathInfo) Result { return ok("the controller is ready, NVMe %v", i.Version) })
 }
 
 // identify reports who the controller is.
@@ -275,7 +275,7 @@ type identify struct{}
 func (identify) Name() string { return "identify" }
 
 func (c identify) Look(_ context.Context, m *Machine) Result {
-	return m.step(c, func(i initiator.Info) Result {
+	return m.step(c, func(i initiator.PathInfo) Result {
 		return ok("model %q, serial number %q, firmware %q", i.Model, i.Serial, i.Firmware)
 	})
 }
@@ -286,7 +286,7 @@ type queues struct{}
 func (queues) Name() string { return "queues" }
 
 func (c queues) Look(_ context.Context, m *Machine) Result {
-	return m.step(c, func(i initiator.Info) Result {
+	return m.step(c, func(i initiator.PathInfo) Result {
 		granted := fmt.Sprintf("%d of %d I/O queues granted, of %d entries", i.Plan.Granted, i.Plan.Requested.Total(), i.QueueSize)
 		if i.Plan.Granted < i.Plan.Requested.Total() {
 			return warn("raise the queue limit of the target, or ask for fewer queues (-i, -W, -P)", "%s: queues are shared", granted)
@@ -301,9 +301,9 @@ type namespaces struct{}
 func (namespaces) Name() string { return "namespaces" }
 
 func (c namespaces) Look(_ context.Context, m *Machine) Result {
-	return m.step(c, func(initiator.Info) Result {
+	return m.step(c, func(initiator.PathInfo) Result {
 		var found []string
-		for _, ns := range m.probe.ctrl.Namespaces() {
+		for _, ns := range m.probe.sub.Namespaces() {
 			found = append(found, fmt.Sprintf("%d (%s)", ns.NSID(), humanize.IBytes(ns.Geometry().Sectors<<block.SectorShift)))
 		}
 		if len(found) == 0 {

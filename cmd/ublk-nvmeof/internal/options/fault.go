@@ -15,7 +15,7 @@ import (
 // FaultWords are what ParseFault wants.
 const FaultWords = "delay=TIME, hold=TIME (inside the store), drop, disconnect, status=CODE (also with dnr or crd=1..3), " +
 	"corrupt=id|duplicate|short|sqhead|key|data|lost, patch=OFFSET:HEX (in the data that an admin command returns, repeatable); " +
-	"to select commands: admin, qid=N, nsid=N, opcode=NAME (repeatable), cns=N, lid=N, fid=N; skip=N, count=N"
+	"to select commands: port=N, admin, qid=N, nsid=N, opcode=NAME (repeatable), cns=N, lid=N, fid=N; skip=N, count=N"
 
 var corruptions = map[string]target.Corruption{
 	"id": target.CorruptID, "duplicate": target.CorruptDuplicate, "short": target.CorruptShort,
@@ -59,6 +59,11 @@ var faultWords = words[faultText]{
 	"admin": func(t *faultText, f field) error {
 		t.Admin = true
 		return f.bare()
+	},
+	"port": func(t *faultText, f field) error {
+		v, err := f.number(1, target.MaxPorts)
+		t.Port = uint16(v)
+		return err
 	},
 	"qid": func(t *faultText, f field) error {
 		v, err := f.number(1, nvme.MaxQueues)

@@ -84,6 +84,9 @@ type Connect struct {
 	NQN        string
 	SourceAddr netip.Addr // zero: that of the route
 	HostIface  string     // the interface that SourceAddr is of; empty: not given
+	Paths      []Path     // further paths
+	Policy     initiator.Policy
+	Fence      string // FenceAuto or FenceNone
 
 	HostNQN string
 	HostID  nvme.UUID
@@ -136,7 +139,7 @@ func Default() *Connect {
 		Queues: poller.Request{IO: runtime.NumCPU()}, QueueSize: initiator.DefaultQueueSize,
 		KeepAlive: initiator.DefaultKeepAlive, Reconnect: defaultReconnect, Loss: defaultLoss, FastIOFail: Off,
 		MaxIO: defaultMaxIO, PollMax: defaultPollMax, Device: AutoDevice, VhostMode: defaultVhostMode, VhostOwner: anyOwner,
-		Provider: AutoProvider, LoadModules: "auto", Frontend: Auto, OnCrash: Requeue, Timeout: defaultTimeout,
+		Fence: FenceAuto, Provider: AutoProvider, LoadModules: "auto", Frontend: Auto, OnCrash: Requeue, Timeout: defaultTimeout,
 	}
 }
 
@@ -148,6 +151,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.VarP(text(&c.NQN, "nqn", "the name of an I/O subsystem, 1 to 223 bytes", checkSubsystem),
 		"nqn", "n", "NQN of the subsystem (required)")
 	c.addHost(f)
+	f.Var(paths{&c.Paths}, "path", "a further path to the subsystem: `ADDRESS[,PORT[,HOST_TRADDR]]`; may be repeated. A path that cannot be reached is tried again")
 	c.addConnection(f)
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
@@ -200,6 +204,8 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 	f.Var(text(&c.Owner, "word", "1 to 255 printable characters", checkWord), "owner", "who owns the connection, for list to show")
 	addForeign(f)
 
+	f.Var(policy(&c.Policy), "policy", "which of several paths a request takes: the one with the fewest requests in flight, the next in turn, or the preferred one while it can be used")
+	f.Var(OneOf(&c.Fence, FenceAuto, FenceNone), "fence", "what happens to writes whose path was lost: auto holds them until the old controller is known to be gone; none sends them again at once, so that an old write may overwrite a newer one")
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
 	f.Var(bytesOf(&c.Memory), "memory-limit", "most memory for the buffers of all namespaces (default: half of what is available)")

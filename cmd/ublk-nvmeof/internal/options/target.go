@@ -16,12 +16,14 @@ import (
 
 // Target holds the options of a target.
 type Target struct {
-	Address   netip.AddrPort // to listen on
-	Provider  string
-	InCapsule int // bytes of in-capsule data; < 0: none
-	QueueSize int
-	MaxIO     int   // bytes per command
-	Memory    int64 // bytes for namespaces in memory and caches; 0: chosen by available memory
+	Address      netip.AddrPort   // to listen on
+	Ports        []netip.AddrPort // further ones
+	MinID, MaxID uint16           // of controllers; 0: the smallest and the largest
+	Provider     string
+	InCapsule    int // bytes of in-capsule data; < 0: none
+	QueueSize    int
+	MaxIO        int   // bytes per command
+	Memory       int64 // bytes for namespaces in memory and caches; 0: chosen by available memory
 
 	QueueMemory int64 // bytes; 0: chosen by the machine's memory
 
@@ -71,6 +73,14 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.VarP(listenAddr(&t.addr), "traddr", "a", "address to listen on")
 	f.VarP(number(&t.port, 1, 65535, "a port"), "trsvcid", "s", "port to listen on")
+	f.Var(&each{kind: "path", want: "ADDRESS[,PORT]", take: func(text string) error {
+		p, err := ParsePath(text)
+		if err == nil && p.Source.IsValid() {
+			err = errUnwanted
+		}
+		t.Ports = append(t.Ports, p.Address)
+		return err
+	}}, "port", "a further port to listen on, ADDRESS[,PORT]; may be repeated. Ports have numbers from 2 on")
 	f.Var(OneOf(&t.Provider, AutoProvider, Verbs, RoCE), "provider", "use an RDMA device, or RoCEv2 over UDP without one; auto uses the RDMA device that has the address, if there is one")
 	f.Var(number(&t.QueueSize, 16, 1024, "a number"), "queue-size", "largest number of entries of an I/O queue")
 	f.Var(inCapsuleSize(&t.InCapsule), "in-capsule-size", "largest amount of data that a write carries with its command; 0 for none")
@@ -123,6 +133,10 @@ func (t *Target) AddFlags(f *pflag.FlagSet) {
 // addTestFlags defines the flags for tests of hosts.
 func (t *Target) addTestFlags(f *pflag.FlagSet) {
 	f.Var(Duration(&t.NamespacesAfter, 0, time.Hour), "namespaces-after", "hide all namespaces for this time after the start, like a target that opens its port before it adds namespaces")
+	f.Var(number(&t.MinID, 1, nvme.CNTLIDMax, "a number"), "min-cntlid", "smallest controller id (default 1)")
+	f.Lookup("min-cntlid").DefValue = ""
+	f.Var(number(&t.MaxID, 1, nvme.CNTLIDMax, "a number"), "max-cntlid", fmt.Sprintf("largest controller id (default %d); the targets of one subsystem must not give the same ids", nvme.CNTLIDMax))
+	f.Lookup("max-cntlid").DefValue = ""
 	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its completion")
 	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "announced command quiesce time (CQT)")
 	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "announced limit of the time in ANA state change (ANATT)")

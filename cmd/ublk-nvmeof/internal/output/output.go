@@ -9,6 +9,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -293,6 +295,17 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			source = " from " + s.HostTrAddr
 		}
 		row("address", "%s %s%s", s.Transport, endpoint(s), source)
+		if len(s.Paths) > 1 {
+			row("policy", "%s, fence %s", s.Policy, orNone(s.Fence))
+		}
+		for j, p := range s.Paths {
+			if len(s.Paths) > 1 {
+				row(fmt.Sprintf("path %d", j), "%s", pathLine(s, p))
+			}
+		}
+		for _, f := range s.Fences {
+			row("held", "%s of controller %d at %s, since %s: waiting for %s", count(f.Changes, "write"), f.CNTLID, f.Path, f.Since, f.WaitsFor)
+		}
 		row("host", "%s, id %s", s.HostNQN, orNone(s.HostID))
 		row("process", "%d", s.PID)
 		if s.Owner != "" || s.Context != "" {
@@ -355,6 +368,36 @@ func stateText(s control.Status) string {
 		text += "; last attempt: " + s.Failure
 	}
 	return text
+}
+
+// pathLine is what is known of one of several paths.
+func pathLine(s control.Status, p control.Path) string {
+	s.TrAddr, s.TrSvcID = p.TrAddr, p.TrSvcID
+	parts := []string{endpoint(s) + " " + p.State}
+	if p.CNTLID != 0 {
+		parts = append(parts, fmt.Sprintf("controller %d", p.CNTLID))
+	}
+	for _, nsid := range slices.Sorted(maps.Keys(p.ANA)) {
+		parts = append(parts, fmt.Sprintf("namespace %s %s", nsid, p.ANA[nsid]))
+	}
+	if p.Preferred {
+		parts = append(parts, "preferred")
+	}
+	parts = append(parts, fmt.Sprintf("%d in flight, %d failed over, %s", p.InFlight, p.Failovers, lossesText(p.Losses)))
+	if len(p.Vouched) > 0 {
+		parts = append(parts, "vouches for "+strings.Join(p.Vouched, " "))
+	}
+	if p.LastError != "" {
+		parts = append(parts, "last error: "+p.LastError)
+	}
+	return strings.Join(parts, ", ")
+}
+
+func lossesText(n int) string {
+	if n == 1 {
+		return "1 loss"
+	}
+	return fmt.Sprintf("%d losses", n)
 }
 
 func deviceText(d control.Device) string {

@@ -38,7 +38,17 @@ var live = control.Status{
 	Transport: "rdma", TrAddr: "10.0.2.15", TrSvcID: "4420", HostTrAddr: "10.0.2.16",
 	NQN: "nqn.2026-01.org.example:lab", HostNQN: "nqn.2014-08.org.nvmexpress:uuid:11111111-1111-1111-1111-111111111111",
 	HostID: "11111111-1111-1111-1111-111111111111",
-	State:  "live", CNTLID: 1, Version: "2.1.0", Model: "Linux", Serial: "0123456789abcdef0123", Firmware: "6.12.95+",
+	State:  "live",
+	Paths: []control.Path{
+		{Path: "10.0.2.15,4420,10.0.2.16", TrAddr: "10.0.2.15", TrSvcID: "4420", HostTrAddr: "10.0.2.16", State: "live", CNTLID: 1, Provider: "verbs", RDMADevice: "rxe0",
+			ANA: map[string]string{"1": "optimized", "7": "inaccessible"}, InFlight: 3, Vouched: []string{"10.0.2.17:4421"}},
+		{Path: "10.0.2.17,4421", TrAddr: "10.0.2.17", TrSvcID: "4421", State: "connecting", Provider: "verbs", RDMADevice: "rxe1", Preferred: true,
+			ANA: map[string]string{}, Failovers: 12, Losses: 1, Attempts: 4, Vouched: []string{}, LastError: "queue 0: peer disconnected"},
+	},
+	Policy: "preferred", Fence: "auto",
+	Fences: []control.Fence{{Path: "10.0.2.17:4421", CNTLID: 2, Since: "2026-01-02T03:04:05Z", Changes: 2,
+		WaitsFor: "path 10.0.2.15:4420, which knows the controller, to say that it is gone"}},
+	CNTLID: 1, Version: "2.1.0", Model: "Linux", Serial: "0123456789abcdef0123", Firmware: "6.12.95+",
 	Frontend: "ublk", FrontendReason: "the ublk driver is there",
 	Provider: "verbs", ProviderReason: "RDMA device rxe0 is on eth0, which leads to 10.0.2.15", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 128,
 	Queues: control.Queues{

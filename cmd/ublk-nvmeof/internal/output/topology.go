@@ -70,7 +70,9 @@ func Subsystems(w io.Writer, servers []control.Status, format string) error {
 	}
 	return writeTree(w, servers, func(w io.Writer, sub *subsystemTree) {
 		for _, s := range sub.servers {
-			fmt.Fprintf(w, " +- %s\n", pathText(s))
+			for _, p := range pathsOf(s) {
+				fmt.Fprintf(w, " +- %s\n", pathText(s, p))
+			}
 		}
 	})
 }
@@ -84,15 +86,33 @@ func Topology(w io.Writer, servers []control.Status, format string) error {
 	return writeTree(w, servers, func(w io.Writer, sub *subsystemTree) {
 		for _, s := range sub.servers {
 			for _, d := range s.Devices {
-				fmt.Fprintf(w, " +- ns %d %s\n \\\n  +- %s\n", d.NSID, d.Path(), pathText(s))
+				fmt.Fprintf(w, " +- ns %d %s\n \\\n", d.NSID, d.Path())
+				for _, p := range pathsOf(s) {
+					fmt.Fprintf(w, "  +- %s\n", strings.TrimSpace(pathText(s, p)+" "+p.ANA[fmt.Sprint(d.NSID)]))
+				}
 			}
 		}
 	})
 }
 
+// pathsOf returns the paths of a server. One that has died, or that is of an older build, tells
+// only its address.
+func pathsOf(s control.Status) []control.Path {
+	if len(s.Paths) > 0 {
+		return s.Paths
+	}
+	return []control.Path{{TrAddr: s.TrAddr, TrSvcID: s.TrSvcID, HostTrAddr: s.HostTrAddr, State: s.State}}
+}
+
+// pathAddress returns the address of a path as nvme-cli writes it.
+func pathAddress(s control.Status, p control.Path) string {
+	s.TrAddr, s.TrSvcID, s.HostTrAddr = p.TrAddr, p.TrSvcID, p.HostTrAddr
+	return Address(s)
+}
+
 // pathText is one path for people.
-func pathText(s control.Status) string {
-	return strings.TrimSpace(fmt.Sprintf("%s %s %s %s", s.Name, s.Transport, Address(s), s.State))
+func pathText(s control.Status, p control.Path) string {
+	return strings.TrimSpace(fmt.Sprintf("%s %s %s %s", s.Name, s.Transport, pathAddress(s, p), p.State))
 }
 
 func writeTree(w io.Writer, servers []control.Status, below func(io.Writer, *subsystemTree)) error {
@@ -128,15 +148,17 @@ func subsystemsJSON(servers []control.Status, name string, below func(*subsystem
 func paths(sub *subsystemTree) []object {
 	out := []object{}
 	for _, s := range sub.servers {
-		out = append(out, path(s))
+		for _, p := range pathsOf(s) {
+			out = append(out, path(s, p))
+		}
 	}
 	return out
 }
 
-func path(s control.Status) object {
+func path(s control.Status, p control.Path) object {
 	return object{
 		{name: "Name", value: s.Name}, {name: "Transport", value: s.Transport},
-		{name: "Address", value: Address(s)}, {name: "State", value: s.State},
+		{name: "Address", value: pathAddress(s, p)}, {name: "State", value: p.State},
 	}
 }
 
@@ -144,7 +166,11 @@ func namespaces(sub *subsystemTree) []object {
 	out := []object{}
 	for _, s := range sub.servers {
 		for _, d := range s.Devices {
-			out = append(out, object{{name: "NSID", value: d.NSID}, {name: "Controller", value: []object{path(s)}}})
+			var controllers []object
+			for _, p := range pathsOf(s) {
+				controllers = append(controllers, path(s, p))
+			}
+			out = append(out, object{{name: "NSID", value: d.NSID}, {name: "Controller", value: controllers}})
 		}
 	}
 	return out

@@ -20,16 +20,21 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// controller is the part of initiator.Controller that the server uses.
-type controller interface {
+// subsystem is the part of initiator.Subsystem that the server uses.
+type subsystem interface {
 	Info() initiator.Info
 	Done() <-chan struct{}
 	Err() error
-	Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error
+	Outlive(ctx context.Context, keepAlive time.Duration, ids ...initiator.ControllerID) error
 	OutliveTime(keepAlive time.Duration, n int) time.Duration
 	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error
 	Rescan() error
+	AddPath(ctx context.Context, p initiator.Path) (*initiator.Controller, error)
+	KeepPath(p initiator.Path) (*initiator.Controller, error)
+	RemovePath(ctx context.Context, c *initiator.Controller) error
+	Paths() []*initiator.Controller
+	SetPolicy(p initiator.Policy, preferred *initiator.Controller) error
 	Reauthenticate(ctx context.Context, keys *initiator.Credentials) error
 	Abort(reason error)
 	Close(ctx context.Context) error
@@ -90,7 +95,7 @@ type backend struct {
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
 	kernelHas    func(context.Context, host.NVMeController) bool
-	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error)
+	connect      func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error)
 	start        func(context.Context, ublk.Config) (device, error)
 	recover      func(context.Context, ublk.Info, ublk.Config) (device, error)
 	get          func(ctx context.Context, id int) (ublk.Info, error)
@@ -117,7 +122,7 @@ var actual = backend{
 	prepare:      host.Prepare,
 	loop:         explainedLoop,
 	kernelHas:    host.NewKernelNVMe().Has,
-	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
+	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {

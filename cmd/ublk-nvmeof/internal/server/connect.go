@@ -109,24 +109,30 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 		return nil, err
 	}
 	s.log.Info("connecting", "nqn", s.opts.NQN, "address", s.remote.String(), "provider", s.provider.Name, "because", s.provider.Reason)
-	ctrl, found, err := s.back.connect(ctx, cfg, s.changed)
+	sub, found, further, err := s.connectFirst(ctx, cfg)
 	if err != nil {
 		return nil, s.explain(ctx, err)
 	}
-	info := ctrl.Info()
+	path := sub.Info().Paths[0]
 	s.mu.Lock()
-	s.ctrl, s.info = ctrl, info
+	s.sub, s.path = sub, path
 	s.mu.Unlock()
-	s.depth = info.QueueSize
-	s.log.Info("connected", "controller", info.CNTLID, "queues", info.Plan.String(), "authentication", cmp.Or(info.Auth, "none"))
+	s.depth = path.QueueSize
+	if err := s.connectPaths(ctx, further); err != nil {
+		return nil, s.explain(ctx, err)
+	}
+	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String(), "authentication", cmp.Or(path.Auth, "none"))
 	return found, nil
 }
 
 func (s *server) initiatorConfig() (initiator.Config, error) {
-	rdmaProvider, err := s.chooseProvider()
+	provider, err := s.providerFor(s.remote, s.opts.SourceAddr)
 	if err != nil {
 		return initiator.Config{}, err
 	}
+	s.mu.Lock()
+	s.provider = provider.choice
+	s.mu.Unlock()
 	queues := s.opts.Queues.Clip(runtime.NumCPU())
 	if err := s.back.prepare(queues.Loops()); err != nil {
 		s.log.Warn("process is not fully protected", "error", err)
@@ -146,8 +152,9 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		s.mu.Unlock()
 	}
 	cfg := initiator.Config{
-		Provider: rdmaProvider, Address: s.remote, Source: s.opts.SourceAddr,
+		Path:   initiator.Path{Provider: provider.rdma, Address: s.remote, Source: s.opts.SourceAddr},
 		SubNQN: s.opts.NQN, HostNQN: s.opts.HostNQN, HostID: s.opts.HostID,
+		Policy: s.opts.Policy, NoFence: s.opts.Fence == options.FenceNone,
 		Credentials: initiator.Credentials{Host: s.opts.Secret, Controller: s.opts.ControllerSecret},
 		Queues:      queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
@@ -194,7 +201,7 @@ func (s *server) explain(ctx context.Context, err error) error {
 		return cause // the server must end
 	}
 	if exit.Of(err) == exit.NoRDMA {
-		return s.noRDMA(err)
+		return s.noRDMA(s.remote, s.opts.SourceAddr, err)
 	}
 	return exit.Connecting(s.opts.Peer(), s.opts.NQN, s.opts.HostNQN, err)
 }

@@ -190,7 +190,7 @@ func (s *server) described(ns namespace, d state.Device) state.Device {
 	r := describeRecord(ns, d)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.Model, r.Serial = s.info.Model, s.info.Serial
+	r.Model, r.Serial = s.path.Model, s.path.Serial
 	return r
 }
 

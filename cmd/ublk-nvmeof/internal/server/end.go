@@ -81,7 +81,7 @@ func (s *server) endBelow(ctx context.Context, p pace) error {
 		func() error { return s.endNBD(p) },
 		func() error { return s.endController(ctx, p) },
 		func() error { return s.endLoops(p) },
-		func() error { return bounded(p.loops, s.closeProvider) },
+		func() error { return bounded(p.loops, s.closeProviders) },
 	} {
 		if err := step(); err != nil {
 			return err
@@ -124,12 +124,12 @@ func (s *server) endDevices(ctx context.Context, force bool, p pace) error {
 	if err == nil || !force && isBusy(err) {
 		return err
 	}
-	if s.ctrl == nil {
+	if s.sub == nil {
 		return err
 	}
 	s.log.Warn("aborting requests in flight", "error", err)
 	s.aborted = true
-	s.ctrl.Abort(errEnding)
+	s.sub.Abort(errEnding)
 	limit, cancel = context.WithTimeout(ctx, p.abort)
 	defer cancel()
 	return s.stopAll(limit, true)
@@ -174,13 +174,13 @@ func (s *server) stopAll(ctx context.Context, force bool) error {
 }
 
 func (s *server) endController(ctx context.Context, p pace) error {
-	if s.ctrl == nil {
+	if s.sub == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.leave)
 	defer cancel()
-	live := s.ctrl.Info().State == initiator.StateLive
-	err := bounded(p.leave+p.abort, func() error { return s.ctrl.Close(ctx) })
+	live := s.sub.Info().State == initiator.StateLive
+	err := bounded(p.leave+p.abort, func() error { return s.sub.Close(ctx) })
 	// Only then have all commands been answered, and the target executes none.
 	s.record.finish(err == nil && live && !s.aborted)
 	if err != nil {

@@ -47,6 +47,7 @@ type world struct {
 	provider     []string      // those that were tried
 	route        host.Route
 	routeErr     error
+	pathErr      error // of adding a path
 	connectErr   error
 	queryErr     error // of queries, resets and rescans
 	nsids        []uint32
@@ -56,7 +57,7 @@ type world struct {
 	stuck        map[int]bool     // Stop does not return until Abort
 	wedged       map[int]bool     // nor after it
 	left         map[int]ublk.Info
-	ctrl         *fakeController
+	sub          *fakeSubsystem
 	devices      map[int]*fakeDevice
 	connected    initiator.Config
 	changed      func(namespace, initiator.Change)
@@ -189,7 +190,7 @@ func (p *fakeRoCE) Close() error {
 	return nil
 }
 
-func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (controller, []namespace, error) {
+func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error) {
 	w.note("connect")
 	w.connected, w.changed = cfg, changed
 	if w.connecting != nil {
@@ -200,15 +201,15 @@ func (w *world) connect(ctx context.Context, cfg initiator.Config, changed func(
 	if w.connectErr != nil {
 		return nil, nil, w.connectErr
 	}
-	if err := cfg.Associated(5); err != nil {
+	if err := cfg.Associated([]initiator.ControllerID{{CNTLID: 5}}); err != nil {
 		return nil, nil, err
 	}
-	w.ctrl = &fakeController{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
+	w.sub = &fakeSubsystem{world: w, plan: poller.Split(cfg.Queues, cfg.Queues.Total()-1), done: make(chan struct{}), aborted: make(chan struct{})}
 	var found []namespace
 	for _, id := range w.nsids {
 		found = append(found, w.namespace(id))
 	}
-	return w.ctrl, found, nil
+	return w.sub, found, nil
 }
 
 // namespace is what the target has behind a namespace id.
@@ -257,7 +258,7 @@ func (d disk) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	return n.OpenQueue(i, cfg)
 }
 
-type fakeController struct {
+type fakeSubsystem struct {
 	world   *world
 	plan    poller.Plan
 	mu      sync.Mutex // guards reason
@@ -271,41 +272,49 @@ type fakeController struct {
 	lost    atomic.Pointer[time.Time] // when the target was lost; nil: it is there
 }
 
-func (c *fakeController) Info() initiator.Info {
+func (c *fakeSubsystem) Info() initiator.Info {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := initiator.Info{State: initiator.StateLive, Device: "rxe0", Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
+	p := initiator.PathInfo{State: initiator.StateLive, Device: "rxe0", Provider: "verbs", Configured: c.world.connected.Address, Access: map[uint32]nvme.ANAState{1: nvme.ANAOptimized, 7: 0}}
+	i := initiator.Info{State: initiator.StateLive, Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
 	i.Outages = initiator.Outages{Time: 1500 * time.Millisecond, Losses: map[initiator.LossReason]int{initiator.LossKeepAlive: 2}, Attempts: 3, Made: 2}
 	i.Oldest = 4 * time.Second
 	i.Stages[initiator.StageWire][block.OpWriteZeroes] = initiator.Histogram{Buckets: someBuckets, Sum: time.Second}
 	i.Memory = initiator.MemoryInfo{Limit: cmp.Or(c.world.memory, 1<<30)}
 	if c.reason != nil {
-		i.State, i.Reason = initiator.StateDead, c.reason
+		i.State, p.State, p.Reason = initiator.StateDead, initiator.StateDead, c.reason
+		i.Paths = []initiator.PathInfo{p}
 		return i
 	}
 	if t := c.lost.Load(); t != nil {
 		i.State, i.Since = initiator.StateConnecting, *t
+		p.State, p.Since = i.State, *t
 	}
-	i.CNTLID, i.Version, i.Model, i.QueueSize, i.Plan, i.InCapsule, i.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
+	p.CNTLID, p.Version, p.Model, p.QueueSize, p.Plan, p.InCapsule, p.SQFlow = 5, 0x20100, "M", 64, c.plan, 4096, true
+	i.Paths = []initiator.PathInfo{p}
 	return i
 }
 
-func (c *fakeController) Done() <-chan struct{} { return c.done }
+func (c *fakeSubsystem) Done() <-chan struct{} { return c.done }
 
-func (c *fakeController) Err() error {
+func (c *fakeSubsystem) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.reason
 }
 
-func (c *fakeController) lose(err error) {
+func (c *fakeSubsystem) lose(err error) {
 	c.mu.Lock()
 	c.reason = err
 	c.mu.Unlock()
 	close(c.done)
 }
 
-func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, cntlids ...uint16) error {
+func (c *fakeSubsystem) Outlive(ctx context.Context, keepAlive time.Duration, ids ...initiator.ControllerID) error {
+	var cntlids []uint16
+	for _, id := range ids {
+		cntlids = append(cntlids, id.CNTLID)
+	}
 	c.world.note("outlive %v", cntlids)
 	c.world.keepAlive = keepAlive
 	if deadline, ok := ctx.Deadline(); ok {
@@ -314,7 +323,7 @@ func (c *fakeController) Outlive(ctx context.Context, keepAlive time.Duration, c
 	return nil
 }
 
-func (c *fakeController) Query(_ context.Context, cmd *nvme.Command, out []byte) (uint64, error) {
+func (c *fakeSubsystem) Query(_ context.Context, cmd *nvme.Command, out []byte) (uint64, error) {
 	if err := c.world.queriesFail(); err != nil {
 		return 0, err
 	}
@@ -324,31 +333,51 @@ func (c *fakeController) Query(_ context.Context, cmd *nvme.Command, out []byte)
 	return uint64(cmd.CDW10()), nil
 }
 
-func (c *fakeController) Reset(context.Context) error {
+func (c *fakeSubsystem) Reset(context.Context) error {
 	c.world.note("reset")
 	return c.world.queriesFail()
 }
 
-func (c *fakeController) Reauthenticate(_ context.Context, keys *initiator.Credentials) error {
+func (c *fakeSubsystem) Reauthenticate(_ context.Context, keys *initiator.Credentials) error {
 	c.keys = keys
 	return c.reauth
 }
 
-func (c *fakeController) Rescan() error {
+// AddPath implements subsystem. A fake path has an address and nothing else.
+func (c *fakeSubsystem) AddPath(_ context.Context, p initiator.Path) (*initiator.Controller, error) {
+	c.world.note("add path %v", p.Address)
+	return nil, c.world.pathErr
+}
+
+func (c *fakeSubsystem) KeepPath(p initiator.Path) (*initiator.Controller, error) {
+	c.world.note("keep path %v", p.Address)
+	return nil, nil
+}
+
+func (c *fakeSubsystem) RemovePath(context.Context, *initiator.Controller) error { return nil }
+
+func (c *fakeSubsystem) Paths() []*initiator.Controller { return nil }
+
+func (c *fakeSubsystem) SetPolicy(p initiator.Policy, _ *initiator.Controller) error {
+	c.world.note("policy %v", p)
+	return nil
+}
+
+func (c *fakeSubsystem) Rescan() error {
 	c.world.note("rescan")
 	return c.world.queriesFail()
 }
 
-func (c *fakeController) OutliveTime(keepAlive time.Duration, n int) time.Duration {
+func (c *fakeSubsystem) OutliveTime(keepAlive time.Duration, n int) time.Duration {
 	return time.Duration(3*n) * keepAlive
 }
 
-func (c *fakeController) Abort(reason error) {
+func (c *fakeSubsystem) Abort(reason error) {
 	c.world.note("abort")
 	c.once.Do(func() { close(c.aborted) })
 }
 
-func (c *fakeController) Close(ctx context.Context) error {
+func (c *fakeSubsystem) Close(ctx context.Context) error {
 	c.world.note("close controller")
 	if c.hang {
 		<-ctx.Done()
@@ -437,7 +466,7 @@ func (d *fakeDevice) Stop(ctx context.Context, force bool) error {
 	if d.world.stuck[d.id] {
 		var aborted <-chan struct{}
 		if !d.world.wedged[d.id] {
-			aborted = d.world.ctrl.aborted
+			aborted = d.world.sub.aborted
 		}
 		select {
 		case <-aborted:

@@ -17,7 +17,7 @@ func (s *server) checkMemory(chosen []namespace) error {
 		need += int64(len(s.loops)) * int64(s.depth) * int64(maxIO)
 		largest = max(largest, maxIO)
 	}
-	memory := s.ctrl.Info().Memory
+	memory := s.sub.Info().Memory
 	if need <= memory.Limit-memory.Used {
 		return nil
 	}

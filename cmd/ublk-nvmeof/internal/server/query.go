@@ -20,7 +20,7 @@ func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResul
 	case q.Length < 0 || q.Length > initiator.MaxQuery:
 		return control.QueryResult{}, exit.Errorf(exit.Usage, "length %d; want 0 to %d", q.Length, initiator.MaxQuery)
 	}
-	ctrl, err := s.controller()
+	sub, err := s.connected()
 	if err != nil {
 		return control.QueryResult{}, err
 	}
@@ -29,7 +29,7 @@ func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResul
 		r.Data = make([]byte, q.Length)
 	}
 	cmd := nvme.CommandAt(q.Command)
-	r.Result, err = ctrl.Query(ctx, cmd, r.Data)
+	r.Result, err = sub.Query(ctx, cmd, r.Data)
 	return r, s.explainRefusal(cmd.Opcode().AdminString(), err)
 }
 
@@ -52,31 +52,31 @@ func (s *server) Reserve(ctx context.Context, r control.Reservation) ([]byte, er
 
 // Reset implements control.Controlled.
 func (s *server) Reset(ctx context.Context) error {
-	ctrl, err := s.controller()
+	sub, err := s.connected()
 	if err != nil {
 		return err
 	}
 	s.log.Info("controller is reset on request")
-	return s.explainRefusal("reset", ctrl.Reset(ctx))
+	return s.explainRefusal("reset", sub.Reset(ctx))
 }
 
 // Rescan implements control.Controlled.
 func (s *server) Rescan(context.Context) error {
-	ctrl, err := s.controller()
+	sub, err := s.connected()
 	if err != nil {
 		return err
 	}
-	return s.explainRefusal("rescan", ctrl.Rescan())
+	return s.explainRefusal("rescan", sub.Rescan())
 }
 
-// controller returns the controller of a server that has connected.
-func (s *server) controller() (controller, error) {
+// connected returns the subsystem of a server that has connected to it.
+func (s *server) connected() (subsystem, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ctrl == nil {
+	if s.sub == nil {
 		return nil, exit.Errorf(exit.Busy, "the server is still connecting")
 	}
-	return s.ctrl, nil
+	return s.sub, nil
 }
 
 // explainRefusal says in words why a request to the controller failed.
@@ -91,10 +91,10 @@ func (s *server) explainRefusal(what string, err error) error {
 	case errors.As(err, &bad):
 		return exit.Errorf(exit.Usage, "%s: %v", what, err)
 	case errors.Is(err, initiator.ErrNotConnected):
-		now := s.ctrl.Info()
+		now := s.sub.Info()
 		reason := ""
-		if now.Reason != nil {
-			reason = ": " + now.Reason.Error()
+		if why := now.Paths[0].Reason; why != nil {
+			reason = ": " + why.Error()
 		}
 		return exit.Errorf(exit.Busy, "%s: the controller is not connected, it is %v%s", what, now.State, reason)
 	case errors.Is(err, os.ErrNotExist):

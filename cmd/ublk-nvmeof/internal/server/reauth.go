@@ -28,7 +28,7 @@ func secretsOf(host, controller *auth.Key) (s state.Secrets) {
 // Reauthenticate implements control.Controlled. The keys that the request lacks are those
 // that are recorded.
 func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication) error {
-	ctrl, err := s.controller()
+	sub, err := s.connected()
 	if err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 		}
 	}
 	s.log.Info("authentication on request", "new_keys", r != control.Reauthentication{})
-	if err := ctrl.Reauthenticate(ctx, &keys); errors.As(err, new(*initiator.AuthError)) {
+	if err := sub.Reauthenticate(ctx, &keys); errors.As(err, new(*initiator.AuthError)) {
 		return err
 	} else if err != nil {
 		return s.explainRefusal("reauth", err)

@@ -48,33 +48,33 @@ func TestReauth(t *testing.T) {
 	if got := recorded(); got != (state.Secrets{Host: o.Secret.Text()}) {
 		t.Errorf("recorded %+v", got)
 	}
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); err != nil || !w.ctrl.keys.Host.Equal(o.Secret) || w.ctrl.keys.Controller != nil {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); err != nil || !w.sub.keys.Host.Equal(o.Secret) || w.sub.keys.Controller != nil {
 		t.Errorf("with the same keys: %v", err)
 	}
 	host, controller := newKey(t), newKey(t)
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: host.Text(), Controller: controller.Text()}); err != nil || !w.ctrl.keys.Host.Equal(host) || !w.ctrl.keys.Controller.Equal(controller) {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: host.Text(), Controller: controller.Text()}); err != nil || !w.sub.keys.Host.Equal(host) || !w.sub.keys.Controller.Equal(controller) {
 		t.Errorf("with other keys: %v", err)
 	}
 	want := state.Secrets{Host: host.Text(), Controller: controller.Text()}
 	if got := recorded(); got != want {
 		t.Errorf("recorded %+v", got)
 	}
-	w.ctrl.reauth = &initiator.AuthError{Err: errors.New("rain")}
+	w.sub.reauth = &initiator.AuthError{Err: errors.New("rain")}
 	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: newKey(t).Text()}); exit.Of(err) != exit.NotProved || err.Error() != "authentication of queue 0: rain" {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
-	w.ctrl.reauth = initiator.ErrNotConnected
+	w.sub.reauth = initiator.ErrNotConnected
 	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); exit.Of(err) != exit.Busy {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
-	w.ctrl.reauth = nil
+	w.sub.reauth = nil
 	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: "@/etc/passwd"}); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), "--dhchap-secret: key: the prefix DHHC-1: is missing") {
 		t.Errorf("a file: code %d, %v", exit.Of(err), err)
 	}
 	if got := recorded(); got != want {
 		t.Errorf("after errors %+v is recorded", got)
 	}
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Controller: options.NoSecret}); err != nil || w.ctrl.keys.Controller != nil || recorded().Controller != "" {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Controller: options.NoSecret}); err != nil || w.sub.keys.Controller != nil || recorded().Controller != "" {
 		t.Errorf("without a controller key: %v", err)
 	}
 	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {

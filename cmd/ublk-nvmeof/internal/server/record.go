@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/initiator"
 )
 
 // record is the server's entry in the run directory. Any goroutine may call its methods.
@@ -21,7 +22,7 @@ type record struct {
 	// all of its devices yet. Such an entry is never removed.
 	inherited bool
 	// before holds the controllers of earlier servers that the target may still have,
-	// and used the controller of this server that may have received I/O.
+	// and used the controllers of this server that may have received I/O.
 	before, used []uint16
 	newest       uint16 // controller of this server that the target made last
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
@@ -111,20 +112,35 @@ func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
 	return m, known
 }
 
-// associated records a controller that is about to receive commands, for the next
-// server. It forgets the controller before, which the target has ended by then. The id
-// of that one may now belong to a controller of another server, and the next server
-// must not wait for its end.
-func (r *record) associated(cntlid uint16) error {
+// associated records the controllers that have commands of this server or are about to
+// receive them, for the next server. It forgets all others, which the target has ended by
+// then. The id of such a one may now belong to a controller of another server, and the next
+// server must not wait for its end.
+func (r *record) associated(all []initiator.ControllerID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	last := r.used
-	r.used = []uint16{cntlid}
+	r.used = nil
+	for _, id := range all {
+		r.used = append(r.used, id.CNTLID)
+	}
 	if err := r.save(); err != nil {
 		r.used = last
 		return err
 	}
 	return nil
+}
+
+// identify returns the controllers with these ids and their addresses, as far as they are
+// known.
+func (r *record) identify(ids []uint16) []initiator.ControllerID {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []initiator.ControllerID
+	for _, id := range ids {
+		all = append(all, initiator.ControllerID{Address: r.entry.Made[id].Address, CNTLID: id})
+	}
+	return all
 }
 
 // earlier returns the controllers of earlier servers that the target may still have, and

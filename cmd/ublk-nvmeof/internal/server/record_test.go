@@ -90,7 +90,7 @@ func TestMade(t *testing.T) {
 	r := newRecord(&state.Entry{}, 0)
 	r.own = false // nothing is saved
 	r.made(1, madeAt(1))
-	if err := r.associated(1); err != nil {
+	if err := r.associated([]initiator.ControllerID{{CNTLID: 1}}); err != nil {
 		t.Fatal(err)
 	}
 	r.made(2, madeAt(2))

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -116,16 +115,16 @@ type server struct {
 	ended   chan struct{}           // closed when closed is set
 	pending []*pending              // pending changes of namespaces; guarded by changes
 
-	mu       sync.Mutex // guards what follows
-	front    frontEnd
-	provider provider.Choice
-	closer   io.Closer                // the provider, if it has a Close method
-	packets  func() provider.Counters // nil if the hardware counts packets
-	loops    []*poller.Loop
-	ctrl     controller
-	info     initiator.Info // of the controller when it was last seen connected
-	serving  []*serving
-	reported []change // changes of namespaces that follow has not handled
+	mu        sync.Mutex // guards what follows
+	front     frontEnd
+	provider  provider.Choice
+	providers map[string]opened        // by name
+	packets   func() provider.Counters // nil if the hardware counts packets
+	loops     []*poller.Loop
+	sub       subsystem
+	path      initiator.PathInfo // when it was last seen connected
+	serving   []*serving
+	reported  []change // changes of namespaces that follow has not handled
 
 	news     chan struct{} // wakes follow: something was reported
 	idle     sync.Once     // closes noDevice
@@ -240,7 +239,7 @@ func (s *server) serve(ctx context.Context) {
 
 // wait returns when the server must end.
 func (s *server) wait(ctx context.Context) {
-	lost := s.ctrl.Done()
+	lost := s.sub.Done()
 	for {
 		select {
 		case <-ctx.Done():
@@ -250,7 +249,7 @@ func (s *server) wait(ctx context.Context) {
 			s.log.Info("no device is left")
 		case <-lost:
 			// The devices stay, and their I/O fails. The status has the reason.
-			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.ctrl.Err())
+			s.log.Error("controller is lost; I/O fails until the devices are disconnected", "reason", s.sub.Err())
 			lost = nil
 			continue
 		}

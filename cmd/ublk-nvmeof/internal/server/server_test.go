@@ -167,6 +167,11 @@ func TestServe(t *testing.T) {
 	want := control.Status{
 		SchemaVersion: 1, Name: "ctrl0", PID: os.Getpid(), Transport: "rdma", TrAddr: "127.0.0.1", TrSvcID: "4420",
 		NQN: o.NQN, HostNQN: o.HostNQN, HostID: o.HostID.String(), State: "live", CNTLID: 5, Version: "2.1", Model: "M",
+		Paths: []control.Path{{
+			Path: "127.0.0.1", TrAddr: "127.0.0.1", TrSvcID: "4420", State: "live", CNTLID: 5, Provider: "verbs", RDMADevice: "rxe0",
+			ANA: map[string]string{"1": "optimized"}, Vouched: []string{},
+		}},
+		Policy: "queue-depth", Fence: "auto",
 		Frontend: "ublk", FrontendReason: "the ublk driver is there",
 		Provider: "verbs", ProviderReason: "RDMA device rxe0 is on lo, which leads to 127.0.0.1", RDMADevice: "rxe0", Memory: "registered", InCapsule: 4096, SQFlow: true, QueueSize: 64,
 		Queues: control.Queues{
@@ -442,7 +447,7 @@ func TestSilentTarget(t *testing.T) {
 	w := newWorld()
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
-	w.ctrl.hang = true
+	w.sub.hang = true
 	if err := r.client().Disconnect(t.Context(), true); err != nil {
 		t.Error(err)
 	}
@@ -455,7 +460,7 @@ func TestSilentTarget(t *testing.T) {
 // While the controller is not connected, the status says why, and why the last attempt failed.
 func TestFailureIsReported(t *testing.T) {
 	var s control.Status
-	describeController(&s, initiator.Info{Reason: errors.New("rain"), Failure: errors.New("still rain")}, initiator.Info{})
+	describeState(&s, initiator.Info{Paths: []initiator.PathInfo{{Reason: errors.New("rain"), Failure: errors.New("still rain")}}})
 	if s.Reason != "rain" || s.Failure != "still rain" {
 		t.Errorf("reason %q, failure %q", s.Reason, s.Failure)
 	}
@@ -466,7 +471,7 @@ func TestLostController(t *testing.T) {
 	w := newWorld()
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
-	w.ctrl.lose(errors.New("keep alive: rain"))
+	w.sub.lose(errors.New("keep alive: rain"))
 	s, err := r.client().Status(t.Context())
 	if err != nil || s.State != "dead" || s.Reason != "keep alive: rain" || s.Model != "M" || s.Queues.Requested != 3 || len(s.Devices) != 1 {
 		t.Errorf("%+v, %v", s, err)

@@ -193,7 +193,7 @@ func (s *server) watchShutdown(ctx context.Context) (stop func()) {
 			case <-ctx.Done():
 				return
 			}
-			if now := s.ctrl.Info(); now.State != initiator.StateConnecting || time.Since(now.Since) < shutdownGrace {
+			if now := s.sub.Info(); now.State != initiator.StateConnecting || time.Since(now.Since) < shutdownGrace {
 				continue
 			}
 			switch stopping, err := s.back.stopping(ctx); {
@@ -201,7 +201,7 @@ func (s *server) watchShutdown(ctx context.Context) (stop func()) {
 				s.log.Debug("cannot ask whether the machine is being shut down", "error", err)
 			case stopping:
 				s.log.Error("requests are not kept any longer", "reason", errShutdown)
-				s.ctrl.Abort(errShutdown)
+				s.sub.Abort(errShutdown)
 				return
 			}
 		}

@@ -216,7 +216,7 @@ func TestShutdownWithoutTarget(t *testing.T) {
 	r := begin(t, w, lab(), runDir(t))
 	r.waitReady()
 	lost := time.Now().Add(-time.Hour)
-	w.ctrl.lost.Store(&lost)
+	w.sub.lost.Store(&lost)
 	for _, down := range []bool{false, false, true} {
 		<-asked
 		if slices.Contains(w.happened(), "abort") {
@@ -224,7 +224,7 @@ func TestShutdownWithoutTarget(t *testing.T) {
 		}
 		stopping <- down
 	}
-	<-w.ctrl.aborted
+	<-w.sub.aborted
 }
 
 // A server that a service manager runs starts its successor, and makes it the service when

@@ -25,6 +25,7 @@ func (s *server) Status() control.Status {
 		State: "connecting", Frontend: s.front.name, FrontendReason: s.front.reason, Provider: s.provider.Name, ProviderReason: s.provider.Reason, QueueSize: o.QueueSize,
 		KeepAlive: wholeSeconds(o.KeepAlive), Reconnect: wholeSeconds(o.Reconnect), Loss: wholeSeconds(o.Loss), FastFail: wholeSeconds(o.FastIOFail),
 		TOS: int(o.TOS), PollMax: o.PollMax,
+		Fence:   o.Fence,
 		Devices: []control.Device{}, Lanes: []control.Lane{}, Outages: control.Outages{Losses: map[string]int{}},
 	}
 	if o.SourceAddr.IsValid() {
@@ -43,14 +44,16 @@ func (s *server) Status() control.Status {
 			},
 		}
 	}
-	if s.ctrl == nil {
+	if s.sub == nil {
 		return out
 	}
-	now := s.ctrl.Info()
-	if now.Plan.Queues() > 0 {
-		s.info = now
+	now := s.sub.Info()
+	if p := now.Paths[0]; p.Plan.Queues() > 0 {
+		s.path = p
 	}
-	describeController(&out, now, s.info)
+	describeState(&out, now)
+	describePath(&out, s.path)
+	describePaths(&out, now)
 	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
 	describeRequests(&out, now)
 	for i, l := range s.loops {
@@ -78,21 +81,33 @@ func ended(d device) bool {
 	}
 }
 
+// timeFormat is the form of times in the status.
+const timeFormat = time.RFC3339
+
 func wholeSeconds(d time.Duration) int { return int(d / time.Second) }
 
-// describeController fills in the present state of the controller. While the controller
-// is not connected, the details are those of its last connection.
-func describeController(out *control.Status, now, connected initiator.Info) {
-	out.State, out.Losses, out.Attempts = now.State.String(), now.Losses, now.Attempts
+// describeState fills in the present state of the subsystem.
+func describeState(out *control.Status, now initiator.Info) {
+	path := now.Paths[0]
+	out.State, out.Losses, out.Attempts = now.State.String(), path.Losses, path.Attempts
 	if !now.Since.IsZero() {
-		out.Since = now.Since.UTC().Format(time.RFC3339)
+		out.Since = now.Since.UTC().Format(timeFormat)
 	}
-	if now.Reason != nil {
-		out.Reason = now.Reason.Error()
+	if path.Reason != nil {
+		out.Reason = path.Reason.Error()
 	}
-	if now.Failure != nil {
-		out.Failure = now.Failure.Error()
+	if path.Failure != nil {
+		out.Failure = path.Failure.Error()
 	}
+	for _, l := range now.Lanes {
+		out.Lanes = append(out.Lanes, control.Lane{
+			Submitted: l.Submitted, Completed: l.Completed, HandedOver: l.HandedOver, Retried: l.Retried,
+		})
+	}
+}
+
+// describePath fills in what is known of a controller since it was connected the last time.
+func describePath(out *control.Status, connected initiator.PathInfo) {
 	if connected.Address.IsValid() {
 		out.TrAddr = connected.Address.Addr().String()
 	}
@@ -102,11 +117,6 @@ func describeController(out *control.Status, now, connected initiator.Info) {
 	out.RDMADevice, out.Memory = connected.Device, "registered"
 	out.InCapsule, out.SQFlow, out.QueueSize = connected.InCapsule, connected.SQFlow, connected.QueueSize
 	out.Queues = describeQueues(connected.Plan)
-	for _, l := range now.Lanes {
-		out.Lanes = append(out.Lanes, control.Lane{
-			Submitted: l.Submitted, Completed: l.Completed, HandedOver: l.HandedOver, Retried: l.Retried,
-		})
-	}
 }
 
 func describeQueues(p poller.Plan) control.Queues {

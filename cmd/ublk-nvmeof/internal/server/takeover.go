@@ -168,7 +168,7 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	if len(ids) == 0 {
 		return false, nil
 	}
-	limit := s.ctrl.OutliveTime(keepAlive, len(ids)) + outliveMargin
+	limit := s.sub.OutliveTime(keepAlive, len(ids)) + outliveMargin
 	if deadline, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(deadline))
 	}
@@ -178,7 +178,7 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
-	if err := s.ctrl.Outlive(limited, keepAlive, ids...); err != nil {
+	if err := s.sub.Outlive(limited, keepAlive, s.record.identify(ids)...); err != nil {
 		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
 	}
 	return true, s.record.outlived(ctx)

@@ -265,7 +265,7 @@ func TestConnectAfterGivenUp(t *testing.T) {
 	if err := <-second.result; exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "--duplicate-connect") {
 		t.Errorf("while it is served: %v", err)
 	}
-	w.ctrl.lose(errors.New("given up after 12s"))
+	w.sub.lose(errors.New("given up after 12s"))
 	second = begin(t, newWorld(), lab(), dir)
 	err := <-second.result
 	if exit.Of(err) != exit.AlreadyServed || !strings.Contains(err.Error(), "given up after 12s") || !strings.Contains(err.Error(), "disconnect ctrl0") {
@@ -327,7 +327,7 @@ func TestRecordFull(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(blocked, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.connected.Associated(6); err == nil {
+	if err := w.connected.Associated([]initiator.ControllerID{{CNTLID: 6}}); err == nil {
 		t.Error("a controller that is not on record may be used")
 	}
 	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {

@@ -51,7 +51,7 @@ func (s *server) diskID(ns namespace) string {
 		return strings.ReplaceAll(ns.uuid, "-", "")
 	}
 	number := "-" + strconv.FormatUint(uint64(ns.nsid), 10)
-	serial := strings.TrimSpace(s.ctrl.Info().Serial)
+	serial := strings.TrimSpace(s.sub.Info().Paths[0].Serial)
 	return serial[:min(len(serial), 20-len(number))] + number
 }
 

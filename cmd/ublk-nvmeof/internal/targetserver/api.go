@@ -19,6 +19,7 @@ type Status struct {
 	Subsystems  []Subsystem  `json:"subsystems"`
 	Referrals   []string     `json:"referrals,omitempty"` // to other discovery services, as address:port
 	Controllers []Controller `json:"controllers"`
+	Ports       []Port       `json:"ports,omitempty"`
 	Faults      Faults       `json:"faults"`
 
 	Connections int    `json:"connections"` // current connections
@@ -33,6 +34,13 @@ type Status struct {
 	ReadBytes  uint64            `json:"read_bytes"`
 	WriteBytes uint64            `json:"write_bytes"`
 	Errors     uint64            `json:"errors"`
+}
+
+// Port is an address on which a target listens.
+type Port struct {
+	ID      uint16 `json:"id"`
+	TrAddr  string `json:"traddr"`
+	TrSvcID string `json:"trsvcid"`
 }
 
 // Subsystem is a subsystem of a target.
@@ -100,10 +108,11 @@ type (
 		Exactly bool   `json:"exactly,omitempty"`
 	}
 	// DropRequest ends the connections of the queues with an id, or all connections
-	// if QID is negative. With NQN, QID must be negative.
+	// if QID is negative. With NQN or Port, QID must be negative.
 	DropRequest struct {
-		NQN string `json:"subsysnqn,omitempty"`
-		QID int    `json:"qid"`
+		NQN  string `json:"subsysnqn,omitempty"`
+		QID  int    `json:"qid"`
+		Port uint16 `json:"port,omitempty"` // number of the port whose connections end; 0: any
 	}
 	// StallRequest makes the target begin no commands, or begin them again.
 	StallRequest struct {
@@ -139,6 +148,7 @@ type (
 		NQN   string `json:"subsysnqn,omitempty"`
 		Group uint32 `json:"group"`
 		State string `json:"state"`
+		Port  uint16 `json:"port,omitempty"` // number of the port; 0: all
 	}
 	// AddRequest adds a namespace. See options.NamespaceWords.
 	AddRequest struct {

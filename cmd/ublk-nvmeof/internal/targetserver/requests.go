@@ -12,6 +12,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/target"
 )
 
 // maxBody is the largest size of a request in bytes.
@@ -172,7 +173,27 @@ func (s *server) grant(r GrantRequest) (Done, error) {
 	return Done{}, nil
 }
 
+// port returns the port with a number.
+func (s *server) port(id uint16) (*target.Port, error) {
+	all := s.target.Ports()
+	i := slices.IndexFunc(all, func(p *target.Port) bool { return p.ID() == id })
+	if i < 0 {
+		return nil, exit.Errorf(exit.NotFound, "the target has no port %d", id)
+	}
+	return all[i], nil
+}
+
 func (s *server) drop(r DropRequest) (Done, error) {
+	if r.Port != 0 {
+		if r.NQN != "" || r.QID >= 0 {
+			return Done{}, exit.Errorf(exit.Usage, "all connections of a port are dropped; want --port without --nqn and --qid")
+		}
+		p, err := s.port(r.Port)
+		if err == nil {
+			p.Disconnect()
+		}
+		return Done{}, err
+	}
 	if r.NQN == "" {
 		s.target.Faults().Disconnect(r.QID)
 		return Done{}, nil
@@ -280,11 +301,21 @@ func (s *server) ana(r ANARequest) (Done, error) {
 	if err != nil {
 		return Done{}, err
 	}
+	set := func(sub *subsystem) error { return sub.SetANAState(r.Group, state) }
+	key := strconv.Itoa(int(r.Group))
+	if r.Port != 0 {
+		port, err := s.port(r.Port)
+		if err != nil {
+			return Done{}, err
+		}
+		set = func(sub *subsystem) error { return sub.SetPortANAState(port, r.Group, state) }
+		key += " over port " + strconv.Itoa(int(r.Port))
+	}
 	for _, sub := range found {
-		if err := sub.SetANAState(r.Group, state); err != nil {
+		if err := set(sub); err != nil {
 			return Done{}, exit.Errorf(exit.Usage, "%v", err)
 		}
-		sub.ana[strconv.Itoa(int(r.Group))] = r.State
+		sub.ana[key] = r.State
 	}
 	return Done{}, nil
 }

@@ -41,15 +41,16 @@ type Config struct {
 
 // server is a running target.
 type server struct {
-	cfg    Config
-	opts   *options.Target
-	log    *slog.Logger
-	choice provider.Choice
-	place  *rundir.Place
-	target *target.Target
-	stop   chan struct{} // closed when a request ends the target
-	ended  chan struct{} // closed when the target has ended
-	once   sync.Once
+	closers []io.Closer // providers of further ports
+	cfg     Config
+	opts    *options.Target
+	log     *slog.Logger
+	choice  provider.Choice
+	place   *rundir.Place
+	target  *target.Target
+	stop    chan struct{} // closed when a request ends the target
+	ended   chan struct{} // closed when the target has ended
+	once    sync.Once
 
 	changes    sync.Mutex // held by requests that change namespaces, which may wait; taken before mu
 	mu         sync.Mutex // guards what follows
@@ -104,6 +105,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	if c, ok := p.(io.Closer); ok {
 		defer undo("close provider", c.Close)
 	}
+	defer undo("close providers of ports", s.closePorts)
 	if err := s.open(p); err != nil {
 		return err
 	}
@@ -150,9 +152,44 @@ func (s *server) open(p rdma.Provider) (err error) {
 	s.target, err = target.New(target.Config{
 		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true, DiscoveryNQN: o.Discovery,
 		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, QueueMemory: o.QueueMemory,
+		MinControllerID: o.MinID, MaxControllerID: o.MaxID,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
+	if err != nil {
+		return err
+	}
+	for _, at := range o.Ports {
+		if err := s.addPort(p, at); err != nil {
+			return errors.Join(err, s.target.Close())
+		}
+	}
+	return nil
+}
+
+// addPort makes the target listen on a further address. A provider without an RDMA device has
+// one address, so each further address has a provider of its own.
+func (s *server) addPort(p rdma.Provider, at netip.AddrPort) error {
+	if s.choice.Name == options.RoCE && at.Addr() != s.opts.Address.Addr() {
+		own, err := s.cfg.open(s.choice.Name, at.Addr())
+		if err != nil {
+			return exit.Errorf(exit.Usage, "--port \"%s\": %v", at, err)
+		}
+		p = own
+		if c, ok := own.(io.Closer); ok {
+			s.closers = append(s.closers, c)
+		}
+	}
+	_, err := s.target.AddPort(p, at)
 	return err
+}
+
+// closePorts closes the providers of further ports.
+func (s *server) closePorts() error {
+	var errs []error
+	for _, c := range s.closers {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // configure adds the subsystems and faults of the command line.

@@ -74,7 +74,7 @@ func begin(t *testing.T, o *options.Target) (*Client, string) {
 }
 
 // connect connects to the target.
-func connect(t *testing.T, io int) (*initiator.Controller, error) {
+func connect(t *testing.T, io int) (*initiator.Subsystem, error) {
 	t.Helper()
 	p, err := roce.New(roce.Config{OnDemand: true})
 	if err != nil {
@@ -90,7 +90,7 @@ func connect(t *testing.T, io int) (*initiator.Controller, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	c, err := initiator.Connect(ctx, initiator.Config{
-		Provider: p, Address: address(), SubNQN: subNQN, HostNQN: hostNQN, HostID: nvme.NewUUID(),
+		Path: initiator.Path{Provider: p, Address: address()}, SubNQN: subNQN, HostNQN: hostNQN, HostID: nvme.NewUUID(),
 		Queues: queues, Loops: loops, ReconnectDelay: 10 * time.Millisecond,
 	})
 	t.Cleanup(func() {
@@ -157,7 +157,7 @@ func TestHost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if g := c.Info().Plan.Granted; g != 1 || len(c.Namespaces()) != 2 || c.Info().Device != "roce" {
+	if g := c.Info().Paths[0].Plan.Granted; g != 1 || len(c.Namespaces()) != 2 || c.Info().Paths[0].Device != "roce" {
 		t.Errorf("%+v, %d namespaces", c.Info(), len(c.Namespaces()))
 	}
 	s, err := client.Status(t.Context())
@@ -168,7 +168,7 @@ func TestHost(t *testing.T) {
 	do(t, client, DropRequest{QID: -1})
 	want := min(2, runtime.NumCPU()) // the host requests no more
 	eventually(t, "more queues after the connection was dropped", func() bool {
-		i := c.Info()
+		i := c.Info().Paths[0]
 		return i.State == initiator.StateLive && i.Losses == 1 && i.Plan.Granted == want
 	})
 	do(t, client, ResizeRequest{NSID: 2, Size: 2 << 20})
@@ -210,7 +210,7 @@ func TestNoQueues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if g := c.Info().Plan.Granted; g != min(2, runtime.NumCPU()) {
+	if g := c.Info().Paths[0].Plan.Granted; g != min(2, runtime.NumCPU()) {
 		t.Errorf("granted %d", g)
 	}
 }

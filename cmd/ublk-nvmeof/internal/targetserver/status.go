@@ -22,6 +22,10 @@ func (s *server) status() Status {
 		Reads: snap.IO.Commands[nvme.OpRead], Writes: snap.IO.Commands[nvme.OpWrite],
 		ReadBytes: snap.IO.BytesRead, WriteBytes: snap.IO.BytesWritten, Errors: snap.IO.Errors,
 	}
+	for _, p := range s.target.Ports() {
+		at := p.Addr()
+		out.Ports = append(out.Ports, Port{p.ID(), at.Addr().String(), strconv.Itoa(int(at.Port()))})
+	}
 	for _, to := range s.target.Referrals() {
 		out.Referrals = append(out.Referrals, to.String())
 	}

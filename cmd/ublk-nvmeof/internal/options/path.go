@@ -1,0 +1,145 @@
+package options
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"ublk-nvmeof/initiator"
+)
+
+// Path is a further address of the subsystem, with the local address from which to reach it.
+type Path struct {
+	Address netip.AddrPort
+	Source  netip.Addr // zero: that of the route
+}
+
+// String returns the form that --path takes.
+func (p Path) String() string {
+	text := p.Address.Addr().String()
+	if p.Address.Port() != DefaultPort || p.Source.IsValid() {
+		text += "," + strconv.Itoa(int(p.Address.Port()))
+	}
+	if p.Source.IsValid() {
+		text += "," + p.Source.String()
+	}
+	return text
+}
+
+const wantPath = "ADDRESS[,PORT[,HOST_TRADDR]] with numeric addresses"
+
+// ParsePath parses ADDRESS[,PORT[,HOST_TRADDR]]. Without a port it is DefaultPort.
+func ParsePath(s string) (Path, error) {
+	words := strings.Split(s, ",")
+	if len(words) > 3 {
+		return Path{}, errUnwanted
+	}
+	address, err := netip.ParseAddr(words[0])
+	if err != nil {
+		return Path{}, errUnwanted
+	}
+	p := Path{Address: netip.AddrPortFrom(address.Unmap(), DefaultPort)}
+	if err := checkUnicast(address, "target"); err != nil {
+		return Path{}, err
+	}
+	if len(words) > 1 {
+		port, err := strconv.ParseUint(words[1], 10, 16)
+		if err != nil || port == 0 {
+			return Path{}, errUnwanted
+		}
+		p.Address = netip.AddrPortFrom(p.Address.Addr(), uint16(port))
+	}
+	if len(words) > 2 {
+		source, err := netip.ParseAddr(words[2])
+		if err != nil {
+			return Path{}, errUnwanted
+		}
+		if err := checkUnicast(source, "host"); err != nil {
+			return Path{}, err
+		}
+		p.Source = source.Unmap()
+		if p.Source.Is4() != p.Address.Addr().Is4() {
+			return Path{}, fmt.Errorf("%s and %s are of different families", p.Source, p.Address.Addr())
+		}
+	}
+	return p, nil
+}
+
+// paths is a flag that may be repeated. Its value in one argument has the paths separated by
+// semicolons.
+type paths struct{ dst *[]Path }
+
+func (v paths) String() string {
+	if v.dst == nil {
+		return ""
+	}
+	return strings.Join(v.GetSlice(), ";")
+}
+
+// GetSlice returns the paths, each as --path takes it.
+func (v paths) GetSlice() []string {
+	var out []string
+	for _, p := range *v.dst {
+		out = append(out, p.String())
+	}
+	return out
+}
+
+func (paths) Type() string { return "path" }
+
+// Want says what the flag accepts.
+func (paths) Want() string { return wantPath }
+
+func (v paths) Set(s string) error {
+	for word := range strings.SplitSeq(s, ";") {
+		p, err := ParsePath(word)
+		if err != nil {
+			return &rejected{want: wantPath, why: err}
+		}
+		if !slices.Contains(*v.dst, p) {
+			*v.dst = append(*v.dst, p)
+		}
+	}
+	return nil
+}
+
+// Values of --fence.
+const (
+	FenceAuto = "auto"
+	FenceNone = "none"
+)
+
+// policy is the flag for the policy.
+func policy(dst *initiator.Policy) *flagValue[initiator.Policy] {
+	return &flagValue[initiator.Policy]{
+		dst: dst, parse: func(s string) (initiator.Policy, error) {
+			p, err := initiator.ParsePolicy(s)
+			if err != nil {
+				return p, errUnwanted
+			}
+			return p, nil
+		},
+		format: initiator.Policy.String, kind: "policy", want: "queue-depth, round-robin or preferred",
+	}
+}
+
+// WithPaths returns arguments that make a connection with other paths than args: the first is
+// the address of the target.
+func WithPaths(args []string, all []Path) []string {
+	out := slices.DeleteFunc(slices.Clone(args), func(a string) bool {
+		name, _, _ := strings.Cut(a, "=")
+		return slices.Contains([]string{"--path", "--traddr", "--trsvcid", "--host-traddr", "--host-iface"}, name)
+	})
+	first := all[0]
+	out = append(out, "--traddr="+first.Address.Addr().String(), "--trsvcid="+strconv.Itoa(int(cmp.Or(first.Address.Port(), DefaultPort))))
+	if first.Source.IsValid() {
+		out = append(out, "--host-traddr="+first.Source.String())
+	}
+	if further := all[1:]; len(further) > 0 {
+		out = append(out, "--path="+paths{&further}.String())
+	}
+	return out
+}

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"encoding/json"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+)
+
+// after returns the loopback address that is n after an address.
+func after(t *testing.T, address string, n int) string {
+	t.Helper()
+	a := netip.MustParseAddr(address)
+	for range n {
+		a = a.Next()
+	}
+	return a.String()
+}
+
+// twoPorts is a target with two ports, to which nothing is connected yet.
+type twoPorts struct {
+	*inspected
+	dir, first, second string
+}
+
+func newTwoPorts(t *testing.T) *twoPorts {
+	t.Helper()
+	dir, near := runDir(t), loopback()
+	run := func(args ...string) (string, string, exit.Code) {
+		t.Helper()
+		return execProgram(t, append([]string{"--run-dir", dir}, args...)...)
+	}
+	second := after(t, near, 1)
+	if _, stderr, code := run("target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"); code != exit.OK {
+		t.Fatal(stderr)
+	}
+	p := &twoPorts{dir: dir, first: near, second: second}
+	p.inspected = &inspected{t: t, run: run, close: func() {
+		run("disconnect", "--force", "-n", inspectedNQN)
+		run("target", "stop")
+	}}
+	return p
+}
+
+// connectFlags are for any connection to it.
+func (p *twoPorts) connectFlags(flags ...string) []string {
+	return append([]string{"connect", "-n", inspectedNQN, "-i", "1", "-Q", "16", "-c", "1", "-k", "2", "--provider", "roce", "--frontend", "nbd-socket"}, flags...)
+}
+
+// live waits until n paths are live, and returns the status.
+func (p *twoPorts) live(n int) control.Status {
+	p.t.Helper()
+	for limit := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		s := p.status()
+		got := 0
+		for _, path := range s.Paths {
+			if path.State == "live" {
+				got++
+			}
+		}
+		if got == n && len(s.Paths) == n {
+			return s
+		}
+		if time.Now().After(limit) {
+			p.t.Fatalf("%d of %d paths are live, want %d: %+v", got, len(s.Paths), n, s.Paths)
+		}
+	}
+}
+
+// kill ends a server as a crash does.
+func (p *twoPorts) kill(name string) {
+	p.t.Helper()
+	r, err := state.Dir(p.dir).Find(name)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	h, err := r.Process.Open()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer h.Close()
+	if err := h.Kill(); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := h.Wait(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// TestConnectAddsPath checks that connect of a subsystem that is served adds a path, and what
+// shows and removes it.
+func TestConnectAddsPath(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first)...)
+	one := p.live(1)
+	p.refuse(exit.AlreadyServed, "already connected", p.connectFlags("-a", p.first)...)
+	if out := p.ok(p.connectFlags("-a", p.second)...); !strings.Contains(out, one.Devices[0].Device) {
+		t.Errorf("connect printed %q, the device is %s", out, one.Devices[0].Device)
+	}
+	s := p.live(2)
+	if s.PID != one.PID || s.Paths[1].TrAddr != p.second || s.Paths[0].CNTLID == s.Paths[1].CNTLID || s.Policy != "queue-depth" || s.Fence != "auto" || s.Paths[1].ANA["1"] != "optimized" {
+		t.Errorf("%+v", s)
+	}
+	if out := p.ok("list-subsys"); !strings.Contains(out, "traddr="+p.first+",trsvcid=4420 live") || !strings.Contains(out, "traddr="+p.second+",trsvcid=4420 live") {
+		t.Errorf("%s", out)
+	}
+	if out := p.ok("list", "-v"); !strings.Contains(out, "path 0") || !strings.Contains(out, "namespace 1 optimized") || !strings.Contains(out, "queue-depth, fence auto") {
+		t.Errorf("%s", out)
+	}
+	p.ok("target", "ana", "1", "inaccessible", "--port", "1")
+	for limit := time.Now().Add(time.Minute); p.status().Paths[0].ANA["1"] != "inaccessible"; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("the ANA state does not change")
+		}
+	}
+	before := p.status().Paths
+	p.ok("target", "drop", "--port", "2")
+	p.refuse(exit.NotFound, "no port 9", "target", "drop", "--port", "9")
+	p.ok("target", "fault", "status=0x302,port=1,count=1")
+	for limit := time.Now().Add(time.Minute); p.status().Paths[1].Losses != before[1].Losses+1; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("the second path is not lost")
+		}
+	}
+	p.live(2)
+	p.ok("policy", inspectedNQN, "--policy", "preferred", "--preferred", p.second)
+	if s := p.status(); s.Policy != "preferred" || !s.Paths[1].Preferred {
+		t.Errorf("%+v", s)
+	}
+	p.refuse(exit.Usage, "want queue-depth, round-robin or preferred", "policy", inspectedNQN, "--policy", "numa")
+	p.refuse(exit.NotFound, "there is no path", "policy", inspectedNQN, "--policy", "preferred", "--preferred", "192.0.2.9")
+	p.refuse(exit.Usage, "want ADDRESS[,PORT[,HOST_TRADDR]]", "disconnect", "-n", inspectedNQN, "--path", "nowhere")
+	p.ok("disconnect", "-n", inspectedNQN, "--path", p.first)
+	p.live(1)
+	p.refuse(exit.Busy, "last path", "disconnect", "-n", inspectedNQN, "--path", p.second)
+}
+
+// TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one
+// cannot be reached.
+func TestRecoverKeepsPaths(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--path", "127.200.0.1,4999", "--policy", "round-robin")...)
+	s := p.status()
+	if len(s.Paths) != 3 || s.Paths[2].State != "connecting" {
+		t.Errorf("%+v", s.Paths)
+	}
+	p.ok("disconnect", "-n", inspectedNQN, "--path", "127.200.0.1,4999")
+	s = p.live(2)
+	p.kill(s.Name)
+	if out, stderr, code := p.run("recover", "--all"); code != exit.OK {
+		t.Fatalf("recover: %s%s", out, stderr)
+	}
+	again := p.live(2)
+	// The path that connect was given first may be the one that is down.
+	p.ok("target", "drop") // so that recover does not wait for the old controllers
+	p.kill(again.Name)
+	p.ok("target", "stop")
+	if _, stderr, code := p.run("target", "--background", "-a", p.second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB,uuid="+s.Devices[0].UUID); code != exit.OK {
+		t.Fatal(stderr)
+	}
+	if out, stderr, code := p.run("recover", "--all"); code != exit.OK {
+		t.Fatalf("recover over the second path: %s%s", out, stderr)
+	}
+	if s := p.status(); len(s.Paths) != 2 || s.Paths[0].State != "live" || s.Paths[0].TrAddr != p.second || s.Paths[1].TrAddr != p.first || s.Paths[1].State != "connecting" {
+		t.Errorf("%+v", s.Paths)
+	}
+	if again.PID == s.PID || again.Policy != "round-robin" || again.Paths[0].TrAddr != p.first || again.Paths[1].TrAddr != p.second {
+		t.Errorf("%+v", again)
+	}
+}
+
+// TestConnectAllMakesOneDevice checks that a subsystem with several ports gets one device with
+// several paths.
+func TestConnectAllMakesOneDevice(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	out, stderr, code := p.run("connect-all", "-a", p.first, "-i", "1", "-Q", "16", "--provider", "roce", "--frontend", "nbd-socket", "-o", "json")
+	if code != exit.OK || !json.Valid([]byte(out)) {
+		t.Fatalf("connect-all: %s%s", out, stderr)
+	}
+	if s := p.live(2); len(s.Devices) != 1 {
+		t.Errorf("%d devices", len(s.Devices))
+	}
+}

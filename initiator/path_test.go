@@ -1,0 +1,1048 @@
+package initiator
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/rdma/roce"
+	"ublk-nvmeof/target"
+)
+
+// hall is a host with a device of its own for each path, and targets with ports of package
+// target that have the same disk.
+type hall struct {
+	t       testing.TB
+	fabric  *rdmatest.Fabric
+	loops   []*poller.Loop
+	targets []*target.Target
+	subs    []*target.Subsystem
+	disks   []*target.Namespace
+	ports   []*target.Port
+	uuid    nvme.UUID
+}
+
+// Addresses of the n-th port, and of the host's device that leads to it
+func portAddr(n int) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + n)}) }
+func sideAddr(n int) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, byte(100 + n)}) }
+
+// newHall makes one target with ports, or for each port a target of its own with other
+// controller ids.
+func newHall(t testing.TB, ports int, separate bool, set func(*target.Config, *target.NamespaceConfig)) *hall {
+	t.Helper()
+	h := &hall{t: t, fabric: rdmatest.NewFabric(), loops: newLoops(t, 1), uuid: nvme.NewUUID()}
+	store := target.NewRAM(1 << 20)
+	for n := range ports {
+		provider, at := h.fabric.Provider(portAddr(n)), netip.AddrPortFrom(portAddr(n), 4420)
+		if n > 0 && !separate {
+			p, err := h.targets[0].AddPort(provider, at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.ports = append(h.ports, p)
+			continue
+		}
+		cfg := target.Config{Provider: provider, AddrPort: at, MinControllerID: uint16(1 + 1000*n), MaxControllerID: uint16(1000 + 1000*n)}
+		ns := target.NamespaceConfig{NSID: 1, Store: store, UUID: h.uuid}
+		if set != nil {
+			set(&cfg, &ns)
+		}
+		h.open(cfg, ns)
+	}
+	return h
+}
+
+func (h *hall) open(cfg target.Config, ns target.NamespaceConfig) {
+	h.t.Helper()
+	tg, err := target.New(cfg)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { tg.Close() })
+	sub, err := tg.AddSubsystem(target.SubsystemConfig{NQN: fakeNQN, AllowAny: true})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	disk, err := sub.AddNamespace(ns)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.targets, h.subs, h.disks, h.ports = append(h.targets, tg), append(h.subs, sub), append(h.disks, disk), append(h.ports, tg.Ports()...)
+}
+
+func (h *hall) path(n int) Path {
+	return Path{Provider: h.fabric.Provider(sideAddr(n)), Address: netip.AddrPortFrom(portAddr(n), 4420)}
+}
+
+// connect connects over all ports.
+func (h *hall) connect(set func(*Config)) *Subsystem {
+	h.t.Helper()
+	cfg := testConfig(nil, h.loops, poller.Request{IO: len(h.loops)})
+	cfg.Path, cfg.ReconnectDelay = h.path(0), 10*time.Millisecond
+	if set != nil {
+		set(&cfg)
+	}
+	s := connect(h.t, cfg)
+	h.t.Cleanup(func() { closeSubsystem(h.t, s) })
+	for n := 1; n < len(h.ports); n++ {
+		if _, err := s.AddPath(h.t.Context(), h.path(n)); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// vouched waits until each path knows whether the others vouch for it.
+func (h *hall) vouched(s *Subsystem) {
+	h.t.Helper()
+	waitFor(h.t, "all paths to vouch for all others", func() bool {
+		for _, p := range s.Info().Paths {
+			if len(p.Vouched) != len(h.ports)-1 {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// cut breaks a path and keeps it from being made again until mend is called.
+func (h *hall) cut(n int) (mend func()) {
+	h.fabric.SetRefuse(portAddr(n), rdma.RejectInvalidServiceID, nil)
+	h.fabric.KillAll(sideAddr(n))
+	return func() { h.fabric.SetRefuse(portAddr(n), 0, nil) }
+}
+
+// ios returns the number of I/O commands that arrived at each port.
+func (s *Subsystem) inflight() (all []int) {
+	for _, p := range s.Info().Paths {
+		all = append(all, p.InFlight)
+	}
+	return all
+}
+
+// job is one request in flight.
+type flight struct {
+	q    block.Queue
+	loop *poller.Loop
+	done chan unix.Errno
+}
+
+// send submits a request on a queue of its own and returns at once.
+func (h *hall) send(s *Subsystem, r block.Request, data string) *flight {
+	h.t.Helper()
+	q, err := s.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 1, MaxIO: 4096})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	f := &flight{q: q, loop: h.loops[0], done: make(chan unix.Errno, 1)}
+	copy(q.Buffer(0), data)
+	f.loop.Call(func() { q.Submit([]block.Request{r}) })
+	return f
+}
+
+// wait returns the errno of the request.
+func (f *flight) wait(t testing.TB) unix.Errno {
+	t.Helper()
+	var results [1]block.Result
+	waitFor(t, "a request", func() bool {
+		n := 0
+		f.loop.Call(func() { n = f.q.Reap(results[:]) })
+		return n == 1
+	})
+	f.q.Close()
+	return unix.Errno(results[0].Errno)
+}
+
+// ended reports whether the request has ended, without taking the result.
+func (f *flight) ended() bool {
+	ended := false
+	f.loop.Call(func() { ended = f.q.(*nsQueue).done.head != nil })
+	return ended
+}
+
+var (
+	readBlock  = block.Request{Op: block.OpRead, Sectors: 8}
+	writeBlock = block.Request{Op: block.OpWrite, Sectors: 8}
+)
+
+// TestPathsNoAllocations checks that requests over four paths do not allocate, with each
+// policy.
+func TestPathsNoAllocations(t *testing.T) {
+	h := newHall(t, 4, false, nil)
+	s := h.connect(nil)
+	h.vouched(s)
+	q, err := s.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 32, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	reqs := make([]block.Request, 32)
+	for i := range reqs {
+		reqs[i] = block.Request{Op: block.OpRead + block.Op(i%2), Tag: uint16(i), Sector: uint64(i) * 8, Sectors: 8}
+	}
+	results := make([]block.Result, 32)
+	// The targets end the connections that asked for controllers, and allocate for that.
+	asked := h.fabric.Objects().QPs
+	waitFor(t, "the end of the questions", func() bool {
+		before := asked
+		asked = h.fabric.Objects().QPs
+		return asked == before && asked == 2*2*len(h.ports)
+	})
+	for policy := range nPolicies {
+		if err := s.SetPolicy(policy, nil); err != nil {
+			t.Fatal(err)
+		}
+		var allocs float64
+		h.loops[0].Call(func() {
+			l := s.lanes[0]
+			allocs = testing.AllocsPerRun(100, func() {
+				q.Submit(reqs)
+				for got := 0; got < len(reqs); {
+					if l.Poll()+l.Flush() == 0 {
+						runtime.Gosched()
+					}
+					got += q.Reap(results)
+				}
+			})
+		})
+		if allocs != 0 {
+			t.Errorf("%v: %v allocations per batch of 32 requests", policy, allocs)
+		}
+	}
+}
+
+// TestPolicies checks that requests go where the policy says, counted at the target.
+func TestPolicies(t *testing.T) {
+	h := newHall(t, 3, false, nil)
+	s := h.connect(nil)
+	h.vouched(s)
+	q, err := s.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 30, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	// spread submits requests together and returns how many each path got.
+	spread := func() (got [3]int) {
+		var reqs []block.Request
+		for i := range 30 {
+			reqs = append(reqs, block.Request{Op: block.OpRead, Tag: uint16(i), Sectors: 8})
+		}
+		results := make([]block.Result, 30)
+		h.loops[0].Call(func() {
+			q.Submit(reqs)
+			for n := range got {
+				if p := s.lanes[0].routes[n][poller.Default]; p != nil {
+					got[n] = int(p.inflight.Load())
+				}
+			}
+		})
+		waitFor(t, "the requests", func() bool {
+			n := 0
+			h.loops[0].Call(func() { n = q.Reap(results) })
+			results = results[n:]
+			return len(results) == 0
+		})
+		return got
+	}
+	check := func(what string, want [3]int) {
+		t.Helper()
+		if got := spread(); got != want {
+			t.Errorf("%s: %v, want %v", what, got, want)
+		}
+	}
+	set := func(p Policy, preferred *Controller) {
+		t.Helper()
+		if err := s.SetPolicy(p, preferred); err != nil {
+			t.Fatal(err)
+		}
+	}
+	settle := func(n int, want access) {
+		waitFor(t, "the ANA state", func() bool {
+			v := s.Namespaces()[0].views[n].Load()
+			return v != nil && v.access == want
+		})
+	}
+	check("queue depth", [3]int{10, 10, 10})
+	set(RoundRobin, nil)
+	check("round robin", [3]int{10, 10, 10})
+	set(Preferred, s.Paths()[1])
+	check("preferred", [3]int{0, 30, 0})
+	h.subs[0].SetPortANAState(h.ports[1], 1, nvme.ANANonOptimized)
+	settle(1, nonOptimized)
+	if got := spread(); got[1] != 0 || got[0] != 30 && got[2] != 30 {
+		t.Errorf("preferred path is not optimized: %v", got)
+	}
+	set(QueueDepth, nil)
+	check("one is not optimized", [3]int{15, 0, 15})
+	h.subs[0].SetPortANAState(h.ports[0], 1, nvme.ANAInaccessible)
+	h.subs[0].SetPortANAState(h.ports[2], 1, nvme.ANAPersistentLoss)
+	settle(0, noAccess)
+	settle(2, noAccess)
+	check("nothing is optimized", [3]int{0, 30, 0})
+	h.subs[0].SetPortANAState(h.ports[0], 1, nvme.ANAOptimized)
+	h.subs[0].SetPortANAState(h.ports[1], 1, nvme.ANAOptimized)
+	settle(0, optimized)
+	settle(1, optimized)
+	set(Preferred, s.Paths()[1])
+	check("fail-back", [3]int{0, 30, 0})
+}
+
+// TestReadsGoOn checks that reads and disjoint writes continue within 100 ms after the loss of
+// a path, and that the held write is sent when another path says that the controller is gone.
+func TestReadsGoOn(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.Policy = Preferred })
+	h.vouched(s)
+	hold := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Port: 1, Opcodes: []nvme.Opcode{nvme.OpRead}}, Count: 8, Hold: 700 * time.Millisecond})
+	defer hold.Remove()
+	var reads []*flight
+	for range 8 {
+		reads = append(reads, h.send(s, readBlock, ""))
+	}
+	waitFor(t, "the reads", func() bool { return s.inflight()[0] == 8 })
+	lost := time.Now()
+	defer h.cut(0)()
+	for _, r := range reads {
+		if e := r.wait(t); e != 0 {
+			t.Errorf("read: %v", e)
+		}
+	}
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	took := time.Since(lost)
+	t.Logf("8 reads and a write after %v", took)
+	if took > 100*time.Millisecond {
+		t.Errorf("reads continue after %v", took)
+	}
+	if p := s.Info().Paths[0]; p.Failovers != 8 || p.State != StateConnecting {
+		t.Errorf("%d failovers, %v", p.Failovers, p.State)
+	}
+}
+
+// lateWrite holds a write inside the target, cuts its path, writes to the same blocks again,
+// lets the first write finish, and returns what is on the disk after the second one was
+// answered.
+func lateWrite(h *hall, s *Subsystem) string {
+	t := h.t
+	added := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Port: 1, Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 150 * time.Millisecond})
+	defer added.Remove()
+	old := h.send(s, writeBlock, "old")
+	waitFor(t, "the first write to be held", func() bool { return added.UsedUp() })
+	mend := h.cut(0)
+	if e := old.wait(t); e != 0 {
+		t.Errorf("first write: %v", e)
+	}
+	if e := h.send(s, writeBlock, "new").wait(t); e != 0 {
+		t.Errorf("second write: %v", e)
+	}
+	time.Sleep(200 * time.Millisecond) // the target is done with the first copy by then
+	f := h.send(s, readBlock, "")
+	var data string
+	waitFor(t, "the read", func() bool { return f.ended() })
+	h.loops[0].Call(func() { data = string(f.q.Buffer(0)[:3]) })
+	f.wait(t)
+	mend()
+	waitFor(t, "the path", func() bool { return s.Info().Paths[0].State == StateLive })
+	return data
+}
+
+// TestLateWrite checks that a write that the target of a lost path finishes late does not
+// overwrite a newer one. Without the fence it does: the test can fail.
+func TestLateWrite(t *testing.T) {
+	for name, c := range map[string]struct {
+		none, separate bool
+		want           string
+		rounds         int
+	}{
+		"fence":             {false, false, "new", 5},
+		"separate targets":  {false, true, "new", 1},
+		"without the fence": {true, false, "old", 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHall(t, 2, c.separate, nil)
+			s := h.connect(func(cfg *Config) {
+				cfg.Policy, cfg.NoFence, cfg.KeepAlive = Preferred, c.none, 200*time.Millisecond
+			})
+			if !c.separate && !c.none {
+				h.vouched(s)
+			}
+			for round := range c.rounds {
+				waitFor(t, "the first path", func() bool { return s.Info().Paths[0].State == StateLive })
+				began := time.Now()
+				if got := lateWrite(h, s); got != c.want {
+					t.Fatalf("round %d: the disk has the %q write, want %q", round, got, c.want)
+				}
+				if c.separate && time.Since(began) < s.Paths()[0].lastPatience {
+					t.Errorf("the time rule was not used: %v", time.Since(began))
+				}
+			}
+		})
+	}
+}
+
+// TestHeldChanges checks what waits for the end of a controller, and what the status says.
+func TestHeldChanges(t *testing.T) {
+	h := newHall(t, 2, true, nil) // nobody vouches, so changes wait for long
+	s := h.connect(func(c *Config) { c.Policy, c.KeepAlive = Preferred, 500*time.Millisecond })
+	added := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 300 * time.Millisecond})
+	lost := h.send(s, writeBlock, "old")
+	waitFor(t, "the write to be held", added.UsedUp)
+	defer h.cut(0)()
+	waitFor(t, "the fence", func() bool { return len(s.Info().Fences) == 1 })
+	waits := map[string]*flight{
+		"write":  h.send(s, block.Request{Op: block.OpWrite, Sector: 7, Sectors: 1}, "x"),
+		"zeroes": h.send(s, block.Request{Op: block.OpWriteZeroes, Sectors: 1}, ""),
+		"trim":   h.send(s, block.Request{Op: block.OpDiscard, Sectors: 64}, ""),
+	}
+	for name, f := range map[string]*flight{
+		"read":            h.send(s, readBlock, ""),
+		"flush":           h.send(s, block.Request{Op: block.OpFlush}, ""),
+		"disjoint write":  h.send(s, block.Request{Op: block.OpWrite, Sector: 8, Sectors: 8}, "y"),
+		"disjoint zeroes": h.send(s, block.Request{Op: block.OpWriteZeroes, Sector: 16, Sectors: 8}, ""),
+	} {
+		if e := f.wait(t); e != 0 {
+			t.Errorf("%s: %v", name, e)
+		}
+	}
+	for name, f := range waits {
+		if f.ended() {
+			t.Errorf("%s did not wait", name)
+		}
+	}
+	i := s.Info()
+	if len(i.Fences) != 1 || i.Fences[0].Changes != 1 || i.Fences[0].Since.IsZero() || !strings.Contains(i.Fences[0].WaitsFor, "no other path knows the controller") {
+		t.Errorf("fences %+v", i.Fences)
+	}
+	waits["lost write"] = lost
+	for name, f := range waits {
+		if e := f.wait(t); e != 0 {
+			t.Errorf("%s: %v", name, e)
+		}
+	}
+	if f := s.Info().Fences; len(f) != 0 {
+		t.Errorf("fences %+v", f)
+	}
+}
+
+// TestFailedWriteStaysFenced checks that a write that failed because it waited for too long still
+// keeps newer writes from its blocks.
+func TestFailedWriteStaysFenced(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	s := h.connect(func(c *Config) { c.Policy, c.KeepAlive, c.FastIOFail = Preferred, 2*time.Second, time.Second })
+	added := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 100 * time.Millisecond})
+	lost := h.send(s, writeBlock, "old")
+	waitFor(t, "the write to be held", added.UsedUp)
+	defer h.cut(0)()
+	if e := lost.wait(t); e != unix.ENOLINK {
+		t.Errorf("lost write: %v", e)
+	}
+	if e := h.send(s, writeBlock, "new").wait(t); e != unix.ENOLINK {
+		t.Errorf("newer write: %v", e)
+	}
+	if e := h.send(s, readBlock, "").wait(t); e != 0 {
+		t.Errorf("read: %v", e)
+	}
+}
+
+// TestNoExtentOutlivesItsRemnant ends remnants while changes are barred because of them. An
+// extent that stayed would hold all later changes to its blocks for ever.
+func TestNoExtentOutlivesItsRemnant(t *testing.T) {
+	h := newHall(t, 1, false, nil)
+	s := h.connect(nil)
+	ns := s.Namespaces()[0]
+	r := &request{home: &nsQueue{ns: ns}}
+	r.io = block.Request{Op: block.OpWrite, Sectors: 8}
+	for range 20_000 {
+		rem := &remnant{ctrl: s.paths()[0], over: make(chan struct{})}
+		var both sync.WaitGroup
+		for range 4 {
+			both.Go(func() { ns.bar(rem, r) })
+		}
+		both.Go(func() { rem.end("the test says so") })
+		both.Wait()
+		if left := ns.barrier.Load(); left != nil {
+			t.Fatalf("extents %v are left", *left)
+		}
+	}
+}
+
+// TestANATurns checks that no request fails while ANA groups change, in both orders, with a
+// window in which no path can be used, whether the status or the event comes first.
+func TestANATurns(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	f := newFrontEnd(t, s.Namespaces()[0], h.loops, 8, 16<<10, 3)
+	f.start(4000)
+	states := [][2]nvme.ANAState{
+		{nvme.ANAOptimized, nvme.ANAInaccessible}, {nvme.ANAInaccessible, nvme.ANAInaccessible}, {nvme.ANAInaccessible, nvme.ANAOptimized},
+		{nvme.ANAChange, nvme.ANAChange}, {nvme.ANANonOptimized, nvme.ANAPersistentLoss}, {nvme.ANAOptimized, nvme.ANAOptimized},
+	}
+	for round := range 4 {
+		for i := range states {
+			to := states[i]
+			if round%2 == 1 {
+				to = [2]nvme.ANAState{to[1], to[0]}
+			}
+			for n := range to {
+				if err := h.subs[0].SetPortANAState(h.ports[n], 1, to[n]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(30 * time.Millisecond)
+		}
+	}
+	h.disks[0].SetANAGroup(2)
+	h.subs[0].SetPortANAState(h.ports[0], 1, nvme.ANAPersistentLoss)
+	h.subs[0].SetPortANAState(h.ports[0], 2, nvme.ANAInaccessible)
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	waitFor(t, "the new group", func() bool {
+		i := s.Info()
+		return i.Paths[0].Access[1] == nvme.ANAInaccessible && i.Paths[1].Access[1] == nvme.ANAOptimized
+	})
+	if i := s.Info(); i.Paths[0].Losses+i.Paths[1].Losses != 0 {
+		t.Errorf("losses: %v, %v", i.Paths[0].Reason, i.Paths[1].Reason)
+	}
+}
+
+// TestLyingANALog checks that a path whose log says optimized, and whose commands end with an
+// ANA status, does not stop requests: another path serves them.
+func TestLyingANALog(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	fault := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Port: 1}, Status: nvme.StatusANAInaccessible})
+	defer fault.Remove()
+	f := newFrontEnd(t, s.Namespaces()[0], h.loops, 8, 16<<10, 3)
+	f.run(1000)
+	f.close()
+}
+
+// TestBadANALog checks that a log that makes no sense leaves the path in use.
+func TestBadANALog(t *testing.T) {
+	h := newHall(t, 1, false, nil)
+	fault := h.targets[0].Faults().Add(target.Fault{
+		Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminGetLogPage}, Selectors: []uint8{nvme.LogANA}},
+		Patches: []target.Patch{{Offset: 8, Bytes: []byte{0xFF, 0xFF}}},
+	})
+	defer fault.Remove()
+	s := h.connect(nil)
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+}
+
+// TestLongTransition checks that a group that stays in transition for twice ANATT ends the
+// association.
+func TestLongTransition(t *testing.T) {
+	h := newHall(t, 1, false, func(c *target.Config, _ *target.NamespaceConfig) { c.ANATransition = time.Second })
+	s := h.connect(nil)
+	h.subs[0].SetANAState(1, nvme.ANAChange)
+	write := h.send(s, writeBlock, "x")
+	waitFor(t, "the end of the association", func() bool { return s.Info().Paths[0].Outages.Losses[LossANA] > 0 })
+	if write.ended() {
+		t.Error("a request ended")
+	}
+	h.subs[0].SetANAState(1, nvme.ANAOptimized)
+	if e := write.wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+}
+
+// TestNoAccess checks that requests fail when no path has given access for longer than they may
+// wait, and that the namespace works again later.
+func TestNoAccess(t *testing.T) {
+	h := newHall(t, 1, false, func(c *target.Config, _ *target.NamespaceConfig) { c.ANATransition = time.Second })
+	s := h.connect(func(c *Config) { c.FastIOFail = time.Second })
+	h.subs[0].SetANAState(1, nvme.ANAPersistentLoss)
+	if e := h.send(s, readBlock, "").wait(t); e != unix.ENOLINK {
+		t.Errorf("read without access: %v", e)
+	}
+	h.subs[0].SetANAState(1, nvme.ANAOptimized)
+	waitFor(t, "access", func() bool { return s.Info().Paths[0].Access[1] == nvme.ANAOptimized })
+	if e := h.send(s, readBlock, "").wait(t); e != 0 {
+		t.Errorf("read: %v", e)
+	}
+}
+
+// TestPathStatusElsewhere checks that a command that ends with a path error goes over another
+// path at once.
+func TestPathStatusElsewhere(t *testing.T) {
+	for _, status := range []nvme.Status{nvme.StatusInternalPathError, nvme.StatusControllerPathError, nvme.StatusHostPathError} {
+		h := newHall(t, 2, false, nil)
+		s := h.connect(func(c *Config) { c.Policy = Preferred })
+		fault := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Port: 1}, Status: status})
+		began := time.Now()
+		if e := h.send(s, writeBlock, "x").wait(t); e != 0 || time.Since(began) > pathRetryDelay {
+			t.Errorf("%v: %v after %v", status, e, time.Since(began))
+		}
+		fault.Remove()
+	}
+}
+
+// TestOtherStorage checks that a path with other storage is refused with words.
+func TestOtherStorage(t *testing.T) {
+	other := target.NewRAM(2 << 20)
+	for name, c := range map[string]struct {
+		set  func(*target.Config, *target.NamespaceConfig, *target.SubsystemConfig)
+		want string
+	}{
+		"UUID":   {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.UUID = nvme.NewUUID() }, "another namespace has its id"},
+		"NGUID":  {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.NGUID[0] = 1 }, "its NGUID is 0100"},
+		"EUI":    {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.EUI64[0] = 1 }, "its EUI-64 is 01"},
+		"no id":  {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.NoUUID = true }, "identifier"},
+		"size":   {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.Store = other }, "its size in sectors is 4096, over another path it is 2048"},
+		"block":  {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.BlockSize = 4096 }, "its block size was 512 and is 4096"},
+		"serial": {func(_ *target.Config, _ *target.NamespaceConfig, s *target.SubsystemConfig) { s.Serial = "other" }, `the serial number is "other"`},
+		"model":  {func(_ *target.Config, _ *target.NamespaceConfig, s *target.SubsystemConfig) { s.Model = "other" }, `the model number is "other"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHall(t, 1, false, nil)
+			s := h.connect(nil)
+			cfg := target.Config{Provider: h.fabric.Provider(portAddr(1)), AddrPort: netip.AddrPortFrom(portAddr(1), 4420)}
+			ns := target.NamespaceConfig{NSID: 1, Store: target.NewRAM(1 << 20), UUID: h.uuid}
+			sub := target.SubsystemConfig{NQN: fakeNQN, AllowAny: true}
+			c.set(&cfg, &ns, &sub)
+			tg, err := target.New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { tg.Close() })
+			added, err := tg.AddSubsystem(sub)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := added.AddNamespace(ns); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.AddPath(t.Context(), h.path(1)); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error %v, want %q", err, c.want)
+			}
+			if n := len(s.Info().Paths); n != 1 {
+				t.Errorf("%d paths", n)
+			}
+			if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+				t.Errorf("write: %v", e)
+			}
+		})
+	}
+}
+
+// TestStorageChangesBehindPath checks that a path that comes back with other storage is not
+// used, while the other path serves.
+func TestStorageChangesBehindPath(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	s := h.connect(func(c *Config) { c.KeepAlive = 200 * time.Millisecond })
+	mend := h.cut(1)
+	if _, err := h.subs[1].ReplaceNamespace(target.NamespaceConfig{NSID: 1, Store: target.NewRAM(1 << 20)}); err != nil {
+		t.Fatal(err)
+	}
+	mend()
+	waitFor(t, "the refusal", func() bool { return s.Info().Paths[1].Refused != nil })
+	for range 20 {
+		if e := h.send(s, readBlock, "").wait(t); e != 0 {
+			t.Fatalf("read: %v", e)
+		}
+	}
+	if n := len(s.Namespaces()); n != 1 || s.Namespaces()[0].presence.Load() != served {
+		t.Errorf("%d namespaces", n)
+	}
+	defer h.cut(0)() // now only the wrong one is left
+	f := h.send(s, readBlock, "")
+	waitFor(t, "the loss", func() bool { return s.Info().Paths[0].State == StateConnecting })
+	time.Sleep(100 * time.Millisecond)
+	if f.ended() {
+		t.Error("a request was sent to other storage")
+	}
+	h.fabric.SetRefuse(portAddr(0), 0, nil)
+	if e := f.wait(t); e != 0 {
+		t.Errorf("read: %v", e)
+	}
+}
+
+// TestNamespaceLeavesPaths checks that a namespace that one controller loses stays while another
+// has it, and is gone with the last one.
+func TestNamespaceLeavesPaths(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	heard := make(chan Change, 8)
+	s := h.connect(func(c *Config) { c.Changed = func(_ *Namespace, what Change) { heard <- what } })
+	h.subs[0].RemoveNamespace(1)
+	waitFor(t, "the loss over the first path", func() bool { _, has := s.Info().Paths[0].Access[1]; return !has })
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	h.subs[1].RemoveNamespace(1)
+	if got := <-heard; got != Removed {
+		t.Errorf("heard %v", got)
+	}
+}
+
+// TestResizeOverPaths checks that a larger size counts when all paths have it, and a smaller
+// one at once.
+func TestResizeOverPaths(t *testing.T) {
+	stores := []*target.RAM{target.NewRAM(1 << 20), target.NewRAM(1 << 20)}
+	n := 0
+	h := newHall(t, 2, true, func(_ *target.Config, ns *target.NamespaceConfig) { ns.Store = stores[n]; n++ })
+	s := h.connect(nil)
+	resize := func(n int, size int64) {
+		stores[n].Resize(size)
+		h.disks[n].Revalidate()
+	}
+	sectorsOver := func(slot int) uint64 {
+		ns := s.Namespaces()[0]
+		ns.mu.Lock()
+		defer ns.mu.Unlock()
+		return ns.findings[slot].geometry.Sectors
+	}
+	resize(0, 2<<20)
+	waitFor(t, "the size over the first path", func() bool { return sectorsOver(0) == 4096 })
+	if got := s.Namespaces()[0].Geometry().Sectors; got != 2048 {
+		t.Errorf("%d sectors while one path has the old size", got)
+	}
+	resize(1, 2<<20)
+	waitFor(t, "the new size", func() bool { return s.Namespaces()[0].Geometry().Sectors == 4096 })
+	resize(1, 1<<20)
+	waitFor(t, "the smaller size", func() bool { return s.Namespaces()[0].Geometry().Sectors == 2048 })
+}
+
+// TestAddAndRemovePaths adds and removes paths under load.
+func TestAddAndRemovePaths(t *testing.T) {
+	h := newHall(t, 3, false, nil)
+	s := h.connect(nil)
+	f := newFrontEnd(t, s.Namespaces()[0], h.loops, 16, 16<<10, 5)
+	f.start(30000)
+	for n := range 12 {
+		p := s.Paths()[n%3]
+		at := p.cfg.Path
+		if err := s.RemovePath(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.AddPath(t.Context(), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	if _, err := s.AddPath(t.Context(), h.path(1)); !errors.Is(err, ErrPathExists) {
+		t.Errorf("the same path again: %v", err)
+	}
+	for range 2 {
+		if err := s.RemovePath(t.Context(), s.Paths()[0]); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := s.RemovePath(t.Context(), s.Paths()[0]); !errors.Is(err, ErrLastPath) {
+		t.Errorf("the last path: %v", err)
+	}
+}
+
+// TestAllPathsDown checks that requests fail after fast_io_fail_tmo when all paths are down,
+// and work again when one is back; and that the loss of one path takes nothing away.
+func TestAllPathsDown(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.FastIOFail, c.CtrlLoss = 300*time.Millisecond, 600*time.Millisecond })
+	mend := []func(){h.cut(0)}
+	waitFor(t, "more than ctrl_loss_tmo", func() bool { return s.Info().Paths[0].Outages.Time > time.Second })
+	if e := h.send(s, readBlock, "").wait(t); e != 0 || s.Info().State != StateLive {
+		t.Errorf("one path: %v, %v", e, s.Info().State)
+	}
+	mend = append(mend, h.cut(1))
+	if e := h.send(s, readBlock, "").wait(t); e != unix.ENOLINK {
+		t.Errorf("no path: %v", e)
+	}
+	mend[0]()
+	waitFor(t, "the first path", func() bool { return s.Info().State == StateLive })
+	if e := h.send(s, readBlock, "").wait(t); e != 0 {
+		t.Errorf("the first path is back: %v", e)
+	}
+	mend[1]()
+}
+
+// TestKeepPath checks that a path that cannot be reached at first is used when it can.
+func TestKeepPath(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	h.ports = h.ports[:1]
+	s := h.connect(nil)
+	h.fabric.SetRefuse(portAddr(1), rdma.RejectInvalidServiceID, nil)
+	if _, err := s.KeepPath(h.path(1)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "an attempt", func() bool { return s.Info().Paths[1].Attempts > 1 })
+	h.fabric.SetRefuse(portAddr(1), 0, nil)
+	waitFor(t, "the path", func() bool { return s.Info().Paths[1].State == StateLive })
+}
+
+// TestRegrantOnOnePath changes the grant of one path while the other serves.
+func TestRegrantOnOnePath(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	h.loops = append(h.loops, newLoops(t, 1)...)
+	s := h.connect(func(c *Config) { c.Queues = poller.Request{IO: min(2, runtime.NumCPU()), Write: 1, Poll: 1} })
+	f := newFrontEnd(t, s.Namespaces()[0], h.loops[:len(s.lanes)], 8, 16<<10, 5)
+	f.start(4000)
+	for i, grant := range []int{5, 3, 1, 4} {
+		h.targets[0].Faults().Grant(grant)
+		h.fabric.KillAll(sideAddr(0))
+		waitFor(t, "the path", func() bool { p := s.Info().Paths[0]; return p.State == StateLive && p.Losses == i+1 })
+		if got := s.Info().Paths[0].Plan.Granted; got != min(grant, s.cfg.Queues.Total()) {
+			t.Errorf("%d queues of %d", got, grant)
+		}
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+}
+
+// TestPathsUnderLoad cuts and mends paths under verified load.
+func TestPathsUnderLoad(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.Policy = RoundRobin })
+	h.vouched(s)
+	f := newFrontEnd(t, s.Namespaces()[0], h.loops, 16, 16<<10, 9)
+	f.start(60000)
+	for n := range 10 {
+		mend := h.cut(n % 2)
+		waitFor(t, "the loss", func() bool { return s.Info().Paths[n%2].State == StateConnecting })
+		mend()
+		waitFor(t, "both paths", func() bool {
+			i := s.Info()
+			return i.Paths[0].State == StateLive && i.Paths[1].State == StateLive
+		})
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+}
+
+// FuzzANALog checks that no log makes the parser panic, or gives a state that is not defined.
+func FuzzANALog(f *testing.F) {
+	log := nvme.AppendANAHeader(nil, 3, 2)
+	log = nvme.AppendANAGroup(log, 1, 1, nvme.ANAOptimized, 1, 2)
+	log = nvme.AppendANAGroup(log, 2, 2, nvme.ANAChange)
+	f.Add(log, uint32(32))
+	f.Add(log[:40], uint32(32))
+	f.Add(log, uint32(1))
+	f.Add(nvme.AppendANAGroup(nvme.AppendANAGroup(nvme.AppendANAHeader(nil, 0, 2), 1, 0, 1), 1, 0, 1), uint32(4))
+	f.Fuzz(func(t *testing.T, log []byte, most uint32) {
+		groups, err := groupsOf(log, most)
+		for id, state := range groups {
+			if err != nil || id == 0 || id > most || !strings.Contains("optimized non-optimized inaccessible persistent-loss change", fmt.Sprint(state)) {
+				t.Errorf("group %d: %v, error %v", id, state, err)
+			}
+		}
+	})
+}
+
+// TestIDsAreReused checks that paths come back if the target gives the id of an old controller
+// to another path.
+func TestIDsAreReused(t *testing.T) {
+	h := newHall(t, 2, false, func(c *target.Config, _ *target.NamespaceConfig) { c.MaxControllerID = c.MinControllerID + 1 })
+	s := h.connect(func(c *Config) { c.KeepAlive = 200 * time.Millisecond })
+	for round := range 6 {
+		h.vouched(s)
+		mend := []func(){h.cut(0), h.cut(1)}
+		waitFor(t, "the loss of both", func() bool { return s.Info().State == StateConnecting })
+		waitFor(t, "the end of the old controllers", func() bool { return len(h.targets[0].Snapshot().Controllers) == 0 })
+		mend[(round+1)%2]()
+		waitFor(t, "one path", func() bool { return s.Info().State == StateLive })
+		mend[round%2]()
+		waitFor(t, "both paths", func() bool {
+			i := s.Info()
+			return i.Paths[0].State == StateLive && i.Paths[1].State == StateLive
+		})
+	}
+}
+
+// BenchmarkPaths reads 4 KiB at queue depth 32 with two loops and two queue pairs in total, of one
+// path or of two.
+func BenchmarkPaths(b *testing.B) {
+	for _, paths := range []int{1, 2} {
+		b.Run(fmt.Sprintf("%d", paths), func(b *testing.B) {
+			h := newHall(b, paths, false, nil)
+			h.loops = append(h.loops, newLoops(b, 1)...)
+			if err := h.subs[0].SetMaxQueues(2 / paths); err != nil {
+				b.Fatal(err)
+			}
+			s := h.connect(nil)
+			var readers []*reader
+			for i := range h.loops {
+				q, err := s.Namespaces()[0].OpenQueue(i, block.QueueConfig{Depth: 16, MaxIO: 4096})
+				if err != nil {
+					b.Fatal(err)
+				}
+				r := &reader{queue: q, sectors: 8, batch: make([]block.Request, 0, 16), results: make([]block.Result, 16), done: make(chan struct{}, 1)}
+				for tag := range 16 {
+					r.ready = append(r.ready, uint16(tag))
+				}
+				readers = append(readers, r)
+				h.loops[i].Call(func() { h.loops[i].Attach(r) })
+			}
+			b.ReportAllocs()
+			cpu := cpuTime(b)
+			b.ResetTimer()
+			for i, r := range readers {
+				h.loops[i].Call(func() { r.left = b.N })
+			}
+			for _, r := range readers {
+				<-r.done
+			}
+			b.StopTimer()
+			b.ReportMetric(float64(cpuTime(b)-cpu)/float64(b.N*len(readers)), "cpu-ns/op")
+			for i, r := range readers {
+				h.loops[i].Call(func() { h.loops[i].Detach(r) })
+				if r.failed {
+					b.Fatal("a read failed")
+				}
+				if err := r.queue.Close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// TestRecordedControllers checks that the controllers of all paths, and those whose end is not
+// known, are recorded before another one is used.
+func TestRecordedControllers(t *testing.T) {
+	h := newHall(t, 3, true, nil) // nobody vouches
+	h.ports = h.ports[:2]
+	records := make(chan []ControllerID, 8)
+	s := h.connect(func(c *Config) {
+		c.Policy, c.KeepAlive = Preferred, time.Second
+		c.Associated = func(all []ControllerID) error { records <- all; return nil }
+	})
+	ids := []ControllerID{}
+	for n, p := range s.Info().Paths {
+		ids = append(ids, ControllerID{p.Address, p.CNTLID})
+		if got := <-records; !slices.Equal(got, ids) {
+			t.Errorf("path %d: recorded %v, want %v", n, got, ids)
+		}
+	}
+	added := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 100 * time.Millisecond})
+	lost := h.send(s, writeBlock, "old")
+	waitFor(t, "the write to be held", added.UsedUp)
+	defer h.cut(0)()
+	waitFor(t, "the loss", func() bool { return s.Info().Paths[0].State == StateConnecting })
+	if _, err := s.AddPath(t.Context(), h.path(2)); err != nil {
+		t.Fatal(err)
+	}
+	p := s.Info().Paths[2]
+	ids = append(ids, ControllerID{p.Address, p.CNTLID})
+	if got := <-records; !slices.Equal(got, ids) {
+		t.Errorf("with a lost path: recorded %v, want %v", got, ids)
+	}
+	if e := lost.wait(t); e != 0 {
+		t.Errorf("lost write: %v", e)
+	}
+	if err := s.RemovePath(t.Context(), s.Paths()[2]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddPath(t.Context(), h.path(2)); err != nil {
+		t.Fatal(err)
+	}
+	p = s.Info().Paths[2]
+	if got, want := <-records, []ControllerID{ids[1], {p.Address, p.CNTLID}}; !slices.Equal(got, want) {
+		t.Errorf("after the end of the old controllers: recorded %v, want %v", got, want)
+	}
+}
+
+// TestLinkDown checks that a path whose port loses its link is left at once if there is another
+// one, and kept otherwise.
+func TestLinkDown(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	down := func(n int) {
+		a := s.Paths()[n].current()
+		a.event(rdma.Event{Type: rdma.EventPortDown}, 1)
+	}
+	down(0)
+	waitFor(t, "the loss", func() bool { return s.Info().Paths[0].Outages.Losses[LossLinkDown] == 1 })
+	waitFor(t, "the path", func() bool { return s.Info().Paths[0].State == StateLive })
+	if err := s.RemovePath(t.Context(), s.Paths()[0]); err != nil {
+		t.Fatal(err)
+	}
+	down(0)
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if p := s.Info().Paths[0]; p.Losses != 0 {
+		t.Errorf("the only path was lost: %v", p.Reason)
+	}
+}
+
+// TestRoCEPaths checks over a real network that requests go on within 100 ms after the loss of a
+// path, and that verified I/O survives losses of both paths in turn.
+func TestRoCEPaths(t *testing.T) {
+	w := newWire(t, target.Config{}, target.NamespaceConfig{})
+	addr := wireAddr()
+	p, err := roce.New(roce.Config{Addrs: []netip.Addr{addr}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	port, err := w.target.AddPort(p, netip.AddrPortFrom(addr, 4420))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer port.Close()
+	loops := newLoops(t, 1)
+	cfg := w.config(loops, poller.Request{IO: 1})
+	s := connect(t, cfg)
+	defer closeSubsystem(t, s)
+	if _, err := s.AddPath(t.Context(), Path{Provider: w.host, Address: port.Addr()}); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the vouching", func() bool {
+		i := s.Info()
+		return len(i.Paths[0].Vouched) == 1 && len(i.Paths[1].Vouched) == 1
+	})
+	ports := w.target.Ports()
+	f := newFrontEnd(t, s.Namespaces()[0], loops, 16, 64<<10, 21)
+	f.start(8000)
+	for n := range 8 {
+		ports[n%2].Disconnect()
+		waitFor(t, "the loss and the next association", func() bool {
+			i := s.Info()
+			return i.Paths[n%2].Losses == n/2+1 && i.Paths[0].State == StateLive && i.Paths[1].State == StateLive
+		})
+	}
+	for _, err := range f.wait(time.Minute) {
+		t.Error(err)
+	}
+	f.close()
+	if err := s.SetPolicy(Preferred, s.Paths()[0]); err != nil {
+		t.Fatal(err)
+	}
+	h := &hall{t: t, loops: loops}
+	w.target.Faults().Add(target.Fault{Match: target.Match{Port: 1}, Count: 1, Drop: true})
+	read := h.send(s, readBlock, "")
+	waitFor(t, "the read", func() bool { return s.inflight()[0] == 1 })
+	began := time.Now()
+	ports[0].Disconnect()
+	if e := read.wait(t); e != 0 {
+		t.Errorf("read: %v", e)
+	}
+	took := time.Since(began)
+	t.Logf("a read goes on after %v", took)
+	if took > 100*time.Millisecond {
+		t.Errorf("a read goes on after %v", took)
+	}
+}
