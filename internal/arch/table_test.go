@@ -44,7 +44,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/uring", sys}},
-	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
@@ -63,8 +63,11 @@ var table = map[string]row{
 	"vhost/vhosttest": {may: []string{sys}},
 
 	// Back ends that need no target.
-	"block/null": {may: []string{"block", "internal/hostmem", sys}},
-	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
+	"block/null": {may: []string{"block", "internal/instant", sys}, testing: []string{"block/blocktest", "poller"}},
+	"block/ram":  {may: []string{"block", "internal/hostmem", "internal/instant", sys}, testing: []string{"block/blocktest", "poller"}},
+
+	// The test suite that all back ends pass.
+	"block/blocktest": {may: []string{"block", "poller", sys}},
 
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
@@ -75,6 +78,7 @@ var table = map[string]row{
 	"internal/uring":    {may: []string{sys}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
+	"internal/instant":  {may: []string{"block", "internal/hostmem", sys}},
 	"internal/loglimit": {},
 	"internal/arch":     {},
 	testenv:             {},
