@@ -174,11 +174,11 @@ func (s *Server) list() []*export {
 
 // Snapshot returns the counters of an export, summed over all loops. The counters of each
 // loop are those of its last batch.
-func (s *Server) Snapshot(name string) Stats {
-	var total Stats
+func (s *Server) Snapshot(name string) block.Stats {
+	var total block.Stats
 	if e := s.find(name); e != nil {
 		for _, sh := range e.shards {
-			total.add(sh.snapshot())
+			total.Add(sh.Snapshot())
 		}
 	}
 	return total

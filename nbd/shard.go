@@ -4,6 +4,7 @@ import (
 	"os"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/iostats"
 )
 
 // reapBatch is the number of results that are reaped from the back end at once.
@@ -41,7 +42,7 @@ type shard struct {
 	done     [reapBatch]block.Result
 	inflight int // number of requests at the back end
 
-	counters
+	iostats.Counters
 }
 
 // tag is a tag of the back end's queue, with its buffer and the piece of a task that uses
@@ -218,7 +219,7 @@ func (s *shard) poll() int {
 		s.inflight += n
 		s.back.Submit(s.reqs)
 		s.reqs = s.reqs[:0]
-		s.now[nBatches]++
+		s.CountBatch()
 	}
 	for s.inflight > 0 {
 		k := s.back.Reap(s.done[:])

@@ -326,10 +326,10 @@ func (s *Server) close() error {
 
 // Snapshot returns the counters, summed over all loops. The counters of each loop are those
 // of its last batch.
-func (s *Server) Snapshot() Stats {
-	var total Stats
+func (s *Server) Snapshot() block.Stats {
+	var total block.Stats
 	for _, w := range s.workers {
-		total.add(w.snapshot())
+		total.Add(w.Snapshot())
 	}
 	return total
 }

@@ -56,9 +56,9 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
-	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
 	// A front end of its own, which knows nothing of the back end that it tests.
 	"vhost/vhosttest": {may: []string{sys}},
 
@@ -78,6 +78,7 @@ var table = map[string]row{
 	"internal/uring":    {may: []string{sys}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
+	"internal/iostats":  {may: []string{"block", sys}},
 	"internal/instant":  {may: []string{"block", "internal/hostmem", sys}},
 	"internal/loglimit": {},
 	"internal/arch":     {},
