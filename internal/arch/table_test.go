@@ -57,8 +57,8 @@ var table = map[string]row{
 
 	// Front ends. They never see RDMA.
 	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
-	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/acceptor", "internal/diskuse", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
 	// A front end of its own, which knows nothing of the back end that it tests.
 	"vhost/vhosttest": {may: []string{sys}},
 
@@ -78,6 +78,7 @@ var table = map[string]row{
 	"internal/uring":    {may: []string{sys}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
+	"internal/acceptor": {may: []string{sys}},
 	"internal/iostats":  {may: []string{"block", sys}},
 	"internal/instant":  {may: []string{"block", "internal/hostmem", sys}},
 	"internal/loglimit": {},
