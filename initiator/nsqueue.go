@@ -47,6 +47,9 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	return q, nil
 }
 
+// Loops implements poller.Looper. The loops are those of Config.Loops that the subsystem uses.
+func (ns *Namespace) Loops() []*poller.Loop { return ns.sub.cfg.Loops }
+
 // Buffer implements block.Queue.
 func (q *nsQueue) Buffer(tag uint16) []byte {
 	at := int(tag) * q.maxIO

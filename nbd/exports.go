@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/poller"
 )
 
@@ -41,7 +42,8 @@ func (s *Server) Add(x Export) error {
 		return fmt.Errorf("export %q: %w", x.Name, err)
 	}
 	g := x.Device.Geometry()
-	e := &export{Export: x, block: g.LogicalBlock, buffer: bufferSize(s.cfg.MaxIO, g)}
+	e := &export{Export: x, block: g.LogicalBlock}
+	e.buffer = frontend.BufferSize(s.cfg.MaxIO, g, 2) // merge needs two blocks
 	e.share, _ = split(s.cfg.Depth)
 	s.changing.Lock()
 	defer s.changing.Unlock()

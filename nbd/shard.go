@@ -1,8 +1,6 @@
 package nbd
 
 import (
-	"os"
-
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/iostats"
 )
@@ -79,15 +77,6 @@ func boundsOf(g block.Geometry, buffer int) bounds {
 	sectors := g.LogicalBlock >> block.SectorShift
 	b.discard, b.zeroes = g.MaxDiscardSectors/sectors*sectors, g.MaxZeroesSectors/sectors*sectors
 	return b
-}
-
-// bufferSize returns the size of a tag's buffer in bytes: a multiple of the page size
-// with room for two logical blocks, which merge needs.
-func bufferSize(maxIO int, g block.Geometry) int {
-	page := os.Getpagesize()
-	n := min(maxIO, int(g.MaxIO)) / page * page
-	least := (2*int(g.LogicalBlock) + page - 1) / page * page
-	return max(n, least)
 }
 
 // split divides the tags of a queue. A connection may hold up to share tags. The last

@@ -56,9 +56,9 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/acceptor", "internal/diskuse", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
-	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/frontend", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/acceptor", "internal/diskuse", "internal/frontend", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/frontend", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
 	// A front end of its own, which knows nothing of the back end that it tests.
 	"vhost/vhosttest": {may: []string{sys}},
 
@@ -76,6 +76,7 @@ var table = map[string]row{
 
 	"docs":              {}, // what the program reads of its documents
 	"internal/uring":    {may: []string{sys}},
+	"internal/frontend": {may: []string{"block", "poller"}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
 	"internal/acceptor": {may: []string{sys}},
