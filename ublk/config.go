@@ -43,6 +43,14 @@ func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	switch {
+	case c.ID < -1 || c.ID >= maxID:
+		return fmt.Errorf("device number %d is not in -1..%d", c.ID, maxID-1)
+	case c.Device == nil:
+		return errors.New("no block device to serve")
+	case c.Recovery > RecoveryFail:
+		return fmt.Errorf("recovery policy %d is unknown", c.Recovery)
+	}
 	if err := frontend.SizeQueues(&c.Depth, &c.MaxIO, 1); err != nil {
 		return err
 	}
@@ -50,15 +58,8 @@ func (c *Config) setDefaults() error {
 	if c.Loops, err = frontend.Loops(c.Loops, c.Device); err != nil {
 		return err
 	}
-	switch {
-	case c.ID < -1 || c.ID >= maxID:
-		return fmt.Errorf("device number %d is not in -1..%d", c.ID, maxID-1)
-	case c.Device == nil:
-		return errors.New("no block device to serve")
-	case len(c.Loops) > maxQueues:
-		return fmt.Errorf("%d loops are not in 1..%d", len(c.Loops), maxQueues)
-	case c.Recovery > RecoveryFail:
-		return fmt.Errorf("recovery policy %d is unknown", c.Recovery)
+	if len(c.Loops) > maxQueues {
+		return fmt.Errorf("%d loops are more than %d", len(c.Loops), maxQueues)
 	}
 	return nil
 }
