@@ -46,6 +46,7 @@ type Controller struct {
 	// Only the goroutine that makes associations uses these.
 	unfenced []*remnant // earlier controllers that may hold commands; see await
 	brief    int        // number of consecutive associations that were lost early
+	excused  bool       // the last loss says nothing about the target
 
 	life      context.Context // ends with that of the subsystem
 	end       context.CancelCauseFunc
@@ -219,9 +220,11 @@ func (c *Controller) discoveryChanged() {
 // time; before is the start of the outage before. An association that has not lived for long
 // has not proved to be better than the one before, and leaves the outage as it was, unless a
 // request is what ended it: the target is there for all others, and they must not fail for
-// that request. Reset says nothing about the target either.
+// that request. Reset says nothing about the target either. The outage of such a loss ends
+// with the next association, which has nothing to prove.
 func (c *Controller) countLoss(before time.Time, lived time.Duration, reset bool) {
-	blamed := c.blamed.Swap(false)
+	blamed, excused := c.blamed.Swap(false), c.excused
+	c.excused = blamed || reset
 	switch {
 	case reset || lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.brief = 0
@@ -229,7 +232,7 @@ func (c *Controller) countLoss(before time.Time, lived time.Duration, reset bool
 		c.brief = 1
 	default:
 		c.brief++
-		if !before.IsZero() {
+		if !before.IsZero() && !excused {
 			c.mu.Lock()
 			c.outage = before
 			c.mu.Unlock()

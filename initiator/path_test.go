@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -367,7 +368,7 @@ func TestLateWrite(t *testing.T) {
 		want           string
 		rounds         int
 	}{
-		"fence":             {false, false, "new", 5},
+		"fence":             {false, false, "new", testenv.Rounds(5)},
 		"separate targets":  {false, true, "new", 1},
 		"without the fence": {true, false, "old", 2},
 	} {
