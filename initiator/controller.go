@@ -568,6 +568,7 @@ type PathInfo struct {
 	SQFlow     bool                     // SQ flow control is on
 	InFlight   int                      // requests that its queue pairs have
 	Failovers  uint64                   // requests that were in flight when an association was lost
+	Held       int                      // changes with unknown outcome, which wait for the end of its old controllers
 	Configured netip.AddrPort           // address that the path was added with
 	Source     netip.Addr               // local address that the path was added with
 	Provider   string                   // name of the RDMA provider
@@ -591,6 +592,7 @@ func (c *Controller) Info() PathInfo {
 		i.Outages.Losses[LossReason(r)] = n
 	}
 	c.mu.Unlock()
+	i.Held = c.sub.heldFor(c)
 	if a != nil {
 		c.describe(&i, a)
 	}

@@ -380,6 +380,20 @@ func (s *Subsystem) fences() []FenceInfo {
 	return all
 }
 
+// heldFor returns the number of changes that wait for the end of old controllers of a path.
+func (s *Subsystem) heldFor(c *Controller) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, rem := range s.remnants {
+		if rem.ctrl == c {
+			rem.mu.Lock()
+			n += rem.held
+			rem.mu.Unlock()
+		}
+	}
+	return n
+}
+
 // holders returns all controllers that may have commands of this process. The caller holds
 // recording.
 func (s *Subsystem) holders() []ControllerID {

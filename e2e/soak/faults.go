@@ -108,15 +108,6 @@ func (s *soak) pathFaults(random *rand.Rand, pause func(least, most time.Duratio
 			s.control("ana", "1", "optimized")
 			s.control("ana", "2", "optimized")
 		}},
-		{name: "upgrade", kills: true, run: func() {
-			s.fio.pause()
-			pid := s.serverPID()
-			s.host("upgrade", nqn)
-			if now := s.serverPID(); now == pid {
-				fatalf("process %d still serves after an upgrade", pid)
-			}
-			s.fio.resume()
-		}},
 		{name: "kill without a path", kills: true, run: func() {
 			cut := s.cables[random.IntN(len(s.cables))]
 			s.fio.pause()

@@ -155,11 +155,23 @@ func paths(sub *subsystemTree) []object {
 	return out
 }
 
+// path is a path with the fields of nvme-cli and, after these, fields of this program.
 func path(s control.Status, p control.Path) object {
 	return object{
 		{name: "Name", value: s.Name}, {name: "Transport", value: s.Transport},
 		{name: "Address", value: pathAddress(s, p)}, {name: "State", value: p.State},
+		{name: "Cntlid", value: p.CNTLID}, {name: "ANAStates", value: orEmpty(p.ANA)}, {name: "Preferred", value: p.Preferred},
+		{name: "InFlight", value: p.InFlight}, {name: "Failovers", value: p.Failovers}, {name: "Held", value: p.Held},
+		{name: "VouchesFor", value: append([]string{}, p.Vouched...)}, {name: "LastError", value: orNull(p.LastError)},
 	}
+}
+
+// orEmpty is an object without members instead of null.
+func orEmpty(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return m
 }
 
 func namespaces(sub *subsystemTree) []object {

@@ -249,7 +249,7 @@ func describePaths(out *control.Status, now initiator.Info) {
 			Path: at.String(), TrAddr: at.Address.Addr().String(), TrSvcID: fmt.Sprint(at.Address.Port()),
 			State: p.State.String(), CNTLID: p.CNTLID, Provider: p.Provider, RDMADevice: p.Device,
 			Preferred: now.Policy == initiator.Preferred && n == now.Preferred,
-			InFlight:  p.InFlight, Failovers: p.Failovers, Losses: p.Losses, Attempts: p.Attempts,
+			InFlight:  p.InFlight, Failovers: p.Failovers, Held: p.Held, Losses: p.Losses, Attempts: p.Attempts,
 			ANA: map[string]string{}, Vouched: []string{},
 		}
 		if at.Source.IsValid() {
