@@ -54,7 +54,8 @@ type Controller struct {
 	blamed    atomic.Bool   // the last association was lost with the suspect in flight
 	stopped   chan struct{} // supervise has ended
 
-	transactions atomic.Uint32 // runs of authentication, for their ids
+	transactions atomic.Uint32  // runs of authentication, for their ids
+	proofs       sync.WaitGroup // runs of Reauthenticate; none is added without an association
 
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
 	failovers atomic.Uint64 // requests that were in flight when an association was lost
@@ -401,6 +402,7 @@ func (c *Controller) current() *association {
 
 // leave ends the association in use in order, if there is one. supervise has ended.
 func (c *Controller) leave(ctx context.Context) error {
+	defer c.proofs.Wait() // it has memory of the device
 	c.mu.Lock()
 	a := c.assoc
 	c.assoc = nil

@@ -75,7 +75,7 @@ func changesData(op block.Op) bool {
 func (ns *Namespace) bar(rem *remnant, r *request) {
 	e := extent{remnant: rem, first: r.io.Sector, end: r.io.Sector + uint64(r.io.Sectors)}
 	switch {
-	case rem == nil:
+	case rem == nil, r.direct != nil && r.direct.mr != nil:
 		return
 	case r.direct != nil:
 		if !nvme.IsWrite(&r.direct.cmd) {
