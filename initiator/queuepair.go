@@ -23,6 +23,7 @@ type queuePair struct {
 
 	inCapsule uint32        // bytes of data that a capsule may carry
 	checkHead bool          // SQ flow control is on, so responses carry SQHD
+	proved    bool          // the target has asked for authentication of this queue
 	requests  []*request    // by slot: the request of the command in flight
 	waiting   fifo          // requests without a slot
 	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
@@ -154,9 +155,11 @@ func (p *queuePair) push(r *request) bool {
 		cmd.SetFlush(ns.id)
 	case opDirect:
 		*cmd = r.direct.cmd
-		if nvme.IsWrite(cmd) {
+		switch {
+		case r.direct.mr != nil: // the command names memory of its own
+		case nvme.IsWrite(cmd):
 			capsule = p.inline(cmd, r, 0, r.direct.length)
-		} else {
+		default:
 			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
 		}
 	case block.OpDiscard:
