@@ -40,6 +40,8 @@
 #	                      10.0.4.2 and fd00:4::2 here; called again, it changes the MTU
 #	bad [NETEM …]         what tc-netem is to do, in both directions, to packets between
 #	                      here and "outside"; nothing more, without arguments
+#	deaf                  from now on two of three acknowledgements that come from "outside" are
+#	                      lost; "mend" ends it
 #	initiator [P=V]…      load the kernel's initiator anew, with these parameters of its module
 #	target-down [NQN]     remove the subsystem, its port and its namespaces
 #	clean                 kernel initiators disconnected, targets and the cable removed
@@ -357,6 +359,13 @@ lab_cut() {
 	nft add rule inet lab input iifname '{ lab1, lab2 }' drop
 }
 
+# An acknowledgement is an RC packet whose opcode, the first byte behind UDP's header, is 0x11.
+lab_deaf() {
+	nft add table inet lab || return
+	nft add chain inet lab input '{ type filter hook input priority 0; }' || return
+	nft add rule inet lab input iifname lab3 udp dport 4791 @th,64,8 0x11 numgen inc mod 3 '<' 2 counter drop
+}
+
 lab_mend() {
 	nft delete table inet lab
 }
@@ -481,7 +490,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | list | referral | auth | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | mend | down | up | restart | \
+	rxe | target | list | referral | auth | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | deaf | mend | down | up | restart | \
 		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"
