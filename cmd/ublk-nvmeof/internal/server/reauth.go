@@ -56,7 +56,7 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 	if err := sub.Reauthenticate(ctx, &keys); errors.As(err, new(*initiator.AuthError)) {
 		return err
 	} else if err != nil {
-		return s.explainRefusal("reauth", err)
+		return s.explainRefusal(err)
 	}
 	if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
 		return fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err)
