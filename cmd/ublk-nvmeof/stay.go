@@ -247,6 +247,10 @@ func (k *keeper) connectPending(ctx context.Context) {
 			continue
 		}
 		k.log.Info("subsystem", "nqn", s.nqn, "outcome", string(r.Outcome), "server", r.Status.Name, "unused_paths", r.Further)
+		if r.Again {
+			s.tried = time.Now()
+			continue
+		}
 		k.pending.drop(s)
 	}
 }

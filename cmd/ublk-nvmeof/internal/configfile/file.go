@@ -78,16 +78,24 @@ var keys = []string{
 // textKeys are those whose values are strings.
 var textKeys = map[string]bool{"transport": true, "traddr": true, "host_traddr": true, "host_iface": true, "trsvcid": true}
 
-// Connect describes the connection that flags of connect make. Flags that nvme-cli does not
-// have are left out.
-func Connect(args []string) (Connection, error) {
+// Connect describes the connection that flags of connect make, as one port for each path. Flags
+// that nvme-cli does not have are left out.
+func Connect(args []string) ([]Connection, error) {
 	o := options.Default()
 	f := pflag.NewFlagSet("", pflag.ContinueOnError)
 	o.AddFlags(f)
 	if err := f.Parse(args); err != nil {
-		return Connection{}, options.FlagError(err)
+		return nil, options.FlagError(err)
 	}
-	return connection(f, f.Lookup("hostid").Value.String(), o.HostNQN, o.NQN), nil
+	all := []Connection{connection(f, f.Lookup("hostid").Value.String(), o.HostNQN, o.NQN)}
+	for _, p := range o.Paths {
+		further, err := Connect(options.WithPaths(args, []options.Path{p})) // which has no further one
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, further...)
+	}
+	return all, nil
 }
 
 // Discovery describes the connection to a discovery service that stays, if persistent is set.
