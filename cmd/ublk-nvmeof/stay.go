@@ -102,6 +102,9 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 		log.Warn("part of a pass failed", "error", fmt.Sprintf(format, args...))
 	}
 	k := &keeper{gatherer: g, log: log, news: make(chan news), known: map[newsFrom][]discovery.Entry{}}
+	for _, err := range collectNamed(ctx, g.named, &k.pending) { // those that are not connected yet
+		g.errs("%v", err)
+	}
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	ctx, cancel := context.WithCancel(ctx)
