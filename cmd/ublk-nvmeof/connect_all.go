@@ -37,7 +37,7 @@ type gatherer struct {
 	stayFD     int
 
 	dir    state.Dir
-	named  []discoverer.Service // subsystems that files name
+	named  []discoverer.Service             // subsystems that files name
 	errs   func(format string, args ...any) // to standard error
 	client *discoverer.Client
 }

@@ -123,7 +123,9 @@ func (g *gatherer) serveScrapes(ctx context.Context, log *slog.Logger) (end func
 	if address == "" {
 		return func() {}, nil
 	}
-	complain := func(format string, args ...any) { log.Warn("a server is left out", "error", fmt.Sprintf(format, args...)) }
+	complain := func(format string, args ...any) {
+		log.Warn("a server is left out", "error", fmt.Sprintf(format, args...))
+	}
 	all := metrics.HandlerOfAll(func() []control.Status {
 		records, err := g.dir.List()
 		if err != nil {
