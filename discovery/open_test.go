@@ -96,6 +96,38 @@ func TestOpen(t *testing.T) {
 	}
 }
 
+// TestOpenExtended: a target has the log with attributes, with the same entries, also if they
+// do not fit into one command.
+func TestOpenExtended(t *testing.T) {
+	l := newLab(t)
+	tg := l.target(at(1), testDisk)
+	for i := range 9 {
+		if err := tg.AddReferral(at(10 + i).Address); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := Open(t.Context(), l.config(at(1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := Read(t.Context(), c, Limits{})
+	if err != nil || plain.Extended || len(plain.Entries) != 11 {
+		t.Fatalf("%+v, %v", plain, err)
+	}
+	extended, err := ReadExtended(t.Context(), c, Limits{})
+	if err != nil || !extended.Extended || extended.Generation != plain.Generation || len(extended.Entries) != len(plain.Entries) {
+		t.Fatalf("%+v, %v", extended, err)
+	}
+	for i, e := range extended.Entries {
+		if e.DiscoveryEntry != plain.Entries[i].DiscoveryEntry || len(e.Attributes) != 0 {
+			t.Errorf("entry %d: %+v", i, e)
+		}
+	}
+	if err := c.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestOpenOther: a subsystem is no discovery service, and the other way round.
 func TestOpenOther(t *testing.T) {
 	l := newLab(t)

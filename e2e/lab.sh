@@ -89,13 +89,15 @@ lab_rxe() {
 #	inline=N        in-capsule data in bytes
 #	queue_size=N    entries of a queue
 #	mdts=N          largest transfer, 4 KiB << N
+#	files=DIR       namespaces on files in DIR, which are made if they do not exist, and with
+#	                the same UUIDs and serial number each time
 lab_target() {
 	local nqn=$LAB_NQN addr=$LAB_ADDR svc=$LAB_PORT ns=1 size=256 bs=512 cache=0 discard=1
-	local hosts=any qid_max='' inline='' queue_size='' mdts='' arg
+	local hosts=any qid_max='' inline='' queue_size='' mdts='' files='' arg
 	for arg in "$@"; do
 		case $arg in
 		nqn=* | addr=* | svc=* | ns=* | size=* | bs=* | cache=* | discard=* | hosts=* | \
-			qid_max=* | inline=* | queue_size=* | mdts=*) local "${arg?}" ;;
+			qid_max=* | inline=* | queue_size=* | mdts=* | files=*) local "${arg?}" ;;
 		*) lab_fail "target: unknown argument '$arg'" || return ;;
 		esac
 	done
@@ -116,7 +118,11 @@ lab_target() {
 	fi
 	[ -z "$qid_max" ] || lab_set "$subsys/attr_qid_max" "$qid_max" || return
 	for ((i = 1; i <= ns; i++)); do
-		lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" || return
+		if [ -n "$files" ]; then
+			lab_kept "$subsys" $i "$size" "$files/${nqn##*:}-$i.img" || return
+		else
+			lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" || return
+		fi
 	done
 
 	for addr in ${addr//,/ }; do
@@ -170,6 +176,19 @@ lab_auth() {
 		*) lab_fail "auth: unknown argument '$arg'" || return ;;
 		esac
 	done
+}
+
+# lab_kept SUBSYSTEM NSID SIZE FILE
+lab_kept() {
+	local id
+	[ -e "$4" ] || truncate -s "$3M" "$4" || return
+	id=$(printf '%s' "$4" | md5sum | cut -c -32) || return
+	lab_set "$1/attr_serial" "${id:0:20}" || return
+	mkdir "$1/namespaces/$2" || return
+	lab_set "$1/namespaces/$2/buffered_io" 1 || return
+	lab_set "$1/namespaces/$2/device_path" "$4" || return
+	lab_set "$1/namespaces/$2/device_uuid" "${id:0:8}-${id:8:4}-4${id:13:3}-8${id:17:3}-${id:20:12}" || return
+	lab_set "$1/namespaces/$2/enable" 1
 }
 
 # lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD

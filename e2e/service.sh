@@ -1,7 +1,8 @@
 #!/bin/bash
 # Runs beside systemd, on the machine that e2e/service-before.sh has prepared. UN_SERVICE
-# says what is tested: "boot" is from the boot over a death of a server to a shutdown with
-# I/O; "life" is all else that happens to a service and to the package.
+# says what is tested: "install" installs the package and configures connections on a machine
+# that runs, "boot" is from the next boot of that machine over a death of a server to a shutdown
+# with I/O, and "life" is all else that happens to a service and to the package.
 set -uo pipefail
 
 cd "$(dirname "$0")/.."
@@ -43,19 +44,24 @@ load() {
 }
 verified() { [ "$(systemctl show -P SubState "$1")" = exited ]; }
 
-boot() {
+booted() {
 	step boot
 	until_true 120 test -S /run/systemd/private
 	until_true 240 active multi-user.target
+}
+
+boot() {
+	booted
 	local dir unit
-	for dir in uuid id b c d; do until_true 60 mountpoint -q /mnt/$dir; done
+	for dir in uuid id b c d e; do until_true 60 mountpoint -q /mnt/$dir; done
 
 	step "file systems of fstab: by UUID, id, path and label"
 	echo "network-online $(since_boot network-online.target ActiveEnterTimestampMonotonic), sysinit $(since_boot sysinit.target ActiveEnterTimestampMonotonic)," \
 		"multi-user $(since_boot multi-user.target ActiveEnterTimestampMonotonic)"
-	for unit in ublk-nvmeof@{disk,b,c,d}.service mnt-{uuid,id,b,c,d}.mount; do
+	for unit in ublk-nvmeof@{disk,b,c,d}.service ublk-nvmeof-discovery.service dev-ublkb{0,1,2,3,4,5}.device mnt-{uuid,id,b,c,d,e}.mount; do
 		echo "$unit: $(since_boot $unit InactiveExitTimestampMonotonic) to $(since_boot $unit ActiveEnterTimestampMonotonic) s"
 	done
+	systemd-analyze --no-pager critical-chain remote-fs.target || true
 	systemctl --failed --no-legend
 	[ -z "$(systemctl --failed --no-legend)" ] || fail "units failed"
 	[ "$(find /dev/disk/by-id -lname '*ublkb0' | wc -l)" -ge 2 ] || fail "too few names in by-id"
@@ -64,6 +70,30 @@ boot() {
 	done
 	# Copies of mounts in another name space would keep the devices busy.
 	[ "$(readlink "/proc/$(property disk MainPID)/ns/mnt")" = "$(readlink /proc/self/ns/mnt)" ]
+}
+
+# again checks that this is another boot of the machine on which the package was installed.
+again() {
+	step "a second boot"
+	[ "$(cat /var/lib/installed)" != "$(cat /proc/sys/kernel/random/boot_id)" ]
+	[ "$(cat /mnt/uuid/installed)" = "$(cat /var/lib/installed)" ] || fail "the disk is another one"
+}
+
+discovered() {
+	step "a subsystem that a discovery service lists later"
+	local port
+	[ "$(systemctl is-active ublk-nvmeof-discovery.service)" = active ]
+	[[ $(systemctl show -P StatusText ublk-nvmeof-discovery.service) == "connected to discovery services" ]] || fail "the status of the unit"
+	port=$(lab_ports $base:e)
+	lab_target nqn=$base:later svc=4429 size=64
+	ln -s "/sys/kernel/config/nvmet/subsystems/$base:later" "$port/subsystems/"
+	until_true 60 test -b "/dev/disk/by-path/nvmeof-$base:later-ns-1"
+	systemctl stop ublk-nvmeof-discovery.service
+	mountpoint -q /mnt/e
+	dd if="/dev/disk/by-path/nvmeof-$base:later-ns-1" of=/dev/null bs=4096 count=1 iflag=direct status=none
+	systemctl start ublk-nvmeof-discovery.service
+	ublk-nvmeof disconnect -n $base:later # the service does not connect it again
+	lab_target_down $base:later
 }
 
 killed() {
@@ -145,7 +175,7 @@ stop_waits() {
 late() {
 	step "a target that comes after the boot"
 	if active ublk-nvmeof@late.service; then fail "it is active without a target"; fi
-	lab_target nqn=$base:late svc=4424 size=64
+	lab_target nqn=$base:late svc=4430 size=64
 	mkfs.ext4 -q "$(cat /sys/kernel/config/nvmet/subsystems/$base:late/namespaces/1/device_path)"
 	until_true 60 active ublk-nvmeof@late.service
 	until_true 60 mountpoint -q /mnt/late
@@ -188,7 +218,8 @@ removal() {
 	if dpkg -r ublk-nvmeof; then fail "removed"; fi
 	active ublk-nvmeof@disk.service
 	step "the package is purged"
-	umount /mnt/{uuid,id,b,c,d,late}
+	umount /mnt/{uuid,id,b,c,d,e,late}
+	ublk-nvmeof disconnect -n $base:e
 	systemctl stop ublk-nvmeof.target
 	until_true 30 inactive ublk-nvmeof@disk.service
 	dpkg -L ublk-nvmeof | sort >/tmp/files
@@ -201,8 +232,19 @@ removal() {
 }
 
 case $UN_SERVICE in
+install)
+	booted
+	step "the package is installed and configured"
+	install
+	mount "$(backing disk 1)" /mnt/uuid
+	cat /proc/sys/kernel/random/boot_id >/mnt/uuid/installed
+	umount /mnt/uuid
+	cp /proc/sys/kernel/random/boot_id /var/lib/installed
+	;;
 boot)
 	boot
+	again
+	discovered
 	killed
 	reload
 	step "I/O, and a target that is gone, at the shutdown"

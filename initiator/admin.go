@@ -28,6 +28,7 @@ const (
 // goroutine of its own handles the responses.
 type admin struct {
 	conn    *connection
+	pd      rdma.PD
 	mr      rdma.MR
 	buffers chan int     // free buffers of mr
 	timeout atomic.Int64 // limit for one command, in nanoseconds
@@ -35,8 +36,9 @@ type admin struct {
 	file    *os.File     // the completion channel, for the runtime's poller
 	joined  chan struct{}
 
-	mu    sync.Mutex // guards conn's queues, calls and err
+	mu    sync.Mutex // guards conn's queues, calls, stray and err
 	calls []*adminCall
+	stray []rdma.MR // of commands of transferLarge whose end is unknown
 	err   error // why the queue is lost
 	lost  chan struct{}
 	users sync.WaitGroup // of mr; no one is added once the queue is lost
@@ -50,7 +52,7 @@ type adminCall struct {
 // the queue is lost.
 func newAdmin(conn *connection, pd rdma.PD, timeout time.Duration, fail func(error)) (*admin, error) {
 	a := &admin{
-		conn: conn, fail: fail, buffers: make(chan int, adminBuffers),
+		conn: conn, pd: pd, fail: fail, buffers: make(chan int, adminBuffers),
 		calls: make([]*adminCall, conn.sq.Slots()),
 		lost:  make(chan struct{}), joined: make(chan struct{}),
 	}
@@ -139,7 +141,7 @@ func (a *admin) lose(err error) {
 
 // exec runs a command. The controller must answer within the admin timeout, and before
 // ctx is done. in is copied to the buffer that the target reads, and out is filled from
-// it after the command. At most one of them may be given, of at most one page. A status
+// it after the command. At most one of them may be given. A status
 // other than success is an error of type nvme.Status.
 //
 // If a command times out, the controller may still execute it, so its effect is unknown
@@ -164,6 +166,9 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 // transfer runs a command with its data.
 func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte) (nvme.Completion, error) {
 	n := max(len(in), len(out))
+	if n > adminBuffer {
+		return a.transferLarge(ctx, cmd, out)
+	}
 	if n > 0 {
 		if err := a.use(); err != nil {
 			return nvme.Completion{}, err
@@ -188,6 +193,28 @@ func (a *admin) transfer(ctx context.Context, cmd *nvme.Command, in, out []byte)
 		}
 	}
 	return a.do(ctx, cmd)
+}
+
+// transferLarge runs a command whose data is larger than a buffer, in memory of its own.
+func (a *admin) transferLarge(ctx context.Context, cmd *nvme.Command, out []byte) (nvme.Completion, error) {
+	if err := a.use(); err != nil {
+		return nvme.Completion{}, err
+	}
+	defer a.users.Done()
+	mr, err := a.pd.AllocMR(len(out), rdma.AccessLocalWrite|rdma.AccessRemoteWrite)
+	if err != nil {
+		return nvme.Completion{}, fmt.Errorf("register memory of %s: %w", cmd.Opcode().AdminString(), err)
+	}
+	cmd.SetKeyedSGL(mr.Addr(), uint32(len(out)), mr.RKey(), false)
+	c, err := a.do(ctx, cmd)
+	if err == nil || errors.As(err, new(nvme.Status)) {
+		copy(out, mr.Bytes())
+		return c, errors.Join(err, mr.Close())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stray = append(a.stray, mr) // the target may still write to it
+	return c, err
 }
 
 // use keeps the buffers registered until users.Done is called.
@@ -286,7 +313,7 @@ type LogRequest struct {
 	Retain   bool   // keep the event that belongs to the page disabled (RAE)
 }
 
-// logPage reads a part of a log page, at most adminPage bytes.
+// logPage reads a part of a log page with one command.
 func (a *admin) logPage(ctx context.Context, r LogRequest, out []byte) error {
 	var cmd nvme.Command
 	cmd.SetGetLogPage(r.Page, r.NSID, uint32(len(out)), r.Offset, r.Retain)
@@ -301,5 +328,9 @@ func (a *admin) close() error {
 	a.file.Close()
 	<-a.joined
 	a.users.Wait()
-	return errors.Join(a.conn.close(), a.mr.Close())
+	errs := []error{a.conn.close(), a.mr.Close()}
+	for _, mr := range a.stray {
+		errs = append(errs, mr.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -15,9 +15,9 @@ type anaStates struct {
 	changing time.Time                // since when a group has been in the change state; zero: none is
 }
 
-// maxANALog is the largest part of the ANA log that is read. It is read with one command,
-// because nvmet ignores the offset. Without namespace ids it has about 127 groups.
-const maxANALog = adminPage
+// maxANALog is the largest ANA log that is read, in bytes: 32767 groups without namespace
+// ids.
+const maxANALog = 1 << 20
 
 // updateANA reads the ANA log and gives the views of the path's namespaces their access.
 // complete is false if the log must be read again soon, and changed is true if a view changed.
@@ -52,12 +52,23 @@ func (c *Controller) updateANA(ctx context.Context, a *association) (complete, c
 
 // anaGroups reads the states of the groups. It returns an error that tolerate accepts if the
 // log makes no sense.
+//
+// The log is read with one command, as by Linux (nvme_read_ana_log): nvmet ignores the offset,
+// and the parts of a log may be of different states. A controller may announce far more groups
+// than it has. So the log is read again, into memory of its own, only if it is
+// larger than a buffer.
 func (c *Controller) anaGroups(ctx context.Context, a *association) (map[uint32]nvme.ANAState, error) {
-	size := min(nvme.ANALogSize(a.identify.NANAGRPID(), 0), maxANALog)
-	log := make([]byte, size)
+	most := min(nvme.ANALogSize(a.identify.NANAGRPID(), 0), maxANALog)
 	r := LogRequest{Page: nvme.LogANA, NSID: nvme.NSIDAll, Specific: anaGroupsOnly}
+	log := make([]byte, min(most, adminBuffer))
 	if err := a.admin.logPage(ctx, r, log); err != nil {
 		return nil, err
+	}
+	if need := min(nvme.ANALogSize(nvme.ANAGroupCount(log), 0), most); need > uint64(len(log)) {
+		log = make([]byte, need)
+		if err := a.admin.logPage(ctx, r, log); err != nil {
+			return nil, err
+		}
 	}
 	groups, err := groupsOf(log, a.identify.ANAGRPMAX())
 	if err != nil {

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -545,6 +546,35 @@ func TestBadANALog(t *testing.T) {
 	s := h.connect(nil)
 	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
 		t.Errorf("write: %v", e)
+	}
+}
+
+// TestManyANAGroups checks that the states of all groups are read, also if the controller has
+// as many as Linux' target can have, or more than fit into an admin buffer.
+func TestManyANAGroups(t *testing.T) {
+	const anagrpmax = 344 // in Identify Controller; NANAGRPID follows
+	for _, n := range []uint32{128, 511, 512, 2000} {
+		h := newHall(t, 1, false, nil)
+		limit := binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, n), 2*n)
+		h.targets[0].Faults().Add(target.Fault{
+			Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{nvme.CNSController}},
+			Patches: []target.Patch{{Offset: anagrpmax, Bytes: limit}},
+		})
+		log := nvme.AppendANAHeader(nil, 1, uint16(n))
+		for id := n; id > 0; id-- { // the group of the namespace is the last one
+			log = nvme.AppendANAGroup(log, id, 1, nvme.ANANonOptimized)
+		}
+		h.targets[0].Faults().Add(target.Fault{
+			Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminGetLogPage}, Selectors: []uint8{nvme.LogANA}},
+			Patches: []target.Patch{{Bytes: log}},
+		})
+		s := h.connect(nil)
+		if got := s.Info().Paths[0].Access[1]; got != nvme.ANANonOptimized {
+			t.Errorf("%d groups: access %v", n, got)
+		}
+		if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+			t.Errorf("%d groups: write: %v", n, e)
+		}
 	}
 }
 

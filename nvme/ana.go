@@ -49,6 +49,15 @@ func ANALogSize(nanagrpid, mnan uint32) uint64 {
 	return ANAHeaderSize + uint64(nanagrpid)*anaGroupSize + uint64(mnan)*4
 }
 
+// ANAGroupCount returns the number of groups that the header of an ANA log names, of which b
+// may contain any part. It is 0 if b is shorter than the header.
+func ANAGroupCount(b []byte) uint32 {
+	if len(b) < ANAHeaderSize {
+		return 0
+	}
+	return uint32(le.Uint16(b[8:10]))
+}
+
 // ANALog is a decoded ANA log (Base, "Asymmetric Namespace Access"). It refers to the
 // bytes from which it was decoded. The zero value is a log without groups.
 type ANALog struct {
@@ -76,7 +85,7 @@ func ParseANALog(b []byte) (ANALog, error) {
 	if len(b) < ANAHeaderSize {
 		return ANALog{}, fmt.Errorf("decode ana log: %d bytes, want %d", len(b), ANAHeaderSize)
 	}
-	l := ANALog{chgcnt: le.Uint64(b[0:8]), n: int(le.Uint16(b[8:10]))}
+	l := ANALog{chgcnt: le.Uint64(b[0:8]), n: int(ANAGroupCount(b))}
 	rest := b[ANAHeaderSize:]
 	l.groups = rest
 	for i := range l.n {

@@ -76,11 +76,22 @@ func ParseExtendedEntry(b []byte) (e DiscoveryEntry, attributes []ExtendedAttrib
 	return *DiscoveryEntryAt(b), attributes, int(length), nil
 }
 
-// LogSupported is log page 00h: the log pages that a controller has.
-const LogSupported = 0x00
+// LogSupported is log page 00h: the log pages that a controller has, LogSupportedSize bytes.
+const (
+	LogSupported     = 0x00
+	LogSupportedSize = 1024
+)
 
 // LogSupport is the entry of a log page in log page 00h.
 type LogSupport uint32
+
+// NewLogSupport makes the entry of a log page that the controller has.
+func NewLogSupport(specific uint16) LogSupport { return LogSupport(specific)<<16 | 1 }
+
+// PutLogSupport writes the entry of a log page into log page 00h.
+func PutLogSupport(log []byte, lid uint8, s LogSupport) {
+	le.PutUint32(log[4*int(lid):], uint32(s))
+}
 
 // Supported reports whether the controller has the log page.
 func (s LogSupport) Supported() bool { return s&1 != 0 }

@@ -83,11 +83,22 @@ func (t *Target) visible(host string) (subsystems []*Subsystem, referrals []neti
 
 // discoveryLog is log page 70h for the host of this queue: the discovery subsystem itself,
 // the subsystems, and the referrals. Entries of this target have the address that the host
-// is connected to, because it can reach that one.
-func (q *queuePair) discoveryLog() ([]byte, error) {
+// is connected to, because it can reach that one. asked are Discovery bits: of the log with
+// attributes, of which the entries have none, and of the one of this port only.
+func (q *queuePair) discoveryLog(asked uint8) ([]byte, error) {
 	subsystems, referrals, genctr := q.target.visible(q.ctrl.hostNQN)
 	ports := q.listedPorts()
-	log := nvme.DiscoveryHeader{GenCtr: genctr, NumRec: uint64(1 + len(subsystems)*len(ports) + len(referrals))}.AppendTo(nil)
+	h := nvme.DiscoveryHeader{GenCtr: genctr, Returned: asked & (nvme.DiscoveryExtended | nvme.DiscoveryPortOnly)}
+	if h.Returned&nvme.DiscoveryPortOnly != 0 {
+		ports, referrals = ports[:1], nil
+	}
+	h.NumRec = uint64(1 + len(subsystems)*len(ports) + len(referrals))
+	size := uint64(nvme.DiscoveryEntrySize)
+	if h.Returned&nvme.DiscoveryExtended != 0 {
+		size = nvme.ExtendedEntryMin
+		h.Length = uint32(nvme.DiscoveryHeaderSize + h.NumRec*size)
+	}
+	log := h.AppendTo(make([]byte, 0, nvme.DiscoveryHeaderSize+h.NumRec*size))
 	var errs []error
 	add := func(kind nvme.SubsystemType, nqn string, at netip.AddrPort, port uint16, flags nvme.EntryFlags, treq nvme.TransportRequirements) {
 		var e nvme.DiscoveryEntry
@@ -96,7 +107,13 @@ func (q *queuePair) discoveryLog() ([]byte, error) {
 		e.SetEFLAGS(flags)
 		e.SetTREQ(treq)
 		e.SetPORTID(port)
-		log = append(log, e[:]...)
+		if h.Returned&nvme.DiscoveryExtended == 0 {
+			log = append(log, e[:]...)
+			return
+		}
+		var err error
+		log, err = nvme.AppendExtendedEntry(log, &e, nil)
+		errs = append(errs, err)
 	}
 	ours := nvme.TREQNotSpecified | nvme.TREQDisableSQFlow
 	add(nvme.SubsystemCurrentDiscovery, q.target.cfg.DiscoveryNQN, ports[0].at, ports[0].id, nvme.EntryPersistent, ours)

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"testing"
 
@@ -108,5 +109,34 @@ func TestDiscoveryEventOfOthers(t *testing.T) {
 	h.event(2, nvme.NoticeDiscoveryChanged)
 	if _, entries := h.discoveryLog(); len(entries) != 2 || entries[1].SUBNQN() != other {
 		t.Errorf("%d entries", len(entries))
+	}
+}
+
+// TestDiscoveryOfPort: a host may ask for the entries of its own port only, and log page 00h
+// says so. What the target does not have is not returned.
+func TestDiscoveryOfPort(t *testing.T) {
+	r := newRig(t, Config{}, SubsystemConfig{})
+	if err := r.target.AddReferral(netip.MustParseAddrPort("192.0.2.9:4420")); err != nil {
+		t.Fatal(err)
+	}
+	h := r.admin(nvme.DiscoveryNQN)
+	page := h.log(nvme.LogSupported, nvme.LogSupportedSize)
+	for lid, want := range map[uint8]uint32{nvme.LogSupported: 1, nvme.LogDiscovery: 1 | (nvme.DiscoveryExtended|nvme.DiscoveryPortOnly)<<16, nvme.LogANA: 0} {
+		if got := binary.LittleEndian.Uint32(page[4*int(lid):]); got != want {
+			t.Errorf("log page %02xh: %#x, want %#x", lid, got, want)
+		}
+	}
+	for asked, want := range map[uint8]nvme.DiscoveryHeader{
+		0:                      {NumRec: 3},
+		nvme.DiscoveryPortOnly: {NumRec: 2, Returned: nvme.DiscoveryPortOnly},
+		nvme.DiscoveryAll:      {NumRec: 3},
+		nvme.DiscoveryExtended: {NumRec: 3, Returned: nvme.DiscoveryExtended, Length: 1024 + 3*nvme.ExtendedEntryMin},
+		0x7f:                   {NumRec: 2, Returned: nvme.DiscoveryExtended | nvme.DiscoveryPortOnly, Length: 1024 + 2*nvme.ExtendedEntryMin},
+	} {
+		got, err := nvme.ParseDiscoveryHeader(h.logWith(nvme.LogDiscovery, asked, nvme.DiscoveryHeaderSize))
+		want.GenCtr = got.GenCtr
+		if err != nil || got != want {
+			t.Errorf("asked for %#x: %+v, %v, want %+v", asked, got, err, want)
+		}
 	}
 }

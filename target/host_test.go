@@ -336,8 +336,15 @@ func (h *hostQueue) identify(cns uint8, nsid uint32) []byte {
 
 func (h *hostQueue) log(lid uint8, n int) []byte {
 	h.t.Helper()
+	return h.logWith(lid, 0, n)
+}
+
+// logWith is log with a log specific parameter.
+func (h *hostQueue) logWith(lid, specific uint8, n int) []byte {
+	h.t.Helper()
 	var cmd nvme.Command
 	cmd.SetGetLogPage(lid, 0, uint32(n), 0, false)
+	cmd.SetLogSpecific(specific)
 	h.want(0, h.keyed(&cmd, n))
 	return h.data.Bytes()[:n]
 }

@@ -35,17 +35,11 @@ func (q *queuePair) logPage(i int) {
 func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 	c, s := q.ctrl, q.ctrl.subsystem
 	if s.discovery {
-		if lid != nvme.LogDiscovery {
-			return nil
-		}
-		log, err := q.discoveryLog()
-		if err != nil {
-			q.target.cfg.Log.Error("discovery log", "err", err)
-			return nil
-		}
-		return log
+		return q.logOfDiscovery(lid, cmd.LogSpecific())
 	}
 	switch lid {
+	case nvme.LogSupported:
+		return supportedLogs(nvme.LogError, nvme.LogSMART, nvme.LogChangedNamespaces, nvme.LogANA)
 	case nvme.LogError:
 		return c.errors.page()
 	case nvme.LogSMART:
@@ -58,6 +52,33 @@ func (q *queuePair) log(lid uint8, cmd *nvme.Command, middle bool) []byte {
 		return s.anaLog(q.port, cmd.CDW10()&lspGroupsOnly != 0)
 	}
 	return nil
+}
+
+// logOfDiscovery returns a whole log page of a discovery controller, or nil.
+func (q *queuePair) logOfDiscovery(lid, specific uint8) []byte {
+	switch lid {
+	case nvme.LogSupported:
+		log := supportedLogs()
+		nvme.PutLogSupport(log, nvme.LogDiscovery, nvme.NewLogSupport(nvme.DiscoveryExtended|nvme.DiscoveryPortOnly))
+		return log
+	case nvme.LogDiscovery:
+		log, err := q.discoveryLog(specific)
+		if err != nil {
+			q.target.cfg.Log.Error("discovery log", "err", err)
+			return nil
+		}
+		return log
+	}
+	return nil
+}
+
+// supportedLogs returns log page 00h of a controller that has these log pages beside it.
+func supportedLogs(lids ...uint8) []byte {
+	log := make([]byte, nvme.LogSupportedSize)
+	for _, lid := range append(lids, nvme.LogSupported) {
+		nvme.PutLogSupport(log, lid, nvme.NewLogSupport(0))
+	}
+	return log
 }
 
 // smart fills in the counts of this controller.

@@ -18,6 +18,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/discovery"
 	"ublk-nvmeof/nvme"
 )
@@ -36,6 +37,7 @@ type gatherer struct {
 	stayFD     int
 
 	dir    state.Dir
+	named  []discoverer.Service             // subsystems that files name
 	errs   func(format string, args ...any) // to standard error
 	client *discoverer.Client
 }
@@ -50,13 +52,14 @@ this host may use, and connects to each as connect does. Without -a, the service
 /etc/nvme/discovery.conf and the services and subsystems of the configuration of nvme-cli
 (-J) are used.
 
-A subsystem with several addresses is connected at the first that works. The others are
-named; they are not used. A subsystem that this host is connected to stays as it is. What
-fails does not keep the rest from being connected.
+A subsystem with several addresses is connected at the first that works. The others become
+paths of the same devices, as by connect --path. A subsystem that this host is connected to
+gets the paths that it lacks. What fails does not keep the rest from being connected.
 
 With --persistent, a process stays connected to the discovery services. When a service
 reports a change, the process connects the subsystems that it lists now and did not list
-before, and it tries again what could not be connected. It never disconnects anything.
+before, and it tries again what could not be connected, paths included. It never
+disconnects anything.
 list -v shows it, and disconnect -d discovery0 or disconnect-all ends it.`,
 		Args: noArgs,
 		RunE: verb("connect-all", func(cmd *cobra.Command, _ []string) error { return g.run(cmd) }),
@@ -92,6 +95,7 @@ func (g *gatherer) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	g.named = found.Subsystems
 	if g.stayFD >= 0 {
 		return g.stayInBackground(services)
 	}
@@ -127,6 +131,9 @@ func (g *gatherer) connectAndStay(cmd *cobra.Command, found discoverer.Found, se
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case len(services) == 0:
+		if g.foreground && len(errs) == 0 { // for a service manager, the connections are all
+			return systemd.Notify(systemd.Ready)
+		}
 		return errors.Join(errs...)
 	case !g.foreground:
 		return errors.Join(append(errs, g.startKeeper(cmd))...)
@@ -209,7 +216,18 @@ func (l *subsystems) drop(s *subsystem) {
 
 // collect asks all services. The errors are about what could not be asked, or understood.
 func (g *gatherer) collect(ctx context.Context, found discoverer.Found) (all subsystems, errs []error) {
-	for _, s := range found.Subsystems {
+	errs = collectNamed(ctx, found.Subsystems, &all)
+	for _, s := range found.Discovery {
+		if err := g.walk(ctx, s.Options, &all); err != nil {
+			errs = append(errs, s.Error(err))
+		}
+	}
+	return all, errs
+}
+
+// collectNamed adds the subsystems that files name.
+func collectNamed(ctx context.Context, named []discoverer.Service, all *subsystems) (errs []error) {
+	for _, s := range named {
 		within, cancel := context.WithTimeout(ctx, s.Options.Connect.Timeout)
 		endpoints, err := discoverer.Endpoints(within, s.Options)
 		cancel()
@@ -223,12 +241,7 @@ func (g *gatherer) collect(ctx context.Context, found discoverer.Found) (all sub
 			}
 		}
 	}
-	for _, s := range found.Discovery {
-		if err := g.walk(ctx, s.Options, &all); err != nil {
-			errs = append(errs, s.Error(err))
-		}
-	}
-	return all, errs
+	return errs
 }
 
 // walk asks a service and those that it refers to. If it has several addresses, the first

@@ -43,10 +43,6 @@ ended.`,
 // disconnectAll ends every server, as much as it can, and reports what it could not.
 func disconnectAll(cmd *cobra.Command, dir state.Dir, force, verbose bool) error {
 	began := time.Now()
-	records, err := dir.List()
-	if err != nil {
-		return err
-	}
 	keepers, err := discoverer.Keepers(string(dir))
 	if err != nil {
 		return err
@@ -59,6 +55,10 @@ func disconnectAll(cmd *cobra.Command, dir state.Dir, force, verbose bool) error
 		case verbose:
 			fmt.Fprintf(cmd.OutOrStdout(), "%s ended\n", k.Name)
 		}
+	}
+	records, err := dir.List() // now that no keeper connects one more
+	if err != nil {
+		return errors.Join(append(errs, err)...)
 	}
 	var chosen []wanted
 	for _, r := range records {

@@ -139,6 +139,9 @@ func (g *gatherer) joinAll(ctx context.Context, s *subsystem, r *output.Subsyste
 		limited, cancel := context.WithTimeout(ctx, p.with.Connect.Timeout)
 		err := client.AddPath(limited, path.String())
 		cancel()
+		code := exit.Of(err)
+		// What is no path to the same disks does not become one.
+		r.Again = r.Again || code.MayPass() && code != exit.Negotiation && code != exit.NotFound
 		switch {
 		case err == nil:
 			added = true

@@ -11,6 +11,9 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma/roce"
+	"ublk-nvmeof/target"
 )
 
 // after returns the loopback address that is n after an address.
@@ -255,4 +258,66 @@ func TestConnectAllMakesOneDevice(t *testing.T) {
 	if s := p.live(2); len(s.Devices) != 1 {
 		t.Errorf("%d devices", len(s.Devices))
 	}
+	// The configuration that is made of it gives the same again.
+	config := filepath.Join(t.TempDir(), "config.json")
+	for _, args := range [][]string{
+		{"config", "write", "--config", config}, {"disconnect", "-n", inspectedNQN},
+		{"connect-all", "-J", config, "-i", "1", "-Q", "16", "--provider", "roce", "--frontend", "nbd-socket"},
+	} {
+		if _, stderr, code := p.run(args...); code != exit.OK {
+			t.Fatalf("%q: %s", args, stderr)
+		}
+	}
+	if s := p.live(2); len(s.Devices) != 1 {
+		t.Errorf("%d devices", len(s.Devices))
+	}
+}
+
+// TestPathsAppear checks that connect-all --persistent adds a port that a discovery service lists
+// later as a path, also if it cannot be reached when it is listed.
+func TestPathsAppear(t *testing.T) {
+	s := &services{t: t, dir: runDir(t), near: loopback()}
+	at := netip.AddrPortFrom(netip.MustParseAddr(s.near), 4432)
+	far := netip.AddrPortFrom(netip.MustParseAddr(after(t, s.near, 1)), 4432)
+	farther := netip.AddrPortFrom(far.Addr().Next(), 4432)
+	p, err := roce.New(roce.Config{Addrs: []netip.Addr{at.Addr(), far.Addr(), farther.Addr()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	tg, err := target.New(target.Config{Provider: p, AddrPort: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tg.Close()
+	defer s.stop()
+	sub, err := tg.AddSubsystem(target.SubsystemConfig{NQN: "nqn.disk", AllowAny: true})
+	if err == nil {
+		_, err = sub.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, code := s.connectAll("-a", s.near, "-s", "4432", "-c", "1", "-p"); code != exit.OK {
+		t.Fatalf("exit code %d, %s", code, errs)
+	}
+	if _, err := tg.AddPort(nil, far); err != nil {
+		t.Fatal(err)
+	}
+	s.until(far.String()+` live`, "list", "-v")
+	if out := s.ok("list"); strings.Count(out, "nqn.disk") != 1 {
+		t.Errorf("%s", out)
+	}
+	// Another port does not let hosts in at first.
+	tg.Faults().RejectConnects(nvme.RDMARejectNoResources)
+	if _, err := tg.AddPort(nil, farther); err != nil {
+		t.Fatal(err)
+	}
+	for limit := time.Now().Add(time.Minute); !strings.Contains(s.keeperLog(), farther.String()); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("no word of %v:\n%s", farther, s.keeperLog())
+		}
+	}
+	tg.Faults().Clear()
+	s.until(farther.String()+` live`, "list", "-v")
 }

@@ -29,7 +29,7 @@ apply.`
 
 // execute runs a command line.
 func execute(args []string, out, errs io.Writer) error {
-	root := newRoot()
+	root := rootFor(args)
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errs)
@@ -45,11 +45,54 @@ func execute(args []string, out, errs io.Writer) error {
 	return exit.Errorf(exit.Usage, "%v", err)
 }
 
+// base is the command of the program, without verbs at first, and what verbs need.
+type base struct {
+	root    *cobra.Command
+	runDir  dirFunc
+	visible dirFunc // the run directory whose servers a user sees
+}
+
+// rootFor returns the command with the verb that a command line begins with alone, for verbs on
+// whose time others wait. To make all of them takes longer than most of them do.
+func rootFor(args []string) *cobra.Command {
+	t := newProgram()
+	var verb *cobra.Command
+	switch {
+	case len(args) == 0:
+	case args[0] == "connect":
+		verb = newConnect(t.runDir)
+	case args[0] == "serve":
+		verb = newServe(t.runDir)
+	case args[0] == "udev":
+		verb = newUdev(t.runDir)
+	case args[0] == "disconnect":
+		verb = newDisconnect(t.visible)
+	}
+	if verb == nil {
+		return newRoot()
+	}
+	t.root.CompletionOptions.DisableDefaultCmd = true
+	t.root.AddCommand(verb)
+	return t.root
+}
+
+// newRoot returns the command with all verbs.
 func newRoot() *cobra.Command {
+	t := newProgram()
+	root, runDir, visible := t.root, t.runDir, t.visible
+	root.Long = longHelp + "\n\nExit codes:\n" + exit.Table()
+	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
+		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
+	root.AddCommand(inspectVerbs(visible)...)
+	root.AddCommand(reservationVerbs(visible)...)
+	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN(), newGenDHCHAPKey(), newCheckDHCHAPKey(), newDoctor(visible))
+	return root
+}
+
+func newProgram() base {
 	root := &cobra.Command{
 		Use:           programName,
 		Short:         "NVMe over RDMA block devices from userspace",
-		Long:          longHelp + "\n\nExit codes:\n" + exit.Table(),
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -85,12 +128,7 @@ func newRoot() *cobra.Command {
 		}
 		return state.Dir(systemDir), checkRunDir(systemDir)
 	}
-	root.AddCommand(newConnect(runDir), newDiscover(), newConnectAll(runDir), newServe(runDir), newDisconnect(visible), newDisconnectAll(visible), newConfig(visible), newRecover(visible), newUpgrade(visible),
-		newGC(visible), newList(visible), newMetrics(visible), newTop(visible), newTarget(runDir), newVersion(), newUdev(runDir), newDocumentation())
-	root.AddCommand(inspectVerbs(visible)...)
-	root.AddCommand(reservationVerbs(visible)...)
-	root.AddCommand(newListSubsys(visible), newShowTopology(visible), newGenHostNQN(), newShowHostNQN(), newGenDHCHAPKey(), newCheckDHCHAPKey(), newDoctor(visible))
-	return root
+	return base{root, runDir, visible}
 }
 
 // systemDir is the run directory of root. Tests have another one.

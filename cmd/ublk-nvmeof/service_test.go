@@ -212,3 +212,38 @@ func TestRetryTakesOver(t *testing.T) {
 	}
 	x.end()
 }
+
+// connect-all is a service, too. It is ready when everything that is there is connected. Without
+// a discovery service to stay connected to, that is all.
+func TestConnectAllService(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:a"
+	s := newSite(t, nqn)
+	s.put(nqn, newDisk("disk a"))
+	how := []string{"connect-all", "--persistent", "--foreground", "--provider=roce", "--frontend=nbd-socket", "-i", "1", "-q", "nqn.host", "-I", "12345678-1234-1234-1234-123456789abc"}
+
+	config := filepath.Join(t.TempDir(), "config.json")
+	text := `[{"hostnqn": "nqn.host", "subsystems": [{"nqn": "` + nqn + `", "ports": [{"transport": "rdma", "traddr": "` + s.addr.String() + `"}]}]}]`
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	x := startService(t, s, append(how, "-J", config)...)
+	x.awaitNotified("READY=1")
+	for range x.log { // until it has ended
+	}
+	if err := x.cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	c := s.client(s.record(nqn))
+	if got, err := c.read(6); got != "disk a" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	c.close()
+
+	x = startService(t, s, append(how, "-a", s.addr.String())...)
+	x.awaitNotified("READY=1")
+	x.awaitNotified("STATUS=connected to discovery services")
+	x.end()
+	if r := s.record(nqn); !r.Alive {
+		t.Error("the end of the service ended a server")
+	}
+}

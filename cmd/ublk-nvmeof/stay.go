@@ -16,7 +16,10 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/metrics"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
@@ -80,6 +83,11 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 		return err
 	}
 	defer func() { err = errors.Join(err, place.Leave()) }()
+	closeScrapes, err := g.serveScrapes(ctx, log)
+	if err != nil {
+		return err
+	}
+	defer closeScrapes()
 	var at []string
 	for _, s := range record.Services {
 		at = append(at, s.Address)
@@ -94,6 +102,9 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 		log.Warn("part of a pass failed", "error", fmt.Sprintf(format, args...))
 	}
 	k := &keeper{gatherer: g, log: log, news: make(chan news), known: map[newsFrom][]discovery.Entry{}}
+	for _, err := range collectNamed(ctx, g.named, &k.pending) { // those that are not connected yet
+		g.errs("%v", err)
+	}
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -103,6 +114,38 @@ func (g *gatherer) stay(ctx context.Context, services []discoverer.Service, log 
 	}
 	k.act(ctx)
 	return nil
+}
+
+// serveScrapes answers Prometheus at the address of --metrics-listen, if it was given, with the
+// metrics of all servers.
+func (g *gatherer) serveScrapes(ctx context.Context, log *slog.Logger) (end func(), err error) {
+	address := g.opts.Connect.MetricsAddress()
+	if address == "" {
+		return func() {}, nil
+	}
+	complain := func(format string, args ...any) {
+		log.Warn("a server is left out", "error", fmt.Sprintf(format, args...))
+	}
+	all := metrics.HandlerOfAll(func() []control.Status {
+		records, err := g.dir.List()
+		if err != nil {
+			log.Error("metrics lack all servers", "error", err)
+		}
+		return statuses(ctx, records, "metrics", complain)
+	})
+	srv, l, err := metrics.Listen(address, metrics.Scrapes(all), log)
+	if err != nil {
+		return nil, exit.Errorf(exit.Other, "--metrics-listen %q: %v", g.opts.Connect.Metrics, err)
+	}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = srv.Serve(l) // until it is closed
+	}()
+	return func() {
+		_ = srv.Close()
+		<-served
+	}, nil
 }
 
 // watch stays connected to one service. Each time that it has to be connected to anew, its
@@ -209,6 +252,10 @@ func (k *keeper) connectPending(ctx context.Context) {
 			continue
 		}
 		k.log.Info("subsystem", "nqn", s.nqn, "outcome", string(r.Outcome), "server", r.Status.Name, "unused_paths", r.Further)
+		if r.Again {
+			s.tried = time.Now()
+			continue
+		}
 		k.pending.drop(s)
 	}
 }

@@ -70,7 +70,9 @@ func TestPersistent(t *testing.T) {
 	add("nqn.first", true)
 	// The limit for waiting for the first namespace is the server's, 2 s.
 	args := append([]string{"-a", s.near, "-s", "4432", "-c", "1", "-k", "3"}, how...)
-	out, errs, code := s.connectAll(append(args, "--persistent")...)
+	// One address shows all servers, those that are started later as well.
+	scrapes := s.near + ":9471"
+	out, errs, code := s.connectAll(append(args, "--persistent", "--metrics-listen", scrapes)...)
 	if code != exit.OK || errs != "" || !strings.Contains(out, "connected nqn.first at "+at.String()) || !strings.Contains(out, "discovery0, process ") ||
 		!strings.Contains(out, "stays connected to "+at.String()+"\n") {
 		t.Fatalf("exit code %d, %s%s", code, out, errs)
@@ -99,6 +101,12 @@ func TestPersistent(t *testing.T) {
 	tg.Faults().Disconnect(0)
 	add("nqn.fifth", true)
 	s.until(`nqn.fifth .* live`, "list")
+	text, _ := scrape(t, "tcp", scrapes, "/metrics")
+	for _, nqn := range []string{"nqn.second", "nqn.third", "nqn.fourth", "nqn.fifth"} {
+		if up, found := sum(text, "ublk_nvmeof_up", `nqn="`+nqn+`"`); !found || up != 1 {
+			t.Errorf("%s: up is %v in the metrics of all servers", nqn, up)
+		}
+	}
 	list := s.ok("list", "-v")
 	if !strings.Contains(list, "nqn.second") || strings.Contains(list, "nqn.first") ||
 		!strings.Contains(list, "stays connected to discovery service "+at.String()+", nqn.2014-08.org.nvmexpress.discovery\n") || strings.Contains(list, "discovery1") {

@@ -15,6 +15,9 @@ import (
 // would first complain about the flags of that verb, which the command above does not
 // have.
 func checkVerb(root *cobra.Command, args []string) error {
+	if root.CompletionOptions.DisableDefaultCmd { // rootFor knows the verb
+		return nil
+	}
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd(args...)
 	cmd, rest, err := root.Find(args)

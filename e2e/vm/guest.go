@@ -28,6 +28,7 @@ type guestConfig struct {
 	Out     string // "" = nothing writable
 	Before  string // with Systemd: a command to run before systemd
 	Systemd bool   // make systemd the first process
+	Disk    bool   // the writable layer is on a disk
 }
 
 const (
@@ -157,16 +158,20 @@ func guestRun(port *os.File) error {
 	return guestCommand(port, c)
 }
 
-// guestRoot makes the host's file system the root, with an overlay in memory.
+// guestRoot makes the host's file system the root, with an overlay in memory or on a disk.
 func guestRoot(c guestConfig) error {
-	err := errors.Join(
-		mount("9p", "host", "/host", "trans=virtio,version=9p2000.L,msize=512000,cache=loose", unix.MS_RDONLY),
-		mount("tmpfs", "memory", "/memory", "mode=755"))
-	if err != nil {
+	if err := mount("9p", "host", "/host", "trans=virtio,version=9p2000.L,msize=512000,cache=loose", unix.MS_RDONLY); err != nil {
+		return err
+	}
+	layer := func() error { return mount("tmpfs", "memory", "/memory", "mode=755") }
+	if c.Disk {
+		layer = func() error { return mountLayer(c) }
+	}
+	if err := layer(); err != nil {
 		return err
 	}
 	for _, d := range []string{"/memory/upper", "/memory/work"} {
-		if err := os.Mkdir(d, 0o755); err != nil {
+		if err := os.MkdirAll(d, 0o755); err != nil {
 			return err
 		}
 	}

@@ -44,6 +44,7 @@ type machine struct {
 	cable    string   // path of a socket, or empty
 	disks    []string // paths of the sockets of vhost-user-blk back ends
 	reboot   bool     // the guest may reboot
+	disk     string   // path of the image of the writable layer, or empty
 	timeout  time.Duration
 	verbose  bool
 	stdout   io.Writer
@@ -200,6 +201,10 @@ func (m *machine) arguments(initrd string) []string {
 		}
 		args = append(args, "-netdev", "stream,id=cable,server="+server+",addr.type=unix,addr.path="+strings.ReplaceAll(m.cable, ",", ",,"),
 			"-device", "virtio-net-pci,netdev=cable,romfile=,mac="+mac)
+	}
+	if m.disk != "" {
+		args = append(args, "-drive", "if=none,id=layer,format=raw,cache=unsafe,file="+strings.ReplaceAll(m.disk, ",", ",,"),
+			"-device", "virtio-blk-pci,drive=layer,serial="+layerSerial)
 	}
 	args = append(args, m.diskArguments()...)
 	if !m.reboot {

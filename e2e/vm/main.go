@@ -22,8 +22,8 @@ its exit code. Works as a runner of tests, too:
 
 Inside the VM:
   - the host's whole file system, read-only, under a writable overlay in memory
-    that is forgotten when the VM ends; --out DIR stays writable for real. Do not
-    rebuild what the VM is running.
+    that is forgotten when the VM ends, or on --disk; --out DIR stays writable for
+    real. Do not rebuild what the VM is running.
   - the current directory, and the variables PATH, HOME, LANG, TERM, TZ, CI,
     GO* that steer a test binary, UN_*, and every --env NAME
   - UN_VM=1, UN_KERNEL=<the --kernel value>, UN_OUT=<the --out directory>
@@ -31,7 +31,8 @@ Inside the VM:
   - eth0 with the address 10.0.2.15/24 and no other host on its network
   - nothing on standard input
   - with --systemd SCRIPT: systemd as the first process, as on an ordinary
-    machine, but without the host's enabled units. SCRIPT runs before systemd
+    machine, but without the host's enabled units. (With --disk, they are taken
+    away when the disk is new.) SCRIPT runs before systemd
     does, and the command beside it. When the command has ended, the machine is
     shut down, which must succeed too.
 
@@ -80,6 +81,7 @@ type options struct {
 	cable    string
 	disks    []string
 	reboot   bool
+	disk     string
 	env      []string
 	verbose  bool
 	fetch    bool
@@ -110,6 +112,7 @@ func parseOptions(args []string) (options, error) {
 		return nil
 	})
 	fs.BoolVar(&o.reboot, "reboot", false, "let the VM reboot (reboot -f), which runs the command again; a panic does so, too")
+	fs.StringVar(&o.disk, "disk", "", "`path` of a disk image, which is made if it does not exist: what is written in the VM is there in the next VM with the same disk")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
 		o.env = append(o.env, s)
 		return nil
@@ -185,6 +188,12 @@ func hostMain(args []string) (int, error) {
 			return exitVM, err
 		}
 	}
+	if o.disk != "" {
+		g.Disk = true
+		if err := makeDisk(o.disk); err != nil {
+			return exitVM, err
+		}
+	}
 	slot, err := takeSlot(cache)
 	if err != nil {
 		return exitVM, err
@@ -199,7 +208,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, disk: o.disk, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	return m.run()

@@ -29,11 +29,7 @@ const pipeSize = 64 << 10
 
 // becomeSystemd runs the script, starts the agent, and makes this process systemd.
 func becomeSystemd(port *os.File, c guestConfig) error {
-	// What is enabled on the host is not for this machine, nor are its file systems.
-	if err := mount("tmpfs", "units", "/etc/systemd/system", "mode=755"); err != nil {
-		return err
-	}
-	if err := os.WriteFile("/etc/fstab", nil, 0o644); err != nil {
+	if err := forgetHost(c.Disk); err != nil {
 		return err
 	}
 	// What makes systemd believe that the machine is a container.
@@ -79,6 +75,22 @@ func becomeSystemd(port *os.File, c guestConfig) error {
 		return fmt.Errorf("start agent: %w", err)
 	}
 	return fmt.Errorf("become systemd: %w", unix.Exec("/lib/systemd/systemd", []string{"systemd"}, c.Env))
+}
+
+// knownDisk exists on a disk that has been booted from.
+const knownDisk = "/var/lib/vm-disk"
+
+// forgetHost takes away what is enabled on the host, and its file systems. A disk that has been
+// booted from has its own.
+func forgetHost(disk bool) error {
+	const units = "/etc/systemd/system"
+	if !disk {
+		return errors.Join(mount("tmpfs", "units", units, "mode=755"), os.WriteFile("/etc/fstab", nil, 0o644))
+	}
+	if _, err := os.Stat(knownDisk); err == nil {
+		return nil
+	}
+	return errors.Join(os.RemoveAll(units), os.Mkdir(units, 0o755), os.WriteFile("/etc/fstab", nil, 0o644), os.WriteFile(knownDisk, nil, 0o644))
 }
 
 // agentMain runs the command and then shuts the machine down.

@@ -28,6 +28,21 @@ func connect(t *testing.T, args ...string) Connection {
 	return c[0]
 }
 
+// TestPaths: each path of a connection is a port.
+func TestPaths(t *testing.T) {
+	all, err := Connect([]string{"--traddr=10.0.0.1", "--nqn=nqn.disk", "--host-traddr=10.0.0.9", "--path=10.0.1.1;10.0.2.1,4421,10.0.2.9", "--hostnqn=nqn.host", "--hostid=" + id})
+	if err != nil || len(all) != 3 {
+		t.Fatalf("%v, %v", all, err)
+	}
+	for i, want := range [][4]string{
+		{"rdma", "10.0.0.1", "4420", "10.0.0.9"}, {"rdma", "10.0.1.1", "4420", ""}, {"rdma", "10.0.2.1", "4421", "10.0.2.9"},
+	} {
+		if got := address(&object{members: all[i].port}); got != want || all[i].NQN != "nqn.disk" || all[i].HostID != id {
+			t.Errorf("%d: %v %+v", i, got, all[i])
+		}
+	}
+}
+
 // TestNew: the layout is that of nvme-cli 2.3 (nvme config --modify --dump).
 func TestNew(t *testing.T) {
 	f := New()

@@ -179,6 +179,13 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 func Handler(status func() control.Status) http.Handler {
 	r := registry(func() []control.Status { return []control.Status{status()} })
 	r.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return handler(r)
+}
+
+// HandlerOfAll answers scrapes with the metrics of several servers.
+func HandlerOfAll(servers func() []control.Status) http.Handler { return handler(registry(servers)) }
+
+func handler(r *prometheus.Registry) http.Handler {
 	// Compression would take a fifth of the CPU time of a scrape, on a machine that needs it for I/O.
 	return promhttp.HandlerFor(r, promhttp.HandlerOpts{DisableCompression: true})
 }

@@ -58,6 +58,7 @@ func DefaultDiscovery() *Discovery {
 func (d *Discovery) AddFlags(f *pflag.FlagSet) {
 	d.addCommon(f)
 	f.BoolVarP(&d.Persistent, "persistent", "p", false, "stay connected to the discovery services, and connect what they list later")
+	d.Connect.addMetrics(f, "all servers of the run directory, served by the process of --persistent")
 	f.BoolVar(&d.Quiet, "quiet", false, "say nothing about subsystems that are connected already")
 }
 
@@ -75,7 +76,7 @@ func (d *Discovery) AddDiscoverFlags(f *pflag.FlagSet) {
 	f.VarPF(&refused[bool]{want: "connect-all --persistent, which stays and connects what appears"},
 		"persistent", "p", "").NoOptDefVal = "true"
 	f.VarP(&refused[string]{want: "-o json, which has all fields"}, "raw", "r", "")
-	for _, name := range []string{"persistent", "raw", "metrics-listen"} {
+	for _, name := range []string{"persistent", "raw"} {
 		f.Lookup(name).Hidden = true
 	}
 	f.Lookup("keep-alive-tmo").Usage, f.Lookup("keep-alive-tmo").DefValue = "keep alive timeout (default: none, because the connection does not last)", ""
@@ -102,7 +103,12 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (d *Discovery) Complete(from Sources) error { return d.Connect.CompleteHost(from) }
+func (d *Discovery) Complete(from Sources) error {
+	if d.Connect.Metrics != "" && !d.Persistent {
+		return fmt.Errorf("--metrics-listen %q: want it with --persistent, whose process shows the metrics of all servers; connect --metrics-listen is for one", d.Connect.Metrics)
+	}
+	return d.Connect.CompleteHost(from)
+}
 
 // Flags returns the flags of the service and of the connections.
 func (d *Discovery) Flags() *pflag.FlagSet { return d.flags }

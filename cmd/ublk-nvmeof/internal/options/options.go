@@ -161,6 +161,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
 	c.addProvider(f)
+	c.addMetrics(f, "this server")
 }
 
 // addTarget defines the flags for the address of a target.
@@ -224,8 +225,12 @@ func (c *Connect) addProvider(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
 	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+}
+
+// addMetrics defines the flag for the address at which metrics can be scraped.
+func (c *Connect) addMetrics(f *pflag.FlagSet, what string) {
 	f.Var(text(&c.Metrics, "address", "HOST:PORT, or :PORT for the loopback address", checkMetrics), "metrics-listen",
-		"address at which Prometheus can scrape this server, without encryption or authentication; :PORT means 127.0.0.1 (default: only the command metrics can)")
+		"address at which Prometheus can scrape "+what+", without encryption or authentication; :PORT means 127.0.0.1 (default: only the command metrics can)")
 }
 
 // Complete checks the flags in combination and finds the identity of the host. It is

@@ -24,6 +24,7 @@ type SubsystemResult struct {
 	Outcome Outcome
 	Status  control.Status // of its server
 	Further []string       // addresses that the server does not use
+	Again   bool           // one of these may be a path later: it is not there yet
 	Err     error
 	Quiet   bool // it is no news in text
 }

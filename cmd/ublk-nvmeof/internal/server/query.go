@@ -30,7 +30,7 @@ func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResul
 	}
 	cmd := nvme.CommandAt(q.Command)
 	r.Result, err = sub.Query(ctx, cmd, r.Data)
-	return r, s.explainRefusal(cmd.Opcode().AdminString(), err)
+	return r, during(cmd.Opcode().AdminString(), s.explainRefusal(err))
 }
 
 // Reserve implements control.Controlled.
@@ -44,7 +44,7 @@ func (s *server) Reserve(ctx context.Context, r control.Reservation) ([]byte, er
 			if nvme.IsWrite(cmd) {
 				s.log.Info("reservation on request", "command", cmd.Opcode().IOString(), "nsid", v.nsid)
 			}
-			return r.Data, s.explainRefusal(cmd.Opcode().IOString(), v.reserve(ctx, cmd, r.Data))
+			return r.Data, during(cmd.Opcode().IOString(), s.explainRefusal(v.reserve(ctx, cmd, r.Data)))
 		}
 	}
 	return nil, exit.Errorf(exit.NotFound, "the server does not serve namespace %d", r.NSID)
@@ -57,7 +57,7 @@ func (s *server) Reset(ctx context.Context) error {
 		return err
 	}
 	s.log.Info("controller is reset on request")
-	return s.explainRefusal("reset", sub.Reset(ctx))
+	return s.explainRefusal(sub.Reset(ctx))
 }
 
 // Rescan implements control.Controlled.
@@ -66,7 +66,7 @@ func (s *server) Rescan(context.Context) error {
 	if err != nil {
 		return err
 	}
-	return s.explainRefusal("rescan", sub.Rescan())
+	return s.explainRefusal(sub.Rescan())
 }
 
 // connected returns the subsystem of a server that has connected to it.
@@ -79,28 +79,35 @@ func (s *server) connected() (subsystem, error) {
 	return s.sub, nil
 }
 
-// explainRefusal says in words why a request to the controller failed.
-func (s *server) explainRefusal(what string, err error) error {
+// during names the command that an error of explainRefusal is about.
+func during(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// explainRefusal says in words why a request to the controller failed. The verb that asked
+// puts its name before it.
+func (s *server) explainRefusal(err error) error {
 	var (
 		status nvme.Status
 		bad    *initiator.QueryError
 	)
 	switch {
-	case err == nil:
-		return nil
 	case errors.As(err, &bad):
-		return exit.Errorf(exit.Usage, "%s: %v", what, err)
+		return exit.Errorf(exit.Usage, "%v", err)
 	case errors.Is(err, initiator.ErrNotConnected):
 		now := s.sub.Info()
 		reason := ""
 		if why := now.Paths[0].Reason; why != nil {
 			reason = ": " + why.Error()
 		}
-		return exit.Errorf(exit.Busy, "%s: the controller is not connected, it is %v%s", what, now.State, reason)
+		return exit.Errorf(exit.Busy, "the controller is not connected, it is %v%s", now.State, reason)
 	case errors.Is(err, os.ErrNotExist):
-		return exit.Errorf(exit.NotFound, "%s: %v", what, err)
+		return exit.Errorf(exit.NotFound, "%v", err)
 	case errors.As(err, &status):
-		return fmt.Errorf("%s: the target answered: %w", what, err)
+		return fmt.Errorf("the target answered: %w", err)
 	}
-	return fmt.Errorf("%s: %w", what, err)
+	return err
 }

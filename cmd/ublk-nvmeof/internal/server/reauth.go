@@ -62,5 +62,5 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 	if refused == nil || errors.As(refused, new(*initiator.AuthError)) {
 		return refused
 	}
-	return s.explainRefusal("reauth", refused)
+	return s.explainRefusal(refused)
 }

@@ -64,7 +64,7 @@ func TestReauth(t *testing.T) {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
 	w.sub.reauth = initiator.ErrNotConnected
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); exit.Of(err) != exit.Busy {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); exit.Of(err) != exit.Busy || !strings.HasPrefix(err.Error(), "the controller is not connected, it is live") {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
 	w.sub.reauth = nil

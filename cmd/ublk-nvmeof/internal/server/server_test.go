@@ -947,11 +947,13 @@ func TestQueries(t *testing.T) {
 		if _, err := c.Query(t.Context(), control.Query{Command: cmd[:]}); exit.Of(err) != tt.code || !strings.HasPrefix(err.Error(), tt.want) {
 			t.Errorf("code %d, %v, want %d, %s", exit.Of(err), err, tt.code, tt.want)
 		}
-		if err := c.Reset(t.Context()); exit.Of(err) != tt.code {
-			t.Errorf("reset: code %d, %v", exit.Of(err), err)
+		// The verbs put their own names before these.
+		want := strings.TrimPrefix(tt.want, "get features: ")
+		if err := c.Reset(t.Context()); exit.Of(err) != tt.code || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("reset: code %d, %v, want %s", exit.Of(err), err, want)
 		}
-		if err := c.Rescan(t.Context()); exit.Of(err) != tt.code {
-			t.Errorf("rescan: code %d, %v", exit.Of(err), err)
+		if err := c.Rescan(t.Context()); exit.Of(err) != tt.code || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("rescan: code %d, %v, want %s", exit.Of(err), err, want)
 		}
 	}
 }
