@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/configfile"
@@ -72,7 +73,7 @@ replaced. The file is replaced as a whole, or not at all.`,
 			if err := f.Write(file); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%d connections are in %s\n", n, file)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "wrote %s to %s\n", english.Plural(n, "connection", ""), file)
 			return err
 		}),
 	}

@@ -221,7 +221,7 @@ func TestConfig(t *testing.T) {
 			t.Errorf("no %s in %s", want, shown)
 		}
 	}
-	if out := s.ok("config", "write", "-J", config); out != "4 connections are in "+config+"\n" {
+	if out := s.ok("config", "write", "-J", config); out != "wrote 4 connections to "+config+"\n" {
 		t.Errorf("%s", out)
 	}
 	text, err := os.ReadFile(config)
