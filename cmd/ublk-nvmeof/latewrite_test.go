@@ -14,7 +14,6 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/internal/testenv"
-	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/rdma/roce"
 )
 
@@ -28,7 +27,7 @@ type late struct {
 	nqn    string
 	disk   *disk
 	second netip.Addr    // of the port that stays
-	other  rdma.Provider // of that port
+	other  *roce.Provider // of that port
 }
 
 func newLate(t *testing.T, nqn string) *late {
