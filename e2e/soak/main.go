@@ -203,7 +203,7 @@ func (s *soak) report(first, last, firstTarget, lastTarget usage) {
 		what          string
 		before, after usage
 	}{{"server", first, last}, {"target", firstTarget, lastTarget}} {
-		if more := c.after.exceeds(c.before); more != "" {
+		if more := c.after.exceeds(c.before, len(s.cables)); more != "" {
 			fatalf("%s has more at the end than at the start: %s", c.what, more)
 		}
 	}
