@@ -11,7 +11,8 @@
 #	                volatile cache, and a target that adds its namespaces 10 s after it has
 #	                opened its port, on KERNELS
 #	make soak-native  random faults for MINUTES=15 on this machine (root), without a VM,
-#	                module or RDMA device; SOAKFLAGS=flags of e2e/soak
+#	                module or RDMA device; SOAKFLAGS=flags of e2e/soak; then LATE=50 writes
+#	                each that a target finishes late, over a lost path and after a crash
 #	make vhost      a QEMU guest on a vhost-user-blk disk, whose server is upgraded UPGRADES=2 and
 #	                killed KILLS=3 times below it, on this machine with KERNEL, without a module
 #	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
@@ -37,6 +38,7 @@ SERVICE ?= boot life
 KILLS   ?= 3
 UPGRADES ?= 2
 SOAKFLAGS ?=
+LATE    ?= 50
 
 NFPM = go run github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.0
 
@@ -123,6 +125,7 @@ soak: build
 soak-native: build
 	go -C e2e build -o ../build/soak ./soak
 	e2e/soak-native.sh -minutes $(MINUTES) $(SOAKFLAGS)
+	UN_SOAK=$(LATE) go test -count=1 -timeout=90m -run '^TestLateWrite' ./initiator ./cmd/ublk-nvmeof
 
 vhost: build
 	e2e/vhost.sh build/ublk-nvmeof build/vm $(KERNEL) $(KILLS) $(UPGRADES)

@@ -2,7 +2,7 @@
 # The target and a server with a socket for NBD clients, natively: no VM, no module, no
 # RDMA device. This makes two network namespaces; e2e/soak does the rest.
 #
-#	e2e/soak-native.sh [-minutes N] [-only fault,…] [-seed N] [-program FILE]
+#	e2e/soak-native.sh [-minutes N] [-only fault,…] [-paths N] [-seed N] [-program FILE]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=$(mktemp -d)

@@ -84,6 +84,7 @@ func (c *Controller) leaveDevice(removed bool) {
 	if !removed {
 		return
 	}
+	c.proofs.Wait()
 	if err := c.mem.leave(); err != nil {
 		c.cfg.Log.Warn("leave RDMA device", "error", err)
 	}
@@ -375,8 +376,9 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	}
 	buffer := <-a.admin.buffers
 	done, err := c.connectCommand(ctx, conn, q, a.admin.mr, buffer*adminBuffer)
+	method := ""
 	if err == nil {
-		_, err = c.authenticate(ctx, qid, nvme.ConnectResult(done.DW0()), conn.authPort(a.admin, buffer))
+		method, err = c.authenticate(ctx, qid, nvme.ConnectResult(done.DW0()), conn.authPort(a.admin, buffer))
 	}
 	if err != nil {
 		return nil, errors.Join(err, conn.close())
@@ -387,7 +389,9 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 		inCapsule = uint32(min(a.identify.InCapsuleBytes(), maxInCapsule))
 	}
 	flow := done.SQHead() != 0xFFFF
-	return newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow), nil
+	p := newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow)
+	p.proved = method != ""
+	return p, nil
 }
 
 // connectCommand makes the connection an I/O queue. SQHD in the completion is 0xFFFF if the

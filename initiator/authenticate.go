@@ -7,7 +7,9 @@ import (
 	"time"
 
 	"ublk-nvmeof/auth"
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
 )
 
 // Credentials are the keys for in-band authentication (DH-HMAC-CHAP).
@@ -15,6 +17,10 @@ type Credentials struct {
 	Host       *auth.Key // what this host proves to have; nil: it cannot authenticate
 	Controller *auth.Key // what the controller must prove to have; nil: nothing. It needs Host
 }
+
+// ErrKeysAccepted is an error of Reauthenticate: some queues have accepted the keys, and another
+// one has not.
+var ErrKeysAccepted = errors.New("the keys are in use, but not all queues have accepted them")
 
 // Errors of an authentication that does not begin.
 var (
@@ -161,14 +167,17 @@ func (conn *connection) authPort(a *admin, buffer int) authPort {
 	}
 }
 
-// Reauthenticate authenticates the admin queues of all paths again, with these keys or, if keys is nil,
-// with the present ones. I/O goes on meanwhile. After success the keys are those of all
-// later associations too; after an error everything stays as it was, unless the connection
-// was lost. I/O queues prove their keys when they are connected the next time.
+// Reauthenticate authenticates all paths again, with these keys or, if keys is nil, with the
+// present ones: their admin queues, and the I/O queues for which the targets have asked for
+// authentication. I/O goes on meanwhile. After success the keys are those of all later
+// associations too. After an error everything stays as it was, unless the connection was lost.
+// If only some queues accept the keys, the error is ErrKeysAccepted as well, and later
+// associations use the keys.
 //
 // Errors: *AuthError, ErrNotConnected, or that of ctx, which counts only until the run
-// begins. A command that the target does not answer within Config.AdminTimeout ends the
-// association. Any goroutine but the loops' may call it.
+// begins. A command that the target does not answer within Config.AdminTimeout, or within
+// Config.IOTimeout on an I/O queue, ends the association. Any goroutine but the loops' may call
+// it.
 func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error {
 	select {
 	case s.proving <- struct{}{}:
@@ -180,38 +189,100 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 		present := s.credentials()
 		keys = &present
 	}
-	_, err := s.current()
-	if err != nil {
+	if _, err := s.current(); err != nil {
 		return err
 	}
+	accepted, unasked := false, error(nil)
+	var errs []error
 	for _, c := range s.paths() {
-		if a := c.current(); a != nil {
-			if err := c.reauthenticate(a, *keys); err != nil {
-				return err
-			}
+		yes, err := c.reauthenticate(*keys)
+		accepted = accepted || yes
+		switch {
+		case errors.Is(err, errNotAgain):
+			unasked = err
+		case err != nil:
+			errs = append(errs, fmt.Errorf("%v: %w", c.Address(), err))
 		}
 	}
+	if len(errs) == 0 && !accepted {
+		return unasked // nil: no path is connected any more
+	}
+	if !accepted {
+		return errors.Join(errs...)
+	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.keys = *keys
+	s.mu.Unlock()
+	if len(errs) > 0 {
+		return fmt.Errorf("%w: %w", ErrKeysAccepted, errors.Join(errs...))
+	}
 	return nil
 }
 
-// reauthenticate authenticates the admin queue of an association again.
-func (c *Controller) reauthenticate(a *association, keys Credentials) error {
+// reauthenticate authenticates the queues of the present association again. accepted says
+// whether its admin queue has accepted the keys. Without an association nothing is done.
+func (c *Controller) reauthenticate(keys Credentials) (accepted bool, err error) {
 	c.mu.Lock()
-	method := a.method
-	c.mu.Unlock()
-	if method == "" {
-		return &AuthError{0, errNotAgain}
+	a := c.assoc
+	if a == nil {
+		c.mu.Unlock()
+		return false, nil // the next one uses the keys
 	}
-	method, err := c.prove(a.life, 0, keys, a.admin.authPort)
+	method := a.method
+	c.proofs.Add(1)
+	c.mu.Unlock()
+	defer c.proofs.Done()
+	if method == "" {
+		return false, &AuthError{0, errNotAgain}
+	}
+	if method, err = c.prove(a.life, 0, keys, a.admin.authPort); err != nil {
+		return false, err
+	}
+	c.mu.Lock()
+	a.method = method
+	c.mu.Unlock()
+	mr, err := c.mem.current().AllocMR(auth.MaxMessage, rdma.AccessRemoteRead|rdma.AccessRemoteWrite|rdma.AccessLocalWrite)
 	if err != nil {
-		return err
+		return true, err
+	}
+	for _, p := range a.pairs {
+		if !p.proved {
+			continue
+		}
+		if _, err := c.prove(a.life, p.qid, keys, p.authPort(mr)); err != nil {
+			return true, errors.Join(err, mr.Close())
+		}
 	}
 	c.cfg.Log.Info("authenticated again", "method", method)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	a.method = method
-	return nil
+	return true, mr.Close()
+}
+
+// authPort is the port of an I/O queue that is in use. The commands pass through the lane of the
+// queue pair, among those of requests. Their data are in mr.
+func (p *queuePair) authPort(mr rdma.MR) authPort {
+	ns := &Namespace{sub: p.lane.sub} // of no namespace: the queue pair only looks for access
+	ns.presence.Store(served)
+	ns.views[p.slot].Store(&view{access: optimized})
+	home := &nsQueue{ns: ns, lane: p.lane}
+	return func(_ context.Context, cmd *nvme.Command, in, out []byte) error {
+		buf := mr.Bytes()[:max(len(in), len(out))]
+		clear(buf) // the controller may fill less of it
+		copy(buf, in)
+		d := &direct{cmd: *cmd, mr: mr, done: make(chan struct{})}
+		d.cmd.SetKeyedSGL(mr.Addr(), uint32(len(buf)), mr.RKey(), false)
+		r := &request{home: home, io: block.Request{Op: opDirect}, direct: d, troubled: true}
+		err := p.lane.loop.Call(func() {
+			if p.gone {
+				d.end(ErrNotConnected)
+				return
+			}
+			p.start(r)
+		})
+		if err != nil {
+			return err
+		}
+		<-d.done // also if the association is lost: the target may have the buffer until then
+		copy(out, buf)
+		return d.err
+	}
 }

@@ -379,3 +379,93 @@ func BenchmarkAuthentication(b *testing.B) {
 		})
 	}
 }
+
+// TestReauthenticateQueues checks that the I/O queues for which the target has asked for
+// authentication are authenticated again, while they are full of requests, and what a failure
+// there means.
+func TestReauthenticateQueues(t *testing.T) {
+	s := newSecured(t, target.Config{})
+	sends := func() uint64 { return s.target.Snapshot().IO.Commands[nvme.OpFabrics] }
+	loops := newLoops(t, 1)
+	for _, tt := range []struct {
+		adminOnly bool
+		want      uint64 // Negotiate, Challenge, Reply, Success1, Success2
+	}{{true, 0}, {false, 5}} {
+		s.host.AdminOnly = tt.adminOnly
+		s.require()
+		cfg := s.config(loops, poller.Request{IO: 1})
+		cfg.QueueSize = MinQueueSize
+		c := connect(t, cfg)
+		f := newFrontEnd(t, c.Namespaces()[0], loops, 4*MinQueueSize, 16<<10, 5)
+		f.start(1 << 30)
+		before := sends()
+		if err := c.Reauthenticate(t.Context(), nil); err != nil {
+			t.Error(err)
+		}
+		if got := sends() - before; got != tt.want {
+			t.Errorf("admin only %t: %d commands on the I/O queue, want %d", tt.adminOnly, got, tt.want)
+		}
+		if !tt.adminOnly {
+			io := target.Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFabrics}}
+			for _, fault := range []target.Fault{
+				{Match: io, Skip: 3, Count: 1, Patches: []target.Patch{{Offset: 16, Bytes: []byte("forged")}}},
+				{Match: io, Skip: 2, Count: 1, Disconnect: true},
+			} {
+				s.target.Faults().Add(fault)
+				err := c.Reauthenticate(t.Context(), nil)
+				if !errors.Is(err, ErrKeysAccepted) || !strings.Contains(err.Error(), "authentication of queue 1: ") {
+					t.Errorf("%+v: %v", fault, err)
+				}
+				s.target.Faults().Clear()
+				waitFor(t, "the association", func() bool { return c.Info().State == StateLive })
+			}
+		}
+		loops[0].Call(func() { f.jobs[0].left = 100 })
+		for _, err := range f.wait(time.Minute) {
+			t.Error(err)
+		}
+		f.close()
+		closeSubsystem(t, c)
+	}
+}
+
+// TestReauthenticatePaths checks that all paths are authenticated again, and what it means if the
+// target of one of them has another key.
+func TestReauthenticatePaths(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	host := testConfig(nil, h.loops, poller.Request{IO: 1}).HostNQN
+	require := func(n int, key *auth.Key) {
+		t.Helper()
+		if err := h.subs[n].SetHostAuth(host, &target.HostAuth{Key: key}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old, next := newKey(t, auth.NoHash, 32), newKey(t, auth.NoHash, 32)
+	require(0, old)
+	require(1, old)
+	s := h.connect(func(c *Config) { c.Credentials.Host, c.KeepAlive = old, 200*time.Millisecond })
+	both := func() {
+		t.Helper()
+		h.fabric.KillAll(sideAddr(0))
+		h.fabric.KillAll(sideAddr(1))
+		waitFor(t, "both paths", func() bool {
+			i := s.Info()
+			return i.Paths[0].State == StateLive && i.Paths[0].Losses > 0 && i.Paths[1].State == StateLive && i.Paths[1].Losses > 0
+		})
+	}
+	if err := s.Reauthenticate(t.Context(), &Credentials{Host: next}); err == nil || errors.Is(err, ErrKeysAccepted) ||
+		!strings.Contains(err.Error(), portAddr(0).String()) || !strings.Contains(err.Error(), portAddr(1).String()) {
+		t.Errorf("a key that no target has: %v", err)
+	}
+	both() // with the old key
+	require(1, next)
+	err := s.Reauthenticate(t.Context(), &Credentials{Host: next})
+	if !errors.Is(err, ErrKeysAccepted) || !errors.As(err, new(*AuthError)) || !strings.Contains(err.Error(), portAddr(0).String()) || strings.Contains(err.Error(), portAddr(1).String()) {
+		t.Errorf("a key that one target has: %v", err)
+	}
+	require(0, next)
+	both()
+	if err := s.Reauthenticate(t.Context(), nil); err != nil {
+		t.Error(err)
+	}
+}

@@ -46,6 +46,7 @@ type Controller struct {
 	// Only the goroutine that makes associations uses these.
 	unfenced []*remnant // earlier controllers that may hold commands; see await
 	brief    int        // number of consecutive associations that were lost early
+	excused  bool       // the last loss says nothing about the target
 
 	life      context.Context // ends with that of the subsystem
 	end       context.CancelCauseFunc
@@ -53,7 +54,8 @@ type Controller struct {
 	blamed    atomic.Bool   // the last association was lost with the suspect in flight
 	stopped   chan struct{} // supervise has ended
 
-	transactions atomic.Uint32 // runs of authentication, for their ids
+	transactions atomic.Uint32  // runs of authentication, for their ids
+	proofs       sync.WaitGroup // runs of Reauthenticate; none is added without an association
 
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
 	failovers atomic.Uint64 // requests that were in flight when an association was lost
@@ -219,9 +221,11 @@ func (c *Controller) discoveryChanged() {
 // time; before is the start of the outage before. An association that has not lived for long
 // has not proved to be better than the one before, and leaves the outage as it was, unless a
 // request is what ended it: the target is there for all others, and they must not fail for
-// that request. Reset says nothing about the target either.
+// that request. Reset says nothing about the target either. The outage of such a loss ends
+// with the next association, which has nothing to prove.
 func (c *Controller) countLoss(before time.Time, lived time.Duration, reset bool) {
-	blamed := c.blamed.Swap(false)
+	blamed, excused := c.blamed.Swap(false), c.excused
+	c.excused = blamed || reset
 	switch {
 	case reset || lived >= max(c.cfg.KeepAlive, time.Second): // without keep alive, an association must still prove itself
 		c.brief = 0
@@ -229,7 +233,7 @@ func (c *Controller) countLoss(before time.Time, lived time.Duration, reset bool
 		c.brief = 1
 	default:
 		c.brief++
-		if !before.IsZero() {
+		if !before.IsZero() && !excused {
 			c.mu.Lock()
 			c.outage = before
 			c.mu.Unlock()
@@ -398,6 +402,7 @@ func (c *Controller) current() *association {
 
 // leave ends the association in use in order, if there is one. supervise has ended.
 func (c *Controller) leave(ctx context.Context) error {
+	defer c.proofs.Wait() // it has memory of the device
 	c.mu.Lock()
 	a := c.assoc
 	c.assoc = nil
@@ -565,6 +570,7 @@ type PathInfo struct {
 	SQFlow     bool                     // SQ flow control is on
 	InFlight   int                      // requests that its queue pairs have
 	Failovers  uint64                   // requests that were in flight when an association was lost
+	Held       int                      // changes with unknown outcome, which wait for the end of its old controllers
 	Configured netip.AddrPort           // address that the path was added with
 	Source     netip.Addr               // local address that the path was added with
 	Provider   string                   // name of the RDMA provider
@@ -588,6 +594,7 @@ func (c *Controller) Info() PathInfo {
 		i.Outages.Losses[LossReason(r)] = n
 	}
 	c.mu.Unlock()
+	i.Held = c.sub.heldFor(c)
 	if a != nil {
 		c.describe(&i, a)
 	}

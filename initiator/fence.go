@@ -228,52 +228,104 @@ func existenceOf(err error) existence {
 
 // Outlive waits until the target has ended the given controllers of an earlier process.
 // keepAlive is their keep alive timeout. This process may then send their commands again.
-// Each controller is asked for at its own address, if there is a path to it, and otherwise
-// over the first path. A path that cannot be reached for as long as its target may need to end
-// a controller is not waited for. Call Outlive before the first I/O.
+// Each controller is asked for at its own address. While there is no path to that address,
+// or it has no association, the other paths are asked. If they cannot tell, Outlive waits for
+// as long as a target may need to end a controller. Call Outlive before the first I/O. With
+// Config.NoFence it does not wait.
 func (s *Subsystem) Outlive(ctx context.Context, keepAlive time.Duration, ids ...ControllerID) error {
+	if s.cfg.NoFence {
+		return nil
+	}
 	began := time.Now()
 	for _, id := range ids {
-		c := s.pathTo(id.Address)
-		keepAlive := max(keepAlive, c.cfg.KeepAlive)
-		rem := &remnant{ctrl: c, id: id, keepAlive: keepAlive, over: make(chan struct{})}
-		for {
-			a := c.current()
-			var err error
-			if a != nil {
-				during, cancel := a.during(ctx)
-				err = c.fence(during, a, rem)
-				cancel()
-				if err == nil && c.serves(a) {
-					break
-				}
-			} else if limit := c.longestPatience(keepAlive); s.others(c) && time.Since(began) >= limit {
-				c.cfg.Log.Warn("target of a path cannot be reached, but must have ended an old controller by now; I/O continues",
-					"controller", id.CNTLID, "address", id.Address.String(), "after", limit)
-				break
-			}
-			// The next association may succeed.
-			select {
-			case <-time.After(fencePause):
-			case <-ctx.Done():
-				return errors.Join(context.Cause(ctx), err)
-			case <-s.dead:
-				return s.Err()
-			}
+		if err := s.outlive(ctx, began, keepAlive, id); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// pathTo returns the path to an address, or the first path.
+// outlive is Outlive for one controller. The wait for all of them began at the same time.
+func (s *Subsystem) outlive(ctx context.Context, began time.Time, keepAlive time.Duration, id ControllerID) error {
+	rem := &remnant{ctrl: s.pathTo(id.Address), id: id, keepAlive: max(keepAlive, s.cfg.KeepAlive), alive: began, over: make(chan struct{})}
+	knows := make(map[*association]bool)
+	for pause := fencePause; ; pause = min(2*pause, fencePauseMax) {
+		var a *association
+		if rem.ctrl != nil {
+			a = rem.ctrl.current()
+		}
+		var err error
+		if a != nil {
+			during, cancel := a.during(ctx)
+			err = rem.ctrl.fence(during, a, rem)
+			cancel()
+			if err == nil && rem.ctrl.serves(a) {
+				return nil
+			}
+		} else if s.endedElsewhere(ctx, rem, knows) {
+			return nil
+		}
+		// The next association may succeed.
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		case <-s.dead:
+			return s.Err()
+		}
+	}
+}
+
+// endedElsewhere asks all paths for a controller of an earlier process, whose own address has no
+// association. It reports whether the controller must have ended. knows collects the associations
+// that have known the controller. The target of another path may be a process that never knew it,
+// whose word is then no proof.
+func (s *Subsystem) endedElsewhere(ctx context.Context, rem *remnant, knows map[*association]bool) bool {
+	connected := false
+	for _, c := range s.paths() {
+		a := c.current()
+		if a == nil {
+			continue
+		}
+		connected = true
+		rem.patience = max(rem.patience, c.longestPatience(rem.keepAlive), c.patience(a, rem.keepAlive))
+		if a.cntlid == rem.id.CNTLID {
+			continue // the answer would be about this association
+		}
+		during, cancel := a.during(ctx)
+		presence, _ := c.ask(during, a, rem.id.CNTLID)
+		switch {
+		case presence == ended && knows[a]:
+			cancel()
+			return true
+		case presence == present || presence == joined:
+			if s.inherited(rem, a) || c.superseded(during, a, rem.id) {
+				cancel()
+				return true
+			}
+			knows[a] = true
+			rem.exists(fmt.Sprintf("path %v, which says that the controller exists, to say that it is gone", a.remote))
+		}
+		cancel()
+	}
+	if !connected || rem.left() > 0 {
+		return false
+	}
+	s.cfg.Log.Warn("no path can tell whether an old controller exists, but its target must have ended it by now; I/O continues",
+		"controller", rem.id.CNTLID, "address", rem.id.Address.String(), "after", rem.patience)
+	return true
+}
+
+// pathTo returns the path to an address, or nil. If the address is not known, it is the first
+// path.
 func (s *Subsystem) pathTo(address netip.AddrPort) *Controller {
 	paths := s.paths()
 	for _, c := range paths {
-		if address.IsValid() && (c.cfg.Address == address || c.Address() == address) {
+		if !address.IsValid() || c.cfg.Address == address || c.Address() == address {
 			return c
 		}
 	}
-	return paths[0]
+	return nil
 }
 
 // longestPatience is patience for a target that cannot say what it announces.

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -368,7 +369,7 @@ func TestLateWrite(t *testing.T) {
 		want           string
 		rounds         int
 	}{
-		"fence":             {false, false, "new", 5},
+		"fence":             {false, false, "new", testenv.Rounds(5)},
 		"separate targets":  {false, true, "new", 1},
 		"without the fence": {true, false, "old", 2},
 	} {
@@ -1044,5 +1045,43 @@ func TestRoCEPaths(t *testing.T) {
 	t.Logf("a read goes on after %v", took)
 	if took > 100*time.Millisecond {
 		t.Errorf("a read goes on after %v", took)
+	}
+}
+
+// TestOutliveElsewhere checks that the end of a controller of an earlier process, to whose address
+// there is no path, is learned from another path if the target there knows the controller. The word
+// of a target that has never known it is no proof: time is.
+func TestOutliveElsewhere(t *testing.T) {
+	const keepAlive = 200 * time.Millisecond
+	for name, c := range map[string]struct{ separate, none bool }{"same target": {}, "separate targets": {separate: true}, "no fence": {separate: true, none: true}} {
+		t.Run(name, func(t *testing.T) {
+			h := newHall(t, 2, c.separate, nil)
+			cfg := testConfig(nil, h.loops, poller.Request{IO: 1})
+			cfg.Path, cfg.KeepAlive, cfg.NoFence = h.path(1), keepAlive, c.none
+			s := connect(t, cfg)
+			t.Cleanup(func() { closeSubsystem(t, s) })
+			earlier := testConfig(nil, h.loops, poller.Request{IO: 1})
+			earlier.Path, earlier.HostID = h.path(0), cfg.HostID
+			first := connect(t, earlier)
+			leave := sync.OnceFunc(func() { closeSubsystem(t, first) })
+			t.Cleanup(leave)
+			id := ControllerID{h.path(0).Address, first.Info().Paths[0].CNTLID}
+			began, over := time.Now(), make(chan error, 1)
+			go func() { over <- s.Outlive(t.Context(), keepAlive, id) }()
+			if !c.separate {
+				select {
+				case err := <-over:
+					t.Errorf("%v while the controller exists", err)
+				case <-time.After(2 * (3*keepAlive + time.Second)):
+				}
+				leave()
+			}
+			if err := <-over; err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); c.separate && took < 3*keepAlive+time.Second != c.none {
+				t.Errorf("it took %v", took)
+			}
+		})
 	}
 }

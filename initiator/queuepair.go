@@ -23,6 +23,7 @@ type queuePair struct {
 
 	inCapsule uint32        // bytes of data that a capsule may carry
 	checkHead bool          // SQ flow control is on, so responses carry SQHD
+	proved    bool          // the target has asked for authentication of this queue
 	requests  []*request    // by slot: the request of the command in flight
 	waiting   fifo          // requests without a slot
 	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
@@ -158,7 +159,9 @@ func (p *queuePair) push(r *request) bool {
 		// The buffer ends with the answer, and a capsule may be sent again after it. So the
 		// data are not in the capsule.
 		*cmd = r.direct.cmd
-		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
+		if r.direct.mr == nil {
+			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
+		}
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)

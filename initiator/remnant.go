@@ -75,7 +75,7 @@ func changesData(op block.Op) bool {
 func (ns *Namespace) bar(rem *remnant, r *request) {
 	e := extent{remnant: rem, first: r.io.Sector, end: r.io.Sector + uint64(r.io.Sectors)}
 	switch {
-	case rem == nil:
+	case rem == nil, r.direct != nil && r.direct.mr != nil:
 		return
 	case r.direct != nil:
 		if !nvme.IsWrite(&r.direct.cmd) {
@@ -384,6 +384,20 @@ func (s *Subsystem) fences() []FenceInfo {
 		rem.mu.Unlock()
 	}
 	return all
+}
+
+// heldFor returns the number of changes that wait for the end of old controllers of a path.
+func (s *Subsystem) heldFor(c *Controller) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, rem := range s.remnants {
+		if rem.ctrl == c {
+			rem.mu.Lock()
+			n += rem.held
+			rem.mu.Unlock()
+		}
+	}
+	return n
 }
 
 // holders returns all controllers that may have commands of this process. The caller holds

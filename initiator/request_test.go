@@ -182,7 +182,7 @@ func TestPoison(t *testing.T) {
 // others, even if the loss times are short.
 func TestPoisonWithLimits(t *testing.T) {
 	s := poisonSetup(t, func(cfg *Config) {
-		cfg.ReconnectDelay, cfg.FastIOFail, cfg.CtrlLoss = time.Second, 1500*time.Millisecond, 2*time.Second
+		cfg.ReconnectDelay, cfg.IOTimeout, cfg.FastIOFail, cfg.CtrlLoss = time.Second, 10*time.Second, 6*time.Second, 8*time.Second
 	})
 	ns := s.sub.Namespaces()[0]
 	began := time.Now()
@@ -195,7 +195,7 @@ func TestPoisonWithLimits(t *testing.T) {
 			t.Errorf("read: %v", e)
 		}
 	}
-	if took := time.Since(began); took < 3*750*time.Millisecond {
+	if took := time.Since(began); took < 3*s.sub.cfg.FastIOFail/2 {
 		t.Errorf("failed after %v", took)
 	}
 	if n := s.target.killers.Load(); n > 3*8 {
@@ -207,6 +207,28 @@ func TestPoisonWithLimits(t *testing.T) {
 	}
 	f.close()
 	waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
+}
+
+// TestOutageAfterPoison checks that the outage for which a request is to blame ends with the next
+// association, also if that does not live for long.
+func TestOutageAfterPoison(t *testing.T) {
+	s := poisonSetup(t, func(cfg *Config) { cfg.IOTimeout = 100 * time.Millisecond })
+	read := block.Request{Op: block.OpRead, Sectors: 8}
+	if e := unix.Errno(single(t, s.loops[0], s.sub.Namespaces()[0], read)); e != unix.EIO {
+		t.Errorf("read: %v", e)
+	}
+	waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
+	lost := time.Now()
+	s.fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+	defer s.fabric.SetRefuse(targetAddr, 0, nil)
+	s.fabric.KillAll(hostAddr)
+	waitFor(t, "a failed attempt", func() bool { return s.sub.Info().Paths[0].Failure != nil })
+	s.sub.mu.Lock()
+	began, out := s.sub.outageBegan()
+	s.sub.mu.Unlock()
+	if !out || began.Before(lost) {
+		t.Errorf("the outage began %v before the loss", lost.Sub(began))
+	}
 }
 
 // TestHandedOverTimeout checks that a command on the queue pair of another loop times

@@ -10,6 +10,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/nvme"
+	"ublk-nvmeof/rdma"
 )
 
 // opDirect is the operation of a request that has a command of its own.
@@ -22,7 +23,8 @@ const maxReport = 4096
 // has made of it cannot be known. The lane that has the request sets err.
 type direct struct {
 	cmd    nvme.Command
-	length uint32 // of the data
+	mr     rdma.MR // that the command names; nil: the buffer of the request
+	length uint32  // of the data in that buffer
 	err    error
 	done   chan struct{} // closed when the request has ended
 }

@@ -120,11 +120,8 @@ config.json. Lines without a host NQN or a host id get those of this host.`,
 // connected to discovery services, and returns how many there are.
 func addRunning(f *configfile.File, dir state.Dir) (n int, err error) {
 	var errs []error
-	add := func(name string, c configfile.Connection, err error) {
-		if err == nil {
-			err = f.Set(c)
-		}
-		if err != nil {
+	add := func(name string, c configfile.Connection) {
+		if err := f.Set(c); err != nil {
 			errs = append(errs, exit.Errorf(exit.Of(err), "%s: %v", name, err))
 			return
 		}
@@ -139,8 +136,13 @@ func addRunning(f *configfile.File, dir state.Dir) (n int, err error) {
 		case r.Err != nil:
 			errs = append(errs, fmt.Errorf("%s: %w", r.Name, r.Err))
 		case r.Alive:
-			c, err := configfile.Connect(r.Args)
-			add(r.Name, c, err)
+			all, err := configfile.Connect(r.Args)
+			if err != nil {
+				errs = append(errs, exit.Errorf(exit.Of(err), "%s: %v", r.Name, err))
+			}
+			for _, c := range all {
+				add(r.Name, c)
+			}
 		}
 	}
 	keepers, err := discoverer.Keepers(string(dir))
@@ -159,7 +161,7 @@ func addRunning(f *configfile.File, dir state.Dir) (n int, err error) {
 				errs = append(errs, fmt.Errorf("%s: %w", k.Name, err))
 				continue
 			}
-			add(k.Name, configfile.Discovery(o, true), nil)
+			add(k.Name, configfile.Discovery(o, true))
 		}
 	}
 	return n, errors.Join(errs...)

@@ -36,6 +36,8 @@ type disk struct {
 	hold string        // the first write that begins with it is held; empty: none
 	held chan struct{} // closed when a write is held
 	free chan struct{} // ends the hold
+
+	finished bool // the write that was held is done
 }
 
 func newDisk(text string) *disk {
@@ -57,6 +59,7 @@ func (d *disk) WriteAt(p []byte, off int64) (int, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.finished = d.finished || held
 	return copy(d.data[off:], p), nil
 }
 

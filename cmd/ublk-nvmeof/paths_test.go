@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -173,6 +174,72 @@ func TestRecoverKeepsPaths(t *testing.T) {
 	}
 	if again.PID == s.PID || again.Policy != "round-robin" || again.Paths[0].TrAddr != p.first || again.Paths[1].TrAddr != p.second {
 		t.Errorf("%+v", again)
+	}
+}
+
+// TestPolicyIsKept checks that the policy, the preferred path and the fence are those of the next
+// server as well, also if it connects over another path first.
+func TestPolicyIsKept(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--policy", "preferred", "--preferred", p.second, "--fence", "none")...)
+	check := func(when, path string) {
+		t.Helper()
+		s := p.status()
+		if s.Policy != "preferred" || s.Fence != "none" {
+			t.Errorf("%s: policy %s, fence %s", when, s.Policy, s.Fence)
+		}
+		for _, v := range s.Paths {
+			if v.Preferred != (v.TrAddr == path) {
+				t.Errorf("%s: path %s: preferred is %v", when, v.Path, v.Preferred)
+			}
+		}
+	}
+	again := func() {
+		t.Helper()
+		p.kill(p.status().Name)
+		if out, stderr, code := p.run("recover", "--all"); code != exit.OK {
+			t.Fatalf("recover: %s%s", out, stderr)
+		}
+		p.live(2)
+	}
+	check("connected", p.second)
+	again()
+	check("recovered", p.second)
+	p.ok("policy", inspectedNQN, "--policy", "preferred")
+	check("policy changed", p.first)
+	p.ok("disconnect", "-n", inspectedNQN, "--path", p.first)
+	p.ok(p.connectFlags("-a", p.first)...)
+	p.live(2)
+	p.ok("policy", inspectedNQN, "--policy", "preferred", "--preferred", p.first)
+	again()
+	check("recovered again", p.first)
+	p.ok("disconnect", "-n", inspectedNQN, "--path", p.first)
+	p.ok(p.connectFlags("-a", p.first)...)
+	check("path added again", p.first)
+	p.refuse(exit.Usage, "want it with --policy preferred, not queue-depth", p.connectFlags("-a", p.first, "--duplicate-connect", "--preferred", p.second)...)
+}
+
+// TestConfigurationHasPaths checks that config write writes a port for each path, and that
+// connect-all makes one device with these paths of them.
+func TestConfigurationHasPaths(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first)...)
+	p.ok(p.connectFlags("-a", p.second, "-w", p.second)...)
+	p.live(2)
+	file := filepath.Join(t.TempDir(), "config.json")
+	if out := p.ok("config", "write", "--config", file); !strings.Contains(out, "2 connections") {
+		t.Errorf("%s", out)
+	}
+	if out := p.ok("config", "show"); !strings.Contains(out, p.first) || strings.Count(out, p.second) != 2 || strings.Count(out, `"keep_alive_tmo"`) != 2 {
+		t.Errorf("%s", out)
+	}
+	p.ok("disconnect", "-n", inspectedNQN)
+	p.ok("connect-all", "-J", file, "--provider", "roce", "--frontend", "nbd-socket")
+	s := p.live(2)
+	if len(s.Devices) != 1 || s.Paths[0].TrAddr != p.first || s.Paths[1].HostTrAddr != p.second {
+		t.Errorf("%+v", s.Paths)
 	}
 }
 

@@ -59,6 +59,69 @@ var networks = []condition{
 	{name: "damage", damaged: 0.005},
 }
 
+// some returns one of the cables, or all of them.
+func (s *soak) some(random *rand.Rand) []*cable {
+	if n := random.IntN(len(s.cables) + 1); n < len(s.cables) {
+		logf("  path %d", n)
+		return s.cables[n : n+1]
+	}
+	return s.cables
+}
+
+// pathFaults returns what can go wrong with one of several paths.
+func (s *soak) pathFaults(random *rand.Rand, pause func(least, most time.Duration)) []fault {
+	port := func() string { return fmt.Sprint("--port=", 1+random.IntN(len(s.cables))) }
+	return []fault{
+		{name: "path drop", weight: 2, run: func() {
+			for range 1 + random.IntN(4) {
+				s.control("drop", port())
+				pause(0, 300*time.Millisecond)
+			}
+		}},
+		{name: "path removed", weight: 2, run: func() {
+			path := targetAddr(random.IntN(len(s.cables)))
+			s.host("disconnect", "-n", nqn, "--path", path)
+			pause(0, time.Second)
+			s.host("connect", "-n", nqn, "-q", "nqn.2026-01.org.example:soak-host", "-a", path)
+		}},
+		{name: "path grant", run: func() {
+			path := port()
+			for _, n := range []string{"5", "3", "1", "4"} {
+				s.control("grant", n)
+				s.control("drop", path)
+				pause(0, 500*time.Millisecond)
+			}
+		}},
+		{name: "path policy", run: func() {
+			args := []string{"policy", nqn, "--policy", []string{"queue-depth", "round-robin", "preferred"}[random.IntN(3)]}
+			if args[3] == "preferred" {
+				args = append(args, "--preferred", targetAddr(random.IntN(len(s.cables))))
+			}
+			s.host(args...)
+		}},
+		{name: "path ana", weight: 2, run: func() {
+			states := []string{"optimized", "non-optimized", "inaccessible", "change", "persistent-loss"}
+			for range 3 {
+				s.control("ana", fmt.Sprint(1+random.IntN(2)), states[random.IntN(len(states))], port())
+				pause(0, 500*time.Millisecond)
+			}
+			s.control("ana", "1", "optimized")
+			s.control("ana", "2", "optimized")
+		}},
+		{name: "kill without a path", kills: true, run: func() {
+			cut := s.cables[random.IntN(len(s.cables))]
+			s.fio.pause()
+			s.control("fault", "opcode=write,hold=3s,count=2")
+			pause(0, 500*time.Millisecond)
+			s.treat([]*cable{cut}, condition{lost: 1})
+			pause(0, 3*time.Second)
+			s.kill()
+			s.recover()
+			s.treat(s.cables, condition{})
+		}},
+	}
+}
+
 // faults returns what can go wrong, or of that what only names.
 func (s *soak) faults(random *rand.Rand, only string) []fault {
 	pause := func(least, most time.Duration) {
@@ -131,9 +194,9 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 		{name: "network", weight: 3, run: func() {
 			n := networks[random.IntN(len(networks))]
 			logf("  %v", n)
-			s.cable.condition.Store(&n)
+			s.treat(s.some(random), n)
 			pause(time.Second, 6*time.Second)
-			s.cable.condition.Store(&condition{})
+			s.treat(s.cables, condition{})
 		}},
 		{name: "kill", kills: true, run: func() {
 			s.kill()
@@ -150,11 +213,11 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 		{name: "kill in a bad network", kills: true, run: func() {
 			n := networks[random.IntN(4)]
 			logf("  %v", n)
-			s.cable.condition.Store(&n)
+			s.treat(s.cables, n)
 			pause(0, time.Second)
 			s.kill()
 			s.recover()
-			s.cable.condition.Store(&condition{})
+			s.treat(s.cables, condition{})
 		}},
 		{name: "target killed", kills: true, run: func() {
 			s.endTarget(syscall.SIGKILL)
@@ -167,6 +230,9 @@ func (s *soak) faults(random *rand.Rand, only string) []fault {
 			s.startTarget(of([]string{"0s", "1s"}))
 			s.recover()
 		}},
+	}
+	if len(s.cables) > 1 {
+		all = append(all, s.pathFaults(random, pause)...)
 	}
 	var chosen []fault
 	for _, f := range all {

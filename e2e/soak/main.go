@@ -1,5 +1,5 @@
 // Soak runs the target and a server with a socket for NBD clients in two network
-// namespaces, and is the cable between them. It keeps the exports busy, checks
+// namespaces, and is the cables between them: one for each path. It keeps the exports busy, checks
 // everything that is read, and breaks what can be broken, in random order.
 // e2e/soak-native.sh makes the network namespaces; make soak-native runs it.
 package main
@@ -21,13 +21,15 @@ import (
 
 // Names that the script and this program agree about.
 const (
-	targetAddr = "10.0.5.1"
-	hostAddr   = "10.0.5.2"
-	hostEnd    = "soak-host"   // the interface in the network namespace of the same name
-	targetEnd  = "soak-target" // the other end, in the same way
+	hostEnd    = "soak-host"   // the network namespace with the interfaces soak-host0, soak-host1 and so on
+	targetEnd  = "soak-target" // that of the other ends, in the same way
 	nqn        = "nqn.2026-01.org.example:soak"
 	nsMiB      = 64
 )
+
+// Addresses of the ends of a cable
+func targetAddr(path int) string { return fmt.Sprintf("10.0.%d.1", 5+path) }
+func hostAddr(path int) string   { return fmt.Sprintf("10.0.%d.2", 5+path) }
 
 // progressLimit is how long the I/O of an export may stand still after a fault has
 // ended. An answer that is lost costs the I/O timeout of 30 s.
@@ -37,7 +39,7 @@ const progressLimit = 75 * time.Second
 type soak struct {
 	program, dir string
 
-	cable      *cable
+	cables     []*cable // of the paths
 	target     *exec.Cmd
 	targetDone chan struct{}
 	targetLog  *os.File
@@ -86,9 +88,10 @@ func main() {
 	program := flag.String("program", "build/ublk-nvmeof", "the program")
 	dir := flag.String("dir", "", "directory for everything that is made")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano()), "of the order of faults")
+	paths := flag.Int("paths", 2, "paths between host and target")
 	only := flag.String("only", "", "names of faults, separated by commas (default: all)")
 	flag.Parse()
-	s := &soak{program: *program, dir: *dir, rounds: map[string]int{}}
+	s := &soak{program: *program, dir: *dir, cables: make([]*cable, *paths), rounds: map[string]int{}}
 	current = s
 	if err := os.MkdirAll(s.runDir(), 0o755); err != nil {
 		fatalf("%v", err)
@@ -104,10 +107,16 @@ func (s *soak) run(length time.Duration, random *rand.Rand, only string) {
 			fatalf("%v", err)
 		}
 	}
-	s.connect()
+	for path := range s.cables {
+		s.connect(path)
+	}
 	s.startTarget("0s")
-	s.host("connect", "-a", targetAddr, "-n", nqn, "-q", "nqn.2026-01.org.example:soak-host", "-I", "66666666-6666-6666-6666-666666666666",
-		"-i", "2", "-W", "2", "-P", "1", "-k", "2", "-c", "1", "-l", "-1", "--provider", "roce", "--nbd-socket", filepath.Join(s.dir, "nbd.sock"), "--namespace", "1,2,3")
+	args := []string{"connect", "-a", targetAddr(0), "-n", nqn, "-q", "nqn.2026-01.org.example:soak-host", "-I", "66666666-6666-6666-6666-666666666666",
+		"-i", "2", "-W", "2", "-P", "1", "-k", "2", "-c", "1", "-l", "-1", "--provider", "roce", "--nbd-socket", filepath.Join(s.dir, "nbd.sock"), "--namespace", "1,2,3"}
+	for path := range s.cables[1:] {
+		args = append(args, "--path", targetAddr(path+1))
+	}
+	s.host(args...)
 	socket := filepath.Join(s.dir, "nbd.sock")
 	const blocks = nsMiB << 20 / blockSize
 	s.loads = []*load{
@@ -145,7 +154,7 @@ func (s *soak) run(length time.Duration, random *rand.Rand, only string) {
 	}
 
 	// The same again as for the first measurement.
-	s.cable.condition.Store(&condition{})
+	s.treat(s.cables, condition{})
 	s.control("clear")
 	s.control("grant", "128")
 	s.progress("all")
@@ -184,7 +193,9 @@ func (s *soak) report(first, last, firstTarget, lastTarget usage) {
 		logf("namespace %d: %d requests, longest took %v, %d connections", l.disk.id, l.requests.Load(),
 			time.Duration(l.longest.Load()).Round(time.Millisecond), l.connects())
 	}
-	logf("cable: %d packets, %d of them lost, doubled, damaged or late", s.cable.packets.Load(), s.cable.harmed.Load())
+	for path, c := range s.cables {
+		logf("cable %d: %d packets, %d of them lost, doubled, damaged or late", path, c.packets.Load(), c.harmed.Load())
+	}
 	logf("fio: %s", s.fio.summary())
 	logf("server: %v at the start, %v at the end, at most %v before a kill", first, last, s.worst)
 	logf("target: %v at the start, %v at the end, at most %v before a kill", firstTarget, lastTarget, s.worstOf)
@@ -228,22 +239,32 @@ func (s *soak) control(args ...string) {
 	}
 }
 
-// connect lays the cable.
-func (s *soak) connect() {
+// connect lays the cable of a path.
+func (s *soak) connect(path int) {
+	ends := [2]string{fmt.Sprint(hostEnd, path), fmt.Sprint(targetEnd, path)}
 	var err error
-	if s.cable, err = newCable([2]string{hostEnd, targetEnd}); err != nil {
+	if s.cables[path], err = newCable(ends); err != nil {
 		fatalf("cable: %v", err)
 	}
-	for _, end := range []struct{ name, addr, peer string }{{hostEnd, hostAddr, targetAddr}, {targetEnd, targetAddr, hostAddr}} {
+	for _, end := range []struct{ name, netns, addr, peer string }{
+		{ends[0], hostEnd, hostAddr(path), targetAddr(path)}, {ends[1], targetEnd, targetAddr(path), hostAddr(path)},
+	} {
 		for _, args := range [][]string{
-			{"link", "set", end.name, "netns", end.name},
-			{"-n", end.name, "addr", "add", end.addr, "peer", end.peer, "dev", end.name},
-			{"-n", end.name, "link", "set", end.name, "mtu", fmt.Sprint(cableMTU), "up"},
+			{"link", "set", end.name, "netns", end.netns},
+			{"-n", end.netns, "addr", "add", end.addr, "peer", end.peer, "dev", end.name},
+			{"-n", end.netns, "link", "set", end.name, "mtu", fmt.Sprint(cableMTU), "up"},
 		} {
 			if _, err := s.command("ip", args...); err != nil {
 				fatalf("%v", err)
 			}
 		}
+	}
+}
+
+// treat sets how cables treat packets.
+func (s *soak) treat(cables []*cable, how condition) {
+	for _, c := range cables {
+		c.condition.Store(&how)
 	}
 }
 
@@ -265,9 +286,12 @@ func (s *soak) startTarget(namespacesAfter string) {
 	if s.targetLog, err = os.Create(filepath.Join(s.dir, "target.log")); err != nil {
 		fatalf("%v", err)
 	}
-	s.target = exec.Command("ip", "netns", "exec", targetEnd, s.program, "target", "--run-dir", s.runDir(), "--provider", "roce", "-a", targetAddr, "-n", nqn,
-		"--retry-delays", "100ms,500ms,2s", "--namespaces-after", namespacesAfter,
-		"--namespace", "file="+s.dir+"/ns1", "--namespace", "file="+s.dir+"/ns2,cache=1MiB", "--namespace", "file="+s.dir+"/ns3,ana-group=2")
+	args := []string{"netns", "exec", targetEnd, s.program, "target", "--run-dir", s.runDir(), "--provider", "roce", "-a", targetAddr(0)}
+	for path := range s.cables[1:] {
+		args = append(args, "--port", targetAddr(path+1))
+	}
+	s.target = exec.Command("ip", append(args, "-n", nqn, "--retry-delays", "100ms,500ms,2s", "--namespaces-after", namespacesAfter,
+		"--namespace", "file="+s.dir+"/ns1", "--namespace", "file="+s.dir+"/ns2,cache=1MiB", "--namespace", "file="+s.dir+"/ns3,ana-group=2")...)
 	s.target.Stdout, s.target.Stderr = s.targetLog, s.targetLog
 	if err := s.target.Start(); err != nil {
 		fatalf("%v", err)

@@ -4,6 +4,7 @@ package testenv
 import (
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -20,4 +21,14 @@ func Need(t testing.TB, capability string, missing error) {
 	default:
 		t.Skip(missing)
 	}
+}
+
+// Rounds returns how often a test repeats what it does: few times, or as often as the
+// environment variable UN_SOAK says.
+func Rounds(few int) int {
+	n, err := strconv.Atoi(os.Getenv("UN_SOAK"))
+	if err != nil || n < 1 {
+		return few
+	}
+	return n
 }

@@ -78,16 +78,41 @@ var keys = []string{
 // textKeys are those whose values are strings.
 var textKeys = map[string]bool{"transport": true, "traddr": true, "host_traddr": true, "host_iface": true, "trsvcid": true}
 
-// Connect describes the connection that flags of connect make. Flags that nvme-cli does not
-// have are left out.
-func Connect(args []string) (Connection, error) {
+// Connect describes the connections that flags of connect make: one for each path. Flags that
+// nvme-cli does not have are left out.
+func Connect(args []string) ([]Connection, error) {
 	o := options.Default()
 	f := pflag.NewFlagSet("", pflag.ContinueOnError)
 	o.AddFlags(f)
 	if err := f.Parse(args); err != nil {
-		return Connection{}, options.FlagError(err)
+		return nil, options.FlagError(err)
 	}
-	return connection(f, f.Lookup("hostid").Value.String(), o.HostNQN, o.NQN), nil
+	first := connection(f, f.Lookup("hostid").Value.String(), o.HostNQN, o.NQN)
+	all := []Connection{first}
+	for _, p := range o.Paths {
+		all = append(all, first.over(p))
+	}
+	return all, nil
+}
+
+// over returns the same connection over another path.
+func (c Connection) over(p options.Path) Connection {
+	own := &object{}
+	for _, m := range c.port {
+		if m.key != "host_traddr" && m.key != "host_iface" {
+			own.set(m.key, m.value)
+		}
+	}
+	address := []member{{"traddr", p.Address.Addr().String()}, {"trsvcid", strconv.Itoa(int(p.Address.Port()))}}
+	if p.Source.IsValid() {
+		address = append(address, member{"host_traddr", p.Source.String()})
+	}
+	for _, m := range address {
+		text, _ := scalarOf(m.value) // can be encoded
+		own.set(m.key, text)
+	}
+	c.port = own.members
+	return c
 }
 
 // Discovery describes the connection to a discovery service that stays, if persistent is set.

@@ -25,7 +25,7 @@ func connect(t *testing.T, args ...string) Connection {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return c
+	return c[0]
 }
 
 // TestNew: the layout is that of nvme-cli 2.3 (nvme config --modify --dump).

@@ -125,6 +125,7 @@ type Path struct {
 	ANA       map[string]string `json:"ana"`
 	InFlight  int               `json:"in_flight"` // requests
 	Failovers uint64            `json:"failovers"` // requests that were in flight when it was lost
+	Held      int               `json:"held"`      // writes, zeroes and discards that wait for the end of its old controllers
 	Losses    int               `json:"losses"`
 	Attempts  int               `json:"attempts"` // to connect again, since the last loss
 	// Vouched are the addresses of the paths whose controllers the target of this path

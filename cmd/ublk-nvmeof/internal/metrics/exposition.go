@@ -85,6 +85,23 @@ func (e *exposition) controller(s *control.Status) {
 	}
 }
 
+func (e *exposition) path(p control.Path) {
+	e.add(pathInfo, 1, p.Path, p.TrAddr, p.TrSvcID, p.HostTrAddr, clean(p.Provider), clean(p.RDMADevice))
+	for _, state := range pathStates {
+		e.add(pathState, truth(state == p.State), p.Path, state)
+	}
+	for _, nsid := range sorted(p.ANA) {
+		for _, state := range anaStates {
+			e.add(pathANA, truth(state == p.ANA[nsid]), p.Path, nsid, state)
+		}
+	}
+	e.add(pathInFlight, float64(p.InFlight), p.Path)
+	e.add(pathFailovers, float64(p.Failovers), p.Path)
+	e.add(pathHeld, float64(p.Held), p.Path)
+	e.add(pathLosses, float64(p.Losses), p.Path)
+	e.add(pathVouches, float64(len(p.Vouched)), p.Path)
+}
+
 func (e *exposition) loop(number string, l control.Lane) {
 	e.add(loopSeconds, l.Busy, number, "busy")
 	e.add(loopSeconds, l.Spin, number, "spin")

@@ -79,6 +79,18 @@ var (
 	stages = histogram("request_stage_duration_seconds", "Duration of the stages of requests, by stage and operation. About one request in 64 is timed.", "stage", "operation")
 )
 
+// The paths: the controllers over which the subsystem is reached.
+var (
+	pathInfo      = gauge("path_info", "Always 1. The labels describe a path: where it leads, from where, and by what.", "path", "traddr", "trsvcid", "host_traddr", "provider", "rdma_device")
+	pathState     = gauge("path_state", "1 for the present state of the path, 0 for the other states.", "path", "state")
+	pathANA       = gauge("path_ana_state", "1 for the ANA state of a namespace over the path, 0 for the other states. It is missing if the controller reports none.", "path", "nsid", "state")
+	pathInFlight  = gauge("path_requests_in_flight", "Number of requests that the queue pairs of the path have.", "path")
+	pathFailovers = counter("path_failovers_total", "Number of requests that were in flight when the path was lost.", "path")
+	pathHeld      = gauge("path_changes_held", "Number of writes, zeroes and discards with unknown outcome that wait until the target has ended the path's old controllers.", "path")
+	pathLosses    = counter("path_losses_total", "Number of times that the path was lost.", "path")
+	pathVouches   = gauge("path_vouches", "Number of other paths whose controllers the target of the path knows, so that it can say when they are gone.", "path")
+)
+
 // The loops.
 var (
 	loopSeconds    = counter("loop_seconds_total", "How a loop has spent its time: busy, spinning while it waits for an answer, or asleep.", "loop", "mode")
@@ -120,6 +132,12 @@ var states = []string{"new", "live", "connecting", "deleting", "dead", "lost", "
 // down are the states of servers that do not answer.
 var down = []string{"lost", "unknown"}
 
+// pathStates and anaStates are the values of the label state of a path.
+var (
+	pathStates = []string{"new", "live", "connecting", "deleting", "dead"}
+	anaStates  = []string{"optimized", "non-optimized", "inaccessible", "persistent-loss", "change"}
+)
+
 // operations are the values of the label operation, except "other".
 var operations = []string{"read", "write", "flush", "discard", "write_zeroes"}
 
@@ -142,6 +160,9 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 			continue
 		}
 		e.controller(&s)
+		for _, p := range s.Paths {
+			e.path(p)
+		}
 		for i, l := range s.Lanes {
 			e.loop(label(i), l)
 		}

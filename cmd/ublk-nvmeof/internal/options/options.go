@@ -86,6 +86,7 @@ type Connect struct {
 	HostIface  string     // the interface that SourceAddr is of; empty: not given
 	Paths      []Path     // further paths
 	Policy     initiator.Policy
+	Preferred  Path   // of the policy initiator.Preferred; zero: the first
 	Fence      string // FenceAuto or FenceNone
 
 	HostNQN string
@@ -205,6 +206,7 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 	addForeign(f)
 
 	f.Var(policy(&c.Policy), "policy", "which of several paths a request takes: the one with the fewest requests in flight, the next in turn, or the preferred one while it can be used")
+	f.Var(preferred(&c.Preferred), "preferred", "path that --policy preferred uses while it can be: `ADDRESS[,PORT[,HOST_TRADDR]]` (default: the first)")
 	f.Var(OneOf(&c.Fence, FenceAuto, FenceNone), "fence", "what happens to writes whose path was lost: auto holds them until the old controller is known to be gone; none sends them again at once, so that an old write may overwrite a newer one")
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
@@ -262,6 +264,8 @@ func (c *Connect) CompleteHost(from Sources) error {
 		c.Frontend = NBDSocket
 	}
 	switch {
+	case c.Preferred.Address.IsValid() && c.Policy != initiator.Preferred:
+		return fmt.Errorf("--preferred %q: want it with --policy preferred, not %v", c.Preferred, c.Policy)
 	case c.Socket != "" && c.Frontend != NBDSocket:
 		return fmt.Errorf("--nbd-socket %q: want it with --frontend %s, not %s", c.Socket, NBDSocket, c.Frontend)
 	case c.Device != AutoDevice && (c.Frontend == NBDSocket || c.Frontend == VhostUserBlk || c.VhostSocket != ""):

@@ -126,13 +126,41 @@ func policy(dst *initiator.Policy) *flagValue[initiator.Policy] {
 	}
 }
 
+// preferred is the flag for the preferred path.
+func preferred(dst *Path) *flagValue[Path] {
+	return &flagValue[Path]{
+		dst: dst, parse: ParsePath, kind: "path", want: wantPath,
+		format: func(p Path) string {
+			if !p.Address.IsValid() {
+				return ""
+			}
+			return p.String()
+		},
+	}
+}
+
+// without returns args without the given flags, which must have their values in the same argument.
+func without(args []string, flags ...string) []string {
+	return slices.DeleteFunc(slices.Clone(args), func(a string) bool {
+		name, _, _ := strings.Cut(a, "=")
+		return slices.Contains(flags, name)
+	})
+}
+
+// WithPolicy returns arguments that make a connection with another policy than args. Without a
+// preferred path it is the first.
+func WithPolicy(args []string, p initiator.Policy, preferred Path) []string {
+	out := append(without(args, "--policy", "--preferred"), "--policy="+p.String())
+	if preferred.Address.IsValid() {
+		out = append(out, "--preferred="+preferred.String())
+	}
+	return out
+}
+
 // WithPaths returns arguments that make a connection with other paths than args: the first is
 // the address of the target.
 func WithPaths(args []string, all []Path) []string {
-	out := slices.DeleteFunc(slices.Clone(args), func(a string) bool {
-		name, _, _ := strings.Cut(a, "=")
-		return slices.Contains([]string{"--path", "--traddr", "--trsvcid", "--host-traddr", "--host-iface"}, name)
-	})
+	out := without(args, "--path", "--traddr", "--trsvcid", "--host-traddr", "--host-iface")
 	first := all[0]
 	out = append(out, "--traddr="+first.Address.Addr().String(), "--trsvcid="+strconv.Itoa(int(cmp.Or(first.Address.Port(), DefaultPort))))
 	if first.Source.IsValid() {

@@ -383,7 +383,7 @@ func pathLine(s control.Status, p control.Path) string {
 	if p.Preferred {
 		parts = append(parts, "preferred")
 	}
-	parts = append(parts, fmt.Sprintf("%d in flight, %d failed over, %s", p.InFlight, p.Failovers, lossesText(p.Losses)))
+	parts = append(parts, fmt.Sprintf("%d in flight, %d failed over, %d held, %s", p.InFlight, p.Failovers, p.Held, lossesText(p.Losses)))
 	if len(p.Vouched) > 0 {
 		parts = append(parts, "vouches for "+strings.Join(p.Vouched, " "))
 	}

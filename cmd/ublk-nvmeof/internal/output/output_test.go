@@ -43,7 +43,7 @@ var live = control.Status{
 		{Path: "10.0.2.15,4420,10.0.2.16", TrAddr: "10.0.2.15", TrSvcID: "4420", HostTrAddr: "10.0.2.16", State: "live", CNTLID: 1, Provider: "verbs", RDMADevice: "rxe0",
 			ANA: map[string]string{"1": "optimized", "7": "inaccessible"}, InFlight: 3, Vouched: []string{"10.0.2.17:4421"}},
 		{Path: "10.0.2.17,4421", TrAddr: "10.0.2.17", TrSvcID: "4421", State: "connecting", Provider: "verbs", RDMADevice: "rxe1", Preferred: true,
-			ANA: map[string]string{}, Failovers: 12, Losses: 1, Attempts: 4, Vouched: []string{}, LastError: "queue 0: peer disconnected"},
+			ANA: map[string]string{}, Failovers: 12, Held: 2, Losses: 1, Attempts: 4, Vouched: []string{}, LastError: "queue 0: peer disconnected"},
 	},
 	Policy: "preferred", Fence: "auto",
 	Fences: []control.Fence{{Path: "10.0.2.17:4421", CNTLID: 2, Since: "2026-01-02T03:04:05Z", Changes: 2,

@@ -3,6 +3,7 @@ package output
 import (
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 
@@ -155,10 +156,19 @@ func paths(sub *subsystemTree) []object {
 	return out
 }
 
+// path is a path with the fields of nvme-cli and, after these, fields of this program. All of
+// them are text, because there are programs that read a path as a map of strings (dell/gonvme).
 func path(s control.Status, p control.Path) object {
+	var states []string
+	for _, nsid := range slices.Sorted(maps.Keys(p.ANA)) {
+		states = append(states, nsid+" "+p.ANA[nsid])
+	}
 	return object{
 		{name: "Name", value: s.Name}, {name: "Transport", value: s.Transport},
 		{name: "Address", value: pathAddress(s, p)}, {name: "State", value: p.State},
+		{name: "Cntlid", value: fmt.Sprint(p.CNTLID)}, {name: "ANAStates", value: strings.Join(states, ", ")}, {name: "Preferred", value: fmt.Sprint(p.Preferred)},
+		{name: "InFlight", value: fmt.Sprint(p.InFlight)}, {name: "Failovers", value: fmt.Sprint(p.Failovers)}, {name: "Held", value: fmt.Sprint(p.Held)},
+		{name: "VouchesFor", value: strings.Join(p.Vouched, " ")}, {name: "LastError", value: p.LastError},
 	}
 }
 

@@ -116,10 +116,14 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	path := sub.Info().Paths[0]
 	s.mu.Lock()
 	s.sub, s.path = sub, path
+	s.policy, s.preferred = s.opts.Policy, s.opts.Preferred
 	s.mu.Unlock()
 	s.depth = path.QueueSize
 	if err := s.connectPaths(ctx, further); err != nil {
 		return nil, s.explain(ctx, err)
+	}
+	if err := s.prefer(); err != nil {
+		return nil, err
 	}
 	s.log.Info("connected", "controller", path.CNTLID, "queues", path.Plan.String(), "authentication", cmp.Or(path.Auth, "none"))
 	return found, nil

@@ -151,7 +151,7 @@ func (s *server) AddPath(ctx context.Context, r control.PathRequest) error {
 		return exit.Connecting(p.Address.String(), s.opts.NQN, s.opts.HostNQN, err)
 	}
 	s.log.Info("path added on request", "path", p.String())
-	return s.recordPaths()
+	return errors.Join(s.prefer(), s.recordPaths())
 }
 
 // RemovePath implements control.Controlled.
@@ -182,13 +182,12 @@ func (s *server) SetPolicy(_ context.Context, r control.PolicyRequest) error {
 	if err != nil {
 		return exit.Errorf(exit.Usage, "%v", err)
 	}
-	var preferred *initiator.Controller
+	var preferred options.Path
 	if r.Preferred != "" {
-		p, err := options.ParsePath(r.Preferred)
-		if err != nil {
+		if preferred, err = options.ParsePath(r.Preferred); err != nil {
 			return exit.Errorf(exit.Usage, "path %q: %v", r.Preferred, err)
 		}
-		if preferred, err = s.pathTo(p); err != nil {
+		if _, err := s.pathTo(preferred); err != nil {
 			return err
 		}
 	}
@@ -196,8 +195,33 @@ func (s *server) SetPolicy(_ context.Context, r control.PolicyRequest) error {
 	if err != nil {
 		return err
 	}
+	if err := sub.SetPolicy(policy, nil); err != nil {
+		return err
+	}
 	s.log.Info("policy changed on request", "policy", policy.String(), "preferred", r.Preferred)
-	return sub.SetPolicy(policy, preferred)
+	s.mu.Lock()
+	s.policy, s.preferred = policy, preferred
+	s.mu.Unlock()
+	return errors.Join(s.prefer(), s.record.update(func(st *state.State) { st.Args = options.WithPolicy(st.Args, policy, preferred) }))
+}
+
+// prefer makes the path preferred that is meant to be, if it is there. It may be another one
+// than that over which this server has connected first.
+func (s *server) prefer() error {
+	s.mu.Lock()
+	policy, wanted := s.policy, s.preferred
+	s.mu.Unlock()
+	if policy != initiator.Preferred {
+		return nil
+	}
+	if !wanted.Address.IsValid() {
+		wanted = options.Path{Address: s.remote, Source: s.opts.SourceAddr}
+	}
+	c, err := s.pathTo(wanted)
+	if err != nil {
+		return nil // it may be added later
+	}
+	return s.sub.SetPolicy(policy, c)
 }
 
 // pathTo returns the path to an address. Without a source address any path to it is meant.
@@ -249,7 +273,7 @@ func describePaths(out *control.Status, now initiator.Info) {
 			Path: at.String(), TrAddr: at.Address.Addr().String(), TrSvcID: fmt.Sprint(at.Address.Port()),
 			State: p.State.String(), CNTLID: p.CNTLID, Provider: p.Provider, RDMADevice: p.Device,
 			Preferred: now.Policy == initiator.Preferred && n == now.Preferred,
-			InFlight:  p.InFlight, Failovers: p.Failovers, Losses: p.Losses, Attempts: p.Attempts,
+			InFlight:  p.InFlight, Failovers: p.Failovers, Held: p.Held, Losses: p.Losses, Attempts: p.Attempts,
 			ANA: map[string]string{}, Vouched: []string{},
 		}
 		if at.Source.IsValid() {

@@ -53,13 +53,14 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 		}
 	}
 	s.log.Info("authentication on request", "new_keys", r != control.Reauthentication{})
-	if err := sub.Reauthenticate(ctx, &keys); errors.As(err, new(*initiator.AuthError)) {
-		return err
-	} else if err != nil {
-		return s.explainRefusal("reauth", err)
+	refused := sub.Reauthenticate(ctx, &keys)
+	if refused == nil || errors.Is(refused, initiator.ErrKeysAccepted) {
+		if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
+			return errors.Join(refused, fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err))
+		}
 	}
-	if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
-		return fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err)
+	if refused == nil || errors.As(refused, new(*initiator.AuthError)) {
+		return refused
 	}
-	return nil
+	return s.explainRefusal("reauth", refused)
 }

@@ -122,6 +122,8 @@ type server struct {
 	packets   func() provider.Counters // nil if the hardware counts packets
 	loops     []*poller.Loop
 	sub       subsystem
+	policy    initiator.Policy
+	preferred options.Path // of the policy initiator.Preferred; zero: the first
 	path      initiator.PathInfo // when it was last seen connected
 	serving   []*serving
 	reported  []change // changes of namespaces that follow has not handled

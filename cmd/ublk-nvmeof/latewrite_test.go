@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
+	"ublk-nvmeof/rdma/roce"
+)
+
+// A server and a target with two ports: the target holds a write, its port goes away, and the
+// application writes newer data to the same block over the other port. Then the target
+// finishes the old write.
+
+// late is such a target.
+type late struct {
+	*site
+	nqn    string
+	disk   *disk
+	second netip.Addr // of the port that stays
+}
+
+func newLate(t *testing.T, nqn string) *late {
+	t.Helper()
+	l := &late{site: newSite(t, nqn), nqn: nqn, disk: newDisk("nothing")}
+	l.put(nqn, l.disk)
+	b := l.addr.As4()
+	b[1] ^= 0x80
+	l.second = netip.AddrFrom4(b)
+	p, err := roce.New(roce.Config{Addrs: []netip.Addr{l.second}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		l.site.close() // first, because it uses the provider
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := l.target.AddPort(p, netip.AddrPortFrom(l.second, 4420)); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// hold makes the target hold the next write of a text. The write goes on when free is closed.
+func (l *late) hold(text string) (held <-chan struct{}, free chan struct{}) {
+	l.disk.mu.Lock()
+	defer l.disk.mu.Unlock()
+	l.disk.hold, l.disk.finished = text, false
+	l.disk.held, l.disk.free = make(chan struct{}), make(chan struct{})
+	return l.disk.held, l.disk.free
+}
+
+// cut takes the first port away.
+func (l *late) cut() {
+	l.t.Helper()
+	for _, p := range l.target.Ports() {
+		if p.Addr().Addr() == l.addr {
+			if err := p.Close(); err != nil {
+				l.t.Fatal(err)
+			}
+		}
+	}
+}
+
+// mend opens the first port again.
+func (l *late) mend() {
+	l.t.Helper()
+	if _, err := l.target.AddPort(nil, netip.AddrPortFrom(l.addr, 4420)); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// prefer waits until both paths are there and know each other's controllers, and makes the first
+// one preferred.
+func (l *late) prefer(r state.Record) {
+	l.t.Helper()
+	eventually(l.t, "both paths are live", func() bool {
+		ctx, cancel := context.WithTimeout(l.t.Context(), 10*time.Second)
+		defer cancel()
+		s, err := control.NewClient(r.Socket()).Status(ctx)
+		return err == nil && len(s.Paths) == 2 && s.Paths[0].State == "live" && s.Paths[1].State == "live" &&
+			(s.Fence == "none" || len(s.Paths[0].Vouched) == 1 && len(s.Paths[1].Vouched) == 1)
+	})
+	if err := l.run("policy", r.Name, "--policy", "preferred", "--preferred", l.addr.String()); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// round is one late write, of which the application never hears. The server is killed between
+// the loss of the path and the newer write, and recovered, or serves on. It returns what is on
+// the disk in the end.
+func (l *late) round(r state.Record, n int, killed bool, patience time.Duration) string {
+	l.t.Helper()
+	before, after := fmt.Sprintf("old %d", n), fmt.Sprintf("new %d", n)
+	held, free := l.hold(before)
+	lost := make(chan error, 1)
+	c := l.client(r)
+	go func() { lost <- c.do(nbdWrite, 0, block(before), nbdPatience) }()
+	<-held
+	l.cut()
+	written := make(chan error, 1)
+	newer := func() { written <- l.client(r).write(after) }
+	if killed {
+		l.kill(r)
+		<-lost // its connection has ended
+		go func() {
+			if err := l.run("recover", r.Name); err != nil {
+				written <- err
+				return
+			}
+			newer()
+		}()
+	} else {
+		go newer()
+	}
+	var err error
+	select {
+	case err = <-written: // while the target works on the old write
+		close(free)
+	case <-time.After(patience):
+		close(free)
+		err = <-written
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if !killed {
+		if err := <-lost; err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	eventually(l.t, "the target has finished the old write", func() bool {
+		l.disk.mu.Lock()
+		defer l.disk.mu.Unlock()
+		return l.disk.finished
+	})
+	return strings.TrimRight(l.disk.text(len(after)), "\x00")
+}
+
+// TestLateWrite checks that a write that the target of a lost path finishes late does not
+// overwrite a newer one, also if the server is killed in between. Without the fence it does: the
+// test can fail.
+func TestLateWrite(t *testing.T) {
+	for name, c := range map[string]struct {
+		fence  string
+		killed bool
+		want   string
+		rounds int
+	}{
+		"fence":                     {"auto", false, "new", testenv.Rounds(2)},
+		"fence, killed":             {"auto", true, "new", testenv.Rounds(2)},
+		"without the fence":         {"none", false, "old", 1},
+		"without the fence, killed": {"none", true, "old", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			nqn := "nqn.2026-01.org.example:" + strings.ReplaceAll(strings.ReplaceAll(name, ",", ""), " ", "-")
+			l := newLate(t, nqn)
+			r := l.connect(nqn, "--path", l.second.String(), "--fence", c.fence)
+			l.prefer(r)
+			for n := range c.rounds {
+				// The second one is longer than a target may take to end a controller.
+				patience := []time.Duration{0, 12 * time.Second, 700 * time.Millisecond, 2 * time.Second}[n%4]
+				if c.fence == "none" {
+					patience = nbdPatience
+				}
+				if got := l.round(r, n, c.killed, patience); got != fmt.Sprint(c.want, " ", n) {
+					t.Fatalf("round %d: the disk has %q, want the %s write", n, got, c.want)
+				}
+				l.mend()
+				r = l.record(nqn)
+				l.prefer(r)
+			}
+		})
+	}
+}
