@@ -123,7 +123,7 @@ type server struct {
 	loops     []*poller.Loop
 	sub       subsystem
 	policy    initiator.Policy
-	preferred options.Path // of the policy initiator.Preferred; zero: the first
+	preferred options.Path       // of the policy initiator.Preferred; zero: the first
 	path      initiator.PathInfo // when it was last seen connected
 	serving   []*serving
 	reported  []change // changes of namespaces that follow has not handled
