@@ -16,7 +16,7 @@ type memory struct {
 	mu      sync.Mutex // guards what follows, and the fields of the domains
 	used    int64      // bytes of buffers in use
 	queues  map[*nsQueue]struct{}
-	domains [maxPaths]*domain
+	domains [MaxPaths]*domain
 }
 
 // domain is the protection domain of a path: it has the connections of the path, and the
