@@ -37,15 +37,15 @@ type association struct {
 	found    map[uint32]bool // namespaces that were identified since the last event
 	known    bool            // the last look at the namespaces left nothing unknown
 	ana      anaStates
-	reread   chan struct{}   // the ANA log must be read
-	settled  bool            // the last look found access to all namespaces of the path
-	turned   bool            // the last look changed the access to a namespace
-	refused  error           // why a namespace is not used over this association; guarded by the controller's mu
-	remnant  *remnant        // what is left of it when it is lost; set before its requests are recovered
-	vouching                 // of its target, for other controllers
-	reported map[string]bool // the steps whose errors tolerate has logged
-	unknown  error           // the last error that tolerate accepted
-	changed  chan struct{}   // the namespaces must be looked at
+	reread   chan struct{}    // the ANA log must be read
+	settled  bool             // the last look found access to all namespaces of the path
+	turned   bool             // the last look changed the access to a namespace
+	refused  map[uint32]error // why namespaces are not used over this association; guarded by the controller's mu
+	remnant  *remnant         // what is left of it when it is lost; set before its requests are recovered
+	vouching                  // of its target, for other controllers
+	reported map[string]bool  // the steps whose errors tolerate has logged
+	unknown  error            // the last error that tolerate accepted
+	changed  chan struct{}    // the namespaces must be looked at
 }
 
 // fail reports that the association is lost. Only the first reason counts. Any goroutine

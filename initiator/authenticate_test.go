@@ -436,21 +436,26 @@ func TestReauthenticatePaths(t *testing.T) {
 	host := testConfig(nil, h.loops, poller.Request{IO: 1}).HostNQN
 	require := func(n int, key *auth.Key) {
 		t.Helper()
-		if err := h.subs[n].SetHostAuth(host, &target.HostAuth{Key: key}); err != nil {
+		if err := h.subs[n].SetHostAuth(host, &target.HostAuth{Key: key, Groups: []auth.Group{auth.Null}}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	old, next := newKey(t, auth.NoHash, 32), newKey(t, auth.NoHash, 32)
 	require(0, old)
 	require(1, old)
-	s := h.connect(func(c *Config) { c.Credentials.Host, c.KeepAlive = old, 200*time.Millisecond })
+	s := h.connect(func(c *Config) { c.Credentials.Host = old })
 	both := func() {
 		t.Helper()
+		before := s.Info().Paths
 		h.fabric.KillAll(sideAddr(0))
 		h.fabric.KillAll(sideAddr(1))
 		waitFor(t, "both paths", func() bool {
-			i := s.Info()
-			return i.Paths[0].State == StateLive && i.Paths[0].Losses > 0 && i.Paths[1].State == StateLive && i.Paths[1].Losses > 0
+			for n, p := range s.Info().Paths {
+				if p.State != StateLive || p.Losses == before[n].Losses {
+					return false
+				}
+			}
+			return true
 		})
 	}
 	if err := s.Reauthenticate(t.Context(), &Credentials{Host: next}); err == nil || errors.Is(err, ErrKeysAccepted) ||

@@ -625,6 +625,6 @@ func (c *Controller) describe(i *PathInfo, a *association) {
 		}
 	}
 	c.mu.Lock()
-	i.Auth, i.Refused = a.method, a.refused
+	i.Auth, i.Refused = a.method, a.refusals()
 	c.mu.Unlock()
 }

@@ -45,7 +45,7 @@ type fakeTarget struct {
 	commands  map[nvme.Opcode]int
 	byQueue   map[uint16]int
 	cc        nvme.CC
-	uuid      nvme.UUID // of every namespace
+	uuid      nvme.UUID // of the namespaces, but for the last byte
 	blocks    uint64    // of every namespace, if not what the disk has
 	readOnly  bool
 	mdts      uint8
@@ -549,8 +549,12 @@ func (c *fakeConn) admin(cmd *nvme.Command, inline []byte) (uint64, nvme.Status,
 			nvme.ActiveNSListAt(page).Set(ids)
 		case nvme.CNSNamespaceDescriptors:
 			c.f.mu.Lock()
-			copy(page, nvme.NamespaceIDs{UUID: c.f.uuid}.AppendTo(nil))
+			id := c.f.uuid
 			c.f.mu.Unlock()
+			if !id.IsZero() {
+				id[15] ^= byte(cmd.NSID())
+			}
+			copy(page, nvme.NamespaceIDs{UUID: id}.AppendTo(nil))
 		case nvme.CNSControllerCSI:
 		case nvme.CNSNSIndependent:
 			if c.f.writeThrough {

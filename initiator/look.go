@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/bits"
 	"slices"
+	"strings"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -190,6 +192,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case err == nil:
 			if c.sub.place(c, a, found) {
 				a.found[id] = true
+				c.admit(a, id)
 			} else {
 				complete = false
 			}
@@ -206,6 +209,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 			}
 		}
 	}
+	c.forgetRefusals(a, there)
 	for _, ns := range c.sub.Namespaces() {
 		switch {
 		case there[ns.id]:
@@ -257,7 +261,7 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 		switch {
 		case answer != same && ns.presence.Load() != gone && s.keptBy(ns, c):
 			ns.withdraw(c.slot)
-			c.refuse(a, ns, reason)
+			c.refuse(a, ns.id, reason)
 			return false
 		case answer == same:
 			s.removeOthers(ns.id, ns, "another namespace has its id")
@@ -269,6 +273,10 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 		case answer == different:
 			s.remove(ns, reason)
 		}
+	}
+	if twin, id := s.twinOf(f); twin != nil {
+		c.refuse(a, f.id, fmt.Sprintf("it has the %s, as namespace %d has", id, twin.id))
+		return false
 	}
 	if len(s.Namespaces()) >= maxNamespaces {
 		s.cfg.Log.Warn("namespace left out", "nsid", f.id, "reason", fmt.Sprintf("there are %d already", maxNamespaces))
@@ -315,22 +323,71 @@ func (s *Subsystem) keptBy(ns *Namespace, c *Controller) bool {
 }
 
 // refuse records why a path is not used for a namespace.
-func (c *Controller) refuse(a *association, ns *Namespace, reason string) {
-	err := fmt.Errorf("namespace %d is not used over this path: %s", ns.id, reason)
+func (c *Controller) refuse(a *association, nsid uint32, reason string) {
+	err := fmt.Errorf("namespace %d is not used over this path: %s", nsid, reason)
 	c.mu.Lock()
-	known := a.refused != nil && a.refused.Error() == err.Error()
-	a.refused = err
+	last := a.refused[nsid]
+	known := last != nil && last.Error() == err.Error()
+	if a.refused == nil {
+		a.refused = make(map[uint32]error)
+	}
+	a.refused[nsid] = err
 	c.mu.Unlock()
 	if !known {
-		c.cfg.Log.Warn("namespace refused over a path", "nsid", ns.id, "address", a.remote.String(), "reason", reason)
+		c.cfg.Log.Warn("namespace refused over a path", "nsid", nsid, "address", a.remote.String(), "reason", reason)
 	}
 }
 
-// refusedBecause returns why a namespace is not used over an association, or nil.
+// twinOf returns the namespace with another number that has an identifier of a finding, and that
+// identifier. An identifier names one namespace only, so one of the two is not what it says. The
+// one that came first is kept, unless it is gone.
+func (s *Subsystem) twinOf(f *finding) (*Namespace, string) {
+	for _, ns := range s.Namespaces() {
+		if ns.id == f.id || ns.presence.Load() == gone {
+			continue
+		}
+		ns.mu.Lock()
+		id := shared(ns.ids, f.ids)
+		ns.mu.Unlock()
+		if id != "" {
+			return ns, id
+		}
+	}
+	return nil, ""
+}
+
+// forgetRefusals forgets the refusals of namespaces that the controller does not list.
+func (c *Controller) forgetRefusals(a *association, listed map[uint32]bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(a.refused, func(nsid uint32, _ error) bool { return !listed[nsid] })
+}
+
+// admit forgets that a namespace was refused over an association.
+func (c *Controller) admit(a *association, nsid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(a.refused, nsid)
+}
+
+// refusedBecause returns why namespaces are not used over an association, or nil.
 func (c *Controller) refusedBecause(a *association) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return a.refused
+	return a.refusals()
+}
+
+// refusals returns why namespaces are not used over the association, or nil. The caller holds the
+// controller's mu.
+func (a *association) refusals() error {
+	if len(a.refused) == 0 {
+		return nil
+	}
+	var all []string
+	for _, nsid := range slices.Sorted(maps.Keys(a.refused)) {
+		all = append(all, a.refused[nsid].Error())
+	}
+	return errors.New(strings.Join(all, "; "))
 }
 
 // lack is called when a path does not have a usable namespace with an id. The namespace goes

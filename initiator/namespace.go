@@ -3,6 +3,7 @@ package initiator
 import (
 	"encoding/hex"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -221,7 +222,7 @@ func (ns *Namespace) compare(found *finding) (identity, string) {
 	defer ns.mu.Unlock()
 	switch compareIDs(ns.ids, found.ids) {
 	case different:
-		return different, "another namespace has its id"
+		return different, "another namespace has its id: " + difference(ns.ids, found.ids)
 	case unknown:
 		return unknown, "its old and its new identifiers have none in common"
 	}
@@ -285,6 +286,40 @@ func compareIDs(a, b nvme.NamespaceIDs) identity {
 		return same
 	}
 	return answer
+}
+
+// difference says in words which identifiers of two namespaces differ.
+func difference(was, is nvme.NamespaceIDs) string {
+	var all []string
+	differs := func(what string, was, is any) {
+		all = append(all, fmt.Sprintf("its %s was %v and is %v", what, was, is))
+	}
+	if was.CSI != is.CSI {
+		differs("command set", was.CSI, is.CSI)
+	}
+	if compareID(was.UUID, is.UUID) == different {
+		differs("UUID", was.UUID, is.UUID)
+	}
+	if compareID(was.NGUID, is.NGUID) == different {
+		differs("NGUID", hex.EncodeToString(was.NGUID[:]), hex.EncodeToString(is.NGUID[:]))
+	}
+	if compareID(was.EUI64, is.EUI64) == different {
+		differs("EUI-64", hex.EncodeToString(was.EUI64[:]), hex.EncodeToString(is.EUI64[:]))
+	}
+	return strings.Join(all, ", ")
+}
+
+// shared returns an identifier that two namespaces have in common, in words, or "".
+func shared(a, b nvme.NamespaceIDs) string {
+	switch {
+	case compareID(a.UUID, b.UUID) == same:
+		return fmt.Sprintf("UUID %v", a.UUID)
+	case compareID(a.NGUID, b.NGUID) == same:
+		return "NGUID " + hex.EncodeToString(a.NGUID[:])
+	case compareID(a.EUI64, b.EUI64) == same:
+		return "EUI-64 " + hex.EncodeToString(a.EUI64[:])
+	}
+	return ""
 }
 
 func compareID[T comparable](a, b T) identity {

@@ -314,6 +314,8 @@ func (c *Controller) checkSubsystem(_ context.Context, a *association) error {
 			return fmt.Errorf("path refused: the controller is of subsystem %q, that of %v is of %q", id.SUBNQN(), other.Address(), has.SUBNQN())
 		case id.SN() != has.SN():
 			return fmt.Errorf("path refused: the serial number is %q, over %v it is %q", id.SN(), other.Address(), has.SN())
+		case a.cntlid == b.cntlid:
+			return fmt.Errorf("path refused: its controller has id %d, as that of %v has; the targets of a subsystem must not give the same ids", a.cntlid, other.Address())
 		case id.MN() != has.MN():
 			return fmt.Errorf("path refused: the model number is %q, over %v it is %q", id.MN(), other.Address(), has.MN())
 		}

@@ -603,7 +603,7 @@ func TestOtherStorage(t *testing.T) {
 		set  func(*target.Config, *target.NamespaceConfig, *target.SubsystemConfig)
 		want string
 	}{
-		"UUID":   {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.UUID = nvme.NewUUID() }, "another namespace has its id"},
+		"UUID":   {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.UUID = nvme.NewUUID() }, "another namespace has its id: its UUID was "},
 		"NGUID":  {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.NGUID[0] = 1 }, "its NGUID is 0100"},
 		"EUI":    {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.EUI64[0] = 1 }, "its EUI-64 is 01"},
 		"no id":  {func(_ *target.Config, n *target.NamespaceConfig, _ *target.SubsystemConfig) { n.NoUUID = true }, "identifier"},
@@ -642,6 +642,47 @@ func TestOtherStorage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSameControllerID checks that a path is refused whose controller has the id of another path's.
+func TestSameControllerID(t *testing.T) {
+	h := newHall(t, 2, true, func(c *target.Config, _ *target.NamespaceConfig) { c.MinControllerID, c.MaxControllerID = 7, 7 })
+	h.ports = h.ports[:1]
+	s := h.connect(nil)
+	const want = "path refused: its controller has id 7, as that of 192.0.2.10:4420 has"
+	if _, err := s.AddPath(t.Context(), h.path(1)); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, want %q", err, want)
+	}
+}
+
+// TestSameIdentifiers checks that a namespace is left out that has an identifier of another one, and
+// is served when the other one is gone.
+func TestSameIdentifiers(t *testing.T) {
+	h := newHall(t, 1, false, nil)
+	heard := make(chan string, 8)
+	s := h.connect(func(c *Config) {
+		c.Changed = func(ns *Namespace, what Change) { heard <- fmt.Sprint(ns.NSID(), " ", what) }
+	})
+	if _, err := h.subs[0].AddNamespace(target.NamespaceConfig{NSID: 2, Store: target.NewRAM(1 << 20), UUID: h.uuid}); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("namespace 2 is not used over this path: it has the UUID %v, as namespace 1 has", h.uuid)
+	waitFor(t, "the refusal", func() bool { return s.Info().Paths[0].Refused != nil })
+	if err := s.Info().Paths[0].Refused; err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("write: %v", e)
+	}
+	if err := h.subs[0].RemoveNamespace(1); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"1 removed", "2 added"} {
+		if got := <-heard; got != want {
+			t.Errorf("heard %q, want %q", got, want)
+		}
+	}
+	waitFor(t, "the refusal to be over", func() bool { return s.Info().Paths[0].Refused == nil })
 }
 
 // TestStorageChangesBehindPath checks that a path that comes back with other storage is not
@@ -847,6 +888,72 @@ func FuzzANALog(f *testing.F) {
 		for id, state := range groups {
 			if err != nil || id == 0 || id > most || !strings.Contains("optimized non-optimized inaccessible persistent-loss change", fmt.Sprint(state)) {
 				t.Errorf("group %d: %v, error %v", id, state, err)
+			}
+		}
+	})
+}
+
+// FuzzSecondPath has the controller of a second path say anything of itself, of its namespaces and of
+// its ANA groups, while requests use both paths. Whatever it says, the path is used or refused with
+// words, and the data are right.
+func FuzzSecondPath(f *testing.F) {
+	patch := func(log, selector uint8, offset int, bytes ...byte) { f.Add(log != 0, selector, uint16(offset), bytes) }
+	for _, at := range []int{0, 4, 24, 76, 77, 78, 92, 111, 256, 320, 342, 343, 344, 348, 386, 512, 514, 516, 520, 525, 536, 768, 1792, 1796, 1800} {
+		patch(0, nvme.CNSController, at, 0xFF, 0xFF, 0xFF, 0xFF)
+		patch(0, nvme.CNSController, at, 0, 0)
+	}
+	for _, at := range []int{0, 8, 16, 24, 25, 26, 30, 33, 92, 99, 104, 120, 128, 130} {
+		patch(0, nvme.CNSNamespace, at, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0x7F)
+		patch(0, nvme.CNSNamespace, at, 0, 0, 0, 0, 0, 0, 0, 0)
+	}
+	patch(0, nvme.CNSActiveNSList, 0, 1, 0, 0, 0, 1, 0, 0, 0)
+	patch(0, nvme.CNSActiveNSList, 0, 0xFF, 0xFF, 0xFF, 0xFF)
+	patch(0, nvme.CNSActiveNSList, 0, make([]byte, 8)...)
+	patch(0, nvme.CNSNamespaceDescriptors, 0, 3, 16, 0, 0, 1)
+	patch(0, nvme.CNSNamespaceDescriptors, 0, 1, 0xFF)
+	patch(0, nvme.CNSNamespaceDescriptors, 4, 9, 9, 9)
+	patch(0, nvme.CNSNSIndependent, 0, 0xFF, 0xFF, 0xFF)
+	for _, at := range []int{8, 16, 20, 24, 32} {
+		patch(1, nvme.LogANA, at, 0xFF, 0xFF, 0xFF, 0xFF)
+		patch(1, nvme.LogANA, at, 0)
+	}
+	h := newHall(f, 2, false, nil)
+	h.ports = h.ports[:1]
+	s := h.connect(func(c *Config) { c.Policy, c.AdminTimeout = RoundRobin, 300*time.Millisecond })
+	round := 0
+	f.Fuzz(func(t *testing.T, log bool, selector uint8, offset uint16, bytes []byte) {
+		opcode := nvme.AdminIdentify
+		if log {
+			opcode = nvme.AdminGetLogPage
+		}
+		fault := h.targets[0].Faults().Add(target.Fault{
+			Match:   target.Match{Port: 2, Admin: true, Opcodes: []nvme.Opcode{opcode}, Selectors: []uint8{selector}},
+			Patches: []target.Patch{{Offset: int(offset), Bytes: bytes}},
+		})
+		defer fault.Remove()
+		c, err := s.AddPath(t.Context(), h.path(1))
+		if err == nil {
+			defer func() {
+				if err := s.RemovePath(t.Context(), c); err != nil {
+					t.Errorf("remove path: %v", err)
+				}
+			}()
+		} else if err.Error() == "" {
+			t.Error("refused without words")
+		}
+		h := &hall{t: t, loops: h.loops}
+		for range 4 {
+			round++
+			want := fmt.Sprintf("%08d", round)
+			if e := h.send(s, writeBlock, want).wait(t); e != 0 {
+				t.Errorf("write: %v", e)
+			}
+			read := h.send(s, readBlock, "")
+			waitFor(t, "the read", read.ended)
+			got := ""
+			h.loops[0].Call(func() { got = string(read.q.Buffer(0)[:8]) })
+			if e := read.wait(t); e != 0 || got != want {
+				t.Errorf("read %q, %v, want %q", got, e, want)
 			}
 		}
 	})

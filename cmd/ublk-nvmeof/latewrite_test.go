@@ -2,13 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma/roce"
@@ -23,7 +26,8 @@ type late struct {
 	*site
 	nqn    string
 	disk   *disk
-	second netip.Addr // of the port that stays
+	second netip.Addr    // of the port that stays
+	other  *roce.Provider // of that port
 }
 
 func newLate(t *testing.T, nqn string) *late {
@@ -43,6 +47,7 @@ func newLate(t *testing.T, nqn string) *late {
 			t.Error(err)
 		}
 	})
+	l.other = p
 	if _, err := l.target.AddPort(p, netip.AddrPortFrom(l.second, 4420)); err != nil {
 		t.Fatal(err)
 	}
@@ -180,5 +185,72 @@ func TestLateWrite(t *testing.T) {
 				l.prefer(r)
 			}
 		})
+	}
+}
+
+// TestAllPathsAway checks that requests fail after --fast-io-fail-tmo when all paths are away, that they
+// work again over the first path that is back, with another controller id, and that the server gives
+// up after --ctrl-loss-tmo and says how to go on.
+func TestAllPathsAway(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:away"
+	l := newLate(t, nqn)
+	status := func() control.Status {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		s, err := control.NewClient(l.record(nqn).Socket()).Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	cut := func() {
+		for _, p := range l.target.Ports() {
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	mendSecond := func() {
+		if _, err := l.target.AddPort(l.other, netip.AddrPortFrom(l.second, 4420)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := l.connect(nqn, "--path", l.second.String(), "--fast-io-fail-tmo", "1", "--ctrl-loss-tmo", "8")
+	c := l.client(r)
+	if err := c.write("before"); err != nil {
+		t.Fatal(err)
+	}
+	ids := []uint16{status().Paths[0].CNTLID, status().Paths[1].CNTLID}
+	cut()
+	if err := c.do(nbdWrite, 0, block("lost"), nbdPatience); err == nil {
+		t.Error("a write without a path succeeded")
+	}
+	mendSecond()
+	eventually(t, "requests work over the second path", func() bool { return l.client(r).write("after") == nil })
+	s := status()
+	if s.State != "live" || s.Paths[0].State != "connecting" || s.Paths[1].State != "live" || slices.Contains(ids, s.Paths[1].CNTLID) {
+		t.Errorf("%+v, the controllers were %v", s.Paths, ids)
+	}
+	l.mend()
+	eventually(t, "both paths are live", func() bool { return status().Paths[0].State == "live" })
+	if got, err := l.client(r).read(5); got != "after" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+
+	cut()
+	eventually(t, "the server gives up", func() bool { return status().State == "dead" })
+	if err := l.client(r).do(nbdWrite, 0, block("lost"), nbdPatience); err == nil {
+		t.Error("a write of a server that has given up succeeded")
+	}
+	l.mend()
+	mendSecond()
+	if _, stderr, code := l.program(l.connectArgs(nqn)...); code != exit.AlreadyServed || !strings.Contains(stderr, "disconnect "+r.Name+" ends its devices, and then connect works") {
+		t.Errorf("connect: exit code %d, %s", code, stderr)
+	}
+	if err := errors.Join(l.run("disconnect", "--force", r.Name), l.run(l.connectArgs(nqn, "--path", l.second.String())...)); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := l.client(l.record(nqn)).read(5); got != "after" || err != nil {
+		t.Errorf("%q, %v", got, err)
 	}
 }

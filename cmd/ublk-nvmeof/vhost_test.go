@@ -196,24 +196,60 @@ func (l *guestLoad) progress(n uint64) {
 	}
 }
 
-// TestVhostServerDies kills and upgrades the server below a guest that writes and reads. The
-// guest sees a pause, no error, and always its last write. UN_VHOST is the number of kills.
-func TestVhostServerDies(t *testing.T) {
-	kills := 3
+// vhostKills is how often a test kills the server: as often as UN_VHOST says.
+func vhostKills() int {
 	if n, err := strconv.Atoi(os.Getenv("UN_VHOST")); err == nil {
-		kills = n
+		return n
 	}
+	return 3
+}
+
+// TestVhostServerDies kills and upgrades the server below a guest that writes and reads. The
+// guest sees a pause, no error, and always its last write.
+func TestVhostServerDies(t *testing.T) {
 	const nqn = "nqn.2026-01.org.example:vm"
 	s := newSite(t, nqn)
 	s.put(nqn, newDisk(""))
+	kills := vhostKills()
+	s.serverDies(nqn, kills, (kills+2)/3, func(int) {})
+}
+
+// TestVhostServerDiesWithPaths does the same with two paths, one of which is dropped at the same
+// time, or is away until after the next server has taken over.
+func TestVhostServerDiesWithPaths(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:vm-paths"
+	l := newLate(t, nqn)
+	away := false
+	kills := vhostKills()
+	l.serverDies(nqn, kills, kills, func(round int) {
+		if away {
+			l.mend()
+			away = false
+		}
+		switch round % 4 {
+		case 1, 2:
+			ports := l.target.Ports()
+			ports[round%len(ports)].Disconnect()
+		case 3:
+			l.cut()
+			away = true
+		}
+	}, "--path", l.second.String())
+}
+
+// serverDies kills the server of a guest, and then upgrades it, as often as given. before is called
+// before each time.
+func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int), more ...string) {
+	t := s.t
 	path := filepath.Join(s.dir, "vm1.sock")
-	if err := s.run(s.vhostArgs(nqn, "--vhost-socket", filepath.Join(s.dir, "vm{nsid}.sock"), "-i", "2")...); err != nil {
+	if err := s.run(s.vhostArgs(nqn, append(more, "--vhost-socket", filepath.Join(s.dir, "vm{nsid}.sock"), "-i", "2")...)...); err != nil {
 		t.Fatal(err)
 	}
 	l := newGuestLoad(t, path, 3)
 	var longest [2]time.Duration
-	for i := range kills + (kills+2)/3 {
+	for i := range kills + upgrades {
 		l.progress(500)
+		before(i)
 		l.mu.Lock()
 		l.longest = 0
 		l.mu.Unlock()

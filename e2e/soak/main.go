@@ -21,10 +21,10 @@ import (
 
 // Names that the script and this program agree about.
 const (
-	hostEnd    = "soak-host"   // the network namespace with the interfaces soak-host0, soak-host1 and so on
-	targetEnd  = "soak-target" // that of the other ends, in the same way
-	nqn        = "nqn.2026-01.org.example:soak"
-	nsMiB      = 64
+	hostEnd   = "soak-host"   // the network namespace with the interfaces soak-host0, soak-host1 and so on
+	targetEnd = "soak-target" // that of the other ends, in the same way
+	nqn       = "nqn.2026-01.org.example:soak"
+	nsMiB     = 64
 )
 
 // Addresses of the ends of a cable
@@ -203,7 +203,7 @@ func (s *soak) report(first, last, firstTarget, lastTarget usage) {
 		what          string
 		before, after usage
 	}{{"server", first, last}, {"target", firstTarget, lastTarget}} {
-		if more := c.after.exceeds(c.before); more != "" {
+		if more := c.after.exceeds(c.before, len(s.cables)); more != "" {
 			fatalf("%s has more at the end than at the start: %s", c.what, more)
 		}
 	}

@@ -26,8 +26,9 @@ func (u usage) max(v usage) usage {
 }
 
 // exceeds says what is more than before, beyond what varies: the heap is larger shortly
-// before a collection, and Go's runtime keeps threads.
-func (u usage) exceeds(before usage) string {
+// before a collection, and Go's runtime keeps threads, of which the queues of each path need some at
+// the same time.
+func (u usage) exceeds(before usage, paths int) string {
 	var more []string
 	for _, c := range []struct {
 		what                string
@@ -35,7 +36,7 @@ func (u usage) exceeds(before usage) string {
 	}{
 		{"KiB resident", u.rss, before.rss + before.rss/4 + 16<<10, before.rss},
 		{"descriptors", u.descriptors, before.descriptors + 4, before.descriptors},
-		{"threads", u.threads, before.threads + 8, before.threads},
+		{"threads", u.threads, before.threads + 8*paths, before.threads},
 		{"goroutines", u.goroutines, before.goroutines + 4, before.goroutines},
 	} {
 		if c.got > c.limit {
