@@ -48,7 +48,7 @@ func TestOutliveTime(t *testing.T) {
 		{nil, 30 * time.Second, 1, 2 * 91 * time.Second},
 	} {
 		c := &Controller{cfg: Config{KeepAlive: 5 * time.Second}, assoc: tt.assoc}
-		s := &Subsystem{slots: [maxPaths]*Controller{c}}
+		s := &Subsystem{slots: [MaxPaths]*Controller{c}}
 		if got := s.OutliveTime(tt.keepAlive, tt.n); got != tt.want {
 			t.Errorf("%v, %d controllers: %v, want %v", tt.keepAlive, tt.n, got, tt.want)
 		}

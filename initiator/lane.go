@@ -26,7 +26,7 @@ type lane struct {
 	index int
 
 	pairs  []*queuePair    // queue pairs of this lane
-	routes [maxPaths]route // of the paths with an association, by slot
+	routes [MaxPaths]route // of the paths with an association, by slot
 	slots  int             // number of slots that may have a route
 
 	policy    Policy

@@ -16,7 +16,7 @@ type memory struct {
 	mu      sync.Mutex            // guards what follows, and the fields of the domains
 	used    int64                 // bytes of buffers of open queues
 	queues  map[*nsQueue]struct{} // that have buffers
-	domains [maxPaths]*domain
+	domains [MaxPaths]*domain
 }
 
 // domain is the protection domain of a path: it has the connections of the path, and the

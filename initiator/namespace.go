@@ -69,12 +69,12 @@ type Namespace struct {
 	// The goroutines that look at namespaces write these fields; the loops read them.
 	presence atomic.Uint32
 	sectors  atomic.Uint64                  // capacity
-	views    [maxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
+	views    [MaxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
 	barrier  atomic.Pointer[[]extent]       // what changes must not overlap at present; nil: nothing
 	open     atomic.Int32                   // number of open queues
 
 	mu       sync.Mutex         // guards the fields below
-	findings [maxPaths]*finding // by slot; what the views were made of
+	findings [MaxPaths]*finding // by slot; what the views were made of
 	geometry block.Geometry
 	ids      nvme.NamespaceIDs
 	used     uint64          // bytes that are allocated

@@ -16,7 +16,7 @@ type nsQueue struct {
 	writeThrough bool // the front end's device has no volatile cache
 	slab         []byte
 	base         uint64
-	keys         [maxPaths]keys // by slot; they change with the device, between associations of the path
+	keys         [MaxPaths]keys // by slot; they change with the device, between associations of the path
 	maxIO        int
 	requests     []request // by tag
 	times        *opHistograms

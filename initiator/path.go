@@ -206,7 +206,7 @@ func (s *Subsystem) reservePath(p Path) (*Controller, error) {
 		}
 	}
 	if free < 0 {
-		return nil, fmt.Errorf("the subsystem has %d paths, which is the limit", maxPaths)
+		return nil, fmt.Errorf("the subsystem has %d paths, which is the limit", MaxPaths)
 	}
 	c := s.newController(free, p)
 	s.slots[free] = c

@@ -42,7 +42,7 @@ type Subsystem struct {
 	placing   sync.Mutex // held while the namespaces are compared with what a path says; taken before mu
 
 	mu         sync.Mutex // guards what follows; taken before Controller.mu
-	slots      [maxPaths]*Controller
+	slots      [MaxPaths]*Controller
 	keys       Credentials
 	policy     Policy
 	preferred  int // slot of the policy Preferred
@@ -57,9 +57,9 @@ type Subsystem struct {
 	giving     *time.Timer
 }
 
-// maxPaths is the largest number of paths of a subsystem. Namespaces and lanes have an
+// MaxPaths is the largest number of paths of a subsystem. Namespaces and lanes have an
 // entry for each.
-const maxPaths = 16
+const MaxPaths = 16
 
 // Connect connects to a subsystem over its first path and identifies its namespaces, if it
 // can have any. ctx bounds the whole of it. Errors: *StepError, whose cause is a

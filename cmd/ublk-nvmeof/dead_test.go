@@ -596,7 +596,7 @@ func TestFullRunDirectory(t *testing.T) {
 		}
 		err := json.Unmarshal([]byte(status), &l)
 		return err == nil && len(l.Controllers) == 1 && l.Controllers[0].State == "live" &&
-			slices.Contains(s.record(nqn).Controllers, l.Controllers[0].CNTLID)
+			slices.ContainsFunc(s.record(nqn).Controllers, func(c state.Controller) bool { return c.CNTLID == l.Controllers[0].CNTLID })
 	})
 }
 

@@ -96,6 +96,26 @@ func (p *twoPorts) kill(name string) {
 	}
 }
 
+// TestRemovePathWithoutFarewell removes a path whose target does not answer the shutdown. The path
+// is gone for this server and for the next one.
+func TestRemovePathWithoutFarewell(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first, "--path", p.second)...)
+	s := p.live(2)
+	p.ok("target", "fault", "admin,opcode=fabrics,port=2,status=0x6")
+	p.ok("disconnect", "-n", inspectedNQN, "--path", p.second)
+	p.live(1)
+	p.ok("target", "clear")
+	p.kill(s.Name)
+	if _, stderr, code := p.run("recover", inspectedNQN); code != exit.OK {
+		t.Fatal(stderr)
+	}
+	if s := p.live(1); s.Paths[0].TrAddr != p.first {
+		t.Errorf("%+v", s.Paths)
+	}
+}
+
 // TestConnectAddsPath checks that connect of a subsystem that is served adds a path, and what
 // shows and removes it.
 func TestConnectAddsPath(t *testing.T) {

@@ -2,6 +2,7 @@ package options
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"os"
 	"reflect"
@@ -46,6 +47,7 @@ func TestWrongValues(t *testing.T) {
 		{"-n/--nqn", []string{"", long, "a\x00b", "\xff"}, "want the name of an I/O subsystem, 1 to 223 bytes"},
 		{"-n/--nqn", []string{nvme.DiscoveryNQN}, "a discovery subsystem has no namespaces; want"},
 		{"-w/--host-traddr", []string{"", "host", "10.0.2", "::", "224.0.0.1"}, "want an IPv4 or IPv6 address (with %zone) of this host"},
+		{"--path", []string{manyPaths(16)}, "want at most 15 paths besides the first"},
 		{"--path", []string{"", "host", "10.0.2.15,0", "10.0.2.15,x", "10.0.2.15,4420,x", "10.0.2.15,1,10.0.2.1,2", "10.0.2.15;"}, "want ADDRESS[,PORT[,HOST_TRADDR]] with numeric addresses"},
 		{"--path", []string{"0.0.0.0", "10.0.2.15,4420,224.0.0.1", "10.0.2.15,4420,fe80::1"}, "; want ADDRESS[,PORT[,HOST_TRADDR]]"},
 		{"--policy", []string{"", "numa", "rr"}, "want queue-depth, round-robin or preferred"},
@@ -105,6 +107,15 @@ func TestWrongValues(t *testing.T) {
 			}
 		}
 	}
+}
+
+// manyPaths returns the value of --path with n paths.
+func manyPaths(n int) string {
+	var all []string
+	for i := range n {
+		all = append(all, fmt.Sprintf("10.0.2.%d", i+1))
+	}
+	return strings.Join(all, ";")
 }
 
 // No flag is missing from TestWrongValues. TestForeignFlags has those of other transports.

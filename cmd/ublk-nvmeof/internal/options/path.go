@@ -99,9 +99,13 @@ func (v paths) Set(s string) error {
 		if err != nil {
 			return &rejected{want: wantPath, why: err}
 		}
-		if !slices.Contains(*v.dst, p) {
-			*v.dst = append(*v.dst, p)
+		if slices.Contains(*v.dst, p) {
+			continue
 		}
+		if len(*v.dst) == initiator.MaxPaths-1 { // the first path is not among them
+			return &rejected{want: fmt.Sprintf("at most %d paths besides the first", len(*v.dst)), why: errUnwanted}
+		}
+		*v.dst = append(*v.dst, p)
 	}
 	return nil
 }

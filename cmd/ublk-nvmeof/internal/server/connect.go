@@ -189,8 +189,9 @@ func (s *server) made(target netip.AddrPort, cntlid uint16, asked time.Time) {
 // controller to another server of this host, or to the kernel's initiator, in the
 // meantime.
 func (s *server) superseded(ctx context.Context, p initiator.Present) bool {
-	made, known := s.record.lastMade(p.CNTLID)
-	if known && s.cfg.Host.GivenLater(s.opts.NQN, p.Address, p.CNTLID, made) {
+	c := state.Controller{Address: p.Address, CNTLID: p.CNTLID}
+	made, known := s.record.lastMade(c)
+	if known && s.cfg.Host.GivenLater(s.opts.NQN, c, made) {
 		return true
 	}
 	return s.back.kernelHas(ctx, host.NVMeController{

@@ -169,8 +169,10 @@ func (s *server) RemovePath(ctx context.Context, r control.PathRequest) error {
 	switch err := s.sub.RemovePath(within, c); {
 	case errors.Is(err, initiator.ErrLastPath):
 		return exit.Errorf(exit.Busy, "path %v: %v", p, err)
-	case err != nil:
+	case err != nil && slices.Contains(s.sub.Paths(), c):
 		return fmt.Errorf("path %v: %w", p, err)
+	case err != nil:
+		s.log.Warn("path is removed, but its target may still have the controller", "path", p.String(), "error", err)
 	}
 	s.log.Info("path removed on request", "path", p.String())
 	return s.recordPaths()

@@ -23,8 +23,8 @@ type record struct {
 	inherited bool
 	// before holds the controllers of earlier servers that the target may still have,
 	// and used the controllers of this server that may have received I/O.
-	before, used []uint16
-	newest       uint16 // controller of this server that the target made last
+	before, used []state.Controller
+	newest       state.Controller // controller of this server that the target made last
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
 	// used, in seconds.
 	keepAliveBefore, keepAlive int
@@ -63,8 +63,8 @@ func (r *record) become(e *state.Entry) error {
 func (r *record) save() error {
 	r.entry.Controllers, r.entry.Earlier = state.Distinct(slices.Concat(r.before, r.used)), r.before
 	r.entry.Made = maps.Clone(r.entry.Made)
-	maps.DeleteFunc(r.entry.Made, func(id uint16, _ state.Made) bool {
-		return id != r.newest && !slices.Contains(r.entry.Controllers, id)
+	maps.DeleteFunc(r.entry.Made, func(c state.Controller, _ state.Made) bool {
+		return c != r.newest && !slices.Contains(r.entry.Controllers, c)
 	})
 	r.entry.KeepAlive = max(r.keepAliveBefore, r.keepAlive)
 	if !r.own {
@@ -84,31 +84,31 @@ func (r *record) update(change func(*state.State)) error {
 
 // made records a controller that the target has made for this server, and returns when
 // the controllers of the record were made. If another controller of the record had the
-// same id, the target has ended it.
-func (r *record) made(cntlid uint16, m state.Made) map[uint16]state.Made {
+// same id at the same address, the target has ended it.
+func (r *record) made(cntlid uint16, m state.Made) map[state.Controller]state.Made {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.newest = cntlid
-	r.setMade(cntlid, m)
+	r.newest = state.Controller{CNTLID: cntlid, Address: m.Address}
+	r.setMade(r.newest, m)
 	_ = r.save() // if this fails, the next server may wait longer
 	return r.entry.Made
 }
 
 // setMade replaces the map by a changed copy, because callers of made keep the map. The
 // caller holds mu.
-func (r *record) setMade(cntlid uint16, m state.Made) {
+func (r *record) setMade(c state.Controller, m state.Made) {
 	r.entry.Made = maps.Clone(r.entry.Made)
 	if r.entry.Made == nil {
-		r.entry.Made = map[uint16]state.Made{}
+		r.entry.Made = map[state.Controller]state.Made{}
 	}
-	r.entry.Made[cntlid] = m
+	r.entry.Made[c] = m
 }
 
-// lastMade returns when the last controller of the record with this id was made.
-func (r *record) lastMade(cntlid uint16) (state.Made, bool) {
+// lastMade returns when the last controller of the record with this name was made.
+func (r *record) lastMade(c state.Controller) (state.Made, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	m, known := r.entry.Made[cntlid]
+	m, known := r.entry.Made[c]
 	return m, known
 }
 
@@ -122,7 +122,7 @@ func (r *record) associated(all []initiator.ControllerID) error {
 	last := r.used
 	r.used = nil
 	for _, id := range all {
-		r.used = append(r.used, id.CNTLID)
+		r.used = append(r.used, state.Controller(id))
 	}
 	if err := r.save(); err != nil {
 		r.used = last
@@ -131,21 +131,9 @@ func (r *record) associated(all []initiator.ControllerID) error {
 	return nil
 }
 
-// identify returns the controllers with these ids and their addresses, as far as they are
-// known.
-func (r *record) identify(ids []uint16) []initiator.ControllerID {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var all []initiator.ControllerID
-	for _, id := range ids {
-		all = append(all, initiator.ControllerID{Address: r.entry.Made[id].Address, CNTLID: id})
-	}
-	return all
-}
-
 // earlier returns the controllers of earlier servers that the target may still have, and
 // their longest keep alive timeout.
-func (r *record) earlier() (ids []uint16, keepAlive time.Duration) {
+func (r *record) earlier() (all []state.Controller, keepAlive time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.before), time.Duration(r.keepAliveBefore) * time.Second

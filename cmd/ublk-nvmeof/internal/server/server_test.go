@@ -633,7 +633,7 @@ func died(t *testing.T, w *world, o *options.Connect, dir string) {
 	}
 	e.Process.Start++ // another process's
 	e.Devices = []state.Device{{ID: 4, Cookie: 1004, NSID: 1}, {ID: 6, Cookie: 1006, NSID: 2}}
-	e.Controllers = []uint16{3, 4}
+	e.Controllers = controllers(3, 4)
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
 	}
@@ -650,7 +650,7 @@ func TestTakesOver(t *testing.T) {
 	if s.Name != "ctrl0" || len(s.Devices) != 2 || s.Devices[0].Device != "ublkb4" || s.Devices[1].Device != "ublkb6" {
 		t.Errorf("%+v", s)
 	}
-	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {
+	if got := onRecord(t, dir); !slices.Equal(got, controllers(5)) {
 		t.Errorf("controllers %v on record", got)
 	}
 	r.stop()
@@ -738,7 +738,7 @@ func TestHandOver(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	records, err := state.Dir(dir).List()
-	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || !slices.Equal(records[0].Controllers, []uint16{5}) {
+	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || !slices.Equal(records[0].Controllers, controllers(5)) {
 		t.Errorf("on record: %+v, %v", records, err)
 	}
 }
@@ -810,7 +810,7 @@ func TestCollect(t *testing.T) {
 }
 
 // onRecord are the controllers of the one server on record.
-func onRecord(t *testing.T, dir string) []uint16 {
+func onRecord(t *testing.T, dir string) []state.Controller {
 	t.Helper()
 	records, err := state.Dir(dir).List()
 	if err != nil || len(records) != 1 {
@@ -837,7 +837,7 @@ func TestTakeOverFails(t *testing.T) {
 			if err := <-r.result; err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
-			if got := onRecord(t, dir); name == "target" && !slices.Equal(got, []uint16{3, 4}) {
+			if got := onRecord(t, dir); name == "target" && !slices.Equal(got, controllers(3, 4)) {
 				t.Errorf("controllers %v on record, and those of the dead server may have commands", got)
 			}
 			for _, e := range w.happened() {

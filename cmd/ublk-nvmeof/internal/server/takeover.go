@@ -164,21 +164,25 @@ func (s *server) announceWait(limit time.Duration, format string, args ...any) (
 // limit is derived from the keep alive timeouts, not from the time limit for
 // connecting. waited is false if there are no such controllers.
 func (s *server) outlive(ctx context.Context) (waited bool, err error) {
-	ids, keepAlive := s.record.earlier()
-	if len(ids) == 0 {
+	earlier, keepAlive := s.record.earlier()
+	if len(earlier) == 0 {
 		return false, nil
 	}
-	limit := s.sub.OutliveTime(keepAlive, len(ids)) + outliveMargin
+	limit := s.sub.OutliveTime(keepAlive, len(earlier)) + outliveMargin
 	if deadline, ok := ctx.Deadline(); ok {
 		limit = min(limit, time.Until(deadline))
 	}
 	shown := limit.Round(time.Second)
-	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(ids), "at_most", shown)
+	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(earlier), "at_most", shown)
 	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
-	if err := s.sub.Outlive(limited, keepAlive, s.record.identify(ids)...); err != nil {
+	var ids []initiator.ControllerID
+	for _, c := range earlier {
+		ids = append(ids, initiator.ControllerID(c))
+	}
+	if err := s.sub.Outlive(limited, keepAlive, ids...); err != nil {
 		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
 	}
 	return true, s.record.outlived(ctx)

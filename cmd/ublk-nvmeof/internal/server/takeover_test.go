@@ -34,7 +34,7 @@ func dead(t *testing.T, o *options.Connect, dir string, change func(*state.Entry
 		t.Fatal(err)
 	}
 	e.Process.Start++ // another process's
-	e.Phase, e.Controllers, e.KeepAlive = state.Live, []uint16{3, 4}, 60
+	e.Phase, e.Controllers, e.KeepAlive = state.Live, controllers(3, 4), 60
 	change(e)
 	if err := e.Save(); err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func TestTakesOverSocket(t *testing.T) {
 				awaitDevice(t, r, want)
 			}
 			now, err := state.Dir(dir).Find(left.Name)
-			if err != nil || !slices.Equal(now.Controllers, []uint16{5}) || now.KeepAlive != 5 || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
+			if err != nil || !slices.Equal(now.Controllers, controllers(5)) || now.KeepAlive != 5 || len(now.Devices) != len(more) || now.Devices[0] != left.Devices[0] || slices.Equal(now.Args, left.Args) {
 				t.Errorf("on record %+v, %v", now, err)
 			}
 			r.stop()
@@ -330,7 +330,7 @@ func TestRecordFull(t *testing.T) {
 	if err := w.connected.Associated([]initiator.ControllerID{{CNTLID: 6}}); err == nil {
 		t.Error("a controller that is not on record may be used")
 	}
-	if got := onRecord(t, dir); !slices.Equal(got, []uint16{5}) {
+	if got := onRecord(t, dir); !slices.Equal(got, controllers(5)) {
 		t.Errorf("on record: %v", got)
 	}
 	w.changed(w.namespace(2), initiator.Added)
@@ -342,7 +342,7 @@ func TestRecordFull(t *testing.T) {
 	}
 	awaitDevice(t, r, 2)
 	records, err := state.Dir(dir).List()
-	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || records[0].Devices[1].NSID != 2 || !slices.Equal(records[0].Controllers, []uint16{5}) {
+	if err != nil || len(records) != 1 || len(records[0].Devices) != 2 || records[0].Devices[1].NSID != 2 || !slices.Equal(records[0].Controllers, controllers(5)) {
 		t.Errorf("on record: %+v, %v", records, err)
 	}
 	r.stop()

@@ -20,10 +20,10 @@ const controllersFile = ".controllers.json"
 type left []leftBy
 
 type leftBy struct {
-	NQN         string   `json:"nqn"`
-	HostNQN     string   `json:"hostnqn"`
-	Controllers []uint16 `json:"controllers"`
-	KeepAlive   int      `json:"keep_alive_tmo,omitempty"` // like State.KeepAlive
+	NQN         string       `json:"nqn"`
+	HostNQN     string       `json:"hostnqn"`
+	Controllers []Controller `json:"controllers"`
+	KeepAlive   int          `json:"keep_alive_tmo,omitempty"` // like State.KeepAlive
 }
 
 func (b leftBy) isOf(t Target) bool { return b.NQN == t.NQN && b.HostNQN == t.HostNQN }
@@ -41,9 +41,9 @@ func (l left) without(t Target) left {
 	return slices.DeleteFunc(slices.Clone(l), func(b leftBy) bool { return b.isOf(t) })
 }
 
-func (l left) with(t Target, ids []uint16, keepAlive int) left {
+func (l left) with(t Target, more []Controller, keepAlive int) left {
 	b := l.of(t)
-	all := Distinct(append(slices.Clone(b.Controllers), ids...))
+	all := Distinct(append(slices.Clone(b.Controllers), more...))
 	b.Controllers, b.KeepAlive = all[max(0, len(all)-maxLeft):], max(b.KeepAlive, keepAlive)
 	return append(l.without(t), b)
 }

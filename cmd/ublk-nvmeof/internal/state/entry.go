@@ -179,12 +179,12 @@ func (e *Entry) inheritControllers(records []Record) error {
 		}
 	}
 	sources = append(sources, Record{State: State{Controllers: gone.Controllers, KeepAlive: gone.KeepAlive}})
-	var ids []uint16
+	var all []Controller
 	for _, r := range sources {
-		ids = append(ids, r.Controllers...)
+		all = append(all, r.Controllers...)
 		e.KeepAlive = max(e.KeepAlive, r.KeepAlive)
 	}
-	e.Controllers = Distinct(append(ids, e.Controllers...))
+	e.Controllers = Distinct(append(all, e.Controllers...))
 	e.Earlier = e.Controllers
 	e.Made = lastMade(sources)
 	if err := e.Save(); err != nil {
@@ -197,7 +197,7 @@ func (e *Entry) inheritControllers(records []Record) error {
 // of the same connection, because the target may now give their ids to other controllers.
 // A target at another address may be another one of the same subsystem, which does not know
 // these controllers, so its answer does not count.
-func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
+func (e *Entry) Forget(ctx context.Context, ended []Controller) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
 		return err
@@ -211,7 +211,7 @@ func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 		if r.Err != nil || r.Alive || r.Target != e.Target {
 			continue
 		}
-		kept := slices.DeleteFunc(slices.Clone(r.Controllers), func(id uint16) bool { return slices.Contains(ended, id) })
+		kept := slices.DeleteFunc(slices.Clone(r.Controllers), func(c Controller) bool { return slices.Contains(ended, c) })
 		if len(kept) == len(r.Controllers) {
 			continue
 		}
@@ -224,24 +224,13 @@ func (e *Entry) Forget(ctx context.Context, ended []uint16) error {
 	return nil
 }
 
-// Distinct returns ids with only the last occurrence of each id.
-func Distinct(ids []uint16) []uint16 {
-	var out []uint16
-	for i, id := range ids {
-		if !slices.Contains(ids[i+1:], id) {
-			out = append(out, id)
-		}
-	}
-	return out
-}
-
 // Save replaces the saved state atomically.
 func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State, public) }
 
 // Retire removes the record of the calling process, which is about to end. unfinished
 // are the controllers that the target may still have. The next server of the subsystem
 // waits for their end. After an error the record remains.
-func (e *Entry) Retire(ctx context.Context, unfinished []uint16) error {
+func (e *Entry) Retire(ctx context.Context, unfinished []Controller) error {
 	unlock, err := e.root.lock(ctx)
 	if err != nil {
 		return err
@@ -279,7 +268,7 @@ func (d Dir) Clear(ctx context.Context, name string, ended func(context.Context,
 
 // remove removes a record. The caller holds the lock, so that no server that looks for
 // a free name takes the directory meanwhile.
-func (d Dir) remove(r Record, unfinished []uint16) error {
+func (d Dir) remove(r Record, unfinished []Controller) error {
 	if len(unfinished) > 0 {
 		left, err := d.leftControllers()
 		if err != nil {

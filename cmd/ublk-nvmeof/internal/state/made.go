@@ -56,27 +56,27 @@ var clock = sync.OnceValues(func() (string, error) {
 	return b + " " + namespace, nil
 })
 
-// lastMade returns by id when the last of the recorded controllers with that id was
-// made. An id is missing if the order of its controllers is not certain.
-func lastMade(records []Record) map[uint16]Made {
-	last := map[uint16]Made{}
-	uncertain := map[uint16]bool{}
+// lastMade returns when the last of the recorded controllers with each name was made. A name is
+// missing if the order of its controllers is not certain.
+func lastMade(records []Record) map[Controller]Made {
+	last := map[Controller]Made{}
+	uncertain := map[Controller]bool{}
 	for _, r := range records {
-		for _, id := range r.Controllers {
-			m, known := r.Made[id]
-			have, several := last[id]
+		for _, c := range r.Controllers {
+			m, known := r.Made[c]
+			have, several := last[c]
 			switch {
 			case !known:
-				uncertain[id] = true
+				uncertain[c] = true
 			case !several || have.Before(m):
-				last[id] = m
+				last[c] = m
 			case m != have && !m.Before(have):
-				uncertain[id] = true
+				uncertain[c] = true
 			}
 		}
 	}
-	for id := range uncertain {
-		delete(last, id)
+	for c := range uncertain {
+		delete(last, c)
 	}
 	if len(last) == 0 {
 		return nil // like a record without times
@@ -102,16 +102,16 @@ type Host []string
 
 // notice is the contents of a file in a madeDir.
 type notice struct {
-	SchemaVersion int             `json:"schema_version"`
-	Process       Process         `json:"process"`
-	NQN           string          `json:"nqn"` // of the subsystem
-	Made          map[uint16]Made `json:"made"`
+	SchemaVersion int                 `json:"schema_version"`
+	Process       Process             `json:"process"`
+	NQN           string              `json:"nqn"` // of the subsystem
+	Made          map[Controller]Made `json:"made"`
 }
 
 // Notify publishes the controllers of a subsystem that were made for the calling
 // process. It replaces the earlier notice of the process, and removes the notices of
 // processes that have ended.
-func (h Host) Notify(nqn string, made map[uint16]Made) error {
+func (h Host) Notify(nqn string, made map[Controller]Made) error {
 	if len(h) == 0 {
 		return nil
 	}
@@ -146,18 +146,17 @@ func (h Host) Withdraw() error {
 	return nil
 }
 
-// GivenLater reports whether the target at address has certainly given the id of a
-// controller of the subsystem to another server later. made is when the controller was
-// made. A target in another network namespace may have the same address and does not
-// count.
-func (h Host) GivenLater(nqn string, address netip.AddrPort, cntlid uint16, made Made) bool {
+// GivenLater reports whether the target has certainly given the id of a controller of the
+// subsystem to another server later. made is when the controller was made. A target in
+// another network namespace may have the same address and does not count.
+func (h Host) GivenLater(nqn string, c Controller, made Made) bool {
 	for _, parent := range h {
 		dir := filepath.Join(parent, madeDir)
 		if rundir.Check(dir) != nil {
 			continue
 		}
 		for _, n := range notices(dir) {
-			if m, ok := n.Made[cntlid]; ok && n.NQN == nqn && m.Address == address && m.Network == made.Network && made.Before(m) {
+			if m, ok := n.Made[c]; ok && n.NQN == nqn && m.Network == made.Network && made.Before(m) {
 				return true
 			}
 		}

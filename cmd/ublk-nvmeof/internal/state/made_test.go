@@ -62,15 +62,15 @@ func TestGivenLater(t *testing.T) {
 		"another network":   {lab.NQN, lab.Address, 1, Made{lab.Address, "container", "boot", 10, 15}, false},
 	} {
 		h := Host{t.TempDir()}
-		if err := h.Notify(lab.NQN, map[uint16]Made{1: at(20)}); err != nil {
+		if err := h.Notify(lab.NQN, map[Controller]Made{atLab(1): at(20)}); err != nil {
 			t.Fatal(err)
 		}
-		if got := h.GivenLater(c.nqn, c.address, c.id, c.made); got != c.want {
+		if got := h.GivenLater(c.nqn, Controller{c.address, c.id}, c.made); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
 	var none Host
-	if none.GivenLater(lab.NQN, lab.Address, 1, at(10)) || none.Notify(lab.NQN, nil) != nil || none.Withdraw() != nil {
+	if none.GivenLater(lab.NQN, atLab(1), at(10)) || none.Notify(lab.NQN, nil) != nil || none.Withdraw() != nil {
 		t.Error("without directories")
 	}
 }
@@ -79,10 +79,10 @@ func TestGivenLater(t *testing.T) {
 // directory that another user could have prepared.
 func TestHostDirectories(t *testing.T) {
 	mine, roots := t.TempDir(), t.TempDir()
-	if err := (Host{roots}).Notify(lab.NQN, map[uint16]Made{1: at(20)}); err != nil {
+	if err := (Host{roots}).Notify(lab.NQN, map[Controller]Made{atLab(1): at(20)}); err != nil {
 		t.Fatal(err)
 	}
-	later := func() bool { return Host{mine, roots}.GivenLater(lab.NQN, lab.Address, 1, at(10)) }
+	later := func() bool { return Host{mine, roots}.GivenLater(lab.NQN, atLab(1), at(10)) }
 	if !later() {
 		t.Error("a notice in the second directory does not count")
 	}
@@ -114,20 +114,20 @@ func TestNotices(t *testing.T) {
 	dir := filepath.Join(h[0], madeDir)
 	notify := func(id uint16) {
 		t.Helper()
-		if err := h.Notify(lab.NQN, map[uint16]Made{id: at(20)}); err != nil {
+		if err := h.Notify(lab.NQN, map[Controller]Made{atLab(id): at(20)}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	notify(1)
-	dead := notice{SchemaVersion, deadProcess(t), lab.NQN, map[uint16]Made{3: at(20)}}
+	dead := notice{SchemaVersion, deadProcess(t), lab.NQN, map[Controller]Made{atLab(3): at(20)}}
 	if err := writeFile(noticeFile(dir, dead.Process), dead, public); err != nil {
 		t.Fatal(err)
 	}
-	if !h.GivenLater(lab.NQN, lab.Address, 3, at(10)) {
+	if !h.GivenLater(lab.NQN, atLab(3), at(10)) {
 		t.Error("the target gave the id away, although that server has died since")
 	}
 	notify(2)
-	if h.GivenLater(lab.NQN, lab.Address, 1, at(10)) || !h.GivenLater(lab.NQN, lab.Address, 2, at(10)) {
+	if h.GivenLater(lab.NQN, atLab(1), at(10)) || !h.GivenLater(lab.NQN, atLab(2), at(10)) {
 		t.Error("the second notice does not replace the first")
 	}
 	if found := notices(dir); len(found) != 1 {
@@ -136,7 +136,7 @@ func TestNotices(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "1-1.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if !h.GivenLater(lab.NQN, lab.Address, 2, at(10)) {
+	if !h.GivenLater(lab.NQN, atLab(2), at(10)) {
 		t.Error("an unreadable notice hides others")
 	}
 	for range 2 {
@@ -147,6 +147,17 @@ func TestNotices(t *testing.T) {
 	if found := notices(dir); len(found) != 0 {
 		t.Errorf("after the end: %v", found)
 	}
+}
+
+// atLab names a controller that was made at the address of lab.
+func atLab(id uint16) Controller { return Controller{lab.Address, id} }
+
+// controllers names controllers that were made at the address of lab.
+func controllers(ids ...uint16) (all []Controller) {
+	for _, id := range ids {
+		all = append(all, atLab(id))
+	}
+	return all
 }
 
 // TestLastMade: controllers of several dead servers may have had the same id. Then the
@@ -160,8 +171,8 @@ func TestLastMade(t *testing.T) {
 	} {
 		d := Dir(t.TempDir())
 		for _, s := range []State{
-			{Controllers: []uint16{1, 2, 3, 4}, Made: map[uint16]Made{1: at(10), 2: at(10), 3: at(10), 4: at(10)}},
-			{Controllers: []uint16{1, 2, 3}, Made: map[uint16]Made{1: at(30), 3: at(12)}},
+			{Controllers: controllers(1, 2, 3, 4), Made: map[Controller]Made{atLab(1): at(10), atLab(2): at(10), atLab(3): at(10), atLab(4): at(10)}},
+			{Controllers: controllers(1, 2, 3), Made: map[Controller]Made{atLab(1): at(30), atLab(3): at(12)}},
 		} {
 			e, err := d.Reserve(ctx, lab, nil, true)
 			if err != nil {
@@ -172,14 +183,14 @@ func TestLastMade(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := d.saveLeft(left{}.with(lab, []uint16{4, 5}, 5)); err != nil {
+		if err := d.saveLeft(left{}.with(lab, controllers(4, 5), 5)); err != nil {
 			t.Fatal(err)
 		}
 		e, err := begin(d)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(e.Controllers) != 5 || len(e.Made) != 1 || e.Made[1] != at(30) {
+		if len(e.Controllers) != 5 || len(e.Made) != 1 || e.Made[atLab(1)] != at(30) {
 			t.Errorf("%s: %v, %v", what, e.Controllers, e.Made)
 		}
 	}

@@ -22,6 +22,9 @@
 // goes to its controller, and stays until the target has ended the controller. If the
 // record itself is removed before that, the ids move to .controllers.json.
 //
+// Targets at several addresses may be separate processes, of which each knows its own
+// controllers only. So the address at which a controller was made is a part of its name.
+//
 // A target that has ended a controller may give its id to any other server of the host. So
 // a server also records when its controllers were made. If another server was given the id
 // later (Host.GivenLater), the controller has ended.
@@ -175,16 +178,16 @@ type State struct {
 	// Listen is the address of the devices' NBD server: the path of a unix socket, or
 	// HOST:PORT. It is empty if there is no such server.
 	Listen string `json:"listen,omitempty"`
-	// Controllers are the ids of the controllers at the target that may still
+	// Controllers are the controllers of the subsystem that may still
 	// execute commands of this server or of earlier ones, oldest first.
-	Controllers []uint16 `json:"controllers"`
+	Controllers []Controller `json:"controllers"`
 	// Earlier are those of Controllers that this server inherited. Each server that
 	// starts waits for them, because this one may still be waiting.
-	Earlier []uint16 `json:"earlier_controllers,omitempty"`
+	Earlier []Controller `json:"earlier_controllers,omitempty"`
 	// Made is when the target made the last controller of each of these ids, and the newest
 	// controller of the server, which may not have commands yet. Ids of which that is not
 	// known are missing.
-	Made map[uint16]Made `json:"made_at,omitempty"`
+	Made map[Controller]Made `json:"made_at,omitempty"`
 	// KeepAlive is the longest keep alive timeout of the controllers, in seconds.
 	// It determines when the target notices that their server is gone. Zero means
 	// unknown.
@@ -210,6 +213,26 @@ func (s *State) check() error {
 	return nil
 }
 
+// locate adds the addresses to controllers of a record of an older version, which has them only
+// in Made.
+func (s *State) locate() {
+	for c, m := range s.Made {
+		if c.Address.IsValid() || !m.Address.IsValid() {
+			continue
+		}
+		there := Controller{m.Address, c.CNTLID}
+		delete(s.Made, c)
+		s.Made[there] = m
+		for _, all := range [][]Controller{s.Controllers, s.Earlier} {
+			for i := range all {
+				if all[i] == c {
+					all[i] = there
+				}
+			}
+		}
+	}
+}
+
 // parse decodes a state. For a state of another version it returns an error together
 // with the target and the process, as far as they are present.
 func parse(text []byte) (State, error) {
@@ -229,6 +252,7 @@ func parse(text []byte) (State, error) {
 	if err := json.Unmarshal(text, &s); err != nil {
 		return State{}, err
 	}
+	s.locate()
 	return s, s.check()
 }
 

@@ -192,7 +192,7 @@ func TestControllersAreKept(t *testing.T) {
 	dies := func(t *testing.T, d Dir, ids ...uint16) *Entry {
 		t.Helper()
 		e := reserve(t, d, lab)
-		e.Controllers = Distinct(append(e.Controllers, ids...))
+		e.Controllers = Distinct(append(e.Controllers, controllers(ids...)...))
 		e.KeepAlive = max(e.KeepAlive, 7*len(ids))
 		die(t, e)
 		return e
@@ -208,23 +208,23 @@ func TestControllersAreKept(t *testing.T) {
 		before    func(t *testing.T, d Dir)
 		target    Target
 		duplicate bool
-		want      []uint16
+		want      []Controller
 	}{
-		{"connect again", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, false, []uint16{3, 4}},
-		{"duplicate", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, true, []uint16{3, 4}},
-		{"by another address", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, elsewhere, false, []uint16{3, 4}},
+		{"connect again", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, false, controllers(3, 4)},
+		{"duplicate", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, lab, true, controllers(3, 4)},
+		{"by another address", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, elsewhere, false, controllers(3, 4)},
 		{"another subsystem", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, stranger, false, nil},
 		{"another host", func(t *testing.T, d Dir) { dies(t, d, 3, 4) }, host, false, nil},
-		{"cleared", func(t *testing.T, d Dir) { cleared(t, d, dies(t, d, 3, 4)) }, lab, false, []uint16{3, 4}},
+		{"cleared", func(t *testing.T, d Dir) { cleared(t, d, dies(t, d, 3, 4)) }, lab, false, controllers(3, 4)},
 		{"cleared twice", func(t *testing.T, d Dir) {
 			cleared(t, d, dies(t, d, 3, 4))
 			cleared(t, d, dies(t, d, 4, 5))
-		}, elsewhere, false, []uint16{3, 4, 5}},
+		}, elsewhere, false, controllers(3, 4, 5)},
 		{"ended in disorder", func(t *testing.T, d Dir) {
-			if err := reserve(t, d, lab).Retire(ctx, []uint16{7}); err != nil {
+			if err := reserve(t, d, lab).Retire(ctx, controllers(7)); err != nil {
 				t.Fatal(err)
 			}
-		}, lab, false, []uint16{7}},
+		}, lab, false, controllers(7)},
 		{"ended in order", func(t *testing.T, d Dir) {
 			if err := reserve(t, d, lab).Retire(ctx, nil); err != nil {
 				t.Fatal(err)
@@ -233,7 +233,7 @@ func TestControllersAreKept(t *testing.T) {
 		{"cleared, and the next one died before it asked", func(t *testing.T, d Dir) {
 			cleared(t, d, dies(t, d, 3, 4))
 			die(t, reserve(t, d, lab))
-		}, lab, false, []uint16{3, 4}},
+		}, lab, false, controllers(3, 4)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d := Dir(filepath.Join(t.TempDir(), "run"))
@@ -246,7 +246,7 @@ func TestControllersAreKept(t *testing.T) {
 			if err != nil || !slices.Equal(saved.Controllers, tt.want) {
 				t.Errorf("on record %v, %v", saved.Controllers, err)
 			}
-			if slices.Contains(tt.want, 4) != (saved.KeepAlive == 14) {
+			if slices.Contains(tt.want, atLab(4)) != (saved.KeepAlive == 14) {
 				t.Errorf("keep alive timeout %d on record", saved.KeepAlive)
 			}
 		})
@@ -259,7 +259,7 @@ func TestControllersAreKept(t *testing.T) {
 func TestInheritedByLiveServer(t *testing.T) {
 	d := Dir(filepath.Join(t.TempDir(), "run"))
 	dead := reserve(t, d, lab)
-	dead.Process, dead.Controllers, dead.KeepAlive = deadProcess(t), []uint16{7}, 9
+	dead.Process, dead.Controllers, dead.KeepAlive = deadProcess(t), controllers(7), 9
 	if err := dead.Save(); err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +267,7 @@ func TestInheritedByLiveServer(t *testing.T) {
 		t.Fatal(done, err)
 	}
 	first := reserve(t, d, lab)
-	first.Controllers = append(first.Controllers, 8) // its own
+	first.Controllers = append(first.Controllers, atLab(8)) // its own
 	if err := first.Save(); err != nil {
 		t.Fatal(err)
 	}
@@ -275,7 +275,7 @@ func TestInheritedByLiveServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(second.Controllers, []uint16{7}) || second.KeepAlive != 9 {
+	if !slices.Equal(second.Controllers, controllers(7)) || second.KeepAlive != 9 {
 		t.Errorf("the second server waits for %v, keep alive timeout %d", second.Controllers, second.KeepAlive)
 	}
 }
@@ -283,21 +283,21 @@ func TestInheritedByLiveServer(t *testing.T) {
 func TestForget(t *testing.T) {
 	d := Dir(t.TempDir())
 	first := reserve(t, d, lab)
-	first.Controllers = []uint16{3, 4}
+	first.Controllers = controllers(3, 4)
 	die(t, first)
 	other := lab
 	other.NQN = "nqn.other"
 	stranger := reserve(t, d, other)
-	stranger.Controllers = []uint16{3}
+	stranger.Controllers = controllers(3)
 	die(t, stranger)
 	e, err := d.Reserve(ctx, lab, nil, true)
-	if err != nil || !slices.Equal(e.Controllers, []uint16{3, 4}) {
+	if err != nil || !slices.Equal(e.Controllers, controllers(3, 4)) {
 		t.Fatalf("%+v, %v", e, err)
 	}
-	if err := e.Forget(ctx, []uint16{3}); err != nil {
+	if err := e.Forget(ctx, controllers(3)); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string][]uint16{first.Name: {4}, stranger.Name: {3}, e.Name: {3, 4}} {
+	for name, want := range map[string][]Controller{first.Name: controllers(4), stranger.Name: controllers(3), e.Name: controllers(3, 4)} {
 		if r, err := d.Find(name); err != nil || !slices.Equal(r.Controllers, want) {
 			t.Errorf("%s has %v, %v, want %v", name, r.Controllers, err, want)
 		}
@@ -311,10 +311,10 @@ func TestForgetByAddress(t *testing.T) {
 	other := lab
 	other.Address = netip.MustParseAddrPort("10.0.2.16:4420")
 	dead := reserve(t, d, lab)
-	dead.Controllers = []uint16{3, 4}
+	dead.Controllers = controllers(3, 4)
 	die(t, dead)
 	e := reserve(t, d, other)
-	if !slices.Equal(e.Controllers, []uint16{3, 4}) {
+	if !slices.Equal(e.Controllers, controllers(3, 4)) {
 		t.Errorf("at the other address: %v", e.Controllers)
 	}
 	if err := e.Forget(ctx, e.Controllers); err != nil {
@@ -324,7 +324,7 @@ func TestForgetByAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	again, err := d.Adopt(ctx, dead.Name)
-	if err != nil || !slices.Equal(again.Controllers, []uint16{3, 4}) {
+	if err != nil || !slices.Equal(again.Controllers, controllers(3, 4)) {
 		t.Errorf("at the same address: %+v, %v", again, err)
 	}
 }
@@ -337,7 +337,7 @@ func TestSaveFails(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(blocked, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	e.Controllers = []uint16{9}
+	e.Controllers = controllers(9)
 	if err := e.Save(); err == nil || !strings.Contains(err.Error(), "state.json") {
 		t.Errorf("%v", err)
 	}
