@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -10,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -282,4 +284,27 @@ func listPaths(ts *testscript.TestScript) []listedPath {
 		ts.Fatalf("%d servers", len(list.Controllers))
 	}
 	return list.Controllers[0].Paths
+}
+
+func TestSortTimes(t *testing.T) {
+	at := func(ms int) time.Time { return time.Time{}.Add(time.Duration(ms) * time.Millisecond) }
+	const began, noticed = 100, 110
+	f := sortTimes([]ioTime{
+		{at(0), at(7), false, nil},
+		{at(90), at(98), true, nil},
+		{at(99), at(120), false, nil},
+		{at(130), at(155), false, nil},
+		{at(95), at(105), true, nil},     // ended before anything was noticed
+		{at(108), at(400), true, nil},    // held
+		{at(111), at(141), true, nil},    // may have been in flight, in the milliseconds of the log
+		{at(112), at(140), true, nil},    // not in flight
+		{at(500), at(501), true, io.EOF}, // fails
+	}, at(began), at(noticed))
+	want := failoverTimes{
+		readBefore: 7 * time.Millisecond, writeBefore: 8 * time.Millisecond, read: 25 * time.Millisecond,
+		write: 28 * time.Millisecond, held: 292 * time.Millisecond, inFlight: 2, err: io.EOF,
+	}
+	if f != want {
+		t.Errorf("%+v, want %+v", f, want)
+	}
 }
