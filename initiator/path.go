@@ -12,7 +12,7 @@ import (
 
 // Policy says which of several paths a request takes. Every policy uses the paths with the
 // best access to the namespace only: optimized ones, or non-optimized ones if there is no
-// other. Among these, Config.Preferred of the policy Preferred comes first, then a path of which
+// other. Among these, the preferred one of the policy Preferred comes first, then a path of which
 // the loop has a queue pair. The policy decides what is left.
 type Policy uint8
 
@@ -20,7 +20,7 @@ type Policy uint8
 const (
 	QueueDepth Policy = iota // the path with the fewest requests in flight
 	RoundRobin               // the next path in turn
-	Preferred                // Config.Preferred while it can be used; otherwise the same path until it fails
+	Preferred                // the preferred path while it can be used; otherwise the same path until it fails
 	nPolicies
 )
 
