@@ -80,15 +80,15 @@ func (g *guest) fail(ctx context.Context, path, where string, err error) error {
 
 // prepare sets up the target and loads what the paths need.
 func (g *guest) prepare(ctx context.Context) error {
-	if _, err := command(ctx, g.plan.Lab, "target", "ns="+strconv.Itoa(max(1, g.plan.Devices)), "size="+strconv.Itoa(g.plan.SizeMiB)); err != nil {
+	if err := g.target(ctx, targetNQN, "ns="+strconv.Itoa(max(1, g.plan.Devices))); err != nil {
 		return err
 	}
-	node, err := os.ReadFile("/sys/kernel/config/nvmet/subsystems/" + targetNQN + "/namespaces/1/device_path")
-	if err != nil {
-		return err
-	}
-	if err := fill(strings.TrimSpace(string(node)), g.plan.SizeMiB); err != nil {
-		return err
+	if slices.Contains(g.plan.Paths, pathTwoPaths) {
+		err := g.target(ctx, twoPathsNQN, "svc="+strings.Join(twoPathsServices[:], ","),
+			"qid_max="+strconv.Itoa(g.plan.Queues/len(twoPathsServices)))
+		if err != nil {
+			return err
+		}
 	}
 	for _, name := range g.plan.Paths {
 		p, err := pathNamed(name)
@@ -112,6 +112,19 @@ func (g *guest) prepare(ctx context.Context) error {
 		info.Nvme = first
 	}
 	return g.emit(event{Guest: &info})
+}
+
+// target sets up a subsystem and fills its first namespace.
+func (g *guest) target(ctx context.Context, nqn string, more ...string) error {
+	args := append([]string{"target", "nqn=" + nqn, "size=" + strconv.Itoa(g.plan.SizeMiB)}, more...)
+	if _, err := command(ctx, g.plan.Lab, args...); err != nil {
+		return err
+	}
+	node, err := os.ReadFile("/sys/kernel/config/nvmet/subsystems/" + nqn + "/namespaces/1/device_path")
+	if err != nil {
+		return err
+	}
+	return fill(strings.TrimSpace(string(node)), g.plan.SizeMiB)
 }
 
 // fill writes the whole namespace, because null_blk keeps no page for what was

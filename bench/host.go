@@ -68,7 +68,7 @@ func build(ctx context.Context, paths []string) error {
 	if _, err := os.Stat("build/vm"); err != nil {
 		steps = append(steps, []string{"go", "-C", "e2e", "build", "-o", "../build/vm", "./vm"})
 	}
-	if slices.ContainsFunc(paths, func(p string) bool { return p == pathOurs || p == pathOursPoll || p == pathScraped }) {
+	if slices.ContainsFunc(paths, func(p string) bool { return p != pathKernel && p != pathNull }) {
 		steps = append(steps, []string{"go", "build", "-o", "build/ublk-nvmeof", "./cmd/ublk-nvmeof"})
 	}
 	for _, s := range steps {

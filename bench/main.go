@@ -5,11 +5,12 @@
 //	ours    ublk-nvmeof connect
 //	null    the ublk front end with a back end that does nothing, as the upper limit
 //
-// and, with -paths, on ours-poll, which has poll queues besides, and on scraped, whose
-// metrics are read each second.
+// and, with -paths, on ours-poll, which has poll queues besides, on scraped, whose metrics are
+// read each second, and on two-paths, which is connected to two ports of the target, with as
+// many queue pairs over both of them together as ours has.
 //
 // kernel and ours use the same target, nvmet-rdma over rdma_rxe with a memory-backed
-// null_blk, in the same VM.
+// null_blk, in the same VM. two-paths uses another subsystem of it.
 //
 // # Modes
 //
@@ -55,6 +56,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
@@ -165,8 +167,13 @@ func parseOptions(args []string) (options, error) {
 	if o.plan.Workloads, err = choose("--only", *only, workloadNames()); err != nil {
 		return o, err
 	}
-	o.plan.Paths, err = choose("--paths", *paths, pathNames())
-	return o, err
+	if o.plan.Paths, err = choose("--paths", *paths, pathNames()); err != nil {
+		return o, err
+	}
+	if slices.Contains(o.plan.Paths, pathTwoPaths) && o.plan.Queues%len(twoPathsServices) != 0 {
+		return o, fmt.Errorf("--queues %d: %s needs an even number", o.plan.Queues, pathTwoPaths)
+	}
+	return o, nil
 }
 
 // choose splits a list whose elements have to be among known; "" is all.

@@ -22,12 +22,16 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// The target of e2e/lab.sh.
+// The target of e2e/lab.sh, and a subsystem with two ports.
 const (
 	targetNQN     = "nqn.2026-01.org.example:lab"
 	targetAddress = "10.0.2.15"
 	targetService = "4420"
+	twoPathsNQN   = "nqn.2026-01.org.example:two"
 )
+
+// twoPathsServices are the ports of twoPathsNQN.
+var twoPathsServices = [...]string{"4421", "4422"}
 
 // stepTimeout bounds connecting, disconnecting and their like; in mode icount it
 // is virtual time.
@@ -48,24 +52,29 @@ type path struct {
 	connect func(context.Context, plan) (*disk, error)
 }
 
-// The paths by name; oursPoll is ours with poll queues besides, and scraped is ours whose
-// metrics are read each second.
+// The paths by name; oursPoll is ours with poll queues besides, scraped is ours whose metrics are
+// read each second, and twoPaths is ours over two ports of the target, which grants each of them
+// half of the queues.
 const (
 	pathKernel   = "kernel"
 	pathOurs     = "ours"
 	pathNull     = "null"
 	pathOursPoll = "ours-poll"
 	pathScraped  = "scraped"
+	pathTwoPaths = "two-paths"
 )
 
 var paths = []path{
 	{pathKernel, "nvme-rdma", connectKernel},
-	{pathOurs, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectOurs(ctx, p) }},
+	{pathOurs, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectOurs(ctx, p, targetNQN, targetService) }},
 	{pathNull, "ublk_drv", connectNull},
 	{pathOursPoll, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
-		return connectOurs(ctx, p, "-P", strconv.Itoa(p.Queues))
+		return connectOurs(ctx, p, targetNQN, targetService, "-P", strconv.Itoa(p.Queues))
 	}},
 	{pathScraped, "ublk_drv", connectScraped},
+	{pathTwoPaths, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
+		return connectOurs(ctx, p, twoPathsNQN, twoPathsServices[0], "--path", targetAddress+","+twoPathsServices[1])
+	}},
 }
 
 func pathNames() []string {
@@ -121,9 +130,9 @@ func connectKernel(ctx context.Context, p plan) (*disk, error) {
 
 var ublkNode = regexp.MustCompile(`/dev/ublkb(\d+)`)
 
-func connectOurs(ctx context.Context, p plan, more ...string) (*disk, error) {
-	args := append([]string{"connect", "-t", "rdma", "-a", targetAddress, "-s", targetService,
-		"-n", targetNQN, "-i", strconv.Itoa(p.Queues), "--duplicate-connect"}, more...)
+func connectOurs(ctx context.Context, p plan, nqn, service string, more ...string) (*disk, error) {
+	args := append([]string{"connect", "-t", "rdma", "-a", targetAddress, "-s", service,
+		"-n", nqn, "-i", strconv.Itoa(p.Queues), "--duplicate-connect"}, more...)
 	if p.Devices > 1 {
 		args = append(args, "--max-io-size=64KiB") // their buffers have to fit into the VM
 	}
@@ -148,7 +157,7 @@ func connectOurs(ctx context.Context, p plan, more ...string) (*disk, error) {
 const metricsAddress = "127.0.0.1:9471"
 
 func connectScraped(ctx context.Context, p plan) (*disk, error) {
-	d, err := connectOurs(ctx, p, "--metrics-listen", metricsAddress)
+	d, err := connectOurs(ctx, p, targetNQN, targetService, "--metrics-listen", metricsAddress)
 	if err == nil {
 		d.beside = scrapeEachSecond
 	}

@@ -104,15 +104,17 @@ func (r result) markdown() string {
 }
 
 // comparisons are the pairs of paths whose IOPS are compared: each with the kernel, and
-// scraped with ours.
+// variants of ours with ours.
 func comparisons(names []string) (pairs [][2]string) {
 	for _, p := range names {
 		if p != pathKernel && slices.Contains(names, pathKernel) {
 			pairs = append(pairs, [2]string{p, pathKernel})
 		}
 	}
-	if slices.Contains(names, pathScraped) && slices.Contains(names, pathOurs) {
-		pairs = append(pairs, [2]string{pathScraped, pathOurs})
+	for _, p := range []string{pathScraped, pathTwoPaths} {
+		if slices.Contains(names, p) && slices.Contains(names, pathOurs) {
+			pairs = append(pairs, [2]string{p, pathOurs})
+		}
 	}
 	return pairs
 }
@@ -136,7 +138,7 @@ func (r result) ioTable(b *strings.Builder, names []string) {
 		}
 		for _, pair := range comparisons(names) {
 			number := ratio
-			if pair[0] == pathScraped {
+			if pair[1] == pathOurs {
 				number = fine // the difference is small
 			}
 			cells = append(cells, format(spreadOf(ratios(r.values(w, pair[0], iops), r.values(w, pair[1], iops))), number))

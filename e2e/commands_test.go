@@ -17,14 +17,16 @@ import (
 
 // commands are the scripts' own, beside those of testscript.
 var commands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
-	"exits":   exits,
-	"fields":  fields,
-	"longest": longest,
-	"refuses": refuses,
-	"until":   until,
-	"verify":  verify,
-	"waitfor": waitfor,
-	"within":  within,
+	"exits":    exits,
+	"failover": failover,
+	"fields":   fields,
+	"longest":  longest,
+	"refuses":  refuses,
+	"shares":   shares,
+	"until":    until,
+	"verify":   verify,
+	"waitfor":  waitfor,
+	"within":   within,
 }
 
 // exits CODE command [argument …]: the command's exit code is CODE. Its output is

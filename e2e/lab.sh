@@ -20,8 +20,11 @@
 #	resize NSID MiB       resize it
 #	enable NSID 0|1       take a namespace away, and give it back
 #	format NSID BYTES     format it, with blocks of another size
+#	ana PORT GROUP STATE  state of an ANA group over a port, which has a number from 1 on
+#	group NSID GROUP      move a namespace to another ANA group
 #	count                 count from zero what arrives at the target
 #	counts                print the commands as lines "qid opcode number", opcode in hex
+#	controllers           print the commands on I/O queues as lines "cntlid opcode number"
 #	bios                  print the block requests that they became, as lines "kind number":
 #	                      R read, W write, D discard, FF flush; after the kind: F = FUA, S = sync
 #	wire                  two more RDMA devices with a cable between them; a target at
@@ -30,8 +33,8 @@
 #	mend                  no more
 #	down WHAT             an outage of the target at the end of the cable, and its end: the
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
-#	                      the host's RDMA device, or the packets to it, from it or both
-#	                      ways (UDP port 4791)
+#	                      the host's RDMA device, its network interface, or the packets to
+#	                      it, from it or both ways (UDP port 4791); "port N" is another port
 #	restart SECONDS       the target goes away and comes back with its port first: for so long
 #	                      it has no namespace
 #	far ADDR [MTU]        an RDMA device on eth1, the cable to another VM, with an address
@@ -78,11 +81,12 @@ lab_rxe() {
 # lab_target KEY=VALUE…
 #
 #	nqn=NQN         name of the subsystem
-#	addr=ADDR,…     ports' addresses, svc=PORT their service
+#	addr=ADDR,…     ports' addresses, svc=PORT,… their services: a port for each pair
 #	ns=N            number of namespaces (1)
 #	size=N          of each, in MiB (256)
 #	bs=N            logical block size in bytes, 512 or 4096 (512)
 #	cache=N         volatile write cache of N MiB (0 = none)
+#	delay=N         time that each request takes, in milliseconds (0)
 #	discard=0|1     (1)
 #	hosts=LIST      comma-separated host NQNs that may connect (any)
 #	qid_max=N       at most N I/O queues per host
@@ -92,11 +96,11 @@ lab_rxe() {
 #	files=DIR       namespaces on files in DIR, which are made if they do not exist, and with
 #	                the same UUIDs and serial number each time
 lab_target() {
-	local nqn=$LAB_NQN addr=$LAB_ADDR svc=$LAB_PORT ns=1 size=256 bs=512 cache=0 discard=1
+	local nqn=$LAB_NQN addr=$LAB_ADDR svc=$LAB_PORT ns=1 size=256 bs=512 cache=0 delay=0 discard=1
 	local hosts=any qid_max='' inline='' queue_size='' mdts='' files='' arg
 	for arg in "$@"; do
 		case $arg in
-		nqn=* | addr=* | svc=* | ns=* | size=* | bs=* | cache=* | discard=* | hosts=* | \
+		nqn=* | addr=* | svc=* | ns=* | size=* | bs=* | cache=* | delay=* | discard=* | hosts=* | \
 			qid_max=* | inline=* | queue_size=* | mdts=* | files=*) local "${arg?}" ;;
 		*) lab_fail "target: unknown argument '$arg'" || return ;;
 		esac
@@ -121,16 +125,18 @@ lab_target() {
 		if [ -n "$files" ]; then
 			lab_kept "$subsys" $i "$size" "$files/${nqn##*:}-$i.img" || return
 		else
-			lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" || return
+			lab_namespace "$subsys" $i "$size" "$bs" "$cache" "$discard" "$delay" || return
 		fi
 	done
 
 	for addr in ${addr//,/ }; do
-		lab_port "$addr" || return
+		for i in ${svc//,/ }; do
+			lab_port "$addr" "$i" || return
+		done
 	done
 }
 
-# lab_port ADDR is a part of lab_target, whose variables it uses.
+# lab_port ADDR PORT is a part of lab_target, whose variables it uses.
 lab_port() {
 	local port=1 family=ipv4
 	[[ $1 != *:* ]] || family=ipv6
@@ -140,7 +146,7 @@ lab_port() {
 	lab_set "$port/addr_trtype" rdma || return
 	lab_set "$port/addr_adrfam" $family || return
 	lab_set "$port/addr_traddr" "$1" || return
-	lab_set "$port/addr_trsvcid" "$svc" || return
+	lab_set "$port/addr_trsvcid" "$2" || return
 	[ -z "$inline" ] || lab_set "$port/param_inline_data_size" "$inline" || return
 	[ -z "$queue_size" ] || lab_set "$port/param_max_queue_size" "$queue_size" || return
 	[ -z "$mdts" ] || lab_set "$port/param_mdts" "$mdts" || return
@@ -191,7 +197,7 @@ lab_kept() {
 	lab_set "$1/namespaces/$2/enable" 1
 }
 
-# lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD
+# lab_namespace SUBSYSTEM NSID SIZE BLOCKSIZE CACHE DISCARD DELAY
 lab_namespace() {
 	local i=0 dir
 	while [ -d "$lab_nullb/nullb$i" ]; do i=$((i + 1)); done
@@ -202,7 +208,12 @@ lab_namespace() {
 	lab_set "$dir/blocksize" "$4" || return
 	lab_set "$dir/cache_size" "$5" || return
 	lab_set "$dir/discard" "$6" || return
-	lab_set "$dir/irqmode" 0 || return
+	if [ "$7" = 0 ]; then
+		lab_set "$dir/irqmode" 0 || return
+	else
+		lab_set "$dir/irqmode" 2 || return # a timer
+		lab_set "$dir/completion_nsec" $(($7 * 1000000)) || return
+	fi
 	lab_set "$dir/submit_queues" "$(nproc)" || return
 	lab_set "$dir/power" 1 || return
 	mkdir "$1/namespaces/$2" || return
@@ -259,6 +270,16 @@ lab_format() {
 	lab_set "$ns/enable" 1
 }
 
+lab_ana() {
+	local dir=$lab_nvmet/ports/$1/ana_groups/$2
+	[ -d "$dir" ] || mkdir "$dir" || return
+	lab_set "$dir/ana_state" "$3"
+}
+
+lab_group() {
+	lab_set "$lab_nvmet/subsystems/$LAB_NQN/namespaces/$1/ana_grpid" "$2"
+}
+
 # lab_ports NQN prints the ports that carry a subsystem.
 lab_ports() {
 	local link
@@ -271,7 +292,7 @@ lab_ports() {
 # a trace point patches the kernel's code, which emulation on several threads
 # rarely, but sometimes, does not survive.
 lab_count() {
-	lab_hist "$lab_trace/nvmet/nvmet_req_init/trigger" qid,opcode
+	lab_hist "$lab_trace/nvmet/nvmet_req_init/trigger" ctrl_id,qid,opcode
 	lab_hist "$lab_trace/block/block_rq_issue/trigger" dev,rwbs
 }
 
@@ -283,13 +304,19 @@ lab_hist() {
 	{ echo "hist:keys=$2$clear" >>"$1"; } 2>/dev/null || lab_fail "$1: kernel refuses a histogram of $2"
 }
 
+# lab_arrived prints the commands that arrived as lines "cntlid qid opcode number".
+lab_arrived() {
+	# { ctrl_id:          1, qid:          1, opcode:          2 } hitcount:        100
+	sed -n 's/^{ ctrl_id: *\([0-9]*\), qid: *\([0-9]*\), opcode: *\([0-9]*\) } hitcount: *\([0-9]*\).*/\1 \2 \3 \4/p' \
+		$lab_trace/nvmet/nvmet_req_init/hist
+}
+
 lab_counts() {
-	local qid opcode number
-	# { qid:          1, opcode:          2 } hitcount:        100
-	sed -n 's/^{ qid: *\([0-9]*\), opcode: *\([0-9]*\) } hitcount: *\([0-9]*\).*/\1 \2 \3/p' \
-		$lab_trace/nvmet/nvmet_req_init/hist | sort -n | while read -r qid opcode number; do
-		printf '%d %02x %d\n' "$qid" "$opcode" "$number"
-	done
+	lab_arrived | awk '{ n[sprintf("%d %02x", $2, $3)] += $4 } END { for (k in n) print k, n[k] }' | sort -n
+}
+
+lab_controllers() {
+	lab_arrived | awk '$2 > 0 { n[sprintf("%d %02x", $1, $3)] += $4 } END { for (k in n) print k, n[k] }' | sort -n
 }
 
 lab_bios() {
@@ -314,13 +341,18 @@ lab_wire() {
 	ip rule del pref 0 lookup local || return
 	for i in 1 2; do
 		ip addr add 10.0.3.$i/24 dev lab$i || return
-		ip link set lab$i up || return
 		sysctl -qw net.ipv4.conf.lab$i.accept_local=1 net.ipv4.conf.lab$i.rp_filter=0 || return
-		ip neigh add 10.0.3.$((3 - i)) lladdr 02:00:00:00:00:0$((3 - i)) nud permanent dev lab$i || return
-		ip route add 10.0.3.$((3 - i)) dev lab$i src 10.0.3.$i table $((300 + i)) || return
 		ip rule add pref $((20 + i)) iif lo to 10.0.3.$((3 - i)) lookup $((300 + i)) || return
+		lab_end $i || return
 		rdma link add rxe$i type rxe netdev lab$i || return
 	done
+}
+
+# lab_end I sets up what goes away when an end of the cable goes down.
+lab_end() {
+	ip link set lab$1 up || return
+	ip neigh replace 10.0.3.$((3 - $1)) lladdr 02:00:00:00:00:0$((3 - $1)) nud permanent dev lab$1 || return
+	ip route replace 10.0.3.$((3 - $1)) dev lab$1 src 10.0.3.$1 table $((300 + $1))
 }
 
 lab_unwire() {
@@ -396,17 +428,17 @@ lab_loses() {
 	nft add rule inet lab input iifname "{ $1 }" udp dport 4791 drop
 }
 
-# Not the network interface: rxe's QP 1 never sends again after a packet that could
-# not be sent, neither here nor at the target.
 lab_down() {
 	local port spare=$lab_nvmet/subsystems/$LAB_NQN-spare
-	port=$(lab_ports "$LAB_NQN" | head -n 1)
+	port=${2:+$lab_nvmet/ports/$2}
+	[ -n "$port" ] || port=$(lab_ports "$LAB_NQN" | head -n 1)
 	case $1 in
 	port) rm "$port/subsystems/$LAB_NQN" ;;
 	subsystem)
 		mkdir "$spare" && ln -s "$spare" "$port/subsystems/" && rm "$port/subsystems/$LAB_NQN"
 		;;
 	device) rdma link delete rxe1 ;;
+	interface) ip link set lab1 down ;;
 	to) lab_loses lab2 ;;
 	from) lab_loses lab1 ;;
 	both) lab_loses lab1,lab2 ;;
@@ -416,18 +448,40 @@ lab_down() {
 
 lab_up() {
 	local port spare=$lab_nvmet/subsystems/$LAB_NQN-spare
+	port=${2:+$lab_nvmet/ports/$2}
+	[ -n "$port" ] || port=$(lab_wired)
 	case $1 in
-	port | subsystem)
-		for port in "$lab_nvmet"/ports/*; do
-			[ "$(cat "$port/addr_traddr")" = 10.0.3.2 ] || continue
-			ln -s "$lab_nvmet/subsystems/$LAB_NQN" "$port/subsystems/" || return
-			[ "$1" = port ] || { rm "$port/subsystems/$LAB_NQN-spare" && rmdir "$spare"; } || return
-		done
+	port) ln -s "$lab_nvmet/subsystems/$LAB_NQN" "$port/subsystems/" ;;
+	subsystem)
+		ln -s "$lab_nvmet/subsystems/$LAB_NQN" "$port/subsystems/" &&
+			rm "$port/subsystems/$LAB_NQN-spare" && rmdir "$spare"
 		;;
 	device) rdma link add rxe1 type rxe netdev lab1 ;;
+	interface) lab_up_interface "$port" ;;
 	to | from | both) lab_mend ;;
 	*) lab_fail "up: unknown '$1'" ;;
 	esac
+}
+
+# lab_wired prints the port at the end of the cable.
+lab_wired() {
+	local port
+	for port in "$lab_nvmet"/ports/*; do
+		[ "$(cat "$port/addr_traddr")" != 10.0.3.2 ] || echo "$port"
+	done
+}
+
+# lab_up_interface PORT makes the RDMA devices anew: rxe's QP 1 never sends again after a
+# packet that could not be sent, neither here nor at the target.
+lab_up_interface() {
+	local i
+	rm "$1/subsystems/$LAB_NQN" || return
+	for i in 1 2; do
+		lab_end $i || return
+		rdma link delete rxe$i || return
+		rdma link add rxe$i type rxe netdev lab$i || return
+	done
+	ln -s "$lab_nvmet/subsystems/$LAB_NQN" "$1/subsystems/"
 }
 
 # lab_restart SECONDS does what is seen of a target that restarts, and opens its port
@@ -454,7 +508,7 @@ lab_target_down() {
 	for port in $(lab_ports "$nqn"); do
 		rm "$port/subsystems/$nqn" || return
 		[ -z "$(ls -A "$port/subsystems")" ] || continue
-		for dir in "$port"/referrals/*/; do
+		for dir in "$port"/referrals/*/ "$port"/ana_groups/[2-9]*/; do
 			[ ! -d "$dir" ] || rmdir "$dir" || return
 		done
 		rmdir "$port" || return
@@ -509,7 +563,8 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
 	set -u
 	verb=${1:-}
 	case $verb in
-	rxe | target | list | referral | auth | grant | readonly | file | resize | enable | format | count | counts | bios | wire | cut | deaf | mend | down | up | restart | \
+	rxe | target | list | referral | auth | grant | readonly | file | resize | enable | format | ana | group | \
+		count | counts | controllers | bios | wire | cut | deaf | mend | down | up | restart | \
 		far | outside | bad | initiator | target-down | clean)
 		shift
 		"lab_${verb//-/_}" "$@"

@@ -12,15 +12,15 @@ import (
 
 // Policy says which of several paths a request takes. Every policy uses the paths with the
 // best access to the namespace only: optimized ones, or non-optimized ones if there is no
-// other. Among these, a path of which the loop has a queue pair comes first. The policy
-// decides what is left.
+// other. Among these, the preferred one of the policy Preferred comes first, then a path of which
+// the loop has a queue pair. The policy decides what is left.
 type Policy uint8
 
 // Policies, with the names of Linux (nvme_core.iopolicy)
 const (
 	QueueDepth Policy = iota // the path with the fewest requests in flight
 	RoundRobin               // the next path in turn
-	Preferred                // Config.Preferred while it can be used; otherwise the same path until it fails
+	Preferred                // the preferred path while it can be used; otherwise the same path until it fails
 	nPolicies
 )
 
@@ -70,7 +70,7 @@ func (l *lane) pick(r *request) *queuePair {
 		if v == nil || v.access == noAccess {
 			continue
 		}
-		s := int(v.access) << 3
+		s := int(v.access) << 4
 		if p.lane == l {
 			if p.lost {
 				continue
@@ -79,7 +79,7 @@ func (l *lane) pick(r *request) *queuePair {
 		}
 		if l.policy == Preferred {
 			if turn == l.preferred {
-				s |= 2
+				s |= 8
 			}
 			if turn == l.last {
 				s |= 1

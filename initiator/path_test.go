@@ -302,6 +302,38 @@ func TestPolicies(t *testing.T) {
 	check("fail-back", [3]int{0, 30, 0})
 }
 
+// TestPreferredOfAnotherLoop checks that all requests take the preferred path, also those of a
+// loop that has a queue pair of another path, and none of that one.
+func TestPreferredOfAnotherLoop(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	h.loops = append(h.loops, newLoops(t, 1)...)
+	if err := h.subs[0].SetMaxQueues(1); err != nil {
+		t.Fatal(err)
+	}
+	s := h.connect(func(c *Config) { c.Queues = poller.Request{IO: len(h.loops)} })
+	for n := range s.Paths() {
+		if err := s.SetPolicy(Preferred, s.Paths()[n]); err != nil {
+			t.Fatal(err)
+		}
+		owner := s.Paths()[n].current().plan.Owner[0]
+		for i, loop := range h.loops {
+			before := s.lanes[i].handedOver.Load()
+			q, err := s.Namespaces()[0].OpenQueue(i, block.QueueConfig{Depth: 1, MaxIO: 4096})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := &flight{q: q, loop: loop}
+			loop.Call(func() { q.Submit([]block.Request{readBlock}) })
+			if e := f.wait(t); e != 0 {
+				t.Errorf("read: %v", e)
+			}
+			if handed := s.lanes[i].handedOver.Load() - before; handed != uint64(min(1, max(i-owner, owner-i))) {
+				t.Errorf("path %d of loop %d is preferred: loop %d handed %d requests over", n, owner, i, handed)
+			}
+		}
+	}
+}
+
 // TestReadsGoOn checks that reads and disjoint writes continue within 100 ms after the loss of
 // a path, and that the held write is sent when another path says that the controller is gone.
 func TestReadsGoOn(t *testing.T) {
