@@ -100,7 +100,7 @@ func (c *Controller) fence(ctx context.Context, a *association, rem *remnant) er
 			f.lived = 0 // only time in which the target does not tell counts
 			rem.exists(fmt.Sprintf("the target at %v, which says that the controller exists, to say that it is gone", a.remote))
 		}
-		if err := f.wait(ctx, wait); err == errOver {
+		if err := f.wait(ctx, wait); errors.Is(err, errOver) {
 			return nil
 		} else if err != nil {
 			return &StepError{"wait for the end of the old controller", err}

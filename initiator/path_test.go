@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -455,6 +456,28 @@ func TestFailedWriteStaysFenced(t *testing.T) {
 	}
 	if e := h.send(s, readBlock, "").wait(t); e != 0 {
 		t.Errorf("read: %v", e)
+	}
+}
+
+// TestNoExtentOutlivesItsRemnant ends remnants while changes are barred because of them. An
+// extent that stayed would hold all later changes to its blocks for ever.
+func TestNoExtentOutlivesItsRemnant(t *testing.T) {
+	h := newHall(t, 1, false, nil)
+	s := h.connect(nil)
+	ns := s.Namespaces()[0]
+	r := &request{home: &nsQueue{ns: ns}}
+	r.io = block.Request{Op: block.OpWrite, Sectors: 8}
+	for range 20_000 {
+		rem := &remnant{ctrl: s.paths()[0], over: make(chan struct{})}
+		var both sync.WaitGroup
+		for range 4 {
+			both.Go(func() { ns.bar(rem, r) })
+		}
+		both.Go(func() { rem.end("the test says so") })
+		both.Wait()
+		if left := ns.barrier.Load(); left != nil {
+			t.Fatalf("extents %v are left", *left)
+		}
 	}
 }
 

@@ -85,21 +85,27 @@ func (ns *Namespace) bar(rem *remnant, r *request) {
 	case !changesData(r.io.Op):
 		return
 	}
-	rem.mu.Lock()
-	over := rem.done
-	rem.held++
-	rem.mu.Unlock()
-	if over {
-		return
-	}
+	// end sets done before it calls unbar, so an extent that is added here is also removed.
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
+	if rem.hold() {
+		return
+	}
 	var all []extent
 	if old := ns.barrier.Load(); old != nil {
 		all = slices.Clone(*old)
 	}
 	all = append(all, e)
 	ns.barrier.Store(&all)
+}
+
+// hold counts one more change with unknown outcome. It reports whether the controller is
+// already known to be gone.
+func (rem *remnant) hold() (over bool) {
+	rem.mu.Lock()
+	defer rem.mu.Unlock()
+	rem.held++
+	return rem.done
 }
 
 // unbar removes the extents of a remnant that has ended.
