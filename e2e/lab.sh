@@ -184,15 +184,17 @@ lab_auth() {
 	done
 }
 
-# lab_kept SUBSYSTEM NSID SIZE FILE
+# lab_kept SUBSYSTEM NSID SIZE FILE. The target cannot use a file on overlayfs, which has no
+# block size, itself.
 lab_kept() {
-	local id
+	local id loop
 	[ -e "$4" ] || truncate -s "$3M" "$4" || return
+	modprobe loop || return
+	loop=$(losetup --find --show --sector-size 4096 "$4") || return
 	id=$(printf '%s' "$4" | md5sum | cut -c -32) || return
 	lab_set "$1/attr_serial" "${id:0:20}" || return
 	mkdir "$1/namespaces/$2" || return
-	lab_set "$1/namespaces/$2/buffered_io" 1 || return
-	lab_set "$1/namespaces/$2/device_path" "$4" || return
+	lab_set "$1/namespaces/$2/device_path" "$loop" || return
 	lab_set "$1/namespaces/$2/device_uuid" "${id:0:8}-${id:8:4}-4${id:13:3}-8${id:17:3}-${id:20:12}" || return
 	lab_set "$1/namespaces/$2/enable" 1
 }

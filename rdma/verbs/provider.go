@@ -3,7 +3,7 @@
 package verbs
 
 /*
-#cgo LDFLAGS: -lrdmacm -libverbs
+#cgo LDFLAGS: -lrdmacm -libverbs -ldl
 #include "shim.h"
 */
 import "C"
@@ -52,6 +52,7 @@ func probe() error {
 	if _, err := os.Stat("/dev/infiniband/rdma_cm"); err != nil {
 		return fmt.Errorf("kernel module rdma_ucm is not loaded, or its node is not in this container: %w", err)
 	}
+	loadDrivers()
 	var n C.int
 	list, err := C.ibv_get_device_list(&n)
 	if list == nil {

@@ -1,9 +1,32 @@
 //go:build linux && cgo && !noverbs
 
+#define _GNU_SOURCE
 #include "shim.h"
 
+#include <dlfcn.h>
 #include <errno.h>
+#include <glob.h>
+#include <stdio.h>
 #include <string.h>
+
+void load_driver(const char *name)
+{
+	Dl_info lib;
+	char pattern[4096];
+	glob_t found;
+	// Not its address here, which can be that of a stub in the program.
+	void *symbol = dlsym(RTLD_DEFAULT, "ibv_get_device_list");
+
+	if (!symbol || !dladdr(symbol, &lib) || !strrchr(lib.dli_fname, '/'))
+		return;
+	snprintf(pattern, sizeof pattern, "%.*s/libibverbs/lib%s-rdmav*.so",
+		 (int)(strrchr(lib.dli_fname, '/') - lib.dli_fname), lib.dli_fname, name);
+	if (glob(pattern, 0, NULL, &found))
+		return;
+	if (found.gl_pathc == 1)
+		dlopen(found.gl_pathv[0], RTLD_NOW); // it registers itself with libibverbs
+	globfree(&found);
+}
 
 // The number of work requests that are chained on the stack for one call of the
 // driver. rdma_rxe makes one system call per chain, and hardware rings one doorbell.

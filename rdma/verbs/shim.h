@@ -55,6 +55,10 @@ struct posted {
 	int err;
 };
 
+// load_driver loads the part of libibverbs for a kind of device, if it is there and
+// unambiguous. It is loaded once, and for good.
+void load_driver(const char *name);
+
 struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n);
 struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n);
 int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n); // completions, or -errno
