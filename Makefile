@@ -52,7 +52,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # they need something of the machine, must be in the list.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|OfAStranger|UserSees|Seccomp \
-	cmd/ublk-nvmeof/internal/metrics:Promtool cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
+	cmd/ublk-nvmeof/internal/metrics:Promtool internal/rundir cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
 

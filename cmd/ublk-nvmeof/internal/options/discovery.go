@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
@@ -102,7 +103,7 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (d *Discovery) Complete(from Sources) error { return d.Connect.CompleteHost(from) }
+func (d *Discovery) Complete(from identity.Sources) error { return d.Connect.CompleteHost(from) }
 
 // Flags returns the flags of the service and of the connections.
 func (d *Discovery) Flags() *pflag.FlagSet { return d.flags }
@@ -125,7 +126,7 @@ var targetFlags = []string{"transport", "traddr", "trsvcid", "nqn"}
 // With returns the flags of d, but for the target, changed by more of them: those of a line
 // of discovery.conf, for example. It is complete if d is. Errors name the flag. The error
 // is ErrOtherTransport if the target is not reached by RDMA.
-func (d *Discovery) With(args []string, from Sources) (*Discovery, error) {
+func (d *Discovery) With(args []string, from identity.Sources) (*Discovery, error) {
 	n := DefaultDiscovery()
 	n.Config, n.Persistent, n.Quiet = d.Config, d.Persistent, d.Quiet
 	extra := pflag.NewFlagSet("", pflag.ContinueOnError)
