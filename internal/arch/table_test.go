@@ -103,7 +103,7 @@ var table = map[string]row{
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"block", "initiator", "nvme", "rdma"}, testing: []string{"nbd", "ublk", "vhost"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
 	"cmd/ublk-nvmeof/internal/options": {may: []string{"auth", "identity", "rdma/provider", "internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
@@ -11,7 +12,6 @@ import (
 	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/process"
 	"ublk-nvmeof/ublk"
-	"ublk-nvmeof/vhost"
 )
 
 // frontEnd is the front end of a server, with the reason for the choice.
@@ -128,5 +128,5 @@ func nbdAvailable() error {
 
 // isBusy reports whether the error says that a device is in use.
 func isBusy(err error) bool {
-	return errors.Is(err, ublk.ErrBusy) || errors.Is(err, nbd.ErrBusy) || errors.Is(err, vhost.ErrBusy)
+	return errors.Is(err, block.ErrBusy)
 }
