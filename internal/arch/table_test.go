@@ -79,6 +79,9 @@ var table = map[string]row{
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
+	"examples/diskcat": {may: []string{"disk"}, testing: []string{"rdma/roce", "target"}},
+	"examples/vmm":     {may: []string{"disk", "vhost"}, testing: []string{"rdma/rdmatest", "target", "vhost/vhosttest"}},
+
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
 	"docs":              {}, // what the program reads of its documents
