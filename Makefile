@@ -23,7 +23,7 @@
 #	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
 #	                boot to a shutdown with I/O; SERVICE=life is upgrade, stop, late targets,
 #	                connections by hand, and removal
-#	make lint       golangci-lint
+#	make lint       golangci-lint, and the API against that of the last release
 #	make clean      remove everything built except the kernels in build/cache
 
 KERNELS ?= 6.12 7.3
@@ -161,6 +161,7 @@ test-service: build package
 lint:
 	$(GOLANGCI) run ./...
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
+	e2e/apidiff.sh
 
 clean:
 	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log build/package build/static build/newer build/*.deb

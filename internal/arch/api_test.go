@@ -27,6 +27,33 @@ func TestAPI(t *testing.T) {
 	}
 }
 
+// TestPromise: docs/embedding.md lists the packages that promised reports.
+func TestPromise(t *testing.T) {
+	text, err := os.ReadFile("../../docs/embedding.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, list, _ := strings.Cut(string(text), "<!-- promised -->")
+	list, _, _ = strings.Cut(list, "<!-- end -->")
+	var listed, want []string
+	for line := range strings.Lines(list) {
+		if name, ok := strings.CutPrefix(line, "| `"); ok {
+			name, _, _ = strings.Cut(name, "`")
+			listed = append(listed, name)
+		}
+	}
+	for dir := range table {
+		if promised(dir) {
+			want = append(want, dir)
+		}
+	}
+	slices.Sort(listed)
+	slices.Sort(want)
+	if !slices.Equal(listed, want) {
+		t.Errorf("docs/embedding.md promises %v, want %v", listed, want)
+	}
+}
+
 // importable reports whether other programs can import a package as a part of the library.
 func importable(dir string) bool {
 	first, _, _ := strings.Cut(dir, "/")
