@@ -18,6 +18,8 @@
 #	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
 #	make bench      the comparison with the kernel's own initiator; BENCH=flags
+#	make bench-compare  the micro-benchmarks, compared with those of the revision BASE=main;
+#	                fails if one allocates more often; BENCH=flags and packages
 #	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
 #	                needs no library and has only RoCEv2
 #	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
@@ -30,6 +32,7 @@ KERNELS ?= 6.12 7.3
 KERNEL  ?= $(lastword $(KERNELS))
 RUN     ?= .
 BENCH   ?=
+BASE    ?= main
 VMFLAGS ?=
 N       ?= 100
 MINUTES ?= 15
@@ -64,7 +67,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench deb package static test-service lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench bench-compare deb package static test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -140,6 +143,9 @@ demo-vm: build
 
 bench: build
 	go run ./bench $(BENCH)
+
+bench-compare:
+	go run ./bench compare -base $(BASE) $(BENCH)
 
 deb: package static
 

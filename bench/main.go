@@ -82,6 +82,8 @@ func run(ctx context.Context, args []string) error {
 			return nullMain(ctx, args[1:])
 		case "nbd":
 			return nbdMain(ctx, args[1:])
+		case "compare":
+			return compareMain(ctx, args[1:])
 		}
 	}
 	o, err := parseOptions(args)

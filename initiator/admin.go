@@ -227,7 +227,7 @@ func (a *admin) start(cmd *nvme.Command, call *adminCall) error {
 		return a.err
 	}
 	if a.conn.sq.Scarce() {
-		if _, err := a.conn.sq.Reap(make([]uint16, a.conn.sq.Slots())); err != nil {
+		if _, err := a.conn.sq.Reap(); err != nil {
 			return err
 		}
 	}

@@ -246,8 +246,8 @@ func (j *job) finish(r block.Result) {
 func (l *lane) describe() string {
 	s := fmt.Sprintf("inbox %v parked %v", l.inbox.Load() != nil, l.parked.head != nil)
 	for _, p := range l.pairs {
-		s += fmt.Sprintf(", queue %d: %d outstanding, %d held, %d pending, waiting %v, armed %v, lost %v",
-			p.qid, p.sq.Outstanding(), p.sq.Held(), p.sq.Pending(), p.waiting.head != nil, p.armed, p.lost)
+		s += fmt.Sprintf(", queue %d: %d outstanding, %d pending, waiting %v, armed %v, lost %v",
+			p.qid, p.sq.Outstanding(), p.sq.Pending(), p.waiting.head != nil, p.armed, p.lost)
 	}
 	return s
 }

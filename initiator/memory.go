@@ -9,13 +9,13 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the I/O buffers of a subsystem: one slab for each open queue, which is
-// registered in the domain of each path. Methods may be called from any goroutine.
+// memory holds the I/O buffers of a subsystem: one slab for each queue, which is registered
+// in the domain of each path. It outlives the queue until no adapter has to read it (settle). Methods may be called from any goroutine.
 type memory struct {
-	limit   int64      // largest number of bytes of buffers
-	mu      sync.Mutex // guards what follows, and the fields of the domains
-	used    int64      // bytes of buffers in use
-	queues  map[*nsQueue]struct{}
+	limit   int64                 // largest number of bytes of buffers
+	mu      sync.Mutex            // guards what follows, and the fields of the domains
+	used    int64                 // bytes of buffers of open queues
+	queues  map[*nsQueue]struct{} // that have buffers
 	domains [maxPaths]*domain
 }
 
@@ -193,32 +193,42 @@ func (m *memory) open(q *nsQueue, size int) (err error) {
 		m.queues = make(map[*nsQueue]struct{})
 	}
 	m.queues[q] = struct{}{}
-	m.used += int64(len(q.slab))
 	for _, d := range m.domains {
 		if d != nil && d.pd != nil {
 			if err := d.register(q); err != nil {
-				return errors.Join(err, m.free(q))
+				return errors.Join(err, m.release(q))
 			}
 		}
 	}
+	m.used += int64(len(q.slab))
 	return nil
 }
 
-// shut frees the buffers of a queue.
+// shut says that the buffers of a queue are not used any more. They stay as they are until
+// free, but do not count.
 func (m *memory) shut(q *nsQueue) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if _, open := m.queues[q]; !open {
+	if q.closed {
 		return fmt.Errorf("close queue: %w", rdma.ErrClosed)
 	}
-	return m.free(q)
+	q.closed = true
+	m.used -= int64(len(q.slab))
+	return nil
 }
 
-// free does what shut does. If a registration cannot be ended, the memory stays mapped,
-// because the device may still write to it.
+// free frees the buffers of a queue that was shut.
 func (m *memory) free(q *nsQueue) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.release(q)
+}
+
+// release ends the registrations of a queue's buffers and unmaps them. If a registration
+// cannot be ended, the memory stays mapped, because the device may still write to it. The
+// caller holds the lock.
+func (m *memory) release(q *nsQueue) error {
 	delete(m.queues, q)
-	m.used -= int64(len(q.slab))
 	var errs []error
 	for _, d := range m.domains {
 		if d != nil {

@@ -22,6 +22,7 @@ type nsQueue struct {
 	times        *opHistograms
 	done         fifo
 	refused      []block.Result // results for tags that do not name a request
+	closed       bool           // guarded by memory.mu
 }
 
 // OpenQueue implements block.Device. The error is a *MemoryError if the queue would
@@ -110,10 +111,20 @@ func (q *nsQueue) Reap(done []block.Result) int {
 	return n
 }
 
-// Close implements block.Queue.
+// Close implements block.Queue. The memory is freed in the background.
 func (q *nsQueue) Close() error {
+	s := q.ns.sub
+	if err := s.mem.shut(q); err != nil {
+		return err
+	}
 	q.ns.open.Add(-1)
-	return q.ns.sub.mem.shut(q)
+	s.settling.Go(func() {
+		s.settle()
+		if err := s.mem.free(q); err != nil {
+			s.cfg.Log.Warn("free I/O buffers", "error", err)
+		}
+	})
+	return nil
 }
 
 // classOf returns the queue class of a request. ublk does not tell whether an application

@@ -27,7 +27,6 @@ type queuePair struct {
 	waiting   fifo          // requests without a slot
 	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
 	oldest    atomic.Uint32 // age in seconds of the oldest command in flight, as of the last tend
-	reaped    []uint16
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // the next response causes an event
 	lost      bool          // the queue pair failed and is not used any more
@@ -39,7 +38,6 @@ func newQueuePair(a *association, conn *connection, l *lane, class poller.Class,
 	return &queuePair{
 		connection: conn, assoc: a, slot: a.ctrl.slot, lane: l, class: class, inCapsule: inCapsule, checkHead: checkHead,
 		requests: make([]*request, conn.sq.Slots()),
-		reaped:   make([]uint16, conn.sq.Slots()),
 	}
 }
 
@@ -155,10 +153,12 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case opDirect:
-		// The buffer ends with the answer, and a capsule may be sent again after it. So the
-		// data are not in the capsule.
 		*cmd = r.direct.cmd
-		cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
+		if nvme.IsWrite(cmd) {
+			capsule = p.inline(cmd, r, 0, r.direct.length)
+		} else {
+			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
+		}
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
@@ -230,7 +230,10 @@ func (p *queuePair) poll() int {
 		n += p.answers()
 	}
 	if p.sq.Scarce() && !p.lost {
-		n += p.sends()
+		sends, err := p.sq.Reap()
+		if n += sends; err != nil {
+			p.fail(err)
+		}
 	}
 	for r := p.waiting.pop(); r != nil; r = p.waiting.pop() {
 		if !p.push(r) {
@@ -281,7 +284,9 @@ func (p *queuePair) answers() int {
 // answer handles the response to the command in a slot.
 func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	c, r := p.assoc.ctrl, p.requests[slot]
-	r.errno = 0
+	p.sq.Answer(slot)
+	p.requests[slot] = nil
+	errno := uint16(0)
 	if r.timed {
 		t := &r.timing
 		t.answered = p.lane.stamp()
@@ -290,9 +295,6 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	if status.OK() {
 		r.progress += r.sent
 		if r.progress < r.io.Sectors && r.sent > 0 {
-			// The request keeps its buffer, so the SEND may still read it.
-			p.sq.Answer(slot)
-			p.requests[slot] = nil
 			p.enter(r)
 			return
 		}
@@ -302,36 +304,28 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 		if status.Code() == nvme.StatusAuthRequired {
 			// The next association authenticates, and sends the request again.
 			p.fail(because(LossTargetError, errAuthStatus))
-			p.sq.Answer(slot)
-			p.requests[slot] = nil
 			p.enter(r)
 			return
 		}
 		if c.mayRetry(p.assoc, r, status) {
-			p.retry(slot, r, status)
+			p.retry(r, status)
 			return
 		}
-		r.errno, r.status = errnoOf(status), status
+		errno, r.status = errnoOf(status), status
 		c.sub.reportStatus(r, status)
 		if status.Code() == nvme.StatusInvalidNamespace {
 			p.assoc.lookAtNamespaces() // the event may be lost
 		}
 	}
-	if p.sq.Answer(slot) {
-		p.requests[slot] = nil
-		p.finish(r, r.errno)
-	}
+	p.finish(r, errno)
 }
 
 // retry sends a command again, after the delay that the target requested. It may allocate,
 // because errors are not on the hot path.
-func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
+func (p *queuePair) retry(r *request, status nvme.Status) {
 	l := p.lane
 	l.retried.Store(l.retried.Load() + 1)
 	r.timing.answered = 0 // the time until the command is sent again is no return
-	// The request keeps its buffer, so the SEND may still read it.
-	p.sq.Answer(slot)
-	p.requests[slot] = nil
 	if status.IsPathError() && p.elsewhere(r, status) {
 		p.giveBack(r)
 		return
@@ -345,22 +339,6 @@ func (p *queuePair) retry(slot uint16, r *request, status nvme.Status) {
 	l.delay(r, delay)
 }
 
-// sends collects completed SENDs.
-func (p *queuePair) sends() int {
-	n, err := p.sq.Reap(p.reaped)
-	for _, slot := range p.reaped[:n] {
-		// A command that is sent again has already left its slot.
-		if r := p.requests[slot]; r != nil {
-			p.requests[slot] = nil
-			p.finish(r, r.errno)
-		}
-	}
-	if err != nil {
-		p.fail(err)
-	}
-	return n
-}
-
 // arm implements the pair's part of poller.Source.
 func (p *queuePair) arm() poller.Readiness {
 	switch {
@@ -368,9 +346,6 @@ func (p *queuePair) arm() poller.Readiness {
 		return poller.Sleep
 	case p.sq.Pending() > 0:
 		return poller.Busy
-	case p.sq.Held() > 0:
-		// A response arrived before the completion of its SEND, which follows soon.
-		return poller.Spin
 	case p.waiting.head != nil && p.sq.Starved():
 		// Completions of SENDs free slots, and cause no event.
 		return poller.Spin

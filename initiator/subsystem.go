@@ -36,6 +36,7 @@ type Subsystem struct {
 	proving chan struct{}  // holds a token while Reauthenticate runs
 
 	reservations sync.WaitGroup // commands of Namespace.Reserve; none is added while closing
+	settling     sync.WaitGroup // closed queues whose buffers are not free yet
 
 	recording sync.Mutex // held while the controllers are recorded; taken before mu
 	placing   sync.Mutex // held while the namespaces are compared with what a path says; taken before mu
@@ -323,6 +324,7 @@ func (s *Subsystem) Close(ctx context.Context) error {
 	}
 	errs = append(errs, s.detachLanes())
 	s.reservations.Wait()
+	s.settling.Wait()
 	errs = append(errs, s.mem.close())
 	return errors.Join(errs...)
 }

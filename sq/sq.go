@@ -8,8 +8,8 @@
 // A slot is a capsule with its command id. The id consists of 12 bits of slot number
 // and, above them, 4 bits of generation. The generation changes each time the slot is
 // taken, so that a late or repeated response does not match the next command. A slot
-// is free again when its response has arrived and its SEND is known to be complete.
-// Until then the adapter may send the capsule again, and for that it reads it.
+// is free again when its response has arrived and its SEND is known to be complete,
+// because until then the SEND occupies a work request of the queue pair.
 //
 // # Flow control
 //
@@ -20,10 +20,19 @@
 // # Signaling
 //
 // SENDs complete in order, so one signaled SEND confirms all SENDs before it. One in
-// a quarter of the depth is signaled. So is each SEND that carries data from the
-// caller's buffer, because the buffer is returned only when the SEND is complete. The
-// queue has slots beyond Depth, as many as may wait for such a confirmation, and so
-// never runs out of slots while it waits for one.
+// a quarter of the depth is signaled. The queue has slots beyond Depth, as many as may
+// wait for such a confirmation, and so never runs out of slots while it waits for one.
+//
+// # Data in capsules
+//
+// The caller may change the data of a capsule as soon as the response has arrived,
+// although the SEND may still be incomplete. The controller has answered, so its adapter
+// has received the whole SEND: it completes the receive only with the last packet
+// (IBTA vol 1, 9.7.5.1.1 and 9.9.2). If the acknowledgement was lost, our adapter sends
+// packets again, from the changed memory. Their sequence numbers are those of packets
+// that were received, and the adapter at the other end acknowledges and drops such a
+// duplicate of a SEND (9.7.5.1.2). Until then the memory must stay registered, because our
+// adapter fails the queue pair if it cannot read it. Mark and Confirmed tell when that is.
 //
 // # Probes
 //
@@ -31,7 +40,8 @@
 // slow controller looks the same as one whose queue pair is gone. An RDMA WRITE of no
 // bytes tells them apart. The adapter at the other end acknowledges it without
 // involving the controller and does not check the key (IBTA vol 1, C9-88). If no
-// acknowledgement comes, our queue pair fails when its retries are used up.
+// acknowledgement comes, our queue pair fails when its retries are used up. The completion
+// of a probe also confirms the SENDs before it.
 //
 // # Concurrency
 //
@@ -62,7 +72,6 @@ const (
 	slotFree     = 1 << iota // on the free stack
 	slotSent                 // the SEND has completed
 	slotAnswered             // the response has arrived
-	slotData                 // the SEND gathers the caller's data
 )
 
 // probeID is the work request id of a probe. No SEND ever has it.
@@ -84,11 +93,11 @@ type Queue struct {
 	lkey uint32
 
 	depth       int
-	outstanding int // commands taken and not answered
-	interval    int // number of SENDs from one signaled SEND to the next
-	unsignaled  int // number of SENDs since the last signaled one
-	held        int // number of answered slots with data whose SEND is not complete
-	probing     bool
+	outstanding int    // commands taken and not answered
+	interval    int    // number of SENDs from one signaled SEND to the next
+	unsignaled  int    // number of SENDs since the last signaled one
+	probing     bool   // a probe is outstanding
+	covered     uint64 // the probe confirms the SENDs before this one
 
 	state []uint8
 	gen   []uint8
@@ -96,6 +105,7 @@ type Queue struct {
 	order []uint16 // slots in the order of their SENDs; a ring, its size a power of two
 	first uint64   // sequence number of the oldest SEND not known to be complete
 	next  uint64   // sequence number of the next SEND
+	mark  uint64   // sequence number after that of the last SEND with data
 
 	batch []rdma.SendWR // not posted yet
 	wcs   []rdma.WC
@@ -162,10 +172,6 @@ func (q *Queue) Close() error {
 // Outstanding returns the number of commands that were taken and not answered.
 func (q *Queue) Outstanding() int { return q.outstanding }
 
-// Held returns the number of answered commands whose data the adapter may still read.
-// Reap will return their slots.
-func (q *Queue) Held() int { return q.held }
-
 // Pending returns the number of commands that were pushed and not posted.
 func (q *Queue) Pending() int { return len(q.batch) }
 
@@ -188,7 +194,8 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 
 // Push adds the slot's command to the batch that Flush posts. If data has a length, it is
 // sent in the capsule behind the command. The adapter gathers it from its place in
-// memory.
+// memory, which must not change before the response arrives, and must stay registered
+// until the SEND is confirmed (Mark).
 func (q *Queue) Push(slot uint16, data rdma.SGE) {
 	if q.slab == nil {
 		return // closed
@@ -203,19 +210,19 @@ func (q *Queue) Push(slot uint16, data rdma.SGE) {
 	wr.Op = rdma.Send
 	wr.SGE[0] = rdma.SGE{Addr: q.addr + uint64(at), Length: capsuleSize, LKey: q.lkey}
 	wr.NumSGE = 1
-	q.unsignaled++
-	wr.Signaled = q.unsignaled >= q.interval
 	if data.Length > 0 {
 		wr.SGE[1] = data
 		wr.NumSGE = 2
-		wr.Signaled = true
-		q.state[slot] |= slotData
 	}
-	if wr.Signaled {
+	q.unsignaled++
+	if wr.Signaled = q.unsignaled >= q.interval; wr.Signaled {
 		q.unsignaled = 0
 	}
 	q.order[q.next&uint64(len(q.order)-1)] = slot
 	q.next++
+	if wr.NumSGE == 2 {
+		q.mark = q.next
+	}
 }
 
 func (q *Queue) commandID(slot uint16) uint16 { return uint16(q.gen[slot])<<slotBits | slot }
@@ -245,9 +252,16 @@ func (q *Queue) Probe() error {
 	if _, err := q.qp.PostSend([]rdma.SendWR{{ID: probeID, Op: rdma.Write, Signaled: true}}); err != nil {
 		return fmt.Errorf("post probe: %w", err)
 	}
-	q.probing = true
+	q.probing, q.covered = true, q.next-uint64(len(q.batch))
 	return nil
 }
+
+// Mark returns a position for Confirmed: after the last SEND that was pushed with data.
+func (q *Queue) Mark() uint64 { return q.mark }
+
+// Confirmed reports whether all SENDs before a position are known to be complete. The
+// adapter does not read their data any more. Reap learns of it, and Probe brings it about.
+func (q *Queue) Confirmed(mark uint64) bool { return q.first >= mark }
 
 // Match returns the slot of the command that a response answers. ok is false for an id
 // that names no slot, or a command that is not outstanding.
@@ -262,21 +276,14 @@ func (q *Queue) Match(cid uint16) (slot uint16, ok bool) {
 // CheckHead reports whether a controller with this queue can send the SQHD of a response.
 func (q *Queue) CheckHead(sqhd uint16) bool { return int(sqhd) < q.depth }
 
-// Answer records the response to a slot that Match returned. If done is true, the caller
-// may use the data again. Otherwise it may do so when Reap has returned the slot.
-func (q *Queue) Answer(slot uint16) (done bool) {
+// Answer records the response to a slot that Match returned. The caller may use the
+// command's data again.
+func (q *Queue) Answer(slot uint16) {
 	q.outstanding--
-	s := q.state[slot] | slotAnswered
-	q.state[slot] = s
-	if s&slotSent != 0 {
+	q.state[slot] |= slotAnswered
+	if q.state[slot]&slotSent != 0 {
 		q.release(slot)
-		return true
 	}
-	if s&slotData != 0 {
-		q.held++
-		return false
-	}
-	return true
 }
 
 func (q *Queue) release(slot uint16) {
@@ -289,14 +296,13 @@ func (q *Queue) release(slot uint16) {
 // because of incomplete SENDs.
 func (q *Queue) Starved() bool { return len(q.free) == 0 && q.outstanding < q.depth-1 }
 
-// Scarce reports whether a call of Reap is useful: few slots are free, or answered
-// commands or a probe wait for it.
-func (q *Queue) Scarce() bool { return q.held > 0 || len(q.free) <= q.interval || q.probing }
+// Scarce reports whether a call of Reap is useful: few slots are free, or a probe is
+// outstanding.
+func (q *Queue) Scarce() bool { return len(q.free) <= q.interval || q.probing }
 
-// Reap collects completed SENDs. It stores in done the slots that were answered before
-// and whose data the caller may now use again, and returns their number. done must have
-// room for Slots. An error means that the queue pair is lost.
-func (q *Queue) Reap(done []uint16) (int, error) {
+// Reap collects completed SENDs and frees the slots of those that were answered. It
+// returns the number of completions. An error means that the queue pair is lost.
+func (q *Queue) Reap() (int, error) {
 	if q.slab == nil {
 		return 0, fmt.Errorf("poll send completions: %w", rdma.ErrClosed)
 	}
@@ -307,34 +313,40 @@ func (q *Queue) Reap(done []uint16) (int, error) {
 			return n, fmt.Errorf("poll send completions: %w", err)
 		}
 		for i := range q.wcs[:got] {
-			wc := &q.wcs[i]
-			if wc.Status != rdma.WCSuccess {
-				return n, fmt.Errorf("send: %v", wc.Status)
+			if err := q.complete(&q.wcs[i]); err != nil {
+				return n, err
 			}
-			if wc.ID == probeID {
-				q.probing = false
-				continue
-			}
-			if wc.ID < q.first || wc.ID >= q.next {
-				return n, fmt.Errorf("send: completion of number %d, expected %d..%d", wc.ID, q.first, q.next)
-			}
-			for ; q.first <= wc.ID; q.first++ {
-				slot := q.order[q.first&uint64(len(q.order)-1)]
-				s := q.state[slot] | slotSent
-				q.state[slot] = s
-				if s&slotAnswered == 0 {
-					continue
-				}
-				if s&slotData != 0 {
-					q.held--
-					done[n] = slot
-					n++
-				}
-				q.release(slot)
-			}
+			n++
 		}
 		if got < len(q.wcs) {
 			return n, nil
+		}
+	}
+}
+
+// complete handles a completion, which confirms all SENDs up to its own.
+func (q *Queue) complete(wc *rdma.WC) error {
+	switch {
+	case wc.Status != rdma.WCSuccess:
+		return fmt.Errorf("send: %v", wc.Status)
+	case wc.ID == probeID:
+		q.probing = false
+		q.confirm(q.covered)
+		return nil
+	case wc.ID < q.first || wc.ID >= q.next:
+		return fmt.Errorf("send: completion of number %d, expected %d..%d", wc.ID, q.first, q.next)
+	}
+	q.confirm(wc.ID + 1)
+	return nil
+}
+
+// confirm frees the slots of the SENDs before a position, if they were answered.
+func (q *Queue) confirm(end uint64) {
+	for ; q.first < end; q.first++ {
+		slot := q.order[q.first&uint64(len(q.order)-1)]
+		q.state[slot] |= slotSent
+		if q.state[slot]&slotAnswered != 0 {
+			q.release(slot)
 		}
 	}
 }

@@ -136,7 +136,7 @@ func TestStaleResponses(t *testing.T) {
 	// Take slots until the same one comes back. Its id has changed.
 	for range 200 {
 		a.complete(len(a.posted))
-		if _, err := q.Reap(make([]uint16, q.Slots())); err != nil {
+		if _, err := q.Reap(); err != nil {
 			t.Fatal(err)
 		}
 		s, _, ok := q.Get()
@@ -158,38 +158,41 @@ func TestStaleResponses(t *testing.T) {
 	t.Fatal("the slot never came back")
 }
 
-// TestDataIsHeldUntilSent checks that an answered command with data in its capsule is
-// done only after its send has completed.
-func TestDataIsHeldUntilSent(t *testing.T) {
+// TestDataInCapsule checks that a command with data in its capsule is like any other: its
+// send is gathered from two places and not signaled, and its slot stays taken until the
+// send is known to be complete.
+func TestDataInCapsule(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()
 	q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
 	q.Flush()
-	if wr := a.posted[0]; !wr.Signaled || wr.NumSGE != 2 || wr.SGE[1].Length != 512 {
+	if wr := a.posted[0]; wr.Signaled || wr.NumSGE != 2 || wr.SGE[1].Length != 512 {
 		t.Fatalf("posted %+v", wr)
 	}
-	if q.Answer(slot) {
-		t.Fatal("done before the send completed")
+	q.Answer(slot)
+	for range q.interval - 1 {
+		if slices.Contains(q.free, slot) {
+			t.Fatal("the slot is free before its send is complete")
+		}
+		s, _, _ := q.Get()
+		q.Push(s, rdma.SGE{})
 	}
-	done := make([]uint16, q.Slots())
-	if n, _ := q.Reap(done); n != 0 || q.Held() != 1 {
-		t.Fatalf("reaped %d, held %d", n, q.Held())
-	}
-	a.complete(1)
-	if n, _ := q.Reap(done); n != 1 || done[0] != slot || q.Held() != 0 {
-		t.Fatalf("reaped %d (%d), held %d", n, done[0], q.Held())
+	q.Flush()
+	a.complete(q.interval)
+	if n, err := q.Reap(); n != 1 || err != nil || !slices.Contains(q.free, slot) {
+		t.Fatalf("%d completions, %v, free slots %v, want %d among them", n, err, q.free, slot)
 	}
 }
 
 // TestProbe checks that there is one probe at a time, and that its completion is not
-// taken for that of a SEND.
+// taken for that of a SEND, but confirms the SENDs before it.
 func TestProbe(t *testing.T) {
 	q, a := newQueue(t, 16)
 	slot, _, _ := q.Get()
 	q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
 	q.Flush()
-	done := make([]uint16, q.Slots())
-	for range 3 {
+	q.Answer(slot)
+	for i := range 3 {
 		for range 2 {
 			if err := q.Probe(); err != nil {
 				t.Fatal(err)
@@ -204,25 +207,46 @@ func TestProbe(t *testing.T) {
 		if !q.Scarce() {
 			t.Fatal("nobody would look for the completion")
 		}
-		a.done, a.posted = append(a.done, rdma.WC{ID: a.posted[1].ID}), a.posted[:1]
-		if n, err := q.Reap(done); n != 0 || err != nil {
-			t.Fatalf("reaped %d, %v", n, err)
+		if q.Confirmed(q.Mark()) || slices.Contains(q.free, slot) {
+			t.Fatal("a SEND is confirmed before the probe behind it is complete")
 		}
-		if q.Answer(slot); q.Held() != 1 {
-			t.Fatal("a probe counts for a SEND")
+		later, _, _ := q.Get() // neither posted nor covered by the probe
+		q.Push(later, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+		a.complete(2)
+		if n, err := q.Reap(); n != 1 || err != nil || q.Scarce() {
+			t.Fatalf("%d completions, %v", n, err)
 		}
-		a.complete(1)
-		if n, _ := q.Reap(done); n != 1 || q.Scarce() {
-			t.Fatalf("reaped %d", n)
+		if !slices.Contains(q.free, slot) || slices.Contains(q.free, later) || !q.Confirmed(uint64(i+1)) || q.Confirmed(q.Mark()) {
+			t.Fatal("a probe does not confirm just the SENDs before it")
 		}
-		slot, _, _ = q.Get()
-		q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+		slot = later
 		q.Flush()
+		q.Answer(slot)
 	}
 	q.Probe()
 	a.done = append(a.done, rdma.WC{ID: a.posted[1].ID, Status: rdma.WCRetryExc})
-	if _, err := q.Reap(done); err == nil {
+	if _, err := q.Reap(); err == nil {
 		t.Error("a probe without an answer is no error")
+	}
+}
+
+// TestMark checks that only SENDs with data have to be confirmed.
+func TestMark(t *testing.T) {
+	q, _ := newQueue(t, 16)
+	push := func(data rdma.SGE) {
+		slot, _, _ := q.Get()
+		q.Push(slot, data)
+		q.Flush()
+	}
+	push(rdma.SGE{})
+	if !q.Confirmed(q.Mark()) {
+		t.Error("a SEND without data has to be confirmed")
+	}
+	push(rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+	want := q.Mark()
+	push(rdma.SGE{})
+	if q.Confirmed(want) || q.Mark() != want {
+		t.Errorf("mark %d after a SEND without data, %d before", q.Mark(), want)
 	}
 }
 
@@ -237,14 +261,13 @@ func TestRandomOrder(t *testing.T) {
 		answered := map[uint16]bool{}
 		var open []uint16 // not answered
 		var sends []uint16
-		done := make([]uint16, q.Slots())
 		for step := 0; step < 4000; step++ {
 			switch rng.IntN(3) {
 			case 0:
 				slot, _, ok := q.Get()
 				if !ok && len(open) < q.depth-1 && len(a.posted) == 0 && q.Pending() == 0 {
 					// Every send has completed. This must be enough.
-					if _, err := q.Reap(done); err != nil {
+					if _, err := q.Reap(); err != nil {
 						t.Fatal(err)
 					}
 					if slot, _, ok = q.Get(); !ok {
@@ -284,7 +307,7 @@ func TestRandomOrder(t *testing.T) {
 				n := rng.IntN(len(a.posted) + 1)
 				a.complete(n)
 				sends = sends[n:]
-				if _, err := q.Reap(done); err != nil {
+				if _, err := q.Reap(); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -298,7 +321,7 @@ func TestRandomOrder(t *testing.T) {
 	}
 }
 
-func roundTrip(q *Queue, a *adapter, done []uint16, n int) {
+func roundTrip(q *Queue, a *adapter, n int) {
 	var slots [32]uint16
 	for i := range n {
 		slot, cmd, _ := q.Get()
@@ -315,14 +338,13 @@ func roundTrip(q *Queue, a *adapter, done []uint16, n int) {
 	}
 	a.complete(len(a.posted))
 	if q.Scarce() {
-		q.Reap(done)
+		q.Reap()
 	}
 }
 
 func TestNoAllocations(t *testing.T) {
 	q, a := newQueue(t, 128)
-	done := make([]uint16, q.Slots())
-	if n := testing.AllocsPerRun(1000, func() { roundTrip(q, a, done, 32) }); n != 0 {
+	if n := testing.AllocsPerRun(1000, func() { roundTrip(q, a, 32) }); n != 0 {
 		t.Fatalf("%v allocations per batch of 32 commands", n)
 	}
 }
@@ -331,10 +353,9 @@ func BenchmarkSubmitAnswer(b *testing.B) {
 	for name, n := range map[string]int{"QD1": 1, "QD32": 32} {
 		b.Run(name, func(b *testing.B) {
 			q, a := newQueue(b, 128)
-			done := make([]uint16, q.Slots())
 			b.ReportAllocs()
 			for b.Loop() {
-				roundTrip(q, a, done, n)
+				roundTrip(q, a, n)
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/command")
 		})
@@ -376,7 +397,7 @@ func TestCloseOrder(t *testing.T) {
 	if err := q.Probe(); !errors.Is(err, rdma.ErrClosed) {
 		t.Errorf("probe: %v", err)
 	}
-	if n, err := q.Reap(make([]uint16, 16)); n != 0 || !errors.Is(err, rdma.ErrClosed) {
+	if n, err := q.Reap(); n != 0 || !errors.Is(err, rdma.ErrClosed) {
 		t.Errorf("reaped %d: %v", n, err)
 	}
 }

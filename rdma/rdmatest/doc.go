@@ -23,6 +23,6 @@
 //
 // # Faults
 //
-// These methods of Fabric inject faults: Kill, Cut, SetSilent, SetRefuse, SetDelay,
-// SetHold. All of them may be called from any goroutine at any time.
+// These methods of Fabric inject faults: Kill, Cut, SetSilent, SetDeaf, SetRefuse,
+// SetDelay, SetHold. All of them may be called from any goroutine at any time.
 package rdmatest

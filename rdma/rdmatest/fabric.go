@@ -35,6 +35,7 @@ type endpoint struct {
 	cqs       map[*completionQueue]struct{}
 
 	silent bool
+	deaf   bool
 	hold   bool
 	refuse *refusal
 }
@@ -131,6 +132,20 @@ func (f *Fabric) SetDelay(d time.Duration) {
 // continues.
 func (f *Fabric) SetSilent(addr netip.Addr, silent bool) {
 	f.at(addr, func(e *endpoint) { e.silent = silent })
+}
+
+// SetDeaf keeps acknowledgements from an endpoint: its work requests take effect, but they do
+// not complete. When deaf is false again, they are repeated first, which the peer ignores. So
+// their memory must still be registered then.
+func (f *Fabric) SetDeaf(addr netip.Addr, deaf bool) {
+	f.at(addr, func(e *endpoint) {
+		for id := range e.ids {
+			if e.deaf && !deaf && id.qp != nil {
+				id.qp.repeat()
+			}
+		}
+		e.deaf = deaf
+	})
 }
 
 // SetRefuse makes an endpoint reject connect requests with this reason, and with private

@@ -19,7 +19,7 @@ const (
 )
 
 // queuePair implements rdma.QP. Positions do not wrap around: sendFree ≤ sendNext ≤
-// sendTail, and sendTail - sendFree ≤ len(sendQ).
+// sendDone ≤ sendTail, and sendTail - sendFree ≤ len(sendQ).
 type queuePair struct {
 	id             *connID
 	pd             *protectionDomain
@@ -30,7 +30,8 @@ type queuePair struct {
 
 	sendQ    []sendEntry
 	sendTail int // next to post
-	sendNext int // next to execute
+	sendDone int // next to execute
+	sendNext int // next to acknowledge
 	sendFree int // oldest whose slot is not free
 
 	recvQ    []rdma.RecvWR
@@ -150,6 +151,7 @@ func (q *queuePair) flush() {
 	for ; q.sendNext < q.sendTail; q.sendNext++ {
 		q.completeSend(q.sendNext, rdma.WCFlushErr)
 	}
+	q.sendDone = q.sendTail
 	for ; q.recvNext < q.recvTail; q.recvNext++ {
 		q.completeRecv(rdma.WC{Status: rdma.WCFlushErr})
 	}
@@ -178,23 +180,49 @@ func (q *queuePair) progress() {
 		q.flush()
 		return
 	}
-	for q.state == qpReady && q.sendNext < q.sendTail {
-		e := &q.sendQ[q.sendNext%len(q.sendQ)]
+	for q.state == qpReady && q.sendDone < q.sendTail {
+		e := &q.sendQ[q.sendDone%len(q.sendQ)]
 		if !q.mayPass(e) {
-			return
+			break
 		}
 		peer := q.id.peer
 		status, at := q.execute(&e.wr)
 		if at == nowhere {
-			return
+			break
 		}
+		q.sendDone++
+		if status == rdma.WCSuccess {
+			continue
+		}
+		q.acknowledge(q.sendDone - 1)
 		q.completeSend(q.sendNext, status)
 		q.sendNext++
-		if status != rdma.WCSuccess {
+		q.fail()
+		if at == responder {
+			peer.qp.fail()
+		}
+	}
+	if q.state == qpReady && !q.id.endpoint.deaf {
+		q.acknowledge(q.sendDone)
+	}
+}
+
+// acknowledge completes the work requests before a position, which have been executed.
+func (q *queuePair) acknowledge(end int) {
+	for ; q.sendNext < end; q.sendNext++ {
+		q.completeSend(q.sendNext, rdma.WCSuccess)
+	}
+}
+
+// repeat sends again what has been executed and not acknowledged. The peer drops it, but
+// the memory is read.
+func (q *queuePair) repeat() {
+	for pos := q.sendNext; q.state == qpReady && pos < q.sendDone; pos++ {
+		if _, _, ok := q.gather(&q.sendQ[pos%len(q.sendQ)].wr); !ok {
+			q.acknowledge(pos)
+			q.completeSend(pos, rdma.WCLocalProt)
+			q.sendNext++
 			q.fail()
-			if at == responder {
-				peer.qp.fail()
-			}
 		}
 	}
 }
@@ -244,22 +272,30 @@ const (
 	responder              // the other side, which also fails if the outcome is an error
 )
 
-// execute executes one work request.
-func (q *queuePair) execute(wr *rdma.SendWR) (rdma.WCStatus, where) {
+// gather returns the local memory of a work request and its length. ok is false if the
+// work request may not use it.
+func (q *queuePair) gather(wr *rdma.SendWR) (local [2][]byte, total uint64, ok bool) {
 	need := rdma.Access(0)
 	if wr.Op == rdma.Read {
 		need = rdma.AccessLocalWrite
 	}
-	var local [2][]byte
-	total := uint64(0)
 	for i, s := range wr.SGE[:wr.NumSGE] {
 		if s.Length == 0 {
 			continue
 		}
 		if local[i] = q.fabric().piece(q.pd, s.LKey, false, s.Addr, s.Length, need); local[i] == nil {
-			return rdma.WCLocalProt, requester
+			return local, total, false
 		}
 		total += uint64(s.Length)
+	}
+	return local, total, true
+}
+
+// execute executes one work request.
+func (q *queuePair) execute(wr *rdma.SendWR) (rdma.WCStatus, where) {
+	local, total, ok := q.gather(wr)
+	if !ok {
+		return rdma.WCLocalProt, requester
 	}
 	if wr.Op == rdma.Read && q.initDepth == 0 {
 		return wcLocalOp, requester
