@@ -26,7 +26,7 @@
 #	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
 #	                boot to a shutdown with I/O; SERVICE=life is upgrade, stop, late targets,
 #	                connections by hand, and removal
-#	make lint       golangci-lint
+#	make lint       golangci-lint, and the API against that of the last release
 #	make clean      remove everything built except the kernels in build/cache
 
 KERNELS ?= 6.12 7.3
@@ -57,7 +57,7 @@ GOLANGCI = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # they need something of the machine, must be in the list.
 VM_TESTS = initiator:Nvmet internal/uring poller:[Ww]atch rdma/verbs rdma/roce:Conformance/IPv6 ublk \
 	nbd:Test(Kernel|Reconfigure|Disconnected) cmd/ublk-nvmeof:IOFlusher|OfAStranger|UserSees|Seccomp \
-	cmd/ublk-nvmeof/internal/metrics:Promtool cmd/ublk-nvmeof/internal/rundir cmd/ublk-nvmeof/internal/server
+	cmd/ublk-nvmeof/internal/metrics:Promtool internal/rundir cmd/ublk-nvmeof/internal/server
 # TestNoDriver is for a kernel without ublk; test-unit runs it.
 VM_SKIP = ^TestNoDriver$$
 
@@ -170,6 +170,7 @@ test-service: build package
 lint:
 	$(GOLANGCI) run ./...
 	cd e2e && $(GOLANGCI) run --config ../.golangci.yml ./...
+	e2e/apidiff.sh
 
 clean:
 	rm -rf build/ublk-nvmeof build/vm build/soak build/demo build/test build/log build/package build/static build/newer build/*.deb

@@ -28,6 +28,11 @@ const (
 	defaultReconnectDelay = 10 * time.Second
 	defaultCtrlLoss       = 600 * time.Second
 
+	// Forever is a Config.CtrlLoss that never ends, and AtOnce is a time limit that ends
+	// immediately, where 0 means a default.
+	Forever time.Duration = -1
+	AtOnce  time.Duration = 1
+
 	adminDepth = 32 // NVME_AQ_DEPTH; nvmet accepts no more
 )
 
@@ -96,7 +101,7 @@ type Config struct {
 	// A lost association is made again: at once, and then every ReconnectDelay (0: 10 s),
 	// as long as the subsystem lives. While no path has an association, requests wait.
 	// They fail after FastIOFail (0: only when the subsystem is given up), and the
-	// subsystem is given up after CtrlLoss (0: 600 s; negative: never).
+	// subsystem is given up after CtrlLoss (0: 600 s; Forever: never).
 	ReconnectDelay time.Duration
 	CtrlLoss       time.Duration
 	FastIOFail     time.Duration
@@ -126,6 +131,10 @@ type Config struct {
 	// lets an old write overwrite a newer one. Superseded must return when ctx is done,
 	// and must not call the Subsystem. It may be nil.
 	Superseded func(ctx context.Context, p Present) bool
+
+	// StateChanged is called when the state of a path or of the subsystem has changed
+	// (Subsystem.Info). It must neither block nor call the Subsystem. It may be nil.
+	StateChanged func()
 
 	// Changed is called when a namespace changes after Connect has returned. It must
 	// neither block nor call the Subsystem. It may be nil.

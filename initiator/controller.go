@@ -155,6 +155,7 @@ func (c *Controller) attach(a *association) error {
 	c.attached = make(chan struct{})
 	c.mu.Unlock()
 	c.sub.limitOutage()
+	c.sub.stateChanged()
 	return nil
 }
 
@@ -351,6 +352,7 @@ func (c *Controller) lose(reason error, when time.Time) (before time.Time) {
 	}
 	c.mu.Unlock()
 	c.sub.doubt(c, when)
+	c.sub.stateChanged()
 	return before
 }
 
@@ -363,6 +365,7 @@ func (c *Controller) stop(err error) {
 	c.mu.Lock()
 	c.state, c.since, c.reason, c.failure = StateDead, time.Now(), err, nil // err has the last failure
 	c.mu.Unlock()
+	c.sub.stateChanged()
 	for _, other := range c.sub.paths() {
 		other.mu.Lock()
 		dead := other.state == StateDead

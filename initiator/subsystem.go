@@ -266,6 +266,13 @@ func (s *Subsystem) die(err error) {
 	s.cfg.Log.Error("subsystem is given up", "reason", err)
 	close(s.dead)
 	s.failFast()
+	s.stateChanged()
+}
+
+func (s *Subsystem) stateChanged() {
+	if s.cfg.StateChanged != nil {
+		s.cfg.StateChanged()
+	}
 }
 
 // Namespaces returns the namespaces that were seen since the subsystem was connected,

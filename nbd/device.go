@@ -16,22 +16,24 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/diskuse"
+	"ublk-nvmeof/internal/frontend"
 )
 
 // Errors for errors.Is
 var (
 	// ErrNoDriver means that the kernel has no NBD client, because nbd is not loaded.
-	ErrNoDriver = errors.New("no NBD driver")
+	ErrNoDriver = frontend.NewError(block.ErrNoDriver, "no NBD driver")
 	// ErrPermission means that the process lacks CAP_SYS_ADMIN.
-	ErrPermission = errors.New("no permission to use NBD devices")
+	ErrPermission = frontend.NewError(block.ErrPermission, "no permission to use NBD devices")
 	// ErrTaken means that a device with this number is connected.
-	ErrTaken = errors.New("NBD device number is taken")
+	ErrTaken = frontend.NewError(block.ErrTaken, "NBD device number is taken")
 	// ErrNoDevice means that the device does not exist, is not connected, or has
 	// another cookie.
-	ErrNoDevice = errors.New("no such NBD device")
+	ErrNoDevice = frontend.NewError(block.ErrNoDevice, "no such NBD device")
 	// ErrDisconnected means that another process disconnected the device.
-	ErrDisconnected = errors.New("NBD device was disconnected from outside")
+	ErrDisconnected = frontend.NewError(block.ErrStopped, "NBD device was disconnected from outside")
 )
 
 const (

@@ -23,7 +23,7 @@ func (e *export) geometry() block.Geometry {
 
 // ErrExists means that an export with this name exists. Another one can be added after
 // Remove has returned nil.
-var ErrExists = errors.New("NBD export exists")
+var ErrExists = frontend.NewError(block.ErrTaken, "NBD export exists")
 
 // export is an Export while it is served.
 type export struct {

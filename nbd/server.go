@@ -12,15 +12,18 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/internal/loglimit"
+	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
 
 // ErrBusy means that clients are connected.
-var ErrBusy = errors.New("NBD export is in use")
+var ErrBusy = frontend.NewError(block.ErrBusy, "NBD export is in use")
 
 // ErrStopped means that the server has ended.
-var ErrStopped = errors.New("NBD server has ended")
+var ErrStopped = frontend.NewError(block.ErrStopped, "NBD server has ended")
 
 // Server serves exports to clients. Its methods may be called in any order, from any
 // goroutine except those of the loops.
@@ -64,7 +67,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.peers.init(cfg.MaxConns, cfg.MaxHandshakes)
 	for i, l := range cfg.Loops {
-		w := newWorker(l, i, cfg.StallTimeout)
+		w := newWorker(uring.OfLoop(l), i, cfg.StallTimeout)
 		s.loops = append(s.loops, &loop{Loop: l, worker: w})
 		err := l.Call(func() {
 			w.base = l.Handle(w)

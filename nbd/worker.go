@@ -9,7 +9,7 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// submitter is the part of poller.Loop that the data path uses.
+// submitter is the part of uring.Entries that the data path uses.
 type submitter interface {
 	SQE() *uring.SQE // never nil
 }

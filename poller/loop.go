@@ -367,15 +367,24 @@ func (l *Loop) slot(h Handler) (base uint64, ok bool) {
 
 func (l *Loop) release(base uint64) { l.handlers[base>>dataBits] = nil }
 
-// Ring returns the loop's ring. The loop submits the entries that are put into it. Buffer
-// group 65535 is in use. Only the loop may call it.
-func (l *Loop) Ring() *uring.Ring { return l.ring }
+// entries is what the front ends of this module see of a loop besides its exported methods.
+type entries struct{ l *Loop }
 
-// SQE returns a free submission entry, which is zeroed and queued. The caller must fill
+func init() {
+	uring.OfLoop = func(loop any) uring.Entries { return entries{loop.(*Loop)} }
+}
+
+// SQE implements uring.Entries.
+func (e entries) SQE() *uring.SQE { return e.l.sqe() }
+
+// Submit implements uring.Entries.
+func (e entries) Submit() error { return e.l.ring.Submit() }
+
+// sqe returns a free submission entry, which is zeroed and queued. The caller must fill
 // it in before the next call of a method of the loop. If the queue is full, its entries
 // are submitted first. After the end of the loop, or of its ring, the entry has no
 // effect. Only the loop may call it.
-func (l *Loop) SQE() *uring.SQE {
+func (l *Loop) sqe() *uring.SQE {
 	for {
 		if s := l.ring.SQE(); s != nil {
 			return s

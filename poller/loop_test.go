@@ -178,7 +178,7 @@ func TestRingFailure(t *testing.T) {
 	_ = l.Call(func() {
 		l.check(fmt.Errorf("enter io_uring: %w", unix.EBADF))
 		for range 20 { // more than the queue has
-			if l.SQE() == nil {
+			if l.sqe() == nil {
 				t.Error("no entry")
 			}
 		}
@@ -506,7 +506,7 @@ func TestHandlers(t *testing.T) {
 		}
 		for d := range uint64(n) {
 			for _, base := range bases {
-				l.SQE().UserData = base | d | 1<<47
+				l.sqe().UserData = base | d | 1<<47
 			}
 		}
 	})
@@ -514,9 +514,9 @@ func TestHandlers(t *testing.T) {
 	before := l.Snapshot().Strays
 	on(t, l, func() {
 		l.Unhandle(bases[0])
-		l.SQE().UserData = bases[0]
-		l.SQE().UserData = ^uint64(0)
-		l.SQE().UserData = bases[1]
+		l.sqe().UserData = bases[0]
+		l.sqe().UserData = ^uint64(0)
+		l.sqe().UserData = bases[1]
 		got[1] = 1 << 47
 		l.Unhandle(bases[1])
 	})
@@ -578,7 +578,7 @@ func TestPassOrder(t *testing.T) {
 		l.Attach(a)
 		l.Attach(once)
 		l.Attach(b)
-		l.SQE().UserData = base
+		l.sqe().UserData = base
 		l.submit()
 		if !l.Step() {
 			t.Error("a pass with a completion found nothing")
@@ -619,7 +619,7 @@ func TestEnterPolicy(t *testing.T) {
 		base = l.Handle(handler(func(uint64, int32, uint32) { seen++ }))
 		nops := func(n int) {
 			for range n {
-				l.SQE().UserData = base
+				l.sqe().UserData = base
 			}
 		}
 		steps := func(what string, enters ...uint64) {
@@ -660,7 +660,7 @@ func TestEnterPolicy(t *testing.T) {
 	on(t, l, func() {
 		l.Unhandle(base)
 		base = l.Handle(handler(func(uint64, int32, uint32) { close(done) }))
-		l.SQE().UserData = base
+		l.sqe().UserData = base
 	})
 	<-done
 	eventually(t, "the loop sleeps", func() bool { return l.Snapshot().BlockingWaits > start.BlockingWaits })
@@ -842,7 +842,7 @@ func TestTaskRun(t *testing.T) {
 
 		done := 0
 		base := l.Handle(handler(func(uint64, int32, uint32) { done++ }))
-		l.SQE().UserData = base
+		l.sqe().UserData = base
 		enters, spins = l.stats.Enters, l.stats.Spins
 		l.idle()
 		if e, s := l.stats.Enters-enters, l.stats.Spins-spins; e != 1 || s != 1 {
@@ -931,7 +931,7 @@ func TestLeaks(t *testing.T) {
 			}
 			// Left pending by a handler that gave up
 			base := l.Handle(handler(func(uint64, int32, uint32) {}))
-			s := l.SQE()
+			s := l.sqe()
 			s.Opcode, s.FD, s.OpFlags, s.UserData = uring.OpPollAdd, int32(w), uring.PollMask(unix.POLLPRI), base
 			l.Unhandle(base)
 		})
@@ -997,14 +997,14 @@ func TestAllocs(t *testing.T) {
 		}
 		round := func() {
 			for range 3 {
-				l.SQE().UserData = base
+				l.sqe().UserData = base
 			}
 			signalEventfd(efd)
 			want := done + 3
 			for seen := events; done < want || events == seen; {
 				l.Step()
 			}
-			l.SQE().UserData = base // something ends the sleep
+			l.sqe().UserData = base // something ends the sleep
 			l.idle()
 			for done == want {
 				l.Step()
@@ -1044,7 +1044,7 @@ func BenchmarkNop(b *testing.B) {
 		done := 0
 		base := l.Handle(handler(func(uint64, int32, uint32) { done++ }))
 		for b.Loop() {
-			l.SQE().UserData = base
+			l.sqe().UserData = base
 			for want := done + 1; done < want; {
 				l.Step()
 			}
@@ -1061,7 +1061,7 @@ func BenchmarkNop32(b *testing.B) {
 		base := l.Handle(handler(func(uint64, int32, uint32) { done++ }))
 		for b.Loop() {
 			for range 32 {
-				l.SQE().UserData = base
+				l.sqe().UserData = base
 			}
 			for want := done + 32; done < want; {
 				l.Step()

@@ -91,13 +91,13 @@ func afterStop(t *testing.T, l *Loop, s Source, fds []int) {
 	l.Detach(s)
 	base := l.Handle(handler(func(uint64, int32, uint32) { t.Error("completion") }))
 	for range 2000 { // more than there are entries
-		e := l.SQE()
+		e := l.sqe()
 		e.Opcode, e.UserData = uring.OpNop, base
 	}
 	l.Unhandle(base)
 	l.Unhandle(base)
 	l.Step()
-	if r := l.Ring(); r.SQE() != nil || r.Next() != nil || r.CQReady() || r.TaskRun() || r.Pending() != 0 ||
+	if r := l.ring; r.SQE() != nil || r.Next() != nil || r.CQReady() || r.TaskRun() || r.Pending() != 0 ||
 		r.Submit() == nil || r.Wait(time.Second) == nil || r.WaitBlocking() == nil || r.Close() != nil {
 		t.Error("the ring is in use")
 	}

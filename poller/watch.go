@@ -127,7 +127,7 @@ func (l *Loop) cancel(a *watch) {
 }
 
 func (a *watch) arm() {
-	s := a.l.SQE()
+	s := a.l.sqe()
 	s.FD, s.UserData = int32(a.file), a.base
 	if a.l.bufs != nil && !a.plain {
 		s.Opcode, s.Flags, s.BufIndex = uring.OpReadMultishot, uring.BufferSelect, watchGroup
@@ -140,7 +140,7 @@ func (a *watch) arm() {
 // disarm requests the last completion of the command. The completion of the cancellation
 // itself is ignored.
 func (a *watch) disarm() {
-	s := a.l.SQE()
+	s := a.l.sqe()
 	s.Opcode, s.Addr = uring.OpAsyncCancel, a.base
 }
 

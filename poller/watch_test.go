@@ -356,7 +356,7 @@ func TestWatchCancelled(t *testing.T) {
 					l.Unhandle(base)
 					cancelled <- res
 				}))
-				s := l.SQE()
+				s := l.sqe()
 				s.Opcode, s.OpFlags, s.UserData = uring.OpAsyncCancel, uring.CancelAny|uring.CancelAll, base
 			})
 			if n := <-cancelled; n < 1 {

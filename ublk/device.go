@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
 
@@ -256,8 +257,9 @@ func (s *serving) begin(char int) error {
 	s.begun = true
 	s.base = s.loop.Handle(s.hwQueue)
 	s.loop.Attach(s.hwQueue)
-	s.hwQueue.start(s.loop, char, s.base)
-	return s.loop.Ring().Submit()
+	entries := uring.OfLoop(s.loop)
+	s.hwQueue.start(entries, char, s.base)
+	return entries.Submit()
 }
 
 // retire ends a queue that has not been served, and prevents that it is served later.

@@ -17,7 +17,7 @@ import (
 // reapBatch is how many results are taken from the back end at once.
 const reapBatch = 64
 
-// submitter is the part of poller.Loop that the data path uses.
+// submitter is the part of uring.Entries that the data path uses.
 type submitter interface {
 	SQE() *uring.SQE // never nil
 }

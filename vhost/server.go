@@ -13,15 +13,17 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/acceptor"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/internal/loglimit"
+	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
 
 // ErrBusy means that a front end is connected.
-var ErrBusy = errors.New("vhost-user-blk device is in use")
+var ErrBusy = frontend.NewError(block.ErrBusy, "vhost-user-blk device is in use")
 
 // ErrStopped means that the server has ended.
-var ErrStopped = errors.New("vhost-user-blk server has ended")
+var ErrStopped = frontend.NewError(block.ErrStopped, "vhost-user-blk server has ended")
 
 // Server serves a block device to one front end at a time. Its methods may be called in any
 // order, from any goroutine except those of the loops.
@@ -71,7 +73,7 @@ func (s *Server) open(i int, l *poller.Loop) error {
 		if err != nil {
 			return
 		}
-		w := newWorker(s, l, back, s.cfg.Depth, boundsOf(s.cfg.Device.Geometry(), s.cfg.MaxIO))
+		w := newWorker(s, uring.OfLoop(l), back, s.cfg.Depth, boundsOf(s.cfg.Device.Geometry(), s.cfg.MaxIO))
 		w.base = l.Handle(w)
 		l.Attach(w)
 		debug.SetPanicOnFault(true) // see guard

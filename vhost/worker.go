@@ -23,7 +23,7 @@ const (
 	none = ^uint16(0)
 )
 
-// submitter is the part of poller.Loop that the data path uses.
+// submitter is the part of uring.Entries that the data path uses.
 type submitter interface {
 	SQE() *uring.SQE // never nil
 }

@@ -59,6 +59,7 @@ func Test(t *testing.T, open func(t *testing.T) Backend) {
 		{"ReapInParts", testReapInParts},
 		{"WakeUps", testWakeUps},
 		{"ExactlyOnce", testExactlyOnce},
+		{"TwoFrontEnds", testTwoFrontEnds},
 		{"Close", testClose},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
@@ -541,6 +542,25 @@ func (u *user) next() (block.Result, error) {
 			return block.Result{}, fmt.Errorf("a result did not come within %v", patience)
 		}
 	}
+}
+
+// testTwoFrontEnds has two queues on one loop. Each gets its own results.
+func testTwoFrontEnds(t *testing.T, b Backend) {
+	cfg := block.QueueConfig{Depth: depth, MaxIO: maxIO}
+	users := []*user{open(t, b, 0, cfg), open(t, b, 0, cfg)}
+	var running sync.WaitGroup
+	for i, u := range users {
+		rng := rand.New(rand.NewPCG(2, uint64(i)))
+		running.Go(func() {
+			for range 50 {
+				if err := u.round(rng, 0, false); err != nil {
+					t.Errorf("queue %d: %v", i, err)
+					return
+				}
+			}
+		})
+	}
+	running.Wait()
 }
 
 func testClose(t *testing.T, b Backend) {

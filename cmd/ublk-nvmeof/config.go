@@ -14,6 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/identity"
 )
 
 func newConfig(runDir dirFunc) *cobra.Command {
@@ -90,7 +91,7 @@ func newConfigConvert() *cobra.Command {
 config.json. Lines without a host NQN or a host id get those of this host.`,
 		Args: wantArgs(0, 1),
 		RunE: verb("config convert", func(cmd *cobra.Command, args []string) error {
-			if err := opts.Complete(options.Sources{}); err != nil {
+			if err := opts.Complete(identity.Sources{}); err != nil {
 				return err
 			}
 			file := discoverer.ConfFile
@@ -155,7 +156,7 @@ func addRunning(f *configfile.File, dir state.Dir) (n int, err error) {
 				errs = append(errs, fmt.Errorf("%s: %w", k.Name, err))
 				continue
 			}
-			o, err := options.DefaultDiscovery().With([]string{"--traddr=" + address, "--trsvcid=" + port, "--nqn=" + s.NQN, "--hostnqn=" + s.HostNQN, "--hostid=" + s.HostID}, options.Sources{})
+			o, err := options.DefaultDiscovery().With([]string{"--traddr=" + address, "--trsvcid=" + port, "--nqn=" + s.NQN, "--hostnqn=" + s.HostNQN, "--hostid=" + s.HostID}, identity.Sources{})
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", k.Name, err))
 				continue

@@ -25,6 +25,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
+	"ublk-nvmeof/identity"
+	"ublk-nvmeof/process"
 )
 
 // connection holds the options that connect and serve have in common.
@@ -69,7 +71,7 @@ func (c *connection) complete() error {
 			return usage(fmt.Errorf("--devid-file %q: want a file in a directory that exists", c.devidFile))
 		}
 	}
-	return usage(c.opts.Complete(options.Sources{}))
+	return usage(c.opts.Complete(identity.Sources{}))
 }
 
 // show reports a connection whose devices are usable.
@@ -163,7 +165,7 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
-		_ = host.SetIOFlusher() // the server works without it and logs a warning
+		_ = process.SetIOFlusher() // the server works without it and logs a warning
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
 		}
@@ -199,7 +201,7 @@ func serveArgs(dir state.Dir) []string {
 // startServer starts a server in the background, with keys that are not in its arguments, and
 // waits until its devices are usable.
 func startServer(ctx context.Context, args []string, k keys, timeout time.Duration, say func(string)) (control.Status, error) {
-	_ = host.SetIOFlusher() // the server works without it and logs a warning
+	_ = process.SetIOFlusher() // the server works without it and logs a warning
 	secrets, files, err := k.handOver()
 	if err != nil {
 		return control.Status{}, err
@@ -354,7 +356,7 @@ func (c *connection) serve(cfg server.Config) error {
 	if err := c.complete(); err != nil {
 		return err
 	}
-	if err := host.CheckIOUring(); err != nil {
+	if err := process.CheckIOUring(); err != nil {
 		return err
 	}
 	dir, err := c.runDir()

@@ -20,6 +20,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/discovery"
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
@@ -75,7 +76,7 @@ list -v shows it, and disconnect -d discovery0 or disconnect-all ends it.`,
 }
 
 func (g *gatherer) run(cmd *cobra.Command) (err error) {
-	if err := usage(g.opts.Complete(options.Sources{})); err != nil {
+	if err := usage(g.opts.Complete(identity.Sources{})); err != nil {
 		return err
 	}
 	if g.foreground && !g.opts.Persistent {

@@ -10,6 +10,7 @@ import (
 	"ublk-nvmeof/auth"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
@@ -104,7 +105,7 @@ func (g *keyGenerator) key() (*auth.Key, error) {
 		return k, err
 	}
 	if g.nqn == "" {
-		if g.nqn, err = options.HostNQN(options.Sources{}); err != nil {
+		if g.nqn, err = identity.HostNQN(identity.Sources{}); err != nil {
 			return nil, err
 		}
 	}

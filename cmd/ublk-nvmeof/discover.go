@@ -12,6 +12,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/discoverer"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/identity"
 )
 
 func newDiscover() *cobra.Command {
@@ -29,7 +30,7 @@ Without -a, the services of /etc/nvme/discovery.conf and of the configuration of
 (-J) are asked, one after the other.`,
 		Args: noArgs,
 		RunE: verb("discover", func(cmd *cobra.Command, _ []string) error {
-			if err := usage(opts.Complete(options.Sources{})); err != nil {
+			if err := usage(opts.Complete(identity.Sources{})); err != nil {
 				return err
 			}
 			ctx, stop := interruptible(endSignals...)

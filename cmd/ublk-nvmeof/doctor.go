@@ -11,6 +11,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/identity"
 )
 
 func newDoctor(runDir dirFunc) *cobra.Command {
@@ -30,7 +31,7 @@ The flags are those of connect: to find out why a connect fails, replace the ver
 something failed, the exit code is the one that connect would have.`,
 		Args: noArgs,
 		RunE: verb("doctor", func(cmd *cobra.Command, _ []string) error {
-			if err := usage(opts.CompleteHost(options.Sources{}.ReadOnly())); err != nil {
+			if err := usage(opts.CompleteHost(identity.Sources{}.ReadOnly())); err != nil {
 				return err
 			}
 			ctx, stop := interruptible(endSignals...)

@@ -3,9 +3,9 @@ package main
 import (
 	"fmt"
 
-	"github.com/spf13/cobra"
+	"ublk-nvmeof/identity"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"github.com/spf13/cobra"
 )
 
 func newGenHostNQN() *cobra.Command {
@@ -16,7 +16,7 @@ func newGenHostNQN() *cobra.Command {
 one. To use it, write it to /etc/nvme/hostnqn.`,
 		Args: noArgs,
 		RunE: verb("gen-hostnqn", func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), options.GenerateHostNQN(options.Sources{}))
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), identity.GenerateHostNQN(identity.Sources{}))
 			return err
 		}),
 	}
@@ -28,7 +28,7 @@ func newShowHostNQN() *cobra.Command {
 		Short: "Show the NQN that connect uses for this host",
 		Args:  noArgs,
 		RunE: verb("show-hostnqn", func(cmd *cobra.Command, _ []string) error {
-			nqn, err := options.HostNQN(options.Sources{})
+			nqn, err := identity.HostNQN(identity.Sources{})
 			if err != nil {
 				return err
 			}

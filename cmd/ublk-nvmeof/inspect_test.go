@@ -224,7 +224,7 @@ func TestInspectNames(t *testing.T) {
 // TestInspectNobody asks servers that do not answer.
 func TestInspectNobody(t *testing.T) {
 	dir := runDir(t)
-	dead, kill := process(t)
+	dead, kill := startProcess(t)
 	kill()
 	record(t, dir, "nqn.dead", dead, state.Device{ID: 3, NSID: 1})
 	silent := record(t, dir, "nqn.silent", state.Process{}) // no socket

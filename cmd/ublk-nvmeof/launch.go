@@ -23,9 +23,9 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // self returns the path of this program, or of a link to it if its file has been
@@ -191,7 +191,7 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 // launch starts a server in the background and returns its status once its devices are
 // usable. After an error nothing is left of the server, and the error has the reason,
 // or says how the server died. The server inherits the marks of the calling thread
-// (host.SetIOFlusher). say tells the user what the server waits for. timeout is the
+// (process.SetIOFlusher). say tells the user what the server waits for. timeout is the
 // time limit of the server without the waits that it announces. If ctx ends, launch
 // asks the server to end. The server inherits secrets as its descriptors from firstSecret
 // on.

@@ -21,10 +21,10 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/internal/testenv"
+	"ublk-nvmeof/process"
 )
 
 // TestMain lets the test be the program that it tests, because connect executes
@@ -308,7 +308,7 @@ func TestAwaitKills(t *testing.T) {
 func TestIOFlusherPassesToPrograms(t *testing.T) {
 	// The mark is the thread's, and main keeps to one. This one ends with the test.
 	runtime.LockOSThread()
-	testenv.Need(t, "root", host.SetIOFlusher())
+	testenv.Need(t, "root", process.SetIOFlusher())
 	// A shell's threads are one; the flags are those of the process that this
 	// thread starts.
 	path, args := shell(`printf '{"status": {"cntlid": 1, "name": "%s"}}' "$(cut -d' ' -f9 /proc/$$/stat)" >&3`)
@@ -481,8 +481,8 @@ func serveFake(t *testing.T, e *state.Entry) *fake {
 	return f
 }
 
-// process is another process, which records may name. kill ends it.
-func process(t *testing.T) (p state.Process, kill func()) {
+// startProcess is another process, which records may name. kill ends it.
+func startProcess(t *testing.T) (p state.Process, kill func()) {
 	t.Helper()
 	cmd := exec.Command("sleep", "600")
 	if err := cmd.Start(); err != nil {
@@ -508,7 +508,7 @@ func process(t *testing.T) (p state.Process, kill func()) {
 func TestList(t *testing.T) {
 	dir := runDir(t)
 	serveFake(t, record(t, dir, "nqn.live", state.Process{}))
-	dead, kill := process(t)
+	dead, kill := startProcess(t)
 	kill()
 	record(t, dir, "nqn.dead", dead, state.Device{ID: 4, NSID: 2, Told: state.Told{Size: 1 << 20, BlockSize: 512}})
 	record(t, dir, "nqn.silent", state.Process{}, state.Device{ID: 5, NSID: 3}) // no socket
@@ -589,7 +589,7 @@ func TestDisconnectBusy(t *testing.T) {
 func TestDisconnectEnds(t *testing.T) {
 	for _, force := range []bool{false, true} {
 		dir := runDir(t)
-		p, kill := process(t)
+		p, kill := startProcess(t)
 		e := record(t, dir, "nqn.a", p)
 		f := serveFake(t, e)
 		go func() {
@@ -614,7 +614,7 @@ func TestDisconnectEnds(t *testing.T) {
 // cleared away.
 func TestDisconnectKills(t *testing.T) {
 	dir := runDir(t)
-	p, _ := process(t)
+	p, _ := startProcess(t)
 	record(t, dir, "nqn.a", p)
 	stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "-n", "nqn.a", "--force")
 	if code != exit.OK || stdout != "NQN:nqn.a disconnected 1 controller(s)\n" || stderr != "" {
@@ -631,7 +631,7 @@ func TestDisconnectKills(t *testing.T) {
 // A dead server is cleared away without asking.
 func TestDisconnectDead(t *testing.T) {
 	dir := runDir(t)
-	p, kill := process(t)
+	p, kill := startProcess(t)
 	kill()
 	record(t, dir, "nqn.a", p)
 	if stdout, stderr, code := program(t, "disconnect", "--run-dir", dir, "nqn.a"); code != exit.OK || stderr != "" ||

@@ -19,7 +19,7 @@ import (
 // A name with a comma is one name.
 func TestDisconnectNamesWithCommas(t *testing.T) {
 	dir := runDir(t)
-	p, kill := process(t)
+	p, kill := startProcess(t)
 	kill()
 	const uri = "nbd+unix:///1?socket=/tmp/a,b"
 	record(t, dir, "nqn.a,nqn.b", p)

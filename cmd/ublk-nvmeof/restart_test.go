@@ -69,7 +69,7 @@ func TestRecoverAll(t *testing.T) {
 // NQN names all its servers.
 func TestRunningAreNamedOnce(t *testing.T) {
 	dir := runDir(t)
-	p, _ := process(t)
+	p, _ := startProcess(t)
 	for range 2 {
 		record(t, dir, "nqn.a", p, state.Device{ID: 3, NSID: 1})
 	}

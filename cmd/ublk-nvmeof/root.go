@@ -16,8 +16,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/rundir"
 )
 
 const programName = "ublk-nvmeof"

@@ -22,9 +22,9 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/metrics"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/discovery"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // persistent returns the services that are to be kept and that nobody keeps yet.

@@ -129,7 +129,7 @@ func TestUserSeesServersOfRoot(t *testing.T) {
 	tmp := stickyDir(t)
 	system, own := filepath.Join(tmp, "system"), filepath.Join(tmp, fmt.Sprintf("%s-%d", programName, victim))
 	t.Setenv(testSystemDir, system)
-	p, _ := process(t)
+	p, _ := startProcess(t)
 	record(t, system, "nqn.root", p, state.Device{ID: 3, NSID: 1})
 	if stdout, stderr, code := execAs(t, victim, tmp, "list"); code != exit.OK || !strings.Contains(stdout, "nqn.root") {
 		t.Errorf("exit code %d, %q %q", code, stdout, stderr)

@@ -46,6 +46,12 @@ var table = map[string]row{
 	"poller":    {may: []string{"internal/uring", sys}},
 	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
 
+	// The front door of the library, and what it finds out about the host.
+	"disk": {may: []string{"block", "identity", "initiator", "internal/frontend", "internal/iostats", "nvme", "poller", "process", "rdma", "rdma/provider", sys},
+		testing: []string{"auth", "block/null", "block/ram", "rdma/rdmatest", "rdma/roce", "target"}},
+	"identity": {may: []string{"internal/rundir", "nvme"}},
+	"process":  {may: []string{sys}},
+
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
 	// RDMA providers, and the suite that all of them pass.
@@ -53,6 +59,7 @@ var table = map[string]row{
 	"rdma/verbs/prepare": {testing: []string{"rdma/verbs"}},
 	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
 	"rdma/roce/wire":     {},
+	"rdma/provider":      {may: []string{"rdma", "rdma/roce", "rdma/verbs"}},
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
@@ -72,9 +79,13 @@ var table = map[string]row{
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
+	"examples/diskcat": {may: []string{"disk"}, testing: []string{"rdma/roce", "target"}},
+	"examples/vmm":     {may: []string{"disk", "vhost"}, testing: []string{"rdma/rdmatest", "target", "vhost/vhosttest"}},
+
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
 	"docs":              {}, // what the program reads of its documents
+	"internal/rundir":   {may: []string{sys}},
 	"internal/uring":    {may: []string{sys}},
 	"internal/frontend": {may: []string{"block", "poller"}},
 	"internal/hostmem":  {may: []string{sys}},
@@ -89,42 +100,39 @@ var table = map[string]row{
 	// The command. Only it, and bench, see a command line library, module
 	// loading, and sizes for humans.
 	"cmd/ublk-nvmeof": {may: []string{
-		"auth",
+		"auth", "identity", "process",
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/server",
+		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "internal/rundir", "cmd/ublk-nvmeof/internal/server",
 		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
 	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
-	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/rundir"}},
-	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"initiator", "nbd", "nvme", "rdma", "ublk", "vhost"}},
+	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "internal/rundir"}},
+	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"block", "initiator", "nvme", "rdma"}, testing: []string{"nbd", "ublk", "vhost"}},
 	"cmd/ublk-nvmeof/internal/host":    {may: []string{"nvme", kmod, rdmamap, sys}},
 	"cmd/ublk-nvmeof/internal/metrics": {may: []string{"cmd/ublk-nvmeof/internal/control", prometheus, exposition}, testing: []string{yaml}},
-	"cmd/ublk-nvmeof/internal/options": {may: []string{"auth", "cmd/ublk-nvmeof/internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
+	"cmd/ublk-nvmeof/internal/options": {may: []string{"auth", "identity", "rdma/provider", "internal/rundir", "initiator", "nvme", "poller", "target", humanize, english, pflag}},
 	"cmd/ublk-nvmeof/internal/doctor": {may: []string{
-		"block", "discovery", "docs", "initiator", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
+		"identity", "process", "block", "discovery", "docs", "initiator", "nvme", "poller", "rdma", "ublk", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
+		"cmd/ublk-nvmeof/internal/options", "rdma/provider",
 	}},
 	"cmd/ublk-nvmeof/internal/output":     {may: []string{"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "nvme", humanize, english}, testing: []string{"cmd/ublk-nvmeof/internal/exit"}},
-	"cmd/ublk-nvmeof/internal/configfile": {may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
+	"cmd/ublk-nvmeof/internal/configfile": {testing: []string{"identity"}, may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
-		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
+		"identity",
+		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
+		"internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{
-		"auth", "block", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
+		"auth", "block", "process", "initiator", "nbd", "nvme", "poller", "rdma", "ublk", "vhost", humanize, english, sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider",
-		"cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
+		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
+		"internal/rundir", "cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"block/null", "vhost/vhosttest"}},
-	"cmd/ublk-nvmeof/internal/provider": {may: []string{
-		"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma", "rdma/roce", "rdma/verbs",
-	}},
 	"cmd/ublk-nvmeof/internal/targetserver": {may: []string{
 		"nvme", "rdma", "target", "internal/hostmem", sys,
 		"cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
-		"cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/provider", "cmd/ublk-nvmeof/internal/rundir", "cmd/ublk-nvmeof/internal/systemd",
+		"cmd/ublk-nvmeof/internal/options", "rdma/provider", "internal/rundir", "cmd/ublk-nvmeof/internal/systemd",
 	}, testing: []string{"initiator", "poller", "rdma/roce"}},
-	"cmd/ublk-nvmeof/internal/state":   {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/rundir", sys}},
-	"cmd/ublk-nvmeof/internal/rundir":  {may: []string{sys}},
+	"cmd/ublk-nvmeof/internal/state":   {may: []string{"cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "internal/rundir", sys}},
 	"cmd/ublk-nvmeof/internal/systemd": {may: []string{gosystemd, godbus, sys}},
 }

@@ -56,3 +56,15 @@ func Loops(given []*poller.Loop, device block.Device) ([]*poller.Loop, error) {
 	}
 	return given, nil
 }
+
+// kindError is an error of a front end that is also of a kind.
+type kindError struct {
+	text string
+	kind error
+}
+
+func (e *kindError) Error() string { return e.text }
+func (e *kindError) Unwrap() error { return e.kind }
+
+// NewError makes an error of one of the kinds of package block.
+func NewError(kind error, text string) error { return &kindError{text, kind} }

@@ -1,6 +1,8 @@
 package frontend
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"testing"
 
@@ -51,5 +53,14 @@ func TestLoops(t *testing.T) {
 	}
 	if _, err := Loops(nil, nil); err == nil {
 		t.Error("no loops: no error")
+	}
+}
+
+func TestNewError(t *testing.T) {
+	busy := NewError(block.ErrBusy, "disk is in use")
+	wrapped := fmt.Errorf("stop: %w", busy)
+	if !errors.Is(wrapped, block.ErrBusy) || !errors.Is(wrapped, busy) || errors.Is(wrapped, block.ErrTaken) ||
+		errors.Is(wrapped, NewError(block.ErrBusy, "disk is in use")) || wrapped.Error() != "stop: disk is in use" {
+		t.Errorf("%v", wrapped)
 	}
 }

@@ -353,3 +353,18 @@ func enterError(errno unix.Errno) error {
 	}
 	return fmt.Errorf("enter io_uring: %w", errno)
 }
+
+// Entries has the submission entries of a loop. Only the loop may use it. Buffer group 65535 is
+// in use.
+type Entries interface {
+	// SQE returns a free submission entry, which is zeroed and queued. The caller must
+	// fill it in before it calls the loop. If the queue is full, its entries are submitted
+	// first. After the end of the loop, or of its ring, the entry has no effect.
+	SQE() *SQE
+	// Submit enters the kernel with the entries so far. The loop does that by itself, too.
+	Submit() error
+}
+
+// OfLoop returns the entries of a *poller.Loop. Package poller sets it, so that its exported
+// methods do not name types that others cannot use.
+var OfLoop func(loop any) Entries

@@ -9,12 +9,13 @@ import (
 	"testing"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/identity"
 )
 
 const id = "12345678-1234-1234-1234-123456789abc"
 
 // sources is a host with a name and nothing else.
-var sources = options.Sources{
+var sources = identity.Sources{
 	LookupEnv: func(string) (string, bool) { return "", false },
 	ReadFile:  func(string) ([]byte, error) { return nil, fs.ErrNotExist },
 }

@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // Controlled is what a socket controls.

@@ -12,10 +12,10 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/discovery"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // Client opens connections to discovery services. Any goroutine may call its methods.
@@ -44,7 +44,7 @@ func (c *Client) Close() error {
 
 // provider opens what fits the route to a service, once.
 func (c *Client) provider(o *options.Connect, to netip.AddrPort) (rdma.Provider, error) {
-	route, err := host.RouteTo(to, o.SourceAddr)
+	route, err := provider.RouteTo(to, o.SourceAddr)
 	choice := provider.Choose(o.Provider, to.Addr(), route, err)
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -11,8 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // keeperPrefix begins the names of processes that stay connected to discovery services.

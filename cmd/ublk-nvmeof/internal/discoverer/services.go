@@ -11,6 +11,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
@@ -87,7 +88,7 @@ func ReadConf(o *options.Discovery, file string) (found Found, err error) {
 
 // add adds a service that a file names by flags.
 func (f *Found) add(o *options.Discovery, from string, args []string, discovery bool) {
-	with, err := o.With(args, options.Sources{})
+	with, err := o.With(args, identity.Sources{})
 	if err == nil && with.Connect.Address == "" {
 		err = errors.New("-a/--traddr: no value is given; want the address of the target")
 	}

@@ -11,6 +11,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/identity"
 )
 
 // services runs Services with these files; an empty text is no file.
@@ -37,7 +38,7 @@ func services(t *testing.T, conf, config string, args ...string) (Found, error) 
 	if err := f.Parse(append([]string{"--config=" + write("config.json", config)}, args...)); err != nil {
 		t.Fatal(err)
 	}
-	if err := o.Complete(options.Sources{}); err != nil {
+	if err := o.Complete(identity.Sources{}); err != nil {
 		t.Fatal(err)
 	}
 	return Services(o)

@@ -23,8 +23,11 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/docs"
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/process"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/ublk"
 )
 
@@ -82,8 +85,8 @@ func fine() (*Machine, fstest.MapFS) {
 		},
 		Admin: func() bool { return true }, NBD: func() bool { return true }, MayLock: func() bool { return false },
 		Limit: func(int) (unix.Rlimit, error) { return unix.Rlimit{Cur: 1 << 30, Max: 1 << 30}, nil },
-		Route: func(netip.AddrPort, netip.Addr) (host.Route, error) {
-			return host.Route{Source: source, Netdev: "eth0", RDMA: "mlx5_0"}, nil
+		Route: func(netip.AddrPort, netip.Addr) (provider.Route, error) {
+			return provider.Route{Source: source, Netdev: "eth0", RDMA: "mlx5_0"}, nil
 		},
 		Netdev: func(name string) (*net.Interface, error) {
 			return &net.Interface{Name: name, MTU: 4200, Flags: net.FlagUp | net.FlagRunning}, nil
@@ -188,7 +191,7 @@ func TestEachCheckFails(t *testing.T) {
 		}, Warn, 0, "; nvme_rdma: "},
 		{"io_uring", "disabled", on(func(m *Machine) {
 			m.IOUring = func() error {
-				return &host.RingError{Why: "the administrator has disabled it", Remedy: "sysctl", Err: unix.EPERM}
+				return &process.RingError{Why: "the administrator has disabled it", Remedy: "sysctl", Err: unix.EPERM}
 			}
 		}), Fail, exit.Permission, "cannot be used: the administrator has disabled it; sysctl"},
 		{"io_uring", "no memory", on(func(m *Machine) { m.IOUring = func() error { return unix.ENOMEM } }), Fail, exit.Other, "cannot allocate"},
@@ -240,12 +243,12 @@ func TestEachCheckFails(t *testing.T) {
 		{"lease_times", "sbd", set("proc/78/comm", "sbd\n"), Warn, 0, "sbd gives up when I/O stands still for 5 s"},
 		{"resolve", "no such name", on(func(m *Machine) { m.Options.Address = "no.such.host.invalid" }), Fail, exit.Unreachable, "no.such.host.invalid"},
 		{"route", "none", on(func(m *Machine) {
-			m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) { return host.Route{}, unix.ENETUNREACH }
+			m.Route = func(netip.AddrPort, netip.Addr) (provider.Route, error) { return provider.Route{}, unix.ENETUNREACH }
 		}), Fail, exit.Unreachable, "ip route get 10.0.0.1"},
 		{"rdma_device", "none on the route", on(func(m *Machine) {
 			m.Options.Provider = options.Verbs
-			m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) {
-				return host.Route{Source: source, Netdev: "eth1"}, nil
+			m.Route = func(netip.AddrPort, netip.Addr) (provider.Route, error) {
+				return provider.Route{Source: source, Netdev: "eth1"}, nil
 			}
 		}), Fail, exit.NoRDMA, "no RDMA device is on eth1; this host has mlx5_0"},
 		{"rdma_device", "none at all", func(m *Machine, root fstest.MapFS) {
@@ -258,8 +261,8 @@ func TestEachCheckFails(t *testing.T) {
 		{"link", "port", set(rdmaClass+"/mlx5_0/ports/1/state", "1: DOWN\n"), Fail, exit.NoRDMA, `port 1 of mlx5_0 is "1: DOWN"`},
 		{"gid", "version 1 only", set(rdmaClass+"/mlx5_0/ports/1/gid_attrs/types/3", "IB/RoCE v1\n"), Fail, exit.NoRDMA, "no GID of RoCE v2 of 10.0.0.2"},
 		{"gid", "another address", on(func(m *Machine) {
-			m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) {
-				return host.Route{Source: source.Next(), Netdev: "eth0", RDMA: "mlx5_0"}, nil
+			m.Route = func(netip.AddrPort, netip.Addr) (provider.Route, error) {
+				return provider.Route{Source: source.Next(), Netdev: "eth0", RDMA: "mlx5_0"}, nil
 			}
 		}), Fail, exit.NoRDMA, "no GID of 10.0.0.3 on eth0"},
 		{"mtu", "tiny", netdev(func(d *net.Interface) { d.MTU = 300 }), Fail, exit.Unreachable, "too small for any packet"},
@@ -318,7 +321,7 @@ func TestNames(t *testing.T) {
 // target is not connected to.
 func TestLost(t *testing.T) {
 	m, _ := fine()
-	m.Route = func(netip.AddrPort, netip.Addr) (host.Route, error) { return host.Route{}, unix.ENETUNREACH }
+	m.Route = func(netip.AddrPort, netip.Addr) (provider.Route, error) { return provider.Route{}, unix.ENETUNREACH }
 	results := Run(t.Context(), m)
 	if last := results[len(results)-1]; last.Check != "route" || last.Status != Fail {
 		t.Errorf("%+v", last)
@@ -379,7 +382,7 @@ func TestMatches(t *testing.T) {
 // TestThis: the checks of the machine of the test run without an error of their own.
 func TestThis(t *testing.T) {
 	o := options.Default()
-	if err := o.CompleteHost(options.Sources{}.ReadOnly()); err != nil {
+	if err := o.CompleteHost(identity.Sources{}.ReadOnly()); err != nil {
 		t.Fatal(err)
 	}
 	results := Run(t.Context(), This(o, nil))

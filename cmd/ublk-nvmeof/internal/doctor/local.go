@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/ublk"
 )
 
@@ -24,7 +24,7 @@ func (ioUring) Name() string { return "io_uring" }
 
 func (ioUring) Look(_ context.Context, m *Machine) Result {
 	err := m.IOUring()
-	var ring *host.RingError
+	var ring *process.RingError
 	switch {
 	case err == nil:
 		return ok("can be used")
@@ -148,7 +148,7 @@ func (lockedMemory) Look(_ context.Context, m *Machine) Result {
 		return ok("no limit")
 	}
 	o := m.Options
-	need := uint64(m.loops()) * host.LoopMemory << 10
+	need := uint64(m.loops()) * process.LoopMemory << 10
 	what := fmt.Sprintf("%d queues", m.loops())
 	if o.Provider == options.Verbs || o.Provider == options.AutoProvider && len(m.rdmaDevices()) > 0 {
 		need += uint64(m.loops()) * uint64(o.QueueSize) * uint64(o.MaxIO)

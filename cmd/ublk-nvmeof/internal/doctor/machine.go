@@ -16,7 +16,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
+	"ublk-nvmeof/process"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/ublk"
 )
 
@@ -33,7 +34,7 @@ type Machine struct {
 	NBD      func() bool // the kernel has an NBD client, or can load one
 	Limit    func(resource int) (unix.Rlimit, error)
 	MayLock  func() bool // there is no limit of locked memory for the process
-	Route    func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
+	Route    func(remote netip.AddrPort, source netip.Addr) (provider.Route, error)
 	Netdev   func(name string) (*net.Interface, error)
 	DCB      func(netdev string) (d host.DCB, ok bool, err error)
 	Holder   func(netip.AddrPort) (host.Holder, bool)
@@ -48,7 +49,7 @@ type Machine struct {
 // way is how packets of this host get to the target.
 type way struct {
 	remote netip.AddrPort
-	host.Route
+	provider.Route
 	choice provider.Choice
 }
 
@@ -58,9 +59,9 @@ func This(o *options.Connect, servers []control.Status) *Machine {
 	_ = unix.Uname(&name) // it cannot fail
 	m := &Machine{
 		Options: o, Servers: servers, Release: unix.ByteSliceToString(name.Release[:]), FS: os.DirFS("/"),
-		IOUring: host.CheckIOUring, Features: ublk.GetFeatures, Admin: host.IsAdmin, MayLock: host.MayLock,
+		IOUring: process.CheckIOUring, Features: ublk.GetFeatures, Admin: process.IsAdmin, MayLock: process.MayLock,
 		Limit: func(resource int) (l unix.Rlimit, err error) { return l, unix.Getrlimit(resource, &l) },
-		Route: host.RouteTo, Netdev: net.InterfaceByName, DCB: host.ReadDCB, Holder: host.UDPHolder, Echo: host.TryUDP,
+		Route: provider.RouteTo, Netdev: net.InterfaceByName, DCB: host.ReadDCB, Holder: host.UDPHolder, Echo: host.TryUDP,
 	}
 	m.NBD = func() bool { return host.NBD.Present() || m.loadable("nbd") }
 	return m

@@ -17,7 +17,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // addresses resolves the name of the target.

@@ -15,12 +15,13 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/discovery"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // probe is what is known of the target from connecting to it: first to its discovery
@@ -217,7 +218,7 @@ func (m *Machine) connect(ctx context.Context) error {
 	for range m.loops() {
 		l, err := poller.New(poller.Config{Name: "nvmeof-doctor"})
 		if err != nil {
-			return host.ExplainMemlock(err)
+			return process.ExplainMemlock(err)
 		}
 		p.loops = append(p.loops, l)
 	}

@@ -9,12 +9,10 @@ import (
 	"strings"
 	"syscall"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/initiator"
-	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
-	"ublk-nvmeof/ublk"
-	"ublk-nvmeof/vhost"
 )
 
 // classify finds the code of an error by the errors in its chain, the most specific
@@ -28,17 +26,11 @@ func classify(err error) Code {
 		err  error
 		code Code
 	}{
-		{ublk.ErrNoDriver, NoUblk},
-		{ublk.ErrPermission, Permission},
-		{nbd.ErrNoDriver, NoUblk},
-		{nbd.ErrPermission, Permission},
-		{nbd.ErrTaken, DeviceTaken},
-		{nbd.ErrNoDevice, NotFound},
-		{nbd.ErrBusy, Busy},
-		{vhost.ErrBusy, Busy},
-		{ublk.ErrIDTaken, DeviceTaken},
-		{ublk.ErrNoDevice, NotFound},
-		{ublk.ErrBusy, Busy},
+		{block.ErrNoDriver, NoUblk},
+		{block.ErrPermission, Permission},
+		{block.ErrTaken, DeviceTaken},
+		{block.ErrNoDevice, NotFound},
+		{block.ErrBusy, Busy},
 		{rdma.ErrNoDevice, NoRDMA},
 		{rdma.ErrUnsupported, NoRDMA},
 		{initiator.ErrNoQueues, Negotiation},

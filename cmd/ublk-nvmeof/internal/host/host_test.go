@@ -1,7 +1,6 @@
 package host
 
 import (
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -26,16 +25,6 @@ func TestLoadUnknownModule(t *testing.T) {
 	err := Module{Name: "no_such_module"}.Load()
 	if err == nil || !strings.HasPrefix(err.Error(), "load module no_such_module: ") {
 		t.Error(err)
-	}
-}
-
-func TestRouteTo(t *testing.T) {
-	r, err := RouteTo(netip.MustParseAddrPort("127.0.0.1:4420"), netip.Addr{})
-	if err != nil || r.Netdev != "lo" || r.RDMA != "" {
-		t.Errorf("%+v, %v", r, err)
-	}
-	if r, err := RouteTo(netip.MustParseAddrPort("127.0.0.1:4420"), netip.MustParseAddr("192.0.2.77")); err == nil {
-		t.Errorf("a source address that is not ours: %+v", r)
 	}
 }
 

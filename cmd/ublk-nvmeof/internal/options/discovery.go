@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
@@ -103,7 +104,7 @@ func (r *refused[T]) Set(string) error { return &rejected{r.want, errors.New("th
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (d *Discovery) Complete(from Sources) error {
+func (d *Discovery) Complete(from identity.Sources) error {
 	if d.Connect.Metrics != "" && !d.Persistent {
 		return fmt.Errorf("--metrics-listen %q: want it with --persistent, whose process shows the metrics of all servers; connect --metrics-listen is for one", d.Connect.Metrics)
 	}
@@ -131,7 +132,7 @@ var targetFlags = []string{"transport", "traddr", "trsvcid", "nqn"}
 // With returns the flags of d, but for the target, changed by more of them: those of a line
 // of discovery.conf, for example. It is complete if d is. Errors name the flag. The error
 // is ErrOtherTransport if the target is not reached by RDMA.
-func (d *Discovery) With(args []string, from Sources) (*Discovery, error) {
+func (d *Discovery) With(args []string, from identity.Sources) (*Discovery, error) {
 	n := DefaultDiscovery()
 	n.Config, n.Persistent, n.Quiet = d.Config, d.Persistent, d.Quiet
 	extra := pflag.NewFlagSet("", pflag.ContinueOnError)

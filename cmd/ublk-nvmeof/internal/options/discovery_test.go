@@ -11,11 +11,12 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/nvme"
 )
 
 // nobody is a host without files or environment.
-var nobody = Sources{
+var nobody = identity.Sources{
 	LookupEnv: func(string) (string, bool) { return "", false },
 	ReadFile:  func(string) ([]byte, error) { return nil, fs.ErrNotExist },
 	NewUUID:   func() nvme.UUID { return nvme.UUID{1} },

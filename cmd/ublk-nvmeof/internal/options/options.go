@@ -21,10 +21,12 @@ import (
 	"github.com/spf13/pflag"
 
 	"ublk-nvmeof/auth"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/identity"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // Limits and defaults that do not come from the initiator.
@@ -59,9 +61,9 @@ const (
 
 // Values of --provider.
 const (
-	AutoProvider = "auto"
-	Verbs        = "verbs"
-	RoCE         = "roce"
+	AutoProvider = provider.Auto
+	Verbs        = provider.Verbs
+	RoCE         = provider.RoCE
 )
 
 // Values of --frontend.
@@ -235,7 +237,7 @@ func (c *Connect) addMetrics(f *pflag.FlagSet, what string) {
 
 // Complete checks the flags in combination and finds the identity of the host. It is
 // called once, after the flags are parsed.
-func (c *Connect) Complete(from Sources) error {
+func (c *Connect) Complete(from identity.Sources) error {
 	switch {
 	case c.Address == "":
 		return errors.New("-a/--traddr: no value is given; want the address of the target")
@@ -246,7 +248,7 @@ func (c *Connect) Complete(from Sources) error {
 }
 
 // CompleteHost is Complete for flags that may lack the target.
-func (c *Connect) CompleteHost(from Sources) error {
+func (c *Connect) CompleteHost(from identity.Sources) error {
 	if err := errors.Join(c.chooseSource(), c.checkSecrets()); err != nil {
 		return err
 	}
@@ -284,9 +286,10 @@ func (c *Connect) CompleteHost(from Sources) error {
 	if _, err := c.TLSConfig(); err != nil {
 		return err
 	}
-	host, err := findIdentity(c.HostNQN, c.hostID, from)
-	c.HostNQN, c.HostID, c.HostIDFile = host.nqn, host.id, host.file
-	c.Warnings = append(c.Warnings, host.warnings...)
+	from.NQNName, from.IDName = "-q/--hostnqn", "-I/--hostid"
+	host, err := identity.Find(c.HostNQN, c.hostID, from)
+	c.HostNQN, c.HostID, c.HostIDFile = host.NQN, host.ID, host.File
+	c.Warnings = append(c.Warnings, host.Warnings...)
 	return err
 }
 

@@ -169,7 +169,7 @@ func TestOtherUsageErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.Complete(nowhere); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if err := c.Complete(nobody); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
 		}
 	}
@@ -208,7 +208,7 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Complete(nowhere); err != nil {
+	if err := c.Complete(nobody); err != nil {
 		t.Fatal(err)
 	}
 	if c.Port != 4420 || c.QueueSize != 128 || c.KeepAlive != 5*time.Second || c.Reconnect != 10*time.Second ||
@@ -280,7 +280,7 @@ func TestHostIface(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = c.Complete(nowhere)
+		err = c.Complete(nobody)
 		switch {
 		case tt.want != "" && (err == nil || !strings.HasPrefix(err.Error(), tt.want)):
 			t.Errorf("%s: %v, want %s", tt.args, err, tt.want)

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"ublk-nvmeof/auth"
+	"ublk-nvmeof/identity"
 )
 
 // newKeyFile makes a key and a file that has it.
@@ -51,7 +52,7 @@ func TestSecretSources(t *testing.T) {
 	}
 	c, _, err := parse(t, "-a", "10.0.0.1", "-n", "nqn.a", "-C", k.Text())
 	if err == nil {
-		err = c.Complete(Sources{})
+		err = c.Complete(identity.Sources{})
 	}
 	if err == nil || !strings.Contains(err.Error(), "-C/--dhchap-ctrl-secret: want -S/--dhchap-secret as well") {
 		t.Errorf("a controller key alone: %v", err)
@@ -94,7 +95,7 @@ func TestDiscoverySecrets(t *testing.T) {
 	if err := d.Flags().Parse([]string{"-S", "@" + file}); err != nil {
 		t.Fatal(err)
 	}
-	from := Sources{}
+	from := identity.Sources{}
 	inherits, err := d.With([]string{"-a", "10.0.0.1"}, from)
 	if err != nil || !inherits.Connect.Secret.Equal(k) {
 		t.Errorf("inherited: %v", err)

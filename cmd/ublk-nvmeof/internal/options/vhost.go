@@ -10,7 +10,7 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // NSIDField stands for the number of a namespace in the path of its socket.

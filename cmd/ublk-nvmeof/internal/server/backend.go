@@ -8,14 +8,15 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nbd"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/ublk"
 )
 
@@ -89,7 +90,7 @@ type backend struct {
 	// nbdConnected reports whether the kernel's NBD client has this device connected
 	// with this cookie.
 	nbdConnected func(id int, cookie uint64) (bool, error)
-	route        func(remote netip.AddrPort, source netip.Addr) (host.Route, error)
+	route        func(remote netip.AddrPort, source netip.Addr) (provider.Route, error)
 	provider     func(name string) (rdma.Provider, error)
 	prepare      func(loops int) error
 	loop         func(poller.Config) (*poller.Loop, error)
@@ -116,16 +117,16 @@ var actual = backend{
 	available:    ublkAvailable,
 	nbd:          nbdAvailable,
 	nbdConnected: nbd.Connected,
-	route:        host.RouteTo,
+	route:        provider.RouteTo,
 	provider:     provider.ForHost,
-	prepare:      host.Prepare,
+	prepare:      process.Prepare,
 	loop:         explainedLoop,
 	kernelHas:    host.NewKernelNVMe().Has,
 	connect: func(ctx context.Context, cfg initiator.Config, changed func(namespace, initiator.Change)) (subsystem, []namespace, error) {
 		cfg.Changed = func(ns *initiator.Namespace, what initiator.Change) { changed(describe(ns), what) }
 		c, err := initiator.Connect(ctx, cfg)
 		if err != nil {
-			return nil, nil, host.ExplainMemlock(err)
+			return nil, nil, process.ExplainMemlock(err)
 		}
 		var found []namespace
 		for _, ns := range c.Namespaces() {
@@ -159,7 +160,7 @@ var actual = backend{
 // explainedLoop makes a loop. Its error names the limit that the loop exceeds.
 func explainedLoop(cfg poller.Config) (*poller.Loop, error) {
 	l, err := poller.New(cfg)
-	return l, host.ExplainMemlock(err)
+	return l, process.ExplainMemlock(err)
 }
 
 // ublkDevice implements device with a ublk.Device.

@@ -17,6 +17,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/process"
 )
 
 // reserve finds the target's address and takes a name: a new one, the name of a dead
@@ -141,7 +142,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 	if err := s.back.prepare(queues.Loops()); err != nil {
 		s.log.Warn("process is not fully protected", "error", err)
 	}
-	if !host.IsIOFlusher() {
+	if !process.IsIOFlusher() {
 		s.log.Warn("process is not marked as I/O flusher; swapping to this device may deadlock")
 	}
 	var loops []*poller.Loop
@@ -162,7 +163,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Credentials: initiator.Credentials{Host: s.opts.Secret, Controller: s.opts.ControllerSecret},
 		Queues:      queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
-		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, time.Nanosecond),
+		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, initiator.AtOnce),
 		MaxMemory: s.opts.Memory, Associated: s.record.associated,
 		Made: s.made, Superseded: s.superseded, Log: s.log,
 	}
@@ -170,7 +171,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		cfg.Resolve = s.opts.Resolve
 	}
 	if s.opts.FastIOFail != options.Off {
-		cfg.FastIOFail = max(s.opts.FastIOFail, time.Nanosecond) // in initiator.Config 0 means off, here it means at once
+		cfg.FastIOFail = max(s.opts.FastIOFail, initiator.AtOnce) // in initiator.Config 0 means off
 	}
 	return cfg, nil
 }

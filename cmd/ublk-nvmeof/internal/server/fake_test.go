@@ -24,6 +24,7 @@ import (
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/ublk"
 )
 
@@ -44,7 +45,7 @@ type world struct {
 	nbdLeft      bool          // a device of a dead server is connected
 	rdmaErr      error         // of verbs
 	provider     []string      // those that were tried
-	route        host.Route
+	route        provider.Route
 	routeErr     error
 	pathErr      error // of adding a path
 	connectErr   error
@@ -67,7 +68,7 @@ type world struct {
 
 func newWorld() *world {
 	return &world{
-		route:  host.Route{Netdev: "lo", RDMA: "rxe0"},
+		route:  provider.Route{Netdev: "lo", RDMA: "rxe0"},
 		nbdErr: nbd.ErrNoDriver, nsids: []uint32{1}, startErr: map[uint32]error{}, busy: map[int]bool{}, stuck: map[int]bool{}, wedged: map[int]bool{},
 		left: map[int]ublk.Info{}, devices: map[int]*fakeDevice{},
 	}
@@ -116,7 +117,7 @@ func (w *world) backend() backend {
 		available:    func() error { return w.ublkErr },
 		nbd:          func() error { return w.nbdErr },
 		nbdConnected: func(int, uint64) (bool, error) { return w.nbdLeft, nil },
-		route:        func(netip.AddrPort, netip.Addr) (host.Route, error) { return w.route, w.routeErr },
+		route:        func(netip.AddrPort, netip.Addr) (provider.Route, error) { return w.route, w.routeErr },
 		provider: func(name string) (rdma.Provider, error) {
 			w.provider = append(w.provider, name)
 			if name == options.RoCE {

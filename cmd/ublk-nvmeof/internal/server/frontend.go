@@ -4,13 +4,14 @@ import (
 	"errors"
 	"fmt"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nbd"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/ublk"
-	"ublk-nvmeof/vhost"
 )
 
 // frontEnd is the front end of a server, with the reason for the choice.
@@ -104,7 +105,7 @@ func (s *server) driver(m host.Module, available func() error, none error) error
 // ublkAvailable returns nil if this process can make ublk devices.
 func ublkAvailable() error {
 	err := ublk.Available()
-	if err == nil && !host.IsAdmin() {
+	if err == nil && !process.IsAdmin() {
 		err = fmt.Errorf("%w: want CAP_SYS_ADMIN", ublk.ErrPermission)
 	}
 	return err
@@ -119,7 +120,7 @@ func nbdAvailable() error {
 		return err
 	case !host.NBD.Present():
 		return fmt.Errorf("%w: there is no /dev/nbd0", nbd.ErrNoDriver)
-	case !host.IsAdmin():
+	case !process.IsAdmin():
 		return fmt.Errorf("%w: want CAP_SYS_ADMIN", nbd.ErrPermission)
 	}
 	return nil
@@ -127,5 +128,5 @@ func nbdAvailable() error {
 
 // isBusy reports whether the error says that a device is in use.
 func isBusy(err error) bool {
-	return errors.Is(err, ublk.ErrBusy) || errors.Is(err, nbd.ErrBusy) || errors.Is(err, vhost.ErrBusy)
+	return errors.Is(err, block.ErrBusy)
 }

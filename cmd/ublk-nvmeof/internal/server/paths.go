@@ -11,10 +11,10 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // opened is a provider that paths use, with why it was chosen for the first of them.

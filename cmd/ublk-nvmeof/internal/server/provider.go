@@ -8,8 +8,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // reachable returns the first of the target's addresses that has a route, or the first

@@ -17,11 +17,11 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/provider"
 )
 
 // Config configures Run.

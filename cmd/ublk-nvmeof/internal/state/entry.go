@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strconv"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // DuplicateError is the error for a target to which another server is connected or

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 const (

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // Made says when a target made a controller: at some time between Asked and Answered. Both

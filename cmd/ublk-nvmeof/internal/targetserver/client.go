@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 )
 
 // namePrefix begins the names of targets.

@@ -17,10 +17,10 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
+	"ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/rdma"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/target"
 )
 
@@ -249,7 +249,7 @@ func (w *web) close() error {
 // provider opens the requested provider, or the one that fits the address to listen on.
 func (s *server) provider() (rdma.Provider, error) {
 	addr := s.opts.Address.Addr()
-	route, err := host.RouteTo(s.opts.Address, netip.Addr{})
+	route, err := provider.RouteTo(s.opts.Address, netip.Addr{})
 	s.choice = provider.Choose(s.opts.Provider, addr, route, err)
 	p, err := s.cfg.open(s.choice.Name, addr)
 	switch {

@@ -1,4 +1,4 @@
-// Command probe prints what a program with package verbs finds in its process: the
+// Command probe prints what a program with packages disk and verbs finds in its process: the
 // variable that package prepare sets, and whether malloc has an arena for each thread.
 package main
 
@@ -37,6 +37,7 @@ import "C"
 import (
 	"fmt"
 
+	_ "ublk-nvmeof/disk" // imports everything that an embedding program needs
 	"ublk-nvmeof/rdma/verbs"
 )
 

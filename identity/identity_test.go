@@ -1,4 +1,4 @@
-package options
+package identity
 
 import (
 	"errors"
@@ -85,12 +85,12 @@ func TestIdentityPrecedence(t *testing.T) {
 		{"empty files", "", "", nil, vars{nqnFile: "\n", "/etc/nvme/hostid": ""}, nvme.NQNUUIDPrefix + idRandom, idRandom},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := findIdentity(tt.nqn, tt.id, sources(tt.env, tt.files))
-			if err != nil || got.nqn != tt.wantNQN || got.id.String() != tt.wantID {
+			got, err := Find(tt.nqn, tt.id, sources(tt.env, tt.files))
+			if err != nil || got.NQN != tt.wantNQN || got.ID.String() != tt.wantID {
 				t.Errorf("got %+v, %v; want %s %s", got, err, tt.wantNQN, tt.wantID)
 			}
-			if generated := tt.wantID == idRandom; (got.file == "/kept") != generated || len(got.warnings) > 0 {
-				t.Errorf("kept in %q, warnings %q", got.file, got.warnings)
+			if generated := tt.wantID == idRandom; (got.File == "/kept") != generated || len(got.Warnings) > 0 {
+				t.Errorf("kept in %q, warnings %q", got.File, got.Warnings)
 			}
 		})
 	}
@@ -107,38 +107,38 @@ func TestIdentityErrorsNameTheirSource(t *testing.T) {
 		{vars{"LIBNVME_HOSTID": "a"}, nil, `$LIBNVME_HOSTID "a": want a UUID`},
 		{nil, vars{"/etc/nvme/hostid": "b\n"}, `/etc/nvme/hostid "b": want a UUID`},
 	} {
-		if _, err := findIdentity("", "", sources(tt.env, tt.files)); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := Find("", "", sources(tt.env, tt.files)); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%v, want %q", err, tt.want)
 		}
 	}
 	s := nowhere
 	s.ReadFile = func(string) ([]byte, error) { return nil, fs.ErrPermission }
-	if _, err := findIdentity("", "", s); !errors.Is(err, fs.ErrPermission) {
+	if _, err := Find("", "", s); !errors.Is(err, fs.ErrPermission) {
 		t.Errorf("%v, want a permission error", err)
 	}
 }
 
 // A name with a UUID and another identifier are two hosts to some targets.
 func TestIdentityWarnsOfTwoUUIDs(t *testing.T) {
-	got, err := findIdentity(nvme.NQNUUIDPrefix+idNQN, idFlag, nowhere)
-	if err != nil || len(got.warnings) != 1 || !strings.Contains(got.warnings[0], idNQN) || !strings.Contains(got.warnings[0], "host id "+idFlag) {
+	got, err := Find(nvme.NQNUUIDPrefix+idNQN, idFlag, nowhere)
+	if err != nil || len(got.Warnings) != 1 || !strings.Contains(got.Warnings[0], idNQN) || !strings.Contains(got.Warnings[0], "host id "+idFlag) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	for name, from := range map[string]Sources{
 		"name in the file, id given":        sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN}),
 		"name in the environment, id given": sources(vars{"LIBNVME_HOSTNQN": nvme.NQNUUIDPrefix + idNQN}, nil),
 	} {
-		if got, err := findIdentity("", idFlag, from); err != nil || len(got.warnings) != 1 {
+		if got, err := Find("", idFlag, from); err != nil || len(got.Warnings) != 1 {
 			t.Errorf("%s: %+v, %v", name, got, err)
 		}
 	}
 	// As Debian's nvme-cli makes them.
 	files := sources(nil, vars{nqnFile: nvme.NQNUUIDPrefix + idNQN, "/etc/nvme/hostid": idFile})
-	if got, err := findIdentity("", "", files); err != nil || len(got.warnings) > 0 {
+	if got, err := Find("", "", files); err != nil || len(got.Warnings) > 0 {
 		t.Errorf("both from files: %+v, %v", got, err)
 	}
 	for nqn, id := range map[string]string{nvme.NQNUUIDPrefix + idNQN: idNQN, "nqn.plain": idFlag} {
-		if got, err := findIdentity(nqn, id, nowhere); err != nil || len(got.warnings) > 0 {
+		if got, err := Find(nqn, id, nowhere); err != nil || len(got.Warnings) > 0 {
 			t.Errorf("%s %s: %+v, %v", nqn, id, got, err)
 		}
 	}
@@ -154,11 +154,11 @@ func TestGeneratedIdentityIsKept(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range ids {
 		wg.Go(func() {
-			got, err := findIdentity("", "", from)
-			if err != nil || len(got.warnings) > 0 || got.file != os.Getenv("STATE_DIRECTORY")+"/hostid" {
+			got, err := Find("", "", from)
+			if err != nil || len(got.Warnings) > 0 || got.File != os.Getenv("STATE_DIRECTORY")+"/hostid" {
 				t.Errorf("%+v, %v", got, err)
 			}
-			ids[i] = got.nqn + " " + got.id.String()
+			ids[i] = got.NQN + " " + got.ID.String()
 		})
 	}
 	wg.Wait()
@@ -171,7 +171,7 @@ func TestGeneratedIdentityIsKept(t *testing.T) {
 	if err := os.WriteFile(file, []byte("nonsense\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := findIdentity("", "", from); err == nil || !strings.Contains(err.Error(), file+` "nonsense\n": want a UUID`) {
+	if _, err := Find("", "", from); err == nil || !strings.Contains(err.Error(), file+` "nonsense\n": want a UUID`) {
 		t.Errorf("a file without a UUID: %v", err)
 	}
 }
@@ -179,9 +179,9 @@ func TestGeneratedIdentityIsKept(t *testing.T) {
 func TestGeneratedIdentityThatCannotBeKept(t *testing.T) {
 	from := nowhere
 	from.Keep = func(string) (string, string, error) { return "", "", syscall.EROFS }
-	got, err := findIdentity("", "", from)
-	if err != nil || got.id.String() != idRandom || got.file != "" || len(got.warnings) != 1 ||
-		!strings.Contains(got.warnings[0], "cannot be kept") || !strings.Contains(got.warnings[0], "read-only file system") {
+	got, err := Find("", "", from)
+	if err != nil || got.ID.String() != idRandom || got.File != "" || len(got.Warnings) != 1 ||
+		!strings.Contains(got.Warnings[0], "cannot be kept") || !strings.Contains(got.Warnings[0], "read-only file system") {
 		t.Errorf("%+v, %v", got, err)
 	}
 }

@@ -1,45 +1,63 @@
 // Package provider chooses how RDMA is done: rdma/verbs with an RDMA device, or
-// rdma/roce without one.
+// rdma/roce without one. The functions may be called from any goroutine.
 package provider
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"runtime"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/rdma/roce"
 	"ublk-nvmeof/rdma/verbs"
 )
 
+// Names of providers
+const (
+	Auto  = "auto" // Verbs if an RDMA device leads to the target, else RoCE
+	Verbs = "verbs"
+	RoCE  = "roce"
+)
+
 // Choice is the name of a provider and the reason for it.
 type Choice struct{ Name, Reason string }
 
-// Choose applies the flag --provider. addr is the address of the target, for a host, or
-// the own address, for a target; route and err are what host.RouteTo returned for
-// it.
-func Choose(flag string, addr netip.Addr, route host.Route, err error) Choice {
-	return choose(flag, addr, route, err, verbs.Supported, len(host.RDMADevices()) > 0)
+// Choose chooses a provider. want is one of Auto, Verbs and RoCE. addr is the address of the target, for a host, or
+// the own address, for a target; route and err are what RouteTo
+// returned for it.
+func Choose(want string, addr netip.Addr, route Route, err error) Choice {
+	return choose(want, addr, route, err, verbs.Supported, len(devices()) > 0)
 }
 
-func choose(flag string, addr netip.Addr, route host.Route, err error, supported, devices bool) Choice {
+func choose(want string, addr netip.Addr, route Route, err error, supported, devices bool) Choice {
 	switch {
-	case flag != options.AutoProvider:
-		return Choice{flag, "asked for"}
+	case want != Auto:
+		return Choice{want, "asked for"}
 	case err != nil && devices && supported:
-		return Choice{options.Verbs, fmt.Sprintf("this host has RDMA devices, and no route leads to %s", addr)}
+		return Choice{Verbs, fmt.Sprintf("this host has RDMA devices, and no route leads to %s", addr)}
 	case err != nil:
-		return Choice{options.RoCE, fmt.Sprintf("no RDMA device leads to %s", addr)}
+		return Choice{RoCE, fmt.Sprintf("no RDMA device leads to %s", addr)}
 	case route.RDMA == "":
-		return Choice{options.RoCE, fmt.Sprintf("no RDMA device is on %s, which leads to %s", route.Netdev, addr)}
+		return Choice{RoCE, fmt.Sprintf("no RDMA device is on %s, which leads to %s", route.Netdev, addr)}
 	}
-	c := Choice{options.Verbs, fmt.Sprintf("RDMA device %s is on %s, which leads to %s", route.RDMA, route.Netdev, addr)}
+	c := Choice{Verbs, fmt.Sprintf("RDMA device %s is on %s, which leads to %s", route.RDMA, route.Netdev, addr)}
 	if !supported {
-		return Choice{options.RoCE, c.Reason + ", but this build has no verbs"}
+		return Choice{RoCE, c.Reason + ", but this build has no verbs"}
 	}
 	return c
+}
+
+// Find chooses the provider for the path to a target and opens it. source may be zero. want
+// may be empty for Auto. The caller closes the provider if it is an io.Closer.
+func Find(want string, to netip.AddrPort, source netip.Addr) (rdma.Provider, Choice, error) {
+	route, err := RouteTo(to, source)
+	c := Choose(cmp.Or(want, Auto), to.Addr(), route, err)
+	p, err := ForHost(c.Name)
+	if err != nil {
+		err = fmt.Errorf("open provider %s, because %s: %w", c.Name, c.Reason, err)
+	}
+	return p, c, err
 }
 
 // ForHost opens a provider that connects. If it is an io.Closer, the caller closes
@@ -74,7 +92,7 @@ func receivers() int { return min(runtime.NumCPU(), 8) }
 
 func open(name string, cfg roce.Config) (rdma.Provider, error) {
 	// A nil *Provider is not a nil rdma.Provider.
-	if name == options.RoCE {
+	if name == RoCE {
 		p, err := roce.New(cfg)
 		if err != nil {
 			return nil, err

@@ -1,6 +1,9 @@
-package options
+// Package identity finds out how targets know this host: its NQN and its identifier, where
+// nvme-cli and libnvme find them. The functions may be called from any goroutine.
+package identity
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,13 +11,16 @@ import (
 	"path/filepath"
 	"strings"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/rundir"
+	"ublk-nvmeof/internal/rundir"
 	"ublk-nvmeof/nvme"
 )
 
 // Sources is where the identity of a host comes from. The zero value is this
 // host.
 type Sources struct {
+	// NQNName and IDName are what errors call the values that the caller asks for.
+	NQNName, IDName string // empty: "host NQN" and "host id"
+
 	LookupEnv func(string) (string, bool)  // nil: os.LookupEnv
 	ReadFile  func(string) ([]byte, error) // nil: os.ReadFile
 	NewUUID   func() nvme.UUID             // nil: nvme.NewUUID
@@ -25,6 +31,7 @@ type Sources struct {
 }
 
 func (s Sources) withDefaults() Sources {
+	s.NQNName, s.IDName = cmp.Or(s.NQNName, "host NQN"), cmp.Or(s.IDName, "host id")
 	if s.LookupEnv == nil {
 		s.LookupEnv = os.LookupEnv
 	}
@@ -61,54 +68,54 @@ func keptHostID() (string, error) {
 // machineIDs name the machine, if they are there.
 var machineIDs = []string{"/sys/class/dmi/id/product_uuid", "/proc/device-tree/ibm,partition-uuid"}
 
-// identity is how targets know this host.
-type identity struct {
-	nqn      string
-	id       nvme.UUID
-	file     string   // that holds a generated id; empty: the id is not generated
-	warnings []string // for the log
+// Host is how targets know this host.
+type Host struct {
+	NQN      string
+	ID       nvme.UUID
+	File     string   // that holds a generated ID; empty: the ID is not generated
+	Warnings []string // for a log
 }
 
 const wantUUID = "want a UUID like 12345678-1234-1234-1234-123456789abc"
 
-// findIdentity finds the host's name and identifier as libnvme does (tree.c,
-// nvme_host_get_ids), so that targets see the same host: what the flags say,
+// Find finds the host's name and identifier as libnvme does (tree.c,
+// nvme_host_get_ids), so that targets see the same host: what the caller asks for,
 // else the environment (a variable that is set but empty hides the file), else
 // the files of /etc/nvme. Without an identifier, it is the UUID in the name,
 // else the machine's. libnvme would make up a new one each time if there is none
 // of these; here it is kept. Without a name, the name is made from the
 // identifier.
-func findIdentity(nqnFlag, idFlag string, from Sources) (identity, error) {
+func Find(wantNQN, wantID string, from Sources) (Host, error) {
 	from = from.withDefaults()
-	nqn, nqnFrom, err := from.given(nqnFlag, "-q/--hostnqn", "LIBNVME_HOSTNQN", "/etc/nvme/hostnqn")
+	nqn, nqnFrom, err := from.given(wantNQN, from.NQNName, "LIBNVME_HOSTNQN", "/etc/nvme/hostnqn")
 	if err != nil {
-		return identity{}, err
+		return Host{}, err
 	}
-	text, idFrom, err := from.given(idFlag, "-I/--hostid", "LIBNVME_HOSTID", "/etc/nvme/hostid")
+	text, idFrom, err := from.given(wantID, from.IDName, "LIBNVME_HOSTID", "/etc/nvme/hostid")
 	if err != nil {
-		return identity{}, err
+		return Host{}, err
 	}
 	if nqn != "" {
 		if err := nvme.ValidateNQN(nqn); err != nil {
-			return identity{}, fmt.Errorf("%s %q: %w; want a name of 1 to 223 bytes", nqnFrom, nqn, err)
+			return Host{}, fmt.Errorf("%s %q: %w; want a name of 1 to 223 bytes", nqnFrom, nqn, err)
 		}
 	}
-	out := identity{nqn: nqn}
+	out := Host{NQN: nqn}
 	if text != "" {
-		if out.id, err = nvme.ParseUUID(text); err != nil || out.id.IsZero() {
-			return identity{}, fmt.Errorf("%s %q: %s", idFrom, text, wantUUID)
+		if out.ID, err = nvme.ParseUUID(text); err != nil || out.ID.IsZero() {
+			return Host{}, fmt.Errorf("%s %q: %s", idFrom, text, wantUUID)
 		}
 	} else if err := from.derive(&out); err != nil {
-		return identity{}, err
+		return Host{}, err
 	}
 	if nqn == "" {
-		out.nqn = nvme.UUIDNQN(out.id)
+		out.NQN = nvme.UUIDNQN(out.ID)
 	}
 	// Distributions put two random UUIDs into the files of /etc/nvme. That is odd, but
 	// it is one host everywhere.
 	bothFiles := filepath.IsAbs(nqnFrom) && filepath.IsAbs(idFrom)
-	if named, ok := uuidOf(out.nqn); ok && named != out.id && !bothFiles {
-		out.warnings = append(out.warnings, fmt.Sprintf("host NQN %q has another UUID than the host id %s; a target may take them for two hosts", out.nqn, out.id))
+	if named, ok := uuidOf(out.NQN); ok && named != out.ID && !bothFiles {
+		out.Warnings = append(out.Warnings, fmt.Sprintf("host NQN %q has another UUID than the host id %s; a target may take them for two hosts", out.NQN, out.ID))
 	}
 	return out, nil
 }
@@ -146,8 +153,8 @@ func HostNQN(from Sources) (string, error) {
 		}
 		return file, kept, err
 	}
-	host, err := findIdentity("", "", from)
-	return host.nqn, errors.Join(err, none)
+	host, err := Find("", "", from)
+	return host.NQN, errors.Join(err, none)
 }
 
 // GenerateHostNQN makes an NQN of the machine's identifier, or of a new one if it has none.
@@ -160,10 +167,10 @@ func GenerateHostNQN(from Sources) string {
 	return nvme.UUIDNQN(id)
 }
 
-// given is what flag, environment or file say, and which of them it was.
-func (s Sources) given(flag, flagName, env, file string) (value, source string, err error) {
-	if flag != "" {
-		return flag, flagName, nil
+// given is what the caller, environment or file say, and which of them it was.
+func (s Sources) given(want, name, env, file string) (value, source string, err error) {
+	if want != "" {
+		return want, name, nil
 	}
 	if v, ok := s.LookupEnv(env); ok {
 		return strings.TrimSpace(v), "$" + env, nil
@@ -173,7 +180,7 @@ func (s Sources) given(flag, flagName, env, file string) (value, source string, 
 		return "", "", nil
 	}
 	if err != nil {
-		return "", "", fmt.Errorf("%s: %w", flagName, err)
+		return "", "", fmt.Errorf("%s: %w", name, err)
 	}
 	line, _, _ := strings.Cut(string(text), "\n")
 	return strings.TrimSpace(line), file, nil
@@ -187,26 +194,26 @@ func uuidOf(nqn string) (nvme.UUID, bool) {
 }
 
 // derive finds an identifier for a host that was given none.
-func (s Sources) derive(out *identity) (err error) {
+func (s Sources) derive(out *Host) (err error) {
 	var ok bool
-	if out.id, ok = uuidOf(out.nqn); ok {
+	if out.ID, ok = uuidOf(out.NQN); ok {
 		return nil
 	}
-	if out.id, ok = s.machineID(); ok {
+	if out.ID, ok = s.machineID(); ok {
 		return nil
 	}
-	out.id = s.NewUUID()
-	file, kept, err := s.Keep(out.id.String())
+	out.ID = s.NewUUID()
+	file, kept, err := s.Keep(out.ID.String())
 	switch {
 	case errors.Is(err, errNoIdentity):
-		out.warnings = append(out.warnings, err.Error())
+		out.Warnings = append(out.Warnings, err.Error())
 		return nil
 	case err != nil:
-		out.warnings = append(out.warnings, fmt.Sprintf("host id %s was generated and cannot be kept, so the next connect will be another host's; use --hostid or /etc/nvme/hostid (%v)", out.id, err))
+		out.Warnings = append(out.Warnings, fmt.Sprintf("host id %s was generated and cannot be kept, so the next connect will be another host's; use --hostid or /etc/nvme/hostid (%v)", out.ID, err))
 		return nil
 	}
-	out.file = file
-	if out.id, err = nvme.ParseUUID(strings.TrimSpace(kept)); err != nil || out.id.IsZero() {
+	out.File = file
+	if out.ID, err = nvme.ParseUUID(strings.TrimSpace(kept)); err != nil || out.ID.IsZero() {
 		return fmt.Errorf("%s %q: %s; remove the file to have one generated", file, kept, wantUUID)
 	}
 	return nil

@@ -1,11 +1,12 @@
-package host
+package provider
 
 import (
 	"fmt"
 	"net"
 	"net/netip"
-
-	"github.com/Mellanox/rdmamap"
+	"os"
+	"path/filepath"
+	"strings"
 )
 
 // Route is the network device through which a target is reached.
@@ -35,14 +36,33 @@ func RouteTo(remote netip.AddrPort, source netip.Addr) (Route, error) {
 	if err != nil {
 		return Route{}, err
 	}
-	// If there is none, the library returns an error or an empty name. It has no other
-	// errors that matter here.
-	dev, _ := rdmamap.GetRdmaDeviceForNetdevice(netdev)
-	return Route{Source: addr.Unmap(), Netdev: netdev, RDMA: dev}, nil
+	return Route{Source: addr.Unmap(), Netdev: netdev, RDMA: deviceOn("/sys/class/infiniband", netdev)}, nil
 }
 
-// RDMADevices returns the names of the RDMA devices of this host.
-func RDMADevices() []string { return rdmamap.GetRdmaDeviceList() }
+// devices returns the names of the RDMA devices of this host.
+func devices() []string {
+	entries, _ := os.ReadDir("/sys/class/infiniband") // without the directory there are none
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// deviceOn returns the RDMA device of which a port has an address (GID) of a network device,
+// or "". dir is where the kernel describes RDMA devices.
+func deviceOn(dir, netdev string) string {
+	ndevs, _ := filepath.Glob(filepath.Join(dir, "*/ports/*/gid_attrs/ndevs/*"))
+	for _, file := range ndevs {
+		name, err := os.ReadFile(file)
+		if err == nil && strings.TrimSpace(string(name)) == netdev { // an unused entry is an error
+			device, _ := filepath.Rel(dir, file)
+			first, _, _ := strings.Cut(device, "/")
+			return first
+		}
+	}
+	return ""
+}
 
 // owner returns the name of the network device that has an address.
 func owner(addr netip.Addr) (string, error) {
