@@ -37,13 +37,11 @@ type Flusher interface {
 	Flush() int
 }
 
-// Flight is a Source that knows for what it waits. While InFlight is true, the loop may
-// poll for a limited time before it arms the sources. If an answer usually comes soon,
-// this saves the event, the sleep and the wake-up.
-//
-// No source of this project implements it. Nobody has measured whether the spin pays with
-// interrupt-driven queues. The interface exists for that measurement, which decides
-// whether it stays.
+// Flight is a Source that knows for what it waits. While InFlight is true, the loop polls for a
+// short time before it arms the sources, as long as such spins usually find an answer. This
+// saves the event, the sleep and the wake-up. It pays if a poll brings the answer about, as with
+// rdma/roce, whose packets nobody else takes. It does not with an adapter that interrupts: it
+// delays whoever shares the CPU.
 type Flight interface {
 	Source
 	// InFlight reports whether an answer is due, for example because the queue pairs

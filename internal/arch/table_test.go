@@ -43,7 +43,7 @@ var table = map[string]row{
 	// The data path.
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
-	"poller":    {may: []string{"internal/uring", sys}},
+	"poller":    {may: []string{"internal/spin", "internal/uring", sys}},
 	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
@@ -51,7 +51,7 @@ var table = map[string]row{
 	// RDMA providers, and the suite that all of them pass.
 	"rdma/verbs":         {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/verbs/prepare"}},
 	"rdma/verbs/prepare": {testing: []string{"rdma/verbs"}},
-	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"internal/spin", "rdma/rdmatest"}},
 	"rdma/roce/wire":     {},
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
@@ -67,7 +67,7 @@ var table = map[string]row{
 	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", "internal/spin", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
@@ -76,6 +76,7 @@ var table = map[string]row{
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
 	"internal/loglimit": {},
+	"internal/spin":     {},
 	"internal/arch":     {},
 	testenv:             {},
 
