@@ -1,5 +1,5 @@
-// Package block is the interface between front ends (ublk, nbd) and back ends (the
-// initiator, a RAM device). A Device has a Geometry, and for each loop a Queue that
+// Package block is the interface between front ends (ublk, nbd, vhost, disk) and back ends
+// (the initiator, a RAM device). A Device has a Geometry, and for each loop a Queue that
 // takes requests and returns results, both in batches.
 //
 // # Ownership
@@ -9,6 +9,51 @@
 // touch it only while it owns the tag. Submit passes the tag and its buffer to the
 // back end. The Result that Reap returns passes them back.
 //
+// # Completion
+//
+// Every request that Submit takes has exactly one Result, whatever it asks for. A tag is in
+// flight from Submit until Reap returns its result. Requests in flight are executed in any
+// order, and end in any order. A request that is submitted after the result of another one
+// was reaped, on any queue, finds its effect.
+//
+// # Wake-ups
+//
+// A queue belongs to a loop (poller.Loop), and the front end has a source on it. In each
+// pass the source submits what it has, and then reaps. A result that is there when Submit
+// returns causes no event: the front end must reap it before it lets the loop sleep. A
+// result that comes later makes the loop poll all of its sources again after the result can
+// be reaped. So a front end needs neither a timer nor an event of its own to find results,
+// and a back end need not know which front ends it has. A result that Reap had no room for
+// causes no further event.
+//
+// # Errors
+//
+// Errors are Linux errnos, as of the block layer:
+//
+//   - EINVAL: the fields of the request contradict each other, or its tag is out of range
+//     or in flight. It had no effect.
+//   - EOPNOTSUPP: the operation is unknown, or the device does not have it.
+//   - EIO: the request reaches beyond the end of the device, or the device failed.
+//   - EROFS or EPERM: the device is write-protected. ENODEV: it is gone. ENOLINK: it
+//     cannot be reached. ENOSPC, EBADE, ETIMEDOUT and others are of the device.
+//
+// EAGAIN does not occur, because users would try again forever.
+//
+// # Limits
+//
+// A read or write may be as large as the buffer of its tag, and a discard or write zeroes of
+// any length, even if the limits of the geometry have become smaller since the queue was
+// opened. A back end splits what its device cannot do at once. A device whose geometry says
+// that it has no discard or write zeroes may refuse them with EOPNOTSUPP, or execute them.
+//
+// # Closing
+//
+// Close is called when no request is in flight, on the loop or after it has ended. Then the
+// buffers are gone. The loop may open a queue of the device again. Closing twice is an error
+// without effect.
+//
+// Package block/blocktest tests a back end for all of this.
+//
 // # Concurrency
 //
 // All methods of a Queue are called from the one loop that serves it. The methods
@@ -17,6 +62,8 @@ package block
 
 import (
 	"errors"
+	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -99,8 +146,9 @@ func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Er
 // Result is the end of a request. There are no short transfers: a request succeeds
 // completely, or fails.
 type Result struct {
-	Tag   uint16
-	Errno uint16 // 0, or a Linux errno as a positive number; never EAGAIN
+	Tag    uint16
+	Errno  uint16 // 0, or a Linux errno as a positive number; never EAGAIN
+	Status uint16 // of a request that failed: what the device said, as an nvme.Status; 0: nothing
 }
 
 // Queue is the access of one loop to a Device.
@@ -117,19 +165,35 @@ type Queue interface {
 	// Reap stores at most len(done) results in done and returns their number. Results
 	// come in any order.
 	Reap(done []Result) int
-	// Close frees the memory of the queue. No request may be in flight.
+	// Close frees the memory of the queue. No request may be in flight. The error of a
+	// second Close is without effect.
 	Close() error
 }
 
+// MaxDepth is the largest number of tags of a queue.
+const MaxDepth = 4096
+
 // QueueConfig holds the requirements of a front end for a Queue.
 type QueueConfig struct {
-	Depth int // number of tags, 1..4096
+	Depth int // number of tags, 1..MaxDepth
 	MaxIO int // bytes per tag, a multiple of the page size
 
 	// WriteThrough means that the front end promises its users a device without a
 	// volatile cache, so it sends no Flush. A write must then be on stable media when
 	// it completes, even if the back end has a cache, now or later.
 	WriteThrough bool
+}
+
+// Validate returns an error about the first field that violates these rules. Back ends call
+// it when they open a queue.
+func (c QueueConfig) Validate() error {
+	switch page := os.Getpagesize(); {
+	case c.Depth < 1 || c.Depth > MaxDepth:
+		return fmt.Errorf("queue: depth %d is not 1..%d", c.Depth, MaxDepth)
+	case c.MaxIO < page || c.MaxIO%page != 0:
+		return fmt.Errorf("queue: maximum I/O of %d bytes is no multiple of the page size", c.MaxIO)
+	}
+	return nil
 }
 
 // Device is a block device that a back end offers.

@@ -309,6 +309,7 @@ func (l *lane) recover(p *queuePair) {
 			continue
 		}
 		p.requests[slot] = nil
+		r.status = 0 // if it was answered, it is sent again
 		p.assoc.ctrl.failovers.Add(1)
 		r.home.ns.bar(p.assoc.remnant, r)
 		if r.direct != nil {

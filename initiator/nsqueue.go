@@ -28,13 +28,11 @@ type nsQueue struct {
 // OpenQueue implements block.Device. The error is a *MemoryError if the queue would
 // exceed Config.MaxMemory.
 func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
-	switch {
-	case i < 0 || i >= len(ns.sub.lanes):
+	if i < 0 || i >= len(ns.sub.lanes) {
 		return nil, fmt.Errorf("open queue %d: the subsystem has %d loops", i, len(ns.sub.lanes))
-	case cfg.Depth < 1 || cfg.Depth > 4096:
-		return nil, fmt.Errorf("open queue %d: depth %d is not 1..4096", i, cfg.Depth)
-	case cfg.MaxIO < unix.Getpagesize() || cfg.MaxIO%unix.Getpagesize() != 0:
-		return nil, fmt.Errorf("open queue %d: maximum I/O of %d bytes is no multiple of the page size", i, cfg.MaxIO)
+	}
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("open queue %d: %w", i, err)
 	}
 	q := &nsQueue{
 		lane: ns.sub.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
@@ -49,6 +47,9 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	}
 	return q, nil
 }
+
+// Loops implements poller.Looper. The loops are those of Config.Loops that the subsystem uses.
+func (ns *Namespace) Loops() []*poller.Loop { return ns.sub.cfg.Loops }
 
 // Buffer implements block.Queue.
 func (q *nsQueue) Buffer(tag uint16) []byte {
@@ -101,7 +102,7 @@ func (q *nsQueue) Reap(done []block.Result) int {
 		if r.timed {
 			q.lane.record(r)
 		}
-		done[n] = block.Result{Tag: r.io.Tag, Errno: r.errno}
+		done[n] = block.Result{Tag: r.io.Tag, Errno: r.errno, Status: uint16(r.status)}
 		n++
 	}
 	if n > 0 {

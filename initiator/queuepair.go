@@ -311,7 +311,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 			p.retry(r, status)
 			return
 		}
-		errno = errnoOf(status)
+		errno, r.status = errnoOf(status), status
 		c.sub.reportStatus(r, status)
 		if status.Code() == nvme.StatusInvalidNamespace {
 			p.assoc.lookAtNamespaces() // the event may be lost
@@ -418,8 +418,11 @@ func (p *queuePair) tend(now, limit uint32) {
 // errnoOf returns the errno for a status. It is never EAGAIN, which makes io_uring clients
 // retry forever.
 func errnoOf(s nvme.Status) uint16 {
-	if s.Code() == nvme.StatusInvalidNamespace {
+	switch s.Code() {
+	case nvme.StatusInvalidNamespace:
 		return uint16(unix.ENODEV) // as for a namespace that is known to be gone
+	case nvme.StatusNamespaceWriteProtected:
+		return uint16(unix.EROFS) // as other back ends say it
 	}
 	e := s.Errno()
 	if e == 0 || e == int(unix.EAGAIN) {

@@ -13,14 +13,15 @@ import (
 // passes it from one lane to another. A namespace queue has one request per tag, which it
 // reuses.
 type request struct {
-	next  *request // in a fifo or an inbox
-	home  *nsQueue
-	via   *queuePair // for which the request is in an inbox
-	io    block.Request
-	class poller.Class
-	errno uint16
-	tries uint8 // commands that failed with a status that counts as a try
-	done  bool  // the result is in the inbox of the home lane
+	next   *request // in a fifo or an inbox
+	home   *nsQueue
+	via    *queuePair // for which the request is in an inbox
+	io     block.Request
+	class  poller.Class
+	errno  uint16
+	status nvme.Status // what the target said of a request that fails; 0: nothing
+	tries  uint8       // commands that failed with a status that counts as a try
+	done   bool        // the result is in the inbox of the home lane
 
 	submitted bool         // between Submit and Reap
 	timed     bool         // timing is in use
@@ -45,7 +46,7 @@ type request struct {
 // begin starts a new I/O of a front end.
 func (r *request) begin(io block.Request) {
 	r.io = io
-	r.errno, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, nil, false
+	r.errno, r.status, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, 0, nil, false
 	if r.troubled {
 		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince, r.avoid = false, 0, 0, 0, 0, 0, 0
 	}

@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"strings"
 	"time"
 	"unicode/utf8"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/poller"
 )
 
@@ -33,13 +33,14 @@ type Config struct {
 	// Exports are the first exports. Add and Remove change them later.
 	Exports []Export
 	// Loops serve the connections. Loop i opens queue i of every export's device. The
-	// loops must run until Stop has returned.
+	// loops must run until Stop has returned. If it is empty, the loops are those of the
+	// device of the first export (poller.Looper).
 	Loops []*poller.Loop
 	// Depth is the number of buffers of an export on each loop, 16..4096. Zero means
 	// 128. A connection may use three quarters of them; see Fairness in the package
 	// documentation.
 	Depth int
-	// MaxIO is the size of a buffer in bytes, at least one page. Zero means 256 KiB.
+	// MaxIO is the size of a buffer in bytes, from one page to 1 GiB. Zero means 256 KiB.
 	// It is limited to the geometry's MaxIO and rounded down to pages, but is at
 	// least two logical blocks. The back end allocates Loops × Depth × MaxIO for each
 	// export. Larger requests are served in pieces.
@@ -76,11 +77,8 @@ type Config struct {
 }
 
 const (
-	defaultDepth     = 128
 	minDepth         = 16
 	minStall         = stallTicks * time.Millisecond
-	maxDepth         = 4096
-	defaultMaxIO     = 256 << 10
 	defaultHandshake = time.Minute
 	defaultStall     = 30 * time.Second
 	defaultMaxConns  = 1024
@@ -100,11 +98,16 @@ func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if c.Depth == 0 {
-		c.Depth = defaultDepth
+	if err := frontend.SizeQueues(&c.Depth, &c.MaxIO, minDepth); err != nil {
+		return err
 	}
-	if c.MaxIO == 0 {
-		c.MaxIO = defaultMaxIO
+	var first block.Device
+	if len(c.Exports) > 0 {
+		first = c.Exports[0].Device
+	}
+	var err error
+	if c.Loops, err = frontend.Loops(c.Loops, first); err != nil {
+		return err
 	}
 	if c.HandshakeTimeout == 0 {
 		c.HandshakeTimeout = defaultHandshake
@@ -119,12 +122,6 @@ func (c *Config) setDefaults() error {
 		c.MaxHandshakes = defaultMaxShakes
 	}
 	switch {
-	case len(c.Loops) == 0:
-		return errors.New("no loop to serve on")
-	case c.Depth < minDepth || c.Depth > maxDepth:
-		return fmt.Errorf("depth %d is not in %d..%d", c.Depth, minDepth, maxDepth)
-	case c.MaxIO < os.Getpagesize():
-		return fmt.Errorf("MaxIO of %d bytes is below a page, %d bytes", c.MaxIO, os.Getpagesize())
 	case c.HandshakeTimeout < 0:
 		return fmt.Errorf("HandshakeTimeout of %v is negative", c.HandshakeTimeout)
 	case c.StallTimeout < minStall:

@@ -112,9 +112,9 @@ func TestRequests(t *testing.T) {
 			c.closed()
 		}
 	}
-	want := Stats{Reads: 18, Writes: 24, Flushes: 4, Trims: 6, WriteZeroes: 6}
+	want := block.Stats{Reads: 18, Writes: 24, Flushes: 4, Discards: 6, WriteZeroes: 6}
 	got := s.Snapshot("rw")
-	if got.Reads != want.Reads || got.Writes != want.Writes || got.Flushes != want.Flushes || got.Trims != want.Trims || got.WriteZeroes != want.WriteZeroes {
+	if got.Reads != want.Reads || got.Writes != want.Writes || got.Flushes != want.Flushes || got.Discards != want.Discards || got.WriteZeroes != want.WriteZeroes {
 		t.Errorf("counted %+v, want %+v", got, want)
 	}
 }
@@ -424,7 +424,7 @@ func TestErrors(t *testing.T) {
 		}
 	}
 	n := uint64(len(errnos))
-	want := Failures{Reads: n, Writes: n, Flushes: n, Trims: n, WriteZeroes: n}
+	want := block.Failures{Reads: n, Writes: n, Flushes: n, Discards: n, WriteZeroes: n}
 	await(t, "the counters", func() bool { return s.Snapshot("").Errors >= 5*n })
 	if got := s.Snapshot(""); got.Failed != want || got.Errors != 5*n {
 		t.Errorf("%d errors, of which %+v; want %d, %+v", got.Errors, got.Failed, 5*n, want)

@@ -137,7 +137,7 @@ func TestKernelVerify(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	run(t, "blkdiscard", d.Path())
-	if st := s.Snapshot(""); st.Trims == 0 || st.Errors != 0 {
+	if st := s.Snapshot(""); st.Discards == 0 || st.Errors != 0 {
 		t.Errorf("%+v", st)
 	}
 }

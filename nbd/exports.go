@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/poller"
 )
 
@@ -41,7 +42,8 @@ func (s *Server) Add(x Export) error {
 		return fmt.Errorf("export %q: %w", x.Name, err)
 	}
 	g := x.Device.Geometry()
-	e := &export{Export: x, block: g.LogicalBlock, buffer: bufferSize(s.cfg.MaxIO, g)}
+	e := &export{Export: x, block: g.LogicalBlock}
+	e.buffer = frontend.BufferSize(s.cfg.MaxIO, g, 2) // merge needs two blocks
 	e.share, _ = split(s.cfg.Depth)
 	s.changing.Lock()
 	defer s.changing.Unlock()
@@ -174,11 +176,11 @@ func (s *Server) list() []*export {
 
 // Snapshot returns the counters of an export, summed over all loops. The counters of each
 // loop are those of its last batch.
-func (s *Server) Snapshot(name string) Stats {
-	var total Stats
+func (s *Server) Snapshot(name string) block.Stats {
+	var total block.Stats
 	if e := s.find(name); e != nil {
 		for _, sh := range e.shards {
-			total.add(sh.snapshot())
+			total.Add(sh.Snapshot())
 		}
 	}
 	return total

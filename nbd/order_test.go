@@ -84,7 +84,7 @@ func TestStopTwice(t *testing.T) {
 	if _, err := s.Start(testContext(t), DeviceConfig{Index: -1}); err == nil {
 		t.Error("start: no error")
 	}
-	if st := s.Snapshot("a"); st != (Stats{}) {
+	if st := s.Snapshot("a"); st != (block.Stats{}) {
 		t.Errorf("%+v", st)
 	}
 	if err := l.Stop(); err != nil {

@@ -12,11 +12,10 @@ import (
 	"syscall"
 	"time"
 
+	"ublk-nvmeof/internal/acceptor"
+
 	"golang.org/x/sys/unix"
 )
-
-// acceptRetry is the pause after a temporary error, such as too many open files.
-const acceptRetry = 100 * time.Millisecond
 
 // peer is an accepted connection.
 type peer struct {
@@ -209,32 +208,13 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 	s.listeners = append(s.listeners, l)
 	s.mu.Unlock()
-	for {
-		nc, err := l.Accept()
-		switch {
-		case err == nil:
-			s.accept(nc)
-		case s.isEnded():
-			return nil
-		case passes(err):
-			s.refusals.Warn("NBD client not accepted", "error", err)
-			select {
-			case <-time.After(acceptRetry):
-			case <-s.stopped:
-			}
-		default:
-			return fmt.Errorf("accept NBD client: %w", err)
-		}
+	err := acceptor.Run(l.Accept, s.accept, func(err error) {
+		s.refusals.Warn("NBD client not accepted", "error", err)
+	}, s.stopped)
+	if err != nil {
+		return fmt.Errorf("accept NBD client: %w", err)
 	}
-}
-
-func passes(err error) bool {
-	for _, e := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED, unix.EPROTO} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	return nil
 }
 
 // accept serves a client in a new goroutine.

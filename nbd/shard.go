@@ -1,9 +1,8 @@
 package nbd
 
 import (
-	"os"
-
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/iostats"
 )
 
 // reapBatch is the number of results that are reaped from the back end at once.
@@ -41,7 +40,7 @@ type shard struct {
 	done     [reapBatch]block.Result
 	inflight int // number of requests at the back end
 
-	counters
+	iostats.Counters
 }
 
 // tag is a tag of the back end's queue, with its buffer and the piece of a task that uses
@@ -78,15 +77,6 @@ func boundsOf(g block.Geometry, buffer int) bounds {
 	sectors := g.LogicalBlock >> block.SectorShift
 	b.discard, b.zeroes = g.MaxDiscardSectors/sectors*sectors, g.MaxZeroesSectors/sectors*sectors
 	return b
-}
-
-// bufferSize returns the size of a tag's buffer in bytes: a multiple of the page size
-// with room for two logical blocks, which merge needs.
-func bufferSize(maxIO int, g block.Geometry) int {
-	page := os.Getpagesize()
-	n := min(maxIO, int(g.MaxIO)) / page * page
-	least := (2*int(g.LogicalBlock) + page - 1) / page * page
-	return max(n, least)
 }
 
 // split divides the tags of a queue. A connection may hold up to share tags. The last
@@ -218,7 +208,7 @@ func (s *shard) poll() int {
 		s.inflight += n
 		s.back.Submit(s.reqs)
 		s.reqs = s.reqs[:0]
-		s.now[nBatches]++
+		s.CountBatch()
 	}
 	for s.inflight > 0 {
 		k := s.back.Reap(s.done[:])

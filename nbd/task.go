@@ -229,3 +229,18 @@ func (c *conn) giveUpWrite(t *task) {
 	}
 	c.writeDone(t)
 }
+
+// opOf holds the operations by command. Other commands are unset.
+var opOf = [...]block.Op{
+	cmdRead: block.OpRead, cmdWrite: block.OpWrite, cmdFlush: block.OpFlush,
+	cmdTrim: block.OpDiscard, cmdZeroes: block.OpWriteZeroes,
+}
+
+// count counts a request that is answered.
+func (s *shard) count(t *task) {
+	op := block.OpUnset
+	if int(t.kind) < len(opOf) {
+		op = opOf[t.kind]
+	}
+	s.Count(op, t.code != 0, uint64(t.length))
+}

@@ -69,7 +69,7 @@ func (w *worker) Poll() int {
 	w.due = w.due[:0]
 	if n > 0 {
 		for _, s := range w.shards {
-			s.publish()
+			s.Publish()
 		}
 	}
 	return n

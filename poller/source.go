@@ -69,3 +69,10 @@ type Handler interface {
 	// completion.
 	Complete(data uint64, res int32, flags uint32)
 }
+
+// Looper is a back end that has loops of its own, such as a namespace of the initiator.
+// Loops[i] uses queue i of its device. Front ends serve on these loops unless they are given
+// others. Any goroutine may call Loops.
+type Looper interface {
+	Loops() []*Loop
+}

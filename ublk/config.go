@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/poller"
 )
 
@@ -18,7 +18,8 @@ type Config struct {
 	Device block.Device
 	// Loops serve the hardware queues: Loops[i] serves queue i. The driver makes
 	// as many queues as there are loops, but not more than there are CPUs. Several
-	// devices may share the loops. The loops must run until Stop has returned.
+	// devices may share the loops. The loops must run until Stop has returned. If it is
+	// empty, the loops are those of the device (poller.Looper).
 	Loops []*poller.Loop
 	// Depth is the largest number of requests in flight per queue, 1..4096. Zero
 	// means 128.
@@ -37,37 +38,28 @@ type Config struct {
 	Log *slog.Logger
 }
 
-const (
-	defaultDepth = 128
-	defaultMaxIO = 256 << 10
-	// largestMaxIO is small enough for the driver's results, which are signed.
-	largestMaxIO = 1 << 30
-)
-
 // setDefaults fills in defaults and checks the configuration.
 func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
-	}
-	if c.Depth == 0 {
-		c.Depth = defaultDepth
-	}
-	if c.MaxIO == 0 {
-		c.MaxIO = defaultMaxIO
 	}
 	switch {
 	case c.ID < -1 || c.ID >= maxID:
 		return fmt.Errorf("device number %d is not in -1..%d", c.ID, maxID-1)
 	case c.Device == nil:
 		return errors.New("no block device to serve")
-	case len(c.Loops) == 0 || len(c.Loops) > maxQueues:
-		return fmt.Errorf("%d loops are not in 1..%d", len(c.Loops), maxQueues)
-	case c.Depth < 1 || c.Depth > maxDepth:
-		return fmt.Errorf("depth %d is not in 1..%d", c.Depth, maxDepth)
-	case c.MaxIO < os.Getpagesize() || c.MaxIO > largestMaxIO:
-		return fmt.Errorf("largest request of %d bytes is not in %d..%d", c.MaxIO, os.Getpagesize(), largestMaxIO)
 	case c.Recovery > RecoveryFail:
 		return fmt.Errorf("recovery policy %d is unknown", c.Recovery)
+	}
+	if err := frontend.SizeQueues(&c.Depth, &c.MaxIO, 1); err != nil {
+		return err
+	}
+	var err error
+	if c.Loops, err = frontend.Loops(c.Loops, c.Device); err != nil {
+		return err
+	}
+	if len(c.Loops) > maxQueues {
+		return fmt.Errorf("%d loops are more than %d", len(c.Loops), maxQueues)
 	}
 	return nil
 }

@@ -352,11 +352,21 @@ func (d *Device) Err() error {
 	}
 }
 
-// Snapshot returns the counters of the queues as of the last batch of each.
-func (d *Device) Snapshot() Stats {
-	s := Stats{Queues: make([]QueueStats, len(d.serves))}
-	for i, q := range d.serves {
-		s.Queues[i] = q.snapshot()
+// Snapshot returns the counters, summed over all queues, since this process began to serve
+// the device.
+func (d *Device) Snapshot() block.Stats {
+	var total block.Stats
+	for _, s := range d.QueueStats() {
+		total.Add(s)
 	}
-	return s
+	return total
+}
+
+// QueueStats returns the counters of each hardware queue.
+func (d *Device) QueueStats() []block.Stats {
+	all := make([]block.Stats, len(d.serves))
+	for i, q := range d.serves {
+		all[i] = q.Snapshot()
+	}
+	return all
 }

@@ -9,6 +9,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/iostats"
 	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
@@ -51,7 +52,7 @@ type hwQueue struct {
 	ended  func()
 	failed func(error)
 
-	counters
+	iostats.Counters
 }
 
 // transfer describes a request in flight for its result and its counters.
@@ -64,12 +65,6 @@ type transfer struct {
 var opOf = [opMask + 1]block.Op{
 	opRead: block.OpRead, opWrite: block.OpWrite, opFlush: block.OpFlush,
 	opDiscard: block.OpDiscard, opWriteZeroes: block.OpWriteZeroes,
-}
-
-// counterOf maps operations to counters.
-var counterOf = [...]counter{
-	block.OpRead: nReads, block.OpWrite: nWrites, block.OpFlush: nFlushes,
-	block.OpDiscard: nDiscards, block.OpWriteZeroes: nWriteZeroes,
 }
 
 // newHWQueue makes the queue with number index from its descriptors and back end.
@@ -149,7 +144,7 @@ func (q *hwQueue) Poll() int {
 		q.inflight += n
 		q.back.Submit(q.reqs)
 		q.reqs = q.reqs[:0]
-		q.now[nBatches]++
+		q.CountBatch()
 	}
 	for q.inflight > 0 {
 		k := q.back.Reap(q.done[:])
@@ -164,7 +159,7 @@ func (q *hwQueue) Poll() int {
 		}
 	}
 	if n > 0 {
-		q.publish()
+		q.Publish()
 		q.end()
 	}
 	return n
@@ -181,29 +176,22 @@ func (q *hwQueue) Arm() poller.Readiness {
 
 // commit ends a request that the back end has completed.
 func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
-	q.now[counterOf[m.op]]++
-	switch {
-	case errno != 0:
-		q.now[nErrors]++
-		q.now[nFailed+counter(m.op)]++
+	q.Count(m.op, errno != 0, uint64(m.bytes))
+	if errno != 0 {
 		if unix.Errno(errno) == unix.EAGAIN {
 			// io_uring clients would try again forever.
 			errno = uint16(unix.EIO)
 		}
 		q.give(tag, -int32(errno))
 		return
-	case m.op == block.OpRead:
-		q.now[nReadBytes] += uint64(m.bytes)
-	case m.op == block.OpWrite:
-		q.now[nWrittenBytes] += uint64(m.bytes)
 	}
 	q.give(tag, int32(m.bytes))
 }
 
 // refuse ends a request that cannot be passed to the back end.
 func (q *hwQueue) refuse(tag uint16, errno unix.Errno) {
-	q.now[nErrors]++
-	q.publish()
+	q.Count(block.OpUnset, true, 0)
+	q.Publish()
 	q.give(tag, -int32(errno))
 }
 

@@ -114,21 +114,21 @@ func TestRequests(t *testing.T) {
 		desc   ioDesc
 		want   block.Request
 		result int32 // of success
-		stats  QueueStats
+		stats  block.Stats
 	}{
 		{"read", ioDesc{opFlags: opRead, nrSectors: 16, startSector: 1 << 40},
-			block.Request{Op: block.OpRead, Sectors: 16, Sector: 1 << 40}, 8192, QueueStats{Reads: 1, ReadBytes: 8192}},
+			block.Request{Op: block.OpRead, Sectors: 16, Sector: 1 << 40}, 8192, block.Stats{Reads: 1, ReadBytes: 8192}},
 		{"write", ioDesc{opFlags: opWrite, nrSectors: 1, startSector: 7},
-			block.Request{Op: block.OpWrite, Sectors: 1, Sector: 7}, 512, QueueStats{Writes: 1, WrittenBytes: 512}},
+			block.Request{Op: block.OpWrite, Sectors: 1, Sector: 7}, 512, block.Stats{Writes: 1, WrittenBytes: 512}},
 		{"FUA write", ioDesc{opFlags: opWrite | flagFUA, nrSectors: 1},
-			block.Request{Op: block.OpWrite, Sectors: 1, Flags: block.FUA}, 512, QueueStats{Writes: 1, WrittenBytes: 512}},
+			block.Request{Op: block.OpWrite, Sectors: 1, Flags: block.FUA}, 512, block.Stats{Writes: 1, WrittenBytes: 512}},
 		{"write with other flags", ioDesc{opFlags: opWrite | 0xffffff00&^flagFUA&^flagNoUnmap, nrSectors: 1},
-			block.Request{Op: block.OpWrite, Sectors: 1}, 512, QueueStats{Writes: 1, WrittenBytes: 512}},
-		{"flush", ioDesc{opFlags: opFlush}, block.Request{Op: block.OpFlush}, 0, QueueStats{Flushes: 1}},
+			block.Request{Op: block.OpWrite, Sectors: 1}, 512, block.Stats{Writes: 1, WrittenBytes: 512}},
+		{"flush", ioDesc{opFlags: opFlush}, block.Request{Op: block.OpFlush}, 0, block.Stats{Flushes: 1}},
 		{"discard", ioDesc{opFlags: opDiscard, nrSectors: 1 << 31, startSector: 9},
-			block.Request{Op: block.OpDiscard, Sectors: 1 << 31, Sector: 9}, 0, QueueStats{Discards: 1}},
+			block.Request{Op: block.OpDiscard, Sectors: 1 << 31, Sector: 9}, 0, block.Stats{Discards: 1}},
 		{"write zeroes", ioDesc{opFlags: opWriteZeroes | flagNoUnmap, nrSectors: 1 << 20},
-			block.Request{Op: block.OpWriteZeroes, Sectors: 1 << 20, Flags: block.NoUnmap}, 0, QueueStats{WriteZeroes: 1}},
+			block.Request{Op: block.OpWriteZeroes, Sectors: 1 << 20, Flags: block.NoUnmap}, 0, block.Stats{WriteZeroes: 1}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			q := newTestQueue(t, 2)
@@ -163,11 +163,11 @@ func TestRequests(t *testing.T) {
 				}
 			}
 			// Twice the requests, once the bytes, and one failure of the operation.
-			c.stats.Failed = Failures{c.stats.Reads, c.stats.Writes, c.stats.Flushes, c.stats.Discards, c.stats.WriteZeroes}
+			c.stats.Failed = block.Failures{Reads: c.stats.Reads, Writes: c.stats.Writes, Flushes: c.stats.Flushes, Discards: c.stats.Discards, WriteZeroes: c.stats.WriteZeroes}
 			c.stats.Reads, c.stats.Writes, c.stats.Flushes = 2*c.stats.Reads, 2*c.stats.Writes, 2*c.stats.Flushes
 			c.stats.Discards, c.stats.WriteZeroes = 2*c.stats.Discards, 2*c.stats.WriteZeroes
 			c.stats.Errors, c.stats.Batches = 1, 2
-			if got := q.snapshot(); got != c.stats {
+			if got := q.Snapshot(); got != c.stats {
 				t.Fatalf("counted %+v, want %+v", got, c.stats)
 			}
 		})
@@ -210,7 +210,7 @@ func TestRefused(t *testing.T) {
 			t.Fatalf("%+v: committed %+v, want %v", c.desc, got, c.want)
 		}
 	}
-	if s := q.snapshot(); s != (QueueStats{Errors: 4}) {
+	if s := q.Snapshot(); s != (block.Stats{Errors: 4}) {
 		t.Fatalf("counted %+v", s)
 	}
 }
@@ -241,8 +241,8 @@ func TestBatches(t *testing.T) {
 			t.Fatalf("commit %d has tag %d", i, c.tag)
 		}
 	}
-	if q.fetching != depth || q.inflight != 0 || q.snapshot().Batches != 1 {
-		t.Fatalf("%d with the driver, %d in flight, %d batches", q.fetching, q.inflight, q.snapshot().Batches)
+	if q.fetching != depth || q.inflight != 0 || q.Snapshot().Batches != 1 {
+		t.Fatalf("%d with the driver, %d in flight, %d batches", q.fetching, q.inflight, q.Snapshot().Batches)
 	}
 }
 
@@ -320,8 +320,8 @@ func TestDataPathAllocatesNothing(t *testing.T) {
 	}); n != 0 {
 		t.Fatalf("%v allocations per batch", n)
 	}
-	if q.snapshot().Errors != 0 || q.snapshot().Reads < 32000 {
-		t.Fatalf("counted %+v", q.snapshot())
+	if q.Snapshot().Errors != 0 || q.Snapshot().Reads < 32000 {
+		t.Fatalf("counted %+v", q.Snapshot())
 	}
 }
 

@@ -222,7 +222,7 @@ func TestStartStop(t *testing.T) {
 	loops := newLoops(t, 2)
 	d := start(t, Config{ID: -1, Device: newNull(t, block.Geometry{Sectors: 123456}), Loops: loops, Depth: 17, MaxIO: 70000})
 	queues := min(2, runtime.NumCPU())
-	if i := d.Info(); i.Queues != queues || i.Depth != 17 || i.MaxIO != 68<<10 || !i.Ours() || i.ID != d.ID() || len(d.Snapshot().Queues) != queues {
+	if i := d.Info(); i.Queues != queues || i.Depth != 17 || i.MaxIO != 68<<10 || !i.Ours() || i.ID != d.ID() || len(d.QueueStats()) != queues {
 		t.Errorf("granted %+v", i)
 	}
 	if got := number(t, d, "size"); got != 123456 {
@@ -320,7 +320,7 @@ func TestDataPerQueue(t *testing.T) {
 		out, in := directBuffer(t, region), directBuffer(t, region)
 		rnd := rand.NewChaCha8([32]byte{byte(cpu)})
 		_, _ = rnd.Read(out)
-		before := d.Snapshot()
+		before := d.QueueStats()
 		onCPU(t, cpu, func() {
 			for off := 0; off < region; {
 				n := min(512+rand.IntN(300<<10)/512*512, region-off)
@@ -331,7 +331,7 @@ func TestDataPerQueue(t *testing.T) {
 				off += n
 			}
 		})
-		if moved := queuesMoved(before, d.Snapshot()); moved != 1 {
+		if moved := queuesMoved(before, d.QueueStats()); moved != 1 {
 			t.Errorf("CPU %d wrote through %d queues", cpu, moved)
 		}
 		for reader := range cpus {
@@ -348,10 +348,10 @@ func TestDataPerQueue(t *testing.T) {
 	}
 }
 
-func queuesMoved(a, b Stats) int {
+func queuesMoved(a, b []block.Stats) int {
 	n := 0
-	for i := range a.Queues {
-		if a.Queues[i] != b.Queues[i] {
+	for i := range a {
+		if a[i] != b[i] {
 			n++
 		}
 	}
@@ -384,7 +384,7 @@ func TestVerify(t *testing.T) {
 		fio(a, "512-256k", "--cpus_allowed="+strconv.Itoa(cpu))
 	}
 	for _, d := range []*Device{a, b} {
-		if s := d.Snapshot().Total(); s.Errors != 0 || s.Reads == 0 || s.Writes == 0 || s.Batches > s.Reads+s.Writes {
+		if s := d.Snapshot(); s.Errors != 0 || s.Reads == 0 || s.Writes == 0 || s.Batches > s.Reads+s.Writes {
 			t.Errorf("%s counted %+v", d.Path(), s)
 		}
 	}
@@ -417,7 +417,7 @@ func TestFilesystem(t *testing.T) {
 	if got, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || !bytes.Equal(got, want) {
 		t.Fatalf("read back %d bytes, %v", len(got), err)
 	}
-	if s := d.Snapshot().Total(); s.Flushes == 0 || s.Errors != 0 {
+	if s := d.Snapshot(); s.Flushes == 0 || s.Errors != 0 {
 		t.Errorf("counted %+v", s)
 	}
 }
@@ -429,10 +429,10 @@ func TestDiscardAndZeroes(t *testing.T) {
 	buf := directBuffer(t, 1<<20)
 	for _, c := range []struct {
 		args  []string
-		count func(QueueStats) uint64
+		count func(block.Stats) uint64
 	}{
-		{nil, func(s QueueStats) uint64 { return s.Discards }},
-		{[]string{"--zeroout"}, func(s QueueStats) uint64 { return s.WriteZeroes }},
+		{nil, func(s block.Stats) uint64 { return s.Discards }},
+		{[]string{"--zeroout"}, func(s block.Stats) uint64 { return s.WriteZeroes }},
 	} {
 		for i := range buf {
 			buf[i] = 0xa5
@@ -441,8 +441,8 @@ func TestDiscardAndZeroes(t *testing.T) {
 			t.Fatal(err)
 		}
 		run(t, "blkdiscard", append(c.args, "--offset=65536", "--length=65536", d.Path())...)
-		if c.count(d.Snapshot().Total()) == 0 {
-			t.Errorf("blkdiscard %v: counted %+v", c.args, d.Snapshot().Total())
+		if c.count(d.Snapshot()) == 0 {
+			t.Errorf("blkdiscard %v: counted %+v", c.args, d.Snapshot())
 		}
 		if _, err := unix.Pread(fd, buf, 0); err != nil {
 			t.Fatal(err)
@@ -542,7 +542,7 @@ func TestReadOnly(t *testing.T) {
 	if err == nil {
 		t.Error("a read-only device was written to")
 	}
-	if s := d.Snapshot().Total(); s.Writes != 0 || s.Reads == 0 {
+	if s := d.Snapshot(); s.Writes != 0 || s.Reads == 0 {
 		t.Errorf("counted %+v", s)
 	}
 }
@@ -806,7 +806,7 @@ func TestServingAllocatesNothing(t *testing.T) {
 	if n := after.Mallocs - before.Mallocs; n >= rounds/10 { // the runtime has some of its own
 		t.Errorf("%d allocations for %d writes and reads", n, rounds)
 	}
-	if s := d.Snapshot().Total(); s.Reads < rounds || s.Writes < rounds {
+	if s := d.Snapshot(); s.Reads < rounds || s.Writes < rounds {
 		t.Errorf("counted %+v", s)
 	}
 }
@@ -1108,7 +1108,7 @@ func TestDeadLoop(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(d.Snapshot().Queues) < 2 {
+	if len(d.QueueStats()) < 2 {
 		t.Fatal("needs two CPUs")
 	}
 	scanned(t, d) // a request on the dead loop would hang
@@ -1222,7 +1222,7 @@ func TestRecover(t *testing.T) {
 	if err := reads.Wait(); err != nil {
 		t.Errorf("read through the recovery: %v", err)
 	}
-	if s := d.Snapshot(); s.Queues[0].Reads+s.Queues[len(s.Queues)-1].Reads == 0 {
+	if s := d.QueueStats(); s[0].Reads+s[len(s)-1].Reads == 0 {
 		t.Error("nothing was read from the second server")
 	}
 	stop(t, d)

@@ -3,12 +3,11 @@ package vhost
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"log/slog"
 	"math/bits"
-	"os"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/frontend"
 	"ublk-nvmeof/poller"
 )
 
@@ -18,7 +17,7 @@ type Config struct {
 	Device block.Device
 	// Loops serve the rings: Loops[i mod len(Loops)] serves ring i. Loop i opens queue i
 	// of the device. Several servers may share the loops. The loops must run until Stop
-	// has returned.
+	// has returned. If it is empty, the loops are those of the device (poller.Looper).
 	Loops []*poller.Loop
 	// Depth is the number of buffers on each loop, 1..4096. Zero means 128.
 	Depth int
@@ -32,42 +31,29 @@ type Config struct {
 	Log *slog.Logger
 }
 
-const (
-	defaultDepth = 128
-	maxDepth     = 4096
-	defaultMaxIO = 256 << 10
-	largestMaxIO = 1 << 30
-)
-
 // setDefaults fills in defaults and checks the configuration.
 func (c *Config) setDefaults() error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if c.Depth == 0 {
-		c.Depth = defaultDepth
+	if err := frontend.SizeQueues(&c.Depth, &c.MaxIO, 1); err != nil {
+		return err
 	}
-	if c.MaxIO == 0 {
-		c.MaxIO = defaultMaxIO
+	var err error
+	if c.Loops, err = frontend.Loops(c.Loops, c.Device); err != nil {
+		return err
 	}
-	page := os.Getpagesize()
 	switch {
 	case binary.NativeEndian.Uint16([]byte{1, 0}) != 1:
 		return errors.New("rings of virtio are little-endian, and this machine is not")
 	case c.Device == nil:
 		return errors.New("no block device to serve")
-	case len(c.Loops) == 0:
-		return errors.New("no loop to serve on")
-	case c.Depth < 1 || c.Depth > maxDepth:
-		return fmt.Errorf("depth %d is not in 1..%d", c.Depth, maxDepth)
-	case c.MaxIO < page || c.MaxIO > largestMaxIO:
-		return fmt.Errorf("buffer of %d bytes is not in %d..%d", c.MaxIO, page, largestMaxIO)
 	}
 	g := c.Device.Geometry()
 	if err := g.Validate(); err != nil {
 		return err
 	}
-	c.MaxIO = max(min(c.MaxIO, int(g.MaxIO))/page*page, page)
+	c.MaxIO = frontend.BufferSize(c.MaxIO, g, 1)
 	return nil
 }
 

@@ -11,9 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/acceptor"
 	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 )
@@ -23,9 +22,6 @@ var ErrBusy = errors.New("vhost-user-blk device is in use")
 
 // ErrStopped means that the server has ended.
 var ErrStopped = errors.New("vhost-user-blk server has ended")
-
-// acceptRetry is the pause after a temporary error, such as too many open files.
-const acceptRetry = 100 * time.Millisecond
 
 // Server serves a block device to one front end at a time. Its methods may be called in any
 // order, from any goroutine except those of the loops.
@@ -94,38 +90,13 @@ func (s *Server) Serve(l *net.UnixListener) error {
 	}
 	s.listeners = append(s.listeners, l)
 	s.mu.Unlock()
-	for {
-		c, err := l.AcceptUnix()
-		switch {
-		case err == nil:
-			s.accept(c)
-		case s.isEnded():
-			return nil
-		case passes(err):
-			s.events.Warn("vhost-user-blk front end not accepted", "error", err)
-			select {
-			case <-time.After(acceptRetry):
-			case <-s.stopped:
-			}
-		default:
-			return fmt.Errorf("accept vhost-user-blk front end: %w", err)
-		}
+	err := acceptor.Run(l.AcceptUnix, s.accept, func(err error) {
+		s.events.Warn("vhost-user-blk front end not accepted", "error", err)
+	}, s.stopped)
+	if err != nil {
+		return fmt.Errorf("accept vhost-user-blk front end: %w", err)
 	}
-}
-
-func passes(err error) bool {
-	for _, e := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
-
-func (s *Server) isEnded() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.ended
+	return nil
 }
 
 // accept begins a session. If another front end is still connected, the new one is refused.
@@ -326,10 +297,10 @@ func (s *Server) close() error {
 
 // Snapshot returns the counters, summed over all loops. The counters of each loop are those
 // of its last batch.
-func (s *Server) Snapshot() Stats {
-	var total Stats
+func (s *Server) Snapshot() block.Stats {
+	var total block.Stats
 	for _, w := range s.workers {
-		total.add(w.snapshot())
+		total.Add(w.Snapshot())
 	}
 	return total
 }

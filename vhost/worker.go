@@ -8,6 +8,7 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/iostats"
 	"ublk-nvmeof/internal/uring"
 	"ublk-nvmeof/poller"
 )
@@ -61,7 +62,7 @@ type worker struct {
 	header   [blkHeaderSize]byte
 	status   [1]byte
 
-	counters
+	iostats.Counters
 }
 
 // tag is a tag of the back end with the piece of a task that uses it.
@@ -134,7 +135,7 @@ func (w *worker) Poll() (n int) {
 	n += w.reap()
 	if n > 0 {
 		w.publishAll()
-		w.publish()
+		w.Publish()
 	}
 	return n
 }
@@ -417,7 +418,7 @@ func (w *worker) submit() int {
 	w.inflight += n
 	w.back.Submit(w.reqs)
 	w.reqs = w.reqs[:0]
-	w.now[nBatches]++
+	w.CountBatch()
 	return n
 }
 
@@ -498,7 +499,7 @@ func (w *worker) complete(t *task, status byte) error {
 	r := t.ring
 	r.push(t.head, length)
 	r.tasks--
-	w.count(t, status)
+	w.Count(t.op, status != statusOK, t.total)
 	w.releaseTask(t)
 	if len(r.batch) == maxBatch {
 		w.publishRing(r)

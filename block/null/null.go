@@ -4,10 +4,10 @@
 package null
 
 import (
-	"errors"
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
-	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/instant"
 )
 
 // Config configures New. Zero fields of the geometry get defaults: 250 GiB,
@@ -40,49 +40,17 @@ func New(cfg Config) (*Device, error) {
 // Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
-// OpenQueue makes a queue. It fails only if there is not enough memory.
+// OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
+// that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
-	if err != nil {
-		return nil, err
+	return instant.Open(cfg, d.serve)
+}
+
+// serve refuses what cannot be executed on any device, and does nothing else.
+func (d *Device) serve(r *block.Request, buf []byte) unix.Errno {
+	e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(buf))
+	if e == 0 && d.geometry.ReadOnly && r.Op != block.OpRead && r.Op != block.OpFlush {
+		return unix.EROFS
 	}
-	return &queue{geometry: d.geometry, mem: mem, size: cfg.MaxIO, done: make([]block.Result, 0, cfg.Depth)}, nil
-}
-
-// queue completes requests in the order of their submission.
-type queue struct {
-	geometry block.Geometry
-	mem      []byte
-	size     int
-	done     []block.Result // results; those from next on are not reaped
-	next     int
-}
-
-func (q *queue) Buffer(tag uint16) []byte {
-	off := int(tag) * q.size
-	return q.mem[off : off+q.size : off+q.size]
-}
-
-func (q *queue) Submit(reqs []block.Request) {
-	for i := range reqs {
-		r := &reqs[i]
-		e := r.Check(q.geometry.Sectors, q.geometry.LogicalBlock, q.size)
-		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(e)})
-	}
-}
-
-func (q *queue) Reap(done []block.Result) int {
-	n := copy(done, q.done[q.next:])
-	q.next += n
-	if q.next == len(q.done) {
-		q.done, q.next = q.done[:0], 0
-	}
-	return n
-}
-
-func (q *queue) Close() error {
-	if q.next < len(q.done) {
-		return errors.New("close null queue: requests are in flight")
-	}
-	return hostmem.Unmap(q.mem)
+	return e
 }

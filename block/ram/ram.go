@@ -7,13 +7,13 @@
 package ram
 
 import (
-	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/internal/instant"
 )
 
 // Config configures New. Zero fields of the geometry get defaults: 64 MiB,
@@ -70,41 +70,16 @@ func (d *Device) Close() error { return hostmem.Unmap(d.mem) }
 // Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
-// OpenQueue makes a queue. It fails only if there is not enough memory.
+// OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
+// that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	mem, err := hostmem.Map(cfg.Depth * cfg.MaxIO)
-	if err != nil {
-		return nil, err
-	}
-	return &queue{dev: d, mem: mem, size: cfg.MaxIO, done: make([]block.Result, 0, cfg.Depth)}, nil
-}
-
-// queue completes requests in the order of their submission.
-type queue struct {
-	dev  *Device
-	mem  []byte
-	size int
-	done []block.Result // results; those from next on are not reaped
-	next int
-}
-
-func (q *queue) Buffer(tag uint16) []byte {
-	off := int(tag) * q.size
-	return q.mem[off : off+q.size : off+q.size]
-}
-
-func (q *queue) Submit(reqs []block.Request) {
-	for i := range reqs {
-		r := &reqs[i]
-		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(q.serve(r))})
-	}
+	return instant.Open(cfg, d.serve)
 }
 
 // serve executes a request. Errors are those of block.Request.Check, and EROFS for changes
 // of a read-only device.
-func (q *queue) serve(r *block.Request) unix.Errno {
-	d := q.dev
-	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, q.size); {
+func (d *Device) serve(r *block.Request, buf []byte) unix.Errno {
+	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(buf)); {
 	case e != 0:
 		return e
 	case r.Op == block.OpFlush:
@@ -115,27 +90,11 @@ func (q *queue) serve(r *block.Request) unix.Errno {
 	data := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
 	switch r.Op {
 	case block.OpRead:
-		copy(q.Buffer(r.Tag), data)
+		copy(buf, data)
 	case block.OpWrite:
-		copy(data, q.Buffer(r.Tag))
+		copy(data, buf)
 	default: // a discard or write zeroes
 		clear(data)
 	}
 	return 0
-}
-
-func (q *queue) Reap(done []block.Result) int {
-	n := copy(done, q.done[q.next:])
-	q.next += n
-	if q.next == len(q.done) {
-		q.done, q.next = q.done[:0], 0
-	}
-	return n
-}
-
-func (q *queue) Close() error {
-	if q.next < len(q.done) {
-		return errors.New("close ram queue: requests are in flight")
-	}
-	return hostmem.Unmap(q.mem)
 }

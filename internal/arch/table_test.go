@@ -44,7 +44,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/spin", "internal/uring", sys}},
-	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
 
 	"discovery": {may: []string{"nvme", "initiator"}, testing: []string{"rdma/rdmatest", "rdma/roce", "target"}},
 
@@ -56,15 +56,18 @@ var table = map[string]row{
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
 
 	// Front ends. They never see RDMA.
-	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", sys}, testing: []string{"block/null", "block/ram"}},
-	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
-	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/frontend", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
+	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/acceptor", "internal/diskuse", "internal/frontend", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/frontend", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
 	// A front end of its own, which knows nothing of the back end that it tests.
 	"vhost/vhosttest": {may: []string{sys}},
 
 	// Back ends that need no target.
-	"block/null": {may: []string{"block", "internal/hostmem", sys}},
-	"block/ram":  {may: []string{"block", "internal/hostmem", sys}},
+	"block/null": {may: []string{"block", "internal/instant", sys}, testing: []string{"block/blocktest", "poller"}},
+	"block/ram":  {may: []string{"block", "internal/hostmem", "internal/instant", sys}, testing: []string{"block/blocktest", "poller"}},
+
+	// The test suite that all back ends pass.
+	"block/blocktest": {may: []string{"block", "poller", sys}},
 
 	// The target never sees the host's code, which it tests.
 	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", "internal/spin", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
@@ -73,8 +76,12 @@ var table = map[string]row{
 
 	"docs":              {}, // what the program reads of its documents
 	"internal/uring":    {may: []string{sys}},
+	"internal/frontend": {may: []string{"block", "poller"}},
 	"internal/hostmem":  {may: []string{sys}},
 	"internal/diskuse":  {may: []string{sys}},
+	"internal/acceptor": {may: []string{sys}},
+	"internal/iostats":  {may: []string{"block", sys}},
+	"internal/instant":  {may: []string{"block", "internal/hostmem", sys}},
 	"internal/loglimit": {},
 	"internal/spin":     {},
 	"internal/arch":     {},

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"ublk-nvmeof/block"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/provider"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -78,7 +77,7 @@ type device interface {
 	Stop(ctx context.Context, force bool) error
 	Done() <-chan struct{}
 	Err() error
-	Counters() control.IO
+	Snapshot() block.Stats
 }
 
 // backend makes the parts of a server. Tests use a backend that needs neither a driver
@@ -178,16 +177,6 @@ func (d ublkDevice) Accept() {}
 func (d ublkDevice) Queues() queueInfo {
 	i := d.Info()
 	return queueInfo{Queues: i.Queues, Depth: i.Depth, MaxIO: i.MaxIO}
-}
-
-// Counters implements device.
-func (d ublkDevice) Counters() control.IO {
-	n := d.Snapshot().Total()
-	return control.IO{
-		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
-		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
-		Failed: control.Failures(n.Failed),
-	}
 }
 
 func describe(ns *initiator.Namespace) namespace {

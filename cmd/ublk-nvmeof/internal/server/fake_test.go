@@ -16,7 +16,6 @@ import (
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/block/null"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/host"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
@@ -490,7 +489,7 @@ func (d *fakeDevice) Done() <-chan struct{} { return d.done }
 
 func (d *fakeDevice) Err() error { return d.err }
 
-func (d *fakeDevice) Counters() control.IO { return control.IO{Reads: 3, ReadBytes: 12288} }
+func (d *fakeDevice) Snapshot() block.Stats { return block.Stats{Reads: 3, ReadBytes: 12288} }
 
 // leaves checks what is left in the run directory, beside the lock.
 func leaves(t *testing.T, dir string, want ...string) {

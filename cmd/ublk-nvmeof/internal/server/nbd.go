@@ -16,7 +16,6 @@ import (
 	"github.com/dustin/go-humanize/english"
 
 	"ublk-nvmeof/block"
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nbd"
@@ -296,15 +295,5 @@ func (x *export) Err() error {
 	return nil
 }
 
-// Counters implements device.
-func (x *export) Counters() control.IO {
-	n := x.srv.Snapshot(x.name)
-	return control.IO{
-		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
-		Flushes: n.Flushes, Discards: n.Trims, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
-		Failed: control.Failures{
-			Reads: n.Failed.Reads, Writes: n.Failed.Writes, Flushes: n.Failed.Flushes,
-			Discards: n.Failed.Trims, WriteZeroes: n.Failed.WriteZeroes,
-		},
-	}
-}
+// Snapshot implements device.
+func (x *export) Snapshot() block.Stats { return x.srv.Snapshot(x.name) }

@@ -176,7 +176,7 @@ func describeDevice(v *serving) control.Device {
 		Size: g.Sectors << block.SectorShift, BlockSize: g.LogicalBlock, ReadOnly: g.ReadOnly, WriteCache: g.VolatileCache,
 		Queues: q.Queues, QueueDepth: q.Depth, MaxIO: q.MaxIO,
 		BufferBytes: q.Queues * q.Depth * q.MaxIO,
-		Counters:    v.dev.Counters(),
+		Counters:    countersOf(v.dev.Snapshot()),
 	}
 	if d, ok := v.dev.(*vhostDevice); ok {
 		out.User = d.srv.Front()
@@ -190,4 +190,13 @@ func describeDevice(v *serving) control.Device {
 		out.Present, out.Durations = v.timed.Present(), describeDurations(&d)
 	}
 	return out
+}
+
+// countersOf writes the counters of a device down.
+func countersOf(n block.Stats) control.IO {
+	return control.IO{
+		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
+		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
+		Failed: control.Failures(n.Failed),
+	}
 }

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/vhost"
@@ -176,12 +176,5 @@ func (d *vhostDevice) Done() <-chan struct{} { return d.done }
 // Err implements device.
 func (d *vhostDevice) Err() error { return nil }
 
-// Counters implements device.
-func (d *vhostDevice) Counters() control.IO {
-	n := d.srv.Snapshot()
-	return control.IO{
-		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
-		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
-		Failed: control.Failures(n.Failed),
-	}
-}
+// Snapshot implements device.
+func (d *vhostDevice) Snapshot() block.Stats { return d.srv.Snapshot() }

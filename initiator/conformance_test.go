@@ -1,0 +1,73 @@
+package initiator
+
+import (
+	"net/netip"
+	"runtime"
+	"testing"
+
+	"ublk-nvmeof/block/blocktest"
+	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/target"
+)
+
+// TestConformance runs the suite for back ends with fewer queue pairs than loops, with
+// several paths, and with a target of small limits.
+func TestConformance(t *testing.T) {
+	for name, set := range map[string]func(*target.Config, *target.SubsystemConfig, *target.NamespaceConfig) (paths int){
+		"one path": func(*target.Config, *target.SubsystemConfig, *target.NamespaceConfig) int { return 1 },
+		"one queue": func(_ *target.Config, s *target.SubsystemConfig, _ *target.NamespaceConfig) int {
+			s.MaxQueues = 1
+			return 1
+		},
+		"two paths": func(*target.Config, *target.SubsystemConfig, *target.NamespaceConfig) int { return 2 },
+		"small limits": func(c *target.Config, _ *target.SubsystemConfig, _ *target.NamespaceConfig) int {
+			c.MaxTransfer = 8192
+			return 1
+		},
+		"4096": func(_ *target.Config, _ *target.SubsystemConfig, n *target.NamespaceConfig) int {
+			n.BlockSize = 4096
+			return 1
+		},
+		"read-only": func(_ *target.Config, _ *target.SubsystemConfig, n *target.NamespaceConfig) int {
+			n.ReadOnly = true
+			return 1
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			blocktest.Test(t, func(t *testing.T) blocktest.Backend {
+				fabric := rdmatest.NewFabric()
+				cfg := target.Config{Provider: fabric.Provider(targetAddr), AddrPort: netip.AddrPortFrom(targetAddr, 4420)}
+				sub := target.SubsystemConfig{NQN: fakeNQN, AllowAny: true}
+				ns := target.NamespaceConfig{Store: target.NewRAM(8 << 20)}
+				paths := set(&cfg, &sub, &ns)
+				tgt, err := target.New(cfg)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { tgt.Close() })
+				s, err := tgt.AddSubsystem(sub)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.AddNamespace(ns); err != nil {
+					t.Fatal(err)
+				}
+				if paths > 1 {
+					if _, err := tgt.AddPort(nil, netip.AddrPortFrom(targetAddr, 4421)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				loops := newLoops(t, min(2, runtime.NumCPU()))
+				c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: len(loops)}))
+				t.Cleanup(func() { closeSubsystem(t, c) })
+				for range paths - 1 {
+					if _, err := c.AddPath(t.Context(), Path{Provider: fabric.Provider(hostAddr), Address: netip.AddrPortFrom(targetAddr, 4421)}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				return blocktest.Backend{Device: c.Namespaces()[0], Loops: loops}
+			})
+		})
+	}
+}
