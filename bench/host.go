@@ -99,7 +99,7 @@ func (o options) boot(ctx context.Context, mode string) (result, error) {
 		return r, err
 	}
 	args := []string{"--kernel", o.kernel, "--cpus", strconv.Itoa(o.plan.CPUs), "--mem", o.memory,
-		"--mtu", strconv.Itoa(o.mtu), "--timeout", o.timeout.String()}
+		"--mtu", strconv.Itoa(o.mtu), "--append", o.params, "--timeout", o.timeout.String()}
 	switch mode {
 	case modeICount:
 		args = append(args, "--icount")

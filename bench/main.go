@@ -102,6 +102,7 @@ type options struct {
 	label   string
 	mtu     int
 	memory  string
+	params  string // of the guest's kernel
 	timeout time.Duration
 	command string // as the user gave it, for the record
 	plan    plan   // the same for all modes, but for Rounds
@@ -135,6 +136,7 @@ func parseOptions(args []string) (options, error) {
 	fs.BoolVar(&o.plan.Syscalls, "syscalls", true, "count the servers' system calls in a run of their own")
 	fs.IntVar(&o.mtu, "mtu", 4200, "MTU of the VM's network interface in `bytes`; 4200 makes it 4096 for RDMA")
 	fs.StringVar(&o.memory, "mem", "4G", "memory `size` of the VM")
+	fs.StringVar(&o.params, "append", "", "more `parameters` of the VM's kernel; clearcpuid=erms,fsrm makes it copy by words, because mode icount counts each byte that one string instruction copies")
 	fs.DurationVar(&o.timeout, "timeout", time.Hour, "longest `time` for one VM")
 	if err := fs.Parse(args); err != nil {
 		return o, err

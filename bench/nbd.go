@@ -29,6 +29,7 @@ import (
 //	ours    NBD socket, initiator, RoCEv2 in Go over loopback, target in memory
 //	front   our NBD server over memory in the same process: without the network
 //	nbdkit  nbdkit memory
+//	proxy   nbdkit nbd, which asks another nbdkit memory over TCP: two hops, as ours
 //	qemu    qemu-nbd of a file in memory
 func nbdMain(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("bench nbd", flag.ContinueOnError)
@@ -45,7 +46,7 @@ func nbdMain(ctx context.Context, args []string) error {
 	defer os.RemoveAll(dir)
 	b := &nbdBench{dir: dir, sizeMiB: *sizeMiB, span: *span, uris: map[string]string{}}
 	defer b.close()
-	for _, start := range []func(context.Context) error{b.startOurs, b.startFront, b.startNbdkit, b.startQEMU} {
+	for _, start := range []func(context.Context) error{b.startOurs, b.startFront, b.startNbdkit, b.startProxy, b.startQEMU} {
 		if err := start(ctx); err != nil {
 			return err
 		}
@@ -77,7 +78,7 @@ func nbdMain(ctx context.Context, args []string) error {
 	return r.store(filepath.Join(root, "bench", "results"))
 }
 
-var nbdPaths = []string{"ours", "front", "nbdkit", "qemu"}
+var nbdPaths = []string{"ours", "front", "nbdkit", "proxy", "qemu"}
 
 var nbdWorkloads = []workload{
 	{name: "4k-randread-qd1", rw: "randread", block: 4 << 10, depth: 1},
@@ -168,6 +169,15 @@ func (b *nbdBench) startNbdkit(ctx context.Context) error {
 	return b.start(ctx, "nbdkit", "nbdkit", "--foreground", "--unix", b.socket("nbdkit"), "memory", fmt.Sprintf("%dM", b.sizeMiB))
 }
 
+func (b *nbdBench) startProxy(ctx context.Context) error {
+	port := strconv.Itoa(30000 + os.Getpid()%10000)
+	far := []string{"nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", port, "memory", fmt.Sprintf("%dM", b.sizeMiB)}
+	if err := b.run(ctx, "tcp", "127.0.0.1:"+port, far...); err != nil {
+		return err
+	}
+	return b.start(ctx, "proxy", "nbdkit", "--foreground", "--unix", b.socket("proxy"), "nbd", "hostname=127.0.0.1", "port="+port)
+}
+
 func (b *nbdBench) startQEMU(ctx context.Context) error {
 	file, err := os.CreateTemp("/dev/shm", "bench-nbd")
 	if err != nil {
@@ -180,8 +190,14 @@ func (b *nbdBench) startQEMU(ctx context.Context) error {
 	return b.start(ctx, "qemu", "qemu-nbd", "--persistent", "--shared=8", "--socket", b.socket("qemu"), "--format", "raw", file.Name())
 }
 
-// start starts somebody else's server, and waits until it answers.
+// start starts somebody else's server on the socket of a path, and waits until it answers.
 func (b *nbdBench) start(ctx context.Context, path string, args ...string) error {
+	b.uris[path] = "nbd+unix:///?socket=" + b.socket(path)
+	return b.run(ctx, "unix", b.socket(path), args...)
+}
+
+// run starts a program, and waits until it listens at an address.
+func (b *nbdBench) run(ctx context.Context, network, address string, args ...string) error {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
@@ -191,9 +207,8 @@ func (b *nbdBench) start(ctx context.Context, path string, args ...string) error
 		_ = cmd.Process.Signal(unix.SIGTERM)
 		_ = cmd.Wait()
 	})
-	b.uris[path] = "nbd+unix:///?socket=" + b.socket(path)
 	for {
-		if c, err := net.Dial("unix", b.socket(path)); err == nil {
+		if c, err := net.Dial(network, address); err == nil {
 			return c.Close()
 		}
 		select {
@@ -259,8 +274,8 @@ func (r nbdResult) markdown() string {
 	fmt.Fprintf(&b, "# NBD sockets\n\n%s, commit %s, %s, Linux %s, host %s, %s, %s, %s.\n", r.Date.Format("2006-01-02 15:04 UTC"), r.Commit, r.Go, r.Kernel, r.Host, r.Fio, r.Nbdkit, r.QEMU)
 	fmt.Fprintf(&b, "fio's nbd engine, one connection on a unix socket, %d interleaved rounds of %v, %d MiB. Medians of IOPS [least..greatest]; the ratios are medians of those of neighbouring runs.\n\n", r.Rounds, r.Runtime, r.SizeMiB)
 	cells := append([]string{"fio"}, nbdPaths...)
-	row(&b, append(cells, "ours / nbdkit", "ours / qemu", "front / nbdkit"))
-	rule(&b, len(cells)+3)
+	row(&b, append(cells, "ours / proxy", "ours / nbdkit", "ours / qemu", "front / nbdkit"))
+	rule(&b, len(cells)+4)
 	for _, w := range nbdWorkloads {
 		cells := []string{w.name}
 		for _, p := range nbdPaths {
@@ -273,9 +288,9 @@ func (r nbdResult) markdown() string {
 		of := func(a, b string) string {
 			return format(spreadOf(ratios(r.values(w.name, a), r.values(w.name, b))), ratio)
 		}
-		row(&b, append(cells, of("ours", "nbdkit"), of("ours", "qemu"), of("front", "nbdkit")))
+		row(&b, append(cells, of("ours", "proxy"), of("ours", "nbdkit"), of("ours", "qemu"), of("front", "nbdkit")))
 	}
-	b.WriteString("\nours: NBD socket, initiator, RoCEv2 in Go over loopback, target in memory, in two processes. front: our NBD server over memory, in one. nbdkit: nbdkit memory. qemu: qemu-nbd of a file in memory.\n")
+	b.WriteString("\nours: NBD socket, initiator, RoCEv2 in Go over loopback, target in memory, in two processes. front: our NBD server over memory, in one. nbdkit: nbdkit memory. proxy: nbdkit nbd, over TCP to another nbdkit memory, in two processes. qemu: qemu-nbd of a file in memory.\n")
 	var all []float64
 	for _, s := range r.Samples {
 		if v, err := strconv.ParseFloat(s.Load, 64); err == nil {

@@ -96,6 +96,16 @@ func (l *lane) Arm() poller.Readiness {
 	return answer
 }
 
+// InFlight implements poller.Flight. It is for queue pairs whose packets the loop takes.
+func (l *lane) InFlight() bool {
+	for _, p := range l.pairs {
+		if p.receiver != nil && p.sq.Outstanding() > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // send puts a request into this lane's inbox. Any goroutine may call it.
 func (l *lane) send(r *request) {
 	for {

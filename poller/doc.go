@@ -25,9 +25,8 @@
 // A source whose work causes no event (a completion queue without a channel) returns Spin
 // while it expects work. The loop then continues to poll in shared memory, Config.Spin
 // times, and after that at intervals of 50 to 200 µs, so that a dead target does not burn a
-// CPU. A source that could sleep but expects work soon (Flight, such as a caller of package
-// disk that is likely to come back) is polled as often before the loop arms it, as long as
-// such spins usually find work.
+// CPU. A source that could sleep but expects work soon (Flight) is polled up to 64 times
+// before the loop arms it, as long as such spins usually find work.
 //
 // A provider without hardware needs a thread that takes its packets. A loop can do that
 // for its own queue pairs: it waits for the socket in the same enter (WatchReadable), and

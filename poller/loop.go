@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/cpu"
 
+	"ublk-nvmeof/internal/spin"
 	"ublk-nvmeof/internal/uring"
 )
 
@@ -27,9 +28,9 @@ type Config struct {
 	// Entries is the size of the ring's submission queue. Zero means 512. The
 	// completion queue is 4 times as large.
 	Entries int
-	// Spin is the number of polls without a result, while something is in flight,
-	// before the loop waits in the kernel. Zero means 2048, and a negative value
-	// means none.
+	// Spin is the number of polls without a result before the loop waits in the kernel,
+	// while something is in flight that causes no event. Zero means 2048, and a negative
+	// value means none. For what causes one (Flight) there are at most spin.Polls.
 	Spin int
 
 	pollAdd bool // watch files as on a kernel without READ_MULTISHOT
@@ -95,7 +96,7 @@ type Loop struct {
 	handled  int // number of handlers, without watches
 	watches  []*watch
 	stats    Stats
-	spinner  spinner
+	spinner  spin.Spinner
 	spins    spinClock
 	thread   int // the value of tid while the loop runs
 	backoff  time.Duration
@@ -125,8 +126,7 @@ func New(cfg Config) (*Loop, error) {
 	if cfg.Spin == 0 {
 		cfg.Spin = defaultSpin
 	}
-	l := &Loop{cfg: cfg, done: make(chan struct{}), wake: -1, backoff: backoffMin, born: time.Now()}
-	l.spinner = spinner{limit: max(0, cfg.Spin), credit: spinStart}
+	l := &Loop{cfg: cfg, done: make(chan struct{}), wake: -1, backoff: backoffMin, born: time.Now(), spinner: spin.New()}
 	up := make(chan error, 1)
 	go onThread(func() { l.main(up) })
 	if err := <-up; err != nil {
@@ -488,9 +488,9 @@ func (l *Loop) check(err error) {
 // idle follows a pass that found no work. It spins if that is likely to find work.
 // Otherwise it arms the sources and waits in the kernel.
 func (l *Loop) idle() {
-	if l.inFlight() && l.spinner.worth() {
-		found := l.spin()
-		l.spinner.record(found)
+	if l.inFlight() && l.cfg.Spin > 0 && l.spinner.Worth() {
+		found := l.spin(min(l.cfg.Spin, spin.Polls))
+		l.spinner.Record(found)
 		if found {
 			return
 		}
@@ -567,7 +567,7 @@ func (l *Loop) wait(bound time.Duration) {
 // await polls for work that causes no event: without pause until the spin is used up, and
 // then at intervals, as long as a source asks for it.
 func (l *Loop) await() {
-	if l.backoff == backoffMin && l.spin() {
+	if l.backoff == backoffMin && l.spin(l.cfg.Spin) {
 		return
 	}
 	l.asleep.Store(true)
@@ -578,14 +578,13 @@ func (l *Loop) await() {
 	l.backoff = min(2*l.backoff, backoffMax)
 }
 
-// spin polls up to the limit, reading only shared memory, and reports whether it found
-// work.
-func (l *Loop) spin() bool {
+// spin polls up to the limit and reports whether it found work.
+func (l *Loop) spin(limit int) bool {
 	if l.ring.Pending() > 0 {
 		l.submit()
 	}
 	timed := l.spins.begin(l.thread, l.stats.Spins)
-	found := l.pollOn()
+	found := l.pollOn(limit)
 	if timed {
 		l.stats.Spin += l.spins.end(l.thread, l.stats.Spins)
 		l.publics.publish(&l.stats) // a loop may spin without ever waiting
@@ -594,8 +593,8 @@ func (l *Loop) spin() bool {
 }
 
 // pollOn polls up to the limit of a spin.
-func (l *Loop) pollOn() bool {
-	for range l.spinner.limit {
+func (l *Loop) pollOn(limit int) bool {
+	for range limit {
 		l.stats.Spins++
 		if l.ring.TaskRun() {
 			l.submit()
@@ -606,41 +605,4 @@ func (l *Loop) pollOn() bool {
 		}
 	}
 	return false
-}
-
-// spinner decides whether to spin for an answer that would cause an event. It spins as
-// long as that pays: a hit earns the credit of two misses. Without credit, it tries once
-// in a while.
-type spinner struct {
-	limit  int // number of polls in a spin; 0: never spin
-	credit int
-	denied int // number of denials since the last try
-}
-
-const (
-	spinStart  = 4  // credit of a new loop
-	spinCredit = 16 // largest credit
-	spinRetry  = 64 // number of sleeps without credit after which a spin is tried
-)
-
-func (s *spinner) worth() bool {
-	if s.limit == 0 {
-		return false
-	}
-	if s.credit > 0 {
-		return true
-	}
-	if s.denied++; s.denied < spinRetry {
-		return false
-	}
-	s.denied = 0
-	return true
-}
-
-func (s *spinner) record(hit bool) {
-	if hit {
-		s.credit = min(s.credit+2, spinCredit)
-	} else {
-		s.credit = max(s.credit-1, 0)
-	}
 }

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/spin"
 	"ublk-nvmeof/internal/uring"
 )
 
@@ -771,10 +772,10 @@ func TestFlight(t *testing.T) {
 		for spins() == limit {
 			tries++
 		}
-		if tries != spinStart+2 {
-			t.Errorf("%d fruitless spins, want %d", tries, spinStart+2)
+		if tries != spin.Start+2 {
+			t.Errorf("%d fruitless spins, want %d", tries, spin.Start+2)
 		}
-		for range spinRetry - 2 {
+		for range spin.Retry - 2 {
 			if n := spins(); n != 0 {
 				t.Fatalf("%d spins without credit", n)
 			}

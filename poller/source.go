@@ -37,12 +37,11 @@ type Flusher interface {
 	Flush() int
 }
 
-// Flight is a Source that knows for what it waits. While InFlight is true, the loop may
-// poll for a limited time before it arms the sources. If what it waits for usually comes
-// soon, this saves the event, the sleep and the wake-up.
-//
-// The queues of package disk implement it, for a caller that does one request after the
-// other. Nobody has measured whether the spin pays for queue pairs with interrupts.
+// Flight is a Source that knows what it waits for. While InFlight is true, the loop polls for a
+// short time before it arms the sources, as long as such spins usually find work. This saves
+// the event, the sleep and the wake-up. It pays if a poll brings the answer about, as with
+// rdma/roce, whose packets nobody else takes, and if a caller of package disk sends one request
+// after the other. With an adapter that interrupts it only delays whoever shares the CPU.
 type Flight interface {
 	Source
 	// InFlight reports whether work is due.

@@ -99,7 +99,7 @@ func TestClockReads(t *testing.T) {
 		timed := 0
 		for range 10 * spinInterval {
 			before := l.spins.started
-			l.spin()
+			l.spin(10)
 			if l.spins.started != before {
 				timed++
 			}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/spin"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -111,6 +112,9 @@ func (q *queuePair) watch() {
 // wait arms the completion queue and returns the number of work completions that are in
 // q.wcs. If there are none, it sleeps until there may be work, and returns 0.
 func (q *queuePair) wait() (int, error) {
+	if n, err := q.spin(); n > 0 || err != nil {
+		return n, err
+	}
 	if !q.armed {
 		if err := q.cq.Arm(); err != nil {
 			return 0, err
@@ -135,6 +139,22 @@ func (q *queuePair) wait() (int, error) {
 	if q.fds[2].Revents != 0 {
 		q.receiver.Receive()
 	}
+	return 0, nil
+}
+
+// spin polls for a short time, if such spins usually find something. It returns the number of
+// work completions that are in q.wcs.
+func (q *queuePair) spin() (int, error) {
+	if q.receiver == nil || q.armed || !q.spinner.Worth() {
+		return 0, nil
+	}
+	for range spin.Polls {
+		if n, err := q.cq.Poll(q.wcs[:]); n > 0 || err != nil {
+			q.spinner.Record(true)
+			return n, err
+		}
+	}
+	q.spinner.Record(false)
 	return 0, nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/auth"
+	"ublk-nvmeof/internal/spin"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -98,6 +99,7 @@ type queuePair struct {
 	recvs   []rdma.RecvWR
 	wcs     [pollBatch]rdma.WC
 	armed   bool
+	spinner spin.Spinner
 	fds     [3]unix.PollFd
 	// receiver is nil if the provider receives the packets itself.
 	receiver rdma.Receiver
@@ -118,7 +120,7 @@ type queuePair struct {
 func newQueuePair(p *Port, id rdma.ID, req nvme.RDMARequest) (*queuePair, error) {
 	t := p.target
 	q := &queuePair{
-		target: t, port: p, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1,
+		target: t, port: p, id: id, host: id.RemoteAddr().Addr(), qid: req.QID, depth: int(req.HSQSize) + 1, capsule: nvme.CommandSize, wakeFD: -1, spinner: spin.New(),
 	}
 	q.ctx, q.cancel = context.WithCancel(t.ctx)
 	if q.qid > 0 {

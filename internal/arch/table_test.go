@@ -43,7 +43,7 @@ var table = map[string]row{
 	// The data path.
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
-	"poller":    {may: []string{"internal/uring", sys}},
+	"poller":    {may: []string{"internal/spin", "internal/uring", sys}},
 	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
 
 	// The front door of the library, and what it finds out about the host.
@@ -57,7 +57,7 @@ var table = map[string]row{
 	// RDMA providers, and the suite that all of them pass.
 	"rdma/verbs":         {may: []string{"rdma", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest", "rdma/verbs/prepare"}},
 	"rdma/verbs/prepare": {testing: []string{"rdma/verbs"}},
-	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"rdma/rdmatest"}},
+	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"internal/spin", "rdma/rdmatest"}},
 	"rdma/roce/wire":     {},
 	"rdma/provider":      {may: []string{"rdma", "rdma/roce", "rdma/verbs"}},
 	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
@@ -77,7 +77,7 @@ var table = map[string]row{
 	"block/blocktest": {may: []string{"block", "poller", sys}},
 
 	// The target never sees the host's code, which it tests.
-	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
+	"target": {may: []string{"auth", "nvme", "block", "rdma", "internal/loglimit", "internal/spin", sys}, testing: []string{"block/ram", "rdma/rdmatest", "initiator", "poller"}},
 
 	"examples/diskcat": {may: []string{"disk"}, testing: []string{"rdma/roce", "target"}},
 	"examples/vmm":     {may: []string{"disk", "vhost"}, testing: []string{"rdma/rdmatest", "target", "vhost/vhosttest"}},
@@ -94,6 +94,7 @@ var table = map[string]row{
 	"internal/iostats":  {may: []string{"block", sys}},
 	"internal/instant":  {may: []string{"block", "internal/hostmem", sys}},
 	"internal/loglimit": {},
+	"internal/spin":     {},
 	"internal/arch":     {},
 	testenv:             {},
 
@@ -103,7 +104,7 @@ var table = map[string]row{
 		"auth", "identity", "process",
 		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/control", "cmd/ublk-nvmeof/internal/discoverer", "cmd/ublk-nvmeof/internal/doctor", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host",
 		"cmd/ublk-nvmeof/internal/metrics", "cmd/ublk-nvmeof/internal/options", "cmd/ublk-nvmeof/internal/output", "internal/rundir", "cmd/ublk-nvmeof/internal/server",
-		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, pflag, sys,
+		"cmd/ublk-nvmeof/internal/state", "cmd/ublk-nvmeof/internal/systemd", "cmd/ublk-nvmeof/internal/targetserver", "discovery", "initiator", "nvme", "rdma/verbs/prepare", "ublk", cobra, english, pflag, sys,
 	}, testing: []string{"rdma/roce", "target", "vhost/vhosttest", testscript}},
 	"cmd/ublk-nvmeof/internal/control": {may: []string{"cmd/ublk-nvmeof/internal/exit", "internal/rundir"}},
 	"cmd/ublk-nvmeof/internal/exit":    {may: []string{"block", "initiator", "nvme", "rdma"}, testing: []string{"nbd", "ublk", "vhost"}},

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/spin"
 	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/rdma/rdmatest"
 )
@@ -36,8 +37,9 @@ var shapes = []struct {
 func BenchmarkRead(b *testing.B) {
 	for _, s := range shapes {
 		b.Run(s.name+"/tcp", func(b *testing.B) { benchTCP(b, s.size, s.depth) })
-		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false) })
-		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true) })
+		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false, false) })
+		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, false) })
+		b.Run(s.name+"/roce-adaptive", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, true) })
 	}
 }
 
@@ -48,16 +50,18 @@ func BenchmarkSuite(b *testing.B) {
 }
 
 // waiter waits for completions like a poller's loop: it takes its own packets, and it
-// either spins or sleeps until packets arrive.
+// either spins or sleeps until packets arrive, or spins first as long as that pays.
 type waiter struct {
-	cq     rdma.Receiver
-	fds    [2]unix.PollFd // the packets, and the completion channel
-	sleeps bool
-	event  [8]byte
+	cq      rdma.Receiver
+	fds     [2]unix.PollFd // the packets, and the completion channel
+	sleeps  bool
+	spins   bool // before it sleeps
+	spinner spin.Spinner
+	event   [8]byte
 }
 
-func newWaiter(b *testing.B, cq rdma.CQ) *waiter {
-	w := &waiter{cq: cq.(rdma.Receiver), sleeps: cq.FD() >= 0}
+func newWaiter(b *testing.B, cq rdma.CQ, spins bool) *waiter {
+	w := &waiter{cq: cq.(rdma.Receiver), sleeps: cq.FD() >= 0, spins: spins, spinner: spin.New()}
 	if w.cq.PacketFD() < 0 {
 		b.Fatal("several queue pairs share the packets")
 	}
@@ -82,6 +86,9 @@ func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
 		if !w.sleeps {
 			continue // Poll takes packets, too
 		}
+		if n, err := w.spin(wcs); n > 0 || err != nil {
+			return n, err
+		}
 		if err := w.cq.Arm(); err != nil {
 			return 0, err
 		}
@@ -99,6 +106,21 @@ func (w *waiter) wait(wcs []rdma.WC, stop *atomic.Bool) (int, error) {
 			w.cq.Receive()
 		}
 	}
+}
+
+// spin polls for a short time, if that usually finds something.
+func (w *waiter) spin(wcs []rdma.WC) (int, error) {
+	if !w.spins || !w.spinner.Worth() {
+		return 0, nil
+	}
+	for range spin.Polls {
+		if n, err := w.cq.Poll(wcs); n > 0 || err != nil {
+			w.spinner.Record(true)
+			return n, err
+		}
+	}
+	w.spinner.Record(false)
+	return 0, nil
 }
 
 // sleep waits for packets or an event, for a short time without the scheduler, like the
@@ -124,7 +146,7 @@ func report(b *testing.B, cpu time.Duration) {
 	b.ReportMetric(float64((cpuTime(b)-cpu).Nanoseconds())/float64(b.N), "cpu-ns/op")
 }
 
-func benchRoCE(b *testing.B, size, depth int, events bool) {
+func benchRoCE(b *testing.B, size, depth int, events, spins bool) {
 	host, target := open(b, Config{OnDemand: true}), open(b, Config{Addrs: []netip.Addr{targetAddr}})
 	const slack = 2
 	h, g := joinVia(b, host, targetAddr, target, slack*2*depth+64, (depth+1)*size+1<<16, events)
@@ -139,11 +161,11 @@ func benchRoCE(b *testing.B, size, depth int, events bool) {
 	done := make(chan error, 1)
 	base := h.mr.Addr()
 	rkey := h.mr.RKey()
-	go func() { done <- serveRoCE(b, g, size, depth, base, rkey, &stop) }()
+	go func() { done <- serveRoCE(b, g, size, depth, spins, base, rkey, &stop) }()
 
 	runtime.LockOSThread() // as a loop of the poller
 	defer runtime.UnlockOSThread()
-	w := newWaiter(b, h.recvCQ)
+	w := newWaiter(b, h.recvCQ, spins)
 	wcs := make([]rdma.WC, depth)
 	sends := make([]rdma.SendWR, 0, depth)
 	sent, got, unsignaled := 0, 0, 0
@@ -214,10 +236,10 @@ func disturbed(b *testing.B, host, target *Provider) {
 }
 
 // serveRoCE runs the target.
-func serveRoCE(b *testing.B, g *end, size, depth int, base uint64, rkey uint32, stop *atomic.Bool) error {
+func serveRoCE(b *testing.B, g *end, size, depth int, spins bool, base uint64, rkey uint32, stop *atomic.Bool) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	w := newWaiter(b, g.recvCQ)
+	w := newWaiter(b, g.recvCQ, spins)
 	data := depth * size
 	requests, responses := data, data+depth*requestLen
 	wcs, trash := make([]rdma.WC, depth), make([]rdma.WC, 64)
