@@ -164,6 +164,9 @@ func (c *Controller) attach(a *association) error {
 // any more.
 func (c *Controller) release(a *association) error {
 	var errs []error
+	for _, p := range a.pairs {
+		errs = append(errs, p.lane.loop.Call(p.abandon))
+	}
 	for _, l := range c.sub.lanes {
 		errs = append(errs, l.loop.Call(func() { l.disconnect(c.slot) }))
 	}
@@ -174,6 +177,7 @@ func (c *Controller) release(a *association) error {
 	for _, p := range a.pairs {
 		errs = append(errs, p.lane.loop.Call(func() { p.lane.recover(p) }))
 	}
+	c.sub.follow(a.remnant)
 	return errors.Join(errs...)
 }
 

@@ -146,6 +146,10 @@ func (l *lane) receive() int {
 // dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
 	ns := r.home.ns
+	if r.home.barred && ns.barrier.Load() == nil {
+		r.home.barred = false
+		l.redispatch() // the changes that waited come first
+	}
 	if (r.troubled || ns.presence.Load() != served || ns.barrier.Load() != nil) && !l.admit(r) {
 		return
 	}
@@ -194,6 +198,7 @@ func (l *lane) admit(r *request) bool {
 		if l.sub.heldTooLong(r) {
 			l.finish(r, uint16(unix.ENOLINK))
 		} else {
+			r.home.barred = true
 			l.park(r)
 		}
 		return false
@@ -302,8 +307,10 @@ func (l *lane) disconnect(slot int) {
 }
 
 // recover dispatches the requests of a queue pair in the error state, so that another path or
-// the next association sends them again.
+// the next association sends them again. They come before those that were parked meanwhile,
+// because these may be later changes to the same blocks.
 func (l *lane) recover(p *queuePair) {
+	later := l.parked.take()
 	for slot, r := range p.requests {
 		if r == nil {
 			continue
@@ -311,7 +318,6 @@ func (l *lane) recover(p *queuePair) {
 		p.requests[slot] = nil
 		r.status = 0 // if it was answered, it is sent again
 		p.assoc.ctrl.failovers.Add(1)
-		r.home.ns.bar(p.assoc.remnant, r)
 		if r.direct != nil {
 			r.direct.err = ErrUncertain
 			l.finish(r, uint16(unix.ENOLINK))
@@ -329,6 +335,10 @@ func (l *lane) recover(p *queuePair) {
 		l.dispatch(r)
 	}
 	p.inflight.Store(0)
+	for r := later.pop(); r != nil; r = later.pop() {
+		l.parked.push(r)
+	}
+	l.redispatch()
 }
 
 // failFast fails the parked requests, and all requests until there is an association.

@@ -66,15 +66,18 @@ func (l *lane) pick(r *request) *queuePair {
 		if p == nil || r.troubled && r.avoid&(1<<turn) != 0 {
 			continue
 		}
+		if p.lane == l && p.lost {
+			if !p.abandoned && r.changes() {
+				return p // which keeps it: a change in flight may be to the same blocks
+			}
+			continue
+		}
 		v := ns.views[turn].Load()
 		if v == nil || v.access == noAccess {
 			continue
 		}
 		s := int(v.access) << 4
 		if p.lane == l {
-			if p.lost {
-				continue
-			}
 			s |= 4
 		}
 		if l.policy == Preferred {

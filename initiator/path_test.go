@@ -428,6 +428,61 @@ func TestLateWrite(t *testing.T) {
 	}
 }
 
+// TestNewerWriteWaitsAtOnce checks that a write that comes as soon as a queue pair has failed does
+// not overtake a lost one to the same blocks, and that a read and a write to others do not wait.
+func TestNewerWriteWaitsAtOnce(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.Policy = Preferred })
+	h.vouched(s)
+	hold := h.targets[0].Faults().Add(target.Fault{Match: target.Match{Port: 1, Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Hold: 300 * time.Millisecond})
+	defer hold.Remove()
+	q, err := s.Namespaces()[0].OpenQueue(0, block.QueueConfig{Depth: 4, MaxIO: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close()
+	for tag, data := range []string{"old", "new", "", "else"} {
+		copy(q.Buffer(uint16(tag)), data)
+	}
+	h.loops[0].Call(func() { q.Submit([]block.Request{{Tag: 0, Op: block.OpWrite, Sectors: 8}}) })
+	waitFor(t, "the first write to be held", hold.UsedUp)
+	defer h.cut(0)()
+	h.loops[0].Call(func() {
+		for _, p := range s.lanes[0].pairs {
+			if p.slot == 0 {
+				p.fail(errors.New("the test says so"))
+			}
+		}
+		q.Submit([]block.Request{
+			{Tag: 1, Op: block.OpWrite, Sectors: 8},
+			{Tag: 2, Op: block.OpRead, Sectors: 8},
+			{Tag: 3, Op: block.OpWrite, Sector: 8, Sectors: 8},
+		})
+	})
+	var order []uint16
+	waitFor(t, "all requests", func() bool {
+		h.loops[0].Call(func() {
+			var results [4]block.Result
+			for _, r := range results[:q.Reap(results[:])] {
+				if r.Errno != 0 {
+					t.Errorf("request %d: %v", r.Tag, unix.Errno(r.Errno))
+				}
+				order = append(order, r.Tag)
+			}
+		})
+		return len(order) == 4
+	})
+	if !slices.Equal(order[2:], []uint16{0, 1}) {
+		t.Errorf("requests ended in the order %v, want the two writes of the same blocks last, the old one first", order)
+	}
+	f := h.send(s, readBlock, "")
+	waitFor(t, "the read", f.ended)
+	if got := string(f.q.Buffer(0)[:3]); got != "new" {
+		t.Errorf("the disk has %q", got)
+	}
+	f.wait(t)
+}
+
 // TestHeldChanges checks what waits for the end of a controller, and what the status says.
 func TestHeldChanges(t *testing.T) {
 	h := newHall(t, 2, true, nil) // nobody vouches, so changes wait for long

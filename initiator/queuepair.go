@@ -31,6 +31,7 @@ type queuePair struct {
 	receiver  rdma.Receiver // nil: the provider takes the packets
 	armed     bool          // the next response causes an event
 	lost      bool          // the queue pair failed and is not used any more
+	abandoned bool          // the changes in flight hold those to the same blocks
 	gone      bool          // the lane has released the queue pair
 	unacked   int
 }
@@ -388,6 +389,22 @@ func (p *queuePair) fail(err error) {
 	if !p.lost {
 		p.lost = true
 		p.assoc.fail(because(LossQueuePair, fmt.Errorf("I/O queue %d: %w", p.qid, err)))
+	}
+}
+
+// abandon ends the use of a queue pair whose association is lost. From then on the changes in
+// flight hold those to the same blocks (Namespace.bar). Requests that were not sent take another
+// path.
+func (p *queuePair) abandon() {
+	p.lost, p.abandoned = true, true
+	for _, r := range p.requests {
+		if r != nil {
+			r.home.ns.bar(p.assoc.remnant, r)
+		}
+	}
+	waiting := p.waiting.take()
+	for r := waiting.pop(); r != nil; r = waiting.pop() {
+		p.giveBack(r)
 	}
 }
 

@@ -70,6 +70,9 @@ func changesData(op block.Op) bool {
 	return op == block.OpWrite || op == block.OpWriteZeroes || op == block.OpDiscard
 }
 
+// changes reports whether a request may change blocks or reservations.
+func (r *request) changes() bool { return r.direct != nil || changesData(r.io.Op) }
+
 // bar makes the changes to the blocks of a request wait for the end of a remnant, if the
 // request is a change. Its outcome is unknown.
 func (ns *Namespace) bar(rem *remnant, r *request) {
@@ -168,7 +171,14 @@ func (c *Controller) leaveBehind(a *association, lost time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.remnants = append(s.remnants, rem)
-	if !s.closing && s.err == nil {
+}
+
+// follow waits in the background for the end of a remnant, if there is one. The requests of its
+// association are parked by then, so that they are sent before later changes to their blocks.
+func (s *Subsystem) follow(rem *remnant) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if rem != nil && !s.closing && s.err == nil {
 		s.running.Go(func() { s.fence(rem) })
 	}
 }
