@@ -314,11 +314,16 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 			p.retry(r, status)
 			return
 		}
-		errno, r.status = errnoOf(status), status
-		c.sub.reportStatus(r, status)
 		if status.Code() == nvme.StatusInvalidNamespace {
 			p.assoc.lookAtNamespaces() // the event may be lost
+			if p.avoid(r) {
+				p.again(r)
+				p.giveBack(r)
+				return
+			}
 		}
+		errno, r.status = errnoOf(status), status
+		c.sub.reportStatus(r, status)
 	}
 	p.finish(r, errno)
 }
@@ -327,8 +332,7 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 // because errors are not on the hot path.
 func (p *queuePair) retry(r *request, status nvme.Status) {
 	l := p.lane
-	l.retried.Store(l.retried.Load() + 1)
-	r.timing.answered = 0 // the time until the command is sent again is no return
+	p.again(r)
 	if status.IsPathError() && p.elsewhere(r, status) {
 		p.giveBack(r)
 		return
@@ -340,6 +344,12 @@ func (p *queuePair) retry(r *request, status nvme.Status) {
 	}
 	p.inflight.Store(p.inflight.Load() - 1)
 	l.delay(r, delay)
+}
+
+// again counts a command that is sent again.
+func (p *queuePair) again(r *request) {
+	p.lane.retried.Store(p.lane.retried.Load() + 1)
+	r.timing.answered = 0 // the time until the command is sent again is no return
 }
 
 // arm implements the pair's part of poller.Source.
