@@ -762,6 +762,59 @@ func TestResizeOverPaths(t *testing.T) {
 	waitFor(t, "the smaller size", func() bool { return s.Namespaces()[0].Geometry().Sectors == 2048 })
 }
 
+// TestLastPathWhileAnotherIsAdded: a path that is being added is not yet one with which the
+// subsystem can live.
+func TestLastPathWhileAnotherIsAdded(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	first := s.Paths()[0]
+	at := s.Paths()[1].cfg.Path
+	if err := s.RemovePath(t.Context(), s.Paths()[1]); err != nil {
+		t.Fatal(err)
+	}
+	c, err := s.reservePath(at) // as AddPath does before it connects
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RemovePath(t.Context(), first); !errors.Is(err, ErrLastPath) {
+		t.Errorf("the only path that is connected was removed: %v", err)
+	}
+	if err := s.dropPath(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddPath(t.Context(), at); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RemovePath(t.Context(), first); err != nil {
+		t.Errorf("the other path was added: %v", err)
+	}
+}
+
+// TestOutageBeginsWithRemoval: the time for which requests may wait begins when the last path that
+// is connected is removed, not when the path that remains was lost.
+func TestOutageBeginsWithRemoval(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.CtrlLoss = time.Hour })
+	first, second := s.Paths()[0], s.Paths()[1]
+	set := func(a *association, outage time.Time) (was *association) {
+		second.mu.Lock()
+		defer second.mu.Unlock()
+		was, second.assoc, second.outage = second.assoc, a, outage
+		return was
+	}
+	a := set(nil, time.Now().Add(-2*time.Hour)) // as if it had been lost
+	if err := s.RemovePath(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	began, out := s.outageBegan()
+	s.mu.Unlock()
+	if !out || time.Since(began) > time.Hour {
+		t.Errorf("out %t since %v", out, began)
+	}
+	set(a, time.Time{})
+}
+
 // TestAddAndRemovePaths adds and removes paths under load.
 func TestAddAndRemovePaths(t *testing.T) {
 	h := newHall(t, 3, false, nil)
