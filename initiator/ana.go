@@ -219,12 +219,6 @@ func (p *queuePair) elsewhere(r *request, status nvme.Status) bool {
 		ns.deny(p.assoc, p.slot)
 		return true
 	}
-	return p.avoid(r)
-}
-
-// avoid keeps a request that the controller did not execute from the path. It reports whether
-// there is another path for it.
-func (p *queuePair) avoid(r *request) bool {
 	r.troubled = true
 	r.avoid |= 1 << p.slot
 	if p.lane.pick(r) != nil {

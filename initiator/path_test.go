@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -731,6 +732,48 @@ func TestNamespaceLeavesPaths(t *testing.T) {
 	h.subs[1].RemoveNamespace(1)
 	if got := <-heard; got != Removed {
 		t.Errorf("heard %v", got)
+	}
+}
+
+// TestNamespaceLeavesPathInFlight checks that a command that one controller refuses, because it has
+// lost the namespace, goes over another path that has it. It fails if no path has it.
+func TestNamespaceLeavesPathInFlight(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	s := h.connect(func(c *Config) { c.Policy = Preferred })
+	refuse := func(n int) {
+		h.targets[n].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Status: nvme.StatusInvalidNamespace | nvme.StatusDNR})
+	}
+	refuse(0)
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("one path refuses: %v", e)
+	}
+	refuse(0)
+	refuse(1)
+	if e := h.send(s, writeBlock, "x").wait(t); e != unix.ENODEV {
+		t.Errorf("both paths refuse: %v", e)
+	}
+}
+
+// TestStatusOfLostAssociation checks that an error status that comes after the association was lost
+// does not fail a request: targets that go away answer with errors.
+func TestStatusOfLostAssociation(t *testing.T) {
+	var armed atomic.Bool
+	var s *lookSetup
+	s = newLookSetup(t, func(f *fakeTarget, _ *Config) {
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			if qid == 0 || cmd.Opcode() != nvme.OpWrite || !armed.Swap(false) {
+				return 0, false
+			}
+			s.sub.Paths()[0].current().fail(errors.New("lost"))
+			return nvme.StatusInvalidNamespace | nvme.StatusDNR, true
+		}
+	})
+	for range 20 {
+		waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
+		armed.Store(true)
+		if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
+			t.Fatalf("write: %v", e)
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -304,23 +305,28 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	} else if r.direct != nil {
 		r.direct.err = status
 	} else {
-		if status.Code() == nvme.StatusAuthRequired {
+		switch {
+		case p.assoc.life.Err() != nil:
+			// A target that goes away may answer with errors. The request is sent again over
+			// another path or the next association.
+			p.fail(context.Cause(p.assoc.life))
+			p.enter(r)
+			return
+		case status.Code() == nvme.StatusAuthRequired:
 			// The next association authenticates, and sends the request again.
 			p.fail(because(LossTargetError, errAuthStatus))
 			p.enter(r)
 			return
+		case status.Code() == nvme.StatusInvalidNamespace:
+			p.assoc.lookAtNamespaces() // the event may be lost
+			if p.elsewhere(r, status) {
+				p.giveBack(r) // controllers lose a namespace one after the other
+				return
+			}
 		}
 		if c.mayRetry(p.assoc, r, status) {
 			p.retry(r, status)
 			return
-		}
-		if status.Code() == nvme.StatusInvalidNamespace {
-			p.assoc.lookAtNamespaces() // the event may be lost
-			if p.avoid(r) {
-				p.again(r)
-				p.giveBack(r)
-				return
-			}
 		}
 		errno, r.status = errnoOf(status), status
 		c.sub.reportStatus(r, status)
@@ -332,7 +338,8 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 // because errors are not on the hot path.
 func (p *queuePair) retry(r *request, status nvme.Status) {
 	l := p.lane
-	p.again(r)
+	l.retried.Store(l.retried.Load() + 1)
+	r.timing.answered = 0 // the time until the command is sent again is no return
 	if status.IsPathError() && p.elsewhere(r, status) {
 		p.giveBack(r)
 		return
@@ -344,12 +351,6 @@ func (p *queuePair) retry(r *request, status nvme.Status) {
 	}
 	p.inflight.Store(p.inflight.Load() - 1)
 	l.delay(r, delay)
-}
-
-// again counts a command that is sent again.
-func (p *queuePair) again(r *request) {
-	p.lane.retried.Store(p.lane.retried.Load() + 1)
-	r.timing.answered = 0 // the time until the command is sent again is no return
 }
 
 // arm implements the pair's part of poller.Source.

@@ -26,7 +26,7 @@ type late struct {
 	*site
 	nqn    string
 	disk   *disk
-	second netip.Addr    // of the port that stays
+	second netip.Addr     // of the port that stays
 	other  *roce.Provider // of that port
 }
 
