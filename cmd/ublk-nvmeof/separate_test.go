@@ -53,7 +53,7 @@ func newApart(t *testing.T) *apart {
 
 // lateWrite has the first target hold a write for some time, ends its connections, and writes
 // newer data over the other target. It returns what is in the file after the first write, and
-// how long the newer one took.
+// how long the first one took.
 func (p *apart) lateWrite(n int, hold time.Duration) (text string, took time.Duration) {
 	p.t.Helper()
 	before, after := fmt.Sprint("old ", n), fmt.Sprint("new ", n)
@@ -65,11 +65,11 @@ func (p *apart) lateWrite(n int, hold time.Duration) (text string, took time.Dur
 	held := time.Now()
 	p.ok("target", "reject", "--target", p.targets[0], "6")
 	p.ok("target", "drop", "--target", p.targets[0])
-	if err := newer.write(after); err != nil {
+	if err := <-lost; err != nil {
 		p.t.Fatal(err)
 	}
 	took = time.Since(held)
-	if err := <-lost; err != nil {
+	if err := newer.write(after); err != nil {
 		p.t.Fatal(err)
 	}
 	time.Sleep(time.Until(held.Add(hold + time.Second))) // the target is done with the old write by then
@@ -121,7 +121,7 @@ func TestLateWriteOfSeparateTarget(t *testing.T) {
 				if c.fence == "auto" {
 					// Three times --keep-alive-tmo, and a second.
 					if took < 7*time.Second {
-						t.Errorf("the newer write took %v", took)
+						t.Errorf("the write took %v", took)
 					}
 					if f := <-fences; f[0].Changes != 1 || !strings.Contains(f[0].WaitsFor, "no other path knows the controller") {
 						t.Errorf("it waits for %+v", f)
