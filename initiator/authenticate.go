@@ -194,14 +194,17 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 	}
 	accepted, unasked := false, error(nil)
 	var errs []error
-	for _, c := range s.paths() {
+	paths := s.paths()
+	for _, c := range paths {
 		yes, err := c.reauthenticate(*keys)
 		accepted = accepted || yes
 		switch {
 		case errors.Is(err, errNotAgain):
 			unasked = err
+		case err != nil && len(paths) == 1:
+			errs = append(errs, err)
 		case err != nil:
-			errs = append(errs, fmt.Errorf("%v: %w", c.Address(), err))
+			errs = append(errs, fmt.Errorf("path %v: %w", c.Address(), err))
 		}
 	}
 	if len(errs) == 0 && !accepted {

@@ -58,6 +58,7 @@ type Controller struct {
 	proofs       sync.WaitGroup // runs of Reauthenticate; none is added without an association
 
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
+	tentative bool          // the path is being added, which may fail; guarded by the subsystem's mu
 	failovers atomic.Uint64 // requests that were in flight when an association was lost
 
 	mu           sync.Mutex // guards what follows

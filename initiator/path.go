@@ -182,6 +182,7 @@ func (s *Subsystem) supervise(c *Controller, a *association) bool {
 	if s.closing || s.err != nil {
 		return false
 	}
+	c.tentative = false
 	s.running.Go(func() { c.supervise(a) })
 	return true
 }
@@ -212,6 +213,7 @@ func (s *Subsystem) reservePath(p Path) (*Controller, error) {
 		return nil, fmt.Errorf("the subsystem has %d paths, which is the limit", MaxPaths)
 	}
 	c := s.newController(free, p)
+	c.tentative = true
 	s.slots[free] = c
 	return c, nil
 }
@@ -239,7 +241,8 @@ var errRemoved = errors.New("path was removed")
 var ErrLastPath = errors.New("this is the last path; it goes when the subsystem is disconnected")
 
 // RemovePath removes a path. Its requests end over it if they can before ctx is done, and are
-// sent over other paths otherwise. The last path is not removed.
+// sent over other paths otherwise. The last path is not removed, and one that AddPath is still
+// connecting does not count.
 func (s *Subsystem) RemovePath(ctx context.Context, c *Controller) error {
 	s.mu.Lock()
 	switch {
@@ -252,7 +255,7 @@ func (s *Subsystem) RemovePath(ctx context.Context, c *Controller) error {
 	}
 	left := 0
 	for _, other := range s.lockedPaths() {
-		if !other.removing {
+		if !other.removing && !other.tentative {
 			left++
 		}
 	}
@@ -263,6 +266,11 @@ func (s *Subsystem) RemovePath(ctx context.Context, c *Controller) error {
 	c.removing = true
 	s.mu.Unlock()
 	err := c.drain(ctx)
+	if c.current() != nil {
+		s.mu.Lock()
+		s.removed = time.Now()
+		s.mu.Unlock()
+	}
 	c.end(errRemoved)
 	<-c.stopped
 	return errors.Join(err, c.leave(ctx), s.dropPath(c))

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -851,6 +852,48 @@ func TestNamespaceLeavesPaths(t *testing.T) {
 	}
 }
 
+// TestNamespaceLeavesPathInFlight checks that a command that one controller refuses, because it has
+// lost the namespace, goes over another path that has it. It fails if no path has it.
+func TestNamespaceLeavesPathInFlight(t *testing.T) {
+	h := newHall(t, 2, true, nil)
+	s := h.connect(func(c *Config) { c.Policy = Preferred })
+	refuse := func(n int) {
+		h.targets[n].Faults().Add(target.Fault{Match: target.Match{Opcodes: []nvme.Opcode{nvme.OpWrite}}, Count: 1, Status: nvme.StatusInvalidNamespace | nvme.StatusDNR})
+	}
+	refuse(0)
+	if e := h.send(s, writeBlock, "x").wait(t); e != 0 {
+		t.Errorf("one path refuses: %v", e)
+	}
+	refuse(0)
+	refuse(1)
+	if e := h.send(s, writeBlock, "x").wait(t); e != unix.ENODEV {
+		t.Errorf("both paths refuse: %v", e)
+	}
+}
+
+// TestStatusOfLostAssociation checks that an error status that comes after the association was lost
+// does not fail a request: targets that go away answer with errors.
+func TestStatusOfLostAssociation(t *testing.T) {
+	var armed atomic.Bool
+	var s *lookSetup
+	s = newLookSetup(t, func(f *fakeTarget, _ *Config) {
+		f.intercept = func(qid uint16, cmd *nvme.Command) (nvme.Status, bool) {
+			if qid == 0 || cmd.Opcode() != nvme.OpWrite || !armed.Swap(false) {
+				return 0, false
+			}
+			s.sub.Paths()[0].current().fail(errors.New("lost"))
+			return nvme.StatusInvalidNamespace | nvme.StatusDNR, true
+		}
+	})
+	for range 20 {
+		waitFor(t, "the association", func() bool { return s.sub.Info().State == StateLive })
+		armed.Store(true)
+		if e := s.write(t, s.sub.Namespaces()[0]); e != 0 {
+			t.Fatalf("write: %v", e)
+		}
+	}
+}
+
 // TestResizeOverPaths checks that a larger size counts when all paths have it, and a smaller
 // one at once.
 func TestResizeOverPaths(t *testing.T) {
@@ -877,6 +920,59 @@ func TestResizeOverPaths(t *testing.T) {
 	waitFor(t, "the new size", func() bool { return s.Namespaces()[0].Geometry().Sectors == 4096 })
 	resize(1, 1<<20)
 	waitFor(t, "the smaller size", func() bool { return s.Namespaces()[0].Geometry().Sectors == 2048 })
+}
+
+// TestLastPathWhileAnotherIsAdded: a path that is being added is not yet one with which the
+// subsystem can live.
+func TestLastPathWhileAnotherIsAdded(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(nil)
+	first := s.Paths()[0]
+	at := s.Paths()[1].cfg.Path
+	if err := s.RemovePath(t.Context(), s.Paths()[1]); err != nil {
+		t.Fatal(err)
+	}
+	c, err := s.reservePath(at) // as AddPath does before it connects
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RemovePath(t.Context(), first); !errors.Is(err, ErrLastPath) {
+		t.Errorf("the only path that is connected was removed: %v", err)
+	}
+	if err := s.dropPath(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddPath(t.Context(), at); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RemovePath(t.Context(), first); err != nil {
+		t.Errorf("the other path was added: %v", err)
+	}
+}
+
+// TestOutageBeginsWithRemoval: the time for which requests may wait begins when the last path that
+// is connected is removed, not when the path that remains was lost.
+func TestOutageBeginsWithRemoval(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	s := h.connect(func(c *Config) { c.CtrlLoss = time.Hour })
+	first, second := s.Paths()[0], s.Paths()[1]
+	set := func(a *association, outage time.Time) (was *association) {
+		second.mu.Lock()
+		defer second.mu.Unlock()
+		was, second.assoc, second.outage = second.assoc, a, outage
+		return was
+	}
+	a := set(nil, time.Now().Add(-2*time.Hour)) // as if it had been lost
+	if err := s.RemovePath(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	began, out := s.outageBegan()
+	s.mu.Unlock()
+	if !out || time.Since(began) > time.Hour {
+		t.Errorf("out %t since %v", out, began)
+	}
+	set(a, time.Time{})
 }
 
 // TestAddAndRemovePaths adds and removes paths under load.

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -305,11 +306,24 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 	} else if r.direct != nil {
 		r.direct.err = status
 	} else {
-		if status.Code() == nvme.StatusAuthRequired {
+		switch {
+		case p.assoc.life.Err() != nil:
+			// A target that goes away may answer with errors. The request is sent again over
+			// another path or the next association.
+			p.fail(context.Cause(p.assoc.life))
+			p.enter(r)
+			return
+		case status.Code() == nvme.StatusAuthRequired:
 			// The next association authenticates, and sends the request again.
 			p.fail(because(LossTargetError, errAuthStatus))
 			p.enter(r)
 			return
+		case status.Code() == nvme.StatusInvalidNamespace:
+			p.assoc.lookAtNamespaces() // the event may be lost
+			if p.elsewhere(r, status) {
+				p.giveBack(r) // controllers lose a namespace one after the other
+				return
+			}
 		}
 		if c.mayRetry(p.assoc, r, status) {
 			p.retry(r, status)
@@ -317,9 +331,6 @@ func (p *queuePair) answer(slot uint16, status nvme.Status) {
 		}
 		errno, r.status = errnoOf(status), status
 		c.sub.reportStatus(r, status)
-		if status.Code() == nvme.StatusInvalidNamespace {
-			p.assoc.lookAtNamespaces() // the event may be lost
-		}
 	}
 	p.finish(r, errno)
 }

@@ -43,6 +43,7 @@ type Subsystem struct {
 
 	mu         sync.Mutex // guards what follows; taken before Controller.mu
 	slots      [MaxPaths]*Controller
+	removed    time.Time // when a path that had an association was last removed
 	keys       Credentials
 	policy     Policy
 	preferred  int // slot of the policy Preferred
@@ -176,7 +177,7 @@ func (e *givenUpError) Unwrap() error { return e.err }
 
 // limitOutage starts or stops the timers that fail the requests and give up the subsystem.
 // They run while no path has an association. An outage begins with the latest of the
-// outages of the paths.
+// outages of the paths, or with the removal of the last path that had an association.
 func (s *Subsystem) limitOutage() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -203,7 +204,7 @@ func (s *Subsystem) limitOutage() {
 // outageBegan returns when the present outage began. It returns false if a path has an
 // association. The caller holds the lock.
 func (s *Subsystem) outageBegan() (time.Time, bool) {
-	var began time.Time
+	began := s.removed
 	for _, c := range s.lockedPaths() {
 		when, out := c.outageBegan()
 		if !out {

@@ -99,9 +99,9 @@ func (l *late) prefer(r state.Record) {
 	}
 }
 
-// round is one late write, of which the application never hears. The server is killed between
-// the loss of the path and the newer write, and recovered, or serves on. It returns what is on
-// the disk in the end.
+// round is one late write. The server is killed between the loss of the path and the newer
+// write, and recovered; or it serves on, and answers the write. It returns what is on the disk in
+// the end.
 func (l *late) round(r state.Record, n int, killed bool, patience time.Duration) string {
 	l.t.Helper()
 	before, after := fmt.Sprintf("old %d", n), fmt.Sprintf("new %d", n)
@@ -124,7 +124,13 @@ func (l *late) round(r state.Record, n int, killed bool, patience time.Duration)
 			newer()
 		}()
 	} else {
-		go newer()
+		go func() { // the order of writes that are in flight together is open
+			if err := <-lost; err != nil {
+				written <- err
+				return
+			}
+			newer()
+		}()
 	}
 	var err error
 	select {
@@ -136,11 +142,6 @@ func (l *late) round(r state.Record, n int, killed bool, patience time.Duration)
 	}
 	if err != nil {
 		l.t.Fatal(err)
-	}
-	if !killed {
-		if err := <-lost; err != nil {
-			l.t.Fatal(err)
-		}
 	}
 	eventually(l.t, "the target has finished the old write", func() bool {
 		l.disk.mu.Lock()

@@ -116,6 +116,29 @@ func TestRemovePathWithoutFarewell(t *testing.T) {
 	}
 }
 
+// TestPathWithoutNamespace: a request whose path does not have the namespace any more goes over
+// another one. It fails if no path has it.
+func TestPathWithoutNamespace(t *testing.T) {
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--policy", "preferred")...)
+	s := p.live(2)
+	_, path, _ := strings.Cut(s.Devices[0].Device, "?socket=")
+	c, err := dialNBD("unix", path, "1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close()
+	p.ok("target", "fault", "opcode=write,status=0xb,dnr,count=1,port=1")
+	if err := c.write("new"); err != nil {
+		t.Errorf("the first path lacks the namespace: %v", err)
+	}
+	p.ok("target", "fault", "opcode=write,status=0xb,dnr")
+	if err := c.write("newer"); err == nil {
+		t.Error("no path has the namespace, and the write succeeds")
+	}
+}
+
 // TestConnectAddsPath checks that connect of a subsystem that is served adds a path, and what
 // shows and removes it.
 func TestConnectAddsPath(t *testing.T) {

@@ -155,6 +155,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 		"nqn", "n", "NQN of the subsystem (required)")
 	c.addHost(f)
 	f.Var(paths{&c.Paths}, "path", "a further path to the subsystem: `ADDRESS[,PORT[,HOST_TRADDR]]`; may be repeated. A path that cannot be reached is tried again")
+	f.Var(preferred(&c.Preferred), "preferred", "path that --policy preferred uses while it can be: `ADDRESS[,PORT[,HOST_TRADDR]]` (default: the first)")
 	c.addConnection(f)
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
@@ -209,7 +210,6 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 	addForeign(f)
 
 	f.Var(policy(&c.Policy), "policy", "which of several paths a request takes: the one with the fewest requests in flight, the next in turn, or the preferred one while it can be used")
-	f.Var(preferred(&c.Preferred), "preferred", "path that --policy preferred uses while it can be: `ADDRESS[,PORT[,HOST_TRADDR]]` (default: the first)")
 	f.Var(OneOf(&c.Fence, FenceAuto, FenceNone), "fence", "what happens to writes whose path was lost: auto holds them until the old controller is known to be gone; none sends them again at once, so that an old write may overwrite a newer one")
 	page := os.Getpagesize()
 	f.Var(size(&c.MaxIO, page, page, maxTransfer), "max-io-size", "size of the largest request; each queue has --queue-size buffers of this size")
