@@ -64,6 +64,7 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
+	holdClock()
 	os.Exit(m.Run())
 }
 
@@ -131,6 +132,9 @@ func TestScenarios(t *testing.T) {
 					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
 					env.Setenv("UN_SOAK", os.Getenv("UN_SOAK"))
 					env.Setenv("UN_AWAY", os.Getenv("UN_AWAY"))
+					goesOn, held := failoverLimits()
+					env.Setenv("GOES_ON", goesOn)
+					env.Setenv("HELD", held)
 					return nil
 				},
 			})
