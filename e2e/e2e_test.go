@@ -82,7 +82,7 @@ func run(t *testing.T, name string, args ...string) string {
 // and its own target, or about what it prints. With several kernels, each one runs its
 // share of the groups (UN_SHARE), which take about the same time.
 var shared = [...][]string{
-	{"discovery", "hostile", "metrics", "soak", "soak-grants", "soak-multipath"},
+	{"discovery", "hostile", "metrics", "soak", "soak-grants"},
 	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "multipath-ports", "nvme-cli", "soak-frozen"},
 }
 
