@@ -15,6 +15,8 @@
 #	                each that a target finishes late, over a lost path and after a crash
 #	make vhost      a QEMU guest on a vhost-user-blk disk, whose server is upgraded UPGRADES=2 and
 #	                killed KILLS=3 times below it, on this machine with KERNEL, without a module
+#	make failover   how long requests wait when a path is lost, on a clock of instructions that
+#	                does not depend on who else uses the machine, on KERNELS
 #	make frozen     a target whose machine is paused for 40 s: two VMs, on KERNELS
 #	make demo       a tour on this machine, without a VM, module or RDMA device
 #	make demo-vm    a block device over NVMe/RDMA from end to end, in a VM
@@ -69,7 +71,7 @@ SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .NOTPARALLEL:
 
-.PHONY: build test test-unit test-vm soak soak-native vhost frozen demo demo-vm bench bench-compare deb package static test-service lint clean setup vm
+.PHONY: build test test-unit test-vm soak soak-native vhost failover frozen demo demo-vm bench bench-compare deb package static test-service lint clean setup vm
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
@@ -132,6 +134,12 @@ soak-native: build
 
 vhost: build
 	e2e/vhost.sh build/ublk-nvmeof build/vm $(KERNEL) $(KILLS) $(UPGRADES)
+
+failover: build
+	for k in $(KERNELS); do \
+		UN_ICOUNT=1 go -C e2e test -v -count=1 -timeout=60m -run '^TestScenarios$$/^failover$$' \
+			-exec "$(CURDIR)/build/vm --icount --cpus 1 --kernel $$k --timeout 20m --out $(CURDIR)/build/log/$$k" . ; \
+	done
 
 frozen: build
 	for k in $(KERNELS); do e2e/frozen.sh $$k; done

@@ -83,9 +83,11 @@ func (g *guest) prepare(ctx context.Context) error {
 	if err := g.target(ctx, targetNQN, "ns="+strconv.Itoa(max(1, g.plan.Devices))); err != nil {
 		return err
 	}
-	if slices.Contains(g.plan.Paths, pathTwoPaths) {
-		err := g.target(ctx, twoPathsNQN, "svc="+strings.Join(twoPathsServices[:], ","),
-			"qid_max="+strconv.Itoa(g.plan.Queues/len(twoPathsServices)))
+	for _, pair := range portPairs {
+		if !slices.Contains(g.plan.Paths, pair.path) {
+			continue
+		}
+		err := g.target(ctx, pair.nqn, "svc="+strings.Join(pair.services[:], ","), "qid_max="+strconv.Itoa(g.plan.Queues/pair.share))
 		if err != nil {
 			return err
 		}

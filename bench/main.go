@@ -6,8 +6,9 @@
 //	null    the ublk front end with a back end that does nothing, as the upper limit
 //
 // and, with -paths, on ours-poll, which has poll queues besides, on scraped, whose metrics are
-// read each second, and on two-paths, which is connected to two ports of the target, with as
-// many queue pairs over both of them together as ours has.
+// read each second, on two-paths, which is connected to two ports of the target, with as many
+// queue pairs over both of them together as ours has, and on two-paths-wide, with as many over
+// each of them.
 //
 // kernel and ours use the same target, nvmet-rdma over rdma_rxe with a memory-backed
 // null_blk, in the same VM. two-paths uses another subsystem of it.
@@ -172,7 +173,7 @@ func parseOptions(args []string) (options, error) {
 	if o.plan.Paths, err = choose("--paths", *paths, pathNames()); err != nil {
 		return o, err
 	}
-	if slices.Contains(o.plan.Paths, pathTwoPaths) && o.plan.Queues%len(twoPathsServices) != 0 {
+	if slices.Contains(o.plan.Paths, pathTwoPaths) && o.plan.Queues%2 != 0 {
 		return o, fmt.Errorf("--queues %d: %s needs an even number", o.plan.Queues, pathTwoPaths)
 	}
 	return o, nil

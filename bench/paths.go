@@ -22,16 +22,30 @@ import (
 	"ublk-nvmeof/ublk"
 )
 
-// The target of e2e/lab.sh, and a subsystem with two ports.
+// The target of e2e/lab.sh.
 const (
 	targetNQN     = "nqn.2026-01.org.example:lab"
 	targetAddress = "10.0.2.15"
 	targetService = "4420"
-	twoPathsNQN   = "nqn.2026-01.org.example:two"
 )
 
-// twoPathsServices are the ports of twoPathsNQN.
-var twoPathsServices = [...]string{"4421", "4422"}
+// portPair is a subsystem with two ports, which one of the paths below is connected to.
+type portPair struct {
+	path, nqn string
+	services  [2]string
+	share     int // of each port in the queues
+}
+
+var portPairs = []portPair{
+	{pathTwoPaths, "nqn.2026-01.org.example:two", [2]string{"4421", "4422"}, 2},
+	{pathTwoPathsWide, "nqn.2026-01.org.example:wide", [2]string{"4423", "4424"}, 1},
+}
+
+func connectPair(pair portPair) func(context.Context, plan) (*disk, error) {
+	return func(ctx context.Context, p plan) (*disk, error) {
+		return connectOurs(ctx, p, pair.nqn, pair.services[0], "--path", targetAddress+","+pair.services[1])
+	}
+}
 
 // stepTimeout bounds connecting, disconnecting and their like; in mode icount it
 // is virtual time.
@@ -53,15 +67,16 @@ type path struct {
 }
 
 // The paths by name; oursPoll is ours with poll queues besides, scraped is ours whose metrics are
-// read each second, and twoPaths is ours over two ports of the target, which grants each of them
-// half of the queues.
+// read each second. twoPaths is ours over two ports of the target, which grants each of them half
+// of the queues, and twoPathsWide over two ports with all queues each.
 const (
-	pathKernel   = "kernel"
-	pathOurs     = "ours"
-	pathNull     = "null"
-	pathOursPoll = "ours-poll"
-	pathScraped  = "scraped"
-	pathTwoPaths = "two-paths"
+	pathKernel       = "kernel"
+	pathOurs         = "ours"
+	pathNull         = "null"
+	pathOursPoll     = "ours-poll"
+	pathScraped      = "scraped"
+	pathTwoPaths     = "two-paths"
+	pathTwoPathsWide = "two-paths-wide"
 )
 
 var paths = []path{
@@ -72,9 +87,8 @@ var paths = []path{
 		return connectOurs(ctx, p, targetNQN, targetService, "-P", strconv.Itoa(p.Queues))
 	}},
 	{pathScraped, "ublk_drv", connectScraped},
-	{pathTwoPaths, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
-		return connectOurs(ctx, p, twoPathsNQN, twoPathsServices[0], "--path", targetAddress+","+twoPathsServices[1])
-	}},
+	{pathTwoPaths, "ublk_drv", connectPair(portPairs[0])},
+	{pathTwoPathsWide, "ublk_drv", connectPair(portPairs[1])},
 }
 
 func pathNames() []string {

@@ -111,7 +111,7 @@ func comparisons(names []string) (pairs [][2]string) {
 			pairs = append(pairs, [2]string{p, pathKernel})
 		}
 	}
-	for _, p := range []string{pathScraped, pathTwoPaths} {
+	for _, p := range []string{pathScraped, pathTwoPaths, pathTwoPathsWide} {
 		if slices.Contains(names, p) && slices.Contains(names, pathOurs) {
 			pairs = append(pairs, [2]string{p, pathOurs})
 		}

@@ -64,6 +64,7 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
+	holdClock()
 	os.Exit(m.Run())
 }
 
@@ -81,7 +82,7 @@ func run(t *testing.T, name string, args ...string) string {
 // and its own target, or about what it prints. With several kernels, each one runs its
 // share of the groups (UN_SHARE), which take about the same time.
 var shared = [...][]string{
-	{"discovery", "hostile", "metrics", "soak", "soak-grants", "soak-multipath"},
+	{"discovery", "hostile", "metrics", "soak", "soak-grants"},
 	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "multipath-ports", "nvme-cli", "soak-frozen"},
 }
 
@@ -131,6 +132,9 @@ func TestScenarios(t *testing.T) {
 					env.Setenv("UN_KERNEL", os.Getenv("UN_KERNEL"))
 					env.Setenv("UN_SOAK", os.Getenv("UN_SOAK"))
 					env.Setenv("UN_AWAY", os.Getenv("UN_AWAY"))
+					goesOn, held := failoverLimits()
+					env.Setenv("GOES_ON", goesOn)
+					env.Setenv("HELD", held)
 					return nil
 				},
 			})
