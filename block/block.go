@@ -201,7 +201,8 @@ type Device interface {
 	// Geometry returns the present geometry of the device.
 	Geometry() Geometry
 	// OpenQueue makes the queue for loop i. i is at least 0, and less than the number
-	// of loops of the back end. A loop opens at most one queue of a device.
+	// of loops of the back end. A loop opens at most one queue of a device. Several
+	// goroutines may call it at the same time, for different loops.
 	OpenQueue(i int, cfg QueueConfig) (Queue, error)
 }
 
