@@ -39,7 +39,7 @@ type admin struct {
 	mu    sync.Mutex // guards conn's queues, calls, stray and err
 	calls []*adminCall
 	stray []rdma.MR // of commands of transferLarge whose end is unknown
-	err   error // why the queue is lost
+	err   error     // why the queue is lost
 	lost  chan struct{}
 	users sync.WaitGroup // of mr; no one is added once the queue is lost
 }
