@@ -25,9 +25,9 @@
 #	                fails if one allocates more often; BENCH=flags and packages
 #	make deb        build/ublk-nvmeof_VERSION_ARCH.deb, and build/static/ublk-nvmeof, which
 #	                needs no library and has only RoCEv2
-#	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is from the
-#	                boot to a shutdown with I/O; SERVICE=life is upgrade, stop, late targets,
-#	                connections by hand, and removal
+#	make test-service  the package in a VM with systemd, on KERNELS: SERVICE=boot is an
+#	                installation, and from the next boot to a shutdown with I/O;
+#	                SERVICE=life is upgrade, stop, late targets, connections by hand, and removal
 #	make lint       golangci-lint, and the API against that of the last release
 #	make clean      remove everything built except the kernels in build/cache
 

@@ -202,6 +202,7 @@ type Device interface {
 	Geometry() Geometry
 	// OpenQueue makes the queue for loop i. i is at least 0, and less than the number
 	// of loops of the back end. Several front ends may have a queue on the same loop.
+	// Several goroutines may call it at the same time.
 	OpenQueue(i int, cfg QueueConfig) (Queue, error)
 }
 

@@ -504,6 +504,7 @@ lab_target_down() {
 		rmdir "$ns" || return
 		case $path in /run/lab-*.img) rm "$path" || return ;; esac
 		for dir in "$lab_nullb"/*/; do
+			[ -d "$dir" ] || continue
 			if [ "/dev/$(basename "$dir")" = "$path" ] || { [ "$(cat "$dir/power")" = 1 ] &&
 				[ ! -b "/dev/$(basename "$dir")" ] && [ "/dev/nullb$(cat "$dir/index")" = "$path" ]; }; then
 				lab_set "$dir/power" 0 || return

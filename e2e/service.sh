@@ -197,14 +197,17 @@ socket() {
 	systemctl daemon-reload
 }
 
+scopes() { systemctl list-units --no-legend --plain 'ublk-nvmeof-*.scope' | cut -d' ' -f1 | sort; }
+
 by_hand() {
 	step "a server that was started by hand outlives its session"
-	local scope
+	local scope others
+	others=$(scopes) # of what was discovered
 	lab_target nqn=$base:hand svc=4425 size=64
 	systemd-run --quiet --unit=session-test -p Type=oneshot --wait \
 		ublk-nvmeof connect -a $LAB_ADDR -s 4425 -n $base:hand --nr-io-queues=1
 	systemctl stop session-test.service 2>/dev/null || true
-	scope=$(systemctl list-units --no-legend --plain 'ublk-nvmeof-*.scope' | cut -d' ' -f1)
+	scope=$(comm -13 <(echo "$others") <(scopes))
 	[ -n "$scope" ] || fail "no scope"
 	ublk-nvmeof list | grep -q $base:hand
 	systemctl kill -s HUP "$scope"

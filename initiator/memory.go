@@ -178,17 +178,20 @@ func (m *memory) info() MemoryInfo {
 }
 
 // open maps size bytes of buffers for a queue and registers them in all domains that have a
-// device. The others follow when their path has an association.
-func (m *memory) open(q *nsQueue, size int) (err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if int64(size) > m.limit-m.used {
-		return &MemoryError{Want: int64(size), Used: m.used, Limit: m.limit}
-	}
-	if q.slab, err = hostmem.Map(size); err != nil {
+// device. The others follow when their path has an association. The buffers of several queues
+// are mapped, and so zeroed, at the same time.
+func (m *memory) open(q *nsQueue, size int) error {
+	if err := m.reserve(int64(size)); err != nil {
 		return err
 	}
-	q.base = hostmem.Addr(q.slab)
+	slab, err := hostmem.Map(size)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.used -= int64(size)
+	if err != nil {
+		return err
+	}
+	q.slab, q.base = slab, hostmem.Addr(slab)
 	if m.queues == nil {
 		m.queues = make(map[*nsQueue]struct{})
 	}
@@ -201,6 +204,17 @@ func (m *memory) open(q *nsQueue, size int) (err error) {
 		}
 	}
 	m.used += int64(len(q.slab))
+	return nil
+}
+
+// reserve counts size bytes as used, unless they are too many.
+func (m *memory) reserve(size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if size > m.limit-m.used {
+		return &MemoryError{Want: size, Used: m.used, Limit: m.limit}
+	}
+	m.used += size
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -214,12 +215,8 @@ func openChar(ctx context.Context, id int) (int, error) {
 
 // begin opens the queues and has the loops fetch their tags.
 func (d *Device) begin(ctx context.Context, cfg Config) error {
-	for i := range d.info.Queues {
-		s, err := d.open(i, cfg)
-		if err != nil {
-			return err
-		}
-		d.serves = append(d.serves, s)
+	if err := d.openAll(cfg); err != nil {
+		return err
 	}
 	if !cfg.KeepAffinity {
 		if err := d.pin(ctx); err != nil {
@@ -232,6 +229,28 @@ func (d *Device) begin(ctx context.Context, cfg Config) error {
 		}
 	}
 	return nil
+}
+
+// openAll opens all queues, several at a time: most of the time goes into the zeroing of their
+// buffers.
+func (d *Device) openAll(cfg Config) error {
+	opened, errs := make([]*serving, d.info.Queues), make([]error, d.info.Queues)
+	atOnce := make(chan struct{}, runtime.NumCPU())
+	var opening sync.WaitGroup
+	for i := range opened {
+		atOnce <- struct{}{}
+		opening.Go(func() {
+			opened[i], errs[i] = d.open(i, cfg)
+			<-atOnce
+		})
+	}
+	opening.Wait()
+	for _, s := range opened {
+		if s != nil {
+			d.serves = append(d.serves, s)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // open opens queue i of the driver and of the back end.

@@ -51,6 +51,7 @@ func Test(t *testing.T, open func(t *testing.T) Backend) {
 		{"Geometry", testGeometry},
 		{"Buffers", testBuffers},
 		{"OpenQueue", testOpenQueue},
+		{"OpenAtOnce", testOpenAtOnce},
 		{"Data", testData},
 		{"Zeroes", testZeroes},
 		{"Errors", testErrors},
@@ -256,6 +257,34 @@ func testOpenQueue(t *testing.T, b Backend) {
 		u := open(t, b, 0, block.QueueConfig{Depth: 1, MaxIO: os.Getpagesize()})
 		u.must(block.Request{Op: block.OpRead, Sectors: unit(b)})
 		u.close()
+	}
+}
+
+// testOpenAtOnce opens the queues of all loops at the same time.
+func testOpenAtOnce(t *testing.T, b Backend) {
+	queues := make([]block.Queue, len(b.Loops))
+	var opening sync.WaitGroup
+	for i := range queues {
+		opening.Go(func() {
+			var err error
+			if queues[i], err = b.Device.OpenQueue(i, block.QueueConfig{Depth: depth, MaxIO: maxIO}); err != nil {
+				t.Errorf("open queue %d: %v", i, err)
+			}
+		})
+	}
+	opening.Wait()
+	for i, q := range queues {
+		if q == nil {
+			continue
+		}
+		q.Buffer(depth - 1)[maxIO-1] = byte(i) // each has buffers of its own
+		if err := b.Loops[i].Call(func() {
+			if err := q.Close(); err != nil {
+				t.Errorf("close queue %d: %v", i, err)
+			}
+		}); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

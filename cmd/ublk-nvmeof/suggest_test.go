@@ -53,3 +53,25 @@ func TestEdits(t *testing.T) {
 		}
 	}
 }
+
+// TestRootFor: a verb that is made alone is the same as among all others.
+func TestRootFor(t *testing.T) {
+	for _, name := range []string{"connect", "serve", "udev", "disconnect"} {
+		alone := rootFor([]string{name, "--help"})
+		if all := alone.Commands(); len(all) != 1 || all[0].Name() != name {
+			t.Fatalf("%s: %v", name, all)
+		}
+		among, _, err := newRoot().Find([]string{name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := alone.Commands()[0].UsageString(), among.UsageString(); got != want {
+			t.Errorf("%s: usage\n%s\nwant\n%s", name, got, want)
+		}
+	}
+	for _, args := range [][]string{nil, {"--help"}, {"--run-dir", "/x", "connect"}, {"help", "connect"}, {"conect"}} {
+		if n := len(rootFor(args).Commands()); n < 30 {
+			t.Errorf("%q: %d verbs", args, n)
+		}
+	}
+}
