@@ -215,10 +215,21 @@ func (d *Disk) end(ctx context.Context) {
 	close(d.gone)
 }
 
-// lend counts a buffer or a batch that the caller has (+1) or has closed (-1).
-func (d *Disk) lend(n int) {
+// lend counts a buffer or a batch that the caller gets.
+func (d *Disk) lend() error {
 	d.mu.Lock()
-	d.lent += n
+	defer d.mu.Unlock()
+	if d.closed {
+		return ErrClosed
+	}
+	d.lent++
+	return nil
+}
+
+// takeBack undoes lend.
+func (d *Disk) takeBack() {
+	d.mu.Lock()
+	d.lent--
 	d.mu.Unlock()
 }
 

@@ -23,7 +23,9 @@ import (
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/rdma/roce"
 	"ublk-nvmeof/target"
 )
 
@@ -708,5 +710,52 @@ func TestOneP(t *testing.T) {
 		if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestSharedProvider: disks and paths of a process have one provider over UDP, as long as one
+// of them is open.
+func TestSharedProvider(t *testing.T) {
+	at := netip.MustParseAddr("127.0.24.2")
+	own, err := roce.New(roce.Config{Addrs: []netip.Addr{at}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	tgt, err := target.New(target.Config{Provider: own, AddrPort: netip.AddrPortFrom(at, DefaultPort)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tgt.Close()
+	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: testNQN, AllowAny: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := s.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var disks []*Disk
+	for nsid := range 2 {
+		d, err := OpenURL(t.Context(), fmt.Sprintf("nvmeof+rdma://%s/%s?nsid=%d&hostnqn=nqn.h", at, testNQN, nsid+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		disks = append(disks, d)
+		if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if p := providers.open[provider.RoCE]; len(providers.open) != 1 || p == nil || p.users != 2 {
+		t.Errorf("providers %+v", providers.open)
+	}
+	for _, d := range disks {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(providers.open) != 0 {
+		t.Errorf("left: %+v", providers.open)
 	}
 }
