@@ -63,6 +63,9 @@ func (b *Buffer) do(ctx context.Context, op block.Op, n int, off int64, flags bl
 	if s == nil {
 		return failed(op, off, int64(n), errGivenAway)
 	}
+	if b.disk.shut.Load() {
+		return failed(op, off, int64(n), ErrClosed)
+	}
 	if _, err := b.disk.within(op, off, int64(n)); err != nil {
 		return err
 	}
@@ -158,6 +161,9 @@ func (b *Batch) Bytes(i int) []byte { return b.slots[i].buf }
 // Submit sends requests, all of them with one wake-up of the loop. If one of them is not valid,
 // none is sent: a buffer out of range or in flight, or a range that is not of logical blocks.
 func (b *Batch) Submit(reqs ...Request) error {
+	if b.disk == nil || b.disk.shut.Load() {
+		return fmt.Errorf("submit: %w", ErrClosed)
+	}
 	for i := range reqs {
 		if err := b.check(&reqs[i]); err != nil {
 			for _, r := range reqs[:i] {

@@ -520,8 +520,11 @@ func TestCloseInAnyOrder(t *testing.T) {
 			running.Wait()
 			if order != "buffers first" {
 				fill(b.Bytes(), 0, 1) // the memory is still there
-				if err := b.Write(t.Context(), 4096, 0, 0); err == nil {
-					t.Error("wrote to a closed disk")
+				if err := b.Write(t.Context(), 4096, 0, 0); !errors.Is(err, ErrClosed) {
+					t.Errorf("write to a closed disk: %v", err)
+				}
+				if err := batch.Submit(Request{Op: block.OpFlush, Buffer: 1}); !errors.Is(err, ErrClosed) {
+					t.Errorf("submit to a closed disk: %v", err)
 				}
 			}
 			if err := errors.Join(batch.Close(), b.Close(), d.Close(), d.Shutdown(t.Context())); err != nil {
