@@ -371,7 +371,7 @@ func TestNoAllocations(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if n := testing.AllocsPerRun(500, func() {
+		if n := testing.AllocsPerRun(100, func() {
 			if err := call(); err != nil {
 				t.Error(err)
 			}
@@ -760,5 +760,27 @@ func TestSharedProvider(t *testing.T) {
 	}
 	if len(providers.open) != 0 {
 		t.Errorf("left: %+v", providers.open)
+	}
+}
+
+// TestNoAllocationsOverFabric: nor does a call that reaches a target, or the target itself.
+func TestNoAllocationsOverFabric(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(w.config())
+	p := make([]byte, 4096)
+	for range 200 {
+		if _, err := d.ReadAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		if _, err := d.ReadAt(p, 4096); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.WriteAt(p, 4096); err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
 	}
 }
