@@ -23,11 +23,15 @@ var errGivenAway = errors.New("the buffer was given up with a request in flight"
 // Buffer takes a buffer of MaxIO bytes from those of the disk, and waits until ctx is done if
 // all are in use. Other calls cannot use it until Buffer.Close.
 func (d *Disk) Buffer(ctx context.Context) (*Buffer, error) {
-	s, err := d.pick().pool.take(ctx)
-	if err != nil {
+	if err := d.lend(); err != nil {
 		return nil, fmt.Errorf("take buffer: %w", err)
 	}
-	d.lend(1)
+	s, err := d.pick().pool.take(ctx)
+	if err != nil {
+		d.takeBack()
+		return nil, fmt.Errorf("take buffer: %w", err)
+	}
+	s.queue.pool.lent.Add(1)
 	return &Buffer{d, s}, nil
 }
 
@@ -59,12 +63,16 @@ func (b *Buffer) do(ctx context.Context, op block.Op, n int, off int64, flags bl
 	if s == nil {
 		return failed(op, off, int64(n), errGivenAway)
 	}
+	if b.disk.shut.Load() {
+		return failed(op, off, int64(n), ErrClosed)
+	}
 	if _, err := b.disk.within(op, off, int64(n)); err != nil {
 		return err
 	}
 	s.fill(op, off, int64(n), flags)
 	s.start()
 	if !s.wait(ctx) {
+		s.queue.pool.lent.Add(-1)
 		b.slot = nil
 		return failed(op, off, int64(n), context.Cause(ctx))
 	}
@@ -79,10 +87,11 @@ func (b *Buffer) Close() error {
 	if b.disk == nil {
 		return nil
 	}
-	b.disk.lend(-1)
 	if b.slot != nil {
+		b.slot.queue.pool.lent.Add(-1)
 		b.slot.queue.pool.release(b.slot)
 	}
+	b.disk.takeBack()
 	b.disk, b.slot = nil, nil
 	return nil
 }
@@ -125,7 +134,9 @@ func (d *Disk) NewBatch(n int) (*Batch, error) {
 		return nil, fmt.Errorf("make batch: %d buffers are not in 1..%d", n, len(q.slots))
 	}
 	b := &Batch{disk: d, index: make(map[*slot]int, n), signal: make(chan struct{}, 1)}
-	d.lend(1)
+	if err := d.lend(); err != nil {
+		return nil, fmt.Errorf("make batch of %d: %w", n, err)
+	}
 	for i := range n {
 		s := q.pool.tryTake()
 		if s == nil {
@@ -133,6 +144,7 @@ func (d *Disk) NewBatch(n int) (*Batch, error) {
 			return nil, errors.Join(fmt.Errorf("make batch of %d: %w", n, err), b.Close())
 		}
 		s.batch = b
+		q.pool.lent.Add(1)
 		b.slots = append(b.slots, s)
 		b.index[s] = i
 	}
@@ -149,6 +161,9 @@ func (b *Batch) Bytes(i int) []byte { return b.slots[i].buf }
 // Submit sends requests, all of them with one wake-up of the loop. If one of them is not valid,
 // none is sent: a buffer out of range or in flight, or a range that is not of logical blocks.
 func (b *Batch) Submit(reqs ...Request) error {
+	if b.disk == nil || b.disk.shut.Load() {
+		return fmt.Errorf("submit: %w", ErrClosed)
+	}
 	for i := range reqs {
 		if err := b.check(&reqs[i]); err != nil {
 			for _, r := range reqs[:i] {
@@ -258,9 +273,10 @@ func (b *Batch) Close() error {
 		}
 	}
 	for _, s := range b.slots {
+		s.queue.pool.lent.Add(-1)
 		s.queue.pool.release(s)
 	}
-	b.disk.lend(-1)
+	b.disk.takeBack()
 	b.disk, b.slots = nil, nil
 	return nil
 }

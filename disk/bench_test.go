@@ -3,8 +3,11 @@ package disk
 import (
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
+	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/initiator"
@@ -94,48 +97,31 @@ func (d *driver) Poll() int {
 
 func (d *driver) Arm() poller.Readiness { return poller.Sleep }
 
-func benchBare(b *testing.B, depth int) {
-	ns, loops := newNamespace(b, 64<<20)
-	d := &driver{depth: depth, rng: rand.New(rand.NewPCG(1, 2))}
-	loops[0].Call(func() {
-		var err error
-		if d.queue, err = ns.OpenQueue(0, block.QueueConfig{Depth: 64, MaxIO: 4096}); err != nil {
-			b.Error(err)
-			return
-		}
-		loops[0].Attach(d)
-	})
-	b.ResetTimer()
-	ended := make(chan struct{})
-	loops[0].Call(func() {
-		d.left, d.ended = b.N, ended
-		for tag := range depth {
+// run makes the driver execute n requests, and returns how long they took.
+func (d *driver) run(b *testing.B, l *poller.Loop, n int) time.Duration {
+	ended, began := make(chan struct{}), time.Now()
+	if err := l.Call(func() {
+		d.left, d.ended = n, ended
+		for tag := range d.depth {
 			d.request(uint16(tag))
 		}
 		d.queue.Submit(d.batch)
 		d.batch = d.batch[:0]
-	})
-	<-ended
-	b.StopTimer()
-	loops[0].Call(func() { loops[0].Detach(d); d.queue.Close() })
-}
-
-func benchDisk(b *testing.B, goroutines int) {
-	ns, loops := newNamespace(b, 64<<20)
-	d, err := New(DeviceConfig{Device: ns, Loops: loops, Depth: 64, MaxIO: 4096})
-	if err != nil {
+	}); err != nil {
 		b.Fatal(err)
 	}
-	b.ResetTimer()
+	<-ended
+	return time.Since(began)
+}
+
+// read makes callers execute n calls of ReadAt, and returns how long they took.
+func read(b *testing.B, d *Disk, callers, n int) time.Duration {
+	began := time.Now()
 	var running sync.WaitGroup
-	for g := range goroutines {
-		n := b.N / goroutines
-		if g < b.N%goroutines {
-			n++
-		}
+	for g := range callers {
 		running.Go(func() {
 			rng, p := rand.New(rand.NewPCG(1, uint64(g))), make([]byte, 4096)
-			for range n {
+			for range max(1, n/callers) {
 				if _, err := d.ReadAt(p, rng.Int64N(8192)*4096); err != nil {
 					b.Error(err)
 					return
@@ -144,16 +130,58 @@ func benchDisk(b *testing.B, goroutines int) {
 		})
 	}
 	running.Wait()
-	b.StopTimer()
-	d.freeQueues()
+	return time.Since(began)
 }
 
-func BenchmarkQD1(b *testing.B) {
-	b.Run("bare", func(b *testing.B) { benchBare(b, 1) })
-	b.Run("disk", func(b *testing.B) { benchDisk(b, 1) })
+// benchmark compares callers of ReadAt with a loop that is driven by hand, at the same depth,
+// over the same connection, in turns. The median of the quotients of the times does not depend on
+// what else the machine does.
+func benchmark(b *testing.B, depth int) {
+	const turn = 2000
+	// One for the loop, two as for every program with a loop, and one for the target.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0))))
+	ns, loops := newNamespace(b, 64<<20)
+	by := &driver{depth: depth, rng: rand.New(rand.NewPCG(1, 2))}
+	if err := loops[0].Call(func() {
+		var err error
+		if by.queue, err = ns.OpenQueue(0, block.QueueConfig{Depth: 64, MaxIO: 4096}); err != nil {
+			b.Error(err)
+			return
+		}
+		loops[0].Attach(by)
+	}); err != nil || b.Failed() {
+		b.Fatal(err)
+	}
+	d, err := New(DeviceConfig{Device: ns, Depth: 64, MaxIO: 4096})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var quotients, hand, calls []float64
+	for b.Loop() {
+		one := by.run(b, loops[0], turn)
+		other := read(b, d, depth, turn)
+		quotients = append(quotients, other.Seconds()/one.Seconds())
+		hand, calls = append(hand, one.Seconds()*1e9/turn), append(calls, other.Seconds()*1e9/turn)
+	}
+	median := func(x []float64) float64 {
+		slices.Sort(x)
+		return x[len(x)/2]
+	}
+	b.ReportMetric(median(quotients), "calls/hand")
+	b.ReportMetric(median(hand), "ns/hand")
+	b.ReportMetric(median(calls), "ns/call")
+	b.ReportMetric(0, "ns/op")
+	if err := d.Close(); err != nil {
+		b.Error(err)
+	}
+	_ = loops[0].Call(func() {
+		loops[0].Detach(by)
+		if err := by.queue.Close(); err != nil {
+			b.Error(err)
+		}
+	})
 }
 
-func BenchmarkQD32(b *testing.B) {
-	b.Run("bare", func(b *testing.B) { benchBare(b, 32) })
-	b.Run("disk", func(b *testing.B) { benchDisk(b, 32) })
-}
+// BenchmarkCalls1 is for one caller, and BenchmarkCalls32 for 32.
+func BenchmarkCalls1(b *testing.B)  { benchmark(b, 1) }
+func BenchmarkCalls32(b *testing.B) { benchmark(b, 32) }

@@ -28,7 +28,7 @@ type Path struct {
 	Source netip.Addr // local address; zero: chosen by the route
 
 	// Provider does RDMA, and belongs to the caller, who closes it after the disk. nil: Open
-	// chooses one by the route to the target (rdma/provider), and closes it. ProviderName is
+	// chooses one by the route to the target (rdma/provider), which its disks share. ProviderName is
 	// provider.Verbs or provider.RoCE, or empty for the choice.
 	Provider     rdma.Provider
 	ProviderName string

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -29,6 +30,7 @@ type Disk struct {
 	ns    *initiator.Namespace
 	frees []func() error // free what is below the subsystem
 
+	shut    atomic.Bool // as closed, for buffers and batches
 	closing sync.Once
 	gone    chan struct{} // closed when everything was freed
 	err     error         // of freeing it; written before gone is closed
@@ -168,10 +170,12 @@ const CloseTimeout = 5 * time.Second
 
 // Shutdown is Close with the time of ctx in the place of CloseTimeout.
 func (d *Disk) Shutdown(ctx context.Context) error {
-	d.closing.Do(func() { go d.end(ctx) })
 	d.mu.Lock()
+	d.closed = true
 	lent := d.lent
 	d.mu.Unlock()
+	d.shut.Store(true)
+	d.closing.Do(func() { go d.end(ctx, lent > 0) })
 	if lent > 0 {
 		return nil
 	}
@@ -180,17 +184,13 @@ func (d *Disk) Shutdown(ctx context.Context) error {
 }
 
 // end frees everything when no slot is out any more.
-func (d *Disk) end(ctx context.Context) {
-	d.mu.Lock()
-	d.closed = true
-	lent := d.lent
-	d.mu.Unlock()
+func (d *Disk) end(ctx context.Context, lent bool) {
 	d.watch.notify()
 	var idle []<-chan struct{}
 	for _, q := range d.queues {
 		idle = append(idle, q.pool.close())
 	}
-	if d.sub != nil && lent > 0 {
+	if d.sub != nil && lent {
 		d.sub.Abort(ErrClosed)
 	}
 	for _, c := range idle {
@@ -215,10 +215,21 @@ func (d *Disk) end(ctx context.Context) {
 	close(d.gone)
 }
 
-// lend counts a buffer or a batch that the caller has (+1) or has closed (-1).
-func (d *Disk) lend(n int) {
+// lend counts a buffer or a batch that the caller gets.
+func (d *Disk) lend() error {
 	d.mu.Lock()
-	d.lent += n
+	defer d.mu.Unlock()
+	if d.closed {
+		return ErrClosed
+	}
+	d.lent++
+	return nil
+}
+
+// takeBack undoes lend.
+func (d *Disk) takeBack() {
+	d.mu.Lock()
+	d.lent--
 	d.mu.Unlock()
 }
 

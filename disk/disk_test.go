@@ -23,7 +23,9 @@ import (
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/rdma/provider"
 	"ublk-nvmeof/rdma/rdmatest"
+	"ublk-nvmeof/rdma/roce"
 	"ublk-nvmeof/target"
 )
 
@@ -358,8 +360,8 @@ func TestNoAllocations(t *testing.T) {
 		"zeroes":       func() error { return d.WriteZeroes(ctx, 0, 4096, 0) },
 		"batch": func() error {
 			err := b.Submit(reqs...)
-			for n, k := 0, 0; n < 2 && err == nil; n += k {
-				k, err = b.Wait(ctx, done[:])
+			for b.InFlight() > 0 && err == nil {
+				_, err = b.Wait(ctx, done[:])
 			}
 			return err
 		},
@@ -369,7 +371,7 @@ func TestNoAllocations(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if n := testing.AllocsPerRun(500, func() {
+		if n := testing.AllocsPerRun(100, func() {
 			if err := call(); err != nil {
 				t.Error(err)
 			}
@@ -518,8 +520,11 @@ func TestCloseInAnyOrder(t *testing.T) {
 			running.Wait()
 			if order != "buffers first" {
 				fill(b.Bytes(), 0, 1) // the memory is still there
-				if err := b.Write(t.Context(), 4096, 0, 0); err == nil {
-					t.Error("wrote to a closed disk")
+				if err := b.Write(t.Context(), 4096, 0, 0); !errors.Is(err, ErrClosed) {
+					t.Errorf("write to a closed disk: %v", err)
+				}
+				if err := batch.Submit(Request{Op: block.OpFlush, Buffer: 1}); !errors.Is(err, ErrClosed) {
+					t.Errorf("submit to a closed disk: %v", err)
 				}
 			}
 			if err := errors.Join(batch.Close(), b.Close(), d.Close(), d.Shutdown(t.Context())); err != nil {
@@ -708,5 +713,74 @@ func TestOneP(t *testing.T) {
 		if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestSharedProvider: disks and paths of a process have one provider over UDP, as long as one
+// of them is open.
+func TestSharedProvider(t *testing.T) {
+	at := netip.MustParseAddr("127.0.24.2")
+	own, err := roce.New(roce.Config{Addrs: []netip.Addr{at}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close()
+	tgt, err := target.New(target.Config{Provider: own, AddrPort: netip.AddrPortFrom(at, DefaultPort)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tgt.Close()
+	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: testNQN, AllowAny: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := s.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var disks []*Disk
+	for nsid := range 2 {
+		d, err := OpenURL(t.Context(), fmt.Sprintf("nvmeof+rdma://%s/%s?nsid=%d&hostnqn=nqn.h", at, testNQN, nsid+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		disks = append(disks, d)
+		if _, err := d.ReadAt(make([]byte, 4096), 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if p := providers.open[provider.RoCE]; len(providers.open) != 1 || p == nil || p.users != 2 {
+		t.Errorf("providers %+v", providers.open)
+	}
+	for _, d := range disks {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(providers.open) != 0 {
+		t.Errorf("left: %+v", providers.open)
+	}
+}
+
+// TestNoAllocationsOverFabric: nor does a call that reaches a target, or the target itself.
+func TestNoAllocationsOverFabric(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(w.config())
+	p := make([]byte, 4096)
+	for range 200 {
+		if _, err := d.ReadAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		if _, err := d.ReadAt(p, 4096); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.WriteAt(p, 4096); err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
 	}
 }

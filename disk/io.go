@@ -76,7 +76,7 @@ func (d *Disk) transfer(ctx context.Context, op block.Op, p []byte, off int64) (
 		return d.pieces(ctx, s, op, p, off)
 	}
 	s.begin(op, p, off)
-	return s.end(ctx, op, p)
+	return s.end(ctx, op, p, off)
 }
 
 // begin starts the transfer of a piece.
@@ -88,10 +88,10 @@ func (s *slot) begin(op block.Op, p []byte, off int64) {
 	s.start()
 }
 
-// end waits for a piece and releases the slot.
-func (s *slot) end(ctx context.Context, op block.Op, p []byte) (int, error) {
+// end waits for a piece and releases the slot. If ctx is done first, the slot is given away.
+func (s *slot) end(ctx context.Context, op block.Op, p []byte, off int64) (int, error) {
 	if !s.wait(ctx) {
-		return 0, failed(op, int64(s.req.Sector<<block.SectorShift), int64(len(p)), context.Cause(ctx))
+		return 0, failed(op, off, int64(len(p)), context.Cause(ctx))
 	}
 	if s.errno != 0 {
 		err := s.err()
@@ -114,8 +114,9 @@ const atOnce = 8
 // one another.
 func (d *Disk) pieces(ctx context.Context, first *slot, op block.Op, p []byte, off int64) (n int, err error) {
 	var flying [atOnce]struct {
-		s *slot
-		p []byte
+		s   *slot
+		p   []byte
+		off int64
 	}
 	head, tail := 0, 0 // of flying, as a ring
 	next := first
@@ -129,7 +130,7 @@ func (d *Disk) pieces(ctx context.Context, first *slot, op block.Op, p []byte, o
 			size := min(len(p), d.maxIO)
 			next.begin(op, p[:size], off)
 			f := &flying[tail%atOnce]
-			f.s, f.p, next = next, p[:size], nil
+			f.s, f.p, f.off, next = next, p[:size], off, nil
 			p, off, tail = p[size:], off+int64(size), tail+1
 		}
 		if head == tail {
@@ -143,7 +144,7 @@ func (d *Disk) pieces(ctx context.Context, first *slot, op block.Op, p []byte, o
 		}
 		f := &flying[head%atOnce]
 		head++
-		k, e := f.s.end(ctx, op, f.p)
+		k, e := f.s.end(ctx, op, f.p, f.off)
 		if err == nil {
 			n, err = n+k, e
 		}
@@ -200,7 +201,7 @@ func (d *Disk) do(ctx context.Context, op block.Op, off, length int64, flags blo
 	}
 	s.fill(op, off, length, flags)
 	s.start()
-	_, err = s.end(ctx, op, nil)
+	_, err = s.end(ctx, op, nil, off)
 	return err
 }
 

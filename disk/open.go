@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -139,12 +138,13 @@ func (o *opening) path(ctx context.Context, p *Path) (initiator.Path, error) {
 		out.Resolve = resolve
 	}
 	if p.Provider == nil {
-		if out.Provider, _, err = provider.Find(p.ProviderName, found[0], p.Source); err != nil {
+		route, err := provider.RouteTo(found[0], p.Source)
+		choice := provider.Choose(cmp.Or(p.ProviderName, provider.Auto), found[0].Addr(), route, err)
+		var release func() error
+		if out.Provider, release, err = providers.get(choice); err != nil {
 			return initiator.Path{}, err
 		}
-		if c, ok := out.Provider.(io.Closer); ok {
-			o.frees = append(o.frees, c.Close)
-		}
+		o.frees = append(o.frees, release)
 	}
 	return out, nil
 }

@@ -118,7 +118,7 @@ func (q *queue) push(first, last *slot) {
 // wait returns false.
 func (s *slot) wait(ctx context.Context) bool {
 	done := ctx.Done()
-	if done == nil && s.queue.pool.count.Load() == int32(len(s.queue.slots)-1) && s.queue.sleeper.CompareAndSwap(false, true) {
+	if done == nil && s.queue.quiet() && s.queue.sleeper.CompareAndSwap(false, true) {
 		s.sleep()
 		s.queue.sleeper.Store(false)
 		return true
@@ -135,6 +135,11 @@ func (s *slot) wait(ctx context.Context) bool {
 		<-s.parked
 	}
 	return true
+}
+
+// quiet reports whether hardly anybody else has a slot, apart from buffers and batches.
+func (q *queue) quiet() bool {
+	return int(q.pool.count.Load()+q.pool.lent.Load()) >= len(q.slots)-1
 }
 
 // sleep waits for the slot in the kernel. The wake-up of a goroutine takes a loop several
@@ -229,6 +234,7 @@ func (q *queue) Arm() poller.Readiness {
 // pool has the slots of a queue that nobody has taken.
 type pool struct {
 	count   atomic.Int32  // of free slots, less those that are waited for
+	lent    atomic.Int32  // slots of buffers and batches
 	mu      sync.Mutex    // guards what follows
 	free    []*slot       // the last one is used first, because its memory is warm
 	waiters []*waiter     // in the order of their arrival; none if a slot is free

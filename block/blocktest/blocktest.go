@@ -488,11 +488,15 @@ func testWakeUps(t *testing.T, b Backend) {
 // before.
 func (u *user) asleep(had uint64) {
 	u.t.Helper()
-	for deadline := time.Now().Add(patience); u.loop.Snapshot().BlockingWaits == had; {
-		if time.Now().After(deadline) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	timeout := time.After(patience)
+	for u.loop.Snapshot().BlockingWaits == had {
+		select {
+		case <-tick.C:
+		case <-timeout:
 			u.t.Fatal("the loop does not sleep, although there is nothing to do")
 		}
-		time.Sleep(time.Millisecond)
 	}
 }
 

@@ -46,12 +46,12 @@ func run(ctx context.Context, args []string, out io.Writer) (err error) {
 }
 
 // copyRange reads through registered memory, so only the write to out copies.
-func copyRange(ctx context.Context, out io.Writer, d *disk.Disk, off, length int64) error {
+func copyRange(ctx context.Context, out io.Writer, d *disk.Disk, off, length int64) (err error) {
 	b, err := d.Buffer(ctx)
 	if err != nil {
 		return err
 	}
-	defer b.Close()
+	defer func() { err = errors.Join(err, b.Close()) }()
 	for length > 0 {
 		n := int(min(length, int64(d.MaxIO())))
 		whole := (n + d.BlockSize() - 1) / d.BlockSize() * d.BlockSize()

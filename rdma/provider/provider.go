@@ -92,16 +92,19 @@ func receivers() int { return min(runtime.NumCPU(), 8) }
 
 func open(name string, cfg roce.Config) (rdma.Provider, error) {
 	// A nil *Provider is not a nil rdma.Provider.
-	if name == RoCE {
+	switch name {
+	case RoCE:
 		p, err := roce.New(cfg)
 		if err != nil {
 			return nil, err
 		}
 		return p, nil
+	case Verbs:
+		p, err := verbs.New()
+		if err != nil {
+			return nil, err
+		}
+		return p, nil
 	}
-	p, err := verbs.New()
-	if err != nil {
-		return nil, err
-	}
-	return p, nil
+	return nil, fmt.Errorf("provider %q: want %s or %s", name, Verbs, RoCE)
 }

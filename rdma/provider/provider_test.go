@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -52,5 +54,33 @@ func TestRouteTo(t *testing.T) {
 	}
 	if r, err := RouteTo(netip.MustParseAddrPort("127.0.0.1:4420"), netip.MustParseAddr("192.0.2.77")); err == nil {
 		t.Errorf("a source address that is not ours: %+v", r)
+	}
+}
+
+func TestUnknown(t *testing.T) {
+	if _, err := ForHost("tcp"); err == nil || err.Error() != `provider "tcp": want verbs or roce` {
+		t.Error(err)
+	}
+}
+
+// TestDeviceOn reads what the kernel says of RDMA devices.
+func TestDeviceOn(t *testing.T) {
+	dir := t.TempDir()
+	for file, text := range map[string]string{
+		"mlx5_0/ports/1/gid_attrs/ndevs/0": "eth0\n", "mlx5_0/ports/1/gid_attrs/ndevs/1": "eth0.7\n",
+		"mlx5_1/ports/1/gid_attrs/ndevs/0": "eth1\n", "mlx5_1/ports/2/gid_attrs/ndevs/3": "eth2\n",
+	} {
+		path := filepath.Join(dir, file)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for netdev, want := range map[string]string{"eth0": "mlx5_0", "eth0.7": "mlx5_0", "eth2": "mlx5_1", "eth": "", "lo": ""} {
+		if got := deviceOn(dir, netdev); got != want {
+			t.Errorf("%s: %q, want %q", netdev, got, want)
+		}
 	}
 }
