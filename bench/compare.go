@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 )
 
 // benchstat prints the comparison.
@@ -28,7 +27,7 @@ func compareMain(ctx context.Context, args []string) (err error) {
 	base := fs.String("base", "HEAD", "`revision` to compare with")
 	rounds := fs.Int("rounds", 6, "times that each benchmark is run")
 	pattern := fs.String("bench", ".", "benchmarks to run, a regular `expression`")
-	runtime := fs.Duration("benchtime", 100*time.Millisecond, "`time` of each run")
+	runtime := fs.String("benchtime", "100ms", "`time` of each run, or the number of its operations, as 100x")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -49,7 +48,7 @@ func compareMain(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	trees := []tree{{name: "base", dir: filepath.Join(dir, "tree")}, {name: "head", dir: root}}
-	arguments := append([]string{"test", "-p=1", "-run=^$", "-benchmem", "-bench=" + *pattern, "-benchtime=" + runtime.String()}, packages...)
+	arguments := append([]string{"test", "-p=1", "-run=^$", "-benchmem", "-bench=" + *pattern, "-benchtime=" + *runtime}, packages...)
 	for i := range *rounds {
 		fmt.Fprintf(os.Stderr, "round %d of %d\n", i+1, *rounds)
 		for t := range trees {
@@ -120,12 +119,12 @@ func lastLine(s string) string {
 }
 
 // moreAllocations returns the benchmarks whose least number of allocations for an operation
-// has grown. The least one, because the runtime allocates at times, too.
+// has grown, by more than 2 %. The least one, because the runtime allocates at times, too.
 func moreAllocations(base, head io.Reader) []string {
 	before, after := allocations(base), allocations(head)
 	var more []string
 	for name, n := range after {
-		if had, ok := before[name]; ok && n > had {
+		if had, ok := before[name]; ok && n > had+had/50 {
 			more = append(more, fmt.Sprintf("%s (%d, was %d)", name, n, had))
 		}
 	}
