@@ -35,6 +35,7 @@ type lane struct {
 	turn      int // slot before the one that pick looks at first
 
 	parked fifo          // requests that cannot be sent now
+	barred *Namespace    // whose barrier has parked a request last; nil: none
 	alarm  *time.Timer   // runs redispatch for parked requests with a due time
 	ring   time.Duration // time of the alarm, on Subsystem.now's clock
 	fast   bool          // without an association, requests fail instead of waiting
@@ -146,8 +147,8 @@ func (l *lane) receive() int {
 // dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
 	ns := r.home.ns
-	if r.home.barred && ns.barrier.Load() == nil {
-		r.home.barred = false
+	if l.barred == ns && ns.barrier.Load() == nil {
+		l.barred = nil
 		l.redispatch() // the changes that waited come first
 	}
 	if (r.troubled || ns.presence.Load() != served || ns.barrier.Load() != nil) && !l.admit(r) {
@@ -198,7 +199,7 @@ func (l *lane) admit(r *request) bool {
 		if l.sub.heldTooLong(r) {
 			l.finish(r, uint16(unix.ENOLINK))
 		} else {
-			r.home.barred = true
+			l.barred = r.home.ns
 			l.park(r)
 		}
 		return false

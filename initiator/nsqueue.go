@@ -22,7 +22,6 @@ type nsQueue struct {
 	times        *opHistograms
 	done         fifo
 	refused      []block.Result // results for tags that do not name a request
-	barred       bool           // changes of this queue are parked because of a remnant
 	closed       bool           // guarded by memory.mu
 }
 

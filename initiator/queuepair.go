@@ -240,6 +240,9 @@ func (p *queuePair) poll() int {
 			p.fail(err)
 		}
 	}
+	if p.lost {
+		return n // abandon or recover takes what waits
+	}
 	for r := p.waiting.pop(); r != nil; r = p.waiting.pop() {
 		if !p.push(r) {
 			p.waiting.unpop(r)
