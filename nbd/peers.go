@@ -12,9 +12,9 @@ import (
 	"syscall"
 	"time"
 
-	"ublk-nvmeof/internal/acceptor"
-
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/acceptor"
 )
 
 // peer is an accepted connection.

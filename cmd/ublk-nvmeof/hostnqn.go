@@ -3,9 +3,9 @@ package main
 import (
 	"fmt"
 
-	"ublk-nvmeof/identity"
-
 	"github.com/spf13/cobra"
+
+	"ublk-nvmeof/identity"
 )
 
 func newGenHostNQN() *cobra.Command {
