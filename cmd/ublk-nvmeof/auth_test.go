@@ -120,7 +120,7 @@ func TestKeysOfServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.require(&target.HostAuth{Key: next, Groups: []auth.Group{auth.Null}})
-	if _, errs, code := v.program("reauth", authNQN); code != exit.NotProved || !strings.Contains(errs, "authentication of queue 0: the controller refuses: authentication failed") {
+	if _, errs, code := v.program("reauth", authNQN); code != exit.NotProved || !strings.Contains(errs, "reauth: authentication of queue 0: the controller refuses: authentication failed") {
 		t.Errorf("reauth with the old key: exit code %d, %s", code, errs)
 	}
 	v.host = next

@@ -123,7 +123,7 @@ func TestLateWriteOfSeparateTarget(t *testing.T) {
 					if took < 7*time.Second {
 						t.Errorf("the write took %v", took)
 					}
-					if f := <-fences; f[0].Changes < 1 || !strings.Contains(f[0].WaitsFor, "no other path knows the controller") {
+					if f := <-fences; f[0].Changes != 1 || !strings.Contains(f[0].WaitsFor, "no other path knows the controller") {
 						t.Errorf("it waits for %+v", f)
 					}
 				}
