@@ -120,32 +120,43 @@ func unlessGone(err error) error {
 // Places finds the names of a prefix whose processes run, in order, and takes away what dead
 // ones left.
 func Places(runDir, prefix string) ([]string, error) {
-	entries, err := os.ReadDir(runDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	all, err := Numbered(runDir, prefix)
 	if err != nil {
 		return nil, fmt.Errorf("list run directory: %w", err)
 	}
-	var found []int
-	for _, e := range entries {
-		digits, ok := strings.CutPrefix(e.Name(), prefix)
-		n, err := strconv.Atoi(digits)
-		if !ok || err != nil || !e.IsDir() {
-			continue
-		}
-		p := &Place{Name: e.Name(), Dir: filepath.Join(runDir, e.Name())}
+	var names []string
+	for _, name := range all {
+		p := &Place{Name: name, Dir: filepath.Join(runDir, name)}
 		switch err := p.take(); {
 		case err == nil:
 			_ = p.Leave() // the next one tries again
 		case errors.Is(err, unix.EWOULDBLOCK):
-			found = append(found, n)
+			names = append(names, name)
 		}
 	}
-	slices.Sort(found)
-	var names []string
-	for _, n := range found {
-		names = append(names, prefix+strconv.Itoa(n))
+	return names, nil
+}
+
+// Numbered returns the names of the directories in the run directory that are a prefix and a
+// number, in the order of the numbers. There are none if the run directory does not exist.
+func Numbered(runDir, prefix string) ([]string, error) {
+	entries, err := os.ReadDir(runDir)
+	if err = unlessGone(err); err != nil {
+		return nil, err
 	}
+	number := func(name string) int {
+		digits, ok := strings.CutPrefix(name, prefix)
+		if n, err := strconv.Atoi(digits); ok && err == nil {
+			return n
+		}
+		return -1
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() && number(e.Name()) >= 0 {
+			names = append(names, e.Name())
+		}
+	}
+	slices.SortFunc(names, func(a, b string) int { return number(a) - number(b) })
 	return names, nil
 }

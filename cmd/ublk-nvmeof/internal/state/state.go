@@ -48,11 +48,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/internal/rundir"
 )
 
 // SchemaVersion is the version of state.json. Fields may be added to a version; fields
@@ -275,37 +276,19 @@ func (r Record) Log() string { return filepath.Join(r.dir, logFile) }
 
 // List returns the records of all servers, in the order of their names.
 func (d Dir) List() ([]Record, error) {
-	entries, err := os.ReadDir(string(d))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	names, err := rundir.Numbered(string(d), namePrefix)
 	if err != nil {
 		return nil, fmt.Errorf("list servers: %w", err)
 	}
 	var records []Record
-	for _, e := range entries {
-		if _, ok := number(e.Name()); !ok || !e.IsDir() {
-			continue
-		}
-		r, err := d.Find(e.Name())
+	for _, name := range names {
+		r, err := d.Find(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // just made, or just removed
 		}
 		records = append(records, r)
 	}
-	slices.SortFunc(records, func(a, b Record) int {
-		x, _ := number(a.Name)
-		y, _ := number(b.Name)
-		return x - y
-	})
 	return records, nil
-}
-
-// number returns the N of ctrlN.
-func number(name string) (int, bool) {
-	digits, ok := strings.CutPrefix(name, namePrefix)
-	n, err := strconv.Atoi(digits)
-	return n, ok && err == nil && n >= 0
 }
 
 // Find returns the record of a server. The error is fs.ErrNotExist, or the Err of the
