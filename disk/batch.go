@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 
 	"ublk-nvmeof/block"
 )
@@ -104,8 +103,8 @@ type Batch struct {
 	index  map[*slot]int
 	flying int
 
-	done   atomic.Pointer[slot] // a stack of slots that are finished
-	signal chan struct{}        // has a token if there may be some
+	done   stack         // slots that are finished
+	signal chan struct{} // has a token if there may be some
 }
 
 // Request is a request of a Batch.
@@ -188,7 +187,7 @@ func (b *Batch) Submit(reqs ...Request) error {
 	}
 	b.flying += len(reqs)
 	q := first.queue
-	q.push(first, last)
+	q.inbox.push(first, last)
 	q.wake()
 	return nil
 }
@@ -247,13 +246,7 @@ func (b *Batch) collect(done []Completion) int {
 
 // finished puts a slot on the stack of those that are finished. The loop calls it.
 func (b *Batch) finished(s *slot) {
-	for {
-		head := b.done.Load()
-		s.next = head
-		if b.done.CompareAndSwap(head, s) {
-			break
-		}
-	}
+	b.done.push(s, s)
 	select {
 	case b.signal <- struct{}{}:
 	default:

@@ -22,7 +22,7 @@ type queue struct {
 
 	// Any goroutine uses these.
 	_     cpu.CacheLinePad
-	inbox atomic.Pointer[slot] // a stack of slots to submit
+	inbox stack // slots to submit
 	_     cpu.CacheLinePad
 	pool  pool
 	// sleeper is set while the thread of a caller waits in the kernel (slot.sleep).
@@ -66,7 +66,7 @@ const (
 // start passes a filled-in slot to the loop. Any goroutine but the loop may call it.
 func (s *slot) start() {
 	s.state.Store(stateFlying)
-	s.queue.push(s, s)
+	s.queue.inbox.push(s, s)
 	s.queue.wake()
 }
 
@@ -103,12 +103,15 @@ func (q *queue) bury() {
 	}
 }
 
-// push puts a chain of slots into the inbox, the last one of which is to be submitted first.
-func (q *queue) push(first, last *slot) {
+// stack is a list of slots that any goroutine may add to, and one takes as a whole.
+type stack struct{ atomic.Pointer[slot] }
+
+// push puts a chain of slots on top, from first to last.
+func (t *stack) push(first, last *slot) {
 	for {
-		head := q.inbox.Load()
+		head := t.Load()
 		last.next = head
-		if q.inbox.CompareAndSwap(head, first) {
+		if t.CompareAndSwap(head, first) {
 			return
 		}
 	}
