@@ -10,7 +10,8 @@ import (
 )
 
 // memory holds the I/O buffers of a subsystem: one slab for each queue, which is registered
-// in the domain of each path. It outlives the queue until no adapter has to read it (settle). Methods may be called from any goroutine.
+// in the domain of each path. A slab outlives its queue until no adapter has to read it
+// (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
 	limit   int64                 // largest number of bytes of buffers
 	mu      sync.Mutex            // guards what follows, and the fields of the domains
@@ -184,14 +185,22 @@ func (m *memory) open(q *nsQueue, size int) error {
 	if err := m.reserve(int64(size)); err != nil {
 		return err
 	}
-	slab, err := hostmem.Map(size)
+	slab, err := hostmem.Map(size) // whole pages, as OpenQueue has checked
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.used -= int64(size)
-	if err != nil {
-		return err
+	if err == nil {
+		q.slab, q.base = slab, hostmem.Addr(slab)
+		err = m.register(q)
 	}
-	q.slab, q.base = slab, hostmem.Addr(slab)
+	if err != nil {
+		m.used -= int64(size)
+	}
+	return err
+}
+
+// register registers the buffers of a queue in all domains that have a device. The caller holds
+// the lock.
+func (m *memory) register(q *nsQueue) error {
 	if m.queues == nil {
 		m.queues = make(map[*nsQueue]struct{})
 	}
@@ -203,7 +212,6 @@ func (m *memory) open(q *nsQueue, size int) error {
 			}
 		}
 	}
-	m.used += int64(len(q.slab))
 	return nil
 }
 
