@@ -23,8 +23,9 @@ import (
 const (
 	loadBlock   = 4096
 	loadReaders = 4
+	loadWriters = 4
 	loadReads   = 32 << 20 // offset of the blocks that are read
-	loadWrites  = 48 << 20 // offset of the blocks that are written, each of them once
+	loadWrites  = 48 << 20 // offset of the blocks that are written
 	loadSize    = 16 << 20 // of either
 	writeEvery  = 5 * time.Millisecond
 	loadBefore  = 500 * time.Millisecond // time before the loss, and after all is over
@@ -40,7 +41,8 @@ type ioTime struct {
 func (i ioTime) took() time.Duration { return i.ended.Sub(i.began) }
 
 // deviceLoad reads and writes a device until it is stopped. Readers read one block after the
-// other. Writes begin at a fixed rate, whether earlier ones have ended or not.
+// other, and each writer writes its own block, so that writes are in flight at any time. Further
+// writes, each of a block of its own, begin at a fixed rate, whether earlier ones have ended or not.
 type deviceLoad struct {
 	file *os.File
 	page []byte // what is written
@@ -59,6 +61,9 @@ func startLoad(ts *testscript.TestScript, device string) *deviceLoad {
 		page := alignedPage(ts)
 		l.all.Go(func() { l.read(page) })
 	}
+	for i := range int64(loadWriters) {
+		l.all.Go(func() { l.rewrite(loadWrites + i*loadBlock) })
+	}
 	l.all.Go(l.write)
 	return l
 }
@@ -69,13 +74,17 @@ func alignedPage(ts *testscript.TestScript) []byte {
 	return page
 }
 
+func (l *deviceLoad) stopped() bool {
+	select {
+	case <-l.stop:
+		return true
+	default:
+		return false
+	}
+}
+
 func (l *deviceLoad) read(page []byte) {
-	for {
-		select {
-		case <-l.stop:
-			return
-		default:
-		}
+	for !l.stopped() {
 		at := loadReads + rand.Int64N(loadSize/loadBlock)*loadBlock
 		l.time(false, func() error {
 			_, err := l.file.ReadAt(page, at)
@@ -84,22 +93,30 @@ func (l *deviceLoad) read(page []byte) {
 	}
 }
 
+func (l *deviceLoad) rewrite(at int64) {
+	for !l.stopped() {
+		l.writeAt(at)
+	}
+}
+
 func (l *deviceLoad) write() {
 	tick := time.NewTicker(writeEvery)
 	defer tick.Stop()
-	for at := int64(loadWrites); at < loadWrites+loadSize; at += loadBlock {
+	for at := int64(loadWrites + loadWriters*loadBlock); at < loadWrites+loadSize; at += loadBlock {
 		select {
 		case <-l.stop:
 			return
 		case <-tick.C:
 		}
-		l.all.Go(func() {
-			l.time(true, func() error {
-				_, err := l.file.WriteAt(l.page, at)
-				return err
-			})
-		})
+		l.all.Go(func() { l.writeAt(at) })
 	}
+}
+
+func (l *deviceLoad) writeAt(at int64) {
+	l.time(true, func() error {
+		_, err := l.file.WriteAt(l.page, at)
+		return err
+	})
 }
 
 func (l *deviceLoad) time(write bool, do func() error) {
@@ -157,8 +174,8 @@ func findLoss(ts *testscript.TestScript, since time.Time) (loss, bool) {
 }
 
 // failover LIMIT HELD DEVICE command [argument …]: the command takes away one of several paths,
-// and the server notices it at once. Meanwhile 4 KiB reads, and writes of which no two are of one
-// block, go to the device. No request fails. None takes longer than LIMIT, except for writes that
+// and the server notices it at once. Meanwhile 4 KiB reads go to the device, and writes, never two
+// of one block at a time. No request fails. None takes longer than LIMIT, except for writes that
 // were in flight when the loss was noticed: these take HELD at most.
 func failover(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 4 {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"reflect"
 	"runtime"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/internal/spin"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/internal/uring"
 )
 
@@ -945,11 +945,11 @@ func TestLeaks(t *testing.T) {
 		})
 	}
 	life() // whatever the runtime makes once
-	fds, maps := openFiles(t), ringMappings(t)
+	fds, maps := len(testenv.OpenFiles(t)), ringMappings(t)
 	for range 20 {
 		life()
 	}
-	if got := openFiles(t); got != fds {
+	if got := len(testenv.OpenFiles(t)); got != fds {
 		t.Errorf("%d open files, before %d", got, fds)
 	}
 	if got := ringMappings(t); got != maps {
@@ -962,15 +962,6 @@ func TestLeaks(t *testing.T) {
 	if n, err := unix.Poll(pfd, 10000); n != 1 || err != nil {
 		t.Errorf("something holds the file of a pending command: %d, %v", n, err)
 	}
-}
-
-func openFiles(t *testing.T) int {
-	t.Helper()
-	fds, err := filepath.Glob("/proc/self/fd/*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(fds)
 }
 
 func ringMappings(t *testing.T) int {

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/internal/uring"
 )
 
@@ -122,7 +123,7 @@ func TestFailedStop(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	files := openFiles(t)
+	files := len(testenv.OpenFiles(t))
 	on(t, l, func() { l.failure = unix.EIO })
 	if err := l.Stop(); !errors.Is(err, unix.EIO) {
 		t.Fatal(err)
@@ -130,7 +131,7 @@ func TestFailedStop(t *testing.T) {
 	check := canaries(t)
 	afterStop(t, l, &source{}, []int{fd})
 	check()
-	if n := openFiles(t) - 16 - 1; n > files-3 { // the ring, the loop's eventfd and the watch are gone; the canaries and one more came
+	if n := len(testenv.OpenFiles(t)) - 16 - 1; n > files-3 { // the ring, the loop's eventfd and the watch are gone; the canaries and one more came
 		t.Errorf("%d files are open, were %d", n, files)
 	}
 }

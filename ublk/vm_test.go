@@ -690,7 +690,7 @@ func TestCycles(t *testing.T) {
 	files := 0
 	for i := range cycles {
 		if i == 1 {
-			files = openFiles(t)
+			files = len(testenv.OpenFiles(t))
 		}
 		d, err := Start(testContext(t), Config{ID: -1, Device: dev, Loops: loops, Depth: 4})
 		if err != nil {
@@ -708,21 +708,12 @@ func TestCycles(t *testing.T) {
 			t.Fatalf("cycle %d: %v", i, err)
 		}
 	}
-	if now := openFiles(t); now != files {
+	if now := len(testenv.OpenFiles(t)); now != files {
 		t.Errorf("%d open files, %d after the first cycle", now, files)
 	}
 	if list, err := List(testContext(t)); err != nil || len(list) != 0 {
 		t.Errorf("left over: %+v, %v", list, err)
 	}
-}
-
-func openFiles(t testing.TB) int {
-	t.Helper()
-	files, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(files)
 }
 
 // TestStoppedOutside: a device that somebody else stops or deletes ends by
@@ -894,7 +885,7 @@ func TestFailedStart(t *testing.T) {
 		{"context", cancelled, Config{Device: good, Loops: loops}, context.Canceled},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := openFiles(t)
+			before := len(testenv.OpenFiles(t))
 			c.cfg.ID = -1
 			d, err := Start(c.ctx, c.cfg)
 			if err == nil {
@@ -908,7 +899,7 @@ func TestFailedStart(t *testing.T) {
 			if list, err := List(testContext(t)); err != nil || len(list) != 0 {
 				t.Errorf("left over: %+v, %v", list, err)
 			}
-			if now := openFiles(t); now != before {
+			if now := len(testenv.OpenFiles(t)); now != before {
 				t.Errorf("%d open files, %d before", now, before)
 			}
 		})

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/vhost/vhosttest"
 )
 
@@ -331,13 +332,6 @@ func TestTruncatedRecord(t *testing.T) {
 // TestFiles checks that sessions close all files that they got.
 func TestFiles(t *testing.T) {
 	s := newServer(t, Config{Device: newRAM(t, block.Geometry{})})
-	count := func() int {
-		all, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(all)
-	}
 	maps := func() int {
 		text, err := os.ReadFile("/proc/self/maps")
 		if err != nil {
@@ -372,8 +366,8 @@ func TestFiles(t *testing.T) {
 		g.Conn.Close()
 		other := connect(t, s, vhosttest.Config{Ack: true}) // so nothing is still in progress
 		if i == 0 {
-			files, mapped = count(), maps()
-		} else if f, m := count(), maps(); f != files+8*i || m != mapped+i {
+			files, mapped = len(testenv.OpenFiles(t)), maps()
+		} else if f, m := len(testenv.OpenFiles(t)), maps(); f != files+8*i || m != mapped+i {
 			t.Fatalf("round %d: %d files and %d mappings more", i, f-files, m-mapped)
 		}
 		_ = other.Close()

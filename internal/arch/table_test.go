@@ -60,7 +60,7 @@ var table = map[string]row{
 	"rdma/roce":          {may: []string{"rdma", "rdma/roce/wire", "internal/hostmem", sys}, testing: []string{"internal/spin", "rdma/rdmatest"}},
 	"rdma/roce/wire":     {},
 	"rdma/provider":      {may: []string{"rdma", "rdma/roce", "rdma/verbs"}},
-	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", sys}},
+	"rdma/rdmatest":      {may: []string{"rdma", "internal/hostmem", testenv, sys}},
 
 	// Front ends. They never see RDMA.
 	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/frontend", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},

@@ -1,8 +1,10 @@
-// Package testenv lets a test say what it needs of the machine it runs on.
+// Package testenv lets a test say what it needs of the machine it runs on, and tells it what
+// its process has open.
 package testenv
 
 import (
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,4 +33,29 @@ func Rounds(few int) int {
 		return few
 	}
 	return n
+}
+
+// OpenFiles returns the open descriptors of the process and what they lead to. It leaves out the
+// files in which the Go runtime looks up the CPU limit of its control group, which it opens by
+// itself at any time.
+func OpenFiles(t testing.TB) map[int]string {
+	t.Helper()
+	const dir = "/proc/self/fd"
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := make(map[int]string)
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		to, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil || strings.HasPrefix(to, "/sys/fs/cgroup/") {
+			continue // it was the descriptor of ReadDir, or it is the runtime's
+		}
+		open[fd] = to
+	}
+	return open
 }

@@ -2,15 +2,17 @@ package rdmatest
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
-	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma"
 )
 
@@ -151,7 +153,7 @@ func testLeaks(t *testing.T, s Setup) {
 		check(t, second.Close())
 	}
 	cycle() // what is made once and kept
-	fds, routines := openFDs(t), runtime.NumGoroutine()
+	fds, routines := testenv.OpenFiles(t), runtime.NumGoroutine()
 	for range 5 {
 		cycle()
 	}
@@ -162,23 +164,9 @@ func testLeaks(t *testing.T, s Setup) {
 	if n := runtime.NumGoroutine(); n > routines {
 		t.Errorf("%d goroutines, were %d", n, routines)
 	}
-	if now := openFDs(t); len(now) > len(fds) {
-		t.Errorf("%d open descriptors, were %d: %s", len(now), len(fds), strings.Join(now, " "))
+	if now := testenv.OpenFiles(t); len(now) > len(fds) {
+		t.Errorf("%d open descriptors, were %d: %s", len(now), len(fds), strings.Join(slices.Sorted(maps.Values(now)), " "))
 	}
-}
-
-// openFDs lists the open descriptors by what they lead to.
-func openFDs(t *testing.T) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	check(t, err)
-	var open []string
-	for _, e := range entries {
-		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
-			open = append(open, to)
-		}
-	}
-	return open
 }
 
 func testAllocations(t *testing.T, s Setup) {

@@ -9,13 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma"
 	_ "ublk-nvmeof/rdma/verbs/prepare" // these tests remove devices
 )
@@ -231,13 +231,13 @@ func TestMemoryLimit(t *testing.T) {
 
 func TestDescriptorsCloseOnExec(t *testing.T) {
 	addr := rxeAddr(t)
-	before := openFDs(t)
+	before := testenv.OpenFiles(t)
 	p, err := New()
 	if err != nil {
 		t.Fatal(err)
 	}
 	a, b := connectPair(t, p, addr)
-	for fd, name := range openFDs(t) {
+	for fd, name := range testenv.OpenFiles(t) {
 		if before[fd] == name {
 			continue
 		}
@@ -248,24 +248,4 @@ func TestDescriptorsCloseOnExec(t *testing.T) {
 	if err := errors.Join(a.close(), b.close()); err != nil {
 		t.Error(err)
 	}
-}
-
-// openFDs maps descriptors to the files that they name.
-func openFDs(t *testing.T) map[int]string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	open := make(map[int]string)
-	for _, e := range entries {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if name, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
-			open[fd] = name
-		}
-	}
-	return open
 }
