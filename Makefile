@@ -96,7 +96,7 @@ test-unit: setup
 	e2e/readme.sh
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The short
-# run on Linux 6.1 follows the last of them. Each kernel runs its share of what does not depend
+# run on Linux 6.1 follows the first of them. Each kernel runs its share of what does not depend
 # on the kernel. The VM has a time limit and shows what hangs.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
@@ -113,7 +113,7 @@ test-vm: build
 	share=0; for k in $(KERNELS); do \
 		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
 		{ code=0; vm $$k '$(RUN)' || code=1; \
-		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
+		[ $$k != $(firstword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
 		pids+=" $$!"; \
 	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \
