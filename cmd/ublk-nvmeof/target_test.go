@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -17,6 +18,15 @@ import (
 func loopback() string {
 	pid := os.Getpid()
 	return fmt.Sprintf("127.%d.%d.%d", 1+pid>>16&0x7f, pid>>8&0xff, 1+pid%250)
+}
+
+// calls counts the calls of anotherLoopback.
+var calls atomic.Uint32
+
+// anotherLoopback returns an address that only its caller has, for tests that run in parallel.
+func anotherLoopback() string {
+	pid := os.Getpid()
+	return fmt.Sprintf("127.%d.%d.%d", 128+calls.Add(1)%127, pid>>8&0xff, 1+pid%250)
 }
 
 // TestTarget is a target in the background and everything that changes it.
