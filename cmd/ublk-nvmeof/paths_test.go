@@ -35,7 +35,7 @@ type twoPorts struct {
 
 func newTwoPorts(t *testing.T) *twoPorts {
 	t.Helper()
-	dir, near, second := runDir(t), anotherLoopback(), anotherLoopback()
+	dir, near, second := runDir(t), anotherLoopback().String(), anotherLoopback().String()
 	run := func(args ...string) (string, string, exit.Code) {
 		t.Helper()
 		return execProgram(t, append([]string{"--run-dir", dir}, args...)...)
@@ -248,6 +248,7 @@ func TestConnectAddsPath(t *testing.T) {
 // TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one
 // cannot be reached.
 func TestRecoverKeepsPaths(t *testing.T) {
+	t.Parallel()
 	p := newTwoPorts(t)
 	defer p.close()
 	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--path", "127.200.0.1,4999", "--policy", "round-robin")...)
@@ -283,6 +284,7 @@ func TestRecoverKeepsPaths(t *testing.T) {
 // TestPolicyIsKept checks that the policy, the preferred path and the fence are those of the next
 // server as well, also if it connects over another path first.
 func TestPolicyIsKept(t *testing.T) {
+	t.Parallel()
 	p := newTwoPorts(t)
 	defer p.close()
 	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--policy", "preferred", "--preferred", p.second, "--fence", "none")...)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -23,10 +24,10 @@ func loopback() string {
 // calls counts the calls of anotherLoopback.
 var calls atomic.Uint32
 
-// anotherLoopback returns an address that only its caller has, for tests that run in parallel.
-func anotherLoopback() string {
+// anotherLoopback is an address of its caller alone, for tests that run in parallel.
+func anotherLoopback() netip.Addr {
 	pid := os.Getpid()
-	return fmt.Sprintf("127.%d.%d.%d", 128+calls.Add(1)%127, pid>>8&0xff, 1+pid%250)
+	return netip.AddrFrom4([4]byte{127, byte(128 + calls.Add(1)%127), byte(pid >> 8), byte(pid)})
 }
 
 // TestTarget is a target in the background and everything that changes it.
