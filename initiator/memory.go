@@ -4,18 +4,22 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/cpu"
 
 	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the memory for the I/O of a subsystem, in slabs: the buffers of each queue. All
-// of it is registered in the domain of each path. A slab outlives its queue until no adapter has
+// memory holds the memory for the I/O of a subsystem, in slabs: the buffers of each queue, and the
+// regions of front ends. All of it is registered in the domain of each path. A slab outlives its queue until no adapter has
 // to read it (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
 	limit   int64      // largest number of bytes of buffers
 	mu      sync.Mutex // guards what follows, and the fields of the domains
 	used    int64      // bytes of buffers of open queues
+	regions int64      // bytes of regions
 	slabs   map[*slab]struct{}
 	domains [MaxPaths]*domain
 }
@@ -25,6 +29,17 @@ type slab struct {
 	mem  []byte
 	base uint64         // address of mem
 	keys [MaxPaths]keys // by slot; they change with the device, between associations of the path
+
+	// Of a region:
+	gone  atomic.Bool // no command may name it any more
+	users []users     // by lane
+}
+
+// users is the number of requests from Submit to Reap whose data is in a region. Only the lane uses
+// it.
+type users struct {
+	n int
+	_ cpu.CacheLinePad
 }
 
 // keys are the keys of a slab in the domain of a path.
@@ -40,9 +55,9 @@ type domain struct {
 	slot int         // of the path
 	dev  rdma.Device // nil: none at present
 	pd   rdma.PD
-	name string                    // name of the device, or of the last one
+	name string // name of the device, or of the last one
 	regs map[*slab]registration
-	old  []rdma.PD                 // domains of earlier devices that still have something in them
+	old  []rdma.PD // domains of earlier devices that still have something in them
 }
 
 // registration is a slab in a domain.
@@ -176,13 +191,16 @@ func (e *MemoryError) Error() string {
 	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
 }
 
-// MemoryInfo is the size of the I/O buffers of a subsystem, in bytes.
-type MemoryInfo struct{ Used, Limit int64 }
+// MemoryInfo says how much memory targets can access, in bytes.
+type MemoryInfo struct {
+	Used, Limit int64 // I/O buffers
+	Regions     int64 // memory of front ends, registered by Namespace.Register
+}
 
 func (m *memory) info() MemoryInfo {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return MemoryInfo{m.used, m.limit}
+	return MemoryInfo{m.used, m.limit, m.regions}
 }
 
 // open maps size bytes for the buffers of a queue and registers them. The buffers of several
@@ -204,6 +222,27 @@ func (m *memory) open(size int) (*slab, error) {
 		return nil, errors.Join(err, m.free(b))
 	}
 	return b, nil
+}
+
+// adopt registers a region.
+func (m *memory) adopt(b *slab) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.register(b); err != nil {
+		return errors.Join(err, m.unregister(b))
+	}
+	m.regions += int64(len(b.mem))
+	return nil
+}
+
+// disown undoes adopt.
+func (m *memory) disown(b *slab) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.slabs[b]; ok {
+		m.regions -= int64(len(b.mem))
+	}
+	return m.unregister(b)
 }
 
 // register registers a slab in all domains that have a device. The others follow when their

@@ -70,7 +70,14 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		r := &q.requests[io.Tag]
 		r.submitted = true
 		r.begin(*io)
-		if e := io.Check(sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
+		room, e := q.maxIO, unix.Errno(0)
+		if io.InRegion() {
+			room, e = q.locate(r)
+		}
+		if e == 0 {
+			e = io.Check(sectors, block.SectorSize<<q.ns.sectorShift, room)
+		}
+		if e != 0 {
 			l.finish(r, uint16(e))
 			continue
 		}
@@ -95,6 +102,10 @@ func (q *nsQueue) Reap(done []block.Result) int {
 			break
 		}
 		r.submitted = false
+		if r.inRegion {
+			r.inRegion = false
+			r.data.users[q.lane.index].n--
+		}
 		if r.timed {
 			q.lane.record(r)
 		}

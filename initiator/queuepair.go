@@ -126,6 +126,10 @@ func (p *queuePair) push(r *request) bool {
 		p.giveBack(r)
 		return true
 	}
+	if r.inRegion && r.data.gone.Load() {
+		p.finish(r, uint16(unix.EFAULT))
+		return true
+	}
 	if r.io.Op == block.OpDiscard && terms.discard == 0 {
 		p.finish(r, uint16(unix.EOPNOTSUPP))
 		return true
