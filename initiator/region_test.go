@@ -84,7 +84,7 @@ func (s *regionSetup) start(t *testing.T, op block.Op) <-chan unix.Errno {
 }
 
 // close closes the region in the background.
-func (s *regionSetup) close() <-chan error {
+func (s *regionSetup) close() chan error {
 	done := make(chan error, 1)
 	go func() { done <- s.region.Close() }()
 	return done
@@ -117,8 +117,9 @@ func TestCloseRegionAwaitsTarget(t *testing.T) {
 	<-began
 	closed := s.close()
 	select {
-	case <-closed:
+	case err := <-closed:
 		t.Error("closed while the target may write the region")
+		closed <- err
 	case <-time.After(50 * time.Millisecond):
 	}
 	close(late)
@@ -198,8 +199,9 @@ func TestRegionOutlivesSends(t *testing.T) {
 	}
 	closed := s.close()
 	select {
-	case <-closed:
+	case err := <-closed:
 		t.Error("closed before the data in a capsule was acknowledged")
+		closed <- err
 	case <-time.After(50 * time.Millisecond):
 	}
 	s.fabric.SetDeaf(hostAddr, false)
