@@ -123,7 +123,11 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 
 // reach says what memory the target can access with zero copy.
 func reach(s control.Status) string {
-	return fmt.Sprintf("the I/O buffers and the memory of %s (%s at present)", s.ZeroCopy, size(uint64(s.RegionBytes)))
+	now := "none"
+	if s.RegionBytes > 0 {
+		now = size(uint64(s.RegionBytes))
+	}
+	return fmt.Sprintf("the I/O buffers and the memory of %s (%s at present)", s.ZeroCopy, now)
 }
 
 // withReason writes a choice with its reason.
