@@ -126,6 +126,7 @@ type Connect struct {
 	VhostSocket string // for VhostUserBlk: a path, with NSIDField; empty: in the run directory
 	VhostMode   fs.FileMode
 	VhostOwner  FileOwner
+	ZeroCopy    bool   // for VhostUserBlk
 	OnCrash     string // Requeue, Fail or Remove
 	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
