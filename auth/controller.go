@@ -91,6 +91,9 @@ func (c *Controller) take(msg []byte) *Error {
 	case k == Failure2 && (c.state == controllerAsked || c.state == controllerProved || c.state == controllerAdmits):
 		return &Error{By: HostSide, Reason: decodeFailure(msg)}
 	case c.state == controllerProved && k == Success2:
+		if len(msg) < headerSize {
+			return refuse(ControllerSide, IncorrectPayload, "a Success2 of %d bytes; want %d", len(msg), headerSize)
+		}
 		c.state = controllerAdmits
 		return nil
 	}

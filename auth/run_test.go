@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -187,6 +188,13 @@ func TestRefusals(t *testing.T) {
 		{"truncated Negotiate", cut(Negotiate, 1), "the controller refuses: a message has an incorrect payload"},
 		{"truncated Reply", cut(Reply, 1), "the controller refuses: a message has an incorrect payload"},
 		{"almost nothing of a Reply", cut(Reply, headerSize+2*64+256-5), "the controller refuses: a message has an incorrect payload"},
+		{"almost nothing of a Negotiate", cut(Negotiate, negotiateSize-failureSize), "the controller refuses: a message has an incorrect payload"},
+		{"not even the header of a Negotiate", cut(Negotiate, negotiateSize-failureSize+1), "the controller refuses: a message has an incorrect payload"},
+		{"no header of a Reply", cut(Reply, headerSize+2*64+256-failureSize+1), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without R1", cut(Reply, 2*64+256), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without C2", cut(Reply, 64+256), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without a public value", cut(Reply, 256), "the controller refuses: a message has an incorrect payload"},
+		{"truncated Challenge", cut(Challenge, 1), "the controller refuses: authentication failed"},
 		{"Challenge without a message", func(p *pair) {
 			p.edit = func(k Kind, msg []byte) []byte {
 				if k == Challenge {
@@ -227,6 +235,50 @@ func TestRefusals(t *testing.T) {
 				t.Error("the host goes on after an error")
 			}
 		})
+	}
+}
+
+// A Success2 that is not whole does not admit the host.
+func TestTruncatedSuccess2(t *testing.T) {
+	p := newPair(t, true)
+	p.ctrl.Groups = []Group{Null}
+	p.edit = func(k Kind, msg []byte) []byte {
+		if k == Success2 {
+			return msg[:headerSize-1]
+		}
+		return msg
+	}
+	_, c, err := p.run(t)
+	if err != nil || c.Authenticated() || c.Due() != Failure1 {
+		t.Fatalf("%v; authenticated %t, %v is due", err, c.Authenticated(), c.Due())
+	}
+	if c.Give(); c.Err() == nil || c.Err().Reason != IncorrectPayload || !c.Finished() {
+		t.Errorf("%v", c.Err())
+	}
+}
+
+// A controller says which message is due, up to the next run.
+func TestDue(t *testing.T) {
+	p := newPair(t, true)
+	c := NewController(p.ctrl)
+	h, err := NewHost(p.host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	due := []Kind{c.Due()}
+	for msg := h.Negotiate(); msg != nil; {
+		c.Take(msg)
+		due = append(due, c.Due())
+		if h.Authenticated() {
+			break
+		}
+		if msg, err = h.Next(c.Give()); err != nil {
+			t.Fatal(err)
+		}
+		due = append(due, c.Due())
+	}
+	if want := []Kind{Negotiate, Challenge, Reply, Success1, Success2, Negotiate}; !slices.Equal(due, want) {
+		t.Errorf("due %v, want %v", due, want)
 	}
 }
 

@@ -136,6 +136,14 @@ func (q *queuePair) authRun(begins bool) *auth.Controller {
 	return q.proving
 }
 
+// authDue returns the message that an authentication command is for.
+func (q *queuePair) authDue() auth.Kind {
+	if q.proving == nil {
+		return auth.Negotiate
+	}
+	return q.proving.Due()
+}
+
 // takeAuth takes the message of an Authentication Send, which has arrived.
 func (q *queuePair) takeAuth(i int) {
 	msg := q.arrived(i)[:q.reqs[i].length]
