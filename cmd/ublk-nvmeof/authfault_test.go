@@ -23,6 +23,7 @@ const (
 	wrongHostKey      = controllerRefuses + "authentication failed: it has another host key"
 	wrongController   = hostRefuses + "authentication failed: the controller has another controller key"
 	notCompleted      = "it was not completed: "
+	endedEarly        = "the connection ended in the middle"
 	endedAfterReply   = "the target ended it after the reply of this host, most likely because it has another host key, or no controller key: "
 )
 
@@ -36,24 +37,17 @@ var authFaults = []struct {
 }{
 	// Truncated messages, where each part ends. The host finds zeroes behind the end.
 	{"admin,auth=challenge,truncate=0", hostRefuses + wrongPayload + ": Negotiate of transaction 0, not 1", hostRefuses + wrongPayload},
-	{"admin,auth=challenge,truncate=1", hostRefuses + wrongPayload + ": message 01h.00h of transaction 0, not 1", hostRefuses + wrongPayload},
 	{"admin,auth=challenge,truncate=4", hostRefuses + wrongPayload + ": Challenge of transaction 0, not 1", hostRefuses + wrongPayload},
-	{"admin,auth=challenge,truncate=6", hostRefuses + "the hash is not usable: the controller chose none, which was not offered", hostRefuses + "the hash is not usable"},
 	{"admin,auth=challenge,truncate=8", hostRefuses + "the hash is not usable: the controller chose none, which was not offered", hostRefuses + "the hash is not usable"},
 	{"admin,auth=challenge,truncate=9", controllerRefuses + wrongPayload, controllerRefuses + wrongPayload}, // no group
 	{"admin,auth=challenge,truncate=10", hostRefuses + wrongPayload + ": a Challenge with values of 64 and 0 bytes", hostRefuses + wrongPayload},
-	{"admin,auth=challenge,truncate=15", hostRefuses + wrongPayload + ": the public value is not in the range", hostRefuses + wrongPayload},
 	{"admin,auth=challenge,truncate=16", hostRefuses + wrongPayload + ": the public value is not in the range", hostRefuses + wrongPayload},
-	{"admin,auth=challenge,truncate=79", hostRefuses + wrongPayload + ": the public value is not in the range", hostRefuses + wrongPayload},
 	{"admin,auth=challenge,truncate=80", hostRefuses + wrongPayload + ": the public value is not in the range", hostRefuses + wrongPayload},
 	{"admin,auth=challenge,truncate=335", wrongHostKey, controllerRefuses + "authentication failed"},
 	{"admin,auth=success1,truncate=0", hostRefuses + wrongPayload + ": Negotiate of transaction 0, not 1", hostRefuses + wrongPayload},
 	{"admin,auth=success1,truncate=2", hostRefuses + wrongPayload + ": Success1 of transaction 0, not 1", hostRefuses + wrongPayload},
 	{"admin,auth=success1,truncate=8", hostRefuses + "authentication failed: the controller does not prove that it has the controller key", hostRefuses + "authentication failed"},
-	{"admin,auth=success1,truncate=9", wrongController, hostRefuses + "authentication failed"},
 	{"admin,auth=success1,truncate=16", wrongController, hostRefuses + "authentication failed"},
-	{"admin,auth=success1,truncate=79", wrongController, hostRefuses + "authentication failed"},
-	{"qid=1,auth=challenge,truncate=80", hostRefuses + wrongPayload + ": the public value is not in the range", hostRefuses + wrongPayload},
 	{"qid=1,auth=success1,truncate=16", wrongController, hostRefuses + "authentication failed"},
 
 	// A weaker method than the host offers, or than the target has chosen.
@@ -69,39 +63,30 @@ var authFaults = []struct {
 	{"qid=1,auth=challenge,patch=4:0100", hostRefuses + wrongPayload + ": Challenge of transaction 1, not 2", hostRefuses + wrongPayload},
 	{"admin,auth=challenge,patch=1:03", hostRefuses + outOfTurn + ": Success1", hostRefuses + outOfTurn},
 	{"admin,auth=success1,patch=1:01", hostRefuses + outOfTurn + ": Challenge", hostRefuses + outOfTurn},
-	{"admin,auth=challenge,patch=1:02", hostRefuses + outOfTurn + ": Reply", hostRefuses + outOfTurn},
-	{"admin,auth=success1,patch=1:04", hostRefuses + outOfTurn + ": Success2", hostRefuses + outOfTurn},
 	{"admin,auth=challenge,patch=0:00f0", hostRefuses + outOfTurn + ": Failure2", hostRefuses + outOfTurn},
 	{"admin,auth=success1,patch=0:00f0", hostRefuses + outOfTurn + ": Failure2", hostRefuses + outOfTurn},
 
-	// A failure in each step, with each reason, of which the rest of the target does not know.
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0101", controllerRefuses + "authentication failed)", ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0102", controllerRefuses + "the authentication protocol is not usable", ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0103", controllerRefuses + "the secure channel does not match", ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0104", controllerRefuses + "the hash is not usable", ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0105", controllerRefuses + "the Diffie-Hellman group is not usable", ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0106", controllerRefuses + wrongPayload, ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0107", controllerRefuses + outOfTurn, ""},
-	{"admin,auth=challenge,patch=0:00f1,patch=6:0108", controllerRefuses + "reason 8", ""},
-	{"admin,auth=success1,patch=0:00f1,patch=6:0101", wrongHostKey + ", or no controller key", ""},
-	{"admin,auth=success1,patch=0:00f1,patch=6:0107", controllerRefuses + outOfTurn, ""},
+	// A failure in each step, with each reason.
+	{"admin,auth=challenge,patch=0:00f1,patch=6:0101", controllerRefuses + "authentication failed)", endedEarly},
+	{"admin,auth=challenge,patch=0:00f1,patch=6:0105", controllerRefuses + "the Diffie-Hellman group is not usable", endedEarly},
+	{"admin,auth=challenge,patch=0:00f1,patch=6:0108", controllerRefuses + "reason 8", endedEarly},
+	{"admin,auth=success1,patch=0:00f1,patch=6:0101", wrongHostKey + ", or no controller key", endedEarly},
+	{"admin,auth=success1,patch=0:00f1,patch=6:0107", controllerRefuses + outOfTurn, endedEarly},
 
 	// A connection that is lost at each message, and commands that fail.
-	{"admin,auth=negotiate,disconnect", notCompleted, ""},
-	{"admin,auth=challenge,disconnect", notCompleted, ""},
-	{"admin,auth=reply,disconnect", endedAfterReply, ""},
-	{"admin,auth=success1,disconnect", endedAfterReply, ""},
-	{"admin,auth=success2,disconnect", notCompleted, ""},
-	{"qid=1,auth=negotiate,disconnect", notCompleted, ""},
-	{"qid=1,auth=challenge,disconnect", notCompleted, ""},
-	{"qid=1,auth=reply,disconnect", endedAfterReply, ""},
-	{"qid=1,auth=success1,disconnect", endedAfterReply, ""},
-	{"qid=1,auth=success2,disconnect", notCompleted, ""},
+	{"admin,auth=negotiate,disconnect", notCompleted, endedEarly},
+	{"admin,auth=challenge,disconnect", notCompleted, endedEarly},
+	{"admin,auth=reply,disconnect", endedAfterReply, endedEarly},
+	{"admin,auth=success1,disconnect", endedAfterReply, endedEarly},
+	{"admin,auth=success2,disconnect", notCompleted, endedEarly},
+	{"qid=1,auth=challenge,disconnect", notCompleted, endedEarly},
+	{"qid=1,auth=success1,disconnect", endedAfterReply, endedEarly},
 	{"admin,auth=challenge,drop", notCompleted, "the host did not authenticate in time"},
-	{"admin,auth=negotiate,status=0x2,dnr", notCompleted + "nvme status 002h", ""},
-	{"admin,auth=challenge,status=0x2,dnr", notCompleted + "nvme status 002h", ""},
-	{"admin,auth=reply,status=0x191,dnr", endedAfterReply + "nvme status 191h", ""},
-	{"admin,opcode=fabrics,skip=6,status=0x191,dnr", "enable controller: read CAP: nvme status 191h: authentication required", ""}, // after all messages
+	{"admin,auth=negotiate,status=0x2,dnr", notCompleted + "nvme status 002h", endedEarly},
+	{"admin,auth=challenge,status=0x2,dnr", notCompleted + "nvme status 002h", endedEarly},
+	{"admin,auth=reply,status=0x191,dnr", endedAfterReply + "nvme status 191h", endedEarly},
+	// The target does not admit the host after all.
+	{"admin,opcode=fabrics,skip=6,status=0x191,dnr", "enable controller: read CAP: nvme status 191h: authentication required", ""},
 }
 
 // refusalsOf counts what a target has refused because of authentication.
@@ -112,6 +97,7 @@ func refusalsOf(tg *target.Target, reason string) uint64 {
 // TestAuthFaults connects to a target with each fault. Each time connect says which queue could not be
 // authenticated and why, in one line and with the exit code for that, and nothing is left behind.
 func TestAuthFaults(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	keys := []string{"-S", "@" + v.file("host.key"), "-C", "@" + v.file("ctrl.key"), "-k", "1"}
 	for _, tt := range authFaults {
@@ -153,7 +139,7 @@ func (v *vault) notProved(t *testing.T, fault, want string, args ...string) {
 	if !strings.Contains(errs, head) || !queue.MatchString(errs) || strings.Contains(errs, "queue 1") != strings.HasPrefix(fault, "qid=1") {
 		t.Errorf("%q, want the subsystem and the queue", errs)
 	}
-	if took := time.Since(began); took > 8*time.Second {
+	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("it took %v", took)
 	}
 	if left := visible(t, v.dir); len(left) > 0 {
@@ -163,6 +149,7 @@ func (v *vault) notProved(t *testing.T, fault, want string, args ...string) {
 
 // TestAuthReplay checks that messages of the target are worth nothing in another run.
 func TestAuthReplay(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	keys := []string{"-S", "@" + v.file("host.key"), "-C", "@" + v.file("ctrl.key")}
 	connects := func() {
@@ -175,7 +162,6 @@ func TestAuthReplay(t *testing.T) {
 	for fault, want := range map[string]string{
 		"admin,auth=challenge,replay": wrongHostKey,
 		"admin,auth=success1,replay":  wrongController,
-		"qid=1,auth=challenge,replay": wrongHostKey,
 		"qid=1,auth=success1,replay":  wrongController,
 	} {
 		t.Run(fault, func(t *testing.T) {
@@ -213,6 +199,7 @@ func (v *vault) reauth(t *testing.T, want exit.Code, message string, args ...str
 
 // TestAuthKeys checks the message and the exit code for each key that is missing or wrong.
 func TestAuthKeys(t *testing.T) {
+	t.Parallel()
 	v := newVault(t)
 	host, ctrl := "@"+v.file("host.key"), "@"+v.file("ctrl.key")
 	plain := target.HostAuth{Key: v.host, ControllerKey: v.controller, Groups: []auth.Group{auth.Null}}
