@@ -260,6 +260,33 @@ func TestAuthenticationAtReconnect(t *testing.T) {
 	closeSubsystem(t, c)
 }
 
+// TestReauthenticateUntried checks that keys which are given while no path is connected are those of
+// the next association. The target has changed them, so without that there would be none.
+func TestReauthenticateUntried(t *testing.T) {
+	s := newSecured(t, target.Config{})
+	loops := newLoops(t, 1)
+	c := connect(t, s.config(loops, poller.Request{IO: 1}))
+	next := Credentials{Host: newKey(t, auth.NoHash, 32)}
+	s.host.Key, s.host.ControllerKey = next.Host, nil
+	s.require()
+	s.target.Faults().Disconnect(-1)
+	waitFor(t, "a failed attempt", func() bool { return c.Info().Paths[0].Attempts >= 1 && c.Info().Paths[0].Failure != nil })
+	if err := c.Reauthenticate(t.Context(), nil); !errors.Is(err, ErrNotConnected) || errors.Is(err, ErrKeysUntried) {
+		t.Errorf("without keys: %v", err)
+	}
+	if err := c.Reauthenticate(t.Context(), &next); !errors.Is(err, ErrNotConnected) || !errors.Is(err, ErrKeysUntried) {
+		t.Errorf("with keys: %v", err)
+	}
+	if errno := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}); errno != 0 {
+		t.Errorf("errno %d", errno)
+	}
+	waitFor(t, "the next association", func() bool { return c.Info().State == StateLive })
+	if err := c.Reauthenticate(t.Context(), nil); err != nil {
+		t.Errorf("with the next association: %v", err)
+	}
+	closeSubsystem(t, c)
+}
+
 // TestAuthenticationDemanded checks that a queue on which the target demands authentication in
 // the middle is connected again, and that no request fails.
 func TestAuthenticationDemanded(t *testing.T) {
