@@ -144,9 +144,9 @@ func converse(ctx context.Context, host *auth.Host, port authPort) error {
 }
 
 // refusalOf explains why a command of a run failed. Targets often end the connection
-// before the host can read why they refuse it (nvmet does).
+// before the host can read why they refuse it (nvmet does). Silence says nothing about keys.
 func refusalOf(host *auth.Host, err error) error {
-	if host.Replied() {
+	if host.Replied() && !errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("the target ended it after the reply of this host, most likely because it has another host key, or no controller key: %w", err)
 	}
 	return fmt.Errorf("it was not completed: %w", err)

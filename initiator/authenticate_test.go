@@ -72,6 +72,7 @@ func TestAuthentication(t *testing.T) {
 					s.host.Hashes, s.host.Groups = []auth.Hash{hash}, []auth.Group{group}
 					s.require()
 					cfg := s.config(loops, poller.Request{IO: 1})
+					cfg.AdminTimeout, cfg.ConnectTimeout = 20*time.Second, 20*time.Second // a busy machine is no error
 					if !twoWay {
 						cfg.Credentials.Controller = nil
 					}
@@ -124,6 +125,7 @@ func TestAuthenticationRefused(t *testing.T) {
 		"dropped after the reply":   {fabrics(target.Fault{Disconnect: true}, success), "authentication of queue 0: the target ended it after the reply of this host, most likely because it has another host key", nil, true},
 		"dropped before the reply":  {fabrics(target.Fault{Disconnect: true}, reply), "authentication of queue 0: ", nil, true},
 		"silent":                    {fabrics(target.Fault{Drop: true}, challenge), "authentication of queue 0: it was not completed: ", nil, true},
+		"silent after the reply":    {fabrics(target.Fault{Drop: true}, success), "authentication of queue 0: it was not completed: ", nil, true},
 		"status":                    {fabrics(target.Fault{Status: nvme.StatusInvalidField | nvme.StatusDNR}, challenge), "authentication of queue 0: it was not completed: nvme status 002h", nil, true},
 	} {
 		t.Run(name, func(t *testing.T) {
