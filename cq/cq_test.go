@@ -23,6 +23,7 @@ const base = 0x10000
 func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
 func (a *adapter) AllocPD() (rdma.PD, error)                { return a, nil }
 func (a *adapter) CreateCQ(int, bool, int) (rdma.CQ, error) { return a, nil }
+func (a *adapter) Removed() <-chan struct{}                 { return nil }
 func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {
 	a.bytes = make([]byte, n)
 	return region{a}, nil

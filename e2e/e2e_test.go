@@ -86,9 +86,15 @@ var shared = [...][]string{
 	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "lost-acks", "mtu", "multipath-ports", "nvme-cli", "roce-reorder", "soak-frozen"},
 }
 
-// anothers returns the scenarios that other kernels run.
+// long are the scenarios that make soak runs, and make test does not.
+var long = []string{"soak-multipath"}
+
+// anothers returns the scenarios that other kernels run, or make soak.
 func anothers(t *testing.T) (names []string) {
 	t.Helper()
+	if os.Getenv("UN_SOAK") == "" {
+		names = slices.Clone(long)
+	}
 	mine, shares := share(t)
 	for i, group := range shared {
 		if i%shares != mine {
@@ -105,7 +111,7 @@ func TestScenarios(t *testing.T) {
 		t.Fatalf("find scripts: %d found, %v", len(files), err)
 	}
 	others := anothers(t)
-	for _, name := range slices.Concat(shared[:]...) {
+	for _, name := range slices.Concat(append(shared[:], long)...) {
 		if !slices.Contains(files, filepath.Join("testdata", name+".txtar")) {
 			t.Errorf("there is no scenario %s", name)
 		}

@@ -33,8 +33,8 @@
 #	mend                  no more
 #	down WHAT             an outage of the target at the end of the cable, and its end: the
 #	up WHAT               port (nobody listens), the subsystem (others are still there),
-#	                      the host's RDMA device, or the packets to it, from it or both
-#	                      ways (UDP port 4791); "port N" is another port
+#	                      the host's RDMA device, its network interface, or the packets to
+#	                      it, from it or both ways (UDP port 4791); "port N" is another port
 #	restart SECONDS       the target goes away and comes back with its port first: for so long
 #	                      it has no namespace
 #	far ADDR [MTU]        an RDMA device on eth1, the cable to another VM, with an address
@@ -343,13 +343,18 @@ lab_wire() {
 	ip rule del pref 0 lookup local || return
 	for i in 1 2; do
 		ip addr add 10.0.3.$i/24 dev lab$i || return
-		ip link set lab$i up || return
 		sysctl -qw net.ipv4.conf.lab$i.accept_local=1 net.ipv4.conf.lab$i.rp_filter=0 || return
-		ip neigh add 10.0.3.$((3 - i)) lladdr 02:00:00:00:00:0$((3 - i)) nud permanent dev lab$i || return
-		ip route add 10.0.3.$((3 - i)) dev lab$i src 10.0.3.$i table $((300 + i)) || return
 		ip rule add pref $((20 + i)) iif lo to 10.0.3.$((3 - i)) lookup $((300 + i)) || return
+		lab_end $i || return
 		rdma link add rxe$i type rxe netdev lab$i || return
 	done
+}
+
+# lab_end I sets up what goes away when an end of the cable goes down.
+lab_end() {
+	ip link set lab$1 up || return
+	ip neigh replace 10.0.3.$((3 - $1)) lladdr 02:00:00:00:00:0$((3 - $1)) nud permanent dev lab$1 || return
+	ip route replace 10.0.3.$((3 - $1)) dev lab$1 src 10.0.3.$1 table $((300 + $1))
 }
 
 lab_unwire() {
@@ -425,8 +430,6 @@ lab_loses() {
 	nft add rule inet lab input iifname "{ $1 }" udp dport 4791 drop
 }
 
-# Not the network interface: rxe's QP 1 never sends again after a packet that could
-# not be sent, neither here nor at the target.
 lab_down() {
 	local port spare=$lab_nvmet/subsystems/$LAB_NQN-spare
 	port=${2:+$lab_nvmet/ports/$2}
@@ -437,6 +440,7 @@ lab_down() {
 		mkdir "$spare" && ln -s "$spare" "$port/subsystems/" && rm "$port/subsystems/$LAB_NQN"
 		;;
 	device) rdma link delete rxe1 ;;
+	interface) ip link set lab1 down ;;
 	to) lab_loses lab2 ;;
 	from) lab_loses lab1 ;;
 	both) lab_loses lab1,lab2 ;;
@@ -455,6 +459,7 @@ lab_up() {
 			rm "$port/subsystems/$LAB_NQN-spare" && rmdir "$spare"
 		;;
 	device) rdma link add rxe1 type rxe netdev lab1 ;;
+	interface) lab_up_interface "$port" ;;
 	to | from | both) lab_mend ;;
 	*) lab_fail "up: unknown '$1'" ;;
 	esac
@@ -466,6 +471,19 @@ lab_wired() {
 	for port in "$lab_nvmet"/ports/*; do
 		[ "$(cat "$port/addr_traddr")" != 10.0.3.2 ] || echo "$port"
 	done
+}
+
+# lab_up_interface PORT makes the RDMA devices anew: rxe's QP 1 never sends again after a
+# packet that could not be sent, neither here nor at the target.
+lab_up_interface() {
+	local i
+	rm "$1/subsystems/$LAB_NQN" || return
+	for i in 1 2; do
+		lab_end $i || return
+		[ ! -e /sys/class/infiniband/rxe$i ] || rdma link delete rxe$i || return
+		rdma link add rxe$i type rxe netdev lab$i || return
+	done
+	ln -s "$lab_nvmet/subsystems/$LAB_NQN" "$1/subsystems/"
 }
 
 # lab_restart SECONDS does what is seen of a target that restarts, and opens its port

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"ublk-nvmeof/nvme"
@@ -31,7 +30,6 @@ type association struct {
 	depth    int               // of the I/O queues
 	plan     poller.Assignment // of the granted queues to classes and loops
 	pairs    []*queuePair
-	removed  atomic.Bool     // the RDMA device is being removed
 	watching sync.WaitGroup  // the goroutines that read the events of the connections
 	asked    time.Time       // when the controller was requested
 	found    map[uint32]bool // namespaces that were identified since the last event
@@ -78,16 +76,30 @@ func (a *association) readANA() {
 	}
 }
 
-// leaveDevice releases the RDMA device if it is being removed, because some drivers wait
-// until nothing uses the device.
-func (c *Controller) leaveDevice(removed bool) {
-	if !removed {
+// leaveDevice releases the RDMA device if it is removed, because some drivers wait until
+// nothing uses the device. The path has no association.
+func (c *Controller) leaveDevice() {
+	select {
+	case <-c.mem.removed():
+	default:
 		return
 	}
-	c.proofs.Wait()
+	c.borrowed.Wait()
 	if err := c.mem.leave(); err != nil {
 		c.cfg.Log.Warn("leave RDMA device", "error", err)
 	}
+}
+
+// borrow keeps the device of an association from being left, until borrowed is done. It returns
+// false if the association has ended.
+func (c *Controller) borrow(a *association) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a.life.Err() != nil || c.state == StateDeleting {
+		return false
+	}
+	c.borrowed.Add(1)
+	return true
 }
 
 // StepError names the step of setting up an association that failed.
@@ -113,7 +125,6 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.close())
-			c.leaveDevice(a.removed.Load() || errors.Is(err, rdma.ErrNoDevice))
 			a = nil
 		}
 	}()
@@ -475,7 +486,6 @@ func (a *association) event(ev rdma.Event, qid uint16) {
 		}
 		reason = LossLinkDown
 	case rdma.EventDeviceRemoved:
-		a.removed.Store(true)
 		reason = LossDeviceRemoved
 	}
 	a.fail(because(reason, fmt.Errorf("queue %d: %v", qid, ev.Type)))

@@ -232,9 +232,9 @@ func (c *Controller) reauthenticate(keys Credentials) (accepted bool, err error)
 		return false, nil // the next one uses the keys
 	}
 	method := a.method
-	c.proofs.Add(1)
+	c.borrowed.Add(1)
 	c.mu.Unlock()
-	defer c.proofs.Done()
+	defer c.borrowed.Done()
 	if method == "" {
 		return false, &AuthError{0, errNotAgain}
 	}

@@ -55,7 +55,7 @@ type Controller struct {
 	stopped   chan struct{} // supervise has ended
 
 	transactions atomic.Uint32  // runs of authentication, for their ids
-	proofs       sync.WaitGroup // runs of Reauthenticate; none is added without an association
+	borrowed     sync.WaitGroup // uses of the device by other goroutines; none is added without an association
 
 	removing  bool          // RemovePath was called; guarded by the subsystem's mu
 	tentative bool          // the path is being added, which may fail; guarded by the subsystem's mu
@@ -206,7 +206,6 @@ func (c *Controller) supervise(a *association) {
 			c.cfg.Log.Warn("end association", "error", err)
 		}
 		c.countLoss(before, lost.Sub(live), errors.Is(reason, errReset))
-		c.leaveDevice(a.removed.Load())
 		var err error
 		if a, err = c.reconnect(lost); err != nil {
 			c.stop(err)
@@ -277,10 +276,8 @@ func (c *Controller) pause() time.Duration {
 // the path ends. The error is its cause.
 func (c *Controller) reconnect(lost time.Time) (*association, error) {
 	for pause := c.pause(); ; pause = c.cfg.ReconnectDelay {
-		select {
-		case <-time.After(pause):
-		case <-c.life.Done():
-			return nil, context.Cause(c.life)
+		if err := c.rest(pause); err != nil {
+			return nil, err
 		}
 		a, err := c.attempt(c.life)
 		if err == nil {
@@ -291,6 +288,21 @@ func (c *Controller) reconnect(lost time.Time) (*association, error) {
 		c.failure = err
 		c.mu.Unlock()
 		c.cfg.Log.Warn("reconnect", "error", err, "next_in", c.cfg.ReconnectDelay)
+	}
+}
+
+// rest waits before the next attempt. A device that has been removed, or is removed meanwhile, is
+// left at once.
+func (c *Controller) rest(pause time.Duration) error {
+	for end := time.After(pause); ; {
+		c.leaveDevice()
+		select {
+		case <-end:
+			return nil
+		case <-c.mem.removed():
+		case <-c.life.Done():
+			return context.Cause(c.life)
+		}
 	}
 }
 
@@ -410,7 +422,7 @@ func (c *Controller) current() *association {
 
 // leave ends the association in use in order, if there is one. supervise has ended.
 func (c *Controller) leave(ctx context.Context) error {
-	defer c.proofs.Wait() // it has memory of the device
+	defer c.borrowed.Wait() // it has memory of the device
 	c.mu.Lock()
 	a := c.assoc
 	c.assoc = nil

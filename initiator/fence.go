@@ -180,6 +180,10 @@ const (
 // ask asks whether the target has a controller. It takes at most half the keep alive
 // timeout, so that the new association stays alive.
 func (c *Controller) ask(ctx context.Context, a *association, cntlid uint16) (existence, error) {
+	if !c.borrow(a) {
+		return unclear, rdma.ErrClosed
+	}
+	defer c.borrowed.Done()
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.KeepAlive/2)
 	defer cancel()
 	q := queueParam{remote: a.remote, qid: 1, depth: MinQueueSize, cntlid: cntlid}

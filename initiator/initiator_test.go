@@ -545,6 +545,26 @@ func TestDeviceReplaced(t *testing.T) {
 	waitFor(t, "the end of the target's connections", func() bool { return fabric.Objects() == before })
 }
 
+// TestIdleDeviceRemoved checks that a device which is removed while there is no association is
+// left at once, and not only when the next association is made.
+func TestIdleDeviceRemoved(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	newFakeTarget(t, fabric, 1<<20)
+	loops := newLoops(t, 1)
+	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1})
+	cfg.ReconnectDelay = time.Hour
+	before := fabric.Objects()
+	c := connect(t, cfg)
+	f := newFrontEnd(t, c.Namespaces()[0], loops, 8, 4096, 7)
+	fabric.SetRefuse(targetAddr, rdma.RejectInvalidServiceID, nil)
+	fabric.KillAll(hostAddr)
+	waitFor(t, "an attempt", func() bool { i := c.Info().Paths[0]; return i.Attempts >= 1 && i.Failure != nil })
+	fabric.ReplaceDevice(hostAddr)
+	waitFor(t, "the end of what is on the device", func() bool { return fabric.Objects() == before })
+	f.close()
+	closeSubsystem(t, c)
+}
+
 // TestOutage checks that requests wait while the target does not listen, and finish when
 // it does.
 func TestOutage(t *testing.T) {

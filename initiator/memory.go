@@ -147,6 +147,16 @@ func (d *domain) unregister(b *slab) error {
 	return nil
 }
 
+// removed returns a channel that is closed when the device is removed. Without a device it is nil.
+func (d *domain) removed() <-chan struct{} {
+	d.mem.mu.Lock()
+	defer d.mem.mu.Unlock()
+	if d.dev == nil {
+		return nil
+	}
+	return d.dev.Removed()
+}
+
 // leave releases everything on a device that is being removed. The buffers are
 // registered again on the next device. No connection of the path may be open.
 func (d *domain) leave() error {

@@ -164,6 +164,10 @@ type Device interface {
 	// events, it has its own completion channel and FD is ≥ 0. Without, it can only
 	// be polled. vector is taken modulo CompVectors.
 	CreateCQ(entries int, events bool, vector int) (CQ, error)
+	// Removed returns a channel that is closed when the device is removed. Some drivers
+	// wait until nothing on the device is open any more. The channel of a device that
+	// cannot be removed is nil.
+	Removed() <-chan struct{}
 }
 
 // Access is the set of rights on a memory region. Local read is always allowed.

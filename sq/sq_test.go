@@ -29,6 +29,7 @@ func (m *memory) RKey() uint32  { return 8 }
 func (m *memory) Close() error  { m.closed++; return m.busy }
 
 func (a *adapter) Attr() rdma.DeviceAttr                    { return rdma.DeviceAttr{} }
+func (a *adapter) Removed() <-chan struct{}                 { return nil }
 func (a *adapter) AllocPD() (rdma.PD, error)                { return a, nil }
 func (a *adapter) CreateCQ(int, bool, int) (rdma.CQ, error) { return a, nil }
 func (a *adapter) AllocMR(n int, _ rdma.Access) (rdma.MR, error) {

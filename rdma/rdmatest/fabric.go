@@ -74,7 +74,7 @@ func (f *Fabric) Provider(addr netip.Addr) *Provider {
 			ids:       make(map[*connID]struct{}),
 			cqs:       make(map[*completionQueue]struct{}),
 		}
-		e.device = &device{endpoint: e}
+		e.device = newDevice(e)
 		f.endpoints[addr] = e
 		f.wake()
 	}
@@ -216,7 +216,8 @@ func (f *Fabric) ReplaceDevice(addr netip.Addr) {
 				id.disconnect()
 			}
 		}
-		e.device = &device{endpoint: e}
+		close(e.device.removed)
+		e.device = newDevice(e)
 	})
 }
 

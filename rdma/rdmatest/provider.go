@@ -145,7 +145,12 @@ func (l *listener) Close() error {
 }
 
 // device implements rdma.Device.
-type device struct{ endpoint *endpoint }
+type device struct {
+	endpoint *endpoint
+	removed  chan struct{} // closed by Fabric.ReplaceDevice
+}
+
+func newDevice(e *endpoint) *device { return &device{e, make(chan struct{})} }
 
 // Limits of the device
 const (
@@ -169,6 +174,9 @@ func (d *device) Attr() rdma.DeviceAttr {
 		CompVectors:     compVectors,
 	}
 }
+
+// Removed implements rdma.Device.
+func (d *device) Removed() <-chan struct{} { return d.removed }
 
 // AllocPD implements rdma.Device.
 func (d *device) AllocPD() (rdma.PD, error) {

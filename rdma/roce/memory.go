@@ -37,6 +37,9 @@ func (d *device) Attr() rdma.DeviceAttr {
 	}
 }
 
+// Removed implements rdma.Device. There is no device that could be removed.
+func (*device) Removed() <-chan struct{} { return nil }
+
 // AllocPD implements rdma.Device.
 func (d *device) AllocPD() (rdma.PD, error) {
 	return &domain{device: d, local: make(map[uint32]*region), remote: make(map[uint32]*region)}, nil

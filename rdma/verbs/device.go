@@ -10,53 +10,60 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/rdma"
 )
 
-// device is an open RDMA device. librdmacm opens each device once per process, and all
-// IDs share it. It is kept as long as an ID, a PD or a CQ refers to it.
+// devices are the RDMA devices that are open. librdmacm opens a device once for the whole
+// process, with the first ID on it, and keeps it open from then on, even without an ID.
+var devices = struct {
+	sync.Mutex // guards the map, and the references of the devices
+	open       map[*C.struct_ibv_context]*device
+}{open: make(map[*C.struct_ibv_context]*device)}
+
+// device is an open RDMA device. All IDs share it. It is closed when it is removed and no
+// ID, PD, CQ or listener refers to it.
 type device struct {
-	provider *Provider
 	c        *C.struct_ibv_context
 	attr     rdma.DeviceAttr
 	initRead int // RDMA READs per QP that this side can have outstanding
 
-	hold   *C.struct_rdma_cm_id // keeps c open, see hold_device; may be nil
-	refs   int                  // guarded by provider.mu
-	events *waiter              // asynchronous events
-	done   chan struct{}        // closed when readEvents has returned
+	refs    int
+	hold    *C.struct_rdma_cm_id // see keep; may be nil
+	channel *channel             // of hold
+	events  *waiter              // asynchronous events
+	readers sync.WaitGroup       // the goroutines that read events
 
-	removed atomic.Bool // an event reported the removal
+	removed chan struct{} // closed by remove
+	once    sync.Once     // for removed
 
 	mu  sync.Mutex // guards ids; taken before the lock of an id
 	ids map[*cmID]struct{}
 }
 
-// device returns the device of a resolved ID, with one more reference.
-func (p *Provider) device(cid *C.struct_rdma_cm_id) (*device, error) {
+// deviceOf returns the device of a bound ID, with one more reference.
+func deviceOf(cid *C.struct_rdma_cm_id) (*device, error) {
 	if cid.verbs == nil {
 		return nil, rdma.ErrNoDevice
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if d := p.devices[cid.verbs]; d != nil {
-		d.refs++
-		return d, nil
+	devices.Lock()
+	defer devices.Unlock()
+	d := devices.open[cid.verbs]
+	if d == nil {
+		var err error
+		if d, err = openDevice(cid); err != nil {
+			return nil, fmt.Errorf("open device %s: %w", C.GoString(C.ibv_get_device_name(cid.verbs.device)), err)
+		}
+		devices.open[d.c] = d
 	}
-	d, err := p.open(cid)
-	if err != nil {
-		return nil, fmt.Errorf("open device %s: %w", C.GoString(C.ibv_get_device_name(cid.verbs.device)), err)
-	}
-	p.devices[d.c] = d
+	d.refs++
 	return d, nil
 }
 
-func (p *Provider) open(cid *C.struct_rdma_cm_id) (*device, error) {
-	d := &device{provider: p, c: cid.verbs, refs: 1, done: make(chan struct{}), ids: make(map[*cmID]struct{})}
+func openDevice(cid *C.struct_rdma_cm_id) (*device, error) {
+	d := &device{c: cid.verbs, removed: make(chan struct{}), ids: make(map[*cmID]struct{})}
 	var attr C.struct_ibv_device_attr
 	if errno := C.ibv_query_device(d.c, &attr); errno != 0 {
 		return nil, fmt.Errorf("query attributes: %w", unix.Errno(errno))
@@ -77,17 +84,62 @@ func (p *Provider) open(cid *C.struct_rdma_cm_id) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := d.keep(cid); err != nil {
+		_ = events.close()
+		return nil, err
+	}
 	d.events = events
-	d.hold = C.hold_device(cid)
-	go d.readEvents()
+	d.readers.Go(d.readEvents)
 	return d, nil
 }
 
-// get adds a reference. It returns false if there is none left, because the device is
-// then closed.
+// keep binds an ID to the address of cid that nothing else uses. librdmacm would close the
+// context of a removed device with the last ID on it, although protection domains, queues
+// and memory regions may still use the context. This ID also hears of the removal when
+// there is no other one. If the address belongs to another device by now, there is no such ID.
+func (d *device) keep(cid *C.struct_rdma_cm_id) error {
+	ch, err := newChannel()
+	if err != nil {
+		return err
+	}
+	if d.hold = C.hold_device(cid, ch.c); d.hold == nil {
+		_ = ch.w.close()
+		ch.destroy()
+		return nil
+	}
+	d.channel = ch
+	d.readers.Go(d.awaitRemoval)
+	return nil
+}
+
+func (d *device) awaitRemoval() {
+	for {
+		ev, err := d.channel.next()
+		if err != nil {
+			return
+		}
+		if ev.kind == C.RDMA_CM_EVENT_DEVICE_REMOVAL {
+			d.remove()
+			return
+		}
+	}
+}
+
+// remove notes that the device is being removed. Any goroutine may call it.
+func (d *device) remove() {
+	d.once.Do(func() { close(d.removed) })
+	devices.Lock()
+	defer devices.Unlock()
+	if d.forget() {
+		go d.close() // it waits for the goroutines that may have called remove
+	}
+}
+
+// get adds a reference. It returns false if there is none left, because the device may
+// then be closed.
 func (d *device) get() bool {
-	d.provider.mu.Lock()
-	defer d.provider.mu.Unlock()
+	devices.Lock()
+	defer devices.Unlock()
 	if d.refs == 0 {
 		return false
 	}
@@ -95,24 +147,55 @@ func (d *device) get() bool {
 	return true
 }
 
-// put releases a reference. The last one stops reading events and lets librdmacm close
-// the device.
+// put releases a reference.
 func (d *device) put() {
-	d.provider.mu.Lock()
-	defer d.provider.mu.Unlock()
-	if d.refs--; d.refs > 0 {
-		return
-	}
-	delete(d.provider.devices, d.c)
-	_ = d.events.close() // nothing can be lost: it is a duplicate of a descriptor
-	<-d.done
-	if d.hold != nil {
-		C.rdma_destroy_id(d.hold)
-	}
-	if d.removed.Load() {
-		C.forget_removed_devices()
+	devices.Lock()
+	d.refs--
+	last := d.forget()
+	devices.Unlock()
+	if last {
+		d.close()
 	}
 }
+
+// forget takes a device that must be closed from the open ones. Only the first caller, which
+// holds the lock, gets true and closes the device. A device whose removal would not be
+// noticed cannot be kept.
+func (d *device) forget() bool {
+	if d.refs > 0 || devices.open[d.c] != d || d.hold != nil && !d.isRemoved() {
+		return false
+	}
+	delete(devices.open, d.c)
+	return true
+}
+
+func (d *device) isRemoved() bool {
+	select {
+	case <-d.removed:
+		return true
+	default:
+		return false
+	}
+}
+
+// close ends what this package has of a device.
+func (d *device) close() {
+	_ = d.events.close() // nothing can be lost: it is a duplicate of a descriptor
+	if d.hold == nil {
+		d.readers.Wait()
+		return
+	}
+	_ = d.channel.w.close()
+	d.readers.Wait()
+	if d.isRemoved() {
+		C.detach_device(d.c)
+	}
+	_ = destroyID(d.hold)
+	d.channel.destroy()
+}
+
+// Removed implements rdma.Device.
+func (d *device) Removed() <-chan struct{} { return d.removed }
 
 // Attr implements rdma.Device.
 func (d *device) Attr() rdma.DeviceAttr { return d.attr }
@@ -131,7 +214,6 @@ func (d *device) unwatch(id *cmID) {
 }
 
 func (d *device) readEvents() {
-	defer close(d.done)
 	for {
 		var ev C.struct_async_event
 		err := d.events.next(func() C.int { return C.next_async_event(d.c, &ev) })
@@ -141,7 +223,7 @@ func (d *device) readEvents() {
 		d.mu.Lock()
 		for id := range d.ids {
 			if err != nil {
-				id.deviceRemoved("asynchronous events: " + err.Error())
+				id.report(rdma.EventDeviceRemoved, "asynchronous events: "+err.Error())
 			} else {
 				id.async(&ev)
 			}

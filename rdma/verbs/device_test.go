@@ -156,26 +156,114 @@ func TestPortDown(t *testing.T) {
 	})
 }
 
+// removeDevice deletes the RDMA device, which waits for the processes that use it. The result
+// arrives when it is gone.
+func removeDevice() chan error {
+	gone := make(chan error, 1)
+	go func() { gone <- exec.Command("rdma", "link", "delete", "rxe0un").Run() }()
+	return gone
+}
+
+// waitRemoved waits until the deleted device is gone, and makes it anew.
+func waitRemoved(t *testing.T, gone chan error) {
+	t.Helper()
+	select {
+	case err := <-gone:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("rdma_rxe still waits for this process")
+	}
+	tool(t, "rdma", "link", "add", "rxe0un", "type", "rxe", "netdev", "dummy0un")
+}
+
 func TestDeviceRemoved(t *testing.T) {
 	withDevice(t, func(t *testing.T, p *Provider, addr netip.Addr) {
 		for range 3 {
 			a, b := connectPair(t, p, addr)
-			gone := make(chan error, 1)
-			go func() { gone <- exec.Command("rdma", "link", "delete", "rxe0un").Run() }()
+			gone := removeDevice()
 			waitEvent(t, a.id, rdma.EventDeviceRemoved)
 			waitEvent(t, b.id, rdma.EventDeviceRemoved)
 			if err := errors.Join(a.close(), b.close()); err != nil {
 				t.Error(err)
 			}
-			select {
-			case err := <-gone:
-				if err != nil {
-					t.Fatal(err)
-				}
-			case <-time.After(10 * time.Second):
-				t.Fatal("rdma_rxe still waits for this process")
+			waitRemoved(t, gone)
+		}
+	})
+}
+
+// TestUnusedDeviceRemoved removes a device that was used before, and one of which only memory
+// is left.
+func TestUnusedDeviceRemoved(t *testing.T) {
+	withDevice(t, func(t *testing.T, p *Provider, addr netip.Addr) {
+		for range 2 {
+			a, b := connectPair(t, p, addr)
+			if err := errors.Join(a.close(), b.close()); err != nil {
+				t.Error(err)
 			}
-			tool(t, "rdma", "link", "add", "rxe0un", "type", "rxe", "netdev", "dummy0un")
+			waitRemoved(t, removeDevice())
+		}
+		a, b := connectPair(t, p, addr)
+		if err := errors.Join(b.close(), a.id.Close(), a.cq.Close()); err != nil {
+			t.Error(err)
+		}
+		gone := removeDevice()
+		select {
+		case <-a.id.Device().Removed():
+		case <-time.After(patience):
+			t.Fatal("the removal was not noticed")
+		}
+		if err := errors.Join(a.mr.Close(), a.pd.Close()); err != nil {
+			t.Error(err)
+		}
+		waitRemoved(t, gone)
+	})
+}
+
+// TestDeviceOfListenerRemoved removes a device on which a listener waits.
+func TestDeviceOfListenerRemoved(t *testing.T) {
+	withDevice(t, func(t *testing.T, p *Provider, addr netip.Addr) {
+		l, err := p.Listen(netip.AddrPortFrom(addr, 0), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone := removeDevice()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		if _, err := l.Accept(ctx); !errors.Is(err, rdma.ErrClosed) {
+			t.Errorf("accept: %v", err)
+		}
+		waitRemoved(t, gone)
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestOtherDeviceRemoved removes a device, and then another one that was never used.
+func TestOtherDeviceRemoved(t *testing.T) {
+	withDevice(t, func(t *testing.T, p *Provider, addr netip.Addr) {
+		tool(t, "ip", "link", "add", "dummy1un", "type", "dummy")
+		defer tool(t, "ip", "link", "delete", "dummy1un")
+		tool(t, "ip", "link", "set", "dummy1un", "up")
+		tool(t, "rdma", "link", "add", "rxe1un", "type", "rxe", "netdev", "dummy1un")
+		a, b := connectPair(t, p, addr)
+		gone := removeDevice()
+		waitEvent(t, a.id, rdma.EventDeviceRemoved)
+		if err := errors.Join(a.close(), b.close()); err != nil {
+			t.Error(err)
+		}
+		waitRemoved(t, gone)
+		other := make(chan error, 1)
+		go func() { other <- exec.Command("rdma", "link", "delete", "rxe1un").Run() }()
+		select {
+		case err := <-other:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("rdma_rxe waits for this process, which does not use the device")
 		}
 	})
 }

@@ -4,9 +4,10 @@
 //
 // # Threads
 //
-// Each ID, Listener and opened device has one goroutine that reads its events. The
-// descriptors are non-blocking and wait in Go's network poller, so no thread is blocked
-// while nothing happens. Close waits for these goroutines.
+// Each ID and Listener has one goroutine that reads its events, and each opened device has
+// two, which end when the device is removed. The descriptors are non-blocking and wait in Go's
+// network poller, so no thread is blocked while nothing happens. Close waits for these
+// goroutines.
 //
 // The calls that post and poll make one cgo call for each batch, without callbacks into
 // Go, and pass the slices of the caller as they are.
@@ -27,9 +28,8 @@
 //     may never be flushed.
 //  4. Some drivers cannot detach from their users when a device is removed (rdma_rxe
 //     before Linux 7). The removal of such a device, and of the network device under
-//     it, waits until the last ID, PD, CQ and listener on it is closed. If it was the
-//     only RDMA device of the host, the removal waits forever, because librdmacm keeps
-//     the device open until the process ends.
+//     it, waits until the last ID, PD and CQ on it is closed. Device.Removed tells. A
+//     listener on the device closes itself.
 //  5. The libraries survive the removal of a device only in a process that package
 //     [ublk-nvmeof/rdma/verbs/prepare] has prepared. A program has to import it.
 package verbs

@@ -40,12 +40,11 @@ const neighbourMS = 1000
 // of connection management to await, and the events of an established connection to
 // Events.
 type cmID struct {
-	provider *Provider
-	channel  *channel
-	device   *device // set once resolved
-	local    netip.AddrPort
-	remote   netip.AddrPort
-	private  []byte
+	channel *channel
+	device  *device // set once resolved
+	local   netip.AddrPort
+	remote  netip.AddrPort
+	private []byte
 
 	steps chan cmEvent  // answers to steps
 	done  chan struct{} // closed when read has returned
@@ -62,7 +61,7 @@ type cmID struct {
 }
 
 // newID makes an unresolved ID.
-func (p *Provider) newID() (*cmID, error) {
+func newID() (*cmID, error) {
 	ch, err := newChannel()
 	if err != nil {
 		return nil, err
@@ -73,13 +72,13 @@ func (p *Provider) newID() (*cmID, error) {
 		ch.destroy()
 		return nil, missing("create ID", err)
 	}
-	return p.startID(ch, c), nil
+	return startID(ch, c), nil
 }
 
 // startID starts to read the events of c, which arrive on ch.
-func (p *Provider) startID(ch *channel, c *C.struct_rdma_cm_id) *cmID {
+func startID(ch *channel, c *C.struct_rdma_cm_id) *cmID {
 	id := &cmID{
-		provider: p, channel: ch, c: c,
+		channel: ch, c: c,
 		steps:  make(chan cmEvent, 8),
 		done:   make(chan struct{}),
 		events: make(chan rdma.Event, 16),
@@ -91,7 +90,7 @@ func (p *Provider) startID(ch *channel, c *C.struct_rdma_cm_id) *cmID {
 // acceptID makes an ID for a connect request that arrived on a listener's channel, and
 // moves it to a channel of its own. The caller must not have read further events, because
 // those of the new ID could be lost.
-func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
+func acceptID(ev cmEvent) (*cmID, error) {
 	ch, err := newChannel()
 	if err != nil {
 		return nil, errors.Join(err, destroyID(ev.id))
@@ -101,10 +100,10 @@ func (p *Provider) acceptID(ev cmEvent) (*cmID, error) {
 		ch.destroy()
 		return nil, err
 	}
-	id := p.startID(ch, ev.id)
+	id := startID(ch, ev.id)
 	id.private = ev.private
 	id.local, id.remote = addrPort(C.rdma_get_local_addr(ev.id)), addrPort(C.rdma_get_peer_addr(ev.id))
-	d, err := p.device(ev.id)
+	d, err := deviceOf(ev.id)
 	if err != nil {
 		return nil, errors.Join(err, id.Close())
 	}
@@ -149,7 +148,7 @@ func (id *cmID) resolve(ctx context.Context, local netip.Addr, remote netip.Addr
 		}
 	}
 	id.local = addrPort(C.rdma_get_local_addr(id.c))
-	d, err := id.provider.device(id.c)
+	d, err := deviceOf(id.c)
 	if err != nil {
 		return step, err
 	}
@@ -265,7 +264,7 @@ func (id *cmID) deviceRemoved(detail string) {
 	d := id.device
 	id.mu.Unlock()
 	if d != nil {
-		d.removed.Store(true)
+		d.remove()
 	}
 	id.report(rdma.EventDeviceRemoved, detail)
 }
@@ -296,7 +295,7 @@ func (id *cmID) async(ev *C.struct_async_event) {
 			id.report(rdma.EventPortDown, detail)
 		}
 	case C.IBV_EVENT_DEVICE_FATAL:
-		id.deviceRemoved(detail)
+		id.report(rdma.EventDeviceRemoved, detail)
 	}
 }
 

@@ -19,9 +19,9 @@ import (
 // listener reads connect requests on a goroutine of its own, at most one before Accept
 // needs it. The others wait in the kernel, limited by the backlog.
 type listener struct {
-	provider *Provider
 	channel  *channel
 	c        *C.struct_rdma_cm_id
+	device   *device // on which it listens; nil: on all
 	addr     netip.AddrPort
 	requests chan request
 	stop     chan struct{} // closed by Close
@@ -38,15 +38,15 @@ type request struct {
 }
 
 // Listen implements rdma.Provider.
-func (p *Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
-	l, err := p.listen(addr, backlog)
+func (*Provider) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
+	l, err := listen(addr, backlog)
 	if err != nil {
 		return nil, &rdma.StepError{Step: "listen on", Peer: addr, Err: err}
 	}
 	return l, nil
 }
 
-func (p *Provider) listen(addr netip.AddrPort, backlog int) (*listener, error) {
+func listen(addr netip.AddrPort, backlog int) (*listener, error) {
 	s, err := newSockaddr(addr)
 	if err != nil {
 		return nil, err
@@ -67,11 +67,18 @@ func (p *Provider) listen(addr netip.AddrPort, backlog int) (*listener, error) {
 		return nil, err
 	}
 	l := &listener{
-		provider: p, channel: ch, c: c,
+		channel: ch, c: c,
 		addr:     addrPort(C.rdma_get_local_addr(c)),
 		requests: make(chan request),
 		stop:     make(chan struct{}),
 		done:     make(chan struct{}),
+	}
+	if c.verbs != nil {
+		if l.device, err = deviceOf(c); err != nil {
+			err = errors.Join(err, ch.w.close(), destroyID(c))
+			ch.destroy()
+			return nil, err
+		}
 	}
 	go l.read()
 	return l, nil
@@ -87,7 +94,7 @@ func bindListen(c *C.struct_rdma_cm_id, s *sockaddr, backlog int) error {
 	return nil
 }
 
-// read reads requests until Close.
+// read reads requests until Close, or until the device on which it listens is removed.
 func (l *listener) read() {
 	defer close(l.done)
 	for {
@@ -100,10 +107,17 @@ func (l *listener) read() {
 			l.readErr = err
 			return
 		}
-		if ev.kind != C.RDMA_CM_EVENT_CONNECT_REQUEST {
-			continue // a device was added or removed; this does not affect the requests
+		switch {
+		case ev.kind == C.RDMA_CM_EVENT_CONNECT_REQUEST:
+		case ev.kind == C.RDMA_CM_EVENT_DEVICE_REMOVAL && l.device != nil:
+			l.readErr = fmt.Errorf("%w: the RDMA device is removed", rdma.ErrClosed)
+			l.device.remove()
+			go func() { _ = l.Close() }() // the removal waits for it
+			return
+		default:
+			continue // it listens on all devices, and one was removed
 		}
-		id, err := l.provider.acceptID(ev)
+		id, err := acceptID(ev)
 		select {
 		case l.requests <- request{id, err}:
 		case <-l.stop:
@@ -144,6 +158,9 @@ func (l *listener) Close() error {
 		<-l.done
 		l.closeErr = errors.Join(err, destroyID(l.c))
 		l.channel.destroy()
+		if l.device != nil {
+			l.device.put()
+		}
 	})
 	return l.closeErr
 }

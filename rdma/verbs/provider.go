@@ -15,7 +15,6 @@ import (
 	"math"
 	"net/netip"
 	"os"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,10 +27,7 @@ const Supported = true
 
 // Provider implements rdma.Provider with librdmacm. Its methods may be called from any
 // goroutine.
-type Provider struct {
-	mu      sync.Mutex                        // guards devices
-	devices map[*C.struct_ibv_context]*device // devices with references
-}
+type Provider struct{}
 
 // New checks that the connection manager and at least one RDMA device are available. The
 // error names the first missing thing.
@@ -39,7 +35,7 @@ func New() (*Provider, error) {
 	if err := probe(); err != nil {
 		return nil, fmt.Errorf("verbs: %w", err)
 	}
-	return &Provider{devices: make(map[*C.struct_ibv_context]*device)}, nil
+	return &Provider{}, nil
 }
 
 // probe checks the requirements in the order of their dependencies, and opens the
@@ -82,8 +78,8 @@ func missing(what string, err error) error {
 func (*Provider) Name() string { return "verbs" }
 
 // Resolve implements rdma.Provider.
-func (p *Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (rdma.ID, error) {
-	id, err := p.newID()
+func (*Provider) Resolve(ctx context.Context, local netip.Addr, remote netip.AddrPort, tos int) (rdma.ID, error) {
+	id, err := newID()
 	if err != nil {
 		return nil, &rdma.StepError{Step: "open connection to", Peer: remote, Err: err}
 	}

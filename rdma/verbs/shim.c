@@ -5,9 +5,11 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <glob.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 void load_driver(const char *name)
 {
@@ -259,11 +261,9 @@ struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access)
 	return ibv_reg_mr(pd, addr, length, access);
 }
 
-// librdmacm closes the context of a removed device with the last ID on it, although
-// protection domains, queues and memory regions may still use the context. One more
-// ID, bound to the same address and never used, keeps the context open. hold_device
-// returns NULL if the address now belongs to another device.
-struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
+// hold_device returns one more ID on the same device, bound to the same address. It returns NULL
+// if the address now belongs to another device.
+struct rdma_cm_id *hold_device(struct rdma_cm_id *id, struct rdma_event_channel *channel)
 {
 	struct sockaddr_storage addr = id->route.addr.src_storage;
 	struct rdma_cm_id *hold;
@@ -272,7 +272,7 @@ struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
 		((struct sockaddr_in6 *)&addr)->sin6_port = 0;
 	else
 		((struct sockaddr_in *)&addr)->sin_port = 0;
-	if (rdma_create_id(NULL, &hold, NULL, RDMA_PS_TCP))
+	if (rdma_create_id(channel, &hold, NULL, RDMA_PS_TCP))
 		return NULL;
 	if (rdma_bind_addr(hold, (struct sockaddr *)&addr) || hold->verbs != id->verbs) {
 		rdma_destroy_id(hold);
@@ -281,13 +281,18 @@ struct rdma_cm_id *hold_device(struct rdma_cm_id *id)
 	return hold;
 }
 
-// librdmacm looks for removed devices only when it is asked for an unknown device, or
-// for all devices. Until then, a driver that cannot detach from its users waits for
-// the context of its device to be closed.
-void forget_removed_devices(void)
+// A driver that cannot detach from its users waits until the context of a removed device is
+// closed. librdmacm, to which the context belongs, closes it only when it meets another device
+// that it does not know, which may never happen. rdma_get_devices would make it look for removed
+// devices, but also open all others. So detach_device ends what the kernel has of the context:
+// /dev/null takes the place of its descriptors until librdmacm closes them.
+void detach_device(struct ibv_context *context)
 {
-	struct ibv_context **devices = rdma_get_devices(NULL);
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 
-	if (devices)
-		rdma_free_devices(devices);
+	if (null < 0)
+		return;
+	dup3(null, context->cmd_fd, O_CLOEXEC);
+	dup3(null, context->async_fd, O_CLOEXEC);
+	close(null);
 }

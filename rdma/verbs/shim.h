@@ -100,7 +100,7 @@ int cm_connect(struct rdma_cm_id *id, const struct conn *conn); // 0 or errno
 int cm_accept(struct rdma_cm_id *id, const struct conn *conn);  // 0 or errno
 
 struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length, int access);
-struct rdma_cm_id *hold_device(struct rdma_cm_id *id);
-void forget_removed_devices(void);
+struct rdma_cm_id *hold_device(struct rdma_cm_id *id, struct rdma_event_channel *channel);
+void detach_device(struct ibv_context *context);
 
 #endif
