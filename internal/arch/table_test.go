@@ -82,6 +82,8 @@ var table = map[string]row{
 	"examples/diskcat": {may: []string{"disk"}, testing: []string{"rdma/roce", "target"}},
 	"examples/vmm":     {may: []string{"disk", "vhost"}, testing: []string{"rdma/rdmatest", "target", "vhost/vhosttest"}},
 
+	"examples/sharemem": {may: []string{sys}},
+
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
 	"docs":              {}, // what the program reads of its documents
