@@ -88,15 +88,15 @@ test-unit: setup
 	unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt would change:" $$unformatted; exit 1; }
 	go vet ./...
 	go -C e2e vet ./...
-	# Much of it is waiting, so more packages at a time than there may be CPUs.
-	UN_REQUIRE=nbd-clients,netns,prometheus,promtool go test -race -p 4 -shuffle=on ./...
+	# Much of it is waiting, so more packages and tests at a time than there may be CPUs.
+	UN_REQUIRE=nbd-clients,netns,prometheus,promtool go test -race -p 4 -parallel 4 -shuffle=on ./...
 	# What allocates nothing is to do so without the detector, too, and times count without it.
 	go test -run 'Alloc|ScrapeTime' ./...
 	go -C e2e test ./vm ./soak
 	e2e/readme.sh
 
 # One VM per kernel, all at the same time, because many tests wait most of the time. The short
-# run on Linux 6.1 follows the last of them. Each kernel runs its share of what does not depend
+# run on Linux 6.1 follows the first of them. Each kernel runs its share of what does not depend
 # on the kernel. The VM has a time limit and shows what hangs.
 test-vm: build
 	missing="$(filter-out $(VM_DIRS),$(NEEDING_DIRS))"; [ -z "$$missing" ] || { echo "not in VM_TESTS: $$missing"; exit 1; }
@@ -113,7 +113,7 @@ test-vm: build
 	share=0; for k in $(KERNELS); do \
 		export UN_SHARE=$$((share++))/$(words $(KERNELS)); \
 		{ code=0; vm $$k '$(RUN)' || code=1; \
-		[ $$k != $(lastword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
+		[ $$k != $(firstword $(KERNELS)) ] || vm 6.1 '^TestScenarios$$/^nbd$$' || code=1; exit $$code; } & \
 		pids+=" $$!"; \
 	done; \
 	failed=; for pid in $$pids; do wait $$pid || failed=1; done; [ -z "$$failed" ] || { \

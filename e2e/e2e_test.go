@@ -79,11 +79,11 @@ func run(t *testing.T, name string, args ...string) string {
 }
 
 // shared are the scenarios that do not depend on the kernel: they are about this program
-// and its own target, or about what it prints. With several kernels, each one runs its
+// and its own target, about packets on the wire, or about what the program prints. With several kernels, each one runs its
 // share of the groups (UN_SHARE), which take about the same time.
 var shared = [...][]string{
-	{"discovery", "hostile", "metrics", "soak", "soak-grants"},
-	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "multipath-ports", "nvme-cli", "soak-frozen"},
+	{"discovery", "hostile", "interface", "metrics", "roce-loss", "soak", "soak-grants"},
+	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "lost-acks", "mtu", "multipath-ports", "nvme-cli", "roce-reorder", "soak-frozen"},
 }
 
 // anothers returns the scenarios that other kernels run.

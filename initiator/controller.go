@@ -519,7 +519,7 @@ func (c *Controller) listen(ctx context.Context, a *association) {
 		done, err := a.admin.do(ctx, &cmd)
 		if err != nil {
 			if ctx.Err() == nil && errors.As(err, new(nvme.Status)) {
-				c.cfg.Log.Warn("target refused an asynchronous event request", "error", err)
+				c.sub.reports.Warn("target refused an asynchronous event request", "error", err)
 			}
 			return
 		}
@@ -533,12 +533,12 @@ func (c *Controller) listen(ctx context.Context, a *association) {
 }
 
 func (c *Controller) handleEvent(ctx context.Context, a *association, ev nvme.AsyncEvent) {
-	c.cfg.Log.Info("asynchronous event", "event", ev.String())
+	c.sub.reports.Info("asynchronous event", "event", ev.String())
 	if page := ev.LogPage(); page != 0 {
 		// Reading the page enables the event again. The namespaces are looked at
 		// even if this fails.
 		if err := c.readLog(ctx, a, page); err != nil && ctx.Err() == nil {
-			c.cfg.Log.Warn("read log page of an event", "page", page, "error", err)
+			c.sub.reports.Warn("read log page of an event", "page", page, "error", err)
 		}
 	}
 	switch {

@@ -97,7 +97,7 @@ func (c *Controller) watchNamespaces(ctx context.Context, a *association) {
 		before := c.sub.presences()
 		var err error
 		if complete, err = c.look(ctx, a); err != nil && ctx.Err() == nil {
-			c.cfg.Log.Warn("look at namespaces", "error", err)
+			c.sub.reports.Warn("look at namespaces", "error", err)
 		}
 		complete = complete && a.settled
 		c.sub.expireHeld(time.Now())
@@ -198,7 +198,7 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 			}
 		case errors.As(err, &unusable):
 			a.found[id] = true
-			c.cfg.Log.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
+			c.sub.reports.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
 			c.sub.lack(c, id, unusable.Error())
 		case errors.Is(err, errInactive):
 			delete(there, id)
@@ -237,7 +237,7 @@ func (c *Controller) tolerate(a *association, step string, err error) error {
 			level = slog.LevelDebug
 		}
 		a.reported[step], a.unknown = true, fmt.Errorf("%s: %w", step, err)
-		c.cfg.Log.Log(context.Background(), level, "information about namespaces is missing; asking again", "step", step, "error", err)
+		c.sub.reports.Log(context.Background(), level, "information about namespaces is missing; asking again", "step", step, "error", err)
 		return nil
 	}
 	return fmt.Errorf("%s: %w", step, err)
@@ -268,7 +268,7 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 			s.confirm(c, a, ns, f)
 			return true
 		case answer == unknown && ns.presence.Load() != gone:
-			s.cfg.Log.Warn("namespace cannot be recognized", "nsid", ns.id, "reason", reason)
+			s.reports.Warn("namespace cannot be recognized", "nsid", ns.id, "reason", reason)
 			return false
 		case answer == different:
 			s.remove(ns, reason)
@@ -279,7 +279,7 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 		return false
 	}
 	if len(s.Namespaces()) >= maxNamespaces {
-		s.cfg.Log.Warn("namespace left out", "nsid", f.id, "reason", fmt.Sprintf("there are %d already", maxNamespaces))
+		s.reports.Warn("namespace left out", "nsid", f.id, "reason", fmt.Sprintf("there are %d already", maxNamespaces))
 		return true
 	}
 	ns := &Namespace{
@@ -334,7 +334,7 @@ func (c *Controller) refuse(a *association, nsid uint32, reason string) {
 	a.refused[nsid] = err
 	c.mu.Unlock()
 	if !known {
-		c.cfg.Log.Warn("namespace refused over a path", "nsid", nsid, "address", a.remote.String(), "reason", reason)
+		c.sub.reports.Warn("namespace refused over a path", "nsid", nsid, "address", a.remote.String(), "reason", reason)
 	}
 }
 
@@ -401,7 +401,7 @@ func (s *Subsystem) lack(c *Controller, id uint32, reason string) {
 		}
 		switch last := ns.withdraw(c.slot); {
 		case !last:
-			s.cfg.Log.Warn("a path has lost a namespace", "nsid", id, "slot", c.slot, "reason", reason)
+			s.reports.Warn("a path has lost a namespace", "nsid", id, "slot", c.slot, "reason", reason)
 		case s.keptBy(ns, c):
 			ns.hold(time.Now())
 		default:
@@ -422,10 +422,10 @@ func (s *Subsystem) doubt(c *Controller, when time.Time) {
 // reportLimits logs changes of limits for which open queues must compensate.
 func (s *Subsystem) reportLimits(ns *Namespace, was, now block.Geometry) {
 	if now.VolatileCache && !was.VolatileCache {
-		s.cfg.Log.Warn("namespace has a volatile cache now; writes of devices without a cache bypass it", "nsid", ns.id)
+		s.reports.Warn("namespace has a volatile cache now; writes of devices without a cache bypass it", "nsid", ns.id)
 	}
 	if now.MaxIO < was.MaxIO || now.MaxDiscardSectors < was.MaxDiscardSectors || now.MaxZeroesSectors < was.MaxZeroesSectors {
-		s.cfg.Log.Warn("limits of namespace have shrunk; larger requests are split", "nsid", ns.id, "max_io", now.MaxIO,
+		s.reports.Warn("limits of namespace have shrunk; larger requests are split", "nsid", ns.id, "max_io", now.MaxIO,
 			"max_discard_sectors", now.MaxDiscardSectors, "max_zeroes_sectors", now.MaxZeroesSectors)
 	}
 }
@@ -479,7 +479,7 @@ func (s *Subsystem) changed(ns *Namespace, what Change, detail string) {
 	if !connected {
 		return // Connect returns all namespaces
 	}
-	s.cfg.Log.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
+	s.reports.Warn("namespace "+what.String(), "nsid", ns.id, "detail", detail) //nolint:sloglint // one of a few
 	if s.cfg.Changed != nil {
 		s.cfg.Changed(ns, what)
 	}

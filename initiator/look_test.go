@@ -1,8 +1,12 @@
 package initiator
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -10,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma/rdmatest"
@@ -221,6 +226,29 @@ func TestLateNamespaces(t *testing.T) {
 		}
 		s.expect(t, "1 removed")
 	})
+}
+
+// TestEventFlood checks that a target cannot fill the log with events.
+func TestEventFlood(t *testing.T) {
+	var mu sync.Mutex
+	var out bytes.Buffer
+	s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) {
+		cfg.Log = slog.New(slog.NewTextHandler(lockedWriter{&mu, &out}, nil))
+	})
+	const more = 20
+	for range loglimit.Burst + more {
+		s.target.change(func() {})
+	}
+	waitFor(t, "the events", func() bool {
+		s.target.mu.Lock()
+		defer s.target.mu.Unlock()
+		return len(s.target.events) == 0
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	if n := strings.Count(out.String(), "asynchronous event"); n > loglimit.Burst+more/2 {
+		t.Errorf("%d of %d events were logged", n, loglimit.Burst+more)
+	}
 }
 
 // TestUnansweredLook checks that a look without an answer ends the association, and that

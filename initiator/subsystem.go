@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/nvme"
 )
 
@@ -18,6 +20,7 @@ import (
 // memory. Each of its controllers is a path to the namespaces.
 type Subsystem struct {
 	cfg     Config
+	reports *slog.Logger // cfg.Log with a limit, for what a target can cause at any rate
 	pollMax uint32
 	lanes   []*lane
 	start   time.Time               // origin of now
@@ -99,7 +102,7 @@ func newSubsystem(cfg Config) *Subsystem {
 	}
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	s := &Subsystem{
-		cfg: cfg, pollMax: uint32(cfg.PollMaxBytes), start: time.Now(), since: time.Now(),
+		cfg: cfg, reports: loglimit.New(cfg.Log), pollMax: uint32(cfg.PollMaxBytes), start: time.Now(), since: time.Now(),
 		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{limit: cfg.MaxMemory}, queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), keys: cfg.Credentials,
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
@@ -425,12 +428,12 @@ func (s *Subsystem) stateOf(paths []PathInfo) (State, time.Time) {
 
 // reportStatus logs a request that fails with an error status.
 func (s *Subsystem) reportStatus(r *request, status nvme.Status) {
-	s.cfg.Log.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
+	s.reports.Error("I/O error", "op", r.io.Op.String(), "nsid", r.home.ns.id,
 		"sector", r.io.Sector, "sectors", r.io.Sectors, "status", status.String(), "tries", r.tries)
 }
 
 // reportBlame logs a request that fails because it is blamed for lost associations.
 func (s *Subsystem) reportBlame(r *request) {
-	s.cfg.Log.Error("I/O error: the association was lost each time that the request was sent", "op", r.io.Op.String(),
+	s.reports.Error("I/O error: the association was lost each time that the request was sent", "op", r.io.Op.String(),
 		"nsid", r.home.ns.id, "sector", r.io.Sector, "sectors", r.io.Sectors, "losses", r.losses)
 }

@@ -136,8 +136,8 @@ If the address is a host name, each of its addresses is tried until one accepts
 the connection.
 
 If a server of this host serves the subsystem already, the address becomes a further
-path of its devices (see --path). With --duplicate-connect the subsystem gets another
-server and other devices.
+path of its devices (see --path). If such a server has died, the new one takes over its
+devices. With --duplicate-connect the subsystem gets another server and other devices.
 
 Invalid values are refused before anything else happens. Sizes are written like
 64KiB (units of 1024) or 64k (units of 1000).`,
@@ -186,13 +186,16 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
-	if s, joined, err := c.join(ctx, dir); joined || err != nil {
-		if err != nil {
-			return err
-		}
-		return c.show(cmd.OutOrStdout(), s)
+	s, joined, err := c.join(ctx, dir)
+	if !joined && err == nil {
+		s, err = startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
 	}
-	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
+	if exit.Of(err) == exit.AlreadyServed && !joined {
+		// Another connect may have started a server meanwhile, by another address.
+		if status, joined, jerr := c.join(ctx, dir); joined {
+			s, err = status, jerr
+		}
+	}
 	if err != nil {
 		return c.settle(cmd, dir, err)
 	}

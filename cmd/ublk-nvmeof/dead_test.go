@@ -90,23 +90,10 @@ type site struct {
 	close  func()
 }
 
-var (
-	sitesMu sync.Mutex
-	sites   int
-)
-
 // newSite makes a target with a subsystem for each NQN, which have no namespaces yet.
 func newSite(t *testing.T, nqns ...string) *site {
 	t.Helper()
-	sitesMu.Lock()
-	sites++
-	n := sites
-	sitesMu.Unlock()
-	pid := os.Getpid()
-	s := &site{t: t, dir: runDir(t), addr: netip.AddrFrom4([4]byte{127, byte(130 + pid>>16&0x3f), byte(pid >> 8), byte(pid)}).Next()}
-	for range n {
-		s.addr = s.addr.Next()
-	}
+	s := &site{t: t, dir: runDir(t), addr: anotherLoopback()}
 	s.open(nqns...)
 	t.Cleanup(func() { s.close() })
 	t.Cleanup(s.endServers)
@@ -355,6 +342,7 @@ func (s *site) run(args ...string) error {
 // TestClientsStayWithTheirDisk: the client of a server that died never comes to
 // another subsystem, whatever is done meanwhile.
 func TestClientsStayWithTheirDisk(t *testing.T) {
+	t.Parallel()
 	const a, b = "nqn.2026-01.org.example:a", "nqn.2026-01.org.example:b"
 	s := newSite(t, a, b)
 	s.put(a, newDisk("disk a"))
@@ -406,6 +394,7 @@ func TestClientsStayWithTheirDisk(t *testing.T) {
 // TestRecoverAnotherNamespace: a namespace that took the id of another one is not
 // served to the clients of that.
 func TestRecoverAnotherNamespace(t *testing.T) {
+	t.Parallel()
 	const nqn = "nqn.2026-01.org.example:a"
 	s := newSite(t, nqn)
 	s.put(nqn, newDisk("disk a"))
@@ -440,6 +429,7 @@ func TestRecoverAnotherNamespace(t *testing.T) {
 // TestRecordsStay: what a dead server left is there until it is recovered or given up,
 // and a recovery that fails says so.
 func TestRecordsStay(t *testing.T) {
+	t.Parallel()
 	const a, b = "nqn.2026-01.org.example:a", "nqn.2026-01.org.example:b"
 	s := newSite(t, a, b)
 	disks := map[string]*disk{a: newDisk("disk a"), b: newDisk("disk b")}

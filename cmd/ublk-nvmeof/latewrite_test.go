@@ -34,9 +34,7 @@ func newLate(t *testing.T, nqn string) *late {
 	t.Helper()
 	l := &late{site: newSite(t, nqn), nqn: nqn, disk: newDisk("nothing")}
 	l.put(nqn, l.disk)
-	b := l.addr.As4()
-	b[1] ^= 0x80
-	l.second = netip.AddrFrom4(b)
+	l.second = anotherLoopback()
 	p, err := roce.New(roce.Config{Addrs: []netip.Addr{l.second}})
 	if err != nil {
 		t.Fatal(err)
@@ -193,6 +191,7 @@ func TestLateWrite(t *testing.T) {
 // work again over the first path that is back, with another controller id, and that the server gives
 // up after --ctrl-loss-tmo and says how to go on.
 func TestAllPathsAway(t *testing.T) {
+	t.Parallel()
 	const nqn = "nqn.2026-01.org.example:away"
 	l := newLate(t, nqn)
 	status := func() control.Status {

@@ -18,9 +18,9 @@ import (
 	"ublk-nvmeof/initiator"
 )
 
-// join adds the address of the options as a path to the server that serves the subsystem
-// already. It returns false if there is no such server, if it has this address, or if another
-// device is wanted.
+// join adds the address of the options as a path to the server that serves the subsystem, or
+// is connecting to it. It returns false if there is no such server, if it has this address, if
+// it ends meanwhile, or if another device is wanted.
 func (c *connection) join(ctx context.Context, dir state.Dir) (control.Status, bool, error) {
 	none := control.Status{}
 	if c.opts.Duplicate {
@@ -53,6 +53,9 @@ func (c *connection) join(ctx context.Context, dir state.Dir) (control.Status, b
 			continue
 		}
 		if err := client.AddPath(limited, p.String()); err != nil {
+			if now, ferr := dir.Find(r.Name); ferr != nil || !now.Alive || now.Process != r.Process {
+				return none, false, nil
+			}
 			return none, true, fmt.Errorf("%s serves %s already, and the path cannot be added: %w; --duplicate-connect makes another device", r.Name, c.opts.NQN, err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,12 +35,11 @@ type twoPorts struct {
 
 func newTwoPorts(t *testing.T) *twoPorts {
 	t.Helper()
-	dir, near := runDir(t), loopback()
+	dir, near, second := runDir(t), anotherLoopback().String(), anotherLoopback().String()
 	run := func(args ...string) (string, string, exit.Code) {
 		t.Helper()
 		return execProgram(t, append([]string{"--run-dir", dir}, args...)...)
 	}
-	second := after(t, near, 1)
 	if _, stderr, code := run("target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"); code != exit.OK {
 		t.Fatal(stderr)
 	}
@@ -96,9 +96,18 @@ func (p *twoPorts) kill(name string) {
 	}
 }
 
+// recover recovers the dead server, which says what it waits for.
+func (p *twoPorts) recover() {
+	p.t.Helper()
+	if _, stderr, code := p.run("recover", inspectedNQN); code != exit.OK {
+		p.t.Fatal(stderr)
+	}
+}
+
 // TestRemovePathWithoutFarewell removes a path whose target does not answer the shutdown. The path
 // is gone for this server and for the next one.
 func TestRemovePathWithoutFarewell(t *testing.T) {
+	t.Parallel()
 	p := newTwoPorts(t)
 	defer p.close()
 	p.ok(p.connectFlags("-a", p.first, "--path", p.second)...)
@@ -108,12 +117,60 @@ func TestRemovePathWithoutFarewell(t *testing.T) {
 	p.live(1)
 	p.ok("target", "clear")
 	p.kill(s.Name)
-	if _, stderr, code := p.run("recover", inspectedNQN); code != exit.OK {
-		t.Fatal(stderr)
-	}
+	p.recover()
 	if s := p.live(1); s.Paths[0].TrAddr != p.first {
 		t.Errorf("%+v", s.Paths)
 	}
+}
+
+// TestConnectRecoversByAnotherAddress kills a server and connects to its subsystem by another
+// address, which its record may have as a path. The new server has the same device.
+func TestConnectRecoversByAnotherAddress(t *testing.T) {
+	for name, flags := range map[string]func(*twoPorts) []string{
+		"second path": func(p *twoPorts) []string { return []string{"--path", p.second} },
+		"new address": func(*twoPorts) []string { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newTwoPorts(t)
+			defer p.close()
+			p.ok(p.connectFlags(append(flags(p), "-a", p.first)...)...)
+			before := p.status()
+			p.kill(before.Name)
+			if out, stderr, code := p.run(p.connectFlags("-a", p.second)...); code != exit.OK || !strings.Contains(out, before.Devices[0].Device) {
+				t.Errorf("connect: exit code %d, %q, %s; the device is %s", code, out, stderr, before.Devices[0].Device)
+			}
+			if now := p.live(1); now.Name != before.Name || now.Paths[0].TrAddr != p.second {
+				t.Errorf("%s, was %s: %+v", now.Name, before.Name, now.Paths)
+			}
+			p.kill(before.Name)
+			p.recover()
+			if now := p.live(1); now.Paths[0].TrAddr != p.second {
+				t.Errorf("recovered: %+v", now.Paths)
+			}
+		})
+	}
+}
+
+// TestConnectsAtOnce connects to a subsystem by two addresses at the same time: one server has
+// both paths, and its successor, too.
+func TestConnectsAtOnce(t *testing.T) {
+	t.Parallel()
+	p := newTwoPorts(t)
+	defer p.close()
+	var both sync.WaitGroup
+	for _, address := range []string{p.first, p.second} {
+		both.Go(func() {
+			if _, stderr, code := p.run(p.connectFlags("-a", address)...); code != exit.OK {
+				t.Errorf("connect to %s: %s", address, stderr)
+			}
+		})
+	}
+	both.Wait()
+	s := p.live(2)
+	p.kill(s.Name)
+	p.recover()
+	p.live(2)
 }
 
 // TestPathWithoutNamespace: a request whose path does not have the namespace any more goes over
@@ -191,6 +248,7 @@ func TestConnectAddsPath(t *testing.T) {
 // TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one
 // cannot be reached.
 func TestRecoverKeepsPaths(t *testing.T) {
+	t.Parallel()
 	p := newTwoPorts(t)
 	defer p.close()
 	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--path", "127.200.0.1,4999", "--policy", "round-robin")...)
@@ -226,6 +284,7 @@ func TestRecoverKeepsPaths(t *testing.T) {
 // TestPolicyIsKept checks that the policy, the preferred path and the fence are those of the next
 // server as well, also if it connects over another path first.
 func TestPolicyIsKept(t *testing.T) {
+	t.Parallel()
 	p := newTwoPorts(t)
 	defer p.close()
 	p.ok(p.connectFlags("-a", p.first, "--path", p.second, "--policy", "preferred", "--preferred", p.second, "--fence", "none")...)

@@ -16,6 +16,7 @@ import (
 // dead server does not keep the others waiting. With --timeout it gives up in time, and
 // can be tried again.
 func TestRecoverAll(t *testing.T) {
+	t.Parallel()
 	nqns := []string{"nqn.2026-01.org.example:a", "nqn.2026-01.org.example:b"}
 	s := newSite(t, nqns...)
 	var free []func()
@@ -82,6 +83,7 @@ func TestRunningAreNamedOnce(t *testing.T) {
 // A server that is stopped is waited for as long as disconnect says, with its process
 // and the way out.
 func TestDisconnectSaysWhatItWaitsFor(t *testing.T) {
+	t.Parallel()
 	defer func(d time.Duration) { orderlyTime = d }(orderlyTime)
 	orderlyTime = sayAfter + time.Second
 	const nqn = "nqn.2026-01.org.example:stopped"

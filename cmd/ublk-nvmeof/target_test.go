@@ -4,8 +4,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -17,6 +19,15 @@ import (
 func loopback() string {
 	pid := os.Getpid()
 	return fmt.Sprintf("127.%d.%d.%d", 1+pid>>16&0x7f, pid>>8&0xff, 1+pid%250)
+}
+
+// calls counts the calls of anotherLoopback.
+var calls atomic.Uint32
+
+// anotherLoopback is an address of its caller alone, for tests that run in parallel.
+func anotherLoopback() netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, byte(128 + calls.Add(1)%127), byte(pid >> 8), byte(pid)})
 }
 
 // TestTarget is a target in the background and everything that changes it.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -211,8 +212,15 @@ func registry(servers func() []control.Status) *prometheus.Registry {
 	return r
 }
 
-// clean makes a label of text that a target may have chosen.
-func clean(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+// clean makes a label of text that a target may have chosen. A terminal may show it.
+func clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
 
 // sorted are the keys of a map in order.
 func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -171,7 +172,7 @@ func TestDown(t *testing.T) {
 
 // TestHostileText: what a target says about itself cannot break the exposition.
 func TestHostileText(t *testing.T) {
-	const nasty = "a\"b\\c\n# TYPE x counter\nx 1 \xff\x00"
+	const nasty = "a\"b\\c\n# TYPE x counter\nx 1 \xff\x00\x1b[2J\u202e"
 	s := server("ctrl0", 1)
 	s.Model, s.Serial, s.Firmware, s.NQN, s.Devices[0].Device = nasty, nasty, nasty, nasty, nasty
 	s.Outages.Losses[nasty] = 1
@@ -179,6 +180,7 @@ func TestHostileText(t *testing.T) {
 	if err := Write(&b, []control.Status{s}); err != nil {
 		t.Fatal(err)
 	}
+	out := b.String()
 	p := expfmt.NewTextParser(model.UTF8Validation)
 	families, err := p.TextToMetricFamilies(&b)
 	if err != nil {
@@ -186,6 +188,9 @@ func TestHostileText(t *testing.T) {
 	}
 	if families["x"] != nil || len(families) != len(all) {
 		t.Errorf("%d metrics", len(families))
+	}
+	if text := strings.ReplaceAll(out, "\n", ""); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		t.Errorf("a terminal would obey %q", text)
 	}
 }
 

@@ -119,6 +119,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	s.sub, s.path = sub, path
 	s.policy, s.preferred = s.opts.Policy, s.opts.Preferred
 	s.mu.Unlock()
+	close(s.linked)
 	s.depth = path.QueueSize
 	if err := s.connectPaths(ctx, further); err != nil {
 		return nil, s.explain(ctx, err)
@@ -223,10 +224,9 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		return err
 	}
 	if len(devices) > 0 {
-		if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), devices); err != nil {
+		if err := s.takenOver(devices); err != nil {
 			return err
 		}
-		s.waiting = nil
 		s.acceptClients()
 		for _, ns := range found {
 			if !slices.ContainsFunc(known, func(d state.Device) bool { return d.NSID == ns.nsid }) {
@@ -235,15 +235,27 @@ func (s *server) serveNamespaces(ctx context.Context, found []namespace) error {
 		}
 		return nil
 	}
-	if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), nil); err != nil {
+	if err := s.takenOver(nil); err != nil {
 		return err
 	}
-	s.waiting = nil
 	chosen, err := s.choose(found)
 	if err != nil {
 		return err
 	}
 	return s.startDevices(ctx, chosen)
+}
+
+// takenOver records that this server serves all devices of an inherited record, with its own
+// flags and the paths that were added or removed on request since it connected.
+func (s *server) takenOver(devices []state.Device) error {
+	if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), devices); err != nil {
+		return err
+	}
+	s.waiting = nil
+	if len(s.sub.Paths()) == 1+len(s.opts.Paths) {
+		return nil
+	}
+	return s.recordPaths()
 }
 
 // choose returns the namespaces to serve.

@@ -138,11 +138,11 @@ func (s *server) AddPath(ctx context.Context, r control.PathRequest) error {
 	if err != nil {
 		return exit.Errorf(exit.Usage, "path %q: %v", r.Path, err)
 	}
-	if _, err := s.connected(); err != nil {
-		return err
-	}
 	within, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
+	if err := s.awaitConnected(within); err != nil {
+		return err
+	}
 	err = s.addPath(within, p)
 	switch {
 	case errors.Is(err, initiator.ErrPathExists):

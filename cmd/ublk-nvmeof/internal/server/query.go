@@ -79,6 +79,17 @@ func (s *server) connected() (subsystem, error) {
 	return s.sub, nil
 }
 
+// awaitConnected waits until the server has connected.
+func (s *server) awaitConnected(ctx context.Context) error {
+	select {
+	case <-s.linked:
+	case <-s.ended:
+	case <-ctx.Done():
+	}
+	_, err := s.connected()
+	return err
+}
+
 // during names the command that an error of explainRefusal is about.
 func during(what string, err error) error {
 	if err == nil {

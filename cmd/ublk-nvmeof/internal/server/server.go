@@ -113,6 +113,7 @@ type server struct {
 	aborted bool                    // guarded by changes: requests in flight were aborted
 	ending  atomic.Bool             // the parts below the devices are ending
 	ended   chan struct{}           // closed when closed is set
+	linked  chan struct{}           // closed when sub is set
 	pending []*pending              // pending changes of namespaces; guarded by changes
 
 	mu        sync.Mutex // guards what follows
@@ -143,7 +144,7 @@ type serving struct {
 func run(ctx context.Context, cfg Config, back backend) error {
 	s := &server{
 		cfg: cfg, opts: cfg.Options, log: cfg.Log, back: back,
-		changes: make(chan struct{}, 1), ended: make(chan struct{}),
+		changes: make(chan struct{}, 1), ended: make(chan struct{}), linked: make(chan struct{}),
 		news: make(chan struct{}, 1), noDevice: make(chan struct{}),
 	}
 	starting, cancel := context.WithCancelCause(ctx)

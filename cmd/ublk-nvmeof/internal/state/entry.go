@@ -13,7 +13,7 @@ import (
 	"ublk-nvmeof/internal/rundir"
 )
 
-// DuplicateError is the error for a target to which another server is connected or
+// DuplicateError is the error for a subsystem to which another server is connected or
 // connecting.
 type DuplicateError struct{ Record Record }
 
@@ -33,13 +33,17 @@ type Entry struct {
 	Unreadable []error
 
 	root Dir
+	// home is the directory of the record. If somebody removes the directory, another
+	// server may get its name, and this one must not write there.
+	home *os.Root
 }
 
 // Reserve takes a name for the calling process, which is about to connect to target.
-// Unless duplicate is set, the error is a *DuplicateError if a live server has the same
-// target, and the record of a dead server with the same target becomes the record of
-// the caller. Controllers of the Entry are those of all dead servers of the subsystem.
-// The caller must wait for their end.
+// Unless duplicate is set, the error is a *DuplicateError if a live server serves the
+// subsystem, at whatever address, and the record of a dead server of the subsystem becomes
+// the record of the caller: that of a server with the same target, if there is one, and
+// otherwise the first. Controllers of the Entry are those of all dead servers of the
+// subsystem. The caller must wait for their end.
 func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicate bool) (*Entry, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -65,10 +69,10 @@ func (d Dir) Reserve(ctx context.Context, target Target, args []string, duplicat
 			return nil, fmt.Errorf("%s is a record of the same subsystem: %w", r.Name, r.Err)
 		case r.Err != nil:
 			unreadable = append(unreadable, r.Err)
-		case r.Target != target || duplicate:
+		case !r.Target.sameSubsystem(target) || duplicate:
 		case r.Alive:
 			return nil, &DuplicateError{r}
-		case heirless == nil:
+		case heirless == nil || heirless.Target != target && r.Target == target:
 			heirless = &r
 		}
 	}
@@ -125,6 +129,9 @@ func (d Dir) inherit(ctx context.Context, name string, allowed func(r Record, se
 func (e *Entry) adopt(by Process, records []Record) error {
 	if err := os.Remove(e.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove a dead server's socket: %w", err)
+	}
+	if _, err := e.open(); err != nil {
+		return err
 	}
 	e.Inherited, e.Alive = true, true
 	e.Process, e.Phase = by, Connecting
@@ -215,9 +222,8 @@ func (e *Entry) Forget(ctx context.Context, ended []Controller) error {
 		if len(kept) == len(r.Controllers) {
 			continue
 		}
-		dead := Entry{Record: r}
-		dead.Controllers = kept
-		if err := dead.Save(); err != nil {
+		r.Controllers = kept
+		if err := writeFile(filepath.Join(r.dir, stateFile), r.State, public); err != nil {
 			return err
 		}
 	}
@@ -225,7 +231,40 @@ func (e *Entry) Forget(ctx context.Context, ended []Controller) error {
 }
 
 // Save replaces the saved state atomically.
-func (e *Entry) Save() error { return writeFile(filepath.Join(e.dir, stateFile), e.State, public) }
+func (e *Entry) Save() error {
+	home, err := e.open()
+	if err != nil {
+		return err
+	}
+	return writeIn(home, stateFile, e.State, public)
+}
+
+// open opens the directory of the record, once.
+func (e *Entry) open() (*os.Root, error) {
+	if e.home != nil {
+		return e.home, nil
+	}
+	home, err := os.OpenRoot(e.dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the record of %s: %w", e.Name, err)
+	}
+	e.home = home
+	return home, nil
+}
+
+// there reports whether the name still leads to the directory of the record.
+func (e *Entry) there() bool {
+	home, err := e.open()
+	if err != nil {
+		return false
+	}
+	own, err := home.Stat(".")
+	if err != nil {
+		return false
+	}
+	now, err := os.Lstat(e.dir)
+	return err == nil && os.SameFile(own, now)
+}
 
 // Retire removes the record of the calling process, which is about to end. unfinished
 // are the controllers that the target may still have. The next server of the subsystem
@@ -236,7 +275,10 @@ func (e *Entry) Retire(ctx context.Context, unfinished []Controller) error {
 		return err
 	}
 	defer unlock()
-	return e.root.remove(e.Record, unfinished)
+	if err := e.root.keep(e.Record, unfinished); err != nil || !e.there() {
+		return err
+	}
+	return e.root.remove(e.Record)
 }
 
 // Clear removes the record of a dead server if ended reports that none of its devices is
@@ -263,21 +305,28 @@ func (d Dir) Clear(ctx context.Context, name string, ended func(context.Context,
 	if done, err := ended(ctx, r); !done {
 		return false, err
 	}
-	return true, d.remove(r, r.Controllers)
+	if err := d.keep(r, r.Controllers); err != nil {
+		return true, err
+	}
+	return true, d.remove(r)
+}
+
+// keep keeps the controllers of a record that is about to be removed. The caller holds the
+// lock.
+func (d Dir) keep(r Record, unfinished []Controller) error {
+	if len(unfinished) == 0 {
+		return nil
+	}
+	left, err := d.leftControllers()
+	if err != nil {
+		return err
+	}
+	return d.saveLeft(left.with(r.Target, unfinished, r.KeepAlive))
 }
 
 // remove removes a record. The caller holds the lock, so that no server that looks for
 // a free name takes the directory meanwhile.
-func (d Dir) remove(r Record, unfinished []Controller) error {
-	if len(unfinished) > 0 {
-		left, err := d.leftControllers()
-		if err != nil {
-			return err
-		}
-		if err := d.saveLeft(left.with(r.Target, unfinished, r.KeepAlive)); err != nil {
-			return err
-		}
-	}
+func (d Dir) remove(r Record) error {
 	if err := os.RemoveAll(r.dir); err != nil {
 		return fmt.Errorf("remove the record of %s: %w", r.Name, err)
 	}

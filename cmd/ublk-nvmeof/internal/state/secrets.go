@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 )
 
@@ -37,12 +36,15 @@ func (r Record) Secrets() (s Secrets, err error) {
 
 // SaveSecrets replaces the keys atomically.
 func (e *Entry) SaveSecrets(s Secrets) error {
-	file := filepath.Join(e.dir, secretsFile)
-	if s == (Secrets{}) {
-		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove keys: %w", err)
-		}
-		return nil
+	home, err := e.open()
+	if err != nil {
+		return err
 	}
-	return writeFile(file, s, 0o600)
+	if s != (Secrets{}) {
+		return writeIn(home, secretsFile, s, 0o600)
+	}
+	if err := home.Remove(secretsFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove keys: %w", err)
+	}
+	return nil
 }

@@ -339,29 +339,43 @@ const public fs.FileMode = 0o644
 
 // writeFile replaces the contents of a file atomically. If the process dies meanwhile,
 // the file has either its old or its new contents.
-func writeFile(path string, content any, mode fs.FileMode) (err error) {
+func writeFile(path string, content any, mode fs.FileMode) error {
+	dir, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	defer dir.Close()
+	return writeIn(dir, filepath.Base(path), content, mode)
+}
+
+// writeIn is like writeFile, for a file of a directory that is open.
+func writeIn(dir *os.Root, name string, content any, mode fs.FileMode) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("write %s: %w", filepath.Join(dir.Name(), name), err)
+		}
+	}()
 	text, err := json.MarshalIndent(content, "", "\t")
 	if err != nil {
-		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
+		return err
 	}
-	next := path + ".new"
-	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("write %s: %w", path, err)
+	next := name + ".new"
+	if err := dir.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, mode)
+	f, err := dir.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, mode)
 	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
+		return err
 	}
 	_, err = io.Copy(f, bytes.NewReader(append(text, '\n')))
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
 	if err == nil {
-		err = os.Rename(next, path)
+		err = dir.Rename(next, name)
 	}
 	if err != nil {
-		_ = os.Remove(next) // it is of no use any more
-		return fmt.Errorf("write %s: %w", path, err)
+		_ = dir.Remove(next) // it is of no use any more
 	}
-	return nil
+	return err
 }

@@ -101,24 +101,27 @@ func TestLife(t *testing.T) {
 func TestDuplicates(t *testing.T) {
 	d := Dir(t.TempDir())
 	reserve(t, d, lab)
-	var dup *DuplicateError
-	if _, err := d.Reserve(ctx, lab, nil, false); !errors.As(err, &dup) || dup.Record.Name != "ctrl0" {
-		t.Errorf("%v, want a duplicate of ctrl0", err)
+	changed := func(change func(*Target)) Target {
+		other := lab
+		change(&other)
+		return other
+	}
+	for _, same := range []Target{
+		lab,
+		changed(func(x *Target) { x.Address = netip.MustParseAddrPort("10.0.2.15:4421") }),
+		changed(func(x *Target) { x.Address = netip.MustParseAddrPort("10.0.2.16:4420") }),
+	} {
+		var dup *DuplicateError
+		if _, err := d.Reserve(ctx, same, nil, false); !errors.As(err, &dup) || dup.Record.Name != "ctrl0" {
+			t.Errorf("%v: %v, want a duplicate of ctrl0", same, err)
+		}
 	}
 	if e, err := d.Reserve(ctx, lab, nil, true); err != nil || e.Name != "ctrl1" {
 		t.Errorf("%v, %v", e, err)
 	}
-	for _, change := range []func(*Target){
-		func(x *Target) { x.NQN = "nqn.other" },
-		func(x *Target) { x.HostNQN = "nqn.other" },
-		func(x *Target) { x.Address = netip.MustParseAddrPort("10.0.2.15:4421") },
-		func(x *Target) { x.Address = netip.MustParseAddrPort("10.0.2.16:4420") },
-	} {
-		other := lab
-		change(&other)
-		reserve(t, d, other)
-	}
-	if got := list(t, d); len(got) != 6 || got[5].Name != "ctrl5" {
+	reserve(t, d, changed(func(x *Target) { x.NQN = "nqn.other" }))
+	reserve(t, d, changed(func(x *Target) { x.HostNQN = "nqn.other" }))
+	if got := list(t, d); len(got) != 4 || got[3].Name != "ctrl3" {
 		t.Errorf("%+v", got)
 	}
 }
@@ -157,7 +160,9 @@ func TestDeadServer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	heir, err := d.Reserve(ctx, lab, []string{"--x"}, false)
+	elsewhere := lab
+	elsewhere.Address = netip.MustParseAddrPort("10.0.2.16:4420")
+	heir, err := d.Reserve(ctx, elsewhere, []string{"--x"}, false)
 	if err != nil || heir.Name != "ctrl0" || !heir.Inherited || len(heir.Devices) != 1 || heir.Listen != "/x" || heir.Phase != Connecting {
 		t.Fatalf("%+v, %v", heir, err)
 	}
@@ -313,9 +318,9 @@ func TestForgetByAddress(t *testing.T) {
 	dead := reserve(t, d, lab)
 	dead.Controllers = controllers(3, 4)
 	die(t, dead)
-	e := reserve(t, d, other)
-	if !slices.Equal(e.Controllers, controllers(3, 4)) {
-		t.Errorf("at the other address: %v", e.Controllers)
+	e, err := d.Reserve(ctx, other, nil, true)
+	if err != nil || !slices.Equal(e.Controllers, controllers(3, 4)) {
+		t.Errorf("at the other address: %+v, %v", e, err)
 	}
 	if err := e.Forget(ctx, e.Controllers); err != nil {
 		t.Fatal(err)
@@ -352,6 +357,44 @@ func TestSaveFails(t *testing.T) {
 	}
 	if err := e.Save(); err != nil || len(list(t, d)[0].Controllers) != 1 {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestRemovedDirectory removes the run directory of a server, and another server gets the name
+// of its record. The first one does not touch that record.
+func TestRemovedDirectory(t *testing.T) {
+	d := Dir(filepath.Join(t.TempDir(), "run"))
+	first := reserve(t, d, lab)
+	if err := os.RemoveAll(string(d)); err != nil {
+		t.Fatal(err)
+	}
+	other := lab
+	other.NQN = "nqn.other"
+	second := reserve(t, d, other)
+	if err := second.SaveSecrets(Secrets{Host: "key"}); err != nil || second.Name != first.Name {
+		t.Fatalf("%s and %s, %v", first.Name, second.Name, err)
+	}
+	for what, save := range map[string]func() error{
+		"state":   first.Save,
+		"keys":    func() error { return first.SaveSecrets(Secrets{Host: "mine"}) },
+		"no keys": func() error { return first.SaveSecrets(Secrets{}) },
+	} {
+		if err := save(); err == nil && what != "no keys" {
+			t.Errorf("%s saved", what)
+		}
+	}
+	if err := first.Retire(ctx, controllers(3)); err != nil {
+		t.Error(err)
+	}
+	got := list(t, d)
+	if len(got) != 1 || got[0].Target != other {
+		t.Fatalf("%+v", got)
+	}
+	if s, err := got[0].Secrets(); err != nil || s.Host != "key" {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if next := reserve(t, d, lab); !slices.Equal(next.Controllers, controllers(3)) {
+		t.Errorf("the next server of the subsystem waits for %v", next.Controllers)
 	}
 }
 
