@@ -243,20 +243,22 @@ func newServe(runDir dirFunc) *cobra.Command {
 		if reportFD < 0 {
 			return foreground(cmd, args)
 		}
-		unix.CloseOnExec(reportFD)
-		r := &reporter{file: os.NewFile(uintptr(reportFD), "report")}
+		r, err := newReporter(reportFD)
+		if err != nil {
+			return err
+		}
 		serve := c.serveBackground
 		if systemd.Managed() {
 			serve = c.serveSucceeding
 		}
-		err := exit.From(serve(r))
-		if err == nil {
+		failure := exit.From(serve(r))
+		if failure == nil {
 			return nil
 		}
-		if r.failed(err) == nil {
-			os.Exit(int(err.Code)) // connect reports the error, so it is not printed twice
+		if r.failed(failure) == nil {
+			os.Exit(int(failure.Code)) // connect reports the error, so it is not printed twice
 		}
-		return err
+		return failure
 	}
 	return cmd
 }
@@ -319,8 +321,9 @@ func (c *connection) serveBackground(r *reporter) error {
 			}
 			return r.reserved(e.Name, e.Log())
 		},
-		Waiting: r.waits,
-		Ready:   r.ready,
+		Waiting:   r.waits,
+		Ready:     r.ready,
+		Abandoned: r.abandoned(),
 	}
 	cfg.Patient = systemd.Booted() && systemd.InOwnScope()
 	return c.serve(cfg)
@@ -434,6 +437,8 @@ func (c *connection) runRepeatedly(ctx context.Context, cfg server.Config) error
 		}
 		select {
 		case <-time.After(retryDelay):
+		case <-cfg.Abandoned:
+			return server.ErrAbandoned
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -270,6 +270,24 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 			}
 			return s.run("recover", r.Name)
 		},
+		"command killed while it recovers": func(s *site, r state.Record) error {
+			cmd := exec.CommandContext(s.t.Context(), self(), "--run-dir", s.dir, "recover", r.Name)
+			cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1")
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			for !s.waitsFor(r) {
+				time.Sleep(10 * time.Millisecond)
+			}
+			if err := cmd.Process.Kill(); err != nil {
+				return err
+			}
+			_ = cmd.Wait() // it was killed
+			for s.record(r.Target.NQN).Alive {
+				time.Sleep(10 * time.Millisecond)
+			}
+			return s.run("recover", "--all")
+		},
 		"failed recover and connect": func(s *site, r state.Record) error {
 			if err := s.run("recover", r.Name, "--output-format=json", "--run-dir", s.dir+"/none"); err == nil {
 				return errors.New("recovered from a run directory that does not exist")

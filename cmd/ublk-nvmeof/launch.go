@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -58,9 +59,30 @@ type report struct {
 	Error  *exit.Error     `json:"error,omitempty"`
 }
 
-// reporter is the server's end of the pipe to the command that started it. The pipe is
+// reporter is the server's end of the connection to the command that started it, which is
 // closed after the status or the error.
 type reporter struct{ file *os.File }
+
+// newReporter makes one of an inherited descriptor.
+func newReporter(fd int) (*reporter, error) {
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil { // so that close ends a read
+		return nil, fmt.Errorf("descriptor %d, to report on: %w", fd, err)
+	}
+	return &reporter{file: os.NewFile(uintptr(fd), "report")}, nil
+}
+
+// abandoned returns a channel that is closed if the command that started the server ends, or
+// does not want the server any more, before the last report.
+func (r *reporter) abandoned() <-chan struct{} {
+	c, file := make(chan struct{}), r.file
+	go func() {
+		if _, err := file.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+			close(c)
+		}
+	}()
+	return c
+}
 
 // reserved reports the names of the server and of its log.
 func (r *reporter) reserved(name, log string) error { return r.send(report{Name: name, Log: log}) }
@@ -68,8 +90,8 @@ func (r *reporter) reserved(name, log string) error { return r.send(report{Name:
 // waits reports what the server waits for. The server continues if nobody reads that.
 func (r *reporter) waits(w server.Wait) { _ = r.send(report{Wait: &w}) }
 
-// ready reports that the devices are usable. A server whose report fails must end,
-// because nobody would know its devices.
+// ready reports that the devices are usable. A server whose report fails must end if it has
+// made its devices, because nobody would know them.
 func (r *reporter) ready(s control.Status) error {
 	return errors.Join(r.send(report{Status: &s}), r.close())
 }
@@ -192,18 +214,18 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 // usable. After an error nothing is left of the server, and the error has the reason,
 // or says how the server died. The server inherits the marks of the calling thread
 // (process.SetIOFlusher). say tells the user what the server waits for. timeout is the
-// time limit of the server without the waits that it announces. If ctx ends, launch
-// asks the server to end. The server inherits secrets as its descriptors from firstSecret
-// on.
+// time limit of the server without the waits that it announces. If ctx ends before the
+// server is ready, the server gives up what it does; one that is ready stays, and launch
+// returns its status. The server inherits secrets as its descriptors from firstSecret on.
 func launch(ctx context.Context, path string, args []string, secrets []*os.File, timeout time.Duration, say func(string)) (control.Status, error) {
-	r, w, err := os.Pipe()
+	r, w, err := socketPair()
 	if err != nil {
 		return control.Status{}, fmt.Errorf("start server: %w", err)
 	}
 	defer r.Close()
 	cmd, err := background(path, append(args, "--report-fd=3"), w, secrets)
 	if err != nil {
-		return control.Status{}, fmt.Errorf("start server: %w", err)
+		return control.Status{}, errors.Join(fmt.Errorf("start server: %w", err), w.Close())
 	}
 	cmd.Dir = "/" // the server must not keep a file system busy
 	before, unknown := host.OOMKills()
@@ -215,7 +237,8 @@ func launch(ctx context.Context, path string, args []string, secrets []*os.File,
 	leaveSession(ctx, cmd.Process.Pid)
 	heard := make(chan report, 1)
 	go receive(r, heard)
-	m, err := await(ctx, heard, cmd.Process, timeout, say)
+	giveUp := func() { _ = r.CloseWrite() } // the server may have ended
+	m, err := await(ctx, heard, cmd.Process, giveUp, timeout, say)
 	go func() { // receive ends with the server
 		for range heard {
 		}
@@ -243,6 +266,23 @@ func launch(ctx context.Context, path string, args []string, secrets []*os.File,
 		memory = memoryRanOut
 	}
 	return control.Status{}, exit.Errorf(exit.Other, "the server died: %s", obituary(cmd.ProcessState, m.Log, memory))
+}
+
+// socketPair returns the two ends of a connection. The second one is for a child process.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a pair of sockets: %w", err)
+	}
+	own, child := os.NewFile(uintptr(fds[0]), "reports"), os.NewFile(uintptr(fds[1]), "report")
+	conn, err := net.FileConn(own)
+	if cerr := own.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, child.Close())
+	}
+	return conn.(*net.UnixConn), child, nil
 }
 
 // scopeTime limits the time to make a scope.
@@ -370,7 +410,7 @@ const sayAfter = 2 * time.Second
 
 // await waits for the last report of a server. If ctx ends, it sends SIGTERM to the
 // server. It kills a server that neither becomes ready nor ends in time.
-func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time.Duration, say func(string)) (report, error) {
+func await(ctx context.Context, heard <-chan report, p *os.Process, giveUp func(), timeout time.Duration, say func(string)) (report, error) {
 	var last report
 	limit := time.NewTimer(timeout + undoTime)
 	defer limit.Stop()
@@ -395,7 +435,7 @@ func await(ctx context.Context, heard <-chan report, p *os.Process, timeout time
 			say(fmt.Sprintf("%s %s, up to %v", last.Name, last.Wait.For, last.Wait.Limit()))
 		case <-interrupted:
 			interrupted = nil
-			_ = p.Signal(syscall.SIGTERM) // the server may have ended
+			giveUp()
 		case <-limit.C:
 			_ = p.Kill()
 			return report{}, exit.Errorf(exit.Timeout, "the server did not get ready, and was killed")

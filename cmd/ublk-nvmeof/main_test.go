@@ -264,29 +264,18 @@ printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "ser
 	}
 }
 
-func TestAwaitPassesASignalOn(t *testing.T) {
-	cmd := exec.Command("/bin/sh", "-c", `trap 'exit 0' TERM; echo up; while :; do sleep 0.02; done`)
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(out, make([]byte, 3)); err != nil {
-		t.Fatal(err)
-	}
+// TestLaunchGivesUp interrupts commands. A server that is not ready then gives up; one that is
+// ready stays, and the command shows it.
+func TestLaunchGivesUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	heard := make(chan report, 1)
-	go func() {
-		cmd.Wait()
-		heard <- report{Error: exit.Errorf(exit.Other, "interrupted")}
-		close(heard)
-	}()
-	m, err := await(ctx, heard, cmd.Process, time.Minute, silent)
-	if err != nil || m.Error == nil || cmd.ProcessState.ExitCode() != 0 {
-		t.Errorf("%+v, %v, %v", m, err, cmd.ProcessState)
+	path, args := shell(`read never <&3; echo '{"error": {"message": "interrupted"}}' >&3; exit 1`)
+	if s, err := launch(ctx, path, args, nil, time.Minute, silent); err == nil {
+		t.Errorf("not ready: %+v", s)
+	}
+	path, args = shell(`read never <&3; echo '{"status": {"name": "ctrl9"}}' >&3`)
+	if s, err := launch(ctx, path, args, nil, time.Minute, silent); err != nil || s.Name != "ctrl9" {
+		t.Errorf("ready: %+v, %v", s, err)
 	}
 }
 
@@ -295,7 +284,7 @@ func TestAwaitKills(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := await(t.Context(), make(chan report), cmd.Process, -undoTime, silent); exit.Of(err) != exit.Timeout {
+	if _, err := await(t.Context(), make(chan report), cmd.Process, nil, -undoTime, silent); exit.Of(err) != exit.Timeout {
 		t.Error(err)
 	}
 	if err := cmd.Wait(); err == nil {

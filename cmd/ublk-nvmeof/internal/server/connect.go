@@ -251,7 +251,7 @@ func (s *server) takenOver(devices []state.Device) error {
 	if err := s.record.takenOver(s.target(), s.cfg.Args, secretsOf(s.opts.Secret, s.opts.ControllerSecret), devices); err != nil {
 		return err
 	}
-	s.waiting = nil
+	s.waiting, s.tookOver = nil, len(devices) > 0
 	if len(s.sub.Paths()) == 1+len(s.opts.Paths) {
 		return nil
 	}

@@ -50,8 +50,11 @@ type Config struct {
 	// Reserved, if not nil, is called once the server has its state directory, where a
 	// log may be kept.
 	Reserved func(*state.Entry) error
-	// Ready is called when the devices are usable. An error ends the server.
+	// Ready is called when the devices are usable. An error ends the server, unless it has
+	// taken over devices, whose users know them.
 	Ready func(control.Status) error
+	// Abandoned is closed if nobody wants the server any more. One that is ready stays.
+	Abandoned <-chan struct{}
 	// Hurry is closed to shorten the end of the server.
 	Hurry <-chan struct{}
 	// Patient makes a server that is asked to end by ctx wait until no device is in use,
@@ -104,8 +107,9 @@ type server struct {
 	// Until all of them are served, none is ended, so that they can wait for the
 	// next server.
 	waiting []state.Device
-	// recovering is set when the takeover of the first of these devices begins.
-	recovering bool
+	// recovering is set when the takeover of the first of these devices begins, and tookOver
+	// when that of the last one has ended.
+	recovering, tookOver bool
 
 	cancel  context.CancelCauseFunc // cancels start
 	changes chan struct{}           // a lock: holds a token while nobody starts, ends or changes devices
@@ -141,6 +145,9 @@ type serving struct {
 	orphan bool // its namespace is gone; guarded by server.changes
 }
 
+// ErrAbandoned is the error of a server that was given up before it was ready.
+var ErrAbandoned = exit.Errorf(exit.Other, "interrupted")
+
 func run(ctx context.Context, cfg Config, back backend) error {
 	s := &server{
 		cfg: cfg, opts: cfg.Options, log: cfg.Log, back: back,
@@ -157,6 +164,13 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	}
 	connecting, stop := context.WithTimeout(starting, s.opts.Timeout)
 	defer stop()
+	go func() {
+		select {
+		case <-cfg.Abandoned:
+			cancel(ErrAbandoned)
+		case <-starting.Done():
+		}
+	}()
 	s.notify(systemd.Status("connecting to "+s.opts.NQN+" at "+s.opts.Peer()), systemd.ExtendTimeout(s.opts.Timeout+stopTime))
 
 	defer s.withdraw()
@@ -223,10 +237,15 @@ func (s *server) announce() error {
 	if s.cfg.Ready == nil {
 		return nil
 	}
-	if err := s.cfg.Ready(s.Status()); err != nil {
-		return fmt.Errorf("report that the devices are usable: %w", err)
+	err := s.cfg.Ready(s.Status())
+	switch {
+	case err == nil:
+		return nil
+	case s.tookOver:
+		s.log.Warn("cannot report that the devices are usable; they are served all the same", "error", err)
+		return nil
 	}
-	return nil
+	return fmt.Errorf("report that the devices are usable: %w", err)
 }
 
 // serve applies changes of namespaces to the devices until the server must end.

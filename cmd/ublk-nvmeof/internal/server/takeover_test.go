@@ -19,6 +19,8 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/ublk"
+
+	"golang.org/x/sys/unix"
 )
 
 // dead leaves the record of a server that is no more.
@@ -93,6 +95,58 @@ func TestTakesOverSocket(t *testing.T) {
 			}
 			leaves(t, dir)
 		})
+	}
+}
+
+// TestUnheardTakeover takes over a socket, and nobody hears that it can be used. Its clients know it
+// all the same, so the server stays. A server that made its socket itself ends.
+func TestUnheardTakeover(t *testing.T) {
+	unheard := func(r chan<- control.Status) func(*Config) {
+		return func(c *Config) {
+			c.Ready = func(s control.Status) error { r <- s; return unix.EPIPE }
+		}
+	}
+	ready := make(chan control.Status, 1)
+	w, o, dir := newWorld(), lab(), runDir(t)
+	left := deadSocket(t, w, o, dir)
+	r := beginWith(t, w, o, dir, unheard(ready))
+	<-ready
+	if s, err := r.client().Status(t.Context()); err != nil || s.Name != left.Name || len(s.Devices) != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	r.stop()
+	if err := <-r.result; err != nil {
+		t.Error(err)
+	}
+	r = beginWith(t, newWorld(), lab(), runDir(t), unheard(ready))
+	<-ready
+	if err := <-r.result; err == nil || !strings.Contains(err.Error(), unix.EPIPE.Error()) {
+		t.Errorf("with a device of its own: %v", err)
+	}
+}
+
+// TestAbandoned gives up a server that waits for the controllers of a dead one, and one that is
+// ready.
+func TestAbandoned(t *testing.T) {
+	w, o, dir := newWorld(), lab(), runDir(t)
+	left := deadSocket(t, w, o, dir)
+	w.connecting = make(chan struct{})
+	abandoned := make(chan struct{})
+	r := beginWith(t, w, o, dir, func(c *Config) { c.Abandoned = abandoned })
+	<-w.connecting
+	close(abandoned)
+	if err := <-r.result; err == nil || err.Error() != ErrAbandoned.Error() {
+		t.Errorf("not ready: %v", err)
+	}
+	if now, err := state.Dir(dir).Find(left.Name); err != nil || len(now.Devices) != 1 || !slices.Equal(now.Controllers, controllers(3, 4)) {
+		t.Errorf("on record %+v, %v", now, err)
+	}
+	abandoned = make(chan struct{})
+	r = beginWith(t, newWorld(), lab(), runDir(t), func(c *Config) { c.Abandoned = abandoned })
+	r.waitReady()
+	close(abandoned)
+	if _, err := r.client().Status(t.Context()); err != nil {
+		t.Errorf("ready: %v", err)
 	}
 }
 
