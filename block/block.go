@@ -9,6 +9,10 @@
 // touch it only while it owns the tag. Submit passes the tag and its buffer to the
 // back end. The Result that Reap returns passes them back.
 //
+// A front end can also have memory of its own registered, if the device is a Registrar. A read or
+// write can then name a part of such a region (Request.Region), and its data is not copied. Until
+// the Result of the request, the part belongs to the back end.
+//
 // # Completion
 //
 // Every request that Submit takes has exactly one Result, whatever it asks for. A tag is in
@@ -33,6 +37,8 @@
 //   - EINVAL: the fields of the request contradict each other, or its tag is out of range
 //     or in flight. It had no effect.
 //   - EOPNOTSUPP: the operation is unknown, or the device does not have it.
+//   - EFAULT: the request names a region that is not registered, or is not registered any more.
+//     Whether it had an effect is unknown.
 //   - EIO: the request reaches beyond the end of the device, or the device failed.
 //   - EROFS or EPERM: the device is write-protected. ENODEV: it is gone. ENOLINK: it
 //     cannot be reached. ENOSPC, EBADE, ETIMEDOUT and others are of the device.
@@ -41,7 +47,7 @@
 //
 // # Limits
 //
-// A read or write may be as large as the buffer of its tag, and a discard or write zeroes of
+// A read or write may be as large as the buffer of its tag, or as the rest of its region, and a discard or write zeroes of
 // any length, even if the limits of the geometry have become smaller since the queue was
 // opened. A back end splits what its device cannot do at once. A device whose geometry says
 // that it has no discard or write zeroes may refuse them with EOPNOTSUPP, or execute them.
@@ -108,18 +114,23 @@ const (
 )
 
 // Request is an I/O request. It has no pointers: the data of a read or write is
-// Queue.Buffer(Tag)[:Sectors<<SectorShift].
+// Queue.Buffer(Tag)[:Sectors<<SectorShift], or as many bytes at Offset of a region.
 type Request struct {
 	Sector  uint64 // first 512-byte sector
+	Offset  uint64 // in the region, a multiple of 4
 	Sectors uint32 // length in 512-byte sectors
+	Region  uint16 // number of the region with the data of a read or write; 0: the buffer
 	Tag     uint16 // 0 ≤ Tag < depth, unique among the requests in flight
 	Op      Op
 	Flags   Flags
 }
 
+// InRegion reports whether the request has its data in a region.
+func (r *Request) InRegion() bool { return r.Region != 0 && (r.Op == OpRead || r.Op == OpWrite) }
+
 // Check returns 0 if the request can be executed on a device with the given capacity in
-// sectors and logical block size in bytes, with buffers of maxIO bytes. Otherwise it
-// returns the errno for the request. A back end calls it once for each request, and need
+// sectors and logical block size in bytes, with room for maxIO bytes in its buffer or from its
+// offset in its region on. Otherwise it returns the errno for the request. A back end calls it once for each request, and need
 // not check the fields again. Check does not check the tag.
 func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Errno {
 	switch r.Op {

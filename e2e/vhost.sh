@@ -7,7 +7,8 @@
 #
 #	e2e/vhost.sh PROGRAM VM [KERNEL [KILLS [UPGRADES [STEPS]]]]
 #
-# STEPS is guest, server, or both with a comma between them.
+# STEPS is guest, server, or both with a comma between them. The variable VHOST_FLAGS has further
+# flags for connect, such as --zero-copy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 program=$(realpath "$1") vm=$(realpath "$2") kernel=${3:-6.12} kills=${4:-3} upgrades=${5:-2} steps=${6:-guest,server}
@@ -19,6 +20,7 @@ socket=$work/disk-1.sock
 # How long the guest verifies while the server is upgraded, and while it is killed.
 upgrade_time=$((upgrades * 4 + 5)) kill_time=$((kills * 7 + 10))
 guest=
+VHOST_FLAGS=${VHOST_FLAGS:-}
 un() { "$program" "$@" --run-dir "$work/run"; }
 
 clear_away() {
@@ -53,7 +55,7 @@ await() {
 
 truncate -s 512M "$work/disk"
 un target --background -a $addr -s $port -n $nqn --namespace "file=$work/disk"
-un connect -a $addr -s $port -n $nqn -i 2 -c 1 -k 1 --provider roce --vhost-socket "$work/disk-{nsid}.sock"
+un connect -a $addr -s $port -n $nqn -i 2 -c 1 -k 1 --provider roce --vhost-socket "$work/disk-{nsid}.sock" $VHOST_FLAGS
 
 guest_steps() {
 	echo "== file systems, verify, reboot, resize"

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -838,9 +839,17 @@ func checkNoAllocations(t *testing.T, cfg Config, sectors uint32) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	mem, err := hostmem.Map(int(sectors) << block.SectorShift)
+	if err != nil {
+		t.Fatal(err)
+	}
+	region, err := c.Namespaces()[0].Register(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
 	reqs := make([]block.Request, 32)
 	for i := range reqs {
-		reqs[i] = block.Request{Op: block.OpRead + block.Op(i%2), Tag: uint16(i), Sector: uint64(i) * uint64(sectors), Sectors: 8}
+		reqs[i] = block.Request{Region: region.Number() * uint16(i%8/4), Op: block.OpRead + block.Op(i%2), Tag: uint16(i), Sector: uint64(i) * uint64(sectors), Sectors: 8}
 		if i%4 >= 2 {
 			reqs[i].Sectors = sectors // not in a capsule, not polled
 		}
@@ -865,6 +874,8 @@ func checkNoAllocations(t *testing.T, cfg Config, sectors uint32) {
 	if allocs != 0 {
 		t.Errorf("%v allocations per batch of 32 requests", allocs)
 	}
-	q.Close()
+	if err := errors.Join(region.Close(), hostmem.Unmap(mem), q.Close()); err != nil {
+		t.Error(err)
+	}
 	closeSubsystem(t, c)
 }

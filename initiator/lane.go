@@ -147,6 +147,10 @@ func (l *lane) receive() int {
 // dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
 	ns := r.home.ns
+	if r.inRegion && r.data.gone.Load() {
+		l.finish(r, uint16(unix.EFAULT))
+		return
+	}
 	if l.barred == ns && ns.barrier.Load() == nil {
 		l.barred = nil
 		l.redispatch() // the changes that waited come first

@@ -4,21 +4,46 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/cpu"
 
 	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the I/O buffers of a subsystem: one slab for each queue, which is registered
-// in the domain of each path. A slab outlives its queue until no adapter has to read it
-// (Subsystem.settle). Methods may be called from any goroutine.
+// memory holds the memory for the I/O of a subsystem, in slabs: the buffers of each queue, and the
+// regions of front ends. All of it is registered in the domain of each path. A slab outlives its queue until no adapter has
+// to read it (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
-	limit   int64                 // largest number of bytes of buffers
-	mu      sync.Mutex            // guards what follows, and the fields of the domains
-	used    int64                 // bytes of buffers of open queues
-	queues  map[*nsQueue]struct{} // that have buffers
+	limit   int64      // largest number of bytes of buffers
+	mu      sync.Mutex // guards what follows, and the fields of the domains
+	used    int64      // bytes of buffers of open queues
+	regions int64      // bytes of regions
+	slabs   map[*slab]struct{}
 	domains [MaxPaths]*domain
 }
+
+// slab is registered memory. Its address is the same on all paths.
+type slab struct {
+	mem  []byte
+	base uint64         // address of mem
+	keys [MaxPaths]keys // by slot; they change with the device, between associations of the path
+
+	// Of a region:
+	gone  atomic.Bool // no command may name it any more
+	users []users     // by lane
+}
+
+// users is the number of requests from Submit to Reap whose data is in a region. Only the lane uses
+// it.
+type users struct {
+	n int
+	_ cpu.CacheLinePad
+}
+
+// keys are the keys of a slab in the domain of a path.
+type keys struct{ local, remote uint32 }
 
 // domain is the protection domain of a path: it has the connections of the path, and the
 // buffers of all queues. Each path has one of its own, even if several use the same device, so
@@ -30,9 +55,9 @@ type domain struct {
 	slot int         // of the path
 	dev  rdma.Device // nil: none at present
 	pd   rdma.PD
-	name string                    // name of the device, or of the last one
-	regs map[*nsQueue]registration // of the buffers of the open queues
-	old  []rdma.PD                 // domains of earlier devices that still have something in them
+	name string // name of the device, or of the last one
+	regs map[*slab]registration
+	old  []rdma.PD // domains of earlier devices that still have something in them
 }
 
 // registration is a slab in a domain.
@@ -41,14 +66,11 @@ type registration struct {
 	mr rdma.MR
 }
 
-// keys are the keys of a slab in the domain of a path.
-type keys struct{ local, remote uint32 }
-
 // domain returns the domain of a path, which has no device yet.
 func (m *memory) domain(slot int) *domain {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	d := &domain{mem: m, slot: slot, regs: make(map[*nsQueue]registration)}
+	d := &domain{mem: m, slot: slot, regs: make(map[*slab]registration)}
 	m.domains[slot] = d
 	return d
 }
@@ -75,12 +97,12 @@ func (d *domain) use(dev rdma.Device, move bool) error {
 	return d.gather()
 }
 
-// gather registers the buffers of all queues in the present domain. If it fails, a later
-// call registers the rest.
+// gather registers all slabs in the present domain. If it fails, a later call registers the
+// rest.
 func (d *domain) gather() error {
-	for q := range d.mem.queues {
-		if err := d.register(q); err != nil {
-			return fmt.Errorf("register %d bytes on %s: %w", len(q.slab), d.name, err)
+	for b := range d.mem.slabs {
+		if err := d.register(b); err != nil {
+			return fmt.Errorf("register %d bytes on %s: %w", len(b.mem), d.name, err)
 		}
 	}
 	for len(d.old) > 0 {
@@ -92,13 +114,13 @@ func (d *domain) gather() error {
 	return nil
 }
 
-// register registers the buffers of a queue in the present domain, and in no other.
-func (d *domain) register(q *nsQueue) error {
-	r, ok := d.regs[q]
+// register registers a slab in the present domain, and in no other.
+func (d *domain) register(b *slab) error {
+	r, ok := d.regs[b]
 	if ok && r.pd == d.pd {
 		return nil
 	}
-	mr, err := d.pd.RegMR(q.slab, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
+	mr, err := d.pd.RegMR(b.mem, rdma.AccessLocalWrite|rdma.AccessRemoteRead|rdma.AccessRemoteWrite)
 	if err != nil {
 		return err
 	}
@@ -107,21 +129,21 @@ func (d *domain) register(q *nsQueue) error {
 			return errors.Join(err, mr.Close())
 		}
 	}
-	d.regs[q] = registration{d.pd, mr}
-	q.keys[d.slot] = keys{mr.LKey(), mr.RKey()}
+	d.regs[b] = registration{d.pd, mr}
+	b.keys[d.slot] = keys{mr.LKey(), mr.RKey()}
 	return nil
 }
 
-// unregister ends the registration of a queue's buffers.
-func (d *domain) unregister(q *nsQueue) error {
-	r, ok := d.regs[q]
+// unregister ends the registration of a slab.
+func (d *domain) unregister(b *slab) error {
+	r, ok := d.regs[b]
 	if !ok {
 		return nil
 	}
 	if err := r.mr.Close(); err != nil {
 		return err
 	}
-	delete(d.regs, q)
+	delete(d.regs, b)
 	return nil
 }
 
@@ -141,8 +163,8 @@ func (d *domain) leave() error {
 	d.mem.mu.Lock()
 	defer d.mem.mu.Unlock()
 	var errs []error
-	for q := range d.regs {
-		errs = append(errs, d.unregister(q))
+	for b := range d.regs {
+		errs = append(errs, d.unregister(b))
 	}
 	for _, pd := range append(d.old, d.pd) {
 		if pd != nil {
@@ -179,46 +201,71 @@ func (e *MemoryError) Error() string {
 	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
 }
 
-// MemoryInfo is the size of the I/O buffers of a subsystem, in bytes.
-type MemoryInfo struct{ Used, Limit int64 }
+// MemoryInfo says how much memory targets can access, in bytes.
+type MemoryInfo struct {
+	Used, Limit int64 // I/O buffers
+	Regions     int64 // memory of front ends, registered by Namespace.Register
+}
 
 func (m *memory) info() MemoryInfo {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return MemoryInfo{m.used, m.limit}
+	return MemoryInfo{m.used, m.limit, m.regions}
 }
 
-// open maps size bytes of buffers for a queue and registers them in all domains that have a
-// device. The others follow when their path has an association. The buffers of several queues
-// are mapped, and so zeroed, at the same time.
-func (m *memory) open(q *nsQueue, size int) error {
+// open maps size bytes for the buffers of a queue and registers them. The buffers of several
+// queues are mapped, and so zeroed, at the same time.
+func (m *memory) open(size int) (*slab, error) {
 	if err := m.reserve(int64(size)); err != nil {
-		return err
+		return nil, err
 	}
-	slab, err := hostmem.Map(size) // whole pages, as OpenQueue has checked
+	mem, err := hostmem.Map(size) // whole pages, as OpenQueue has checked
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err == nil {
-		q.slab, q.base = slab, hostmem.Addr(slab)
-		err = m.register(q)
-	}
 	if err != nil {
 		m.used -= int64(size)
+		return nil, err
 	}
-	return err
+	b := &slab{mem: mem, base: hostmem.Addr(mem)}
+	if err := m.register(b); err != nil {
+		m.used -= int64(size)
+		return nil, errors.Join(err, m.free(b))
+	}
+	return b, nil
 }
 
-// register registers the buffers of a queue in all domains that have a device. The caller holds
-// the lock.
-func (m *memory) register(q *nsQueue) error {
-	if m.queues == nil {
-		m.queues = make(map[*nsQueue]struct{})
+// adopt registers a region.
+func (m *memory) adopt(b *slab) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.register(b); err != nil {
+		return errors.Join(err, m.unregister(b))
 	}
-	m.queues[q] = struct{}{}
+	m.regions += int64(len(b.mem))
+	return nil
+}
+
+// disown undoes adopt.
+func (m *memory) disown(b *slab) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.slabs[b]; ok {
+		m.regions -= int64(len(b.mem))
+	}
+	return m.unregister(b)
+}
+
+// register registers a slab in all domains that have a device. The others follow when their
+// path has an association. The caller holds the lock.
+func (m *memory) register(b *slab) error {
+	if m.slabs == nil {
+		m.slabs = make(map[*slab]struct{})
+	}
+	m.slabs[b] = struct{}{}
 	for _, d := range m.domains {
 		if d != nil && d.pd != nil {
-			if err := d.register(q); err != nil {
-				return errors.Join(err, m.release(q))
+			if err := d.register(b); err != nil {
+				return err
 			}
 		}
 	}
@@ -237,7 +284,7 @@ func (m *memory) reserve(size int64) error {
 }
 
 // shut says that the buffers of a queue are not used any more. They stay as they are until
-// free, but do not count.
+// release, but do not count.
 func (m *memory) shut(q *nsQueue) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -245,32 +292,36 @@ func (m *memory) shut(q *nsQueue) error {
 		return fmt.Errorf("close queue: %w", rdma.ErrClosed)
 	}
 	q.closed = true
-	m.used -= int64(len(q.slab))
+	m.used -= int64(len(q.buffers.mem))
 	return nil
 }
 
-// free frees the buffers of a queue that was shut.
-func (m *memory) free(q *nsQueue) error {
+// release frees the buffers of a queue that was shut.
+func (m *memory) release(b *slab) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.release(q)
+	return m.free(b)
 }
 
-// release ends the registrations of a queue's buffers and unmaps them. If a registration
-// cannot be ended, the memory stays mapped, because the device may still write to it. The
-// caller holds the lock.
-func (m *memory) release(q *nsQueue) error {
-	delete(m.queues, q)
+// free unregisters a slab and unmaps it. The caller holds the lock.
+func (m *memory) free(b *slab) error {
+	if err := m.unregister(b); err != nil {
+		return err
+	}
+	return hostmem.Unmap(b.mem)
+}
+
+// unregister ends the registrations of a slab. If one of them cannot be ended, the memory must
+// stay mapped, because the device may still write to it. The caller holds the lock.
+func (m *memory) unregister(b *slab) error {
+	delete(m.slabs, b)
 	var errs []error
 	for _, d := range m.domains {
 		if d != nil {
-			errs = append(errs, d.unregister(q))
+			errs = append(errs, d.unregister(b))
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	return hostmem.Unmap(q.slab)
+	return errors.Join(errs...)
 }
 
 // close frees the domains. No connection and no queue may be open.
@@ -290,8 +341,8 @@ func (m *memory) forget(slot int) error {
 	defer m.mu.Unlock()
 	d := m.domains[slot]
 	var errs []error
-	for q := range d.regs {
-		errs = append(errs, d.unregister(q))
+	for b := range d.regs {
+		errs = append(errs, d.unregister(b))
 	}
 	return errors.Join(append(errs, m.drop(slot))...)
 }

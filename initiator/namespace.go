@@ -72,6 +72,7 @@ type Namespace struct {
 	views    [MaxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
 	barrier  atomic.Pointer[[]extent]       // what changes must not overlap at present; nil: nothing
 	open     atomic.Int32                   // number of open queues
+	regions  regions                        // memory of front ends
 
 	mu       sync.Mutex         // guards the fields below
 	findings [MaxPaths]*finding // by slot; what the views were made of

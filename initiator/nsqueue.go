@@ -14,9 +14,7 @@ type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
 	writeThrough bool // the front end's device has no volatile cache
-	slab         []byte
-	base         uint64
-	keys         [MaxPaths]keys // by slot; they change with the device, between associations of the path
+	buffers      *slab
 	maxIO        int
 	requests     []request // by tag
 	times        *opHistograms
@@ -38,7 +36,8 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 		lane: ns.sub.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
 		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth), times: ns.timesOn(i),
 	}
-	if err := ns.sub.mem.open(q, cfg.Depth*cfg.MaxIO); err != nil {
+	var err error
+	if q.buffers, err = ns.sub.mem.open(cfg.Depth * cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
 	}
 	ns.open.Add(1)
@@ -54,11 +53,8 @@ func (ns *Namespace) Loops() []*poller.Loop { return ns.sub.cfg.Loops }
 // Buffer implements block.Queue.
 func (q *nsQueue) Buffer(tag uint16) []byte {
 	at := int(tag) * q.maxIO
-	return q.slab[at : at+q.maxIO : at+q.maxIO]
+	return q.buffers.mem[at : at+q.maxIO : at+q.maxIO]
 }
-
-// addr returns the address of a tag's buffer, for the target and for an SGE.
-func (q *nsQueue) addr(tag uint16) uint64 { return q.base + uint64(tag)*uint64(q.maxIO) }
 
 // Submit implements block.Queue.
 func (q *nsQueue) Submit(reqs []block.Request) {
@@ -74,7 +70,14 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		r := &q.requests[io.Tag]
 		r.submitted = true
 		r.begin(*io)
-		if e := io.Check(sectors, block.SectorSize<<q.ns.sectorShift, q.maxIO); e != 0 {
+		room, e := q.maxIO, unix.Errno(0)
+		if io.InRegion() {
+			room, e = q.locate(r)
+		}
+		if e == 0 {
+			e = io.Check(sectors, block.SectorSize<<q.ns.sectorShift, room)
+		}
+		if e != 0 {
 			l.finish(r, uint16(e))
 			continue
 		}
@@ -99,6 +102,10 @@ func (q *nsQueue) Reap(done []block.Result) int {
 			break
 		}
 		r.submitted = false
+		if r.inRegion {
+			r.inRegion = false
+			r.data.users[q.lane.index].n--
+		}
 		if r.timed {
 			q.lane.record(r)
 		}
@@ -120,7 +127,7 @@ func (q *nsQueue) Close() error {
 	q.ns.open.Add(-1)
 	s.settling.Go(func() {
 		s.settle()
-		if err := s.mem.free(q); err != nil {
+		if err := s.mem.release(q.buffers); err != nil {
 			s.cfg.Log.Warn("free I/O buffers", "error", err)
 		}
 	})

@@ -126,6 +126,10 @@ func (p *queuePair) push(r *request) bool {
 		p.giveBack(r)
 		return true
 	}
+	if r.inRegion && r.data.gone.Load() {
+		p.finish(r, uint16(unix.EFAULT))
+		return true
+	}
 	if r.io.Op == block.OpDiscard && terms.discard == 0 {
 		p.finish(r, uint16(unix.EOPNOTSUPP))
 		return true
@@ -148,7 +152,7 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpRead:
 		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetRead(ns.id, lba, blocks, false)
-		cmd.SetKeyedSGL(r.home.addr(r.io.Tag)+r.offset(), length, r.home.keys[p.slot].remote, false)
+		cmd.SetKeyedSGL(r.addr()+r.offset(), length, r.data.keys[p.slot].remote, false)
 	case block.OpWrite:
 		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
@@ -162,7 +166,7 @@ func (p *queuePair) push(r *request) bool {
 		case nvme.IsWrite(cmd):
 			capsule = p.inline(cmd, r, 0, r.direct.length)
 		default:
-			cmd.SetKeyedSGL(r.home.addr(r.io.Tag), r.direct.length, r.home.keys[p.slot].remote, false)
+			cmd.SetKeyedSGL(r.addr(), r.direct.length, r.data.keys[p.slot].remote, false)
 		}
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
@@ -193,7 +197,10 @@ func (r *request) piece(limit uint32) (lba uint64, blocks, length uint32) {
 	return (r.io.Sector + uint64(r.progress)) >> shift, r.sent >> shift, r.sent << block.SectorShift
 }
 
-// offset returns the offset of the next command's data in the request's buffer.
+// addr returns the address of the request's data, for the target and for an SGE.
+func (r *request) addr() uint64 { return r.data.base + r.at }
+
+// offset returns the offset of the next command's data in the request's data.
 func (r *request) offset() uint64 { return uint64(r.progress) << block.SectorShift }
 
 // durable reports whether the data must be on stable media when the command completes. A
@@ -202,15 +209,15 @@ func (r *request) durable(t *view) bool {
 	return r.io.Flags&block.FUA != 0 || t.volatileCache && r.home.writeThrough
 }
 
-// inline lets a command read n bytes of its request's buffer, in the capsule if they fit,
+// inline lets a command read n bytes of its request's data, in the capsule if they fit,
 // and by key otherwise.
 func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint32) rdma.SGE {
-	addr := r.home.addr(r.io.Tag) + offset
+	addr := r.addr() + offset
 	if n <= p.inCapsule {
 		cmd.SetInCapsuleSGL(0, n)
-		return rdma.SGE{Addr: addr, Length: n, LKey: r.home.keys[p.slot].local}
+		return rdma.SGE{Addr: addr, Length: n, LKey: r.data.keys[p.slot].local}
 	}
-	cmd.SetKeyedSGL(addr, n, r.home.keys[p.slot].remote, false)
+	cmd.SetKeyedSGL(addr, n, r.data.keys[p.slot].remote, false)
 	return rdma.SGE{}
 }
 

@@ -17,6 +17,8 @@ type request struct {
 	home   *nsQueue
 	via    *queuePair // for which the request is in an inbox
 	io     block.Request
+	data   *slab  // memory of the data
+	at     uint64 // of the data in it
 	class  poller.Class
 	errno  uint16
 	status nvme.Status // what the target said of a request that fails; 0: nothing
@@ -24,6 +26,7 @@ type request struct {
 	done   bool        // the result is in the inbox of the home lane
 
 	submitted bool         // between Submit and Reap
+	inRegion  bool         // data is a region, whose users count the request
 	timed     bool         // timing is in use
 	progress  uint32       // sectors that earlier commands over assoc transferred
 	sent      uint32       // sectors of the command in flight
@@ -43,9 +46,10 @@ type request struct {
 	avoid     uint16        // slots of the paths that answered with a path error, one bit each
 }
 
-// begin starts a new I/O of a front end.
+// begin starts a new I/O of a front end. Its data is in the buffer of its tag.
 func (r *request) begin(io block.Request) {
 	r.io = io
+	r.data, r.at = r.home.buffers, uint64(io.Tag)*uint64(r.home.maxIO)
 	r.errno, r.status, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, 0, nil, false
 	if r.troubled {
 		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince, r.avoid = false, 0, 0, 0, 0, 0, 0

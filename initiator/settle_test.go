@@ -13,7 +13,7 @@ import (
 func (s *Subsystem) buffers() int {
 	s.mem.mu.Lock()
 	defer s.mem.mu.Unlock()
-	return len(s.mem.queues)
+	return len(s.mem.slabs)
 }
 
 // losses returns the number of associations that were lost.

@@ -307,7 +307,8 @@ func (s *Subsystem) Abort(reason error) { s.end(reason) }
 
 // Close leaves the subsystem in order: it notifies each controller of the shutdown, and
 // then closes its I/O queues and its admin queue. The shutdown ends when ctx is done, or
-// before. The queues of the namespaces must be closed before.
+// before. The queues and the
+// regions of the namespaces must be closed before.
 func (s *Subsystem) Close(ctx context.Context) error {
 	s.mu.Lock()
 	if s.err == nil {

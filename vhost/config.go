@@ -25,6 +25,10 @@ type Config struct {
 	// to pages and limited to the geometry's MaxIO. Zero means 256 KiB. The back end
 	// allocates Loops × Depth × MaxIO. Larger requests are served in pieces.
 	MaxIO int
+	// ZeroCopy has the guest's memory registered with the device, which must be a
+	// block.Registrar. Reads and writes of contiguous memory are not copied then. The back end,
+	// and for a remote disk its target, may access all of the guest's memory.
+	ZeroCopy bool
 	// ID is the name of the disk for the guest, of which it sees 20 bytes.
 	ID string
 	// Log receives changes of state. Nothing is logged if it is nil.
@@ -48,6 +52,9 @@ func (c *Config) setDefaults() error {
 		return errors.New("rings of virtio are little-endian, and this machine is not")
 	case c.Device == nil:
 		return errors.New("no block device to serve")
+	}
+	if _, ok := c.Device.(block.Registrar); c.ZeroCopy && !ok {
+		return errors.New("the block device cannot register memory of a guest")
 	}
 	g := c.Device.Geometry()
 	if err := g.Validate(); err != nil {

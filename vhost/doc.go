@@ -21,6 +21,11 @@
 // to the kernel together with the loop's next wait. A guest is asked to kick only when the
 // loop is about to sleep.
 //
+// With Config.ZeroCopy the back end has registered the guest's memory, and accesses the data
+// of requests itself where it is contiguous. If the front end replaces memory meanwhile, what
+// used the old mapping is executed again with the new one. Memory that cannot be registered
+// is copied.
+//
 // A request that is larger than a buffer is executed in pieces, as many at a time as
 // there are tags.
 //
@@ -36,7 +41,9 @@
 // is in flight. The data of a write is what the copy finds.
 //
 // A front end can remove memory while requests use it. The session ends when one of these
-// requests is completed.
+// requests is completed. With Config.ZeroCopy, the answer to a message that removes memory or
+// resets the device comes when the back end does not access the memory any more, and a session
+// that fails hangs up only then.
 //
 // # Crash of the server
 //

@@ -29,11 +29,16 @@ func round(r *vhosttest.Ring, heads []uint16) {
 
 // TestNoAllocation executes requests of every kind. The large ones need several tags.
 func TestNoAllocation(t *testing.T) {
-	s := newServer(t, Config{Device: newNull(t), Depth: 16, MaxIO: 16 << 10, Loops: newLoops(t, 1)})
+	for _, zeroCopy := range []bool{false, true} {
+		testNoAllocation(t, newServer(t, Config{Device: newNull(t), Depth: 16, MaxIO: 16 << 10, Loops: newLoops(t, 1), ZeroCopy: zeroCopy}))
+	}
+}
+
+func testNoAllocation(t *testing.T, s *served) {
 	for name, features := range map[string]uint64{
 		"all": ^uint64(0), "no event index": ^uint64(vhosttest.FeatEventIdx), "no table": ^uint64(vhosttest.FeatIndirect),
 	} {
-		g := connect(t, s, vhosttest.Config{Features: features})
+		g := connect(t, s, vhosttest.Config{Features: features, Sealed: true})
 		r := g.Rings[0]
 		for kind, size := range map[uint32]uint32{
 			vhosttest.In: 64 << 10, vhosttest.Out: 64 << 10, vhosttest.Flush: 0, vhosttest.Discard: 16, vhosttest.WriteZeroes: 16,
@@ -45,7 +50,7 @@ func TestNoAllocation(t *testing.T) {
 				heads = append(heads, r.Prepare(slot, kind, 0, size))
 			}
 			if n := testing.AllocsPerRun(50, func() { round(r, heads) }); n > 0 {
-				t.Errorf("%s, type %d: %v allocations in %d requests", name, kind, n, len(heads))
+				t.Errorf("%s, zero copy %v, type %d: %v allocations in %d requests", name, s.cfg.ZeroCopy, kind, n, len(heads))
 			}
 		}
 		g.Conn.Close()

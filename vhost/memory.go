@@ -9,13 +9,16 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
 )
 
 // region is a part of the guest's memory, mapped into this process.
 type region struct {
 	area
-	mem []byte // the mapping from the region's first byte; size bytes
-	raw []byte // the whole mapping
+	mem  []byte       // the mapping from the region's first byte; size bytes
+	raw  []byte       // the whole mapping
+	lent block.Region // mem, if the back end has registered it; nil: its data is copied
 }
 
 // mapRegion maps a region of a file. It checks that the file has all bytes of it now. The
@@ -54,6 +57,35 @@ func mapRegion(a area, fd int) (*region, error) {
 	_ = unix.Madvise(raw, unix.MADV_DONTFORK)
 	from := a.offset - start
 	return &region{area: a, raw: raw, mem: raw[from : from+a.size : from+a.size]}, nil
+}
+
+// lend registers a region with the back end. Its file must not be able to shrink, because the back
+// end does not expect that. All pages are allocated now, for the same reason.
+func (r *region) lend(back block.Registrar, fd int) error {
+	seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	switch {
+	case err != nil:
+		return errors.New("its file has no seals, so it could be truncated")
+	case seals&unix.F_SEAL_SHRINK == 0:
+		return errors.New("its file lacks the seal F_SEAL_SHRINK, so it could be truncated")
+	}
+	if err := unix.Madvise(r.raw, unix.MADV_POPULATE_WRITE); err != nil {
+		return fmt.Errorf("populate: %w", err)
+	}
+	r.lent, err = back.Register(r.mem)
+	return err
+}
+
+// takeBack ends the registration of a region. Nothing accesses it then except by its mapping.
+func (r *region) takeBack() error {
+	if r.lent == nil {
+		return nil
+	}
+	if err := r.lent.Close(); err != nil {
+		return fmt.Errorf("guest memory at %#x: %w", r.guest, err)
+	}
+	r.lent = nil
+	return nil
 }
 
 const hugetlbfsMagic = 0x958458f6

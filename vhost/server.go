@@ -201,25 +201,29 @@ func (s *Server) HandOver(ctx context.Context) error {
 	s.mu.Lock()
 	n := s.session
 	s.mu.Unlock()
+	limit := ctx
 	if n != nil && n.recorded.Load() {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, drainTime)
+		limit, cancel = context.WithTimeout(ctx, drainTime)
 		defer cancel()
 	}
-	return s.endSession(ctx)
+	return s.endSession(ctx, limit)
 }
 
 // Stop ends the server. It refuses new requests, waits until the requests in flight are
 // done, hangs up, and frees memory. Without force, Stop of a server with a front end
-// changes nothing and returns ErrBusy. When ctx is done, Stop hangs up at once. If
-// requests are still in flight then, it returns an error and may be called again. Stop
+// changes nothing and returns ErrBusy. When ctx is done, Stop hangs up at once, with
+// Config.ZeroCopy as soon as no request is in flight. If requests are still in flight then, it returns an error and may be called again. Stop
 // of a server that has ended returns nil.
 func (s *Server) Stop(ctx context.Context, force bool) error {
 	if front := s.Front(); front != "" && !force {
 		return fmt.Errorf("stop vhost-user-blk server: %w: by %s", ErrBusy, front)
 	}
 	s.refuse()
-	if err := s.endSession(ctx); err != nil {
+	switch err := s.endSession(ctx, ctx); {
+	case errors.Is(err, errMemoryInUse):
+		return fmt.Errorf("stop vhost-user-blk server: %w", err)
+	case err != nil:
 		s.cfg.Log.Debug("vhost-user-blk session cut off", "error", err)
 	}
 	if err := s.awaitOrphans(ctx); err != nil {
@@ -242,18 +246,30 @@ func (s *Server) refuse() {
 	}
 }
 
-// endSession ends the session after its requests, or when ctx is done.
-func (s *Server) endSession(ctx context.Context) error {
+var errMemoryInUse = errors.New("the back end still accesses the guest's memory")
+
+// endSession ends the session after its requests, or when limit is done. A session whose requests
+// access the guest's memory itself ends after them in any case, unless ctx is done before; the
+// error is errMemoryInUse then.
+func (s *Server) endSession(ctx, limit context.Context) error {
 	s.mu.Lock()
 	n := s.session
 	s.mu.Unlock()
 	if n == nil {
 		return nil
 	}
-	err := n.drain(ctx)
+	err := n.drain(limit)
 	n.fail(ErrStopped)
-	<-n.ended
-	return err
+	if err == nil || !s.cfg.ZeroCopy {
+		<-n.ended
+		return err
+	}
+	select {
+	case <-n.ended:
+		return err
+	case <-ctx.Done():
+		return errMemoryInUse
+	}
 }
 
 // awaitOrphans waits until no request of an earlier session is at the back end.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -205,43 +206,51 @@ func TestData(t *testing.T) {
 	for name, cfg := range configs {
 		for _, lb := range []uint32{512, 4096} {
 			t.Run(fmt.Sprintf("%s/%d", name, lb), func(t *testing.T) {
-				geometry := block.Geometry{Sectors: 8192, LogicalBlock: lb, ChunkSectors: 24, MaxDiscardSectors: 40, MaxZeroesSectors: 16, VolatileCache: true}
-				s := newServer(t, Config{Device: newRAM(t, geometry), MaxIO: 16 << 10})
-				g := connect(t, s, cfg)
-				rnd := rand.New(rand.NewPCG(1, 2))
-				want := make([]byte, geometry.Sectors<<9)
-				unit := uint64(lb >> 9)
-				for i := range 300 {
-					r := g.Rings[i%len(g.Rings)]
-					n := (1 + rnd.Uint64N(128/unit)) * unit
-					sector := rnd.Uint64N((geometry.Sectors-n)/unit) * unit
-					data, disk := r.Data(0)[:n<<9], want[sector<<9:][:n<<9]
-					kind := []uint32{vhosttest.In, vhosttest.Out, vhosttest.Discard, vhosttest.WriteZeroes, vhosttest.Flush}[rnd.IntN(5)]
-					size := len(data)
-					switch kind {
-					case vhosttest.Out:
-						for j := range data {
-							data[j] = byte(rnd.Uint32())
-						}
-						copy(disk, data)
-					case vhosttest.In:
-						clear(data)
-					case vhosttest.Flush:
-						size = 0
-					default: // two ranges
-						half := n / 2 / unit * unit
-						clear(disk)
-						size = copy(data, rangeBytes(sector, uint32(half), 0))
-						size += copy(data[size:], rangeBytes(sector+half, uint32(n-half), 0))
-					}
-					if status := do(t, r, kind, sector, size); status != vhosttest.OK {
-						t.Fatalf("request %d of type %d: status %d", i, kind, status)
-					}
-					if kind == vhosttest.In && !bytes.Equal(data, disk) {
-						t.Fatalf("request %d: wrong data", i)
-					}
-				}
+				s := newServer(t, Config{Device: newRAM(t, dataGeometry(lb)), MaxIO: 16 << 10})
+				testData(t, connect(t, s, cfg), lb)
 			})
+		}
+	}
+}
+
+func dataGeometry(lb uint32) block.Geometry {
+	return block.Geometry{Sectors: 8192, LogicalBlock: lb, ChunkSectors: 24, MaxDiscardSectors: 40, MaxZeroesSectors: 16, VolatileCache: true}
+}
+
+// testData uses a disk of dataGeometry.
+func testData(t *testing.T, g *vhosttest.Guest, lb uint32) {
+	const sectors = 8192
+	rnd := rand.New(rand.NewPCG(1, 2))
+	want := make([]byte, sectors<<9)
+	unit := uint64(lb >> 9)
+	for i := range 300 {
+		r := g.Rings[i%len(g.Rings)]
+		n := (1 + rnd.Uint64N(128/unit)) * unit
+		sector := rnd.Uint64N((sectors-n)/unit) * unit
+		data, disk := r.Data(0)[:n<<9], want[sector<<9:][:n<<9]
+		kind := []uint32{vhosttest.In, vhosttest.Out, vhosttest.Discard, vhosttest.WriteZeroes, vhosttest.Flush}[rnd.IntN(5)]
+		size := len(data)
+		switch kind {
+		case vhosttest.Out:
+			for j := range data {
+				data[j] = byte(rnd.Uint32())
+			}
+			copy(disk, data)
+		case vhosttest.In:
+			clear(data)
+		case vhosttest.Flush:
+			size = 0
+		default: // two ranges
+			half := n / 2 / unit * unit
+			clear(disk)
+			size = copy(data, rangeBytes(sector, uint32(half), 0))
+			size += copy(data[size:], rangeBytes(sector+half, uint32(n-half), 0))
+		}
+		if status := do(t, r, kind, sector, size); status != vhosttest.OK {
+			t.Fatalf("request %d of type %d: status %d", i, kind, status)
+		}
+		if kind == vhosttest.In && !bytes.Equal(data, disk) {
+			t.Fatalf("request %d: wrong data", i)
 		}
 	}
 }
@@ -512,8 +521,21 @@ func TestReconnect(t *testing.T) {
 // TestLog checks the log of written pages, with a log that is switched on while the rings
 // are served.
 func TestLog(t *testing.T) {
-	s := newServer(t, Config{Device: newRAM(t, block.Geometry{})})
-	g := connect(t, s, vhosttest.Config{Ack: true, Features: ^uint64(vhosttest.FeatIndirect)})
+	// The data of slot 0 is in two regions, so it is copied. That of slot 1 is not.
+	for slot, zeroCopy := range []bool{false, true} {
+		t.Run(fmt.Sprintf("zero copy=%v", zeroCopy), func(t *testing.T) { testLog(t, uint16(slot), zeroCopy) })
+	}
+}
+
+func testLog(t *testing.T, slot uint16, zeroCopy bool) {
+	s := newServer(t, Config{Device: newRAM(t, block.Geometry{}), ZeroCopy: zeroCopy})
+	g := connect(t, s, vhosttest.Config{Ack: true, Features: ^uint64(vhosttest.FeatIndirect), Sealed: true})
+	do := func(t *testing.T, r *vhosttest.Ring, kind uint32, sector uint64, n int) {
+		t.Helper()
+		if status, err := r.Do(slot, kind, sector, uint32(n)); err != nil || status != vhosttest.OK {
+			t.Fatal(status, err)
+		}
+	}
 	r := g.Rings[0]
 	size := uint64(vhosttest.GuestBase+len(g.Mem)) / 4096 / 8
 	fd, err := unix.MemfdCreate("log", unix.MFD_CLOEXEC)
@@ -547,7 +569,7 @@ func TestLog(t *testing.T) {
 		}
 		return pages
 	}
-	header, data := r.Slot(0)
+	header, data := r.Slot(slot)
 	do(t, r, vhosttest.In, 0, 8192)
 	if got := dirty(); got != nil {
 		t.Fatalf("without LOG_ALL: %v", got)
@@ -560,7 +582,11 @@ func TestLog(t *testing.T) {
 	}
 	dirty()
 	do(t, r, vhosttest.In, 0, 8192)
-	want := fmt.Sprint([]uint64{r.Used / 4096, header / 4096, data/4096 + 1, data/4096 + 2})
+	pages := []uint64{r.Used / 4096, header / 4096}
+	for page := data / 4096; page <= (data+8191)/4096; page++ {
+		pages = append(pages, page)
+	}
+	want := fmt.Sprint(slices.Compact(pages))
 	if got := fmt.Sprint(dirty()); got != want {
 		t.Errorf("read: pages %v, want %v", got, want)
 	}

@@ -158,6 +158,7 @@ func (n *session) run() error {
 	reader.Go(func() { n.receive(messages) })
 	err := n.serve(messages)
 	n.fail(err)
+	n.leave()
 	_ = n.conn.Close() // ends the reader
 	reader.Wait()
 	n.release()
@@ -593,20 +594,26 @@ func (n *session) drain(ctx context.Context) error {
 	return nil
 }
 
-// release ends the session on all loops, and frees what the front end has set up. From then
-// on nobody touches the guest's memory.
-func (n *session) release() {
+// leave ends the session on all loops. From then on nobody touches the guest's memory, the back
+// end included. The front end, which is still connected, may believe that the device has stopped
+// only then, because the guest may use its buffers for something else.
+func (n *session) leave() {
 	for i, w := range n.server.workers {
 		_ = n.server.cfg.Loops[i].Call(func() { w.leave(n) }) // a loop that has ended does not touch it
 	}
+	for _, r := range n.regions {
+		n.warn(r.takeBack())
+	}
+}
+
+// release frees what the front end has set up.
+func (n *session) release() {
 	for i := range n.rings {
 		n.endRing(&n.rings[i], i)
 		closeFD(n.rings[i].kick)
 		closeFD(n.rings[i].call)
 	}
-	for _, r := range n.regions {
-		n.warn(r.unmap())
-	}
+	n.warn(n.unmapAll(n.regions))
 	if n.log != nil {
 		n.warn(n.log.unmap())
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-nvmeof/block"
 )
 
 // The messages about memory and rings.
@@ -37,19 +39,62 @@ func (n *session) setMemTable(m *message) error {
 	return n.unmapAll(old)
 }
 
+// mapRegion maps a region. With zero copy, the back end gets it; if it cannot, its data is
+// copied.
 func (n *session) mapRegion(a area, fd int) (*region, error) {
 	r, err := mapRegion(a, fd)
-	if err == nil {
-		n.addMapping(r.raw)
+	if err != nil {
+		return nil, err
 	}
-	return r, err
+	n.addMapping(r.raw)
+	if n.server.cfg.ZeroCopy {
+		if err := r.lend(n.server.cfg.Device.(block.Registrar), fd); err != nil {
+			n.warnCopied(r, err)
+		}
+	}
+	return r, nil
 }
 
+func (n *session) warnCopied(r *region, err error) {
+	n.server.events.Warn("data of guest memory is copied", "front_end", n.peer, "guest_address", r.guest, "bytes", r.size, "reason", err)
+}
+
+// unmapAll unmaps regions that the loops do not use any more. One that the back end does not give
+// back stays mapped.
 func (n *session) unmapAll(regions []*region) error {
 	var errs []error
 	for _, r := range regions {
+		if err := r.takeBack(); err != nil {
+			errs = append(errs, err)
+			continue
+		}
 		n.removeMapping(r.raw)
 		errs = append(errs, r.unmap())
+	}
+	return errors.Join(errs...)
+}
+
+// renewMemory has the back end access the guest's memory no more on behalf of earlier requests.
+func (n *session) renewMemory() error {
+	if !n.server.cfg.ZeroCopy || n.memory == nil {
+		return nil
+	}
+	old := n.regions
+	n.regions = nil
+	for _, r := range old {
+		again := *r
+		if r.lent != nil {
+			var err error
+			if again.lent, err = n.server.cfg.Device.(block.Registrar).Register(r.mem); err != nil {
+				again.lent = nil
+				n.warnCopied(r, err)
+			}
+		}
+		n.regions = append(n.regions, &again)
+	}
+	errs := []error{n.pushMemory()}
+	for _, r := range old {
+		errs = append(errs, r.takeBack())
 	}
 	return errors.Join(errs...)
 }
@@ -401,7 +446,7 @@ func (n *session) resetDevice() error {
 		}
 		n.endRing(f, i)
 	}
-	return nil
+	return n.renewMemory() // the guest may use its buffers for something else now
 }
 
 func (n *session) updateAll() error {

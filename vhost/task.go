@@ -75,6 +75,35 @@ func (t *task) read(m *memory, at uint64, dst []byte) bool {
 	return len(dst) == 0
 }
 
+// run returns the region and the guest address of the data from the byte at on, and how many
+// bytes, up to most, are contiguous there. The region is nil if the back end does not have it.
+func (t *task) run(m *memory, at, most uint64) (r *region, guest, n uint64) {
+	segments := t.segments[t.nOut:t.n]
+	if t.op == block.OpWrite {
+		segments, at = t.segments[:t.nOut], at+blkHeaderSize
+	}
+	for _, s := range segments {
+		length := uint64(s.length)
+		switch {
+		case r != nil && s.guest != guest+n:
+			return r, guest, n
+		case r == nil && at >= length:
+			at -= length
+			continue
+		case r == nil:
+			guest, length = s.guest+at, length-at
+			if r = m.find(guest); r == nil || r.lent == nil {
+				return nil, 0, 0
+			}
+			most = min(most, r.guest+r.size-guest)
+		}
+		if n = min(n+length, most); n == most {
+			break
+		}
+	}
+	return r, guest, n
+}
+
 // write copies src to the buffers that the device may write, from the byte at on.
 func (t *task) write(m *memory, at uint64, src []byte) bool {
 	for _, s := range t.segments[t.nOut:t.n] {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/internal/iostats"
@@ -21,6 +23,9 @@ const (
 	ringBudget = 64
 	// none is a value that is not a tag.
 	none = ^uint16(0)
+	// runMin is the number of contiguous bytes of a scattered buffer from which on a command
+	// for these bytes alone is cheaper than to copy them.
+	runMin = 32 << 10
 )
 
 // submitter is the part of uring.Entries that the data path uses.
@@ -67,11 +72,14 @@ type worker struct {
 
 // tag is a tag of the back end with the piece of a task that uses it.
 type tag struct {
-	task  *task // nil: free, or the task is gone
-	at    uint64
-	bytes uint32
-	state tagState
-	next  uint16 // in the list of free tags
+	task   *task // nil: free, or the task is gone
+	at     uint64
+	sector uint64
+	direct *region // has the data of the piece at guest, for the back end; nil: the buffer has it
+	guest  uint64
+	bytes  uint32
+	state  tagState
+	next   uint16 // in the list of free tags
 }
 
 type tagState uint8
@@ -327,20 +335,78 @@ func (w *worker) identify(t *task) (byte, error) {
 
 // transfer passes the next piece of a read or write to the back end.
 func (w *worker) transfer(t *task, i uint16) error {
-	g := &w.tags[i]
 	n := min(w.bounds.piece, t.total-t.at)
 	if c := w.bounds.chunk; c > 0 {
 		n = min(n, c-(t.sector<<block.SectorShift)%c)
 	}
-	g.at, g.bytes = t.at, uint32(n)
-	if t.op == block.OpWrite && !t.read(w.mem, blkHeaderSize+t.at, w.back.Buffer(i)[:n]) {
-		return errRemoved
-	}
-	r := block.Request{Sector: t.sector, Sectors: uint32(n >> block.SectorShift), Op: t.op, Flags: t.flags}
+	g := &w.tags[i]
+	g.at, g.sector = t.at, t.sector
+	n = w.place(t, g, n)
+	g.bytes = uint32(n)
 	t.at += n
 	t.sector += n >> block.SectorShift
+	return w.send(t, i)
+}
+
+// place decides whether the back end can access the data of a piece of n bytes itself. Then it
+// returns the number of bytes that are contiguous, otherwise n.
+func (w *worker) place(t *task, g *tag, n uint64) uint64 {
+	g.direct = nil
+	if !w.server.cfg.ZeroCopy {
+		return n
+	}
+	r, guest, k := t.run(w.mem, g.at, n)
+	k &^= w.bounds.block<<block.SectorShift - 1
+	if r == nil || k < min(n, runMin) || (guest-r.guest)&3 != 0 {
+		return n
+	}
+	g.direct, g.guest = r, guest
+	return k
+}
+
+// send passes a piece of a read or write to the back end.
+func (w *worker) send(t *task, i uint16) error {
+	g := &w.tags[i]
+	r := block.Request{Sector: g.sector, Sectors: g.bytes >> block.SectorShift, Op: t.op, Flags: t.flags}
+	switch {
+	case g.direct != nil:
+		r.Region, r.Offset = g.direct.lent.Number(), g.guest-g.direct.guest
+	case t.op == block.OpWrite && !t.read(w.mem, blkHeaderSize+g.at, w.back.Buffer(i)[:g.bytes]):
+		return errRemoved
+	}
 	w.issue(t, i, r)
 	return nil
+}
+
+// sendAgain passes a piece to the back end again whose memory the front end has replaced. If the
+// guest's addresses have memory, it is another mapping of the same pages.
+func (w *worker) sendAgain(t *task, i uint16) error {
+	g := &w.tags[i]
+	if w.place(t, g, uint64(g.bytes)) < uint64(g.bytes) {
+		g.direct = nil
+	}
+	return w.send(t, i)
+}
+
+// replaced reports whether the front end has replaced the memory of a piece, so that the back end
+// could not access it, or has read to what the guest does not see any more.
+func (w *worker) replaced(t *task, g *tag, errno uint16) bool {
+	if g.direct == nil {
+		return false
+	}
+	return unix.Errno(errno) == unix.EFAULT || errno == 0 && t.op == block.OpRead && w.mem.find(g.guest) != g.direct
+}
+
+// deliver gives the guest the data of a read. It returns false if a memory region is missing.
+func (w *worker) deliver(t *task, i uint16) bool {
+	g := &w.tags[i]
+	if g.direct == nil {
+		return t.write(w.mem, g.at, w.back.Buffer(i)[:g.bytes])
+	}
+	if w.mem.log != nil {
+		w.mem.log.mark(g.guest, uint64(g.bytes))
+	}
+	return true
 }
 
 // errRemoved ends a session whose front end has removed memory that a request uses.
@@ -458,9 +524,12 @@ func (w *worker) finish(i uint16, errno uint16) error {
 		return nil
 	}
 	t.busy--
-	if errno != 0 {
+	switch {
+	case w.replaced(t, g, errno):
+		return w.sendAgain(t, i)
+	case errno != 0:
 		t.failed = true
-	} else if t.op == block.OpRead && !t.write(w.mem, g.at, w.back.Buffer(i)[:g.bytes]) {
+	case t.op == block.OpRead && !w.deliver(t, i):
 		return errRemoved
 	}
 	status := byte(statusOK)
@@ -516,7 +585,7 @@ func (w *worker) takeTag() uint16 {
 
 func (w *worker) releaseTag(i uint16) {
 	g := &w.tags[i]
-	g.task, g.state = nil, tagFree
+	g.task, g.state, g.direct = nil, tagFree, nil
 	g.next, w.freeTag = w.freeTag, i
 }
 

@@ -62,6 +62,8 @@ func Test(t *testing.T, open func(t *testing.T) Backend) {
 		{"ExactlyOnce", testExactlyOnce},
 		{"TwoFrontEnds", testTwoFrontEnds},
 		{"Close", testClose},
+		{"Regions", testRegions},
+		{"CloseRegion", testCloseRegion},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
 	}

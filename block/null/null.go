@@ -1,5 +1,5 @@
 // Package null is a block back end that does nothing. Every request that block.Request.Check
-// accepts succeeds at once, and a read returns the old contents of the buffer. The package
+// accepts succeeds at once, and a read returns the old contents of the buffer or region. The package
 // serves to measure a front end without a back end.
 package null
 
@@ -17,7 +17,10 @@ type Config struct {
 }
 
 // Device is a block.Device. Every loop may open a queue.
-type Device struct{ geometry block.Geometry }
+type Device struct {
+	geometry block.Geometry
+	regions  instant.Regions // of front ends
+}
 
 // New makes a Device. The error is that of Geometry.Validate.
 func New(cfg Config) (*Device, error) {
@@ -40,15 +43,18 @@ func New(cfg Config) (*Device, error) {
 // Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
+// Register implements block.Registrar. Nothing but the requests accesses the region.
+func (d *Device) Register(mem []byte) (block.Region, error) { return d.regions.Register(mem) }
+
 // OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
 // that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	return instant.Open(cfg, d.serve)
+	return instant.Open(cfg, &d.regions, d.serve)
 }
 
 // serve refuses what cannot be executed on any device, and does nothing else.
-func (d *Device) serve(r *block.Request, buf []byte) unix.Errno {
-	e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(buf))
+func (d *Device) serve(r *block.Request, data []byte) unix.Errno {
+	e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(data))
 	if e == 0 && d.geometry.ReadOnly && r.Op != block.OpRead && r.Op != block.OpFlush {
 		return unix.EROFS
 	}

@@ -27,6 +27,7 @@ type Config struct {
 type Device struct {
 	geometry block.Geometry
 	mem      []byte
+	regions  instant.Regions // of front ends
 }
 
 // maxRange is the largest discard or write zeroes, in sectors: 1 GiB.
@@ -70,16 +71,19 @@ func (d *Device) Close() error { return hostmem.Unmap(d.mem) }
 // Geometry returns the geometry of Config with its defaults.
 func (d *Device) Geometry() block.Geometry { return d.geometry }
 
+// Register implements block.Registrar. Nothing but the requests accesses the region.
+func (d *Device) Register(mem []byte) (block.Region, error) { return d.regions.Register(mem) }
+
 // OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
 // that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	return instant.Open(cfg, d.serve)
+	return instant.Open(cfg, &d.regions, d.serve)
 }
 
 // serve executes a request. Errors are those of block.Request.Check, and EROFS for changes
 // of a read-only device.
-func (d *Device) serve(r *block.Request, buf []byte) unix.Errno {
-	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(buf)); {
+func (d *Device) serve(r *block.Request, data []byte) unix.Errno {
+	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(data)); {
 	case e != 0:
 		return e
 	case r.Op == block.OpFlush:
@@ -87,14 +91,14 @@ func (d *Device) serve(r *block.Request, buf []byte) unix.Errno {
 	case r.Op != block.OpRead && d.geometry.ReadOnly:
 		return unix.EROFS
 	}
-	data := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
+	disk := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
 	switch r.Op {
 	case block.OpRead:
-		copy(buf, data)
+		copy(data, disk)
 	case block.OpWrite:
-		copy(data, buf)
+		copy(disk, data)
 	default: // a discard or write zeroes
-		clear(data)
+		clear(disk)
 	}
 	return 0
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -33,7 +34,7 @@ const loadSectors = 64 // of a ring
 
 func newGuestLoad(t *testing.T, path string, rings int) *guestLoad {
 	t.Helper()
-	g, err := vhosttest.NewGuest(vhosttest.Config{Rings: rings, Data: 4096})
+	g, err := vhosttest.NewGuest(vhosttest.Config{Rings: rings, Data: 4096, Sealed: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,10 +218,17 @@ func TestVhostServerDies(t *testing.T) {
 // TestVhostServerDiesWithPaths does the same with two paths, one of which is dropped at the same
 // time, or is away until after the next server has taken over.
 func TestVhostServerDiesWithPaths(t *testing.T) {
-	const nqn = "nqn.2026-01.org.example:vm-paths"
+	testVhostServerDiesWithPaths(t, "nqn.2026-01.org.example:vm-paths", vhostKills())
+}
+
+// TestVhostServerDiesZeroCopy does the same with a target that accesses the guest's memory.
+func TestVhostServerDiesZeroCopy(t *testing.T) {
+	testVhostServerDiesWithPaths(t, "nqn.2026-01.org.example:vm-zero", (vhostKills()+2)/3, "--zero-copy")
+}
+
+func testVhostServerDiesWithPaths(t *testing.T, nqn string, kills int, flags ...string) {
 	l := newLate(t, nqn)
 	away := false
-	kills := vhostKills()
 	l.serverDies(nqn, kills, kills, func(round int) {
 		if away {
 			l.mend()
@@ -234,7 +242,7 @@ func TestVhostServerDiesWithPaths(t *testing.T) {
 			l.cut()
 			away = true
 		}
-	}, "--path", l.second.String())
+	}, append(flags, "--path", l.second.String())...)
 }
 
 // serverDies kills the server of a guest, and then upgrades it, as often as given. before is called
@@ -277,6 +285,11 @@ func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int
 		}
 	}
 	l.stop()
+	if zero := statusOf(t.Context(), s.record(nqn)); zero.ZeroCopy != "" && zero.RegionBytes != int64(len(l.guest.Mem)) {
+		t.Errorf("%d bytes of the guest's memory are registered, want %d", zero.RegionBytes, len(l.guest.Mem))
+	} else if (zero.ZeroCopy == "") == slices.Contains(more, "--zero-copy") {
+		t.Errorf("status: zero copy %q with flags %v", zero.ZeroCopy, more)
+	}
 	t.Logf("%d writes; the longest round took %v over a kill, %v over an upgrade", l.done.Load(), longest[0], longest[1])
 }
 

@@ -65,7 +65,7 @@ var table = map[string]row{
 	// Front ends. They never see RDMA.
 	"ublk":  {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/diskuse", "internal/frontend", "internal/iostats", sys}, testing: []string{"block/null", "block/ram"}},
 	"nbd":   {may: []string{"block", "poller", "internal/uring", "internal/hostmem", "internal/acceptor", "internal/diskuse", "internal/frontend", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram"}},
-	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/frontend", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "vhost/vhosttest"}},
+	"vhost": {may: []string{"block", "poller", "internal/uring", "internal/acceptor", "internal/frontend", "internal/hostmem", "internal/iostats", "internal/loglimit", sys}, testing: []string{"block/null", "block/ram", "initiator", "nvme", "rdma", "rdma/rdmatest", "rdma/roce", "target", "vhost/vhosttest"}},
 	// A front end of its own, which knows nothing of the back end that it tests.
 	"vhost/vhosttest": {may: []string{sys}},
 
@@ -120,7 +120,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/configfile": {testing: []string{"identity"}, may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"identity",
-		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
 		"internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{

@@ -13,17 +13,18 @@ import (
 
 // Queue executes requests in the order of their submission, and completes them in that order.
 type Queue struct {
-	serve  func(r *block.Request, buf []byte) unix.Errno
-	mem    []byte // nil after Close
-	size   int    // of a buffer, in bytes
-	flying []bool // by tag
-	done   []block.Result
-	next   int // results from here on are not reaped
+	serve   func(r *block.Request, data []byte) unix.Errno
+	regions *Regions
+	mem     []byte // nil after Close
+	size    int    // of a buffer, in bytes
+	flying  []bool // by tag
+	done    []block.Result
+	next    int // results from here on are not reaped
 }
 
-// Open makes a queue. serve executes a request with the buffer of its tag. It must check
-// everything but the tag.
-func Open(cfg block.QueueConfig, serve func(r *block.Request, buf []byte) unix.Errno) (*Queue, error) {
+// Open makes a queue. serve executes a request with the buffer of its tag, or with the rest of
+// its region. It must check everything but the tag and the region.
+func Open(cfg block.QueueConfig, regions *Regions, serve func(r *block.Request, data []byte) unix.Errno) (*Queue, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
@@ -32,7 +33,7 @@ func Open(cfg block.QueueConfig, serve func(r *block.Request, buf []byte) unix.E
 		return nil, err
 	}
 	return &Queue{
-		serve: serve, mem: mem, size: cfg.MaxIO,
+		serve: serve, regions: regions, mem: mem, size: cfg.MaxIO,
 		flying: make([]bool, cfg.Depth), done: make([]block.Result, 0, cfg.Depth),
 	}, nil
 }
@@ -50,10 +51,27 @@ func (q *Queue) Submit(reqs []block.Request) {
 		e := unix.EINVAL
 		if int(r.Tag) < len(q.flying) && !q.flying[r.Tag] {
 			q.flying[r.Tag] = true
-			e = q.serve(r, q.Buffer(r.Tag))
+			e = q.execute(r)
 		}
 		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(e)})
 	}
+}
+
+// execute executes a request with its data.
+func (q *Queue) execute(r *block.Request) unix.Errno {
+	if !r.InRegion() {
+		return q.serve(r, q.Buffer(r.Tag))
+	}
+	q.regions.mu.RLock()
+	defer q.regions.mu.RUnlock()
+	data := q.regions.from(r.Region, r.Offset)
+	switch {
+	case data == nil:
+		return unix.EFAULT
+	case r.Offset&3 != 0:
+		return unix.EINVAL
+	}
+	return q.serve(r, data)
 }
 
 // Reap implements block.Queue.

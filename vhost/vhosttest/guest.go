@@ -34,6 +34,7 @@ type Config struct {
 	Slots    bool   // ADD_MEM_REG and not SET_MEM_TABLE
 	NoTrack  bool   // no record of requests in flight
 	Polled   bool   // no kicks
+	Sealed   bool   // the memory cannot shrink
 }
 
 // Addresses of the guest's memory, as the guest and as the front end know it.
@@ -103,6 +104,11 @@ func NewGuest(cfg Config) (*Guest, error) {
 	g.FD = fd
 	if err := unix.Ftruncate(fd, int64(size)); err != nil {
 		return nil, errors.Join(err, g.Close())
+	}
+	if cfg.Sealed {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW); err != nil {
+			return nil, errors.Join(err, g.Close())
+		}
 	}
 	if g.Mem, err = unix.Mmap(fd, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
 		return nil, errors.Join(err, g.Close())

@@ -81,7 +81,12 @@ type Status struct {
 	RDMADevice     string `json:"rdma_device"`
 	// Memory says how the target gets at I/O memory: "registered" is one key for
 	// a whole slab of buffers, for as long as the device lives.
-	Memory    string `json:"memory_mode"`
+	Memory string `json:"memory_mode"`
+	// ZeroCopy names memory that the target can access beside the I/O buffers, because the
+	// users of the devices do I/O from it: "guests". RegionBytes is how much it is at present.
+	ZeroCopy    string `json:"zero_copy,omitempty"`
+	RegionBytes int64  `json:"region_bytes,omitempty"`
+
 	InCapsule int    `json:"in_capsule_bytes"`
 	SQFlow    bool   `json:"sq_flow_control"`
 	QueueSize int    `json:"queue_size"`

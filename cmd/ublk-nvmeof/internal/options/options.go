@@ -126,6 +126,7 @@ type Connect struct {
 	VhostSocket string // for VhostUserBlk: a path, with NSIDField; empty: in the run directory
 	VhostMode   fs.FileMode
 	VhostOwner  FileOwner
+	ZeroCopy    bool   // for VhostUserBlk
 	OnCrash     string // Requeue, Fail or Remove
 	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
@@ -300,13 +301,21 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 		return nil, nil
 	}
 	fail := func(err error) (*tls.Config, error) { return nil, fmt.Errorf("--nbd-tls %q: %w", c.TLS, err) }
-	own, err := tls.LoadX509KeyPair(filepath.Join(c.TLS, "server-cert.pem"), filepath.Join(c.TLS, "server-key.pem"))
+	cert, err := ReadFile(filepath.Join(c.TLS, "server-cert.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	key, err := ReadFile(filepath.Join(c.TLS, "server-key.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		return fail(err)
 	}
 	config := &tls.Config{Certificates: []tls.Certificate{own}}
 	authority := filepath.Join(c.TLS, "ca-cert.pem")
-	text, err := os.ReadFile(authority)
+	text, err := ReadFile(authority)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return config, nil

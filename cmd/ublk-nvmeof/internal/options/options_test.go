@@ -85,6 +85,7 @@ func TestWrongValues(t *testing.T) {
 		{"--nbd-tls", []string{"", "certificates"}, "want an absolute path"},
 		{"--vhost-socket", []string{"", "vm.sock", "h:1", "/{nsid}/s", "/" + strings.Repeat("x", 107), "/{nsid}" + strings.Repeat("x", 98)}, "want an absolute path of at most 107 bytes; {nsid} in"},
 		{"--vhost-socket-mode", []string{"", "x", "888", "1777", "0060", "0460", "-1"}, "want an octal number up to 0777 that lets the owner read and write"},
+		{"--zero-copy", []string{"2"}, "want true or false"},
 		{"--vhost-socket-owner", []string{"", ":", "root:", "no such user", ":no such group", "-1"}, "want USER, USER:GROUP or :GROUP"},
 		{"--metrics-listen", []string{"", "9471", "localhost", ":0", ":65536", ":http", "1.2.3:9471", "a b:9471", "[::1]", "::1:9471", "/run/x"},
 			"want HOST:PORT, or :PORT for the loopback address"},
@@ -163,6 +164,7 @@ func TestOtherUsageErrors(t *testing.T) {
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s", "--frontend", "nbd"}, `--vhost-socket "/s": want it with --frontend vhost-user-blk, not nbd`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket", "/s{nsid}", "--device-id", "1"}, `--device-id "1": a socket has no number`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket-mode", "660"}, `--vhost-socket-mode "0660": want it with --frontend vhost-user-blk, not auto`},
+		{[]string{"-a", "10.0.2.15", "-n", "n", "--zero-copy"}, `--zero-copy: want it with --frontend vhost-user-blk, not auto`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--vhost-socket-owner", "root"}, `--vhost-socket-owner "root": want it with --frontend vhost-user-blk, not auto`},
 		{[]string{"-a", "10.0.2.15", "-n", "n", "--nbd-socket", "h:1", "--nbd-tls", "/nowhere"}, `--nbd-tls "/nowhere": open /nowhere/server-cert.pem: no such file`},
 	} {

@@ -31,6 +31,7 @@ const defaultVhostMode fs.FileMode = 0o600
 func (c *Connect) addVhost(f *pflag.FlagSet) {
 	f.Var(fileMode(&c.VhostMode), "vhost-socket-mode", "permissions of the sockets for virtual machine monitors; who can write to one reads and writes the namespace")
 	f.Var(fileOwner(&c.VhostOwner), "vhost-socket-owner", "owner of the sockets for virtual machine monitors (default: the user of the server)")
+	f.BoolVar(&c.ZeroCopy, "zero-copy", false, "do not copy the data of guests where their memory is contiguous. The target can then read and write all of the guests' memory, not only I/O buffers")
 }
 
 // completeVhost checks the flags for the sockets of virtual machine monitors in combination.
@@ -46,6 +47,8 @@ func (c *Connect) completeVhost() error {
 		given = fmt.Sprintf("--vhost-socket-mode \"%04o\"", c.VhostMode)
 	case c.VhostOwner != anyOwner:
 		given = fmt.Sprintf("--vhost-socket-owner %q", c.VhostOwner.text)
+	case c.ZeroCopy:
+		given = "--zero-copy"
 	}
 	switch {
 	case given != "" && c.Frontend != VhostUserBlk:

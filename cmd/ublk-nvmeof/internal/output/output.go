@@ -73,6 +73,7 @@ type connected struct {
 	Address       string         `json:"address"`
 	Frontend      string         `json:"frontend"`
 	FrontReason   string         `json:"frontend_reason,omitempty"`
+	ZeroCopy      string         `json:"zero_copy,omitempty"`
 	Provider      string         `json:"provider"`
 	Reason        string         `json:"provider_reason,omitempty"`
 	Queues        control.Queues `json:"queues"`
@@ -83,7 +84,7 @@ type connected struct {
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
-		Frontend: s.Frontend, FrontReason: s.FrontendReason, Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
+		Frontend: s.Frontend, FrontReason: s.FrontendReason, ZeroCopy: s.ZeroCopy, Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
 	}
 	var paths []string
 	for _, d := range s.Devices {
@@ -106,6 +107,11 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 	if _, err := fmt.Fprintf(w, "connected %s at %s: %s\n", s.NQN, endpoint(s), strings.Join(paths, " ")); err != nil {
 		return err
 	}
+	if s.ZeroCopy != "" {
+		if _, err := fmt.Fprintf(w, "zero copy: the target can read and write %s\n", reach(s)); err != nil {
+			return err
+		}
+	}
 	if !verbose {
 		return nil
 	}
@@ -113,6 +119,15 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		return err
 	}
 	return classTable(w, s.Queues)
+}
+
+// reach says what memory the target can access with zero copy.
+func reach(s control.Status) string {
+	now := "none"
+	if s.RegionBytes > 0 {
+		now = size(uint64(s.RegionBytes))
+	}
+	return fmt.Sprintf("the I/O buffers and the memory of %s (%s at present)", s.ZeroCopy, now)
 }
 
 // withReason writes a choice with its reason.
@@ -330,6 +345,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("timeouts", "keep alive %s, reconnect delay %s, controller loss %s, fast I/O fail %s",
 				seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss), seconds(s.FastFail))
 			row("buffers", "%s", size(uint64(s.BufferBytes)))
+		}
+		if s.ZeroCopy != "" {
+			row("zero copy", "the target can read and write %s", reach(s))
 		}
 		if p := s.Packets; p != nil {
 			row("packets", "%d sent, %d of them again, %d received; %d timeouts, %d out of sequence, %d duplicates, %d/%d NAKs sent/received, %d RNR NAKs, %d bad ICRCs, %d dropped, %d congestion",

@@ -44,6 +44,9 @@ func (s *server) Status() control.Status {
 			},
 		}
 	}
+	if o.ZeroCopy {
+		out.ZeroCopy = "guests"
+	}
 	if s.sub == nil {
 		return out
 	}
@@ -55,6 +58,7 @@ func (s *server) Status() control.Status {
 	describePath(&out, s.path)
 	describePaths(&out, now)
 	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
+	out.RegionBytes = now.Memory.Regions
 	describeRequests(&out, now)
 	for i, l := range s.loops {
 		if i < len(out.Lanes) {

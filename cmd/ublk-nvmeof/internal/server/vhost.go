@@ -28,7 +28,7 @@ func (s *server) serveVhost(ns namespace, path string) (device, error) {
 		return nil, fmt.Errorf("listen for vhost-user-blk front ends: %w", err)
 	}
 	srv, err := vhost.New(vhost.Config{
-		Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO, ID: s.diskID(ns), Log: s.log,
+		Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO, ID: s.diskID(ns), Log: s.log, ZeroCopy: s.opts.ZeroCopy,
 	})
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
