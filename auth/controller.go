@@ -81,16 +81,19 @@ func (c *Controller) take(msg []byte) *Error {
 	switch {
 	case err != nil:
 		return refuse(ControllerSide, IncorrectPayload, "%v", err)
-	case c.state == controllerStart && k == negotiate:
+	case c.state == controllerStart && k == Negotiate:
 		c.tid = tid
 		return c.choose(msg)
 	case tid != c.tid:
 		return refuse(ControllerSide, IncorrectPayload, "%v of transaction %d, not %d", k, tid, c.tid)
-	case c.state == controllerAsked && k == reply:
+	case c.state == controllerAsked && k == Reply:
 		return c.check(msg)
-	case k == failure2 && (c.state == controllerAsked || c.state == controllerProved || c.state == controllerAdmits):
+	case k == Failure2 && (c.state == controllerAsked || c.state == controllerProved || c.state == controllerAdmits):
 		return &Error{By: HostSide, Reason: decodeFailure(msg)}
-	case c.state == controllerProved && k == success2:
+	case c.state == controllerProved && k == Success2:
+		if len(msg) < headerSize {
+			return refuse(ControllerSide, IncorrectPayload, "a Success2 of %d bytes; want %d", len(msg), headerSize)
+		}
 		c.state = controllerAdmits
 		return nil
 	}
@@ -167,7 +170,25 @@ func (c *Controller) Give() []byte {
 		c.err = refuse(ControllerSide, IncorrectMessage, "the host asks for a message out of turn")
 	}
 	c.state = controllerFinished
-	return encodeFailure(failure1, c.tid, c.err.Reason)
+	return encodeFailure(Failure1, c.tid, c.err.Reason)
+}
+
+// Due returns the kind of the message that comes next, from the host or from Give. After
+// the end of a run it is the Negotiate of another one.
+func (c *Controller) Due() Kind {
+	switch c.state {
+	case controllerChosen:
+		return Challenge
+	case controllerAsked:
+		return Reply
+	case controllerChecked:
+		return Success1
+	case controllerProved:
+		return Success2
+	case controllerRefuses:
+		return Failure1
+	}
+	return Negotiate
 }
 
 // Authenticated reports whether the host is authenticated, and is satisfied with the

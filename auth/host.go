@@ -90,7 +90,7 @@ func (h *Host) Next(msg []byte) ([]byte, error) {
 	}
 	h.state = hostFailed
 	if err.By == HostSide {
-		return encodeFailure(failure2, h.cfg.Transaction, err.Reason), err
+		return encodeFailure(Failure2, h.cfg.Transaction, err.Reason), err
 	}
 	return nil, err
 }
@@ -100,13 +100,13 @@ func (h *Host) next(msg []byte) ([]byte, *Error) {
 	switch {
 	case err != nil:
 		return nil, refuse(HostSide, IncorrectPayload, "%v", err)
-	case k == failure1:
+	case k == Failure1:
 		return nil, h.explain(decodeFailure(msg))
 	case tid != h.cfg.Transaction:
 		return nil, refuse(HostSide, IncorrectPayload, "%v of transaction %d, not %d", k, tid, h.cfg.Transaction)
-	case h.state == hostAsked && k == challenge:
+	case h.state == hostAsked && k == Challenge:
 		return h.reply(msg)
-	case h.state == hostReplied && k == success1:
+	case h.state == hostReplied && k == Success1:
 		return h.verify(msg)
 	}
 	return nil, refuse(HostSide, IncorrectMessage, "%v", k)

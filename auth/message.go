@@ -12,35 +12,35 @@ var le = binary.LittleEndian
 // Reply with SHA512 and FFDHE8192, has 1168.
 const MaxMessage = 4096
 
-// kind is the type (high byte) and the id (low byte) of a message.
-type kind uint16
+// Kind is the type (high byte) and the id (low byte) of a message.
+type Kind uint16
 
 // Messages.
 const (
-	negotiate kind = 0x0000
-	challenge kind = 0x0101
-	reply     kind = 0x0102
-	success1  kind = 0x0103
-	success2  kind = 0x0104
-	failure2  kind = 0x00F0
-	failure1  kind = 0x00F1
+	Negotiate Kind = 0x0000
+	Challenge Kind = 0x0101
+	Reply     Kind = 0x0102
+	Success1  Kind = 0x0103
+	Success2  Kind = 0x0104
+	Failure2  Kind = 0x00F0
+	Failure1  Kind = 0x00F1
 )
 
-func (k kind) String() string {
+func (k Kind) String() string {
 	switch k {
-	case negotiate:
+	case Negotiate:
 		return "Negotiate"
-	case challenge:
+	case Challenge:
 		return "Challenge"
-	case reply:
+	case Reply:
 		return "Reply"
-	case success1:
+	case Success1:
 		return "Success1"
-	case success2:
+	case Success2:
 		return "Success2"
-	case failure2:
+	case Failure2:
 		return "Failure2"
-	case failure1:
+	case Failure1:
 		return "Failure1"
 	}
 	return fmt.Sprintf("message %02xh.%02xh", uint8(k>>8), uint8(k))
@@ -55,7 +55,7 @@ const (
 )
 
 // message returns the first n bytes of a message, with its header.
-func message(k kind, tid uint16, n int) []byte {
+func message(k Kind, tid uint16, n int) []byte {
 	b := make([]byte, n)
 	b[0], b[1] = uint8(k>>8), uint8(k)
 	le.PutUint16(b[4:], tid)
@@ -63,17 +63,17 @@ func message(k kind, tid uint16, n int) []byte {
 }
 
 // kindOf returns the kind and the transaction id of a message.
-func kindOf(b []byte) (kind, uint16, error) {
+func kindOf(b []byte) (Kind, uint16, error) {
 	if len(b) < failureSize {
 		return 0, 0, fmt.Errorf("a message of %d bytes", len(b))
 	}
-	return kind(b[0])<<8 | kind(b[1]), le.Uint16(b[4:]), nil
+	return Kind(b[0])<<8 | Kind(b[1]), le.Uint16(b[4:]), nil
 }
 
 // Begins reports whether a message from the host begins a run.
 func Begins(message []byte) bool {
 	k, _, err := kindOf(message)
-	return err == nil && k == negotiate
+	return err == nil && k == Negotiate
 }
 
 // offer is a Negotiate message.
@@ -87,7 +87,7 @@ type offer struct {
 }
 
 func (o offer) encode(tid uint16) []byte {
-	b := message(negotiate, tid, negotiateSize)
+	b := message(Negotiate, tid, negotiateSize)
 	b[6], b[7], b[8] = o.channel, 1, o.protocol
 	b[10], b[11] = uint8(len(o.hashes)), uint8(len(o.groups))
 	for i, h := range o.hashes {
@@ -132,7 +132,7 @@ type question struct {
 }
 
 func (q question) encode(tid uint16) []byte {
-	b := message(challenge, tid, headerSize)
+	b := message(Challenge, tid, headerSize)
 	b[6], b[8], b[9] = uint8(len(q.challenge)), uint8(q.hash), uint8(q.group)
 	le.PutUint16(b[10:], uint16(len(q.public)))
 	le.PutUint32(b[12:], q.sequence)
@@ -169,7 +169,7 @@ type answer struct {
 }
 
 func (a answer) encode(tid uint16) []byte {
-	b := message(reply, tid, headerSize)
+	b := message(Reply, tid, headerSize)
 	b[6] = uint8(len(a.response))
 	if a.asks {
 		b[8] = 1
@@ -202,7 +202,7 @@ type proof struct {
 }
 
 func (p proof) encode(tid uint16) []byte {
-	b := message(success1, tid, headerSize)
+	b := message(Success1, tid, headerSize)
 	b[6] = uint8(len(p.response))
 	if p.valid {
 		b[8] = 1
@@ -225,10 +225,10 @@ func decodeProof(b []byte, hl int) (p proof, err error) {
 	return p, nil
 }
 
-func encodeSuccess2(tid uint16) []byte { return message(success2, tid, headerSize) }
+func encodeSuccess2(tid uint16) []byte { return message(Success2, tid, headerSize) }
 
 // encodeFailure encodes a Failure1 or a Failure2.
-func encodeFailure(k kind, tid uint16, r Reason) []byte {
+func encodeFailure(k Kind, tid uint16, r Reason) []byte {
 	b := message(k, tid, failureSize)
 	b[6], b[7] = 1, uint8(r)
 	return b

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -18,7 +19,7 @@ const (
 type pair struct {
 	host HostConfig
 	ctrl ControllerConfig
-	edit func(k kind, msg []byte) []byte // nil: nothing
+	edit func(k Kind, msg []byte) []byte // nil: nothing
 }
 
 func newPair(t testing.TB, twoWay bool) *pair {
@@ -115,9 +116,9 @@ func TestRefusals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	flip := func(which kind, at int) func(*pair) {
+	flip := func(which Kind, at int) func(*pair) {
 		return func(p *pair) {
-			p.edit = func(k kind, msg []byte) []byte {
+			p.edit = func(k Kind, msg []byte) []byte {
 				if k == which {
 					msg[at] ^= 1
 				}
@@ -125,9 +126,9 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 	}
-	cut := func(which kind, n int) func(*pair) {
+	cut := func(which Kind, n int) func(*pair) {
 		return func(p *pair) {
-			p.edit = func(k kind, msg []byte) []byte {
+			p.edit = func(k Kind, msg []byte) []byte {
 				if k == which {
 					return msg[:len(msg)-n]
 				}
@@ -135,9 +136,9 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 	}
-	set := func(which kind, at int, b ...byte) func(*pair) {
+	set := func(which Kind, at int, b ...byte) func(*pair) {
 		return func(p *pair) {
-			p.edit = func(k kind, msg []byte) []byte {
+			p.edit = func(k Kind, msg []byte) []byte {
 				if k == which {
 					copy(msg[at:], b)
 				}
@@ -161,52 +162,59 @@ func TestRefusals(t *testing.T) {
 		{"no common group", func(p *pair) { p.host.Groups, p.ctrl.Groups = []Group{FFDHE2048}, []Group{Null} }, "the controller refuses: the Diffie-Hellman group is not usable"},
 		{"hash not offered", func(p *pair) {
 			p.host.Hashes = []Hash{SHA512}
-			set(challenge, 6, 32, 0, uint8(SHA256))(p)
+			set(Challenge, 6, 32, 0, uint8(SHA256))(p)
 		}, "the host refuses: the hash is not usable: the controller chose sha256, which was not offered"},
-		{"unknown hash", set(challenge, 8, 9), "the controller chose hash 9, which was not offered"},
+		{"unknown hash", set(Challenge, 8, 9), "the controller chose hash 9, which was not offered"},
 		{"group not offered", func(p *pair) {
 			p.host.Groups = []Group{FFDHE2048, FFDHE3072}
-			set(challenge, 9, uint8(Null), 0, 0)(p)
+			set(Challenge, 9, uint8(Null), 0, 0)(p)
 		}, "the host refuses: the Diffie-Hellman group is not usable: the controller chose null, which was not offered"},
-		{"unknown group", set(challenge, 9, 77), "the controller chose group 77, which was not offered"},
-		{"downgrade to one way", set(success1, 8, 0), "the host refuses: authentication failed: the controller does not prove that it has the controller key"},
-		{"no proof asked", set(reply, 8, 0), "the host refuses: authentication failed: the controller does not prove that it has the controller key"},
-		{"forged R1", flip(reply, headerSize), "the controller refuses: authentication failed"},
-		{"forged R2", flip(success1, headerSize), "the host refuses: authentication failed: the controller has another controller key"},
-		{"changed C1", flip(challenge, headerSize), "the controller refuses: authentication failed"},
-		{"changed S1", flip(challenge, 12), "the controller refuses: authentication failed"},
-		{"changed C2", flip(reply, headerSize+64), "the host refuses: authentication failed"},
-		{"S2 is 0", set(reply, 12, 0, 0, 0, 0), "the controller refuses: a message has an incorrect payload"},
-		{"another T_ID in Challenge", flip(challenge, 4), "the host refuses: a message has an incorrect payload: Challenge of transaction 6, not 7"},
-		{"another T_ID in Reply", flip(reply, 4), "the controller refuses: a message has an incorrect payload"},
-		{"another T_ID in Success1", flip(success1, 4), "the host refuses: a message has an incorrect payload: Success1 of transaction 6, not 7"},
-		{"secure channel", set(negotiate, 6, 1), "the controller refuses: the secure channel does not match"},
-		{"unknown protocol", set(negotiate, 8, 2), "the controller refuses: the authentication protocol is not usable"},
-		{"no protocol", set(negotiate, 7, 0), "the controller refuses: a message has an incorrect payload"},
-		{"too many hashes", set(negotiate, 10, 31), "the controller refuses: a message has an incorrect payload"},
-		{"truncated Negotiate", cut(negotiate, 1), "the controller refuses: a message has an incorrect payload"},
-		{"truncated Reply", cut(reply, 1), "the controller refuses: a message has an incorrect payload"},
-		{"almost nothing of a Reply", cut(reply, headerSize+2*64+256-5), "the controller refuses: a message has an incorrect payload"},
+		{"unknown group", set(Challenge, 9, 77), "the controller chose group 77, which was not offered"},
+		{"downgrade to one way", set(Success1, 8, 0), "the host refuses: authentication failed: the controller does not prove that it has the controller key"},
+		{"no proof asked", set(Reply, 8, 0), "the host refuses: authentication failed: the controller does not prove that it has the controller key"},
+		{"forged R1", flip(Reply, headerSize), "the controller refuses: authentication failed"},
+		{"forged R2", flip(Success1, headerSize), "the host refuses: authentication failed: the controller has another controller key"},
+		{"changed C1", flip(Challenge, headerSize), "the controller refuses: authentication failed"},
+		{"changed S1", flip(Challenge, 12), "the controller refuses: authentication failed"},
+		{"changed C2", flip(Reply, headerSize+64), "the host refuses: authentication failed"},
+		{"S2 is 0", set(Reply, 12, 0, 0, 0, 0), "the controller refuses: a message has an incorrect payload"},
+		{"another T_ID in Challenge", flip(Challenge, 4), "the host refuses: a message has an incorrect payload: Challenge of transaction 6, not 7"},
+		{"another T_ID in Reply", flip(Reply, 4), "the controller refuses: a message has an incorrect payload"},
+		{"another T_ID in Success1", flip(Success1, 4), "the host refuses: a message has an incorrect payload: Success1 of transaction 6, not 7"},
+		{"secure channel", set(Negotiate, 6, 1), "the controller refuses: the secure channel does not match"},
+		{"unknown protocol", set(Negotiate, 8, 2), "the controller refuses: the authentication protocol is not usable"},
+		{"no protocol", set(Negotiate, 7, 0), "the controller refuses: a message has an incorrect payload"},
+		{"too many hashes", set(Negotiate, 10, 31), "the controller refuses: a message has an incorrect payload"},
+		{"truncated Negotiate", cut(Negotiate, 1), "the controller refuses: a message has an incorrect payload"},
+		{"truncated Reply", cut(Reply, 1), "the controller refuses: a message has an incorrect payload"},
+		{"almost nothing of a Reply", cut(Reply, headerSize+2*64+256-5), "the controller refuses: a message has an incorrect payload"},
+		{"almost nothing of a Negotiate", cut(Negotiate, negotiateSize-failureSize), "the controller refuses: a message has an incorrect payload"},
+		{"not even the header of a Negotiate", cut(Negotiate, negotiateSize-failureSize+1), "the controller refuses: a message has an incorrect payload"},
+		{"no header of a Reply", cut(Reply, headerSize+2*64+256-failureSize+1), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without R1", cut(Reply, 2*64+256), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without C2", cut(Reply, 64+256), "the controller refuses: a message has an incorrect payload"},
+		{"Reply without a public value", cut(Reply, 256), "the controller refuses: a message has an incorrect payload"},
+		{"truncated Challenge", cut(Challenge, 1), "the controller refuses: authentication failed"},
 		{"Challenge without a message", func(p *pair) {
-			p.edit = func(k kind, msg []byte) []byte {
-				if k == challenge {
+			p.edit = func(k Kind, msg []byte) []byte {
+				if k == Challenge {
 					return nil
 				}
 				return msg
 			}
 		}, "the host refuses"},
-		{"HL lies", set(challenge, 6, 63), "the host refuses: a message has an incorrect payload"},
-		{"DHVLEN lies", set(challenge, 10, 0xff, 0xff), "the host refuses: a message has an incorrect payload"},
-		{"DHVLEN lies in Reply", set(reply, 10, 4), "the controller refuses: a message has an incorrect payload"},
-		{"HL lies in Success1", set(success1, 6, 200), "the host refuses: a message has an incorrect payload"},
-		{"public value 0", set(challenge, public, make([]byte, 256)...), "the host refuses: a message has an incorrect payload: the public value is not in the range"},
-		{"public value 1", set(challenge, public, bigEndian(big.NewInt(1))...), "not in the range"},
-		{"public value p-1", set(challenge, public, bigEndian(new(big.Int).Sub(p2048, big.NewInt(1)))...), "not in the range"},
-		{"public value p", set(challenge, public, bigEndian(p2048)...), "not in the range"},
-		{"host's public value 0", set(reply, headerSize+128, make([]byte, 256)...), "the controller refuses: a message has an incorrect payload"},
-		{"message out of turn", set(reply, 1, 0x04), "the controller refuses: a message came out of turn"},
-		{"Success1 instead of Challenge", set(challenge, 1, 0x03), "the host refuses: a message came out of turn: Success1"},
-		{"unknown message", set(challenge, 0, 9, 9), "the host refuses: a message came out of turn: message 09h.09h"},
+		{"HL lies", set(Challenge, 6, 63), "the host refuses: a message has an incorrect payload"},
+		{"DHVLEN lies", set(Challenge, 10, 0xff, 0xff), "the host refuses: a message has an incorrect payload"},
+		{"DHVLEN lies in Reply", set(Reply, 10, 4), "the controller refuses: a message has an incorrect payload"},
+		{"HL lies in Success1", set(Success1, 6, 200), "the host refuses: a message has an incorrect payload"},
+		{"public value 0", set(Challenge, public, make([]byte, 256)...), "the host refuses: a message has an incorrect payload: the public value is not in the range"},
+		{"public value 1", set(Challenge, public, bigEndian(big.NewInt(1))...), "not in the range"},
+		{"public value p-1", set(Challenge, public, bigEndian(new(big.Int).Sub(p2048, big.NewInt(1)))...), "not in the range"},
+		{"public value p", set(Challenge, public, bigEndian(p2048)...), "not in the range"},
+		{"host's public value 0", set(Reply, headerSize+128, make([]byte, 256)...), "the controller refuses: a message has an incorrect payload"},
+		{"message out of turn", set(Reply, 1, 0x04), "the controller refuses: a message came out of turn"},
+		{"Success1 instead of Challenge", set(Challenge, 1, 0x03), "the host refuses: a message came out of turn: Success1"},
+		{"unknown message", set(Challenge, 0, 9, 9), "the host refuses: a message came out of turn: message 09h.09h"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := newPair(t, true)
@@ -230,20 +238,64 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// A Success2 that is not whole does not admit the host.
+func TestTruncatedSuccess2(t *testing.T) {
+	p := newPair(t, true)
+	p.ctrl.Groups = []Group{Null}
+	p.edit = func(k Kind, msg []byte) []byte {
+		if k == Success2 {
+			return msg[:headerSize-1]
+		}
+		return msg
+	}
+	_, c, err := p.run(t)
+	if err != nil || c.Authenticated() || c.Due() != Failure1 {
+		t.Fatalf("%v; authenticated %t, %v is due", err, c.Authenticated(), c.Due())
+	}
+	if c.Give(); c.Err() == nil || c.Err().Reason != IncorrectPayload || !c.Finished() {
+		t.Errorf("%v", c.Err())
+	}
+}
+
+// A controller says which message is due, up to the next run.
+func TestDue(t *testing.T) {
+	p := newPair(t, true)
+	c := NewController(p.ctrl)
+	h, err := NewHost(p.host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	due := []Kind{c.Due()}
+	for msg := h.Negotiate(); msg != nil; {
+		c.Take(msg)
+		due = append(due, c.Due())
+		if h.Authenticated() {
+			break
+		}
+		if msg, err = h.Next(c.Give()); err != nil {
+			t.Fatal(err)
+		}
+		due = append(due, c.Due())
+	}
+	if want := []Kind{Negotiate, Challenge, Reply, Success1, Success2, Negotiate}; !slices.Equal(due, want) {
+		t.Errorf("due %v, want %v", due, want)
+	}
+}
+
 // What one run said is worth nothing in another one.
 func TestReplay(t *testing.T) {
 	p := newPair(t, true)
 	p.ctrl.Groups = []Group{Null} // the harder case
-	said := map[kind][]byte{}
-	p.edit = func(k kind, msg []byte) []byte {
+	said := map[Kind][]byte{}
+	p.edit = func(k Kind, msg []byte) []byte {
 		said[k] = msg
 		return msg
 	}
 	if _, _, err := p.run(t); err != nil {
 		t.Fatal(err)
 	}
-	for k, by := range map[kind]Side{reply: ControllerSide, challenge: HostSide, success1: HostSide} {
-		p.edit = func(now kind, msg []byte) []byte {
+	for k, by := range map[Kind]Side{Reply: ControllerSide, Challenge: HostSide, Success1: HostSide} {
+		p.edit = func(now Kind, msg []byte) []byte {
 			if now == k {
 				return said[k]
 			}
@@ -323,7 +375,7 @@ func FuzzHost(f *testing.F) {
 	}
 	f.Add(question{SHA256, Null, 1, make([]byte, 32), nil}.encode(7), proof{true, make([]byte, 32)}.encode(7))
 	f.Add(question{SHA512, FFDHE2048, 1, make([]byte, 64), exchangeOf(FFDHE2048, ramp(1, 32)).public}.encode(7), proof{}.encode(7))
-	f.Add(encodeFailure(failure1, 7, Failed), []byte{})
+	f.Add(encodeFailure(Failure1, 7, Failed), []byte{})
 	f.Fuzz(func(t *testing.T, first, second []byte) {
 		h, err := NewHost(HostConfig{HostNQN: hostNQN, SubNQN: subNQN, Key: key, ControllerKey: key, Groups: []Group{Null, FFDHE2048}, Transaction: 7})
 		if err != nil {
@@ -348,7 +400,7 @@ func FuzzController(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(offer{protocol: 1, hashes: Hashes(), groups: Groups()}.encode(7), answer{response: make([]byte, 32), challenge: make([]byte, 32), asks: true, sequence: 1}.encode(7), encodeSuccess2(7))
-	f.Add(offer{protocol: 1, hashes: Hashes(), groups: Groups()}.encode(7), encodeFailure(failure2, 7, Failed), []byte{})
+	f.Add(offer{protocol: 1, hashes: Hashes(), groups: Groups()}.encode(7), encodeFailure(Failure2, 7, Failed), []byte{})
 	f.Fuzz(func(t *testing.T, first, second, third []byte) {
 		c := NewController(ControllerConfig{HostNQN: hostNQN, SubNQN: subNQN, Key: key, ControllerKey: key, Hashes: []Hash{SHA256}, Groups: []Group{Null}})
 		for _, msg := range [][]byte{first, second, third} {

@@ -114,12 +114,17 @@ func (e *StepError) Unwrap() error { return e.Err }
 // ErrNoQueues means that the target granted no I/O queues.
 var ErrNoQueues = errors.New("target granted no I/O queues")
 
+func (c *Controller) newAssociation() *association {
+	a := &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1), reread: make(chan struct{}, 1)}
+	a.life, a.end = context.WithCancelCause(c.life)
+	return a
+}
+
 // associate performs all steps of connecting, in the order of Linux'
 // nvme_rdma_setup_ctrl. The association that it returns is connected and idle, and no
 // lane uses it yet.
 func (c *Controller) associate(ctx context.Context) (a *association, err error) {
-	a = &association{ctrl: c, found: make(map[uint32]bool), reported: make(map[string]bool), changed: make(chan struct{}, 1), reread: make(chan struct{}, 1)}
-	a.life, a.end = context.WithCancelCause(c.life)
+	a = c.newAssociation()
 	ctx, cancel := a.during(ctx)
 	defer cancel()
 	defer func() {
@@ -153,35 +158,43 @@ func (c *Controller) associate(ctx context.Context) (a *association, err error) 
 }
 
 func (c *Controller) connectAdmin(ctx context.Context, a *association) error {
+	asked, err := c.openAdmin(ctx, a)
+	if err == nil {
+		a.method, err = c.authenticate(ctx, 0, asked, a.admin.authPort)
+	}
+	return err
+}
+
+// openAdmin connects the admin queue, up to what the target asks for in its answer.
+func (c *Controller) openAdmin(ctx context.Context, a *association) (r nvme.ConnectResult, err error) {
 	p := queueParam{qid: 0, depth: adminDepth, events: true}
 	conn, remote, err := c.reach(ctx, p)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	a.remote = remote
 	if a.admin, err = newAdmin(conn, c.mem.current(), min(c.cfg.ConnectTimeout, c.cfg.AdminTimeout), a.fail); err != nil {
-		return errors.Join(err, conn.close())
+		return 0, errors.Join(err, conn.close())
 	}
 	a.watch(conn)
 
 	var data nvme.ConnectData
 	if err := c.fillConnect(&data, 0xFFFF); err != nil {
-		return err
+		return 0, err
 	}
 	var cmd nvme.Command
 	cmd.SetConnect(0, adminDepth-1, uint32(c.cfg.KeepAlive/time.Millisecond), c.cfg.DisableSQFlow)
 	asked := time.Now()
 	done, err := a.admin.exec(ctx, &cmd, data[:], nil)
 	if err != nil {
-		return connectError(done, err)
+		return 0, connectError(done, err)
 	}
-	r := nvme.ConnectResult(done.DW0())
+	r = nvme.ConnectResult(done.DW0())
 	a.cntlid, a.asked = r.CNTLID(), asked
 	if c.cfg.Made != nil {
 		c.cfg.Made(a.remote, a.cntlid, asked)
 	}
-	a.method, err = c.authenticate(ctx, 0, r, a.admin.authPort)
-	return err
+	return r, nil
 }
 
 func (c *Controller) fillConnect(data *nvme.ConnectData, cntlid uint16) error {

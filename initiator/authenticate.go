@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,9 +19,13 @@ type Credentials struct {
 	Controller *auth.Key // what the controller must prove to have; nil: nothing. It needs Host
 }
 
-// ErrKeysAccepted is an error of Reauthenticate: some queues have accepted the keys, and another
-// one has not.
-var ErrKeysAccepted = errors.New("the keys are in use, but not all queues have accepted them")
+// Errors of Reauthenticate with keys that later associations use all the same.
+var (
+	// ErrKeysAccepted means that some queues have accepted the keys, and another one has not.
+	ErrKeysAccepted = errors.New("the keys are in use, but not all queues have accepted them")
+	// ErrKeysUntried means that no path was connected.
+	ErrKeysUntried = errors.New("the keys will be used for the next connection")
+)
 
 // Errors of an authentication that does not begin.
 var (
@@ -68,6 +73,12 @@ func (s *Subsystem) credentials() Credentials {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.keys
+}
+
+func (s *Subsystem) setCredentials(keys Credentials) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys = keys
 }
 
 // prove authenticates a queue. No other run may be in progress on it. The arithmetic takes
@@ -133,9 +144,9 @@ func converse(ctx context.Context, host *auth.Host, port authPort) error {
 }
 
 // refusalOf explains why a command of a run failed. Targets often end the connection
-// before the host can read why they refuse it (nvmet does).
+// before the host can read why they refuse it (nvmet does). Silence says nothing about keys.
 func refusalOf(host *auth.Host, err error) error {
-	if host.Replied() {
+	if host.Replied() && !errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("the target ended it after the reply of this host, most likely because it has another host key, or no controller key: %w", err)
 	}
 	return fmt.Errorf("it was not completed: %w", err)
@@ -171,8 +182,9 @@ func (conn *connection) authPort(a *admin, buffer int) authPort {
 // present ones: their admin queues, and the I/O queues for which the targets have asked for
 // authentication. I/O goes on meanwhile. After success the keys are those of all later
 // associations too. After an error everything stays as it was, unless the connection was lost.
-// If only some queues accept the keys, the error is ErrKeysAccepted as well, and later
-// associations use the keys.
+// There are two exceptions, in which later associations use the keys: some queues accept them
+// (ErrKeysAccepted), or no path is connected (ErrKeysUntried), perhaps because the target does not
+// accept the present keys any more.
 //
 // Errors: *AuthError, ErrNotConnected, or that of ctx, which counts only until the run
 // begins. A command that the target does not answer within Config.AdminTimeout, or within
@@ -185,18 +197,15 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if keys == nil {
-		present := s.credentials()
-		keys = &present
-	}
-	if _, err := s.current(); err != nil {
-		return err
+	try := s.credentials()
+	if keys != nil {
+		try = *keys
 	}
 	accepted, unasked := false, error(nil)
 	var errs []error
 	paths := s.paths()
 	for _, c := range paths {
-		yes, err := c.reauthenticate(*keys)
+		yes, err := c.reauthenticate(try)
 		accepted = accepted || yes
 		switch {
 		case errors.Is(err, errNotAgain):
@@ -207,19 +216,25 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 			errs = append(errs, fmt.Errorf("path %v: %w", c.Address(), err))
 		}
 	}
-	if len(errs) == 0 && !accepted {
-		return unasked // nil: no path is connected any more
-	}
-	if !accepted {
-		return errors.Join(errs...)
-	}
-	s.mu.Lock()
-	s.keys = *keys
-	s.mu.Unlock()
-	if len(errs) > 0 {
+	switch {
+	case accepted && len(errs) == 0:
+		s.setCredentials(try)
+		return nil
+	case accepted:
+		s.setCredentials(try)
 		return fmt.Errorf("%w: %w", ErrKeysAccepted, errors.Join(errs...))
+	case len(errs) > 0:
+		return errors.Join(errs...)
+	case unasked != nil:
+		return unasked
 	}
-	return nil
+	_, err := s.current()
+	err = cmp.Or(err, ErrNotConnected) // if there is one again, it has not been asked
+	if keys != nil {
+		s.setCredentials(try)
+		err = fmt.Errorf("%w: %w", ErrKeysUntried, err)
+	}
+	return err
 }
 
 // reauthenticate authenticates the queues of the present association again. accepted says

@@ -72,6 +72,7 @@ func TestAuthentication(t *testing.T) {
 					s.host.Hashes, s.host.Groups = []auth.Hash{hash}, []auth.Group{group}
 					s.require()
 					cfg := s.config(loops, poller.Request{IO: 1})
+					cfg.AdminTimeout, cfg.ConnectTimeout = 20*time.Second, 20*time.Second // a busy machine is no error
 					if !twoWay {
 						cfg.Credentials.Controller = nil
 					}
@@ -124,6 +125,7 @@ func TestAuthenticationRefused(t *testing.T) {
 		"dropped after the reply":   {fabrics(target.Fault{Disconnect: true}, success), "authentication of queue 0: the target ended it after the reply of this host, most likely because it has another host key", nil, true},
 		"dropped before the reply":  {fabrics(target.Fault{Disconnect: true}, reply), "authentication of queue 0: ", nil, true},
 		"silent":                    {fabrics(target.Fault{Drop: true}, challenge), "authentication of queue 0: it was not completed: ", nil, true},
+		"silent after the reply":    {fabrics(target.Fault{Drop: true}, success), "authentication of queue 0: it was not completed: ", nil, true},
 		"status":                    {fabrics(target.Fault{Status: nvme.StatusInvalidField | nvme.StatusDNR}, challenge), "authentication of queue 0: it was not completed: nvme status 002h", nil, true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -257,6 +259,33 @@ func TestAuthenticationAtReconnect(t *testing.T) {
 		t.Error(err)
 	}
 	f.close()
+	closeSubsystem(t, c)
+}
+
+// TestReauthenticateUntried checks that keys which are given while no path is connected are those of
+// the next association. The target has changed them, so without that there would be none.
+func TestReauthenticateUntried(t *testing.T) {
+	s := newSecured(t, target.Config{})
+	loops := newLoops(t, 1)
+	c := connect(t, s.config(loops, poller.Request{IO: 1}))
+	next := Credentials{Host: newKey(t, auth.NoHash, 32)}
+	s.host.Key, s.host.ControllerKey = next.Host, nil
+	s.require()
+	s.target.Faults().Disconnect(-1)
+	waitFor(t, "a failed attempt", func() bool { return c.Info().Paths[0].Attempts >= 1 && c.Info().Paths[0].Failure != nil })
+	if err := c.Reauthenticate(t.Context(), nil); !errors.Is(err, ErrNotConnected) || errors.Is(err, ErrKeysUntried) {
+		t.Errorf("without keys: %v", err)
+	}
+	if err := c.Reauthenticate(t.Context(), &next); !errors.Is(err, ErrNotConnected) || !errors.Is(err, ErrKeysUntried) {
+		t.Errorf("with keys: %v", err)
+	}
+	if errno := single(t, loops[0], c.Namespaces()[0], block.Request{Op: block.OpWrite, Sectors: 8}); errno != 0 {
+		t.Errorf("errno %d", errno)
+	}
+	waitFor(t, "the next association", func() bool { return c.Info().State == StateLive })
+	if err := c.Reauthenticate(t.Context(), nil); err != nil {
+		t.Errorf("with the next association: %v", err)
+	}
 	closeSubsystem(t, c)
 }
 

@@ -87,12 +87,25 @@ func (q *queuePair) authExpired() {
 // authFailed reports a failed authentication, and ends the queue unless an earlier one
 // was successful. There must be few different reasons.
 func (q *queuePair) authFailed(reason, detail string) {
-	q.target.refused("authentication: " + reason)
-	q.target.log.Warn("authentication failed", "reason", reason, "detail", detail, "qid", q.qid,
-		"address", q.id.RemoteAddr(), "host", q.ctrl.hostNQN, "controller", q.ctrl.id)
+	q.reportAuth(reason, detail)
 	if q.unproved.Load() {
 		time.AfterFunc(failureDelay, func() { q.kill("authentication failed") })
 	}
+}
+
+// authEndedEarly reports that the connection has ended before the host was authenticated,
+// unless that is known.
+func (q *queuePair) authEndedEarly(why error) {
+	if q.unproved.Load() && !q.authReported.Load() {
+		q.reportAuth("the connection ended in the middle", fmt.Sprintf("%v was due: %v", q.authDue(), why))
+	}
+}
+
+func (q *queuePair) reportAuth(reason, detail string) {
+	q.authReported.Store(true)
+	q.target.refused("authentication: " + reason)
+	q.target.log.Warn("authentication failed", "reason", reason, "detail", detail, "qid", q.qid,
+		"address", q.id.RemoteAddr(), "host", q.ctrl.hostNQN, "controller", q.ctrl.id)
 }
 
 // isAuth reports whether a Fabrics command is one of authentication.
@@ -134,6 +147,14 @@ func (q *queuePair) authRun(begins bool) *auth.Controller {
 		Key: a.Key, ControllerKey: a.ControllerKey, Hashes: a.Hashes, Groups: a.Groups,
 	})
 	return q.proving
+}
+
+// authDue returns the message that an authentication command is for.
+func (q *queuePair) authDue() auth.Kind {
+	if q.proving == nil {
+		return auth.Negotiate
+	}
+	return q.proving.Due()
 }
 
 // takeAuth takes the message of an Authentication Send, which has arrived.

@@ -155,11 +155,10 @@ func (q *queuePair) reply(i int, data []byte, length uint64) {
 	r.data = q.free.take(r.length)
 	into := q.bytes(r.data)
 	clear(into[copy(into, data):])
+	n := r.length
 	if r.rule != nil {
-		for _, p := range r.rule.Patches {
-			p.apply(into[:length])
-		}
+		n = uint32(r.rule.falsify(into[:n]))
 	}
-	q.transfer(i, rdma.Write, r.length)
+	q.transfer(i, rdma.Write, n)
 	q.respond(i, 0, nvme.StatusSuccess)
 }

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
@@ -24,11 +25,17 @@ type Match struct {
 	// of Identify, the LID of Get Log Page and the FID of Set and Get Features;
 	// empty: any.
 	Selectors []uint8
+	// Messages selects authentication commands by the message that is due; empty: it
+	// does not matter, and Fabrics commands must be in Opcodes.
+	Messages []auth.Kind
 }
 
-func (m *Match) hits(port, qid uint16, cmd *nvme.Command) bool {
-	if m.Port != 0 && m.Port != port || m.Admin != (qid == 0) || m.QID != 0 && m.QID != qid || m.NSID != 0 && m.NSID != cmd.NSID() {
+func (m *Match) hits(q *queuePair, cmd *nvme.Command) bool {
+	if m.Port != 0 && m.Port != q.port.ID() || m.Admin != (q.qid == 0) || m.QID != 0 && m.QID != q.qid || m.NSID != 0 && m.NSID != cmd.NSID() {
 		return false
+	}
+	if len(m.Messages) > 0 {
+		return isAuth(cmd) && slices.Contains(m.Messages, q.authDue())
 	}
 	if len(m.Selectors) > 0 && !slices.Contains(m.Selectors, uint8(cmd.CDW10())) {
 		return false
@@ -85,9 +92,17 @@ type Fault struct {
 	Disconnect bool        // end the connection
 	Status     nvme.Status // complete the command with this status, with or without nvme.StatusDNR
 	Corrupt    Corruption  // corrupt the completion or the data
-	// Patches overwrite bytes of the data that an admin command returns, such as
-	// fields of Identify. They have no effect beyond the end of the data.
+
+	// The rest changes the data that an admin command or an authentication returns, in
+	// this order.
+
+	// Replay returns the data of the first command that the fault applied to.
+	Replay bool
+	// Patches overwrite bytes, such as fields of Identify. They have no effect beyond
+	// the end of the data.
 	Patches []Patch
+	// Truncate transfers only so many bytes; 0: all, negative: none.
+	Truncate int
 }
 
 // Patch is a number of bytes and their offset in the data.
@@ -106,8 +121,9 @@ func (p Patch) apply(data []byte) {
 // rule is a fault that was added.
 type rule struct {
 	Fault
-	mu   sync.Mutex // guards seen
-	seen int
+	mu    sync.Mutex // guards seen and first
+	seen  int
+	first []byte // what Replay returns
 }
 
 // strikes counts a command that matches, and reports whether the fault applies to it.
@@ -116,6 +132,34 @@ func (r *rule) strikes() bool {
 	defer r.mu.Unlock()
 	r.seen++
 	return r.seen > r.Skip && (r.Count == 0 || r.seen <= r.Skip+r.Count)
+}
+
+// falsify changes the data that a command returns, and returns how many bytes of them the
+// host gets.
+func (r *rule) falsify(data []byte) int {
+	if r.Replay {
+		r.replay(data)
+	}
+	for _, p := range r.Patches {
+		p.apply(data)
+	}
+	switch {
+	case r.Truncate < 0:
+		return 0
+	case r.Truncate > 0:
+		return min(r.Truncate, len(data))
+	}
+	return len(data)
+}
+
+// replay replaces data by those of the first command.
+func (r *rule) replay(data []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.first == nil {
+		r.first = slices.Clone(data)
+	}
+	clear(data[copy(data, r.first):])
 }
 
 // Faults makes a target misbehave. Any goroutine may call its methods at any time.
@@ -156,7 +200,7 @@ func (a AddedFault) UsedUp() bool {
 // in which they were added.
 func (f *Faults) Add(fault Fault) AddedFault {
 	fault.Opcodes, fault.Selectors = slices.Clone(fault.Opcodes), slices.Clone(fault.Selectors)
-	fault.Patches = slices.Clone(fault.Patches)
+	fault.Patches, fault.Messages = slices.Clone(fault.Patches), slices.Clone(fault.Messages)
 	added := &rule{Fault: fault}
 	f.change(func(rules []*rule) []*rule { return append(rules, added) })
 	return AddedFault{f, added}
@@ -250,7 +294,7 @@ func (f *Faults) Hidden() bool { return f.hidden.Load() }
 func (q *queuePair) judge(i int, rules []*rule) bool {
 	r, cmd := &q.reqs[i], q.command(i)
 	for _, rule := range rules {
-		if !rule.hits(q.port.ID(), q.qid, cmd) || !rule.strikes() {
+		if !rule.hits(q, cmd) || !rule.strikes() {
 			continue
 		}
 		r.corrupt, r.rule = rule.Corrupt, rule

@@ -75,12 +75,13 @@ type queuePair struct {
 	stats  queueStats
 	// unproved is set while the host must authenticate the queue before it may use it. proving
 	// is the last authentication that has begun.
-	unproved  atomic.Bool
-	proving   *auth.Controller
-	authTimer *time.Timer
-	sqSize    uint16 // entries of the submission queue
-	sqHead    uint16
-	noFlow    bool // SQ flow control is off
+	unproved     atomic.Bool
+	authReported atomic.Bool // that it has failed
+	proving      *auth.Controller
+	authTimer    *time.Timer
+	sqSize       uint16 // entries of the submission queue
+	sqHead       uint16
+	noFlow       bool // SQ flow control is off
 
 	reqs      []request
 	pending   []uint16 // ring of the receive buffers whose command has not begun

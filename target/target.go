@@ -366,6 +366,7 @@ func (t *Target) serve(id rdma.ID, p *Port) {
 	}
 	err = q.run()
 	log.Debug("queue ended", "qid", q.qid, "reason", err)
+	q.authEndedEarly(err)
 	q.leave()
 	if err := q.close(); err != nil {
 		log.Warn("queue did not close cleanly", "qid", q.qid, "err", err)

@@ -28,7 +28,8 @@ func newReauth(runDir dirFunc) *cobra.Command {
 
 After success the keys are used for later connections too, also by recover and upgrade.
 After an error the keys stay as they were. A target may end the connection then; it is made
-again with those keys.`
+again with those keys. Keys that are given while there is no connection are used for the next one,
+and the exit code is 14, because nothing has been authenticated yet.`
 	return cmd
 }
 

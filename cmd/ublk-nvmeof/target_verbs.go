@@ -290,7 +290,11 @@ If several faults match a command, the first one applies. For example:
   target fault cns=3,status=0x2,dnr                   Identify returns no namespace descriptors
   target fault cns=0,nsid=2,status=0x6                namespace 2 cannot be identified
   target fault cns=1,patch=1792:ffffffff              Identify Controller returns a huge IOCCSZ
-  target fault lid=4,count=1,corrupt=lost             the answer to one Get Log Page is lost`
+  target fault lid=4,count=1,corrupt=lost             the answer to one Get Log Page is lost
+  target fault admin,auth=challenge,patch=9:000000
+                                                      the target chooses no Diffie-Hellman group
+  target fault admin,auth=success1,replay             each proof that the target has its key is a copy of
+                                                      the first one`
 
 func faultVerb(runDir dirFunc) *cobra.Command {
 	return without(change(runDir, "fault FAULT", "Make commands fail", "FAULT is "+options.FaultWords+"."+faultExamples,

@@ -54,6 +54,8 @@ func classify(err error) Code {
 		return Rejected
 	case errors.As(err, &refused):
 		return refusal(err, nvme.Status(refused))
+	case errors.As(err, &status) && status.Code() == nvme.StatusAuthRequired:
+		return NotProved // the target has admitted the host, and does not any more
 	case errors.As(err, &status):
 		return Negotiation
 	case errors.As(err, &step):

@@ -52,7 +52,7 @@ var meanings = [nCodes]string{
 	Busy:           "the device is in use, or its controller is not connected at the moment",
 	NotFound:       "no such device, controller or namespace",
 	NoMemory:       "the I/O buffers need more memory than they may have; the message says how much",
-	NotProved:      "host and target could not prove to each other who they are: a key is missing or wrong",
+	NotProved:      "host and target did not prove to each other who they are: a key is missing or wrong, or the authentication was disturbed",
 }
 
 // String returns the meaning of the code.

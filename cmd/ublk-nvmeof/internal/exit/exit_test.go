@@ -74,6 +74,7 @@ func TestCodes(t *testing.T) {
 		{"no key", atStep(&initiator.AuthError{Err: initiator.ErrNoKey}), NotProved},
 		{"silent while it authenticates", atStep(&initiator.AuthError{Err: context.DeadlineExceeded}), NotProved},
 		{"lost while it authenticates", atStep(&initiator.AuthError{Err: rdma.ErrNoDevice}), NotProved},
+		{"not admitted after all", atStep(nvme.StatusAuthRequired | nvme.StatusDNR), NotProved},
 		{"deadline", atStep(context.DeadlineExceeded), Timeout},
 		{"file deadline", os.ErrDeadlineExceeded, Timeout},
 		{"permission", &os.PathError{Op: "mkdir", Path: "/run/x", Err: syscall.EACCES}, Permission},

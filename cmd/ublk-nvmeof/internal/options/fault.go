@@ -8,14 +8,17 @@ import (
 	"strings"
 	"time"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/target"
 )
 
 // FaultWords are what ParseFault wants.
 const FaultWords = "delay=TIME, hold=TIME (inside the store), drop, disconnect, status=CODE (also with dnr or crd=1..3), " +
-	"corrupt=id|duplicate|short|sqhead|key|data|lost, patch=OFFSET:HEX (in the data that an admin command returns, repeatable); " +
-	"to select commands: port=N, admin, qid=N, nsid=N, opcode=NAME (repeatable), cns=N, lid=N, fid=N; skip=N, count=N"
+	"corrupt=id|duplicate|short|sqhead|key|data|lost; " +
+	"in the data that an admin command or an authentication returns: replay (those of the first such command), patch=OFFSET:HEX (repeatable), truncate=BYTES; " +
+	"to select commands: port=N, admin, qid=N, nsid=N, opcode=NAME (repeatable), cns=N, lid=N, fid=N, " +
+	"auth=negotiate|challenge|reply|success1|success2|failure1 (repeatable); skip=N, count=N"
 
 var corruptions = map[string]target.Corruption{
 	"id": target.CorruptID, "duplicate": target.CorruptDuplicate, "short": target.CorruptShort,
@@ -31,6 +34,11 @@ var adminOpcodes = map[string]nvme.Opcode{
 	"get-log-page": nvme.AdminGetLogPage, "identify": nvme.AdminIdentify, "abort": nvme.AdminAbort,
 	"set-features": nvme.AdminSetFeatures, "get-features": nvme.AdminGetFeatures,
 	"async-event": nvme.AdminAsyncEvent, "keep-alive": nvme.AdminKeepAlive, "fabrics": nvme.OpFabrics,
+}
+
+var authMessages = map[string]auth.Kind{
+	"negotiate": auth.Negotiate, "challenge": auth.Challenge, "reply": auth.Reply,
+	"success1": auth.Success1, "success2": auth.Success2, "failure1": auth.Failure1,
 }
 
 // ParseStatus reads a status: type and code as in nvme-cli, decimal or
@@ -84,6 +92,14 @@ var faultWords = words[faultText]{
 	"fid": func(t *faultText, f field) error {
 		return t.selects(f, nvme.AdminSetFeatures, nvme.AdminGetFeatures)
 	},
+	"auth": func(t *faultText, f field) error {
+		k, ok := authMessages[f.value]
+		if !ok {
+			return f.wrong(names(authMessages))
+		}
+		t.Messages = append(t.Messages, k)
+		return nil
+	},
 	"skip": func(t *faultText, f field) error {
 		v, err := f.number(0, 1<<30)
 		t.Skip = int(v)
@@ -125,6 +141,17 @@ var faultWords = words[faultText]{
 		}
 		t.Patches = append(t.Patches, target.Patch{Offset: int(n), Bytes: b})
 		return nil
+	},
+	"replay": func(t *faultText, f field) error {
+		t.Replay = true
+		return f.bare()
+	},
+	"truncate": func(t *faultText, f field) error {
+		v, err := f.number(0, 1<<30)
+		if t.Truncate = int(v); v == 0 {
+			t.Truncate = -1
+		}
+		return err
 	},
 	"corrupt": func(t *faultText, f field) error {
 		if t.Corrupt = corruptions[f.value]; t.Corrupt == target.CorruptNone {
@@ -177,13 +204,16 @@ func ParseFault(text string) (target.Fault, error) {
 		}
 		t.Opcodes = append(t.Opcodes, op)
 	}
+	falsifies := t.Replay || len(t.Patches) > 0 || t.Truncate != 0
 	switch {
 	case t.Status.OK() && (t.dnr || t.crd != 0):
 		return target.Fault{}, errors.New("dnr and crd are bits of a status; want status=CODE as well")
-	case t.Delay == 0 && t.Hold == 0 && !t.Drop && !t.Disconnect && t.Status.OK() && t.Corrupt == target.CorruptNone && len(t.Patches) == 0:
+	case t.Delay == 0 && t.Hold == 0 && !t.Drop && !t.Disconnect && t.Status.OK() && t.Corrupt == target.CorruptNone && !falsifies:
 		return target.Fault{}, errors.New("the fault does nothing")
-	case len(t.Patches) > 0 && !t.Admin:
-		return target.Fault{}, errors.New("patch: want admin, cns, lid or fid as well")
+	case falsifies && !t.Admin && len(t.Messages) == 0:
+		return target.Fault{}, errors.New("replay, patch and truncate: want admin, cns, lid, fid or auth as well")
+	case len(t.Messages) > 0 && len(t.Opcodes) > 0:
+		return target.Fault{}, errors.New("auth: the opcode is that of authentication; want no opcode, cns, lid or fid")
 	case t.Hold != 0 && t.Admin:
 		return target.Fault{}, errors.New("hold: an admin command does not enter a store")
 	}

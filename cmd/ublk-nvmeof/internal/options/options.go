@@ -304,13 +304,21 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 		return nil, nil
 	}
 	fail := func(err error) (*tls.Config, error) { return nil, fmt.Errorf("--nbd-tls %q: %w", c.TLS, err) }
-	own, err := tls.LoadX509KeyPair(filepath.Join(c.TLS, "server-cert.pem"), filepath.Join(c.TLS, "server-key.pem"))
+	cert, err := ReadFile(filepath.Join(c.TLS, "server-cert.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	key, err := ReadFile(filepath.Join(c.TLS, "server-key.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		return fail(err)
 	}
 	config := &tls.Config{Certificates: []tls.Certificate{own}}
 	authority := filepath.Join(c.TLS, "ca-cert.pem")
-	text, err := os.ReadFile(authority)
+	text, err := ReadFile(authority)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return config, nil

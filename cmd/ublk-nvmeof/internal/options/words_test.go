@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"ublk-nvmeof/auth"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/target"
 )
@@ -64,12 +65,11 @@ func TestParseFault(t *testing.T) {
 		"cns=1,patch=1792:ffff,patch=0x4d:00": {
 			Match:   target.Match{Admin: true, Opcodes: []nvme.Opcode{nvme.AdminIdentify}, Selectors: []uint8{1}},
 			Patches: []target.Patch{{Offset: 1792, Bytes: []byte{255, 255}}, {Offset: 77, Bytes: []byte{0}}}},
+		"auth=challenge,auth=reply,replay,truncate=0": {Match: target.Match{Messages: []auth.Kind{auth.Challenge, auth.Reply}}, Replay: true, Truncate: -1},
+		"admin,auth=success1,truncate=16,count=1":     {Match: target.Match{Admin: true, Messages: []auth.Kind{auth.Success1}}, Count: 1, Truncate: 16},
 	} {
 		got, err := ParseFault(text)
-		if err != nil || got.Delay != want.Delay || got.Drop != want.Drop || got.Disconnect != want.Disconnect || got.Status != want.Status ||
-			got.Corrupt != want.Corrupt || got.Skip != want.Skip || got.Count != want.Count || got.Admin != want.Admin || got.QID != want.QID ||
-			got.NSID != want.NSID || string(got.Opcodes) != string(want.Opcodes) || string(got.Selectors) != string(want.Selectors) || got.Hold != want.Hold ||
-			!reflect.DeepEqual(got.Patches, want.Patches) {
+		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: %+v, %v", text, got, err)
 		}
 	}
@@ -92,7 +92,12 @@ func TestParseFault(t *testing.T) {
 		"cns=1,patch=1792":      "like 1792:ffffffff",
 		"cns=1,patch=-1:00":     "like 1792:ffffffff",
 		"cns=1,patch=1:0":       "like 1792:ffffffff",
-		"patch=1:00":            "want admin, cns, lid or fid",
+		"patch=1:00":            "want admin, cns, lid, fid or auth",
+		"opcode=read,replay":    "want admin, cns, lid, fid or auth",
+		"truncate=1,qid=1":      "want admin, cns, lid, fid or auth",
+		"auth=success3,drop":    "want challenge, failure1, negotiate, reply, success1, success2",
+		"auth=reply,cns=1,drop": "want no opcode, cns, lid or fid",
+		"auth=reply":            "the fault does nothing",
 		"drop,admin,opcode=dsm": "want a number or abort",
 	} {
 		if _, err := ParseFault(text); err == nil || !strings.Contains(err.Error(), want) {

@@ -114,6 +114,9 @@ func (s *server) explainRefusal(err error) error {
 		if why := now.Paths[0].Reason; why != nil {
 			reason = ": " + why.Error()
 		}
+		if why := now.Paths[0].Failure; why != nil {
+			reason += "; last attempt: " + why.Error()
+		}
 		return exit.Errorf(exit.Busy, "the controller is not connected, it is %v%s", now.State, reason)
 	case errors.Is(err, os.ErrNotExist):
 		return exit.Errorf(exit.NotFound, "%v", err)

@@ -54,13 +54,17 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 	}
 	s.log.Info("authentication on request", "new_keys", r != control.Reauthentication{})
 	refused := sub.Reauthenticate(ctx, &keys)
-	if refused == nil || errors.Is(refused, initiator.ErrKeysAccepted) {
+	untried := errors.Is(refused, initiator.ErrKeysUntried)
+	if refused == nil || untried || errors.Is(refused, initiator.ErrKeysAccepted) {
 		if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
 			return errors.Join(refused, fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err))
 		}
 	}
-	if refused == nil || errors.As(refused, new(*initiator.AuthError)) {
+	switch {
+	case refused == nil || errors.As(refused, new(*initiator.AuthError)):
 		return refused
+	case untried && r != control.Reauthentication{}:
+		return exit.Errorf(exit.Busy, "%v; %v", s.explainRefusal(refused), initiator.ErrKeysUntried)
 	}
 	return s.explainRefusal(refused)
 }

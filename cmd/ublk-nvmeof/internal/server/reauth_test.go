@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -66,6 +67,15 @@ func TestReauth(t *testing.T) {
 	w.sub.reauth = initiator.ErrNotConnected
 	if err := c.Reauthenticate(t.Context(), control.Reauthentication{}); exit.Of(err) != exit.Busy || !strings.HasPrefix(err.Error(), "the controller is not connected, it is live") {
 		t.Errorf("code %d, %v", exit.Of(err), err)
+	}
+	host = newKey(t)
+	want.Host = host.Text()
+	w.sub.reauth = fmt.Errorf("%w: %w", initiator.ErrKeysUntried, initiator.ErrNotConnected)
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: host.Text()}); exit.Of(err) != exit.Busy || !strings.HasSuffix(err.Error(), "; the keys will be used for the next connection") {
+		t.Errorf("code %d, %v", exit.Of(err), err)
+	}
+	if got := recorded(); got != want {
+		t.Errorf("without a connection %+v is recorded", got)
 	}
 	w.sub.reauth = nil
 	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: "@/etc/passwd"}); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), "--dhchap-secret: key: the prefix DHHC-1: is missing") {

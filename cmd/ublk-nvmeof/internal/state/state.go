@@ -355,8 +355,7 @@ func writeFile(path string, content any, mode fs.FileMode) error {
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	defer dir.Close()
-	return writeIn(dir, filepath.Base(path), content, mode)
+	return errors.Join(writeIn(dir, filepath.Base(path), content, mode), dir.Close())
 }
 
 // writeIn is like writeFile, for a file of a directory that is open.
