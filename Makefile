@@ -75,6 +75,7 @@ SHELL = /bin/bash
 
 build: setup vm
 	go build -o build/ublk-nvmeof ./cmd/ublk-nvmeof
+	go build -o build/sharemem ./examples/sharemem
 
 vm:
 	go -C e2e build -o ../build/vm ./vm

@@ -175,8 +175,8 @@ func findLoss(ts *testscript.TestScript, since time.Time) (loss, bool) {
 
 // failover LIMIT HELD DEVICE command [argument …]: the command takes away one of several paths,
 // and the server notices it at once. Meanwhile 4 KiB reads go to the device, and writes, never two
-// of one block at a time. No request fails. None takes longer than LIMIT, except for writes that
-// were in flight when the loss was noticed: these take HELD at most.
+// of one block at a time. No request fails. None that ends after the loss was noticed takes longer
+// than LIMIT, except for writes that were in flight at that moment: these take HELD at most.
 func failover(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 4 {
 		ts.Fatalf("usage: failover limit held device command [argument ...]")
@@ -199,7 +199,7 @@ func failover(ts *testscript.TestScript, neg bool, args []string) {
 	if lost.ended == "" {
 		ts.Fatalf("no path was lost, or its old controller has not ended: %+v", lost)
 	}
-	f := sortTimes(times, began, lost.noticed)
+	f := sortTimes(times, lost.noticed)
 	what := strings.Join(args[3:], " ")
 	fmt.Fprintf(os.Stderr, "    %s: noticed after %v; reads at most %v (%v before), other writes %v (%v), %d writes in flight %v; %s\n", what,
 		lost.noticed.Sub(began).Round(time.Millisecond), f.read, f.readBefore, f.write, f.writeBefore, f.inFlight, f.held, lost.ended)
@@ -215,22 +215,22 @@ func failover(ts *testscript.TestScript, neg bool, args []string) {
 
 // failoverTimes are the longest times of requests.
 type failoverTimes struct {
-	readBefore, writeBefore time.Duration // that ended before the loss
+	readBefore, writeBefore time.Duration // that ended before the loss was noticed
 	read, write             time.Duration // of others
 	held                    time.Duration // of writes in flight when the loss was noticed
 	inFlight                int           // number of these
 	err                     error
 }
 
-func sortTimes(times []ioTime, began, noticed time.Time) (f failoverTimes) {
+func sortTimes(times []ioTime, noticed time.Time) (f failoverTimes) {
 	for _, t := range times {
 		longest := &f.read
 		switch {
-		case t.ended.Before(began) && t.write:
+		case t.ended.Before(noticed) && t.write:
 			longest = &f.writeBefore
-		case t.ended.Before(began):
+		case t.ended.Before(noticed):
 			longest = &f.readBefore
-		case t.write && t.ended.After(noticed) && !t.began.After(noticed.Add(time.Millisecond)): // the log has milliseconds
+		case t.write && !t.began.After(noticed.Add(time.Millisecond)): // the log has milliseconds
 			longest = &f.held
 			f.inFlight++
 		case t.write:
@@ -331,7 +331,7 @@ func listPaths(ts *testscript.TestScript) []listedPath {
 
 func TestSortTimes(t *testing.T) {
 	at := func(ms int) time.Time { return time.Time{}.Add(time.Duration(ms) * time.Millisecond) }
-	const began, noticed = 100, 110
+	const noticed = 110
 	f := sortTimes([]ioTime{
 		{at(0), at(7), false, nil},
 		{at(90), at(98), true, nil},
@@ -342,9 +342,9 @@ func TestSortTimes(t *testing.T) {
 		{at(111), at(141), true, nil},    // may have been in flight, in the milliseconds of the log
 		{at(112), at(140), true, nil},    // not in flight
 		{at(500), at(501), true, io.EOF}, // fails
-	}, at(began), at(noticed))
+	}, at(noticed))
 	want := failoverTimes{
-		readBefore: 7 * time.Millisecond, writeBefore: 8 * time.Millisecond, read: 25 * time.Millisecond,
+		readBefore: 7 * time.Millisecond, writeBefore: 10 * time.Millisecond, read: 25 * time.Millisecond,
 		write: 28 * time.Millisecond, held: 292 * time.Millisecond, inFlight: 2, err: io.EOF,
 	}
 	if f != want {

@@ -4,7 +4,8 @@
 
 base=nqn.2026-01.org.example
 
-# connection NAME SERVICE writes the file of a connection.
+# connection NAME SERVICE writes the file of a connection. Nothing here is about targets that do
+# not answer in time, and an emulated machine may stand still for some seconds.
 connection() {
 	cat >"/etc/ublk-nvmeof/$1.conf" <<-END
 		traddr = $LAB_ADDR
@@ -12,6 +13,7 @@ connection() {
 		nqn = $base:$1
 		nr-io-queues = 2
 		ctrl-loss-tmo = -1
+		keep-alive-tmo = 30
 	END
 }
 # backing NAME NSID prints the target's block device, or file, of a namespace.
@@ -29,7 +31,7 @@ targets() {
 
 # install installs the package, and configures connections with their file systems.
 install() {
-	local uuid
+	local uuid wait=_netdev,x-systemd.device-timeout=5min
 	rm -f /var/lib/man-db/auto-update # reading all manual pages takes minutes here
 	dpkg -i build/ublk-nvmeof_*.deb
 	connection disk 4420
@@ -37,7 +39,7 @@ install() {
 	connection c 4422
 	connection d 4423
 	mkdir -p /etc/nvme
-	echo "--transport=rdma --traddr=$LAB_ADDR --trsvcid=4424 --nr-io-queues=2 --ctrl-loss-tmo=-1" >/etc/nvme/discovery.conf
+	echo "--transport=rdma --traddr=$LAB_ADDR --trsvcid=4424 --nr-io-queues=2 --ctrl-loss-tmo=-1 --keep-alive-tmo=30" >/etc/nvme/discovery.conf
 	mkfs.ext4 -q -U 11111111-2222-3333-4444-555555555555 "$(backing disk 1)"
 	mkfs.ext4 -q "$(backing disk 2)"
 	mkfs.ext4 -q -U 66666666-7777-8888-9999-000000000000 "$(backing b 1)"
@@ -48,12 +50,12 @@ install() {
 	mkdir -p /mnt/{uuid,id,b,c,d,e,late}
 	uuid=$(cat "/sys/kernel/config/nvmet/subsystems/$base:disk/namespaces/2/device_uuid")
 	cat >/etc/fstab <<-END
-		UUID=11111111-2222-3333-4444-555555555555 /mnt/uuid ext4 _netdev 0 2
-		/dev/disk/by-id/nvme-uuid.$uuid /mnt/id ext4 _netdev,nofail 0 2
-		UUID=66666666-7777-8888-9999-000000000000 /mnt/b ext4 _netdev 0 0
-		/dev/disk/by-path/nvmeof-$base:c-ns-1 /mnt/c ext4 _netdev,x-systemd.device-timeout=3min 0 0
-		LABEL=lab-d /mnt/d ext4 _netdev 0 0
-		/dev/disk/by-path/nvmeof-$base:e-ns-1 /mnt/e ext4 _netdev 0 0
+		UUID=11111111-2222-3333-4444-555555555555 /mnt/uuid ext4 $wait 0 2
+		/dev/disk/by-id/nvme-uuid.$uuid /mnt/id ext4 $wait,nofail 0 2
+		UUID=66666666-7777-8888-9999-000000000000 /mnt/b ext4 $wait 0 0
+		/dev/disk/by-path/nvmeof-$base:c-ns-1 /mnt/c ext4 $wait 0 0
+		LABEL=lab-d /mnt/d ext4 $wait 0 0
+		/dev/disk/by-path/nvmeof-$base:e-ns-1 /mnt/e ext4 $wait 0 0
 	END
 	systemctl enable ublk-nvmeof-autoconnect.service ublk-nvmeof-discovery.service remote-fs.target
 }

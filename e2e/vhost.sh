@@ -97,6 +97,7 @@ server_steps() {
 	boot load >"$work/load" 2>&1 &
 	guest=$!
 	await "$work/load" 'upgrades begin'
+	[[ $VHOST_FLAGS != *--zero-copy* ]] || un list -v | grep 'zero copy.*[KMG]iB at present'
 	for _ in $(seq "$upgrades"); do
 		sleep 2
 		next upgraded

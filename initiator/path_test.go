@@ -484,6 +484,20 @@ func TestNewerWriteWaitsAtOnce(t *testing.T) {
 	f.wait(t)
 }
 
+// TestVouchAgain checks that a path whose target gives no clear answer at first vouches later.
+func TestVouchAgain(t *testing.T) {
+	h := newHall(t, 2, false, nil)
+	// The first two commands connect the I/O queues of the paths, the next two ask for controllers.
+	vague := h.targets[0].Faults().Add(target.Fault{
+		Match: target.Match{QID: 1, Opcodes: []nvme.Opcode{nvme.OpFabrics}}, Skip: 2, Count: 2, Status: nvme.StatusInternal,
+	})
+	s := h.connect(nil)
+	h.vouched(s)
+	if !vague.UsedUp() {
+		t.Error("each question was answered")
+	}
+}
+
 // TestHeldChanges checks what waits for the end of a controller, and what the status says.
 func TestHeldChanges(t *testing.T) {
 	h := newHall(t, 2, true, nil) // nobody vouches, so changes wait for long

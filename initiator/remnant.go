@@ -347,13 +347,38 @@ func (v *vouching) knownAt(at netip.AddrPort) bool {
 	return slices.Contains(v.known, at)
 }
 
+// question is whether the target of an association knows the controller of another one. It is
+// asked by a path for all others, in both directions.
+type question struct{ by, of *association }
+
 // vouch asks over each of two paths whether its target knows the controller of the other, for
 // all other paths. A target that does not know a controller while it exists cannot say later
-// that it is gone.
+// that it is gone. What is not answered clearly is asked again, up to vouchPauseMax.
 func (c *Controller) vouch(a *association) {
 	if c.cfg.Discovery || c.cfg.NoFence {
 		return
 	}
+	open := c.questions(a)
+	for pause := fencePauseMax; pause <= vouchPauseMax; pause *= 2 {
+		open = slices.DeleteFunc(open, func(q question) bool { return c.inquire(a, q) })
+		if len(open) == 0 {
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-a.life.Done():
+			return
+		}
+	}
+}
+
+// vouchPauseMax limits the pause between two questions: a target that has given no clear answer
+// for about a minute will give none.
+const vouchPauseMax = 32 * time.Second
+
+// questions returns what must be asked about a new association and the present ones of the
+// other paths.
+func (c *Controller) questions(a *association) (all []question) {
 	for _, other := range c.sub.paths() {
 		b := other.current()
 		if other == c || b == nil {
@@ -364,20 +389,25 @@ func (c *Controller) vouch(a *association) {
 				"controller", a.cntlid, "addresses", fmt.Sprint([]netip.AddrPort{a.remote, b.remote}))
 			continue
 		}
-		for _, pair := range [][2]*association{{a, b}, {b, a}} {
-			of, by := pair[0], pair[1]
-			ctx, cancel := a.during(by.life)
-			presence, err := by.ctrl.ask(ctx, by, of.cntlid)
-			cancel()
-			// An answer counts only if the controller still existed afterwards.
-			if (presence == present || presence == joined) && of.life.Err() == nil {
-				by.knew(of)
-				of.isKnown(by.remote)
-			}
-			c.cfg.Log.Info("path was asked for the controller of another", "asked", by.remote.String(), "for", of.remote.String(),
-				"knows", by.vouchesFor(of), "error", err)
-		}
+		all = append(all, question{by: b, of: a}, question{by: a, of: b})
 	}
+	return all
+}
+
+// inquire asks a question while a lives. It reports whether it need not be asked again.
+func (c *Controller) inquire(a *association, q question) bool {
+	ctx, cancel := a.during(q.by.life)
+	presence, err := q.by.ctrl.ask(ctx, q.by, q.of.cntlid)
+	cancel()
+	// An answer counts only if the controller still existed afterwards.
+	lives := q.of.life.Err() == nil
+	if (presence == present || presence == joined) && lives {
+		q.by.knew(q.of)
+		q.of.isKnown(q.by.remote)
+	}
+	c.cfg.Log.Info("path was asked for the controller of another", "asked", q.by.remote.String(), "for", q.of.remote.String(),
+		"knows", q.by.vouchesFor(q.of), "error", err)
+	return presence != unclear || !lives || q.by.life.Err() != nil
 }
 
 // fences describes the remnants that changes wait for.

@@ -36,6 +36,8 @@ const (
 	updateSize       command = ctrlRW | 0x15 // 6.16
 	quiesceDev       command = ctrlRW | 0x16 // 6.16
 	tryStopDev       command = ctrlRW | 0x17 // 7.0
+	regBuf           command = ctrlRW | 0x18 // 7.1
+	unregBuf         command = ctrlRW | 0x19 // 7.1
 )
 
 // Queue commands.
@@ -48,7 +50,7 @@ var commandNames = map[command]string{
 	getQueueAffinity: "GET_QUEUE_AFFINITY", getDevInfo: "GET_DEV_INFO", addDev: "ADD_DEV", delDev: "DEL_DEV",
 	startDev: "START_DEV", stopDev: "STOP_DEV", setParams: "SET_PARAMS", getFeatures: "GET_FEATURES",
 	getParams: "GET_PARAMS", startRecovery: "START_USER_RECOVERY", endRecovery: "END_USER_RECOVERY",
-	updateSize: "UPDATE_SIZE", quiesceDev: "QUIESCE_DEV", tryStopDev: "TRY_STOP_DEV", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
+	updateSize: "UPDATE_SIZE", quiesceDev: "QUIESCE_DEV", tryStopDev: "TRY_STOP_DEV", regBuf: "REG_BUF", unregBuf: "UNREG_BUF", fetchReq: "FETCH_REQ", commitAndFetchReq: "COMMIT_AND_FETCH_REQ",
 }
 
 func (c command) String() string { return commandNames[c] }
@@ -147,6 +149,15 @@ type paramDiscard struct {
 	_                uint16
 }
 
+// shmemBuf is struct ublk_shmem_buf_reg, memory that the driver shares with the server.
+type shmemBuf struct {
+	_     structs.HostLayout
+	addr  uint64
+	len   uint64
+	flags uint32
+	_     uint32
+}
+
 // ioCmd is struct ublksrv_io_cmd, the command area of a queue entry.
 type ioCmd struct {
 	_      structs.HostLayout
@@ -163,8 +174,11 @@ type ioDesc struct {
 	opFlags     uint32
 	nrSectors   uint32
 	startSector uint64 // always in units of 512 bytes
-	addr        uint64
+	addr        uint64 // with flagShmem: index of the buffer in bits 32 to 47, offset in it below
 }
+
+// sharedOffset returns the offset of the data in shared memory.
+func (d *ioDesc) sharedOffset() uint64 { return d.addr & (1<<32 - 1) }
 
 // ioDesc.opFlags: UBLK_IO_OP_* in the low 8 bits and UBLK_IO_F_* above
 const (
@@ -176,6 +190,7 @@ const (
 	opWriteZeroes = 5
 	flagFUA       = 1 << 13
 	flagNoUnmap   = 1 << 15
+	flagShmem     = 1 << 19
 )
 
 // Sizes and offsets, checked by the compiler
@@ -202,6 +217,9 @@ var (
 	_ [16]byte = [unsafe.Offsetof(paramBasic{}.devSectors)]byte{}
 	_ [20]byte = [unsafe.Sizeof(paramDiscard{})]byte{}
 	_ [8]byte  = [unsafe.Offsetof(paramDiscard{}.maxSectors)]byte{}
+	_ [24]byte = [unsafe.Sizeof(shmemBuf{})]byte{}
+	_ [8]byte  = [unsafe.Offsetof(shmemBuf{}.len)]byte{}
+	_ [16]byte = [unsafe.Offsetof(shmemBuf{}.flags)]byte{}
 	_ [16]byte = [unsafe.Sizeof(ioCmd{})]byte{}
 	_ [4]byte  = [unsafe.Offsetof(ioCmd{}.result)]byte{}
 	_ [8]byte  = [unsafe.Offsetof(ioCmd{}.addr)]byte{}

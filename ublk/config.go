@@ -30,6 +30,13 @@ type Config struct {
 	MaxIO int
 	// Recovery says what the driver does with the device if this process dies.
 	Recovery RecoveryPolicy
+	// ShareMemory lets users do I/O from memory that they share with the driver and the back
+	// end, which must be a block.Registrar (Device.Share). It needs Linux 7.1. Recover ignores
+	// it: the device has the feature or not.
+	ShareMemory bool
+	// Shared is what a device had as shared memory when its server died, for Recover. Requests
+	// with this memory wait until Share or Unshare.
+	Shared SharedMemory
 	// KeepAffinity leaves the CPU affinity of the loops as it is. Otherwise each
 	// loop is pinned to one of the CPUs that submit to its queue. Set it for the
 	// second device on the same loops, whose queues have the same CPUs.
@@ -50,6 +57,9 @@ func (c *Config) setDefaults() error {
 		return errors.New("no block device to serve")
 	case c.Recovery > RecoveryFail:
 		return fmt.Errorf("recovery policy %d is unknown", c.Recovery)
+	}
+	if _, ok := c.Device.(block.Registrar); c.ShareMemory && !ok {
+		return errors.New("the block device cannot register memory of users")
 	}
 	if err := frontend.SizeQueues(&c.Depth, &c.MaxIO, 1); err != nil {
 		return err

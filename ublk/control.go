@@ -121,26 +121,32 @@ type call struct {
 // An error names the command and wraps the errno, or the cause of ctx, or both if ctx
 // ended the command. If it wraps the cause of ctx alone, the command may still take effect.
 func (c *control) do(ctx context.Context, k call) error {
+	_, err := c.exec(ctx, k)
+	return err
+}
+
+// exec is do with the result of the command.
+func (c *control) exec(ctx context.Context, k call) (int32, error) {
 	select {
 	case <-c.idle:
 		defer func() { c.idle <- struct{}{} }()
 	case <-ctx.Done():
-		return fmt.Errorf("%v: %w", k.cmd, context.Cause(ctx))
+		return 0, fmt.Errorf("%v: %w", k.cmd, context.Cause(ctx))
 	}
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%v: %w", k.cmd, context.Cause(ctx))
+		return 0, fmt.Errorf("%v: %w", k.cmd, context.Cause(ctx))
 	}
 	res, err := c.run(ctx, k)
 	if err != nil {
-		return fmt.Errorf("%v: %w", k.cmd, err)
+		return 0, fmt.Errorf("%v: %w", k.cmd, err)
 	}
 	if errno := unix.Errno(-res); res < 0 && ctx.Err() != nil && (errno == unix.EINTR || errno == unix.ECANCELED) {
-		return fmt.Errorf("%v: %w: %w", k.cmd, context.Cause(ctx), errno)
+		return 0, fmt.Errorf("%v: %w: %w", k.cmd, context.Cause(ctx), errno)
 	} else if res < 0 {
-		return fmt.Errorf("%v: %w", k.cmd, errno)
+		return 0, fmt.Errorf("%v: %w", k.cmd, errno)
 	}
 	copy(k.buf, c.buf)
-	return nil
+	return res, nil
 }
 
 // run submits a command and waits for its result.

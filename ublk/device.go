@@ -33,6 +33,14 @@ type Device struct {
 	stopping     bool // Stop was called
 	writeThrough bool // users were told that there is no volatile cache
 
+	// Shared memory. registrar is nil if the device cannot have any.
+	registrar block.Registrar
+	sharing   sync.Mutex   // guards what follows; taken after idle
+	shareCtl  *control     // for commands that wait for I/O; nil: not open
+	shared    SharedMemory // that the driver has
+	mapped    *mapping     // nil: this process does not have it
+	unshared  bool         // the device has ended
+
 	broken chan struct{} // closed when the device cannot continue
 	once   sync.Once     // closes broken
 	cause  error         // why; written before broken is closed
@@ -155,6 +163,10 @@ func (d *Device) command(ctx context.Context, k call) error {
 // add adds the device and stores what the driver granted.
 func (d *Device) add(ctx context.Context, cfg Config, g block.Geometry, known Features) error {
 	want := IoctlEncode | cfg.Recovery.features()
+	if cfg.ShareMemory {
+		want |= ShmemZeroCopy
+		d.registrar = cfg.Device.(block.Registrar) // as setDefaults has checked
+	}
 	if !known.Has(want) {
 		return fmt.Errorf("the ublk driver lacks %v: %w", want&^known, errors.ErrUnsupported)
 	}
@@ -265,6 +277,7 @@ func (d *Device) open(i int, cfg Config) (*serving, error) {
 	}
 	s := &serving{loop: cfg.Loops[i], ended: make(chan struct{}), descs: mem}
 	s.hwQueue = newHWQueue(i, descs, back, d.info.MaxIO, func() { close(s.ended) }, d.fail)
+	s.sharing = d.registrar != nil
 	return s, nil
 }
 

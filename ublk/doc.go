@@ -15,6 +15,10 @@
 // the tag, on the thread of the loop. The data of a write is in the buffer when the
 // request arrives, and the data of a read is taken when its result is committed.
 //
+// With Config.ShareMemory, users can share memory with the driver and the back end (Device.Share).
+// Requests from contiguous parts of it name the back end's region (block.Region) and an offset,
+// and the driver does not copy.
+//
 // # Concurrency
 //
 // Start, the methods of Device and the functions may be called from any goroutine except

@@ -42,6 +42,11 @@ type hwQueue struct {
 	done      [reapBatch]block.Result
 	transfers []transfer // by tag
 
+	sharing  bool     // the device can have shared memory
+	region   uint16   // of the back end, that shared memory is; 0: there is none
+	refusing bool     // requests with shared memory fail
+	held     []uint16 // tags of requests with shared memory that this process does not have yet
+
 	fetching int  // tags that the driver holds
 	inflight int  // tags that the back end holds
 	ending   bool // the driver has returned a tag without a request, because it stops
@@ -73,6 +78,7 @@ func newHWQueue(index int, descs []ioDesc, back block.Queue, maxIO int, ended fu
 		back: back, descs: descs, index: uint16(index), limit: uint32(maxIO >> block.SectorShift),
 		ended: ended, failed: failed,
 		addrs: make([]uint64, len(descs)), transfers: make([]transfer, len(descs)), reqs: make([]block.Request, 0, len(descs)),
+		held: make([]uint16, 0, len(descs)),
 	}
 	for tag := range q.addrs {
 		q.addrs[tag] = hostmem.Addr(back.Buffer(uint16(tag)))
@@ -110,15 +116,28 @@ func (q *hwQueue) Complete(data uint64, res int32, _ uint32) {
 		q.aborted(tag, res)
 		return
 	}
+	q.take(tag)
+}
+
+// take reads the request of a tag. One with shared memory that this process does not have waits.
+func (q *hwQueue) take(tag uint16) {
 	d := &q.descs[tag]
 	flags, sectors := d.opFlags, d.nrSectors
 	op := opOf[flags&opMask]
 	m := transfer{op: op}
+	region, offset := uint16(0), uint64(0)
 	switch op {
 	case block.OpRead, block.OpWrite:
 		if sectors > q.limit {
 			q.refuse(tag, unix.EIO)
 			return
+		}
+		if q.sharing && flags&flagShmem != 0 {
+			if q.region == 0 {
+				q.hold(tag)
+				return
+			}
+			region, offset = q.region, d.sharedOffset()
 		}
 		m.bytes = sectors << block.SectorShift
 	case block.OpUnset:
@@ -127,8 +146,31 @@ func (q *hwQueue) Complete(data uint64, res int32, _ uint32) {
 	}
 	q.transfers[tag] = m
 	q.reqs = append(q.reqs, block.Request{
-		Sector: d.startSector, Sectors: sectors, Tag: tag, Op: op, Flags: flagsOf(flags),
+		Sector: d.startSector, Sectors: sectors, Tag: tag, Op: op, Flags: flagsOf(flags), Region: region, Offset: offset,
 	})
+}
+
+// hold keeps a request whose memory this process does not have, or refuses it.
+func (q *hwQueue) hold(tag uint16) {
+	if q.refusing || q.ending {
+		q.refuse(tag, unix.EIO)
+		return
+	}
+	q.held = append(q.held, tag)
+}
+
+// share says which region shared memory is, 0 if there is none, and has the requests that waited
+// for it executed or refused.
+func (q *hwQueue) share(region uint16, refuse bool) {
+	q.region, q.refusing = region, refuse
+	if region == 0 && !refuse {
+		return
+	}
+	held := q.held
+	q.held = q.held[:0]
+	for _, tag := range held {
+		q.take(tag)
+	}
 }
 
 // flagsOf translates UBLK_IO_F_* flags.
@@ -197,7 +239,9 @@ func (q *hwQueue) refuse(tag uint16, errno unix.Errno) {
 
 // aborted takes a tag that the driver returned without a request.
 func (q *hwQueue) aborted(tag uint16, res int32) {
-	q.ending = true
+	if q.ending = true; len(q.held) > 0 {
+		q.share(q.region, true) // nobody will hand the memory over
+	}
 	if errno := unix.Errno(-res); errno != unix.ENODEV {
 		q.failed(fmt.Errorf("serve queue %d tag %d: %w", q.index, tag, errno))
 	}
@@ -208,7 +252,7 @@ func (q *hwQueue) aborted(tag uint16, res int32) {
 // still holds are committed with COMMIT_AND_FETCH, the only command for that, and the
 // driver then returns the tag.
 func (q *hwQueue) end() {
-	if !q.ending || q.reported || q.fetching+q.inflight+len(q.reqs) > 0 {
+	if !q.ending || q.reported || q.fetching+q.inflight+len(q.reqs)+len(q.held) > 0 {
 		return
 	}
 	q.reported = true

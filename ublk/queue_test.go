@@ -344,3 +344,68 @@ func BenchmarkDataPath(b *testing.B) {
 		})
 	}
 }
+
+// TestSharedMemory: a request with shared memory names the region. It waits while this process does
+// not have the memory, and is refused if nobody will hand it over.
+func TestSharedMemory(t *testing.T) {
+	q := newTestQueue(t, 4)
+	q.sharing = true
+	q.run()
+	q.ring.take()
+	read := ioDesc{opFlags: opRead | flagShmem, nrSectors: 16, startSector: 8, addr: 0<<32 | 3<<12}
+	q.dispatch(0, read)
+	q.dispatch(1, ioDesc{opFlags: opWrite, nrSectors: 8, addr: 3 << 12}) // in its buffer
+	q.Poll()
+	if len(q.back.got) != 1 || q.back.got[0].Tag != 1 || q.back.got[0].Region != 0 || q.back.got[0].Offset != 0 {
+		t.Errorf("without shared memory: %+v", q.back.got)
+	}
+	q.share(7, false)
+	q.dispatch(2, read)
+	q.Poll()
+	want := block.Request{Op: block.OpRead, Sector: 8, Sectors: 16, Region: 7, Offset: 3 << 12}
+	for i, tag := range []uint16{0, 2} {
+		if want.Tag = tag; len(q.back.got) != 3 || q.back.got[1+i] != want {
+			t.Errorf("with shared memory: %+v, want %+v", q.back.got, want)
+		}
+	}
+	q.back.results = []block.Result{{Tag: 0}, {Tag: 1}, {Tag: 2, Errno: uint16(unix.EIO)}}
+	q.Poll()
+	committed := q.ring.take()
+	for i, want := range []int32{8192, 4096, -int32(unix.EIO)} {
+		if len(committed) != 3 || committed[i].tag != uint16(i) || committed[i].result != want {
+			t.Errorf("committed %+v, want %d of tag %d", committed, want, i)
+		}
+	}
+	q.share(0, false)
+	q.dispatch(3, read)
+	q.dispatch(1, read)
+	q.Poll()
+	q.share(0, true)
+	q.dispatch(2, read)
+	got := q.ring.take()
+	if len(got) != 3 || len(q.held) != 0 {
+		t.Fatalf("refused %+v, %d are held", got, len(q.held))
+	}
+	for i, tag := range []uint16{3, 1, 2} {
+		if got[i].tag != tag || got[i].result != -int32(unix.EIO) {
+			t.Errorf("refused %+v, want tag %d", got[i], tag)
+		}
+	}
+}
+
+// TestHeldAtTheEnd: requests that wait for shared memory do not keep the device.
+func TestHeldAtTheEnd(t *testing.T) {
+	q := newTestQueue(t, 2)
+	q.sharing = true
+	q.run()
+	q.ring.take()
+	q.dispatch(0, ioDesc{opFlags: opRead | flagShmem, nrSectors: 8})
+	q.Complete(1, -int32(unix.ENODEV), 0)
+	if got := q.ring.take(); len(got) != 1 || got[0].tag != 0 || got[0].result != -int32(unix.EIO) || q.ends != 0 {
+		t.Fatalf("committed %+v, ended %d times", got, q.ends)
+	}
+	q.Complete(0, -int32(unix.ENODEV), 0)
+	if q.ends != 1 {
+		t.Errorf("ended %d times", q.ends)
+	}
+}

@@ -48,6 +48,10 @@ func (d *Device) recover(ctx context.Context, info Info, cfg Config) error {
 		return err
 	}
 	d.log = cfg.Log.With("ublk", info.ID)
+	if info.Features.Has(ShmemZeroCopy) {
+		d.registrar, _ = cfg.Device.(block.Registrar)
+		d.shared = cfg.Shared
+	}
 	if len(cfg.Loops) < info.Queues {
 		return fmt.Errorf("%d loops for a device of %d queues", len(cfg.Loops), info.Queues)
 	}

@@ -109,11 +109,17 @@ func (d *Device) clear(ctx context.Context) error {
 		return nil
 	}
 	if d.char >= 0 {
+		if err := d.refuseShared(ctx); err != nil {
+			return err
+		}
 		// The number is ours while we have ublkcN open.
 		if err := d.command(ctx, call{cmd: stopDev}); err != nil && !errors.Is(err, unix.ENODEV) {
 			return err
 		}
 		if err := d.finish(ctx); err != nil {
+			return err
+		}
+		if err := d.endSharing(); err != nil {
 			return err
 		}
 		err := unix.Close(d.char)

@@ -4,13 +4,13 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
 )
 
 // region is a part of the guest's memory, mapped into this process.
@@ -37,17 +37,9 @@ func mapRegion(a area, fd int) (*region, error) {
 	case a.offset+a.size > uint64(st.Size):
 		return nil, fmt.Errorf("%d bytes from offset %d are beyond the end of the file, which has %d bytes", a.size, a.offset, st.Size)
 	}
-	page := uint64(os.Getpagesize())
-	start := a.offset &^ (page - 1)
-	length := a.offset + a.size - start
-	// The length of a mapping of huge pages must be a multiple of their size.
-	unit := page
-	if st.Blksize > int64(page) && st.Blksize&(st.Blksize-1) == 0 && isHugetlbfs(fd) {
-		unit = uint64(st.Blksize)
-		start = a.offset &^ (unit - 1)
-		length = a.offset + a.size - start
-	}
-	length = (length + unit - 1) &^ (unit - 1)
+	unit := uint64(hostmem.FilePage(fd))
+	start := a.offset &^ (unit - 1)
+	length := (a.offset + a.size - start + unit - 1) &^ (unit - 1)
 	raw, err := unix.Mmap(fd, int64(start), int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes: %w", length, err)
@@ -86,13 +78,6 @@ func (r *region) takeBack() error {
 	}
 	r.lent = nil
 	return nil
-}
-
-const hugetlbfsMagic = 0x958458f6
-
-func isHugetlbfs(fd int) bool {
-	var fs unix.Statfs_t
-	return unix.Fstatfs(fd, &fs) == nil && uint32(fs.Type) == hugetlbfsMagic
 }
 
 // maxArea keeps sums of addresses and sizes far from an overflow.

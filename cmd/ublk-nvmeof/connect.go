@@ -88,7 +88,13 @@ func (c *connection) writeDevID(s control.Status) error {
 	if c.devidFile == "" || len(s.Devices) == 0 {
 		return nil
 	}
-	if err := os.WriteFile(c.devidFile, []byte(s.Devices[0].Device+"\n"), 0o644); err != nil {
+	// A pipe that nobody reads is an error, and not a wait.
+	f, err := os.OpenFile(c.devidFile, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o644)
+	if err == nil {
+		_, err = f.WriteString(s.Devices[0].Device + "\n")
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("--devid-file: %w; %s is connected all the same", err, s.NQN)
 	}
 	return nil

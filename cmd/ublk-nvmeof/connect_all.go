@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,7 +26,7 @@ import (
 	"ublk-nvmeof/nvme"
 )
 
-// maxServers is how many servers may run for connect-all to start one more: a service may
+// maxServers is how many servers may run for connect-all to start more: a service may
 // list thousands of subsystems, also one after the other.
 const maxServers = 256
 
@@ -39,7 +41,7 @@ type gatherer struct {
 
 	dir    state.Dir
 	named  []discoverer.Service             // subsystems that files name
-	errs   func(format string, args ...any) // to standard error
+	errs   func(format string, args ...any) // to standard error; any goroutine may call it
 	client *discoverer.Client
 }
 
@@ -85,7 +87,10 @@ func (g *gatherer) run(cmd *cobra.Command) (err error) {
 	if g.dir, err = g.runDir(); err != nil {
 		return err
 	}
+	var mu sync.Mutex
 	g.errs = func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
 		fmt.Fprintf(cmd.ErrOrStderr(), "%s: connect-all: %s\n", programName, output.Text(fmt.Sprintf(format, args...)))
 	}
 	found, err := discoverer.Services(g.opts)
@@ -309,32 +314,51 @@ func (g *gatherer) take(p discovery.Page, o *options.Discovery, all *subsystems)
 	}
 }
 
-// connectAll connects to all subsystems, one after the other.
-func (g *gatherer) connectAll(ctx context.Context, all []*subsystem) (results []output.SubsystemResult) {
-	for _, s := range all {
+// maxAtOnce is how many subsystems are connected to at the same time. Each has a server of its
+// own, which waits for its target most of the time.
+const maxAtOnce = 4
+
+// connectAll connects to all subsystems. The results are those of the first of them if ctx ends
+// before all were tried.
+func (g *gatherer) connectAll(ctx context.Context, all []*subsystem) []output.SubsystemResult {
+	results := make([]output.SubsystemResult, len(all))
+	var connecting sync.WaitGroup
+	defer connecting.Wait()
+	slots := make(chan struct{}, maxAtOnce)
+	for i, s := range all {
+		slots <- struct{}{}
 		if ctx.Err() != nil {
-			return results
+			return results[:i]
 		}
-		r := output.SubsystemResult{NQN: s.nqn}
-		switch started, running, err := g.connected(ctx, s); {
-		case err != nil:
-			r.Err = err
-		case started != nil:
-			r.Outcome, r.Status = output.Already, *started
-			r.Quiet = g.opts.Quiet
-		case running >= maxServers:
-			r.Err = fmt.Errorf("not connected: %d servers run already, and connect-all starts no more; connect does", running)
-		default:
-			g.connect(ctx, s, &r)
-		}
-		if r.Err != nil {
-			r.Outcome = output.Failed
-		}
-		g.joinAll(ctx, s, &r)
-		r.Further = further(s, r.Status)
-		results = append(results, r)
+		connecting.Go(func() {
+			defer func() { <-slots }()
+			runtime.LockOSThread() // the thread gets the marks of the server, and ends with the goroutine
+			results[i] = g.connectOne(ctx, s)
+		})
 	}
 	return results
+}
+
+// connectOne connects to a subsystem, at all of its addresses, unless a server does already.
+func (g *gatherer) connectOne(ctx context.Context, s *subsystem) output.SubsystemResult {
+	r := output.SubsystemResult{NQN: s.nqn}
+	switch started, running, err := g.connected(ctx, s); {
+	case err != nil:
+		r.Err = err
+	case started != nil:
+		r.Outcome, r.Status = output.Already, *started
+		r.Quiet = g.opts.Quiet
+	case running >= maxServers:
+		r.Err = fmt.Errorf("not connected: %d servers run already, and connect-all starts no more; connect does", running)
+	default:
+		g.connect(ctx, s, &r)
+	}
+	if r.Err != nil {
+		r.Outcome = output.Failed
+	}
+	g.joinAll(ctx, s, &r)
+	r.Further = further(s, r.Status)
+	return r
 }
 
 // connected returns the status of the server that serves a subsystem already, or nil if there

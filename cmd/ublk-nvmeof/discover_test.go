@@ -4,15 +4,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/discovery"
 	"ublk-nvmeof/nvme"
 )
@@ -199,6 +203,42 @@ func TestConnectAllFiles(t *testing.T) {
 	}
 	if _, errs, code := s.connectAll("-J", config); code != exit.Usage || !strings.Contains(errs, config+": invalid character") {
 		t.Errorf("exit code %d, %s", code, errs)
+	}
+}
+
+// TestConnectAllAtOnce: a subsystem whose target does not answer does not keep the others waiting.
+func TestConnectAllAtOnce(t *testing.T) {
+	silent, err := net.ListenPacket("udp4", loopback()+":4791")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	dir := runDir(t)
+	var ports []string
+	for i := range maxAtOnce {
+		ports = append(ports, fmt.Sprintf(`{"nqn": "nqn.disk%d", "ports": [{"transport": "rdma", "traddr": %q}]}`, i, loopback()))
+	}
+	config := filepath.Join(dir, "config.json")
+	if err := os.WriteFile(config, []byte(`[{"subsystems": [`+strings.Join(ports, ",")+`]}]`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), self(), append([]string{"--run-dir", dir, "connect-all", "-J", config, "--timeout", "5m"}, how...)...)
+	cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all are being connected to", func() bool {
+		records, err := state.Dir(dir).List()
+		return err == nil && len(records) == maxAtOnce
+	})
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Error("it was interrupted, and succeeded")
+	}
+	if records, err := state.Dir(dir).List(); err != nil || len(records) != 0 {
+		t.Errorf("%d records are left, %v", len(records), err)
 	}
 }
 

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 )
 
 // notInFile are the flags that make no sense in a file of flags.
@@ -16,15 +16,15 @@ var notInFile = map[string]bool{"flags-from": true, "foreground": true, "help": 
 // the long name of a flag, an equals sign, and a value that extends to the end of the line.
 // Blank lines and lines that begin with # are comments.
 func flagsFrom(path string, f *pflag.FlagSet) error {
-	file, err := os.Open(path)
+	text, err := options.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("--flags-from: %w", err)
 	}
-	defer file.Close()
 	inFile := map[string]bool{}
-	lines := bufio.NewScanner(file)
-	for n := 1; lines.Scan(); n++ {
-		line := strings.TrimSpace(lines.Text())
+	n := 0
+	for line := range strings.Lines(string(text)) {
+		n++
+		line = strings.TrimSpace(line)
 		if line == "" || line[0] == '#' {
 			continue
 		}
@@ -44,9 +44,6 @@ func flagsFrom(path string, f *pflag.FlagSet) error {
 			}
 		}
 		inFile[name] = true
-	}
-	if err := lines.Err(); err != nil {
-		return fmt.Errorf("--flags-from: read %s: %w", path, err)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
@@ -44,6 +45,9 @@ func TestFlagsFrom(t *testing.T) {
 		if _, err := read(text); err == nil || err.Error() != path+want {
 			t.Errorf("%q: %v, want %s", text, err, want)
 		}
+	}
+	if err := flagsFrom("/dev/zero", nil); err == nil || !strings.Contains(err.Error(), "--flags-from: /dev/zero: it is a device") {
+		t.Error(err)
 	}
 	if _, err := read("trsvcid = 0"); err == nil {
 		t.Error("an invalid value is accepted")

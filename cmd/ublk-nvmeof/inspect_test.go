@@ -4,8 +4,11 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
@@ -298,6 +301,11 @@ func TestIdempotent(t *testing.T) {
 			t.Errorf("%q: file %q, %v; %+v", more, text, err, c)
 		}
 	}
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	i.refuse(exit.Other, inspectedNQN+" is connected all the same", append(slices.Clone(again[:len(again)-1]), pipe, "--idempotent")...) // nobody reads it
 	if s := i.status(); s.PID == 0 || s.State != "live" {
 		t.Errorf("%+v", s)
 	}

@@ -196,11 +196,13 @@ func TestHelpHasTheExitCodes(t *testing.T) {
 }
 
 func TestVersion(t *testing.T) {
-	stdout, _, code := program(t, "version")
-	if code != exit.OK || !strings.HasPrefix(stdout, "ublk-nvmeof ") || !strings.Contains(stdout, " go1.") {
-		t.Errorf("exit code %d, %q", code, stdout)
+	for _, spelling := range []string{"version", "--version", "-V"} {
+		stdout, _, code := program(t, spelling)
+		if code != exit.OK || !strings.HasPrefix(stdout, "ublk-nvmeof ") || !strings.Contains(stdout, " go1.") {
+			t.Errorf("%s: exit code %d, %q", spelling, code, stdout)
+		}
 	}
-	stdout, _, code = program(t, "version", "-o", "json")
+	stdout, _, code := program(t, "version", "-o", "json")
 	var b output.Build
 	if err := json.Unmarshal([]byte(stdout), &b); err != nil || code != exit.OK || b.SchemaVersion != output.SchemaVersion || b.Version == "" {
 		t.Errorf("exit code %d, %q, %v", code, stdout, err)

@@ -96,9 +96,13 @@ func newProgram() base {
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return fmt.Errorf("no verb is given; see %s --help", programName)
-		},
+	}
+	version := root.Flags().BoolP("version", "V", false, "print the version of this build")
+	root.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *version {
+			return output.Version(cmd.OutOrStdout(), programName, thisBuild(), output.Normal)
+		}
+		return fmt.Errorf("no verb is given; see %s --help", programName)
 	}
 	root.SetFlagErrorFunc(flagError)
 	root.SetGlobalNormalizationFunc(options.Underscores)

@@ -204,8 +204,7 @@ func (k *keeper) resolve(ctx context.Context, o *options.Discovery) (discovery.E
 	}
 }
 
-// act connects what appears, and tries again what failed, until ctx is done. It runs on the
-// main goroutine, whose thread gives servers their marks.
+// act connects what appears, and tries again what failed, until ctx is done.
 func (k *keeper) act(ctx context.Context) {
 	for {
 		var next <-chan time.Time

@@ -82,6 +82,8 @@ var table = map[string]row{
 	"examples/diskcat": {may: []string{"disk"}, testing: []string{"rdma/roce", "target"}},
 	"examples/vmm":     {may: []string{"disk", "vhost"}, testing: []string{"rdma/rdmatest", "target", "vhost/vhosttest"}},
 
+	"examples/sharemem": {may: []string{sys}},
+
 	"bench": {may: []string{"block", "block/null", "block/ram", "nbd", "poller", "ublk", humanize, sys}},
 
 	"docs":              {}, // what the program reads of its documents
@@ -120,7 +122,7 @@ var table = map[string]row{
 	"cmd/ublk-nvmeof/internal/configfile": {testing: []string{"identity"}, may: []string{"cmd/ublk-nvmeof/internal/options", pflag}},
 	"cmd/ublk-nvmeof/internal/discoverer": {may: []string{
 		"identity",
-		"cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
+		"cmd/ublk-nvmeof/internal/configfile", "cmd/ublk-nvmeof/internal/exit", "cmd/ublk-nvmeof/internal/host", "cmd/ublk-nvmeof/internal/options", "rdma/provider",
 		"internal/rundir", "cmd/ublk-nvmeof/internal/state", "discovery", "initiator", "nvme", "rdma",
 	}, testing: []string{pflag}},
 	"cmd/ublk-nvmeof/internal/server": {may: []string{

@@ -75,3 +75,15 @@ func Unmap(b []byte) error {
 func Addr(b []byte) uint64 {
 	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
 }
+
+const hugetlbfsMagic = 0x958458f6
+
+// FilePage is the size of the pages of a file, in bytes: that of huge pages if it has them. A
+// mapping of the file begins at a multiple of it, and its length is one.
+func FilePage(fd int) int64 {
+	var fs unix.Statfs_t
+	if unix.Fstatfs(fd, &fs) == nil && uint32(fs.Type) == hugetlbfsMagic {
+		return fs.Bsize
+	}
+	return int64(os.Getpagesize())
+}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/spf13/pflag"
 
@@ -36,6 +37,9 @@ func Parse(text []byte) (*File, error) {
 	if len(bytes.TrimSpace(text)) == 0 {
 		return New(), nil
 	}
+	if err := CheckForm(text); err != nil {
+		return nil, err
+	}
 	root, err := parse(text)
 	if err != nil {
 		return nil, err
@@ -53,6 +57,28 @@ func Parse(text []byte) (*File, error) {
 	}
 	_, err = f.hosts.objects("host")
 	return f, err
+}
+
+// FabricsConf is the configuration of nvme-cli 3, which its release candidates still change.
+const FabricsConf = "/etc/nvme/nvme-fabrics.conf"
+
+// ErrFabricsConf means that a text has the form of FabricsConf.
+var ErrFabricsConf = errors.New("it has the form of nvme-cli 3's nvme-fabrics.conf, which is not supported; want that of nvme-cli 2")
+
+// CheckForm returns ErrFabricsConf for a text of sections: its first line that is neither blank
+// nor a comment is a name in brackets.
+func CheckForm(text []byte) error {
+	for line := range bytes.Lines(text) {
+		line = bytes.TrimSpace(line)
+		if len(line) == 0 || line[0] == '#' || line[0] == ';' {
+			continue
+		}
+		if name, ok := bytes.CutPrefix(line, []byte("[")); ok && len(name) > 0 && unicode.IsLetter(rune(name[0])) && bytes.HasSuffix(name, []byte("]")) {
+			return ErrFabricsConf
+		}
+		return nil
+	}
+	return nil
 }
 
 // Bytes encodes the configuration in the layout of nvme-cli.
@@ -193,7 +219,7 @@ func find(a *array, what string, match func(*object) bool, members ...member) (*
 
 // Read reads a file. A file that does not exist is a configuration without hosts.
 func Read(path string) (*File, error) {
-	text, err := os.ReadFile(path)
+	text, err := options.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return New(), nil
 	}
@@ -216,6 +242,8 @@ func (f *File) Write(path string) error {
 	mode := fs.FileMode(0o644)
 	info, err := os.Stat(path)
 	switch {
+	case err == nil && !info.Mode().IsRegular():
+		return fmt.Errorf("%s: it is no regular file", path)
 	case err == nil:
 		mode = info.Mode().Perm()
 	case !errors.Is(err, fs.ErrNotExist):

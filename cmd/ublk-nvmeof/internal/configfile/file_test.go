@@ -169,6 +169,7 @@ func TestKeeps(t *testing.T) {
 func TestParseErrors(t *testing.T) {
 	for text, want := range map[string]string{
 		"7":                                     "want an array of hosts",
+		"; a comment\n [Subsystem] \n":          ErrFabricsConf.Error(),
 		"[1]":                                   "host 0: want an object",
 		`{"hosts": 1}`:                          "hosts: want an array",
 		"[{]":                                   "invalid character",
@@ -226,6 +227,11 @@ func TestWrite(t *testing.T) {
 	}
 	if err := New().Write(filepath.Join(dir, "none", "new.json")); err == nil {
 		t.Error("a file in no directory was written")
+	}
+	for _, other := range []string{dir, os.DevNull} { // a rename would put a file in its place
+		if err := New().Write(other); err == nil || !strings.Contains(err.Error(), "it is no regular file") {
+			t.Errorf("%s: %v", other, err)
+		}
 	}
 	if all, err := os.ReadDir(dir); err != nil || len(all) != 3 {
 		t.Errorf("%v, %v", all, err)

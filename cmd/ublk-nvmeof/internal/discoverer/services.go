@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/configfile"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/identity"
@@ -18,8 +19,11 @@ import (
 // ConfFile names discovery services, one line of flags for each.
 const ConfFile = "/etc/nvme/discovery.conf"
 
-// confFile is ConfFile outside of tests.
-var confFile = ConfFile
+// These are the constants outside of tests.
+var (
+	confFile    = ConfFile
+	fabricsConf = configfile.FabricsConf
+)
 
 // Service is a discovery service, or a subsystem, that flags or a file name.
 type Service struct {
@@ -59,7 +63,7 @@ func Services(o *options.Discovery) (Found, error) {
 		if source.file == options.NoConfig {
 			continue
 		}
-		text, err := os.ReadFile(source.file)
+		text, err := options.ReadFile(source.file)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			missing = append(missing, source.file)
@@ -72,14 +76,18 @@ func Services(o *options.Discovery) (Found, error) {
 		}
 	}
 	if _, err := os.Stat(confFile); errors.Is(err, fs.ErrNotExist) && len(found.Discovery)+len(found.Subsystems)+len(found.Skipped)+len(found.Errors) == 0 {
-		return found, exit.Errorf(exit.Usage, "-a/--traddr: no value is given, and there is no %s; want the address of a discovery service", strings.Join(missing, " and no "))
+		hint := ""
+		if _, err := os.Stat(fabricsConf); err == nil {
+			hint = fmt.Sprintf(" (%s: %v)", fabricsConf, configfile.ErrFabricsConf)
+		}
+		return found, exit.Errorf(exit.Usage, "-a/--traddr: no value is given, and there is no %s; want the address of a discovery service%s", strings.Join(missing, " and no "), hint)
 	}
 	return found, nil
 }
 
 // ReadConf returns what a file like ConfFile names.
 func ReadConf(o *options.Discovery, file string) (found Found, err error) {
-	text, err := os.ReadFile(file)
+	text, err := options.ReadFile(file)
 	if err != nil {
 		return found, err
 	}
@@ -108,6 +116,9 @@ func (f *Found) add(o *options.Discovery, from string, args []string, discovery 
 // readConf reads discovery.conf: in each line the flags of a discover command. A flag and
 // its value are separated by a space or by "=".
 func readConf(f *Found, o *options.Discovery, file string, text []byte) error {
+	if err := configfile.CheckForm(text); err != nil {
+		return exit.Errorf(exit.Usage, "%s: %v", file, err)
+	}
 	n := 0
 	for line := range strings.Lines(string(text)) {
 		n++
@@ -177,6 +188,9 @@ func parseJSON(text []byte) (hosts []jsonHost, err error) {
 	text = bytes.TrimSpace(text)
 	if len(text) == 0 {
 		return nil, nil
+	}
+	if err := configfile.CheckForm(text); err != nil {
+		return nil, err
 	}
 	if text[0] == '{' {
 		var object struct {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/configfile"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/identity"
@@ -129,6 +130,9 @@ func TestServices(t *testing.T) {
 			"discovery.conf:1 discovery 10.0.0.1:4420 " + wellKnown + " as nqn.this-host, 2 queues, persistent false\n" +
 				"config.json: subsystem nqn.disk: port 0 subsystem 10.0.0.2:4420 nqn.disk as nqn.this-host, 3 queues, persistent false\n"},
 		{"bad JSON", "# no service\n", "[{", nil, "error config.json: unexpected end of JSON input\n"},
+		{"form of nvme-cli 3", "[Discovery Controller]\ncontroller = transport=rdma;traddr=10.0.0.1\n", "# a comment\n\n[Host]\nhostnqn = nqn.x\n", nil,
+			"error config.json: it has the form of nvme-cli 3's nvme-fabrics.conf, which is not supported; want that of nvme-cli 2\n" +
+				"error discovery.conf: it has the form of nvme-cli 3's nvme-fabrics.conf, which is not supported; want that of nvme-cli 2\n"},
 		{"bad type", "", `[{"hostnqn": 7}]`, nil, "error config.json: json: cannot unmarshal number into Go struct field jsonHost.hostnqn of type string\n"},
 	} {
 		found, err := services(t, c.conf, c.config, c.args...)
@@ -138,6 +142,19 @@ func TestServices(t *testing.T) {
 	}
 	if _, err := services(t, "", ""); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), "no value is given, and there is no ") {
 		t.Errorf("without anything: %v", err)
+	}
+}
+
+// TestFabricsConf: a user of nvme-cli 3 is told that its configuration is not read.
+func TestFabricsConf(t *testing.T) {
+	before := fabricsConf
+	fabricsConf = filepath.Join(t.TempDir(), "nvme-fabrics.conf")
+	defer func() { fabricsConf = before }()
+	if err := os.WriteFile(fabricsConf, []byte("[Host]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := services(t, "", ""); exit.Of(err) != exit.Usage || !strings.Contains(err.Error(), fabricsConf+": "+configfile.ErrFabricsConf.Error()) {
+		t.Error(err)
 	}
 }
 

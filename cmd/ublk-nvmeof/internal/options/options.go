@@ -127,6 +127,7 @@ type Connect struct {
 	VhostMode   fs.FileMode
 	VhostOwner  FileOwner
 	ZeroCopy    bool   // for VhostUserBlk
+	ShmemSocket string // for Ublk: a path, with NSIDField; empty: none
 	OnCrash     string // Requeue, Fail or Remove
 	Metrics     string // HOST:PORT or :PORT; empty: only the control socket has metrics
 	Timeout     time.Duration
@@ -162,6 +163,8 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
 	f.Var(text(&c.VhostSocket, "path", "an absolute path of at most 107 bytes; "+NSIDField+" in the last part of it stands for the number of the namespace", checkVhostSocket), "vhost-socket",
 		"path of the socket of each namespace for virtual machine monitors, with "+NSIDField+" for the number of the namespace; implies --frontend vhost-user-blk (default: sockets in the run directory that only this target has)")
+	f.Var(text(&c.ShmemSocket, "path", "an absolute path of at most 107 bytes; "+NSIDField+" in the last part of it stands for the number of the namespace", checkVhostSocket), "shmem-socket",
+		"path of a socket for each namespace that takes the memory of a user of the ublk device: I/O from it is not copied. The target can then read and write all of that memory. Implies --frontend ublk, and needs Linux 7.1 (default: none)")
 	f.Var(deviceID(&c.Device), "device-id", "number N of /dev/ublkbN or /dev/nbdN for the first namespace, N+1 for the second, and so on (default: free numbers)")
 	f.Var(&numbers{&c.NSIDs, 1, maxNSID, "namespace ids"}, "namespace", "ids of the namespaces to serve (default: all namespaces)")
 	c.addProvider(f)
@@ -301,13 +304,21 @@ func (c *Connect) TLSConfig() (*tls.Config, error) {
 		return nil, nil
 	}
 	fail := func(err error) (*tls.Config, error) { return nil, fmt.Errorf("--nbd-tls %q: %w", c.TLS, err) }
-	own, err := tls.LoadX509KeyPair(filepath.Join(c.TLS, "server-cert.pem"), filepath.Join(c.TLS, "server-key.pem"))
+	cert, err := ReadFile(filepath.Join(c.TLS, "server-cert.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	key, err := ReadFile(filepath.Join(c.TLS, "server-key.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		return fail(err)
 	}
 	config := &tls.Config{Certificates: []tls.Certificate{own}}
 	authority := filepath.Join(c.TLS, "ca-cert.pem")
-	text, err := os.ReadFile(authority)
+	text, err := ReadFile(authority)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return config, nil

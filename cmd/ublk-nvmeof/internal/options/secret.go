@@ -2,8 +2,6 @@ package options
 
 import (
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 
@@ -37,28 +35,15 @@ func ParseSecret(text string) (*auth.Key, error) {
 	if !ok {
 		return auth.ParseKey(text)
 	}
-	content, err := readSecret(file)
+	content, err := readFile(file, maxSecretFile)
 	if err != nil {
 		return nil, err
 	}
-	k, err := auth.ParseKey(strings.TrimSpace(content))
+	k, err := auth.ParseKey(strings.TrimSpace(string(content)))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return k, nil
-}
-
-func readSecret(file string) (string, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, maxSecretFile+1))
-	if err == nil && len(content) > maxSecretFile {
-		err = fmt.Errorf("%s: it is longer than %d bytes", file, maxSecretFile)
-	}
-	return string(content), err
 }
 
 // secretFlag is a flag for a key. Its value is never shown: not in errors, and not in the

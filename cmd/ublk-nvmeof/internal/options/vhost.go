@@ -34,10 +34,20 @@ func (c *Connect) addVhost(f *pflag.FlagSet) {
 	f.BoolVar(&c.ZeroCopy, "zero-copy", false, "do not copy the data of guests where their memory is contiguous. The target can then read and write all of the guests' memory, not only I/O buffers")
 }
 
-// completeVhost checks the flags for the sockets of virtual machine monitors in combination.
+// completeVhost checks the flags for the sockets of virtual machine monitors and of shared memory
+// in combination.
 func (c *Connect) completeVhost() error {
 	if c.VhostSocket != "" && c.Frontend == Auto {
 		c.Frontend = VhostUserBlk
+	}
+	if c.ShmemSocket != "" && c.Frontend == Auto {
+		c.Frontend = Ublk
+	}
+	switch {
+	case c.ShmemSocket != "" && c.Frontend != Ublk:
+		return fmt.Errorf("--shmem-socket %q: want it with --frontend %s, not %s", c.ShmemSocket, Ublk, c.Frontend)
+	case c.ShmemSocket != "" && !strings.Contains(c.ShmemSocket, NSIDField) && len(c.NSIDs) != 1:
+		return fmt.Errorf("--shmem-socket %q: each namespace has a socket; want a path with %s in it, or --namespace with one id", c.ShmemSocket, NSIDField)
 	}
 	given := ""
 	switch {

@@ -109,10 +109,20 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 		if kind == state.NBD {
 			return s.export(ctx, ns, id)
 		}
-		return s.back.start(ctx, ublk.Config{
+		d, err := s.back.start(ctx, ublk.Config{
 			ID: id, Device: ns.device, Loops: s.loops, Depth: s.depth, MaxIO: s.opts.MaxIO,
-			Recovery: policies[s.opts.OnCrash], KeepAffinity: later, Log: s.log,
+			Recovery: policies[s.opts.OnCrash], KeepAffinity: later, Log: s.log, ShareMemory: s.opts.ShmemSocket != "",
 		})
+		if err != nil {
+			return nil, err
+		}
+		with, err := s.sharing(ns.nsid, d, "")
+		if err != nil {
+			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+			defer cancel()
+			return nil, errors.Join(err, d.Stop(undo, true))
+		}
+		return with, nil
 	}
 	kept, err := s.keptNumbers(kind)
 	if err != nil {

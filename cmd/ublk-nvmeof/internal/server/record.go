@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -250,6 +251,23 @@ func (r *record) removeDevices(all ...state.Device) error {
 			return slices.ContainsFunc(all, func(d state.Device) bool { return sameDevice(d, have) })
 		})
 	})
+}
+
+// share records the shared memory of the device with this socket; nil: none.
+func (r *record) share(socket string, m *state.SharedMemory) error {
+	found := false
+	err := r.update(func(s *state.State) {
+		s.Devices = slices.Clone(s.Devices)
+		for i := range s.Devices {
+			if s.Devices[i].Socket == socket {
+				s.Devices[i].Shared, found = m, true
+			}
+		}
+	})
+	if err == nil && !found {
+		err = fmt.Errorf("no device on record has the socket %s", socket)
+	}
+	return err
 }
 
 // sameDevice reports whether two records describe the same device.

@@ -44,8 +44,11 @@ func (s *server) Status() control.Status {
 			},
 		}
 	}
-	if o.ZeroCopy {
+	switch {
+	case o.ZeroCopy:
 		out.ZeroCopy = "guests"
+	case o.ShmemSocket != "":
+		out.ZeroCopy = "users who share it"
 	}
 	if s.sub == nil {
 		return out

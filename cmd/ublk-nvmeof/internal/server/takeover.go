@@ -373,5 +373,18 @@ func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (dev
 	if info.Cookie != h.Cookie {
 		return nil, fmt.Errorf("%s: %w", h.Path(), ublk.ErrNotOurs)
 	}
-	return s.back.recover(ctx, info, ublk.Config{Device: h.device, Loops: s.loops, KeepAffinity: later, Log: s.log})
+	cfg := ublk.Config{Device: h.device, Loops: s.loops, KeepAffinity: later, Log: s.log}
+	if h.Shared != nil {
+		cfg.Shared = ublk.SharedMemory{Device: h.Shared.Device, Inode: h.Shared.Inode, Size: h.Shared.Size}
+	}
+	d, err := s.back.recover(ctx, info, cfg)
+	if err != nil {
+		return nil, err
+	}
+	with, err := s.sharing(h.nsid, d, h.Socket)
+	if err != nil { // the device is more important
+		s.log.Error("no shared memory is taken", "device", h.Path(), "error", err)
+		return d, nil
+	}
+	return with, nil
 }

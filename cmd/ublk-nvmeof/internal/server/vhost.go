@@ -58,10 +58,22 @@ func (s *server) diskID(ns namespace) string {
 // bindVhost listens at the path where front ends look for a namespace: that of a
 // predecessor, the one that the user gave, or one that only this target has.
 func (s *server) bindVhost(nsid uint32, path string) (*net.UnixListener, error) {
+	l, err := s.bind(path, s.opts.VhostSocket, nsid, "--vhost-socket")
+	if err != nil {
+		return nil, err
+	}
+	if err := s.permitVhost(l.Addr().String()); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// bind listens at the path of a namespace: that of a predecessor, the one that the user gave with
+// flag, or one that only this target has. Only the owner can connect.
+func (s *server) bind(path, pattern string, nsid uint32, flag string) (*net.UnixListener, error) {
 	number := strconv.FormatUint(uint64(nsid), 10)
-	given := s.opts.VhostSocket != ""
-	if path == "" && given {
-		path = strings.ReplaceAll(s.opts.VhostSocket, options.NSIDField, number)
+	if path == "" {
+		path = strings.ReplaceAll(pattern, options.NSIDField, number)
 	}
 	if path == "" {
 		var err error
@@ -69,7 +81,7 @@ func (s *server) bindVhost(nsid uint32, path string) (*net.UnixListener, error) 
 			return nil, err
 		}
 	}
-	if err := s.claimPath(path, given, "--vhost-socket"); err != nil {
+	if err := s.claimPath(path, pattern != "", flag); err != nil {
 		return nil, err
 	}
 	// The permissions of an unbound socket become those of its file, so nobody else can
@@ -81,9 +93,6 @@ func (s *server) bindVhost(nsid uint32, path string) (*net.UnixListener, error) 
 	l, err := config.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, err
-	}
-	if err := s.permitVhost(path); err != nil {
-		return nil, errors.Join(err, l.Close())
 	}
 	return l.(*net.UnixListener), nil
 }

@@ -104,12 +104,16 @@ const (
 // Device is a device that belongs to a server. Another device may have its number later;
 // the cookie distinguishes them (ublk.Info.Cookie, nbd.Device.Cookie).
 type Device struct {
-	Kind   Kind   `json:"kind,omitempty"`
-	URI    string `json:"uri,omitempty"`    // of NBDSocket, which has no number
-	Socket string `json:"socket,omitempty"` // path of VhostUserBlk, which has no number
-	ID     int    `json:"id"`
-	Cookie uint64 `json:"cookie"`
-	NSID   uint32 `json:"nsid"`
+	Kind Kind   `json:"kind,omitempty"`
+	URI  string `json:"uri,omitempty"` // of NBDSocket, which has no number
+	// Socket is the path of VhostUserBlk, which has no number, or of the socket for the shared
+	// memory of Ublk.
+	Socket string `json:"socket,omitempty"`
+	// Shared is the memory of a user that the driver has registered; nil: none.
+	Shared *SharedMemory `json:"shared_memory,omitempty"`
+	ID     int           `json:"id"`
+	Cookie uint64        `json:"cookie"`
+	NSID   uint32        `json:"nsid"`
 	// The identifiers of the namespace, if it has them, and what the users of the
 	// device were told about it. Told is zero in records of older versions, which
 	// have only the UUID.
@@ -120,6 +124,13 @@ type Device struct {
 	// Model and Serial are those of the controller when the device was made.
 	Model  string `json:"model,omitempty"`
 	Serial string `json:"serial,omitempty"`
+}
+
+// SharedMemory identifies memory of a user of a device (ublk.SharedMemory).
+type SharedMemory struct {
+	Device uint64 `json:"device"`
+	Inode  uint64 `json:"inode"`
+	Size   int64  `json:"size"`
 }
 
 // Told holds the properties of a device that its users saw when it was made. Users may not
@@ -344,8 +355,7 @@ func writeFile(path string, content any, mode fs.FileMode) error {
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	defer dir.Close()
-	return writeIn(dir, filepath.Base(path), content, mode)
+	return errors.Join(writeIn(dir, filepath.Base(path), content, mode), dir.Close())
 }
 
 // writeIn is like writeFile, for a file of a directory that is open.
