@@ -101,7 +101,7 @@ func tamperings(earlier [][]byte) []tampering {
 		{"Reply of an earlier run", old(sentReply), badKey, lostReplied + eitherRefuses},
 		{"Success2 of an earlier run", old(sentSuccess2), "", ""}, // it says nothing but that
 		{"Negotiate twice", twice(sentNegotiate), badTurn, ""},    // Linux' target begins another run
-		{"Reply twice", twice(sentReply), badTurn, lostReplied},
+		{"Reply twice", twice(sentReply), badTurn, lostReplied + eitherRefuses},
 		{"Success2 instead of Reply", set(sentReply, 1, 4), badTurn, lostReplied},
 		{"Reply instead of Success2", set(sentSuccess2, 1, 2), notAdmitted, lostLater},
 		{"unknown message", set(sentReply, 0, 9, 9), badTurn, lostReplied},
