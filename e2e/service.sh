@@ -166,8 +166,8 @@ stop_waits() {
 	rm -r /run/systemd/system/ublk-nvmeof@disk.service.d
 	systemctl daemon-reload
 	systemctl start ublk-nvmeof@disk.service
-	mount /mnt/uuid
-	mount /mnt/id
+	# systemd unmounts what it finds mounted before it has seen the device.
+	systemctl start mnt-uuid.mount mnt-id.mount
 	[ "$(cat /mnt/uuid/file)" = hello ]
 	[ "$(cat /mnt/id/file)" = "still served" ]
 }
