@@ -65,15 +65,15 @@ func twice(which int) carrier {
 // The answers. Linux' target most often, but not always, ends the connection before the host can read
 // the reason. It admits a host when it has taken its Reply, whatever follows.
 const (
-	prefix        = "^authentication of queue 0: "
-	lostEarly     = prefix + "it was not completed: "
-	lostReplied   = prefix + "the target ended it after the reply of this host, most likely because it has another host key, or no controller key: "
-	badPayload    = prefix + "the controller refuses: a message has an incorrect payload$"
-	badTurn       = prefix + "the controller refuses: a message came out of turn$"
-	badKey        = prefix + "the controller refuses: authentication failed"
-	refused       = lostEarly + "|" + lostReplied + "|" + prefix + "the (host|controller) refuses: "
-	notAdmitted   = "^nvme status 191h: authentication required"
-	lostLater     = "peer disconnected$" // although the host was admitted
+	prefix      = "^authentication of queue 0: "
+	lostEarly   = prefix + "it was not completed: "
+	lostReplied = prefix + "the target ended it after the reply of this host, most likely because it has another host key, or no controller key: "
+	badPayload  = prefix + "the controller refuses: a message has an incorrect payload$"
+	badTurn     = prefix + "the controller refuses: a message came out of turn$"
+	badKey      = prefix + "the controller refuses: authentication failed"
+	anyRefusal  = lostEarly + "|" + lostReplied + "|" + prefix + "the (host|controller) refuses: "
+	notAdmitted = "^nvme status 191h: authentication required"
+	lostLater   = "peer disconnected$" // although the host was admitted
 )
 
 // tampering is a message that is not what the host has sent.
@@ -89,36 +89,36 @@ func tamperings(earlier [][]byte) []tampering {
 	old := func(which int) carrier { return change(which, func([]byte) []byte { return earlier[which] }) }
 	none := make([]byte, 4)
 	return []tampering{
-		{"Negotiate without a protocol", cut(sentNegotiate, 8), badPayload, refused},
-		{"Negotiate of 7 bytes", cut(sentNegotiate, 7), badPayload, refused},
-		{"Reply of 7 bytes", cut(sentReply, 7), badPayload, refused},
-		{"Reply without values", cut(sentReply, chapHeader), badPayload, refused},
-		{"Reply with half of R1", cut(sentReply, chapHeader+chapHash/2), badPayload, refused},
-		{"Reply without C2", cut(sentReply, chapHeader+chapHash), badPayload, refused},
-		{"Reply with half of C2", cut(sentReply, chapHeader+chapHash*3/2), badPayload, refused},
+		{"Negotiate without a protocol", cut(sentNegotiate, 8), badPayload, anyRefusal},
+		{"Negotiate of 7 bytes", cut(sentNegotiate, 7), badPayload, anyRefusal},
+		{"Reply of 7 bytes", cut(sentReply, 7), badPayload, anyRefusal},
+		{"Reply without values", cut(sentReply, chapHeader), badPayload, anyRefusal},
+		{"Reply with half of R1", cut(sentReply, chapHeader+chapHash/2), badPayload, anyRefusal},
+		{"Reply without C2", cut(sentReply, chapHeader+chapHash), badPayload, anyRefusal},
+		{"Reply with half of C2", cut(sentReply, chapHeader+chapHash*3/2), badPayload, anyRefusal},
 		{"Success2 of 8 bytes", cut(sentSuccess2, 8), notAdmitted, ""},
 
-		{"Reply of an earlier run", old(sentReply), badKey, refused},
+		{"Reply of an earlier run", old(sentReply), badKey, anyRefusal},
 		{"Success2 of an earlier run", old(sentSuccess2), "", ""}, // it says nothing but that
 		{"Negotiate twice", twice(sentNegotiate), badTurn, ""},    // Linux' target begins another run
-		{"Reply twice", twice(sentReply), badTurn, refused},
-		{"Success2 instead of Reply", set(sentReply, 1, 4), badTurn, refused},
+		{"Reply twice", twice(sentReply), badTurn, anyRefusal},
+		{"Success2 instead of Reply", set(sentReply, 1, 4), badTurn, anyRefusal},
 		{"Reply instead of Success2", set(sentSuccess2, 1, 2), notAdmitted, lostLater},
-		{"unknown message", set(sentReply, 0, 9, 9), badTurn, refused},
-		{"Failure2 instead of Reply", set(sentReply, 0, 0, 0xf0), badTurn, refused},
+		{"unknown message", set(sentReply, 0, 9, 9), badTurn, anyRefusal},
+		{"Failure2 instead of Reply", set(sentReply, 0, 0, 0xf0), badTurn, anyRefusal},
 
-		{"transaction of Reply", set(sentReply, 4, 0xff, 0xff), badPayload, refused},
+		{"transaction of Reply", set(sentReply, 4, 0xff, 0xff), badPayload, anyRefusal},
 		{"transaction of Success2", set(sentSuccess2, 4, 0xff, 0xff), notAdmitted, ""},
 
-		{"no hash that is known", set(sentNegotiate, 12, 9, 9, 9), prefix + "the controller refuses: the hash is not usable", refused},
-		{"no hash", set(sentNegotiate, 10, 0), prefix + "the controller refuses: the hash is not usable", refused},
+		{"no hash that is known", set(sentNegotiate, 12, 9, 9, 9), prefix + "the controller refuses: the hash is not usable", anyRefusal},
+		{"no hash", set(sentNegotiate, 10, 0), prefix + "the controller refuses: the hash is not usable", anyRefusal},
 		// Linux' target uses the group that it is told to use, also if it was not offered.
 		{"no group that is known", set(sentNegotiate, 42, 9, 9, 9, 9, 9, 9), prefix + "the controller refuses: the Diffie-Hellman group is not usable", ""},
-		{"unknown protocol", set(sentNegotiate, 8, 2), prefix + "the controller refuses: the authentication protocol is not usable", refused},
-		{"secure channel", set(sentNegotiate, 6, 1), prefix + "the controller refuses: the secure channel does not match", refused},
+		{"unknown protocol", set(sentNegotiate, 8, 2), prefix + "the controller refuses: the authentication protocol is not usable", anyRefusal},
+		{"secure channel", set(sentNegotiate, 6, 1), prefix + "the controller refuses: the secure channel does not match", anyRefusal},
 
 		{"no proof is asked for", set(sentReply, 8, 0), prefix + "the host refuses: authentication failed: the controller does not prove that it has the controller key", prefix + "the host refuses: authentication failed: the controller does not prove that it has the controller key"},
-		{"forged R1", set(sentReply, chapHeader, none...), badKey, refused},
+		{"forged R1", set(sentReply, chapHeader, none...), badKey, anyRefusal},
 		{"forged C2", set(sentReply, chapHeader+chapHash, none...), prefix + "the host refuses: authentication failed: the controller has another controller key", prefix + "the host refuses: authentication failed: the controller has another controller key"},
 	}
 }
