@@ -102,12 +102,11 @@ func keep(socket string, f *os.File, c *net.UnixConn) {
 	for {
 		_, _ = c.Read(make([]byte, 1)) // until the server has gone
 		_ = c.Close()
-		for {
+		for range time.Tick(50 * time.Millisecond) {
 			var err error
 			if c, err = share(socket, f); err == nil {
 				break
 			}
-			time.Sleep(50 * time.Millisecond)
 		}
 	}
 }
