@@ -78,12 +78,13 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// shared are the scenarios that do not depend on the kernel: they are about this program
-// and its own target, about packets on the wire, or about what the program prints. With several kernels, each one runs its
+// shared are the scenarios that depend little on the kernel: they are about this program
+// and its own target, about packets on the wire, or about what the program prints. (Linux 6.1
+// runs nbd as well.) With several kernels, each one runs its
 // share of the groups (UN_SHARE), which take about the same time.
 var shared = [...][]string{
 	{"discovery", "hostile", "interface", "metrics", "roce-loss", "soak", "soak-grants"},
-	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "lost-acks", "mtu", "multipath-ports", "nvme-cli", "roce-reorder", "soak-frozen"},
+	{"combined", "doctor", "errors-flags", "errors-host", "errors-target", "force", "in-capsule", "kernel-multipath", "lost-acks", "mtu", "multipath-ports", "nbd", "nvme-cli", "roce-reorder", "soak-frozen"},
 }
 
 // long are the scenarios that make soak runs, and make test does not.
