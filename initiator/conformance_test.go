@@ -21,6 +21,7 @@ func TestConformance(t *testing.T) {
 			return 1
 		},
 		"two paths": func(*target.Config, *target.SubsystemConfig, *target.NamespaceConfig) int { return 2 },
+		"chunks":    func(*target.Config, *target.SubsystemConfig, *target.NamespaceConfig) int { return 1 },
 		"small limits": func(c *target.Config, _ *target.SubsystemConfig, _ *target.NamespaceConfig) int {
 			c.MaxTransfer = 8192
 			return 1
@@ -61,6 +62,9 @@ func TestConformance(t *testing.T) {
 				loops := newLoops(t, min(2, runtime.NumCPU()))
 				c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: len(loops)}))
 				t.Cleanup(func() { closeSubsystem(t, c) })
+				if name == "chunks" {
+					c.mem.chunk = 64 << 10
+				}
 				for range paths - 1 {
 					if _, err := c.AddPath(t.Context(), Path{Provider: fabric.Provider(hostAddr), Address: netip.AddrPortFrom(targetAddr, 4421)}); err != nil {
 						t.Fatal(err)

@@ -459,7 +459,7 @@ func TestMemoryBudget(t *testing.T) {
 	if !errors.As(err, &memory) || memory.Want != 2<<20 || memory.Used != 4<<20 || memory.Limit != 5<<20 {
 		t.Errorf("error %v", err)
 	}
-	if got := s.sub.Info().Memory; got != (MemoryInfo{Used: 4 << 20, Limit: 5 << 20}) {
+	if got := s.sub.Info().Memory; got != (MemoryInfo{Used: 4 << 20, Limit: 5 << 20, Registered: 4 << 20}) {
 		t.Errorf("%+v", got)
 	}
 	for _, q := range open {

@@ -7,28 +7,37 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/cpu"
+	"golang.org/x/sys/unix"
 
 	"ublk-nvmeof/internal/hostmem"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the memory for the I/O of a subsystem, in slabs: the buffers of each queue, and the
-// regions of front ends. All of it is registered in the domain of each path. A slab outlives its queue until no adapter has
+// memory holds the memory for the I/O of a subsystem, in slabs: parts of the buffers of each queue
+// (buffers), and the regions of front ends. All slabs in use are registered in the domain of each path. A slab outlives its queue until no adapter has
 // to read it (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
-	limit   int64      // largest number of bytes of buffers
-	mu      sync.Mutex // guards what follows, and the fields of the domains
-	used    int64      // bytes of buffers of open queues
-	regions int64      // bytes of regions
-	slabs   map[*slab]struct{}
-	domains [MaxPaths]*domain
+	chunk      int                // bytes of a chunk of buffers
+	limit      int64              // largest number of bytes of buffers
+	limited    bool               // locked memory is limited, and registered memory may be locked
+	mu         sync.Mutex         // guards what follows, and the fields of the domains
+	used       int64              // bytes of buffers of open queues
+	regions    int64              // bytes of regions
+	registered int64              // bytes of all slabs that are registered
+	slabs      map[*slab]struct{} // that are registered
+	domains    [MaxPaths]*domain
 }
 
-// slab is registered memory. Its address is the same on all paths.
+// slab is memory that is registered as a whole. Its address is the same on all paths.
 type slab struct {
 	mem  []byte
 	base uint64         // address of mem
 	keys [MaxPaths]keys // by slot; they change with the device, between associations of the path
+
+	// The lane of the queue uses these:
+	ready bool // it is registered
+	asked bool // it is being made ready, or will be tried again
 
 	// Of a region:
 	gone  atomic.Bool // no command may name it any more
@@ -64,6 +73,12 @@ type domain struct {
 type registration struct {
 	pd rdma.PD
 	mr rdma.MR
+}
+
+// lockLimited reports whether this process may lock only so much memory.
+func lockLimited() bool {
+	var limit unix.Rlimit
+	return !process.MayLock() && (unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil || limit.Cur != unix.RLIM_INFINITY)
 }
 
 // domain returns the domain of a path, which has no device yet.
@@ -201,37 +216,36 @@ func (e *MemoryError) Error() string {
 	return fmt.Sprintf("%d bytes of I/O buffers are too many: %d of %d are in use", e.Want, e.Used, e.Limit)
 }
 
-// MemoryInfo says how much memory targets can access, in bytes.
+// MemoryInfo says how much memory a subsystem has for I/O, in bytes. Targets can access what is
+// registered.
 type MemoryInfo struct {
-	Used, Limit int64 // I/O buffers
+	Used, Limit int64 // I/O buffers that are reserved, and the most that may be
+	Registered  int64 // I/O buffers that are registered; the others cost nothing yet
 	Regions     int64 // memory of front ends, registered by Namespace.Register
 }
 
 func (m *memory) info() MemoryInfo {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return MemoryInfo{m.used, m.limit, m.regions}
+	return MemoryInfo{Used: m.used, Limit: m.limit, Registered: m.registered - m.regions, Regions: m.regions}
 }
 
-// open maps size bytes for the buffers of a queue and registers them. The buffers of several
-// queues are mapped, and so zeroed, at the same time.
-func (m *memory) open(size int) (*slab, error) {
-	if err := m.reserve(int64(size)); err != nil {
-		return nil, err
+// prepare populates a slab and registers it. Requests may use its memory meanwhile.
+func (m *memory) prepare(b *slab) error {
+	if err := hostmem.Populate(b.mem); err != nil {
+		return err
 	}
-	mem, err := hostmem.Map(size) // whole pages, as OpenQueue has checked
+	return m.enroll(b)
+}
+
+// enroll registers a slab in all domains that have a device, or in none.
+func (m *memory) enroll(b *slab) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err != nil {
-		m.used -= int64(size)
-		return nil, err
-	}
-	b := &slab{mem: mem, base: hostmem.Addr(mem)}
 	if err := m.register(b); err != nil {
-		m.used -= int64(size)
-		return nil, errors.Join(err, m.free(b))
+		return errors.Join(err, m.unregister(b))
 	}
-	return b, nil
+	return nil
 }
 
 // adopt registers a region.
@@ -262,6 +276,7 @@ func (m *memory) register(b *slab) error {
 		m.slabs = make(map[*slab]struct{})
 	}
 	m.slabs[b] = struct{}{}
+	m.registered += int64(len(b.mem))
 	for _, d := range m.domains {
 		if d != nil && d.pd != nil {
 			if err := d.register(b); err != nil {
@@ -272,7 +287,7 @@ func (m *memory) register(b *slab) error {
 	return nil
 }
 
-// reserve counts size bytes as used, unless they are too many.
+// reserve counts size bytes as used, unless they are too many. unreserve undoes it.
 func (m *memory) reserve(size int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -281,6 +296,12 @@ func (m *memory) reserve(size int64) error {
 	}
 	m.used += size
 	return nil
+}
+
+func (m *memory) unreserve(size int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.used -= size
 }
 
 // shut says that the buffers of a queue are not used any more. They stay as they are until
@@ -292,29 +313,24 @@ func (m *memory) shut(q *nsQueue) error {
 		return fmt.Errorf("close queue: %w", rdma.ErrClosed)
 	}
 	q.closed = true
-	m.used -= int64(len(q.buffers.mem))
+	m.used -= queueMemory(len(q.requests), q.buffers.size, m.chunk)
 	return nil
 }
 
-// release frees the buffers of a queue that was shut.
-func (m *memory) release(b *slab) error {
+// withdraw undoes enroll.
+func (m *memory) withdraw(b *slab) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.free(b)
-}
-
-// free unregisters a slab and unmaps it. The caller holds the lock.
-func (m *memory) free(b *slab) error {
-	if err := m.unregister(b); err != nil {
-		return err
-	}
-	return hostmem.Unmap(b.mem)
+	return m.unregister(b)
 }
 
 // unregister ends the registrations of a slab. If one of them cannot be ended, the memory must
 // stay mapped, because the device may still write to it. The caller holds the lock.
 func (m *memory) unregister(b *slab) error {
-	delete(m.slabs, b)
+	if _, ok := m.slabs[b]; ok {
+		delete(m.slabs, b)
+		m.registered -= int64(len(b.mem))
+	}
 	var errs []error
 	for _, d := range m.domains {
 		if d != nil {

@@ -14,8 +14,7 @@ type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
 	writeThrough bool // the front end's device has no volatile cache
-	buffers      *slab
-	maxIO        int
+	buffers      buffers
 	requests     []request // by tag
 	times        *opHistograms
 	done         fifo
@@ -34,10 +33,9 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 	}
 	q := &nsQueue{
 		lane: ns.sub.lanes[i], ns: ns, writeThrough: cfg.WriteThrough,
-		maxIO: cfg.MaxIO, requests: make([]request, cfg.Depth), times: ns.timesOn(i),
+		requests: make([]request, cfg.Depth), times: ns.timesOn(i),
 	}
-	var err error
-	if q.buffers, err = ns.sub.mem.open(cfg.Depth * cfg.MaxIO); err != nil {
+	if err := q.buffers.open(&ns.sub.mem, cfg.Depth, cfg.MaxIO); err != nil {
 		return nil, fmt.Errorf("open queue %d: register %d buffers of %d bytes: %w", i, cfg.Depth, cfg.MaxIO, err)
 	}
 	ns.open.Add(1)
@@ -51,10 +49,7 @@ func (ns *Namespace) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error
 func (ns *Namespace) Loops() []*poller.Loop { return ns.sub.cfg.Loops }
 
 // Buffer implements block.Queue.
-func (q *nsQueue) Buffer(tag uint16) []byte {
-	at := int(tag) * q.maxIO
-	return q.buffers.mem[at : at+q.maxIO : at+q.maxIO]
-}
+func (q *nsQueue) Buffer(tag uint16) []byte { return q.buffers.of(tag) }
 
 // Submit implements block.Queue.
 func (q *nsQueue) Submit(reqs []block.Request) {
@@ -70,7 +65,7 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 		r := &q.requests[io.Tag]
 		r.submitted = true
 		r.begin(*io)
-		room, e := q.maxIO, unix.Errno(0)
+		room, e := q.buffers.size, unix.Errno(0)
 		if io.InRegion() {
 			room, e = q.locate(r)
 		}
@@ -85,7 +80,9 @@ func (q *nsQueue) Submit(reqs []block.Request) {
 			r.timed, r.timing = true, timing{began: l.stamp()}
 		}
 		r.class = l.sub.classOf(io)
-		l.dispatch(r)
+		if r.data.ready || q.equip(r) {
+			l.dispatch(r)
+		}
 	}
 }
 
@@ -105,6 +102,9 @@ func (q *nsQueue) Reap(done []block.Result) int {
 		if r.inRegion {
 			r.inRegion = false
 			r.data.users[q.lane.index].n--
+		}
+		if r == q.buffers.user {
+			q.takeBack(r)
 		}
 		if r.timed {
 			q.lane.record(r)
@@ -127,7 +127,7 @@ func (q *nsQueue) Close() error {
 	q.ns.open.Add(-1)
 	s.settling.Go(func() {
 		s.settle()
-		if err := s.mem.release(q.buffers); err != nil {
+		if err := q.buffers.free(&s.mem); err != nil {
 			s.cfg.Log.Warn("free I/O buffers", "error", err)
 		}
 	})

@@ -171,13 +171,13 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
-		capsule = p.inline(cmd, r, 0, putRange(r.home.Buffer(r.io.Tag), blocks, lba))
+		capsule = p.inline(cmd, r, 0, putRange(r.memory(), blocks, lba))
 	case block.OpWriteZeroes:
 		if terms.zeroes == 0 {
 			// The target does not support Write Zeroes any more. Write zeroes from the
 			// request's buffer.
-			lba, blocks, length := r.piece(min(terms.transfer, uint32(r.home.maxIO)>>block.SectorShift))
-			clear(r.home.Buffer(r.io.Tag)[:length])
+			lba, blocks, length := r.piece(min(terms.transfer, uint32(r.home.buffers.size)>>block.SectorShift))
+			clear(r.memory()[:length])
 			cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
 			capsule = p.inline(cmd, r, 0, length)
 			break
@@ -199,6 +199,10 @@ func (r *request) piece(limit uint32) (lba uint64, blocks, length uint32) {
 
 // addr returns the address of the request's data, for the target and for an SGE.
 func (r *request) addr() uint64 { return r.data.base + r.at }
+
+// memory returns the buffer in which the request has its data, for a request that is not in a
+// region.
+func (r *request) memory() []byte { return r.data.mem[r.at : r.at+uint64(r.home.buffers.size)] }
 
 // offset returns the offset of the next command's data in the request's data.
 func (r *request) offset() uint64 { return uint64(r.progress) << block.SectorShift }

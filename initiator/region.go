@@ -74,7 +74,7 @@ func (ns *Namespace) Register(mem []byte) (block.Region, error) {
 	if len(mem) == 0 || hostmem.Addr(mem)%uint64(os.Getpagesize()) != 0 {
 		return nil, fmt.Errorf("register region: %d bytes at %#x: not at a page", len(mem), hostmem.Addr(mem))
 	}
-	b := &slab{mem: mem, base: hostmem.Addr(mem), users: make([]users, len(ns.sub.lanes))}
+	b := &slab{mem: mem, base: hostmem.Addr(mem), users: make([]users, len(ns.sub.lanes)), ready: true}
 	if err := ns.sub.mem.adopt(b); err != nil {
 		return nil, fmt.Errorf("register region: %w", err)
 	}

@@ -49,7 +49,7 @@ type request struct {
 // begin starts a new I/O of a front end. Its data is in the buffer of its tag.
 func (r *request) begin(io block.Request) {
 	r.io = io
-	r.data, r.at = r.home.buffers, uint64(io.Tag)*uint64(r.home.maxIO)
+	r.data, r.at = r.home.buffers.chunk(io.Tag)
 	r.errno, r.status, r.tries, r.sent, r.assoc, r.timed = 0, 0, 0, 0, nil, false
 	if r.troubled {
 		r.troubled, r.losses, r.blames, r.firstLoss, r.due, r.pathSince, r.avoid = false, 0, 0, 0, 0, 0, 0

@@ -44,7 +44,7 @@ var table = map[string]row{
 	"sq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"cq":        {may: []string{"nvme", "rdma"}, testing: []string{"rdma/rdmatest", sys}},
 	"poller":    {may: []string{"internal/spin", "internal/uring", sys}},
-	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
+	"initiator": {may: []string{"auth", "nvme", "rdma", "sq", "cq", "block", "poller", "process", "internal/hostmem", "internal/loglimit", sys}, testing: []string{"rdma/rdmatest", "rdma/roce", "rdma/verbs", "target", "block/blocktest"}},
 
 	// The front door of the library, and what it finds out about the host.
 	"disk": {may: []string{"block", "identity", "initiator", "internal/frontend", "internal/iostats", "nvme", "poller", "process", "rdma", "rdma/provider", sys},

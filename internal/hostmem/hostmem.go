@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,19 @@ const hugePage = 2 << 20
 // The slice has the rounded length; give exactly it to Unmap. Errors wrap the
 // errno, unix.ENOMEM above all.
 func Map(length int) ([]byte, error) {
+	b, err := Reserve(length)
+	if err != nil {
+		return nil, err
+	}
+	if err := Populate(b); err != nil {
+		return nil, errors.Join(err, Unmap(b))
+	}
+	return b, nil
+}
+
+// Reserve is like Map, but populates nothing: a page costs memory when it is touched or
+// populated.
+func Reserve(length int) ([]byte, error) {
 	if length <= 0 {
 		return nil, fmt.Errorf("map %d bytes: %w", length, unix.EINVAL)
 	}
@@ -44,20 +58,22 @@ func Map(length int) ([]byte, error) {
 	if err := unix.Madvise(b, unix.MADV_DONTFORK); err != nil {
 		return nil, errors.Join(fmt.Errorf("keep %d bytes from children: %w", size, err), Unmap(b))
 	}
-	if err := populate(b, page); err != nil {
-		return nil, errors.Join(fmt.Errorf("populate %d bytes: %w", size, err), Unmap(b))
-	}
 	return b, nil
 }
 
-// populate gets all pages now, so that no fault comes on the data path.
-func populate(b []byte, page int) error {
+// Populate gets the pages of a part of what Reserve returned, which begins and ends with a
+// page, so that no fault comes on the data path. What is in them stays, and others may use
+// them meanwhile.
+func Populate(b []byte) error {
 	err := unix.Madvise(b, unix.MADV_POPULATE_WRITE)
-	if !errors.Is(err, unix.EINVAL) { // Linux before 5.14 does not know it
-		return err
+	if errors.Is(err, unix.EINVAL) { // Linux before 5.14 does not know it
+		for i := 0; i < len(b); i += os.Getpagesize() {
+			atomic.AddUint32((*uint32)(unsafe.Pointer(&b[i])), 0)
+		}
+		return nil
 	}
-	for i := 0; i < len(b); i += page {
-		b[i] = 0
+	if err != nil {
+		return fmt.Errorf("populate %d bytes: %w", len(b), err)
 	}
 	return nil
 }

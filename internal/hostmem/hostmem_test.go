@@ -51,6 +51,28 @@ func TestMapErrors(t *testing.T) {
 	}
 }
 
+// TestPopulate: pages cost memory when they are populated, which keeps what is in them.
+func TestPopulate(t *testing.T) {
+	const page = 1 << 16 // a multiple of any
+	b, err := Reserve(16 * page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rss, flags := smaps(t, Addr(b)); rss != 0 || !slices.Contains(flags, "dc") {
+		t.Errorf("%d bytes resident, flags %v", rss, flags)
+	}
+	b[4*page] = 7
+	if err := Populate(b[4*page : 6*page]); err != nil {
+		t.Error(err)
+	}
+	if rss, _ := smaps(t, Addr(b)); rss < 2*page || rss >= 16*page || b[4*page] != 7 {
+		t.Errorf("%d bytes resident, %d", rss, b[4*page])
+	}
+	if err := Unmap(b); err != nil {
+		t.Error(err)
+	}
+}
+
 // smaps is what the kernel says of the mapping that contains addr: resident
 // bytes and VmFlags.
 func smaps(t *testing.T, addr uint64) (rss int, flags []string) {

@@ -80,7 +80,7 @@ type Status struct {
 	ProviderReason string `json:"provider_reason,omitempty"`
 	RDMADevice     string `json:"rdma_device"`
 	// Memory says how the target gets at I/O memory: "registered" is one key for
-	// a whole slab of buffers, for as long as the device lives.
+	// many buffers, from their first use to the end of the device.
 	Memory string `json:"memory_mode"`
 	// ZeroCopy names memory that the target can access beside the I/O buffers, because the
 	// users of the devices do I/O from it: "guests". RegionBytes is how much it is at present.
@@ -100,8 +100,9 @@ type Status struct {
 	PollMax   int `json:"poll_max_size"`
 
 	BufferBytes int `json:"buffer_bytes"` // I/O memory of all devices
-	// RegisteredBytes is the memory that is registered for I/O, RegisteredLimit the most
-	// that may be.
+	// ReservedBytes is address space for I/O buffers, RegisteredBytes the part of it that is
+	// registered because it has been needed, RegisteredLimit the most that may be reserved.
+	ReservedBytes   int64    `json:"reserved_bytes"`
 	RegisteredBytes int64    `json:"registered_bytes"`
 	RegisteredLimit int64    `json:"registered_limit_bytes"`
 	Requests        Requests `json:"requests"`

@@ -76,6 +76,7 @@ func (e *exposition) controller(s *control.Status) {
 	e.add(inFlight, float64(s.Requests.InFlight))
 	e.add(held, float64(s.Requests.Held))
 	e.add(oldest, s.Requests.Oldest)
+	e.add(reserved, float64(s.ReservedBytes))
 	e.add(registered, float64(s.RegisteredBytes))
 	e.add(registeredLimit, float64(s.RegisteredLimit))
 	for stage, of := range s.Stages {

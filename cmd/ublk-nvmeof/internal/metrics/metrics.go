@@ -74,8 +74,9 @@ var (
 	held     = gauge("requests_held", "Number of requests that cannot be sent at present, because there is no connection, the namespace is missing, or the target asked to wait.")
 	oldest   = gauge("oldest_command_seconds", "Age of the oldest command that the target has not answered, in whole seconds.")
 
+	reserved        = gauge("reserved_bytes", "Address space of I/O buffers, registered or not.")
 	registered      = gauge("registered_bytes", "Memory of I/O buffers that is registered with the RDMA device.")
-	registeredLimit = gauge("registered_limit_bytes", "Largest amount of memory of I/O buffers that the server registers.")
+	registeredLimit = gauge("registered_limit_bytes", "Largest amount of I/O buffers that the server reserves.")
 
 	stages = histogram("request_stage_duration_seconds", "Duration of the stages of requests, by stage and operation. About one request in 64 is timed.", "stage", "operation")
 )

@@ -5,6 +5,7 @@ import (
 	"github.com/dustin/go-humanize/english"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/initiator"
 )
 
 // checkMemory returns an error if the I/O buffers of the namespaces would exceed the
@@ -14,7 +15,7 @@ func (s *server) checkMemory(chosen []namespace) error {
 	largest := 0
 	for _, ns := range chosen {
 		maxIO := min(s.opts.MaxIO, int(ns.device.Geometry().MaxIO))
-		need += int64(len(s.loops)) * int64(s.depth) * int64(maxIO)
+		need += int64(len(s.loops)) * initiator.QueueMemory(s.depth, maxIO)
 		largest = max(largest, maxIO)
 	}
 	memory := s.sub.Info().Memory

@@ -60,7 +60,7 @@ func (s *server) Status() control.Status {
 	describeState(&out, now)
 	describePath(&out, s.path)
 	describePaths(&out, now)
-	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
+	out.ReservedBytes, out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Registered, now.Memory.Limit
 	out.RegionBytes = now.Memory.Regions
 	describeRequests(&out, now)
 	for i, l := range s.loops {
