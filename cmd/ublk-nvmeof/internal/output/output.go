@@ -344,7 +344,8 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("queues", "%s, %d entries each", summary(s.Queues), s.QueueSize)
 			row("timeouts", "keep alive %s, reconnect delay %s, controller loss %s, fast I/O fail %s",
 				seconds(s.KeepAlive), seconds(s.Reconnect), seconds(s.Loss), seconds(s.FastFail))
-			row("buffers", "%s, of which %s are registered", size(uint64(s.ReservedBytes)), size(uint64(s.RegisteredBytes)))
+			reserved := max(s.ReservedBytes, int64(s.BufferBytes)) // an older server does not say what it reserves
+			row("buffers", "%s, of which %s are registered", size(uint64(reserved)), size(uint64(s.RegisteredBytes)))
 		}
 		if s.ZeroCopy != "" {
 			row("zero copy", "the target can read and write %s", reach(s))

@@ -57,7 +57,7 @@ var live = control.Status{
 		Default: control.Class{Requested: 1, Granted: 1, Mapped: "default"},
 		Poll:    control.Class{Requested: 1, Granted: 0, Mapped: "default"},
 	},
-	KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, PollMax: 16384, BufferBytes: 128 << 20,
+	KeepAlive: 5, Reconnect: 10, Loss: 600, FastFail: -1, PollMax: 16384, BufferBytes: 128 << 20, ReservedBytes: 129 << 20, RegisteredBytes: 5 << 20,
 	Devices: []control.Device{
 		{Device: "ublkb0", NSID: 1, UUID: "22222222-2222-2222-2222-222222222222", Size: 256 << 20, Used: new(uint64(192 << 20)), BlockSize: 512,
 			WriteCache: true, Queues: 2, QueueDepth: 128, MaxIO: 256 << 10, BufferBytes: 64 << 20,
@@ -80,7 +80,7 @@ var plain = control.Status{
 	Queues: control.Queues{Requested: 8, Granted: 8, Read: control.Class{Mapped: "default"},
 		Default: control.Class{Requested: 8, Granted: 8, Mapped: "default"}, Poll: control.Class{Mapped: "default"}},
 	Packets:   &control.Packets{Sent: 1000, Received: 900, Retransmitted: 12, Timeouts: 3, NAKsReceived: 5, Dropped: 1},
-	KeepAlive: 5, Reconnect: 10, Loss: -1, FastFail: 3, BufferBytes: 4 << 20,
+	KeepAlive: 5, Reconnect: 10, Loss: -1, FastFail: 3, BufferBytes: 4 << 20, RegisteredBytes: 4 << 20,
 	Devices: []control.Device{{Device: "ublkb2", NSID: 1, Size: 1 << 30, BlockSize: 512, Queues: 8, QueueDepth: 16, MaxIO: 32 << 10, BufferBytes: 4 << 20}},
 }
 
