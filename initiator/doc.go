@@ -29,10 +29,13 @@
 //
 // # Memory
 //
-// Each queue has one slab of depth × maximum I/O, which is registered in the protection
-// domain of each path. Config.MaxMemory bounds the sum of the slabs, and a queue beyond it is
-// refused (MemoryError). A target holds the key of the slab for the time of the connection. A target can access the I/O buffers of the
-// subsystem that it serves, and no other memory.
+// Each queue reserves depth × maximum I/O. Chunks of it are populated, and registered in the
+// protection domain of each path, when requests first need them. Until that is done, and if it
+// fails, requests of the queue share one buffer that is there from the start, in turns.
+// Config.MaxMemory bounds what is reserved, and a queue beyond it is refused (MemoryError). If
+// the process may lock only so much memory, all of a queue is registered when it is opened, and a
+// queue that is too large is refused. A target holds the keys of the chunks for the time of the
+// connection. It can access the I/O buffers of the subsystem that it serves, and no other memory.
 //
 // # Concurrency
 //

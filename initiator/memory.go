@@ -14,9 +14,10 @@ import (
 	"ublk-nvmeof/rdma"
 )
 
-// memory holds the memory for the I/O of a subsystem, in slabs: parts of the buffers of each queue
-// (buffers), and the regions of front ends. All slabs in use are registered in the domain of each path. A slab outlives its queue until no adapter has
-// to read it (Subsystem.settle). Methods may be called from any goroutine.
+// memory registers the memory for the I/O of a subsystem, which is in slabs: the chunks of the
+// buffers of each queue that have been needed, and the regions of front ends. They are in the
+// domain of each path. A slab outlives its queue until no adapter has to read it
+// (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
 	chunk      int                // bytes of a chunk of buffers
 	limit      int64              // largest number of bytes of buffers
