@@ -18,8 +18,8 @@ import (
 // Once the queue is open, only the lane uses the fields.
 type buffers struct {
 	mem    []byte
-	size   int // of a buffer
-	shift  int // log2 of the number of buffers in a chunk
+	size   int   // of a buffer
+	shift  uint8 // log2 of the number of buffers in a chunk
 	chunks []slab
 	spare  slab     // without memory: all chunks have been ready since the queue was opened
 	user   *request // that has the spare buffer
