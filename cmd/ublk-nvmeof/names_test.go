@@ -14,6 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // A name with a comma is one name.
@@ -64,7 +65,7 @@ func TestNothingRawOnTheTerminal(t *testing.T) {
 	go func(l net.Listener) { served <- s.Serve(l) }(l)
 	defer func() {
 		s.Close()
-		<-served
+		testenv.Receive(t, served, "the end of the server")
 	}()
 	bad := record(t, dir, "nqn.bad", state.Process{})
 	if err := os.WriteFile(filepath.Join(dir, bad.Name, "state.json"), []byte(escape), 0o600); err != nil {

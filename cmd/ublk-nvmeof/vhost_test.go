@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/vhost/vhosttest"
 )
 
@@ -55,7 +56,7 @@ func newGuestLoad(t *testing.T, path string, rings int) *guestLoad {
 		l.stop()
 		close(stop)
 		_ = g.Conn.CloseBoth() // the load has ended, so nobody connects any more
-		<-stopped
+		testenv.Receive(t, stopped, "the end of the load")
 		_ = g.Close()
 	})
 	return l
@@ -275,7 +276,7 @@ func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int
 				t.Fatal(err)
 			}
 		}
-		<-connected
+		testenv.Receive(t, connected, "the next connection")
 		l.progress(500)
 		l.mu.Lock()
 		longest[verb] = max(longest[verb], l.longest)
