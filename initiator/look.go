@@ -192,12 +192,14 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case err == nil:
 			if c.sub.place(c, a, found) {
 				a.found[id] = true
+				c.sub.takeIn(id)
 				c.admit(a, id)
 			} else {
 				complete = false
 			}
 		case errors.As(err, &unusable):
 			a.found[id] = true
+			c.sub.leaveOut(id, unusable.Reason)
 			c.sub.reports.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
 			c.sub.lack(c, id, unusable.Error())
 		case errors.Is(err, errInactive):
@@ -408,6 +410,28 @@ func (s *Subsystem) lack(c *Controller, id uint32, reason string) {
 			s.remove(ns, reason)
 		}
 	}
+}
+
+// maxLeftOut bounds what is kept of the namespaces that are left out: a target may list any number.
+const maxLeftOut = 8
+
+// leaveOut keeps the reason for which a namespace is left out.
+func (s *Subsystem) leaveOut(id uint32, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.leftOut == nil {
+		s.leftOut = make(map[uint32]string)
+	}
+	if _, known := s.leftOut[id]; known || len(s.leftOut) < maxLeftOut {
+		s.leftOut[id] = reason
+	}
+}
+
+// takeIn forgets that a namespace was left out.
+func (s *Subsystem) takeIn(id uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.leftOut, id)
 }
 
 // doubt has the namespaces found again over the next association of a path.

@@ -121,3 +121,16 @@ func TestURIOfASocketWithAnyName(t *testing.T) {
 		t.Errorf("exit code %d, %s", code, out)
 	}
 }
+
+// TestConfigurationForATerminal checks that what a configuration has and a terminal would obey is
+// escaped where it is printed.
+func TestConfigurationForATerminal(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "discovery.conf")
+	if err := os.WriteFile(file, []byte("-t rdma -a 127.0.0.1 -q nqn.host:a\u009b31mb"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := program(t, "config", "convert", file)
+	if code != exit.OK || !strings.Contains(out, `"nqn.host:a\u009b31mb"`) {
+		t.Errorf("exit code %d, %q %q", code, out, errs)
+	}
+}

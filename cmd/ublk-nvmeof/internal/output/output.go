@@ -46,12 +46,13 @@ func writeJSON(w io.Writer, v any) error {
 	if err := e.Encode(v); err != nil {
 		return err
 	}
-	_, err := io.WriteString(w, escapeJSON(text.String()))
+	_, err := io.WriteString(w, EscapeJSON(text.String()))
 	return err
 }
 
-// escapeJSON escapes what encoding/json leaves as it is and cannot be printed.
-func escapeJSON(text string) string {
+// EscapeJSON escapes what encoding/json leaves as it is and cannot be printed, like the
+// control characters U+0080 to U+009F, which some terminals obey.
+func EscapeJSON(text string) string {
 	var b strings.Builder
 	for _, r := range text {
 		if r < 0x7f || unicode.IsPrint(r) {
