@@ -34,8 +34,8 @@ func server(name string, devices int) control.Status {
 			Requested: 4, Granted: 3, Read: control.Class{Requested: 2, Granted: 2}, Default: control.Class{Requested: 1, Granted: 1},
 			Poll: control.Class{Requested: 1},
 		},
-		Outages:         control.Outages{Unavailable: 1.5, Losses: map[string]int{"keep_alive": 2, "disconnected": 0}, Attempts: 7, Reconnects: 2},
-		Requests:        control.Requests{InFlight: 5, Held: 1, Oldest: 3},
+		Outages:       control.Outages{Unavailable: 1.5, Losses: map[string]int{"keep_alive": 2, "disconnected": 0}, Attempts: 7, Reconnects: 2},
+		Requests:      control.Requests{InFlight: 5, Held: 1, Oldest: 3},
 		ReservedBytes: 1 << 27, RegisteredBytes: 1 << 26, RegisteredLimit: 1 << 30,
 		DurationBounds: bounds, Stages: map[string]map[string]control.Durations{"queue": durations, "wire": durations, "return": durations},
 		Paths: []control.Path{
