@@ -102,6 +102,13 @@ func (c *Controller) establish(ctx context.Context, conn *connection, p queuePar
 	return err
 }
 
+// callPauseMin and callPauseMax limit the time between two looks for the answer of a command.
+// Each pause is twice as long as the one before.
+const (
+	callPauseMin = 20 * time.Microsecond
+	callPauseMax = time.Millisecond
+)
+
 // call runs one command on a connection that nothing else uses yet. Data of the command
 // must be named by key.
 func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Completion, error) {
@@ -114,10 +121,11 @@ func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Compl
 	if _, err := conn.sq.Flush(); err != nil {
 		return nvme.Completion{}, err
 	}
-	// A queue without a completion channel can only be polled, and a millisecond does
-	// not matter during setup.
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
+	// A queue without a completion channel can only be polled. Most targets answer at once, and
+	// each queue of an association waits in its turn.
+	pause := callPauseMin
+	next := time.NewTimer(pause)
+	defer next.Stop()
 	for {
 		events, err := conn.cq.Poll()
 		switch {
@@ -134,7 +142,9 @@ func (conn *connection) call(ctx context.Context, cmd *nvme.Command) (nvme.Compl
 			return done, nil
 		}
 		select {
-		case <-tick.C:
+		case <-next.C:
+			pause = min(2*pause, callPauseMax)
+			next.Reset(pause)
 		case ev := <-conn.id.Events():
 			return nvme.Completion{}, fmt.Errorf("connection lost: %v", ev.Type)
 		case <-ctx.Done():
