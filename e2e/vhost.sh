@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 program=$(realpath "$1") vm=$(realpath "$2") kernel=${3:-6.12} kills=${4:-3} upgrades=${5:-2} steps=${6:-guest,server,migrate}
 work=$(mktemp -d)
 nqn=nqn.2026-01.org.example:vm
-addr=127.0.0.1
+addr=127.$((2 + $$ % 250)).$((RANDOM % 250)).1 # nobody else's
 port=$((20000 + $$ % 10000))
 socket=$work/disk-1.sock
 # How long the guest verifies while the server is upgraded, and while it is killed.

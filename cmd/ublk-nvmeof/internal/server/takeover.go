@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -15,6 +16,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
 )
 
@@ -178,6 +180,10 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
+	leaving, enough := context.WithCancel(limited)
+	left := s.leaveForDead(leaving)
+	defer left.Wait()
+	defer enough()
 	var ids []initiator.ControllerID
 	for _, c := range earlier {
 		ids = append(ids, initiator.ControllerID(c))
@@ -186,6 +192,29 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
 	}
 	return true, s.record.outlived(ctx)
+}
+
+// leaveForDead ends the connections of a dead server to the target, which otherwise notices its death
+// only when the keep alive timer expires. The target is asked all the same whether it has ended the
+// controllers. leaveForDead does not wait.
+func (s *server) leaveForDead(ctx context.Context) *sync.WaitGroup {
+	var all sync.WaitGroup
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.providers {
+		leaver, ok := p.rdma.(rdma.Leaver)
+		if !ok {
+			continue
+		}
+		for _, trace := range s.record.leftBehind() {
+			all.Go(func() {
+				if err := leaver.Leave(ctx, trace); err != nil {
+					s.log.Debug("connection of a dead server was not ended", "error", err)
+				}
+			})
+		}
+	}
+	return &all
 }
 
 // namespaceWait is the longest wait for the missing namespace of a device. A target
