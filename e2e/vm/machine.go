@@ -43,6 +43,7 @@ type machine struct {
 	append   string
 	cable    string   // path of a socket, or empty
 	disks    []string // paths of the sockets of vhost-user-blk back ends
+	nbds     []string // paths of the sockets of NBD servers
 	reboot   bool     // the guest may reboot
 	disk     string   // path of the image of the writable layer, or empty
 	timeout  time.Duration
@@ -193,6 +194,10 @@ func (m *machine) arguments(initrd string) []string {
 			"-device", "virtio-blk-pci,drive=layer,serial="+layerSerial)
 	}
 	args = append(args, m.diskArguments(m.disks)...)
+	for i, path := range m.nbds {
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=nbd%d,format=raw,cache=none,file.driver=nbd,file.export=1,file.server.type=unix,file.server.path=%s", i, strings.ReplaceAll(path, ",", ",,")),
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=nbd%d,num-queues=%d", i, m.cpus))
+	}
 	if !m.reboot {
 		args = append(args, "-no-reboot")
 	}

@@ -80,6 +80,7 @@ type options struct {
 	appendK  string
 	cable    string
 	disks    []string
+	nbds     []string
 	reboot   bool
 	disk     string
 	to       string
@@ -110,6 +111,10 @@ func parseOptions(args []string) (options, error) {
 	fs.StringVar(&o.cable, "cable", "", "`path` of a socket, which is made if it does not exist: a cable between eth1 here and in another VM with the same path")
 	fs.Func("vhost-user-blk", "path of the `socket` of a vhost-user-blk back end, for a disk with a queue per virtual CPU (modprobe virtio_blk); repeatable", func(s string) error {
 		o.disks = append(o.disks, s)
+		return nil
+	})
+	fs.Func("nbd", "path of the `socket` of an NBD server with an export named 1, for a disk after those of --vhost-user-blk; repeatable", func(s string) error {
+		o.nbds = append(o.nbds, s)
 		return nil
 	})
 	fs.StringVar(&o.to, "migrate-to", "", "in place of a command, write to the disk of --vhost-user-blk, migrate the VM to a QEMU whose disk has this `socket`, and go on there; what is read, before and after, must be what was written")
@@ -212,7 +217,7 @@ func hostMain(args []string) (int, error) {
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, disk: o.disk, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, nbds: o.nbds, reboot: o.reboot, disk: o.disk, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
 	}
 	if o.to != "" {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,7 +88,7 @@ type movable struct {
 	cmd    *exec.Cmd
 	stderr *bytes.Buffer
 	lines  chan string // of the console
-	conn   net.Conn    // QMP
+	conn   *os.File    // QMP
 	qmp    *json.Decoder
 }
 
@@ -114,7 +113,7 @@ func (m *machine) startMovable(initrd, disk, path string, more ...string) (*mova
 		}
 	}()
 	for end := time.Now().Add(qmpLimit); ; time.Sleep(20 * time.Millisecond) {
-		if q.conn, err = net.Dial("unix", path); err == nil {
+		if q.conn, err = dialUnix(path); err == nil {
 			break
 		}
 		if time.Now().After(end) {
@@ -124,6 +123,21 @@ func (m *machine) startMovable(initrd, disk, path string, more ...string) (*mova
 	}
 	q.qmp = json.NewDecoder(q.conn)
 	return q, q.execute("qmp_capabilities", nil, nil)
+}
+
+// dialUnix connects to a unix socket. Package net would need libraries, which the guest has not.
+func dialUnix(path string) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		return nil, errors.Join(fmt.Errorf("connect to %s: %w", path, err), unix.Close(fd))
+	}
+	if err := unix.SetNonblock(fd, true); err != nil { // for deadlines
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func (q *movable) kill() {

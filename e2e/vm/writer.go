@@ -19,7 +19,7 @@ const (
 	writerJobs   = 4
 	writerBlock  = 16 << 10
 	writerBlocks = 1024 // of a job
-	writerKept   = 64  // blocks that a job keeps in memory after it has read them
+	writerKept   = 64   // blocks that a job keeps in memory after it has read them
 	writerReport = "writer:"
 	writerWrong  = writerReport + " WRONG"
 )

@@ -182,6 +182,7 @@ func (r *record) outlived(ctx context.Context) error {
 	defer r.mu.Unlock()
 	ended := r.before
 	r.before, r.orphaned, r.keepAliveBefore = nil, nil, 0
+	_ = r.saveConnections() // the next server must not end those of the earlier ones again
 	if err := r.save(); err != nil {
 		return err
 	}
