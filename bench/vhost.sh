@@ -52,8 +52,8 @@ for round in $(seq '"$rounds"'); do
 		set -- $load
 		for disk in vhost:vda qsd:vdb nbd:vdc; do
 			iops=$(fio --name=x --filename=/dev/${disk#*:} --rw=$1 --bs=$2 --iodepth=$3 --ioengine=libaio --direct=1 --size=256m \
-				--time_based --ramp_time=0.5 --runtime='"$seconds"' --minimal | cut -d";" -f8,49 | tr ";" "+" | sed "s/$/\n/" | head -n 1)
-			echo "$round $1-$2-qd$3 ${disk%:*} $((iops))"
+				--time_based --ramp_time=0.5 --runtime='"$seconds"' --minimal | cut -d";" -f8,49) # of reads, of writes
+			echo "$round $1-$2-qd$3 ${disk%:*} $((${iops%;*} + ${iops#*;}))"
 		done
 	done
 done' | tee "$work/figures"
