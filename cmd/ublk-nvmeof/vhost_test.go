@@ -95,16 +95,20 @@ func (l *guestLoad) reconnect(stop <-chan struct{}) {
 			return
 		}
 		_ = l.guest.Conn.Close()
-		for {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 			select {
 			case <-stop:
 				return
 			default:
 			}
-			if l.guest.Connect(l.path) == nil {
+			err := l.guest.Connect(l.path)
+			if err == nil {
 				break
 			}
-			time.Sleep(5 * time.Millisecond)
+			if time.Now().After(end) {
+				l.t.Errorf("the guest cannot connect: %v", err)
+				return
+			}
 		}
 		l.mu.Lock()
 		for _, c := range l.back {
