@@ -260,3 +260,17 @@ func TestMemoryFiles(t *testing.T) {
 		}
 	}
 }
+
+// newKeyFile returns a key, and a file with it.
+func newKeyFile(t *testing.T) (*auth.Key, string) {
+	t.Helper()
+	k, err := auth.GenerateKey(auth.SHA256, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(file, []byte(k.Text()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return k, file
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -105,17 +106,22 @@ func (c *connection) settle(cmd *cobra.Command, dir state.Dir, err error) error 
 	if !c.idempotent || exit.Of(err) != exit.AlreadyServed {
 		return err
 	}
-	records, lerr := dir.List()
-	if lerr != nil {
-		return errors.Join(err, lerr)
+	j, jerr := c.join(cmd.Context(), dir, say(cmd))
+	if j == nil {
+		return cmp.Or(jerr, err) // it has ended meanwhile
 	}
-	for _, r := range records {
-		t := r.Target
-		if r.Alive && r.Err == nil && t.NQN == c.opts.NQN && t.HostNQN == c.opts.HostNQN && (c.opts.Named() || t.Address.String() == c.opts.Peer()) {
-			return c.show(cmd.OutOrStdout(), statusOf(cmd.Context(), r))
-		}
+	return c.showJoined(cmd.OutOrStdout(), j)
+}
+
+// showJoined reports paths that were added to a connection, or a connection that has them.
+func (c *connection) showJoined(w io.Writer, j *joined) error {
+	if len(j.added) == 0 {
+		return c.show(w, j.status)
 	}
-	return err // it has ended meanwhile
+	if err := c.writeDevID(j.status); err != nil {
+		return err
+	}
+	return output.PathsAdded(w, j.status, j.added, c.format, c.verbose)
 }
 
 func newConnect(runDir dirFunc) *cobra.Command {
@@ -171,6 +177,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
+		if records, err := dir.List(); err == nil && !c.opts.Duplicate {
+			c.warnOfOtherHost(records, say(cmd))
+		}
 		_ = process.SetIOFlusher() // the server works without it and logs a warning
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
@@ -186,18 +195,24 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
-	s, joined, err := c.join(ctx, dir)
-	if !joined && err == nil {
-		s, err = startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
+	j, err := c.join(ctx, dir, say(cmd))
+	switch {
+	case err != nil:
+		return err
+	case j != nil:
+		return c.showJoined(cmd.OutOrStdout(), j)
 	}
-	if exit.Of(err) == exit.AlreadyServed && !joined {
+	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
+	if exit.Of(err) == exit.AlreadyServed {
 		// Another connect may have started a server meanwhile, by another address.
-		if status, joined, jerr := c.join(ctx, dir); joined {
-			s, err = status, jerr
+		if j, jerr := c.join(ctx, dir, say(cmd)); j != nil {
+			return c.showJoined(cmd.OutOrStdout(), j)
+		} else if jerr != nil {
+			return jerr
 		}
 	}
 	if err != nil {
-		return c.settle(cmd, dir, err)
+		return err
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }

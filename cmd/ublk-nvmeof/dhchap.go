@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,22 +18,30 @@ import (
 
 func newReauth(runDir dirFunc) *cobra.Command {
 	var host, controller *auth.Key
+	timeout := time.Minute
 	cmd := askVerb(runDir, "reauth DEVICE", "Authenticate a connection again, with other keys if they are given, while I/O goes on", func(cmd *cobra.Command, a *asked) error {
-		return a.client.Reauthenticate(a.ctx, control.Reauthentication{
+		ctx, cancel := context.WithTimeout(cmd.Context(), timeout+answerTime)
+		defer cancel()
+		return a.client.Reauthenticate(ctx, control.Reauthentication{
 			Host:       newSecret(cmd, options.HostSecret, host),
 			Controller: newSecret(cmd, options.ControllerSecret, controller),
+			Timeout:    int(timeout / time.Second),
 		})
 	})
+	cmd.Flags().Var(options.Duration(&timeout, time.Second, time.Hour), "timeout", "time limit; a connection whose target has not answered by then is made again")
 	options.AddSecret(cmd.Flags(), &host, options.HostSecret, "S", "key of this host from now on: "+options.SecretWords)
 	options.AddSecret(cmd.Flags(), &controller, options.ControllerSecret, "C", "key that the target must prove to have from now on")
 	cmd.Long += `
 
 After success the keys are used for later connections too, also by recover and upgrade.
-After an error the keys stay as they were. A target may end the connection then; it is made
+After an error the keys stay as they were, unless it says that they are in use. A target may end the connection then; it is made
 again with those keys. Keys that are given while there is no connection are used for the next one,
 and the exit code is 14, because nothing has been authenticated yet.`
 	return cmd
 }
+
+// answerTime is how long a server may take to answer beyond the time limit that it was given.
+const answerTime = 10 * time.Second
 
 // newSecret returns the value for the server: empty if the flag was not given.
 func newSecret(cmd *cobra.Command, flag string, k *auth.Key) string {

@@ -310,8 +310,10 @@ func TestIdempotent(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// Another connection is made as usual, and is its owner's.
-	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "1",
-		"-q", "nqn.other", "-f", "lo", "--idempotent", "--devid-file", file, "--owner", "csi", "--context", "test", "--fast_io_fail_tmo=3")
+	if _, errs, code := i.run("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "1",
+		"-q", "nqn.other", "-f", "lo", "--idempotent", "--devid-file", file, "--owner", "csi", "--context", "test", "--fast_io_fail_tmo=3"); code != exit.OK || !strings.Contains(errs, "it gets devices of its own") {
+		t.Fatalf("exit code %d, %s", code, errs)
+	}
 	var l struct{ Controllers []control.Status }
 	i.json(&l, "list")
 	if len(l.Controllers) != 2 {
@@ -329,8 +331,10 @@ func TestIdempotent(t *testing.T) {
 func TestReservationVerbs(t *testing.T) {
 	i := newInspected(t, "--namespace", "ram=8MiB", "--namespace", "ram=8MiB,nsid=7")
 	defer i.close()
-	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "7",
-		"-q", "nqn.other", "-I", "11111111-2222-3333-4444-555555555555")
+	if _, errs, code := i.run("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "7",
+		"-q", "nqn.other", "-I", "11111111-2222-3333-4444-555555555555"); code != exit.OK {
+		t.Fatal(errs)
+	}
 	type report struct {
 		RType, RegCtl int
 		RegCtlExt     []struct {

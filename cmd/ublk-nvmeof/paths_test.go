@@ -245,6 +245,56 @@ func TestConnectAddsPath(t *testing.T) {
 	p.refuse(exit.Busy, "last path", "disconnect", "-n", inspectedNQN, "--path", p.second)
 }
 
+// TestFlagsOfFurtherPath: flags of a connect to a subsystem that is served are used for the path, or
+// refused by name, and nothing has happened then. What is printed says what has.
+func TestFlagsOfFurtherPath(t *testing.T) {
+	t.Parallel()
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first)...)
+	_, key := newKeyFile(t)
+	for _, c := range []struct {
+		code  exit.Code
+		want  string
+		flags []string
+	}{
+		{exit.Usage, `--policy "round-robin": ctrl0 has queue-depth; "policy ctrl0 --policy round-robin" changes it`, []string{"-a", p.second, "--policy", "round-robin"}},
+		{exit.Usage, `-k/--keep-alive-tmo "33": ctrl0 has 2; disconnect and connect change it; --fence "none": ctrl0 has auto`, []string{"-a", p.second, "-k", "33", "--fence", "none"}},
+		{exit.Usage, `--frontend "ublk": ctrl0 has nbd-socket`, []string{"-a", p.second, "--frontend", "ublk"}},
+		{exit.Usage, `--policy "preferred": ctrl0 has queue-depth`, []string{"-a", p.first, "--idempotent", "--policy", "preferred"}},
+		{exit.Usage, `--policy "preferred": ctrl0 has queue-depth`, []string{"-a", p.first, "--idempotent", "--foreground", "--policy", "preferred"}},
+		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.second, "-S", "@" + key}},
+		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.first, "--idempotent", "-S", "@" + key}},
+		{exit.AlreadyServed, "ctrl0 serves " + inspectedNQN + " over " + p.first + " ", []string{"-a", p.first}},
+	} {
+		p.refuse(c.code, c.want, p.connectFlags(c.flags...)...)
+	}
+	p.live(1)
+	const nowhere = "127.200.0.1,4999"
+	if out := p.ok(p.connectFlags("-a", p.first, "--path", nowhere, "--frontend", "auto")...); !strings.Contains(out, "added "+nowhere+" to "+inspectedNQN+", which ctrl0 serves: ") ||
+		!strings.Contains(out, "path "+nowhere+" is not connected, and is tried again: ") {
+		t.Errorf("%s", out)
+	}
+	var added struct {
+		Added []string `json:"added_paths"`
+		Paths []control.Path
+	}
+	p.json(&added, p.connectFlags("-a", p.second, "-S", "none")...)
+	if len(added.Added) != 1 || added.Added[0] != p.second || len(added.Paths) != 3 {
+		t.Errorf("%+v", added)
+	}
+	p.ok("disconnect", "-n", inspectedNQN, "--path", nowhere, "--path", p.first)
+	p.refuse(exit.AlreadyServed, "over "+p.second+" ", p.connectFlags("-a", p.second)...)
+	p.ok(p.connectFlags("-a", p.second, "--idempotent")...)
+	s := p.live(1)
+	// Another host gets no path.
+	if _, stderr, code := p.run(p.connectFlags("-a", p.first, "-q", "nqn.other")...); code != exit.OK || !strings.Contains(stderr, "is not a path; -q "+s.HostNQN+" adds a path to ctrl0") {
+		t.Errorf("exit code %d, %s", code, stderr)
+	}
+	p.kill(s.Name)
+	p.refuse(exit.NotFound, s.Name+" has died, so no path can be removed", "disconnect", "-d", s.Name, "--path", p.first)
+}
+
 // TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one
 // cannot be reached.
 func TestRecoverKeepsPaths(t *testing.T) {

@@ -259,20 +259,9 @@ func (c *Connect) CompleteHost(from identity.Sources) error {
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
 		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)
 	}
-	if c.KeepAlive == 0 {
-		c.KeepAlive = initiator.DefaultKeepAlive
-	}
-	if c.Loss < 0 {
-		c.Loss = Forever
-	}
-	if c.FastIOFail < 0 {
-		c.FastIOFail = Off
-	}
+	c.normalize()
 	if c.Device != AutoDevice && len(c.NSIDs) > 0 && c.Device+len(c.NSIDs)-1 > maxDevice {
 		return fmt.Errorf("--device-id \"%d\": want a number that leaves %d numbers up to %d", c.Device, len(c.NSIDs), maxDevice)
-	}
-	if c.Socket != "" && c.Frontend == Auto {
-		c.Frontend = NBDSocket
 	}
 	switch {
 	case c.Preferred.Address.IsValid() && c.Policy != initiator.Preferred:
@@ -295,6 +284,31 @@ func (c *Connect) CompleteHost(from identity.Sources) error {
 	c.HostNQN, c.HostID, c.HostIDFile = host.NQN, host.ID, host.File
 	c.Warnings = append(c.Warnings, host.Warnings...)
 	return err
+}
+
+// normalize gives values that mean the same one form, and chooses the front end that other flags
+// imply.
+func (c *Connect) normalize() {
+	if c.KeepAlive == 0 {
+		c.KeepAlive = initiator.DefaultKeepAlive
+	}
+	if c.Loss < 0 {
+		c.Loss = Forever
+	}
+	if c.FastIOFail < 0 {
+		c.FastIOFail = Off
+	}
+	if c.Frontend != Auto {
+		return
+	}
+	switch {
+	case c.Socket != "":
+		c.Frontend = NBDSocket
+	case c.VhostSocket != "":
+		c.Frontend = VhostUserBlk
+	case c.ShmemSocket != "":
+		c.Frontend = Ublk
+	}
 }
 
 // TLSConfig reads the certificates for NBD clients. Their files have the names that

@@ -79,13 +79,36 @@ type connected struct {
 	Reason        string         `json:"provider_reason,omitempty"`
 	Queues        control.Queues `json:"queues"`
 	SchemaVersion int            `json:"schema_version"`
+	Paths         []pathState    `json:"paths,omitempty"`       // if there are several
+	Added         []string       `json:"added_paths,omitempty"` // of these, by this command
+}
+
+type pathState struct {
+	Path      string `json:"path"`
+	State     string `json:"state"`
+	LastError string `json:"last_error,omitempty"`
 }
 
 // Connected writes the devices of a new connection. verbose adds the queues.
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
+	return connection(w, s, nil, format, verbose)
+}
+
+// PathsAdded writes the devices of a connection that was there, and the paths that it has got.
+func PathsAdded(w io.Writer, s control.Status, added []string, format string, verbose bool) error {
+	return connection(w, s, added, format, verbose)
+}
+
+func connection(w io.Writer, s control.Status, added []string, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
 		Frontend: s.Frontend, FrontReason: s.FrontendReason, ZeroCopy: s.ZeroCopy, Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
+		Added: added,
+	}
+	for _, p := range s.Paths {
+		if len(s.Paths) > 1 {
+			out.Paths = append(out.Paths, pathState{p.Path, p.State, p.LastError})
+		}
 	}
 	var paths []string
 	for _, d := range s.Devices {
@@ -99,6 +122,12 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		return writeJSON(w, out)
 	}
 	s, paths = printable(s), printable(paths)
+	if len(added) > 0 {
+		if _, err := fmt.Fprintf(w, "added %s to %s, which %s serves: %s\n", strings.Join(added, " and "), s.NQN, s.Name, strings.Join(paths, " ")); err != nil {
+			return err
+		}
+		return unconnected(w, s)
+	}
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
 		// This is not the usual front end, so the reason is given.
 		if _, err := fmt.Fprintf(w, "front end %s\n", withReason(s.Frontend, s.FrontendReason)); err != nil {
@@ -106,6 +135,9 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 	}
 	if _, err := fmt.Fprintf(w, "connected %s at %s: %s\n", s.NQN, endpoint(s), strings.Join(paths, " ")); err != nil {
+		return err
+	}
+	if err := unconnected(w, s); err != nil {
 		return err
 	}
 	if s.ZeroCopy != "" {
@@ -120,6 +152,19 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		return err
 	}
 	return classTable(w, s.Queues)
+}
+
+// unconnected writes the paths that were asked for and are not connected yet.
+func unconnected(w io.Writer, s control.Status) error {
+	for _, p := range s.Paths {
+		if p.CNTLID != 0 || len(s.Paths) < 2 {
+			continue
+		}
+		if _, err := fmt.Fprintf(w, "  path %s is not connected, and is tried again: %s\n", p.Path, orNone(p.LastError)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // reach says what memory the target can access with zero copy.

@@ -59,7 +59,7 @@ func (s *server) Status() control.Status {
 	}
 	describeState(&out, now)
 	describePath(&out, s.path)
-	describePaths(&out, now)
+	describePaths(&out, now, s.unready)
 	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
 	out.RegionBytes = now.Memory.Regions
 	describeRequests(&out, now)
