@@ -74,8 +74,11 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 	switch {
 	case refused == nil:
 		return nil
-	case changed && !untried && !errors.Is(refused, initiator.ErrKeysAccepted):
-		return fmt.Errorf("%w; the keys from before stay in use", s.explainRefusal(refused))
+	case errors.As(refused, new(*initiator.AuthError)):
+		if changed && !errors.Is(refused, initiator.ErrKeysAccepted) {
+			refused = fmt.Errorf("%w; the keys from before stay in use", refused)
+		}
+		return refused
 	case untried && changed:
 		return exit.Errorf(exit.Busy, "%v; %v", s.explainRefusal(refused), initiator.ErrKeysUntried)
 	}
