@@ -106,7 +106,7 @@ func (c *connection) settle(cmd *cobra.Command, dir state.Dir, err error) error 
 	if !c.idempotent || exit.Of(err) != exit.AlreadyServed {
 		return err
 	}
-	j, jerr := c.join(cmd.Context(), dir, say(cmd))
+	j, jerr := c.join(cmd.Context(), dir)
 	if j == nil {
 		return cmp.Or(jerr, err) // it has ended meanwhile
 	}
@@ -177,8 +177,8 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
-		if records, err := dir.List(); err == nil && !c.opts.Duplicate {
-			c.warnOfOtherHost(records, say(cmd))
+		if other := c.otherHost(dir); other != "" {
+			say(cmd)(other)
 		}
 		_ = process.SetIOFlusher() // the server works without it and logs a warning
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
@@ -195,7 +195,8 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
-	j, err := c.join(ctx, dir, say(cmd))
+	other := c.otherHost(dir)
+	j, err := c.join(ctx, dir)
 	switch {
 	case err != nil:
 		return err
@@ -205,14 +206,19 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
 	if exit.Of(err) == exit.AlreadyServed {
 		// Another connect may have started a server meanwhile, by another address.
-		if j, jerr := c.join(ctx, dir, say(cmd)); j != nil {
+		if j, jerr := c.join(ctx, dir); j != nil {
 			return c.showJoined(cmd.OutOrStdout(), j)
 		} else if jerr != nil {
 			return jerr
 		}
 	}
-	if err != nil {
+	switch {
+	case err != nil && other != "" && exit.Of(err) == exit.HostNotAllowed:
+		return fmt.Errorf("%w; %s", err, other)
+	case err != nil:
 		return err
+	case other != "":
+		say(cmd)(other)
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }

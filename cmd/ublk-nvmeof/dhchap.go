@@ -59,11 +59,11 @@ type keyGenerator struct {
 	secret string
 	length int
 	nqn    string
-	hmac   uint8
+	hmac   string
 }
 
 func newGenDHCHAPKey() *cobra.Command {
-	g := &keyGenerator{}
+	g := &keyGenerator{hmac: "0"}
 	cmd := &cobra.Command{
 		Use:   "gen-dhchap-key",
 		Short: "Make a key for authentication, and write it to standard output",
@@ -85,17 +85,15 @@ the key can pretend to be the host, so write it where only its owner can read it
 	f.StringVarP(&g.secret, "secret", "s", "", "secret in `hexadecimal` (default: a random one)")
 	f.IntVarP(&g.length, "key-length", "l", 0, "length of the secret in `bytes`: 32, 48 or 64 (default: that of the hash, or 32)")
 	f.StringVarP(&g.nqn, "nqn", "n", "", "`name` that --secret is bound to, with --hmac (default: the NQN of this host)")
-	f.Uint8VarP(&g.hmac, "hmac", "m", 0, "hash that binds the secret to a name: `0` for none, 1 for SHA-256, 2 for SHA-384, 3 for SHA-512")
+	f.VarP(options.OneOf(&g.hmac, "0", "1", "2", "3"), "hmac", "m", "hash that binds the secret to a name: 0 for none, 1 for SHA-256, 2 for SHA-384, 3 for SHA-512")
 	return cmd
 }
 
 // key makes the key. As in nvme-cli, a secret that is given is bound to the name once
 // already, and whoever uses the key binds it once more.
 func (g *keyGenerator) key() (*auth.Key, error) {
-	h := auth.Hash(g.hmac)
+	h := auth.Hash(g.hmac[0] - '0')
 	switch {
-	case h > auth.SHA512:
-		return nil, usage(fmt.Errorf("-m/--hmac \"%d\": want 0, 1, 2 or 3", g.hmac))
 	case g.length == 0 && h == auth.NoHash:
 		g.length = 32
 	case g.length == 0:
@@ -108,10 +106,10 @@ func (g *keyGenerator) key() (*auth.Key, error) {
 		return auth.GenerateKey(h, g.length)
 	}
 	secret, err := hex.DecodeString(g.secret)
-	if err != nil || len(secret) > g.length {
-		return nil, usage(fmt.Errorf("-s/--secret: want at most %d hexadecimal digits, an even number", 2*g.length))
+	if err != nil || len(secret) != g.length {
+		return nil, usage(fmt.Errorf("-s/--secret: want %d hexadecimal digits, for the %d bytes of --key-length", 2*g.length, g.length))
 	}
-	k, err := auth.NewKey(h, append(secret, make([]byte, g.length-len(secret))...))
+	k, err := auth.NewKey(h, secret)
 	if err != nil || h == auth.NoHash {
 		return k, err
 	}
@@ -134,12 +132,12 @@ func newCheckDHCHAPKey() *cobra.Command {
 		Args:  noArgs,
 		RunE: verb("check-dhchap-key", func(cmd *cobra.Command, _ []string) error {
 			if key == nil {
-				return usage(errors.New("-k/--key: no value is given; want " + options.SecretWords))
+				return usage(errors.New("-k/--key: no value is given; want " + options.KeyWords))
 			}
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "Key is valid (HMAC %d, length %d, CRC %08x)\n", key.Transform(), key.Size(), key.Checksum())
 			return err
 		}),
 	}
-	options.AddSecret(cmd.Flags(), &key, "key", "k", "the key: "+options.SecretWords)
+	options.AddSecret(cmd.Flags(), &key, "key", "k", "the key: "+options.KeyWords)
 	return cmd
 }

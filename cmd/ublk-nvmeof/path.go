@@ -29,7 +29,7 @@ type joined struct {
 // join adds the address and the further paths of the options to the server that serves the
 // subsystem, or is connecting to it, as far as it lacks them. The result is nil without an error if
 // there is no such server, if it has given up or ends meanwhile, or if another device is wanted.
-func (c *connection) join(ctx context.Context, dir state.Dir, warn func(string)) (*joined, error) {
+func (c *connection) join(ctx context.Context, dir state.Dir) (*joined, error) {
 	if c.opts.Duplicate {
 		return nil, nil
 	}
@@ -39,7 +39,6 @@ func (c *connection) join(ctx context.Context, dir state.Dir, warn func(string))
 	}
 	i := slices.IndexFunc(records, func(r state.Record) bool { return c.isServer(r) })
 	if i < 0 {
-		c.warnOfOtherHost(records, warn)
 		return nil, nil
 	}
 	r := records[i]
@@ -56,8 +55,8 @@ func (c *connection) join(ctx context.Context, dir state.Dir, warn func(string))
 	}
 	missing := c.missing(status, r, found)
 	if len(missing) == 0 && !c.idempotent {
-		return nil, exit.Errorf(exit.AlreadyServed, "already connected: %s serves %s over %s (process %d); --duplicate-connect makes another device",
-			r.Name, c.opts.NQN, pathList(c.wanted(found)), r.Process.PID)
+		return nil, exit.Errorf(exit.AlreadyServed, "already connected: %s serves %s at %s already (process %d); --duplicate-connect makes another device",
+			r.Name, c.opts.NQN, addresses(c.wanted(found)), r.Process.PID)
 	}
 	if err := c.suits(limited, client, status, r, found); err != nil {
 		return nil, err
@@ -165,10 +164,10 @@ func keyRequest(o *options.Connect, given func(flag string) bool) (r control.Pat
 	return r
 }
 
-func pathList(all []options.Path) string {
+func addresses(all []options.Path) string {
 	var words []string
 	for _, p := range all {
-		words = append(words, p.String())
+		words = append(words, p.Address.String())
 	}
 	return strings.Join(words, " and ")
 }
@@ -181,19 +180,23 @@ func alsoAdded(paths []string) string {
 	return fmt.Sprintf("; %s was added", strings.Join(paths, " and "))
 }
 
-// warnOfOtherHost says that a server of the subsystem is another host to the target, so that it
-// gets no path.
-func (c *connection) warnOfOtherHost(records []state.Record, warn func(string)) {
+// otherHost says that a server of the subsystem is another host to the target, so that it gets no
+// path. It is empty if there is no such server, or one of this host.
+func (c *connection) otherHost(dir state.Dir) string {
+	records, err := dir.List()
+	if err != nil || c.opts.Duplicate {
+		return "" // the server that is started says more
+	}
 	if slices.ContainsFunc(records, func(r state.Record) bool { return r.Target.NQN == c.opts.NQN && r.Target.HostNQN == c.opts.HostNQN }) {
-		return // its devices are meant
+		return "" // its devices are meant
 	}
 	for _, r := range records {
 		if r.Alive && r.Err == nil && r.Target.NQN == c.opts.NQN {
-			warn(fmt.Sprintf("%s serves %s as host %s, and this is host %s: it gets devices of its own, of the same disks, and is not a path; -q %s adds a path to %s",
-				r.Name, c.opts.NQN, r.Target.HostNQN, c.opts.HostNQN, r.Target.HostNQN, r.Name))
-			return
+			return fmt.Sprintf("%s serves %s as host %s, and this is host %s, which gets devices of its own of the same disks, and no path; -q %s adds a path to %s",
+				r.Name, c.opts.NQN, r.Target.HostNQN, c.opts.HostNQN, r.Target.HostNQN, r.Name)
 		}
 	}
+	return ""
 }
 
 // hasPath reports whether a server uses an address, from the source if the path has one.
@@ -243,14 +246,14 @@ func newPolicy(runDir dirFunc) *cobra.Command {
 			if policy != initiator.Preferred.String() {
 				return usage(fmt.Errorf("--preferred %q: want it with --policy preferred, not %s", r.Preferred, policy))
 			}
-			if _, err := options.ParsePath(r.Preferred); err != nil {
-				return usage(fmt.Errorf("--preferred %q: want ADDRESS[,PORT[,HOST_TRADDR]] with numeric addresses", r.Preferred))
+			if err := options.CheckPath(r.Preferred); err != nil {
+				return usage(fmt.Errorf("--preferred %q: %w", r.Preferred, err))
 			}
 		}
 		return a.client.SetPolicy(a.ctx, r)
 	}, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().StringVarP(&policy, "policy", "p", "", "`policy`: queue-depth, round-robin or preferred (required)")
-		cmd.Flags().StringVar(&r.Preferred, "preferred", "", "`path` that is used while it can be, in the form of connect --path (default: the first)")
+		cmd.Flags().StringVar(&r.Preferred, "preferred", "", "`path` that is used while it can be, in the form of connect --path (default: that of connect -a, and path 0 of list -v while that is away)")
 	})
 	cmd.Long += `
 
@@ -302,8 +305,8 @@ func (g *gatherer) joinAll(ctx context.Context, s *subsystem, r *output.Subsyste
 // checkPaths checks paths of a command line.
 func checkPaths(paths []string) error {
 	for _, p := range paths {
-		if _, err := options.ParsePath(p); err != nil {
-			return usage(fmt.Errorf("--path %q: want ADDRESS[,PORT[,HOST_TRADDR]] with numeric addresses", strings.TrimSpace(p)))
+		if err := options.CheckPath(p); err != nil {
+			return usage(fmt.Errorf("--path %q: %w", p, err))
 		}
 	}
 	return nil

@@ -223,6 +223,12 @@ func TestConnectAddsPath(t *testing.T) {
 			t.Fatal("the ANA state does not change")
 		}
 	}
+	for path, state := range map[string]string{p.first: "inaccessible", p.second: "optimized"} {
+		if out := p.ok("ana-log", inspectedNQN, "--path", path); !strings.Contains(out, "over path: "+path+"\n") || !strings.Contains(out, "state\t:\t"+state) {
+			t.Errorf("%s", out)
+		}
+	}
+	p.refuse(exit.NotFound, "there is no path 192.0.2.9", "id-ctrl", inspectedNQN, "--path", "192.0.2.9")
 	before := p.status().Paths
 	p.ok("target", "drop", "--port", "2")
 	p.refuse(exit.NotFound, "no port 9", "target", "drop", "--port", "9")
@@ -239,7 +245,7 @@ func TestConnectAddsPath(t *testing.T) {
 	}
 	p.refuse(exit.Usage, "want queue-depth, round-robin or preferred", "policy", inspectedNQN, "--policy", "numa")
 	p.refuse(exit.NotFound, "there is no path", "policy", inspectedNQN, "--policy", "preferred", "--preferred", "192.0.2.9")
-	p.refuse(exit.Usage, "want ADDRESS[,PORT[,HOST_TRADDR]]", "disconnect", "-n", inspectedNQN, "--path", "nowhere")
+	p.refuse(exit.Usage, `"99999" is no port, 1 to 65535; want ADDRESS[,PORT[,HOST_TRADDR]]`, "disconnect", "-n", inspectedNQN, "--path", p.second+",99999")
 	p.ok("disconnect", "-n", inspectedNQN, "--path", p.first)
 	p.live(1)
 	p.refuse(exit.Busy, "last path", "disconnect", "-n", inspectedNQN, "--path", p.second)
@@ -265,7 +271,7 @@ func TestFlagsOfFurtherPath(t *testing.T) {
 		{exit.Usage, `--policy "preferred": ctrl0 has queue-depth`, []string{"-a", p.first, "--idempotent", "--foreground", "--policy", "preferred"}},
 		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.second, "-S", "@" + key}},
 		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.first, "--idempotent", "-S", "@" + key}},
-		{exit.AlreadyServed, "ctrl0 serves " + inspectedNQN + " over " + p.first + " ", []string{"-a", p.first}},
+		{exit.AlreadyServed, "ctrl0 serves " + inspectedNQN + " at " + p.first + ":4420 already", []string{"-a", p.first}},
 	} {
 		p.refuse(c.code, c.want, p.connectFlags(c.flags...)...)
 	}
@@ -284,11 +290,11 @@ func TestFlagsOfFurtherPath(t *testing.T) {
 		t.Errorf("%+v", added)
 	}
 	p.ok("disconnect", "-n", inspectedNQN, "--path", nowhere, "--path", p.first)
-	p.refuse(exit.AlreadyServed, "over "+p.second+" ", p.connectFlags("-a", p.second)...)
+	p.refuse(exit.AlreadyServed, " at "+p.second+":4420 already", p.connectFlags("-a", p.second)...)
 	p.ok(p.connectFlags("-a", p.second, "--idempotent")...)
 	s := p.live(1)
 	// Another host gets no path.
-	if _, stderr, code := p.run(p.connectFlags("-a", p.first, "-q", "nqn.other")...); code != exit.OK || !strings.Contains(stderr, "is not a path; -q "+s.HostNQN+" adds a path to ctrl0") {
+	if _, stderr, code := p.run(p.connectFlags("-a", p.first, "-q", "nqn.other")...); code != exit.OK || !strings.Contains(stderr, "and no path; -q "+s.HostNQN+" adds a path to ctrl0") {
 		t.Errorf("exit code %d, %s", code, stderr)
 	}
 	p.kill(s.Name)

@@ -137,7 +137,7 @@ func (c *Client) Do(ctx context.Context, method, path string, body, result any) 
 		err = u.Err // the URL says nothing
 	}
 	if Gone(err) {
-		return fmt.Errorf("the server does not run any more: %w", err)
+		return fmt.Errorf("the server does not run any more, or not yet: %w", err)
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("the server did not answer in time: %w", err)

@@ -305,6 +305,9 @@ type Lane struct {
 type Query struct {
 	Command []byte `json:"command"` // 64 bytes
 	Length  int    `json:"length"`  // bytes of data
+	// Path is the path over which it is sent, in the form of --path; empty: the first that is
+	// connected.
+	Path string `json:"path,omitempty"`
 }
 
 // Reservation is a reservation command for a namespace that the server serves (see
@@ -328,4 +331,5 @@ type Reauthentication struct {
 type QueryResult struct {
 	Result uint64 `json:"result"`
 	Data   []byte `json:"data,omitempty"`
+	Path   string `json:"path,omitempty"` // over which it was asked, if there are several
 }

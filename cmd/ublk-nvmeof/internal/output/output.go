@@ -322,7 +322,7 @@ func listTable(out io.Writer, servers []control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DEVICE\tNSID\tSIZE\tNQN\tADDRESS\tSTATE\tQUEUES (REQUESTED/GRANTED)")
 	for _, s := range servers {
-		rest := fmt.Sprintf("%s\t%s\t%s\t%s", orNone(s.NQN), endpoint(s), s.State, summary(s.Queues))
+		rest := fmt.Sprintf("%s\t%s\t%s\t%s", orNone(s.NQN), endpoint(s), stateOfPaths(s), summary(s.Queues))
 		if len(s.Devices) == 0 {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", none, none, none, rest)
 		}
@@ -331,6 +331,20 @@ func listTable(out io.Writer, servers []control.Status) error {
 		}
 	}
 	return w.Flush()
+}
+
+// stateOfPaths is the state, and how many of several paths are connected if some are not.
+func stateOfPaths(s control.Status) string {
+	live := 0
+	for _, p := range s.Paths {
+		if p.State == "live" {
+			live++
+		}
+	}
+	if n := len(s.Paths); n > 1 && live < n {
+		return fmt.Sprintf("%s (%d of %d paths)", s.State, live, n)
+	}
+	return s.State
 }
 
 func size(n uint64) string {
@@ -356,7 +370,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			source = " from " + s.HostTrAddr
 		}
 		row("address", "%s %s%s", s.Transport, endpoint(s), source)
-		if len(s.Paths) > 1 {
+		if s.Policy != "" {
 			row("policy", "%s, fence %s", s.Policy, orNone(s.Fence))
 		}
 		for j, p := range s.Paths {
@@ -437,7 +451,11 @@ func stateText(s control.Status) string {
 // pathLine is what is known of one of several paths.
 func pathLine(s control.Status, p control.Path) string {
 	s.TrAddr, s.TrSvcID = p.TrAddr, p.TrSvcID
-	parts := []string{endpoint(s) + " " + p.State}
+	at := endpoint(s)
+	if p.HostTrAddr != "" {
+		at += " from " + p.HostTrAddr
+	}
+	parts := []string{at + " " + p.State}
 	if p.CNTLID != 0 {
 		parts = append(parts, fmt.Sprintf("controller %d", p.CNTLID))
 	}
