@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -33,20 +35,20 @@ type twoPorts struct {
 	dir, first, second string
 }
 
-func newTwoPorts(t *testing.T) *twoPorts {
+func newTwoPorts(t *testing.T, flags ...string) *twoPorts {
 	t.Helper()
 	dir, near, second := runDir(t), anotherLoopback().String(), anotherLoopback().String()
 	run := func(args ...string) (string, string, exit.Code) {
 		t.Helper()
 		return execProgram(t, append([]string{"--run-dir", dir}, args...)...)
 	}
-	if _, stderr, code := run("target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"); code != exit.OK {
+	if _, stderr, code := run(append([]string{"target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"}, flags...)...); code != exit.OK {
 		t.Fatal(stderr)
 	}
 	p := &twoPorts{dir: dir, first: near, second: second}
 	p.inspected = &inspected{t: t, run: run, close: func() {
 		run("disconnect", "--force", "-n", inspectedNQN)
-		run("target", "stop")
+		run("target", "stop", "--target", "target0")
 	}}
 	return p
 }
@@ -275,6 +277,15 @@ func TestFlagsOfFurtherPath(t *testing.T) {
 	} {
 		p.refuse(c.code, c.want, p.connectFlags(c.flags...)...)
 	}
+	config := filepath.Join(t.TempDir(), "config.json")
+	text := fmt.Sprintf(`[{"hostnqn": %q, "subsystems": [{"nqn": %q, "ports": [{"transport": "rdma", "traddr": %q}, {"transport": "rdma", "traddr": %q, "dhchap_key": "@%s"}]}]}]`,
+		p.live(1).HostNQN, inspectedNQN, p.first, p.second, key)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, _ := p.run("connect-all", "-J", config, "--provider", "roce", "--frontend", "nbd-socket"); !strings.Contains(stderr, "path "+p.second+" is not used: -S/--dhchap-secret: ctrl0 has no such key") {
+		t.Errorf("connect-all: %s", stderr)
+	}
 	p.live(1)
 	const nowhere = "127.200.0.1,4999"
 	if out := p.ok(p.connectFlags("-a", p.first, "--path", nowhere, "--frontend", "auto")...); !strings.Contains(out, "added "+nowhere+" to "+inspectedNQN+", which ctrl0 serves: ") ||
@@ -293,12 +304,33 @@ func TestFlagsOfFurtherPath(t *testing.T) {
 	p.refuse(exit.AlreadyServed, " at "+p.second+":4420 already", p.connectFlags("-a", p.second)...)
 	p.ok(p.connectFlags("-a", p.second, "--idempotent")...)
 	s := p.live(1)
+	if s.TrAddr != p.second || s.Paths[0].TrAddr != p.second {
+		t.Errorf("the first path is gone, and the server is at %s", s.TrAddr)
+	}
 	// Another host gets no path.
 	if _, stderr, code := p.run(p.connectFlags("-a", p.first, "-q", "nqn.other")...); code != exit.OK || !strings.Contains(stderr, "and no path; -q "+s.HostNQN+" adds a path to ctrl0") {
 		t.Errorf("exit code %d, %s", code, stderr)
 	}
 	p.kill(s.Name)
 	p.refuse(exit.NotFound, s.Name+" has died, so no path can be removed", "disconnect", "-d", s.Name, "--path", p.first)
+}
+
+// TestBadPathSpoilsNothing: a path that is refused does not keep a device from being made over the
+// others. The command names it, and why.
+func TestBadPathSpoilsNothing(t *testing.T) {
+	t.Parallel()
+	p := newTwoPorts(t, "--min-cntlid", "7", "--max-cntlid", "7")
+	defer p.close()
+	p.ok("target", "--background", "-a", after(t, p.second, 1), "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB", "--min-cntlid", "7", "--max-cntlid", "7")
+	defer p.run("target", "stop", "--target", "target1")
+	bad := after(t, p.second, 1)
+	if out := p.ok(p.connectFlags("-a", p.first, "--path", bad)...); !strings.Contains(out, "path "+bad+" is not connected, and is tried again: ") || !strings.Contains(out, "path refused: its controller has id 7, as that of "+p.first) ||
+		!strings.Contains(out, "connected "+inspectedNQN) {
+		t.Errorf("%s", out)
+	}
+	if out := p.ok("list"); !strings.Contains(out, "live (1 of 2 paths)") {
+		t.Errorf("%s", out)
+	}
 }
 
 // TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one

@@ -48,7 +48,7 @@ func TestSecretSources(t *testing.T) {
 	if err := os.WriteFile(long, make([]byte, maxSecretFile+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]string{"/nonexistent/key": "no such file", long: "longer than 4.0 KiB", os.DevNull: "the prefix DHHC-1: is missing"} {
+	for file, want := range map[string]string{"/nonexistent/key": "no such file", long: "longer than 4.0 KiB", os.DevNull: "/dev/null is empty"} {
 		if _, err := ParseSecret("@" + file); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", file, err)
 		}
