@@ -29,6 +29,9 @@ import (
 //	             │               ▼
 //	             └────────────► gone ── found, the same ─► served
 //
+// A namespace that is served and to which no path has given access for longer than requests may
+// wait (ANA) is inaccessible: its requests fail, and it stays. The first access makes it served.
+//
 // A look that fails changes nothing: a namespace that could not be identified counts
 // neither as replaced nor as gone, and does not delay the others. Only a namespace that was
 // found over the present association can turn out to be missing.
@@ -300,7 +303,8 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 // confirm serves a namespace that is the same as before, with its changed properties.
 func (s *Subsystem) confirm(c *Controller, a *association, ns *Namespace, f *finding) {
 	was, now := ns.adopt(c.slot, f, &a.ana)
-	if ns.presence.Swap(served) == gone {
+	// Only access makes one served that is inaccessible.
+	if p := ns.presence.Load(); p != inaccessible && ns.presence.Swap(served) == gone {
 		s.changed(ns, Added, "it is back")
 	}
 	if was.Sectors != now.Sectors {

@@ -418,6 +418,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			if d.Queues > 0 {
 				row("", "%s", countersText(d.Counters))
 			}
+			if d.Wait != nil {
+				row("", "%s", waitText(*d.Wait))
+			}
 		}
 		for j, l := range s.Lanes {
 			row(fmt.Sprintf("loop %d", j), "%d submitted, %d completed, %d handed over, %d retried; %d passes, %d enters, %d waits, %d blocking, %d spins",
@@ -428,6 +431,19 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		}
 	}
 	return nil
+}
+
+// waitText says why requests are not sent.
+func waitText(w control.Wait) string {
+	what := "requests wait until the server gives up"
+	switch {
+	case w.FailIn == nil:
+	case *w.FailIn == 0:
+		what = "requests fail"
+	default:
+		what = "requests wait, and fail in " + count(int(*w.FailIn), "second")
+	}
+	return fmt.Sprintf("%s: %s since %s", what, w.Reason, w.Since)
 }
 
 // stateText writes the state with its history.

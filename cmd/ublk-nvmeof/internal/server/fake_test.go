@@ -247,6 +247,8 @@ func (d disk) Durations() (all initiator.OpHistograms) {
 // Present implements timed.
 func (d disk) Present() bool { return true }
 
+func (d disk) Wait() (initiator.Wait, bool) { return initiator.Wait{}, false }
+
 func (d disk) Geometry() block.Geometry {
 	size := max(512, d.block)
 	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: size, PhysicalBlock: size, MaxIO: 1 << 20, VolatileCache: !d.dry}
