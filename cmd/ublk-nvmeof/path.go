@@ -253,7 +253,7 @@ func newPolicy(runDir dirFunc) *cobra.Command {
 		return a.client.SetPolicy(a.ctx, r)
 	}, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().StringVarP(&policy, "policy", "p", "", "`policy`: queue-depth, round-robin or preferred (required)")
-		cmd.Flags().StringVar(&r.Preferred, "preferred", "", "`path` that is used while it can be, in the form of connect --path (default: that of connect -a, and path 0 of list -v while that is away)")
+		cmd.Flags().StringVar(&r.Preferred, "preferred", "", "`path` that is used while it can be, in the form of connect --path (default: that of connect -a)")
 	})
 	cmd.Long += `
 
