@@ -105,8 +105,12 @@ func (c *connection) missing(s control.Status, r state.Record, found []netip.Add
 
 // suits returns an error if flags were given that a server goes on without, because it has others.
 func (c *connection) suits(ctx context.Context, client *control.Client, s control.Status, r state.Record, found []netip.AddrPort) error {
-	if err := differs(c.shown, s, r); err != nil {
+	words, err := differs(c.shown, s, r)
+	if err != nil {
 		return err
+	}
+	if words != "" {
+		return exit.Errorf(exit.Usage, "%s serves %s already, with other flags, so nothing was done: %s", r.Name, r.Target.NQN, words)
 	}
 	p := c.pathRequest(c.wanted(found)[0], true)
 	if p.Host == "" && p.Controller == "" {
@@ -122,21 +126,17 @@ func (c *connection) suits(ctx context.Context, client *control.Client, s contro
 	return nil
 }
 
-// differs returns an error that names the flags of a connect that a running server has with other
-// values.
-func differs(given *pflag.FlagSet, s control.Status, r state.Record) error {
+// differs names the flags of a connect that a running server has with other values.
+func differs(given *pflag.FlagSet, s control.Status, r state.Record) (string, error) {
 	found, err := options.Differences(given, r.Args, map[string]string{"frontend": s.Frontend, "provider": s.Provider})
 	if err != nil {
-		return fmt.Errorf("%s: %w", r.Name, err)
+		return "", fmt.Errorf("%s: %w", r.Name, err)
 	}
 	var words []string
 	for _, d := range found {
 		words = append(words, d.Explain(r.Name))
 	}
-	if len(words) == 0 {
-		return nil
-	}
-	return exit.Errorf(exit.Usage, "%s serves %s already, with other flags, so nothing was done: %s", r.Name, r.Target.NQN, strings.Join(words, "; "))
+	return strings.Join(words, "; "), nil
 }
 
 // pathRequest asks for a path with the keys of the options.
@@ -273,6 +273,9 @@ func (g *gatherer) joinAll(ctx context.Context, s *subsystem, r *output.Subsyste
 	if err != nil {
 		return
 	}
+	if !r.Quiet && s.tried.IsZero() { // once
+		g.warnOfFlags(s, r.Status, record)
+	}
 	client := control.NewClient(record.Socket())
 	for _, p := range s.paths {
 		path := p.path()
@@ -299,6 +302,22 @@ func (g *gatherer) joinAll(ctx context.Context, s *subsystem, r *output.Subsyste
 	}
 	if now := statusOf(ctx, record); now.Name != "" {
 		r.Status = now
+	}
+}
+
+// warnOfFlags names the flags of a subsystem, or of one of its ports, that its server goes on
+// without, because it has others.
+func (g *gatherer) warnOfFlags(s *subsystem, now control.Status, record state.Record) {
+	told := map[string]bool{"": true}
+	for _, p := range s.paths {
+		words, err := differs(p.with.Flags(), now, record)
+		if err != nil {
+			words = err.Error()
+		}
+		if !told[words] {
+			g.errs("%s: flags are not used: %s", s.nqn, words)
+		}
+		told[words] = true
 	}
 }
 

@@ -278,12 +278,13 @@ func TestFlagsOfFurtherPath(t *testing.T) {
 		p.refuse(c.code, c.want, p.connectFlags(c.flags...)...)
 	}
 	config := filepath.Join(t.TempDir(), "config.json")
-	text := fmt.Sprintf(`[{"hostnqn": %q, "subsystems": [{"nqn": %q, "ports": [{"transport": "rdma", "traddr": %q}, {"transport": "rdma", "traddr": %q, "dhchap_key": "@%s"}]}]}]`,
+	text := fmt.Sprintf(`[{"hostnqn": %q, "subsystems": [{"nqn": %q, "ports": [{"transport": "rdma", "traddr": %q}, {"transport": "rdma", "traddr": %q, "dhchap_key": "@%s", "keep_alive_tmo": 33}]}]}]`,
 		p.live(1).HostNQN, inspectedNQN, p.first, p.second, key)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, stderr, _ := p.run("connect-all", "-J", config, "--provider", "roce", "--frontend", "nbd-socket"); !strings.Contains(stderr, "path "+p.second+" is not used: -S/--dhchap-secret: ctrl0 has no such key") {
+	if _, stderr, _ := p.run("connect-all", "-J", config, "--provider", "roce", "--frontend", "nbd-socket"); !strings.Contains(stderr, "path "+p.second+" is not used: -S/--dhchap-secret: ctrl0 has no such key") ||
+		!strings.Contains(stderr, `flags are not used: -k/--keep-alive-tmo "33": ctrl0 has 2; disconnect and connect change it`) {
 		t.Errorf("connect-all: %s", stderr)
 	}
 	p.live(1)
