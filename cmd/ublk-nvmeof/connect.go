@@ -141,8 +141,9 @@ systemd runs, so the end of the session or service that started it does not end 
 If the address is a host name, each of its addresses is tried until one accepts
 the connection.
 
-If a server of this host serves the subsystem already, the address becomes a further
-path of its devices (see --path). If such a server has died, the new one takes over its
+If a server serves the subsystem already, as the same host, the addresses that it lacks
+become further paths of its devices (see --path). Other flags must be those of the server,
+and keys are compared with its own. If such a server has died, the new one takes over its
 devices. With --duplicate-connect the subsystem gets another server and other devices.
 
 Invalid values are refused before anything else happens. Sizes are written like

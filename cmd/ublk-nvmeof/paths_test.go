@@ -13,6 +13,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma/roce"
@@ -461,6 +462,31 @@ func TestConnectAllMakesOneDevice(t *testing.T) {
 	}
 	if s := p.live(2); len(s.Devices) != 1 {
 		t.Errorf("%d devices", len(s.Devices))
+	}
+}
+
+// TestPathsOfOneAddress: ports of a configuration with the same address and different source
+// addresses are different paths.
+func TestPathsOfOneAddress(t *testing.T) {
+	from := func(source string) path {
+		o := options.DefaultDiscovery()
+		if source != "" {
+			o.Connect.SourceAddr = netip.MustParseAddr(source)
+		}
+		return path{netip.MustParseAddrPort("192.0.2.1:4420"), o}
+	}
+	var found subsystems
+	for _, source := range []string{"192.0.2.100", "192.0.2.101", "192.0.2.100", ""} {
+		found.add("nqn.disk", from(source))
+	}
+	if all := found.all[0].paths; len(all) != 2 || all[1].path().String() != "192.0.2.1,4420,192.0.2.101" {
+		t.Errorf("%+v", all)
+	}
+	served := control.Status{Paths: []control.Path{{TrAddr: "192.0.2.1", TrSvcID: "4420", HostTrAddr: "192.0.2.100"}}}
+	for source, want := range map[string]bool{"192.0.2.100": true, "192.0.2.101": false, "": true} {
+		if got := hasPath(served, state.Record{}, from(source).path()); got != want {
+			t.Errorf("source %q: %v", source, got)
+		}
 	}
 }
 
