@@ -270,7 +270,7 @@ func scaleMarkdown(e environment, points []scalePoint) string {
 	fmt.Fprintf(&b, "# Devices and queues of one server, kernel %s, icount\n\n", e.Series)
 	fmt.Fprintf(&b, "%s, commit %s, %s, %s. Flags: `%s`.\n", e.Date.Format("2006-01-02 15:04 MST"), e.Commit, e.Go, e.QEMU, e.Command)
 	fmt.Fprintf(&b, "%d CPUs on one clock. 4 KiB random reads, %d in flight over all devices, queues of 32 entries, requests up to 64 KiB.\n\n", e.Plan.CPUs, scaleDepth)
-	b.WriteString("| devices | queues of each | IOPS together | server's CPU, µs per I/O | resident | pinned | threads | idle: wake-ups per s | idle: % of a CPU |\n")
+	b.WriteString("| devices | queues of each | IOPS together | server's CPU, µs per I/O | resident | registered | threads | idle: wake-ups per s | idle: % of a CPU |\n")
 	b.WriteString("|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n")
 	for _, p := range points {
 		fmt.Fprintf(&b, "| %d | %d | %s | %.1f | %s | %s | %d | %.1f | %.3f |\n", p.Devices, p.Queues, humanize.CommafWithDigits(p.IOPS, 0),

@@ -24,8 +24,8 @@ func scaleSVG(points []scalePoint) string {
 		value func(scalePoint) float64
 	}{
 		{"thousand IOPS, all devices", func(p scalePoint) float64 { return p.IOPS / 1000 }},
-		{"server's CPU, µs per I/O", func(p scalePoint) float64 { return p.ServerPerIO / 1000 }},
-		{"pinned memory, MiB", func(p scalePoint) float64 { return float64(p.Pinned) / (1 << 20) }},
+		{"resident memory, MiB", func(p scalePoint) float64 { return float64(p.RSS) / (1 << 20) }},
+		{"registered memory, MiB", func(p scalePoint) float64 { return float64(p.Pinned) / (1 << 20) }},
 		{"threads", func(p scalePoint) float64 { return float64(p.Threads) }},
 	}
 	var b strings.Builder
