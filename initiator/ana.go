@@ -188,7 +188,7 @@ func (ns *Namespace) noteAccess(now time.Time) {
 	for slot := range ns.views {
 		if v := ns.views[slot].Load(); v != nil && v.access != noAccess {
 			ns.blocked = time.Time{}
-			ns.presence.CompareAndSwap(failing, served)
+			ns.presence.CompareAndSwap(inaccessible, served)
 			return
 		}
 	}
@@ -205,20 +205,27 @@ func (s *Subsystem) expireAccess(ns *Namespace, now time.Time) bool {
 	if !bounded || ns.presence.Load() != served {
 		return false
 	}
-	for _, c := range s.paths() {
-		if a := c.current(); a != nil {
-			limit = max(limit, limit+time.Duration(a.identify.ANATT())*time.Second)
-		}
-	}
+	limit += s.transitionTime()
 	ns.mu.Lock()
 	ns.noteAccess(now)
 	blocked := !ns.blocked.IsZero() && now.Sub(ns.blocked) >= limit
 	ns.mu.Unlock()
-	if !blocked || !ns.presence.CompareAndSwap(served, failing) {
+	if !blocked || !ns.presence.CompareAndSwap(served, inaccessible) {
 		return false
 	}
 	s.cfg.Log.Warn("no path gives access to a namespace; its requests fail", "nsid", ns.id, "after", limit)
 	return true
+}
+
+// transitionTime returns the longest time that a controller announces for the transition of an ANA
+// group.
+func (s *Subsystem) transitionTime() (longest time.Duration) {
+	for _, c := range s.paths() {
+		if a := c.current(); a != nil {
+			longest = max(longest, time.Duration(a.identify.ANATT())*time.Second)
+		}
+	}
+	return longest
 }
 
 // elsewhere takes the path out of use for a request that the controller did not execute

@@ -193,7 +193,7 @@ func (l *lane) admit(r *request) bool {
 	case presence == gone:
 		l.finish(r, uint16(unix.ENODEV))
 		return false
-	case presence == failing:
+	case presence == failing, presence == inaccessible:
 		l.finish(r, uint16(unix.ENOLINK))
 		return false
 	case l.pick(r) == nil:

@@ -29,6 +29,9 @@ import (
 //	             │               ▼
 //	             └────────────► gone ── found, the same ─► served
 //
+// A namespace that is served and to which no path has given access for longer than requests may
+// wait (ANA) is inaccessible: its requests fail, and it stays. The first access makes it served.
+//
 // A look that fails changes nothing: a namespace that could not be identified counts
 // neither as replaced nor as gone, and does not delay the others. Only a namespace that was
 // found over the present association can turn out to be missing.
@@ -192,12 +195,14 @@ func (c *Controller) look(ctx context.Context, a *association) (complete bool, e
 		case err == nil:
 			if c.sub.place(c, a, found) {
 				a.found[id] = true
+				c.sub.takeIn(id)
 				c.admit(a, id)
 			} else {
 				complete = false
 			}
 		case errors.As(err, &unusable):
 			a.found[id] = true
+			c.sub.leaveOut(id, unusable.Reason)
 			c.sub.reports.Warn("namespace left out", "nsid", id, "reason", unusable.Reason)
 			c.sub.lack(c, id, unusable.Error())
 		case errors.Is(err, errInactive):
@@ -298,7 +303,8 @@ func (s *Subsystem) place(c *Controller, a *association, f *finding) bool {
 // confirm serves a namespace that is the same as before, with its changed properties.
 func (s *Subsystem) confirm(c *Controller, a *association, ns *Namespace, f *finding) {
 	was, now := ns.adopt(c.slot, f, &a.ana)
-	if ns.presence.Swap(served) == gone {
+	// Only access makes one served that is inaccessible.
+	if p := ns.presence.Load(); p != inaccessible && ns.presence.Swap(served) == gone {
 		s.changed(ns, Added, "it is back")
 	}
 	if was.Sectors != now.Sectors {
@@ -408,6 +414,28 @@ func (s *Subsystem) lack(c *Controller, id uint32, reason string) {
 			s.remove(ns, reason)
 		}
 	}
+}
+
+// maxLeftOut bounds what is kept of the namespaces that are left out: a target may list any number.
+const maxLeftOut = 8
+
+// leaveOut keeps the reason for which a namespace is left out.
+func (s *Subsystem) leaveOut(id uint32, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.leftOut == nil {
+		s.leftOut = make(map[uint32]string)
+	}
+	if _, known := s.leftOut[id]; known || len(s.leftOut) < maxLeftOut {
+		s.leftOut[id] = reason
+	}
+}
+
+// takeIn forgets that a namespace was left out.
+func (s *Subsystem) takeIn(id uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.leftOut, id)
 }
 
 // doubt has the namespaces found again over the next association of a path.

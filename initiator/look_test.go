@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -474,5 +475,28 @@ func TestMemoryBudget(t *testing.T) {
 		t.Error(err)
 	} else {
 		q.Close()
+	}
+}
+
+// TestLeftOut checks that a namespace that cannot be used is reported with the reason, until it
+// can be.
+func TestLeftOut(t *testing.T) {
+	fabric := rdmatest.NewFabric()
+	target := newFakeTarget(t, fabric, 1<<20)
+	target.lbads = 20
+	loops := newLoops(t, 1)
+	c := connect(t, testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 1}))
+	if got, want := c.Info().LeftOut, map[uint32]string{1: "block size 2^20 is not 512..4096"}; !maps.Equal(got, want) {
+		t.Errorf("left out: %v, want %v", got, want)
+	}
+	for id := range uint32(maxLeftOut + 8) {
+		c.leaveOut(id+1, "no capacity")
+	}
+	if got := c.Info().LeftOut; len(got) != maxLeftOut || got[1] != "no capacity" {
+		t.Errorf("left out: %v", got)
+	}
+	c.takeIn(1)
+	if got := c.Info().LeftOut; len(got) != maxLeftOut-1 || got[1] != "" {
+		t.Errorf("left out: %v", got)
 	}
 }

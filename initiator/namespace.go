@@ -24,6 +24,9 @@ const (
 	served
 	// failing: the namespace has been held for longer than requests may wait.
 	failing
+	// inaccessible: the namespace is there, and no path has given access to it for longer than
+	// requests may wait.
+	inaccessible
 	// gone: the target has removed the namespace or has another one in its place.
 	gone
 )
@@ -125,8 +128,8 @@ func (ns *Namespace) doubt(slot int, when time.Time) {
 func (ns *Namespace) settle(when time.Time) {
 	if ns.seen() {
 		ns.merge()
-	} else if ns.presence.CompareAndSwap(served, held) {
-		ns.since = when
+	} else if ns.presence.CompareAndSwap(served, held) || ns.presence.CompareAndSwap(inaccessible, held) {
+		ns.since, ns.blocked = when, time.Time{}
 	}
 }
 
@@ -155,6 +158,40 @@ func (ns *Namespace) seen() bool {
 		}
 	}
 	return false
+}
+
+// Wait says why the requests of a namespace are not sent at present.
+type Wait struct {
+	Since  time.Time
+	Reason string
+	Left   time.Duration // until they fail; 0: they fail; Forever: they wait until the subsystem is given up
+}
+
+// Wait returns why the requests of the namespace are not sent at present. It returns false if they
+// are sent, or if the namespace is gone. Any goroutine may call it.
+func (ns *Namespace) Wait() (Wait, bool) {
+	limit, bounded := ns.sub.lossTime()
+	transition := ns.sub.transitionTime()
+	w := Wait{Reason: "no path has found the namespace again"}
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	w.Since = ns.since
+	presence := ns.presence.Load()
+	switch {
+	case presence == gone, presence == served && ns.blocked.IsZero():
+		return Wait{}, false
+	case presence == served, presence == inaccessible:
+		w.Since, w.Reason = ns.blocked, "no path gives access to the namespace (ANA)"
+		limit += transition
+	}
+	switch {
+	case presence == failing, presence == inaccessible:
+	case !bounded:
+		w.Left = Forever
+	default:
+		w.Left = max(time.Until(w.Since.Add(limit)), 1)
+	}
+	return w, true
 }
 
 // heldFor returns how long the namespace has been held at the given time.

@@ -698,16 +698,37 @@ func TestLongTransition(t *testing.T) {
 }
 
 // TestNoAccess checks that requests fail when no path has given access for longer than they may
-// wait, and that the namespace works again later.
+// wait and a transition may take, that the namespace stays, and that it works again later.
 func TestNoAccess(t *testing.T) {
-	h := newHall(t, 1, false, func(c *target.Config, _ *target.NamespaceConfig) { c.ANATransition = time.Second })
-	s := h.connect(func(c *Config) { c.FastIOFail = time.Second })
+	h := newHall(t, 2, false, func(c *target.Config, _ *target.NamespaceConfig) { c.ANATransition = time.Second })
+	var changes atomic.Int32
+	s := h.connect(func(c *Config) {
+		c.FastIOFail, c.CtrlLoss = time.Second, 1500*time.Millisecond
+		c.Changed = func(*Namespace, Change) { changes.Add(1) }
+	})
 	h.subs[0].SetANAState(1, nvme.ANAPersistentLoss)
-	if e := h.send(s, readBlock, "").wait(t); e != unix.ENOLINK {
+	read := h.send(s, readBlock, "")
+	ns := s.Namespaces()[0]
+	waitFor(t, "no access", func() bool { _, waits := ns.Wait(); return waits })
+	if w, _ := ns.Wait(); w.Left <= 0 || w.Left > 2*time.Second || w.Reason != "no path gives access to the namespace (ANA)" {
+		t.Errorf("it waits for %+v", w)
+	}
+	if e := read.wait(t); e != unix.ENOLINK {
 		t.Errorf("read without access: %v", e)
+	}
+	waitFor(t, "the time limit", func() bool { w, waits := ns.Wait(); return !waits || w.Left == 0 })
+	s.expireHeld(time.Now()) // as after each look
+	if w, waits := ns.Wait(); !waits || w.Left != 0 {
+		t.Errorf("%t, %+v: requests do not fail", waits, w)
 	}
 	h.subs[0].SetANAState(1, nvme.ANAOptimized)
 	waitFor(t, "access", func() bool { return s.Info().Paths[0].Access[1] == nvme.ANAOptimized })
+	if n := changes.Load(); n != 0 {
+		t.Errorf("the namespace has changed %d times", n)
+	}
+	if _, waits := ns.Wait(); waits {
+		t.Error("requests wait")
+	}
 	if e := h.send(s, readBlock, "").wait(t); e != 0 {
 		t.Errorf("read: %v", e)
 	}

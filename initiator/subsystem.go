@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"runtime"
 	"slices"
 	"sync"
@@ -51,12 +52,13 @@ type Subsystem struct {
 	policy     Policy
 	preferred  int // slot of the policy Preferred
 	namespaces []*Namespace
-	remnants   []*remnant // controllers that may still execute commands, oldest first
-	connected  bool       // Connect has returned, so changes are reported
-	closing    bool       // Close was called
-	err        error      // why the subsystem is dead
-	since      time.Time  // of the state, if it is dead or closing
-	outage     outages    // times without any association
+	leftOut    map[uint32]string // reasons why namespaces cannot be used, by their ids; at most maxLeftOut
+	remnants   []*remnant        // controllers that may still execute commands, oldest first
+	connected  bool              // Connect has returned, so changes are reported
+	closing    bool              // Close was called
+	err        error             // why the subsystem is dead
+	since      time.Time         // of the state, if it is dead or closing
+	outage     outages           // times without any association
 	failing    *time.Timer
 	giving     *time.Timer
 }
@@ -349,6 +351,9 @@ type Info struct {
 	Outages   Outages       // times without any association
 	Oldest    time.Duration // age of the oldest command in flight, in whole seconds
 	Stages    [nStages]OpHistograms
+	// LeftOut has the reasons why namespaces cannot be used, by their ids: at most
+	// 8 of them.
+	LeftOut map[uint32]string
 }
 
 // Outages are the times without an association since the first one was made.
@@ -375,7 +380,7 @@ func (s *Subsystem) Info() Info {
 	i := Info{SubNQN: s.cfg.SubNQN, Memory: s.mem.info(), Fences: s.fences(), Outages: Outages{Losses: map[LossReason]int{}}}
 	s.mu.Lock()
 	paths, preferred := s.lockedPaths(), s.preferred
-	i.Policy = s.policy
+	i.Policy, i.LeftOut = s.policy, maps.Clone(s.leftOut)
 	s.mu.Unlock()
 	for n, c := range paths {
 		if c.slot == preferred {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 
 	"github.com/dustin/go-humanize/english"
@@ -43,7 +44,7 @@ to discovery services.`,
 			}
 			f := configfile.New()
 			_, err = addRunning(f, dir)
-			_, werr := cmd.OutOrStdout().Write(f.Bytes())
+			_, werr := io.WriteString(cmd.OutOrStdout(), output.EscapeJSON(string(f.Bytes())))
 			return errors.Join(err, werr)
 		}),
 	}
@@ -111,7 +112,7 @@ config.json. Lines without a host NQN or a host id get those of this host.`,
 					return err
 				}
 			}
-			_, err = cmd.OutOrStdout().Write(f.Bytes())
+			_, err = io.WriteString(cmd.OutOrStdout(), output.EscapeJSON(string(f.Bytes())))
 			return errors.Join(append(found.Errors, err)...)
 		}),
 	}

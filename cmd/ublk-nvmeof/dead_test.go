@@ -21,6 +21,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma/roce"
 	"ublk-nvmeof/target"
@@ -31,31 +32,50 @@ import (
 
 // disk is a store in memory that can keep a write waiting.
 type disk struct {
-	mu   sync.Mutex // guards what follows
-	data []byte
-	hold string        // the first write that begins with it is held; empty: none
-	held chan struct{} // closed when a write is held
-	free chan struct{} // ends the hold
-
-	finished bool // the write that was held is done
+	mu       sync.Mutex // guards what follows
+	data     []byte
+	holds    string        // the first write that begins with it is held; empty: none
+	held     chan struct{} // closed when a write is held
+	released chan struct{} // closed when the write may go on
+	finished bool          // the write that was held is done
 }
 
 func newDisk(text string) *disk {
-	d := &disk{data: make([]byte, 1<<20), held: make(chan struct{}), free: make(chan struct{})}
+	d := &disk{data: make([]byte, 1<<20)}
 	copy(d.data, text)
 	return d
 }
 
+// hold makes the disk hold the next write that begins with a text, until release. The channel is
+// closed when the write is there.
+func (d *disk) hold(text string) (held <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.holds, d.held, d.released, d.finished = text, make(chan struct{}), make(chan struct{}), false
+	return d.held
+}
+
+// release lets the write that is held, or would be, go on. It may be called at any time.
+func (d *disk) release() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.holds = ""
+	if d.released != nil {
+		close(d.released)
+		d.released = nil
+	}
+}
+
 func (d *disk) WriteAt(p []byte, off int64) (int, error) {
 	d.mu.Lock()
-	held := d.hold != "" && bytes.HasPrefix(p, []byte(d.hold))
+	held, released := d.holds != "" && bytes.HasPrefix(p, []byte(d.holds)), d.released
 	if held {
-		d.hold = ""
+		d.holds = ""
 		close(d.held)
 	}
 	d.mu.Unlock()
 	if held {
-		<-d.free
+		<-released
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -126,9 +146,11 @@ func (s *site) open(nqns ...string) {
 	})
 }
 
-// put makes a disk namespace 1 of a subsystem.
+// put makes a disk namespace 1 of a subsystem. When the test ends, the disk holds nothing any
+// more, because the target waits for its stores when it is closed.
 func (s *site) put(nqn string, d *disk) {
 	s.t.Helper()
+	s.t.Cleanup(d.release)
 	if _, err := s.subs[nqn].AddNamespace(target.NamespaceConfig{NSID: 1, Store: d}); err != nil {
 		s.t.Fatal(err)
 	}
@@ -230,68 +252,80 @@ func (s *site) client(r state.Record) *nbdClient {
 // TestOldWriteOfDeadServer: a write that the target still works on when its server
 // dies does not land over a newer one, whichever way the next server is started.
 func TestOldWriteOfDeadServer(t *testing.T) {
-	for name, next := range map[string]func(s *site, r state.Record) error{
-		"recover":     func(s *site, r state.Record) error { return s.run("recover", r.Name) },
-		"recover all": func(s *site, r state.Record) error { return s.run("recover", "--all") },
-		"connect":     func(s *site, r state.Record) error { return s.run(s.connectArgs(r.Target.NQN)...) },
-		"duplicate": func(s *site, r state.Record) error {
+	// Each calls last before it starts the command that has to wait for the write.
+	for name, next := range map[string]func(s *site, r state.Record, last func()) error{
+		"recover": func(s *site, r state.Record, last func()) error {
+			last()
+			return s.run("recover", r.Name)
+		},
+		"recover all": func(s *site, r state.Record, last func()) error {
+			last()
+			return s.run("recover", "--all")
+		},
+		"connect": func(s *site, r state.Record, last func()) error {
+			last()
+			return s.run(s.connectArgs(r.Target.NQN)...)
+		},
+		"duplicate": func(s *site, r state.Record, last func()) error {
+			last()
 			return s.run(s.connectArgs(r.Target.NQN, "--duplicate-connect", "--nbd-socket", filepath.Join(s.dir, "second.sock"))...)
 		},
-		"gc and connect": func(s *site, r state.Record) error {
-			return errors.Join(s.run("gc"), s.run(s.connectArgs(r.Target.NQN)...))
+		"gc and connect": func(s *site, r state.Record, last func()) error {
+			err := s.run("gc")
+			last()
+			return errors.Join(err, s.run(s.connectArgs(r.Target.NQN)...))
 		},
-		"disconnect and connect": func(s *site, r state.Record) error {
-			return errors.Join(s.run("disconnect", r.Name), s.run(s.connectArgs(r.Target.NQN)...))
+		"disconnect and connect": func(s *site, r state.Record, last func()) error {
+			err := s.run("disconnect", r.Name)
+			last()
+			return errors.Join(err, s.run(s.connectArgs(r.Target.NQN)...))
 		},
-		"disconnect and two of which one waits": func(s *site, r state.Record) error {
+		"disconnect and two of which one waits": func(s *site, r state.Record, last func()) error {
 			if err := s.run("disconnect", r.Name); err != nil {
 				return err
 			}
 			first := make(chan error, 1)
 			go func() { first <- s.run(s.connectArgs(r.Target.NQN)...) }()
-			for !s.waitsFor(r) {
-				time.Sleep(10 * time.Millisecond)
-			}
-			s.t.Cleanup(func() { <-first }) // which the end of the test may cut short
+			eventually(s.t, "the first of them waits", func() bool { return s.waitsFor(r) })
+			s.t.Cleanup(func() { testenv.Receive(s.t, first, "the end of the first") }) // which the end of the test may cut short
+			last()
 			return s.run(s.connectArgs(r.Target.NQN, "--duplicate-connect", "--nbd-socket", filepath.Join(s.dir, "second.sock"))...)
 		},
-		"killed while it recovers": func(s *site, r state.Record) error {
+		"killed while it recovers": func(s *site, r state.Record, last func()) error {
 			cut := make(chan error, 1)
 			go func() { cut <- s.run("recover", r.Name) }()
-			for {
-				if now := s.record(r.Target.NQN); now.Alive && len(now.Controllers) > len(r.Controllers) {
-					s.kill(now)
-					break
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
-			if err := <-cut; err == nil {
+			var now state.Record
+			eventually(s.t, "the next server has connected", func() bool {
+				now = s.record(r.Target.NQN)
+				return now.Alive && len(now.Controllers) > len(r.Controllers)
+			})
+			s.kill(now)
+			if err := testenv.Receive(s.t, cut, "the end of recover"); err == nil {
 				return errors.New("recovered by a server that was killed")
 			}
+			last()
 			return s.run("recover", r.Name)
 		},
-		"command killed while it recovers": func(s *site, r state.Record) error {
+		"command killed while it recovers": func(s *site, r state.Record, last func()) error {
 			cmd := exec.CommandContext(s.t.Context(), self(), "--run-dir", s.dir, "recover", r.Name)
 			cmd.Env = append(os.Environ(), "UBLK_NVMEOF_TEST_MAIN=1")
 			if err := cmd.Start(); err != nil {
 				return err
 			}
-			for !s.waitsFor(r) {
-				time.Sleep(10 * time.Millisecond)
-			}
+			eventually(s.t, "the next server waits", func() bool { return s.waitsFor(r) })
 			if err := cmd.Process.Kill(); err != nil {
 				return err
 			}
 			_ = cmd.Wait() // it was killed
-			for s.record(r.Target.NQN).Alive {
-				time.Sleep(10 * time.Millisecond)
-			}
+			eventually(s.t, "the server has given itself up", func() bool { return !s.record(r.Target.NQN).Alive })
+			last()
 			return s.run("recover", "--all")
 		},
-		"failed recover and connect": func(s *site, r state.Record) error {
+		"failed recover and connect": func(s *site, r state.Record, last func()) error {
 			if err := s.run("recover", r.Name, "--output-format=json", "--run-dir", s.dir+"/none"); err == nil {
 				return errors.New("recovered from a run directory that does not exist")
 			}
+			last()
 			return s.run(s.connectArgs(r.Target.NQN)...)
 		},
 	} {
@@ -301,34 +335,25 @@ func TestOldWriteOfDeadServer(t *testing.T) {
 			s := newSite(t, nqn)
 			d := newDisk("nothing")
 			s.put(nqn, d)
-			free := sync.OnceFunc(func() { close(d.free) })
-			defer free()
 			r := s.connect(nqn)
 			c := s.client(r)
-			d.mu.Lock()
-			d.hold = "old"
-			d.mu.Unlock()
+			held := d.hold("old")
 			go c.do(nbdWrite, 0, block("old"), nbdPatience) // its server will not answer
-			<-d.held
+			testenv.Receive(t, held, "the write at the target")
 			s.kill(r)
 
-			started := make(chan error, 1)
-			go func() { started <- next(s, r) }()
-			var err error
-			select {
-			case err = <-started:
-				t.Error("the next server is ready while the target works on the dead one's write")
-			case <-time.After(4 * time.Second):
-				free()
-				err = <-started
-			}
+			var timer *time.Timer
+			err := next(s, r, func() { timer = time.AfterFunc(4*time.Second, d.release) })
 			if err != nil {
 				t.Fatal(err)
+			}
+			if timer.Stop() {
+				t.Error("the next server is ready while the target works on the dead one's write")
 			}
 			if err := s.client(s.record(nqn)).write("new"); err != nil {
 				t.Fatal(err)
 			}
-			free()
+			d.release()
 			time.Sleep(200 * time.Millisecond) // for the old write, if it is still to come
 			if got := d.text(3); got != "new" {
 				t.Errorf("the disk has the %q write", got)
@@ -504,7 +529,7 @@ func TestRecordsStay(t *testing.T) {
 	if _, stderr, code := s.program("recover", "--all"); code == exit.OK || !strings.Contains(stderr, filepath.Join(bad, "state.json")) || strings.Contains(stderr, first.Name+":") {
 		t.Errorf("recover, and a record cannot be read: exit code %d, %s", code, stderr)
 	}
-	if err := <-late; err != nil {
+	if err := testenv.Receive(t, late, "the namespace"); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := s.client(s.record(a)).read(6); got != "disk a" || err != nil {
@@ -590,7 +615,7 @@ func TestFullRunDirectory(t *testing.T) {
 	if err := os.RemoveAll(blocked); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-answered; err != nil {
+	if err := testenv.Receive(t, answered, "the answer"); err != nil {
 		t.Error(err)
 	}
 	// While there is no association, list shows the last controller that it has seen.

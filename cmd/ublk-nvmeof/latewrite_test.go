@@ -52,15 +52,6 @@ func newLate(t *testing.T, nqn string) *late {
 	return l
 }
 
-// hold makes the target hold the next write of a text. The write goes on when free is closed.
-func (l *late) hold(text string) (held <-chan struct{}, free chan struct{}) {
-	l.disk.mu.Lock()
-	defer l.disk.mu.Unlock()
-	l.disk.hold, l.disk.finished = text, false
-	l.disk.held, l.disk.free = make(chan struct{}), make(chan struct{})
-	return l.disk.held, l.disk.free
-}
-
 // cut takes the first port away.
 func (l *late) cut() {
 	l.t.Helper()
@@ -103,17 +94,26 @@ func (l *late) prefer(r state.Record) {
 func (l *late) round(r state.Record, n int, killed bool, patience time.Duration) string {
 	l.t.Helper()
 	before, after := fmt.Sprintf("old %d", n), fmt.Sprintf("new %d", n)
-	held, free := l.hold(before)
+	held := l.disk.hold(before)
 	lost := make(chan error, 1)
 	c := l.client(r)
 	go func() { lost <- c.do(nbdWrite, 0, block(before), nbdPatience) }()
-	<-held
+	testenv.Receive(l.t, held, "the write at the target")
 	l.cut()
 	written := make(chan error, 1)
-	newer := func() { written <- l.client(r).write(after) }
+	socket := socketOf(l.t, r)
+	newer := func() {
+		c, err := dialNBD("unix", socket, "1")
+		if err != nil {
+			written <- err
+			return
+		}
+		defer c.close()
+		written <- c.write(after)
+	}
 	if killed {
 		l.kill(r)
-		<-lost // its connection has ended
+		testenv.Receive(l.t, lost, "the end of the connection")
 		go func() {
 			if err := l.run("recover", r.Name); err != nil {
 				written <- err
@@ -133,10 +133,10 @@ func (l *late) round(r state.Record, n int, killed bool, patience time.Duration)
 	var err error
 	select {
 	case err = <-written: // while the target works on the old write
-		close(free)
+		l.disk.release()
 	case <-time.After(patience):
-		close(free)
-		err = <-written
+		l.disk.release()
+		err = testenv.Receive(l.t, written, "the answer to the newer write")
 	}
 	if err != nil {
 		l.t.Fatal(err)

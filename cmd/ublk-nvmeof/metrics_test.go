@@ -21,6 +21,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // sum adds the values of a metric whose labels contain all of with.
@@ -271,7 +272,7 @@ func (m *measured) top() {
 	text := m.un("top", "--interval", "300ms", "--count", "2")
 	out := m.un("top", "-o", "json", "--interval", "300ms")
 	close(stop)
-	if err := <-ended; err != nil {
+	if err := testenv.Receive(m.T, ended, "the end of the load"); err != nil {
 		m.Fatal(err)
 	}
 	if strings.Count(text, "SERVER ") != 2 || strings.Contains(text, "\x1b") || !strings.Contains(text, m.device) || !strings.Contains(text, "ctrl0/0 ") {
@@ -329,7 +330,7 @@ func (m *measured) outage() {
 	if unavailable < 1 || unavailable > lasted {
 		m.Errorf("%v s were unavailable in an outage of at most %v s", unavailable, lasted)
 	}
-	if err := <-read; err != nil {
+	if err := testenv.Receive(m.T, read, "the answer to the read"); err != nil {
 		m.Errorf("the request that was held: %v", err)
 	}
 	text, _ = scrape(m.T, "tcp", m.address, "/metrics")

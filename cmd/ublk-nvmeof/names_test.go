@@ -14,6 +14,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // A name with a comma is one name.
@@ -64,7 +65,7 @@ func TestNothingRawOnTheTerminal(t *testing.T) {
 	go func(l net.Listener) { served <- s.Serve(l) }(l)
 	defer func() {
 		s.Close()
-		<-served
+		testenv.Receive(t, served, "the end of the server")
 	}()
 	bad := record(t, dir, "nqn.bad", state.Process{})
 	if err := os.WriteFile(filepath.Join(dir, bad.Name, "state.json"), []byte(escape), 0o600); err != nil {
@@ -118,5 +119,18 @@ func TestURIOfASocketWithAnyName(t *testing.T) {
 	c.Close()
 	if out, _, code := un("disconnect", "-d", text); code != exit.OK || !strings.Contains(out, "disconnected 1 ") {
 		t.Errorf("exit code %d, %s", code, out)
+	}
+}
+
+// TestConfigurationForATerminal checks that what a configuration has and a terminal would obey is
+// escaped where it is printed.
+func TestConfigurationForATerminal(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "discovery.conf")
+	if err := os.WriteFile(file, []byte("-t rdma -a 127.0.0.1 -q nqn.host:a\u009b31mb"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := program(t, "config", "convert", file)
+	if code != exit.OK || !strings.Contains(out, `"nqn.host:a\u009b31mb"`) {
+		t.Errorf("exit code %d, %q %q", code, out, errs)
 	}
 }

@@ -3,13 +3,13 @@ package main
 import (
 	"fmt"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // Recover --all starts servers at the same time: one whose target still works for the
@@ -19,21 +19,17 @@ func TestRecoverAll(t *testing.T) {
 	t.Parallel()
 	nqns := []string{"nqn.2026-01.org.example:a", "nqn.2026-01.org.example:b"}
 	s := newSite(t, nqns...)
-	var free []func()
+	var disks []*disk
 	var dead []state.Record
 	for _, nqn := range nqns {
 		d := newDisk("nothing")
 		s.put(nqn, d)
-		once := sync.OnceFunc(func() { close(d.free) })
-		defer once()
-		free = append(free, once)
+		disks = append(disks, d)
 		r := s.connect(nqn)
 		c := s.client(r)
-		d.mu.Lock()
-		d.hold = "old"
-		d.mu.Unlock()
+		held := d.hold("old")
 		go c.do(nbdWrite, 0, block("old"), nbdPatience) // its server will not answer
-		<-d.held
+		testenv.Receive(t, held, "the write at the target")
 		s.kill(r)
 		dead = append(dead, r)
 	}
@@ -52,10 +48,10 @@ func TestRecoverAll(t *testing.T) {
 		done <- result{stdout, stderr, code}
 	}()
 	eventually(t, "both servers run", func() bool { return s.record(nqns[0]).Alive && s.record(nqns[1]).Alive })
-	for _, once := range free {
-		once()
+	for _, d := range disks {
+		d.release()
 	}
-	got := <-done
+	got := testenv.Receive(t, done, "the end of recover")
 	if got.code != exit.OK || strings.Contains(got.stderr, "level=") { // what is logged is in the server's log
 		t.Errorf("exit code %d, %s", got.code, got.stderr)
 	}

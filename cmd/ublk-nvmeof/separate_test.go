@@ -65,7 +65,7 @@ func (p *apart) lateWrite(n int, hold time.Duration) (text string, took time.Dur
 	held := time.Now()
 	p.ok("target", "reject", "--target", p.targets[0], "6")
 	p.ok("target", "drop", "--target", p.targets[0])
-	if err := <-lost; err != nil {
+	if err := testenv.Receive(p.t, lost, "the answer to the first write"); err != nil {
 		p.t.Fatal(err)
 	}
 	took = time.Since(held)
@@ -123,7 +123,7 @@ func TestLateWriteOfSeparateTarget(t *testing.T) {
 					if took < 7*time.Second {
 						t.Errorf("the write took %v", took)
 					}
-					if f := <-fences; f[0].Changes != 1 || !strings.Contains(f[0].WaitsFor, "no other path knows the controller") {
+					if f := testenv.Receive(t, fences, "a write that waits"); f[0].Changes != 1 || !strings.Contains(f[0].WaitsFor, "no other path knows the controller") {
 						t.Errorf("it waits for %+v", f)
 					}
 				}
@@ -135,12 +135,13 @@ func TestLateWriteOfSeparateTarget(t *testing.T) {
 
 // waitsFor returns what writes wait for, when some do.
 func (p *apart) waitsFor() []control.Fence {
-	for {
+	for p.t.Context().Err() == nil {
 		if f := p.status().Fences; len(f) > 0 && strings.Contains(f[0].WaitsFor, "since the loss") {
 			return f
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+	return nil
 }
 
 // TestLateWriteOfServerThatWasGivenUp kills the server while one of two targets holds a write, gives

@@ -13,6 +13,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/target"
 )
 
@@ -64,7 +65,7 @@ func startForeground(t *testing.T, s *site, env []string, args ...string) *servi
 	go func() {
 		defer close(x.log)
 		for lines := bufio.NewScanner(errs); lines.Scan(); {
-			x.log <- lines.Text()
+			x.log <- lines.Text() + "\n" // so that an empty line is not the end
 		}
 	}()
 	return x
@@ -73,12 +74,19 @@ func startForeground(t *testing.T, s *site, env []string, args ...string) *servi
 // awaitLog waits for a line of the log that contains text.
 func (x *service) awaitLog(text string) {
 	x.t.Helper()
-	for line := range x.log {
+	for line := x.line(text); line != ""; line = x.line(text) {
 		if strings.Contains(line, text) {
 			return
 		}
 	}
 	x.t.Fatalf("ended without %q in the log: %v", text, x.cmd.Wait())
+}
+
+// line returns the next line of the log, or the empty string when the service has ended. what says
+// what the test waits for.
+func (x *service) line(what string) string {
+	x.t.Helper()
+	return testenv.Receive(x.t, x.log, what)
 }
 
 // awaitNotified waits until the service manager is told a line that begins so.
@@ -120,7 +128,7 @@ func (x *service) end() {
 	if err := x.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		x.t.Fatal(err)
 	}
-	for line := range x.log { // until it has ended
+	for line := x.line("the end of the service"); line != ""; line = x.line("the end of the service") {
 		if strings.Contains(line, "another signal") {
 			x.t.Errorf("it hurries: %s", line)
 		}
@@ -228,7 +236,7 @@ func TestConnectAllService(t *testing.T) {
 	}
 	x := startService(t, s, append(how, "-J", config)...)
 	x.awaitNotified("READY=1")
-	for range x.log { // until it has ended
+	for x.line("the end of the service") != "" {
 	}
 	if err := x.cmd.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)

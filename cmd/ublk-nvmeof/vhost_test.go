@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
+	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/vhost/vhosttest"
 )
 
@@ -24,6 +25,8 @@ type guestLoad struct {
 	end   chan struct{}
 	all   sync.WaitGroup
 	done  atomic.Uint64 // completed writes
+	// buffer returns where the data of a slot is, as the guest and as the test address it.
+	buffer func(r *vhosttest.Ring, slot uint16) (address uint64, mem []byte)
 
 	mu      sync.Mutex // guards what follows
 	longest time.Duration
@@ -38,27 +41,40 @@ func newGuestLoad(t *testing.T, path string, rings int) *guestLoad {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Connect(path); err != nil {
+	l := &guestLoad{t: t, guest: g, path: path, end: make(chan struct{}), buffer: ownBuffer}
+	l.begin(g.Rings)
+	return l
+}
+
+// ownBuffer is the buffer that a slot has.
+func ownBuffer(r *vhosttest.Ring, slot uint16) (address uint64, mem []byte) {
+	_, at := r.Slot(slot)
+	return vhosttest.GuestBase + at, r.Data(slot)
+}
+
+// begin connects the guest, and begins to write with some of its rings.
+func (l *guestLoad) begin(rings []*vhosttest.Ring) {
+	t, g := l.t, l.guest
+	t.Helper()
+	if err := g.Connect(l.path); err != nil {
 		t.Fatal(err)
 	}
-	l := &guestLoad{t: t, guest: g, path: path, end: make(chan struct{})}
 	stop := make(chan struct{})
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		l.reconnect(stop)
 	}()
-	for _, r := range g.Rings {
+	for _, r := range rings {
 		l.all.Go(func() { l.write(r) })
 	}
 	t.Cleanup(func() {
 		l.stop()
 		close(stop)
 		_ = g.Conn.CloseBoth() // the load has ended, so nobody connects any more
-		<-stopped
+		testenv.Receive(t, stopped, "the end of the load")
 		_ = g.Close()
 	})
-	return l
 }
 
 // stop ends the load after its requests.
@@ -79,16 +95,20 @@ func (l *guestLoad) reconnect(stop <-chan struct{}) {
 			return
 		}
 		_ = l.guest.Conn.Close()
-		for {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 			select {
 			case <-stop:
 				return
 			default:
 			}
-			if l.guest.Connect(l.path) == nil {
+			err := l.guest.Connect(l.path)
+			if err == nil {
 				break
 			}
-			time.Sleep(5 * time.Millisecond)
+			if time.Now().After(end) {
+				l.t.Errorf("the guest cannot connect: %v", err)
+				return
+			}
 		}
 		l.mu.Lock()
 		for _, c := range l.back {
@@ -115,9 +135,10 @@ func (l *guestLoad) write(r *vhosttest.Ring) {
 			for i := range uint64(8) {
 				slot := r.Take()
 				sector := l.sector(r, uint64(first)+i)
-				binary.LittleEndian.PutUint64(r.Data(slot), sector)
-				binary.LittleEndian.PutUint64(r.Data(slot)[8:], round)
-				heads = append(heads, r.Prepare(slot, vhosttest.Out, sector, 512))
+				at, mem := l.buffer(r, slot)
+				binary.LittleEndian.PutUint64(mem, sector)
+				binary.LittleEndian.PutUint64(mem[8:], round)
+				heads = append(heads, r.PrepareAt(slot, vhosttest.Out, sector, at, 512))
 			}
 			r.Submit(heads...)
 			if !l.collect(r, len(heads)) {
@@ -158,15 +179,16 @@ func (l *guestLoad) collect(r *vhosttest.Ring, n int) bool {
 // check reads the sectors of a ring. Each has what was written to it last.
 func (l *guestLoad) check(r *vhosttest.Ring, round uint64) bool {
 	slot := r.Take()
+	at, mem := l.buffer(r, slot)
 	for i := uint64(0); i < loadSectors; i += 8 {
 		sector := l.sector(r, i)
-		r.Submit(r.Prepare(slot, vhosttest.In, sector, 4096))
+		r.Submit(r.PrepareAt(slot, vhosttest.In, sector, at, 4096))
 		if got, status, err := r.Wait(); err != nil || status != vhosttest.OK || got != slot {
 			l.t.Errorf("ring %d: slot %d, status %d: %v", r.Index, got, status, err)
 			return false
 		}
 		for j := range uint64(8) {
-			d := r.Data(slot)[512*j:]
+			d := mem[512*j:]
 			if s, n := binary.LittleEndian.Uint64(d), binary.LittleEndian.Uint64(d[8:]); s != sector+j || n != round {
 				l.t.Errorf("ring %d: sector %d has write %d of sector %d, want %d", r.Index, sector+j, n, s, round)
 				return false
@@ -275,7 +297,7 @@ func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int
 				t.Fatal(err)
 			}
 		}
-		<-connected
+		testenv.Receive(t, connected, "the next connection")
 		l.progress(500)
 		l.mu.Lock()
 		longest[verb] = max(longest[verb], l.longest)

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Need ends a test that cannot run: missing, unless nil, says what the machine
@@ -23,6 +24,19 @@ func Need(t testing.TB, capability string, missing error) {
 	default:
 		t.Skip(missing)
 	}
+}
+
+// Receive returns what comes from a channel, or the zero value when it is closed. A test waits for
+// nothing without a limit: it would hang, and nobody would know in which of its waits.
+func Receive[T any](t testing.TB, from <-chan T, what string) (v T) {
+	t.Helper()
+	const limit = 2 * time.Minute
+	select {
+	case v = <-from:
+	case <-time.After(limit):
+		t.Fatalf("in vain waited %v for %s", limit, what)
+	}
+	return v
 }
 
 // Rounds returns how often a test repeats what it does: few times, or as often as the

@@ -157,14 +157,16 @@ func testLeaks(t *testing.T, s Setup) {
 	for range 5 {
 		cycle()
 	}
-	// Goroutines that the test started may need a moment to go.
-	for deadline := time.Now().Add(patience); runtime.NumGoroutine() > routines && time.Now().Before(deadline); {
+	// What was closed may need a moment to go.
+	now, n := testenv.OpenFiles(t), runtime.NumGoroutine()
+	for deadline := time.Now().Add(patience); (n > routines || len(now) > len(fds)) && time.Now().Before(deadline); {
 		runtime.Gosched()
+		now, n = testenv.OpenFiles(t), runtime.NumGoroutine()
 	}
-	if n := runtime.NumGoroutine(); n > routines {
+	if n > routines {
 		t.Errorf("%d goroutines, were %d", n, routines)
 	}
-	if now := testenv.OpenFiles(t); len(now) > len(fds) {
+	if len(now) > len(fds) {
 		t.Errorf("%d open descriptors, were %d: %s", len(now), len(fds), strings.Join(slices.Sorted(maps.Values(now)), " "))
 	}
 }

@@ -191,18 +191,30 @@ func (c *Conn) AskU64(request uint32) (uint64, error) {
 // AwaitEnd waits until the back end hangs up.
 func (c *Conn) AwaitEnd() error { return c.AwaitEndFor(patience) }
 
-// AwaitEndFor is AwaitEnd with another limit.
+// AwaitEndFor is AwaitEnd with another limit. It reads nothing, so another goroutine may wait for
+// a reply.
 func (c *Conn) AwaitEndFor(limit time.Duration) error {
-	if err := c.c.SetDeadline(time.Now().Add(limit)); err != nil {
+	raw, err := c.c.SyscallConn()
+	if err != nil {
 		return err
 	}
-	for {
-		_, err := c.c.Read(make([]byte, 1<<10))
+	fd := -1
+	lost := raw.Control(func(of uintptr) { fd, err = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(lost, err); err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+	for end := time.Now().Add(limit); ; {
+		n, err := unix.Poll(p, int(time.Until(end).Milliseconds()))
 		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
-			return nil
+		case errors.Is(err, unix.EINTR):
 		case err != nil:
 			return err
+		case n == 0:
+			return fmt.Errorf("the back end has not hung up within %v", limit)
+		default:
+			return nil
 		}
 	}
 }

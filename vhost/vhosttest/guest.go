@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -44,7 +45,8 @@ const (
 )
 
 // Guest is a virtual machine: memory with rings, and buffers for requests. One goroutine
-// uses it at a time, or one for each ring.
+// uses it at a time, or one for each ring. Plug and Unplug may be called by yet another one,
+// also while the guest connects again.
 type Guest struct {
 	cfg      Config
 	Mem      []byte
@@ -55,6 +57,9 @@ type Guest struct {
 	Features uint64
 	track    int // file of the record of requests in flight, or -1
 	trackOf  []byte
+
+	setup   sync.Mutex // guards what follows, and the connection while messages are sent
+	modules []*Module  // plugged in
 }
 
 // Ring is a split ring with its requests. Request i has slot i, with its own buffers.
@@ -182,6 +187,8 @@ func (g *Guest) Connect(path string) error {
 
 // Attach is Connect over a connection.
 func (g *Guest) Attach(c *Conn) error {
+	g.setup.Lock()
+	defer g.setup.Unlock()
 	g.Conn = c
 	var err error
 	if g.Offered, err = c.AskU64(GetFeatures); err != nil {
@@ -264,10 +271,18 @@ func (g *Guest) Halves() (first, second []byte) {
 // SendMemory passes the guest's memory to the back end.
 func (g *Guest) SendMemory() error {
 	first, second := g.Halves()
-	if !g.cfg.Slots {
-		return g.Conn.Send(SetMemTable, Table(first, second), g.FD, g.FD)
+	areas, files := [][]byte{first, second}, []int{g.FD, g.FD}
+	for _, m := range g.modules {
+		areas, files = append(areas, m.area()), append(files, m.fd)
 	}
-	return errors.Join(g.Conn.Send(AddMemReg, Single(first), g.FD), g.Conn.Send(AddMemReg, Single(second), g.FD))
+	if !g.cfg.Slots {
+		return g.Conn.Send(SetMemTable, Table(areas...), files...)
+	}
+	var errs []error
+	for i, a := range areas {
+		errs = append(errs, g.Conn.Send(AddMemReg, Single(a), files[i]))
+	}
+	return errors.Join(errs...)
 }
 
 // setInflight asks for a record of requests in flight, or gives back the one that it has.
@@ -440,8 +455,14 @@ const (
 // Prepare writes the descriptors of a request with n bytes of data. Data of a read goes to
 // Data(slot), other data comes from there.
 func (r *Ring) Prepare(slot uint16, kind uint32, sector uint64, n uint32) (head uint16) {
+	_, data := r.Slot(slot)
+	return r.PrepareAt(slot, kind, sector, GuestBase+data, n)
+}
+
+// PrepareAt is Prepare with data at another guest address.
+func (r *Ring) PrepareAt(slot uint16, kind uint32, sector, data uint64, n uint32) (head uint16) {
 	g, le := r.guest, binary.LittleEndian
-	header, data := r.Slot(slot)
+	header, _ := r.Slot(slot)
 	le.PutUint32(g.Mem[header:], kind)
 	le.PutUint32(g.Mem[header+4:], 0)
 	le.PutUint64(g.Mem[header+8:], sector)
@@ -452,10 +473,10 @@ func (r *Ring) Prepare(slot uint16, kind uint32, sector uint64, n uint32) (head 
 		table, first = header+slotTable, 0
 	}
 	put := func(i uint16, addr uint64, length uint32, flags, nx uint16) {
-		g.PutDesc(table+16*uint64(i), GuestBase+addr, length, flags, nx)
+		g.PutDesc(table+16*uint64(i), addr, length, flags, nx)
 	}
 	i := first
-	put(i, header, 16, next, i+1)
+	put(i, GuestBase+header, 16, next, i+1)
 	i++
 	if n > 0 {
 		flags := uint16(next)
@@ -465,7 +486,7 @@ func (r *Ring) Prepare(slot uint16, kind uint32, sector uint64, n uint32) (head 
 		put(i, data, n, flags, i+1)
 		i++
 	}
-	put(i, header+slotStatus, 1, write, 0)
+	put(i, GuestBase+header+slotStatus, 1, write, 0)
 	if g.Features&FeatIndirect != 0 {
 		r.SetDesc(head, GuestBase+table, 16*uint32(i-first+1), indirect, 0)
 	}

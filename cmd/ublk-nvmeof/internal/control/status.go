@@ -240,8 +240,19 @@ type Device struct {
 	Counters    IO      `json:"counters"`
 	// Present says whether the target has the namespace, so that requests are sent.
 	Present bool `json:"present"`
+	// Wait says why requests are not sent at present; nil: they are sent.
+	Wait *Wait `json:"wait,omitempty"`
 	// Durations has how long requests took, by operation.
 	Durations map[string]Durations `json:"durations,omitempty"`
+}
+
+// Wait says why the requests of a device are not sent.
+type Wait struct {
+	Since  string `json:"since"` // RFC 3339
+	Reason string `json:"reason"`
+	// FailIn is the number of seconds until the requests fail: 0 if they fail already, null if they
+	// wait until the server gives the subsystem up.
+	FailIn *int64 `json:"fail_in"`
 }
 
 // Path is the block device's node, or the path of its socket, or its URI.

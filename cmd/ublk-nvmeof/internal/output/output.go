@@ -46,12 +46,13 @@ func writeJSON(w io.Writer, v any) error {
 	if err := e.Encode(v); err != nil {
 		return err
 	}
-	_, err := io.WriteString(w, escapeJSON(text.String()))
+	_, err := io.WriteString(w, EscapeJSON(text.String()))
 	return err
 }
 
-// escapeJSON escapes what encoding/json leaves as it is and cannot be printed.
-func escapeJSON(text string) string {
+// EscapeJSON escapes what encoding/json leaves as it is and cannot be printed, like the
+// control characters U+0080 to U+009F, which some terminals obey.
+func EscapeJSON(text string) string {
 	var b strings.Builder
 	for _, r := range text {
 		if r < 0x7f || unicode.IsPrint(r) {
@@ -358,6 +359,9 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			if d.Queues > 0 {
 				row("", "%s", countersText(d.Counters))
 			}
+			if d.Wait != nil {
+				row("", "%s", waitText(*d.Wait))
+			}
 		}
 		for j, l := range s.Lanes {
 			row(fmt.Sprintf("loop %d", j), "%d submitted, %d completed, %d handed over, %d retried; %d passes, %d enters, %d waits, %d blocking, %d spins",
@@ -368,6 +372,19 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 		}
 	}
 	return nil
+}
+
+// waitText says why requests are not sent.
+func waitText(w control.Wait) string {
+	what := "requests wait until the server gives up"
+	switch {
+	case w.FailIn == nil:
+	case *w.FailIn == 0:
+		what = "requests fail"
+	default:
+		what = "requests wait, and fail in " + count(int(*w.FailIn), "second")
+	}
+	return fmt.Sprintf("%s: %s since %s", what, w.Reason, w.Since)
 }
 
 // stateText writes the state with its history.

@@ -122,7 +122,7 @@ func TestGolden(t *testing.T) {
 	other.Outages.Losses = map[string]int{"keep_alive": 1}
 	other.DurationBounds, other.Stages = []float64{0.5}, map[string]map[string]control.Durations{"wire": durations}
 	other.Failure, other.Packets = "rejected", &control.Packets{DroppedBy: map[string]uint64{"icrc": 2}}
-	other.Devices = []control.Device{{Device: "ublkb4", NSID: 1, Present: true, Durations: durations}}
+	other.Devices = []control.Device{{Device: "ublkb4", NSID: 1, Present: true, Durations: durations, Wait: &control.Wait{Since: "2026-01-02T03:04:05Z", Reason: "no path gives access", FailIn: new(int64(3))}}}
 	other.Name, other.TrAddr, other.NQN, other.HostNQN, other.HostID = "ctrl4", "10.0.3.15", live.NQN, live.HostNQN, live.HostID
 	all := []control.Status{live, plain, lost, connecting, other}
 	results := []SubsystemResult{

@@ -54,6 +54,7 @@ type namespace struct {
 type timed interface {
 	Durations() initiator.OpHistograms
 	Present() bool
+	Wait() (initiator.Wait, bool)
 }
 
 // queueInfo describes the queues of a device.

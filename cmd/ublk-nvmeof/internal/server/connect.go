@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -262,7 +263,7 @@ func (s *server) takenOver(devices []state.Device) error {
 func (s *server) choose(found []namespace) ([]namespace, error) {
 	if len(s.opts.NSIDs) == 0 {
 		if len(found) == 0 {
-			return nil, exit.Errorf(exit.NotFound, "subsystem %s has no usable namespace", s.opts.NQN)
+			return nil, exit.Errorf(exit.NotFound, "subsystem %s has %s", s.opts.NQN, s.nsids(found))
 		}
 		return found, nil
 	}
@@ -270,16 +271,22 @@ func (s *server) choose(found []namespace) ([]namespace, error) {
 	for _, id := range s.opts.NSIDs {
 		i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == id })
 		if i < 0 {
-			return nil, exit.Errorf(exit.NotFound, "--namespace \"%d\": subsystem %s has %s", id, s.opts.NQN, nsids(found))
+			return nil, exit.Errorf(exit.NotFound, "--namespace \"%d\": subsystem %s has %s", id, s.opts.NQN, s.nsids(found))
 		}
 		chosen = append(chosen, found[i])
 	}
 	return chosen, nil
 }
 
-func nsids(found []namespace) string {
+// nsids lists the usable namespaces, or says why there are none.
+func (s *server) nsids(found []namespace) string {
 	if len(found) == 0 {
-		return "no usable namespace"
+		text := "no usable namespace"
+		left := s.sub.Info().LeftOut
+		for _, id := range slices.Sorted(maps.Keys(left)) {
+			text += fmt.Sprintf("; namespace %d: %s", id, left[id])
+		}
+		return text
 	}
 	var ids []string
 	for _, n := range found {

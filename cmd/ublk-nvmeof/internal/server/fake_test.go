@@ -36,6 +36,7 @@ type world struct {
 
 	missing      []string              // modules
 	kernel       []host.NVMeController // of the kernel's initiator
+	leftOut      map[uint32]string     // why namespaces cannot be used
 	memory       int64                 // bytes of I/O buffers at most; 0: enough
 	loadErr      error
 	ublkErr      error
@@ -246,6 +247,8 @@ func (d disk) Durations() (all initiator.OpHistograms) {
 // Present implements timed.
 func (d disk) Present() bool { return true }
 
+func (d disk) Wait() (initiator.Wait, bool) { return initiator.Wait{}, false }
+
 func (d disk) Geometry() block.Geometry {
 	size := max(512, d.block)
 	return block.Geometry{Sectors: 2048 * uint64(d.nsid), LogicalBlock: size, PhysicalBlock: size, MaxIO: 1 << 20, VolatileCache: !d.dry}
@@ -278,7 +281,7 @@ func (c *fakeSubsystem) Info() initiator.Info {
 	p := initiator.PathInfo{State: initiator.StateLive, Device: "rxe0", Provider: "verbs", Configured: c.world.connected.Address, Access: map[uint32]nvme.ANAState{1: nvme.ANAOptimized, 7: 0}}
 	i := initiator.Info{State: initiator.StateLive, Lanes: []initiator.LaneStats{{Submitted: 3, Completed: 2, Held: 1}}}
 	i.Outages = initiator.Outages{Time: 1500 * time.Millisecond, Losses: map[initiator.LossReason]int{initiator.LossKeepAlive: 2}, Attempts: 3, Made: 2}
-	i.Oldest = 4 * time.Second
+	i.Oldest, i.LeftOut = 4*time.Second, c.world.leftOut
 	i.Stages[initiator.StageWire][block.OpWriteZeroes] = initiator.Histogram{Buckets: someBuckets, Sum: time.Second}
 	i.Memory = initiator.MemoryInfo{Limit: cmp.Or(c.world.memory, 1<<30)}
 	if c.reason != nil {

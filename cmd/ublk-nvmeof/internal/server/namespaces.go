@@ -139,10 +139,10 @@ func (s *server) attempt(ctx context.Context, p *pending) bool {
 		p.due = time.Now().Add(retirePause)
 		return false
 	case errors.Is(err, errors.ErrUnsupported):
-		s.log.Error("device cannot follow a change of its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
+		s.events.Error("device cannot follow a change of its namespace", "nsid", p.nsid, "change", p.what.String(), "error", err)
 		return true
 	default:
-		s.log.Error("device cannot follow a change of its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
+		s.events.Error("device cannot follow a change of its namespace yet", "nsid", p.nsid, "change", p.what.String(), "again_in", p.pause, "error", err)
 		p.due = time.Now().Add(p.pause)
 		p.pause = min(2*p.pause, retryPauseMax)
 		return false
@@ -187,7 +187,7 @@ func (s *server) resize(ctx context.Context, v *serving) error {
 		return err
 	}
 	record := v.dev.Record()
-	s.log.Info("device resized", "device", record.Path(), "bytes", sectors<<block.SectorShift)
+	s.events.Info("device resized", "device", record.Path(), "bytes", sectors<<block.SectorShift)
 	return s.record.update(func(r *state.State) {
 		r.Devices = slices.Clone(r.Devices)
 		for i := range r.Devices {
@@ -219,7 +219,7 @@ func (s *server) retire(ctx context.Context) bool {
 		if err := s.retireDevice(ctx, v); err != nil {
 			done = false
 			if !isBusy(err) {
-				s.log.Error("cannot end a device without a namespace", "device", v.dev.Record().Path(), "error", err)
+				s.events.Error("cannot end a device without a namespace", "device", v.dev.Record().Path(), "error", err)
 			}
 		}
 	}
@@ -234,7 +234,7 @@ func (s *server) retireDevice(ctx context.Context, v *serving) error {
 	if err := v.dev.Stop(ctx, false); err != nil {
 		return err
 	}
-	s.log.Info("device without a namespace has ended", "device", record.Path(), "nsid", v.nsid)
+	s.events.Info("device without a namespace has ended", "device", record.Path(), "nsid", v.nsid)
 	s.mu.Lock()
 	s.serving = slices.DeleteFunc(s.serving, func(w *serving) bool { return w == v })
 	s.mu.Unlock()

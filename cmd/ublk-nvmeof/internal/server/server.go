@@ -20,6 +20,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma/provider"
 )
@@ -90,6 +91,7 @@ type server struct {
 	cfg      Config
 	opts     *options.Connect
 	log      *slog.Logger
+	events   *slog.Logger // of what a target causes at any rate; it has a limit
 	back     backend
 	remote   netip.AddrPort
 	record   *record
@@ -150,7 +152,7 @@ var ErrAbandoned = exit.Errorf(exit.Other, "interrupted")
 
 func run(ctx context.Context, cfg Config, back backend) error {
 	s := &server{
-		cfg: cfg, opts: cfg.Options, log: cfg.Log, back: back,
+		cfg: cfg, opts: cfg.Options, log: cfg.Log, events: loglimit.New(cfg.Log), back: back,
 		changes: make(chan struct{}, 1), ended: make(chan struct{}), linked: make(chan struct{}),
 		news: make(chan struct{}, 1), noDevice: make(chan struct{}),
 	}

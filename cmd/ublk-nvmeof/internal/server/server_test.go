@@ -270,6 +270,9 @@ func TestStartFails(t *testing.T) {
 		{"timeout", func(w *world, o *options.Connect) { w.connecting, o.Timeout = make(chan struct{}), 50*time.Millisecond }, exit.Timeout,
 			"no answer from 127.0.0.1:4420 in time", []string{"loop", "connect"}},
 		{"no namespace", func(w *world, _ *options.Connect) { w.nsids = nil }, exit.NotFound, "has no usable namespace", []string{"loop", "connect", "close controller"}},
+		{"no usable namespace", func(w *world, _ *options.Connect) {
+			w.nsids, w.leftOut = nil, map[uint32]string{7: "block size 1", 2: "it is empty"}
+		}, exit.NotFound, "subsystem nqn.lab has no usable namespace; namespace 2: it is empty; namespace 7: block size 1", []string{"loop", "connect", "close controller"}},
 		{"not this namespace", func(w *world, o *options.Connect) { w.nsids, o.NSIDs = []uint32{1, 2}, []uint32{2, 3} }, exit.NotFound,
 			`--namespace "3": subsystem nqn.lab has only 1, 2`, []string{"loop", "connect", "close controller"}},
 		{"device taken", func(w *world, o *options.Connect) { o.Device, w.startErr[1] = 4, ublk.ErrIDTaken }, exit.DeviceTaken,

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -195,8 +196,22 @@ func describeDevice(v *serving) control.Device {
 	if v.timed != nil {
 		d := v.timed.Durations()
 		out.Present, out.Durations = v.timed.Present(), describeDurations(&d)
+		out.Wait = describeWait(v.timed.Wait())
 	}
 	return out
+}
+
+// describeWait says why requests are not sent, if they are not.
+func describeWait(w initiator.Wait, waits bool) *control.Wait {
+	if !waits {
+		return nil
+	}
+	out := control.Wait{Since: w.Since.UTC().Format(timeFormat), Reason: w.Reason}
+	if w.Left != initiator.Forever {
+		left := int64(math.Ceil(w.Left.Seconds()))
+		out.FailIn = &left
+	}
+	return &out
 }
 
 // countersOf writes the counters of a device down.

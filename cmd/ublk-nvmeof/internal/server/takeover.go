@@ -309,7 +309,7 @@ func (s *server) leaveWaiting(ctx context.Context) error {
 func (s *server) heirOf(d state.Device, found []namespace) (namespace, error) {
 	i := slices.IndexFunc(found, func(n namespace) bool { return n.nsid == d.NSID })
 	if i < 0 {
-		return namespace{}, exit.Errorf(exit.NotFound, "%s: subsystem %s has %s, not namespace %d", d.Path(), s.opts.NQN, nsids(found), d.NSID)
+		return namespace{}, exit.Errorf(exit.NotFound, "%s: subsystem %s has %s, not namespace %d", d.Path(), s.opts.NQN, s.nsids(found), d.NSID)
 	}
 	ns := found[i]
 	if err := sameNamespace(d, ns); err != nil {
