@@ -83,16 +83,19 @@ func profileMain(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	text, err := profileMarkdown(o.environment(modeICount), dir, profiles, s, *top)
+	loads, err := countLoads(dir, o.plan.Workloads, profiles, s)
 	if err != nil {
 		return err
 	}
+	text := profileMarkdown(o.environment(modeICount), loads, *top)
 	fmt.Print(text)
 	name := time.Now().UTC().Format("2006-01-02") + "-" + o.kernel + "-profile"
 	if o.label != "" {
 		name += "-" + o.label
 	}
-	return os.WriteFile(filepath.Join("bench", "results", name+".md"), []byte(text), 0o644)
+	return errors.Join(
+		os.WriteFile(filepath.Join("bench", "results", name+".md"), []byte(text), 0o644),
+		os.WriteFile(filepath.Join("docs", "instructions.svg"), []byte(stagesSVG(bars(loads))), 0o644))
 }
 
 // profile boots a VM whose QEMU has the plugin.
@@ -151,6 +154,9 @@ func profileGuest(ctx context.Context, args []string) error {
 		return fmt.Errorf("parse plan: %w", err)
 	}
 	dir := args[1]
+	g.clock.use = true
+	g.clock.hold()
+	defer g.clock.release()
 	if err := g.prepare(ctx); err != nil {
 		return err
 	}
@@ -307,6 +313,9 @@ var stages = []struct {
 	{"scheduler and timers", regexp.MustCompile(`sched|update_(load|curr|se|cfs)|queue_(task|entity|delayed)|dequeue|pick_|next_task|prev_task|vruntime|cfs|psi_|switch|wake|ttwu|_rq|cpuidle|idle|hrtimer|timerqueue|clockevents|tick_|ktime|pelt|nohz|native_sched|place_entity|resched|prandom`)},
 }
 
+// otherStage is the stage of all other functions.
+const otherStage = "the rest of the kernel"
+
 // stageOf names the stage of a function.
 func stageOf(function string) string {
 	for _, s := range stages {
@@ -314,7 +323,7 @@ func stageOf(function string) string {
 			return s.name
 		}
 	}
-	return "the rest of the kernel"
+	return otherStage
 }
 
 // readCounts reads what the plugin has written, summed by function.
@@ -354,32 +363,56 @@ func (p profile) perFunction(dir string, s *symbols) (map[string]float64, error)
 	return each, nil
 }
 
-func profileMarkdown(e environment, dir string, profiles []profile, s *symbols, top int) (string, error) {
-	var b strings.Builder
-	fmt.Fprintf(&b, "# Instructions for an I/O, kernel %s\n\n%s, commit %s, %s, %s. Flags: `%s`.\n", e.Series,
-		e.Date.Format("2006-01-02 15:04 MST"), e.Commit, e.Go, e.QEMU, e.Command)
-	b.WriteString("Of all CPUs, host and target, counted by block of code, nothing sampled. One instruction is two nanoseconds of the mode icount.\n\n")
-	for _, w := range e.Plan.Workloads {
-		var names []string
-		var functions []map[string]float64
+// counted is the instructions for an I/O of one workload, by path and function.
+type counted struct {
+	workload  string
+	paths     []string
+	functions []map[string]float64
+}
+
+// countLoads reads the counts of all workloads that were measured.
+func countLoads(dir string, workloads []string, profiles []profile, s *symbols) ([]counted, error) {
+	var all []counted
+	for _, w := range workloads {
+		c := counted{workload: w}
 		for _, p := range profiles {
 			if p.Workload != w {
 				continue
 			}
 			each, err := p.perFunction(dir, s)
 			if err != nil {
-				return "", err
+				return nil, err
 			}
-			names, functions = append(names, p.Path), append(functions, each)
+			c.paths, c.functions = append(c.paths, p.Path), append(c.functions, each)
 		}
-		if len(names) == 0 {
-			continue
+		if len(c.paths) > 0 {
+			all = append(all, c)
 		}
-		fmt.Fprintf(&b, "## %s\n\n", w)
-		instructionTable(&b, "stage", names, byStage(functions), len(stages)+1, true)
-		instructionTable(&b, "function", names, functions, top, false)
 	}
-	return b.String(), nil
+	return all, nil
+}
+
+func bars(loads []counted) []bar {
+	var all []bar
+	for _, c := range loads {
+		for i, sums := range byStage(c.functions) {
+			all = append(all, bar{c.workload, c.paths[i], sums})
+		}
+	}
+	return all
+}
+
+func profileMarkdown(e environment, loads []counted, top int) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "# Instructions for an I/O, kernel %s\n\n%s, commit %s, %s, %s. Flags: `%s`.\n", e.Series,
+		e.Date.Format("2006-01-02 15:04 MST"), e.Commit, e.Go, e.QEMU, e.Command)
+	b.WriteString("Of all CPUs, host and target, counted by block of code, nothing sampled. One instruction is two nanoseconds of the mode icount.\n\n")
+	for _, c := range loads {
+		fmt.Fprintf(&b, "## %s\n\n", c.workload)
+		instructionTable(&b, "stage", c.paths, byStage(c.functions), len(stages)+1, true)
+		instructionTable(&b, "function", c.paths, c.functions, top, false)
+	}
+	return b.String()
 }
 
 func byStage(functions []map[string]float64) []map[string]float64 {

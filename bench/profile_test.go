@@ -43,11 +43,11 @@ func TestProfileMarkdown(t *testing.T) {
 		addresses: []uint64{0x400ff0, programCode, 0xffffffff81000000},
 		names:     []string{"go:main.work", "libraries and fio", "__schedule"},
 	}
-	e := environment{Series: "7.3", Date: time.Unix(0, 0).UTC(), Plan: plan{Workloads: []string{"w"}}}
-	text, err := profileMarkdown(e, dir, []profile{{Workload: "w", Path: "ours", From: "w.ours.1", To: "w.ours.2", IOs: 10}}, s, 2)
+	loads, err := countLoads(dir, []string{"v", "w"}, []profile{{Workload: "w", Path: "ours", From: "w.ours.1", To: "w.ours.2", IOs: 10}}, s)
 	if err != nil {
 		t.Fatal(err)
 	}
+	text := profileMarkdown(environment{Series: "7.3", Date: time.Unix(0, 0).UTC()}, loads, 2)
 	for _, want := range []string{"| scheduler and timers | 100 |", "| ours: Go | 40 |", "| libraries and fio | 70 |", "| sum | 210 |", "| __schedule | 100 |"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing in\n%s", want, text)
@@ -56,4 +56,5 @@ func TestProfileMarkdown(t *testing.T) {
 	if strings.Contains(text, "go:main.work") {
 		t.Errorf("a third function in\n%s", text)
 	}
+	wellFormed(t, stagesSVG(bars(loads)))
 }

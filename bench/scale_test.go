@@ -31,16 +31,21 @@ func TestScaleReport(t *testing.T) {
 		t.Errorf("%q is missing in\n%s", want, text)
 	}
 	picture := scaleSVG(points)
-	for d := xml.NewDecoder(strings.NewReader(picture)); ; {
-		if _, err := d.Token(); errors.Is(err, io.EOF) {
-			break
-		} else if err != nil {
-			t.Fatalf("%v in\n%s", err, picture)
-		}
-	}
+	wellFormed(t, picture)
 	// The line of one queue goes from 1 device at the left to 64 at the right.
 	if want := `points="62.0,52.8 320.0,90.2"`; !strings.Contains(picture, want) {
 		t.Errorf("%q is missing in\n%s", want, picture)
+	}
+}
+
+func wellFormed(t *testing.T, picture string) {
+	t.Helper()
+	for d := xml.NewDecoder(strings.NewReader(picture)); ; {
+		if _, err := d.Token(); errors.Is(err, io.EOF) {
+			return
+		} else if err != nil {
+			t.Fatalf("%v in\n%s", err, picture)
+		}
 	}
 }
 

@@ -98,3 +98,69 @@ func plural(n int, word string) string {
 	}
 	return word + "s"
 }
+
+// Sizes of the picture of stages
+const (
+	barLeft, barTop     = 190, 16
+	barWidth, barHeight = 440, 16
+	legendWidth         = 250
+)
+
+var stageColors = []string{
+	"#c2571a", "#1b6ca8", "#7fb2d6", "#8a8f98", "#b9bec6", "#e0a458", "#e0c458", "#5c6570", "#3a7d44", "#cfd3d8", "#7a4988", "#eceef0",
+}
+
+// bar is the instructions of a workload over a path, by stage.
+type bar struct {
+	workload, path string
+	stages         map[string]float64
+}
+
+// stagesSVG draws a bar for each workload and path, cut into stages. The bars of a workload are
+// relative to the first of them.
+func stagesSVG(bars []bar) string {
+	var names []string
+	for _, s := range stages {
+		names = append(names, s.name)
+	}
+	names = append(names, otherStage)
+	longest, whole := 1.0, make(map[string]float64)
+	for _, b := range bars {
+		if whole[b.workload] == 0 {
+			whole[b.workload] = b.sum()
+		}
+		longest = max(longest, b.sum()/whole[b.workload])
+	}
+	unit := barWidth / longest
+	legend := barTop + len(bars)*(barHeight+8) + 12
+	var out strings.Builder
+	fmt.Fprintf(&out, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="11">`+"\n",
+		barLeft+barWidth+60, legend+(len(names)+2)/3*18+8)
+	out.WriteString(`<rect width="100%" height="100%" fill="white"/>` + "\n")
+	for i, b := range bars {
+		y := barTop + i*(barHeight+8)
+		fmt.Fprintf(&out, `<text x="%d" y="%d" text-anchor="end">%s, %s</text>`+"\n", barLeft-8, y+12, b.workload, b.path)
+		x := float64(barLeft)
+		for j, name := range names {
+			width := unit * b.stages[name] / whole[b.workload]
+			fmt.Fprintf(&out, `<rect x="%.1f" y="%d" width="%.1f" height="%d" fill="%s"/>`+"\n", x, y, width, barHeight, stageColors[j%len(stageColors)])
+			x += width
+		}
+		fmt.Fprintf(&out, `<text x="%.1f" y="%d">%.2f</text>`+"\n", x+6, y+12, b.sum()/whole[b.workload])
+	}
+	for j, name := range names {
+		x, y := 8+j%3*legendWidth, legend+j/3*18
+		fmt.Fprintf(&out, `<rect x="%d" y="%d" width="11" height="11" fill="%s"/><text x="%d" y="%d">%s</text>`+"\n",
+			x, y, stageColors[j%len(stageColors)], x+16, y+10, name)
+	}
+	out.WriteString("</svg>\n")
+	return out.String()
+}
+
+func (b bar) sum() float64 {
+	sum := 0.0
+	for _, n := range b.stages {
+		sum += n
+	}
+	return sum
+}
