@@ -235,11 +235,15 @@ func readSymbols(kallsyms, program string) (*symbols, error) {
 		name    string
 	}
 	var all []symbol
-	f, err := elf.Open(program)
+	file, err := os.Open(program)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	defer file.Close()
+	f, err := elf.NewFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", program, err)
+	}
 	table, err := f.Symbols()
 	if err != nil {
 		return nil, fmt.Errorf("symbols of %s: %w", program, err)
