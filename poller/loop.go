@@ -45,10 +45,6 @@ const (
 	// turn.
 	dispatchBudget = 256
 
-	// alone is what a pass finds that has one request only: a completion, the request, and
-	// its command, or an event, the response, and the result.
-	alone = 3
-
 	// boundedWait is the time of a wait that keeps the scheduler's P. It is longer
 	// than the gaps in traffic, and so short that the scheduler does not miss the P.
 	boundedWait = 2 * time.Millisecond
@@ -151,7 +147,7 @@ func (l *Loop) main(up chan<- error) {
 	}
 	up <- nil
 	for l.failure == nil && !l.drained() {
-		if n := l.pass(); n == 0 || n <= alone && !l.stopping && !l.ring.CQReady() {
+		if l.pass() == 0 {
 			l.idle()
 		}
 	}
