@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -15,6 +17,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
 )
 
@@ -174,18 +177,60 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	}
 	shown := limit.Round(time.Second)
 	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(earlier), "at_most", shown)
-	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
+	over := s.announceWait(limit, "the target has ended the controllers of the earlier server, made at %s", s.whereMade(earlier))
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
+	leaving, enough := context.WithCancel(limited)
+	left := s.leaveForDead(leaving)
+	defer left.Wait()
+	defer enough()
 	var ids []initiator.ControllerID
 	for _, c := range earlier {
 		ids = append(ids, initiator.ControllerID(c))
 	}
 	if err := s.sub.Outlive(limited, keepAlive, ids...); err != nil {
-		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
+		return true, fmt.Errorf("the target still has a controller of an earlier server, made at %s, or does not say (waited up to %v); try again later: %w", s.whereMade(earlier), shown, err)
 	}
 	return true, s.record.outlived(ctx)
+}
+
+// leaveForDead ends the connections of a dead server to the target, which otherwise notices its death
+// only when the keep alive timer expires. The target is asked all the same whether it has ended the
+// controllers. leaveForDead does not wait.
+func (s *server) leaveForDead(ctx context.Context) *sync.WaitGroup {
+	var all sync.WaitGroup
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.providers {
+		leaver, ok := p.rdma.(rdma.Leaver)
+		if !ok {
+			continue
+		}
+		for _, trace := range s.record.leftBehind() {
+			all.Go(func() {
+				if err := leaver.Leave(ctx, trace); err != nil {
+					s.log.Debug("connection of a dead server was not ended", "error", err)
+				}
+			})
+		}
+	}
+	return &all
+}
+
+// whereMade lists the addresses at which controllers were made.
+func (s *server) whereMade(all []state.Controller) string {
+	var words []string
+	for _, c := range all {
+		at := c.Address
+		if !at.IsValid() {
+			at = s.remote // an older build did not record it
+		}
+		if !slices.Contains(words, at.String()) {
+			words = append(words, at.String())
+		}
+	}
+	return strings.Join(words, " and ")
 }
 
 // namespaceWait is the longest wait for the missing namespace of a device. A target
