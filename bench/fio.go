@@ -65,8 +65,8 @@ func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseco
 
 // fioResult is what is used of fio's report of one job group.
 type fioResult struct {
-	iops     float64
-	p50, p99 float64 // nanoseconds, completion latency
+	iops           float64
+	p50, p99, p999 float64 // nanoseconds, completion latency
 }
 
 // parseFio reads fio's JSON, which may follow lines of warnings.
@@ -109,6 +109,6 @@ func parseFio(out []byte) (fioResult, error) {
 	}
 	return fioResult{
 		iops: d.IOPS, p50: d.Clat.Percentile["50.000000"],
-		p99: d.Clat.Percentile["99.000000"],
+		p99: d.Clat.Percentile["99.000000"], p999: d.Clat.Percentile["99.900000"],
 	}, nil
 }

@@ -227,6 +227,7 @@ type snapshot struct {
 	bytes   uint64         // of the disk under load, since it is there
 	servers []taskUse      // by disk
 	calls   map[int]uint64 // system calls; only when they are counted
+	mark    string         // the instructions so far; only when they are counted
 }
 
 // measure runs a workload on one of the disks.
@@ -253,7 +254,7 @@ func (g *guest) measure(ctx context.Context, w workload, disks []connected, load
 	}
 	from, to, elapsed := r.from, r.to, r.to.cpu.at.Sub(r.from.cpu.at)
 	s := sample{
-		Workload: w.name, Path: disks[loaded].name, P50: r.fio.p50, P99: r.fio.p99,
+		Workload: w.name, Path: disks[loaded].name, P50: r.fio.p50, P99: r.fio.p99, P999: r.fio.p999,
 		IOs: r.ios, IOPS: float64(r.ios) / elapsed.Seconds(), FioIOPS: r.fio.iops,
 		CPUPerIO:      perIO(float64(busy(from.cpu, to.cpu, g.plan.CPUs)), r.ios),
 		SwitchesPerIO: perIO(float64(to.cpu.switches-from.cpu.switches), r.ios),

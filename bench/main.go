@@ -6,7 +6,8 @@
 //	null    the ublk front end with a back end that does nothing, as the upper limit
 //
 // and, with -paths, on ours-poll, which has poll queues besides, on scraped, whose metrics are
-// read each second, on two-paths, which is connected to two ports of the target, with as many
+// read each second, on busy, beside which each second devices are listed, and another one is
+// connected and disconnected, on two-paths, which is connected to two ports of the target, with as many
 // queue pairs over both of them together as ours has, and on two-paths-wide, with as many over
 // each of them.
 //
@@ -46,8 +47,18 @@
 // With the argument "nbd" the program measures NBD sockets instead, directly on this
 // machine: see nbdMain.
 //
+// # Scale
+//
+// With the argument "scale" it measures one server with 1 to 64 devices and 1 to 4 queues, in one
+// VM of mode icount, and draws docs/scale.svg.
+//
+// # Profile
+//
+// With the argument "profile" it counts the instructions for an I/O by function, in the kernel and
+// in the program, with a plugin of QEMU (plugin/instructions.c), which needs a C compiler.
+//
 // The program also is the guest: the host part starts the same program in the VM with
-// the arguments "guest" and "null".
+// the arguments "guest", "scale-guest", "profile-guest" and "null".
 package main
 
 import (
@@ -85,6 +96,14 @@ func run(ctx context.Context, args []string) error {
 			return nullMain(ctx, args[1:])
 		case "nbd":
 			return nbdMain(ctx, args[1:])
+		case "profile":
+			return profileMain(ctx, args[1:])
+		case "profile-guest":
+			return profileGuest(ctx, args[1:])
+		case "scale":
+			return scaleMain(ctx, args[1:])
+		case "scale-guest":
+			return scaleGuest(ctx, args[1:])
 		case "compare":
 			return compareMain(ctx, args[1:])
 		}

@@ -67,7 +67,7 @@ type path struct {
 }
 
 // The paths by name; oursPoll is ours with poll queues besides, scraped is ours whose metrics are
-// read each second. twoPaths is ours over two ports of the target, which grants each of them half
+// read each second, and busy is ours on a machine whose operator is busy. twoPaths is ours over two ports of the target, which grants each of them half
 // of the queues, and twoPathsWide over two ports with all queues each.
 const (
 	pathKernel       = "kernel"
@@ -75,6 +75,7 @@ const (
 	pathNull         = "null"
 	pathOursPoll     = "ours-poll"
 	pathScraped      = "scraped"
+	pathBusy         = "busy"
 	pathTwoPaths     = "two-paths"
 	pathTwoPathsWide = "two-paths-wide"
 )
@@ -87,6 +88,7 @@ var paths = []path{
 		return connectOurs(ctx, p, targetNQN, targetService, "-P", strconv.Itoa(p.Queues))
 	}},
 	{pathScraped, "ublk_drv", connectScraped},
+	{pathBusy, "ublk_drv", connectBusy},
 	{pathTwoPaths, "ublk_drv", connectPair(portPairs[0])},
 	{pathTwoPathsWide, "ublk_drv", connectPair(portPairs[1])},
 }
@@ -191,6 +193,28 @@ func scrapeEachSecond(ctx context.Context) {
 		}
 		_, _ = io.Copy(io.Discard, resp.Body)
 		_ = resp.Body.Close()
+	}
+}
+
+// connectBusy is for a disk beside which others are listed and connected.
+func connectBusy(ctx context.Context, p plan) (*disk, error) {
+	d, err := connectOurs(ctx, p, targetNQN, targetService)
+	if err == nil {
+		d.beside = func(during context.Context) {
+			for sleep(during, time.Second) == nil {
+				operate(context.WithoutCancel(ctx), p)
+			}
+		}
+	}
+	return d, err
+}
+
+// operate lists the devices, and connects another one and disconnects it. Whether it succeeds
+// does not matter, because only the disk under load is measured.
+func operate(ctx context.Context, p plan) {
+	_, _ = command(ctx, p.Ours, "list", "-v")
+	if other, err := connectOurs(ctx, p, targetNQN, targetService); err == nil {
+		_ = other.close(ctx)
 	}
 }
 

@@ -54,6 +54,7 @@ type sample struct {
 	FioIOPS  float64 `json:"fio_iops"`
 	P50      float64 `json:"p50_ns"` // completion latency
 	P99      float64 `json:"p99_ns"`
+	P999     float64 `json:"p999_ns"`
 
 	// CPUPerIO is the time in which a CPU was not idle, summed over all CPUs,
 	// in nanoseconds. In mode icount the CPUs take turns on one clock, so that a

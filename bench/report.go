@@ -72,6 +72,14 @@ func (r result) spread(workload, path string, field func(sample) float64) spread
 
 func iops(s sample) float64 { return s.IOPS }
 
+// tail is how much longer the slowest in a thousand take than half of them.
+func tail(s sample) float64 {
+	if s.P50 == 0 {
+		return 0
+	}
+	return s.P999 / s.P50
+}
+
 // noValue stands for what was not measured.
 const noValue = "–"
 
@@ -111,7 +119,7 @@ func comparisons(names []string) (pairs [][2]string) {
 			pairs = append(pairs, [2]string{p, pathKernel})
 		}
 	}
-	for _, p := range []string{pathScraped, pathTwoPaths, pathTwoPathsWide} {
+	for _, p := range []string{pathScraped, pathBusy, pathTwoPaths, pathTwoPathsWide} {
 		if slices.Contains(names, p) && slices.Contains(names, pathOurs) {
 			pairs = append(pairs, [2]string{p, pathOurs})
 		}
@@ -128,7 +136,7 @@ func (r result) ioTable(b *strings.Builder, names []string) {
 	for _, pair := range comparisons(names) {
 		head = append(head, pair[0]+" / "+pair[1])
 	}
-	head = append(head, "p99 µs: "+strings.Join(names, ", "))
+	head = append(head, "p99 µs: "+strings.Join(names, ", "), "p99.9 / median: "+strings.Join(names, ", "))
 	row(b, head)
 	rule(b, len(head))
 	for _, w := range r.Env.Plan.Workloads {
@@ -143,11 +151,12 @@ func (r result) ioTable(b *strings.Builder, names []string) {
 			}
 			cells = append(cells, format(spreadOf(ratios(r.values(w, pair[0], iops), r.values(w, pair[1], iops))), number))
 		}
-		var latencies []string
+		var latencies, tails []string
 		for _, p := range names {
 			latencies = append(latencies, median(r.spread(w, p, func(s sample) float64 { return s.P99 }), micro))
+			tails = append(tails, median(r.spread(w, p, tail), ratio))
 		}
-		row(b, append(cells, strings.Join(latencies, ", ")))
+		row(b, append(cells, strings.Join(latencies, ", "), strings.Join(tails, ", ")))
 	}
 	b.WriteString("\n")
 }

@@ -4,9 +4,10 @@
 //
 // # Flow control
 //
-// The number of posted RECVs is the number of commands that can be outstanding. Poll
-// posts a buffer again as soon as it has taken its contents. So a controller that
-// sends one response to each command always finds a buffer.
+// At least as many RECVs are posted as commands can be outstanding, so a controller that
+// sends one response to each command always finds a buffer. Poll posts buffers again when it
+// has taken the contents of a quarter of the depth, with one call. So there are that many
+// more buffers.
 //
 // # Concurrency
 //
@@ -29,7 +30,7 @@ const batch = 64
 
 // Config configures a Queue.
 type Config struct {
-	Depth  int  // number of RECVs, at least the number of outstanding commands
+	Depth  int  // number of commands that may be outstanding
 	Vector int  // completion vector
 	Events bool // make a completion channel; without one, the queue can only be polled
 }
@@ -50,7 +51,8 @@ type Queue struct {
 	addr uint64
 	lkey uint32
 
-	depth  int
+	depth  int // number of buffers
+	spare  int // of them, those that need not be posted
 	wcs    []rdma.WC
 	wrs    []rdma.RecvWR
 	events []Event
@@ -62,18 +64,20 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	if cfg.Depth < 1 {
 		return nil, fmt.Errorf("completion queue: depth %d is below 1", cfg.Depth)
 	}
+	spare := max(1, cfg.Depth/4)
 	q := &Queue{
-		depth:  cfg.Depth,
+		depth:  cfg.Depth + spare,
+		spare:  spare,
 		wcs:    make([]rdma.WC, batch),
-		wrs:    make([]rdma.RecvWR, 0, max(batch, cfg.Depth)),
+		wrs:    make([]rdma.RecvWR, 0, cfg.Depth+spare),
 		events: make([]Event, 0, batch),
 	}
 	var err error
-	if q.mr, err = pd.AllocMR(cfg.Depth*cqeSize, rdma.AccessLocalWrite); err != nil {
+	if q.mr, err = pd.AllocMR(q.depth*cqeSize, rdma.AccessLocalWrite); err != nil {
 		return nil, fmt.Errorf("register completion buffers: %w", err)
 	}
 	q.slab, q.addr, q.lkey = q.mr.Bytes(), q.mr.Addr(), q.mr.LKey()
-	if q.cq, err = dev.CreateCQ(cfg.Depth+1, cfg.Events, cfg.Vector); err != nil {
+	if q.cq, err = dev.CreateCQ(q.depth+1, cfg.Events, cfg.Vector); err != nil {
 		return nil, errors.Join(fmt.Errorf("create completion queue: %w", err), q.mr.Close())
 	}
 	return q, nil
@@ -82,8 +86,8 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 // CQ returns the verbs completion queue, for QPConfig.RecvCQ.
 func (q *Queue) CQ() rdma.CQ { return q.cq }
 
-// Depth returns the number of RECVs, for QPConfig.MaxRecvWR.
-func (q *Queue) Depth() int { return q.depth }
+// WorkRequests returns the largest number of posted RECVs, for QPConfig.MaxRecvWR.
+func (q *Queue) WorkRequests() int { return q.depth }
 
 // Bind sets the QP of the queue.
 func (q *Queue) Bind(qp rdma.QP) { q.qp = qp }
@@ -118,9 +122,6 @@ func (q *Queue) recycle(buffer uint64) {
 }
 
 func (q *Queue) post() error {
-	if len(q.wrs) == 0 {
-		return nil
-	}
 	_, err := q.qp.PostRecv(q.wrs)
 	q.wrs = q.wrs[:0]
 	if err != nil {
@@ -129,8 +130,7 @@ func (q *Queue) post() error {
 	return nil
 }
 
-// Poll returns the responses that have arrived, and posts their buffers again. It does
-// not block. The events are valid until the next Poll. An error means that the queue pair
+// Poll returns the responses that have arrived. It does not block. The events are valid until the next Poll. An error means that the queue pair
 // is lost; events that arrived before it may be returned with the error.
 func (q *Queue) Poll() ([]Event, error) {
 	q.events = q.events[:0]
@@ -158,6 +158,9 @@ func (q *Queue) Poll() ([]Event, error) {
 			Invalidated:    wc.Flags&rdma.WCWithInvalidate != 0,
 		})
 		q.recycle(wc.ID)
+	}
+	if len(q.wrs) < q.spare {
+		return q.events, nil
 	}
 	return q.events, q.post()
 }

@@ -69,7 +69,7 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 	}
 	conn.qp, err = conn.id.CreateQP(pd, rdma.QPConfig{
 		SendCQ: conn.sq.CQ(), RecvCQ: conn.cq.CQ(),
-		MaxSendWR: conn.sq.WorkRequests(), MaxRecvWR: conn.cq.Depth(),
+		MaxSendWR: conn.sq.WorkRequests(), MaxRecvWR: conn.cq.WorkRequests(),
 		MaxSendSGE: sge, MaxRecvSGE: 1,
 	})
 	if err != nil {

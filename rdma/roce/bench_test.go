@@ -3,6 +3,7 @@ package roce
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -40,6 +41,38 @@ func BenchmarkRead(b *testing.B) {
 		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false, false) })
 		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, false) })
 		b.Run(s.name+"/roce-adaptive", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, true) })
+	}
+}
+
+// BenchmarkLoss moves the data of reads of 128 KiB, 8 at a time, over a link that loses packets of
+// 4 KiB in both directions.
+func BenchmarkLoss(b *testing.B) {
+	const size, depth = 128 << 10, 8
+	for _, loss := range []float64{0, 0.01, 0.05} {
+		b.Run(fmt.Sprintf("%v", loss), func(b *testing.B) {
+			host, target := openLossy(b, func(seed uint64) *link { return newLink(seed, loss, 0, 0, 0) }, nil)
+			h, g := join(b, host, target, 2*depth, depth*size, false)
+			b.SetBytes(size)
+			b.ResetTimer()
+			wcs := make([]rdma.WC, depth)
+			for sent, done := 0, 0; done < b.N; {
+				for ; sent < b.N && sent < done+depth; sent++ {
+					at := sent % depth * size
+					g.post(g.wr(uint64(sent), rdma.Write, at, size, h, at))
+				}
+				n, err := g.sendCQ.Poll(wcs)
+				check(b, err)
+				for i := range n {
+					if wcs[i].Status != rdma.WCSuccess {
+						b.Fatal(wcs[i].Status)
+					}
+				}
+				done += n
+				if n == 0 {
+					runtime.Gosched()
+				}
+			}
+		})
 	}
 }
 

@@ -44,6 +44,7 @@ type endpoint struct {
 
 	qpsMu sync.RWMutex // guards qps
 	qps   map[uint32]*queuePair
+	qp0   atomic.Pointer[queuePair] // the only one of a dedicated endpoint
 
 	mu         sync.Mutex // guards the fields below, and the state of the IDs
 	closed     bool
@@ -104,6 +105,9 @@ func (p *endpoint) addQP(q *queuePair) {
 		q.num = random32() & 0xffffff
 		if q.num >= 16 && p.ownerOf(q.num) == p && p.qps[q.num] == nil { // some peers treat the first 16 specially
 			p.qps[q.num] = q
+			if p.dedicated {
+				p.qp0.Store(q)
+			}
 			return
 		}
 	}
@@ -113,6 +117,7 @@ func (p *endpoint) removeQP(q *queuePair) {
 	p.qpsMu.Lock()
 	defer p.qpsMu.Unlock()
 	delete(p.qps, q.num)
+	p.qp0.CompareAndSwap(q, nil)
 }
 
 // drivenCheck is the interval, in milliseconds, at which the receive loop takes packets
@@ -405,6 +410,9 @@ func (p *endpoint) packet(a *arrival, packet []byte, i int) {
 
 // qp returns the queue pair with a number, or nil.
 func (p *endpoint) qp(qpn uint32) *queuePair {
+	if q := p.qp0.Load(); q != nil && q.num == qpn {
+		return q
+	}
 	p.qpsMu.RLock()
 	defer p.qpsMu.RUnlock()
 	return p.qps[qpn]

@@ -336,6 +336,42 @@ func TestLoss(t *testing.T) {
 	}
 }
 
+// TestHastyRetry checks that on a path that loses packets the first retry comes early and does
+// not count, and that it comes once.
+func TestHastyRetry(t *testing.T) {
+	var broken atomic.Bool
+	tamper := func() func([]byte, func([]byte)) {
+		return func(packet []byte, deliver func([]byte)) {
+			if !broken.Load() {
+				deliver(packet)
+			}
+		}
+	}
+	host := open(t, Config{Addrs: []netip.Addr{hostAddr}})
+	target := open(t, Config{Addrs: []netip.Addr{targetAddr}, tamper: tamper})
+	a, b := join(t, host, target, 16, 1<<16, false)
+	q := a.queuePair()
+	q.mu.Lock()
+	q.timer = stopped(func() {}) // the test calls tick
+	q.window = maxWindow / 2
+	if got := q.nextTick(); got != hastyRetry {
+		t.Errorf("first look after %v, want %v", got, hastyRetry)
+	}
+	q.mu.Unlock()
+	broken.Store(true)
+	a.post(a.wr(1, rdma.Write, 0, 100, b, 0))
+	for i, want := range []Counters{{Retransmits: 1}, {Retransmits: 1}, {Retransmits: 2, Timeouts: 1}} {
+		q.tick()
+		if c := host.Snapshot(); c.Retransmits != want.Retransmits || c.Timeouts != want.Timeouts {
+			t.Errorf("look %d: %d packets sent again, %d retries, want %d and %d", i+1, c.Retransmits, c.Timeouts, want.Retransmits, want.Timeouts)
+		}
+	}
+	broken.Store(false)
+	q.tick()
+	q.tick()
+	a.ok(a.sendCQ, 1)
+}
+
 // TestWrap passes the end of the 24-bit sequence numbers without loss.
 func TestWrap(t *testing.T) {
 	for first := uint32(0xffffff - 3); first != 2; first = (first + 1) & 0xffffff {

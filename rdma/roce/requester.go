@@ -23,6 +23,9 @@ const (
 	// With seven retries, a peer has 3.7 s to answer, and 4.8 s if it has been slow.
 	minRetry = 100 * time.Millisecond
 	maxRetry = 600 * time.Millisecond
+	// hastyRetry is the time until the first retry on a path that loses packets. It does not
+	// count as a retry, because the peer may only be slow.
+	hastyRetry = 10 * time.Millisecond
 	// retryTicks is the number of times that the timer looks for progress in one
 	// retry interval, so that sending need not read the clock.
 	retryTicks = 2
@@ -75,6 +78,7 @@ type requester struct {
 	timer, notReadyTimer *time.Timer
 	timing               bool // timer runs
 	waiting              bool // notReadyTimer runs
+	hurried              bool // there was a hasty retry since una moved
 	backoff              uint8
 	idleTicks            int
 	seen                 uint64 // una at the last tick
@@ -211,7 +215,7 @@ func (q *queuePair) transmit() {
 		q.fail(status)
 	case q.una < q.nxt && !q.timing:
 		q.timing, q.idleTicks, q.seen = true, 0, q.una
-		q.timer.Reset(q.retryInterval() / retryTicks)
+		q.timer.Reset(q.nextTick())
 	}
 }
 
@@ -363,7 +367,7 @@ func (q *queuePair) completeSend(status rdma.WCStatus) {
 func (q *queuePair) progress(una uint64) {
 	q.grow(una - q.una)
 	q.una = una
-	q.retries, q.notReady, q.gapOpen = 0, 0, false
+	q.retries, q.notReady, q.gapOpen, q.hurried = 0, 0, false, false
 	q.asked = max(q.asked, una)
 	q.asking.acked(una)
 	if q.sample != 0 && una >= q.sample {
@@ -560,6 +564,19 @@ func (r *requester) retryInterval() time.Duration {
 	return min(max(minRetry, 4*r.rtt)<<r.backoff, maxRetry)
 }
 
+// nextTick returns the time until the next tick.
+func (r *requester) nextTick() time.Duration {
+	if r.hasty() {
+		return max(hastyRetry, 4*r.rtt)
+	}
+	return r.retryInterval() / retryTicks
+}
+
+// hasty reports whether the lack of progress is likely to be a loss: packets were lost not long
+// ago, so the window is not open. A refusal or an acknowledgement that was lost is not repeated,
+// and the last packets of a window are not missed by the peer.
+func (r *requester) hasty() bool { return r.window < maxWindow && !r.hurried && r.retries == 0 }
+
 // tick checks for progress. The timer calls it.
 func (q *queuePair) tick() {
 	q.mu.Lock()
@@ -570,7 +587,7 @@ func (q *queuePair) tick() {
 	}
 	defer func() {
 		if q.state == qpReady {
-			q.timer.Reset(q.retryInterval() / retryTicks)
+			q.timer.Reset(q.nextTick())
 		}
 	}()
 	if q.seen != q.una || q.waiting {
@@ -593,6 +610,10 @@ func (q *queuePair) tick() {
 		q.nxt--
 		q.ask = true
 		q.idleTicks = 0
+	case q.hasty():
+		q.hurried, q.idleTicks, q.gapOpen = true, 0, false
+		q.lost()
+		q.ask = true
 	case q.idleTicks < retryTicks:
 		return
 	case q.retries == q.retryLimit:

@@ -96,6 +96,9 @@ func prepareFD(fd int) error {
 	return err
 }
 
+// handle returns the queue for the functions of the data path.
+func (q *cq) handle() C.uintptr_t { return C.uintptr_t(uintptr(unsafe.Pointer(q.c))) }
+
 // Poll implements rdma.CQ.
 func (q *cq) Poll(wcs []rdma.WC) (int, error) {
 	switch {
@@ -104,7 +107,7 @@ func (q *cq) Poll(wcs []rdma.WC) (int, error) {
 	case len(wcs) == 0:
 		return 0, nil
 	}
-	n := C.poll_cq(q.c, (*C.struct_wc)(unsafe.Pointer(&wcs[0])), C.int(len(wcs)))
+	n := C.poll_cq(q.handle(), (*C.struct_wc)(unsafe.Pointer(&wcs[0])), C.int(len(wcs)))
 	if n < 0 {
 		return 0, fmt.Errorf("poll completion queue: %w", unix.Errno(-n))
 	}
@@ -119,7 +122,7 @@ func (q *cq) Arm() error {
 	case q.closed.Load():
 		return errArmClosed
 	}
-	if errno := C.arm_cq(q.c); errno != 0 {
+	if errno := C.arm_cq(q.handle()); errno != 0 {
 		return fmt.Errorf("arm completion queue: %w", unix.Errno(errno))
 	}
 	return nil
@@ -138,7 +141,7 @@ func (q *cq) FD() int { return int(q.fd.Load()) }
 // Ack implements rdma.CQ.
 func (q *cq) Ack(n int) {
 	if n > 0 && !q.closed.Load() {
-		C.ack_cq(q.c, C.uint(n))
+		C.ack_cq(q.handle(), C.uint(n))
 	}
 }
 

@@ -96,6 +96,9 @@ var errDestroyed = fmt.Errorf("post: queue pair is destroyed: %w", rdma.ErrClose
 // Num implements rdma.QP.
 func (q *qp) Num() uint32 { return q.num }
 
+// handle returns the queue pair for the functions of the data path.
+func (q *qp) handle() C.uintptr_t { return C.uintptr_t(uintptr(unsafe.Pointer(q.c))) }
+
 // PostSend implements rdma.QP.
 func (q *qp) PostSend(wrs []rdma.SendWR) (int, error) {
 	switch {
@@ -104,7 +107,7 @@ func (q *qp) PostSend(wrs []rdma.SendWR) (int, error) {
 	case len(wrs) == 0:
 		return 0, nil
 	}
-	done := C.post_send(q.c, (*C.struct_send_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
+	done := C.post_send(q.handle(), (*C.struct_send_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
 	if done.err != 0 {
 		return int(done.taken), fmt.Errorf("post send: %w", unix.Errno(done.err))
 	}
@@ -119,7 +122,7 @@ func (q *qp) PostRecv(wrs []rdma.RecvWR) (int, error) {
 	case len(wrs) == 0:
 		return 0, nil
 	}
-	done := C.post_recv(q.c, (*C.struct_recv_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
+	done := C.post_recv(q.handle(), (*C.struct_recv_wr)(unsafe.Pointer(&wrs[0])), C.int(len(wrs)))
 	if done.err != 0 {
 		return int(done.taken), fmt.Errorf("post receive: %w", unix.Errno(done.err))
 	}

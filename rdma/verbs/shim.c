@@ -49,7 +49,7 @@ static int opcode(uint8_t op)
 	return -1;
 }
 
-struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
+struct posted post_send(uintptr_t qp, const struct send_wr *wrs, int n)
 {
 	struct ibv_send_wr chain[CHUNK], *bad;
 	struct posted done = {0, 0};
@@ -80,7 +80,7 @@ struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
 			return done;
 		chain[len - 1].next = NULL;
 
-		int err = ibv_post_send(qp, chain, &bad);
+		int err = ibv_post_send((struct ibv_qp *)qp, chain, &bad);
 		if (err) {
 			done.taken += (int)(bad - chain);
 			done.err = err < 0 ? -err : err;
@@ -93,7 +93,7 @@ struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n)
 	return done;
 }
 
-struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n)
+struct posted post_recv(uintptr_t qp, const struct recv_wr *wrs, int n)
 {
 	struct ibv_recv_wr chain[CHUNK], *bad;
 	struct posted done = {0, 0};
@@ -111,7 +111,7 @@ struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n)
 		}
 		chain[len - 1].next = NULL;
 
-		int err = ibv_post_recv(qp, chain, &bad);
+		int err = ibv_post_recv((struct ibv_qp *)qp, chain, &bad);
 		if (err) {
 			done.taken += (int)(bad - chain);
 			done.err = err < 0 ? -err : err;
@@ -122,14 +122,14 @@ struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n)
 	return done;
 }
 
-int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n)
+int poll_cq(uintptr_t cq, struct wc *wcs, int n)
 {
 	struct ibv_wc got[CHUNK];
 	int done = 0;
 
 	while (done < n) {
 		int want = n - done < CHUNK ? n - done : CHUNK;
-		int len = ibv_poll_cq(cq, want, got);
+		int len = ibv_poll_cq((struct ibv_cq *)cq, want, got);
 
 		if (len < 0)
 			return done ? done : -EIO;
@@ -155,16 +155,16 @@ int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n)
 	return done;
 }
 
-int arm_cq(struct ibv_cq *cq)
+int arm_cq(uintptr_t cq)
 {
-	int err = ibv_req_notify_cq(cq, 0);
+	int err = ibv_req_notify_cq((struct ibv_cq *)cq, 0);
 
 	return err < 0 ? -err : err;
 }
 
-void ack_cq(struct ibv_cq *cq, unsigned int n)
+void ack_cq(uintptr_t cq, unsigned int n)
 {
-	ibv_ack_cq_events(cq, n);
+	ibv_ack_cq_events((struct ibv_cq *)cq, n);
 }
 
 int next_cm_event(struct rdma_event_channel *channel, struct cm_event *out)

@@ -59,11 +59,13 @@ struct posted {
 // unambiguous. It is loaded once, and for good.
 void load_driver(const char *name);
 
-struct posted post_send(struct ibv_qp *qp, const struct send_wr *wrs, int n);
-struct posted post_recv(struct ibv_qp *qp, const struct recv_wr *wrs, int n);
-int poll_cq(struct ibv_cq *cq, struct wc *wcs, int n); // completions, or -errno
-int arm_cq(struct ibv_cq *cq);                         // 0 or errno
-void ack_cq(struct ibv_cq *cq, unsigned int n);
+// On the data path Go passes the pointers of the library as numbers, because cgo looks at each
+// pointer whether it leads to memory of Go, which takes longer than some of these functions.
+struct posted post_send(uintptr_t qp, const struct send_wr *wrs, int n);
+struct posted post_recv(uintptr_t qp, const struct recv_wr *wrs, int n);
+int poll_cq(uintptr_t cq, struct wc *wcs, int n); // completions, or -errno
+int arm_cq(uintptr_t cq);                         // 0 or errno
+void ack_cq(uintptr_t cq, unsigned int n);
 
 // A connection manager event, copied so that it can be acknowledged at once.
 struct cm_event {
