@@ -156,11 +156,19 @@ func (a *admin) exec(ctx context.Context, cmd *nvme.Command, in, out []byte) (nv
 		if cmd.Opcode() == nvme.AdminKeepAlive {
 			reason = LossKeepAlive
 		}
-		err = because(reason, fmt.Errorf("%s was not answered: %w", cmd.Opcode().AdminString(), err))
+		err = because(reason, fmt.Errorf("%s was not answered: %w", commandName(cmd), err))
 		a.lose(err)
 		a.fail(err)
 	}
 	return c, err
+}
+
+// commandName is the name of an admin command.
+func commandName(cmd *nvme.Command) string {
+	if cmd.Opcode() == nvme.OpFabrics {
+		return cmd.FCType().String()
+	}
+	return cmd.Opcode().AdminString()
 }
 
 // transfer runs a command with its data.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"ublk-nvmeof/auth"
@@ -186,16 +187,17 @@ func (conn *connection) authPort(a *admin, buffer int) authPort {
 // (ErrKeysAccepted), or no path is connected (ErrKeysUntried), perhaps because the target does not
 // accept the present keys any more.
 //
-// Errors: *AuthError, ErrNotConnected, or that of ctx, which counts only until the run
-// begins. A command that the target does not answer within Config.AdminTimeout, or within
-// Config.IOTimeout on an I/O queue, ends the association. Any goroutine but the loops' may call
-// it.
+// Errors: *AuthError, ErrNotConnected, or that of ctx while another run has to end first. A command
+// that the target does not answer within Config.AdminTimeout, or within Config.IOTimeout on an I/O
+// queue, ends the association. So does one that it has not answered when ctx ends: an
+// authentication that has stopped half-way would confuse the next one. Any goroutine but the loops'
+// may call it.
 func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error {
 	select {
 	case s.proving <- struct{}{}:
 		defer func() { <-s.proving }()
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return fmt.Errorf("another authentication has not ended: %w", context.Cause(ctx))
 	}
 	try := s.credentials()
 	if keys != nil {
@@ -204,9 +206,9 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 	accepted, unasked := false, error(nil)
 	var errs []error
 	paths := s.paths()
-	for _, c := range paths {
-		yes, err := c.reauthenticate(try)
-		accepted = accepted || yes
+	for n, result := range reauthenticateAll(ctx, paths, try) {
+		c, err := paths[n], result.err
+		accepted = accepted || result.accepted
 		switch {
 		case errors.Is(err, errNotAgain):
 			unasked = err
@@ -237,9 +239,27 @@ func (s *Subsystem) Reauthenticate(ctx context.Context, keys *Credentials) error
 	return err
 }
 
+// proof is what became of an association that was authenticated again.
+type proof struct {
+	accepted bool // by the admin queue
+	err      error
+}
+
+// reauthenticateAll authenticates all paths again, at the same time: a silent target must not keep
+// the others waiting.
+func reauthenticateAll(ctx context.Context, paths []*Controller, keys Credentials) []proof {
+	proofs := make([]proof, len(paths))
+	var all sync.WaitGroup
+	for n, c := range paths {
+		all.Go(func() { proofs[n].accepted, proofs[n].err = c.reauthenticate(ctx, keys) })
+	}
+	all.Wait()
+	return proofs
+}
+
 // reauthenticate authenticates the queues of the present association again. accepted says
 // whether its admin queue has accepted the keys. Without an association nothing is done.
-func (c *Controller) reauthenticate(keys Credentials) (accepted bool, err error) {
+func (c *Controller) reauthenticate(ctx context.Context, keys Credentials) (accepted bool, err error) {
 	c.mu.Lock()
 	a := c.assoc
 	if a == nil {
@@ -253,7 +273,14 @@ func (c *Controller) reauthenticate(keys Credentials) (accepted bool, err error)
 	if method == "" {
 		return false, &AuthError{0, errNotAgain}
 	}
-	if method, err = c.prove(a.life, 0, keys, a.admin.authPort); err != nil {
+	ctx, done := a.during(ctx)
+	defer done()
+	defer context.AfterFunc(ctx, func() {
+		if err := ctx.Err(); errors.Is(err, context.DeadlineExceeded) {
+			a.fail(because(LossCommandTimeout, fmt.Errorf("authentication was not answered: %w", err)))
+		}
+	})()
+	if method, err = c.prove(ctx, 0, keys, a.admin.authPort); err != nil {
 		return false, err
 	}
 	c.mu.Lock()
@@ -267,7 +294,7 @@ func (c *Controller) reauthenticate(keys Credentials) (accepted bool, err error)
 		if !p.proved {
 			continue
 		}
-		if _, err := c.prove(a.life, p.qid, keys, p.authPort(mr)); err != nil {
+		if _, err := c.prove(ctx, p.qid, keys, p.authPort(mr)); err != nil {
 			return true, errors.Join(err, mr.Close())
 		}
 	}

@@ -2,6 +2,7 @@ package initiator
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -499,6 +500,29 @@ func TestReauthenticatePaths(t *testing.T) {
 	}
 	require(0, next)
 	both()
+	// Silence on both paths is over when the time is, and names both.
+	for n := range 2 {
+		h.targets[n].Faults().Add(target.Fault{Match: target.Match{Admin: true, Messages: []auth.Kind{auth.Reply}}, Count: 1, Drop: true})
+	}
+	before := s.Info().Paths
+	within, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	err = s.Reauthenticate(within, &Credentials{Host: old})
+	if took := time.Since(began); took > defaultAdminTimeout/2 {
+		t.Errorf("it took %v", took)
+	}
+	if !errors.As(err, new(*AuthError)) || errors.Is(err, ErrKeysAccepted) || strings.Count(err.Error(), "authentication of queue 0: it was not completed") != 2 {
+		t.Errorf("silence: %v", err)
+	}
+	waitFor(t, "both paths", func() bool {
+		for n, p := range s.Info().Paths {
+			if p.State != StateLive || p.Losses == before[n].Losses {
+				return false
+			}
+		}
+		return true
+	})
 	if err := s.Reauthenticate(t.Context(), nil); err != nil {
 		t.Error(err)
 	}

@@ -79,6 +79,7 @@ type Controller struct {
 func (s *Subsystem) newController(slot int, p Path) *Controller {
 	cfg := s.cfg
 	cfg.Path = p
+	cfg.Log = s.cfg.Log.With("path", p.Address.String())
 	c := &Controller{
 		sub: s, slot: slot, cfg: cfg, mem: s.mem.domain(slot), state: StateNew, since: time.Now(),
 		stopped: make(chan struct{}), attached: make(chan struct{}),

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,11 @@ func (e *QueryError) Error() string { return "not a query: " + e.Reason }
 // controller does not answer within Config.AdminTimeout ends the association. Any
 // goroutine may call it; queries beyond a few wait.
 func (s *Subsystem) Query(ctx context.Context, cmd *nvme.Command, out []byte) (result uint64, err error) {
+	return s.QueryOver(ctx, nil, cmd, out)
+}
+
+// QueryOver is Query over one path.
+func (s *Subsystem) QueryOver(ctx context.Context, path *Controller, cmd *nvme.Command, out []byte) (result uint64, err error) {
 	if err := checkQuery(cmd, len(out)); err != nil {
 		return 0, err
 	}
@@ -41,7 +47,7 @@ func (s *Subsystem) Query(ctx context.Context, cmd *nvme.Command, out []byte) (r
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}
-	a, err := s.current()
+	a, err := s.over(path)
 	if err != nil {
 		<-s.queries
 		return 0, err
@@ -67,6 +73,20 @@ func (s *Subsystem) Query(ctx context.Context, cmd *nvme.Command, out []byte) (r
 		return 0, context.Cause(ctx)
 	}
 }
+
+// over returns the association of a path; nil stands for any.
+func (s *Subsystem) over(path *Controller) (*association, error) {
+	if path == nil {
+		return s.current()
+	}
+	if a := path.current(); a != nil {
+		return a, nil
+	}
+	return nil, fmt.Errorf("%w over path %v: %w", ErrNotConnected, path.Address(), cmp.Or(path.lossReason(), errNoAssociation))
+}
+
+// errNoAssociation is why a path is not connected that never was.
+var errNoAssociation = errors.New("it has not been connected yet")
 
 // bare returns a command with those fields of cmd that a query may choose.
 func bare(cmd *nvme.Command) *nvme.Command {

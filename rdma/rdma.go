@@ -283,7 +283,7 @@ const (
 
 var wcNames = [...]string{
 	"success", "local length error", "local QP operation error", "local EE context operation error",
-	"local protection error", "work request flushed", "memory window bind error", "bad response",
+	"local protection error", "connection dropped (work request flushed)", "memory window bind error", "bad response",
 	"local access error", "remote invalid request", "remote access error", "remote operation error",
 	"transport retry counter exceeded", "receiver-not-ready retry counter exceeded",
 	"local RDD violation", "remote invalid RD request", "remote aborted", "invalid EE context number",

@@ -31,6 +31,7 @@ type asked struct {
 	format string // of the output
 	raw    bool   // output is the bytes of the controller
 	nsid   uint32 // value of --namespace-id; 0: not given
+	path   string // over which the controller is asked; empty: the server chooses, or has only one
 }
 
 // askVerb makes a verb that asks one controller. flags adds what only this verb has.
@@ -51,6 +52,11 @@ list -v). The server that is connected to the controller sends the commands.`,
 			}
 			ctx, stop := context.WithTimeout(cmd.Context(), askTime)
 			defer stop()
+			if a.path != "" {
+				if err := checkPaths([]string{a.path}); err != nil {
+					return err
+				}
+			}
 			if err := a.find(ctx, dir, args[0]); err != nil {
 				return err
 			}
@@ -76,6 +82,11 @@ func rawFlag(cmd *cobra.Command, a *asked) {
 	f := cmd.Flags().Lookup("output-format")
 	f.Value = options.OneOf(&a.format, output.Normal, output.JSON, output.Binary)
 	cmd.Flags().BoolVarP(&a.raw, "raw-binary", "b", false, "write the bytes as they are")
+}
+
+// pathFlag adds --path.
+func pathFlag(cmd *cobra.Command, a *asked) {
+	cmd.Flags().StringVar(&a.path, "path", "", "ask the controller of one `path`, in the form of connect --path (default: of the first path that is connected)")
 }
 
 // humanFlag adds --human-readable, and --verbose, which means the same.
@@ -156,7 +167,10 @@ func (a *asked) namespaceOfDevice() uint32 {
 
 // query sends a command that reads n bytes.
 func (a *asked) query(cmd *nvme.Command, n int) (data []byte, result uint64, err error) {
-	r, err := a.client.Query(a.ctx, control.Query{Command: cmd[:], Length: n})
+	r, err := a.client.Query(a.ctx, control.Query{Command: cmd[:], Length: n, Path: a.path})
+	if err == nil {
+		a.path = r.Path // all parts of an answer are of one controller
+	}
 	return r.Data, r.Result, err
 }
 

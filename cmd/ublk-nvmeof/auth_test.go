@@ -220,9 +220,14 @@ func TestKeyVerbs(t *testing.T) {
 		"gen-dhchap-key -m 4":                                 `-m/--hmac "4": want 0, 1, 2 or 3`,
 		"gen-dhchap-key -l 33":                                `-l/--key-length "33": want 32, 48 or 64`,
 		"gen-dhchap-key -m 1 -l 48":                           "with --hmac the length of its hash",
-		"gen-dhchap-key -s 5ecre7":                            "want at most 64 hexadecimal digits",
-		"gen-dhchap-key -s " + secret + "20":                  "want at most 64 hexadecimal digits",
+		"gen-dhchap-key -m x":                                 `-m/--hmac "x": want 0, 1, 2 or 3`,
+		"gen-dhchap-key -s 5ecre7":                            "want 64 hexadecimal digits",
+		"gen-dhchap-key -s 00":                                "want 64 hexadecimal digits",
+		"gen-dhchap-key -s " + secret + "20":                  "want 64 hexadecimal digits",
 		"check-dhchap-key":                                    "-k/--key: no value is given; want",
+		"check-dhchap-key -k none":                            "-k/--key: no value is given; want a key like DHHC-1:00:BASE64:, or @FILE for a file that contains one\n",
+		"check-dhchap-key -k @/dev/null":                      "-k/--key: /dev/null is empty; want",
+		"target -n nqn.a --min-cntlid 9 --max-cntlid 3":       `--min-cntlid "9": want at most --max-cntlid, 3`,
 		"check-dhchap-key -k 5ecre7":                          "-k/--key: key: the prefix DHHC-1: is missing",
 		"check-dhchap-key -k @/nonexistent":                   "no such file",
 		"connect -a 10.0.0.1 -n nqn.a -S 5ecre7":              "-S/--dhchap-secret: key: the prefix DHHC-1: is missing",
@@ -232,6 +237,20 @@ func TestKeyVerbs(t *testing.T) {
 		out, errs, code := run(strings.Fields(args)...)
 		if code != exit.Usage && code != exit.NotFound || !strings.Contains(errs, wrong) || strings.Contains(out+errs, "5ecre7") || strings.Count(errs, "\n") != 1 {
 			t.Errorf("%s: exit code %d, %s%s", args, code, out, errs)
+		}
+	}
+}
+
+// TestOpenKeyFile: a key that others can read is used, with a warning.
+func TestOpenKeyFile(t *testing.T) {
+	_, file := newKeyFile(t)
+	for mode, warned := range map[fs.FileMode]bool{0o600: false, 0o400: false, 0o640: true, 0o602: true} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		_, errs, code := execProgram(t, "check-dhchap-key", "-k", "@"+file)
+		if code != exit.OK || strings.Contains(errs, "key file "+file+": others than its owner") != warned || !warned && errs != "" {
+			t.Errorf("%v: exit code %d, %s", mode, code, errs)
 		}
 	}
 }
@@ -259,4 +278,18 @@ func TestMemoryFiles(t *testing.T) {
 			}
 		}
 	}
+}
+
+// newKeyFile returns a key, and a file with it.
+func newKeyFile(t *testing.T) (*auth.Key, string) {
+	t.Helper()
+	k, err := auth.GenerateKey(auth.SHA256, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(file, []byte(k.Text()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return k, file
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -105,17 +106,22 @@ func (c *connection) settle(cmd *cobra.Command, dir state.Dir, err error) error 
 	if !c.idempotent || exit.Of(err) != exit.AlreadyServed {
 		return err
 	}
-	records, lerr := dir.List()
-	if lerr != nil {
-		return errors.Join(err, lerr)
+	j, jerr := c.join(cmd.Context(), dir)
+	if j == nil {
+		return cmp.Or(jerr, err) // it has ended meanwhile
 	}
-	for _, r := range records {
-		t := r.Target
-		if r.Alive && r.Err == nil && t.NQN == c.opts.NQN && t.HostNQN == c.opts.HostNQN && (c.opts.Named() || t.Address.String() == c.opts.Peer()) {
-			return c.show(cmd.OutOrStdout(), statusOf(cmd.Context(), r))
-		}
+	return c.showJoined(cmd.OutOrStdout(), j)
+}
+
+// showJoined reports paths that were added to a connection, or a connection that has them.
+func (c *connection) showJoined(w io.Writer, j *joined) error {
+	if len(j.added) == 0 {
+		return c.show(w, j.status)
 	}
-	return err // it has ended meanwhile
+	if err := c.writeDevID(j.status); err != nil {
+		return err
+	}
+	return output.PathsAdded(w, j.status, j.added, c.format, c.verbose)
 }
 
 func newConnect(runDir dirFunc) *cobra.Command {
@@ -135,8 +141,9 @@ systemd runs, so the end of the session or service that started it does not end 
 If the address is a host name, each of its addresses is tried until one accepts
 the connection.
 
-If a server of this host serves the subsystem already, the address becomes a further
-path of its devices (see --path). If such a server has died, the new one takes over its
+If a server serves the subsystem already, as the same host, the addresses that it lacks
+become further paths of its devices (see --path). Other flags must be those of the server,
+and keys are compared with its own. If such a server has died, the new one takes over its
 devices. With --duplicate-connect the subsystem gets another server and other devices.
 
 Invalid values are refused before anything else happens. Sizes are written like
@@ -171,6 +178,9 @@ func (c *connection) connect(cmd *cobra.Command) error {
 		args = append(args, "--within="+c.opts.Timeout.String())
 	}
 	if c.foreground {
+		if other := c.otherHost(dir); other != "" {
+			say(cmd)(other)
+		}
 		_ = process.SetIOFlusher() // the server works without it and logs a warning
 		if err := errors.Join(host.CloseOnExec(), systemd.KeepListeners()); err != nil {
 			return err
@@ -186,18 +196,30 @@ func (c *connection) connect(cmd *cobra.Command) error {
 	}
 	ctx, stop := interruptible(endSignals...)
 	defer stop()
-	s, joined, err := c.join(ctx, dir)
-	if !joined && err == nil {
-		s, err = startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
+	other := c.otherHost(dir)
+	j, err := c.join(ctx, dir)
+	switch {
+	case err != nil:
+		return err
+	case j != nil:
+		return c.showJoined(cmd.OutOrStdout(), j)
 	}
-	if exit.Of(err) == exit.AlreadyServed && !joined {
+	s, err := startServer(ctx, args, keysOf(c.opts), c.opts.Timeout+c.retry, say(cmd))
+	if exit.Of(err) == exit.AlreadyServed {
 		// Another connect may have started a server meanwhile, by another address.
-		if status, joined, jerr := c.join(ctx, dir); joined {
-			s, err = status, jerr
+		if j, jerr := c.join(ctx, dir); j != nil {
+			return c.showJoined(cmd.OutOrStdout(), j)
+		} else if jerr != nil {
+			return jerr
 		}
 	}
-	if err != nil {
-		return c.settle(cmd, dir, err)
+	switch {
+	case err != nil && other != "" && exit.Of(err) == exit.HostNotAllowed:
+		return fmt.Errorf("%w; %s", err, other)
+	case err != nil:
+		return err
+	case other != "":
+		say(cmd)(other)
 	}
 	return c.show(cmd.OutOrStdout(), s)
 }

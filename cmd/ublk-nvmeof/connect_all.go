@@ -165,6 +165,17 @@ type path struct {
 	with *options.Discovery
 }
 
+// path returns the path as --path takes it.
+func (p path) path() options.Path {
+	return options.Path{Address: p.to, Source: p.with.Connect.SourceAddr}
+}
+
+// same reports whether two paths lead to the same address, and not from different ones.
+func (p path) same(q path) bool {
+	a, b := p.with.Connect.SourceAddr, q.with.Connect.SourceAddr
+	return p.to == q.to && (a == b || !a.IsValid() || !b.IsValid())
+}
+
 // subsystems are the subsystems that were found, in their order.
 type subsystems struct {
 	all  []*subsystem
@@ -192,7 +203,7 @@ func (l *subsystems) add(nqn string, p path) bool {
 		l.byID[id] = s
 		l.all = append(l.all, s)
 	}
-	if slices.ContainsFunc(s.paths, func(have path) bool { return have.to == p.to }) {
+	if slices.ContainsFunc(s.paths, p.same) {
 		return true
 	}
 	if len(s.paths) == maxPaths {
@@ -422,7 +433,7 @@ func (g *gatherer) connect(ctx context.Context, s *subsystem, r *output.Subsyste
 // further lists the addresses of a subsystem that its server does not use.
 func further(s *subsystem, used control.Status) (out []string) {
 	for _, p := range s.paths {
-		if used.Name != "" && p.to.String() != output.Endpoint(used) && !hasPath(used, state.Record{}, p.to) {
+		if used.Name != "" && !(len(used.Paths) == 0 && p.to.String() == output.Endpoint(used)) && !hasPath(used, state.Record{}, p.path()) {
 			out = append(out, p.to.String())
 		}
 	}

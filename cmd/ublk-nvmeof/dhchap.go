@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,22 +18,30 @@ import (
 
 func newReauth(runDir dirFunc) *cobra.Command {
 	var host, controller *auth.Key
+	timeout := time.Minute
 	cmd := askVerb(runDir, "reauth DEVICE", "Authenticate a connection again, with other keys if they are given, while I/O goes on", func(cmd *cobra.Command, a *asked) error {
-		return a.client.Reauthenticate(a.ctx, control.Reauthentication{
+		ctx, cancel := context.WithTimeout(cmd.Context(), timeout+answerTime)
+		defer cancel()
+		return a.client.Reauthenticate(ctx, control.Reauthentication{
 			Host:       newSecret(cmd, options.HostSecret, host),
 			Controller: newSecret(cmd, options.ControllerSecret, controller),
+			Timeout:    int(timeout / time.Second),
 		})
 	})
+	cmd.Flags().Var(options.Duration(&timeout, time.Second, time.Hour), "timeout", "time limit; a connection whose target has not answered by then is made again")
 	options.AddSecret(cmd.Flags(), &host, options.HostSecret, "S", "key of this host from now on: "+options.SecretWords)
 	options.AddSecret(cmd.Flags(), &controller, options.ControllerSecret, "C", "key that the target must prove to have from now on")
 	cmd.Long += `
 
 After success the keys are used for later connections too, also by recover and upgrade.
-After an error the keys stay as they were. A target may end the connection then; it is made
+After an error the keys stay as they were, unless it says that they are in use. A target may end the connection then; it is made
 again with those keys. Keys that are given while there is no connection are used for the next one,
 and the exit code is 14, because nothing has been authenticated yet.`
 	return cmd
 }
+
+// answerTime is how long a server may take to answer beyond the time limit that it was given.
+const answerTime = 10 * time.Second
 
 // newSecret returns the value for the server: empty if the flag was not given.
 func newSecret(cmd *cobra.Command, flag string, k *auth.Key) string {
@@ -49,11 +59,11 @@ type keyGenerator struct {
 	secret string
 	length int
 	nqn    string
-	hmac   uint8
+	hmac   string
 }
 
 func newGenDHCHAPKey() *cobra.Command {
-	g := &keyGenerator{}
+	g := &keyGenerator{hmac: "0"}
 	cmd := &cobra.Command{
 		Use:   "gen-dhchap-key",
 		Short: "Make a key for authentication, and write it to standard output",
@@ -75,17 +85,15 @@ the key can pretend to be the host, so write it where only its owner can read it
 	f.StringVarP(&g.secret, "secret", "s", "", "secret in `hexadecimal` (default: a random one)")
 	f.IntVarP(&g.length, "key-length", "l", 0, "length of the secret in `bytes`: 32, 48 or 64 (default: that of the hash, or 32)")
 	f.StringVarP(&g.nqn, "nqn", "n", "", "`name` that --secret is bound to, with --hmac (default: the NQN of this host)")
-	f.Uint8VarP(&g.hmac, "hmac", "m", 0, "hash that binds the secret to a name: `0` for none, 1 for SHA-256, 2 for SHA-384, 3 for SHA-512")
+	f.VarP(options.OneOf(&g.hmac, "0", "1", "2", "3"), "hmac", "m", "hash that binds the secret to a name: 0 for none, 1 for SHA-256, 2 for SHA-384, 3 for SHA-512")
 	return cmd
 }
 
 // key makes the key. As in nvme-cli, a secret that is given is bound to the name once
 // already, and whoever uses the key binds it once more.
 func (g *keyGenerator) key() (*auth.Key, error) {
-	h := auth.Hash(g.hmac)
+	h := auth.Hash(g.hmac[0] - '0')
 	switch {
-	case h > auth.SHA512:
-		return nil, usage(fmt.Errorf("-m/--hmac \"%d\": want 0, 1, 2 or 3", g.hmac))
 	case g.length == 0 && h == auth.NoHash:
 		g.length = 32
 	case g.length == 0:
@@ -98,10 +106,10 @@ func (g *keyGenerator) key() (*auth.Key, error) {
 		return auth.GenerateKey(h, g.length)
 	}
 	secret, err := hex.DecodeString(g.secret)
-	if err != nil || len(secret) > g.length {
-		return nil, usage(fmt.Errorf("-s/--secret: want at most %d hexadecimal digits, an even number", 2*g.length))
+	if err != nil || len(secret) != g.length {
+		return nil, usage(fmt.Errorf("-s/--secret: want %d hexadecimal digits, for the %d bytes of --key-length", 2*g.length, g.length))
 	}
-	k, err := auth.NewKey(h, append(secret, make([]byte, g.length-len(secret))...))
+	k, err := auth.NewKey(h, secret)
 	if err != nil || h == auth.NoHash {
 		return k, err
 	}
@@ -124,12 +132,12 @@ func newCheckDHCHAPKey() *cobra.Command {
 		Args:  noArgs,
 		RunE: verb("check-dhchap-key", func(cmd *cobra.Command, _ []string) error {
 			if key == nil {
-				return usage(errors.New("-k/--key: no value is given; want " + options.SecretWords))
+				return usage(errors.New("-k/--key: no value is given; want " + options.KeyWords))
 			}
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "Key is valid (HMAC %d, length %d, CRC %08x)\n", key.Transform(), key.Size(), key.Checksum())
 			return err
 		}),
 	}
-	options.AddSecret(cmd.Flags(), &key, "key", "k", "the key: "+options.SecretWords)
+	options.AddSecret(cmd.Flags(), &key, "key", "k", "the key: "+options.KeyWords)
 	return cmd
 }

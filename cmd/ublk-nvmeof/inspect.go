@@ -42,7 +42,7 @@ func newIDCtrl(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyController(w, page, human, a.format) })
-	}, rawFlag, humanFlag(&human))
+	}, rawFlag, humanFlag(&human), pathFlag)
 }
 
 func newIDNS(runDir dirFunc) *cobra.Command {
@@ -57,7 +57,7 @@ func newIDNS(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return a.write(cmd, page, func(w io.Writer) error { return output.IdentifyNamespace(w, page, nsid, human, a.format) })
-	}, namespaceFlag, rawFlag, humanFlag(&human))
+	}, namespaceFlag, rawFlag, humanFlag(&human), pathFlag)
 }
 
 func newListNS(runDir dirFunc) *cobra.Command {
@@ -75,7 +75,7 @@ func newListNS(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return output.NamespaceList(cmd.OutOrStdout(), ids, a.format)
-	}, func(cmd *cobra.Command, _ *asked) {
+	}, pathFlag, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().Uint32VarP(&first, "namespace-id", "n", 1, "`id` with which the list begins")
 	})
 }
@@ -91,7 +91,7 @@ func newNSDescs(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return a.write(cmd, page, func(w io.Writer) error { return output.NamespaceDescriptors(w, page, nsid, a.format) })
-	}, namespaceFlag, rawFlag)
+	}, namespaceFlag, rawFlag, pathFlag)
 }
 
 func newSmartLog(runDir dirFunc) *cobra.Command {
@@ -103,7 +103,7 @@ func newSmartLog(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return a.write(cmd, log, func(w io.Writer) error { return output.SMARTLog(w, log, a.name, nsid, human, a.format) })
-	}, wholeFlag, rawFlag, humanFlag(&human))
+	}, wholeFlag, rawFlag, humanFlag(&human), pathFlag)
 }
 
 func newErrorLog(runDir dirFunc) *cobra.Command {
@@ -124,7 +124,7 @@ func newErrorLog(runDir dirFunc) *cobra.Command {
 		return a.write(cmd, log, func(w io.Writer) error { return output.ErrorLog(w, log, a.name, a.format) })
 	}, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().Uint32VarP(&entries, "log-entries", "e", entries, "`number` of entries; a controller may have fewer")
-	}, rawFlag)
+	}, rawFlag, pathFlag)
 }
 
 func newANALog(runDir dirFunc) *cobra.Command {
@@ -138,10 +138,10 @@ func newANALog(runDir dirFunc) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return a.write(cmd, log, func(w io.Writer) error { return output.ANALog(w, parsed, a.name, a.format) })
+		return a.write(cmd, log, func(w io.Writer) error { return output.ANALog(w, parsed, a.name, a.path, a.format) })
 	}, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().BoolVarP(&groups, "groups", "g", false, "show the groups without their namespaces")
-	}, rawFlag)
+	}, rawFlag, pathFlag)
 }
 
 // maxANAReads is how often the ANA log is read if it changes meanwhile.
@@ -209,7 +209,7 @@ func newGetLog(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return a.write(cmd, log, func(w io.Writer) error { return output.LogPage(w, log, a.name, r.lid, r.nsid, a.format) })
-	}, wholeFlag, rawFlag, func(cmd *cobra.Command, _ *asked) {
+	}, wholeFlag, rawFlag, pathFlag, func(cmd *cobra.Command, _ *asked) {
 		f := cmd.Flags()
 		f.Uint8VarP(&r.lid, "log-id", "i", 0, "`number` of the log page (required)")
 		f.Uint32VarP(&length, "log-len", "l", 0, "`bytes` to read, a multiple of 4 (required)")
@@ -293,7 +293,7 @@ func newGetFeature(runDir dirFunc) *cobra.Command {
 			}
 		}
 		return output.Features(cmd.OutOrStdout(), all, human, a.format)
-	}, namespaceFlag, rawFlag, humanFlag(&human), func(cmd *cobra.Command, _ *asked) {
+	}, namespaceFlag, rawFlag, humanFlag(&human), pathFlag, func(cmd *cobra.Command, _ *asked) {
 		f := cmd.Flags()
 		f.Uint8VarP(&r.id, "feature-id", "f", 0, "`number` of the feature (default: all)")
 		f.Uint8VarP(&r.sel, "sel", "s", 0, "`value` to show: 0 current, 1 default, 2 saved, 3 what is supported")
@@ -334,7 +334,7 @@ func newShowRegs(runDir dirFunc) *cobra.Command {
 			}
 		}
 		return output.Properties(cmd.OutOrStdout(), values, human, a.format)
-	}, humanFlag(&human))
+	}, humanFlag(&human), pathFlag)
 }
 
 func newGetProperty(runDir dirFunc) *cobra.Command {
@@ -350,7 +350,7 @@ func newGetProperty(runDir dirFunc) *cobra.Command {
 			return err
 		}
 		return output.Property(cmd.OutOrStdout(), offset, v, human, a.format)
-	}, humanFlag(&human), func(cmd *cobra.Command, _ *asked) {
+	}, humanFlag(&human), pathFlag, func(cmd *cobra.Command, _ *asked) {
 		cmd.Flags().Uint32VarP(&offset, "offset", "O", 0, "`offset` of the property (required)")
 	})
 }

@@ -240,7 +240,7 @@ func TestInspectNobody(t *testing.T) {
 	}{
 		"id-ctrl ublkb3":    {exit.NotFound, "id-ctrl: ublkb3: its server, ctrl0, has died; recover starts another one"},
 		"id-ctrl nqn.twice": {exit.Usage, "id-ctrl: nqn.twice: several servers have it; want one of ctrl2, ctrl3"},
-		"reset nqn.silent":  {exit.Other, "reset: ask server: dial unix " + silent.Socket()},
+		"reset nqn.silent":  {exit.Other, "reset: the server does not run any more, or not yet: dial unix " + silent.Socket()},
 	} {
 		stdout, stderr, code := program(t, append(strings.Fields(args), "--run-dir", dir)...)
 		if code != want.code || stdout != "" || !strings.Contains(stderr, want.text) || strings.Count(stderr, "\n") != 1 {
@@ -310,8 +310,10 @@ func TestIdempotent(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// Another connection is made as usual, and is its owner's.
-	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "1",
-		"-q", "nqn.other", "-f", "lo", "--idempotent", "--devid-file", file, "--owner", "csi", "--context", "test", "--fast_io_fail_tmo=3")
+	if _, errs, code := i.run("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "1",
+		"-q", "nqn.other", "-f", "lo", "--idempotent", "--devid-file", file, "--owner", "csi", "--context", "test", "--fast_io_fail_tmo=3"); code != exit.OK || !strings.Contains(errs, "which gets devices of its own") {
+		t.Fatalf("exit code %d, %s", code, errs)
+	}
 	var l struct{ Controllers []control.Status }
 	i.json(&l, "list")
 	if len(l.Controllers) != 2 {
@@ -329,8 +331,10 @@ func TestIdempotent(t *testing.T) {
 func TestReservationVerbs(t *testing.T) {
 	i := newInspected(t, "--namespace", "ram=8MiB", "--namespace", "ram=8MiB,nsid=7")
 	defer i.close()
-	i.ok("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "7",
-		"-q", "nqn.other", "-I", "11111111-2222-3333-4444-555555555555")
+	if _, errs, code := i.run("connect", "-a", loopback(), "-n", inspectedNQN, "-i", "1", "--provider", "roce", "--frontend", "nbd-socket", "--namespace", "7",
+		"-q", "nqn.other", "-I", "11111111-2222-3333-4444-555555555555"); code != exit.OK {
+		t.Fatal(errs)
+	}
 	type report struct {
 		RType, RegCtl int
 		RegCtlExt     []struct {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -11,6 +13,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma/roce"
@@ -33,20 +36,20 @@ type twoPorts struct {
 	dir, first, second string
 }
 
-func newTwoPorts(t *testing.T) *twoPorts {
+func newTwoPorts(t *testing.T, flags ...string) *twoPorts {
 	t.Helper()
 	dir, near, second := runDir(t), anotherLoopback().String(), anotherLoopback().String()
 	run := func(args ...string) (string, string, exit.Code) {
 		t.Helper()
 		return execProgram(t, append([]string{"--run-dir", dir}, args...)...)
 	}
-	if _, stderr, code := run("target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"); code != exit.OK {
+	if _, stderr, code := run(append([]string{"target", "--background", "-a", near, "--port", second, "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB"}, flags...)...); code != exit.OK {
 		t.Fatal(stderr)
 	}
 	p := &twoPorts{dir: dir, first: near, second: second}
 	p.inspected = &inspected{t: t, run: run, close: func() {
 		run("disconnect", "--force", "-n", inspectedNQN)
-		run("target", "stop")
+		run("target", "stop", "--target", "target0")
 	}}
 	return p
 }
@@ -223,6 +226,12 @@ func TestConnectAddsPath(t *testing.T) {
 			t.Fatal("the ANA state does not change")
 		}
 	}
+	for path, state := range map[string]string{p.first: "inaccessible", p.second: "optimized"} {
+		if out := p.ok("ana-log", inspectedNQN, "--path", path); !strings.Contains(out, "over path: "+path+"\n") || !strings.Contains(out, "state\t:\t"+state) {
+			t.Errorf("%s", out)
+		}
+	}
+	p.refuse(exit.NotFound, "there is no path 192.0.2.9", "id-ctrl", inspectedNQN, "--path", "192.0.2.9")
 	before := p.status().Paths
 	p.ok("target", "drop", "--port", "2")
 	p.refuse(exit.NotFound, "no port 9", "target", "drop", "--port", "9")
@@ -239,10 +248,91 @@ func TestConnectAddsPath(t *testing.T) {
 	}
 	p.refuse(exit.Usage, "want queue-depth, round-robin or preferred", "policy", inspectedNQN, "--policy", "numa")
 	p.refuse(exit.NotFound, "there is no path", "policy", inspectedNQN, "--policy", "preferred", "--preferred", "192.0.2.9")
-	p.refuse(exit.Usage, "want ADDRESS[,PORT[,HOST_TRADDR]]", "disconnect", "-n", inspectedNQN, "--path", "nowhere")
+	p.refuse(exit.Usage, `"99999" is no port, 1 to 65535; want ADDRESS[,PORT[,HOST_TRADDR]]`, "disconnect", "-n", inspectedNQN, "--path", p.second+",99999")
 	p.ok("disconnect", "-n", inspectedNQN, "--path", p.first)
 	p.live(1)
 	p.refuse(exit.Busy, "last path", "disconnect", "-n", inspectedNQN, "--path", p.second)
+}
+
+// TestFlagsOfFurtherPath: flags of a connect to a subsystem that is served are used for the path, or
+// refused by name, and nothing has happened then. What is printed says what has.
+func TestFlagsOfFurtherPath(t *testing.T) {
+	t.Parallel()
+	p := newTwoPorts(t)
+	defer p.close()
+	p.ok(p.connectFlags("-a", p.first)...)
+	_, key := newKeyFile(t)
+	for _, c := range []struct {
+		code  exit.Code
+		want  string
+		flags []string
+	}{
+		{exit.Usage, `--policy "round-robin": ctrl0 has queue-depth; "policy ctrl0 --policy round-robin" changes it`, []string{"-a", p.second, "--policy", "round-robin"}},
+		{exit.Usage, `-k/--keep-alive-tmo "33": ctrl0 has 2; disconnect and connect change it; --fence "none": ctrl0 has auto`, []string{"-a", p.second, "-k", "33", "--fence", "none"}},
+		{exit.Usage, `--frontend "ublk": ctrl0 has nbd-socket`, []string{"-a", p.second, "--frontend", "ublk"}},
+		{exit.Usage, `--policy "preferred": ctrl0 has queue-depth`, []string{"-a", p.first, "--idempotent", "--policy", "preferred"}},
+		{exit.Usage, `--policy "preferred": ctrl0 has queue-depth`, []string{"-a", p.first, "--idempotent", "--foreground", "--policy", "preferred"}},
+		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.second, "-S", "@" + key}},
+		{exit.NotProved, `-S/--dhchap-secret: ctrl0 has no such key`, []string{"-a", p.first, "--idempotent", "-S", "@" + key}},
+		{exit.AlreadyServed, "ctrl0 serves " + inspectedNQN + " at " + p.first + ":4420 already", []string{"-a", p.first}},
+	} {
+		p.refuse(c.code, c.want, p.connectFlags(c.flags...)...)
+	}
+	config := filepath.Join(t.TempDir(), "config.json")
+	text := fmt.Sprintf(`[{"hostnqn": %q, "subsystems": [{"nqn": %q, "ports": [{"transport": "rdma", "traddr": %q}, {"transport": "rdma", "traddr": %q, "dhchap_key": "@%s", "keep_alive_tmo": 33}]}]}]`,
+		p.live(1).HostNQN, inspectedNQN, p.first, p.second, key)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, _ := p.run("connect-all", "-J", config, "--provider", "roce", "--frontend", "nbd-socket"); !strings.Contains(stderr, "path "+p.second+" is not used: -S/--dhchap-secret: ctrl0 has no such key") ||
+		!strings.Contains(stderr, `flags are not used: -k/--keep-alive-tmo "33": ctrl0 has 2; disconnect and connect change it`) {
+		t.Errorf("connect-all: %s", stderr)
+	}
+	p.live(1)
+	const nowhere = "127.200.0.1,4999"
+	if out := p.ok(p.connectFlags("-a", p.first, "--path", nowhere, "--frontend", "auto")...); !strings.Contains(out, "added "+nowhere+" to "+inspectedNQN+", which ctrl0 serves: ") ||
+		!strings.Contains(out, "path "+nowhere+" is not connected, and is tried again: ") {
+		t.Errorf("%s", out)
+	}
+	var added struct {
+		Added []string `json:"added_paths"`
+		Paths []control.Path
+	}
+	p.json(&added, p.connectFlags("-a", p.second, "-S", "none")...)
+	if len(added.Added) != 1 || added.Added[0] != p.second || len(added.Paths) != 3 {
+		t.Errorf("%+v", added)
+	}
+	p.ok("disconnect", "-n", inspectedNQN, "--path", nowhere, "--path", p.first)
+	p.refuse(exit.AlreadyServed, " at "+p.second+":4420 already", p.connectFlags("-a", p.second)...)
+	p.ok(p.connectFlags("-a", p.second, "--idempotent")...)
+	s := p.live(1)
+	if s.TrAddr != p.second || s.Paths[0].TrAddr != p.second {
+		t.Errorf("the first path is gone, and the server is at %s", s.TrAddr)
+	}
+	// Another host gets no path.
+	if _, stderr, code := p.run(p.connectFlags("-a", p.first, "-q", "nqn.other")...); code != exit.OK || !strings.Contains(stderr, "and no path; -q "+s.HostNQN+" adds a path to ctrl0") {
+		t.Errorf("exit code %d, %s", code, stderr)
+	}
+	p.kill(s.Name)
+	p.refuse(exit.NotFound, s.Name+" has died, so no path can be removed", "disconnect", "-d", s.Name, "--path", p.first)
+}
+
+// TestBadPathSpoilsNothing: a path that is refused does not keep a device from being made over the
+// others. The command names it, and why.
+func TestBadPathSpoilsNothing(t *testing.T) {
+	t.Parallel()
+	p := newTwoPorts(t, "--min-cntlid", "7", "--max-cntlid", "7")
+	defer p.close()
+	p.ok("target", "--background", "-a", after(t, p.second, 1), "--provider", "roce", "-n", inspectedNQN, "--namespace", "ram=8MiB", "--min-cntlid", "7", "--max-cntlid", "7")
+	defer p.run("target", "stop", "--target", "target1")
+	bad := after(t, p.second, 1)
+	if out := p.ok(p.connectFlags("-a", p.first, "--path", bad)...); !strings.Contains(out, "path "+bad+" is not connected, and is tried again: ") || !strings.Contains(out, "path refused: its controller has id 7, as that of "+p.first) ||
+		!strings.Contains(out, "connected "+inspectedNQN) {
+		t.Errorf("%s", out)
+	}
+	if out := p.ok("list"); !strings.Contains(out, "live (1 of 2 paths)") {
+		t.Errorf("%s", out)
+	}
 }
 
 // TestRecoverKeepsPaths checks that recover, connect and upgrade keep all paths, also when one
@@ -372,6 +462,31 @@ func TestConnectAllMakesOneDevice(t *testing.T) {
 	}
 	if s := p.live(2); len(s.Devices) != 1 {
 		t.Errorf("%d devices", len(s.Devices))
+	}
+}
+
+// TestPathsOfOneAddress: ports of a configuration with the same address and different source
+// addresses are different paths.
+func TestPathsOfOneAddress(t *testing.T) {
+	from := func(source string) path {
+		o := options.DefaultDiscovery()
+		if source != "" {
+			o.Connect.SourceAddr = netip.MustParseAddr(source)
+		}
+		return path{netip.MustParseAddrPort("192.0.2.1:4420"), o}
+	}
+	var found subsystems
+	for _, source := range []string{"192.0.2.100", "192.0.2.101", "192.0.2.100", ""} {
+		found.add("nqn.disk", from(source))
+	}
+	if all := found.all[0].paths; len(all) != 2 || all[1].path().String() != "192.0.2.1,4420,192.0.2.101" {
+		t.Errorf("%+v", all)
+	}
+	served := control.Status{Paths: []control.Path{{TrAddr: "192.0.2.1", TrSvcID: "4420", HostTrAddr: "192.0.2.100"}}}
+	for source, want := range map[string]bool{"192.0.2.100": true, "192.0.2.101": false, "": true} {
+		if got := hasPath(served, state.Record{}, from(source).path()); got != want {
+			t.Errorf("source %q: %v", source, got)
+		}
 	}
 }
 

@@ -99,7 +99,7 @@ func deadOf(records []state.Record, name string) []state.Record {
 func noDead(records []state.Record, name string) error {
 	for _, r := range records {
 		if r.Alive && serves(r, name) {
-			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d)", name, r.Name, r.Process.PID)
+			return exit.Errorf(exit.AlreadyServed, "%s: its server, %s, has not died (process %d); if it has given up its target (dead in list), disconnect and connect make the device anew", name, r.Name, r.Process.PID)
 		}
 	}
 	return exit.Errorf(exit.NotFound, "%s: no dead server has this name, device or NQN", name)

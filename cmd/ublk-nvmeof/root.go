@@ -172,6 +172,9 @@ func checkRunDir(dir string) error {
 // treat it as an error of the command line.
 func verb(name string, run func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
+		for _, file := range options.OpenKeyFiles(cmd.Flags()) {
+			cmd.PrintErrf("%s: %s: key file %s: others than its owner can read or change it; chmod 600 ends that\n", programName, name, output.Text(file))
+		}
 		e := exit.From(run(cmd, args))
 		if e == nil {
 			return nil

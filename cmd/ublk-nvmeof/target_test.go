@@ -95,6 +95,10 @@ func TestTarget(t *testing.T) {
 	if got := ok("namespace", "add", "ram=2MiB", "-n", "nqn.b"); got != "namespace 1\n" {
 		t.Errorf("%q", got)
 	}
+	_, key := newKeyFile(t)
+	ok("auth", "nqn.h", "-n", "nqn.b", "--dhchap-key", "@"+key, "--dhchap-ctrl-key", "@"+key)
+	ok("auth", "nqn.h", "-n", "nqn.b", "--dhchap-dhgroup", "ffdhe2048")
+	ok("ana", "2", "inaccessible", "-n", "nqn.a", "--port", "1")
 	ok("namespace", "remove", "7", "-n", "nqn.b")
 	ok("namespace", "resize", "1", "128MiB", "-n", "nqn.a")
 	ok("namespace", "read-only", "1", "on", "-n", "nqn.a")
@@ -129,6 +133,8 @@ func TestTarget(t *testing.T) {
 		{"drop --qid 70000", "want a number, 0 to 65535", exit.Usage},
 		{"drop --qid 1 -n nqn.a", "want --nqn or --qid", exit.Usage},
 		{"ana 33 change -n nqn.a", "ana group 33", exit.Usage},
+		{"auth nqn.i -n nqn.b --dhchap-key @" + key, "subsystem nqn.b does not admit host nqn.i; it admits nqn.h", exit.NotFound},
+		{"auth nqn.h -n nqn.b", "nothing is given to change", exit.Usage},
 		{"stall on --target target9", "no target target9 runs; running targets: target0", exit.NotFound},
 	} {
 		if _, errs, code := un(strings.Fields(tt.args)...); code != tt.code || !strings.Contains(errs, tt.want) {
@@ -139,10 +145,16 @@ func TestTarget(t *testing.T) {
 	if f := status().Faults; f.Grant != "" || f.Stalled || f.Frozen || f.Hidden || f.Reject != "" || f.Refuse != "" || len(f.Commands) != 0 {
 		t.Errorf("%+v", f)
 	}
-	for _, want := range []string{"namespace 1", "ana group 1", "connections", "commands"} {
-		if out := ok("list", "-v"); !strings.Contains(out, want) {
-			t.Errorf("no %q in %s", want, out)
+	shown := strings.Join(strings.Fields(ok("list", "-v")), " ")
+	for _, want := range []string{"namespace 1", "ana group 1 inaccessible", "ana group 2 over port 1 inaccessible", "port 1 " + loopback() + ":4420", "connections", "commands",
+		"authentication nqn.b host nqn.h, hashes all, groups ffdhe2048, queues all, with a controller key"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("no %q in %s", want, shown)
 		}
+	}
+	ok("ana", "2", "optimized", "-n", "nqn.a")
+	if states := status().Subsystems[0].ANA; len(states) != 2 || states["2"] != "optimized" {
+		t.Errorf("%v", states)
 	}
 	ok("stop")
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {

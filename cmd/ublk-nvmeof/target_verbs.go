@@ -204,10 +204,15 @@ func anaVerb(runDir dirFunc) *cobra.Command {
 
 func authVerb(runDir dirFunc) *cobra.Command {
 	var a options.HostAuth
-	cmd := change(runDir, "auth HOSTNQN", "Set how a host must authenticate",
-		"The flags are those of target, and without one its default holds. With --dhchap-key none,\nthe host need not authenticate any more. Connections stay; what is set counts when the\nhost authenticates the next time.",
+	var cmd *cobra.Command
+	cmd = change(runDir, "auth HOSTNQN", "Change how a host must authenticate",
+		"The flags are those of target. What is not given stays as it is. With --dhchap-ctrl-key none,\ncontrollers have no key any more. With --dhchap-key none, the host need not authenticate any\nmore, and its other settings are gone. Connections stay; what is set counts when the host\nauthenticates the next time. \"target list -v\" shows what is set.",
 		wantArgs(1, 1), func(r *remote, args []string) (any, error) {
-			return targetserver.AuthRequest{NQN: r.nqn, Host: args[0], Auth: a.Text()}, nvme.ValidateNQN(args[0])
+			if err := nvme.ValidateNQN(args[0]); err != nil {
+				return nil, err
+			}
+			text, err := a.Change(cmd.Flags())
+			return targetserver.AuthRequest{NQN: r.nqn, Host: args[0], Auth: text}, err
 		})
 	options.AddHostAuthFlags(cmd.Flags(), &a)
 	return cmd

@@ -103,14 +103,14 @@ func (c *Client) Rescan(ctx context.Context) error {
 	return c.Do(ctx, http.MethodPost, "/v1/rescan", nil, nil)
 }
 
-// AddPath has the server add a path, in the form of --path.
-func (c *Client) AddPath(ctx context.Context, path string) error {
-	return c.Do(ctx, http.MethodPost, "/v1/path/add", PathRequest{path}, nil)
+// AddPath has the server add a path.
+func (c *Client) AddPath(ctx context.Context, r PathRequest) error {
+	return c.Do(ctx, http.MethodPost, "/v1/path/add", r, nil)
 }
 
 // RemovePath has the server remove a path, in the form of --path.
 func (c *Client) RemovePath(ctx context.Context, path string) error {
-	return c.Do(ctx, http.MethodPost, "/v1/path/remove", PathRequest{path}, nil)
+	return c.Do(ctx, http.MethodPost, "/v1/path/remove", PathRequest{Path: path}, nil)
 }
 
 // SetPolicy changes how a request chooses its path.
@@ -135,6 +135,12 @@ func (c *Client) Do(ctx context.Context, method, path string, body, result any) 
 	resp, err := c.http.Do(req)
 	if u := (*url.Error)(nil); errors.As(err, &u) {
 		err = u.Err // the URL says nothing
+	}
+	if Gone(err) {
+		return fmt.Errorf("the server does not run any more, or not yet: %w", err)
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the server did not answer in time: %w", err)
 	}
 	if err != nil {
 		return fmt.Errorf("ask server: %w", err)

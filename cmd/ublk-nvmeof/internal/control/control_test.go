@@ -102,7 +102,7 @@ func TestPaths(t *testing.T) {
 	f := &fake{}
 	c := serve(t, f)
 	ask := func() error {
-		return errors.Join(c.AddPath(t.Context(), "192.0.2.1,4421"), c.RemovePath(t.Context(), "192.0.2.1"),
+		return errors.Join(c.AddPath(t.Context(), PathRequest{Path: "192.0.2.1,4421"}), c.RemovePath(t.Context(), "192.0.2.1"),
 			c.SetPolicy(t.Context(), PolicyRequest{"preferred", "192.0.2.1"}))
 	}
 	if err := ask(); err != nil {

@@ -222,7 +222,7 @@ func handle[T any](mux *http.ServeMux, pattern string, act func(context.Context,
 	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		var req T
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req); err != nil {
-			answerError(w, exit.Errorf(exit.Usage, "%s: %v", r.URL.Path, err))
+			answerError(w, exit.Errorf(exit.Usage, "%s: the request makes no sense", r.URL.Path)) // err may quote a key
 			return
 		}
 		if err := act(context.WithoutCancel(r.Context()), req); err != nil {

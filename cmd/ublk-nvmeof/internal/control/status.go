@@ -149,9 +149,16 @@ type Fence struct {
 	WaitsFor string `json:"waits_for"` // in words
 }
 
-// PathRequest asks to add or remove a path, in the form of --path.
+// PathRequest asks to add or remove a path, in the form of --path. The other fields are for a path
+// that is added.
 type PathRequest struct {
 	Path string `json:"path"`
+	// Keep keeps a path that cannot be connected, so that it is tried again.
+	Keep bool `json:"keep,omitempty"`
+	// Host and Controller are the keys that are wanted for the path. Empty ones are those of the
+	// server, and "none" means that there is none.
+	Host       string `json:"dhchap_secret,omitempty"`
+	Controller string `json:"dhchap_ctrl_secret,omitempty"`
 }
 
 // PolicyRequest asks to change how paths are chosen. Preferred is a path in the form of --path,
@@ -309,6 +316,9 @@ type Lane struct {
 type Query struct {
 	Command []byte `json:"command"` // 64 bytes
 	Length  int    `json:"length"`  // bytes of data
+	// Path is the path over which it is sent, in the form of --path; empty: the first that is
+	// connected.
+	Path string `json:"path,omitempty"`
 }
 
 // Reservation is a reservation command for a namespace that the server serves (see
@@ -324,10 +334,13 @@ type Reservation struct {
 type Reauthentication struct {
 	Host       string `json:"dhchap_secret,omitempty"`
 	Controller string `json:"dhchap_ctrl_secret,omitempty"`
+	// Timeout is the time limit in seconds; 0: a minute.
+	Timeout int `json:"timeout,omitempty"`
 }
 
 // QueryResult is what the controller answered.
 type QueryResult struct {
 	Result uint64 `json:"result"`
 	Data   []byte `json:"data,omitempty"`
+	Path   string `json:"path,omitempty"` // over which it was asked, if there are several
 }

@@ -100,41 +100,84 @@ func AddHostAuthFlags(f *pflag.FlagSet, a *HostAuth) {
 	addAuthFlags(f, func() (*target.HostAuth, error) { return &a.HostAuth, nil })
 }
 
-// HostAuthText is a HostAuth that can be encoded. It contains secrets, and String leaves
-// them out.
+// HostAuthText is a change of a HostAuth that can be encoded. What is empty stays as it is. It
+// contains secrets, and String leaves them out.
 type HostAuthText struct {
-	Key           string       `json:"dhchap_key,omitempty"` // empty: the host need not authenticate any more
+	Key           string       `json:"dhchap_key,omitempty"` // NoSecret: the host need not authenticate any more
 	ControllerKey string       `json:"dhchap_ctrl_key,omitempty"`
 	Hashes        []auth.Hash  `json:"hashes,omitempty"`
 	Groups        []auth.Group `json:"groups,omitempty"`
-	AdminOnly     bool         `json:"admin_only,omitempty"`
+	AdminOnly     *bool        `json:"admin_only,omitempty"`
 }
 
 // String describes t without the keys.
 func (t HostAuthText) String() string {
-	return fmt.Sprintf("key %t, controller key %t, hashes %v, groups %v, admin only %t", t.Key != "", t.ControllerKey != "", t.Hashes, t.Groups, t.AdminOnly)
+	return fmt.Sprintf("key %t, controller key %t, hashes %v, groups %v, admin only %t", t.Key != "", t.ControllerKey != "", t.Hashes, t.Groups, t.AdminOnly != nil && *t.AdminOnly)
 }
 
-// Text returns a as text.
-func (a HostAuth) Text() HostAuthText {
-	t := HostAuthText{Hashes: a.Hashes, Groups: a.Groups, AdminOnly: a.AdminOnly}
-	if a.Key != nil {
-		t.Key = a.Key.Text()
+// Change returns the change that the flags of AddHostAuthFlags make, which f has parsed into a.
+func (a HostAuth) Change(f *pflag.FlagSet) (t HostAuthText, err error) {
+	for _, k := range []struct {
+		flag string
+		key  *auth.Key
+		to   *string
+	}{{"dhchap-key", a.Key, &t.Key}, {"dhchap-ctrl-key", a.ControllerKey, &t.ControllerKey}} {
+		switch {
+		case !f.Changed(k.flag):
+		case k.key == nil:
+			*k.to = NoSecret
+		default:
+			*k.to = k.key.Text()
+		}
 	}
-	if a.ControllerKey != nil {
-		t.ControllerKey = a.ControllerKey.Text()
+	t.Hashes, t.Groups = a.Hashes, a.Groups
+	if f.Changed("dhchap-queues") {
+		t.AdminOnly = &a.AdminOnly
 	}
-	return t
+	given := t.ControllerKey != "" || t.Hashes != nil || t.Groups != nil || t.AdminOnly != nil
+	switch {
+	case t.Key == "" && !given:
+		return t, errors.New("nothing is given to change; want --dhchap-key or another flag")
+	case t.Key == NoSecret && given:
+		return t, fmt.Errorf("--dhchap-key %s: the host need not authenticate then; want it without other flags", NoSecret)
+	}
+	return t, nil
 }
 
-// Parse is the reverse of HostAuth.Text. Without a key the result is nil.
-func (t HostAuthText) Parse() (a *target.HostAuth, err error) {
-	if t.Key == "" {
+// Apply returns what t makes of how a host must authenticate; nil is not at all.
+func (t HostAuthText) Apply(have *target.HostAuth) (a *target.HostAuth, err error) {
+	if t.Key == NoSecret {
 		return nil, nil
 	}
-	a = &target.HostAuth{Hashes: t.Hashes, Groups: t.Groups, AdminOnly: t.AdminOnly}
-	if a.Key, err = auth.ParseKey(t.Key); err == nil && t.ControllerKey != "" {
-		a.ControllerKey, err = auth.ParseKey(t.ControllerKey)
+	a = &target.HostAuth{}
+	if have != nil {
+		*a = *have
 	}
-	return a, err
+	for _, k := range []struct {
+		text string
+		to   **auth.Key
+	}{{t.Key, &a.Key}, {t.ControllerKey, &a.ControllerKey}} {
+		switch k.text {
+		case "":
+		case NoSecret:
+			*k.to = nil
+		default:
+			if *k.to, err = auth.ParseKey(k.text); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if t.Hashes != nil {
+		a.Hashes = t.Hashes
+	}
+	if t.Groups != nil {
+		a.Groups = t.Groups
+	}
+	if t.AdminOnly != nil {
+		a.AdminOnly = *t.AdminOnly
+	}
+	if a.Key == nil {
+		return nil, errors.New("the host has no key so far; want --dhchap-key as well")
+	}
+	return a, nil
 }

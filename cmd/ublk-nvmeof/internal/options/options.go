@@ -157,7 +157,7 @@ func (c *Connect) AddFlags(f *pflag.FlagSet) {
 		"nqn", "n", "NQN of the subsystem (required)")
 	c.addHost(f)
 	f.Var(paths{&c.Paths}, "path", "a further path to the subsystem: `ADDRESS[,PORT[,HOST_TRADDR]]`; may be repeated. A path that cannot be reached is tried again")
-	f.Var(preferred(&c.Preferred), "preferred", "path that --policy preferred uses while it can be: `ADDRESS[,PORT[,HOST_TRADDR]]` (default: the first)")
+	f.Var(preferred(&c.Preferred), "preferred", "path that --policy preferred uses while it can be: `ADDRESS[,PORT[,HOST_TRADDR]]` (default: that of -a)")
 	c.addConnection(f)
 	f.Var(text(&c.Socket, "address", "an absolute path of at most 107 bytes, or HOST:PORT", checkSocket), "nbd-socket",
 		"path or address of the socket for NBD clients; implies --frontend nbd-socket (default: a socket in the run directory that only this target has)")
@@ -230,7 +230,7 @@ func (c *Connect) addConnection(f *pflag.FlagSet) {
 func (c *Connect) addProvider(f *pflag.FlagSet) {
 	f.Var(OneOf(&c.Provider, AutoProvider, Verbs, RoCE), "provider", "how RDMA is done: verbs uses an RDMA device, roce is RoCEv2 over UDP without one; auto takes verbs if a device is on the route")
 	f.Var(OneOf(&c.LoadModules, "auto", "never"), "load-modules", "whether to load ublk_drv, nbd, rdma_ucm and ib_uverbs if they are missing")
-	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting")
+	f.Var(Duration(&c.Timeout, time.Second, time.Hour), "timeout", "time limit for connecting. A wait for the end of an earlier server's controllers comes on top")
 }
 
 // addMetrics defines the flag for the address at which metrics can be scraped.
@@ -259,20 +259,9 @@ func (c *Connect) CompleteHost(from identity.Sources) error {
 	if a, err := netip.ParseAddr(c.Address); err == nil && c.SourceAddr.IsValid() && a.Unmap().Is4() != c.SourceAddr.Is4() {
 		return fmt.Errorf("-w/--host-traddr %q: want an address of the family of %s", c.SourceAddr, c.Address)
 	}
-	if c.KeepAlive == 0 {
-		c.KeepAlive = initiator.DefaultKeepAlive
-	}
-	if c.Loss < 0 {
-		c.Loss = Forever
-	}
-	if c.FastIOFail < 0 {
-		c.FastIOFail = Off
-	}
+	c.normalize()
 	if c.Device != AutoDevice && len(c.NSIDs) > 0 && c.Device+len(c.NSIDs)-1 > maxDevice {
 		return fmt.Errorf("--device-id \"%d\": want a number that leaves %d numbers up to %d", c.Device, len(c.NSIDs), maxDevice)
-	}
-	if c.Socket != "" && c.Frontend == Auto {
-		c.Frontend = NBDSocket
 	}
 	switch {
 	case c.Preferred.Address.IsValid() && c.Policy != initiator.Preferred:
@@ -295,6 +284,31 @@ func (c *Connect) CompleteHost(from identity.Sources) error {
 	c.HostNQN, c.HostID, c.HostIDFile = host.NQN, host.ID, host.File
 	c.Warnings = append(c.Warnings, host.Warnings...)
 	return err
+}
+
+// normalize gives values that mean the same one form, and chooses the front end that other flags
+// imply.
+func (c *Connect) normalize() {
+	if c.KeepAlive == 0 {
+		c.KeepAlive = initiator.DefaultKeepAlive
+	}
+	if c.Loss < 0 {
+		c.Loss = Forever
+	}
+	if c.FastIOFail < 0 {
+		c.FastIOFail = Off
+	}
+	if c.Frontend != Auto {
+		return
+	}
+	switch {
+	case c.Socket != "":
+		c.Frontend = NBDSocket
+	case c.VhostSocket != "":
+		c.Frontend = VhostUserBlk
+	case c.ShmemSocket != "":
+		c.Frontend = Ublk
+	}
 }
 
 // TLSConfig reads the certificates for NBD clients. Their files have the names that

@@ -49,6 +49,7 @@ func TestWrongValues(t *testing.T) {
 		{"-w/--host-traddr", []string{"", "host", "10.0.2", "::", "224.0.0.1"}, "want an IPv4 or IPv6 address (with %zone) of this host"},
 		{"--path", []string{manyPaths(16)}, "want at most 15 paths besides the first"},
 		{"--path", []string{"", "host", "10.0.2.15,0", "10.0.2.15,x", "10.0.2.15,4420,x", "10.0.2.15,1,10.0.2.1,2", "10.0.2.15;"}, "want ADDRESS[,PORT[,HOST_TRADDR]] with numeric addresses"},
+		{"--path", []string{"10.0.2.15,99999", "10.0.2.15,99999,10.0.2.1"}, `"99999" is no port, 1 to 65535; want ADDRESS`},
 		{"--preferred", []string{"", "host", "0.0.0.0", "10.0.2.15,0", "10.0.2.15;10.0.3.15"}, "want ADDRESS[,PORT[,HOST_TRADDR]]"},
 		{"--path", []string{"0.0.0.0", "10.0.2.15,4420,224.0.0.1", "10.0.2.15,4420,fe80::1"}, "; want ADDRESS[,PORT[,HOST_TRADDR]]"},
 		{"--policy", []string{"", "numa", "rr"}, "want queue-depth, round-robin or preferred"},

@@ -39,7 +39,7 @@ func ParsePath(s string) (Path, error) {
 	}
 	address, err := netip.ParseAddr(words[0])
 	if err != nil {
-		return Path{}, errUnwanted
+		return Path{}, notNumeric(words[0])
 	}
 	p := Path{Address: netip.AddrPortFrom(address.Unmap(), DefaultPort)}
 	if err := checkUnicast(address, "target"); err != nil {
@@ -48,14 +48,14 @@ func ParsePath(s string) (Path, error) {
 	if len(words) > 1 {
 		port, err := strconv.ParseUint(words[1], 10, 16)
 		if err != nil || port == 0 {
-			return Path{}, errUnwanted
+			return Path{}, fmt.Errorf("%q is no port, 1 to 65535", words[1])
 		}
 		p.Address = netip.AddrPortFrom(p.Address.Addr(), uint16(port))
 	}
 	if len(words) > 2 {
 		source, err := netip.ParseAddr(words[2])
 		if err != nil {
-			return Path{}, errUnwanted
+			return Path{}, notNumeric(words[2])
 		}
 		if err := checkUnicast(source, "host"); err != nil {
 			return Path{}, err
@@ -66,6 +66,16 @@ func ParsePath(s string) (Path, error) {
 		}
 	}
 	return p, nil
+}
+
+func notNumeric(address string) error { return fmt.Errorf("%q is no numeric address", address) }
+
+// CheckPath returns an error that says what is wrong with a path and what a flag for one accepts.
+func CheckPath(s string) error {
+	if _, err := ParsePath(s); err != nil {
+		return &rejected{want: wantPath, why: err}
+	}
+	return nil
 }
 
 // paths is a flag that may be repeated. Its value in one argument has the paths separated by

@@ -2,6 +2,7 @@ package options
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -18,6 +19,9 @@ const (
 
 // SecretWords describe the value of a flag for a key.
 const SecretWords = "a key like DHHC-1:00:BASE64:, @FILE for a file that contains one, or none"
+
+// KeyWords describe the value of a flag for a key that there must be.
+const KeyWords = "a key like DHHC-1:00:BASE64:, or @FILE for a file that contains one"
 
 // NoSecret is the value that means no key, as in nvme-cli's configuration.
 const NoSecret = "none"
@@ -39,7 +43,11 @@ func ParseSecret(text string) (*auth.Key, error) {
 	if err != nil {
 		return nil, err
 	}
-	k, err := auth.ParseKey(strings.TrimSpace(string(content)))
+	text = strings.TrimSpace(string(content))
+	if text == "" {
+		return nil, fmt.Errorf("%s is empty", file)
+	}
+	k, err := auth.ParseKey(text)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
@@ -108,6 +116,27 @@ func (c *Connect) checkSecrets() error {
 		return fmt.Errorf("-C/--%s: want -S/--%s as well", ControllerSecret, HostSecret)
 	}
 	return nil
+}
+
+// OpenKeyFiles returns the files with keys, of the flags that f has parsed, that others than their
+// owner can read or write.
+func OpenKeyFiles(f *pflag.FlagSet) (out []string) {
+	f.VisitAll(func(flag *pflag.Flag) {
+		v, ok := flag.Value.(*secretFlag)
+		if !ok {
+			return
+		}
+		for _, given := range v.given {
+			file, ok := strings.CutPrefix(given, "@")
+			if !ok || slices.Contains(out, file) {
+				continue
+			}
+			if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode()&0o077 != 0 {
+				out = append(out, file)
+			}
+		}
+	})
+	return out
 }
 
 // DescriptorSecret is the value of a flag for a key that a descriptor contains.

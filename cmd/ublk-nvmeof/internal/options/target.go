@@ -1,6 +1,7 @@
 package options
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -222,6 +223,9 @@ func (t *Target) Complete() error {
 	}
 	if t.MaxIO&(t.MaxIO-1) != 0 {
 		return fmt.Errorf("--max-io-size %q: want a power of two", ibytes(t.MaxIO))
+	}
+	if lo, hi := cmp.Or(t.MinID, 1), cmp.Or(t.MaxID, nvme.CNTLIDMax); lo > hi {
+		return fmt.Errorf("--min-cntlid \"%d\": want at most --max-cntlid, %d", lo, hi)
 	}
 	if t.InCapsule == 0 {
 		t.InCapsule = -1

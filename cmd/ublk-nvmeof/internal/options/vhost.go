@@ -37,12 +37,6 @@ func (c *Connect) addVhost(f *pflag.FlagSet) {
 // completeVhost checks the flags for the sockets of virtual machine monitors and of shared memory
 // in combination.
 func (c *Connect) completeVhost() error {
-	if c.VhostSocket != "" && c.Frontend == Auto {
-		c.Frontend = VhostUserBlk
-	}
-	if c.ShmemSocket != "" && c.Frontend == Auto {
-		c.Frontend = Ublk
-	}
 	switch {
 	case c.ShmemSocket != "" && c.Frontend != Ublk:
 		return fmt.Errorf("--shmem-socket %q: want it with --frontend %s, not %s", c.ShmemSocket, Ublk, c.Frontend)

@@ -23,6 +23,7 @@ type SubsystemResult struct {
 	NQN     string
 	Outcome Outcome
 	Status  control.Status // of its server
+	Added   []string       // further paths that this command has added
 	Further []string       // addresses that the server does not use
 	Again   bool           // one of these may be a path later: it is not there yet
 	Err     error
@@ -40,6 +41,7 @@ type connectedOneOf struct {
 	Controller string   `json:"controller,omitempty"`
 	Address    string   `json:"address,omitempty"`
 	Devices    []string `json:"devices"`
+	Added      []string `json:"added_paths,omitempty"`
 	Further    []string `json:"further_paths"`
 	Error      string   `json:"error,omitempty"`
 }
@@ -54,6 +56,10 @@ func ConnectedAll(w io.Writer, results []SubsystemResult, format string, verbose
 		switch {
 		case r.Outcome == New:
 			if err := Connected(w, r.Status, Normal, verbose); err != nil {
+				return err
+			}
+		case r.Outcome == Already && len(r.Added) > 0:
+			if err := PathsAdded(w, r.Status, r.Added, Normal, false); err != nil {
 				return err
 			}
 		case r.Outcome == Already && !r.Quiet:
@@ -81,6 +87,9 @@ func connectedAllJSON(w io.Writer, results []SubsystemResult) error {
 	out := connectedAll{SchemaVersion: SchemaVersion, Subsystems: []connectedOneOf{}}
 	for _, r := range results {
 		one := connectedOneOf{NQN: r.NQN, Outcome: r.Outcome, Controller: r.Status.Name, Devices: []string{}, Further: append([]string{}, r.Further...)}
+		if r.Outcome == Already {
+			one.Added = r.Added
+		}
 		if r.Status.Name != "" {
 			one.Address = Address(r.Status)
 		}

@@ -160,7 +160,7 @@ func inspected() map[string]func(b *bytes.Buffer, format string) error {
 		"ns-descs":      func(b *bytes.Buffer, f string) error { return NamespaceDescriptors(b, p.descriptors, 1, f) },
 		"smart-log":     func(b *bytes.Buffer, f string) error { return SMARTLog(b, p.smart, "ublkb0", nvme.NSIDAll, false, f) },
 		"error-log":     func(b *bytes.Buffer, f string) error { return ErrorLog(b, p.errors, "ublkb0", f) },
-		"ana-log":       func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", f) },
+		"ana-log":       func(b *bytes.Buffer, f string) error { return ANALog(b, ana, "ublkb0", "10.0.2.15", f) },
 		"get-log": func(b *bytes.Buffer, f string) error {
 			return LogPage(b, []byte("log\x00 page\x1b and more"), "ublkb0", 2, 1, f)
 		},

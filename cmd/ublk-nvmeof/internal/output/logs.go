@@ -118,8 +118,8 @@ func ErrorLog(w io.Writer, log []byte, device, format string) error {
 	return nil
 }
 
-// ANALog writes the ANA log of a device.
-func ANALog(w io.Writer, log nvme.ANALog, device, format string) error {
+// ANALog writes the ANA log of a device, and the path over which it was read if that is given.
+func ANALog(w io.Writer, log nvme.ANALog, device, path, format string) error {
 	groups := []object{}
 	for g := range log.Groups() {
 		list := []object{}
@@ -133,13 +133,20 @@ func ANALog(w io.Writer, log nvme.ANALog, device, format string) error {
 		})
 	}
 	if format == JSON {
-		return writeJSON(w, object{
+		out := object{
 			{name: "Asymmetric Namespace Access Log for NVMe device", value: device},
 			counted("chgcnt", log.ChangeCount()), counted("ngrps", log.NumGroups()),
 			{name: "ANA DESC LIST ", value: groups}, // with the space
-		})
+		}
+		if path != "" {
+			out = append(out, member{name: "path", value: path})
+		}
+		return writeJSON(w, out)
 	}
 	fmt.Fprintf(w, "Asymmetric Namespace Access Log for NVMe device: %s\n", Text(device))
+	if path != "" {
+		fmt.Fprintf(w, "over path: %s\n", Text(path))
+	}
 	fmt.Fprintf(w, "ANA LOG HEADER :-\nchgcnt\t:\t%d\nngrps\t:\t%d\nANA Log Desc :-\n", log.ChangeCount(), log.NumGroups())
 	for g := range log.Groups() {
 		fmt.Fprintf(w, "grpid\t:\t%d\nnnsids\t:\t%d\nchgcnt\t:\t%d\nstate\t:\t%s\n", g.ID, g.NumNSIDs(), g.ChangeCount, anaState(g.State))

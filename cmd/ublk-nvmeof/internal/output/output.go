@@ -79,13 +79,36 @@ type connected struct {
 	Reason        string         `json:"provider_reason,omitempty"`
 	Queues        control.Queues `json:"queues"`
 	SchemaVersion int            `json:"schema_version"`
+	Paths         []pathState    `json:"paths,omitempty"`       // if there are several
+	Added         []string       `json:"added_paths,omitempty"` // of these, by this command
+}
+
+type pathState struct {
+	Path      string `json:"path"`
+	State     string `json:"state"`
+	LastError string `json:"last_error,omitempty"`
 }
 
 // Connected writes the devices of a new connection. verbose adds the queues.
 func Connected(w io.Writer, s control.Status, format string, verbose bool) error {
+	return connection(w, s, nil, format, verbose)
+}
+
+// PathsAdded writes the devices of a connection that was there, and the paths that it has got.
+func PathsAdded(w io.Writer, s control.Status, added []string, format string, verbose bool) error {
+	return connection(w, s, added, format, verbose)
+}
+
+func connection(w io.Writer, s control.Status, added []string, format string, verbose bool) error {
 	out := connected{
 		Devices: []string{}, Controller: s.Name, NQN: s.NQN, Address: Address(s),
 		Frontend: s.Frontend, FrontReason: s.FrontendReason, ZeroCopy: s.ZeroCopy, Provider: s.Provider, Reason: s.ProviderReason, Queues: s.Queues, SchemaVersion: SchemaVersion,
+		Added: added,
+	}
+	for _, p := range s.Paths {
+		if len(s.Paths) > 1 {
+			out.Paths = append(out.Paths, pathState{p.Path, p.State, p.LastError})
+		}
 	}
 	var paths []string
 	for _, d := range s.Devices {
@@ -99,6 +122,12 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		return writeJSON(w, out)
 	}
 	s, paths = printable(s), printable(paths)
+	if len(added) > 0 {
+		if _, err := fmt.Fprintf(w, "added %s to %s, which %s serves: %s\n", strings.Join(added, " and "), s.NQN, s.Name, strings.Join(paths, " ")); err != nil {
+			return err
+		}
+		return unconnected(w, s)
+	}
 	if s.Frontend != "" && s.Frontend != "ublk" && s.FrontendReason != "" && !verbose {
 		// This is not the usual front end, so the reason is given.
 		if _, err := fmt.Fprintf(w, "front end %s\n", withReason(s.Frontend, s.FrontendReason)); err != nil {
@@ -106,6 +135,9 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		}
 	}
 	if _, err := fmt.Fprintf(w, "connected %s at %s: %s\n", s.NQN, endpoint(s), strings.Join(paths, " ")); err != nil {
+		return err
+	}
+	if err := unconnected(w, s); err != nil {
 		return err
 	}
 	if s.ZeroCopy != "" {
@@ -120,6 +152,19 @@ func Connected(w io.Writer, s control.Status, format string, verbose bool) error
 		return err
 	}
 	return classTable(w, s.Queues)
+}
+
+// unconnected writes the paths that were asked for and are not connected yet.
+func unconnected(w io.Writer, s control.Status) error {
+	for _, p := range s.Paths {
+		if p.CNTLID != 0 || len(s.Paths) < 2 {
+			continue
+		}
+		if _, err := fmt.Fprintf(w, "  path %s is not connected, and is tried again: %s\n", p.Path, orNone(p.LastError)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // reach says what memory the target can access with zero copy.
@@ -277,7 +322,7 @@ func listTable(out io.Writer, servers []control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DEVICE\tNSID\tSIZE\tNQN\tADDRESS\tSTATE\tQUEUES (REQUESTED/GRANTED)")
 	for _, s := range servers {
-		rest := fmt.Sprintf("%s\t%s\t%s\t%s", orNone(s.NQN), endpoint(s), s.State, summary(s.Queues))
+		rest := fmt.Sprintf("%s\t%s\t%s\t%s", orNone(s.NQN), endpoint(s), stateOfPaths(s), summary(s.Queues))
 		if len(s.Devices) == 0 {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", none, none, none, rest)
 		}
@@ -286,6 +331,20 @@ func listTable(out io.Writer, servers []control.Status) error {
 		}
 	}
 	return w.Flush()
+}
+
+// stateOfPaths is the state, and how many of several paths are connected if some are not.
+func stateOfPaths(s control.Status) string {
+	live := 0
+	for _, p := range s.Paths {
+		if p.State == "live" {
+			live++
+		}
+	}
+	if n := len(s.Paths); n > 1 && live < n {
+		return fmt.Sprintf("%s (%d of %d paths)", s.State, live, n)
+	}
+	return s.State
 }
 
 func size(n uint64) string {
@@ -311,7 +370,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			source = " from " + s.HostTrAddr
 		}
 		row("address", "%s %s%s", s.Transport, endpoint(s), source)
-		if len(s.Paths) > 1 {
+		if s.Policy != "" {
 			row("policy", "%s, fence %s", s.Policy, orNone(s.Fence))
 		}
 		for j, p := range s.Paths {
@@ -408,7 +467,11 @@ func stateText(s control.Status) string {
 // pathLine is what is known of one of several paths.
 func pathLine(s control.Status, p control.Path) string {
 	s.TrAddr, s.TrSvcID = p.TrAddr, p.TrSvcID
-	parts := []string{endpoint(s) + " " + p.State}
+	at := endpoint(s)
+	if p.HostTrAddr != "" {
+		at += " from " + p.HostTrAddr
+	}
+	parts := []string{at + " " + p.State}
 	if p.CNTLID != 0 {
 		parts = append(parts, fmt.Sprintf("controller %d", p.CNTLID))
 	}

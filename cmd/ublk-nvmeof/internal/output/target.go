@@ -1,9 +1,11 @@
 package output
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,9 +74,15 @@ func identity(n targetserver.NamespaceStatus) string {
 
 // describeTarget shows controllers, faults and counters.
 func describeTarget(w io.Writer, t targetserver.Status) {
+	for _, p := range t.Ports {
+		fmt.Fprintf(w, "  port %d\t%s\n", p.ID, net.JoinHostPort(p.TrAddr, p.TrSvcID))
+	}
 	for _, s := range t.Subsystems {
-		for _, group := range sortedKeys(s.ANA) {
+		for _, group := range slices.SortedFunc(maps.Keys(s.ANA), byNumbers) {
 			fmt.Fprintf(w, "  ana group %s\t%s\t%s\n", group, s.ANA[group], s.NQN)
+		}
+		for _, a := range s.Auth {
+			fmt.Fprintf(w, "  authentication\t%s\t%s\n", s.NQN, authText(a))
 		}
 	}
 	for _, c := range t.Controllers {
@@ -109,13 +117,26 @@ func describeTarget(w io.Writer, t targetserver.Status) {
 		count(t.Reads, "read"), humanize.IBytes(t.ReadBytes), count(t.Writes, "write"), humanize.IBytes(t.WriteBytes), count(t.Errors, "error"))
 }
 
-// sortedKeys sorts numbers as numbers.
-func sortedKeys(m map[string]string) []string {
-	var keys []string
-	for i := range 33 {
-		if key := strconv.Itoa(i); m[key] != "" {
-			keys = append(keys, key)
+// authText says how a host must authenticate.
+func authText(a targetserver.HostAuth) string {
+	orAll := func(names []string) string {
+		if len(names) == 0 {
+			return "all"
 		}
+		return strings.Join(names, " ")
 	}
-	return keys
+	text := fmt.Sprintf("host %s, hashes %s, groups %s, queues %s", a.HostNQN, orAll(a.Hashes), orAll(a.Groups), a.Queues)
+	if a.ControllerKey {
+		text += ", with a controller key"
+	}
+	return text
+}
+
+// byNumbers sorts texts that begin with a number by that.
+func byNumbers(a, b string) int {
+	number := func(s string) int {
+		n, _ := strconv.Atoi(s[:len(s)-len(strings.TrimLeft(s, "0123456789"))])
+		return n
+	}
+	return cmp.Or(cmp.Compare(number(a), number(b)), strings.Compare(a, b))
 }

@@ -40,12 +40,13 @@ func TestTargetsGolden(t *testing.T) {
 		{
 			SchemaVersion: 1, Name: "target0", PID: 1234, TrAddr: "10.0.2.15", TrSvcID: "4420", Provider: "roce", ProviderReason: "asked for",
 			Subsystems: []targetserver.Subsystem{
-				{NQN: "nqn.a", MaxQueues: 128, AllowHosts: []string{"nqn.h"}, ANA: map[string]string{"1": "inaccessible"}, Namespaces: []targetserver.NamespaceStatus{
+				{NQN: "nqn.a", MaxQueues: 128, AllowHosts: []string{"nqn.h"}, ANA: map[string]string{"1": "inaccessible", "1 over port 2": "optimized", "10": "change", "2": "optimized"}, Namespaces: []targetserver.NamespaceStatus{
 					{NSID: 1, Data: "ram", Size: 1 << 20, BlockSize: 512, UUID: "22222222-2222-2222-2222-222222222222", NewAtStart: true},
 					{NSID: 2, Data: "/data", Size: 1 << 30, BlockSize: 4096, ReadOnly: true},
 				}},
-				{NQN: "nqn.b", MaxQueues: 2, Namespaces: []targetserver.NamespaceStatus{}},
+				{NQN: "nqn.b", MaxQueues: 2, Auth: []targetserver.HostAuth{{HostNQN: "nqn.h", Groups: []string{"ffdhe2048", "null"}, Queues: "all"}}, Namespaces: []targetserver.NamespaceStatus{}},
 			},
+			Ports:       []targetserver.Port{{ID: 1, TrAddr: "10.0.2.15", TrSvcID: "4420"}, {ID: 2, TrAddr: "fe80::1%eth0", TrSvcID: "4420"}},
 			Referrals:   []string{"10.0.2.16:8009"},
 			Controllers: []targetserver.Controller{{CNTLID: 1, NQN: "nqn.a", HostNQN: "nqn.h", Queues: 3}, {CNTLID: 2, NQN: "nqn.a", HostNQN: "nqn.h", Ending: true}},
 			Faults: targetserver.Faults{Grant: "none", Stalled: true, Frozen: true, Hidden: true, Reject: "no resources", Refuse: "182h: busy",

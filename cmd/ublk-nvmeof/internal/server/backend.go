@@ -27,7 +27,7 @@ type subsystem interface {
 	Err() error
 	Outlive(ctx context.Context, keepAlive time.Duration, ids ...initiator.ControllerID) error
 	OutliveTime(keepAlive time.Duration, n int) time.Duration
-	Query(ctx context.Context, cmd *nvme.Command, out []byte) (uint64, error)
+	QueryOver(ctx context.Context, path *initiator.Controller, cmd *nvme.Command, out []byte) (uint64, error)
 	Reset(ctx context.Context) error
 	Rescan() error
 	AddPath(ctx context.Context, p initiator.Path) (*initiator.Controller, error)

@@ -119,6 +119,7 @@ func (s *server) connect(ctx context.Context) ([]namespace, error) {
 	s.mu.Lock()
 	s.sub, s.path = sub, path
 	s.policy, s.preferred = s.opts.Policy, s.opts.Preferred
+	s.keys = secretsOf(s.opts.Secret, s.opts.ControllerSecret)
 	s.mu.Unlock()
 	close(s.linked)
 	s.depth = path.QueueSize

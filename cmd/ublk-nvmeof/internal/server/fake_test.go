@@ -326,7 +326,7 @@ func (c *fakeSubsystem) Outlive(ctx context.Context, keepAlive time.Duration, id
 	return nil
 }
 
-func (c *fakeSubsystem) Query(_ context.Context, cmd *nvme.Command, out []byte) (uint64, error) {
+func (c *fakeSubsystem) QueryOver(_ context.Context, _ *initiator.Controller, cmd *nvme.Command, out []byte) (uint64, error) {
 	if err := c.world.queriesFail(); err != nil {
 		return 0, err
 	}

@@ -85,34 +85,41 @@ func (s *server) connectFirst(ctx context.Context, cfg initiator.Config) (sub su
 	return nil, nil, nil, first
 }
 
-// connectPaths adds further paths. One that cannot be connected now is kept, and tried again.
+// connectPaths adds further paths. One that cannot be connected now, or leads to something else, is
+// kept and tried again: it must not keep the other paths from being used.
 func (s *server) connectPaths(ctx context.Context, further []options.Path) error {
 	for _, p := range further {
 		err := s.addPath(ctx, p)
 		switch {
 		case err == nil, errors.Is(err, initiator.ErrPathExists):
 		case ctx.Err() != nil:
-			return err
-		case refusesPath(err):
-			return err
+			return fmt.Errorf("path %v: %w", p, err)
 		default:
-			s.log.Warn("path cannot be connected now; it is tried again", "path", p.String(), "error", err)
-			to, perr := s.initiatorPath(p)
-			if perr != nil {
-				return perr
-			}
-			if _, err := s.sub.KeepPath(to); err != nil {
-				return fmt.Errorf("path %v: %w", p, err)
+			if err := s.keepPath(p, err); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-// refusesPath reports whether an error says that a path leads to something else.
-func refusesPath(err error) bool {
-	step := (*initiator.StepError)(nil)
-	return errors.As(err, &step) && step.Step == "compare with the other paths"
+// keepPath adds a path that cannot be connected, and is tried again.
+func (s *server) keepPath(p options.Path, why error) error {
+	s.log.Warn("path cannot be connected now; it is tried again", "path", p.String(), "error", why)
+	to, err := s.initiatorPath(p)
+	if err != nil {
+		return fmt.Errorf("path %v: %w", p, err)
+	}
+	if _, err := s.sub.KeepPath(to); err != nil {
+		return fmt.Errorf("path %v: %w", p, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unready == nil {
+		s.unready = map[string]string{}
+	}
+	s.unready[p.String()] = why.Error()
+	return nil
 }
 
 func (s *server) initiatorPath(p options.Path) (initiator.Path, error) {
@@ -143,15 +150,44 @@ func (s *server) AddPath(ctx context.Context, r control.PathRequest) error {
 	if err := s.awaitConnected(within); err != nil {
 		return err
 	}
+	if err := s.checkKeys(r); err != nil {
+		return err
+	}
 	err = s.addPath(within, p)
 	switch {
 	case errors.Is(err, initiator.ErrPathExists):
 		return exit.Errorf(exit.AlreadyServed, "path %v: %v", p, err)
+	case err != nil && r.Keep && within.Err() == nil:
+		if err := s.keepPath(p, err); err != nil {
+			return err
+		}
 	case err != nil:
 		return exit.Connecting(p.Address.String(), s.opts.NQN, s.opts.HostNQN, err)
 	}
 	s.log.Info("path added on request", "path", p.String())
 	return errors.Join(s.prefer(), s.recordPaths())
+}
+
+// checkKeys refuses keys for a path that are not those of the server, which has one pair for all
+// paths.
+func (s *server) checkKeys(r control.PathRequest) error {
+	s.mu.Lock()
+	keys := s.keys
+	s.mu.Unlock()
+	for _, k := range []struct{ flag, wanted, has string }{
+		{"-S/--" + options.HostSecret, r.Host, keys.Host}, {"-C/--" + options.ControllerSecret, r.Controller, keys.Controller},
+	} {
+		if k.wanted == "" || k.wanted == k.has || k.wanted == options.NoSecret && k.has == "" {
+			continue
+		}
+		has := "another key"
+		if k.has == "" {
+			has = "no such key"
+		}
+		name := s.record.state().Name
+		return exit.Errorf(exit.NotProved, "%s: %s has %s, and uses its keys for all paths; \"reauth %s\" changes them", k.flag, name, has, name)
+	}
+	return nil
 }
 
 // RemovePath implements control.Controlled.
@@ -265,8 +301,9 @@ func (s *server) recordPaths() error {
 	return s.record.update(func(st *state.State) { st.Args = options.WithPaths(st.Args, all) })
 }
 
-// describePaths fills in the paths and what changes wait for.
-func describePaths(out *control.Status, now initiator.Info) {
+// describePaths fills in the paths and what changes wait for. unready says why a path that was never
+// connected is not.
+func describePaths(out *control.Status, now initiator.Info, unready map[string]string) {
 	out.Policy = now.Policy.String()
 	out.Paths = []control.Path{}
 	for n, p := range now.Paths {
@@ -293,6 +330,9 @@ func describePaths(out *control.Status, now initiator.Info) {
 			if err != nil {
 				v.LastError = err.Error()
 			}
+		}
+		if v.LastError == "" && p.CNTLID == 0 {
+			v.LastError = unready[v.Path]
 		}
 		out.Paths = append(out.Paths, v)
 	}

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/nvme"
 )
@@ -24,13 +26,41 @@ func (s *server) Query(ctx context.Context, q control.Query) (control.QueryResul
 	if err != nil {
 		return control.QueryResult{}, err
 	}
+	path, err := s.pathForQuery(sub, q.Path)
+	if err != nil {
+		return control.QueryResult{}, err
+	}
 	r := control.QueryResult{}
+	if path != nil {
+		r.Path = pathOf(path.Info()).String()
+	}
 	if q.Length > 0 {
 		r.Data = make([]byte, q.Length)
 	}
 	cmd := nvme.CommandAt(q.Command)
-	r.Result, err = sub.Query(ctx, cmd, r.Data)
+	r.Result, err = sub.QueryOver(ctx, path, cmd, r.Data)
+	if path != nil && errors.Is(err, initiator.ErrNotConnected) {
+		return r, exit.Errorf(exit.Busy, "%v", err)
+	}
 	return r, during(cmd.Opcode().AdminString(), s.explainRefusal(err))
+}
+
+// pathForQuery returns the path that a query names, or the first that is connected. It is nil if
+// there is only one, or none is connected.
+func (s *server) pathForQuery(sub subsystem, name string) (*initiator.Controller, error) {
+	if name != "" {
+		p, err := options.ParsePath(name)
+		if err != nil {
+			return nil, exit.Errorf(exit.Usage, "path %q: %v", name, err)
+		}
+		return s.pathTo(p)
+	}
+	all := sub.Paths()
+	i := slices.IndexFunc(all, func(c *initiator.Controller) bool { return c.Info().CNTLID != 0 })
+	if len(all) < 2 || i < 0 {
+		return nil, nil
+	}
+	return all[i], nil
 }
 
 // Reserve implements control.Controlled.

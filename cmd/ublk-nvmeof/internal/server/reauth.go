@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"ublk-nvmeof/auth"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -24,6 +25,9 @@ func secretsOf(host, controller *auth.Key) (s state.Secrets) {
 	}
 	return s
 }
+
+// reauthTime is how long an authentication on request may take if the request does not say.
+const reauthTime = time.Minute
 
 // Reauthenticate implements control.Controlled. The keys that the request lacks are those
 // that are recorded.
@@ -52,18 +56,30 @@ func (s *server) Reauthenticate(ctx context.Context, r control.Reauthentication)
 			return exit.Errorf(exit.Usage, "--%s: %v", k.flag, err)
 		}
 	}
-	s.log.Info("authentication on request", "new_keys", r != control.Reauthentication{})
-	refused := sub.Reauthenticate(ctx, &keys)
+	changed := r.Host != "" || r.Controller != ""
+	s.log.Info("authentication on request", "new_keys", changed)
+	within, cancel := context.WithTimeout(ctx, cmp.Or(time.Duration(r.Timeout)*time.Second, reauthTime))
+	defer cancel()
+	refused := sub.Reauthenticate(within, &keys)
 	untried := errors.Is(refused, initiator.ErrKeysUntried)
 	if refused == nil || untried || errors.Is(refused, initiator.ErrKeysAccepted) {
-		if err := s.record.changeSecrets(secretsOf(keys.Host, keys.Controller)); err != nil {
+		used := secretsOf(keys.Host, keys.Controller)
+		s.mu.Lock()
+		s.keys = used
+		s.mu.Unlock()
+		if err := s.record.changeSecrets(used); err != nil {
 			return errors.Join(refused, fmt.Errorf("the keys are in use, but recover and upgrade will not have them: %w", err))
 		}
 	}
 	switch {
-	case refused == nil || errors.As(refused, new(*initiator.AuthError)):
+	case refused == nil:
+		return nil
+	case errors.As(refused, new(*initiator.AuthError)):
+		if changed && !errors.Is(refused, initiator.ErrKeysAccepted) {
+			refused = fmt.Errorf("%w; the keys from before stay in use", refused)
+		}
 		return refused
-	case untried && r != control.Reauthentication{}:
+	case untried && changed:
 		return exit.Errorf(exit.Busy, "%v; %v", s.explainRefusal(refused), initiator.ErrKeysUntried)
 	}
 	return s.explainRefusal(refused)

@@ -61,7 +61,7 @@ func TestReauth(t *testing.T) {
 		t.Errorf("recorded %+v", got)
 	}
 	w.sub.reauth = &initiator.AuthError{Err: errors.New("rain")}
-	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: newKey(t).Text()}); exit.Of(err) != exit.NotProved || err.Error() != "authentication of queue 0: rain" {
+	if err := c.Reauthenticate(t.Context(), control.Reauthentication{Host: newKey(t).Text()}); exit.Of(err) != exit.NotProved || err.Error() != "authentication of queue 0: rain; the keys from before stay in use" {
 		t.Errorf("code %d, %v", exit.Of(err), err)
 	}
 	w.sub.reauth = initiator.ErrNotConnected

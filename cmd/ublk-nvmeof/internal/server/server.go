@@ -131,6 +131,8 @@ type server struct {
 	sub       subsystem
 	policy    initiator.Policy
 	preferred options.Path       // of the policy initiator.Preferred; zero: the first
+	keys      state.Secrets      // that paths are connected with
+	unready   map[string]string  // why a path that was never connected is not, by path
 	path      initiator.PathInfo // when it was last seen connected
 	serving   []*serving
 	reported  []change // changes of namespaces that follow has not handled

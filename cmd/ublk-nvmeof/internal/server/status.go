@@ -60,7 +60,7 @@ func (s *server) Status() control.Status {
 	}
 	describeState(&out, now)
 	describePath(&out, s.path)
-	describePaths(&out, now)
+	describePaths(&out, now, s.unready)
 	out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Limit
 	out.RegionBytes = now.Memory.Regions
 	describeRequests(&out, now)
@@ -117,7 +117,14 @@ func describeState(out *control.Status, now initiator.Info) {
 // describePath fills in what is known of a controller since it was connected the last time.
 func describePath(out *control.Status, connected initiator.PathInfo) {
 	if connected.Address.IsValid() {
-		out.TrAddr = connected.Address.Addr().String()
+		out.TrAddr, out.TrSvcID = connected.Address.Addr().String(), strconv.Itoa(int(connected.Address.Port()))
+		source := ""
+		if connected.Source.IsValid() {
+			source = connected.Source.String()
+		}
+		if source != out.HostTrAddr { // it is not the path that connect was given first
+			out.HostTrAddr, out.HostIface = source, ""
+		}
 	}
 	out.Authentication = connected.Auth
 	out.CNTLID, out.Version = connected.CNTLID, connected.Version.String()

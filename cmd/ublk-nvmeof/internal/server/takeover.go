@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -174,7 +175,7 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	}
 	shown := limit.Round(time.Second)
 	s.log.Info("waiting until the target has ended the controllers of earlier servers", "controllers", fmt.Sprint(earlier), "at_most", shown)
-	over := s.announceWait(limit, "the target at %s has ended the controllers of the earlier server", s.remote)
+	over := s.announceWait(limit, "the target has ended the controllers of the earlier server, made at %s", s.whereMade(earlier))
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
@@ -183,9 +184,24 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 		ids = append(ids, initiator.ControllerID(c))
 	}
 	if err := s.sub.Outlive(limited, keepAlive, ids...); err != nil {
-		return true, fmt.Errorf("the target at %s still has a controller of an earlier server, or does not say (waited up to %v); try again later: %w", s.remote, shown, err)
+		return true, fmt.Errorf("the target still has a controller of an earlier server, made at %s, or does not say (waited up to %v); try again later: %w", s.whereMade(earlier), shown, err)
 	}
 	return true, s.record.outlived(ctx)
+}
+
+// whereMade lists the addresses at which controllers were made.
+func (s *server) whereMade(all []state.Controller) string {
+	var words []string
+	for _, c := range all {
+		at := c.Address
+		if !at.IsValid() {
+			at = s.remote // an older build did not record it
+		}
+		if !slices.Contains(words, at.String()) {
+			words = append(words, at.String())
+		}
+	}
+	return strings.Join(words, " and ")
 }
 
 // namespaceWait is the longest wait for the missing namespace of a device. A target

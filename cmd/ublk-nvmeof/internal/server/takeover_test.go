@@ -499,7 +499,7 @@ func TestLimitOfTheWaitForOldControllers(t *testing.T) {
 		if w.outliveLimit > tt.want || w.outliveLimit < tt.want-o.Timeout {
 			t.Errorf("within %v: waited up to %v, want %v", tt.within, w.outliveLimit, tt.want)
 		}
-		if len(waits) != 2 || waits[1] != (Wait{}) || !strings.Contains(waits[0].For, "waits until the target at 127.0.0.1:4420 has ended the controllers of the earlier server") ||
+		if len(waits) != 2 || waits[1] != (Wait{}) || !strings.Contains(waits[0].For, "waits until the target has ended the controllers of the earlier server, made at 127.0.0.1:4420") ||
 			time.Duration(waits[0].Seconds)*time.Second > tt.want || waits[0].Seconds == 0 {
 			t.Errorf("within %v: announced %+v", tt.within, waits)
 		}

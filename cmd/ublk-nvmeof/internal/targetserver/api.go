@@ -45,11 +45,22 @@ type Port struct {
 
 // Subsystem is a subsystem of a target.
 type Subsystem struct {
-	NQN        string            `json:"subsysnqn"`
-	MaxQueues  int               `json:"max_queues"`
-	AllowHosts []string          `json:"allow_hosts,omitempty"` // empty: any host
-	ANA        map[string]string `json:"ana,omitempty"`         // state by group, for the groups whose state was set
+	NQN        string   `json:"subsysnqn"`
+	MaxQueues  int      `json:"max_queues"`
+	AllowHosts []string `json:"allow_hosts,omitempty"` // empty: any host
+	// ANA has the states of groups that were set, by group, or by group and port ("1 over port 2").
+	ANA        map[string]string `json:"ana,omitempty"`
+	Auth       []HostAuth        `json:"auth,omitempty"` // of the hosts that must authenticate
 	Namespaces []NamespaceStatus `json:"namespaces"`
+}
+
+// HostAuth says how a host must authenticate. Empty lists mean all.
+type HostAuth struct {
+	HostNQN       string   `json:"hostnqn"`
+	ControllerKey bool     `json:"dhchap_ctrl_key"` // controllers can prove who they are
+	Hashes        []string `json:"hashes,omitempty"`
+	Groups        []string `json:"dhgroups,omitempty"`
+	Queues        string   `json:"queues"` // all or admin
 }
 
 // NamespaceStatus describes a namespace. Data is "ram", or the path of the file or

@@ -3,9 +3,11 @@ package targetserver
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
@@ -135,12 +137,26 @@ func (s *server) auth(r AuthRequest) (Done, error) {
 	if err != nil {
 		return Done{}, err
 	}
-	a, err := r.Auth.Parse()
+	if len(sub.cfg.AllowHosts) > 0 && !slices.Contains(sub.cfg.AllowHosts, r.Host) {
+		return Done{}, exit.Errorf(exit.NotFound, "subsystem %s does not admit host %s; it admits %s", sub.cfg.NQN, r.Host, strings.Join(sub.cfg.AllowHosts, ", "))
+	}
+	i := slices.IndexFunc(sub.cfg.Auth, func(a options.HostAuth) bool { return a.Host == r.Host })
+	var have *target.HostAuth
+	if i >= 0 {
+		have = &sub.cfg.Auth[i].HostAuth
+	}
+	next, err := r.Auth.Apply(have)
 	if err == nil {
-		err = sub.SetHostAuth(r.Host, a)
+		err = sub.SetHostAuth(r.Host, next)
 	}
 	if err != nil {
 		return Done{}, exit.Errorf(exit.Usage, "%v", err)
+	}
+	if i >= 0 {
+		sub.cfg.Auth = slices.Delete(slices.Clone(sub.cfg.Auth), i, i+1)
+	}
+	if next != nil {
+		sub.cfg.Auth = append(slices.Clip(sub.cfg.Auth), options.HostAuth{Host: r.Host, HostAuth: *next})
 	}
 	return Done{}, nil
 }
@@ -314,6 +330,9 @@ func (s *server) ana(r ANARequest) (Done, error) {
 	for _, sub := range found {
 		if err := set(sub); err != nil {
 			return Done{}, exit.Errorf(exit.Usage, "%v", err)
+		}
+		if r.Port == 0 { // it counts for all ports
+			maps.DeleteFunc(sub.ana, func(other, _ string) bool { return strings.HasPrefix(other, key+" ") })
 		}
 		sub.ana[key] = r.State
 	}

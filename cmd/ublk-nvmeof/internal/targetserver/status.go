@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/options"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/target"
 )
@@ -46,10 +47,27 @@ func (s *server) status() Status {
 		for group, state := range sub.ana {
 			d.ANA[group] = state
 		}
+		for _, a := range sub.cfg.Auth {
+			d.Auth = append(d.Auth, describeAuth(a))
+		}
 		for _, n := range sub.namespaces {
 			d.Namespaces = append(d.Namespaces, n.status())
 		}
 		out.Subsystems = append(out.Subsystems, d)
+	}
+	return out
+}
+
+func describeAuth(a options.HostAuth) HostAuth {
+	out := HostAuth{HostNQN: a.Host, ControllerKey: a.ControllerKey != nil, Queues: "all"}
+	if a.AdminOnly {
+		out.Queues = "admin"
+	}
+	for _, h := range a.Hashes {
+		out.Hashes = append(out.Hashes, h.String())
+	}
+	for _, g := range a.Groups {
+		out.Groups = append(out.Groups, g.String())
 	}
 	return out
 }
