@@ -3,18 +3,19 @@
 # target in memory, RoCEv2 over UDP, no module. The guest boots, makes file systems, verifies
 # data with four queues, reboots, sees a new size, is killed and started again. Then the
 # server is upgraded and killed below the guest while it verifies. Between the kills the
-# target drops connections, and changes its grant.
+# target drops connections, and changes its grant. At last a guest that writes and reads is
+# migrated to another QEMU, whose disk another server serves.
 #
 #	e2e/vhost.sh PROGRAM VM [KERNEL [KILLS [UPGRADES [STEPS]]]]
 #
-# STEPS is guest, server, or both with a comma between them. The variable VHOST_FLAGS has further
+# STEPS is guest, server, migrate, or several with commas between them. The variable VHOST_FLAGS has further
 # flags for connect, such as --zero-copy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-program=$(realpath "$1") vm=$(realpath "$2") kernel=${3:-6.12} kills=${4:-3} upgrades=${5:-2} steps=${6:-guest,server}
+program=$(realpath "$1") vm=$(realpath "$2") kernel=${3:-6.12} kills=${4:-3} upgrades=${5:-2} steps=${6:-guest,server,migrate}
 work=$(mktemp -d)
 nqn=nqn.2026-01.org.example:vm
-addr=127.0.0.1
+addr=127.$((2 + $$ % 250)).$((RANDOM % 250)).1 # nobody else's
 port=$((20000 + $$ % 10000))
 socket=$work/disk-1.sock
 # How long the guest verifies while the server is upgraded, and while it is killed.
@@ -22,16 +23,18 @@ upgrade_time=$((upgrades * 4 + 5)) kill_time=$((kills * 7 + 10))
 guest=
 VHOST_FLAGS=${VHOST_FLAGS:-}
 un() { "$program" "$@" --run-dir "$work/run"; }
+other() { "$program" "$@" --run-dir "$work/other"; } # the server on the other side of a migration
 
 clear_away() {
 	status=$?
 	[ -z "$guest" ] || kill -9 "$guest" 2>/dev/null || true
 	if [ $status != 0 ]; then
 		echo "vhost: failed" >&2
-		tail -n 20 "$work"/run/ctrl*/log >&2 || true
+		tail -n 20 "$work"/*/ctrl*/log >&2 || true
 	fi
 	# What is over already is no error.
 	un disconnect -n $nqn --force >/dev/null 2>&1 || true
+	other disconnect -n $nqn --force >/dev/null 2>&1 || true
 	un target stop >/dev/null 2>&1 || true
 	rm -rf "$work"
 	exit $status
@@ -119,6 +122,14 @@ server_steps() {
 	un list -v
 }
 
+migrate_steps() {
+	echo "== a guest migrates to another server"
+	other connect -a $addr -s $port -n $nqn -q $nqn:other -i 2 -c 1 -k 1 --provider roce --vhost-socket "$work/other-{nsid}.sock" $VHOST_FLAGS
+	"$vm" --kernel "$kernel" --cpus 2 --mem 512M --vhost-user-blk "$socket" --migrate-to "$work/other-1.sock"
+	other disconnect -n $nqn
+}
+
 case ,$steps, in *,guest,*) guest_steps ;; esac
 case ,$steps, in *,server,*) server_steps ;; esac
+case ,$steps, in *,migrate,*) migrate_steps ;; esac
 echo "== done"

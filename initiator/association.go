@@ -418,6 +418,20 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	return p, nil
 }
 
+// traces returns the traces of the connections.
+func (a *association) traces() (all []string) {
+	add := func(c *connection) {
+		if t, ok := c.id.(rdma.Traced); ok && t.Trace() != "" {
+			all = append(all, t.Trace())
+		}
+	}
+	add(a.admin.conn)
+	for _, p := range a.pairs {
+		add(p.connection)
+	}
+	return all
+}
+
 // connectCommand makes the connection an I/O queue. SQHD in the completion is 0xFFFF if the
 // target does not use SQ flow control. The data of the command are at offset at of mr.
 func (c *Controller) connectCommand(ctx context.Context, conn *connection, q queueParam, mr rdma.MR, at int) (nvme.Completion, error) {

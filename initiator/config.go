@@ -119,6 +119,12 @@ type Config struct {
 	// Subsystem. It may be nil.
 	Associated func(all []ControllerID) error
 
+	// Connected is called before Associated, with the traces of the connections of all
+	// associations (rdma.Traced), if the provider has any. With them the next process can
+	// tell the target that this one has died (rdma.Leaver), and need not wait until the
+	// target notices it. Connected must not call the Subsystem. It may be nil.
+	Connected func(traces []string)
+
 	// Made is called with each controller as soon as the target has made it. asked is
 	// the time when this host requested it. Made must not call the Subsystem. It may
 	// be nil.

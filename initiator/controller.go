@@ -51,6 +51,7 @@ type Controller struct {
 	life      context.Context // ends with that of the subsystem
 	end       context.CancelCauseFunc
 	announced ControllerID  // of the last association that was recorded; guarded by the subsystem's recording
+	traces    []string      // of its connections; guarded by the same
 	blamed    atomic.Bool   // the last association was lost with the suspect in flight
 	stopped   chan struct{} // supervise has ended
 
@@ -349,6 +350,10 @@ func (c *Controller) announce(a *association) error {
 	defer s.recording.Unlock()
 	last := c.announced
 	c.announced = ControllerID{a.remote, a.cntlid}
+	if c.cfg.Connected != nil {
+		c.traces = a.traces()
+		c.cfg.Connected(s.traces())
+	}
 	if err := c.cfg.Associated(s.holders()); err != nil {
 		c.announced = last
 		return &StepError{"record controller id", err}

@@ -461,6 +461,16 @@ func (s *Subsystem) holders() []ControllerID {
 	return all
 }
 
+// traces returns the traces of the connections of all paths. The caller holds recording.
+func (s *Subsystem) traces() (all []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.lockedPaths() {
+		all = append(all, c.traces...)
+	}
+	return all
+}
+
 // errBarred is the error of a reservation command while an earlier one may still be executed.
 var errBarred = fmt.Errorf("an earlier reservation command was lost with its path and may still be executed: %w", unix.EBUSY)
 

@@ -87,7 +87,7 @@ func explainMemlock(err error, limit uint64) error {
 		return err
 	}
 	return fmt.Errorf("%w: the processes of this user may lock %d KiB of memory (RLIMIT_MEMLOCK), and each I/O queue takes about %d KiB, "+
-		"with an RDMA device its buffers as well; raise the limit (ulimit -l, LimitMEMLOCK= of a service, --ulimit memlock= of a container), or ask for fewer queues (--nr-io-queues)",
+		"with an RDMA device its buffers as well; raise the limit (ulimit -l, LimitMEMLOCK= of a service, --ulimit memlock= of a container), or use fewer I/O queues",
 		err, limit>>10, LoopMemory)
 }
 

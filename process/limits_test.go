@@ -50,6 +50,9 @@ func TestExplainMemlock(t *testing.T) {
 	if !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), "may lock 64 KiB of memory (RLIMIT_MEMLOCK)") {
 		t.Error(err)
 	}
+	if strings.Contains(err.Error(), "--nr-io-queues") {
+		t.Errorf("the library names a flag of the program: %v", err)
+	}
 }
 
 func TestIsAdmin(t *testing.T) {

@@ -53,6 +53,20 @@ type Provider interface {
 	Listen(addr netip.AddrPort, backlog int) (Listener, error)
 }
 
+// Leaver is a Provider that can end a connection of a process that has died, whose peer would not
+// notice that for a while. The kernel ends those of the other providers.
+type Leaver interface {
+	// Leave tells the peer that the connection has ended, and waits for its answer.
+	// connection is the trace of an ID of the dead process.
+	Leave(ctx context.Context, connection string) error
+}
+
+// Traced is an ID of a Leaver.
+type Traced interface {
+	// Trace returns what Leave needs to know, or "" without a connection.
+	Trace() string
+}
+
 // ID is a connection identifier (rdma_cm_id): first resolved or requested,
 // then given a QP, then connected.
 type ID interface {

@@ -382,6 +382,29 @@ func (s *site) run(args ...string) error {
 	return nil
 }
 
+// TestDeadServerLeaves: the next server tells the target that the last one has died. Otherwise the
+// target would notice it after the keep alive timeout, which is longer here than a test may take.
+func TestDeadServerLeaves(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:a"
+	l := newLate(t, nqn)
+	first := l.connect(nqn, "-k", "300", "--path", l.second.String())
+	eventually(t, "both paths are live", func() bool { return len(l.record(nqn).Controllers) == 2 })
+	l.kill(first)
+	if err := l.run("recover", first.Name); err != nil {
+		t.Fatal(err)
+	}
+	// The last server of a chain of dead ones leaves for all of them.
+	second := l.record(nqn)
+	l.kill(second)
+	if err := l.run("recover", first.Name); err != nil {
+		t.Fatal(err)
+	}
+	c := l.client(l.record(nqn))
+	if err := c.write("data"); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestClientsStayWithTheirDisk: the client of a server that died never comes to
 // another subsystem, whatever is done meanwhile.
 func TestClientsStayWithTheirDisk(t *testing.T) {

@@ -3,8 +3,11 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 
 	"ublk-nvmeof/internal/testenv"
@@ -141,6 +144,7 @@ func TestVhostMemory(t *testing.T) {
 
 // TestVhostHugePages does a part of it with huge pages.
 func TestVhostHugePages(t *testing.T) {
+	testenv.Need(t, "hugepages", reserveHugePages(t, 8))
 	for name, flags := range map[string][]string{"copy": nil, "zero copy": {"--zero-copy"}} {
 		t.Run(name, func(t *testing.T) {
 			m := newMemoryGuest(t, "nqn.2026-01.org.example:huge", true, true, flags...)
@@ -149,6 +153,21 @@ func TestVhostHugePages(t *testing.T) {
 			m.checkLog()
 		})
 	}
+}
+
+// reserveHugePages adds n huge pages to those that the machine keeps, until the end of the test.
+func reserveHugePages(t *testing.T, n int) error {
+	const file = "/proc/sys/vm/nr_hugepages"
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	before, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return err
+	}
+	t.Cleanup(func() { _ = os.WriteFile(file, text, 0) }) // where it was not allowed, nothing has changed
+	return os.WriteFile(file, []byte(strconv.Itoa(before+n)), 0)
 }
 
 // changeUnderLoad adds memory, uses it and removes it, while the other rings are busy.

@@ -29,6 +29,7 @@ type guestConfig struct {
 	Before  string // with Systemd: a command to run before systemd
 	Systemd bool   // make systemd the first process
 	Disk    bool   // the writable layer is on a disk
+	Writer  bool   // only write to the disk of a vhost-user-blk back end
 }
 
 const (
@@ -74,9 +75,16 @@ func guestEnv(o options) []string {
 // guestMain is the first process of the guest. It must not return.
 func guestMain() {
 	fmt.Println(guestHello)
-	port, err := guestSetup1()
+	c, err := readGuestConfig()
+	if err == nil && c.Writer {
+		writerMain() // does not return
+	}
+	var port *os.File
 	if err == nil {
-		err = guestRun(port)
+		port, err = guestSetup1()
+	}
+	if err == nil {
+		err = guestRun(port, c)
 	}
 	if err != nil {
 		fmt.Println("vm:", err)
@@ -91,28 +99,47 @@ func guestMain() {
 	}
 }
 
-// guestSetup1 does what needs the initramfs: modules, control port.
-func guestSetup1() (*os.File, error) {
+func readGuestConfig() (c guestConfig, err error) {
+	text, err := os.ReadFile("/" + guestConfigFile)
+	if err != nil {
+		return c, err
+	}
+	if err := json.Unmarshal(text, &c); err != nil {
+		return c, fmt.Errorf("read %s: %w", guestConfigFile, err)
+	}
+	return c, nil
+}
+
+// loadModules mounts the kernel's file systems and loads the modules of the initramfs.
+func loadModules() error {
 	err := errors.Join(
 		mount("devtmpfs", "dev", "/dev", ""),
 		mount("proc", "proc", "/proc", ""),
 		mount("sysfs", "sys", "/sys", ""))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	files, err := filepath.Glob("/modules/*.ko")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, path := range files {
 		f, err := os.Open(path)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil {
-			return nil, fmt.Errorf("load %s: %w", path, err)
+			return fmt.Errorf("load %s: %w", path, err)
 		}
 		f.Close()
+	}
+	return nil
+}
+
+// guestSetup1 does what needs the initramfs: modules, control port.
+func guestSetup1() (*os.File, error) {
+	if err := loadModules(); err != nil {
+		return nil, err
 	}
 	// The port's device appears some time after its driver was loaded.
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
@@ -130,15 +157,7 @@ func guestSetup1() (*os.File, error) {
 }
 
 // guestRun turns to the host's file system, runs the command and reports.
-func guestRun(port *os.File) error {
-	text, err := os.ReadFile("/" + guestConfigFile)
-	if err != nil {
-		return err
-	}
-	var c guestConfig
-	if err := json.Unmarshal(text, &c); err != nil {
-		return fmt.Errorf("read %s: %w", guestConfigFile, err)
-	}
+func guestRun(port *os.File, c guestConfig) error {
 	for _, nv := range c.Env {
 		if path, ok := strings.CutPrefix(nv, "PATH="); ok {
 			if err := os.Setenv("PATH", path); err != nil {

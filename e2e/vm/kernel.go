@@ -149,16 +149,15 @@ func fetchKernel(dir, name string, suites []suite) error {
 	if _, err := output("", "depmod", "-b", dir, release); err != nil {
 		return err
 	}
-	if err := unpackBootModules(dir, release); err != nil {
+	if err := unpackModules(filepath.Join(dir, "lib/modules", release), filepath.Join(dir, "boot"), bootModules); err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(dir, "release"), []byte(release), 0o644)
 }
 
-// unpackBootModules writes the bootModules and what they depend on to dir/boot,
-// uncompressed and numbered in load order.
-func unpackBootModules(dir, release string) error {
-	mods := filepath.Join(dir, "lib/modules", release)
+// unpackModules writes modules of a lib/modules/RELEASE tree and what they depend on to
+// dir, uncompressed and numbered in load order.
+func unpackModules(mods, dir string, want []string) error {
 	dep, err := os.ReadFile(filepath.Join(mods, "modules.dep"))
 	if err != nil {
 		return err
@@ -167,11 +166,11 @@ func unpackBootModules(dir, release string) error {
 	if err != nil {
 		return err
 	}
-	order, err := loadOrder(string(dep), string(builtin), bootModules)
+	order, err := loadOrder(string(dep), string(builtin), want)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(dir, "boot"), 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
 	for i, path := range order {
@@ -180,7 +179,7 @@ func unpackBootModules(dir, release string) error {
 			return err
 		}
 		file := fmt.Sprintf("%02d-%s.ko", i, moduleName(path))
-		if err := os.WriteFile(filepath.Join(dir, "boot", file), data, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, file), data, 0o644); err != nil {
 			return err
 		}
 	}

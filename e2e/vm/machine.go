@@ -43,6 +43,7 @@ type machine struct {
 	append   string
 	cable    string   // path of a socket, or empty
 	disks    []string // paths of the sockets of vhost-user-blk back ends
+	nbds     []string // paths of the sockets of NBD servers
 	reboot   bool     // the guest may reboot
 	disk     string   // path of the image of the writable layer, or empty
 	timeout  time.Duration
@@ -77,7 +78,7 @@ func (m *machine) boot() (int, error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	initrd := filepath.Join(dir, "initramfs")
-	if err := m.writeInitramfs(initrd); err != nil {
+	if err := m.writeInitramfs(initrd, m.kernel.boot); err != nil {
 		return exitVM, err
 	}
 	start := time.Now()
@@ -166,28 +167,14 @@ func (m *machine) show(f frame) {
 // arguments is QEMU's command line; descriptor 3 is the console, 4 the control
 // port.
 func (m *machine) arguments(initrd string) []string {
-	// norandmaps: code that is emulated is translated once, and not once for each
-	// address where a process has it.
-	params := "console=ttyS0 tsc=reliable mitigations=off norandmaps quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
-	cpu := "max"
-	if m.accel != "kvm" {
-		// QEMU 7.2 makes up the flags after CMPXCHG16B, but for ZF. When an
-		// interrupt comes just then, the kernel goes on with them, and single-steps, say.
-		cpu += ",cx16=off"
-	}
-	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35", "-cpu", cpu,
-		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
-		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
+	args := append(m.basic(initrd),
 		"-chardev", "socket,id=console,fd=3", "-serial", "chardev:console",
 		"-chardev", "socket,id=control,fd=4", "-device", "virtio-serial-pci",
-		"-device", "virtserialport,chardev=control,name=" + portName,
+		"-device", "virtserialport,chardev=control,name="+portName,
 		"-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
 		// Takes the guest's packets and leads nowhere. (A hub without another port
 		// leads nowhere, too, but lets the queue fill until the driver complains.)
-		"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,romfile=",
-	}
+		"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,romfile=")
 	if m.guest.Out != "" {
 		path := strings.ReplaceAll(m.guest.Out, ",", ",,")
 		args = append(args, "-virtfs", "local,path="+path+",mount_tag=out,security_model=none,multidevs=remap")
@@ -206,7 +193,11 @@ func (m *machine) arguments(initrd string) []string {
 		args = append(args, "-drive", "if=none,id=layer,format=raw,cache=unsafe,file="+strings.ReplaceAll(m.disk, ",", ",,"),
 			"-device", "virtio-blk-pci,drive=layer,serial="+layerSerial)
 	}
-	args = append(args, m.diskArguments()...)
+	args = append(args, m.diskArguments(m.disks)...)
+	for i, path := range m.nbds {
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=nbd%d,format=raw,cache=none,file.driver=nbd,file.export=1,file.server.type=unix,file.server.path=%s", i, strings.ReplaceAll(path, ",", ",,")),
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=nbd%d,num-queues=%d", i, m.cpus))
+	}
 	if !m.reboot {
 		args = append(args, "-no-reboot")
 	}
@@ -225,14 +216,33 @@ func (m *machine) arguments(initrd string) []string {
 	}
 }
 
+// basic are the arguments that every machine has.
+func (m *machine) basic(initrd string) []string {
+	// norandmaps: code that is emulated is translated once, and not once for each
+	// address where a process has it.
+	params := "console=ttyS0 tsc=reliable mitigations=off norandmaps quiet panic=-1 net.ifnames=0 sysrq_always_enabled=1 " + m.append
+	cpu := "max"
+	if m.accel != "kvm" {
+		// QEMU 7.2 makes up the flags after CMPXCHG16B, but for ZF. When an
+		// interrupt comes just then, the kernel goes on with them, and single-steps, say.
+		cpu += ",cx16=off"
+	}
+	return []string{
+		"-nodefaults", "-no-user-config", "-display", "none",
+		"-machine", "q35", "-cpu", cpu,
+		"-smp", strconv.Itoa(m.cpus), "-m", m.memory,
+		"-kernel", m.kernel.image, "-initrd", initrd, "-append", strings.TrimSpace(params),
+	}
+}
+
 // diskArguments are the disks of vhost-user-blk back ends, which share the guest's memory.
 // A back end that dies is connected again.
-func (m *machine) diskArguments() []string {
-	if len(m.disks) == 0 {
+func (m *machine) diskArguments(sockets []string) []string {
+	if len(sockets) == 0 {
 		return nil
 	}
 	args := []string{"-object", "memory-backend-memfd,id=memory,size=" + m.memory + ",share=on", "-machine", "memory-backend=memory"}
-	for i, path := range m.disks {
+	for i, path := range sockets {
 		args = append(args, "-chardev", fmt.Sprintf("socket,id=disk%d,path=%s,reconnect=1", i, strings.ReplaceAll(path, ",", ",,")),
 			"-device", fmt.Sprintf("vhost-user-blk-pci,chardev=disk%d,num-queues=%d", i, m.cpus))
 	}
@@ -241,7 +251,7 @@ func (m *machine) diskArguments() []string {
 
 // writeInitramfs packs this program as /init, the boot modules and the guest's
 // configuration.
-func (m *machine) writeInitramfs(path string) error {
+func (m *machine) writeInitramfs(path string, modules []string) error {
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		return err
@@ -263,7 +273,7 @@ func (m *machine) writeInitramfs(path string) error {
 	c.char("dev/null", 1, 3)
 	c.file("init", self)
 	c.file(guestConfigFile, config)
-	for _, ko := range m.kernel.boot {
+	for _, ko := range modules {
 		data, err := os.ReadFile(ko)
 		if err != nil {
 			return err

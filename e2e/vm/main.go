@@ -80,8 +80,10 @@ type options struct {
 	appendK  string
 	cable    string
 	disks    []string
+	nbds     []string
 	reboot   bool
 	disk     string
+	to       string
 	env      []string
 	verbose  bool
 	fetch    bool
@@ -111,6 +113,11 @@ func parseOptions(args []string) (options, error) {
 		o.disks = append(o.disks, s)
 		return nil
 	})
+	fs.Func("nbd", "path of the `socket` of an NBD server with an export named 1, for a disk after those of --vhost-user-blk; repeatable", func(s string) error {
+		o.nbds = append(o.nbds, s)
+		return nil
+	})
+	fs.StringVar(&o.to, "migrate-to", "", "in place of a command, write to the disk of --vhost-user-blk, migrate the VM to a QEMU whose disk has this `socket`, and go on there; what is read, before and after, must be what was written")
 	fs.BoolVar(&o.reboot, "reboot", false, "let the VM reboot (reboot -f), which runs the command again; a panic does so, too")
 	fs.StringVar(&o.disk, "disk", "", "`path` of a disk image, which is made if it does not exist: what is written in the VM is there in the next VM with the same disk")
 	fs.Func("env", "pass this environment variable, too; `NAME` or NAME=VALUE, repeatable", func(s string) error {
@@ -137,7 +144,9 @@ func parseOptions(args []string) (options, error) {
 		return o, errors.New("--icount needs emulation, so not --accel kvm")
 	case o.icount && o.parallel:
 		return o, errors.New("--icount is emulation on one thread, so not --parallel")
-	case len(o.command) == 0 && !o.fetch:
+	case o.to != "" && (len(o.command) > 0 || len(o.disks) != 1 || o.icount || o.accel == "kvm"):
+		return o, errors.New("--migrate-to goes with one --vhost-user-blk and with emulation, and without a command")
+	case len(o.command) == 0 && !o.fetch && o.to == "":
 		return o, errors.New("no command to run; see --help")
 	}
 	return o, nil
@@ -202,14 +211,17 @@ func hostMain(args []string) (int, error) {
 	accel := o.accel
 	if accel == "auto" {
 		accel = "tcg"
-		if !o.icount && kvmWorks(cache, k) {
+		if !o.icount && o.to == "" && kvmWorks(cache, k) {
 			accel = "kvm"
 		}
 	}
 	m := machine{
 		kernel: k, guest: g, accel: accel, cpus: o.cpus, memory: o.memory,
-		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, reboot: o.reboot, disk: o.disk, timeout: o.timeout, verbose: o.verbose,
+		icount: o.icount, parallel: o.parallel, append: o.appendK, cable: o.cable, disks: o.disks, nbds: o.nbds, reboot: o.reboot, disk: o.disk, timeout: o.timeout, verbose: o.verbose,
 		stdout: os.Stdout, stderr: os.Stderr,
+	}
+	if o.to != "" {
+		return m.migrate(o.to)
 	}
 	return m.run()
 }

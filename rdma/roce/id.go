@@ -505,13 +505,11 @@ func (id *connID) leave() {
 	p := id.endpoint
 	id.state = idLeaving
 	_ = id.qp.Fail() // never fails
-	m := wire.NewMAD(wire.DREQ, uint64(random32())<<32|uint64(random32()), id.comm, id.peerComm)
-	m.SetQPN(id.peerQPN)
-	f := &farewell{id: id, mad: m}
-	p.farewells[id.comm] = f
-	p.sendMAD(id.path, m)
-	f.timer = time.AfterFunc(resendTime(0), func() { p.repeatFarewell(f) })
+	p.startFarewell(id)
 }
+
+// unanswered is the detail of the event if no DREQ was answered.
+const unanswered = "no answer to the disconnect request"
 
 func (p *endpoint) repeatFarewell(f *farewell) {
 	p.mu.Lock()
@@ -520,7 +518,7 @@ func (p *endpoint) repeatFarewell(f *farewell) {
 		return
 	}
 	if f.tries++; f.tries == farewellResends {
-		p.farewellDone(f, "no answer to the disconnect request")
+		p.farewellDone(f, unanswered)
 		return
 	}
 	p.sendMAD(f.id.path, f.mad)

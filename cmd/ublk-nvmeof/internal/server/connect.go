@@ -167,7 +167,7 @@ func (s *server) initiatorConfig() (initiator.Config, error) {
 		Queues:      queues, Loops: loops, QueueSize: s.opts.QueueSize,
 		KeepAlive: s.opts.KeepAlive, TOS: s.opts.TOS, DisableSQFlow: s.opts.DisableSQFlow, PollMaxBytes: s.opts.PollMax,
 		ReconnectDelay: s.opts.Reconnect, CtrlLoss: cmp.Or(s.opts.Loss, initiator.AtOnce),
-		MaxMemory: s.opts.Memory, Associated: s.record.associated,
+		MaxMemory: s.opts.Memory, Associated: s.record.associated, Connected: s.record.connected,
 		Made: s.made, Superseded: s.superseded, Log: s.log,
 	}
 	if s.opts.Named() {

@@ -29,15 +29,20 @@ type record struct {
 	// keepAliveBefore is the longest keep alive timeout of before, keepAlive that of
 	// used, in seconds.
 	keepAliveBefore, keepAlive int
+	// orphaned holds the traces of the connections of the earlier servers, connections those of
+	// this one (rdma.Traced).
+	orphaned, connections []string
 	// finished is set when the target has ended all commands of this server.
 	finished bool
 }
 
 func newRecord(e *state.Entry, keepAlive time.Duration) *record {
-	return &record{
+	r := &record{
 		entry: e, own: true, inherited: e.Inherited, before: e.Controllers,
 		keepAliveBefore: e.KeepAlive, keepAlive: int(keepAlive / time.Second),
 	}
+	r.orphaned, _ = e.Connections() // if this fails, the target notices the death later
+	return r
 }
 
 // copyOf returns a copy of the record of a running server, for its replacement.
@@ -54,6 +59,8 @@ func (r *record) become(e *state.Entry) error {
 	defer r.mu.Unlock()
 	own, known := r.entry.Made[r.newest]
 	r.entry, r.own, r.inherited, r.before, r.keepAliveBefore = e, true, true, e.Controllers, e.KeepAlive
+	r.orphaned, _ = e.Connections()
+	_ = r.saveConnections()
 	if last, ok := e.Made[r.newest]; known && (last.Before(own) || !ok && !slices.Contains(e.Controllers, r.newest)) {
 		r.setMade(r.newest, own)
 	}
@@ -132,6 +139,34 @@ func (r *record) associated(all []initiator.ControllerID) error {
 	return nil
 }
 
+// connected records the connections of this server. If that fails, the target only learns later that
+// this server has died.
+func (r *record) connected(traces []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.connections = traces
+	_ = r.saveConnections()
+}
+
+// saveConnections writes the connections that the next server must end. The caller holds mu.
+func (r *record) saveConnections() error {
+	all := r.connections
+	if len(r.before) > 0 {
+		all = slices.Concat(r.orphaned, all)
+	}
+	if !r.own || len(all) == 0 {
+		return nil
+	}
+	return r.entry.SaveConnections(all)
+}
+
+// leftBehind returns the connections of the server that had the record before.
+func (r *record) leftBehind() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.orphaned
+}
+
 // earlier returns the controllers of earlier servers that the target may still have, and
 // their longest keep alive timeout.
 func (r *record) earlier() (all []state.Controller, keepAlive time.Duration) {
@@ -146,7 +181,8 @@ func (r *record) outlived(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	ended := r.before
-	r.before, r.keepAliveBefore = nil, 0
+	r.before, r.orphaned, r.keepAliveBefore = nil, nil, 0
+	_ = r.saveConnections() // the next server must not end those of the earlier ones again
 	if err := r.save(); err != nil {
 		return err
 	}

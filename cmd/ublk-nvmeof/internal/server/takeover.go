@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"ublk-nvmeof/block"
@@ -16,6 +17,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/systemd"
 	"ublk-nvmeof/initiator"
+	"ublk-nvmeof/rdma"
 	"ublk-nvmeof/ublk"
 )
 
@@ -179,6 +181,10 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 	limited, stop := context.WithTimeout(ctx, limit)
 	defer stop()
 	defer over()
+	leaving, enough := context.WithCancel(limited)
+	left := s.leaveForDead(leaving)
+	defer left.Wait()
+	defer enough()
 	var ids []initiator.ControllerID
 	for _, c := range earlier {
 		ids = append(ids, initiator.ControllerID(c))
@@ -187,6 +193,29 @@ func (s *server) outlive(ctx context.Context) (waited bool, err error) {
 		return true, fmt.Errorf("the target still has a controller of an earlier server, made at %s, or does not say (waited up to %v); try again later: %w", s.whereMade(earlier), shown, err)
 	}
 	return true, s.record.outlived(ctx)
+}
+
+// leaveForDead ends the connections of a dead server to the target, which otherwise notices its death
+// only when the keep alive timer expires. The target is asked all the same whether it has ended the
+// controllers. leaveForDead does not wait.
+func (s *server) leaveForDead(ctx context.Context) *sync.WaitGroup {
+	var all sync.WaitGroup
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.providers {
+		leaver, ok := p.rdma.(rdma.Leaver)
+		if !ok {
+			continue
+		}
+		for _, trace := range s.record.leftBehind() {
+			all.Go(func() {
+				if err := leaver.Leave(ctx, trace); err != nil {
+					s.log.Debug("connection of a dead server was not ended", "error", err)
+				}
+			})
+		}
+	}
+	return &all
 }
 
 // whereMade lists the addresses at which controllers were made.

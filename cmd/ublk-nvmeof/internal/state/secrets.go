@@ -48,3 +48,32 @@ func (e *Entry) SaveSecrets(s Secrets) error {
 	}
 	return nil
 }
+
+// connectionsFile has the traces of the connections to the target (rdma.Traced). Only the owner can
+// read it, because a trace is enough to end a connection.
+const connectionsFile = "connections.json"
+
+// Connections reads the traces of the connections that the server of the record had.
+func (r Record) Connections() (traces []string, err error) {
+	file := filepath.Join(r.dir, connectionsFile)
+	text, err := readFile(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case err == nil:
+		err = json.Unmarshal(text, &traces)
+	}
+	if err != nil {
+		err = fmt.Errorf("read %s: %w", file, err)
+	}
+	return traces, err
+}
+
+// SaveConnections replaces the traces atomically.
+func (e *Entry) SaveConnections(traces []string) error {
+	home, err := e.open()
+	if err != nil {
+		return err
+	}
+	return writeIn(home, connectionsFile, traces, 0o600)
+}
