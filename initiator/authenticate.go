@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"ublk-nvmeof/auth"
@@ -245,15 +244,18 @@ type proof struct {
 	err      error
 }
 
-// reauthenticateAll authenticates all paths again, at the same time: a silent target must not keep
-// the others waiting.
+// reauthenticateAll authenticates all paths again, one after the other. Each has its share of the
+// time that is left: a silent target must not take that of the others.
 func reauthenticateAll(ctx context.Context, paths []*Controller, keys Credentials) []proof {
 	proofs := make([]proof, len(paths))
-	var all sync.WaitGroup
 	for n, c := range paths {
-		all.Go(func() { proofs[n].accepted, proofs[n].err = c.reauthenticate(ctx, keys) })
+		share, cancel := ctx, context.CancelFunc(func() {})
+		if end, ok := ctx.Deadline(); ok {
+			share, cancel = context.WithTimeout(ctx, time.Until(end)/time.Duration(len(paths)-n))
+		}
+		proofs[n].accepted, proofs[n].err = c.reauthenticate(share, keys)
+		cancel()
 	}
-	all.Wait()
 	return proofs
 }
 
