@@ -40,7 +40,11 @@ func Differences(f *pflag.FlagSet, args []string, chosen map[string]string) ([]D
 		if !flag.Changed || isSecret(flag) || slices.Contains(pathFlags, flag.Name) {
 			return
 		}
-		given, have := flag.Value.String(), has.Lookup(flag.Name).Value.String()
+		of := has.Lookup(flag.Name)
+		if of == nil {
+			return // it is not a flag of a server
+		}
+		given, have := flag.Value.String(), of.Value.String()
 		if choice := chosen[flag.Name]; choice != "" && (given == Auto || have == Auto) {
 			if given == Auto || given == choice {
 				return
