@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"testing"
 	"time"
@@ -161,22 +162,29 @@ func TestTimedRequestsAllocateNothing(t *testing.T) {
 	for i := range reqs {
 		reqs[i] = block.Request{Op: block.OpRead, Tag: uint16(i), Sectors: 8}
 	}
-	var allocs float64
+	submitAll := func(l *lane) {
+		for range 20 {
+			q.Submit(reqs)
+			for got := 0; got < len(reqs); {
+				if l.Poll()+l.Flush() == 0 {
+					runtime.Gosched() // there is one processor meanwhile
+				}
+				got += q.Reap(results)
+			}
+		}
+	}
+	allocs := math.Inf(1)
 	err = loops[0].Call(func() {
 		l := c.lanes[0]
 		before := l.stamps
-		allocs = testing.AllocsPerRun(20, func() {
-			for range 20 {
-				q.Submit(reqs)
-				for got := 0; got < len(reqs); {
-					if l.Poll()+l.Flush() == 0 {
-						runtime.Gosched() // there is one processor meanwhile
-					}
-					got += q.Reap(results)
-				}
+		runs := uint64(0)
+		for range 5 { // what else the process allocates counts, too
+			allocs = min(allocs, testing.AllocsPerRun(20, func() { submitAll(l) }))
+			if runs += 21; allocs == 0 {
+				break
 			}
-		})
-		if timed := (l.stamps - before) / 4 / 21; timed < 5 {
+		}
+		if timed := (l.stamps - before) / 4 / runs; timed < 5 {
 			t.Errorf("%d requests were timed in each run", timed)
 		}
 	})

@@ -108,9 +108,11 @@ func TestIdleOfOneSource(t *testing.T) {
 	used := connect(t, path, "", false)
 	exchangeSmall(t, used)
 	first := connect(t, path, "", false)
+	awaitService(t, s, 2) // the time of the first one counts from here
 	for range 10 {
 		connect(t, path, "", false)
 	}
+	awaitService(t, s, 12)
 	late := dial(t, path)
 	late.hello()
 	late.option(optGo, infoData("first"))
