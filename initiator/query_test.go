@@ -166,7 +166,7 @@ func TestQueriesWhileAssociationsEnd(t *testing.T) {
 // TestReset: the next association is in use when Reset returns, requests wait for it, and
 // no number of resets makes the controller give up.
 func TestReset(t *testing.T) {
-	const loss = time.Second // longer than a reconnect takes on a busy machine
+	const loss = 2 * time.Second // longer than a reconnect takes on a busy machine
 	s := newLookSetup(t, func(_ *fakeTarget, cfg *Config) { cfg.CtrlLoss = loss })
 	began := time.Now()
 	resets := 0
