@@ -77,7 +77,8 @@ func newReporter(fd int) (*reporter, error) {
 func (r *reporter) abandoned() <-chan struct{} {
 	c, file := make(chan struct{}), r.file
 	go func() {
-		if _, err := file.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+		// A command that is killed before it has read all reports resets the connection.
+		if _, err := file.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrClosed) {
 			close(c)
 		}
 	}()

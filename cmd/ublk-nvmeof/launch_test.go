@@ -17,7 +17,9 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/control"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
+	"ublk-nvmeof/cmd/ublk-nvmeof/internal/server"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/targetserver"
+	"ublk-nvmeof/internal/testenv"
 )
 
 // A server that dies without a report is said to have died of its exit code or
@@ -209,5 +211,36 @@ func TestLaunchSaysWhatAServerWaitsFor(t *testing.T) {
 	})
 	if err != nil || s.Name != "ctrl7" || !slices.Equal(said, []string{"ctrl7 waits for a friend, up to 1m30s"}) {
 		t.Errorf("%+v, %v; said %q", s, err, said)
+	}
+}
+
+// TestAbandonedReports checks that a server learns that its command has been killed, also if the
+// command had not read all reports: the kernel then reports a reset, and not the end.
+func TestAbandonedReports(t *testing.T) {
+	for _, unread := range []bool{false, true} {
+		own, child, err := socketPair()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.Dup(int(child.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := child.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r, err := newReporter(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		abandoned := r.abandoned()
+		if unread {
+			r.waits(server.Wait{For: "a friend", Seconds: 9})
+		}
+		if err := own.Close(); err != nil {
+			t.Fatal(err)
+		}
+		testenv.Receive(t, abandoned, "the news that the command has ended")
+		_ = r.close()
 	}
 }
