@@ -714,6 +714,26 @@ func TestHangup(t *testing.T) {
 	}
 }
 
+// A process that keeps the set of records locked is named by a disconnect that waits for it.
+func TestDisconnectNamesLockHolder(t *testing.T) {
+	const nqn = "nqn.2026-01.org.example:a"
+	s := newSite(t, nqn)
+	s.put(nqn, newDisk("disk a"))
+	s.connect(nqn)
+	lock, err := os.OpenFile(filepath.Join(s.dir, ".lock"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close() // before the site disconnects what is left
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	err = s.run("disconnect", nqn)
+	if want := fmt.Sprintf("does not end: process %d (", os.Getpid()); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, want %q", err, want)
+	}
+}
+
 // TestLockedRunDirectory: whoever can only read the run directory cannot keep the
 // verbs from it.
 func TestLockedRunDirectory(t *testing.T) {

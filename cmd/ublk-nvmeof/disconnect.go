@@ -281,6 +281,9 @@ func end(ctx context.Context, dir state.Dir, r state.Record, tell func(string)) 
 	case err != nil && waitUntil(ctx, p, time.Now()) != nil:
 		return err
 	case waitUntil(ctx, p, time.Now().Add(exitTime)) != nil:
+		if holder := dir.LockHolder(); holder != "" {
+			return exit.Errorf(exit.Timeout, "%s does not end: %s has locked run directory %s; --force kills the server", processOf(r), holder, dir)
+		}
 		return exit.Errorf(exit.Timeout, "%s does not end; --force kills it", processOf(r))
 	}
 	return clearUp(ctx, dir, r, server.EndUnused, time.Now().Add(clearTime))

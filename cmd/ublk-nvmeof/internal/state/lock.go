@@ -60,6 +60,20 @@ func (d Dir) lock(ctx context.Context) (unlock func(), err error) {
 	}
 }
 
+// LockHolder describes the process that has locked the set of records. It returns an empty
+// string if no process has, or if that cannot be found out.
+func (d Dir) LockHolder() string {
+	file, err := d.openLock()
+	if err != nil {
+		return ""
+	}
+	defer file.Close()
+	if !errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK) {
+		return ""
+	}
+	return lockHolder(int(file.Fd()))
+}
+
 // openLock opens the lock file. Its directory is one in which nobody else can replace
 // it.
 func (d Dir) openLock() (*os.File, error) {
