@@ -197,7 +197,7 @@ func (s *soak) report(first, last, firstTarget, lastTarget usage) {
 		logf("cable %d: %d packets, %d of them lost, doubled, damaged or late", path, c.packets.Load(), c.harmed.Load())
 	}
 	logf("fio: %s", s.fio.summary())
-	logf("server: %v at the start, %v at the end, at most %v before a kill", first, last, s.worst)
+	logf("server, without I/O buffers: %v at the start, %v at the end, at most %v before a kill", first, last, s.worst)
 	logf("target: %v at the start, %v at the end, at most %v before a kill", firstTarget, lastTarget, s.worstOf)
 	for _, c := range []struct {
 		what          string
@@ -268,17 +268,22 @@ func (s *soak) treat(cables []*cable, how condition) {
 	}
 }
 
-// serverPID is the process of the server, by its own account.
-func (s *soak) serverPID() int {
-	var out struct {
-		Controllers []struct{ PID int }
-	}
+// server is a part of what a server says of itself.
+type server struct {
+	PID             int
+	RegisteredBytes int `json:"registered_bytes"` // of I/O buffers
+}
+
+func (s *soak) server() server {
+	var out struct{ Controllers []server }
 	text := s.host("list", "-o", "json")
 	if err := json.Unmarshal([]byte(text), &out); err != nil || len(out.Controllers) != 1 {
 		fatalf("list: %v\n%s", err, text)
 	}
-	return out.Controllers[0].PID
+	return out.Controllers[0]
 }
+
+func (s *soak) serverPID() int { return s.server().PID }
 
 // startTarget starts the target, and returns when it listens.
 func (s *soak) startTarget(namespacesAfter string) {
@@ -340,8 +345,8 @@ func (s *soak) endTarget(signal syscall.Signal) int {
 // kill kills the server.
 func (s *soak) kill() {
 	s.fio.pause()
+	s.worst = s.worst.max(s.measureServer())
 	pid := s.serverPID()
-	s.worst = s.worst.max(measure(pid))
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		fatalf("kill server: %v", err)
 	}

@@ -9,7 +9,7 @@ import (
 
 // usage is what a process has.
 type usage struct {
-	rss                              int // KiB
+	rss                              int // KiB; those of I/O buffers of a server do not count
 	descriptors, threads, goroutines int
 }
 
@@ -71,7 +71,14 @@ func measure(pid int) usage {
 	return u
 }
 
-func (s *soak) measureServer() usage { return measure(s.serverPID()) }
+// measureServer leaves out the I/O buffers that are registered. A server registers them when
+// requests need them, at most all.
+func (s *soak) measureServer() usage {
+	server := s.server()
+	u := measure(server.PID)
+	u.rss -= server.RegisteredBytes >> 10
+	return u
+}
 
 // measureTarget relies on ip, which becomes the command that it runs.
 func (s *soak) measureTarget() usage { return measure(s.target.Process.Pid) }
