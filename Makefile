@@ -97,6 +97,7 @@ test-unit: setup
 		grep -hE '^ *--- FAIL|^FAIL|^panic:|^	+Test.* \([0-9hms.]+\)$$|DATA RACE' build/log/unit.txt | cut -c -160 | tail -n 20; exit 1; }
 	# What allocates nothing is to do so without the detector, too, and times count without it.
 	go test -run 'Alloc|ScrapeTime' ./...
+	go run ./bench allocations
 	go -C e2e test ./vm ./soak
 	e2e/readme.sh
 

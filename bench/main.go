@@ -57,6 +57,11 @@
 // With the argument "profile" it counts the instructions for an I/O by function, in the kernel and
 // in the program, with a plugin of QEMU (plugin/instructions.c), which needs a C compiler.
 //
+// # Micro-benchmarks
+//
+// With the argument "compare" it compares the micro-benchmarks of two revisions, and with
+// "allocations" how often they allocate with allocations.txt.
+//
 // The program also is the guest: the host part starts the same program in the VM with
 // the arguments "guest", "scale-guest", "profile-guest" and "null".
 package main
@@ -106,6 +111,8 @@ func run(ctx context.Context, args []string) error {
 			return scaleGuest(ctx, args[1:])
 		case "compare":
 			return compareMain(ctx, args[1:])
+		case "allocations":
+			return allocationsMain(ctx, args[1:])
 		}
 	}
 	o, err := parseOptions(args)
