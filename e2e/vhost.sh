@@ -126,7 +126,11 @@ migrate_steps() {
 	echo "== a guest migrates to another server"
 	other connect -a $addr -s $port -n $nqn -q $nqn:other -i 2 -c 1 -k 1 --provider roce --vhost-socket "$work/other-{nsid}.sock" $VHOST_FLAGS
 	"$vm" --kernel "$kernel" --cpus 2 --mem 512M --vhost-user-blk "$socket" --migrate-to "$work/other-1.sock"
-	other disconnect -n $nqn
+	for _ in $(seq 50); do # the server sees a little later than the VM that its guest has gone
+		! other disconnect -n $nqn || return 0
+		sleep 0.1
+	done
+	return 1
 }
 
 case ,$steps, in *,guest,*) guest_steps ;; esac
