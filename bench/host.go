@@ -71,6 +71,9 @@ func build(ctx context.Context, paths []string) error {
 	if slices.ContainsFunc(paths, func(p string) bool { return p != pathKernel && p != pathNull }) {
 		steps = append(steps, []string{"go", "build", "-o", "build/ublk-nvmeof", "./cmd/ublk-nvmeof"})
 	}
+	if slices.Contains(paths, pathShared) {
+		steps = append(steps, []string{"go", "build", "-o", "build/sharemem", "./examples/sharemem"})
+	}
 	for _, s := range steps {
 		cmd := exec.CommandContext(ctx, s[0], s[1:]...)
 		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr

@@ -56,6 +56,8 @@ type disk struct {
 	node   string // /dev/…
 	server int    // pid, 0 for the kernel
 	close  func(context.Context) error
+	prefix []string              // of the command that runs fio
+	memory string                // of fio (--mem); "": its own
 	beside func(context.Context) // runs while the disk is under load; may be nil
 }
 
@@ -67,7 +69,7 @@ type path struct {
 }
 
 // The paths by name; oursPoll is ours with poll queues besides, scraped is ours whose metrics are
-// read each second, and busy is ours on a machine whose operator is busy. twoPaths is ours over two ports of the target, which grants each of them half
+// read each second, shared is ours with memory that fio shares, and busy is ours on a machine whose operator is busy. twoPaths is ours over two ports of the target, which grants each of them half
 // of the queues, and twoPathsWide over two ports with all queues each.
 const (
 	pathKernel       = "kernel"
@@ -75,6 +77,7 @@ const (
 	pathNull         = "null"
 	pathOursPoll     = "ours-poll"
 	pathScraped      = "scraped"
+	pathShared       = "shared"
 	pathBusy         = "busy"
 	pathTwoPaths     = "two-paths"
 	pathTwoPathsWide = "two-paths-wide"
@@ -88,6 +91,7 @@ var paths = []path{
 		return connectOurs(ctx, p, targetNQN, targetService, "-P", strconv.Itoa(p.Queues))
 	}},
 	{pathScraped, "ublk_drv", connectScraped},
+	{pathShared, "ublk_drv", connectShared},
 	{pathBusy, "ublk_drv", connectBusy},
 	{pathTwoPaths, "ublk_drv", connectPair(portPairs[0])},
 	{pathTwoPathsWide, "ublk_drv", connectPair(portPairs[1])},
@@ -194,6 +198,17 @@ func scrapeEachSecond(ctx context.Context) {
 		_, _ = io.Copy(io.Discard, resp.Body)
 		_ = resp.Body.Close()
 	}
+}
+
+// connectShared is for a disk whose users share the memory of their I/O, so that nothing is copied.
+func connectShared(ctx context.Context, p plan) (*disk, error) {
+	const socket = "/run/bench-shared.sock"
+	d, err := connectOurs(ctx, p, targetNQN, targetService, "--namespace", "1", "--shmem-socket", socket)
+	if err == nil {
+		d.prefix = []string{filepath.Join(filepath.Dir(p.Ours), "sharemem"), socket, "16"} // MiB
+		d.memory = "mmapshared:{}"
+	}
+	return d, err
 }
 
 // connectBusy is for a disk beside which others are listed and connected.

@@ -119,7 +119,7 @@ func comparisons(names []string) (pairs [][2]string) {
 			pairs = append(pairs, [2]string{p, pathKernel})
 		}
 	}
-	for _, p := range []string{pathScraped, pathBusy, pathTwoPaths, pathTwoPathsWide} {
+	for _, p := range []string{pathScraped, pathShared, pathBusy, pathTwoPaths, pathTwoPathsWide} {
 		if slices.Contains(names, p) && slices.Contains(names, pathOurs) {
 			pairs = append(pairs, [2]string{p, pathOurs})
 		}
