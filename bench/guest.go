@@ -92,6 +92,11 @@ func (g *guest) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	if slices.ContainsFunc(g.plan.Paths, func(name string) bool { return strings.HasSuffix(name, "-huge") }) {
+		if err := reserveHugePages(); err != nil {
+			return err
+		}
+	}
 	for _, name := range g.plan.Paths {
 		p, err := pathNamed(name)
 		if err != nil {

@@ -119,9 +119,16 @@ func comparisons(names []string) (pairs [][2]string) {
 			pairs = append(pairs, [2]string{p, pathKernel})
 		}
 	}
-	for _, p := range []string{pathScraped, pathShared, pathBusy, pathTwoPaths, pathTwoPathsWide} {
+	for _, p := range []string{pathScraped, pathBusy, pathTwoPaths, pathTwoPathsWide} {
 		if slices.Contains(names, p) && slices.Contains(names, pathOurs) {
 			pairs = append(pairs, [2]string{p, pathOurs})
+		}
+	}
+	for _, pair := range [][2]string{
+		{pathShared, pathOurs}, {pathSharedHuge, pathOursHuge}, {pathNullShared, pathNull}, {pathNullSharedHuge, pathNullHuge},
+	} {
+		if slices.Contains(names, pair[0]) && slices.Contains(names, pair[1]) {
+			pairs = append(pairs, pair)
 		}
 	}
 	return pairs
