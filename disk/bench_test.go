@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"context"
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
@@ -155,7 +156,7 @@ func batch(b *testing.B, d *Disk, depth, n int) time.Duration {
 			b.Fatal(err)
 		}
 		next = next[:0]
-		got, err := set.Wait(b.Context(), done)
+		got, err := set.Wait(context.Background(), done)
 		if err != nil {
 			b.Fatal(err)
 		}
