@@ -173,7 +173,7 @@ func (b *Batch) Submit(reqs ...Request) error {
 			}
 			return err
 		}
-		b.slots[reqs[i].Buffer].state.Store(stateFlying)
+		b.slots[reqs[i].Buffer].state.Store(stateClaimed)
 	}
 	if len(reqs) == 0 {
 		return nil
@@ -191,6 +191,9 @@ func (b *Batch) Submit(reqs ...Request) error {
 	b.flying += len(reqs)
 	q := first.queue
 	q.inbox.push(first, last)
+	for i := range reqs { // unless it has ended already
+		b.slots[reqs[i].Buffer].state.CompareAndSwap(stateClaimed, stateFlying)
+	}
 	q.wake()
 	return nil
 }

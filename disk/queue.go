@@ -57,6 +57,7 @@ type slot struct {
 // States of a slot.
 const (
 	stateIdle      uint32 = iota
+	stateClaimed          // of a batch, and about to be started: bury must not touch it
 	stateFlying           // started
 	stateParked           // started, and the owner waits for a token
 	stateAsleep           // started, and the thread of the owner waits in the kernel
@@ -98,7 +99,7 @@ func (q *queue) bury() {
 	defer q.burying.Unlock()
 	for i := range q.slots {
 		s := &q.slots[i]
-		if state := s.state.Load(); state != stateIdle && state != stateDone {
+		if state := s.state.Load(); state != stateIdle && state != stateClaimed && state != stateDone {
 			s.finish(block.Result{Errno: uint16(unix.EIO)})
 		}
 	}
