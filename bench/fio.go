@@ -24,6 +24,7 @@ var workloads = []workload{
 	{name: "4k-randread-qd32", rw: "randread", block: 4 << 10, depth: 32},
 	{name: "4k-randwrite-qd32", rw: "randwrite", block: 4 << 10, depth: 32},
 	{name: "128k-read-qd8", rw: "read", block: 128 << 10, depth: 8},
+	{name: "128k-write-qd8", rw: "write", block: 128 << 10, depth: 8},
 	{name: "4k-randread-qd32-percpu", rw: "randread", block: 4 << 10, depth: 32, perCPU: true},
 }
 

@@ -92,6 +92,11 @@ func (g *guest) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	if slices.ContainsFunc(g.plan.Paths, func(name string) bool { return strings.HasSuffix(name, "-huge") }) {
+		if err := reserveHugePages(); err != nil {
+			return err
+		}
+	}
 	for _, name := range g.plan.Paths {
 		p, err := pathNamed(name)
 		if err != nil {
@@ -239,7 +244,7 @@ func (g *guest) measure(ctx context.Context, w workload, disks []connected, load
 		defer ended.Wait()
 		defer stop()
 	}
-	r, err := g.load(ctx, w, disks[loaded].node, func(s *snapshot) error {
+	r, err := g.load(ctx, w, disks[loaded].disk, func(s *snapshot) error {
 		for _, d := range disks {
 			u, err := readTaskUse(d.server)
 			if err != nil {
@@ -293,9 +298,9 @@ type loadResult struct {
 
 // load runs a workload on a disk. Meanwhile it takes snapshots, with what take
 // adds to them, and picks two that are far apart in the measured time.
-func (g *guest) load(ctx context.Context, w workload, node string, take func(*snapshot) error) (loadResult, error) {
+func (g *guest) load(ctx context.Context, w workload, d *disk, take func(*snapshot) error) (loadResult, error) {
 	for attempt := 1; ; attempt++ {
-		res, shots, err := g.fio(ctx, w, node, take)
+		res, shots, err := g.fio(ctx, w, d, take)
 		if err != nil {
 			return loadResult{}, err
 		}
@@ -325,15 +330,19 @@ func window(shots []snapshot, runtime time.Duration) (to int) {
 }
 
 // fio runs a workload, and takes snapshots from the end of the ramp on.
-func (g *guest) fio(ctx context.Context, w workload, node string, take func(*snapshot) error) (fioResult, []snapshot, error) {
+func (g *guest) fio(ctx context.Context, w workload, d *disk, take func(*snapshot) error) (fioResult, []snapshot, error) {
 	// A server that stops to answer must not hold up the others' measurement.
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout+g.plan.Ramp+g.plan.Runtime)
 	defer cancel()
-	before, err := transferred(node)
+	before, err := transferred(d.node)
 	if err != nil {
 		return fioResult{}, nil, err
 	}
-	cmd := exec.CommandContext(ctx, "fio", w.arguments(node, g.plan.CPUs, g.plan.Ramp, g.plan.Runtime)...)
+	line := append(append(slices.Clone(d.prefix), "fio"), w.arguments(d.node, g.plan.CPUs, g.plan.Ramp, g.plan.Runtime)...)
+	if d.memory != "" {
+		line = append(line, "--mem="+d.memory)
+	}
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	var out, complaint bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &complaint
 	cmd.WaitDelay = time.Second
@@ -354,13 +363,13 @@ func (g *guest) fio(ctx context.Context, w workload, node string, take func(*sna
 			return false, errors.New("it ended before its first I/O")
 		default:
 		}
-		now, err := transferred(node)
+		now, err := transferred(d.node)
 		return now-before >= beginBytes, err
 	})
 	if watched == nil {
 		// Nothing of what follows waits for the VM's host.
 		g.clock.release()
-		shots, watched = g.watch(node, take, over)
+		shots, watched = g.watch(d.node, take, over)
 		g.clock.hold()
 	}
 	if watched != nil {
@@ -452,7 +461,7 @@ func (g *guest) syscalls(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			r, err := g.load(ctx, w, d.node, func(s *snapshot) error {
+			r, err := g.load(ctx, w, d, func(s *snapshot) error {
 				var err error
 				s.calls, err = readSyscalls(use.threads)
 				return err

@@ -68,8 +68,11 @@ func build(ctx context.Context, paths []string) error {
 	if _, err := os.Stat("build/vm"); err != nil {
 		steps = append(steps, []string{"go", "-C", "e2e", "build", "-o", "../build/vm", "./vm"})
 	}
-	if slices.ContainsFunc(paths, func(p string) bool { return p != pathKernel && p != pathNull }) {
+	if slices.ContainsFunc(paths, func(p string) bool { return p != pathKernel && !strings.HasPrefix(p, pathNull) }) {
 		steps = append(steps, []string{"go", "build", "-o", "build/ublk-nvmeof", "./cmd/ublk-nvmeof"})
+	}
+	if slices.Contains(paths, pathShared) || slices.Contains(paths, pathSharedHuge) {
+		steps = append(steps, []string{"go", "build", "-o", "build/sharemem", "./examples/sharemem"})
 	}
 	for _, s := range steps {
 		cmd := exec.CommandContext(ctx, s[0], s[1:]...)

@@ -6,7 +6,9 @@
 //	null    the ublk front end with a back end that does nothing, as the upper limit
 //
 // and, with -paths, on ours-poll, which has poll queues besides, on scraped, whose metrics are
-// read each second, on busy, beside which each second devices are listed, and another one is
+// read each second, on shared and null-shared, whose memory fio shares so that
+// nothing is copied, on ours-huge, null-huge, shared-huge and null-shared-huge, where this memory is in
+// pages of 2 MiB, on busy, beside which each second devices are listed, and another one is
 // connected and disconnected, on two-paths, which is connected to two ports of the target, with as many
 // queue pairs over both of them together as ours has, and on two-paths-wide, with as many over
 // each of them.

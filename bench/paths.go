@@ -56,6 +56,8 @@ type disk struct {
 	node   string // /dev/…
 	server int    // pid, 0 for the kernel
 	close  func(context.Context) error
+	prefix []string              // of the command that runs fio
+	memory string                // of fio (--mem); "": its own
 	beside func(context.Context) // runs while the disk is under load; may be nil
 }
 
@@ -67,27 +69,42 @@ type path struct {
 }
 
 // The paths by name; oursPoll is ours with poll queues besides, scraped is ours whose metrics are
-// read each second, and busy is ours on a machine whose operator is busy. twoPaths is ours over two ports of the target, which grants each of them half
+// read each second, shared is ours
+// with memory that fio shares, -huge is with memory in pages of 2 MiB, and busy is ours on a machine whose operator is busy. twoPaths is ours over two ports of the target, which grants each of them half
 // of the queues, and twoPathsWide over two ports with all queues each.
 const (
-	pathKernel       = "kernel"
-	pathOurs         = "ours"
-	pathNull         = "null"
-	pathOursPoll     = "ours-poll"
-	pathScraped      = "scraped"
-	pathBusy         = "busy"
-	pathTwoPaths     = "two-paths"
-	pathTwoPathsWide = "two-paths-wide"
+	pathKernel         = "kernel"
+	pathOurs           = "ours"
+	pathNull           = "null"
+	pathOursPoll       = "ours-poll"
+	pathScraped        = "scraped"
+	pathShared         = "shared"
+	pathSharedHuge     = "shared-huge"
+	pathOursHuge       = "ours-huge"
+	pathNullHuge       = "null-huge"
+	pathNullShared     = "null-shared"
+	pathNullSharedHuge = "null-shared-huge"
+	pathBusy           = "busy"
+	pathTwoPaths       = "two-paths"
+	pathTwoPathsWide   = "two-paths-wide"
 )
 
 var paths = []path{
 	{pathKernel, "nvme-rdma", connectKernel},
 	{pathOurs, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectOurs(ctx, p, targetNQN, targetService) }},
-	{pathNull, "ublk_drv", connectNull},
+	{pathNull, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectNull(ctx, p) }},
+	{pathNullHuge, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return withHugePages(connectNull(ctx, p)) }},
+	{pathNullShared, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectNull(ctx, p, smallPages) }},
+	{pathNullSharedHuge, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) { return connectNull(ctx, p, hugePages) }},
 	{pathOursPoll, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
 		return connectOurs(ctx, p, targetNQN, targetService, "-P", strconv.Itoa(p.Queues))
 	}},
 	{pathScraped, "ublk_drv", connectScraped},
+	{pathOursHuge, "ublk_drv", func(ctx context.Context, p plan) (*disk, error) {
+		return withHugePages(connectOurs(ctx, p, targetNQN, targetService))
+	}},
+	{pathShared, "ublk_drv", connectShared(pathShared)},
+	{pathSharedHuge, "ublk_drv", connectShared(pathSharedHuge, "-huge")},
 	{pathBusy, "ublk_drv", connectBusy},
 	{pathTwoPaths, "ublk_drv", connectPair(portPairs[0])},
 	{pathTwoPathsWide, "ublk_drv", connectPair(portPairs[1])},
@@ -196,6 +213,42 @@ func scrapeEachSecond(ctx context.Context) {
 	}
 }
 
+// sharedMiB is the size of the memory that fio shares.
+const sharedMiB = 16
+
+// connectShared returns a function that connects a disk whose users share the memory of their I/O, so
+// that nothing is copied. options are those of sharemem.
+func connectShared(name string, options ...string) func(context.Context, plan) (*disk, error) {
+	return func(ctx context.Context, p plan) (*disk, error) {
+		socket := "/run/bench-" + name + ".sock"
+		d, err := connectOurs(ctx, p, targetNQN, targetService, "--namespace", "1", "--shmem-socket", socket)
+		if err == nil {
+			d.prefix = append([]string{filepath.Join(filepath.Dir(p.Ours), "sharemem")}, options...)
+			d.prefix, d.memory = append(d.prefix, socket, strconv.Itoa(sharedMiB)), "mmapshared:{}"
+		}
+		return d, err
+	}
+}
+
+// Pages of memory that fio does I/O from
+const (
+	smallPages = "small" // 4 KiB
+	hugePages  = "huge"  // 2 MiB
+)
+
+// withHugePages makes fio do I/O from memory of its own in huge pages.
+func withHugePages(d *disk, err error) (*disk, error) {
+	if err == nil {
+		d.memory = "shmhuge"
+	}
+	return d, err
+}
+
+// reserveHugePages reserves memory for the paths that need such pages.
+func reserveHugePages() error {
+	return os.WriteFile("/proc/sys/vm/nr_hugepages", []byte("48"), 0o644)
+}
+
 // connectBusy is for a disk beside which others are listed and connected.
 func connectBusy(ctx context.Context, p plan) (*disk, error) {
 	d, err := connectOurs(ctx, p, targetNQN, targetService)
@@ -218,12 +271,12 @@ func operate(ctx context.Context, p plan) {
 	}
 }
 
-func connectNull(ctx context.Context, p plan) (*disk, error) {
+func connectNull(ctx context.Context, p plan, more ...string) (*disk, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(self, "null", strconv.Itoa(p.Queues), strconv.Itoa(p.SizeMiB))
+	cmd := exec.Command(self, append([]string{"null", strconv.Itoa(p.Queues), strconv.Itoa(p.SizeMiB)}, more...)...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -245,6 +298,9 @@ func connectNull(ctx context.Context, p plan) (*disk, error) {
 			return err
 		}
 		return cmd.Wait()
+	}
+	if words := strings.Fields(string(line)); len(words) > 1 {
+		d.memory = "mmapshared:" + words[1]
 	}
 	return d, nil
 }

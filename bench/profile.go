@@ -195,7 +195,7 @@ func (g *guest) mark(ctx context.Context, dir, load, path string, d *disk) error
 		return err
 	}
 	n := 0
-	r, err := g.load(ctx, w, d.node, func(s *snapshot) error {
+	r, err := g.load(ctx, w, d, func(s *snapshot) error {
 		n++
 		s.mark = fmt.Sprintf("%s.%s.%d", load, path, n)
 		temporary, mark := filepath.Join(dir, "mark.new"), filepath.Join(dir, "mark")

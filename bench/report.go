@@ -124,6 +124,13 @@ func comparisons(names []string) (pairs [][2]string) {
 			pairs = append(pairs, [2]string{p, pathOurs})
 		}
 	}
+	for _, pair := range [][2]string{
+		{pathShared, pathOurs}, {pathSharedHuge, pathOursHuge}, {pathNullShared, pathNull}, {pathNullSharedHuge, pathNullHuge},
+	} {
+		if slices.Contains(names, pair[0]) && slices.Contains(names, pair[1]) {
+			pairs = append(pairs, pair)
+		}
+	}
 	return pairs
 }
 

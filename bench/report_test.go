@@ -118,3 +118,12 @@ func TestOptions(t *testing.T) {
 		}
 	}
 }
+
+// TestComparisons: shared memory is compared with a copy from the same kind of pages.
+func TestComparisons(t *testing.T) {
+	names := []string{pathOurs, pathShared, pathSharedHuge, pathNull, pathNullHuge, pathNullSharedHuge}
+	want := [][2]string{{pathShared, pathOurs}, {pathNullSharedHuge, pathNullHuge}}
+	if got := comparisons(names); !slices.Equal(got, want) {
+		t.Errorf("comparisons of %v: %v, want %v", names, got, want)
+	}
+}

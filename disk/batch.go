@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"ublk-nvmeof/block"
 )
@@ -105,6 +106,8 @@ type Batch struct {
 
 	done   stack         // slots that are finished
 	signal chan struct{} // has a token if there may be some
+	asleep atomic.Uint32 // 1: the thread of the owner waits in the kernel
+	listed bool          // among those that the loop tells at the end of its pass
 }
 
 // Request is a request of a Batch.
@@ -170,7 +173,7 @@ func (b *Batch) Submit(reqs ...Request) error {
 			}
 			return err
 		}
-		b.slots[reqs[i].Buffer].state.Store(stateFlying)
+		b.slots[reqs[i].Buffer].state.Store(stateClaimed)
 	}
 	if len(reqs) == 0 {
 		return nil
@@ -188,6 +191,9 @@ func (b *Batch) Submit(reqs ...Request) error {
 	b.flying += len(reqs)
 	q := first.queue
 	q.inbox.push(first, last)
+	for i := range reqs { // unless it has ended already
+		b.slots[reqs[i].Buffer].state.CompareAndSwap(stateClaimed, stateFlying)
+	}
 	q.wake()
 	return nil
 }
@@ -208,11 +214,17 @@ func (b *Batch) InFlight() int { return b.flying }
 
 // Wait waits until a request has ended, and stores as many completions as there are, and as
 // there is room for, in done. It returns 0 without an error if no request is in flight. If ctx is done first, it returns
-// the cause; the requests go on, and Wait may be called again.
+// the cause; the requests go on, and Wait may be called again. With a context that cannot end, one
+// goroutine of a loop waits in the kernel, which makes its wake-up quicker.
 func (b *Batch) Wait(ctx context.Context, done []Completion) (int, error) {
 	for b.flying > 0 && len(done) > 0 {
 		if n := b.collect(done); n > 0 {
 			return n, nil
+		}
+		if sleeper := &b.slots[0].queue.sleeper; ctx.Done() == nil && sleeper.CompareAndSwap(false, true) {
+			b.sleep()
+			sleeper.Store(false)
+			continue
 		}
 		select {
 		case <-b.signal:
@@ -223,13 +235,39 @@ func (b *Batch) Wait(ctx context.Context, done []Completion) (int, error) {
 	return 0, nil
 }
 
+// sleep waits in the kernel for slots that are finished; see slot.sleep.
+func (b *Batch) sleep() {
+	b.asleep.Store(1)
+	if b.done.Load() != nil {
+		b.asleep.Store(0)
+		return
+	}
+	for b.asleep.Load() == 1 {
+		futexWait(&b.asleep, 1)
+	}
+}
+
+// tell wakes the owner up, who may be waiting for slots. It reports whether the thread of the owner
+// was asleep.
+func (b *Batch) tell() bool {
+	if b.asleep.CompareAndSwap(1, 0) {
+		futexWake(&b.asleep)
+		return true
+	}
+	select {
+	case b.signal <- struct{}{}:
+	default:
+	}
+	return false
+}
+
 // collect takes slots that are finished.
 func (b *Batch) collect(done []Completion) int {
 	n := 0
 	for s := b.done.Swap(nil); s != nil; {
 		next := s.next
 		if n == len(done) {
-			b.finished(s) // for the next call
+			b.done.push(s, s) // for the next call
 		} else {
 			done[n] = Completion{Buffer: b.index[s]}
 			if s.errno != 0 {
@@ -242,15 +280,6 @@ func (b *Batch) collect(done []Completion) int {
 		s = next
 	}
 	return n
-}
-
-// finished puts a slot on the stack of those that are finished. The loop calls it.
-func (b *Batch) finished(s *slot) {
-	b.done.push(s, s)
-	select {
-	case b.signal <- struct{}{}:
-	default:
-	}
 }
 
 // Close waits for the requests in flight and gives the buffers back. It may be called again,

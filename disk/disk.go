@@ -92,7 +92,7 @@ func New(cfg DeviceConfig) (*Disk, error) {
 }
 
 func openQueue(dev block.Device, i int, l *poller.Loop, depth, maxIO int, stop <-chan struct{}) (*queue, error) {
-	q := &queue{loop: l, slots: make([]slot, depth), reqs: make([]block.Request, 0, depth)}
+	q := &queue{loop: l, slots: make([]slot, depth), reqs: make([]block.Request, 0, depth), told: make([]*Batch, 0, depth)}
 	var err error
 	lost := l.Call(func() {
 		if q.back, err = dev.OpenQueue(i, block.QueueConfig{Depth: depth, MaxIO: maxIO}); err == nil {

@@ -351,20 +351,22 @@ func TestNoAllocations(t *testing.T) {
 	defer b.Close()
 	reqs := []Request{{Buffer: 0, Op: block.OpRead, Length: 4096}, {Buffer: 1, Op: block.OpWrite, Length: 4096}}
 	var done [2]Completion
+	batch := func(ctx context.Context) error {
+		err := b.Submit(reqs...)
+		for b.InFlight() > 0 && err == nil {
+			_, err = b.Wait(ctx, done[:])
+		}
+		return err
+	}
 	for name, call := range map[string]func() error{
-		"read":         func() error { _, err := d.ReadAt(p, 4096); return err },
-		"write":        func() error { _, err := d.WriteAt(p, 4096); return err },
-		"with context": func() error { _, err := d.ReadAtContext(ctx, p, 4096); return err },
-		"in pieces":    func() error { _, err := d.ReadAt(large, 4096); return err },
-		"flush":        func() error { return d.Flush(ctx) },
-		"zeroes":       func() error { return d.WriteZeroes(ctx, 0, 4096, 0) },
-		"batch": func() error {
-			err := b.Submit(reqs...)
-			for b.InFlight() > 0 && err == nil {
-				_, err = b.Wait(ctx, done[:])
-			}
-			return err
-		},
+		"read":                func() error { _, err := d.ReadAt(p, 4096); return err },
+		"write":               func() error { _, err := d.WriteAt(p, 4096); return err },
+		"with context":        func() error { _, err := d.ReadAtContext(ctx, p, 4096); return err },
+		"in pieces":           func() error { _, err := d.ReadAt(large, 4096); return err },
+		"flush":               func() error { return d.Flush(ctx) },
+		"zeroes":              func() error { return d.WriteZeroes(ctx, 0, 4096, 0) },
+		"batch":               func() error { return batch(context.Background()) },
+		"batch, with context": func() error { return batch(ctx) },
 	} {
 		for range 100 { // the runtime allocates when it parks goroutines for the first time
 			if err := call(); err != nil {
@@ -560,6 +562,10 @@ func TestLoopEndsFirst(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	b, err := d.NewBatch(2)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var running sync.WaitGroup
 	for range 4 {
 		running.Go(func() {
@@ -568,6 +574,20 @@ func TestLoopEndsFirst(t *testing.T) {
 			}
 		})
 	}
+	running.Go(func() {
+		var done [1]Completion
+		for err := error(nil); err == nil; err = done[0].Err {
+			if err := b.Submit(Request{Op: block.OpRead, Length: 4096}); err != nil {
+				t.Error(err)
+			}
+			if n, err := b.Wait(context.Background(), done[:]); n != 1 {
+				t.Errorf("wait: %d, %v", n, err)
+			}
+		}
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	if err := l.Stop(); err != nil {
 		t.Error(err)
 	}

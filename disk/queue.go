@@ -35,7 +35,8 @@ type queue struct {
 	reqs     []block.Request
 	done     [32]block.Result
 	inflight int
-	expects  bool // a caller that was woken up is likely to come back
+	told     []*Batch // to wake up at the end of a pass
+	expects  bool     // a caller that was woken up is likely to come back
 	iostats.Counters
 }
 
@@ -56,6 +57,7 @@ type slot struct {
 // States of a slot.
 const (
 	stateIdle      uint32 = iota
+	stateClaimed          // of a batch, and about to be started: bury must not touch it
 	stateFlying           // started
 	stateParked           // started, and the owner waits for a token
 	stateAsleep           // started, and the thread of the owner waits in the kernel
@@ -97,10 +99,11 @@ func (q *queue) bury() {
 	defer q.burying.Unlock()
 	for i := range q.slots {
 		s := &q.slots[i]
-		if state := s.state.Load(); state != stateIdle && state != stateDone {
+		if state := s.state.Load(); state != stateIdle && state != stateClaimed && state != stateDone {
 			s.finish(block.Result{Errno: uint16(unix.EIO)})
 		}
 	}
+	q.tell()
 }
 
 // stack is a list of slots that any goroutine may add to, and one takes as a whole.
@@ -163,7 +166,11 @@ func (s *slot) finish(r block.Result) {
 	s.errno, s.status = r.Errno, r.Status
 	if b := s.batch; b != nil {
 		s.state.Store(stateDone)
-		b.finished(s)
+		b.done.push(s, s)
+		if !b.listed {
+			b.listed = true
+			s.queue.told = append(s.queue.told, b)
+		}
 		return
 	}
 	switch s.state.Swap(stateDone) {
@@ -197,10 +204,22 @@ func (q *queue) Poll() int {
 			break
 		}
 	}
+	q.tell()
 	if n > 0 {
 		q.Publish()
 	}
 	return n
+}
+
+// tell wakes up the owners of the batches that have got slots, once for all slots of a pass.
+func (q *queue) tell() {
+	for i, b := range q.told {
+		b.listed, q.told[i] = false, nil
+		if b.tell() {
+			q.expects = true
+		}
+	}
+	q.told = q.told[:0]
 }
 
 // submit submits what is in the inbox, in the order of arrival.

@@ -5,12 +5,14 @@
 //	sharemem /run/disk-1.sock 64 fio --mem=mmapshared:{} --filename=/dev/ublkb0 --direct=1 …
 //
 // The memory has 64 MiB. It is shared until the program ends. If the server dies, its successor gets
-// the memory as well.
+// the memory as well. With -huge before the socket it is of huge pages, which must be reserved
+// (/proc/sys/vm/nr_hugepages). The driver finds a request's place in them with fewer steps.
 package main
 
 import (
 	"bufio"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -23,11 +25,16 @@ import (
 )
 
 func main() {
-	if len(os.Args) < 4 {
-		fmt.Fprintln(os.Stderr, "usage: sharemem SOCKET MIB PROGRAM [ARGUMENT…]")
+	huge := flag.Bool("huge", false, "use huge pages")
+	flag.Usage = func() {
+		fmt.Fprintln(os.Stderr, "usage: sharemem [-huge] SOCKET MIB PROGRAM [ARGUMENT…]")
 		os.Exit(2)
 	}
-	err := run(os.Args[1], os.Args[2], os.Args[3:])
+	flag.Parse()
+	if flag.NArg() < 3 {
+		flag.Usage()
+	}
+	err := run(flag.Arg(0), flag.Arg(1), *huge, flag.Args()[2:])
 	var exit *exec.ExitError
 	switch {
 	case errors.As(err, &exit):
@@ -38,12 +45,12 @@ func main() {
 	}
 }
 
-func run(socket, mib string, command []string) error {
+func run(socket, mib string, huge bool, command []string) error {
 	n, err := strconv.ParseInt(mib, 10, 32)
 	if err != nil || n <= 0 {
 		return fmt.Errorf("%q MiB: want a number above 0", mib)
 	}
-	f, err := newMemory(n << 20)
+	f, err := newMemory(n<<20, huge)
 	if err != nil {
 		return err
 	}
@@ -62,8 +69,12 @@ func run(socket, mib string, command []string) error {
 }
 
 // newMemory makes a memfd whose size cannot change.
-func newMemory(size int64) (*os.File, error) {
-	fd, err := unix.MemfdCreate("shared", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+func newMemory(size int64, huge bool) (*os.File, error) {
+	flags := unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	if huge {
+		flags |= unix.MFD_HUGETLB
+	}
+	fd, err := unix.MemfdCreate("shared", flags)
 	if err != nil {
 		return nil, err
 	}

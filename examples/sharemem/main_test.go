@@ -23,7 +23,7 @@ func TestShare(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() {
-		ended <- run(socket, "1", []string{"sh", "-c", "dd if=/dev/zero of={} bs=1M count=1 conv=notrunc 2>/dev/null && read line <" + fifo})
+		ended <- run(socket, "1", false, []string{"sh", "-c", "dd if=/dev/zero of={} bs=1M count=1 conv=notrunc 2>/dev/null && read line <" + fifo})
 	}()
 	var inode uint64
 	for range 2 {
