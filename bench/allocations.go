@@ -21,8 +21,7 @@ const allocationsFile = "bench/allocations.txt"
 
 // notListed are the benchmarks that no I/O passes through, or that compare two ways in rounds of
 // their own. They are for people.
-const notListed = "^(BenchmarkAuthentication|BenchmarkCalls1|BenchmarkCalls32|BenchmarkLoss|BenchmarkRun|BenchmarkScrape|" +
-	"BenchmarkSuite|BenchmarkVerbs|BenchmarkZeroCopy)$|^BenchmarkRead$/./tcp"
+const notListed = "^Benchmark(Authentication|Batch32|Calls1|Calls32|Loss|Run|Scrape|Suite|Verbs|ZeroCopy)$|^BenchmarkRead$/./tcp"
 
 // allocationsMain runs each micro-benchmark of this tree for a fixed number of operations, and
 // compares how often it allocates for an operation with allocationsFile. It measures no time, so
