@@ -137,7 +137,15 @@ func (s *soak) run(length time.Duration, random *rand.Rand, only string) {
 	faults := s.faults(random, only)
 	end := time.Now().Add(length)
 	lastKill := time.Now().Add(length * 3 / 4) // then one server and one target live on
-	for time.Now().Before(end) {
+	for settled := false; time.Now().Before(end); {
+		if !settled && time.Until(end) < length/8 {
+			settled = true
+			// What is torn down and made anew leaves garbage, of which the heap keeps some times as much
+			// as it needs (process.Prepare). It has that by now.
+			used := s.measureServer()
+			logf("server, without I/O buffers, after %v of faults: %v", (length / 8).Round(time.Second), used)
+			first.rss = max(first.rss, used.rss)
+		}
 		f := faults[random.IntN(len(faults))]
 		if f.kills && time.Now().After(lastKill) {
 			continue
