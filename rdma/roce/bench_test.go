@@ -25,6 +25,10 @@ import (
 // SEND, the data an RDMA WRITE and the response a SEND. All WRITEs of a batch precede all
 // SENDs. Over TCP, the answers to one wake-up go in one writev, which is the best that
 // TCP allows.
+//
+// Goroutines that wait for TCP take turns on one thread, which finds the other one ready
+// and never sleeps. That is possible only because both ends are in one process. Ends on
+// two hosts sleep, like threads that wait in the kernel.
 const (
 	requestLen  = 64
 	responseLen = 16
@@ -37,7 +41,8 @@ var shapes = []struct {
 
 func BenchmarkRead(b *testing.B) {
 	for _, s := range shapes {
-		b.Run(s.name+"/tcp", func(b *testing.B) { benchTCP(b, s.size, s.depth) })
+		b.Run(s.name+"/tcp-goroutines", func(b *testing.B) { benchTCP(b, s.size, s.depth, newGoroutineEnd) })
+		b.Run(s.name+"/tcp-threads", func(b *testing.B) { benchTCP(b, s.size, s.depth, newThreadEnd) })
 		b.Run(s.name+"/roce-poll", func(b *testing.B) { benchRoCE(b, s.size, s.depth, false, false) })
 		b.Run(s.name+"/roce-event", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, false) })
 		b.Run(s.name+"/roce-adaptive", func(b *testing.B) { benchRoCE(b, s.size, s.depth, true, true) })
@@ -308,49 +313,101 @@ func serveRoCE(b *testing.B, g *end, size, depth int, spins bool, base uint64, r
 	}
 }
 
-func benchTCP(b *testing.B, size, depth int) {
+// tcpEnd is an end of a TCP connection. One goroutine uses it.
+type tcpEnd interface {
+	io.ReadCloser
+	writev(net.Buffers) error
+}
+
+// goroutineEnd waits in Go's scheduler.
+type goroutineEnd struct{ *net.TCPConn }
+
+func newGoroutineEnd(c *net.TCPConn) (tcpEnd, error) { return goroutineEnd{c}, nil }
+
+func (e goroutineEnd) writev(v net.Buffers) error {
+	_, err := v.WriteTo(e.TCPConn)
+	return err
+}
+
+// threadEnd waits in the kernel, with the thread of the goroutine that made it.
+type threadEnd int
+
+func newThreadEnd(c *net.TCPConn) (tcpEnd, error) {
+	f, err := c.File()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Dup(int(f.Fd())) // Fd makes the connection block
+	if err := errors.Join(err, f.Close(), c.Close()); err != nil {
+		return nil, err
+	}
+	runtime.LockOSThread()
+	return threadEnd(fd), nil
+}
+
+func (e threadEnd) Read(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(e), p)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err == nil && n == 0:
+			return 0, io.EOF
+		default:
+			return n, err
+		}
+	}
+}
+
+func (e threadEnd) writev(v net.Buffers) error {
+	for len(v) > 0 {
+		n, err := unix.Writev(int(e), v)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		for n > 0 {
+			k := min(n, len(v[0]))
+			n -= k
+			if v[0] = v[0][k:]; len(v[0]) == 0 {
+				v = v[1:]
+			}
+		}
+	}
+	return nil
+}
+
+func (e threadEnd) Close() error {
+	runtime.UnlockOSThread()
+	return unix.Close(int(e))
+}
+
+func benchTCP(b *testing.B, size, depth int, newEnd func(*net.TCPConn) (tcpEnd, error)) {
 	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(targetAddr, 0)))
 	check(b, err)
 	done := make(chan error, 1)
 	go func() {
 		c, err := l.AcceptTCP()
-		if err != nil {
-			done <- err
-			return
+		if err == nil {
+			err = serveTCP(c, size, depth, newEnd)
 		}
-		defer c.Close() // the peer closed first
-		in, out := make([]byte, depth*requestLen), make([]byte, size+responseLen)
-		have := 0
-		for {
-			n, err := c.Read(in[have:])
-			if err != nil {
-				if errors.Is(err, io.EOF) {
-					err = nil
-				}
-				done <- err
-				return
-			}
-			have += n
-			var v net.Buffers
-			for ; have >= requestLen; have -= requestLen {
-				v = append(v, out)
-			}
-			if _, err := v.WriteTo(c); err != nil {
-				done <- err
-				return
-			}
-		}
+		done <- err
 	}()
-	c, err := net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	conn, err := net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	check(b, err)
+	c, err := newEnd(conn)
 	check(b, err)
 	request := make([]byte, depth*requestLen)
 	in := make([]byte, depth*(size+responseLen))
+	out := make(net.Buffers, 1)
+	send := func(n int) error {
+		out[0] = request[:n*requestLen]
+		return c.writev(out)
+	}
 	b.SetBytes(int64(size))
 	b.ReportAllocs()
 	cpu := cpuTime(b)
 	b.ResetTimer()
 	sent, bytes := min(depth, b.N), 0
-	if _, err := c.Write(request[:sent*requestLen]); err != nil {
+	if err := send(sent); err != nil {
 		b.Fatal(err)
 	}
 	for got := 0; got < b.N; {
@@ -364,7 +421,7 @@ func benchTCP(b *testing.B, size, depth int) {
 		got += k
 		if k = min(k, b.N-sent); k > 0 {
 			sent += k
-			if _, err := c.Write(request[:k*requestLen]); err != nil {
+			if err := send(k); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -372,4 +429,33 @@ func benchTCP(b *testing.B, size, depth int) {
 	b.StopTimer()
 	report(b, cpu)
 	check(b, errors.Join(c.Close(), <-done, l.Close()))
+}
+
+// serveTCP runs the target until the peer closes.
+func serveTCP(conn *net.TCPConn, size, depth int, newEnd func(*net.TCPConn) (tcpEnd, error)) error {
+	c, err := newEnd(conn)
+	if err != nil {
+		return err
+	}
+	defer c.Close() // the peer closed first
+	in, out := make([]byte, depth*requestLen), make([]byte, size+responseLen)
+	answers := make(net.Buffers, 0, depth)
+	have := 0
+	for {
+		n, err := c.Read(in[have:])
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				err = nil
+			}
+			return err
+		}
+		have += n
+		v := answers[:0]
+		for ; have >= requestLen; have -= requestLen {
+			v = append(v, out)
+		}
+		if err := c.writev(v); err != nil {
+			return err
+		}
+	}
 }
