@@ -99,7 +99,7 @@ func TestCommandFields(t *testing.T) {
 		"Read", "Write", "WriteZeroes", "Flush", "DSM", "Identify", "SetFeatures", "GetFeatures", "GetLogPage",
 		"ReservationReport", "ReservationRegister", "ReservationAcquire", "ReservationRelease",
 		"AsyncEvent", "KeepAlive", "Abort", "Connect", "PropertyGet", "PropertySet", "AuthSend", "AuthReceive",
-		"Disconnect", "LogSpecific", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "NoData")
+		"Disconnect", "LogSpecific", "LimitedRetry", "KeyedSGL", "InCapsuleSGL", "LastSegmentSGL", "NoData")
 }
 
 // A controller reads the commands of a host.

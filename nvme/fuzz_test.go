@@ -108,7 +108,7 @@ func FuzzCommand(f *testing.F) {
 }
 
 func FuzzSGL(f *testing.F) {
-	for _, s := range []SGL{NoDataSGL(), KeyedSGL(1<<40, MaxKeyedLength, 0xDEADBEEF, true), InCapsuleSGL(8, 4096)} {
+	for _, s := range []SGL{NoDataSGL(), KeyedSGL(1<<40, MaxKeyedLength, 0xDEADBEEF, true), InCapsuleSGL(8, 4096), LastSegmentSGL(16, 16)} {
 		f.Add(s[:])
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -122,7 +122,11 @@ func FuzzSGL(f *testing.F) {
 		if inCapsule && [3]byte(s[12:15]) == [3]byte{} && InCapsuleSGL(offset, n) != s {
 			t.Fatalf("in capsule: %x", s)
 		}
-		if keyed && inCapsule {
+		at, size, list := s.LastSegment()
+		if list && size%SGLSize == 0 && [3]byte(s[12:15]) == [3]byte{} && LastSegmentSGL(at, int(size/SGLSize)) != s {
+			t.Fatalf("list: %x", s)
+		}
+		if keyed && inCapsule || list && (keyed || inCapsule) {
 			t.Fatalf("two types at once: %x", s)
 		}
 	})

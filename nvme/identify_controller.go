@@ -126,6 +126,16 @@ func (c *IdentifyController) InCapsuleBytes() uint64 {
 	return size - CommandSize
 }
 
+// KeyedDescriptors returns the number of keyed descriptors that an I/O command may have, at least 1:
+// MSDBD, as far as a list of so many fits in a capsule. A list is named by its offset, which SGLS must
+// allow (SAOS). MSDBD 0 counts as 1, because controllers that do not know the field have it, too.
+func (c *IdentifyController) KeyedDescriptors() int {
+	if c.SGLS()&SGLSOffset == 0 {
+		return 1
+	}
+	return max(1, int(min(uint64(c.MSDBD()), c.InCapsuleBytes()/SGLSize)))
+}
+
 // TBKAS reports whether traffic counts as keep alive.
 func (c *IdentifyController) TBKAS() bool { return c.CTRATT()&CTRATTTBKAS != 0 }
 

@@ -75,6 +75,28 @@ func TestIdentifyControllerDerived(t *testing.T) {
 			t.Errorf("ioccsz %d: %d bytes, want %d", ioccsz, got, want)
 		}
 	}
+	for _, tt := range []struct {
+		msdbd        uint8
+		sgls, ioccsz uint32
+		want         int
+	}{
+		{1, 0x100005, 260, 1},   // nvmet
+		{16, 0x100005, 260, 16}, // SPDK
+		{16, 5, 260, 1},         // no offsets
+		{16, 0x100005, 4 + 5, 5},
+		{16, 0x100005, 5, 1},
+		{16, 0x100005, 4, 1},
+		{16, 0x100005, 0, 1},
+		{0, 0x100005, 260, 1}, // no limit, or not known
+		{255, 0x100005, 0xFFFFFFFF, 255},
+	} {
+		c.SetMSDBD(tt.msdbd)
+		c.SetSGLS(tt.sgls)
+		c.SetIOCCSZ(tt.ioccsz)
+		if got := c.KeyedDescriptors(); got != tt.want {
+			t.Errorf("msdbd %d, sgls %#x, ioccsz %d: %d descriptors, want %d", tt.msdbd, tt.sgls, tt.ioccsz, got, tt.want)
+		}
+	}
 	c.SetCRDT1(1)
 	c.SetCRDT2(20)
 	c.SetCRDT3(300)

@@ -17,6 +17,9 @@ type SGLType uint8
 const (
 	// SGLInCapsule is a data block at an offset within the capsule.
 	SGLInCapsule SGLType = 0x01
+	// SGLLastSegment is a list of descriptors at an offset within the capsule: the last
+	// segment, and on RDMA the only one, of the SGL that begins in the command.
+	SGLLastSegment SGLType = 0x31
 	// SGLKeyed is remote memory named by address, length and key.
 	SGLKeyed SGLType = 0x40
 	// SGLKeyedInvalidate is like SGLKeyed, but the controller must invalidate the key
@@ -29,6 +32,8 @@ func (t SGLType) String() string {
 	switch t {
 	case SGLInCapsule:
 		return "in capsule"
+	case SGLLastSegment:
+		return "list in capsule"
 	case SGLKeyed:
 		return "keyed"
 	case SGLKeyedInvalidate:
@@ -41,6 +46,7 @@ func (t SGLType) String() string {
 //
 //	keyed:      0 address   8 length (24 bits)   11 key   15 type
 //	in capsule: 0 offset    8 length (32 bits)   12 zero  15 type
+//	list:       as in capsule; the length is that of the descriptors
 type SGL [SGLSize]byte
 
 // KeyedSGL returns a descriptor of length bytes of remote memory. It panics if
@@ -58,6 +64,15 @@ func InCapsuleSGL(offset uint64, length uint32) SGL {
 	var s SGL
 	le.PutUint64(s[0:8], offset)
 	le.PutUint64(s[8:16], inCapsuleWord(length))
+	return s
+}
+
+// LastSegmentSGL returns a descriptor of a list of n descriptors in the capsule, offset bytes
+// after the start of its data area.
+func LastSegmentSGL(offset uint64, n int) SGL {
+	var s SGL
+	le.PutUint64(s[0:8], offset)
+	le.PutUint64(s[8:16], lastSegmentWord(n))
 	return s
 }
 
@@ -80,6 +95,24 @@ func inCapsuleWord(length uint32) uint64 {
 	return uint64(length) | uint64(SGLInCapsule)<<56
 }
 
+func lastSegmentWord(n int) uint64 {
+	if uint64(n) >= 1<<28 {
+		panic("nvme: a list of descriptors of 4 GiB or more")
+	}
+	return uint64(n)*SGLSize | uint64(SGLLastSegment)<<56
+}
+
+// SGLAt returns the first 16 bytes of b as a descriptor, without a copy. It panics if b is
+// shorter.
+func SGLAt(b []byte) *SGL { return (*SGL)(b[:SGLSize:SGLSize]) }
+
+// SetKeyed makes the descriptor that of length bytes of remote memory. It panics if length exceeds
+// MaxKeyedLength.
+func (s *SGL) SetKeyed(addr uint64, length, key uint32) {
+	le.PutUint64(s[0:8], addr)
+	le.PutUint64(s[8:16], keyedWord(length, key, false))
+}
+
 // Type returns the type and subtype.
 func (s SGL) Type() SGLType { return SGLType(s[15]) }
 
@@ -95,6 +128,12 @@ func (s SGL) InCapsule() (offset uint64, length uint32, ok bool) {
 	return le.Uint64(s[0:8]), le.Uint32(s[8:12]), s.Type() == SGLInCapsule
 }
 
+// LastSegment decodes a descriptor of a list in the capsule. length is that of the list in bytes,
+// of any value. ok is false for any other type.
+func (s SGL) LastSegment() (offset uint64, length uint32, ok bool) {
+	return le.Uint64(s[0:8]), le.Uint32(s[8:12]), s.Type() == SGLLastSegment
+}
+
 // String returns a description of the descriptor. It does not contain the key, because
 // the key is a capability.
 func (s SGL) String() string {
@@ -105,6 +144,9 @@ func (s SGL) String() string {
 		return fmt.Sprintf("%v %#x+%d", s.Type(), addr, length)
 	}
 	if offset, length, ok := s.InCapsule(); ok {
+		return fmt.Sprintf("%v %d+%d", s.Type(), offset, length)
+	}
+	if offset, length, ok := s.LastSegment(); ok {
 		return fmt.Sprintf("%v %d+%d", s.Type(), offset, length)
 	}
 	return s.Type().String()
@@ -137,6 +179,14 @@ func (c *Command) SetInCapsuleSGL(offset uint64, length uint32) {
 	le.PutUint64(c[32:40], inCapsuleWord(length))
 }
 
+// SetLastSegmentSGL makes a list of n descriptors that follow the command in its capsule the
+// command's data. offset is relative to the controller's ICDOFF. The list may have as many keyed
+// descriptors as MSDBD and IOCCSZ of the controller allow.
+func (c *Command) SetLastSegmentSGL(offset uint64, n int) {
+	le.PutUint64(c[24:32], offset)
+	le.PutUint64(c[32:40], lastSegmentWord(n))
+}
+
 // SetNoData sets the data descriptor of a command without data.
 func (c *Command) SetNoData() {
 	le.PutUint64(c[24:32], 0)
@@ -151,4 +201,9 @@ func (c *Command) KeyedSGL() (addr uint64, length, key uint32, invalidate, ok bo
 // InCapsuleSGL decodes the command's data descriptor in the same way as [SGL.InCapsule].
 func (c *Command) InCapsuleSGL() (offset uint64, length uint32, ok bool) {
 	return le.Uint64(c[24:32]), le.Uint32(c[32:36]), SGLType(c[39]) == SGLInCapsule
+}
+
+// LastSegmentSGL decodes the command's data descriptor in the same way as [SGL.LastSegment].
+func (c *Command) LastSegmentSGL() (offset uint64, length uint32, ok bool) {
+	return le.Uint64(c[24:32]), le.Uint32(c[32:36]), SGLType(c[39]) == SGLLastSegment
 }

@@ -19,6 +19,9 @@ func TestSGL(t *testing.T) {
 		{"in capsule", func(c *Command) { c.SetInCapsuleSGL(0x10, 0x01020304) },
 			InCapsuleSGL(0x10, 0x01020304),
 			at{0, "1000000000000000 04030201 000000 01"}, "in capsule 16+16909060"},
+		{"list", func(c *Command) { c.SetLastSegmentSGL(0x20, 16) },
+			LastSegmentSGL(0x20, 16),
+			at{0, "2000000000000000 00010000 000000 31"}, "list in capsule 32+256"},
 		{"no data", func(c *Command) { c.SetNoData() },
 			NoDataSGL(), at{15, "40"}, "no data"},
 	} {
@@ -49,8 +52,19 @@ func TestSGL(t *testing.T) {
 			if o1 != o2 || n1 != n2 || in1 != in2 {
 				t.Error("Command.InCapsuleSGL and SGL.InCapsule differ")
 			}
-			if ok1 == in1 {
-				t.Errorf("keyed %v and in capsule %v", ok1, in1)
+			o3, n3, list3 := c.LastSegmentSGL()
+			o4, n4, list4 := tt.sgl.LastSegment()
+			if o3 != o4 || n3 != n4 || list3 != list4 {
+				t.Error("Command.LastSegmentSGL and SGL.LastSegment differ")
+			}
+			kinds := 0
+			for _, is := range []bool{ok1, in1, list3} {
+				if is {
+					kinds++
+				}
+			}
+			if kinds != 1 {
+				t.Errorf("keyed %v, in capsule %v, list %v", ok1, in1, list3)
 			}
 		})
 	}
@@ -72,5 +86,23 @@ func TestKeyedSGLDecode(t *testing.T) {
 		if _, _, ok := s.InCapsule(); ok != (typ == 0x01) {
 			t.Errorf("type %02x: in capsule %v", typ, ok)
 		}
+		if _, _, ok := s.LastSegment(); ok {
+			t.Errorf("type %02x taken for a list", typ)
+		}
 	}
+}
+
+// TestCapsuleOfList is the golden image of a read whose data has two pieces: the command, and behind
+// it the keyed descriptors.
+func TestCapsuleOfList(t *testing.T) {
+	capsule := make([]byte, CommandSize+2*SGLSize)
+	c := CommandAt(capsule)
+	c.SetRead(0x31, 0x0807060504030201, 16, false)
+	c.SetCID(0x1234)
+	c.SetLastSegmentSGL(0, 2)
+	SGLAt(capsule[CommandSize:]).SetKeyed(0x0102030405060708, 0x1000, 0x21222324)
+	SGLAt(capsule[CommandSize+SGLSize:]).SetKeyed(0x1112131415161718, 0x1000, 0x31323334)
+	wantBytes(t, capsule, layout(len(capsule),
+		at{0, "02 40 3412 31000000"}, at{32, "20000000 000000 31"}, at{40, "0102030405060708 0f00"},
+		at{64, "0807060504030201 001000 24232221 40"}, at{80, "1817161514131211 001000 34333231 40"}))
 }
