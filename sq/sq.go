@@ -1,7 +1,7 @@
 // Package sq is the host side of an NVMe submission queue over RDMA (NVMe over RDMA
 // transport 1.1). There is no ring in memory that the controller reads. Instead, the
-// queue has a slab of registered 64-byte capsules, and each capsule is sent by one
-// SEND.
+// queue has a slab of registered capsules, and each capsule is sent by one SEND. A capsule is a
+// command of 64 bytes, with room behind it for a list of descriptors if the queue has such commands.
 //
 // # Slots and command ids
 //
@@ -34,6 +34,11 @@
 // duplicate of a SEND (9.7.5.1.2). Until then the memory must stay registered, because our
 // adapter fails the queue pair if it cannot read it. Mark and Confirmed tell when that is.
 //
+// # Lists of descriptors
+//
+// The data of a command can be in several places, which a list in its capsule names (PushList). The list
+// belongs to the slot like the command, so nothing has to wait for its SEND.
+//
 // # Probes
 //
 // A controller may take any time to answer. So once it has acknowledged the SENDs, a
@@ -58,13 +63,15 @@ import (
 )
 
 const (
-	capsuleSize = 64
-	slotBits    = 12
-	slotMask    = 1<<slotBits - 1
+	slotBits = 12
+	slotMask = 1<<slotBits - 1
 
 	// MaxDepth leaves room in the slot number for the slots that wait for the
 	// confirmation of their SEND.
 	MaxDepth = 2048
+
+	// MaxDescriptors is the largest number of descriptors in the list of a command.
+	MaxDescriptors = 255
 )
 
 // Slot states
@@ -79,8 +86,9 @@ const probeID = 1<<64 - 1
 
 // Config configures a Queue.
 type Config struct {
-	Depth  int // entries as in CREATE/CONNECT, one of which stays empty; 2..MaxDepth
-	Vector int // completion vector of the SEND completions
+	Depth       int // entries as in CREATE/CONNECT, one of which stays empty; 2..MaxDepth
+	Vector      int // completion vector of the SEND completions
+	Descriptors int // descriptors in the list of a command, 0..MaxDescriptors; 0: no command has a list
 }
 
 // Queue is a submission queue.
@@ -91,6 +99,7 @@ type Queue struct {
 	slab []byte
 	addr uint64
 	lkey uint32
+	size int // of a capsule in the slab, in bytes
 
 	depth       int
 	outstanding int    // commands taken and not answered
@@ -117,7 +126,10 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	if cfg.Depth < 2 || cfg.Depth > MaxDepth {
 		return nil, fmt.Errorf("submission queue: depth %d is not 2..%d", cfg.Depth, MaxDepth)
 	}
-	q := &Queue{depth: cfg.Depth, interval: max(1, cfg.Depth/4)}
+	if cfg.Descriptors < 0 || cfg.Descriptors > MaxDescriptors {
+		return nil, fmt.Errorf("submission queue: %d descriptors are not 0..%d", cfg.Descriptors, MaxDescriptors)
+	}
+	q := &Queue{depth: cfg.Depth, interval: max(1, cfg.Depth/4), size: nvme.CommandSize + cfg.Descriptors*nvme.SGLSize}
 	n := q.Slots()
 	ring := 1
 	for ring < n {
@@ -134,7 +146,7 @@ func New(dev rdma.Device, pd rdma.PD, cfg Config) (*Queue, error) {
 	q.wcs = make([]rdma.WC, 32)
 
 	var err error
-	if q.mr, err = pd.AllocMR(n*capsuleSize, 0); err != nil {
+	if q.mr, err = pd.AllocMR(n*q.size, 0); err != nil {
 		return nil, fmt.Errorf("register capsules: %w", err)
 	}
 	q.slab, q.addr, q.lkey = q.mr.Bytes(), q.mr.Addr(), q.mr.LKey()
@@ -188,8 +200,14 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 	q.outstanding++
 	q.state[slot] = 0
 	q.gen[slot]++
-	at := int(slot) * capsuleSize
-	return slot, nvme.CommandAt(q.slab[at : at+capsuleSize]), true
+	return slot, nvme.CommandAt(q.slab[int(slot)*q.size:]), true
+}
+
+// Descriptors returns the room for the list of a command that Get returned: Config.Descriptors times 16
+// bytes, whose contents are arbitrary. PushList sends the first of them.
+func (q *Queue) Descriptors(slot uint16) []byte {
+	at := int(slot) * q.size
+	return q.slab[at+nvme.CommandSize : at+q.size : at+q.size]
 }
 
 // Push adds the slot's command to the batch that Flush posts. If data has a length, it is
@@ -197,32 +215,43 @@ func (q *Queue) Get() (slot uint16, cmd *nvme.Command, ok bool) {
 // memory, which must not change before the response arrives, and must stay registered
 // until the SEND is confirmed (Mark).
 func (q *Queue) Push(slot uint16, data rdma.SGE) {
-	if q.slab == nil {
-		return // closed
+	wr := q.push(slot, nvme.CommandSize)
+	if wr == nil || data.Length == 0 {
+		return
 	}
-	at := int(slot) * capsuleSize
-	nvme.CommandAt(q.slab[at : at+capsuleSize]).SetCID(q.commandID(slot))
+	wr.SGE[1] = data
+	wr.NumSGE = 2
+	q.mark = q.next
+}
+
+// PushList is Push for a command whose data the first n descriptors of its list name.
+func (q *Queue) PushList(slot uint16, n int) {
+	q.push(slot, nvme.CommandSize+n*nvme.SGLSize)
+}
+
+// push adds the first size bytes of the slot's capsule to the batch. It returns nil if the queue is
+// closed.
+func (q *Queue) push(slot uint16, size int) *rdma.SendWR {
+	if q.slab == nil {
+		return nil
+	}
+	at := int(slot) * q.size
+	nvme.CommandAt(q.slab[at : at+q.size]).SetCID(q.commandID(slot))
 
 	n := len(q.batch)
 	q.batch = q.batch[:n+1]
 	wr := &q.batch[n]
 	wr.ID = q.next
 	wr.Op = rdma.Send
-	wr.SGE[0] = rdma.SGE{Addr: q.addr + uint64(at), Length: capsuleSize, LKey: q.lkey}
+	wr.SGE[0] = rdma.SGE{Addr: q.addr + uint64(at), Length: uint32(size), LKey: q.lkey}
 	wr.NumSGE = 1
-	if data.Length > 0 {
-		wr.SGE[1] = data
-		wr.NumSGE = 2
-	}
 	q.unsignaled++
 	if wr.Signaled = q.unsignaled >= q.interval; wr.Signaled {
 		q.unsignaled = 0
 	}
 	q.order[q.next&uint64(len(q.order)-1)] = slot
 	q.next++
-	if wr.NumSGE == 2 {
-		q.mark = q.next
-	}
+	return wr
 }
 
 func (q *Queue) commandID(slot uint16) uint16 { return uint16(q.gen[slot])<<slotBits | slot }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/rdma"
 )
 
@@ -76,10 +77,10 @@ func newQueue(t testing.TB, depth int) (*Queue, *adapter) {
 	return q, a
 }
 
-func TestDepthBounds(t *testing.T) {
-	for _, depth := range []int{-1, 0, 1, MaxDepth + 1} {
-		if _, err := New(&adapter{}, &adapter{}, Config{Depth: depth}); err == nil {
-			t.Errorf("depth %d: no error", depth)
+func TestBounds(t *testing.T) {
+	for _, cfg := range []Config{{Depth: -1}, {}, {Depth: 1}, {Depth: MaxDepth + 1}, {Depth: 16, Descriptors: -1}, {Depth: 16, Descriptors: MaxDescriptors + 1}} {
+		if _, err := New(&adapter{}, &adapter{}, cfg); err == nil {
+			t.Errorf("%+v: no error", cfg)
 		}
 	}
 }
@@ -182,6 +183,56 @@ func TestDataInCapsule(t *testing.T) {
 	a.complete(q.interval)
 	if n, err := q.Reap(); n != 1 || err != nil || !slices.Contains(q.free, slot) {
 		t.Fatalf("%d completions, %v, free slots %v, want %d among them", n, err, q.free, slot)
+	}
+}
+
+// TestList checks that a list of descriptors is sent in one piece with its command, that only as much
+// of it is sent as was asked for, and that the lists of commands do not overlap.
+func TestList(t *testing.T) {
+	a := &adapter{}
+	q, err := New(a, a, Config{Depth: 16, Descriptors: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q.Bind(a)
+	for n := range 4 {
+		slot, cmd, ok := q.Get()
+		if !ok {
+			t.Fatal("no slot")
+		}
+		list := q.Descriptors(slot)
+		if len(list) != 3*nvme.SGLSize || cap(list) != len(list) {
+			t.Fatalf("room for %d bytes of descriptors", len(list))
+		}
+		for i := range cmd {
+			cmd[i] = byte(n + 1)
+		}
+		for i := range list {
+			list[i] = byte(0x10 * (n + 1))
+		}
+		q.PushList(slot, n)
+	}
+	slot, _, _ := q.Get()
+	q.Push(slot, rdma.SGE{Addr: 1, Length: 512, LKey: 2})
+	q.Flush()
+	for n, wr := range a.posted[:4] {
+		if wr.Op != rdma.Send || wr.NumSGE != 1 || wr.SGE[0].Length != uint32(64+16*n) || wr.SGE[0].LKey != a.LKey() {
+			t.Errorf("list of %d: posted %+v", n, wr)
+		}
+		at := wr.SGE[0].Addr - a.Addr()
+		capsule := a.bytes[at:][:64+16*3]
+		capsule[2], capsule[3] = byte(n+1), byte(n+1) // the command id
+		for i, b := range capsule {
+			if want := byte(n + 1); i < 64 && b != want || i >= 64 && b != 0x10*want {
+				t.Fatalf("list of %d: byte %d is %#x", n, i, b)
+			}
+		}
+	}
+	if wr := a.posted[4]; wr.NumSGE != 2 || wr.SGE[0].Length != 64 {
+		t.Errorf("data in the capsule: posted %+v", wr)
+	}
+	if q.Confirmed(q.Mark()) || q.Mark() != 5 {
+		t.Errorf("mark %d: lists need no mark, data in a capsule does", q.Mark())
 	}
 }
 
