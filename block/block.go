@@ -10,8 +10,11 @@
 // back end. The Result that Reap returns passes them back.
 //
 // A front end can also have memory of its own registered, if the device is a Registrar. A read or
-// write can then name a part of such a region (Request.Region), and its data is not copied. Until
-// the Result of the request, the part belongs to the back end.
+// write can then name a part of such a region (Request.Region), and its data is not copied. If the
+// queue is a Gatherer, the data can also be in several parts of regions, which are called segments
+// (Request.Segments). The queue has a table of MaxSegments segments for each tag. The front end fills
+// in the first entries of it before Submit. Until the Result of the request, the table and the parts
+// of regions belong to the back end.
 //
 // # Completion
 //
@@ -34,8 +37,8 @@
 //
 // Errors are Linux errnos, as of the block layer:
 //
-//   - EINVAL: the fields of the request contradict each other, or its tag is out of range
-//     or in flight. It had no effect.
+//   - EINVAL: the fields of the request or its segments contradict each other, or its tag is out
+//     of range or in flight. It had no effect.
 //   - EOPNOTSUPP: the operation is unknown, or the device does not have it.
 //   - EFAULT: the request names a region that is not registered, or is not registered any more.
 //     Whether it had an effect is unknown.
@@ -47,9 +50,12 @@
 //
 // # Limits
 //
-// A read or write may be as large as the buffer of its tag, or as the rest of its region, and a discard or write zeroes of
+// A read or write may be as large as the buffer of its tag, as the rest of its region, or as its
+// segments together, and a discard or write zeroes of
 // any length, even if the limits of the geometry have become smaller since the queue was
-// opened. A back end splits what its device cannot do at once. A device whose geometry says
+// opened. A read or write may have MaxSegments segments, even if the device takes fewer at a time.
+// A back end splits what its device cannot do at once. For that each segment has whole logical
+// blocks. A device whose geometry says
 // that it has no discard or write zeroes may refuse them with EOPNOTSUPP, or execute them.
 //
 // # Closing
@@ -114,24 +120,29 @@ const (
 )
 
 // Request is an I/O request. It has no pointers: the data of a read or write is
-// Queue.Buffer(Tag)[:Sectors<<SectorShift], or as many bytes at Offset of a region.
+// Queue.Buffer(Tag)[:Sectors<<SectorShift], or as many bytes at Offset of a region, or the first
+// Segments entries of Gatherer.Segments(Tag), in their order.
 type Request struct {
-	Sector  uint64 // first 512-byte sector
-	Offset  uint64 // in the region, a multiple of 4
-	Sectors uint32 // length in 512-byte sectors
-	Region  uint16 // number of the region with the data of a read or write; 0: the buffer
-	Tag     uint16 // 0 ≤ Tag < depth, unique among the requests in flight
-	Op      Op
-	Flags   Flags
+	Sector   uint64 // first 512-byte sector
+	Offset   uint64 // in the region, a multiple of 4
+	Sectors  uint32 // length in 512-byte sectors
+	Region   uint16 // number of the region with the data of a read or write; 0: the buffer, or segments
+	Tag      uint16 // 0 ≤ Tag < depth, unique among the requests in flight
+	Op       Op
+	Flags    Flags
+	Segments uint8 // number of segments with the data of a read or write, up to MaxSegments; 0: none
 }
 
-// InRegion reports whether the request has its data in a region.
-func (r *Request) InRegion() bool { return r.Region != 0 && (r.Op == OpRead || r.Op == OpWrite) }
+// InRegion reports whether the request has its data in regions.
+func (r *Request) InRegion() bool {
+	return (r.Region != 0 || r.Segments != 0) && (r.Op == OpRead || r.Op == OpWrite)
+}
 
 // Check returns 0 if the request can be executed on a device with the given capacity in
-// sectors and logical block size in bytes, with room for maxIO bytes in its buffer or from its
-// offset in its region on. Otherwise it returns the errno for the request. A back end calls it once for each request, and need
-// not check the fields again. Check does not check the tag.
+// sectors and logical block size in bytes, with room for maxIO bytes in its buffer, from its
+// offset in its region on, or in its segments. Otherwise it returns the errno for the request. A back
+// end calls it once for each request, and need
+// not check the fields again. Check does not check the tag and the segments.
 func (r *Request) Check(capacity uint64, logicalBlock uint32, maxIO int) unix.Errno {
 	switch r.Op {
 	case OpFlush:

@@ -1,5 +1,7 @@
 package block
 
+import "golang.org/x/sys/unix"
+
 // MaxRegions is the largest number of regions of a device at the same time.
 const MaxRegions = 1024
 
@@ -25,4 +27,52 @@ type Region interface {
 	// accesses the memory any more, also not on behalf of requests that have ended. After an
 	// error, the memory must stay mapped. Another Close tries again.
 	Close() error
+}
+
+// MaxSegments is the largest number of segments of a request.
+const MaxSegments = 16
+
+// Segment is a part of a region, with a part of the data of a read or write.
+type Segment struct {
+	Offset uint64 // in the region, a multiple of 4
+	Length uint32 // in bytes, whole logical blocks, at least one
+	Region uint16 // number of the region
+}
+
+// Gatherer is a Queue of a Registrar whose reads and writes can have their data in several parts of
+// regions.
+type Gatherer interface {
+	Queue
+	// Segments returns the table of a tag. The front end may touch it only while it owns the tag.
+	// The table has the same address for the life of the Queue. The first call allocates memory
+	// for all tags.
+	Segments(tag uint16) *[MaxSegments]Segment
+	// SegmentLimit returns how many segments a request should have at most at present,
+	// 1..MaxSegments. It may change at any time, as devices with several paths do. Requests with more
+	// segments are executed, but take longer than with a copy, because the device does not
+	// take so many at a time, or because each costs more than its copy.
+	SegmentLimit() int
+}
+
+// CheckSegments returns 0 if the request can have its data in the first segments of a table, on a
+// device with the given logical block size in bytes, or EINVAL: they have whole blocks, their lengths
+// add up to that of the request, and it does not name a region itself. It does not check whether
+// the regions exist and are large enough. A back end calls it for a request with segments, beside
+// Check.
+func (r *Request) CheckSegments(table *[MaxSegments]Segment, logicalBlock uint32) unix.Errno {
+	if r.Segments > MaxSegments || r.Region != 0 {
+		return unix.EINVAL
+	}
+	var sum uint64
+	for i := range table[:r.Segments] {
+		s := &table[i]
+		if s.Length == 0 || s.Length&(logicalBlock-1) != 0 || s.Offset&3 != 0 {
+			return unix.EINVAL
+		}
+		sum += uint64(s.Length)
+	}
+	if sum != uint64(r.Sectors)<<SectorShift {
+		return unix.EINVAL
+	}
+	return 0
 }

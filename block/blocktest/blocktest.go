@@ -64,6 +64,8 @@ func Test(t *testing.T, open func(t *testing.T) Backend) {
 		{"Close", testClose},
 		{"Regions", testRegions},
 		{"CloseRegion", testCloseRegion},
+		{"Segments", testSegments},
+		{"CloseSegments", testCloseSegments},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
 	}

@@ -4,8 +4,6 @@
 package null
 
 import (
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/instant"
 )
@@ -49,14 +47,5 @@ func (d *Device) Register(mem []byte) (block.Region, error) { return d.regions.R
 // OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
 // that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	return instant.Open(cfg, &d.regions, d.serve)
-}
-
-// serve refuses what cannot be executed on any device, and does nothing else.
-func (d *Device) serve(r *block.Request, data []byte) unix.Errno {
-	e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(data))
-	if e == 0 && d.geometry.ReadOnly && r.Op != block.OpRead && r.Op != block.OpFlush {
-		return unix.EROFS
-	}
-	return e
+	return instant.Open(cfg, d.geometry, &d.regions, func(*block.Request, []byte) {})
 }

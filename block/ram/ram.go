@@ -9,8 +9,6 @@ package ram
 import (
 	"fmt"
 
-	"golang.org/x/sys/unix"
-
 	"ublk-nvmeof/block"
 	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/internal/instant"
@@ -77,20 +75,11 @@ func (d *Device) Register(mem []byte) (block.Region, error) { return d.regions.R
 // OpenQueue implements block.Device. The error is that of block.QueueConfig.Validate, or
 // that there is not enough memory.
 func (d *Device) OpenQueue(_ int, cfg block.QueueConfig) (block.Queue, error) {
-	return instant.Open(cfg, &d.regions, d.serve)
+	return instant.Open(cfg, d.geometry, &d.regions, d.execute)
 }
 
-// serve executes a request. Errors are those of block.Request.Check, and EROFS for changes
-// of a read-only device.
-func (d *Device) serve(r *block.Request, data []byte) unix.Errno {
-	switch e := r.Check(d.geometry.Sectors, d.geometry.LogicalBlock, len(data)); {
-	case e != 0:
-		return e
-	case r.Op == block.OpFlush:
-		return 0
-	case r.Op != block.OpRead && d.geometry.ReadOnly:
-		return unix.EROFS
-	}
+// execute executes a request that was checked. data has as many bytes as a read or write.
+func (d *Device) execute(r *block.Request, data []byte) {
 	disk := d.mem[r.Sector<<block.SectorShift:][:uint64(r.Sectors)<<block.SectorShift]
 	switch r.Op {
 	case block.OpRead:
@@ -100,5 +89,4 @@ func (d *Device) serve(r *block.Request, data []byte) unix.Errno {
 	default: // a discard or write zeroes
 		clear(disk)
 	}
-	return 0
 }

@@ -11,20 +11,25 @@ import (
 	"ublk-nvmeof/internal/hostmem"
 )
 
-// Queue executes requests in the order of their submission, and completes them in that order.
+// Queue executes requests in the order of their submission, and completes them in that order. It is a
+// block.Gatherer.
 type Queue struct {
-	serve   func(r *block.Request, data []byte) unix.Errno
-	regions *Regions
-	mem     []byte // nil after Close
-	size    int    // of a buffer, in bytes
-	flying  []bool // by tag
-	done    []block.Result
-	next    int // results from here on are not reaped
+	geometry block.Geometry
+	execute  func(r *block.Request, data []byte)
+	regions  *Regions
+	mem      []byte                             // nil after Close
+	size     int                                // of a buffer, in bytes
+	flying   []bool                             // by tag
+	tables   [][block.MaxSegments]block.Segment // by tag; nil: not asked for
+	part     block.Request                      // the part that is being executed
+	done     []block.Result
+	next     int // results from here on are not reaped
 }
 
-// Open makes a queue. serve executes a request with the buffer of its tag, or with the rest of
-// its region. It must check everything but the tag and the region.
-func Open(cfg block.QueueConfig, regions *Regions, serve func(r *block.Request, data []byte) unix.Errno) (*Queue, error) {
+// Open makes a queue of a device with a geometry. execute carries out a request that was checked, except
+// a flush. Of a read or write it gets the data, whose length is that of the request; a request with
+// segments comes in one part for each.
+func Open(cfg block.QueueConfig, geometry block.Geometry, regions *Regions, execute func(r *block.Request, data []byte)) (*Queue, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
@@ -33,7 +38,7 @@ func Open(cfg block.QueueConfig, regions *Regions, serve func(r *block.Request, 
 		return nil, err
 	}
 	return &Queue{
-		serve: serve, regions: regions, mem: mem, size: cfg.MaxIO,
+		geometry: geometry, execute: execute, regions: regions, mem: mem, size: cfg.MaxIO,
 		flying: make([]bool, cfg.Depth), done: make([]block.Result, 0, cfg.Depth),
 	}, nil
 }
@@ -51,19 +56,34 @@ func (q *Queue) Submit(reqs []block.Request) {
 		e := unix.EINVAL
 		if int(r.Tag) < len(q.flying) && !q.flying[r.Tag] {
 			q.flying[r.Tag] = true
-			e = q.execute(r)
+			e = q.serve(r)
 		}
 		q.done = append(q.done, block.Result{Tag: r.Tag, Errno: uint16(e)})
 	}
 }
 
-// execute executes a request with its data.
-func (q *Queue) execute(r *block.Request) unix.Errno {
+// Segments implements block.Gatherer.
+func (q *Queue) Segments(tag uint16) *[block.MaxSegments]block.Segment {
+	if q.tables == nil {
+		q.tables = make([][block.MaxSegments]block.Segment, len(q.flying))
+	}
+	return &q.tables[tag]
+}
+
+// SegmentLimit implements block.Gatherer.
+func (q *Queue) SegmentLimit() int { return block.MaxSegments }
+
+// serve executes a request. Errors are those of block.Request.Check, and EROFS for changes of a
+// read-only device.
+func (q *Queue) serve(r *block.Request) unix.Errno {
 	if !r.InRegion() {
-		return q.serve(r, q.Buffer(r.Tag))
+		return q.with(r, q.Buffer(r.Tag))
 	}
 	q.regions.mu.RLock()
 	defer q.regions.mu.RUnlock()
+	if r.Segments > 0 {
+		return q.gather(r)
+	}
 	data := q.regions.from(r.Region, r.Offset)
 	switch {
 	case data == nil:
@@ -71,7 +91,60 @@ func (q *Queue) execute(r *block.Request) unix.Errno {
 	case r.Offset&3 != 0:
 		return unix.EINVAL
 	}
-	return q.serve(r, data)
+	return q.with(r, data)
+}
+
+// with executes a request whose data has room in a slice.
+func (q *Queue) with(r *block.Request, data []byte) unix.Errno {
+	if e := q.check(r, len(data)); e != 0 {
+		return e
+	}
+	switch r.Op {
+	case block.OpFlush:
+	case block.OpRead, block.OpWrite:
+		q.execute(r, data[:uint64(r.Sectors)<<block.SectorShift])
+	default:
+		q.execute(r, nil)
+	}
+	return 0
+}
+
+// gather executes a request with segments. It checks all of them before it executes the first part.
+func (q *Queue) gather(r *block.Request) unix.Errno {
+	table := q.Segments(r.Tag)
+	if e := r.CheckSegments(table, q.geometry.LogicalBlock); e != 0 {
+		return e
+	}
+	var parts [block.MaxSegments][]byte
+	for i, s := range table[:r.Segments] {
+		data := q.regions.from(s.Region, s.Offset)
+		switch {
+		case data == nil:
+			return unix.EFAULT
+		case uint64(s.Length) > uint64(len(data)):
+			return unix.EINVAL
+		}
+		parts[i] = data[:s.Length]
+	}
+	if e := q.check(r, int(r.Sectors)<<block.SectorShift); e != 0 {
+		return e
+	}
+	q.part = *r
+	for _, data := range parts[:r.Segments] {
+		q.part.Sectors = uint32(len(data) >> block.SectorShift)
+		q.execute(&q.part, data)
+		q.part.Sector += uint64(q.part.Sectors)
+	}
+	return 0
+}
+
+// check returns the errno of a request with room for so many bytes, or 0.
+func (q *Queue) check(r *block.Request, room int) unix.Errno {
+	e := r.Check(q.geometry.Sectors, q.geometry.LogicalBlock, room)
+	if e == 0 && q.geometry.ReadOnly && r.Op != block.OpRead && r.Op != block.OpFlush {
+		return unix.EROFS
+	}
+	return e
 }
 
 // Reap implements block.Queue.

@@ -37,7 +37,7 @@ func (g *Regions) Register(mem []byte) (block.Region, error) {
 
 // from returns a region from an offset on; nil if there is no such region.
 func (g *Regions) from(number uint16, offset uint64) []byte {
-	if int(number) > len(g.mem) || g.mem[number-1] == nil {
+	if number == 0 || int(number) > len(g.mem) || g.mem[number-1] == nil {
 		return nil
 	}
 	mem := g.mem[number-1]
