@@ -35,11 +35,12 @@ func (q *queuePair) reportedHead() uint16 {
 }
 
 // completion takes the next entry of the ring of completions, which is at offset at
-// of q.out, and returns the SEND for it. The caller has reserved the entry.
-func (q *queuePair) completion(data extent) (wr rdma.SendWR, at int) {
+// of q.out, and returns the SEND for it. The caller has reserved the entry. What the command holds is
+// free when the SEND is confirmed.
+func (q *queuePair) completion(holds response) (wr rdma.SendWR, at int) {
 	pos := int(q.posted % uint64(len(q.responses)))
 	q.posted++
-	q.responses[pos].data = data
+	q.responses[pos] = holds
 	at = pos * nvme.CompletionSize
 	return rdma.SendWR{
 		ID: kindSend | uint64(pos), Op: rdma.Send, Signaled: q.signaled(), NumSGE: 1,
@@ -52,12 +53,14 @@ func (q *queuePair) completion(data extent) (wr rdma.SendWR, at int) {
 const lazyLimit = 8
 
 // signaled reports whether the SEND of the next completion is signaled. Its work
-// completion confirms all completions before it too, and frees their chunks and ring
-// entries. So it may be unsignaled only while there are enough of both for any
+// completion confirms all completions before it too, and frees their chunks, work requests and ring
+// entries. So it may be unsignaled only while there are enough of each for any
 // command.
 func (q *queuePair) signaled() bool {
 	q.lazy++
-	if q.lazy < lazyLimit && q.free.find(chunksFor(uint32(q.target.cfg.MaxTransfer))) >= 0 && q.reserved < len(q.responses)/2 {
+	cfg := &q.target.cfg
+	enough := q.free.find(chunksFor(uint32(cfg.MaxTransfer))) >= 0 && q.moves >= cfg.MaxDescriptors && q.reserved < len(q.responses)/2
+	if q.lazy < lazyLimit && enough {
 		return false
 	}
 	q.lazy = 0
@@ -80,7 +83,7 @@ func (q *queuePair) respond(i int, result uint64, s nvme.Status) {
 		return
 	}
 	q.advance()
-	wr, at := q.completion(r.data)
+	wr, at := q.completion(response{r.data, r.moves})
 	done := nvme.CompletionAt(q.out.Bytes()[at:])
 	done.Set(result, q.reportedHead(), cmd.CID(), s)
 	if r.invalidate {
@@ -103,18 +106,20 @@ func (q *queuePair) done(i int) {
 func (q *queuePair) drop(i int) {
 	q.advance()
 	q.free.flip(q.reqs[i].data)
+	q.moves += int(q.reqs[i].moves)
 	q.reserved--
 	q.done(i)
 }
 
-// confirm frees the chunks and the ring entries of all completions up to the one at
+// confirm frees the chunks, the work requests and the ring entries of all completions up to the one at
 // index pos of the ring. SENDs complete in order.
 func (q *queuePair) confirm(pos int) {
 	for at := -1; at != pos; q.confirmed++ {
 		at = int(q.confirmed % uint64(len(q.responses)))
 		r := &q.responses[at]
 		q.free.flip(r.data)
-		r.data = extent{}
+		q.moves += int(r.moves)
+		*r = response{}
 		q.reserved--
 	}
 }

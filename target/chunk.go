@@ -7,6 +7,7 @@ import (
 )
 
 const (
+	listMoves = 512      // see queuePair.maxMoves
 	chunkSize = 32 << 10 // bytes; data memory is allocated in whole chunks
 	minChunks = 2 * DefaultMaxTransfer / chunkSize
 	maxChunks = 128
@@ -73,8 +74,8 @@ func (q *queuePair) bytes(r extent) []byte {
 	return data[:min(int(r.n)*chunkSize, len(data))] // before Connect there is only a part of one chunk
 }
 
-// transfer queues the RDMA READ or WRITE that moves length bytes between the host's
-// memory and the chunks of a command.
+// transfer queues the RDMA READs or WRITEs that move length bytes between the host's
+// memory and the chunks of a command. The last READ completes after the others.
 func (q *queuePair) transfer(i int, op rdma.SendOp, length uint32) {
 	r := &q.reqs[i]
 	if length == 0 || op == rdma.Write && r.corrupt == CorruptLost {
@@ -83,12 +84,29 @@ func (q *queuePair) transfer(i int, op rdma.SendOp, length uint32) {
 	if op == rdma.Write && r.corrupt == CorruptData {
 		q.spoil(r)
 	}
-	wr := rdma.SendWR{
-		ID: kindData, Op: op, RemoteAddr: r.addr, RKey: r.key, NumSGE: 1,
-		SGE: [2]rdma.SGE{{Addr: q.data.Addr() + uint64(r.data.first)*chunkSize, Length: length, LKey: q.data.LKey()}},
+	if r.listed == 0 {
+		q.move(r, op, r.addr, r.key, 0, length)
+	}
+	at := uint32(0)
+	for d := range int(r.listed) {
+		addr, n, key, _, _ := q.descriptor(i, d).Keyed()
+		if n = min(n, length-at); n > 0 {
+			q.move(r, op, addr, key, at, n)
+			at += n
+		}
 	}
 	if op == rdma.Read {
-		wr.ID, wr.Signaled = kindRead|uint64(i), true
+		last := &q.sends[len(q.sends)-1]
+		last.ID, last.Signaled = kindRead|uint64(i), true
 	}
-	q.sends = append(q.sends, wr)
+}
+
+// move queues one RDMA READ or WRITE for length bytes from the byte at of a command's data on.
+func (q *queuePair) move(r *request, op rdma.SendOp, remote uint64, key, at, length uint32) {
+	r.moves++
+	q.moves--
+	q.sends = append(q.sends, rdma.SendWR{
+		ID: kindData, Op: op, RemoteAddr: remote, RKey: key, NumSGE: 1,
+		SGE: [2]rdma.SGE{{Addr: q.data.Addr() + uint64(r.data.first)*chunkSize + uint64(at), Length: length, LKey: q.data.LKey()}},
+	})
 }

@@ -4,8 +4,8 @@
 //
 // Its answers, including status codes, are those of Linux nvmet (drivers/nvme/target).
 // It differs where the specifications allow a choice and tests need another one: the
-// limit on I/O queues can change at any time, Compare is supported, and completions carry
-// the submission queue head.
+// limit on I/O queues can change at any time, Compare is supported, completions carry
+// the submission queue head, and the data of a command can be in several places.
 //
 // # Flow of a command
 //
@@ -16,14 +16,17 @@
 //	read:  Store.ReadAt into chunks, RDMA WRITE and SEND in one post
 //	write: RDMA READ into chunks, Store.WriteAt, SEND
 //
+// If the data is in several places of the host, which a list in the capsule names
+// ([Config.MaxDescriptors]), there is one RDMA READ or WRITE for each.
+//
 // In-capsule data is written to the store from the receive buffer. The target posts the
 // buffer again before the SEND, so a host that respects its queue size always finds a
-// buffer. Commands get chunks in the order of their arrival.
+// buffer. Commands get chunks and work requests in the order of their arrival.
 //
 // # Limits
 //
 // All resources that a host can make the target use are limited. Until its Connect command
-// is accepted, a connection has memory for one command, less than 64 KiB with its rings. A
+// is accepted, a connection has memory for one command, less than 128 KiB with its rings. A
 // connection without a Connect command ends after [Config.ConnectTimeout], or when 128
 // newer connections, or 64 from the same address, have no Connect command either.
 // [Config.MaxConnections] and [Config.MaxPerHost] limit the connections, and

@@ -7,8 +7,8 @@ import (
 
 const dnr = nvme.StatusDNR
 
-// begin begins a command. It returns false if the command must wait for chunks or
-// for a ring entry; the caller tries again later.
+// begin begins a command. It returns false if the command must wait for chunks, work requests or
+// a ring entry; the caller tries again later.
 func (q *queuePair) begin(i int) bool {
 	r := &q.reqs[i]
 	s := q.describe(i)
@@ -19,7 +19,7 @@ func (q *queuePair) begin(i int) bool {
 	case s.OK() && !r.inline:
 		need = chunksFor(r.length)
 	}
-	if q.reserved == len(q.responses) || q.free.find(need) < 0 {
+	if q.reserved == len(q.responses) || q.free.find(need) < 0 || need > 0 && q.moves < max(1, int(r.listed)) {
 		return false
 	}
 	faults := &q.target.faults
@@ -30,6 +30,9 @@ func (q *queuePair) begin(i int) bool {
 	if !r.judged {
 		r.judged = true
 		q.stats.commands[q.command(i).Opcode()].Add(1)
+		if r.listed > 0 {
+			q.stats.lists.Add(1)
+		}
 		if rules := faults.rules.Load(); rules != nil && q.judge(i, *rules) {
 			return true
 		}
@@ -47,12 +50,15 @@ func (q *queuePair) begin(i int) bool {
 const (
 	flagsFused = 0x03
 	flagsPSDT  = 0xC0
+
+	segmentType     = 2 // upper half of nvme.SGLType
+	lastSegmentType = 3
 )
 
 // describe reads the data descriptor of a command.
 func (q *queuePair) describe(i int) nvme.Status {
 	r, cmd := &q.reqs[i], q.command(i)
-	r.addr, r.length, r.key, r.invalidate, r.inline = 0, 0, 0, false, false
+	r.addr, r.length, r.key, r.invalidate, r.inline, r.listed = 0, 0, 0, false, false, 0
 	if cmd.Flags()&(flagsFused|flagsPSDT) != nvme.PSDTSGL {
 		return nvme.StatusInvalidField | dnr
 	}
@@ -63,6 +69,9 @@ func (q *queuePair) describe(i int) nvme.Status {
 		}
 		r.addr, r.length = addr, length
 		return nvme.StatusSuccess
+	}
+	if offset, size, ok := cmd.LastSegmentSGL(); ok && q.target.cfg.MaxDescriptors > 1 {
+		return q.describeList(i, offset, size)
 	}
 	offset, length, ok := cmd.InCapsuleSGL()
 	switch limit := uint64(q.inline); {
@@ -77,6 +86,46 @@ func (q *queuePair) describe(i int) nvme.Status {
 	}
 	r.addr, r.length, r.inline = offset, length, true
 	return nvme.StatusSuccess
+}
+
+// describeList reads a list of descriptors in the capsule, size bytes from an offset behind the
+// command on. All of them are keyed (Base, "Scatter Gather List (SGL)"; RDMA, "SGL Support"). A key
+// that is to be invalidated is for the command's own descriptor only.
+func (q *queuePair) describeList(i int, offset uint64, size uint32) nvme.Status {
+	r, cfg := &q.reqs[i], &q.target.cfg
+	switch limit := uint64(q.inline); {
+	case size == 0 || size%nvme.SGLSize != 0:
+		return nvme.StatusInvalidSGLSegment | dnr
+	case offset > limit || uint64(size) > limit-offset:
+		return nvme.StatusInvalidSGLOffset | dnr
+	case size/nvme.SGLSize > uint32(cfg.MaxDescriptors):
+		return nvme.StatusInvalidSGLCount | dnr
+	case uint64(r.bytes) < nvme.CommandSize+offset+uint64(size):
+		return nvme.StatusInvalidSGLSegment | dnr
+	}
+	r.addr = offset
+	sum := uint64(0)
+	for d := range int(size / nvme.SGLSize) {
+		s := q.descriptor(i, d)
+		_, length, _, invalidate, keyed := s.Keyed()
+		switch t := s.Type() >> 4; {
+		case t == segmentType || t == lastSegmentType:
+			return nvme.StatusInvalidSGLSegment | dnr // the last segment refers to no other one
+		case !keyed || invalidate:
+			return nvme.StatusInvalidSGLType | dnr
+		}
+		sum += uint64(length)
+	}
+	if sum > uint64(cfg.MaxTransfer) {
+		return nvme.StatusInvalidField | dnr
+	}
+	r.length, r.listed = uint32(sum), uint8(size/nvme.SGLSize)
+	return nvme.StatusSuccess
+}
+
+// descriptor returns descriptor d of a command's list.
+func (q *queuePair) descriptor(i, d int) *nvme.SGL {
+	return nvme.SGLAt(q.in.Bytes()[i*q.capsule+nvme.CommandSize+int(q.reqs[i].addr)+d*nvme.SGLSize:])
 }
 
 // execute carries out a command. If the command needs data of the host, finish does

@@ -350,7 +350,7 @@ func (q *queuePair) corrupt(r *request, wr *rdma.SendWR, done *nvme.Completion) 
 		}
 		q.reserved++
 		first := *done
-		duplicate, at := q.completion(extent{})
+		duplicate, at := q.completion(response{})
 		*nvme.CompletionAt(q.out.Bytes()[at:]) = first
 		q.answers = append(q.answers, duplicate)
 	}

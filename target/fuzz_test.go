@@ -30,6 +30,16 @@ func FuzzCapsule(f *testing.F) {
 		f.Add(cmd[:], false)
 		f.Add(append(cmd[:], make([]byte, 4096)...), true)
 	}
+	for _, n := range []int{1, 2, 16, 17} {
+		capsule := make([]byte, nvme.CommandSize+n*nvme.SGLSize)
+		nvme.CommandAt(capsule).SetWrite(1, 0, uint32(n), false)
+		nvme.CommandAt(capsule).SetLastSegmentSGL(0, n)
+		for i := range n {
+			nvme.SGLAt(capsule[nvme.CommandSize+i*nvme.SGLSize:]).SetKeyed(0x1000, 512, 1)
+		}
+		f.Add(capsule, true)
+		f.Add(capsule[:len(capsule)-1], true)
+	}
 	f.Add([]byte{1, 2, 3}, true)
 	f.Fuzz(func(t *testing.T, capsule []byte, io bool) {
 		r, _, _ := newDisk(t, Config{}, 64<<10, NamespaceConfig{})
@@ -93,6 +103,7 @@ const (
 	fuzzIO     = 1 << iota // on the I/O queue instead of the admin queue
 	fuzzKey                // with the key and the address of the host's memory
 	fuzzInline             // with 4096 bytes in the capsule
+	fuzzList               // with descriptors of the host's memory in the capsule, 512 bytes each
 )
 
 const fuzzRecord = 1 + nvme.CommandSize
@@ -135,6 +146,17 @@ func FuzzCommands(f *testing.F) {
 		func(c *nvme.Command) { c.SetWrite(1, 0, 1, false); c.SetInCapsuleSGL(4095, 512) },
 		func(c *nvme.Command) { c.SetDSM(1, 256); c.SetInCapsuleSGL(0, 4096) },
 		func(c *nvme.Command) { c.SetRead(1, 0, 8, false); c.SetInCapsuleSGL(0, 4096) },
+	))
+	f.Add(fuzzRecords(fuzzIO|fuzzList,
+		func(c *nvme.Command) { c.SetWrite(1, 0, 16, false); c.SetLastSegmentSGL(0, 16) },
+		func(c *nvme.Command) { c.SetRead(1, 112, 16, false); c.SetLastSegmentSGL(0, 16) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 2, false); c.SetLastSegmentSGL(4096-32, 2) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 2, false); c.SetLastSegmentSGL(4096-16, 2) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 2, false); c.SetLastSegmentSGL(1<<64-16, 2) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 2, false); c.SetLastSegmentSGL(8, 2) },
+		func(c *nvme.Command) { c.SetRead(1, 0, 17, false); c.SetLastSegmentSGL(0, 17) },
+		func(c *nvme.Command) { c.SetDSM(1, 1); c.SetLastSegmentSGL(0, 1) },
+		func(c *nvme.Command) { c.SetFlush(1); c.SetLastSegmentSGL(0, 0) },
 	))
 	admin := []func(*nvme.Command){
 		with(4096, func(c *nvme.Command) { c.SetIdentify(nvme.CNSActiveNSList, nvme.NSIDAll, 0) }),
@@ -208,6 +230,12 @@ func fuzzCommands(t *testing.T, input []byte) {
 		var inline []byte
 		if flags&fuzzInline != 0 && i == 1 {
 			inline = make([]byte, DefaultInCapsule)
+		}
+		if flags&fuzzList != 0 && i == 1 {
+			for len(inline) < DefaultInCapsule {
+				s := nvme.KeyedSGL(h.data.Addr()+uint64(32*len(inline)), 512, h.data.RKey(), false)
+				inline = append(inline, s[:]...)
+			}
 		}
 		h.send(&cmd, inline)
 		if i != 0 || cmd.Opcode() != nvme.AdminAsyncEvent {

@@ -18,6 +18,14 @@ func hotCommands(h *hostQueue) map[string]func(cmd *nvme.Command) []byte {
 			return inline
 		},
 		"write 128k": func(c *nvme.Command) []byte { c.SetWrite(1, 8, 256, false); h.keyed(c, 128<<10); return nil },
+		"read list": func(c *nvme.Command) []byte {
+			c.SetRead(1, 8, 128, false)
+			return h.list(c, scatter(16, 4096)...)
+		},
+		"write list": func(c *nvme.Command) []byte {
+			c.SetWrite(1, 8, 128, false)
+			return h.list(c, scatter(16, 4096)...)
+		},
 		"compare": func(c *nvme.Command) []byte {
 			c.SetRead(1, 8, 8, false)
 			c.SetOpcode(nvme.OpCompare)

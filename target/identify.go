@@ -112,6 +112,7 @@ func (q *queuePair) identifyController(id *nvme.IdentifyController) error {
 	}
 	id[nwpc] = 1 // the states "no write protect" and "write protect"
 	id.SetIOCCSZ(uint32(nvme.CommandSize+cfg.InCapsule) / 16)
+	id.SetMSDBD(uint8(cfg.MaxDescriptors))
 	return err
 }
 

@@ -20,9 +20,9 @@ const pollBatch = 32 // work completions handled between two posts
 // of the receive buffer, or of the completion in its ring.
 const (
 	kindRecv = uint64(iota+1) << 32
-	kindRead // the RDMA READ of a command
+	kindRead // the last RDMA READ of a command
 	kindSend // a completion
-	kindData // an RDMA WRITE; its work completion is seen only if it failed
+	kindData // an RDMA WRITE, or a READ with another one behind it; its work completion is seen only if it failed
 	kindMask = uint64(math.MaxUint32) << 32
 )
 
@@ -246,7 +246,7 @@ func (q *queuePair) sendEvents() {
 			return
 		}
 		q.reserved++
-		sge, at := q.completion(extent{})
+		sge, at := q.completion(response{})
 		nvme.CompletionAt(q.out.Bytes()[at:]).Set(uint64(dw0), q.reportedHead(), cid, nvme.StatusSuccess)
 		q.answers = append(q.answers, sge)
 	}

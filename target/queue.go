@@ -28,11 +28,14 @@ type request struct {
 	ns    *Namespace
 
 	// These come from the data descriptor.
-	addr       uint64
-	length     uint32
+	addr       uint64 // of the host's memory; of in-capsule data and of a list: the offset behind the command
+	length     uint32 // of all data
 	key        uint32
 	invalidate bool
 	inline     bool
+	listed     uint8 // number of descriptors in a list in the capsule; 0: there is no list
+
+	moves uint8 // work requests for data that were posted for it
 
 	// These belong to faults.
 	judged  bool // the rules have been applied
@@ -44,7 +47,8 @@ type request struct {
 
 // response is a completion that was sent and is not confirmed yet.
 type response struct {
-	data extent // freed when the completion is confirmed
+	data  extent // freed when the completion is confirmed
+	moves uint8  // work requests that are free then
 }
 
 // queuePair is an admin or I/O queue of a controller, on a connection of its own. It
@@ -94,6 +98,7 @@ type queuePair struct {
 	lazy      int    // completions since the last one whose SEND is signaled
 	reserved  int    // completions sent and not confirmed, and commands that may send one
 	free      chunks
+	moves     int // work requests for data that may still be posted
 
 	sends   []rdma.SendWR // to be posted: transfers of data
 	answers []rdma.SendWR // to be posted after sends: completions
@@ -148,11 +153,22 @@ func (q *queuePair) chunks() int {
 	return min(max(2*least, minChunks, q.depth), maxChunks)
 }
 
+// maxMoves returns the largest number of work requests for data that are not known to be complete. A
+// command that holds chunks has one, and one with a list as many as the list has descriptors. So
+// there is at least one for each chunk, and there are enough for any command.
+func (q *queuePair) maxMoves() int {
+	if q.target.cfg.MaxDescriptors == 1 || q.qid == 0 {
+		return q.chunks()
+	}
+	return max(q.chunks(), listMoves)
+}
+
 // allocate makes the queue pair and the memory for one command, the Connect command.
 func (q *queuePair) allocate() (err error) {
 	q.reqs, q.pending = make([]request, 1), make([]uint16, 1)
 	q.responses = make([]response, q.ring())
 	q.free.flip(extent{n: 1})
+	q.moves = q.maxMoves()
 	dev := q.id.Device()
 	if q.pd, err = dev.AllocPD(); err != nil {
 		return err
@@ -163,8 +179,7 @@ func (q *queuePair) allocate() (err error) {
 	if err := q.allocateBuffers(1, nvme.ConnectDataSize); err != nil {
 		return err
 	}
-	// Each command that holds chunks has one work request, and each completion another.
-	maxSend := q.chunks() + q.ring()
+	maxSend := q.maxMoves() + q.ring() // each completion has one, too
 	if q.cq, err = dev.CreateCQ(q.depth+maxSend+1, true, int(q.qid)); err != nil {
 		return err
 	}
@@ -227,7 +242,7 @@ func (q *queuePair) grow() error {
 	q.reqs = append(q.reqs, make([]request, q.depth-1)...)
 	q.pending = append(q.pending, make([]uint16, q.depth-1)...)
 	q.delayed = make([]uint16, 0, q.depth)
-	q.sends = slices.Grow(q.sends, q.chunks()+q.ring())
+	q.sends = slices.Grow(q.sends, q.maxMoves()+q.ring())
 	q.answers = slices.Grow(q.answers, q.ring())
 	q.recvs = slices.Grow(q.recvs, q.depth)
 	for i := 1; i < q.depth; i++ {

@@ -14,6 +14,7 @@ import (
 type queueStats struct {
 	commands [256]atomic.Uint64 // by opcode, when they begin
 	errors   atomic.Uint64
+	lists    atomic.Uint64
 	read     atomic.Uint64 // bytes
 	written  atomic.Uint64
 }
@@ -22,6 +23,7 @@ type queueStats struct {
 type Counts struct {
 	Commands     map[nvme.Opcode]uint64 // commands that have begun, by opcode
 	Errors       uint64                 // commands completed with another status than success
+	Lists        uint64                 // commands with a list of descriptors, whose data is in several places of the host
 	BytesRead    uint64                 // of Read commands
 	BytesWritten uint64                 // of Write commands
 }
@@ -40,6 +42,7 @@ func (c *Counts) add(s *queueStats) {
 		}
 	}
 	c.Errors += s.errors.Load()
+	c.Lists += s.lists.Load()
 	c.BytesRead += s.read.Load()
 	c.BytesWritten += s.written.Load()
 }

@@ -26,6 +26,7 @@ const (
 	DefaultMaxQueues      = 128
 	DefaultMaxConnections = 1024
 	DefaultConnectTimeout = 10 * time.Second
+	DefaultMaxDescriptors = 16 // as of SPDK; nvmet has 1
 
 	// MinTransfer is the smallest limit that MDTS can express: two memory pages of the
 	// smallest size. MDTS 0 means that there is no limit.
@@ -46,9 +47,12 @@ type Config struct {
 	AddrPort netip.AddrPort // the address to listen on; port 0: any free port
 	Log      *slog.Logger   // nil: nothing is logged
 
-	InCapsule      int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
-	QueueSize      int // entries of the largest I/O queue, 16..1024; 0: 128
-	MaxTransfer    int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
+	InCapsule   int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
+	QueueSize   int // entries of the largest I/O queue, 16..1024; 0: 128
+	MaxTransfer int // bytes per command, a power of two from MinTransfer to 1 MiB (MDTS); 0: 1 MiB
+	// MaxDescriptors is how many keyed descriptors the data of an I/O command may have, 1..16
+	// (MSDBD); 0: 16. It is at most what fits into InCapsule, 16 bytes each, and 1 if only one does.
+	MaxDescriptors int
 	MaxConnections int // simultaneous connections; 0: 1024
 	MaxPerHost     int // simultaneous connections of one address; 0: three quarters of MaxConnections
 
@@ -103,7 +107,7 @@ func (c *Config) setDefaults() error {
 		value int
 	}{
 		{&c.InCapsule, DefaultInCapsule}, {&c.QueueSize, DefaultQueueSize},
-		{&c.MaxTransfer, DefaultMaxTransfer}, {&c.MaxConnections, DefaultMaxConnections},
+		{&c.MaxTransfer, DefaultMaxTransfer}, {&c.MaxDescriptors, DefaultMaxDescriptors}, {&c.MaxConnections, DefaultMaxConnections},
 	} {
 		if *f.field == 0 {
 			*f.field = f.value
@@ -135,6 +139,8 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("config: queue size %d; want %d to %d", c.QueueSize, minQueueSize, maxQueueSize)
 	case c.MaxTransfer < MinTransfer || c.MaxTransfer > DefaultMaxTransfer || c.MaxTransfer&(c.MaxTransfer-1) != 0:
 		return fmt.Errorf("config: transfer size %d is not a power of two from %d to %d", c.MaxTransfer, MinTransfer, DefaultMaxTransfer)
+	case c.MaxDescriptors < 1 || c.MaxDescriptors > DefaultMaxDescriptors:
+		return fmt.Errorf("config: %d descriptors per command; want 1 to %d", c.MaxDescriptors, DefaultMaxDescriptors)
 	case c.MaxConnections < 1:
 		return fmt.Errorf("config: limit of %d connections; want at least 1", c.MaxConnections)
 	case c.MaxPerHost < 1:
@@ -155,6 +161,7 @@ func (c *Config) setDefaults() error {
 			return fmt.Errorf("config: retry delay %d, %v, is not a multiple of 100ms up to 6553.5s", i+1, d)
 		}
 	}
+	c.MaxDescriptors = max(1, min(c.MaxDescriptors, c.InCapsule/nvme.SGLSize))
 	if c.DiscoveryNQN == "" {
 		c.DiscoveryNQN = nvme.DiscoveryNQN
 	}
