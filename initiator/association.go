@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"ublk-nvmeof/block"
 	"ublk-nvmeof/nvme"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma"
@@ -389,7 +390,7 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	class := a.plan.ClassOf(int(qid))
 	q := queueParam{
 		remote: a.remote, qid: qid, depth: a.depth, cntlid: a.cntlid,
-		events: class != poller.Poll, vector: owner,
+		events: class != poller.Poll, vector: owner, descriptors: a.descriptors(),
 	}
 	conn, err := c.dial(ctx, q)
 	if err != nil {
@@ -414,8 +415,22 @@ func (c *Controller) connectQueuePair(ctx context.Context, a *association, qid u
 	}
 	flow := done.SQHead() != 0xFFFF
 	p := newQueuePair(a, conn, c.sub.lanes[owner], class, inCapsule, flow)
-	p.proved = method != ""
+	p.descriptors, p.proved = q.descriptors, method != ""
 	return p, nil
+}
+
+// descriptors returns in how many places the data of an I/O command may be.
+func (a *association) descriptors() int {
+	return min(a.identify.KeyedDescriptors(), block.MaxSegments)
+}
+
+// segments returns in how many places the data of a request should be at most, because more take
+// longer than a copy.
+func (a *association) segments() int {
+	if a.admin.conn.id.Device().Attr().Software {
+		return 1
+	}
+	return a.descriptors()
 }
 
 // traces returns the traces of the connections.

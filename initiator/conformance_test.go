@@ -26,6 +26,14 @@ func TestConformance(t *testing.T) {
 			c.MaxTransfer = 8192
 			return 1
 		},
+		"one descriptor": func(c *target.Config, _ *target.SubsystemConfig, _ *target.NamespaceConfig) int {
+			c.MaxDescriptors = 1
+			return 1
+		},
+		"three descriptors": func(c *target.Config, _ *target.SubsystemConfig, _ *target.NamespaceConfig) int {
+			c.MaxDescriptors, c.MaxTransfer = 3, 16384
+			return 2
+		},
 		"4096": func(_ *target.Config, _ *target.SubsystemConfig, n *target.NamespaceConfig) int {
 			n.BlockSize = 4096
 			return 1

@@ -31,6 +31,8 @@ type queueParam struct {
 	cntlid uint16 // for I/O queues
 	events bool   // the queue has a completion channel
 	vector int
+	// descriptors is how many the data of a command may have. Lists are for more than one.
+	descriptors int
 }
 
 // dial resolves the target and makes the queues and the QP. It sends nothing to the
@@ -57,7 +59,11 @@ func (c *Controller) dial(ctx context.Context, p queueParam) (_ *connection, err
 		return nil, err
 	}
 	pd := c.mem.current()
-	if conn.sq, err = sq.New(dev, pd, sq.Config{Depth: p.depth, Vector: p.vector}); err != nil {
+	list := p.descriptors
+	if list == 1 {
+		list = 0
+	}
+	if conn.sq, err = sq.New(dev, pd, sq.Config{Depth: p.depth, Vector: p.vector, Descriptors: list}); err != nil {
 		return nil, err
 	}
 	if conn.cq, err = cq.New(dev, pd, cq.Config{Depth: p.depth, Vector: p.vector, Events: p.events}); err != nil {

@@ -594,6 +594,7 @@ type PathInfo struct {
 	Device     string                   // RDMA device
 	InCapsule  int                      // bytes of data that travel with a command; 0 = none
 	SQFlow     bool                     // SQ flow control is on
+	Places     int                      // in how many regions or places of them the data of a request should be at most (block.Gatherer)
 	InFlight   int                      // requests that its queue pairs have
 	Failovers  uint64                   // requests that were in flight when an association was lost
 	Held       int                      // changes with unknown outcome, which wait for the end of its old controllers
@@ -633,7 +634,7 @@ func (c *Controller) describe(i *PathInfo, a *association) {
 	i.CNTLID, i.Version, i.QueueSize, i.Plan = a.cntlid, a.version, a.depth, a.plan.Plan
 	i.Model, i.Serial, i.Firmware = a.identify.MN(), a.identify.SN(), a.identify.FR()
 	if len(a.pairs) > 0 {
-		i.InCapsule, i.SQFlow = int(a.pairs[0].inCapsule), a.pairs[0].checkHead
+		i.InCapsule, i.SQFlow, i.Places = int(a.pairs[0].inCapsule), a.pairs[0].checkHead, a.segments()
 	}
 	for _, p := range a.pairs {
 		i.Oldest = max(i.Oldest, time.Duration(p.oldest.Load())*time.Second)

@@ -35,7 +35,9 @@
 // Config.MaxMemory bounds what is reserved, and a queue beyond it is refused (MemoryError). If
 // the process may lock only so much memory, all of a queue is registered when it is opened, and a
 // queue that is too large is refused. A target holds the keys of the chunks for the time of the
-// connection. It can access the I/O buffers of the subsystem that it serves, and no other memory.
+// connection. It can access the I/O buffers of the subsystem that it serves, and no other memory
+// except regions (Namespace.Register). The data of a request in segments of regions goes by one
+// command for as many segments as the path's target takes (MSDBD).
 //
 // # Concurrency
 //

@@ -9,14 +9,16 @@ import (
 	"time"
 
 	"ublk-nvmeof/block"
+	"ublk-nvmeof/internal/hostmem"
 	"ublk-nvmeof/poller"
 )
 
 // frontEnd is a front end for tests. On each loop it has a source that writes and reads
 // its own stripe of a device at random, and knows the contents of every block.
 type frontEnd struct {
-	t    testing.TB
-	jobs []*job
+	t       testing.TB
+	jobs    []*job
+	regions []block.Region
 }
 
 // job is the part of a front end on one loop. Only the loop uses its fields.
@@ -41,12 +43,16 @@ type job struct {
 	allow   bool
 	lbs     int // bytes
 	maxIO   int
+
+	mem    []byte // region, of which half of the reads and writes have segments; nil: all use buffers
+	region uint16
 }
 
 type tagState struct {
 	op     block.Op
 	at, n  int // blocks of the stripe
 	genera uint32
+	list   []block.Segment // that have the data; empty: the buffer
 }
 
 // newFrontEnd opens a queue of the device on every loop.
@@ -74,6 +80,61 @@ func newFrontEnd(t testing.TB, dev block.Device, loops []*poller.Loop, depth, ma
 		f.jobs = append(f.jobs, j)
 	}
 	return f
+}
+
+// scatter makes the front end have the data of half of its reads and writes in segments of a region,
+// which are 4 bytes behind the beginning of a block. It is called once, before run or start.
+func (f *frontEnd) scatter(dev block.Registrar) {
+	f.t.Helper()
+	for _, j := range f.jobs {
+		mem, err := hostmem.Map(len(j.tags) * j.stride())
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		r, err := dev.Register(mem)
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		f.t.Cleanup(func() { hostmem.Unmap(mem) })
+		f.regions = append(f.regions, r)
+		j.mem, j.region = mem, r.Number()
+	}
+}
+
+// stride is the number of bytes of the region for a tag.
+func (j *job) stride() int { return j.maxIO + 2*block.MaxSegments*j.lbs }
+
+// place chooses segments for the data of a request: blocks in any order, with gaps.
+func (j *job) place(tag uint16, blocks int) {
+	s := &j.tags[tag]
+	if s.list = s.list[:0]; j.mem == nil || j.rng.IntN(2) == 0 {
+		return
+	}
+	n := 1 + j.rng.IntN(min(blocks, block.MaxSegments))
+	at := uint64(int(tag)*j.stride() + 4)
+	for left := n; left > 0; left-- {
+		length := blocks
+		if left > 1 {
+			length = 1 + j.rng.IntN(min(2*blocks/left, blocks-left+1))
+		}
+		s.list = append(s.list, block.Segment{Region: j.region, Offset: at, Length: uint32(length * j.lbs)})
+		at += uint64((length + j.rng.IntN(2)) * j.lbs)
+		blocks -= length
+	}
+	j.rng.Shuffle(n, func(a, b int) { s.list[a], s.list[b] = s.list[b], s.list[a] })
+	copy(j.queue.(block.Gatherer).Segments(tag)[:], s.list)
+}
+
+// block returns the memory of block i of the data of a request.
+func (j *job) block(tag uint16, i int) []byte {
+	at := i * j.lbs
+	for _, g := range j.tags[tag].list {
+		if at < int(g.Length) {
+			return j.mem[int(g.Offset)+at:][:j.lbs]
+		}
+		at -= int(g.Length)
+	}
+	return j.queue.Buffer(tag)[at:][:j.lbs]
 }
 
 // run makes every job execute n requests, and waits for them.
@@ -131,6 +192,11 @@ func (f *frontEnd) close() {
 			f.t.Error(err)
 		}
 	}
+	for _, r := range f.regions {
+		if err := r.Close(); err != nil {
+			f.t.Error(err)
+		}
+	}
 }
 
 // Poll implements poller.Source.
@@ -169,23 +235,27 @@ func (j *job) prepare() bool {
 	perBlock := j.lbs / 512
 	r := block.Request{Tag: tag, Sector: j.first + uint64(at*perBlock), Sectors: uint32(size * perBlock)}
 	s := &j.tags[tag]
-	*s = tagState{at: at, n: size}
+	*s = tagState{at: at, n: size, list: s.list[:0]}
 	switch k := j.rng.IntN(20); {
 	case k < 9:
 		r.Op = block.OpWrite
 		s.genera = j.rng.Uint32() | 1
-		buf := j.queue.Buffer(tag)
+		j.place(tag, size)
 		for i := range size {
-			binary.LittleEndian.PutUint32(buf[i*j.lbs:], s.genera)
-			binary.LittleEndian.PutUint32(buf[i*j.lbs+4:], uint32(at+i))
-			binary.LittleEndian.PutUint32(buf[(i+1)*j.lbs-4:], s.genera)
+			b := j.block(tag, i)
+			binary.LittleEndian.PutUint32(b, s.genera)
+			binary.LittleEndian.PutUint32(b[4:], uint32(at+i))
+			binary.LittleEndian.PutUint32(b[j.lbs-4:], s.genera)
 		}
 		if k == 0 {
 			r.Flags = block.FUA
 		}
 	case k < 17:
 		r.Op = block.OpRead
-		clear(j.queue.Buffer(tag)[:size*j.lbs])
+		j.place(tag, size)
+		for i := range size {
+			clear(j.block(tag, i))
+		}
 	case k < 18:
 		r.Op = block.OpDiscard
 	case k < 19:
@@ -194,7 +264,7 @@ func (j *job) prepare() bool {
 		r.Op, r.Sector, r.Sectors = block.OpFlush, 0, 0
 		s.n = 0
 	}
-	s.op = r.Op
+	s.op, r.Segments = r.Op, uint8(len(s.list))
 	for i := at; i < at+s.n; i++ {
 		j.busy[i] = true
 	}
@@ -217,7 +287,6 @@ func (j *job) finish(r block.Result) {
 		}
 		return
 	}
-	buf := j.queue.Buffer(r.Tag)
 	for i := range s.n {
 		switch s.op {
 		case block.OpWrite:
@@ -234,7 +303,7 @@ func (j *job) finish(r block.Result) {
 			if want == 0 {
 				where = 0
 			}
-			b := buf[i*j.lbs : (i+1)*j.lbs]
+			b := j.block(r.Tag, i)
 			if got := binary.LittleEndian.Uint32(b); (got != want || binary.LittleEndian.Uint32(b[4:]) != where || binary.LittleEndian.Uint32(b[j.lbs-4:]) != want) && j.err == nil {
 				j.err = fmt.Errorf("block %d reads %#x of block %d, want %#x", s.at+i, got, binary.LittleEndian.Uint32(b[4:]), want)
 			}

@@ -97,7 +97,7 @@ func (e *UnusableError) Error() string { return "unusable: " + e.Reason }
 // identifyNamespace reads the properties of a namespace. Errors: errInactive,
 // *UnusableError, and others after which the namespace remains unknown.
 func (c *Controller) identifyNamespace(ctx context.Context, a *association, id uint32, limits *nvme.IdentifyControllerNVM) (*finding, error) {
-	f := &finding{id: id}
+	f := &finding{id: id, segments: a.segments()}
 	var page [adminPage]byte
 	err := a.admin.identify(ctx, nvme.CNSNamespaceDescriptors, id, &page)
 	switch {

@@ -147,7 +147,7 @@ func (l *lane) receive() int {
 // dispatch gives a request to a queue pair that serves its class, or finishes or parks it.
 func (l *lane) dispatch(r *request) {
 	ns := r.home.ns
-	if r.inRegion && r.data.gone.Load() {
+	if r.inRegion && r.withdrawn() {
 		l.finish(r, uint16(unix.EFAULT))
 		return
 	}

@@ -51,6 +51,7 @@ type finding struct {
 	deallocateZeroes bool   // Write Zeroes may deallocate and still read zeroes
 	shared           bool   // several controllers may have it (NMIC)
 	group            uint32 // ANA group
+	segments         int    // in how many places the data of a request should be at most
 }
 
 func (f *finding) view(a *anaStates) *view {
@@ -72,6 +73,7 @@ type Namespace struct {
 	// The goroutines that look at namespaces write these fields; the loops read them.
 	presence atomic.Uint32
 	sectors  atomic.Uint64                  // capacity
+	segments atomic.Int32                   // that a request should have at most, for each path
 	views    [MaxPaths]atomic.Pointer[view] // by slot; nil: not found over the present association of the path
 	barrier  atomic.Pointer[[]extent]       // what changes must not overlap at present; nil: nothing
 	open     atomic.Int32                   // number of open queues
@@ -218,17 +220,20 @@ func (ns *Namespace) adopt(slot int, f *finding, a *anaStates) (was, is block.Ge
 // merge computes the geometry from what the paths say. A path must be able to carry out every
 // request, so the smallest size and limits count. The caller holds the lock.
 func (ns *Namespace) merge() {
-	first := true
+	first, segments := true, block.MaxSegments
 	for _, f := range ns.findings {
 		switch {
 		case f == nil:
+			continue
 		case first:
 			ns.geometry, first = f.geometry, false
 		default:
 			ns.geometry = narrower(ns.geometry, f.geometry)
 		}
+		segments = min(segments, f.segments)
 	}
 	ns.sectors.Store(ns.geometry.Sectors)
+	ns.segments.Store(int32(segments))
 }
 
 // narrower returns a geometry that two paths can serve.

@@ -9,13 +9,14 @@ import (
 	"ublk-nvmeof/poller"
 )
 
-// nsQueue is the block.Queue of a namespace on one lane. Only the lane uses its fields.
+// nsQueue is the block.Queue, and block.Gatherer, of a namespace on one lane. Only the lane uses its fields.
 type nsQueue struct {
 	lane         *lane
 	ns           *Namespace
 	writeThrough bool // the front end's device has no volatile cache
 	buffers      buffers
 	requests     []request // by tag
+	tables       []table   // by tag; nil: the front end has not asked for them
 	times        *opHistograms
 	done         fifo
 	refused      []block.Result // results for tags that do not name a request
@@ -100,8 +101,7 @@ func (q *nsQueue) Reap(done []block.Result) int {
 		}
 		r.submitted = false
 		if r.inRegion {
-			r.inRegion = false
-			r.data.users[q.lane.index].n--
+			q.leave(r)
 		}
 		if r == q.buffers.user {
 			q.takeBack(r)

@@ -22,19 +22,21 @@ type queuePair struct {
 	lane  *lane
 	class poller.Class
 
-	inCapsule uint32        // bytes of data that a capsule may carry
-	checkHead bool          // SQ flow control is on, so responses carry SQHD
-	proved    bool          // the target has asked for authentication of this queue
-	requests  []*request    // by slot: the request of the command in flight
-	waiting   fifo          // requests without a slot
-	inflight  atomic.Uint32 // number of requests in both; any goroutine may read it
-	oldest    atomic.Uint32 // age in seconds of the oldest command in flight, as of the last tend
-	receiver  rdma.Receiver // nil: the provider takes the packets
-	armed     bool          // the next response causes an event
-	lost      bool          // the queue pair failed and is not used any more
-	abandoned bool          // the changes in flight hold those to the same blocks
-	gone      bool          // the lane has released the queue pair
-	unacked   int
+	inCapsule uint32 // bytes of data that a capsule may carry
+	checkHead bool   // SQ flow control is on, so responses carry SQHD
+	proved    bool   // the target has asked for authentication of this queue
+	// descriptors is in how many places the data of a command may be, at least 1.
+	descriptors int
+	requests    []*request    // by slot: the request of the command in flight
+	waiting     fifo          // requests without a slot
+	inflight    atomic.Uint32 // number of requests in both; any goroutine may read it
+	oldest      atomic.Uint32 // age in seconds of the oldest command in flight, as of the last tend
+	receiver    rdma.Receiver // nil: the provider takes the packets
+	armed       bool          // the next response causes an event
+	lost        bool          // the queue pair failed and is not used any more
+	abandoned   bool          // the changes in flight hold those to the same blocks
+	gone        bool          // the lane has released the queue pair
+	unacked     int
 }
 
 func newQueuePair(a *association, conn *connection, l *lane, class poller.Class, inCapsule uint32, checkHead bool) *queuePair {
@@ -126,7 +128,7 @@ func (p *queuePair) push(r *request) bool {
 		p.giveBack(r)
 		return true
 	}
-	if r.inRegion && r.data.gone.Load() {
+	if r.inRegion && r.withdrawn() {
 		p.finish(r, uint16(unix.EFAULT))
 		return true
 	}
@@ -147,6 +149,10 @@ func (p *queuePair) push(r *request) bool {
 	if r.timed {
 		r.timing.pushed, r.timing.answered = p.lane.stamp(), 0
 	}
+	if r.inRegion && r.io.Segments > 0 {
+		p.pushSegments(r, slot, cmd, terms)
+		return true
+	}
 	var capsule rdma.SGE
 	switch r.io.Op {
 	case block.OpRead:
@@ -156,7 +162,7 @@ func (p *queuePair) push(r *request) bool {
 	case block.OpWrite:
 		lba, blocks, length := r.piece(terms.transfer)
 		cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
-		capsule = p.inline(cmd, r, r.offset(), length)
+		capsule = p.inline(cmd, r.data, r.addr()+r.offset(), length)
 	case block.OpFlush:
 		cmd.SetFlush(ns.id)
 	case opDirect:
@@ -164,14 +170,14 @@ func (p *queuePair) push(r *request) bool {
 		switch {
 		case r.direct.mr != nil: // the command names memory of its own
 		case nvme.IsWrite(cmd):
-			capsule = p.inline(cmd, r, 0, r.direct.length)
+			capsule = p.inline(cmd, r.data, r.addr(), r.direct.length)
 		default:
 			cmd.SetKeyedSGL(r.addr(), r.direct.length, r.data.keys[p.slot].remote, false)
 		}
 	case block.OpDiscard:
 		lba, blocks, _ := r.piece(terms.discard)
 		cmd.SetDSM(ns.id, 1)
-		capsule = p.inline(cmd, r, 0, putRange(r.memory(), blocks, lba))
+		capsule = p.inline(cmd, r.data, r.addr(), putRange(r.memory(), blocks, lba))
 	case block.OpWriteZeroes:
 		if terms.zeroes == 0 {
 			// The target does not support Write Zeroes any more. Write zeroes from the
@@ -179,7 +185,7 @@ func (p *queuePair) push(r *request) bool {
 			lba, blocks, length := r.piece(min(terms.transfer, uint32(r.home.buffers.size)>>block.SectorShift))
 			clear(r.memory()[:length])
 			cmd.SetWrite(ns.id, lba, blocks, r.durable(terms))
-			capsule = p.inline(cmd, r, 0, length)
+			capsule = p.inline(cmd, r.data, r.addr(), length)
 			break
 		}
 		lba, blocks, _ := r.piece(terms.zeroes)
@@ -213,15 +219,14 @@ func (r *request) durable(t *view) bool {
 	return r.io.Flags&block.FUA != 0 || t.volatileCache && r.home.writeThrough
 }
 
-// inline lets a command read n bytes of its request's data, in the capsule if they fit,
+// inline lets a command read n bytes at an address of a slab, in the capsule if they fit,
 // and by key otherwise.
-func (p *queuePair) inline(cmd *nvme.Command, r *request, offset uint64, n uint32) rdma.SGE {
-	addr := r.addr() + offset
+func (p *queuePair) inline(cmd *nvme.Command, b *slab, addr uint64, n uint32) rdma.SGE {
 	if n <= p.inCapsule {
 		cmd.SetInCapsuleSGL(0, n)
-		return rdma.SGE{Addr: addr, Length: n, LKey: r.data.keys[p.slot].local}
+		return rdma.SGE{Addr: addr, Length: n, LKey: b.keys[p.slot].local}
 	}
-	cmd.SetKeyedSGL(addr, n, r.data.keys[p.slot].remote, false)
+	cmd.SetKeyedSGL(addr, n, b.keys[p.slot].remote, false)
 	return rdma.SGE{}
 }
 

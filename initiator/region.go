@@ -132,6 +132,9 @@ func (s *Subsystem) awaitUsers(b *slab) error {
 // locate finds the data of a request that names a region, and returns the number of bytes from
 // there on, or an errno.
 func (q *nsQueue) locate(r *request) (room int, errno unix.Errno) {
+	if r.io.Segments > 0 {
+		return q.locateSegments(r)
+	}
 	b := q.ns.regions.find(r.io.Region)
 	switch {
 	case b == nil || b.gone.Load():

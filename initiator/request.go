@@ -26,7 +26,7 @@ type request struct {
 	done   bool        // the result is in the inbox of the home lane
 
 	submitted bool         // between Submit and Reap
-	inRegion  bool         // data is a region, whose users count the request
+	inRegion  bool         // data is a region, or the first of several, whose users count the request
 	timed     bool         // timing is in use
 	progress  uint32       // sectors that earlier commands over assoc transferred
 	sent      uint32       // sectors of the command in flight

@@ -168,6 +168,9 @@ type DeviceAttr struct {
 	MaxQPReadAtomic int  // RDMA READs of the peer per QP that the device can serve concurrently
 	CompVectors     int  // completion vectors, ≥ 1
 	MemoryWindows   bool // type 2 memory windows
+	// Software means that the CPU of this process handles each packet. Then several small RDMA
+	// READs or WRITEs cost more than a large one and a copy.
+	Software bool
 }
 
 // Device is an open RDMA device.

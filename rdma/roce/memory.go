@@ -33,7 +33,7 @@ func busy(what string) error { return fmt.Errorf("destroy %s: %w", what, unix.EB
 func (d *device) Attr() rdma.DeviceAttr {
 	return rdma.DeviceAttr{
 		Name: "roce", MaxQPWR: maxQPWR, MaxSGE: maxSGE, MaxCQE: maxCQE, MaxMR: 1 << 16, MaxMRSize: 1 << 40,
-		MaxQPReadAtomic: maxReadAtomic, CompVectors: d.provider.cfg.Receivers,
+		MaxQPReadAtomic: maxReadAtomic, CompVectors: d.provider.cfg.Receivers, Software: true,
 	}
 }
 
