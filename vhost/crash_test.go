@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,14 +24,30 @@ type held struct {
 	came   []block.Request // all that have arrived
 	more   chan struct{}   // has a token when one has arrived
 	wake   func()
+	limit  atomic.Int32 // of segments; 0: the queues have none
 }
 
 func newHeld(d block.Device) *held { return &held{Device: d, more: make(chan struct{}, 1)} }
 
 func (d *held) OpenQueue(i int, cfg block.QueueConfig) (block.Queue, error) {
 	q, err := d.Device.OpenQueue(i, cfg)
-	return &heldQueue{Queue: q, device: d}, err
+	h := &heldQueue{Queue: q, device: d}
+	if d.limit.Load() > 0 {
+		return &heldGatherer{h, q.(block.Gatherer)}, err
+	}
+	return h, err
 }
+
+// heldGatherer is a queue whose requests may have segments.
+type heldGatherer struct {
+	*heldQueue
+	tables block.Gatherer
+}
+
+func (q *heldGatherer) Segments(tag uint16) *[block.MaxSegments]block.Segment {
+	return q.tables.Segments(tag)
+}
+func (q *heldGatherer) SegmentLimit() int { return int(q.device.limit.Load()) }
 
 type heldQueue struct {
 	block.Queue
@@ -477,4 +495,34 @@ func TestRemovedRegion(t *testing.T) {
 	}
 	disk.release()
 	ends(t, s, g, "removed while a request used it")
+}
+
+// TestStopAsLastOrphanEnds stops servers while their last orphan ends. The loop must not wait for
+// Stop then, which waits for the loop.
+func TestStopAsLastOrphanEnds(t *testing.T) {
+	loops := newLoops(t, 1)
+	device := newNull(t)
+	for range 500 {
+		s, err := New(Config{Device: device, Loops: loops, Depth: 1, MaxIO: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.orphans.Add(1)
+		go loops[0].Call(s.orphanEnded)
+		done := make(chan error, 1)
+		go func() {
+			for s.orphans.Load() > 0 { // Stop may also find it gone without a wait
+				runtime.Gosched()
+			}
+			done <- s.Stop(context.Background(), true)
+		}()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("Stop and the loop wait for each other")
+		}
+	}
 }

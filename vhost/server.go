@@ -40,10 +40,12 @@ type Server struct {
 
 	mu        sync.Mutex // guards the fields below
 	ended     bool       // stopped is closed
-	closed    bool       // the memory of the back end was freed
 	listeners []net.Listener
 	session   *session
 	idle      chan struct{} // not nil: closed when there is no orphan
+
+	closing sync.Mutex // held by close
+	closed  bool       // the memory of the back end was freed
 
 	events *slog.Logger // what front ends cause
 }
@@ -292,10 +294,11 @@ func (s *Server) awaitOrphans(ctx context.Context) error {
 	}
 }
 
-// close frees the memory of the back end. No session is left, and no request.
+// close frees the memory of the back end. No session is left, and no request. It waits for the loops,
+// so it does not hold the lock, for which the loop with the last orphan may wait.
 func (s *Server) close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.closing.Lock()
+	defer s.closing.Unlock()
 	if s.closed {
 		return nil
 	}
