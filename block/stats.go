@@ -5,6 +5,7 @@ package block
 type Stats struct {
 	Reads, Writes           uint64 // requests that were answered, including failed and refused ones
 	ReadBytes, WrittenBytes uint64 // of requests that succeeded
+	DirectBytes             uint64 // of both, those that the back end read or wrote in regions, without a copy
 	Flushes                 uint64
 	Discards                uint64
 	WriteZeroes             uint64
@@ -25,6 +26,7 @@ func (s *Stats) Add(t Stats) {
 	s.Writes += t.Writes
 	s.ReadBytes += t.ReadBytes
 	s.WrittenBytes += t.WrittenBytes
+	s.DirectBytes += t.DirectBytes
 	s.Flushes += t.Flushes
 	s.Discards += t.Discards
 	s.WriteZeroes += t.WriteZeroes

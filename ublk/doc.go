@@ -17,7 +17,8 @@
 //
 // With Config.ShareMemory, users can share memory with the driver and the back end (Device.Share).
 // Requests from contiguous parts of it name the back end's region (block.Region) and an offset,
-// and the driver does not copy.
+// and the driver does not copy. The driver does not tell of requests in several parts of it, and
+// copies their data.
 //
 // # Concurrency
 //

@@ -62,8 +62,9 @@ type hwQueue struct {
 
 // transfer describes a request in flight for its result and its counters.
 type transfer struct {
-	bytes uint32 // the driver's result of success
-	op    block.Op
+	bytes  uint32 // the driver's result of success
+	op     block.Op
+	direct bool // its data is not copied
 }
 
 // opOf maps UBLK_IO_OP_* to operations. Requests with other operations are refused.
@@ -137,7 +138,7 @@ func (q *hwQueue) take(tag uint16) {
 				q.hold(tag)
 				return
 			}
-			region, offset = q.region, d.sharedOffset()
+			region, offset, m.direct = q.region, d.sharedOffset(), true
 		}
 		m.bytes = sectors << block.SectorShift
 	case block.OpUnset:
@@ -226,6 +227,9 @@ func (q *hwQueue) commit(tag uint16, m transfer, errno uint16) {
 		}
 		q.give(tag, -int32(errno))
 		return
+	}
+	if m.direct {
+		q.CountDirect(uint64(m.bytes))
 	}
 	q.give(tag, int32(m.bytes))
 }

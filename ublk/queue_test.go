@@ -376,6 +376,10 @@ func TestSharedMemory(t *testing.T) {
 			t.Errorf("committed %+v, want %d of tag %d", committed, want, i)
 		}
 	}
+	q.Publish()
+	if s := q.Snapshot(); s.DirectBytes != 8192 || s.ReadBytes+s.WrittenBytes != 8192+4096 || s.Errors != 1 {
+		t.Errorf("counters %+v", s)
+	}
 	q.share(0, false)
 	q.dispatch(3, read)
 	q.dispatch(1, read)

@@ -15,6 +15,7 @@ const nOps = int(block.OpWriteZeroes) + 1
 const (
 	nReadBytes = nOps + iota
 	nWrittenBytes
+	nDirectBytes
 	nErrors
 	nBatches
 	nFailed   // first of the failures, by block.Op
@@ -45,6 +46,10 @@ func (c *Counters) Count(op block.Op, failed bool, bytes uint64) {
 	}
 }
 
+// CountDirect counts bytes of a read or write that has succeeded, which were not copied. Only the loop
+// calls it.
+func (c *Counters) CountDirect(bytes uint64) { c.now[nDirectBytes] += bytes }
+
 // CountBatch counts a call of block.Queue.Submit. Only the loop calls it.
 func (c *Counters) CountBatch() { c.now[nBatches]++ }
 
@@ -68,7 +73,8 @@ func (c *Counters) Snapshot() block.Stats {
 		Reads: ops(0, block.OpRead), Writes: ops(0, block.OpWrite), Flushes: ops(0, block.OpFlush),
 		Discards: ops(0, block.OpDiscard), WriteZeroes: ops(0, block.OpWriteZeroes),
 		ReadBytes: c.seen[nReadBytes].Load(), WrittenBytes: c.seen[nWrittenBytes].Load(),
-		Errors: c.seen[nErrors].Load(), Batches: c.seen[nBatches].Load(),
+		DirectBytes: c.seen[nDirectBytes].Load(),
+		Errors:      c.seen[nErrors].Load(), Batches: c.seen[nBatches].Load(),
 		Failed: block.Failures{
 			Reads: ops(nFailed, block.OpRead), Writes: ops(nFailed, block.OpWrite), Flushes: ops(nFailed, block.OpFlush),
 			Discards: ops(nFailed, block.OpDiscard), WriteZeroes: ops(nFailed, block.OpWriteZeroes),

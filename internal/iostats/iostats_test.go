@@ -15,12 +15,14 @@ func TestCounters(t *testing.T) {
 		}
 		c.Count(op, true, 512)
 	}
+	c.CountDirect(512)
+	c.CountDirect(1024)
 	c.CountBatch()
 	if got := c.Snapshot(); got != (block.Stats{}) {
 		t.Errorf("visible before Publish: %+v", got)
 	}
 	want := block.Stats{
-		Reads: 3, Writes: 4, Flushes: 5, Discards: 6, WriteZeroes: 7, ReadBytes: 2 * 512, WrittenBytes: 3 * 512,
+		Reads: 3, Writes: 4, Flushes: 5, Discards: 6, WriteZeroes: 7, ReadBytes: 2 * 512, WrittenBytes: 3 * 512, DirectBytes: 3 * 512,
 		Errors: 6, Batches: 1, Failed: block.Failures{Reads: 1, Writes: 1, Flushes: 1, Discards: 1, WriteZeroes: 1},
 	}
 	c.Publish()
@@ -29,7 +31,7 @@ func TestCounters(t *testing.T) {
 	}
 	sum := c.Snapshot()
 	sum.Add(c.Snapshot())
-	if sum.Reads != 6 || sum.Failed.WriteZeroes != 2 || sum.Batches != 2 {
+	if sum.Reads != 6 || sum.Failed.WriteZeroes != 2 || sum.Batches != 2 || sum.DirectBytes != 6*512 {
 		t.Errorf("sum %+v", sum)
 	}
 }

@@ -84,8 +84,11 @@ type Status struct {
 	Memory string `json:"memory_mode"`
 	// ZeroCopy names memory that the target can access beside the I/O buffers, because the
 	// users of the devices do I/O from it: "guests". RegionBytes is how much it is at present.
+	// Places is in how many pieces of that memory the data of a request may be without a copy; 0:
+	// a server that does not say, or nothing is connected.
 	ZeroCopy    string `json:"zero_copy,omitempty"`
 	RegionBytes int64  `json:"region_bytes,omitempty"`
+	Places      int    `json:"zero_copy_places,omitempty"`
 
 	InCapsule int    `json:"in_capsule_bytes"`
 	SQFlow    bool   `json:"sq_flow_control"`
@@ -277,6 +280,7 @@ type IO struct {
 	Writes       uint64 `json:"writes"`
 	ReadBytes    uint64 `json:"read_bytes"`
 	WrittenBytes uint64 `json:"written_bytes"`
+	DirectBytes  uint64 `json:"direct_bytes"` // of both, those that were not copied
 	Flushes      uint64 `json:"flushes"`
 	Discards     uint64 `json:"discards"`
 	WriteZeroes  uint64 `json:"write_zeroes"`

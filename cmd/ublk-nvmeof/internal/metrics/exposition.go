@@ -131,6 +131,7 @@ func (e *exposition) device(d control.Device, bounds []float64) {
 	e.add(failed, float64(max(n.Errors, failures)-failures), name, "other")
 	e.add(moved, float64(n.ReadBytes), name, "read")
 	e.add(moved, float64(n.WrittenBytes), name, "write")
+	e.add(uncopied, float64(n.DirectBytes), name)
 	for _, op := range timed(d.Durations) {
 		e.addHistogram(durations, d.Durations[op], bounds, name, op)
 	}

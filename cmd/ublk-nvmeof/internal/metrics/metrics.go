@@ -111,6 +111,7 @@ var (
 
 	requests  = counter("requests_total", "Number of requests that have ended, including failed ones, by operation.", "device", "operation")
 	moved     = counter("request_bytes_total", "Number of bytes of the reads and writes that have succeeded.", "device", "operation")
+	uncopied  = counter("request_direct_bytes_total", "Number of those bytes that were not copied, because they were in memory of guests or programs that is registered.", "device")
 	failed    = counter("request_errors_total", "Number of requests that have ended with an error, by operation. Those that are refused before they have an operation are counted as other.", "device", "operation")
 	durations = histogram("request_duration_seconds", "Duration of requests from their submission by the front end to their result, by operation. About one request in 64 is timed.", "device", "operation")
 )

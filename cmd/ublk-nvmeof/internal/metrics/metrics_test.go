@@ -55,7 +55,7 @@ func server(name string, devices int) control.Status {
 		s.Devices = append(s.Devices, control.Device{
 			Device: fmt.Sprintf("ublkb%d", i), NSID: uint32(i + 1), UUID: "22222222-2222-2222-2222-222222222222", Size: 1 << 30, Present: true,
 			Counters: control.IO{
-				Reads: 10, ReadBytes: 40960, Writes: 3, WrittenBytes: 1 << 20, Flushes: 1, Errors: 3,
+				Reads: 10, ReadBytes: 40960, Writes: 3, WrittenBytes: 1 << 20, DirectBytes: 8192, Flushes: 1, Errors: 3,
 				Failed: control.Failures{Reads: 2},
 			},
 			Durations: durations,
@@ -130,6 +130,7 @@ func TestValues(t *testing.T) {
 		`ublk_nvmeof_request_errors_total{NQN,device="ublkb0",operation="read"} 2`,
 		`ublk_nvmeof_request_errors_total{NQN,device="ublkb0",operation="other"} 1`,
 		`ublk_nvmeof_request_bytes_total{NQN,device="ublkb0",operation="write"} 1.048576e+06`,
+		`ublk_nvmeof_request_direct_bytes_total{NQN,device="ublkb0"} 8192`,
 		`ublk_nvmeof_request_duration_seconds_bucket{NQN,device="ublkb0",operation="read",le="0.001"} 3`,
 		`ublk_nvmeof_request_duration_seconds_bucket{NQN,device="ublkb0",operation="read",le="+Inf"} 10`,
 		`ublk_nvmeof_request_duration_seconds_sum{NQN,device="ublkb0",operation="read"} 12.5`,

@@ -176,6 +176,17 @@ func reach(s control.Status) string {
 	return fmt.Sprintf("the I/O buffers and the memory of %s (%s at present)", s.ZeroCopy, now)
 }
 
+// uncopied says what data is not copied with zero copy, as far as it depends on the targets.
+func uncopied(s control.Status) string {
+	switch s.Places {
+	case 0:
+		return ""
+	case 1:
+		return "; contiguous data is not copied"
+	}
+	return fmt.Sprintf("; data in up to %d places is not copied", s.Places)
+}
+
 // withReason writes a choice with its reason.
 func withReason(what, reason string) string {
 	if reason == "" {
@@ -408,7 +419,7 @@ func listVerbose(out io.Writer, servers []control.Status) error {
 			row("buffers", "%s, of which %s are registered", size(uint64(reserved)), size(uint64(s.RegisteredBytes)))
 		}
 		if s.ZeroCopy != "" {
-			row("zero copy", "the target can read and write %s", reach(s))
+			row("zero copy", "the target can read and write %s%s", reach(s), uncopied(s))
 		}
 		if p := s.Packets; p != nil {
 			row("packets", "%d sent, %d of them again, %d received; %d timeouts, %d out of sequence, %d duplicates, %d/%d NAKs sent/received, %d RNR NAKs, %d bad ICRCs, %d dropped, %d congestion",
@@ -521,8 +532,12 @@ func deviceText(d control.Device) string {
 }
 
 func countersText(c control.IO) string {
-	return fmt.Sprintf("%s (%s), %s (%s), %s, %s, %d write zeroes, %s, %s",
-		count(c.Reads, "read"), humanize.IBytes(c.ReadBytes), count(c.Writes, "write"), humanize.IBytes(c.WrittenBytes),
+	direct := ""
+	if c.DirectBytes > 0 {
+		direct = fmt.Sprintf(", %s not copied", humanize.IBytes(c.DirectBytes))
+	}
+	return fmt.Sprintf("%s (%s), %s (%s)%s, %s, %s, %d write zeroes, %s, %s",
+		count(c.Reads, "read"), humanize.IBytes(c.ReadBytes), count(c.Writes, "write"), humanize.IBytes(c.WrittenBytes), direct,
 		count(c.Flushes, "flush"), count(c.Discards, "discard"), c.WriteZeroes, count(c.Errors, "error"), count(c.Batches, "batch"))
 }
 

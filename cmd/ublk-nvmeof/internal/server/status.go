@@ -63,6 +63,9 @@ func (s *server) Status() control.Status {
 	describePaths(&out, now, s.unready)
 	out.ReservedBytes, out.RegisteredBytes, out.RegisteredLimit = now.Memory.Used, now.Memory.Registered, now.Memory.Limit
 	out.RegionBytes = now.Memory.Regions
+	if o.ZeroCopy {
+		out.Places = places(now.Paths)
+	}
 	describeRequests(&out, now)
 	for i, l := range s.loops {
 		if i < len(out.Lanes) {
@@ -78,6 +81,17 @@ func (s *server) Status() control.Status {
 		out.BufferBytes += d.BufferBytes
 	}
 	return out
+}
+
+// places returns in how many places the data of a command may be over each path that is connected, or 0
+// if none is.
+func places(paths []initiator.PathInfo) (n int) {
+	for _, p := range paths {
+		if p.Places > 0 && (n == 0 || p.Places < n) {
+			n = p.Places
+		}
+	}
+	return n
 }
 
 func ended(d device) bool {
@@ -224,7 +238,7 @@ func describeWait(w initiator.Wait, waits bool) *control.Wait {
 // countersOf writes the counters of a device down.
 func countersOf(n block.Stats) control.IO {
 	return control.IO{
-		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes,
+		Reads: n.Reads, Writes: n.Writes, ReadBytes: n.ReadBytes, WrittenBytes: n.WrittenBytes, DirectBytes: n.DirectBytes,
 		Flushes: n.Flushes, Discards: n.Discards, WriteZeroes: n.WriteZeroes, Errors: n.Errors, Batches: n.Batches,
 		Failed: control.Failures(n.Failed),
 	}
