@@ -26,7 +26,9 @@ type Config struct {
 	// allocates Loops × Depth × MaxIO. Larger requests are served in pieces.
 	MaxIO int
 	// ZeroCopy has the guest's memory registered with the device, which must be a
-	// block.Registrar. Reads and writes of contiguous memory are not copied then. The back end,
+	// block.Registrar. Reads and writes of contiguous memory are not copied then, nor those of
+	// memory in several pieces that have 4 KiB on average and whole logical blocks each, as far
+	// as the device's queues take them (block.Gatherer). The back end,
 	// and for a remote disk its target, may access all of the guest's memory.
 	ZeroCopy bool
 	// ID is the name of the disk for the guest, of which it sees 20 bytes.

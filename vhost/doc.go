@@ -22,7 +22,8 @@
 // loop is about to sleep.
 //
 // With Config.ZeroCopy the back end has registered the guest's memory, and accesses the data
-// of requests itself where it is contiguous. If the front end replaces memory meanwhile, what
+// of requests itself where it is contiguous or, if the queues are of the type block.Gatherer, in
+// several large pieces. If the front end replaces memory meanwhile, what
 // used the old mapping is executed again with the new one. Memory that cannot be registered
 // is copied.
 //

@@ -131,12 +131,29 @@ func fuzzPayload(g *vhosttest.Guest, request uint32, how byte) []byte {
 // FuzzRing makes a guest write anything into its descriptors, its available ring and a table
 // of descriptors. Addresses are mostly those of the guest's memory.
 func FuzzRing(f *testing.F) {
-	f.Add([]byte{0, 0, 0, 0, 16, 0, 0, 0, 1, 1, 0, 1}, []byte{0})
-	f.Add([]byte{0, 9, 9, 9, 255, 255, 255, 255, 4, 0, 0, 0}, []byte{0, 1, 2, 200})
-	s := newServer(f, Config{Device: newRAM(f, block.Geometry{}), Loops: newLoops(f, 1), Depth: 4, MaxIO: 4096})
-	f.Fuzz(func(t *testing.T, descs, heads []byte) {
-		g := newGuest(t, vhosttest.Config{RingSize: 16, Data: 4096})
-		c := vhosttest.NewConn(pair(t, s.Server))
+	for _, zeroCopy := range []bool{false, true} {
+		f.Add([]byte{0, 0, 0, 0, 16, 0, 0, 0, 1, 1, 0, 1}, []byte{0}, zeroCopy)
+		f.Add([]byte{0, 9, 9, 9, 255, 255, 255, 255, 4, 0, 0, 0}, []byte{0, 1, 2, 200}, zeroCopy)
+		// A read of 16 KiB whose data is in several places, twice.
+		var chain []byte
+		le := binary.LittleEndian
+		for i, d := range []struct {
+			at, length uint32
+			flags      uint16
+		}{{28672, 16, 1}, {36864, 4096, 3}, {49152, 8192, 3}, {65536, 512, 3}, {70000, 3584, 3}, {12304, 1, 2}} {
+			chain = le.AppendUint32(le.AppendUint32(chain, d.at), d.length)
+			chain = le.AppendUint16(le.AppendUint16(chain, d.flags), uint16(i+1))
+		}
+		f.Add(chain, []byte{0, 0}, zeroCopy)
+	}
+	device := newRAM(f, block.Geometry{})
+	servers := map[bool]*served{}
+	for _, zeroCopy := range []bool{false, true} {
+		servers[zeroCopy] = newServer(f, Config{Device: device, Loops: newLoops(f, 1), Depth: 4, MaxIO: 16 << 10, ZeroCopy: zeroCopy})
+	}
+	f.Fuzz(func(t *testing.T, descs, heads []byte, zeroCopy bool) {
+		g := newGuest(t, vhosttest.Config{RingSize: 16, Data: 4096, Sealed: zeroCopy})
+		c := vhosttest.NewConn(pair(t, servers[zeroCopy].Server))
 		if err := g.Attach(c); err != nil {
 			t.Fatal(err)
 		}

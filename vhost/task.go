@@ -22,6 +22,7 @@ type task struct {
 	sector    uint64 // of the next piece
 	at, total uint64 // bytes of data that have a piece, and all; of a discard: bytes of ranges
 	left      uint64 // sectors of the present range of a discard
+	direct    uint64 // bytes that were not copied
 	failed    bool
 	busy      int // number of pieces at the back end
 	next      *task
@@ -75,33 +76,45 @@ func (t *task) read(m *memory, at uint64, dst []byte) bool {
 	return len(dst) == 0
 }
 
-// run returns the region and the guest address of the data from the byte at on, and how many
-// bytes, up to most, are contiguous there. The region is nil if the back end does not have it.
-func (t *task) run(m *memory, at, most uint64) (r *region, guest, n uint64) {
-	segments := t.segments[t.nOut:t.n]
+// cursor is a place in the data of a read or write.
+type cursor struct {
+	segments []segment // from there on
+	at       uint64    // in the first of them
+}
+
+// data returns the place of the byte at of a read's or write's data.
+func (t *task) data(at uint64) cursor {
+	c := cursor{t.segments[t.nOut:t.n], at}
 	if t.op == block.OpWrite {
-		segments, at = t.segments[:t.nOut], at+blkHeaderSize
+		c = cursor{t.segments[:t.nOut], at + blkHeaderSize}
 	}
-	for _, s := range segments {
-		length := uint64(s.length)
-		switch {
-		case r != nil && s.guest != guest+n:
+	for c.at >= uint64(c.segments[0].length) {
+		c.at -= uint64(c.segments[0].length)
+		c.segments = c.segments[1:]
+	}
+	return c
+}
+
+// run returns the region and the guest address of the data at the cursor, and how many bytes of it,
+// up to most, are contiguous there, and moves behind them. There are most bytes. If there is no
+// region, it returns nil and 0 bytes.
+func (c *cursor) run(m *memory, most uint64) (r *region, guest, n uint64) {
+	guest = c.segments[0].guest + c.at
+	if r = m.find(guest); r == nil {
+		return nil, 0, 0
+	}
+	most = min(most, r.guest+r.size-guest)
+	for {
+		k := min(uint64(c.segments[0].length)-c.at, most-n)
+		n += k
+		if c.at += k; c.at < uint64(c.segments[0].length) {
 			return r, guest, n
-		case r == nil && at >= length:
-			at -= length
-			continue
-		case r == nil:
-			guest, length = s.guest+at, length-at
-			if r = m.find(guest); r == nil || r.lent == nil {
-				return nil, 0, 0
-			}
-			most = min(most, r.guest+r.size-guest)
 		}
-		if n = min(n+length, most); n == most {
-			break
+		c.segments, c.at = c.segments[1:], 0
+		if n == most || c.segments[0].guest != guest+n {
+			return r, guest, n
 		}
 	}
-	return r, guest, n
 }
 
 // write copies src to the buffers that the device may write, from the byte at on.

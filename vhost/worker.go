@@ -23,9 +23,12 @@ const (
 	ringBudget = 64
 	// none is a value that is not a tag.
 	none = ^uint16(0)
-	// runMin is the number of contiguous bytes of a scattered buffer from which on a command
-	// for these bytes alone is cheaper than to copy them.
+	// runMin is the number of bytes from which on a command for a part of a buffer alone, which
+	// the back end can access, is cheaper than to copy that part.
 	runMin = 32 << 10
+	// segmentMin is the number of bytes of a segment, on average, from which on several segments
+	// are cheaper than to copy them.
+	segmentMin = 4 << 10
 )
 
 // submitter is the part of uring.Entries that the data path uses.
@@ -45,7 +48,9 @@ type worker struct {
 	base   uint64 // what poller.Loop.Handle returned
 	back   block.Queue
 	bounds bounds
-	one    []byte // what is written to an eventfd
+	gather block.Gatherer                   // back; nil: it takes no segments
+	single [block.MaxSegments]block.Segment // the table of segments of such a queue
+	one    []byte                           // what is written to an eventfd
 
 	session  *session // nil: there is none, or it has failed
 	mem      *memory
@@ -75,8 +80,7 @@ type tag struct {
 	task   *task // nil: free, or the task is gone
 	at     uint64
 	sector uint64
-	direct *region // has the data of the piece at guest, for the back end; nil: the buffer has it
-	guest  uint64
+	direct *memory // guest memory in which the back end accesses the data itself; nil: the buffer has it
 	bytes  uint32
 	state  tagState
 	next   uint16 // in the list of free tags
@@ -128,6 +132,7 @@ func newWorker(s *Server, ring submitter, back block.Queue, depth int, b bounds)
 		one:  binary.NativeEndian.AppendUint64(nil, 1),
 		tags: make([]tag, depth), tasks: make([]task, depth), reqs: make([]block.Request, 0, depth),
 	}
+	w.gather, _ = back.(block.Gatherer)
 	for i := depth - 1; i >= 0; i-- {
 		w.tags[i].next, w.freeTag = w.freeTag, uint16(i)
 		w.tasks[i].next, w.freeTask = w.freeTask, &w.tasks[i]
@@ -254,7 +259,7 @@ func (w *worker) begin(r *vring, head uint16) error {
 	r.tasks++
 	t.ring, t.head, t.op, t.flags = r, head, block.OpUnset, 0
 	t.nOut, t.n, t.out, t.in = 0, 0, 0, 0
-	t.at, t.total, t.left, t.failed, t.busy, t.next = 0, 0, 0, false, 0, nil
+	t.at, t.total, t.left, t.direct, t.failed, t.busy, t.next = 0, 0, 0, 0, false, 0, nil
 	if err := r.chain(w.mem, head, t); err != nil {
 		return err
 	}
@@ -341,36 +346,72 @@ func (w *worker) transfer(t *task, i uint16) error {
 	}
 	g := &w.tags[i]
 	g.at, g.sector = t.at, t.sector
-	n = w.place(t, g, n)
+	n, segments := w.place(t, i, n)
 	g.bytes = uint32(n)
 	t.at += n
 	t.sector += n >> block.SectorShift
-	return w.send(t, i)
+	return w.send(t, i, segments)
 }
 
 // place decides whether the back end can access the data of a piece of n bytes itself. Then it
-// returns the number of bytes that are contiguous, otherwise n.
-func (w *worker) place(t *task, g *tag, n uint64) uint64 {
+// returns the number of bytes that are in the first segments of the tag's table, and the number of
+// these. Otherwise it returns n and 0.
+func (w *worker) place(t *task, i uint16, n uint64) (bytes uint64, segments int) {
+	g := &w.tags[i]
 	g.direct = nil
 	if !w.server.cfg.ZeroCopy {
-		return n
+		return n, 0
 	}
-	r, guest, k := t.run(w.mem, g.at, n)
-	k &^= w.bounds.block<<block.SectorShift - 1
-	if r == nil || k < min(n, runMin) || (guest-r.guest)&3 != 0 {
-		return n
+	limit := 1
+	if w.gather != nil {
+		limit = w.gather.SegmentLimit()
 	}
-	g.direct, g.guest = r, guest
-	return k
+	bytes, segments = w.segment(t.data(g.at), n, w.table(i)[:limit])
+	if bytes < min(n, runMin) || segments > 1 && bytes < uint64(segments)*segmentMin {
+		return n, 0
+	}
+	g.direct = w.mem
+	return bytes, segments
 }
 
-// send passes a piece of a read or write to the back end.
-func (w *worker) send(t *task, i uint16) error {
+// table returns the table of segments of a tag.
+func (w *worker) table(i uint16) *[block.MaxSegments]block.Segment {
+	if w.gather == nil {
+		return &w.single
+	}
+	return w.gather.Segments(i)
+}
+
+// segment fills in a table with the places of up to n bytes of data from the cursor on, as many as the
+// back end can access: whole blocks in memory that it has.
+func (w *worker) segment(c cursor, n uint64, table []block.Segment) (bytes uint64, segments int) {
+	part := w.bounds.block<<block.SectorShift - 1 // of a block
+	for i := range table {
+		r, guest, k := c.run(w.mem, n-bytes)
+		if r == nil || r.lent == nil || (guest-r.guest)&3 != 0 || k <= part {
+			break
+		}
+		table[i] = block.Segment{Region: r.lent.Number(), Offset: guest - r.guest, Length: uint32(k &^ part)}
+		segments++
+		bytes += k &^ part
+		if bytes == n || k&part != 0 {
+			break
+		}
+	}
+	return bytes, segments
+}
+
+// send passes a piece of a read or write to the back end. Its data is in so many segments, or, if it is
+// 0, in the buffer.
+func (w *worker) send(t *task, i uint16, segments int) error {
 	g := &w.tags[i]
 	r := block.Request{Sector: g.sector, Sectors: g.bytes >> block.SectorShift, Op: t.op, Flags: t.flags}
 	switch {
-	case g.direct != nil:
-		r.Region, r.Offset = g.direct.lent.Number(), g.guest-g.direct.guest
+	case segments == 1:
+		s := &w.table(i)[0]
+		r.Region, r.Offset = s.Region, s.Offset
+	case segments > 1:
+		r.Segments = uint8(segments)
 	case t.op == block.OpWrite && !t.read(w.mem, blkHeaderSize+g.at, w.back.Buffer(i)[:g.bytes]):
 		return errRemoved
 	}
@@ -382,19 +423,33 @@ func (w *worker) send(t *task, i uint16) error {
 // guest's addresses have memory, it is another mapping of the same pages.
 func (w *worker) sendAgain(t *task, i uint16) error {
 	g := &w.tags[i]
-	if w.place(t, g, uint64(g.bytes)) < uint64(g.bytes) {
-		g.direct = nil
+	bytes, segments := w.place(t, i, uint64(g.bytes))
+	if bytes < uint64(g.bytes) {
+		g.direct, segments = nil, 0
 	}
-	return w.send(t, i)
+	return w.send(t, i, segments)
 }
 
 // replaced reports whether the front end has replaced the memory of a piece, so that the back end
 // could not access it, or has read to what the guest does not see any more.
 func (w *worker) replaced(t *task, g *tag, errno uint16) bool {
-	if g.direct == nil {
+	switch {
+	case g.direct == nil:
+		return false
+	case errno != 0 || t.op != block.OpRead:
+		return unix.Errno(errno) == unix.EFAULT
+	case g.direct == w.mem:
 		return false
 	}
-	return unix.Errno(errno) == unix.EFAULT || errno == 0 && t.op == block.OpRead && w.mem.find(g.guest) != g.direct
+	c := t.data(g.at)
+	for left := uint64(g.bytes); left > 0; {
+		r, guest, n := c.run(g.direct, left)
+		if w.mem.find(guest) != r {
+			return true
+		}
+		left -= n
+	}
+	return false
 }
 
 // deliver gives the guest the data of a read. It returns false if a memory region is missing.
@@ -403,8 +458,17 @@ func (w *worker) deliver(t *task, i uint16) bool {
 	if g.direct == nil {
 		return t.write(w.mem, g.at, w.back.Buffer(i)[:g.bytes])
 	}
-	if w.mem.log != nil {
-		w.mem.log.mark(g.guest, uint64(g.bytes))
+	if w.mem.log == nil {
+		return true
+	}
+	c := t.data(g.at)
+	for left := uint64(g.bytes); left > 0; {
+		r, guest, n := c.run(w.mem, left)
+		if r == nil {
+			return false
+		}
+		w.mem.log.mark(guest, n)
+		left -= n
 	}
 	return true
 }
@@ -531,6 +595,8 @@ func (w *worker) finish(i uint16, errno uint16) error {
 		t.failed = true
 	case t.op == block.OpRead && !w.deliver(t, i):
 		return errRemoved
+	case g.direct != nil:
+		t.direct += uint64(g.bytes)
 	}
 	status := byte(statusOK)
 	switch {
@@ -569,6 +635,9 @@ func (w *worker) complete(t *task, status byte) error {
 	r.push(t.head, length)
 	r.tasks--
 	w.Count(t.op, status != statusOK, t.total)
+	if t.direct > 0 && status == statusOK {
+		w.CountDirect(t.direct)
+	}
 	w.releaseTask(t)
 	if len(r.batch) == maxBatch {
 		w.publishRing(r)

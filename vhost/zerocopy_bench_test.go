@@ -23,7 +23,7 @@ import (
 // remoteDisk returns a namespace of a target in this process. The fabric is in process, where a
 // transfer costs one copy as with an adapter, or RoCEv2 over UDP, where it costs three and system
 // calls.
-func remoteDisk(b *testing.B, wire bool, loops []*poller.Loop) *initiator.Namespace {
+func remoteDisk(b testing.TB, wire bool, loops []*poller.Loop) (*initiator.Namespace, *target.Target) {
 	b.Helper()
 	const nqn = "nqn.2026-01.org.example:bench"
 	at := netip.AddrPortFrom(netip.MustParseAddr("127.0.24.1"), 4420)
@@ -62,52 +62,73 @@ func remoteDisk(b *testing.B, wire bool, loops []*poller.Loop) *initiator.Namesp
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { s.Close(context.Background()) })
-	return s.Namespaces()[0]
+	return s.Namespaces()[0], far
 }
 
-// cpuTime returns the CPU time of this process.
-func cpuTime() time.Duration {
-	var u unix.Rusage
-	_ = unix.Getrusage(unix.RUSAGE_SELF, &u) // cannot fail
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+// cpuTime returns the CPU time of this process, and that of the thread of a loop.
+func cpuTime(b *testing.B, l *poller.Loop) (process, loop time.Duration) {
+	of := func(who int) time.Duration {
+		var u unix.Rusage
+		_ = unix.Getrusage(who, &u) // cannot fail
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	if err := l.Call(func() { loop = of(unix.RUSAGE_THREAD) }); err != nil {
+		b.Fatal(err)
+	}
+	return of(unix.RUSAGE_SELF), loop
 }
 
-// BenchmarkZeroCopy compares a guest's requests of 128 KiB at depth 8 with and without a copy, in
+// BenchmarkZeroCopy compares a guest's requests at depth 8 with and without a copy, in
 // rounds that take turns. Each operation is one request with and one without. It reports medians of
-// the rounds, and the least and the largest ratio. The CPU time is that of guest, server and target.
+// the rounds, and the least and the largest ratio. The CPU time is that of guest, server and target, and
+// that of the server alone, on whose thread an adapter does nothing. The
+// data of a request is contiguous, or in pieces that do not touch each other.
 func BenchmarkZeroCopy(b *testing.B) {
+	const all = 128 << 10
 	for _, bb := range []struct {
-		name string
-		wire bool
-		kind uint32
-	}{{"fabric/read", false, vhosttest.In}, {"fabric/write", false, vhosttest.Out}, {"RoCE/read", true, vhosttest.In}, {"RoCE/write", true, vhosttest.Out}} {
+		name        string
+		wire        bool
+		kind        uint32
+		size, piece uint32
+	}{
+		{"fabric/read", false, vhosttest.In, all, all}, {"fabric/write", false, vhosttest.Out, all, all},
+		{"RoCE/read", true, vhosttest.In, all, all}, {"RoCE/write", true, vhosttest.Out, all, all},
+		{"fabric/read-32x4KiB", false, vhosttest.In, all, 4096}, {"fabric/write-32x4KiB", false, vhosttest.Out, all, 4096},
+		{"RoCE/read-32x4KiB", true, vhosttest.In, all, 4096}, {"RoCE/write-32x4KiB", true, vhosttest.Out, all, 4096},
+		{"fabric/read-2x4KiB", false, vhosttest.In, 8192, 4096}, {"fabric/write-2x4KiB", false, vhosttest.Out, 8192, 4096},
+		{"fabric/read-16x4KiB", false, vhosttest.In, 64 << 10, 4096}, {"fabric/read-16x8KiB", false, vhosttest.In, all, 8192},
+	} {
 		b.Run(bb.name, func(b *testing.B) {
 			loops := newLoops(b, 1)
-			disk := remoteDisk(b, bb.wire, loops)
+			disk, _ := remoteDisk(b, bb.wire, loops)
 			var rings [2]*vhosttest.Ring
 			var heads [2][]uint16
 			for i := range rings {
 				s := newServer(b, Config{Device: disk, Loops: loops, ZeroCopy: i == 1})
-				rings[i] = connect(b, s, vhosttest.Config{Data: 128 << 10, Sealed: true}).Rings[0]
+				rings[i] = connect(b, s, vhosttest.Config{Data: 2 * all, Sealed: true}).Rings[0]
 				for slot := range uint16(8) {
-					heads[i] = append(heads[i], rings[i].Prepare(slot+1, bb.kind, 256*uint64(slot), 128<<10))
+					heads[i] = append(heads[i], rings[i].PrepareList(slot+1, bb.kind, 256*uint64(slot), pieces(rings[i], slot+1, bb.size, bb.piece)...))
 				}
 			}
 			const rounds = 11
-			times, cpus, took := []float64{}, []float64{}, [2][]float64{}
+			times, cpus, servers, took := []float64{}, []float64{}, []float64{}, [2][]float64{}
 			for b.Loop() {
 				for range rounds {
-					var took1, cpu1 [2]time.Duration
+					var took1, cpu1, server1 [2]time.Duration
 					for i := range rings {
-						began, cpu := time.Now(), cpuTime()
+						cpu, server := cpuTime(b, loops[0])
+						began := time.Now()
 						for range 40 {
 							round(rings[i], heads[i])
 						}
-						took1[i], cpu1[i] = time.Since(began), cpuTime()-cpu
+						took1[i] = time.Since(began)
+						cpu1[i], server1[i] = cpuTime(b, loops[0])
+						cpu1[i], server1[i] = cpu1[i]-cpu, server1[i]-server
 						took[i] = append(took[i], float64(took1[i].Nanoseconds())/(40*8))
 					}
 					times = append(times, float64(took1[0])/float64(took1[1]))
 					cpus = append(cpus, float64(cpu1[0])/float64(cpu1[1]))
+					servers = append(servers, float64(server1[0])/float64(server1[1]))
 				}
 			}
 			b.ReportMetric(median(took[0]), "ns-copy/req")
@@ -116,8 +137,19 @@ func BenchmarkZeroCopy(b *testing.B) {
 			b.ReportMetric(slices.Min(times), "x-min")
 			b.ReportMetric(slices.Max(times), "x-max")
 			b.ReportMetric(median(cpus), "x-cpu")
+			b.ReportMetric(median(servers), "x-server")
 		})
 	}
+}
+
+// pieces returns buffers of so many bytes for a request: pages of a slot, with as much memory behind
+// each.
+func pieces(r *vhosttest.Ring, slot uint16, size, piece uint32) (all []vhosttest.Buffer) {
+	_, at := r.Slot(slot)
+	for n := uint32(0); n < size; n += piece {
+		all = append(all, vhosttest.Buffer{Addr: vhosttest.GuestBase + at + 2*uint64(n), Length: piece})
+	}
+	return all
 }
 
 func median(v []float64) float64 {

@@ -78,11 +78,21 @@ type Ring struct {
 }
 
 const (
-	slotHeader = 0   // 16 bytes
-	slotStatus = 16  // 1 byte
-	slotTable  = 64  // indirect table
-	slotData   = 512 // data
+	slotHeader = 0    // 16 bytes
+	slotStatus = 16   // 1 byte
+	slotTable  = 64   // indirect table
+	slotData   = 1024 // data
+
+	// MaxBuffers is the largest number of buffers of PrepareList: the table also has those of the
+	// header and the status.
+	MaxBuffers = (slotData-slotTable)/16 - 2
 )
+
+// Buffer is a part of the guest's memory, by its guest address.
+type Buffer struct {
+	Addr   uint64
+	Length uint32
+}
 
 // NewGuest makes a guest.
 func NewGuest(cfg Config) (*Guest, error) {
@@ -433,6 +443,11 @@ func (r *Ring) Data(slot uint16) []byte {
 	return r.guest.Mem[at : at+uint64(r.guest.cfg.Data)]
 }
 
+// Memory returns the memory of a buffer.
+func (r *Ring) Memory(b Buffer) []byte {
+	return r.guest.Mem[b.Addr-GuestBase:][:b.Length:b.Length]
+}
+
 // Take returns a free slot.
 func (r *Ring) Take() uint16 {
 	slot := r.free[len(r.free)-1]
@@ -461,6 +476,15 @@ func (r *Ring) Prepare(slot uint16, kind uint32, sector uint64, n uint32) (head 
 
 // PrepareAt is Prepare with data at another guest address.
 func (r *Ring) PrepareAt(slot uint16, kind uint32, sector, data uint64, n uint32) (head uint16) {
+	if n == 0 {
+		return r.PrepareList(slot, kind, sector)
+	}
+	return r.PrepareList(slot, kind, sector, Buffer{data, n})
+}
+
+// PrepareList is Prepare with data in several buffers, up to MaxBuffers. Without FeatIndirect there is
+// only room for one.
+func (r *Ring) PrepareList(slot uint16, kind uint32, sector uint64, data ...Buffer) (head uint16) {
 	g, le := r.guest, binary.LittleEndian
 	header, _ := r.Slot(slot)
 	le.PutUint32(g.Mem[header:], kind)
@@ -468,9 +492,12 @@ func (r *Ring) PrepareAt(slot uint16, kind uint32, sector, data uint64, n uint32
 	le.PutUint64(g.Mem[header+8:], sector)
 	g.Mem[header+slotStatus] = 0xFF
 	head = 3 * slot
-	table, first := r.Desc, head
+	table, first, room := r.Desc, head, 1
 	if g.Features&FeatIndirect != 0 {
-		table, first = header+slotTable, 0
+		table, first, room = header+slotTable, 0, MaxBuffers
+	}
+	if len(data) > room {
+		panic("vhosttest: too many buffers")
 	}
 	put := func(i uint16, addr uint64, length uint32, flags, nx uint16) {
 		g.PutDesc(table+16*uint64(i), addr, length, flags, nx)
@@ -478,12 +505,12 @@ func (r *Ring) PrepareAt(slot uint16, kind uint32, sector, data uint64, n uint32
 	i := first
 	put(i, GuestBase+header, 16, next, i+1)
 	i++
-	if n > 0 {
+	for _, b := range data {
 		flags := uint16(next)
 		if kind == In || kind == GetID {
 			flags |= write
 		}
-		put(i, data, n, flags, i+1)
+		put(i, b.Addr, b.Length, flags, i+1)
 		i++
 	}
 	put(i, GuestBase+header+slotStatus, 1, write, 0)
