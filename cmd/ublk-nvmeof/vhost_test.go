@@ -309,6 +309,8 @@ func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int
 	l.stop()
 	if zero := statusOf(t.Context(), s.record(nqn)); zero.ZeroCopy != "" && zero.RegionBytes != int64(len(l.guest.Mem)) {
 		t.Errorf("%d bytes of the guest's memory are registered, want %d", zero.RegionBytes, len(l.guest.Mem))
+	} else if zero.ZeroCopy != "" && zero.Places != 1 { // over RoCEv2 in Go
+		t.Errorf("data in %d places is not copied, want 1", zero.Places)
 	} else if (zero.ZeroCopy == "") == slices.Contains(more, "--zero-copy") {
 		t.Errorf("status: zero copy %q with flags %v", zero.ZeroCopy, more)
 	}

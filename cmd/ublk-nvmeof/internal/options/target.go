@@ -24,6 +24,7 @@ type Target struct {
 	InCapsule    int // bytes of in-capsule data; < 0: none
 	QueueSize    int
 	MaxIO        int   // bytes per command
+	Descriptors  int   // keyed descriptors per command
 	Memory       int64 // bytes for namespaces in memory and caches; 0: chosen by available memory
 
 	QueueMemory int64 // bytes; 0: chosen by the machine's memory
@@ -64,7 +65,8 @@ func DefaultTarget() *Target {
 	return &Target{
 		addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), port: DefaultPort, Provider: AutoProvider,
 		InCapsule: target.DefaultInCapsule, QueueSize: target.DefaultQueueSize, MaxIO: target.DefaultMaxTransfer,
-		KeepAlive: Traffic, ANATransition: 10 * time.Second,
+		Descriptors: target.DefaultMaxDescriptors,
+		KeepAlive:   Traffic, ANATransition: 10 * time.Second,
 	}
 }
 
@@ -138,6 +140,7 @@ func (t *Target) addTestFlags(f *pflag.FlagSet) {
 	f.Lookup("min-cntlid").DefValue = ""
 	f.Var(number(&t.MaxID, 1, nvme.CNTLIDMax, "a number"), "max-cntlid", fmt.Sprintf("largest controller id (default %d); the targets of one subsystem must not give the same ids", nvme.CNTLIDMax))
 	f.Lookup("max-cntlid").DefValue = ""
+	f.Var(number(&t.Descriptors, 1, target.DefaultMaxDescriptors, "a number"), "max-descriptors", "largest number of places of the host that the data of a command may be in (MSDBD)")
 	f.BoolVar(&t.NoWriteCache, "no-write-cache", false, "announce no volatile write cache (VWC), and make every write durable before its completion")
 	f.Var(multiple(&t.Quiesce, time.Millisecond), "quiesce-time", "announced command quiesce time (CQT)")
 	f.Var(seconds(&t.ANATransition, 1, 255, "seconds, 1 to 255"), "ana-transition-time", "announced limit of the time in ANA state change (ANATT)")

@@ -31,7 +31,7 @@ const defaultVhostMode fs.FileMode = 0o600
 func (c *Connect) addVhost(f *pflag.FlagSet) {
 	f.Var(fileMode(&c.VhostMode), "vhost-socket-mode", "permissions of the sockets for virtual machine monitors; who can write to one reads and writes the namespace")
 	f.Var(fileOwner(&c.VhostOwner), "vhost-socket-owner", "owner of the sockets for virtual machine monitors (default: the user of the server)")
-	f.BoolVar(&c.ZeroCopy, "zero-copy", false, "do not copy the data of guests where their memory is contiguous. The target can then read and write all of the guests' memory, not only I/O buffers")
+	f.BoolVar(&c.ZeroCopy, "zero-copy", false, "do not copy the data of guests where their memory is contiguous, or in as many pieces as the target takes. The target can then read and write all of the guests' memory, not only I/O buffers")
 }
 
 // completeVhost checks the flags for the sockets of virtual machine monitors and of shared memory

@@ -151,7 +151,7 @@ func (s *server) open(p rdma.Provider) (err error) {
 	}
 	s.target, err = target.New(target.Config{
 		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true, DiscoveryNQN: o.Discovery,
-		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, QueueMemory: o.QueueMemory,
+		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, MaxDescriptors: o.Descriptors, QueueMemory: o.QueueMemory,
 		MinControllerID: o.MinID, MaxControllerID: o.MaxID,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
