@@ -32,6 +32,7 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
+	_ "ublk-nvmeof/cmd/ublk-nvmeof/internal/smallpages" // a start touches little of the heap
 	_ "ublk-nvmeof/rdma/verbs/prepare" // before librdmacm is used
 )
 
