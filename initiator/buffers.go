@@ -10,10 +10,12 @@ import (
 )
 
 // buffers are the I/O buffers of a queue, one for each tag, in chunks. A chunk is address space
-// until a request needs one of its buffers. Then it is populated and registered in the
-// background, so that the loop does not wait for memory. Meanwhile the data of requests is in the
-// spare buffer, one request at a time, and is copied. So a chunk that the machine has no memory
-// for costs time, but no request, and tags that are not in use cost nothing.
+// until requests need its buffers. Until then the data of requests is in the spare buffer, one
+// request at a time, and is copied. When a request finds the spare buffer in use, or after so many
+// requests that copies cost more than the chunk (memory.turns), its chunk is populated and
+// registered in the background, so that the loop does not wait for memory. So a chunk that the
+// machine has no memory for costs time, but no request, and a device of which somebody has read
+// the partition table only has no chunk yet.
 //
 // Once the queue is open, only the lane uses the fields.
 type buffers struct {
@@ -23,6 +25,7 @@ type buffers struct {
 	chunks []slab
 	spare  slab     // without memory: all chunks have been ready since the queue was opened
 	user   *request // that has the spare buffer
+	lent   int      // how often a request got it
 	short  fifo     // requests that wait for it, or for their chunk
 
 	preparing sync.WaitGroup // chunks that are being made ready
@@ -30,6 +33,10 @@ type buffers struct {
 
 // chunkSize is the size of a chunk in bytes, unless a buffer is larger: that of a huge page.
 const chunkSize = 2 << 20
+
+// spareTurns is the number of requests of a queue that get the spare buffer before chunks are made
+// ready for single requests, too. So many copies of 4 KiB take less than a chunk takes to be zeroed.
+const spareTurns = 64
 
 // prepareAgain is the time before a chunk is tried again that could not be made ready.
 const prepareAgain = 200 * time.Millisecond
@@ -142,7 +149,9 @@ func (q *nsQueue) equip(r *request) bool {
 	if r.io.Op == block.OpFlush {
 		return true // it has no data
 	}
-	q.ask(r.data)
+	if b.user != nil || b.lent >= q.ns.sub.mem.turns {
+		q.ask(r.data)
+	}
 	if b.user != nil {
 		b.short.push(r)
 		return false
@@ -154,6 +163,7 @@ func (q *nsQueue) equip(r *request) bool {
 // lend gives the spare buffer to a request.
 func (b *buffers) lend(r *request) {
 	b.user = r
+	b.lent++
 	r.data, r.at = &b.spare, 0
 	if r.io.Op == block.OpWrite {
 		copy(b.spare.mem, b.of(r.io.Tag)[:r.io.Sectors<<block.SectorShift])

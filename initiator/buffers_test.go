@@ -54,7 +54,7 @@ func newChunkSetup(t *testing.T) *chunkSetup {
 	cfg.ReconnectDelay = 10 * time.Millisecond
 	s.sub = connect(t, cfg)
 	t.Cleanup(func() { closeSubsystem(t, s.sub) })
-	s.sub.mem.chunk, s.sub.mem.limited = 64<<10, false
+	s.sub.mem.chunk, s.sub.mem.turns, s.sub.mem.limited = 64<<10, 0, false
 	s.queue = s.open(t)
 	t.Cleanup(func() { s.queue.Close() })
 	return s
@@ -125,6 +125,30 @@ func TestChunks(t *testing.T) {
 	s.echo(t, "second", 1, 3)
 	s.echo(t, "third", 0, 1)
 	s.expect(t, true, true, false, true)
+}
+
+// TestSpareTurns: single requests do with the spare buffer for a while. Requests that find it in use
+// do not.
+func TestSpareTurns(t *testing.T) {
+	s := newChunkSetup(t)
+	s.sub.mem.turns = 4
+	s.echo(t, "first", 3, 1)
+	s.echo(t, "second", 1, 3)
+	s.expect(t, false, false, false, false)
+	s.echo(t, "third", 2, 2)
+	s.expect(t, false, false, true, false)
+
+	other := s.open(t)
+	s.loop.Call(func() {
+		other.Submit([]block.Request{{Op: block.OpRead, Sectors: 8}, {Op: block.OpRead, Tag: 3, Sectors: 8}})
+	})
+	(&chunkSetup{loop: s.loop, queue: other}).reap(t, 2)
+	if got := (&chunkSetup{loop: s.loop, queue: other}).ready(t); !slices.Equal(got, []bool{false, false, false, true}) {
+		t.Errorf("ready chunks %v, want the last one", got)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestChunksFail: requests whose buffers cannot be registered take turns.
@@ -258,7 +282,7 @@ func TestChunksMove(t *testing.T) {
 func TestChunksOfPaths(t *testing.T) {
 	h := newHall(t, 3, false, nil)
 	s := h.connect(nil)
-	s.mem.chunk, s.mem.limited = 64<<10, false
+	s.mem.chunk, s.mem.turns, s.mem.limited = 64<<10, 0, false
 	if err := s.RemovePath(t.Context(), s.Paths()[2]); err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +307,7 @@ func TestChunksUnderLoad(t *testing.T) {
 	cfg := testConfig(fabric.Provider(hostAddr), loops, poller.Request{IO: 2})
 	cfg.ReconnectDelay = 10 * time.Millisecond
 	c := connect(t, cfg)
-	c.mem.chunk, c.mem.limited = 32<<10, false
+	c.mem.chunk, c.mem.turns, c.mem.limited = 32<<10, 0, false
 	for seed := range uint64(5) {
 		f := newFrontEnd(t, c.Namespaces()[0], loops, 32, 16<<10, seed)
 		f.start(200)

@@ -20,6 +20,7 @@ import (
 // (Subsystem.settle). Methods may be called from any goroutine.
 type memory struct {
 	chunk      int                // bytes of a chunk of buffers
+	turns      int                // spareTurns
 	limit      int64              // largest number of bytes of buffers
 	limited    bool               // locked memory is limited, and registered memory may be locked
 	mu         sync.Mutex         // guards what follows, and the fields of the domains

@@ -105,7 +105,7 @@ func newSubsystem(cfg Config) *Subsystem {
 	cfg.Loops = cfg.Loops[:cfg.Queues.Loops()]
 	s := &Subsystem{
 		cfg: cfg, reports: loglimit.New(cfg.Log), pollMax: uint32(cfg.PollMaxBytes), start: time.Now(), since: time.Now(),
-		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{chunk: chunkSize, limit: cfg.MaxMemory, limited: lockLimited()}, queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), keys: cfg.Credentials,
+		policy: cfg.Policy, dead: make(chan struct{}), mem: memory{chunk: chunkSize, turns: spareTurns, limit: cfg.MaxMemory, limited: lockLimited()}, queries: make(chan struct{}, maxQueries), proving: make(chan struct{}, 1), keys: cfg.Credentials,
 	}
 	s.life, s.end = context.WithCancelCause(context.Background())
 	for i, loop := range cfg.Loops {

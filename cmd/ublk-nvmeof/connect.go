@@ -232,7 +232,8 @@ func serveArgs(dir state.Dir) []string {
 // startServer starts a server in the background, with keys that are not in its arguments, and
 // waits until its devices are usable.
 func startServer(ctx context.Context, args []string, k keys, timeout time.Duration, say func(string)) (control.Status, error) {
-	_ = process.SetIOFlusher() // the server works without it and logs a warning
+	_ = process.SetIOFlusher()  // the server works without it and logs a warning
+	_ = process.UseSmallPages() // the server starts more slowly without it
 	secrets, files, err := k.handOver()
 	if err != nil {
 		return control.Status{}, err

@@ -52,11 +52,11 @@ const undoTime = 30 * time.Second
 
 // report is a message of a server to the command that started it.
 type report struct {
-	Name   string          `json:"name,omitempty"` // of the server
-	Log    string          `json:"log,omitempty"`  // path of the server's log
-	Wait   *server.Wait    `json:"wait,omitempty"` // the current wait of the server
-	Status *control.Status `json:"status,omitempty"`
-	Error  *exit.Error     `json:"error,omitempty"`
+	Name   string       `json:"name,omitempty"` // of the server
+	Log    string       `json:"log,omitempty"`  // path of the server's log
+	Wait   *server.Wait `json:"wait,omitempty"` // the current wait of the server
+	Status *shown       `json:"status,omitempty"`
+	Error  *exit.Error  `json:"error,omitempty"`
 }
 
 // reporter is the server's end of the connection to the command that started it, which is
@@ -94,7 +94,7 @@ func (r *reporter) waits(w server.Wait) { _ = r.send(report{Wait: &w}) }
 // ready reports that the devices are usable. A server whose report fails must end if it has
 // made its devices, because nobody would know them.
 func (r *reporter) ready(s control.Status) error {
-	return errors.Join(r.send(report{Status: &s}), r.close())
+	return errors.Join(r.send(report{Status: shownOf(s)}), r.close())
 }
 
 // failed reports the error with which the server ends. It does nothing after ready.
@@ -211,8 +211,8 @@ func surviveHangup(log *slog.Logger) (stop func()) {
 	}
 }
 
-// launch starts a server in the background and returns its status once its devices are
-// usable. After an error nothing is left of the server, and the error has the reason,
+// launch starts a server in the background and returns its status, as far as it is shown, once its
+// devices are usable. After an error nothing is left of the server, and the error has the reason,
 // or says how the server died. The server inherits the marks of the calling thread
 // (process.SetIOFlusher). say tells the user what the server waits for. timeout is the
 // time limit of the server without the waits that it announces. If ctx ends before the
@@ -250,7 +250,7 @@ func launch(ctx context.Context, path string, args []string, secrets []*os.File,
 		return control.Status{}, err
 	case m.Status != nil:
 		go func() { _ = cmd.Wait() }() // a process that stays must not keep the remains of the server
-		return *m.Status, nil
+		return m.Status.status(), nil
 	case m.Error != nil:
 		_ = cmd.Wait() // m.Error says more
 		return control.Status{}, m.Error

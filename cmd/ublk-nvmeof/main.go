@@ -32,7 +32,8 @@ import (
 
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/exit"
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/output"
-	_ "ublk-nvmeof/rdma/verbs/prepare" // before librdmacm is used
+	_ "ublk-nvmeof/cmd/ublk-nvmeof/internal/smallpages" // a start touches little of the heap
+	_ "ublk-nvmeof/rdma/verbs/prepare"                  // before librdmacm is used
 )
 
 // No loop may run on the main thread. That thread does not end with its goroutine, so

@@ -259,9 +259,9 @@ func TestLaunch(t *testing.T) {
 func TestServerIsOnItsOwn(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "/nonexistent")
 	path, args := shell(`sid=$(cut -d' ' -f6 /proc/$$/stat); out=$(readlink /proc/$$/fd/1)
-printf '{"status": {"name": "%s", "state": "%s", "nqn": "x", "model": "%s", "serial": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
+printf '{"status": {"name": "%s", "frontend": "%s", "nqn": "x", "provider": "%s", "zero_copy": "%s"}}' "$(pwd)" "$out" "$([ $sid = $$ ] && echo leader)" "$NOTIFY_SOCKET" >&3`)
 	s, err := launch(t.Context(), path, args, nil, time.Minute, silent)
-	if err != nil || s.Name != "/" || s.State != "/dev/null" || s.Model != "leader" || s.Serial != "" {
+	if err != nil || s.Name != "/" || s.Frontend != "/dev/null" || s.Provider != "leader" || s.ZeroCopy != "" {
 		t.Errorf("%+v, %v", s, err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -38,20 +39,21 @@ func Map(length int) ([]byte, error) {
 }
 
 // Reserve is like Map, but populates nothing: a page costs memory when it is touched or
-// populated.
+// populated. Memory that is only touched has small pages, because a huge one takes long to be
+// zeroed. If a huge page fits in, the memory begins with one.
 func Reserve(length int) ([]byte, error) {
 	if length <= 0 {
 		return nil, fmt.Errorf("map %d bytes: %w", length, unix.EINVAL)
 	}
 	page := os.Getpagesize()
 	size := (length + page - 1) / page * page
-	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	b, err := reserve(size)
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes: %w", size, err)
 	}
 	if size >= hugePage {
 		// Only a hint, and EINVAL on a kernel without transparent huge pages.
-		_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+		_ = unix.Madvise(b, unix.MADV_NOHUGEPAGE)
 	}
 	// After a fork, copy-on-write could leave the parent with the copy and the
 	// device with the original page.
@@ -61,10 +63,39 @@ func Reserve(length int) ([]byte, error) {
 	return b, nil
 }
 
+// reserve maps whole pages. Linux before 6.7 does not align large mappings itself.
+func reserve(size int) ([]byte, error) {
+	extra := 0
+	if size >= hugePage {
+		extra = hugePage
+	}
+	at, err := unix.MmapPtr(-1, 0, nil, uintptr(size+extra), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, err
+	}
+	if extra == 0 {
+		return unsafe.Slice((*byte)(at), size), nil
+	}
+	before := -int(uintptr(at)) & (hugePage - 1)
+	var errs []error
+	if before > 0 {
+		errs = append(errs, unix.MunmapPtr(at, uintptr(before)))
+	}
+	errs = append(errs, unix.MunmapPtr(unsafe.Add(at, before+size), uintptr(extra-before)))
+	return unsafe.Slice((*byte)(unsafe.Add(at, before)), size), errors.Join(errs...)
+}
+
 // Populate gets the pages of a part of what Reserve returned, which begins and ends with a
-// page, so that no fault comes on the data path. What is in them stays, and others may use
-// them meanwhile.
+// page, so that no fault comes on the data path. They are huge pages as far as these fit in. What
+// is in them stays, and others may use them meanwhile.
 func Populate(b []byte) error {
+	if len(b) >= hugePage {
+		// Only a hint, as in Reserve. What was touched has small pages, whose place a huge page
+		// takes; Linux before 6.1 does not know that.
+		if unix.Madvise(b, unix.MADV_HUGEPAGE) == nil && touched(b) {
+			_ = unix.Madvise(b, unix.MADV_COLLAPSE)
+		}
+	}
 	err := unix.Madvise(b, unix.MADV_POPULATE_WRITE)
 	if errors.Is(err, unix.EINVAL) { // Linux before 5.14 does not know it
 		for i := 0; i < len(b); i += os.Getpagesize() {
@@ -78,10 +109,17 @@ func Populate(b []byte) error {
 	return nil
 }
 
+// touched reports whether some page of b is in memory.
+func touched(b []byte) bool {
+	resident := make([]byte, (len(b)+os.Getpagesize()-1)/os.Getpagesize())
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&resident[0])))
+	return errno == 0 && slices.Contains(resident, 1)
+}
+
 // Unmap gives back what Map returned. Nobody may touch it any more, and no
 // device may have it registered.
 func Unmap(b []byte) error {
-	if err := unix.Munmap(b); err != nil {
+	if err := unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b))); err != nil {
 		return fmt.Errorf("unmap %d bytes: %w", len(b), err)
 	}
 	return nil

@@ -73,34 +73,86 @@ func TestPopulate(t *testing.T) {
 	}
 }
 
+// TestHugePages: memory that is only touched has small pages. Populated memory has huge ones, also
+// where it was touched before, and keeps what was in it.
+func TestHugePages(t *testing.T) {
+	b, err := os.ReadFile("/sys/kernel/mm/transparent_hugepage/enabled")
+	if err != nil || strings.Contains(string(b), "[never]") {
+		t.Skipf("no transparent huge pages: %q, %v", b, err)
+	}
+	b, err = Reserve(3*hugePage + 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if Addr(b)%hugePage != 0 {
+		t.Errorf("the memory begins at %#x, want a multiple of %#x", Addr(b), hugePage)
+	}
+	b[5] = 7
+	if rss, _ := smaps(t, Addr(b)); rss != os.Getpagesize() {
+		t.Errorf("%d bytes resident after one was touched, want a page", rss)
+	}
+	for i := range 2 {
+		if err := Populate(b[i*hugePage : (i+1)*hugePage]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if rss, huge := sizeOf(t, Addr(b), "Rss:"), sizeOf(t, Addr(b), "AnonHugePages:"); rss != 2*hugePage || huge != rss || b[5] != 7 {
+		t.Errorf("%d bytes resident, %d of them huge, want %d; %d", rss, huge, 2*hugePage, b[5])
+	}
+	at := Addr(b)
+	if err := Unmap(b); err != nil {
+		t.Error(err)
+	}
+	if f := mapping(t, at); f != nil {
+		t.Errorf("memory at %#x is still mapped: %v", at, f)
+	}
+}
+
 // smaps is what the kernel says of the mapping that contains addr: resident
 // bytes and VmFlags.
 func smaps(t *testing.T, addr uint64) (rss int, flags []string) {
+	t.Helper()
+	return sizeOf(t, addr, "Rss:"), mapping(t, addr)["VmFlags:"]
+}
+
+// sizeOf is a size of the mapping that contains addr, in bytes.
+func sizeOf(t *testing.T, addr uint64, name string) int {
+	t.Helper()
+	f := mapping(t, addr)[name]
+	if len(f) != 2 || f[1] != "kB" {
+		t.Fatalf("%s of the mapping at %#x is %q", name, addr, f)
+	}
+	kb, err := strconv.Atoi(f[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kb << 10
+}
+
+// mapping has the words of what the kernel says of the mapping that contains addr, by their name;
+// nil: there is none.
+func mapping(t *testing.T, addr uint64) map[string][]string {
 	t.Helper()
 	text, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := false
+	var found map[string][]string
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
-		if lo, hi, ok := strings.Cut(f[0], "-"); ok {
+		lo, hi, ok := strings.Cut(f[0], "-")
+		switch {
+		case ok && found != nil:
+			return found
+		case ok:
 			l, errL := strconv.ParseUint(lo, 16, 64)
 			h, errH := strconv.ParseUint(hi, 16, 64)
-			in = errL == nil && errH == nil && l <= addr && addr < h
-			continue
-		}
-		switch {
-		case in && f[0] == "Rss:":
-			kb, err := strconv.Atoi(f[1])
-			if err != nil {
-				t.Fatal(err)
+			if errL == nil && errH == nil && l <= addr && addr < h {
+				found = map[string][]string{}
 			}
-			rss = kb << 10
-		case in && f[0] == "VmFlags:":
-			return rss, f[1:]
+		case found != nil:
+			found[f[0]] = f[1:]
 		}
 	}
-	t.Fatalf("no mapping contains %#x", addr)
-	return 0, nil
+	return found
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -75,6 +76,11 @@ func TestDeviceOn(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 3 { // an unused entry cannot be read
+		if err := os.Mkdir(filepath.Join(dir, "mlx5_1/ports/2/gid_attrs/ndevs", strconv.Itoa(i)), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"hash/crc32"
 	"math/bits"
 	"net/netip"
+	"sync"
 )
 
 // The invariant CRC (IBTA 7.8.1, A17.3.3) is a CRC-32 over eight bytes of ones, the IP
@@ -127,9 +128,10 @@ func feedZeros(s uint32, n int) uint32 {
 
 // takeZeros reverses feedZeros, for 0 ≤ n < 1<<16.
 func takeZeros(s uint32, n int) uint32 {
+	maps := takes()
 	for i := 0; n != 0; i, n = i+1, n>>1 {
 		if n&1 != 0 {
-			s = takes[i].apply(s)
+			s = maps[i].apply(s)
 		}
 	}
 	return s
@@ -157,12 +159,14 @@ func makeLinear(f func(uint32) uint32) *linear {
 	return &l
 }
 
-// takes holds the maps that remove 1<<i zero bytes.
-var takes = func() (t [16]*linear) {
+// takes returns the maps that remove 1<<i zero bytes. They are made when the first packet has another
+// identification than was guessed, because they would make each start of a program longer.
+var takes = sync.OnceValue(func() *[16]*linear {
 	var byTop [256]uint32
 	for i, v := range crc32.IEEETable {
 		byTop[v>>24] = uint32(i)
 	}
+	var t [16]*linear
 	t[0] = makeLinear(func(s uint32) uint32 {
 		i := byTop[s>>24]
 		return (s^crc32.IEEETable[i])<<8 | i
@@ -170,5 +174,5 @@ var takes = func() (t [16]*linear) {
 	for i := range t[1:] {
 		t[i+1] = makeLinear(func(s uint32) uint32 { return t[i].apply(t[i].apply(s)) })
 	}
-	return t
-}()
+	return &t
+})

@@ -15,7 +15,7 @@ type exposition struct {
 	labels []string // server and nqn
 }
 
-func (e *exposition) add(m metric, value float64, labels ...string) {
+func (e *exposition) add(m *metric, value float64, labels ...string) {
 	v, err := prometheus.NewConstMetric(m.Desc, m.kind, value, append(slices.Clip(e.labels), labels...)...)
 	if err != nil {
 		v = prometheus.NewInvalidMetric(m.Desc, err)
@@ -24,7 +24,7 @@ func (e *exposition) add(m metric, value float64, labels ...string) {
 }
 
 // addHistogram sends a histogram. d has no buckets if no request was timed.
-func (e *exposition) addHistogram(m metric, d control.Durations, bounds []float64, labels ...string) {
+func (e *exposition) addHistogram(m *metric, d control.Durations, bounds []float64, labels ...string) {
 	buckets := make(map[float64]uint64, len(bounds))
 	n := uint64(0)
 	for i, bound := range bounds {

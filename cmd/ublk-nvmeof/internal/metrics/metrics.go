@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"unicode"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -26,30 +27,40 @@ const prefix = "ublk_nvmeof_"
 
 // metric is one metric of this package.
 type metric struct {
-	*prometheus.Desc
-	kind prometheus.ValueType
+	*prometheus.Desc // nil before describe
+	kind             prometheus.ValueType
+	name, help       string
+	labels           []string
 }
 
 // all has every metric of this package.
-var all []metric
+var all []*metric
 
-// define defines a metric. Each one has the labels server and nqn.
-func define(kind prometheus.ValueType, name, help string, labels ...string) metric {
-	m := metric{prometheus.NewDesc(prefix+name, help, append([]string{"server", "nqn"}, labels...), nil), kind}
+// define defines a metric.
+func define(kind prometheus.ValueType, name, help string, labels ...string) *metric {
+	m := &metric{kind: kind, name: name, help: help, labels: labels}
 	all = append(all, m)
 	return m
 }
 
-func counter(name, help string, labels ...string) metric {
+// describe describes all metrics, once they are needed: to do so takes a part of each start of the
+// program. Each metric has the labels server and nqn.
+var describe = sync.OnceFunc(func() {
+	for _, m := range all {
+		m.Desc = prometheus.NewDesc(prefix+m.name, m.help, append([]string{"server", "nqn"}, m.labels...), nil)
+	}
+})
+
+func counter(name, help string, labels ...string) *metric {
 	return define(prometheus.CounterValue, name, help, labels...)
 }
 
-func gauge(name, help string, labels ...string) metric {
+func gauge(name, help string, labels ...string) *metric {
 	return define(prometheus.GaugeValue, name, help, labels...)
 }
 
 // histogram defines a histogram.
-func histogram(name, help string, labels ...string) metric {
+func histogram(name, help string, labels ...string) *metric {
 	return define(prometheus.UntypedValue, name, help, labels...)
 }
 
@@ -147,8 +158,9 @@ var operations = []string{"read", "write", "flush", "discard", "write_zeroes"}
 // collector collects the metrics of servers.
 type collector func() []control.Status
 
-// Describe implements prometheus.Collector.
+// Describe implements prometheus.Collector. A registry calls it before it collects anything.
 func (c collector) Describe(out chan<- *prometheus.Desc) {
+	describe()
 	for _, m := range all {
 		out <- m.Desc
 	}
@@ -180,17 +192,25 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 
 // Handler answers the scrapes of one server. It adds the metrics of its process.
 func Handler(status func() control.Status) http.Handler {
-	r := registry(func() []control.Status { return []control.Status{status()} })
-	r.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return handler(r)
+	return handler(func() *prometheus.Registry {
+		r := registry(func() []control.Status { return []control.Status{status()} })
+		r.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+		return r
+	})
 }
 
 // HandlerOfAll answers scrapes with the metrics of several servers.
-func HandlerOfAll(servers func() []control.Status) http.Handler { return handler(registry(servers)) }
+func HandlerOfAll(servers func() []control.Status) http.Handler {
+	return handler(func() *prometheus.Registry { return registry(servers) })
+}
 
-func handler(r *prometheus.Registry) http.Handler {
-	// Compression would take a fifth of the CPU time of a scrape, on a machine that needs it for I/O.
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{DisableCompression: true})
+// handler answers scrapes. The first one makes the registry.
+func handler(registry func() *prometheus.Registry) http.Handler {
+	made := sync.OnceValue(func() http.Handler {
+		// Compression would take a fifth of the CPU time of a scrape, on a machine that needs it for I/O.
+		return promhttp.HandlerFor(registry(), promhttp.HandlerOpts{DisableCompression: true})
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { made().ServeHTTP(w, r) })
 }
 
 // Write writes the metrics of servers in the text format.

@@ -219,14 +219,13 @@ func describeRecord(ns namespace, d state.Device) state.Device {
 
 // keptBy returns the records of other dead servers, which may still be recovered.
 func (s *server) keptBy(has func(state.Record) bool) ([]state.Record, error) {
-	records, err := s.cfg.Dir.List()
+	records, err := s.cfg.Dir.Others(s.record.state().Name)
 	if err != nil {
 		return nil, err
 	}
-	own := s.record.state().Name
 	var kept []state.Record
 	for _, r := range records {
-		if r.Err == nil && !r.Alive && r.Name != own && has(r) {
+		if r.Err == nil && !r.Alive && has(r) {
 			kept = append(kept, r)
 		}
 	}

@@ -15,6 +15,9 @@ import (
 // reachable returns the first of the target's addresses that has a route, or the first
 // address if none has.
 func (s *server) reachable(addresses []netip.AddrPort) netip.AddrPort {
+	if len(addresses) == 1 {
+		return addresses[0]
+	}
 	for _, a := range addresses {
 		if _, err := s.back.route(a, s.opts.SourceAddr); err == nil {
 			return a

@@ -22,6 +22,7 @@ import (
 	"ublk-nvmeof/initiator"
 	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
+	"ublk-nvmeof/process"
 	"ublk-nvmeof/rdma/provider"
 )
 
@@ -193,6 +194,7 @@ func run(ctx context.Context, cfg Config, back backend) error {
 	s.changes <- struct{}{}
 	if err == nil {
 		err = s.announce()
+		_ = process.UseHugePages() // the start is over; the server works without them
 	}
 	stopWatching := s.keepWatch(ctx)
 	defer stopWatching()

@@ -286,13 +286,19 @@ func (r Record) Socket() string { return filepath.Join(r.dir, socketFile) }
 func (r Record) Log() string { return filepath.Join(r.dir, logFile) }
 
 // List returns the records of all servers, in the order of their names.
-func (d Dir) List() ([]Record, error) {
+func (d Dir) List() ([]Record, error) { return d.Others("") }
+
+// Others returns the records of all servers but the named one, in the order of their names.
+func (d Dir) Others(own string) ([]Record, error) {
 	names, err := rundir.Numbered(string(d), namePrefix)
 	if err != nil {
 		return nil, fmt.Errorf("list servers: %w", err)
 	}
 	var records []Record
 	for _, name := range names {
+		if name == own {
+			continue
+		}
 		r, err := d.Find(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // just made, or just removed

@@ -66,6 +66,19 @@ func deadProcess(t *testing.T) Process {
 	return p
 }
 
+// TestOthers: a server that looks for others does not read its own record.
+func TestOthers(t *testing.T) {
+	d := Dir(filepath.Join(t.TempDir(), "run"))
+	own, other := reserve(t, d, lab), reserve(t, d, Target{Address: lab.Address, NQN: "nqn.other", HostNQN: lab.HostNQN})
+	if err := os.WriteFile(filepath.Join(own.dir, stateFile), []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := d.Others(own.Name)
+	if err != nil || len(got) != 1 || got[0].Name != other.Name || got[0].Err != nil {
+		t.Errorf("%v, %v; want %s", got, err, other.Name)
+	}
+}
+
 func TestLife(t *testing.T) {
 	d := Dir(filepath.Join(t.TempDir(), "run"))
 	if got := list(t, d); got != nil {
