@@ -261,7 +261,7 @@ func (x *export) Resize(ctx context.Context, sectors uint64) error {
 func (x *export) SetReadOnly(bool) error { return nil }
 
 // HandOver implements device.
-func (x *export) HandOver(context.Context) error {
+func (x *export) HandOver(context.Context, string) error {
 	return fmt.Errorf("hand over %s: %w", x.record.Path(), errors.ErrUnsupported)
 }
 

@@ -23,6 +23,7 @@ import (
 	"ublk-nvmeof/internal/loglimit"
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/rdma/provider"
+	"ublk-nvmeof/vhost"
 )
 
 // Config configures Run.
@@ -109,6 +110,8 @@ type server struct {
 	// Until all of them are served, none is ended, so that they can wait for the
 	// next server.
 	waiting []state.Device
+	// handed holds the sessions of front ends of these devices, by socket.
+	handed map[string]*vhost.Session
 	// recovering is set when the takeover of the first of these devices begins, and tookOver
 	// when that of the last one has ended.
 	recovering, tookOver bool
