@@ -38,7 +38,7 @@ func newLab(t *testing.T) *lab {
 
 func (l *lab) target(to Endpoint, nqns ...string) *target.Target {
 	l.t.Helper()
-	tg, err := target.New(target.Config{Provider: l.fabric.Provider(to.Address.Addr()), AddrPort: to.Address})
+	tg, err := target.New(target.Config{})
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -47,6 +47,9 @@ func (l *lab) target(to Endpoint, nqns ...string) *target.Target {
 			l.t.Error(err)
 		}
 	})
+	if _, err := tg.AddPorts(target.PortConfig{Provider: l.fabric.Provider(to.Address.Addr()), Addr: to.Address}); err != nil {
+		l.t.Fatal(err)
+	}
 	for _, nqn := range nqns {
 		if _, err := tg.AddSubsystem(target.SubsystemConfig{NQN: nqn, AllowAny: true}); err != nil {
 			l.t.Fatal(err)
@@ -148,11 +151,14 @@ func TestOpenOther(t *testing.T) {
 func TestOpenUnique(t *testing.T) {
 	const own = "nqn.2026-01.org.example:services"
 	l := newLab(t)
-	tg, err := target.New(target.Config{Provider: l.fabric.Provider(at(1).Address.Addr()), AddrPort: at(1).Address, DiscoveryNQN: own})
+	tg, err := target.New(target.Config{DiscoveryNQN: own})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tg.Close()
+	if _, err := tg.AddPorts(target.PortConfig{Provider: l.fabric.Provider(at(1).Address.Addr()), Addr: at(1).Address}); err != nil {
+		t.Fatal(err)
+	}
 	l.target(at(2))
 	for _, c := range []struct {
 		to        Endpoint

@@ -31,11 +31,14 @@ const testNQN = "nqn.2026-01.org.example:disk"
 func newNamespace(t testing.TB, size int64) (*initiator.Namespace, []*poller.Loop) {
 	t.Helper()
 	fabric := rdmatest.NewFabric()
-	tgt, err := target.New(target.Config{Provider: fabric.Provider(targetAddr), AddrPort: netip.AddrPortFrom(targetAddr, 4420)})
+	tgt, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tgt.Close() })
+	if _, err := tgt.AddPorts(target.PortConfig{Provider: fabric.Provider(targetAddr), Addr: netip.AddrPortFrom(targetAddr, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: testNQN, AllowAny: true})
 	if err != nil {
 		t.Fatal(err)

@@ -43,10 +43,13 @@ func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, fabric: rdmatest.NewFabric()}
 	var err error
-	if w.target, err = target.New(target.Config{Provider: w.fabric.Provider(targetAddr), AddrPort: netip.AddrPortFrom(targetAddr, DefaultPort)}); err != nil {
+	if w.target, err = target.New(target.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.target.Close() })
+	if _, err := w.target.AddPorts(target.PortConfig{Provider: w.fabric.Provider(targetAddr), Addr: netip.AddrPortFrom(targetAddr, DefaultPort)}); err != nil {
+		t.Fatal(err)
+	}
 	if w.sub, err = w.target.AddSubsystem(target.SubsystemConfig{NQN: testNQN, AllowAny: true}); err != nil {
 		t.Fatal(err)
 	}
@@ -642,7 +645,7 @@ func TestStates(t *testing.T) {
 func TestPaths(t *testing.T) {
 	w := newWorld(t)
 	for _, port := range []uint16{4421, 4422} {
-		if _, err := w.target.AddPort(nil, netip.AddrPortFrom(targetAddr, port)); err != nil {
+		if _, err := w.target.AddPorts(target.PortConfig{Provider: w.fabric.Provider(targetAddr), Addr: netip.AddrPortFrom(targetAddr, port)}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -745,11 +748,14 @@ func TestSharedProvider(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer own.Close()
-	tgt, err := target.New(target.Config{Provider: own, AddrPort: netip.AddrPortFrom(at, DefaultPort)})
+	tgt, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tgt.Close()
+	if _, err := tgt.AddPorts(target.PortConfig{Provider: own, Addr: netip.AddrPortFrom(at, DefaultPort)}); err != nil {
+		t.Fatal(err)
+	}
 	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: testNQN, AllowAny: true})
 	if err != nil {
 		t.Fatal(err)

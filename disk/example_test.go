@@ -18,12 +18,16 @@ import (
 func Example() {
 	addr := netip.MustParseAddrPort("192.0.2.1:4420")
 	fabric := rdmatest.NewFabric()
-	t, err := target.New(target.Config{Provider: fabric.Provider(addr.Addr()), AddrPort: addr})
+	t, err := target.New(target.Config{})
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
 	defer t.Close()
+	if _, err := t.AddPorts(target.PortConfig{Provider: fabric.Provider(addr.Addr()), Addr: addr}); err != nil {
+		fmt.Println(err)
+		return
+	}
 	s, err := t.AddSubsystem(target.SubsystemConfig{NQN: "nqn.2026-01.org.example:disk", AllowAny: true})
 	if err != nil {
 		fmt.Println(err)
@@ -73,12 +77,16 @@ func ExampleOpenURL() {
 func ExampleBatch() {
 	addr := netip.MustParseAddrPort("192.0.2.1:4420")
 	fabric := rdmatest.NewFabric()
-	t, err := target.New(target.Config{Provider: fabric.Provider(addr.Addr()), AddrPort: addr})
+	t, err := target.New(target.Config{})
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
 	defer t.Close()
+	if _, err := t.AddPorts(target.PortConfig{Provider: fabric.Provider(addr.Addr()), Addr: addr}); err != nil {
+		fmt.Println(err)
+		return
+	}
 	s, err := t.AddSubsystem(target.SubsystemConfig{NQN: "nqn.2026-01.org.example:disk", AllowAny: true})
 	if err != nil {
 		fmt.Println(err)

@@ -46,7 +46,7 @@ func TestConformance(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			blocktest.Test(t, func(t *testing.T) blocktest.Backend {
 				fabric := rdmatest.NewFabric()
-				cfg := target.Config{Provider: fabric.Provider(targetAddr), AddrPort: netip.AddrPortFrom(targetAddr, 4420)}
+				var cfg target.Config
 				sub := target.SubsystemConfig{NQN: fakeNQN, AllowAny: true}
 				ns := target.NamespaceConfig{Store: target.NewRAM(8 << 20)}
 				paths := set(&cfg, &sub, &ns)
@@ -62,8 +62,9 @@ func TestConformance(t *testing.T) {
 				if _, err := s.AddNamespace(ns); err != nil {
 					t.Fatal(err)
 				}
-				if paths > 1 {
-					if _, err := tgt.AddPort(nil, netip.AddrPortFrom(targetAddr, 4421)); err != nil {
+				for port := range uint16(paths) {
+					at := target.PortConfig{Provider: fabric.Provider(targetAddr), Addr: netip.AddrPortFrom(targetAddr, 4420+port)}
+					if _, err := tgt.AddPorts(at); err != nil {
 						t.Fatal(err)
 					}
 				}

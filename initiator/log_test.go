@@ -87,11 +87,14 @@ func TestReadLogAtTheEnd(t *testing.T) {
 // changes, and comes back.
 func TestDiscoveryController(t *testing.T) {
 	fabric := rdmatest.NewFabric()
-	tg, err := target.New(target.Config{Provider: fabric.Provider(targetAddr), AddrPort: netip.AddrPortFrom(targetAddr, 4420)})
+	tg, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tg.Close()
+	if _, err := tg.AddPorts(target.PortConfig{Provider: fabric.Provider(targetAddr), Addr: netip.AddrPortFrom(targetAddr, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	changes := make(chan struct{}, 100)
 	cfg := testConfig(fabric.Provider(hostAddr), nil, poller.Request{})
 	cfg.SubNQN, cfg.Discovery, cfg.KeepAlive = nvme.DiscoveryNQN, true, 0

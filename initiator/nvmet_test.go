@@ -59,7 +59,7 @@ func TestNvmet(t *testing.T) {
 // the real one, which takes lists of descriptors.
 func TestBesideNvmet(t *testing.T) {
 	provider, addr, _ := nvmet(t)
-	tgt, err := target.New(target.Config{Provider: provider, AddrPort: netip.AddrPortFrom(addr.Addr(), 0)})
+	tgt, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,9 +71,13 @@ func TestBesideNvmet(t *testing.T) {
 	if _, err := sub.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(16 << 20)}); err != nil {
 		t.Fatal(err)
 	}
+	ports, err := tgt.AddPorts(target.PortConfig{Provider: provider, Addr: netip.AddrPortFrom(addr.Addr(), 0)})
+	if err != nil {
+		t.Fatal(err)
+	}
 	loops := newLoops(t, 1)
 	cfg := testConfig(provider, loops, poller.Request{IO: 1})
-	cfg.Address, cfg.AdminTimeout, cfg.IOTimeout = tgt.Addr(), 0, 0
+	cfg.Address, cfg.AdminTimeout, cfg.IOTimeout = ports[0].Addr(), 0, 0
 	c := connect(t, cfg)
 	ns := c.Namespaces()[0]
 	f := newFrontEnd(t, ns, loops, 64, 256<<10, 5)

@@ -49,23 +49,29 @@ func newHall(t testing.TB, ports int, separate bool, set func(*target.Config, *t
 	h := &hall{t: t, fabric: rdmatest.NewFabric(), loops: newLoops(t, 1), uuid: nvme.NewUUID()}
 	store := target.NewRAM(1 << 20)
 	for n := range ports {
-		provider, at := h.fabric.Provider(portAddr(n)), netip.AddrPortFrom(portAddr(n), 4420)
 		if n > 0 && !separate {
-			p, err := h.targets[0].AddPort(provider, at)
-			if err != nil {
-				t.Fatal(err)
-			}
-			h.ports = append(h.ports, p)
+			h.addPort(h.targets[0], n)
 			continue
 		}
-		cfg := target.Config{Provider: provider, AddrPort: at, MinControllerID: uint16(1 + 1000*n), MaxControllerID: uint16(1000 + 1000*n)}
+		cfg := target.Config{MinControllerID: uint16(1 + 1000*n), MaxControllerID: uint16(1000 + 1000*n)}
 		ns := target.NamespaceConfig{NSID: 1, Store: store, UUID: h.uuid}
 		if set != nil {
 			set(&cfg, &ns)
 		}
 		h.open(cfg, ns)
+		h.addPort(h.targets[n], n)
 	}
 	return h
+}
+
+// addPort makes a target listen on the n-th address.
+func (h *hall) addPort(tg *target.Target, n int) {
+	h.t.Helper()
+	p, err := tg.AddPorts(target.PortConfig{Provider: h.fabric.Provider(portAddr(n)), Addr: netip.AddrPortFrom(portAddr(n), 4420)})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.ports = append(h.ports, p...)
 }
 
 func (h *hall) open(cfg target.Config, ns target.NamespaceConfig) {
@@ -83,7 +89,7 @@ func (h *hall) open(cfg target.Config, ns target.NamespaceConfig) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	h.targets, h.subs, h.disks, h.ports = append(h.targets, tg), append(h.subs, sub), append(h.disks, disk), append(h.ports, tg.Ports()...)
+	h.targets, h.subs, h.disks = append(h.targets, tg), append(h.subs, sub), append(h.disks, disk)
 }
 
 func (h *hall) path(n int) Path {
@@ -768,7 +774,7 @@ func TestOtherStorage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := newHall(t, 1, false, nil)
 			s := h.connect(nil)
-			cfg := target.Config{Provider: h.fabric.Provider(portAddr(1)), AddrPort: netip.AddrPortFrom(portAddr(1), 4420)}
+			var cfg target.Config
 			ns := target.NamespaceConfig{NSID: 1, Store: target.NewRAM(1 << 20), UUID: h.uuid}
 			sub := target.SubsystemConfig{NQN: fakeNQN, AllowAny: true}
 			c.set(&cfg, &ns, &sub)
@@ -784,6 +790,7 @@ func TestOtherStorage(t *testing.T) {
 			if _, err := added.AddNamespace(ns); err != nil {
 				t.Fatal(err)
 			}
+			h.addPort(tg, 1)
 			if _, err := s.AddPath(t.Context(), h.path(1)); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("error %v, want %q", err, c.want)
 			}
@@ -1354,23 +1361,23 @@ func TestRoCEPaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	port, err := w.target.AddPort(p, netip.AddrPortFrom(addr, 4420))
+	ports, err := w.target.AddPorts(target.PortConfig{Provider: p, Addr: netip.AddrPortFrom(addr, 4420)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer port.Close()
+	defer ports[0].Close()
 	loops := newLoops(t, 1)
 	cfg := w.config(loops, poller.Request{IO: 1})
 	s := connect(t, cfg)
 	defer closeSubsystem(t, s)
-	if _, err := s.AddPath(t.Context(), Path{Provider: w.host, Address: port.Addr()}); err != nil {
+	if _, err := s.AddPath(t.Context(), Path{Provider: w.host, Address: ports[0].Addr()}); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "the vouching", func() bool {
 		i := s.Info()
 		return len(i.Paths[0].Vouched) == 1 && len(i.Paths[1].Vouched) == 1
 	})
-	ports := w.target.Ports()
+	ports = w.target.Ports()
 	f := newFrontEnd(t, s.Namespaces()[0], loops, 16, 64<<10, 21)
 	f.start(8000)
 	for n := range 8 {

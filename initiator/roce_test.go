@@ -50,7 +50,6 @@ func newWire(t testing.TB, cfg target.Config, ns target.NamespaceConfig) *wire {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Provider, cfg.AddrPort = p, netip.AddrPortFrom(addr, 4420)
 	if w.target, err = target.New(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -71,13 +70,16 @@ func newWire(t testing.TB, cfg target.Config, ns target.NamespaceConfig) *wire {
 	if w.ns, err = w.sub.AddNamespace(ns); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := w.target.AddPorts(target.PortConfig{Provider: p, Addr: netip.AddrPortFrom(addr, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	return w
 }
 
 // config is testConfig for the wire.
 func (w *wire) config(loops []*poller.Loop, q poller.Request) Config {
 	cfg := testConfig(nil, loops, q)
-	cfg.Provider, cfg.Address = w.host, w.target.Addr()
+	cfg.Provider, cfg.Address = w.host, w.target.Ports()[0].Addr()
 	cfg.ReconnectDelay = 10 * time.Millisecond
 	return cfg
 }

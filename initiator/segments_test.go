@@ -312,8 +312,8 @@ func TestSegmentsAfterRestart(t *testing.T) {
 	for _, limit := range []int{16, 1, 4} {
 		if limit != 16 {
 			h.targets[len(h.targets)-1].Close()
-			cfg := target.Config{Provider: h.fabric.Provider(portAddr(0)), AddrPort: netip.AddrPortFrom(portAddr(0), 4420), MaxDescriptors: limit}
-			h.open(cfg, target.NamespaceConfig{NSID: 1, Store: store, UUID: h.uuid})
+			h.open(target.Config{MaxDescriptors: limit}, target.NamespaceConfig{NSID: 1, Store: store, UUID: h.uuid})
+			h.addPort(h.targets[len(h.targets)-1], 0)
 		}
 		r := p.request(q, block.OpWrite, 16)
 		if e := submit(t, h.loops[0], q, r); e != 0 {

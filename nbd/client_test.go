@@ -83,6 +83,11 @@ func newServer(t testing.TB, cfg Config) (s *Server, path string) {
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	t.Cleanup(func() {
+		for _, x := range cfg.Exports {
+			if g, ok := x.Device.(*gate); ok {
+				g.open() // a test that failed may have left it shut, and Stop waits for the requests
+			}
+		}
 		if err := s.Stop(testContext(t), true); err != nil {
 			t.Error(err)
 		}

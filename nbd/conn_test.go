@@ -315,7 +315,15 @@ func await(t testing.TB, what string, cond func() bool) {
 func TestDisconnectMidRequest(t *testing.T) {
 	g := newGate(t, block.Geometry{})
 	s, path := newServer(t, Config{Exports: []Export{{Device: g}}, Loops: g.loops, Depth: 16})
-	gone := func() { await(t, "end of all connections", func() bool { return slices.Max(s.Connections()) == 0 }) }
+	// A client has the answer to its negotiation before the server serves it.
+	served := func(t *testing.T) *client {
+		c := connect(t, path, "", false)
+		await(t, "the client's service", func() bool { return slices.Max(s.Connections()) == 1 })
+		return c
+	}
+	gone := func(t *testing.T) {
+		await(t, "end of all connections", func() bool { return slices.Max(s.Connections()) == 0 })
+	}
 	write := request{magic: magicRequest, kind: cmdWrite, length: 600 << 10}
 	for name, b := range map[string][]byte{
 		"between requests": nil,
@@ -325,35 +333,37 @@ func TestDisconnectMidRequest(t *testing.T) {
 		"in refused data":  append(requestBytes(request{magic: magicRequest, kind: cmdWrite, offset: 1, length: 2048}), make([]byte, 1000)...),
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := connect(t, path, "", false)
+			c := served(t)
 			c.send(b)
 			_ = c.Close()
-			gone()
+			gone(t)
 		})
 	}
 	t.Run("in flight", func(t *testing.T) {
 		g.shut.Store(true)
-		c := connect(t, path, "", false)
+		defer g.open() // if it fails
+		c := served(t)
 		for range 8 {
 			c.ask(request{kind: cmdRead, length: 4096}, nil)
 		}
 		await(t, "8 requests", func() bool { return g.inside.Load() == 8 })
 		_ = c.Close()
 		g.open()
-		gone()
+		gone(t)
 	})
 	t.Run("in a reply", func(t *testing.T) {
-		c := connect(t, path, "", false)
+		c := served(t)
 		for range 100 {
 			c.ask(request{kind: cmdRead, length: 1 << 20}, nil)
 		}
 		c.read(1 << 20)
 		_ = c.Close()
-		gone()
+		gone(t)
 	})
 	t.Run("a request to disconnect is answered last", func(t *testing.T) {
 		g.shut.Store(true)
-		c := connect(t, path, "", false)
+		defer g.open() // if it fails
+		c := served(t)
 		c.ask(request{kind: cmdRead, length: 512}, nil)
 		c.ask(request{kind: cmdDisc}, nil)
 		await(t, "the request", func() bool { return g.inside.Load() == 1 })
@@ -363,7 +373,7 @@ func TestDisconnectMidRequest(t *testing.T) {
 		}
 		c.read(512)
 		c.closed()
-		gone()
+		gone(t)
 	})
 }
 

@@ -52,10 +52,12 @@ const (
 
 // DeviceConfig configures the device that Start makes.
 type DeviceConfig struct {
+	// Server serves the requests of the kernel. Required.
+	Server *Server
 	// Index is the number N of /dev/nbdN, or -1 for a free number of the kernel's
 	// choice.
 	Index int
-	// Export is the name of the export.
+	// Export is the name of the export of the server.
 	Export string
 	// Connections is the number of sockets between the kernel and the server,
 	// 1..1024. Zero means one for each loop.
@@ -107,7 +109,11 @@ type Device struct {
 //
 // Errors (errors.Is): ErrNoDriver, ErrPermission, ErrTaken, the cause of ctx, and errors
 // of the system.
-func (s *Server) Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
+func Start(ctx context.Context, cfg DeviceConfig) (*Device, error) {
+	s := cfg.Server
+	if s == nil {
+		return nil, errors.New("start NBD device: no server")
+	}
 	e := s.find(cfg.Export)
 	if e == nil {
 		return nil, fmt.Errorf("start NBD device: no export %q", cfg.Export)

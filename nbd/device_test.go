@@ -38,7 +38,8 @@ func requireKernel(t testing.TB) {
 // startDevice makes a device. It is stopped by force at the end of the test.
 func startDevice(t testing.TB, s *Server, cfg DeviceConfig) *Device {
 	t.Helper()
-	d, err := s.Start(testContext(t), cfg)
+	cfg.Server = s
+	d, err := Start(testContext(t), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +81,7 @@ func TestKernelDevice(t *testing.T) {
 			t.Errorf("%s: %s, want %s", name, got, want)
 		}
 	}
-	if _, err := s.Start(testContext(t), DeviceConfig{Index: d.Index(), Export: "ro"}); !errors.Is(err, ErrTaken) {
+	if _, err := Start(testContext(t), DeviceConfig{Server: s, Index: d.Index(), Export: "ro"}); !errors.Is(err, ErrTaken) {
 		t.Errorf("the same number again: %v", err)
 	}
 	ro := startDevice(t, s, DeviceConfig{Index: d.Index() + 1, Export: "ro"})
@@ -303,7 +304,7 @@ func TestDisconnected(t *testing.T) {
 func TestKernelOrder(t *testing.T) {
 	requireKernel(t)
 	s, l, _ := plainServer(t, newRAM(t, block.Geometry{}))
-	d, err := s.Start(testContext(t), DeviceConfig{Index: -1})
+	d, err := Start(testContext(t), DeviceConfig{Server: s, Index: -1})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,5 @@
 // Package nbd serves block devices with the NBD protocol, to any client on a unix or TCP
-// socket (Server), and as /dev/nbdN through the kernel's client (Server.Start).
+// socket (Server), and as /dev/nbdN through the kernel's client (Start).
 //
 // The specification is doc/proto.md of the NBD project. The package implements the
 // fixed newstyle negotiation with its options ABORT, LIST, INFO, GO, EXPORT_NAME,

@@ -81,7 +81,7 @@ func TestStopTwice(t *testing.T) {
 	if err := s.Serve(nl); !errors.Is(err, ErrStopped) {
 		t.Errorf("serve: %v", err)
 	}
-	if _, err := s.Start(testContext(t), DeviceConfig{Index: -1}); err == nil {
+	if _, err := Start(testContext(t), DeviceConfig{Server: s, Index: -1}); err == nil {
 		t.Error("start: no error")
 	}
 	if st := s.Snapshot("a"); st != (block.Stats{}) {

@@ -12,10 +12,7 @@ import (
 // queues until the test changes that.
 func Example() {
 	addr := netip.MustParseAddrPort("192.0.2.1:4420")
-	t, err := target.New(target.Config{
-		Provider: rdmatest.NewFabric().Provider(addr.Addr()),
-		AddrPort: addr,
-	})
+	t, err := target.New(target.Config{})
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -31,6 +28,11 @@ func Example() {
 		fmt.Println(err)
 		return
 	}
-	fmt.Println(t.Addr(), s.NQN(), ns.NSID())
+	ports, err := t.AddPorts(target.PortConfig{Provider: rdmatest.NewFabric().Provider(addr.Addr()), Addr: addr})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(ports[0].Addr(), s.NQN(), ns.NSID())
 	// Output: 192.0.2.1:4420 nqn.2026-01.org.example:disk 1
 }

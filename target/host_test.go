@@ -40,8 +40,6 @@ type rig struct {
 func newRig(t testing.TB, cfg Config, sub SubsystemConfig) *rig {
 	t.Helper()
 	r := &rig{t: t, fabric: rdmatest.NewFabric(), hostID: hostID}
-	cfg.Provider = r.fabric.Provider(targetAddr)
-	cfg.AddrPort = netip.AddrPortFrom(targetAddr, 4420)
 	r.host = r.fabric.Provider(hostAddr)
 	var err error
 	if r.target, err = New(cfg); err != nil {
@@ -55,6 +53,9 @@ func newRig(t testing.TB, cfg Config, sub SubsystemConfig) *rig {
 			t.Errorf("objects are left: %+v", left)
 		}
 	})
+	if _, err := r.target.AddPorts(PortConfig{r.fabric.Provider(targetAddr), netip.AddrPortFrom(targetAddr, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	sub.NQN = testNQN
 	if sub.AllowHosts == nil {
 		sub.AllowAny = true

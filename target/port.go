@@ -20,40 +20,75 @@ type Port struct {
 	listener rdma.Listener
 }
 
-// AddPort makes the target listen on another address. If provider is nil, it is the one of
-// the target.
-func (t *Target) AddPort(provider rdma.Provider, addr netip.AddrPort) (*Port, error) {
-	if provider == nil {
-		provider = t.cfg.Provider
-	}
-	l, err := provider.Listen(addr, backlog)
+// PortConfig describes a Port.
+type PortConfig struct {
+	Provider rdma.Provider
+	Addr     netip.AddrPort // the address to listen on; port 0: any free port
+}
+
+// AddPorts makes the target listen on addresses. Hosts can connect once it listens on all of
+// them, so that the first host finds all ports. After an error, which is one of a provider or
+// about the number of ports, none of them is added. Subsystems and namespaces that a host is
+// to find at once must be there before.
+func (t *Target) AddPorts(cfgs ...PortConfig) ([]*Port, error) {
+	added, err := t.listen(cfgs)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("add port: %w", err)
 	}
-	p := &Port{target: t, listener: l}
-	t.mu.Lock()
-	p.index = -1
-	for i := range t.ports {
-		if t.ports[i] == nil && p.index < 0 {
-			p.index = i
-		}
-	}
-	if p.index < 0 || t.ctx.Err() != nil {
-		t.mu.Unlock()
-		return nil, errors.Join(fmt.Errorf("add port: the target has %d, which is the limit, or it is closed", MaxPorts), l.Close())
-	}
-	t.ports[p.index] = p
-	t.genctr++
-	started := t.started
-	t.mu.Unlock()
-	for _, s := range t.all() {
-		s.resetANA(p.index)
+	if err := t.accept(added); err != nil {
+		return nil, errors.Join(fmt.Errorf("add port: %w", err), closeListeners(added))
 	}
 	t.notifyDiscovery(anyHost)
-	if started {
-		t.running.Go(p.accept)
+	return added, nil
+}
+
+// listen makes ports that do not accept connections yet.
+func (t *Target) listen(cfgs []PortConfig) ([]*Port, error) {
+	var added []*Port
+	for _, cfg := range cfgs {
+		l, err := cfg.Provider.Listen(cfg.Addr, backlog)
+		if err != nil {
+			return nil, errors.Join(err, closeListeners(added))
+		}
+		added = append(added, &Port{target: t, listener: l})
 	}
-	return p, nil
+	return added, nil
+}
+
+func closeListeners(ports []*Port) error {
+	var errs []error
+	for _, p := range ports {
+		errs = append(errs, p.listener.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// accept numbers ports that listen, and begins to accept connections.
+func (t *Target) accept(added []*Port) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ctx.Err() != nil {
+		return errors.New("the target is closed")
+	}
+	var free []int
+	for i := range t.ports {
+		if t.ports[i] == nil {
+			free = append(free, i)
+		}
+	}
+	if len(added) > len(free) {
+		return fmt.Errorf("the target has %d ports of %d, and no room for %d more", MaxPorts-len(free), MaxPorts, len(added))
+	}
+	for n, p := range added {
+		p.index = free[n]
+		t.ports[p.index] = p
+		for _, s := range t.subsystems {
+			s.resetANA(p.index)
+		}
+		t.running.Go(p.accept) // before Close can wait
+	}
+	t.genctr++
+	return nil
 }
 
 // Ports returns the ports, in the order of their numbers.

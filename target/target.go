@@ -43,9 +43,7 @@ const (
 
 // Config describes a Target.
 type Config struct {
-	Provider rdma.Provider  // required
-	AddrPort netip.AddrPort // the address to listen on; port 0: any free port
-	Log      *slog.Logger   // nil: nothing is logged
+	Log *slog.Logger // nil: nothing is logged
 
 	InCapsule   int // bytes of in-capsule data on I/O queues, a multiple of 16 up to 16384; 0: 4096, negative: none
 	QueueSize   int // entries of the largest I/O queue, 16..1024; 0: 128
@@ -69,10 +67,6 @@ type Config struct {
 	// DiscoveryNQN is a name of the discovery subsystem beside the well-known one, which
 	// its controllers and its log give; empty: there is none.
 	DiscoveryNQN string
-
-	// Deferred makes connect requests wait until [Target.Start] is called, so that the
-	// first host finds all subsystems and namespaces.
-	Deferred bool
 
 	// QuiesceTime is the command quiesce time that controllers announce (CQT),
 	// whole milliseconds up to 65535; 0: not reported. The target does not enforce
@@ -99,9 +93,6 @@ type Config struct {
 }
 
 func (c *Config) setDefaults() error {
-	if c.Provider == nil {
-		return errors.New("config: no RDMA provider")
-	}
 	for _, f := range []struct {
 		field *int
 		value int
@@ -177,15 +168,12 @@ func (c *Config) setDefaults() error {
 // fits reports whether d can be written as a 16-bit number of units.
 func fits(d, unit time.Duration) bool { return d >= 0 && d%unit == 0 && d/unit <= math.MaxUint16 }
 
-// Target is an NVMe over Fabrics target. It listens on the address of its configuration, and
-// on those of further ports.
+// Target is an NVMe over Fabrics target. Hosts reach its subsystems over its ports.
 type Target struct {
 	cfg     Config
-	first   *Port
 	log     *slog.Logger // for events that hosts cause; limited in rate, so that hosts cannot fill a disk
 	faults  Faults
 	running sync.WaitGroup
-	start   sync.Once
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 
@@ -194,7 +182,6 @@ type Target struct {
 
 	mu         sync.Mutex // guards what follows
 	ports      [MaxPorts]*Port
-	started    bool // ports accept connections
 	subsystems map[string]*Subsystem
 	discovery  *Subsystem
 	referrals  []netip.AddrPort // in the discovery log
@@ -207,8 +194,8 @@ type Target struct {
 	refusals   map[string]uint64 // by reason
 }
 
-// New returns a target that listens on cfg.AddrPort and has only the discovery
-// subsystem. It fails if the configuration is wrong or the provider cannot listen.
+// New returns a target that has only the discovery subsystem, and no port. The error is about
+// the configuration.
 func New(cfg Config) (*Target, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -223,33 +210,8 @@ func New(cfg Config) (*Target, error) {
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.discovery = newSubsystem(t, SubsystemConfig{NQN: cfg.DiscoveryNQN, Serial: "discovery", Model: defaultModel, AllowAny: true})
 	t.discovery.discovery = true
-	var err error
-	if t.first, err = t.AddPort(cfg.Provider, cfg.AddrPort); err != nil {
-		t.cancel()
-		return nil, err
-	}
-	if !cfg.Deferred {
-		t.Start()
-	}
 	return t, nil
 }
-
-// Start begins to answer connect requests. Later calls do nothing.
-func (t *Target) Start() {
-	t.start.Do(func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.started = true
-		for _, p := range t.ports {
-			if p != nil {
-				t.running.Go(p.accept)
-			}
-		}
-	})
-}
-
-// Addr returns the address of the first port.
-func (t *Target) Addr() netip.AddrPort { return t.first.Addr() }
 
 // Discovery returns the discovery subsystem, which every host may use. Hosts with a
 // [HostAuth] must authenticate.

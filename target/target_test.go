@@ -3,7 +3,6 @@ package target
 import (
 	"bytes"
 	"errors"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -346,14 +345,10 @@ func TestConnectTimeout(t *testing.T) {
 func TestConfigErrors(t *testing.T) {
 	r := newRig(t, Config{}, SubsystemConfig{})
 	for _, cfg := range []Config{
-		{}, {InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000}, {MaxTransfer: 4096},
+		{InCapsule: 100}, {InCapsule: 1 << 20}, {QueueSize: 8}, {QueueSize: 4096}, {MaxTransfer: 5000}, {MaxTransfer: 4096},
 		{QuiesceTime: time.Minute + 6*time.Second}, {QuiesceTime: time.Microsecond}, {ANATransition: 256 * time.Second}, {ANATransition: time.Millisecond}, {MaxPerHost: -1}, {QueueMemory: -1}, {RetryDelays: [3]time.Duration{0, time.Millisecond}},
 		{MaxTransfer: 2 << 20}, {MaxConnections: -1}, {ConnectTimeout: -1},
 	} {
-		if cfg != (Config{}) {
-			cfg.Provider = r.fabric.Provider(targetAddr)
-		}
-		cfg.AddrPort = netip.AddrPortFrom(targetAddr, 0)
 		if bad, err := New(cfg); err == nil {
 			t.Errorf("%+v is accepted", cfg)
 			bad.Close()

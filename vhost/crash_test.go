@@ -418,7 +418,7 @@ func TestHandOver(t *testing.T) {
 	disk.await(t, 1)
 	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if err := s.HandOver(short); !errors.Is(err, context.DeadlineExceeded) {
+	if err := s.HandOver(short, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("hand over with a request in flight: %v", err)
 	}
 	if err := g.Connect(s2.path); err != nil {
@@ -429,7 +429,7 @@ func TestHandOver(t *testing.T) {
 	// Now without one in flight.
 	startWrite(r, 6, 1)
 	finish(t, r, 1)
-	if err := s2.HandOver(t.Context()); err != nil {
+	if err := s2.HandOver(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := g.Conn.AwaitEnd(); err != nil {

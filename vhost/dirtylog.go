@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"sync/atomic"
@@ -15,8 +16,10 @@ const logPage = 4096
 // dirtyLog is the log of written pages for a migration, one bit for each page of guest
 // addresses. The front end reads and clears it at the same time.
 type dirtyLog struct {
-	raw  []byte
-	bits []uint32
+	raw    []byte
+	bits   []uint32
+	offset uint64 // of raw in the file
+	file   int    // what is mapped, for the next server
 }
 
 // mapLog maps a log of size bytes at an offset of a file.
@@ -34,11 +37,15 @@ func mapLog(fd int, size, offset uint64) (*dirtyLog, error) {
 	case offset+size > uint64(st.Size):
 		return nil, fmt.Errorf("%d bytes from offset %d are beyond the end of the file, which has %d bytes", size, offset, st.Size)
 	}
+	file, err := duplicate(fd)
+	if err != nil {
+		return nil, err
+	}
 	raw, err := unix.Mmap(fd, int64(offset), int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, fmt.Errorf("map %d bytes: %w", size, err)
+		return nil, errors.Join(fmt.Errorf("map %d bytes: %w", size, err), unix.Close(file))
 	}
-	return &dirtyLog{raw, unsafe.Slice((*uint32)(unsafe.Pointer(&raw[0])), size/4)}, nil
+	return &dirtyLog{raw, unsafe.Slice((*uint32)(unsafe.Pointer(&raw[0])), size/4), offset, file}, nil
 }
 
 // mark logs a write of n > 0 bytes. It is called after the write. Pages that the log does
@@ -53,7 +60,7 @@ func (l *dirtyLog) mark(guest, n uint64) {
 }
 
 func (l *dirtyLog) unmap() error {
-	if err := unix.Munmap(l.raw); err != nil {
+	if err := errors.Join(unix.Munmap(l.raw), unix.Close(l.file)); err != nil {
 		return fmt.Errorf("unmap log: %w", err)
 	}
 	return nil

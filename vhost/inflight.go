@@ -32,6 +32,8 @@ type inflightArea struct {
 	mem      []byte
 	queues   int
 	ringSize int
+	desc     inflightDesc
+	file     int // what is mapped, for the next server
 }
 
 // newInflight makes the file of an area for the front end. The file cannot be made
@@ -81,16 +83,20 @@ func mapInflight(fd int, d inflightDesc) (*inflightArea, error) {
 	case d.offset+need > uint64(st.Size):
 		return nil, fmt.Errorf("%d bytes from offset %d are beyond the end of the file, which has %d bytes", need, d.offset, st.Size)
 	}
+	file, err := duplicate(fd)
+	if err != nil {
+		return nil, err
+	}
 	from := d.offset & (page - 1)
 	raw, err := unix.Mmap(fd, int64(d.offset-from), int(from+need), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, fmt.Errorf("map %d bytes: %w", need, err)
+		return nil, errors.Join(fmt.Errorf("map %d bytes: %w", need, err), unix.Close(file))
 	}
-	return &inflightArea{raw: raw, mem: raw[from : from+need], queues: int(d.queues), ringSize: int(d.ringSize)}, nil
+	return &inflightArea{raw: raw, mem: raw[from : from+need], queues: int(d.queues), ringSize: int(d.ringSize), desc: d, file: file}, nil
 }
 
 func (a *inflightArea) unmap() error {
-	if err := unix.Munmap(a.raw); err != nil {
+	if err := errors.Join(unix.Munmap(a.raw), unix.Close(a.file)); err != nil {
 		return fmt.Errorf("unmap area of requests in flight: %w", err)
 	}
 	return nil

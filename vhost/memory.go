@@ -18,6 +18,7 @@ type region struct {
 	area
 	mem  []byte       // the mapping from the region's first byte; size bytes
 	raw  []byte       // the whole mapping
+	file int          // what is mapped, for the next server
 	lent block.Region // mem, if the back end has registered it; nil: its data is copied
 }
 
@@ -37,18 +38,31 @@ func mapRegion(a area, fd int) (*region, error) {
 	case a.offset+a.size > uint64(st.Size):
 		return nil, fmt.Errorf("%d bytes from offset %d are beyond the end of the file, which has %d bytes", a.size, a.offset, st.Size)
 	}
+	file, err := duplicate(fd)
+	if err != nil {
+		return nil, err
+	}
 	unit := uint64(hostmem.FilePage(fd))
 	start := a.offset &^ (unit - 1)
 	length := (a.offset + a.size - start + unit - 1) &^ (unit - 1)
 	raw, err := unix.Mmap(fd, int64(start), int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {
-		return nil, fmt.Errorf("map %d bytes: %w", length, err)
+		return nil, errors.Join(fmt.Errorf("map %d bytes: %w", length, err), unix.Close(file))
 	}
 	// A core dump of this process is no place for the guest's memory, and neither is a child.
 	_ = unix.Madvise(raw, unix.MADV_DONTDUMP)
 	_ = unix.Madvise(raw, unix.MADV_DONTFORK)
 	from := a.offset - start
-	return &region{area: a, raw: raw, mem: raw[from : from+a.size : from+a.size]}, nil
+	return &region{area: a, raw: raw, mem: raw[from : from+a.size : from+a.size], file: file}, nil
+}
+
+// duplicate returns another descriptor of a file that a message has brought.
+func duplicate(fd int) (int, error) {
+	file, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("keep the file: %w", err)
+	}
+	return file, nil
 }
 
 // lend registers a region with the back end. Its file must not be able to shrink, because the back
@@ -96,7 +110,7 @@ func (a area) check() error {
 }
 
 func (r *region) unmap() error {
-	if err := unix.Munmap(r.raw); err != nil {
+	if err := errors.Join(unix.Munmap(r.raw), unix.Close(r.file)); err != nil {
 		return fmt.Errorf("unmap guest memory at %#x: %w", r.guest, err)
 	}
 	return nil

@@ -139,9 +139,19 @@ type message struct {
 	flags   uint32
 	payload []byte
 	fds     []int // owned by the message, until a field is set to -1
+	handed  bool  // an earlier server has handed it over, and has answered it
 }
 
 func (m *message) needsReply() bool { return m.flags&flagNeedReply != 0 }
+
+// encode returns the message with its header.
+func (m *message) encode() []byte {
+	le := binary.LittleEndian
+	b := le.AppendUint32(make([]byte, 0, headerSize+len(m.payload)), uint32(m.request))
+	b = le.AppendUint32(b, m.flags)
+	b = le.AppendUint32(b, uint32(len(m.payload)))
+	return append(b, m.payload...)
+}
 
 // u64 returns the payload of a message that is one number.
 func (m *message) u64() (uint64, error) {
@@ -189,6 +199,11 @@ func decodeVringAddr(p []byte) (index uint32, a vringAddr, err error) {
 	}, nil
 }
 
+// encode is the opposite of decodeVringAddr.
+func (a vringAddr) encode(index uint32) []byte {
+	return words(halves(index, a.flags), a.desc, a.used, a.avail, a.log)
+}
+
 // area is a memory region as the front end describes it.
 type area struct {
 	guest, size, user, offset uint64
@@ -200,6 +215,21 @@ func decodeArea(p []byte) area {
 	le := binary.LittleEndian
 	return area{guest: le.Uint64(p), size: le.Uint64(p[8:]), user: le.Uint64(p[16:]), offset: le.Uint64(p[24:])}
 }
+
+// encode is the opposite of decodeArea.
+func (a area) encode() []byte { return words(a.guest, a.size, a.user, a.offset) }
+
+// words returns numbers as a payload has them.
+func words(all ...uint64) []byte {
+	b := make([]byte, 0, 8*len(all))
+	for _, v := range all {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
+// halves returns two numbers of 32 bits as a payload has them.
+func halves(first, second uint32) uint64 { return uint64(first) | uint64(second)<<32 }
 
 // inflightDesc is the payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD.
 type inflightDesc struct {

@@ -105,8 +105,16 @@ func (s *Server) Serve(l *net.UnixListener) error {
 
 // accept begins a session. If another front end is still connected, the new one is refused.
 // If the other one has just gone, accept waits for the end of its session.
-func (s *Server) accept(c *net.UnixConn) {
-	n := newSession(s, c)
+func (s *Server) accept(c *net.UnixConn) { s.begin(newSession(s, c), nil) }
+
+// begin begins a session with what an earlier server was told.
+func (s *Server) begin(n *session, setup []*message) {
+	c := n.conn
+	defer func() {
+		for _, m := range setup { // those that were not used
+			m.close()
+		}
+	}()
 	for {
 		s.mu.Lock()
 		old := s.session
@@ -120,7 +128,8 @@ func (s *Server) accept(c *net.UnixConn) {
 			_ = c.Close()
 			return
 		case old == nil:
-			go s.run(n)
+			go s.run(n, setup)
+			setup = nil
 			return
 		case !old.hasGone():
 			s.events.Warn("vhost-user-blk front end refused, because another one is connected", "front_end", n.peer, "connected", old.peer)
@@ -132,9 +141,9 @@ func (s *Server) accept(c *net.UnixConn) {
 }
 
 // run runs a session.
-func (s *Server) run(n *session) {
-	s.events.Info("vhost-user-blk front end connected", "front_end", n.peer)
-	err := n.run()
+func (s *Server) run(n *session, setup []*message) {
+	s.events.Info("vhost-user-blk front end connected", "front_end", n.peer, "handed_over", setup != nil)
+	err := n.run(setup)
 	s.mu.Lock()
 	s.session = nil
 	s.mu.Unlock()
@@ -194,11 +203,13 @@ func (s *Server) Changed() error {
 // the front end has a record of them. The next server executes the others again.
 const drainTime = 500 * time.Millisecond
 
-// HandOver leaves the front end to another server: it takes no more requests, waits for
-// those in flight, and hangs up. If the front end has a record of the requests in flight
-// for the next server, they have half a second to end, and otherwise until ctx is done. An
-// error says that requests are still in flight. Stop must follow.
-func (s *Server) HandOver(ctx context.Context) error {
+// HandOver leaves the front end to another server: it takes no more requests, and waits for
+// those in flight. Then it hands the session over on the connection to, for the other server's
+// Receive, and the front end stays connected. If to is nil, or requests are still in flight,
+// HandOver hangs up, and the front end connects again. If the front end has a record of the
+// requests in flight for the next server, they have half a second to end, and otherwise until ctx
+// is done. An error says that requests are still in flight. Stop must follow.
+func (s *Server) HandOver(ctx context.Context, to *net.UnixConn) error {
 	s.refuse()
 	s.mu.Lock()
 	n := s.session
@@ -209,7 +220,7 @@ func (s *Server) HandOver(ctx context.Context) error {
 		limit, cancel = context.WithTimeout(ctx, drainTime)
 		defer cancel()
 	}
-	return s.endSession(ctx, limit)
+	return s.endSession(ctx, limit, to)
 }
 
 // Stop ends the server. It refuses new requests, waits until the requests in flight are
@@ -222,7 +233,7 @@ func (s *Server) Stop(ctx context.Context, force bool) error {
 		return fmt.Errorf("stop vhost-user-blk server: %w: by %s", ErrBusy, front)
 	}
 	s.refuse()
-	switch err := s.endSession(ctx, ctx); {
+	switch err := s.endSession(ctx, ctx, nil); {
 	case errors.Is(err, errMemoryInUse):
 		return fmt.Errorf("stop vhost-user-blk server: %w", err)
 	case err != nil:
@@ -250,10 +261,11 @@ func (s *Server) refuse() {
 
 var errMemoryInUse = errors.New("the back end still accesses the guest's memory")
 
-// endSession ends the session after its requests, or when limit is done. A session whose requests
+// endSession ends the session after its requests, and hands it over if to is not nil, or when limit
+// is done. A session whose requests
 // access the guest's memory itself ends after them in any case, unless ctx is done before; the
 // error is errMemoryInUse then.
-func (s *Server) endSession(ctx, limit context.Context) error {
+func (s *Server) endSession(ctx, limit context.Context, to *net.UnixConn) error {
 	s.mu.Lock()
 	n := s.session
 	s.mu.Unlock()
@@ -261,6 +273,14 @@ func (s *Server) endSession(ctx, limit context.Context) error {
 		return nil
 	}
 	err := n.drain(limit)
+	if err == nil && to != nil {
+		n.leaving <- to
+		select {
+		case <-n.ended:
+			return nil
+		case <-ctx.Done():
+		}
+	}
 	n.fail(ErrStopped)
 	if err == nil || !s.cfg.ZeroCopy {
 		<-n.ended

@@ -21,6 +21,7 @@ const replyTime = 10 * time.Second
 var (
 	errGone   = errors.New("memory of the front end is gone")
 	errHungUp = errors.New("the front end hung up")
+	errPaused = errors.New("another server takes the front end over")
 )
 
 // session is the connection of a front end, and what it has set up. Its goroutine handles
@@ -35,6 +36,10 @@ type session struct {
 	err    error         // why it failed; written before failed is closed
 	hungUp chan struct{} // closed when nothing can be read any more
 	read   error         // why; written before hungUp is closed
+
+	leaving   chan *net.UnixConn // has the connection to the server that takes the session over
+	successor *net.UnixConn      // that connection
+	pausing   atomic.Bool        // no more messages are read
 
 	features, protocol uint64
 	regions            []*region
@@ -67,7 +72,7 @@ type frontRing struct {
 func newSession(s *Server, c *net.UnixConn) *session {
 	n := &session{
 		server: s, conn: c, peer: describePeer(c), backend: -1,
-		ended: make(chan struct{}), failed: make(chan struct{}), hungUp: make(chan struct{}),
+		ended: make(chan struct{}), failed: make(chan struct{}), hungUp: make(chan struct{}), leaving: make(chan *net.UnixConn, 1),
 	}
 	for i := range n.rings {
 		n.rings[i].kick, n.rings[i].call = -1, -1
@@ -150,15 +155,24 @@ func (n *session) removeMapping(m []byte) {
 	}
 }
 
-// run serves the front end until it hangs up, or the session fails. It returns nil if the
-// front end has hung up in order.
-func (n *session) run() error {
+// run serves the front end until it hangs up, the session fails, or another server has it. setup
+// is what an earlier server was told. run returns nil if the front end has hung up in order, or was
+// handed over.
+func (n *session) run(setup []*message) error {
 	messages := make(chan *message)
 	var reader sync.WaitGroup
-	reader.Go(func() { n.receive(messages) })
-	err := n.serve(messages)
+	err := n.repeat(setup)
+	if err == nil {
+		reader.Go(func() { n.receive(messages) })
+		err = n.serve(messages)
+	}
 	n.fail(err)
 	n.leave()
+	if errors.Is(err, errPaused) {
+		if err = n.send(n.successor); err == nil {
+			err = io.EOF
+		}
+	}
 	_ = n.conn.Close() // ends the reader
 	reader.Wait()
 	n.release()
@@ -180,6 +194,10 @@ func (n *session) serve(messages <-chan *message) error {
 			}
 		case <-n.failed:
 			return n.err
+		case n.successor = <-n.leaving:
+			if err := n.pause(); err != nil {
+				return err
+			}
 		case <-n.hungUp:
 			select {
 			case <-n.failed: // the reader has ended for the same reason
@@ -195,8 +213,15 @@ func (n *session) serve(messages <-chan *message) error {
 func (n *session) receive(messages chan<- *message) {
 	defer close(n.hungUp)
 	for {
-		m, err := n.readMessage()
+		var m *message
+		err := errPaused
+		if !n.pausing.Load() {
+			m, err = readMessage(n.conn)
+		}
 		if err != nil {
+			if n.pausing.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+				err = errPaused
+			}
 			n.read = err
 			return
 		}
@@ -210,10 +235,10 @@ func (n *session) receive(messages chan<- *message) {
 }
 
 // readMessage reads a message and its file descriptors.
-func (n *session) readMessage() (*message, error) {
+func readMessage(c *net.UnixConn) (*message, error) {
 	var header [headerSize]byte
 	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
-	k, oobn, flags, _, err := n.conn.ReadMsgUnix(header[:], oob)
+	k, oobn, flags, _, err := c.ReadMsgUnix(header[:], oob)
 	m := &message{}
 	if oobn > 0 {
 		m.fds, err = parseFDs(oob[:oobn], err)
@@ -228,7 +253,8 @@ func (n *session) readMessage() (*message, error) {
 		m.close()
 		return nil, fmt.Errorf("a message has more than %d file descriptors", maxFDs)
 	}
-	if _, err := io.ReadFull(n.conn, header[k:]); err != nil {
+	rest := &restReader{conn: c}
+	if _, err := io.ReadFull(rest, header[k:]); err != nil {
 		m.close()
 		return nil, cutOff(err)
 	}
@@ -242,7 +268,7 @@ func (n *session) readMessage() (*message, error) {
 		err = fmt.Errorf("%v has %d bytes, want up to %d", m.request, size, maxPayload)
 	default:
 		m.payload = make([]byte, size)
-		_, err = io.ReadFull(n.conn, m.payload)
+		_, err = io.ReadFull(rest, m.payload)
 		err = cutOff(err)
 	}
 	if err != nil {
@@ -250,6 +276,25 @@ func (n *session) readMessage() (*message, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+// restReader reads the rest of a message that has begun. If a deadline passes meanwhile, the sender has
+// replyTime for it.
+type restReader struct {
+	conn     *net.UnixConn
+	extended bool
+}
+
+func (r *restReader) Read(p []byte) (int, error) {
+	k, err := r.conn.Read(p)
+	if r.extended || !errors.Is(err, os.ErrDeadlineExceeded) {
+		return k, err
+	}
+	r.extended = true
+	if err := r.conn.SetReadDeadline(time.Now().Add(replyTime)); err != nil {
+		return k, err
+	}
+	return r.conn.Read(p)
 }
 
 // cutOff makes the end of the connection within a message an error.
@@ -286,11 +331,10 @@ func (m *message) close() {
 
 // reply answers a message.
 func (n *session) reply(m *message, payload []byte, fds ...int) error {
-	le := binary.LittleEndian
-	b := le.AppendUint32(make([]byte, 0, headerSize+len(payload)), uint32(m.request))
-	b = le.AppendUint32(b, flagVersion|flagReply)
-	b = le.AppendUint32(b, uint32(len(payload)))
-	b = append(b, payload...)
+	if m.handed {
+		return nil
+	}
+	b := (&message{request: m.request, flags: flagVersion | flagReply, payload: payload}).encode()
 	if err := n.conn.SetWriteDeadline(time.Now().Add(replyTime)); err != nil {
 		return err
 	}

@@ -269,10 +269,12 @@ func (n *session) setEnable(m *message) error {
 	return n.update(int(index))
 }
 
+// noFD in the payload of SET_VRING_KICK and SET_VRING_CALL says that there is no eventfd.
+const noFD = 1 << 8
+
 // ringFD is the payload of SET_VRING_KICK and SET_VRING_CALL: the number of a ring, and
 // an eventfd or -1.
 func (n *session) ringFD(m *message) (index uint32, fd int, err error) {
-	const noFD = 1 << 8
 	v, err := m.u64()
 	if err != nil {
 		return 0, -1, err

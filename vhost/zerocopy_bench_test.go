@@ -42,11 +42,14 @@ func remoteDisk(b testing.TB, wire bool, loops []*poller.Loop) (*initiator.Names
 		fabric := rdmatest.NewFabric()
 		theirs, ours = fabric.Provider(at.Addr()), fabric.Provider(at.Addr().Next())
 	}
-	far, err := target.New(target.Config{Provider: theirs, AddrPort: at, Log: slog.New(slog.DiscardHandler)})
+	far, err := target.New(target.Config{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { far.Close() })
+	if _, err := far.AddPorts(target.PortConfig{Provider: theirs, Addr: at}); err != nil {
+		b.Fatal(err)
+	}
 	sub, err := far.AddSubsystem(target.SubsystemConfig{NQN: nqn, AllowAny: true})
 	if err != nil {
 		b.Fatal(err)

@@ -102,12 +102,13 @@ func (d *disk) Size() int64                         { return int64(len(d.data)) 
 
 // site is a target and a run directory.
 type site struct {
-	t      *testing.T
-	dir    string
-	addr   netip.Addr
-	target *target.Target
-	subs   map[string]*target.Subsystem
-	close  func()
+	t        *testing.T
+	dir      string
+	addr     netip.Addr
+	provider *roce.Provider
+	target   *target.Target
+	subs     map[string]*target.Subsystem
+	close    func()
 }
 
 // newSite makes a target with a subsystem for each NQN, which have no namespaces yet.
@@ -127,8 +128,12 @@ func (s *site) open(nqns ...string) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.target, err = target.New(target.Config{Provider: provider, AddrPort: netip.AddrPortFrom(s.addr, 4420), Log: slog.New(slog.DiscardHandler)})
+	s.provider = provider
+	s.target, err = target.New(target.Config{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
+		s.t.Fatal(errors.Join(err, provider.Close()))
+	}
+	if _, err := s.target.AddPorts(target.PortConfig{Provider: provider, Addr: netip.AddrPortFrom(s.addr, 4420)}); err != nil {
 		s.t.Fatal(errors.Join(err, provider.Close()))
 	}
 	s.subs = map[string]*target.Subsystem{}

@@ -15,6 +15,7 @@ import (
 	"ublk-nvmeof/cmd/ublk-nvmeof/internal/state"
 	"ublk-nvmeof/internal/testenv"
 	"ublk-nvmeof/rdma/roce"
+	"ublk-nvmeof/target"
 )
 
 // A server and a target with two ports: the target holds a write, its port goes away, and the
@@ -46,7 +47,7 @@ func newLate(t *testing.T, nqn string) *late {
 		}
 	})
 	l.other = p
-	if _, err := l.target.AddPort(p, netip.AddrPortFrom(l.second, 4420)); err != nil {
+	if _, err := l.target.AddPorts(target.PortConfig{Provider: p, Addr: netip.AddrPortFrom(l.second, 4420)}); err != nil {
 		t.Fatal(err)
 	}
 	return l
@@ -67,7 +68,7 @@ func (l *late) cut() {
 // mend opens the first port again.
 func (l *late) mend() {
 	l.t.Helper()
-	if _, err := l.target.AddPort(nil, netip.AddrPortFrom(l.addr, 4420)); err != nil {
+	if _, err := l.target.AddPorts(target.PortConfig{Provider: l.provider, Addr: netip.AddrPortFrom(l.addr, 4420)}); err != nil {
 		l.t.Fatal(err)
 	}
 }
@@ -211,7 +212,7 @@ func TestAllPathsAway(t *testing.T) {
 		}
 	}
 	mendSecond := func() {
-		if _, err := l.target.AddPort(l.other, netip.AddrPortFrom(l.second, 4420)); err != nil {
+		if _, err := l.target.AddPorts(target.PortConfig{Provider: l.other, Addr: netip.AddrPortFrom(l.second, 4420)}); err != nil {
 			t.Fatal(err)
 		}
 	}

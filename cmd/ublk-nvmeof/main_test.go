@@ -391,7 +391,7 @@ func (f *fake) Status() control.Status {
 	}
 }
 
-func (f *fake) HandOver(context.Context) error { return nil }
+func (f *fake) HandOver(context.Context, string) error { return nil }
 
 func (f *fake) Query(_ context.Context, q control.Query) (control.QueryResult, error) {
 	return control.QueryResult{Data: make([]byte, q.Length)}, nil

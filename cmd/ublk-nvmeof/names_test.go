@@ -42,7 +42,7 @@ const escape = "\x1b]0;owned\x07\r\nublk-nvmeof: all is well"
 
 func (r rude) Status() control.Status { return r.says }
 
-func (r rude) HandOver(context.Context) error { return nil }
+func (r rude) HandOver(context.Context, string) error { return nil }
 
 func (r rude) Disconnect(context.Context, bool) error {
 	return &exit.Error{Code: exit.Busy, Message: "busy" + escape}

@@ -502,11 +502,14 @@ func TestPathsAppear(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	tg, err := target.New(target.Config{Provider: p, AddrPort: at})
+	tg, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tg.Close()
+	if _, err := tg.AddPorts(target.PortConfig{Provider: p, Addr: at}); err != nil {
+		t.Fatal(err)
+	}
 	defer s.stop()
 	sub, err := tg.AddSubsystem(target.SubsystemConfig{NQN: "nqn.disk", AllowAny: true})
 	if err == nil {
@@ -518,7 +521,7 @@ func TestPathsAppear(t *testing.T) {
 	if _, errs, code := s.connectAll("-a", s.near, "-s", "4432", "-c", "1", "-p"); code != exit.OK {
 		t.Fatalf("exit code %d, %s", code, errs)
 	}
-	if _, err := tg.AddPort(nil, far); err != nil {
+	if _, err := tg.AddPorts(target.PortConfig{Provider: p, Addr: far}); err != nil {
 		t.Fatal(err)
 	}
 	s.until(far.String()+` live`, "list", "-v")
@@ -527,7 +530,7 @@ func TestPathsAppear(t *testing.T) {
 	}
 	// Another port does not let hosts in at first.
 	tg.Faults().RejectConnects(nvme.RDMARejectNoResources)
-	if _, err := tg.AddPort(nil, farther); err != nil {
+	if _, err := tg.AddPorts(target.PortConfig{Provider: p, Addr: farther}); err != nil {
 		t.Fatal(err)
 	}
 	for limit := time.Now().Add(time.Minute); !strings.Contains(s.keeperLog(), farther.String()); time.Sleep(20 * time.Millisecond) {

@@ -63,11 +63,14 @@ func TestPersistent(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	tg, err := target.New(target.Config{Provider: p, AddrPort: at})
+	tg, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tg.Close()
+	if _, err := tg.AddPorts(target.PortConfig{Provider: p, Addr: at}); err != nil {
+		t.Fatal(err)
+	}
 	defer s.stop()
 	add := func(nqn string, disk bool) *target.Subsystem {
 		t.Helper()
@@ -145,11 +148,14 @@ func TestPersistent(t *testing.T) {
 	if code != exit.Rejected || !strings.Contains(errs, "nobody listens") || !strings.Contains(out, "discovery0, process") {
 		t.Fatalf("exit code %d, %s%s", code, out, errs)
 	}
-	late, err := target.New(target.Config{Provider: p, AddrPort: netip.AddrPortFrom(at.Addr(), at.Port()+1)})
+	late, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer late.Close()
+	if _, err := late.AddPorts(target.PortConfig{Provider: p, Addr: netip.AddrPortFrom(at.Addr(), at.Port()+1)}); err != nil {
+		t.Fatal(err)
+	}
 	sub, err := late.AddSubsystem(target.SubsystemConfig{NQN: "nqn.late", AllowAny: true})
 	if err == nil {
 		_, err = sub.AddNamespace(target.NamespaceConfig{Store: target.NewRAM(1 << 20)})

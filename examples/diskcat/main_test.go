@@ -19,11 +19,14 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer provider.Close()
-	tgt, err := target.New(target.Config{Provider: provider, AddrPort: netip.AddrPortFrom(at, 4420)})
+	tgt, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tgt.Close()
+	if _, err := tgt.AddPorts(target.PortConfig{Provider: provider, Addr: netip.AddrPortFrom(at, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: "nqn.2026-01.org.example:disk", AllowAny: true})
 	if err != nil {
 		t.Fatal(err)

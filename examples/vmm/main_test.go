@@ -36,11 +36,14 @@ func (o *output) Write(p []byte) (int, error) {
 // TestServe writes as a guest, and finds the data at the target.
 func TestServe(t *testing.T) {
 	fabric, at := rdmatest.NewFabric(), netip.MustParseAddr("192.0.2.1")
-	tgt, err := target.New(target.Config{Provider: fabric.Provider(at), AddrPort: netip.AddrPortFrom(at, 4420)})
+	tgt, err := target.New(target.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tgt.Close()
+	if _, err := tgt.AddPorts(target.PortConfig{Provider: fabric.Provider(at), Addr: netip.AddrPortFrom(at, 4420)}); err != nil {
+		t.Fatal(err)
+	}
 	s, err := tgt.AddSubsystem(target.SubsystemConfig{NQN: "nqn.2026-01.org.example:disk", AllowAny: true})
 	if err != nil {
 		t.Fatal(err)

@@ -54,9 +54,10 @@ func (c *Client) Disconnect(ctx context.Context, force bool) error {
 	return c.Do(ctx, http.MethodPost, "/v1/disconnect", disconnectRequest{force}, nil)
 }
 
-// HandOver has the server leave its devices to another one, and end.
-func (c *Client) HandOver(ctx context.Context) error {
-	return c.Do(ctx, http.MethodPost, "/v1/handover", nil, nil)
+// HandOver has the server leave its devices to another one, and end. If sessions is not empty, it
+// is the path of a socket on which the other server receives the sessions of front ends.
+func (c *Client) HandOver(ctx context.Context, sessions string) error {
+	return c.Do(ctx, http.MethodPost, "/v1/handover", handOverRequest{sessions}, nil)
 }
 
 // Replace has a server that a service manager runs start program in its place. It returns

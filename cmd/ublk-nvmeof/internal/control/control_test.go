@@ -50,7 +50,7 @@ func (f *fake) Disconnect(ctx context.Context, force bool) error {
 	return f.err
 }
 
-func (f *fake) HandOver(context.Context) error { return f.err }
+func (f *fake) HandOver(context.Context, string) error { return f.err }
 
 func (f *fake) Query(ctx context.Context, q Query) (QueryResult, error) {
 	f.queries = append(f.queries, q)
@@ -181,12 +181,12 @@ func TestPatience(t *testing.T) {
 func TestHandOver(t *testing.T) {
 	f := &fake{}
 	c := serve(t, f)
-	if err := c.HandOver(t.Context()); err != nil {
+	if err := c.HandOver(t.Context(), ""); err != nil {
 		t.Error(err)
 	}
 	f.err = exit.Errorf(exit.Other, "no device")
 	var e *exit.Error
-	if err := c.HandOver(t.Context()); !errors.As(err, &e) || e.Message != "no device" {
+	if err := c.HandOver(t.Context(), ""); !errors.As(err, &e) || e.Message != "no device" {
 		t.Errorf("refused: %v", err)
 	}
 }

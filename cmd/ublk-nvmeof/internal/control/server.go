@@ -3,7 +3,9 @@ package control
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -23,9 +25,10 @@ type Controlled interface {
 	// changed.
 	Disconnect(ctx context.Context, force bool) error
 	// HandOver ends the service, but not the devices, which wait for another
-	// server. When it has returned, the process ends. An error, exit.Other, means
-	// that nothing has changed.
-	HandOver(ctx context.Context) error
+	// server. If sessions is not empty, it is the path of a socket for the sessions of
+	// front ends (vhost.Receive). When it has returned, the process ends. An error,
+	// exit.Other, means that nothing has changed.
+	HandOver(ctx context.Context, sessions string) error
 	// Query asks the controller.
 	Query(ctx context.Context, q Query) (QueryResult, error)
 	// Reserve sends a reservation command, and returns the data with those of a report.
@@ -56,6 +59,10 @@ type replaceRequest struct {
 
 type replaceAnswer struct {
 	PID int `json:"pid"`
+}
+
+type handOverRequest struct {
+	Sessions string `json:"sessions,omitempty"`
 }
 
 type disconnectRequest struct {
@@ -148,7 +155,13 @@ func NewServer(c Controlled, log *slog.Logger) *http.Server {
 		Answer(w, http.StatusOK, struct{}{})
 	})
 	mux.HandleFunc("POST /v1/handover", func(w http.ResponseWriter, r *http.Request) {
-		if e := exit.From(c.HandOver(context.WithoutCancel(r.Context()))); e != nil {
+		var req handOverRequest
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&req)
+		if err != nil && !errors.Is(err, io.EOF) { // older versions send nothing
+			answerError(w, exit.Errorf(exit.Usage, "handover: %v", err))
+			return
+		}
+		if e := exit.From(c.HandOver(context.WithoutCancel(r.Context()), req.Sessions)); e != nil {
 			Answer(w, http.StatusConflict, e)
 			return
 		}

@@ -75,7 +75,9 @@ type device interface {
 	InUse() error
 	Resize(ctx context.Context, sectors uint64) error
 	SetReadOnly(readOnly bool) error
-	HandOver(ctx context.Context) error
+	// HandOver leaves the device to another server. sessions is the path of a socket on which
+	// that server receives the sessions of front ends, or empty.
+	HandOver(ctx context.Context, sessions string) error
 	Stop(ctx context.Context, force bool) error
 	Done() <-chan struct{}
 	Err() error
@@ -171,6 +173,9 @@ type ublkDevice struct{ *ublk.Device }
 func (d ublkDevice) Record() state.Device {
 	return state.Device{ID: d.ID(), Cookie: d.Info().Cookie}
 }
+
+// HandOver implements device. The driver keeps the users.
+func (d ublkDevice) HandOver(ctx context.Context, _ string) error { return d.Device.HandOver(ctx) }
 
 // Accept implements device. The block device is there already.
 func (d ublkDevice) Accept() {}

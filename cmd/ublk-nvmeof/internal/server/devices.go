@@ -103,7 +103,7 @@ func (s *server) makeDevice(ctx context.Context, ns namespace, id int, later boo
 		kind = state.NBD
 	}
 	if s.front.name == options.VhostUserBlk {
-		return s.serveVhost(ns, "")
+		return s.serveVhost(ns, "", nil)
 	}
 	start := func(id int) (device, error) {
 		if kind == state.NBD {

@@ -444,7 +444,7 @@ func (d *fakeDevice) SetReadOnly(ro bool) error {
 	return nil
 }
 
-func (d *fakeDevice) HandOver(context.Context) error {
+func (d *fakeDevice) HandOver(context.Context, string) error {
 	d.world.note("hand ublkb%d over", d.id)
 	return nil
 }

@@ -195,7 +195,7 @@ func TestNBDSocket(t *testing.T) {
 	if err := r.client().Disconnect(t.Context(), false); exit.Of(err) != exit.Busy {
 		t.Errorf("disconnect with a client: %v", err)
 	}
-	if err := r.client().HandOver(t.Context()); err == nil || !strings.Contains(err.Error(), "nbd-socket") {
+	if err := r.client().HandOver(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "nbd-socket") {
 		t.Errorf("hand over: %v", err)
 	}
 	if err := r.client().Disconnect(t.Context(), true); err != nil {

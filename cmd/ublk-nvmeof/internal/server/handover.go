@@ -15,7 +15,7 @@ import (
 const leaveTime = 10 * time.Second
 
 // HandOver implements control.Controlled.
-func (s *server) HandOver(ctx context.Context) error {
+func (s *server) HandOver(ctx context.Context, sessions string) error {
 	ctx, cancel := context.WithTimeout(ctx, leaveTime)
 	defer cancel()
 	if s.opts.OnCrash != options.Requeue {
@@ -28,14 +28,14 @@ func (s *server) HandOver(ctx context.Context) error {
 		return exit.Errorf(exit.Other, "the front end is %s, which cannot hand over its clients", front)
 	}
 	var err error
-	if !s.exclusively(ctx, func() { err = s.handOver(ctx) }) {
+	if !s.exclusively(ctx, func() { err = s.handOver(ctx, sessions) }) {
 		return exit.Errorf(exit.Other, "the server is ending, or is busy with its devices")
 	}
 	return err
 }
 
 // handOver leaves the devices for another server. The caller holds changes.
-func (s *server) handOver(ctx context.Context) error {
+func (s *server) handOver(ctx context.Context, sessions string) error {
 	all := slices.DeleteFunc(s.devices(), func(v *serving) bool { return ended(v.dev) })
 	if len(all) == 0 {
 		return exit.Errorf(exit.Other, "the server has no device")
@@ -44,7 +44,7 @@ func (s *server) handOver(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, v := range all {
 		wg.Go(func() {
-			if err := v.dev.HandOver(ctx); err != nil {
+			if err := v.dev.HandOver(ctx, sessions); err != nil {
 				s.log.Error("device was not handed over cleanly", "error", err)
 			}
 		})

@@ -190,7 +190,7 @@ func (s *server) export(ctx context.Context, ns namespace, id int) (device, erro
 	// After a crash, new connections would not make the kernel resend requests in
 	// flight, so no request waits for a new server.
 	var err error
-	x.dev, err = s.nbd.Start(ctx, nbd.DeviceConfig{Index: id, Export: x.name, Log: s.log})
+	x.dev, err = nbd.Start(ctx, nbd.DeviceConfig{Server: s.nbd.Server, Index: id, Export: x.name, Log: s.log})
 	if err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
@@ -261,7 +261,7 @@ func (x *export) Resize(ctx context.Context, sectors uint64) error {
 func (x *export) SetReadOnly(bool) error { return nil }
 
 // HandOver implements device.
-func (x *export) HandOver(context.Context) error {
+func (x *export) HandOver(context.Context, string) error {
 	return fmt.Errorf("hand over %s: %w", x.record.Path(), errors.ErrUnsupported)
 }
 

@@ -24,6 +24,7 @@ import (
 	"ublk-nvmeof/poller"
 	"ublk-nvmeof/process"
 	"ublk-nvmeof/rdma/provider"
+	"ublk-nvmeof/vhost"
 )
 
 // Config configures Run.
@@ -110,6 +111,8 @@ type server struct {
 	// Until all of them are served, none is ended, so that they can wait for the
 	// next server.
 	waiting []state.Device
+	// handed holds the sessions of front ends of these devices, by socket.
+	handed map[string]*vhost.Session
 	// recovering is set when the takeover of the first of these devices begins, and tookOver
 	// when that of the last one has ended.
 	recovering, tookOver bool

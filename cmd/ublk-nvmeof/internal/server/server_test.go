@@ -725,7 +725,7 @@ func TestHandOver(t *testing.T) {
 	w.nsids = []uint32{1, 2}
 	r := begin(t, w, lab(), dir)
 	r.waitReady()
-	if err := r.client().HandOver(t.Context()); err != nil {
+	if err := r.client().HandOver(t.Context(), ""); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-r.result; err != nil {
@@ -752,7 +752,7 @@ func TestHandOverRefused(t *testing.T) {
 	o.OnCrash = options.Remove
 	r := begin(t, w, o, dir)
 	r.waitReady()
-	if err := r.client().HandOver(t.Context()); err == nil || !strings.Contains(err.Error(), "--on-crash remove") {
+	if err := r.client().HandOver(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "--on-crash remove") {
 		t.Errorf("%v", err)
 	}
 	r.stop()

@@ -256,7 +256,7 @@ func TestReplace(t *testing.T) {
 	<-launched
 	go func() {
 		<-launched
-		if err := c.HandOver(context.WithoutCancel(t.Context())); err != nil {
+		if err := c.HandOver(context.WithoutCancel(t.Context()), ""); err != nil {
 			t.Errorf("hand over: %v", err)
 		}
 	}()

@@ -60,9 +60,9 @@ func (d sharingDevice) Record() state.Device {
 func (d sharingDevice) Accept() { d.socket.begin.Do(func() { go d.socket.accept() }) }
 
 // HandOver implements device. The client comes back to the next server.
-func (d sharingDevice) HandOver(ctx context.Context) error {
+func (d sharingDevice) HandOver(ctx context.Context, sessions string) error {
 	d.socket.end()
-	return d.device.HandOver(ctx)
+	return d.device.HandOver(ctx, sessions)
 }
 
 // shareSocket takes shared memory for a device.

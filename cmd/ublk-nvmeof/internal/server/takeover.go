@@ -121,7 +121,12 @@ func (s *server) relieve(ctx context.Context) error {
 		defer cancel()
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
 		defer s.announceWait(leaveTime, "process %d has left its devices", r.Process.PID)()
-		refused := control.NewClient(r.Socket()).HandOver(limit)
+		handed, err := receiveSessions(r, s.log)
+		if err != nil {
+			return fmt.Errorf("receive the sessions of front ends: %w", err)
+		}
+		refused := control.NewClient(r.Socket()).HandOver(limit, handed.path())
+		defer func() { s.handed = handed.end() }()
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
 			return fmt.Errorf("the running server does not hand over: %w", refused)
 		}
@@ -321,6 +326,7 @@ func (s *server) recoverDevices(ctx context.Context, found []namespace) ([]state
 	}
 	var devices []state.Device
 	s.recovering = len(all) > 0
+	defer s.dropSessions()
 	for i, h := range all {
 		d, err := s.recoverDevice(ctx, h, i > 0)
 		if err != nil {
@@ -402,6 +408,16 @@ func sameNamespace(d state.Device, ns namespace) error {
 	return nil
 }
 
+// dropSessions hangs up the front ends of devices that were not taken over.
+func (s *server) dropSessions() {
+	for _, x := range s.handed {
+		if err := x.Close(); err != nil {
+			s.log.Warn("cannot hang up a front end", "error", err)
+		}
+	}
+	s.handed = nil
+}
+
 // recoverDevice takes over a device. later is set if the loops have already served
 // another device.
 func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (device, error) {
@@ -409,7 +425,9 @@ func (s *server) recoverDevice(ctx context.Context, h heirloom, later bool) (dev
 	case state.NBDSocket:
 		return s.export(ctx, h.namespace, -1)
 	case state.VhostUserBlk:
-		return s.serveVhost(h.namespace, h.Socket)
+		session := s.handed[h.Socket]
+		delete(s.handed, h.Socket)
+		return s.serveVhost(h.namespace, h.Socket, session)
 	}
 	info, err := s.back.get(ctx, h.ID)
 	if err != nil {

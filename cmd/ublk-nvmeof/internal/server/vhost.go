@@ -21,8 +21,9 @@ import (
 )
 
 // serveVhost serves a namespace to a virtual machine monitor. Front ends that connect wait
-// until Accept is called. path is where the front ends of a dead server look for it, or "".
-func (s *server) serveVhost(ns namespace, path string) (device, error) {
+// until Accept is called. path is where the front ends of a dead server look for it, or "". session is
+// that of a front end of the server that this one replaces, or nil.
+func (s *server) serveVhost(ns namespace, path string, session *vhost.Session) (device, error) {
 	l, err := s.bindVhost(ns.nsid, path)
 	if err != nil {
 		return nil, fmt.Errorf("listen for vhost-user-blk front ends: %w", err)
@@ -34,7 +35,7 @@ func (s *server) serveVhost(ns namespace, path string) (device, error) {
 		return nil, errors.Join(err, l.Close())
 	}
 	return &vhostDevice{
-		srv: srv, log: s.log, listener: l, done: make(chan struct{}),
+		srv: srv, log: s.log, listener: l, session: session, done: make(chan struct{}),
 		record:    state.Device{Kind: state.VhostUserBlk, Socket: l.Addr().String()},
 		queueInfo: queueInfo{Queues: len(s.loops), Depth: s.depth, MaxIO: min(s.opts.MaxIO, int(ns.device.Geometry().MaxIO))},
 	}, nil
@@ -116,6 +117,7 @@ type vhostDevice struct {
 	srv       *vhost.Server
 	log       *slog.Logger
 	listener  *net.UnixListener
+	session   *vhost.Session // of a front end that is connected already, or nil
 	accepts   sync.Once
 	record    state.Device
 	queueInfo queueInfo
@@ -130,6 +132,9 @@ func (d *vhostDevice) Record() state.Device { return d.record }
 func (d *vhostDevice) Accept() {
 	d.accepts.Do(func() {
 		go func() {
+			if d.session != nil {
+				d.srv.Resume(d.session)
+			}
 			if err := d.srv.Serve(d.listener); err != nil && !errors.Is(err, vhost.ErrStopped) {
 				d.log.Error("vhost-user-blk server stopped accepting front ends", "socket", d.record.Socket, "error", err)
 			}
@@ -156,11 +161,26 @@ func (d *vhostDevice) Resize(context.Context, uint64) error { return d.srv.Chang
 func (d *vhostDevice) SetReadOnly(bool) error { return nil }
 
 // HandOver implements device. The device has ended if no request is left in flight.
-func (d *vhostDevice) HandOver(ctx context.Context) error {
-	if err := d.srv.HandOver(ctx); err != nil {
+func (d *vhostDevice) HandOver(ctx context.Context, sessions string) error {
+	to, err := dialSessions(sessions)
+	if err != nil {
+		d.log.Warn("the front end is not handed over; it connects again", "socket", d.record.Socket, "error", err)
+	}
+	if to != nil {
+		defer to.Close()
+	}
+	if err := d.srv.HandOver(ctx, to); err != nil {
 		return err
 	}
 	return d.Stop(ctx, true)
+}
+
+// dialSessions connects to the server that receives sessions at a path, if it is not empty.
+func dialSessions(path string) (*net.UnixConn, error) {
+	if path == "" {
+		return nil, nil
+	}
+	return net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
 }
 
 // Stop implements device.
@@ -175,7 +195,11 @@ func (d *vhostDevice) Stop(ctx context.Context, force bool) error {
 // closeListener closes a listener that Serve has never had.
 func (d *vhostDevice) closeListener() error {
 	var err error
-	d.accepts.Do(func() { err = d.listener.Close() })
+	d.accepts.Do(func() {
+		if err = d.listener.Close(); d.session != nil {
+			err = errors.Join(err, d.session.Close())
+		}
+	})
 	return err
 }
 

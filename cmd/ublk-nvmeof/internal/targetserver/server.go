@@ -106,7 +106,7 @@ func (s *server) run(ctx context.Context) (err error) {
 		defer undo("close provider", c.Close)
 	}
 	defer undo("close providers of ports", s.closePorts)
-	if err := s.open(p); err != nil {
+	if err := s.open(); err != nil {
 		return err
 	}
 	defer undo("close stores", s.closeStores)
@@ -114,12 +114,14 @@ func (s *server) run(ctx context.Context) (err error) {
 	if err := s.configure(); err != nil {
 		return err
 	}
+	if err := s.addPorts(p); err != nil {
+		return err
+	}
 	web, err := s.listen()
 	if err != nil {
 		return err
 	}
 	defer undo("close control socket", web.close)
-	s.target.Start()
 	if err := systemd.Notify(systemd.Ready); err != nil {
 		s.log.Warn("service manager not told", "error", err)
 	}
@@ -128,7 +130,7 @@ func (s *server) run(ctx context.Context) (err error) {
 			return fmt.Errorf("report that hosts may connect: %w", err)
 		}
 	}
-	s.log.Info("target listens", "address", s.target.Addr().String(), "provider", s.choice.Name, "because", s.choice.Reason)
+	s.log.Info("target listens", "address", s.target.Ports()[0].Addr().String(), "provider", s.choice.Name, "because", s.choice.Reason)
 	select {
 	case <-ctx.Done():
 	case <-s.stop:
@@ -140,8 +142,8 @@ func (s *server) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// open makes the target, which answers no connect requests yet.
-func (s *server) open(p rdma.Provider) (err error) {
+// open makes the target, which has no port yet.
+func (s *server) open() (err error) {
 	o := s.opts
 	s.memory.limit = o.Memory
 	if o.Memory == 0 {
@@ -150,36 +152,34 @@ func (s *server) open(p rdma.Provider) (err error) {
 		}
 	}
 	s.target, err = target.New(target.Config{
-		Provider: p, AddrPort: o.Address, Log: s.log, Deferred: true, DiscoveryNQN: o.Discovery,
+		Log: s.log, DiscoveryNQN: o.Discovery,
 		InCapsule: o.InCapsule, QueueSize: o.QueueSize, MaxTransfer: o.MaxIO, MaxDescriptors: o.Descriptors, QueueMemory: o.QueueMemory,
 		MinControllerID: o.MinID, MaxControllerID: o.MaxID,
 		QuiesceTime: o.Quiesce, ANATransition: o.ANATransition, RetryDelays: o.RetryDelays, CommandKeepAlive: o.KeepAlive == options.Commands, NoWriteCache: o.NoWriteCache,
 	})
-	if err != nil {
-		return err
-	}
-	for _, at := range o.Ports {
-		if err := s.addPort(p, at); err != nil {
-			return errors.Join(err, s.target.Close())
-		}
-	}
-	return nil
+	return err
 }
 
-// addPort makes the target listen on a further address. A provider without an RDMA device has
-// one address, so each further address has a provider of its own.
-func (s *server) addPort(p rdma.Provider, at netip.AddrPort) error {
-	if s.choice.Name == options.RoCE && at.Addr() != s.opts.Address.Addr() {
-		own, err := s.cfg.open(s.choice.Name, at.Addr())
-		if err != nil {
-			return exit.Errorf(exit.Usage, "--port \"%s\": %v", at, err)
+// addPorts makes the target listen on its addresses. p is the provider of the first one. A
+// provider without an RDMA device has one address, so each further address has a provider of
+// its own.
+func (s *server) addPorts(p rdma.Provider) error {
+	ports := []target.PortConfig{{Provider: p, Addr: s.opts.Address}}
+	for _, at := range s.opts.Ports {
+		port := target.PortConfig{Provider: p, Addr: at}
+		if s.choice.Name == options.RoCE && at.Addr() != s.opts.Address.Addr() {
+			own, err := s.cfg.open(s.choice.Name, at.Addr())
+			if err != nil {
+				return exit.Errorf(exit.Usage, "--port \"%s\": %v", at, err)
+			}
+			port.Provider = own
+			if c, ok := own.(io.Closer); ok {
+				s.closers = append(s.closers, c)
+			}
 		}
-		p = own
-		if c, ok := own.(io.Closer); ok {
-			s.closers = append(s.closers, c)
-		}
+		ports = append(ports, port)
 	}
-	_, err := s.target.AddPort(p, at)
+	_, err := s.target.AddPorts(ports...)
 	return err
 }
 

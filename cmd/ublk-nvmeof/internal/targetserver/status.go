@@ -13,7 +13,7 @@ import (
 // status returns the status of the target.
 func (s *server) status() Status {
 	snap := s.target.Snapshot()
-	addr := s.target.Addr()
+	addr := s.target.Ports()[0].Addr()
 	out := Status{
 		SchemaVersion: SchemaVersion, Name: s.place.Name, PID: os.Getpid(),
 		TrAddr: addr.Addr().String(), TrSvcID: strconv.Itoa(int(addr.Port())),
