@@ -3,7 +3,6 @@ package initiator
 import (
 	"bytes"
 	"fmt"
-	"net/netip"
 	"runtime"
 	"testing"
 	"time"
