@@ -119,7 +119,25 @@ server_steps() {
 	wait $guest || { cat "$work/load"; exit 1; }
 	guest=
 	cat "$work/load"
+	over_upgrades=$(longest "$work/load" 'upgrades begin' 'kills begin') over_kills=$(longest "$work/load" 'kills begin' none)
+	echo "longest request: $over_upgrades ms over an upgrade, $over_kills ms over a kill"
+	[ "$over_upgrades" -le 1000 ] && [ "$over_kills" -le 2000 ]
 	un list -v
+}
+
+# longest FILE FROM TO: the longest request, in ms, of fio's reports between two lines.
+longest() {
+	awk -v from="$2" -v to="$3" '
+		index($0, from) { on = 1 }
+		index($0, to) { on = 0 }
+		on && /clat \(/ {
+			unit = /\(nsec/ ? 1e-6 : /\(usec/ ? 1e-3 : 1
+			match($0, /max=[^,]*/)
+			text = substr($0, RSTART + 4, RLENGTH - 4)
+			ms = text * unit * (text ~ /k$/ ? 1e3 : text ~ /M$/ ? 1e6 : 1)
+			if (ms > most) most = ms
+		}
+		END { printf "%d\n", most + 0.5 }' "$1"
 }
 
 migrate_steps() {

@@ -234,7 +234,7 @@ func TestVhostServerDies(t *testing.T) {
 	s := newSite(t, nqn)
 	s.put(nqn, newDisk(""))
 	kills := vhostKills()
-	s.serverDies(nqn, kills, (kills+2)/3, func(int) {})
+	s.serverDies(nqn, kills, (kills+2)/3, nil)
 }
 
 // TestVhostServerDiesWithPaths does the same with two paths, one of which is dropped at the same
@@ -267,10 +267,14 @@ func testVhostServerDiesWithPaths(t *testing.T, nqn string, kills int, flags ...
 	}, append(flags, "--path", l.second.String())...)
 }
 
-// serverDies kills the server of a guest, and then upgrades it, as often as given. before is called
-// before each time.
+// serverDies kills the server of a guest, and then upgrades it, as often as given. before, which may
+// be nil, causes a fault before each time. Without faults the guest stays connected over an upgrade.
 func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int), more ...string) {
 	t := s.t
+	faults := before != nil
+	if !faults {
+		before = func(int) {}
+	}
 	path := filepath.Join(s.dir, "vm1.sock")
 	if err := s.run(s.vhostArgs(nqn, append(more, "--vhost-socket", filepath.Join(s.dir, "vm{nsid}.sock"), "-i", "2")...)...); err != nil {
 		t.Fatal(err)
@@ -291,14 +295,21 @@ func (s *site) serverDies(nqn string, kills, upgrades int, before func(round int
 			if err := s.run("recover", r.Name); err != nil {
 				t.Fatal(err)
 			}
+			testenv.Receive(t, connected, "the next connection")
 		} else {
 			verb = 1
 			if err := s.run("upgrade", path); err != nil {
 				t.Fatal(err)
 			}
 		}
-		testenv.Receive(t, connected, "the next connection")
 		l.progress(500)
+		select {
+		case <-connected:
+			if verb == 1 && !faults {
+				t.Error("the guest has connected again over an upgrade")
+			}
+		default:
+		}
 		l.mu.Lock()
 		longest[verb] = max(longest[verb], l.longest)
 		l.mu.Unlock()
