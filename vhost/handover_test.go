@@ -245,7 +245,7 @@ func TestHandOverBroken(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.Resume(x)
-		if _, err := front.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := front.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("the front end got %v", err)
 		}
 		s.log.await(t, "SET_FEATURES, handed over")

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -20,34 +21,47 @@ import (
 // replaces, on a socket in the directory of the record.
 type sessions struct {
 	log      *slog.Logger
-	listener *net.UnixListener
-	from     int           // process id of the other server
-	ended    chan struct{} // closed when no more sessions are accepted
+	listener *net.UnixListener // nil: no session comes
+	from     int               // process id of the other server
+	ended    chan struct{}     // closed when no more sessions are accepted
 
 	mu        sync.Mutex
 	received  map[string]*vhost.Session // by the path of their sockets
 	receiving sync.WaitGroup
 }
 
-// receiveSessions listens for the sessions of the server with a record. end must follow.
-func receiveSessions(r state.Record, log *slog.Logger) (*sessions, error) {
-	path := filepath.Join(filepath.Dir(r.Socket()), "handover")
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a server that died
-		return nil, err
+// receiveSessions listens for the sessions of the server with a record, if it has any. end must
+// follow. If it cannot listen, the front ends connect again.
+func receiveSessions(r state.Record, log *slog.Logger) *sessions {
+	x := &sessions{log: log, from: r.Process.PID, ended: make(chan struct{}), received: map[string]*vhost.Session{}}
+	if !slices.ContainsFunc(r.Devices, func(d state.Device) bool { return d.Kind == state.VhostUserBlk }) {
+		return x
 	}
-	l, err := rundir.Listen(path)
+	l, err := listenAgain(filepath.Join(filepath.Dir(r.Socket()), "handover"))
 	if err != nil {
-		return nil, err
+		log.Warn("cannot receive sessions of front ends, which connect again", "error", err)
+		return x
 	}
-	x := &sessions{
-		log: log, listener: l.(*net.UnixListener), from: r.Process.PID, ended: make(chan struct{}), received: map[string]*vhost.Session{},
-	}
+	x.listener = l.(*net.UnixListener)
 	go x.accept()
-	return x, nil
+	return x
 }
 
-// path returns the path of the socket.
-func (x *sessions) path() string { return x.listener.Addr().String() }
+// listenAgain listens at a path at which a server that died may have listened.
+func listenAgain(path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return rundir.Listen(path)
+}
+
+// path returns the path of the socket, or "" if there is none.
+func (x *sessions) path() string {
+	if x.listener == nil {
+		return ""
+	}
+	return x.listener.Addr().String()
+}
 
 // accept receives sessions until this process itself connects.
 func (x *sessions) accept() {
@@ -87,6 +101,9 @@ func (x *sessions) receive(c *net.UnixConn) {
 // end returns the sessions when the other server has ended. Connections that it has made are
 // accepted before that of this process.
 func (x *sessions) end() map[string]*vhost.Session {
+	if x.listener == nil {
+		return nil
+	}
 	c, err := net.DialUnix("unix", nil, x.listener.Addr().(*net.UnixAddr))
 	if err != nil {
 		x.log.Warn("cannot wait for the last sessions of front ends", "error", err)

@@ -121,12 +121,9 @@ func (s *server) relieve(ctx context.Context) error {
 		defer cancel()
 		s.log.Info("taking over from a running server", "server", r.Name, "process", r.Process.PID)
 		defer s.announceWait(leaveTime, "process %d has left its devices", r.Process.PID)()
-		handed, err := receiveSessions(r, s.log)
-		if err != nil {
-			return fmt.Errorf("receive the sessions of front ends: %w", err)
-		}
-		refused := control.NewClient(r.Socket()).HandOver(limit, handed.path())
-		defer func() { s.handed = handed.end() }()
+		sessions := receiveSessions(r, s.log)
+		refused := control.NewClient(r.Socket()).HandOver(limit, sessions.path())
+		defer func() { s.handed = sessions.end() }()
 		if e := (*exit.Error)(nil); errors.As(refused, &e) {
 			return fmt.Errorf("the running server does not hand over: %w", refused)
 		}
