@@ -21,6 +21,7 @@ const replyTime = 10 * time.Second
 var (
 	errGone   = errors.New("memory of the front end is gone")
 	errHungUp = errors.New("the front end hung up")
+	errHalf   = errors.New("a message was not sent completely in time")
 	errPaused = errors.New("another server takes the front end over")
 )
 
@@ -286,15 +287,28 @@ type restReader struct {
 }
 
 func (r *restReader) Read(p []byte) (int, error) {
+	if r.extended {
+		return r.again(p)
+	}
 	k, err := r.conn.Read(p)
-	if r.extended || !errors.Is(err, os.ErrDeadlineExceeded) {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return k, err
 	}
 	r.extended = true
 	if err := r.conn.SetReadDeadline(time.Now().Add(replyTime)); err != nil {
 		return k, err
 	}
-	return r.conn.Read(p)
+	return r.again(p)
+}
+
+// again reads until the extended deadline. Its error is errHalf then, not that of a deadline: bytes of
+// the message are read, so nobody else can read the rest, and the session must not be handed over.
+func (r *restReader) again(p []byte) (int, error) {
+	k, err := r.conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errHalf
+	}
+	return k, err
 }
 
 // cutOff makes the end of the connection within a message an error.
