@@ -169,6 +169,31 @@ func (n *session) waitPaused(t testing.TB) {
 	}
 }
 
+// TestHandOverInFlight ends a session that got a request after the server had waited for those in
+// flight, because it was only being set up then.
+func TestHandOverInFlight(t *testing.T) {
+	disk := newHeld(newRAM(t, block.Geometry{}))
+	s := newHeldServer(t, disk)
+	g := connect(t, s, vhosttest.Config{NoTrack: true})
+	s.mu.Lock()
+	n := s.session
+	s.mu.Unlock()
+	disk.hold()
+	defer disk.release()
+	startWrite(g.Rings[0], 5, 1)
+	disk.await(t, 1)
+	a, b := connPair(t)
+	n.leaving <- a
+	<-n.ended
+	a.Close()
+	if _, err := Receive(b); err == nil {
+		t.Error("the session was handed over with a request in flight")
+	}
+	if err := g.Conn.AwaitEnd(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestHandOverBroken hands sessions over to nobody, or not completely. The front end is
 // disconnected, and nothing is left.
 func TestHandOverBroken(t *testing.T) {

@@ -167,6 +167,9 @@ func (n *session) run(setup []*message) error {
 		reader.Go(func() { n.receive(messages) })
 		err = n.serve(messages)
 	}
+	if errors.Is(err, errPaused) {
+		err = n.drainRest()
+	}
 	n.fail(err)
 	n.leave()
 	if errors.Is(err, errPaused) {
@@ -288,7 +291,7 @@ type restReader struct {
 
 func (r *restReader) Read(p []byte) (int, error) {
 	if r.extended {
-		return r.again(p)
+		return r.readExtended(p)
 	}
 	k, err := r.conn.Read(p)
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -298,12 +301,12 @@ func (r *restReader) Read(p []byte) (int, error) {
 	if err := r.conn.SetReadDeadline(time.Now().Add(replyTime)); err != nil {
 		return k, err
 	}
-	return r.again(p)
+	return r.readExtended(p)
 }
 
-// again reads until the extended deadline. Its error is errHalf then, not that of a deadline: bytes of
+// readExtended reads until the extended deadline. Its error is errHalf then, not that of a deadline: bytes of
 // the message are read, so nobody else can read the rest, and the session must not be handed over.
-func (r *restReader) again(p []byte) (int, error) {
+func (r *restReader) readExtended(p []byte) (int, error) {
 	k, err := r.conn.Read(p)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = errHalf
@@ -650,6 +653,17 @@ func (n *session) drain(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// drainRest waits for requests of rings that messages have started since drain. No message is read any
+// more. The error is errPaused if the session can be handed over.
+func (n *session) drainRest() error {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	if err := n.drain(ctx); err != nil {
+		return fmt.Errorf("hand over: %w", err)
+	}
+	return errPaused
 }
 
 // leave ends the session on all loops. From then on nobody touches the guest's memory, the back
